@@ -1,0 +1,78 @@
+"""What the rest of bkpool may ask of whatever runs buildkitd: processes here, pods in a cluster.
+
+A runtime never decides: it brings a slot to the state it is told, and guarantees one thing by itself, that nobody is
+ever given another owner's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from bkpool.core.names import Slot
+from bkpool.core.objects import PoolSpec
+
+
+class Running(StrEnum):
+    """What a runtime sees in a slot."""
+
+    READY = "ready"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A slot as the runtime sees it now. A slot with nothing in it has no observation."""
+
+    worker_uid: str
+    """For which worker object buildkitd was started."""
+    state: Running
+    endpoint: str
+    cache_owner: str | None
+    message: str = ""
+    """After an exit: how it ended, with the last lines of its log."""
+
+
+class Runtime(Protocol):
+    """Runs at most one buildkitd in a slot. Slots are independent; calls for one slot are made one after another."""
+
+    async def adopt(self) -> None:
+        """Finds what earlier runs of the appliance left: living daemons are taken over, half-made things undone."""
+
+    def observe(self) -> Mapping[Slot, Observation]:
+        """What is known to be there. From memory: no I/O."""
+
+    def caches(self) -> Mapping[Slot, str | None]:
+        """The caches that exist, used or not, with the digest of their owner (None: clean). From memory."""
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Calls back, in the event loop, whenever observe() or caches() may have changed."""
+
+    async def start(self, slot: Slot, worker_uid: str, owner: str | None, spec: PoolSpec) -> str:
+        """Brings buildkitd up in the slot and returns its endpoint once it answers a gRPC call.
+
+        A cache of another owner is wiped before. `owner` None leaves a cache that has an owner to that owner: it is
+        for a worker that nobody holds yet. Started already for this worker and owner: returns at once.
+
+        Raises:
+            WorkerFailed: It did not come up; the message has buildkitd's own last words.
+            HostFault: This machine lacks something; the hint says what.
+        """
+
+    async def own(self, slot: Slot, owner: str) -> None:
+        """Writes durably that the clean cache in this slot is now `owner`'s.
+
+        Raises:
+            Conflict: It is another's.
+        """
+
+    async def stop(self, slot: Slot) -> None:
+        """Ends buildkitd in the slot; the cache stays. Nothing there: does nothing."""
+
+    async def wipe(self, slot: Slot) -> None:
+        """Stops buildkitd and empties the cache. A crash in between is finished by the next call or by adopt()."""
+
+    async def close(self, *, stop_workers: bool) -> None:
+        """Lets go of everything; with stop_workers also ends every buildkitd."""
