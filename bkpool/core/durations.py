@@ -12,7 +12,7 @@ from bkpool.core.errors import InvalidInput
 
 # https://pkg.go.dev/time#ParseDuration
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PART = re.compile(r"(\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 _LONGEST = 64  # characters: no sensible duration is longer, and it bounds the work on foreign input
 _HINT = "Write a duration such as 30m, 1h or 1h30m."
 

@@ -335,6 +335,14 @@ class Worker(Resource):
     spec: WorkerSpec
     status: WorkerStatus = WorkerStatus()
 
+    @model_validator(mode="after")
+    def _in_a_slot(self) -> Self:
+        try:
+            slot_of(self.key)
+        except InvalidInput as error:
+            raise ValueError(error.message) from None
+        return self
+
     @property
     def slot(self) -> Slot:
         """The slot this worker stands in."""

@@ -1,0 +1,354 @@
+"""Making a lease: choose, claim by compare-and-swap, wait until the worker is ready, answer.
+
+Nothing of it is kept in memory but who waits and which answers are still owed, so that a caller who goes away leaves
+nothing behind. It never starts a worker: that is the controller's, who sees the claim in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+import structlog
+
+from bkpool.allocation.leases import Leases, find_pool, lifetime
+from bkpool.allocation.line import Line, Waiter
+from bkpool.core import tokens
+from bkpool.core.durations import render
+from bkpool.core.errors import Conflict, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.names import LABEL_REQUEST, Key, Slot
+from bkpool.core.objects import Allocation, Phase, Pool, Worker, new_worker
+from bkpool.core.placement import owner_of, place
+from bkpool.identity import Identity
+from bkpool.pki.authority import Authority
+from bkpool.store import Store
+from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationRequest:
+    """What a caller asks for."""
+
+    pool: Key
+    wait: timedelta
+    """How long to wait for a worker."""
+    ttl: timedelta | None = None
+    """None: the pool's tokenTTL."""
+    job_id: str = ""
+    csr_pem: bytes | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A lease as its holder gets it. The token and the key are here and in the answer, and nowhere else."""
+
+    worker: Worker
+    token: str
+    expires_at: datetime
+    ca_pem: bytes
+    certificate_pem: bytes
+    key_pem: bytes | None
+    """None where the caller brought a CSR."""
+
+
+@dataclass(slots=True)
+class _Owed:
+    """Answers still owed for one lease; with the last one gone unanswered, nobody knows the lease."""
+
+    requests: int = 0
+    answered: bool = False
+
+
+class Claims:
+    """Leases workers to callers.
+
+    Args:
+        store: Where the workers are.
+        mirror: The copy in memory that choices are made from; a stale one costs a conflict, never a double lease.
+        leases: Changes a lease once it is made.
+        authority: Signs the client certificates.
+        token_key: Key of the tokens' HMAC.
+        caches: The caches that exist, with their owners (a runtime's `caches`).
+        now: The clock.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        mirror: Mirror,
+        leases: Leases,
+        authority: Authority,
+        token_key: bytes,
+        caches: Callable[[], Mapping[Slot, str | None]],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._leases = leases
+        self._authority = authority
+        self._token_key = token_key
+        self._caches = caches
+        self._now = now
+        self._lines: dict[Key, Line] = {}
+        self._owed: dict[str, _Owed] = {}
+        self._changed: dict[Key, asyncio.Event] = {}
+        self._undoing: set[asyncio.Task[None]] = set()
+        self._unsubscribe = mirror.subscribe(self._on_change)
+
+    async def close(self) -> None:
+        """Stops listening and finishes undoing what callers left behind."""
+        self._unsubscribe()
+        await asyncio.gather(*self._undoing, return_exceptions=True)
+
+    def waiting(self, pool: Key) -> int:
+        """How many requests wait for this pool here."""
+        line = self._lines.get(pool)
+        return len(line) if line else 0
+
+    async def allocate(self, caller: Identity, request: AllocationRequest) -> Grant:
+        """Leases a worker, waiting for one if need be. The same caller and job get the same lease.
+
+        Raises:
+            NotFound: No such pool.
+            InvalidInput: The ttl is beyond the pool's maximum, or the CSR is unusable.
+            NoCapacity: No worker was ready within `request.wait`, or too many wait.
+            WorkerFailed: The worker does not come up; the message says why.
+        """
+        pool = find_pool(self._mirror, request.pool)
+        ttl = lifetime(pool, request.ttl)
+        worker: Worker | None = None
+        try:
+            async with asyncio.timeout(request.wait.total_seconds()):
+                worker = await self._obtain(caller, pool, ttl, request)
+                worker = await self._ready(worker)
+            return self._grant(worker, request.csr_pem)
+        except TimeoutError:
+            raise self._too_long(request, worker) from None
+        finally:
+            if worker is not None:
+                self._settle(worker)
+
+    async def _obtain(self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest) -> Worker:
+        """A worker with a lease for this request, made now or before; an answer is owed for it from here on."""
+        request_key = tokens.request_key(caller.name, request.job_id) if request.job_id else None
+        if request_key is not None:
+            earlier = await self._held(pool, request_key)
+            if earlier is not None:
+                return self._owe(earlier, answered=True)
+        claimed = await self._claim(caller, pool, ttl, request, request_key)
+        if request_key is None:
+            return claimed
+        # Another replica may have claimed for the same job at the same moment: the oldest lease wins everywhere.
+        try:
+            oldest = await self._held(pool, request_key)
+        except BaseException:
+            self._settle(claimed)
+            raise
+        if oldest is None or oldest.uid == claimed.uid:
+            return claimed
+        self._settle(claimed)
+        return self._owe(oldest, answered=True)
+
+    async def _held(self, pool: Pool, request_key: str) -> Worker | None:
+        """The oldest living lease of that request, read live."""
+        listing = await self._store.list(Worker, namespace=pool.key.namespace, labels={LABEL_REQUEST: request_key})
+        now = self._now()
+        living = [
+            (w.allocation.allocated_at, w.key.name, w)
+            for w in listing.items
+            if w.pool == pool.key and w.allocation and not w.allocation.ended(now)
+        ]
+        if not living:
+            return None
+        oldest = min(living, key=lambda found: found[:2])[2]
+        self._mirror.apply(oldest)
+        return oldest
+
+    async def _claim(
+        self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest, request_key: str | None
+    ) -> Worker:
+        """Waits in line for a place and takes it by compare-and-swap; when another was faster, waits at the front."""
+        line = self._line(pool.key)
+        first = False
+        while True:
+            allocation_id = str(uuid.uuid4())
+            owner = owner_of(pool.spec.cache.reuse, caller.tenant, pool.uid, allocation_id)
+            spot = await self._stand(line, pool.key, Waiter(owner, request_key), first=first)
+            if isinstance(spot, Worker) and spot.allocation is not None:
+                return self._owe(spot)  # the lease of the same job, made while this request waited
+            now = self._now()
+            allocation = Allocation(
+                id=allocation_id,
+                job_id=request.job_id,
+                token_sha256="",
+                requested_by=caller.name,
+                owner=owner,
+                allocated_at=now,
+                expires_at=now + ttl,
+                not_after=now + pool.spec.gateway.max_token_ttl,
+                metadata=dict(request.metadata),
+            )
+            try:
+                return self._owe(await self._take(pool, spot, allocation, request_key))
+            except (Conflict, NotFound):
+                first = True
+                await self._refresh(spot)
+            finally:
+                line.claimed(spot)
+
+    async def _stand(self, line: Line, pool: Key, waiter: Waiter, *, first: bool) -> Worker | Slot:
+        line.join(waiter, first=first)
+        self._serve(pool)
+        try:
+            return await waiter.served
+        except asyncio.CancelledError:
+            line.leave(waiter)
+            self._serve(pool)
+            raise
+
+    async def _refresh(self, spot: Worker | Slot) -> None:
+        """After a lost claim: look at the store itself, so as not to choose the same again."""
+        key = spot.worker if isinstance(spot, Slot) else spot.key
+        with suppress(NotFound):
+            self._mirror.apply(await self._store.get(Worker, *key))
+
+    async def _take(self, pool: Pool, spot: Worker | Slot, allocation: Allocation, request_key: str | None) -> Worker:
+        """The claim itself. A caller who goes away does not stop it: it is finished, and then undone."""
+        labels = {LABEL_REQUEST: request_key} if request_key else {}
+        writing = asyncio.ensure_future(
+            self._create(pool, spot, allocation, labels)
+            if isinstance(spot, Slot)
+            else self._replace(spot, allocation, labels)
+        )
+        try:
+            worker = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            writing.add_done_callback(self._undo)
+            raise
+        self._mirror.apply(worker)
+        log.info("lease.claimed", worker=str(worker.key), allocation=allocation.id, identity=allocation.requested_by)
+        return worker
+
+    async def _replace(self, worker: Worker, allocation: Allocation, labels: Mapping[str, str]) -> Worker:
+        metadata = worker.metadata.but(labels={**worker.metadata.labels, **labels})
+        return await self._store.replace(
+            worker.but(metadata=metadata).with_allocation(self._signed(worker, allocation))
+        )
+
+    async def _create(self, pool: Pool, slot: Slot, allocation: Allocation, labels: Mapping[str, str]) -> Worker:
+        """Creation is the claim. The token is made of the uid, which is the store's to give: hence a second write."""
+        worker = await self._store.create(new_worker(slot, pool, allocation, labels))
+        try:
+            return await self._leases.change(worker, lambda lease: self._signed(worker, lease))
+        except BaseException:
+            self._abandon(worker)
+            raise
+
+    def _signed(self, worker: Worker, allocation: Allocation) -> Allocation:
+        token = tokens.derive(self._token_key, worker.uid, allocation.id)
+        return allocation.but(token_sha256=tokens.digest(token))
+
+    def _undo(self, writing: asyncio.Future[Worker]) -> None:
+        if not writing.cancelled() and writing.exception() is None:
+            self._abandon(writing.result())
+
+    async def _ready(self, worker: Worker) -> Worker:
+        """Waits until the controller has brought the leased worker up."""
+        assert worker.allocation is not None  # noqa: S101 - it was claimed
+        allocation_id = worker.allocation.id
+        while True:
+            event = self._changed.setdefault(worker.pool, asyncio.Event())
+            current = self._mirror.workers.get(worker.key)
+            lease = current.allocation if current else None
+            if current is None or lease is None or lease.id != allocation_id or lease.ended_at is not None:
+                message = (lease.end_message if lease else "") or "the worker was removed while it was being prepared"
+                raise WorkerFailed(
+                    f"{worker.key.name} did not come up: {message}",
+                    hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
+                )
+            if current.status.phase is Phase.ALLOCATED and current.status.endpoint is not None:
+                return current
+            await event.wait()
+
+    def _grant(self, worker: Worker, csr_pem: bytes | None) -> Grant:
+        lease = worker.allocation
+        assert lease is not None  # noqa: S101 - it is ready
+        token = tokens.derive(self._token_key, worker.uid, lease.id)
+        leaf = self._authority.issue_client(
+            token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
+        )
+        self._owed[lease.id].answered = True
+        return Grant(worker, token, lease.expires_at, self._authority.cert_pem, leaf.cert_pem, leaf.key_pem)
+
+    def _too_long(self, request: AllocationRequest, worker: Worker | None) -> NoCapacity:
+        """Why nothing came in time: the full pool, or the worker that did not get ready."""
+        where = f"pool {request.pool.name!r}"
+        if worker is not None:
+            current = self._mirror.workers.get(worker.key, worker)
+            why = current.status.message or f"it is {current.status.phase.value}"
+            message = f"{worker.key.name} of {where} was not ready within {render(request.wait)}: {why}"
+        else:
+            message = f"no worker of {where} came free within {render(request.wait)}"
+        return NoCapacity(
+            message, hint="Wait longer (`wait`), or raise spec.scaling.max of the pool.", retry_after=30
+        )
+
+    # --- answers owed -----------------------------------------------------------------------------------------------
+
+    def _owe(self, worker: Worker, *, answered: bool = False) -> Worker:
+        assert worker.allocation is not None  # noqa: S101 - only leases are owed
+        owed = self._owed.setdefault(worker.allocation.id, _Owed(answered=answered))
+        owed.requests += 1
+        return worker
+
+    def _settle(self, worker: Worker) -> None:
+        """One answer fewer is owed. If it was the last and nobody ever got one, nobody knows the lease: it ends."""
+        assert worker.allocation is not None  # noqa: S101 - only leases are owed
+        owed = self._owed[worker.allocation.id]
+        owed.requests -= 1
+        if owed.requests:
+            return
+        del self._owed[worker.allocation.id]
+        if not owed.answered:
+            self._abandon(worker)
+
+    def _abandon(self, worker: Worker) -> None:
+        task = asyncio.get_running_loop().create_task(self._leases.abandon(worker))
+        self._undoing.add(task)
+        task.add_done_callback(self._undoing.discard)
+
+    # --- the line ---------------------------------------------------------------------------------------------------
+
+    def _line(self, pool: Key) -> Line:
+        if pool not in self._lines:
+            self._lines[pool] = Line(lambda waiter, taken: self._choose(pool, waiter, taken))
+        return self._lines[pool]
+
+    def _choose(self, pool: Key, waiter: Waiter, taken: frozenset[Slot]) -> Worker | Slot | None:
+        current = self._mirror.pools.get(pool)
+        if current is None:
+            return None
+        return place(current, self._mirror.workers_of(pool), self._caches(), waiter.owner, taken)
+
+    def _serve(self, pool: Key) -> None:
+        line = self._lines.get(pool)
+        if not line:
+            return
+        if pool not in self._mirror.pools:
+            line.dismiss(NotFound(f"pool {pool.name!r} was deleted", hint="`bkpool status` lists the pools."))
+            return
+        line.serve(self._mirror.workers_of(pool), self._now())
+
+    def _on_change(self, pool: Key) -> None:
+        event = self._changed.pop(pool, None)
+        if event is not None:
+            event.set()
+        self._serve(pool)

@@ -1,0 +1,9 @@
+"""The controller: carries out what core.policy decides, for every pool, whenever something changed.
+
+It is woken by changes in the store, by the runtime and by the next deadline that the policy named; it never polls and
+never decides.
+"""
+
+from bkpool.controller.controller import Controller
+
+__all__ = ["Controller"]

@@ -1,0 +1,201 @@
+"""The control loop: look, decide, act; one action a slot at a time, slots beside one another.
+
+What an action could not do (a conflict, a failed start) is left for the next look. It never waits for an action.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from datetime import datetime
+
+import structlog
+
+from bkpool.core import policy
+from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
+from bkpool.core.names import LABEL_REQUEST, Key, Slot
+from bkpool.core.objects import EndReason, Pool, Worker, new_worker
+from bkpool.store import Store
+from bkpool.store.mirror import Mirror
+from bkpool.workers import Runtime
+
+log = structlog.get_logger(__name__)
+
+PAUSE = 2.0
+"""Seconds for which a slot is left alone after an action that failed unexpectedly (the store away, a bug)."""
+
+
+class Controller:
+    """Keeps the workers as the policy wants them.
+
+    Args:
+        store: Where pools and workers are.
+        mirror: The copy in memory to decide from.
+        runtime: Runs buildkitd.
+        now: The clock.
+        endpoint: The gateway's address, as told in a pool's status.
+    """
+
+    def __init__(
+        self, *, store: Store, mirror: Mirror, runtime: Runtime, now: Callable[[], datetime], endpoint: str
+    ) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._runtime = runtime
+        self._now = now
+        self._endpoint = endpoint
+        self._wake = asyncio.Event()
+        self._acting: dict[Slot, asyncio.Task[None]] = {}
+        self._telling: dict[Key, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Runs until cancelled; then the actions under way are cancelled too, and finished by the next start."""
+        await self._mirror.ready.wait()
+        self._runtime.on_change(self._wake.set)
+        unsubscribe = self._mirror.subscribe(lambda _pool: self._wake.set())
+        try:
+            while True:
+                self._wake.clear()
+                wake_at = self._look()
+                pause = None if wake_at is None else max(0.0, (wake_at - self._now()).total_seconds())
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), pause)
+        finally:
+            unsubscribe()
+            tasks = [*self._acting.values(), *self._telling.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _look(self) -> datetime | None:
+        """Decides for every pool and begins the actions; returns when to look again if nothing changes."""
+        now = self._now()
+        deadlines: list[datetime] = []
+        for pool in self._mirror.pools.values():
+            snapshot = policy.Snapshot(
+                pool=pool,
+                workers=tuple(self._mirror.workers_of(pool.key)),
+                observed=self._runtime.observe(),
+                caches=self._runtime.caches(),
+                busy=frozenset(slot for slot in self._acting if (slot.namespace, slot.pool) == pool.key),
+            )
+            decision = policy.decide(snapshot, now)
+            for action in decision.actions:
+                self._begin(policy.slot_in(action), self._carry_out(action, pool))
+            if decision.wake_at is not None:
+                deadlines.append(decision.wake_at)
+            self._tell(pool, snapshot.workers, now)
+        for slot in policy.strays(self._runtime.observe(), self._mirror.workers.values(), self._acting):
+            self._begin(slot, self._stop_stray(slot))
+        return min(deadlines, default=None)
+
+    def _begin(self, slot: Slot, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(self._guarded(slot, work))
+        self._acting[slot] = task
+
+        def ended(_task: asyncio.Task[None]) -> None:
+            del self._acting[slot]
+            self._wake.set()
+
+        task.add_done_callback(ended)
+
+    async def _guarded(self, slot: Slot, work: Coroutine[None, None, None]) -> None:
+        """Whatever goes wrong with one slot stays with it: it is left alone for a moment, and looked at again."""
+        try:
+            await work
+        except (Conflict, NotFound):
+            # Somebody else wrote first. The mirror will bring it; ask the store so that the next look sees it surely.
+            with suppress(BkpoolError):
+                self._mirror.apply(await self._store.get(Worker, *slot.worker))
+        except BkpoolError as error:
+            log.warning("action.failed", slot=str(slot.worker), error=error.message)
+            await asyncio.sleep(PAUSE)
+        except Exception:
+            log.exception("action.crashed", slot=str(slot.worker))
+            await asyncio.sleep(PAUSE)
+
+    async def _stop_stray(self, slot: Slot) -> None:
+        log.warning("worker.stray", slot=str(slot.worker))
+        await self._runtime.stop(slot)
+
+    async def _report_failure(self, worker: Worker, error: BkpoolError) -> None:
+        told = f"{error.message}. {error.hint}" if error.hint else error.message
+        log.warning("worker.failed", worker=str(worker.key), reason=told)
+        current = await self._store.get(Worker, *worker.key)
+        self._mirror.apply(await self._store.replace_status(policy.failed(current, told, self._now())))
+
+    async def _carry_out(self, action: policy.Action, pool: Pool) -> None:
+        match action:
+            case policy.Create(slot):
+                self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
+            case policy.Start(worker, owner):
+                await self._start(worker, owner, pool)
+            case policy.Own(worker, owner):
+                await self._runtime.own(worker.slot, owner)
+            case policy.Wipe(worker):
+                await self._runtime.wipe(worker.slot)
+            case policy.Report(worker):
+                self._mirror.apply(await self._store.replace_status(worker))
+            case policy.Lose(worker, message):
+                await self._lose(worker, message)
+            case policy.Finish():
+                await self._finish(action)
+            case policy.Remove(worker):
+                await self._remove(worker)
+
+    async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> None:
+        try:
+            await self._runtime.start(worker.slot, worker.uid, owner, pool.spec)
+        except (WorkerFailed, HostFault) as error:
+            await self._report_failure(worker, error)
+
+    async def _lose(self, worker: Worker, message: str) -> None:
+        lease = worker.allocation
+        assert lease is not None  # noqa: S101 - the policy loses only leases
+        log.error("lease.lost", worker=str(worker.key), allocation=lease.id, reason=message)
+        lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
+        self._mirror.apply(await self._store.replace(worker.with_allocation(lost)))
+
+    async def _finish(self, action: policy.Finish) -> None:
+        """Remembers the lease in the status first: a crash in between repeats this, and forgets nothing."""
+        lease = action.worker.allocation
+        assert lease is not None  # noqa: S101 - the policy finishes only leases
+        worker = await self._store.replace_status(policy.finished(action, self._now()))
+        labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
+        worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)
+        self._mirror.apply(await self._store.replace(worker))
+        log.info("lease.ended", worker=str(worker.key), allocation=lease.id, reason=action.ended.reason.value)
+
+    async def _remove(self, worker: Worker) -> None:
+        """Deletes the object first, at the version that was judged: a claim made meanwhile wins and is not hurt."""
+        await self._store.delete(
+            Worker, *worker.key, uid=worker.uid, resource_version=worker.metadata.resource_version
+        )
+        await self._runtime.stop(worker.slot)
+        log.info("worker.removed", worker=str(worker.key))
+
+    def _tell(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
+        """Writes the pool's status if it changed; one write at a time, so that a burst of leases costs few."""
+        if pool.key in self._telling:
+            return
+        status = policy.pool_status(pool, workers, self._endpoint, now)
+        if status == pool.status:
+            return
+        task = asyncio.create_task(self._write_pool(pool.but(status=status)))
+        self._telling[pool.key] = task
+
+        def told(_task: asyncio.Task[None]) -> None:
+            del self._telling[pool.key]
+            self._wake.set()
+
+        task.add_done_callback(told)
+
+    async def _write_pool(self, pool: Pool) -> None:
+        try:
+            self._mirror.apply(await self._store.replace_status(pool))
+        except (Conflict, NotFound):
+            with suppress(BkpoolError):
+                self._mirror.apply(await self._store.get(Pool, *pool.key))
+        except BkpoolError as error:
+            log.warning("pool.status_not_written", pool=str(pool.key), error=error.message)

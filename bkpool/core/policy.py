@@ -1,0 +1,342 @@
+"""What the controller should do next, as a pure function of what is.
+
+`decide(snapshot, now)` returns actions and the next moment at which time alone would change the answer. It is level
+triggered: it looks at the state, never at how the state came about, so it may be asked again at any time. It never
+does anything itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Literal
+
+from bkpool.core.names import Slot
+from bkpool.core.objects import (
+    Allocation,
+    Condition,
+    EndedLease,
+    EndReason,
+    Phase,
+    Pool,
+    PoolStatus,
+    Reuse,
+    Worker,
+    unknown_fields,
+)
+from bkpool.core.placement import free_slot, last_used
+
+MAX_FAILURES = 5
+"""Failures in a row after which a lease is lost (DESIGN rule 4)."""
+STABLE = timedelta(minutes=1)
+"""A worker that was ready for so long counts its failures from the beginning."""
+BACKOFF = timedelta(milliseconds=500)
+BACKOFF_MAX = timedelta(minutes=2)
+REGISTRATION_LIFE = timedelta(seconds=60)
+"""A gateway's registration that was not renewed for so long is dead (DESIGN rule 10)."""
+REMEMBERED = 16
+"""Ended leases that a worker remembers, so that a late caller is told why."""
+
+
+class Running(StrEnum):
+    """What a runtime sees in a slot."""
+
+    READY = "ready"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A slot as the runtime sees it now. A slot with nothing in it has no observation."""
+
+    worker_uid: str
+    """For which worker object buildkitd was started."""
+    state: Running
+    endpoint: str
+    cache_owner: str | None
+    message: str = ""
+    """After an exit: how it ended, with the last lines of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One pool and all that concerns it at one moment."""
+
+    pool: Pool
+    workers: tuple[Worker, ...]
+    observed: Mapping[Slot, Observation]
+    caches: Mapping[Slot, str | None]
+    busy: frozenset[Slot] = frozenset()
+    """Slots in which an action is still under way; nothing is decided about them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a worker for the idle floor."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Bring buildkitd up, with a cache of this owner (None: nobody holds the worker yet)."""
+
+    worker: Worker
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Give the clean cache its owner."""
+
+    worker: Worker
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wipe:
+    """Empty the cache; nobody may have it again."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Write this status."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Lose:
+    """End the lease: its worker can't be kept up."""
+
+    worker: Worker
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The lease is over and no gateway holds a connection of it: take it off the worker, and remember it."""
+
+    worker: Worker
+    ended: EndedLease
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Stop buildkitd and delete the worker; the slot keeps its cache."""
+
+    worker: Worker
+
+
+Action = Create | Start | Own | Wipe | Report | Lose | Finish | Remove
+
+
+def slot_in(action: Action) -> Slot:
+    """The slot that an action is about."""
+    return action.slot if isinstance(action, Create) else action.worker.slot
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """At most one action a slot, and when to ask again if nothing changes before."""
+
+    actions: tuple[Action, ...]
+    wake_at: datetime | None
+
+
+def decide(snapshot: Snapshot, now: datetime) -> Decision:
+    """What to do now for one pool."""
+    actions: list[Action] = []
+    deadlines: list[datetime] = []
+    surplus, next_surplus = _surplus(snapshot, now)
+    deadlines += next_surplus
+    for worker in snapshot.workers:
+        if worker.slot in snapshot.busy:
+            continue
+        if worker in surplus:
+            actions.append(Remove(worker))
+            continue
+        seen = snapshot.observed.get(worker.slot)
+        lease = worker.allocation
+        step = _idle(worker, seen, snapshot.pool, now) if lease is None else _leased(worker, lease, seen, now)
+        if isinstance(step, datetime):
+            deadlines.append(step)
+        elif step is not None:
+            actions.append(step)
+    actions += _floor(snapshot)
+    return Decision(tuple(actions), min(deadlines, default=None))
+
+
+def _leased(worker: Worker, lease: Allocation, seen: Observation | None, now: datetime) -> Action | datetime | None:
+    over = lease.ended(now)
+    if over is not None:
+        return _wind_up(worker, lease, over, seen, now)
+    if not _is_up(worker, seen):
+        if worker.status.failures >= MAX_FAILURES:
+            return Lose(worker, worker.status.message)
+        return _bring_up(worker, seen, lease.owner, now)
+    assert seen is not None  # noqa: S101 - _is_up says so
+    if seen.cache_owner is None:
+        return Own(worker, lease.owner)
+    if seen.cache_owner != lease.owner:
+        return Start(worker, lease.owner)
+    failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
+    return _report(worker, seen, Phase.ALLOCATED, now, failures) or lease.expires_at
+
+
+def _wind_up(
+    worker: Worker, lease: Allocation, over: EndReason, seen: Observation | None, now: datetime
+) -> Action | datetime | None:
+    live = [r.renewed_at + REGISTRATION_LIFE for r in worker.status.gateways if r.allocation_id == lease.id]
+    live = [end for end in live if end > now]
+    if not live:
+        ended = EndedLease(
+            token_sha256=lease.token_sha256,
+            ended_at=lease.over_since(),
+            reason=over,
+            message=lease.end_message,
+        )
+        down = Phase.FAILED if worker.status.failures else Phase.PENDING
+        return Finish(worker, ended, Phase.IDLE if _is_up(worker, seen) else down)
+    if worker.status.phase is not Phase.DRAINING:
+        return Report(worker.with_status(phase=Phase.DRAINING, message=f"the lease is {over}; builds may finish"))
+    return min(live)
+
+
+def _idle(worker: Worker, seen: Observation | None, pool: Pool, now: datetime) -> Action | datetime | None:
+    if not _is_up(worker, seen):
+        return _bring_up(worker, seen, None, now)
+    assert seen is not None  # noqa: S101 - _is_up says so
+    if pool.spec.cache.reuse is Reuse.NEVER and seen.cache_owner is not None:
+        return Wipe(worker)
+    return _report(worker, seen, Phase.IDLE, now, worker.status.failures)
+
+
+def _is_up(worker: Worker, seen: Observation | None) -> bool:
+    return seen is not None and seen.state is Running.READY and seen.worker_uid == worker.uid
+
+
+def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: datetime) -> Action | datetime:
+    """Starts what is down: at once after a reboot, with a growing pause after failures."""
+    if seen is not None and seen.state is Running.EXITED and worker.status.endpoint is not None:
+        return Report(failed(worker, seen.message, now))
+    if worker.status.failed_at is not None and worker.status.failures:
+        retry_at = worker.status.failed_at + min(BACKOFF * (1 << (worker.status.failures - 1)), BACKOFF_MAX)
+        if now < retry_at:
+            return retry_at
+    return Start(worker, owner)
+
+
+def failed(worker: Worker, message: str, now: datetime) -> Worker:
+    """The worker with one failure more."""
+    ready_at = worker.status.ready_at
+    was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
+    return worker.with_status(
+        phase=Phase.FAILED if worker.allocation is None else Phase.PROVISIONING,
+        endpoint=None,
+        failures=1 if was_stable else min(worker.status.failures + 1, 20),
+        failed_at=now,
+        message=message,
+    )
+
+
+def _report(worker: Worker, seen: Observation, phase: Phase, now: datetime, failures: int) -> Report | None:
+    """A status write, if the stored status is not what is seen."""
+    status = worker.status
+    told = (status.phase, status.endpoint, status.cache_owner)
+    if told == (phase, seen.endpoint, seen.cache_owner):
+        return None
+    ready_at = status.ready_at if status.endpoint is not None else now
+    return Report(
+        worker.with_status(
+            phase=phase,
+            endpoint=seen.endpoint,
+            cache_owner=seen.cache_owner,
+            ready_at=ready_at,
+            failures=failures,
+            message="",
+        )
+    )
+
+
+def finished(action: Finish, now: datetime) -> Worker:
+    """The worker's status after a lease, before the lease is taken off its spec."""
+    status = action.worker.status
+    known = any(past.token_sha256 == action.ended.token_sha256 for past in status.ended)
+    return action.worker.with_status(
+        phase=action.phase,
+        last_activity_at=now,
+        allocation_count=status.allocation_count + (not known),
+        gateways=(),
+        ended=status.ended if known else (*status.ended, action.ended)[-REMEMBERED:],
+        message="",
+    )
+
+
+def _surplus(snapshot: Snapshot, now: datetime) -> tuple[list[Worker], list[datetime]]:
+    """Idle workers that are too many, and when the next one will be."""
+    scaling = snapshot.pool.spec.scaling
+    unheld = sorted((w for w in snapshot.workers if w.allocation is None), key=last_used)
+    gone = [w for w in unheld if w.metadata.deletion_timestamp or w.slot.number >= scaling.max]
+    rest = [w for w in unheld if w not in gone]
+    spare = rest[: max(0, len(rest) - scaling.min)]
+    over_at = {w.key: _unheld_since(w, now) + scaling.scale_down_delay for w in spare}
+    gone += [w for w in spare if over_at[w.key] <= now]
+    return gone, [at for at in over_at.values() if at > now]
+
+
+def _unheld_since(worker: Worker, now: datetime) -> datetime:
+    return worker.status.last_activity_at or worker.metadata.creation_timestamp or now
+
+
+def _floor(snapshot: Snapshot) -> Iterator[Create]:
+    """Workers to make so that `scaling.min` stand ready beside the leased ones, within `scaling.max`."""
+    if snapshot.pool.metadata.deletion_timestamp:
+        return
+    unheld = sum(w.allocation is None for w in snapshot.workers)
+    taken = set(snapshot.busy)
+    for _ in range(snapshot.pool.spec.scaling.min - unheld - len(snapshot.busy - {w.slot for w in snapshot.workers})):
+        slot = free_slot(snapshot.pool, snapshot.workers, snapshot.caches, taken=taken)
+        if slot is None:
+            return
+        taken.add(slot)
+        yield Create(slot)
+
+
+def strays(observed: Iterable[Slot], workers: Iterable[Worker], busy: Iterable[Slot]) -> list[Slot]:
+    """Slots in which something runs although no worker stands there: its object was deleted."""
+    return sorted(set(observed) - {w.slot for w in workers} - set(busy))
+
+
+def pool_status(pool: Pool, workers: Iterable[Worker], endpoint: str, now: datetime) -> PoolStatus:
+    """What to tell of a pool: its counts, and the fields of its spec that nothing reads."""
+    workers = tuple(workers)
+    ignored = ", ".join(sorted(f"spec.{name}" for name in unknown_fields(pool.spec)))
+    failing = next((w for w in workers if w.status.phase is Phase.FAILED), None)
+    trouble = f"{failing.key.name}: {failing.status.message}" if failing else ""
+    conditions = (
+        _condition(pool, now, "IgnoredFields", "True" if ignored else "False", ignored),
+        _condition(pool, now, "Ready", "False" if failing else "True", trouble),
+    )
+    return pool.status.but(
+        phase="Degraded" if failing else "Ready",
+        observed_generation=pool.metadata.generation,
+        workers=len(workers),
+        ready=sum(w.status.endpoint is not None for w in workers),
+        idle=sum(w.allocation is None and w.status.phase is Phase.IDLE for w in workers),
+        allocated=sum(w.allocation is not None for w in workers),
+        endpoint=endpoint,
+        conditions=conditions,
+    )
+
+
+def _condition(pool: Pool, now: datetime, kind: str, status: Literal["True", "False"], message: str) -> Condition:
+    before = next((c for c in pool.status.conditions if c.type == kind), None)
+    since = before.last_transition_time if before and before.status == status else now
+    reason = {"IgnoredFields": "NotImplemented", "Ready": "WorkerFailed"}[kind] if message else "AsWanted"
+    return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)

@@ -1,0 +1,316 @@
+"""A whole pool in small, driven at random: leases, crashes, lag, lost races, gateways and a jumping clock.
+
+The store, the runtime and the gateways are models of a few lines (the real ones have their own tests); what is
+under test are the real placement and policy, and the rules they must hold (DESIGN 5.2, 5.3, 5.4, 5.10).
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from bkpool.core import policy
+from bkpool.core.names import Slot
+from bkpool.core.objects import EndReason, GatewayRegistration, Phase, Worker, new_worker
+from bkpool.core.placement import owner_of, place
+from bkpool.core.policy import Observation, Running
+from support.objects import NOW, lease, pool
+
+TENANTS = st.sampled_from(["ann", "bob", "cyd"])
+
+
+class Lost(Exception):
+    pass
+
+
+class TinyStore:
+    """Compare-and-swap on a dict."""
+
+    def __init__(self):
+        self.workers: dict[str, Worker] = {}
+        self.version = 0
+
+    def _put(self, worker: Worker, **metadata) -> Worker:
+        self.version += 1
+        worker = worker.but(metadata=worker.metadata.but(resource_version=str(self.version), **metadata))
+        self.workers[worker.key.name] = worker
+        return worker
+
+    def create(self, worker: Worker, now) -> Worker:
+        if worker.key.name in self.workers:
+            raise Lost
+        return self._put(worker, uid=f"uid-{self.version}", creation_timestamp=now)
+
+    def _current(self, worker: Worker) -> Worker:
+        current = self.workers.get(worker.key.name)
+        if current is None or current.metadata.resource_version != worker.metadata.resource_version:
+            raise Lost
+        return current
+
+    def replace(self, worker: Worker) -> Worker:
+        return self._put(worker.but(status=self._current(worker).status))
+
+    def replace_status(self, worker: Worker) -> Worker:
+        return self._put(self._current(worker).but(status=worker.status))
+
+    def delete(self, worker: Worker) -> None:
+        self._current(worker)
+        del self.workers[worker.key.name]
+
+
+class TinyRuntime:
+    """Daemons and caches; it keeps the one promise of a Runtime: no cache goes to another owner."""
+
+    def __init__(self):
+        self.daemons: dict[Slot, Observation] = {}
+        self.caches: dict[Slot, str | None] = {}
+        self.failing = False
+
+    def start(self, slot, uid, owner):
+        self.daemons.pop(slot, None)
+        if self.failing:
+            return False
+        if owner is not None and self.caches.get(slot) != owner:
+            self.caches[slot] = owner  # another's was wiped
+        self.caches.setdefault(slot, None)
+        self.daemons[slot] = Observation(uid, Running.READY, f"unix:///{slot.number}", self.caches[slot])
+        return True
+
+
+class PoolMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.now = NOW
+        self.store = TinyStore()
+        self.runtime = TinyRuntime()
+        self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
+        self.view: dict[str, Worker] = {}
+        self.answered: dict[
+            str, tuple[str, str]
+        ] = {}  # allocation id -> (worker name, tenant): leases that callers know
+        self.connected: dict[str, str] = {}  # allocation id -> worker uid that its open connection leads to
+        self.count = 0
+
+    # --- what the world does ---
+
+    @rule()
+    def catch_up(self):
+        self.view = dict(self.store.workers)
+
+    @rule(minutes=st.sampled_from([0.01, 0.5, 1.5, 20, 59, 61, 1500]))
+    def time_passes(self, minutes):
+        """Gateways that live renew what is connected; the others' registrations run out."""
+        self.now += timedelta(minutes=minutes)
+        for worker in list(self.store.workers.values()):
+            held = worker.allocation
+            if held and held.id in self.connected:
+                registration = GatewayRegistration(gateway="g", allocation_id=held.id, renewed_at=self.now)
+                self.store.replace_status(worker.with_status(gateways=(registration,)))
+
+    @rule(failing=st.booleans())
+    def daemons_fail_to_start(self, failing):
+        self.runtime.failing = failing
+
+    @precondition(lambda self: self.runtime.daemons)
+    @rule(data=st.data(), silently=st.booleans())
+    def a_daemon_dies(self, data, silently):
+        slot = data.draw(st.sampled_from(sorted(self.runtime.daemons)))
+        dead = self.runtime.daemons.pop(slot)
+        if not silently:  # silently: a reboot; the runtime knows nothing
+            self.runtime.daemons[slot] = Observation(dead.worker_uid, Running.EXITED, "", dead.cache_owner, "killed")
+        self.connected = {lease: uid for lease, uid in self.connected.items() if uid != dead.worker_uid}
+
+    # --- what callers do ---
+
+    @rule(tenant=TENANTS)
+    def allocate(self, tenant):
+        owner = owner_of(self.pool.spec.cache.reuse, tenant, "pool-uid", "")
+        spot = place(self.pool, list(self.view.values()), self.runtime.caches, owner)
+        if spot is None:
+            return
+        self.count += 1
+        made = lease(tenant, id=f"lease-{self.count}", now=self.now, owner=owner)
+        try:
+            if isinstance(spot, Slot):
+                worker = self.store.create(new_worker(spot, self.pool, made, {}), self.now)
+            else:
+                worker = self.store.replace(spot.with_allocation(made))
+        except Lost:
+            return
+        self.answered[made.id] = (worker.key.name, tenant)
+
+    def _live(self):
+        return [w for w in self.store.workers.values() if w.allocation and not w.allocation.ended(self.now)]
+
+    @precondition(lambda self: self._live())
+    @rule(data=st.data())
+    def release(self, data):
+        worker = data.draw(st.sampled_from(sorted(self._live(), key=lambda w: w.key)))
+        ended = worker.allocation.but(ended_at=self.now, end_reason=EndReason.RELEASED)
+        self.store.replace(worker.with_allocation(ended))
+
+    @precondition(lambda self: self._live())
+    @rule(data=st.data())
+    def renew(self, data):
+        worker = data.draw(st.sampled_from(sorted(self._live(), key=lambda w: w.key)))
+        until = min(self.now + timedelta(hours=1), worker.allocation.not_after)
+        self.store.replace(worker.with_allocation(worker.allocation.but(expires_at=until)))
+
+    def _routable(self):
+        return [
+            w for w in self.view.values() if w.allocation and w.status.phase is Phase.ALLOCATED and w.status.endpoint
+        ]
+
+    @precondition(lambda self: self._routable())
+    @rule(data=st.data())
+    def connect_anywhere(self, data):
+        self.connect(data)
+
+    def connect(self, data):
+        """A gateway with a view as stale as the others': it registers by compare-and-swap before it dials."""
+        worker = data.draw(st.sampled_from(sorted(self._routable(), key=lambda w: w.key)))
+        wanted = worker.allocation
+        current = self.store.workers.get(worker.key.name)
+        if current is None or current.allocation is None or current.allocation.id != wanted.id:
+            return
+        if current.allocation.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
+            return
+        registration = GatewayRegistration(gateway="g", allocation_id=wanted.id, renewed_at=self.now)
+        self.store.replace_status(current.with_status(gateways=(registration,)))
+        daemon = self.runtime.daemons.get(worker.slot)
+        if daemon and daemon.state is Running.READY:
+            assert daemon.cache_owner == wanted.owner, "routed to another owner's cache"
+            self.connected[wanted.id] = daemon.worker_uid
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def disconnect(self, data):
+        gone = data.draw(st.sampled_from(sorted(self.connected)))
+        del self.connected[gone]
+        for worker in list(self.store.workers.values()):
+            if worker.allocation and worker.allocation.id == gone:
+                self.store.replace_status(worker.with_status(gateways=()))
+
+    @rule(tenant=TENANTS, data=st.data())
+    def build(self, tenant, data):
+        """The usual course, so that the unusual is met in the middle of it."""
+        self.control(lagging=False, times=2)
+        self.allocate(tenant)
+        self.control(lagging=False, times=3)
+        self.catch_up()
+        if self._routable():
+            self.connect(data)
+
+    # --- the controller ---
+
+    @rule(lagging=st.booleans(), times=st.integers(1, 4))
+    def control(self, lagging, times):
+        for _ in range(times):
+            if not lagging:
+                self.catch_up()
+            self._control()
+
+    def _control(self):
+        snap = policy.Snapshot(
+            self.pool, tuple(self.view.values()), dict(self.runtime.daemons), dict(self.runtime.caches)
+        )
+        decision = policy.decide(snap, self.now)
+        slots = [policy.slot_in(action) for action in decision.actions]
+        assert len(slots) == len(set(slots)), "two actions at once in one slot"
+        for action in decision.actions:
+            try:
+                self._act(action)
+            except Lost:
+                continue
+        for slot in policy.strays(self.runtime.daemons, self.store.workers.values(), ()):
+            del self.runtime.daemons[slot]
+
+    def _act(self, action):
+        store, runtime = self.store, self.runtime
+        match action:
+            case policy.Create(slot):
+                store.create(new_worker(slot, self.pool, None, {}), self.now)
+            case policy.Start(worker, owner):
+                self._must_be_unused(worker)
+                if not runtime.start(worker.slot, worker.uid, owner):
+                    store.replace_status(policy.failed(store.workers.get(worker.key.name, worker), "no", self.now))
+            case policy.Own(worker, owner):
+                if runtime.caches.get(worker.slot) is None:
+                    runtime.caches[worker.slot] = owner
+                    was = runtime.daemons[worker.slot]
+                    runtime.daemons[worker.slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
+            case policy.Wipe(worker):
+                self._must_be_unused(worker)
+                runtime.daemons.pop(worker.slot, None)
+                runtime.caches[worker.slot] = None
+            case policy.Report(worker):
+                store.replace_status(worker)
+            case policy.Lose(worker, message):
+                ended = worker.allocation.but(ended_at=self.now, end_reason=EndReason.LOST, end_message=message)
+                store.replace(worker.with_allocation(ended))
+            case policy.Finish(worker):
+                after = store.replace_status(policy.finished(action, self.now))
+                store.replace(after.with_allocation(None))
+                assert worker.allocation.id not in self.connected, "taken from under an open connection"
+            case policy.Remove(worker):
+                store.delete(worker)
+                self._must_be_unused(worker)
+                runtime.daemons.pop(worker.slot, None)
+
+    def _must_be_unused(self, worker):
+        daemon = self.runtime.daemons.get(worker.slot)
+        if daemon and daemon.state is Running.READY:
+            assert daemon.worker_uid not in self.connected.values(), "stopped under an open connection"
+
+    # --- what must always hold ---
+
+    @invariant()
+    def never_more_than_the_maximum(self):
+        assert len(self.store.workers) <= self.pool.spec.scaling.max
+
+    @invariant()
+    def a_lease_that_was_answered_stays_its_holders_until_it_ends(self):
+        remembered = {past.token_sha256 for w in self.store.workers.values() for past in w.status.ended}
+        holders = {w.allocation.id: w.key.name for w in self.store.workers.values() if w.allocation}
+        for lease_id, (name, _tenant) in list(self.answered.items()):
+            if lease_id in holders:
+                assert holders[lease_id] == name
+            else:
+                # It is over. While its worker stands, a late caller is still told why.
+                worker = self.store.workers.get(name)
+                if worker is not None and worker.status.allocation_count < policy.REMEMBERED:
+                    assert f"digest-{lease_id}" in remembered or worker.metadata.creation_timestamp > NOW
+                del self.answered[lease_id]
+
+    @invariant()
+    def nobody_is_routed_to_anothers_cache(self):
+        for worker in self.store.workers.values():
+            daemon = self.runtime.daemons.get(worker.slot)
+            if (
+                worker.allocation
+                and worker.status.phase is Phase.ALLOCATED
+                and worker.status.endpoint
+                and daemon
+                and daemon.state is Running.READY
+                and daemon.worker_uid == worker.uid
+            ):
+                assert daemon.cache_owner == worker.allocation.owner
+
+    def teardown(self):
+        """Left alone, with daemons that start, every leased worker becomes usable or its lease ends."""
+        self.runtime.failing = False
+        self.connected.clear()
+        for _ in range(40):
+            self.catch_up()
+            self._control()
+            self.now += policy.BACKOFF_MAX
+        for worker in self.store.workers.values():
+            if worker.allocation and not worker.allocation.ended(self.now):
+                assert worker.status.phase is Phase.ALLOCATED
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

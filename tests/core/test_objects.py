@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from bkpool.core.documents import read_pools
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import Key, Slot
+from bkpool.core.objects import Pool, Worker, parse_object, unknown_fields
+from support.objects import lease, worker
+
+HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: p}\n"
+
+
+def test_an_empty_spec_is_a_good_pool():
+    (pool,) = read_pools(HEAD + "spec: {}\n", source="pool.yaml")
+    assert pool.key == Key("default", "p")
+    assert (pool.spec.scaling.min, pool.spec.scaling.max) == (0, 10)
+
+
+def test_what_the_go_controllers_users_wrote_is_kept_and_named():
+    text = (
+        HEAD + "spec: {scaling: {max: 3, targetCPUUtilization: 70}, tls: {enabled: true}, auth: {methods: [mtls]}}\n"
+    )
+    (pool,) = read_pools(text, source="pool.yaml")
+    assert sorted(unknown_fields(pool.spec)) == ["auth", "scaling.targetCPUUtilization", "tls"]
+    assert pool.to_json()["spec"]["tls"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ("{scaling: {max: many}}", "spec.scaling.max"),
+        ("{scaling: {max: '3'}}", "spec.scaling.max"),
+        ("{scaling: {max: -1}}", "spec.scaling.max"),
+        ("{scaling: {max: true}}", "spec.scaling.max"),
+        ("{scaling: {min: 5, max: 2}}", "spec.scaling"),
+        ("{scaling: {scaleDownDelay: banana}}", "spec.scaling.scaleDownDelay"),
+        ("{scaling: {scaleDownDelay: 15}}", "spec.scaling.scaleDownDelay"),
+        ("{gateway: {tokenTTL: -1h}}", "spec.gateway.tokenTTL"),
+        ("{gateway: {tokenTTL: 48h}}", "spec.gateway"),
+        ("{cache: {gc: {keepStorage: lots}}}", "spec.cache.gc.keepStorage"),
+        ("{cache: {reuse: sometimes}}", "spec.cache.reuse"),
+        ("[]", "spec"),
+    ],
+)
+def test_a_wrong_value_names_its_field_and_the_document(spec, field):
+    with pytest.raises(InvalidInput) as caught:
+        read_pools(HEAD + f"spec: {spec}\n", source="pool.yaml")
+    assert caught.value.field == field
+    assert caught.value.message.startswith(f"pool.yaml, document 1: {field}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "line 1, column"),
+        ("", "has no document"),
+        ("kind: Deployment", "expected BuildKitPool"),
+        ("- 1", "expected BuildKitPool"),
+        (HEAD + "---\n" + HEAD, "2 times"),
+        (HEAD.replace("name: p", "name: P_"), "metadata.name"),
+        ("x" * 1_000_001, "larger than"),
+    ],
+)
+def test_a_file_that_is_no_list_of_pools_says_why(text, said):
+    with pytest.raises(InvalidInput, match=said):
+        read_pools(text, source="pool.yaml")
+
+
+def test_several_documents_are_several_pools():
+    pools = read_pools(HEAD + "---\n" + HEAD.replace("name: p", "name: q") + "---\n", source="f")
+    assert [pool.key.name for pool in pools] == ["p", "q"]
+
+
+def test_objects_survive_json():
+    before = worker(3, lease())
+    after = parse_object(Worker, json.loads(json.dumps(before.to_json())))
+    assert after == before
+    assert after.slot == Slot("default", "p", 3)
+    assert before.to_json()["spec"]["allocation"]["tokenSHA256"] == "digest-lease"
+
+
+def test_unknown_fields_of_another_version_are_written_back():
+    data = {**worker(0).to_json(), "status": {"phase": "Idle", "podIP": "10.0.0.1"}}
+    assert parse_object(Worker, data).to_json()["status"]["podIP"] == "10.0.0.1"
+
+
+def test_a_worker_stands_in_a_slot_or_is_none():
+    data = worker(0).to_json()
+    data["metadata"]["name"] = "odd"
+    with pytest.raises(InvalidInput, match="slot"):
+        parse_object(Worker, data)
+
+
+def test_objects_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Pool.model_validate({"metadata": {"name": "p"}}).spec = None

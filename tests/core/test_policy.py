@@ -1,0 +1,176 @@
+from datetime import timedelta
+
+import pytest
+
+from bkpool.core import policy
+from bkpool.core.objects import EndReason, GatewayRegistration, Phase
+from bkpool.core.policy import Create, Finish, Lose, Observation, Own, Remove, Report, Running, Start, Wipe, decide
+from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
+
+EXITED = Running.EXITED
+
+
+def actions(snap, now=NOW):
+    return list(decide(snap, now).actions)
+
+
+def test_nothing_to_do_is_nothing_done():
+    decision = decide(snapshot(pool(), worker(0), observed={0: seen(0)}), NOW)
+    assert decision.actions == ()
+    assert decision.wake_at == NOW - timedelta(minutes=1) + timedelta(minutes=15), "the idle worker's time is up"
+
+
+def test_the_idle_floor_stands_beside_the_leased_ones():
+    p = pool(scaling={"min": 2, "max": 4})
+    assert actions(snapshot(p)) == [Create(slot(0)), Create(slot(1))]
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [Create(slot(1)), Create(slot(2))]
+
+
+def test_the_floor_never_goes_beyond_the_maximum():
+    p = pool(scaling={"min": 2, "max": 2})
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [Create(slot(1))]
+
+
+def test_what_is_being_created_is_not_created_twice():
+    assert actions(snapshot(pool(scaling={"min": 1}), busy=frozenset({slot(0)}))) == []
+
+
+def test_a_down_worker_is_started_and_for_its_holder():
+    assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING))) == [Start(worker(0, phase=Phase.PENDING), None)]
+    held = worker(0, lease(), phase=Phase.PENDING)
+    assert actions(snapshot(pool(), held)) == [Start(held, "owner-a")]
+
+
+def test_a_clean_cache_is_owned_before_the_lease_is_told():
+    held = worker(0, lease())
+    assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [Own(held, "owner-a")]
+    (report,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
+    assert isinstance(report, Report)
+    assert (report.worker.status.phase, report.worker.status.cache_owner) == (Phase.ALLOCATED, "owner-a")
+
+
+def test_another_owners_cache_is_never_leased_on():
+    held = worker(0, lease(), cache_owner="owner-b")
+    assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-b")})) == [Start(held, "owner-a")]
+
+
+def test_a_daemon_of_a_former_worker_in_the_slot_is_not_taken_for_this_one():
+    held = worker(0, lease())
+    former = Observation("another-uid", Running.READY, "unix:///0", "owner-a")
+    assert actions(snapshot(pool(), held, observed={0: former})) == [Start(held, "owner-a")]
+
+
+def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_the_end():
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
+    now, starts = NOW, 0
+    while True:
+        (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a", EXITED, "killed")}), now)
+        if isinstance(action, Lose):
+            break
+        assert isinstance(action, Report)
+        held = action.worker
+        assert held.status.endpoint is None, "the gateway must hold or refuse, not dial"
+        assert held.status.message == "killed"
+        retry = decide(snapshot(pool(), held, observed={0: seen(0, "owner-a", EXITED)}), now)
+        if retry.wake_at:
+            now = retry.wake_at
+            assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-a", EXITED)}), now) == [
+                Start(held, "owner-a")
+            ]
+            starts += 1
+            held = held.with_status(endpoint="unix:///0", phase=Phase.ALLOCATED)
+    assert starts == policy.MAX_FAILURES - 1
+    assert action.message == "killed"
+
+
+def test_a_worker_that_was_stable_counts_from_the_beginning():
+    steady = worker(0, ready_at=NOW - policy.STABLE, failures=4)
+    assert policy.failed(steady, "x", NOW).status.failures == 1
+    shaky = worker(0, ready_at=NOW, failures=4)
+    assert policy.failed(shaky, "x", NOW).status.failures == 5
+
+
+def test_after_a_reboot_a_worker_starts_at_once():
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
+    assert actions(snapshot(pool(), held)) == [Start(held, "owner-a")]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"expires_at": NOW}, EndReason.EXPIRED),
+        ({"ended_at": NOW, "end_reason": EndReason.RELEASED}, EndReason.RELEASED),
+    ],
+)
+def test_a_lease_that_is_over_leaves_the_worker(change, reason):
+    held = worker(0, lease(**change), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
+    assert isinstance(action, Finish)
+    assert action.ended.reason is reason
+    after = policy.finished(action, NOW)
+    assert after.status.ended[-1].token_sha256 == "digest-lease"
+    assert policy.finished(Finish(after, action.ended, action.phase), NOW).status.ended == after.status.ended
+
+
+def test_no_lease_leaves_while_a_gateway_may_hold_connections_of_it():
+    registered = GatewayRegistration(gateway="g", allocation_id="lease", renewed_at=NOW)
+    held = worker(0, lease(ended_at=NOW), phase=Phase.ALLOCATED, cache_owner="owner-a", gateways=(registered,))
+    snap = snapshot(pool(), held, observed={0: seen(0, "owner-a")})
+    (report,) = actions(snap)
+    assert report.worker.status.phase is Phase.DRAINING
+    draining = snapshot(pool(), report.worker, observed={0: seen(0, "owner-a")})
+    assert decide(draining, NOW).actions == ()
+    assert decide(draining, NOW).wake_at == NOW + policy.REGISTRATION_LIFE
+    assert isinstance(actions(draining, NOW + policy.REGISTRATION_LIFE)[0], Finish)
+
+
+def test_a_living_lease_is_looked_at_again_when_it_expires():
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert decide(snapshot(pool(), held, observed={0: seen(0, "owner-a")}), NOW).wake_at == NOW + timedelta(hours=1)
+
+
+def test_reuse_never_wipes_after_the_lease():
+    used = worker(0, cache_owner="lease-digest")
+    assert actions(snapshot(pool(cache={"reuse": "never"}), used, observed={0: seen(0, "lease-digest")})) == [
+        Wipe(used)
+    ]
+    assert actions(snapshot(pool(), used, observed={0: seen(0, "lease-digest")})) == []
+
+
+def test_idle_workers_go_after_the_delay_least_recently_used_first_down_to_the_floor():
+    p = pool(scaling={"min": 1, "max": 4, "scaleDownDelay": "10m"})
+    old, new = (worker(n, last_activity_at=NOW - timedelta(minutes=m)) for n, m in ((0, 30), (1, 20)))
+    assert actions(snapshot(p, new, old, observed={0: seen(0), 1: seen(1)})) == [Remove(old)]
+
+
+def test_a_leased_worker_is_never_surplus():
+    held = worker(9, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(pool(scaling={"max": 1}), held, observed={9: seen(9, "owner-a")})) == []
+
+
+def test_idle_workers_beyond_a_lowered_maximum_go_at_once():
+    assert actions(snapshot(pool(scaling={"max": 1}), worker(9), observed={9: seen(9)})) == [Remove(worker(9))]
+
+
+def test_nothing_is_decided_where_something_is_under_way():
+    assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING), busy=frozenset({slot(0)}))) == []
+
+
+def test_strays_are_what_runs_without_a_worker():
+    assert policy.strays([slot(0), slot(1), slot(2)], [worker(0)], [slot(2)]) == [slot(1)]
+
+
+def test_a_pools_status_counts_and_names_ignored_fields():
+    p = pool(tls={"enabled": True})
+    held = worker(0, lease(), phase=Phase.ALLOCATED)
+    status = policy.pool_status(
+        p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], "tcp://x:1", NOW
+    )
+    assert (status.workers, status.ready, status.idle, status.allocated) == (3, 2, 1, 1)
+    told = {c.type: (c.status, c.message) for c in status.conditions}
+    assert told == {"IgnoredFields": ("True", "spec.tls"), "Ready": ("False", "p-worker-2: no disk")}
+    later = policy.pool_status(p.but(status=status), [held], "tcp://x:1", NOW + timedelta(hours=1))
+    since = {c.type: c.last_transition_time for c in later.conditions}
+    assert since["IgnoredFields"] == NOW, "a condition that did not change keeps its time"

@@ -1,0 +1,60 @@
+"""Small builders of objects for the tests of the pure rooms."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from bkpool.core.names import Slot
+from bkpool.core.objects import Allocation, Metadata, Phase, Pool, PoolRef, PoolSpec, Worker, WorkerSpec, WorkerStatus
+from bkpool.core.policy import Observation, Running, Snapshot
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def pool(**spec: Any) -> Pool:
+    return Pool(
+        metadata=Metadata(name="p", uid="pool-uid", resource_version="1", generation=1),
+        spec=PoolSpec.model_validate(spec),
+    )
+
+
+def slot(number: int) -> Slot:
+    return Slot("default", "p", number)
+
+
+def lease(identity: str = "a", *, id: str = "lease", now: datetime = NOW, **changes: Any) -> Allocation:
+    given = {
+        "id": id,
+        "token_sha256": f"digest-{id}",
+        "requested_by": identity,
+        "owner": f"owner-{identity}",
+        "allocated_at": now,
+        "expires_at": now + timedelta(hours=1),
+        "not_after": now + timedelta(hours=24),
+    }
+    return Allocation(**{**given, **changes})
+
+
+def worker(number: int, allocation: Allocation | None = None, *, phase: Phase = Phase.IDLE, **status: Any) -> Worker:
+    metadata = Metadata(
+        name=f"p-worker-{number}",
+        uid=f"uid-{number}",
+        resource_version="1",
+        creation_timestamp=NOW - timedelta(minutes=1),
+    )
+    given = {"phase": phase, "endpoint": f"unix:///{number}" if phase in {Phase.IDLE, Phase.ALLOCATED} else None}
+    return Worker(
+        metadata=metadata,
+        spec=WorkerSpec(pool_ref=PoolRef(name="p"), allocation=allocation),
+        status=WorkerStatus(**{**given, **status}),
+    )
+
+
+def seen(number: int, owner: str | None = None, state: Running = Running.READY, message: str = "") -> Observation:
+    return Observation(f"uid-{number}", state, f"unix:///{number}", owner, message)
+
+
+def snapshot(p: Pool, *workers: Worker, observed: dict[int, Observation] | None = None, **more: Any) -> Snapshot:
+    by_slot = {slot(number): observation for number, observation in (observed or {}).items()}
+    return Snapshot(p, workers, by_slot, more.pop("caches", {}), **more)
