@@ -1,0 +1,169 @@
+"""What the kernel and the user's rights must give, so that buildkitd and runc can work: as root, or rootless.
+
+It only reads: nothing is mounted, unshared or changed to find out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from bkpool.toolchain import packages
+from bkpool.toolchain.host import Check, Host
+from bkpool.toolchain.table import ARCHITECTURES
+
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+_SUBORDINATES = 65536  # ids that an image may use: all 16 bits of them, as every distribution allots
+_NO_UPPER = {"overlay", "nfs", "nfs4", "vfat"}
+"""Filesystems that overlayfs cannot write its upper layer to (the kernel's filesystems/overlayfs.rst)."""
+
+# binfmt_misc's names, as qemu's own qemu-binfmt-conf.sh gives them, to BuildKit's platforms.
+_EMULATED = {
+    "qemu-aarch64": "linux/arm64",
+    "qemu-arm": "linux/arm/v7",
+    "qemu-i386": "linux/386",
+    "qemu-loongarch64": "linux/loong64",
+    "qemu-ppc64le": "linux/ppc64le",
+    "qemu-riscv64": "linux/riscv64",
+    "qemu-s390x": "linux/s390x",
+    "qemu-x86_64": "linux/amd64",
+}
+
+
+def checks(host: Host, home: Path) -> Iterator[Check]:
+    """The findings about kernel and rights, for the user of `host` and state kept in `home`."""
+    if host.uid == 0:
+        yield _privileges(host)
+        yield _cgroups(host)
+    else:
+        yield _namespaces(host)
+        yield _id_mappers(host)
+        yield from (_subordinates(host, file) for file in ("subuid", "subgid"))
+    yield _overlay(host, home)
+    yield _seccomp(host)
+    yield _platforms(host)
+
+
+def _privileges(host: Host) -> Check:
+    status = dict(line.split(":", 1) for line in (host.read("proc/self/status") or "").splitlines() if ":" in line)
+    if int(status.get("CapEff", "0").strip(), 16) >> _CAP_SYS_ADMIN & 1:
+        return Check("privileges", True, "root, with CAP_SYS_ADMIN")
+    return Check(
+        "privileges",
+        False,
+        "root without CAP_SYS_ADMIN: runc can mount nothing here",
+        "Give the container --privileged, or run bkpool as an ordinary user.",
+    )
+
+
+def _cgroups(host: Host) -> Check:
+    top = host.root / "sys/fs/cgroup"
+    unified = (top / "cgroup.controllers").exists()
+    needed = [top] if unified else [top / "memory", top / "pids"]
+    closed = [str(path) for path in needed if not os.access(path, os.W_OK)]
+    if not closed:
+        return Check("cgroups", True, f"version {2 if unified else 1}, writable")
+    return Check(
+        "cgroups",
+        False,
+        f"{', '.join(closed)} cannot be written: runc starts no container",
+        "Run as root: mount -o remount,rw /sys/fs/cgroup; in a container give it --privileged.",
+    )
+
+
+def _namespaces(host: Host) -> Check:
+    name = "user namespaces"
+    if not os.path.lexists(host.root / "proc/self/ns/user"):
+        return Check(name, False, "the kernel has none", "Use a kernel with CONFIG_USER_NS, or run bkpool as root.")
+    for path, refused in (("user/max_user_namespaces", 0), ("kernel/unprivileged_userns_clone", 0)):
+        if host.number(f"proc/sys/{path}") == refused:
+            key = path.replace("/", ".")
+            fix = f"Run as root: sysctl -w {key}={1 if 'clone' in key else 28633}"
+            return Check(name, False, f"not for ordinary users ({key} is 0)", fix)
+    restricted = "kernel.apparmor_restrict_unprivileged_userns"
+    if host.number(f"proc/sys/{restricted.replace('.', '/')}") == 1:
+        detail = "AppArmor keeps programs from using them that have no profile of their own"
+        return Check(name, None, detail, f"Run as root: sysctl -w {restricted}=0, or give rootlesskit a profile.")
+    return Check(name, True, "open to ordinary users")
+
+
+def _id_mappers(host: Host) -> Check:
+    found = {name: shutil.which(name, path=host.search_path) for name in ("newuidmap", "newgidmap")}
+    lacking = [name for name, path in found.items() if path is None]
+    if lacking:
+        return Check("id mapping", False, f"{' and '.join(lacking)} not found", packages.install("newuidmap"))
+    powerless = [path for path in found.values() if path and not _may_map(Path(path))]
+    if powerless:
+        fix = f"Run as root: chmod u+s {' '.join(powerless)}"
+        return Check("id mapping", False, f"{' and '.join(powerless)}: neither setuid nor with capabilities", fix)
+    return Check("id mapping", True, str(found["newuidmap"]))
+
+
+def _may_map(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & stat.S_ISUID) or "security.capability" in os.listxattr(path)
+    except OSError:
+        return False
+
+
+def _subordinates(host: Host, file: str) -> Check:
+    lines = [line.strip().split(":") for line in (host.read(f"etc/{file}") or "").splitlines()]
+    counts = [line[2] for line in lines if len(line) == 3 and line[0] in {host.user, str(host.uid)}]  # noqa: PLR2004 - subuid(5)
+    most = max((int(count) for count in counts if count.isdecimal()), default=0)
+    if most >= _SUBORDINATES:
+        return Check(file, True, f"{most} ids for {host.user}")
+    option = f"--add-{file}s"
+    return Check(
+        file,
+        False,
+        f"/etc/{file} gives {host.user} {most or 'no'} ids, an image needs {_SUBORDINATES}",
+        f"Run as root: usermod {option} 100000-165535 {host.user}  (a range that nobody else has)",
+    )
+
+
+def _overlay(host: Host, home: Path) -> Check:
+    slow = "layers are copied, which is slow and takes disk"
+    if "\toverlay" not in (host.read("proc/filesystems") or ""):
+        return Check("overlayfs", None, f"not loaded: {slow}", "Run as root: modprobe overlay")
+    kind = _filesystem(host, home)
+    if kind in _NO_UPPER:
+        fix = "Set BKPOOL_HOME to a directory on ext4, xfs or btrfs."
+        return Check("overlayfs", None, f"{home} is on {kind}, where it cannot write: {slow}", fix)
+    return Check("overlayfs", True, f"there; {home} is on {kind}" if kind else "there")
+
+
+def _filesystem(host: Host, path: Path) -> str:
+    """The type of the filesystem that a path is, or would be, on (proc(5), mountinfo)."""
+    longest, kind = -1, ""
+    for line in (host.read("proc/self/mountinfo") or "").splitlines():
+        before, _, after = line.partition(" - ")
+        point = before.split()[4].replace("\\040", " ")
+        if path.resolve().is_relative_to(point) and len(point) >= longest:  # a later mount covers an earlier one
+            longest, kind = len(point), after.split()[0]
+    return kind
+
+
+def _seccomp(host: Host) -> Check:
+    if host.read("proc/sys/kernel/seccomp/actions_avail"):
+        return Check("seccomp", True, "filters available")
+    return Check("seccomp", None, "the kernel has no seccomp filters: builds run without", "Use another kernel.")
+
+
+def _platforms(host: Host) -> Check:
+    native = f"linux/{ARCHITECTURES.get(host.machine, host.machine)}"
+    registered = {name: host.read(f"proc/sys/fs/binfmt_misc/{name}") or "" for name in _EMULATED}
+    enabled = {name: text for name, text in registered.items() if text.startswith("enabled")}
+    # Without the flag F the kernel looks for the emulator inside the build's own root, where it is not.
+    emulated = [_EMULATED[name] for name, text in enabled.items() if "F" in _flags(text)]
+    told = ", ".join([f"{native} (native)", *(f"{platform} (emulated)" for platform in emulated)])
+    if len(emulated) < len(enabled):
+        lost = ", ".join(name for name, text in enabled.items() if "F" not in _flags(text))
+        return Check("platforms", None, f"{told}; {lost} lacks the flag F", packages.install("qemu"))
+    return Check("platforms", True, told if emulated else f"{told}; others can be built as far as they RUN nothing")
+
+
+def _flags(text: str) -> str:
+    return next((line.removeprefix("flags:") for line in text.splitlines() if line.startswith("flags:")), "")

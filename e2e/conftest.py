@@ -1,0 +1,87 @@
+"""Fixtures of the end-to-end tests. One appliance serves a whole module; a test that breaks it has its own."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bkpool.toolchain import Tool, Toolchain, default_cache
+from harness import HERE, Appliance, Context, registry
+
+
+@pytest.fixture(scope="session")
+def tools() -> dict[str, Path]:
+    wanted = [Tool.BUILDKITD, Tool.BUILDCTL, Tool.BUILDX, Tool.RUNC, Tool.ROOTLESSKIT]
+    return {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
+
+
+def _go_build(directory: Path, package: str, target: Path) -> Path:
+    """Builds a test program once into the cache; its sources are part of the name."""
+    go = shutil.which("go")
+    assert go, "the end-to-end tests build their registry and their test program with Go: install it"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            draft = target.with_suffix(".new")
+            env = {**os.environ, "CGO_ENABLED": "0"}
+            subprocess.run([go, "build", "-trimpath", "-o", str(draft), package], cwd=directory, env=env, check=True)
+            draft.rename(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def registry_program() -> Path:
+    target = default_cache() / "e2e" / "registry-v3.1.2"
+    return _go_build(HERE / "registry", "github.com/distribution/distribution/v3/cmd/registry", target)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _go_build(HERE / "program", ".", tmp_path_factory.mktemp("program") / "program")
+
+
+@pytest.fixture(scope="session")
+def registry_host(registry_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with registry(registry_program, tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture
+def context(tmp_path: Path, program: Path) -> Context:
+    return Context(tmp_path / "context", program)
+
+
+def _ended(appliance: Appliance) -> None:
+    appliance.down("--now")
+    assert appliance.daemons() == [], "something of a worker is still running after `down`"
+
+
+@pytest.fixture(scope="module")
+def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) -> Iterator[Appliance]:
+    """An appliance with a warm worker, for tests that leave it as they found it."""
+    appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools)
+    appliance.up_with({"scaling": {"min": 1, "max": 4}})
+    appliance.idle(1)
+    yield appliance
+    _ended(appliance)
+
+
+@pytest.fixture
+def make_appliance(tmp_path: Path, tools: dict[str, Path]) -> Iterator[Callable[[], Appliance]]:
+    """Homes for tests that do as they like with them; nothing is started yet."""
+    made: list[Appliance] = []
+
+    def make(name: str = "a", **more: object) -> Appliance:
+        made.append(Appliance(tmp_path / name, tools, **more))
+        return made[-1]
+
+    yield make
+    for appliance in made:
+        _ended(appliance)

@@ -1,0 +1,317 @@
+"""What the end-to-end tests stand on: a real appliance in a home of its own, driven as a user drives it.
+
+Nothing here is a mock. Programs are started as subprocesses; servers listen on loopback.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PATIENCE = 60.0  # seconds: how long a test waits for a condition before it says that it never came
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def eventually(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+    """Waits until the condition holds, and returns what it gave."""
+    deadline = time.monotonic() + patience
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"never happened within {patience:g} s: {what}")
+        select.select([], [], [], 0.02)
+    return value
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@dataclass
+class Answer:
+    """What a program said and how it ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def ok(self) -> Answer:
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+def run(*argv: str | Path, env: dict[str, str], cwd: Path | None = None, timeout: float = 180.0) -> Answer:
+    begin = time.monotonic()
+    done = subprocess.run(
+        [str(part) for part in argv], env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return Answer(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+
+
+@dataclass
+class Certificates:
+    """An allocation on disk, as the usage guide lays it out."""
+
+    directory: Path
+    lease: dict[str, Any]
+
+    @classmethod
+    def of(cls, lease: dict[str, Any], directory: Path) -> Certificates:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, key in (("ca.crt", "caCert"), ("client.crt", "clientCert"), ("client.key", "clientKey")):
+            (directory / name).write_bytes(base64.b64decode(lease[key]))
+        return cls(directory, lease)
+
+    @property
+    def driver_opt(self) -> str:
+        return ",".join(
+            f"{option}={self.directory / name}"
+            for option, name in (("cacert", "ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
+        )
+
+    @property
+    def buildctl(self) -> list[str]:
+        d = self.directory
+        return [f"--tlscacert={d}/ca.crt", f"--tlscert={d}/client.crt", f"--tlskey={d}/client.key"]
+
+
+@dataclass
+class Appliance:
+    """One home, one appliance, and the commands of its user."""
+
+    base: Path
+    tools: dict[str, Path]
+    program: list[str] = field(default_factory=lambda: [sys.executable, "-m", "bkpool"])
+    extra_env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.home = self.base / "home"
+        self.ports = {name: free_port() for name in ("api", "gateway", "metrics")}
+        docker = self.base / "docker"
+        (docker / "cli-plugins").mkdir(parents=True)
+        (docker / "cli-plugins" / "docker-buildx").symlink_to(self.tools["buildx"])
+        self.bin = self.base / "bin"
+        self.bin.mkdir()
+        for name in ("bkpool", "bkctl"):
+            self._script(name, f'exec {" ".join(self.program)} "$@"')
+        if shutil.which("docker") is None:  # the standalone buildx behind docker's name: the same program
+            self._script("docker", f'shift; exec {self.tools["buildx"]} "$@"')
+
+    def _script(self, name: str, body: str) -> None:
+        (self.bin / name).write_text(f"#!/bin/sh\n{body}\n")
+        (self.bin / name).chmod(0o755)
+
+    @property
+    def env(self) -> dict[str, str]:
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("BKCTL_", "BUILDX_", "DOCKER_"))
+        }
+        return {
+            **kept,
+            "PATH": f"{self.bin}{os.pathsep}{kept['PATH']}",
+            "BKPOOL_HOME": str(self.home),
+            "DOCKER_CONFIG": str(self.base / "docker"),
+            "BUILDKIT_PROGRESS": "plain",
+            **self.extra_env,
+        }
+
+    # --- the appliance ---
+
+    def up(self, *options: str) -> dict[str, Any]:
+        addresses = [part for name, port in self.ports.items() for part in (f"--{name}-address", f"127.0.0.1:{port}")]
+        return self.cli("up", "-d", "--backend", "process", *addresses, *options).ok().json
+
+    def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
+        """Up, with one pool of this spec."""
+        file = self.base / "pool.json"  # JSON is YAML
+        head = {"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": "BuildKitPool", "metadata": {"name": name}}
+        file.write_text(json.dumps({**head, "spec": spec}))
+        return self.up("-f", str(file), *options)
+
+    def down(self, *options: str) -> Answer:
+        return self.cli("down", *options)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        return json.loads((self.home / "appliance.json").read_text())
+
+    def kill(self) -> None:
+        """kill -9, and waits until it is gone."""
+        pid = self.described["pid"]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: not alive(pid), "the appliance is gone")
+
+    @property
+    def log(self) -> str:
+        return (self.home / "logs" / "appliance.log").read_text()
+
+    def daemons(self) -> list[int]:
+        """The processes of this home's workers: every buildkitd, runc and build container."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (stat / "cmdline").read_bytes()
+                if str(self.home / "slots").encode() in command and alive(int(stat.name)):
+                    found.append(int(stat.name))
+        return found
+
+    # --- its user ---
+
+    def cli(self, *args: str, timeout: float = 180.0, **more: Any) -> Answer:
+        return run(*self.program, *args, env={**self.env, **more}, timeout=timeout)
+
+    def allocate(self, *options: str, name: str = "certs") -> Certificates:
+        return Certificates.of(self.cli("allocate", *options).ok().json, self.base / name)
+
+    def release(self, lease: dict[str, Any]) -> Answer:
+        return self.cli("release", "--token", lease["token"])
+
+    def http(
+        self, method: str, path: str, body: Any = None, *, raw: bytes | None = None, bearer: str | None = "admin"
+    ) -> tuple[int, Any]:
+        """One API call; without a proxy of the CLI between."""
+        if bearer == "admin":
+            bearer = (self.home / "admin.token").read_text().strip()
+        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports["api"], timeout=PATIENCE)
+        try:
+            connection.request(method, path, payload, headers)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+    def pool(self, name: str = "default") -> dict[str, Any]:
+        status, told = self.http("GET", f"/api/v1/pools/{name}")
+        assert status == 200, told
+        return told
+
+    def idle(self, count: int) -> Any:
+        """Waits until so many workers stand idle."""
+        return eventually(lambda: self.pool()["idle"] == count, f"{count} idle workers")
+
+    def buildx(self, *args: str | Path, timeout: float = 180.0) -> Answer:
+        return run("docker", "buildx", *args, env=self.env, timeout=timeout)
+
+    def builder(self, certificates: Certificates, name: str) -> str:
+        """A remote builder for a lease, made as the guide makes it."""
+        endpoint = f"tcp://localhost:{self.ports['gateway']}"
+        self.buildx(
+            "create", "--name", name, "--driver", "remote", "--driver-opt", certificates.driver_opt, endpoint
+        ).ok()
+        return name
+
+    def build(self, builder: str, context: Path, *options: str, timeout: float = 180.0) -> Answer:
+        return self.buildx("build", "--builder", builder, "--progress", "plain", *options, context, timeout=timeout)
+
+    def start(self, *argv: str | Path) -> subprocess.Popen[str]:
+        """Starts a program in the background; its output is in `stdout`."""
+        return subprocess.Popen(
+            [str(part) for part in argv], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """Reads the program's output until this text was there."""
+    seen = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"the program ended without saying {text!r}:\n{seen}")
+
+
+class Context:
+    """A build context without a base image: the test program, and a Dockerfile."""
+
+    def __init__(self, directory: Path, program: Path) -> None:
+        self.path = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy(program, directory / "program")
+
+    def dockerfile(self, *steps: str) -> Path:
+        """FROM scratch, the program, and these RUN steps (each the program's arguments)."""
+        lines = ["FROM scratch AS built", "COPY program /program"]
+        lines += [f"RUN {json.dumps(['/program', *step.split(' ')])}" for step in steps]
+        (self.path / "Dockerfile").write_text("\n".join([*lines, ""]))
+        return self.path
+
+    def write(self, text: str) -> Path:
+        (self.path / "Dockerfile").write_text(text)
+        return self.path
+
+
+@contextlib.contextmanager
+def registry(program: Path, directory: Path) -> Iterator[str]:
+    """A real registry on loopback; gives its host:port."""
+    port = free_port()
+    config = directory / "registry.yml"
+    config.write_text(
+        "version: 0.1\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory / 'data'}}}, delete: {{enabled: true}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+        "log: {level: error, accesslog: {disabled: true}}\n"
+    )
+    with (directory / "registry.log").open("w") as log:
+        process = subprocess.Popen([str(program), "serve", str(config)], stdout=log, stderr=log)
+    try:
+        eventually(lambda: _answers(port), "the registry answers")
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        connection.request("GET", "/v2/")
+        connection.getresponse().read()
+        connection.close()
+        return True
+    return False
+
+
+def from_registry(host: str, path: str) -> Any:
+    """A manifest or index, as the registry has it."""
+    kinds = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"
+    connection = http.client.HTTPConnection(host, timeout=10)
+    try:
+        connection.request("GET", f"/v2/{path}", headers={"Accept": kinds})
+        answer = connection.getresponse()
+        return json.loads(answer.read())
+    finally:
+        connection.close()

@@ -1,0 +1,3 @@
+module bkpool.e2e/program
+
+go 1.21

@@ -1,0 +1,134 @@
+"""kill -9 of a program that runs workers, at every step where it would hurt; the next one finds its way."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bkpool.core.names import Slot
+from bkpool.core.objects import PoolSpec
+from bkpool.toolchain import Toolchain, default_cache
+from bkpool.workers import Running
+from bkpool.workers.process import Binaries, ProcessRuntime
+
+SLOT = Slot("default", "default", 0)
+
+# Takes the home, the function at which to die (module:qualified.name), whether before or after it, and at which call.
+VICTIM = """
+import asyncio, functools, importlib, os, pathlib, signal, sys
+from bkpool.core.names import Slot
+from bkpool.core.objects import PoolSpec
+from bkpool.toolchain import Toolchain, default_cache
+from bkpool.workers.process import Binaries, ProcessRuntime
+
+home, where, when, call = sys.argv[1:]
+module, _, path = where.partition(":")
+holder = importlib.import_module(module)
+*parents, name = path.split(".")
+holder = functools.reduce(getattr, parents, holder)
+real, calls = getattr(holder, name), 0
+
+def deadly(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(call) and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = real(*args, **kwargs)
+    if calls == int(call) and when == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(holder, name, deadly)
+
+async def main():
+    runtime = ProcessRuntime(pathlib.Path(home), Binaries.found(Toolchain(default_cache()).find))
+    await runtime.start(Slot("default", "default", 0), "uid-1", "anna", PoolSpec())
+    await runtime.wipe(Slot("default", "default", 0))
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def binaries() -> Binaries:
+    return Binaries.found(Toolchain(default_cache()).find)
+
+
+def daemons(home: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if command[0].rpartition("/")[2].startswith("buildkitd") and str(home) in " ".join(command):
+                found.append(entry.name)
+    return found
+
+
+def die(home: Path, where: str, when: str, call: int = 1) -> None:
+    arguments = [sys.executable, "-c", VICTIM, str(home), where, when, str(call)]
+    assert subprocess.run(arguments, check=False, timeout=60).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("where", "when", "call", "survives"),
+    [
+        ("bkpool.workers.slot_files:SlotFiles.write_cache", "after", 1, False),
+        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "after", 1, False),
+        ("bkpool.workers.daemon:subprocess.Popen", "before", 1, False),
+        ("bkpool.workers.daemon:subprocess.Popen", "after", 1, False),
+        ("bkpool.workers.daemon:_checked", "before", 1, False),
+        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "before", 2, False),
+        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "after", 2, True),
+    ],
+)
+async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, binaries, where, when, call, survives):
+    home = tmp_path / "home"
+    die(home, where, when, call)
+
+    runtime = ProcessRuntime(home, binaries)
+    await runtime.adopt()
+    assert [seen.state for seen in runtime.observe().values()] == [Running.READY] * survives
+    assert len(daemons(home)) == survives
+    assert runtime.caches() == {SLOT: "anna"}
+
+    await runtime.start(SLOT, "uid-1", "anna", PoolSpec())
+    assert len(daemons(home)) == 1
+    await runtime.purge()
+    assert daemons(home) == []
+    await runtime.close(stop_workers=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "when", "call"),
+    [
+        ("bkpool.workers.daemon:Daemon.stop", "before", 1),
+        ("bkpool.workers.slot_files:SlotFiles.write_cache", "after", 2),
+        ("bkpool.workers.slot_files:SlotFiles.set_root_aside", "after", 1),
+        ("bkpool.workers.launcher:subprocess.run", "after", 1),
+        ("bkpool.workers.slot_files:SlotFiles.remove", "after", 1),
+    ],
+)
+async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binaries, where, when, call):
+    home = tmp_path / "home"
+    die(home, where, when, call)
+
+    runtime = ProcessRuntime(home, binaries)
+    await runtime.adopt()
+    wiped = where != "bkpool.workers.daemon:Daemon.stop"
+    assert runtime.caches() == ({} if wiped else {SLOT: "anna"})
+    assert bool(list(home.rglob("root"))) is not wiped
+    assert len(daemons(home)) == (0 if wiped else 1)
+
+    await runtime.start(SLOT, "uid-2", "bert", PoolSpec())
+    assert runtime.caches() == {SLOT: "bert"}
+    assert not list((home / "slots").rglob("wiped-*"))
+    await runtime.purge()
+    assert daemons(home) == []
+    await runtime.close(stop_workers=True)

@@ -1,0 +1,191 @@
+"""Workers of an ordinary user: a real one, made for these tests, with a range of subordinate ids."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bkpool.toolchain import Tool, Toolchain, default_cache
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with")
+
+NAME = "bkpool-e2e"
+
+# Everything is imported before the change of user: the interpreter may lie where the user can't read.
+AS_USER = """
+import asyncio, os, pathlib, signal, subprocess, sys
+import concurrent.futures.thread, encodings.idna
+import bkpool.workers.process
+from bkpool.core.errors import HostFault
+from bkpool.core.names import Slot
+from bkpool.core.objects import PoolSpec
+from bkpool.workers import Running
+from bkpool.workers.process import Binaries, ProcessRuntime
+
+uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+os.setgroups([]); os.setgid(gid); os.setuid(uid)
+os.environ.update(HOME=str(home)); os.environ.pop("XDG_RUNTIME_DIR", None); os.umask(0o077)
+tools = home / "tools"
+binaries = Binaries(tools / "buildkitd", tools / "runc", tools / "rootlesskit")
+slot, spec = Slot("default", "default", 0), PoolSpec()
+
+async def build(endpoint):
+    command = [tools / "buildctl", f"--addr={endpoint}", "build", "--progress=plain", "--frontend=dockerfile.v0"]
+    command += [f"--local=context={home}/context", f"--local=dockerfile={home}/context"]
+    return await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+async def output(endpoint):
+    process = await build(endpoint)
+    return (await process.communicate())[0].decode()
+"""
+
+PROGRAM = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+int main(int argc, char **argv) {
+    printf("the step runs as %d\n", getuid());
+    fflush(stdout);
+    if (argc > 1) sleep(atoi(argv[1]));
+    return 0;
+}
+"""
+
+Runs = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[pwd.struct_passwd]:
+    for program in ("useradd", "newuidmap", "gcc"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    subprocess.run(["useradd", "--create-home", NAME], check=True, capture_output=True)
+    try:
+        if f"{NAME}:" not in Path("/etc/subuid").read_text():
+            ranges = ["--add-subuids", "700000-765535", "--add-subgids", "700000-765535"]
+            subprocess.run(["usermod", *ranges, NAME], check=True, capture_output=True)
+        yield pwd.getpwnam(NAME)
+    finally:
+        subprocess.run(["userdel", "--remove", NAME], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def home(user: pwd.struct_passwd) -> Path:
+    home = Path(user.pw_dir)
+    toolchain = Toolchain(default_cache())
+    (home / "tools").mkdir()
+    for tool in (Tool.BUILDKITD, Tool.BUILDCTL, Tool.RUNC, Tool.ROOTLESSKIT):
+        shutil.copy(toolchain.ensure(tool), home / "tools" / tool.value)
+    context = home / "context"
+    context.mkdir()
+    (context / "step.c").write_text(PROGRAM)
+    subprocess.run(["gcc", "-static", "-Os", "-o", context / "step", context / "step.c"], check=True)
+    steps = 'RUN ["/step"]\nUSER 1000\nRUN ["/step"]\nUSER 0\n'
+    (context / "Dockerfile").write_text(
+        f"FROM scratch\nCOPY step /step\nCOPY --chown=1000:1000 step.c /owned/\n{steps}"
+    )
+    for found in (home, *home.rglob("*")):
+        os.chown(found, user.pw_uid, user.pw_gid)
+    return home
+
+
+@pytest.fixture
+def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
+    def run(script: str, uid: int | None = None) -> str:
+        arguments = [str(uid or user.pw_uid), str(user.pw_gid), str(home)]
+        indented = "\n".join(f"    {line}" for line in script.strip().splitlines())
+        program = f"{AS_USER}\nasync def main():\n{indented}\nasyncio.run(main())"
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], check=False, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def processes_of(user: pwd.struct_passwd) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if entry.stat().st_uid == user.pw_uid:
+                    found.append((entry / "cmdline").read_text())
+            except OSError:
+                continue
+    return found
+
+
+def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
+    said = as_user("""
+runtime = ProcessRuntime(home / "state", binaries)
+endpoint = await runtime.start(slot, "uid-1", "anna", spec)
+print(await output(endpoint))
+await runtime.stop(slot)
+print("SECOND", await output(await runtime.start(slot, "uid-1", "anna", spec)))
+owned = (home / "state").glob("slots/*/*/*/root/*/snapshots/snapshots/*/fs/owned/step.c")
+print("subordinate", all(found.lstat().st_uid != os.getuid() for found in owned))
+await runtime.wipe(slot)
+print("left", list((home / "state").glob("slots/*")), runtime.caches())
+await runtime.close(stop_workers=True)
+""")
+    assert "the step runs as 0" in said
+    assert "the step runs as 1000" in said
+    assert "CACHED" in said.partition("SECOND")[2]
+    assert "subordinate True" in said
+    assert "left [] {}" in said
+    assert processes_of(user) == []
+
+
+def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runtime_adopts(as_user, user, home):
+    dockerfile = home / "context" / "Dockerfile"
+    dockerfile.write_text('FROM scratch\nCOPY step /step\nRUN ["/step", "4711"]\n')
+    said = as_user("""
+changed = asyncio.Event()
+first = ProcessRuntime(home / "state", binaries)
+first.on_change(changed.set)
+endpoint = await first.start(slot, "uid-1", "anna", spec)
+building = await build(endpoint)
+while b"the step runs" not in (line := await building.stdout.readline()):
+    assert line
+changed.clear()
+for entry in pathlib.Path("/proc").iterdir():
+    if entry.name.isdigit() and os.access(entry / "cmdline", os.R_OK):
+        if (entry / "cmdline").read_bytes().startswith(bytes(tools / "buildkitd")):
+            os.kill(int(entry.name), signal.SIGKILL)
+await asyncio.wait_for(changed.wait(), 5)
+print(first.observe()[slot].state, first.observe()[slot].message)
+await building.communicate()
+
+await first.start(slot, "uid-1", "anna", spec)
+await first.close(stop_workers=False)
+second = ProcessRuntime(home / "state", binaries)
+await second.adopt()
+print("ADOPTED", second.observe()[slot].state)
+await second.purge()
+await second.close(stop_workers=True)
+""")
+    assert said.startswith("exited") or "\nexited" in said
+    assert "signal: killed" in said
+    assert "ADOPTED ready" in said
+    assert processes_of(user) == []
+
+
+def test_what_an_ordinary_user_lacks_is_named_with_its_fix(as_user):
+    start = """
+try:
+    await ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}}).start(slot, "uid-1", None, spec)
+except HostFault as fault:
+    print(fault.message, "|", fault.hint)
+"""
+    path = "/usr/sbin:/usr/bin:/sbin:/bin"
+    assert "uidmap" in as_user(start.format(binaries="binaries", path="/nowhere"))
+    without = "Binaries(binaries.buildkitd, binaries.runc)"
+    assert "rootlesskit is missing" in as_user(start.format(binaries=without, path=path))

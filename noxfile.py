@@ -1,0 +1,70 @@
+"""The project's checks, by name: `nox -l` lists them, `nox -s tests` runs one.
+
+They run in the environment that `scripts/test` made from the lock (`.venv`), so that what is checked is what is pinned.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "zipapp"]
+nox.options.stop_on_first_error = False
+
+BIN = Path(sys.executable).parent
+os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    session.run("lint-imports", silent=True)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The fast suite: everything that needs no build. With `-- network` also what asks a package registry."""
+    session.run("pytest", "tests", *session.posargs)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """Real buildkitd, real buildx, a real registry: the usage guide's own commands."""
+    session.run("pytest", "e2e", *session.posargs)
+
+
+@nox.session
+def zipapp(session: nox.Session) -> None:
+    """Makes dist/bkpool.pyz and does the main job with it."""
+    session.run("python", "scripts/build-zipapp")
+    session.run("pytest", "e2e/zipapp", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Prints the table of docs/benchmarks.md. Not a test: it never fails for being slow."""
+    session.run("python", "e2e/bench.py", *session.posargs)
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Resolves the dependencies anew into the lock files, with hashes. Needs uv."""
+    common = ("uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header")
+    common = (*common, "--no-emit-index-url", "--python-version", "3.11", "pyproject.toml")
+    session.run(*common, "-o", "requirements.lock", external=True)
+    session.run(*common, "--group", "build", "-o", "requirements-install.lock", external=True)
+    session.run(*common, "--group", "build", "--group", "dev", "-o", "requirements-dev.lock", external=True)

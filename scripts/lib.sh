@@ -1,0 +1,46 @@
+# Shared by scripts/up and scripts/test: a virtual environment in the checkout, made from a lock file with hashes.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+die() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 1; }
+
+# The first Python on PATH that is new enough; BKPOOL_PYTHON names another.
+find_python() {
+  local candidate
+  for candidate in ${BKPOOL_PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  die "no Python 3.11 or later with venv was found" "Install one (Debian: apt-get install python3 python3-venv) or set BKPOOL_PYTHON."
+}
+
+# use_environment LOCK: .venv holds what LOCK pins, and bkpool from this checkout. Done already: takes no time.
+use_environment() {
+  local lock=$1 wanted
+  wanted=$(cat "$lock" pyproject.toml scripts/lib.sh | sha256sum | cut -d' ' -f1)
+  if [ "$(cat ".venv/.made-from-$lock" 2>/dev/null)" = "$wanted" ]; then return; fi
+  say "Python environment: .venv from $lock"
+  local python; python=$(find_python)
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$lock"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+  echo "$wanted" >".venv/.made-from-$lock"
+}
+
+# Debian packages that are missing, where we may install them; elsewhere `bkpool doctor` names what is missing.
+# usage: system_packages FILE_THAT_SHOWS_IT:PACKAGE...
+system_packages() {
+  local pair need=()
+  for pair in "$@"; do [ -e "${pair%%:*}" ] || need+=("${pair#*:}"); done
+  [ ${#need[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return 0; fi
+  say "Debian packages: ${need[*]}"
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${need[@]}" >/dev/null
+}
+
+# What runc is built with, where neither PATH nor a release has it.
+runc_needs() {
+  system_packages /usr/include/seccomp.h:libseccomp-dev /usr/bin/pkg-config:pkg-config /usr/bin/gcc:gcc /usr/include/stdlib.h:libc6-dev
+}

@@ -1,0 +1,95 @@
+"""Runs first in bkpool.pyz: says in one sentence why it cannot run here, before pex's own code would fail.
+
+It must be parsed by any Python there is, 2.7 included, so it is written in what all of them have in common.
+"""
+
+# ruff: noqa: UP010, UP024, UP025, UP031, UP032, PTH, PERF - see above
+import os
+import platform
+import sys
+
+SUPPORTS = {"pythons": ["3.11", "3.12", "3.13"], "machine": "x86_64", "glibc": "2.28"}
+NEEDS = 300 * 2**20  # bytes: what is unpacked once, and some room
+OS_FAULT = 71  # bkpool.core.errors.HostFault
+NOT_PERMITTED = 77
+
+
+def _wrong_python():
+    here = "%d.%d" % sys.version_info[:2]
+    kind = platform.python_implementation()
+    free_threaded = "t" in getattr(sys, "abiflags", "")
+    if here in SUPPORTS["pythons"] and kind == "CPython" and not free_threaded:
+        return None
+    wanted = ", ".join(SUPPORTS["pythons"])
+    return "bkpool needs Python 3.11 or newer: this file holds it for CPython %s, and this is %s %s%s (%s)." % (
+        wanted,
+        kind,
+        platform.python_version(),
+        " (free-threaded)" if free_threaded else "",
+        sys.executable,
+    )
+
+
+def _wrong_machine():
+    here = "%s %s, %d bits" % (platform.system(), platform.machine(), 64 if sys.maxsize > 2**32 else 32)
+    wanted = "Linux %s, 64 bits" % SUPPORTS["machine"]
+    if here != wanted:
+        return "this bkpool.pyz is for %s, and this is %s: build one here with scripts/build-zipapp." % (wanted, here)
+    try:
+        libc, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+    except (ValueError, OSError, AttributeError):
+        libc, version = "another libc", "0"
+    if libc != "glibc" or _numbers(version) < _numbers(SUPPORTS["glibc"]):
+        shown = libc if version == "0" else "%s %s" % (libc, version)
+        return "this bkpool.pyz needs glibc %s or newer, and this machine has %s." % (SUPPORTS["glibc"], shown)
+    return None
+
+
+def _unusable_cache(cache):
+    fix = "set BKPOOL_CACHE to a directory that you may write and run programs from"
+    try:
+        if not os.path.isdir(cache):
+            os.makedirs(cache, 0o700)
+        about = os.statvfs(cache)
+    except OSError as error:
+        return "bkpool unpacks itself once to %s, which cannot be made (%s): %s." % (cache, error.strerror, fix)
+    if not os.access(cache, os.W_OK | os.X_OK):
+        return "bkpool unpacks itself once to %s, which cannot be written: %s." % (cache, fix)
+    if about.f_flag & os.ST_NOEXEC:
+        return "bkpool unpacks itself once to %s, which is mounted noexec: %s." % (cache, fix)
+    if not os.listdir(cache) and about.f_bavail * about.f_frsize < NEEDS:
+        return "bkpool unpacks itself once to %s, where less than %d MB are free: %s." % (cache, NEEDS >> 20, fix)
+    return None
+
+
+def _numbers(version):
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _cache():
+    given = os.environ.get("BKPOOL_CACHE")
+    if given:
+        return os.path.join(os.path.abspath(given), "pyz")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "bkpool", "pyz")
+
+
+def _check():
+    fault = _wrong_python() or _wrong_machine()
+    if fault:
+        sys.stderr.write("error: %s\n" % fault)
+        sys.exit(OS_FAULT)
+    fault = _unusable_cache(_cache())
+    if fault:
+        sys.stderr.write("error: %s\n" % fault)
+        sys.exit(NOT_PERMITTED)
+    os.environ["PEX_ROOT"] = _cache()
+    os.environ["BKPOOL_ZIPAPP_SUPPORTS"] = "CPython %s on Linux %s with glibc %s or newer" % (
+        ", ".join(SUPPORTS["pythons"]),
+        SUPPORTS["machine"],
+        SUPPORTS["glibc"],
+    )
+
+
+_check()

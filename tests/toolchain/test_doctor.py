@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from bkpool.toolchain import Toolchain
+from bkpool.toolchain.doctor import Host, checks
+
+ALL_CAPS = "000001ffffffffff"
+FILES = {
+    "proc/self/status": f"Name:\tx\nCapEff:\t{ALL_CAPS}\n",
+    "proc/self/ns/user": "",
+    "proc/self/mountinfo": "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n",
+    "proc/filesystems": "nodev\tproc\nnodev\toverlay\n\text4\n",
+    "proc/sys/user/max_user_namespaces": "28633\n",
+    "proc/sys/kernel/unprivileged_userns_clone": "1\n",
+    "proc/sys/kernel/apparmor_restrict_unprivileged_userns": "0\n",
+    "proc/sys/kernel/seccomp/actions_avail": "kill_process allow\n",
+    "sys/fs/cgroup/cgroup.controllers": "cpu memory pids\n",
+    "etc/subuid": "root:1:2\njoe:100000:65536\n",
+    "etc/subgid": "1000:100000:65536\n",
+    "bin/newuidmap": "",
+    "bin/newgidmap": "",
+}
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine on which everything is well, as a tree of files; a test spoils one thing."""
+    root = tmp_path / "machine"
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    for name in ("newuidmap", "newgidmap"):
+        (root / "bin" / name).chmod(0o4755)
+    return root
+
+
+@pytest.fixture
+def examine(machine, tmp_path, releases, no_go):
+    home = tmp_path / "home"
+    chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
+
+    def _examine(uid: int = 0, ports=None, ours=frozenset(), home: Path = home, **changes):
+        host = Host(machine, uid, "joe", "x86_64", str(machine / "bin"))
+        found = checks(home, chain, ports or {}, ours=ours, host=dataclasses.replace(host, **changes))
+        return {check.name: check for check in found}
+
+    return _examine
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_on_a_good_machine_nothing_fails_and_only_the_tools_have_something_to_say(examine, uid):
+    found = examine(uid)
+    tools = {"buildkitd", "buildx", "runc"} | ({"rootlesskit"} if uid else set())
+    assert {name for name, check in found.items() if check.ok is not True} == tools
+    assert all("`bkpool up` downloads" in found[tool].detail for tool in tools)
+    assert all("go.dev/dl" in found[tool].fix for tool in tools)
+
+
+def test_a_tool_that_is_there_is_told_with_its_version_and_origin(tmp_path, put):
+    chain = Toolchain(tmp_path, search_path=str(put("runc", "runc version 1.4.0\nlibseccomp: 2.5.4")))
+    found = {check.name: check for check in checks(tmp_path, chain, {})}
+    assert found["runc"].ok
+    assert found["runc"].detail == f"1.4.0 (PATH: {tmp_path}/path/runc)"
+
+
+def test_a_tool_on_path_that_is_too_old_is_told_with_the_reason(tmp_path, put):
+    chain = Toolchain(tmp_path, search_path=str(put("runc", "runc version 1.1.5\nlibseccomp: 2.5.4")))
+    found = {check.name: check for check in checks(tmp_path, chain, {})}
+    assert "1.1.5: a build can break out" in found["runc"].detail
+
+
+@pytest.mark.parametrize(
+    ("uid", "path", "text", "name", "ok", "fix"),
+    [
+        (0, "proc/self/status", "CapEff:\t00000000a80425fb\n", "privileges", False, "--privileged"),
+        (0, "proc/self/status", None, "privileges", False, "--privileged"),
+        (0, "sys/fs/cgroup/cgroup.controllers", None, "cgroups", False, "remount,rw"),
+        (0, "proc/filesystems", "\text4\n", "overlayfs", None, "modprobe overlay"),
+        (
+            0,
+            "proc/self/mountinfo",
+            "22 1 0:9 / / rw shared:1 - overlay overlay rw\n",
+            "overlayfs",
+            None,
+            "BKPOOL_HOME",
+        ),
+        (0, "proc/sys/kernel/seccomp/actions_avail", None, "seccomp", None, "kernel"),
+        (1000, "proc/self/ns/user", None, "user namespaces", False, "CONFIG_USER_NS"),
+        (
+            1000,
+            "proc/sys/user/max_user_namespaces",
+            "0\n",
+            "user namespaces",
+            False,
+            "user.max_user_namespaces=28633",
+        ),
+        (1000, "proc/sys/kernel/unprivileged_userns_clone", "0\n", "user namespaces", False, "userns_clone=1"),
+        (1000, "proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1\n", "user namespaces", None, "userns=0"),
+        (1000, "bin/newgidmap", None, "id mapping", False, "uidmap"),
+        (1000, "etc/subuid", "jo:100000:65536\n", "subuid", False, "usermod --add-subuids 100000-165535 joe"),
+        (1000, "etc/subgid", "joe:100000:1000\n", "subgid", False, "usermod --add-subgids 100000-165535 joe"),
+        (1000, "etc/subgid", "joe:nonsense\njoe:1:many\n", "subgid", False, "usermod"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_finding_with_its_fix(examine, machine, uid, path, text, name, ok, fix):
+    before = examine(uid)
+    (machine / path).unlink()
+    if text is not None:
+        (machine / path).write_text(text)
+    found = examine(uid)
+    assert found[name].ok is ok
+    assert fix in found[name].fix
+    assert {n: c for n, c in found.items() if n != name} == {n: c for n, c in before.items() if n != name}
+
+
+def test_id_mappers_that_lost_their_setuid_bit_are_named(examine, machine):
+    (machine / "bin" / "newuidmap").chmod(0o755)
+    check = examine(1000)["id mapping"]
+    assert (check.ok, check.fix) == (False, f"Run as root: chmod u+s {machine}/bin/newuidmap")
+
+
+def test_cgroups_of_version_1_are_told_as_such(examine, machine):
+    (machine / "sys/fs/cgroup/cgroup.controllers").unlink()
+    (machine / "sys/fs/cgroup/memory").mkdir()
+    (machine / "sys/fs/cgroup/pids").mkdir()
+    assert examine()["cgroups"].detail == "version 1, writable"
+
+
+def test_only_platforms_that_really_run_are_listed(examine, machine):
+    assert "linux/amd64 (native)" in examine()["platforms"].detail
+    registered = machine / "proc/sys/fs/binfmt_misc"
+    registered.mkdir(parents=True)
+    (registered / "qemu-aarch64").write_text("enabled\ninterpreter /usr/bin/qemu-aarch64-static\nflags: OCF\n")
+    (registered / "qemu-s390x").write_text("disabled\ninterpreter /usr/bin/qemu-s390x-static\nflags: OCF\n")
+    check = examine()["platforms"]
+    assert (check.ok, check.detail) == (True, "linux/amd64 (native), linux/arm64 (emulated)")
+    (registered / "qemu-riscv64").write_text("enabled\ninterpreter /usr/bin/qemu-riscv64\nflags: OC\n")
+    check = examine()["platforms"]
+    assert check.ok is None
+    assert "qemu-riscv64 lacks the flag F" in check.detail
+
+
+def test_a_port_is_free_or_ours_or_taken(examine):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        check = examine(ports={"API": port})[f"port {port}"]
+        assert (check.ok, check.detail) == (False, "API: taken by another program")
+        assert f":{port}" in check.fix
+        assert examine(ports={"API": port}, ours={port})[f"port {port}"].detail == "API: served by this bkpool"
+    assert examine(ports={"API": port})[f"port {port}"].detail == "API: free"
+
+
+def test_a_home_that_is_open_to_others_or_another_s_is_refused(examine, tmp_path):
+    assert examine()["home"].detail == f"{tmp_path}/home will be made"
+    home = tmp_path / "home"
+    home.mkdir(mode=0o755)
+    assert (examine(os.geteuid())["home"].ok, examine(os.geteuid())["home"].fix) == (False, f"Run: chmod 700 {home}")
+    home.chmod(0o700)
+    assert examine(os.geteuid())["home"].ok
+    assert "chown -R joe" in examine(os.geteuid() + 1)["home"].fix
+
+
+def test_an_old_python_is_refused(examine):
+    assert examine(python=(3, 10))["python"].ok is False
+
+
+def test_this_machine_can_be_examined(tmp_path, toolchain):
+    assert all(check.detail for check in checks(tmp_path, toolchain, {"API": 8082}))
