@@ -19,7 +19,7 @@ from bkpool.allocation.leases import Leases, find_pool, lifetime
 from bkpool.allocation.line import Line, Waiter
 from bkpool.core import tokens
 from bkpool.core.durations import render
-from bkpool.core.errors import Conflict, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.objects import Allocation, Phase, Pool, Worker, new_worker
 from bkpool.core.placement import owner_of, place
@@ -107,6 +107,11 @@ class Claims:
         """Stops listening and finishes undoing what callers left behind."""
         self._unsubscribe()
         await asyncio.gather(*self._undoing, return_exceptions=True)
+
+    def turn_away(self, error: BkpoolError) -> None:
+        """Sends everybody in line away: this appliance is ending."""
+        for line in self._lines.values():
+            line.dismiss(error)
 
     def waiting(self, pool: Key) -> int:
         """How many requests wait for this pool here."""

@@ -67,8 +67,9 @@ class Service:
     async def allocate(self, request: web.Request) -> models.AllocateAnswer:
         """Lease a worker; waits until one is ready."""
         caller = await self._caller(request)
+        self._check_ready()
         wanted = (await _read(request, models.AllocateBody)).request()
-        may_use(caller, find_pool(self.mirror, wanted.pool))
+        may_use(caller, wanted.pool)
         grant = await self.claims.allocate(caller, wanted)
         return models.AllocateAnswer.of(grant, self.gateway_endpoint)
 
@@ -101,7 +102,7 @@ class Service:
         caller = await self._caller(request)
         namespace = request.query.get("namespace") or DEFAULT_NAMESPACE
         pool = find_pool(self.mirror, Key(namespace, request.match_info["name"]))
-        may_use(caller, pool)
+        may_use(caller, pool.key)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         members = tuple(models.WorkerView.of(worker) for worker in workers)
         return models.PoolAnswer.of(pool, members=members, **self._live(pool.key))
@@ -112,10 +113,13 @@ class Service:
 
     async def ready(self, _request: web.Request) -> models.StatusAnswer:
         """Whether it can serve."""
+        self._check_ready()
+        return models.StatusAnswer(status="ready")
+
+    def _check_ready(self) -> None:
         trouble = self.trouble()
         if trouble is not None:
             raise Unavailable(trouble, hint="Try again in a moment.", retry_after=2)
-        return models.StatusAnswer(status="ready")
 
     async def _caller(self, request: web.Request) -> Identity:
         return await authenticate(self.authenticators, request.headers.getall("Authorization", []))
@@ -169,7 +173,7 @@ async def _read(request: web.Request, model: type[B]) -> B:
 
 def _allowed(caller: Identity, pool: Pool) -> bool:
     try:
-        may_use(caller, pool)
+        may_use(caller, pool.key)
     except Forbidden:
         return False
     return True

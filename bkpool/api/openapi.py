@@ -33,15 +33,10 @@ class Route:
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
     """The OpenAPI 3.1 description of these routes."""
-    bodies = [route.body for route in routes if route.body]
-    answers = [route.answer for route in routes]
-    _, definitions = models_json_schema(
-        [
-            *((body, "validation") for body in bodies),
-            *((answer, "serialization") for answer in [*answers, ErrorAnswer]),
-        ],
-        ref_template="#/components/schemas/{model}",
-    )
+    models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [(ErrorAnswer, "serialization")]
+    models += [(route.body, "validation") for route in routes if route.body]
+    models += [(route.answer, "serialization") for route in routes]
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)

@@ -6,7 +6,7 @@ Nothing here knows what a lease is.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol
 
@@ -70,5 +70,8 @@ class Store(Protocol):
         Raises NotFound, or Conflict if uid or resource_version are given and are not the object's.
         """
 
-    def watch(self, kind: type[R], since: str) -> AsyncIterator[Event[R]]:
-        """Every change after `since`, in order, without end. Raises Gone when that is too long ago: list again."""
+    def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+        """Every change after `since`, in order, without end; close it (contextlib.aclosing) when done.
+
+        Raises Gone when `since`, or where a slow reader has got to, is too long ago: list again.
+        """

@@ -1,0 +1,122 @@
+"""Private files: written whole or not at all, and read only while nobody else can read them.
+
+Keys, tokens and the home itself go through here. Nothing here ever repairs a permission: a secret that others could
+read has perhaps been read, and its owner must know.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bkpool.core.errors import EXIT, HostFault
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def private_directory(path: Path) -> None:
+    """Makes a directory of mode 0700, or checks that the one there is ours alone.
+
+    Raises:
+        HostFault: `Permission` (another user's, or open to others), `DiskFull`, or it cannot be made.
+    """
+    with as_host_fault(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            _check(path, path.stat(), "Permission")
+            if not path.is_dir():
+                raise
+        else:
+            sync_directory(path.parent)
+
+
+def read_private(path: Path, *, hint: str = "") -> bytes:
+    """The content of a file that only its owner, us, can read.
+
+    Args:
+        path: The file.
+        hint: What to do where it is missing or damaged.
+
+    Raises:
+        HostFault: `Unreadable`: missing, not readable, another user's, or open to others.
+    """
+    try:
+        with path.open("rb") as file:
+            _check(path, os.fstat(file.fileno()), "Unreadable")
+            return file.read()
+    except OSError as error:
+        raise unreadable(path, error.strerror or type(error).__name__, hint=hint) from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Puts a file of mode 0600 in place of whatever was there: after a crash it is the old one or the new one.
+
+    Raises:
+        HostFault: `DiskFull`, `Permission`, or what the system says.
+    """
+    draft = path.with_name(path.name + ".new")
+    with as_host_fault(path):
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes what was created, renamed or removed in a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(path: Path, why: str, *, hint: str = "") -> HostFault:
+    """The error for something kept that cannot be used, and is never made anew for that."""
+    return HostFault(
+        f"{path}: {why}",
+        hint=hint or "Restore it from a backup; bkpool never replaces it by itself.",
+        code="Unreadable",
+        exit_code=EXIT["Unreadable"],
+    )
+
+
+def _check(path: Path, status: os.stat_result, code: str) -> None:
+    if status.st_uid != os.geteuid():
+        why, fix = f"belongs to user {status.st_uid}", f"Run bkpool as that user, or: chown {os.geteuid()} {path}"
+    elif status.st_mode & _OTHERS:
+        mode = "700" if stat.S_ISDIR(status.st_mode) else "600"
+        why, fix = f"is open to other users (mode {stat.S_IMODE(status.st_mode):04o})", f"chmod {mode} {path}"
+    else:
+        return
+    raise HostFault(f"{path} {why}", hint=fix, code=code, exit_code=EXIT[code])
+
+
+@contextmanager
+def as_host_fault(path: Path) -> Iterator[None]:
+    """Turns what the system says about a path (OSError) into a HostFault with a fix."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename or path}: {error.strerror or error}"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise HostFault(
+                where, hint="Free some disk space.", code="DiskFull", exit_code=EXIT["DiskFull"]
+            ) from None
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            raise HostFault(
+                where,
+                hint="Give your user write access there, or set BKPOOL_HOME to a directory of yours.",
+                code="Permission",
+                exit_code=EXIT["Permission"],
+            ) from None
+        raise HostFault(where, hint="Check that path.") from None

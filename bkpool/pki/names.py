@@ -1,0 +1,76 @@
+"""The names a gateway answers to, for its certificate.
+
+A pure function of what is known at start; nothing here asks a resolver.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import Key
+
+IP = IPv4Address | IPv6Address
+
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_DNS_NAME = re.compile(rf"(?=.{{1,253}}\Z)({_LABEL}\.)*(?!\d+\Z){_LABEL}")  # RFC 1123 2.1: the last is never a number
+_FIELD = "--gateway-host"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What goes into a server certificate."""
+
+    dns: tuple[str, ...]
+    ips: tuple[IP, ...]
+
+
+def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()) -> Names:
+    """Loopback, this machine, the Services of the pools, and what the user adds.
+
+    Args:
+        hostname: This machine's; left out where it is no DNS name, since no client could verify it.
+        pools: Every pool the gateway serves; its Service has its name.
+        extra: DNS names and IP addresses that clients use (`--gateway-host`).
+
+    Raises:
+        InvalidInput: One of `extra` is neither; `field` is "--gateway-host".
+    """
+    dns, ips = ["localhost"], [ip_address("127.0.0.1"), ip_address("::1")]
+    if _DNS_NAME.fullmatch(hostname.lower()):
+        dns.append(hostname.lower())
+    for namespace, name in pools:
+        service = f"{name}.{namespace}"
+        dns += [name, service, f"{service}.svc", f"{service}.svc.cluster.local"]
+    for text in extra:
+        match parse_host(text):
+            case str(host):
+                dns.append(host)
+            case address:
+                ips.append(address)
+    return Names(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(ips)))
+
+
+def parse_host(text: str) -> str | IP:
+    """Reads what a user gives as a host: a DNS name (lower-cased) or an IP address.
+
+    Raises:
+        InvalidInput: It is neither, or carries a port, a scheme, brackets or a zone.
+    """
+    host = text.strip().lower()
+    if _DNS_NAME.fullmatch(host):
+        return host
+    try:
+        address = ip_address(host)
+    except ValueError:
+        address = None
+    if address is None or "%" in host:
+        raise InvalidInput(
+            f"{_FIELD}: {text[:80]!r} is neither a DNS name nor an IP address",
+            hint="Give it without port, scheme or brackets, such as build.example.com, 192.0.2.7 or 2001:db8::7.",
+            field=_FIELD,
+        )
+    return address

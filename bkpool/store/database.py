@@ -1,0 +1,130 @@
+"""The SQLite file: made whole or not at all, opened only if it is ours and intact.
+
+Nothing here knows what is in the tables' rows, and nothing ever replaces a file that cannot be read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from bkpool.core.errors import EXIT, BkpoolError, HostFault, Unavailable
+from bkpool.pki.files import sync_directory, unreadable
+
+SCHEMA_VERSION = 1
+_APPLICATION_ID = 0x626B706C  # "bkpl": tells our file from any other SQLite file (PRAGMA application_id)
+_BUSY_SECONDS = 5.0  # a person with the sqlite3 shell may hold the file for a moment
+
+# `events` is the log that watches read; its last version is the store's resourceVersion. `compacted` says up to where
+# the log of a kind has been forgotten. `terms` is the index of labels and owners.
+_SCHEMA = f"""
+CREATE TABLE objects (
+    uid TEXT PRIMARY KEY,
+    kind TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    name TEXT NOT NULL,
+    data TEXT NOT NULL,
+    UNIQUE (kind, namespace, name)
+);
+CREATE TABLE terms (term TEXT NOT NULL, uid TEXT NOT NULL, PRIMARY KEY (term, uid)) WITHOUT ROWID;
+CREATE INDEX terms_of_object ON terms (uid);
+CREATE TABLE events (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, type TEXT NOT NULL, data TEXT NOT NULL);
+CREATE INDEX events_of_kind ON events (kind, version);
+CREATE TABLE compacted (kind TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def prepare(path: Path) -> None:
+    """Makes the database if there is none, and checks the one there is.
+
+    Raises:
+        HostFault: `Unreadable` (no database, damaged, another program's, a newer bkpool's), `DiskFull`, `Permission`.
+    """
+    try:
+        if not path.exists():
+            _create(path)
+        db = connect(path)
+        try:
+            _check(path, db)
+        finally:
+            db.close()
+    except sqlite3.Error as error:
+        raise fault(error, path) from None
+    except OSError as error:
+        raise HostFault(f"{path}: {error.strerror}", hint="Check the directory it is in.") from None
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """A connection for one thread, with no transactions but the explicit ones."""
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA query_only = {int(read_only)}")
+    return db
+
+
+def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
+    """What to tell a user about an error of SQLite's (https://www.sqlite.org/rescode.html)."""
+    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:
+        case sqlite3.SQLITE_FULL:
+            return HostFault(
+                f"{path}: the disk is full",
+                hint="Free some disk space; nothing is lost, and writing goes on by itself.",
+                code="DiskFull",
+                exit_code=EXIT["DiskFull"],
+            )
+        case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
+            return unreadable(path, f"is not a database or is damaged ({error})", hint=_RESTORE.format(path=path))
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return Unavailable(f"{path} is locked by another program", hint="Close whatever has it open.")
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_READONLY:
+            return HostFault(
+                f"{path}: {error}",
+                hint="Give your user read and write access to it and its directory.",
+                code="Permission",
+                exit_code=EXIT["Permission"],
+            )
+        case _:
+            return HostFault(f"{path}: {error}", hint="Check the disk it is on.")
+
+
+_RESTORE = "Restore {path} from a backup, or, to start without the leases in it: bkpool down, then move it away."
+
+
+def _create(path: Path) -> None:
+    """Builds the file beside its place, so that a crash never leaves one that is half made."""
+    if path.with_name(f"{path.name}-wal").exists():
+        raise unreadable(path, "is missing, though its log (-wal) is there", hint=_RESTORE.format(path=f"{path}*"))
+    draft = path.with_name(f"{path.name}.new")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    db = sqlite3.connect(draft, isolation_level=None)
+    try:
+        db.executescript(f"PRAGMA synchronous = FULL; BEGIN;{_SCHEMA}COMMIT; PRAGMA journal_mode = WAL;")
+    finally:
+        db.close()
+    draft.rename(path)
+    sync_directory(path.parent)
+
+
+def _check(path: Path, db: sqlite3.Connection) -> None:
+    (application,) = db.execute("PRAGMA application_id").fetchone()
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if application != _APPLICATION_ID:
+        raise unreadable(path, "is not a database of bkpool's", hint=_RESTORE.format(path=path))
+    if version > SCHEMA_VERSION:
+        raise unreadable(
+            path,
+            f"was written by a newer bkpool (schema {version}, this one knows {SCHEMA_VERSION})",
+            hint="Use that version of bkpool.",
+        )
+    (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if verdict != "ok":
+        raise unreadable(path, f"is damaged ({verdict})", hint=_RESTORE.format(path=path))

@@ -1,0 +1,93 @@
+"""One appliance for one home: a lock that dies with its holder, and says who that is.
+
+It is an open-file-description lock (fcntl(2), F_OFD_SETLK): asking who holds it does not take it for a moment, as
+trying flock would, so `status` never makes an `up` fail. Nothing here ends anybody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from bkpool.core.errors import EXIT, HostFault
+from bkpool.pki.files import as_host_fault, private_directory
+
+_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length (0: all), pid
+_ALL = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+_PID_WIDTH = 20  # written in one piece over the last one, so that a reader never finds it half
+
+
+class HomeLock:
+    """Holds `<home>/lock` from `acquire` to `release`; a context manager does both.
+
+    Args:
+        home: The directory; it is made (0700) if it is not there.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock, with our pid inside.
+
+        Raises:
+            HostFault: `AlreadyRunning`, naming the pid; `Permission` where the home is open to others.
+        """
+        private_directory(self._home)
+        with as_host_fault(_file(self._home)):
+            descriptor = os.open(_file(self._home), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _ALL)
+        except BlockingIOError:
+            pid = _pid_in(descriptor)
+            os.close(descriptor)
+            raise HostFault(
+                f"bkpool is running already in {self._home} (pid {pid or 'not known yet'})",
+                hint="Use it, end it with bkpool down, or set BKPOOL_HOME to another directory.",
+                code="AlreadyRunning",
+                exit_code=EXIT["AlreadyRunning"],
+            ) from None
+        os.pwrite(descriptor, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Gives the lock back; once is enough, twice does no harm."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def holder(home: Path) -> int | None:
+    """The pid of the living process that holds this home, or None. Takes nothing and makes nothing."""
+    try:
+        descriptor = os.open(_file(home), os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _ALL))
+        return None if kind == fcntl.F_UNLCK else _pid_in(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file(home: Path) -> Path:
+    return home / "lock"
+
+
+def _pid_in(descriptor: int) -> int | None:
+    text = os.pread(descriptor, _PID_WIDTH, 0).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,167 @@
+"""A copy of all pools and workers in memory, kept up by list and watch, so that nothing else reads the store to look.
+
+It never writes, and it only ever moves forward: what a writer has just written can be taken over at once, and nothing
+older comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from types import MappingProxyType
+from typing import Generic
+
+import structlog
+
+from bkpool.core.errors import Gone, Unavailable
+from bkpool.core.names import Key
+from bkpool.core.objects import Pool, R, Resource, Worker
+from bkpool.store import Event, Listing, Store
+
+log = structlog.get_logger(__name__)
+
+_FIRST_PAUSE = 0.1  # seconds
+_LONGEST_PAUSE = 15.0  # seconds: a store that comes back is seen within half a minute of builds waiting
+
+
+def _version_of(obj: Resource) -> int:
+    return int(obj.metadata.resource_version or 0)
+
+
+class _Copy(Generic[R]):
+    """The objects of one kind. Every method returns the objects that have changed, as they are or last were."""
+
+    def __init__(self) -> None:
+        self.items: dict[Key, R] = {}
+        self._seen = 0
+        """Up to this version everything is known: what is older and not here has been deleted."""
+
+    def listed(self, listing: Listing[R]) -> list[R]:
+        self._seen = int(listing.resource_version)
+        listed = {obj.key: obj for obj in listing.items}
+        ended = [obj for key, obj in self.items.items() if key not in listed and _version_of(obj) <= self._seen]
+        for obj in ended:
+            del self.items[obj.key]
+        return ended + [obj for obj in listed.values() if self._put(obj)]
+
+    def followed(self, event: Event[R]) -> list[R]:
+        self._seen = max(self._seen, _version_of(event.object))
+        if event.type != "DELETED":
+            return [event.object] if self._put(event.object) else []
+        held = self.items.get(event.object.key)
+        if held is None or _version_of(held) > _version_of(event.object):
+            return []
+        return [self.items.pop(event.object.key)]
+
+    def applied(self, obj: R) -> list[R]:
+        return [obj] if _version_of(obj) > self._seen and self._put(obj) else []
+
+    def _put(self, obj: R) -> bool:
+        held = self.items.get(obj.key)
+        if held is not None and _version_of(held) >= _version_of(obj):
+            return False
+        self.items[obj.key] = obj
+        return True
+
+
+class Mirror:
+    """Pools and workers as of a moment ago.
+
+    Args:
+        store: Where they come from.
+        pause: Waits that many seconds before the store is asked again.
+        jitter: A number from 0 to 1: how much of the longest allowed pause is taken, so that replicas spread out.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._pause = pause
+        self._jitter = jitter
+        self._pools: _Copy[Pool] = _Copy()
+        self._workers: _Copy[Worker] = _Copy()
+        self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
+        self._callbacks: dict[object, Callable[[Key], None]] = {}
+        self._listed: set[type[Resource]] = set()
+        self.pools: Mapping[Key, Pool] = MappingProxyType(self._pools.items)
+        self.workers: Mapping[Key, Worker] = MappingProxyType(self._workers.items)
+        self.ready = asyncio.Event()
+        """Set once everything has been listed."""
+
+    async def run(self) -> None:
+        """Keeps the copy up to date until cancelled; an unreachable store is asked again, ever more slowly."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._follow(Pool, self._pools, self._pools_changed))
+            tasks.create_task(self._follow(Worker, self._workers, self._workers_changed))
+
+    def workers_of(self, pool: Key) -> list[Worker]:
+        """The workers of a pool, in no particular order."""
+        return list(self._members[pool].values()) if pool in self._members else []
+
+    def apply(self, obj: Pool | Worker) -> None:
+        """Takes over what has just been written; does nothing if it is older than what is known, or deleted since."""
+        if isinstance(obj, Pool):
+            self._pools_changed(self._pools.applied(obj))
+        else:
+            self._workers_changed(self._workers.applied(obj))
+
+    def subscribe(self, callback: Callable[[Key], None]) -> Callable[[], None]:
+        """Calls back with a pool's key, in the event loop, whenever the pool or one of its workers has changed.
+
+        Returns:
+            What ends the subscription.
+        """
+        token = object()
+        self._callbacks[token] = callback
+
+        def unsubscribe() -> None:
+            self._callbacks.pop(token, None)
+
+        return unsubscribe
+
+    async def _follow(self, kind: type[R], copy: _Copy[R], changed: Callable[[list[R]], None]) -> None:
+        failures = 0
+        while True:
+            try:
+                listing = await self._store.list(kind)
+                failures = 0
+                changed(copy.listed(listing))
+                self._note_listed(kind)
+                async with aclosing(self._store.watch(kind, listing.resource_version)) as events:
+                    async for event in events:
+                        changed(copy.followed(event))
+            except (Gone, Unavailable) as error:
+                seconds = self._jitter() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 10))
+                failures += 1
+                log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
+                await self._pause(seconds)
+
+    def _note_listed(self, kind: type[Resource]) -> None:
+        self._listed.add(kind)
+        if self._listed == {Pool, Worker}:
+            self.ready.set()
+
+    def _pools_changed(self, pools: list[Pool]) -> None:
+        for pool in pools:
+            self._tell(pool.key)
+
+    def _workers_changed(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            members = self._members[worker.pool]
+            if worker.key in self.workers:
+                members[worker.key] = worker
+            else:
+                members.pop(worker.key, None)
+            self._tell(worker.pool)
+
+    def _tell(self, pool: Key) -> None:
+        for callback in tuple(self._callbacks.values()):
+            callback(pool)

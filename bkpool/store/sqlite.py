@@ -1,0 +1,122 @@
+"""The Store in one SQLite file, for a machine without a cluster.
+
+One thread writes, one reads; the event loop never touches the file. A watch reads the event log itself, so replay and
+live changes are one path: no gap, no queue that a slow reader could fill, and no polling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from bkpool.core.errors import Gone
+from bkpool.core.names import Key
+from bkpool.core.objects import R
+from bkpool.store import Event, Listing, Store, database
+from bkpool.store.tables import Tables
+from bkpool.store.thread import SqlThread
+
+HISTORY = 10_000
+"""Events that the log keeps: some 20 MB, and at fifty changes a second more than three minutes of absence."""
+
+
+def _utc() -> datetime:
+    return datetime.now(UTC)
+
+
+class SqliteStore(Store):
+    """A Store for one event loop; open it with `open`, once (see lock.HomeLock)."""
+
+    def __init__(self, path: Path, *, now: Callable[[], datetime], history: int) -> None:
+        self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+
+        def start(begin: str, *, read_only: bool) -> SqlThread:
+            db = database.connect(path, read_only=read_only)
+            return SqlThread(path, db, Tables(db, now=now, history=history), begin, self._wake)
+
+        self._writer = start("BEGIN IMMEDIATE", read_only=False)
+        self._reader = start("BEGIN", read_only=True)
+
+    @classmethod
+    async def open(cls, path: Path, *, now: Callable[[], datetime] = _utc, history: int = HISTORY) -> Self:
+        """Opens the store, making it if there is no file.
+
+        Args:
+            path: The database file; its directory exists.
+            now: The clock for creation and deletion timestamps.
+            history: How many events are kept for watches.
+
+        Raises:
+            HostFault: `Unreadable` (damaged, not ours, a newer bkpool's), `DiskFull` or `Permission`.
+        """
+        await asyncio.to_thread(database.prepare, path)
+        return cls(path, now=now, history=history)
+
+    async def close(self) -> None:
+        """Finishes what was asked and lets go of the file. Whoever still watches gets Unavailable."""
+        await self._reader.close()
+        await self._writer.close()
+        self._wake(self._watches.keys())
+
+    async def get(self, kind: type[R], namespace: str, name: str) -> R:
+        """See Store."""
+        return await self._reader.run(lambda tables: tables.get(kind, Key(namespace, name)))
+
+    async def list(
+        self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> Listing[R]:
+        """See Store."""
+        return await self._reader.run(lambda tables: tables.list(kind, namespace, labels or {}))
+
+    async def create(self, obj: R) -> R:
+        """See Store."""
+        return await self._writer.run(lambda tables: tables.create(obj))
+
+    async def replace(self, obj: R) -> R:
+        """See Store."""
+        return await self._writer.run(lambda tables: tables.replace(obj))
+
+    async def replace_status(self, obj: R) -> R:
+        """See Store."""
+        return await self._writer.run(lambda tables: tables.replace_status(obj))
+
+    async def delete(
+        self,
+        kind: type[R],
+        namespace: str,
+        name: str,
+        *,
+        uid: str | None = None,
+        resource_version: str | None = None,
+    ) -> None:
+        """See Store."""
+        await self._writer.run(lambda tables: tables.delete(kind, Key(namespace, name), uid, resource_version))
+
+    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+        """See Store."""
+        if not since.isdecimal():
+            raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
+        version = int(since)
+        changed = asyncio.Event()
+        self._watches[kind.KIND].add(changed)
+        try:
+            while True:
+                changed.clear()
+                page = await self._reader.run(partial(Tables.events_after, kind=kind, version=version))
+                for event in page.events:
+                    yield event
+                version = page.reached
+                if page.complete:
+                    await changed.wait()
+        finally:
+            self._watches[kind.KIND].discard(changed)
+
+    def _wake(self, kinds: Collection[str]) -> None:
+        for kind in kinds:
+            for changed in self._watches[kind]:
+                changed.set()

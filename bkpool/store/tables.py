@@ -1,0 +1,275 @@
+"""The rules of the Kubernetes API over SQLite tables: versions, generations, finalizers, owners, the event log.
+
+Each method is one command and runs inside a transaction that its caller opens. Nothing here knows threads, asyncio or
+when a commit happens.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import structlog
+from pydantic import ValidationError
+
+from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, InvalidInput, NotFound
+from bkpool.core.names import Key
+from bkpool.core.objects import R, Resource, explain
+from bkpool.store import Event, Listing
+
+log = structlog.get_logger(__name__)
+
+_READ_AT_ONCE = 256  # events in one reading of the log: bounds what a slow watch holds in memory
+_OURS = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
+
+Doc = dict[str, Any]
+
+
+class Page(NamedTuple):
+    """A stretch of the event log."""
+
+    events: list[Event[Any]]
+    reached: int
+    """The version up to which the log has been read."""
+    complete: bool
+    """Whether that was the end of the log."""
+
+
+class Tables:
+    """The tables behind one connection.
+
+    Args:
+        db: A connection in autocommit mode.
+        now: The clock for creation and deletion timestamps.
+        history: How many events the log keeps.
+    """
+
+    def __init__(self, db: sqlite3.Connection, *, now: Callable[[], datetime], history: int) -> None:
+        self._db = db
+        self._now = now
+        self._history = history
+        self._reported: set[str] = set()
+        self.touched: set[str] = set()
+        """The kinds that have been written to; whoever commits empties it."""
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def get(self, kind: type[R], key: Key) -> R:
+        """See Store.get."""
+        return _parse(kind, self._find(kind, key))
+
+    def list(self, kind: type[R], namespace: str | None, labels: Mapping[str, str]) -> Listing[R]:
+        """See Store.list. Objects that this version cannot read are left out, with a log line."""
+        terms = _label_terms(labels)
+        conditions = ["kind = ?"] + ["namespace = ?"] * (namespace is not None)
+        conditions += ["uid IN (SELECT uid FROM terms WHERE term = ?)"] * len(terms)
+        rows = self._db.execute(
+            f"SELECT data FROM objects WHERE {' AND '.join(conditions)} ORDER BY namespace, name",  # noqa: S608 - fixed parts only
+            [kind.KIND, *([] if namespace is None else [namespace]), *terms],
+        )
+        return Listing(tuple(self._readable(kind, (data for (data,) in rows))), str(self._version()))
+
+    def events_after(self, kind: type[R], version: int) -> Page:
+        """The next events of a kind. Raises Gone if some of them have been forgotten, or none can be known."""
+        newest = self._version()
+        forgotten = self._db.execute("SELECT version FROM compacted WHERE kind = ?", [kind.KIND]).fetchone()
+        if version > newest or (forgotten and version < forgotten[0]):
+            raise Gone(
+                f"The changes of {kind.KIND} since version {version} are not known any more", hint="List again."
+            )
+        rows = self._db.execute(
+            "SELECT version, type, data FROM events WHERE kind = ? AND version > ? ORDER BY version LIMIT ?",
+            [kind.KIND, version, _READ_AT_ONCE],
+        ).fetchall()
+        complete = len(rows) < _READ_AT_ONCE
+        events = [Event(type_, obj) for _, type_, data in rows for obj in self._readable(kind, [data])]
+        return Page(events, newest if complete else rows[-1][0], complete)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def create(self, obj: R) -> R:
+        """See Store.create."""
+        if self._db.execute(_BY_KEY, [obj.KIND, *obj.key]).fetchone():
+            raise Conflict(f"{obj.KIND} {obj.key} exists already")
+        doc = obj.to_json()
+        metadata = doc["metadata"]
+        metadata.pop("deletionTimestamp", None)
+        metadata.update(uid=str(uuid4()), generation=1, creationTimestamp=self._timestamp())
+        self._put("ADDED", doc)
+        self._index(doc)
+        if self._orphaned(doc):
+            self._end(doc)
+        return _parse(type(obj), doc)
+
+    def replace(self, obj: R) -> R:
+        """See Store.replace."""
+        current = self._unchanged(obj)
+        doc = obj.to_json() | {"status": current["status"]}
+        metadata, kept = doc["metadata"], current["metadata"]
+        for field in _OURS:
+            metadata.pop(field, None)
+        metadata.update({field: kept[field] for field in _OURS if field in kept})
+        if doc == current:
+            return _parse(type(obj), doc)
+        if doc["spec"] != current["spec"]:
+            metadata["generation"] += 1
+        if "deletionTimestamp" in metadata:
+            _refuse_new_finalizers(obj, kept)
+        if "deletionTimestamp" in metadata and not metadata["finalizers"]:
+            self._remove(doc)
+        else:
+            self._put("MODIFIED", doc)
+            self._index(doc)
+        return _parse(type(obj), doc)
+
+    def replace_status(self, obj: R) -> R:
+        """See Store.replace_status."""
+        current = self._unchanged(obj)
+        doc = current | {"status": obj.to_json()["status"]}
+        if doc != current:
+            self._put("MODIFIED", doc)
+        return _parse(type(obj), doc)
+
+    def delete(self, kind: type[Resource], key: Key, uid: str | None, version: str | None) -> None:
+        """See Store.delete."""
+        doc = self._find(kind, key)
+        metadata = doc["metadata"]
+        if uid not in {None, metadata["uid"]} or version not in {None, metadata["resourceVersion"]}:
+            raise _changed(kind, key)
+        self._end(doc)
+
+    def compact(self) -> None:
+        """Forgets the events beyond the history that is kept."""
+        limit = self._version() - self._history
+        if not self._db.execute("SELECT 1 FROM events WHERE version <= ? LIMIT 1", [limit]).fetchone():
+            return
+        self._db.execute(
+            "INSERT OR REPLACE INTO compacted SELECT kind, MAX(version) FROM events WHERE version <= ? GROUP BY kind",
+            [limit],
+        )
+        self._db.execute("DELETE FROM events WHERE version <= ?", [limit])
+
+    # --- the rules --------------------------------------------------------------------------------------------------
+
+    def _end(self, doc: Doc) -> None:
+        """Deletes an object, or marks it while it has finalizers; the mark moves the generation, as in Kubernetes."""
+        metadata = doc["metadata"]
+        if not metadata["finalizers"]:
+            self._remove(doc)
+        elif "deletionTimestamp" not in metadata:
+            metadata["deletionTimestamp"] = self._timestamp()
+            metadata["generation"] += 1
+            self._put("MODIFIED", doc)
+
+    def _remove(self, doc: Doc) -> None:
+        """Takes an object away, then what only it owned ("background" deletion in the words of Kubernetes)."""
+        uid = doc["metadata"]["uid"]
+        self._db.execute("DELETE FROM objects WHERE uid = ?", [uid])
+        self._db.execute("DELETE FROM terms WHERE uid = ?", [uid])
+        self._record("DELETED", doc)
+        owned = self._db.execute("SELECT uid FROM terms WHERE term = ?", [f"owner:{uid}"]).fetchall()
+        for (dependent,) in owned:
+            row = self._db.execute("SELECT data FROM objects WHERE uid = ?", [dependent]).fetchone()
+            if row and self._orphaned(other := json.loads(row[0])):
+                self._end(other)
+
+    def _orphaned(self, doc: Doc) -> bool:
+        owners = [owner["uid"] for owner in doc["metadata"]["ownerReferences"]]
+        alive = (self._db.execute("SELECT 1 FROM objects WHERE uid = ?", [uid]).fetchone() for uid in owners)
+        return bool(owners) and not any(alive)
+
+    # --- rows -------------------------------------------------------------------------------------------------------
+
+    def _find(self, kind: type[Resource], key: Key) -> Doc:
+        row = self._db.execute(_BY_KEY, [kind.KIND, *key]).fetchone()
+        if row is None:
+            raise NotFound(f"There is no {kind.KIND} {key}")
+        doc: Doc = json.loads(row[0])
+        return doc
+
+    def _unchanged(self, obj: Resource) -> Doc:
+        current = self._find(type(obj), obj.key)
+        if obj.metadata.resource_version != current["metadata"]["resourceVersion"]:
+            raise _changed(type(obj), obj.key)
+        return current
+
+    def _put(self, event: str, doc: Doc) -> None:
+        self._record(event, doc)
+        metadata = doc["metadata"]
+        self._db.execute(
+            "INSERT INTO objects (uid, kind, namespace, name, data) VALUES (?, ?, ?, ?, ?)"
+            " ON CONFLICT (uid) DO UPDATE SET data = excluded.data",
+            [metadata["uid"], doc["kind"], metadata["namespace"], metadata["name"], json.dumps(doc)],
+        )
+
+    def _record(self, event: str, doc: Doc) -> None:
+        """Gives the object the next version, in the log and in itself."""
+        version = self._version() + 1
+        doc["metadata"]["resourceVersion"] = str(version)
+        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, json.dumps(doc)])
+        self.touched.add(doc["kind"])
+
+    def _index(self, doc: Doc) -> None:
+        metadata = doc["metadata"]
+        uid = metadata["uid"]
+        owners = {f"owner:{owner['uid']}" for owner in metadata["ownerReferences"]}
+        self._db.execute("DELETE FROM terms WHERE uid = ?", [uid])
+        self._db.executemany(
+            "INSERT INTO terms (term, uid) VALUES (?, ?)",
+            [(term, uid) for term in owners.union(_label_terms(metadata["labels"]))],
+        )
+
+    def _version(self) -> int:
+        version: int = self._db.execute("SELECT COALESCE(MAX(version), 0) FROM events").fetchone()[0]
+        return version
+
+    def _timestamp(self) -> str:
+        """Whole seconds, as Kubernetes writes them: nobody may come to depend on more."""
+        return self._now().replace(microsecond=0).isoformat().replace("+00:00", "Z")
+
+    def _readable(self, kind: type[R], rows: Iterable[str]) -> Iterator[R]:
+        for data in rows:
+            doc = json.loads(data)
+            try:
+                yield _parse(kind, doc)
+            except HostFault as error:
+                uid = doc["metadata"]["uid"]
+                if uid not in self._reported:
+                    self._reported.add(uid)
+                    log.warning("store.object_skipped", kind=kind.KIND, reason=error.message)
+
+
+_BY_KEY = "SELECT data FROM objects WHERE kind = ? AND namespace = ? AND name = ?"
+
+
+def _parse(kind: type[R], doc: Doc) -> R:
+    try:
+        return kind.model_validate(doc)
+    except ValidationError as error:
+        metadata = doc["metadata"]
+        raise HostFault(
+            f"{kind.KIND} {metadata['namespace']}/{metadata['name']} cannot be read: {explain(error).message}",
+            hint="A newer bkpool has written it: use that version, or delete the object.",
+            code="Unreadable",
+            exit_code=EXIT["Unreadable"],
+        ) from None
+
+
+def _changed(kind: type[Resource], key: Key) -> Conflict:
+    return Conflict(f"{kind.KIND} {key} has changed since it was read", hint="Read it again and repeat the change.")
+
+
+def _refuse_new_finalizers(obj: Resource, kept: Doc) -> None:
+    if not set(obj.metadata.finalizers) <= set(kept["finalizers"]):
+        raise InvalidInput(
+            f"metadata.finalizers: {obj.KIND} {obj.key} is being deleted and takes no new finalizers",
+            field="metadata.finalizers",
+        )
+
+
+def _label_terms(labels: Mapping[str, str]) -> list[str]:
+    return [f"label:{key}={value}" for key, value in labels.items()]

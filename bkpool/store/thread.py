@@ -1,0 +1,140 @@
+"""A thread that owns one SQLite connection and runs whatever has queued up as one transaction: group commit.
+
+Twenty claims at once cost one fsync. An answer is given only after the commit it depends on; a command that fails
+undoes itself alone (a savepoint), a disk that fails undoes them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import structlog
+
+from bkpool.core.errors import Unavailable
+from bkpool.store import database
+from bkpool.store.tables import Tables
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+Command = Callable[[Tables], T]
+
+
+class _Job(NamedTuple):
+    command: Command[Any]
+    future: asyncio.Future[Any]
+
+
+class _Outcome(NamedTuple):
+    future: asyncio.Future[Any]
+    value: Any = None
+    error: Exception | None = None
+
+
+class SqlThread:
+    """Runs commands for the event loop that made it.
+
+    Args:
+        path: The database.
+        tables: What the commands are given.
+        db: The connection behind `tables`; closed with the thread.
+        begin: How a transaction opens: "BEGIN" to read, "BEGIN IMMEDIATE" to write.
+        on_commit: Called in the loop after each commit, before its commands are answered, with the kinds written to.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite3.Connection,
+        tables: Tables,
+        begin: str,
+        on_commit: Callable[[Collection[str]], None],
+    ) -> None:
+        self._path = path
+        self._db = db
+        self._tables = tables
+        self._begin = begin
+        self._on_commit = on_commit
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name=f"store {begin.lower()}", daemon=True)
+        self._thread.start()
+
+    async def run(self, command: Command[T]) -> T:
+        """Runs a command and returns when it is durable.
+
+        Raises:
+            Unavailable: The thread has been closed.
+            BkpoolError: Whatever the command raises, or what is wrong with the file or the disk.
+        """
+        if self._closed:
+            raise Unavailable("The store is closed", hint="The appliance is shutting down: try again when it is up.")
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._queue.put(_Job(command, future))
+        return await future
+
+    async def close(self) -> None:
+        """Finishes what is queued, then ends the thread and closes the connection."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _main(self) -> None:
+        closing = False
+        while not closing:
+            queued = [self._queue.get()]
+            with suppress(queue.Empty):
+                while True:
+                    queued.append(self._queue.get_nowait())
+            closing = None in queued
+            outcomes = self._transaction([job for job in queued if job is not None])
+            touched, self._tables.touched = self._tables.touched, set()
+            with suppress(RuntimeError):  # the loop is gone, and with it whoever asked
+                self._loop.call_soon_threadsafe(self._answer, outcomes, touched)
+        self._db.close()
+
+    def _transaction(self, jobs: list[_Job]) -> list[_Outcome]:
+        try:
+            self._db.execute(self._begin)
+            outcomes = [self._attempt(job) for job in jobs]
+            if self._tables.touched:
+                self._tables.compact()
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            log.warning("store.transaction_failed", path=str(self._path), error=str(error), commands=len(jobs))
+            self._tables.touched.clear()
+            self._db.rollback()
+            return [_Outcome(job.future, error=database.fault(error, self._path)) for job in jobs]
+        return outcomes
+
+    def _attempt(self, job: _Job) -> _Outcome:
+        self._db.execute("SAVEPOINT command")
+        try:
+            outcome = _Outcome(job.future, job.command(self._tables))
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
+            self._db.execute("ROLLBACK TO command")
+            outcome = _Outcome(job.future, error=error)
+        self._db.execute("RELEASE command")
+        return outcome
+
+    def _answer(self, outcomes: list[_Outcome], touched: Collection[str]) -> None:
+        if touched:
+            self._on_commit(touched)
+        for future, value, error in outcomes:
+            if future.done():  # the caller was cancelled
+                continue
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
