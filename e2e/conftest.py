@@ -68,7 +68,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) 
     """An appliance with a warm worker, for tests that leave it as they found it."""
     appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools)
     appliance.up_with({"scaling": {"min": 1, "max": 4}})
-    appliance.idle(1)
+    appliance.all_idle()
     yield appliance
     _ended(appliance)
 

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -218,9 +219,9 @@ class Appliance:
         assert status == 200, told
         return told
 
-    def idle(self, count: int) -> Any:
-        """Waits until so many workers stand idle."""
-        return eventually(lambda: self.pool()["idle"] == count, f"{count} idle workers")
+    def all_idle(self) -> None:
+        """Waits until every worker stands idle, and at least one does."""
+        eventually(lambda: (told := self.pool())["idle"] == told["workers"] > 0, "all workers are idle")
 
     def buildx(self, *args: str | Path, timeout: float = 180.0) -> Answer:
         return run("docker", "buildx", *args, env=self.env, timeout=timeout)
@@ -241,6 +242,11 @@ class Appliance:
         return subprocess.Popen(
             [str(part) for part in argv], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+
+def really_ran(answer: Answer, said: str) -> bool:
+    """Whether a RUN step that says this really ran, instead of being taken from a cache."""
+    return re.search(rf"^#\d+ [\d.]+ {re.escape(said)}", answer.text, re.MULTILINE) is not None
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:

@@ -16,7 +16,7 @@ from bkpool.toolchain import Tool, Toolchain, default_cache
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with")
 
-NAME = "bkpool-e2e"
+NAME = f"bkpool-e2e-{os.getpid()}"
 
 # Everything is imported before the change of user: the interpreter may lie where the user can't read.
 AS_USER = """
@@ -117,7 +117,7 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
         if entry.name.isdigit():
             try:
                 if entry.stat().st_uid == user.pw_uid:
-                    found.append((entry / "cmdline").read_text())
+                    found += filter(None, [(entry / "cmdline").read_text()])  # empty: has ended, not yet reaped
             except OSError:
                 continue
     return found

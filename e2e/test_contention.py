@@ -1,0 +1,88 @@
+"""Many at once: never two holders of one worker, never more workers than the maximum, the rest in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import aiohttp
+
+from harness import eventually
+
+
+async def _many(appliance, count, hold):
+    """`count` allocates at once; each holder keeps its worker for a moment and gives it back."""
+    bearer = (appliance.home / "admin.token").read_text().strip()
+    holders: dict[str, int] = {}
+    order: list[int] = []
+    most = 0
+    base = f"http://127.0.0.1:{appliance.ports['api']}/api/v1"
+
+    async def one(session: aiohttp.ClientSession, number: int) -> None:
+        nonlocal most
+        async with session.post(f"{base}/workers/allocate", json={"poolName": "default", "wait": "5m"}) as answer:
+            lease = await answer.json()
+            assert answer.status == 200, lease
+        assert lease["workerName"] not in holders, "two holders of one worker"
+        holders[lease["workerName"]] = number
+        order.append(number)
+        most = max(most, len(holders))
+        async with session.get(f"{base}/pools/default") as answer:
+            assert (await answer.json())["workers"] <= 4
+        await hold()
+        del holders[lease["workerName"]]
+        async with session.post(f"{base}/workers/release", json={"token": lease["token"]}) as answer:
+            assert answer.status == 200
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {bearer}"}) as session:
+        tasks = []
+        for number in range(count):
+            tasks.append(asyncio.create_task(one(session, number)))
+            await asyncio.sleep(0)  # they leave in this order
+        await asyncio.gather(*tasks)
+    return order, most
+
+
+async def _yield() -> None:
+    await asyncio.sleep(0)
+
+
+def test_two_hundred_allocates_at_once_on_four_workers(make_appliance):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 4}})
+    begin = time.monotonic()
+    order, most = asyncio.run(_many(appliance, 200, _yield))
+    print(f"200 leases in {time.monotonic() - begin:.1f} s")
+    assert len(order) == 200
+    assert most <= 4
+    late = [position - number for position, number in enumerate(order)]
+    assert max(map(abs, late)) <= 12, "first come, first served, but for those on the way at the same moment"
+    assert appliance.pool()["workers"] <= 4
+
+
+def test_a_caller_who_hangs_up_leaves_nothing(make_appliance):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    held = appliance.allocate()
+    waiting = [appliance.start(*appliance.program, "allocate", "--wait", "5m") for _ in range(3)]
+    eventually(lambda: appliance.pool()["waiting"] == 3, "three wait")
+    for process in waiting[:2]:
+        process.kill()
+        process.communicate()
+    eventually(lambda: appliance.pool()["waiting"] == 1, "two have gone")
+    appliance.release(held.lease).ok()
+    out, _ = waiting[2].communicate(timeout=60)
+    assert waiting[2].returncode == 0, out
+    assert appliance.pool()["allocated"] == 1
+
+
+def test_the_same_job_gets_the_same_lease(make_appliance):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 2}})
+    both = [appliance.start(*appliance.program, "allocate", "--job-id", "j") for _ in range(2)]
+    leases = [json.loads(process.communicate(timeout=60)[0]) for process in both]
+    assert leases[0]["token"] == leases[1]["token"]
+    assert appliance.pool()["allocated"] == 1
+    assert appliance.allocate("--job-id", "other").lease["token"] != leases[0]["token"]

@@ -1,0 +1,147 @@
+"""kill -9 of anything at any time: leases go on with the same certificates, and nothing is orphaned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from harness import alive, eventually, read_until, really_ran
+
+
+def _buildkitd(appliance):
+    """The pids of the buildkitd processes themselves."""
+    return [pid for pid in appliance.daemons() if _comm(pid) == "buildkitd"]
+
+
+def _comm(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"min": 1, "max": 2}})
+    certificates = appliance.allocate()
+    builder = appliance.builder(certificates, "before")
+    appliance.build(builder, context.dockerfile("say first")).ok()
+    eventually(lambda: appliance.pool()["idle"] == 1, "the floor")
+    before = sorted(_buildkitd(appliance))
+
+    appliance.kill()
+    assert sorted(_buildkitd(appliance)) == before, "workers outlive the appliance"
+    appliance.up()
+
+    assert sorted(_buildkitd(appliance)) == before, "adopted, not started again"
+    again = appliance.build(builder, context.path).ok()
+    assert not really_ran(again, "first"), "the same certificate leads to the same worker"
+    appliance.release(certificates.lease).ok()
+    eventually(lambda: appliance.pool()["allocated"] == 0, "the lease has ended")
+
+
+def test_the_appliance_is_killed_in_the_middle_of_a_build(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    certificates = appliance.allocate()
+    builder = appliance.builder(certificates, "middle")
+    path = context.dockerfile("say begun", "sleep 300s")
+    running = appliance.start("docker", "buildx", "build", "--builder", builder, "--progress", "plain", path)
+    read_until(running, "sleeping")
+    appliance.kill()
+    killed = time.monotonic()
+    running.communicate(timeout=30)
+    assert running.returncode != 0
+    assert time.monotonic() - killed < 5, "the build in flight fails at once"
+    appliance.up()
+    appliance.build(builder, context.dockerfile("say again")).ok()
+
+
+def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    certificates = appliance.allocate()
+    builder = appliance.builder(certificates, "worker")
+    appliance.build(builder, context.dockerfile("say kept")).ok()
+    running = appliance.start(
+        *("docker", "buildx", "build", "--builder", builder, "--progress", "plain"),
+        context.dockerfile("say kept", "sleep 300s"),
+    )
+    read_until(running, "sleeping")
+    (daemon,) = _buildkitd(appliance)
+    os.kill(daemon, signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = running.communicate(timeout=30)
+    assert running.returncode != 0
+    assert time.monotonic() - killed < 5, out
+    again = appliance.build(
+        builder, context.dockerfile("say kept")
+    ).ok()  # the gateway holds it until the worker is back
+    assert not really_ran(again, "kept"), "it came back in its slot, with its cache"
+    assert len(_buildkitd(appliance)) == 1
+    assert appliance.pool()["members"][0]["failures"] == 1
+
+
+@pytest.mark.parametrize("moment", ["claimed", "starting"])
+def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_appliance, context, moment):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    waiting = appliance.start(*appliance.program, "allocate", "--job-id", "job-1")
+    if moment == "claimed":
+        eventually(lambda: appliance.pool()["allocated"] == 1, "the claim")
+    else:
+        eventually(lambda: _buildkitd(appliance), "buildkitd was started")
+    appliance.kill()
+    waiting.communicate(timeout=30)
+    assert waiting.returncode != 0
+    appliance.up()
+    certificates = appliance.allocate("--job-id", "job-1")  # the same job: the same lease, if it was made
+    appliance.build(appliance.builder(certificates, f"cold-{moment}"), context.dockerfile("say well")).ok()
+    assert len(_buildkitd(appliance)) == 1
+    assert appliance.pool()["workers"] == 1
+
+
+def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 2}})
+    certificates = appliance.allocate()
+    builder = appliance.builder(certificates, "kept")
+    appliance.build(builder, context.dockerfile("say kept")).ok()
+    appliance.down().ok()
+    assert appliance.daemons() == []
+    appliance.down().ok()  # twice is fine
+    appliance.up()
+    appliance.up()
+    assert not really_ran(appliance.build(builder, context.path).ok(), "kept")
+
+
+def test_down_waits_for_open_builds_and_now_cuts_them(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    builder = appliance.builder(appliance.allocate(), "drain")
+    build = ("docker", "buildx", "build", "--builder", builder, "--progress", "plain")
+    running = appliance.start(*build, context.dockerfile("say begun", "sleep 3s"))
+    read_until(running, "sleeping")
+    assert appliance.down().ok()
+    out, _ = running.communicate(timeout=30)
+    assert running.returncode == 0, out
+    appliance.up()
+    running = appliance.start(*build, context.dockerfile("sleep 301s"))
+    read_until(running, "sleeping")
+    pid = appliance.described["pid"]
+    appliance.down("--now").ok()
+    assert not alive(pid)
+    assert running.wait(timeout=10) != 0
+
+
+def test_purge_removes_everything(make_appliance, context):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    appliance.build(appliance.builder(appliance.allocate(), "purged"), context.dockerfile("say gone")).ok()
+    appliance.down("--purge").ok()
+    assert not list((appliance.home / "slots").glob("*")) if (appliance.home / "slots").exists() else True
+    assert not (appliance.home / "pki").exists()
+    assert not (appliance.home / "state.db").exists()

@@ -1,0 +1,124 @@
+"""Who may not come in is told why, in the words of the tool that he uses, and at once."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from bkpool.pki import keep
+from bkpool.pki.authority import Authority
+from harness import Certificates, eventually
+
+AT_ONCE = 2.0  # seconds, by the issue; a closed socket or grpc-status 14 would cost the user 20
+NOW = datetime.now(UTC)
+
+
+def _says(appliance, certificates, context, name):
+    """What buildx shows, and that it showed it at once."""
+    builder = appliance.builder(certificates, name)
+    answer = appliance.build(builder, context.dockerfile("say never"))
+    assert answer.code != 0
+    assert answer.seconds < AT_ONCE, answer.text
+    return answer.text
+
+
+def _with(certificates, leaf, directory):
+    """The same allocation with another certificate and key."""
+    directory.mkdir()
+    (directory / "ca.crt").write_bytes((certificates.directory / "ca.crt").read_bytes())
+    (directory / "client.crt").write_bytes(leaf.cert_pem)
+    (directory / "client.key").write_bytes(leaf.key_pem)
+    return Certificates(directory, certificates.lease)
+
+
+@pytest.fixture
+def authority(appliance):
+    return keep.load_or_create(appliance.home / "pki", NOW).authority
+
+
+def test_a_released_lease(appliance, context):
+    certificates = appliance.allocate(name="released")
+    appliance.release(certificates.lease).ok()
+    assert "released" in _says(appliance, certificates, context, "released")
+    appliance.release(certificates.lease).ok()  # twice is fine
+
+
+def test_an_expired_lease(appliance, context):
+    certificates = appliance.allocate("--ttl", "1s", name="expired")
+    eventually(
+        lambda: (
+            appliance.http(
+                "POST", "/api/v1/workers/lookup", certificates.lease and {"token": certificates.lease["token"]}
+            )[0]
+            == 410
+        ),
+        "expired",
+    )
+    assert "expired" in _says(appliance, certificates, context, "expired")
+
+
+def test_a_token_that_nobody_has(appliance, context, authority, tmp_path):
+    certificates = appliance.allocate(name="known")
+    leaf = authority.issue_client("x" * 43, NOW, NOW + timedelta(hours=1))
+    told = _says(appliance, _with(certificates, leaf, tmp_path / "unknown"), context, "unknown")
+    assert "bkpool allocate" in told
+    appliance.release(certificates.lease)
+
+
+def test_an_expired_certificate_is_told_and_not_a_tls_error(appliance, context, authority, tmp_path):
+    certificates = appliance.allocate(name="old")
+    leaf = authority.issue_client(certificates.lease["token"], NOW - timedelta(minutes=4), NOW - timedelta(minutes=1))
+    told = _says(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
+    assert "expired" in told
+    appliance.release(certificates.lease)
+
+
+def test_no_certificate_at_all(appliance, context):
+    endpoint = f"tcp://localhost:{appliance.ports['gateway']}"
+    certificates = appliance.allocate(name="none")
+    option = f"cacert={certificates.directory}/ca.crt"
+    appliance.buildx("create", "--name", "bare", "--driver", "remote", "--driver-opt", option, endpoint).ok()
+    answer = appliance.build("bare", context.dockerfile("say never"))
+    assert answer.code != 0
+    assert answer.seconds < AT_ONCE, answer.text
+    assert "certificate" in answer.text
+    appliance.release(certificates.lease)
+
+
+def _handshake(appliance, cafile, chain=None, version=None):
+    """One TLS handshake and one byte of an answer; raises what a client would see."""
+    client = ssl.create_default_context(cafile=cafile)
+    client.set_alpn_protocols(["h2"])
+    if version:
+        client.maximum_version = version
+    if chain:
+        client.load_cert_chain(*chain)
+    with (
+        socket.create_connection(("127.0.0.1", appliance.ports["gateway"]), timeout=5) as plain,
+        client.wrap_socket(plain, server_hostname="localhost") as tls,
+    ):
+        tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+        if not tls.recv(1):
+            raise ConnectionResetError
+
+
+@pytest.mark.parametrize("kind", ["foreign", "server"])
+def test_a_foreign_ca_and_a_servers_certificate_fail_in_tls_itself(appliance, authority, tmp_path, kind):
+    signer = Authority.create(NOW) if kind == "foreign" else authority
+    leaf = (
+        signer.issue_client("x" * 43, NOW, NOW + timedelta(hours=1))
+        if kind == "foreign"
+        else signer.issue_server(["localhost"], [], NOW, NOW + timedelta(hours=1))
+    )
+    (tmp_path / "c.crt").write_bytes(leaf.cert_pem)
+    (tmp_path / "c.key").write_bytes(leaf.key_pem)
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
+        _handshake(appliance, appliance.home / "pki" / "ca.crt", (tmp_path / "c.crt", tmp_path / "c.key"))
+
+
+def test_tls_1_2_is_refused(appliance):
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
+        _handshake(appliance, appliance.home / "pki" / "ca.crt", version=ssl.TLSVersion.TLSv1_2)

@@ -1,0 +1,229 @@
+"""The mirror against a real store, and against one that can be cut off."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from bkpool.core.errors import Unavailable
+from bkpool.core.names import Key, Slot
+from bkpool.core.objects import Metadata, Pool, PoolStatus, Scaling, new_worker
+from bkpool.store.mirror import Mirror
+from bkpool.store.sqlite import SqliteStore
+
+P, Q = Key("default", "p"), Key("default", "q")
+
+
+def a_pool(name: str = "p") -> Pool:
+    return Pool(metadata=Metadata(name=name))
+
+
+def scaled(pool: Pool, maximum: int) -> Pool:
+    return pool.but(spec=pool.spec.but(scaling=Scaling(max=maximum)))
+
+
+class Cut:
+    """The store behind a wire that can be cut; everything else is the store itself."""
+
+    def __init__(self, store) -> None:
+        self._store = store
+        self.cut = False
+        self.lists = 0
+
+    async def list(self, kind, **narrowed):
+        self.lists += 1
+        if self.cut:
+            raise Unavailable("the wire is cut")
+        return await self._store.list(kind, **narrowed)
+
+    async def watch(self, kind, since):
+        async for event in self._store.watch(kind, since):
+            if self.cut:
+                raise Unavailable("the wire is cut")
+            yield event
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+@asynccontextmanager
+async def running(store, **options):
+    """A mirror that has listed everything."""
+    mirror = Mirror(store, **options)
+    task = asyncio.create_task(mirror.run())
+    try:
+        async with asyncio.timeout(10):
+            await mirror.ready.wait()
+        yield mirror
+    finally:
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def until(mirror: Mirror, condition) -> None:
+    changed = asyncio.Event()
+    unsubscribe = mirror.subscribe(lambda _pool: changed.set())
+    async with asyncio.timeout(10):
+        while not condition():
+            changed.clear()
+            await changed.wait()
+    unsubscribe()
+
+
+async def test_it_begins_with_what_is_there_and_follows_every_change(store):
+    pool = await store.create(a_pool())
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+
+    async with running(store) as mirror:
+        assert mirror.pools == {P: pool}
+        assert mirror.workers == {worker.key: worker}
+
+        other = await store.create(a_pool("q"))
+        worker = await store.replace_status(worker.with_status(failures=1))
+        await until(mirror, lambda: Q in mirror.pools and mirror.workers[worker.key] == worker)
+        await store.delete(Pool, *P)
+        await until(mirror, lambda: not mirror.workers and mirror.pools == {Q: other})
+
+
+async def test_the_workers_of_a_pool_are_its_own(store):
+    pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
+    async with running(store) as mirror:
+        mine = [await store.create(new_worker(Slot("default", "p", n), pool, None, {})) for n in range(2)]
+        await store.create(new_worker(Slot("default", "q", 0), other, None, {}))
+        await until(mirror, lambda: len(mirror.workers) == 3)
+
+        assert sorted(mirror.workers_of(P), key=lambda w: w.slot) == mine
+        assert mirror.workers_of(Key("default", "unknown")) == []
+        changed = await store.replace_status(mine[0].with_status(failures=3))
+        await until(mirror, lambda: changed in mirror.workers_of(P))
+        await store.delete(type(changed), *changed.key)
+        await until(mirror, lambda: mirror.workers_of(P) == [mine[1]])
+
+
+async def test_subscribers_are_told_the_pool_that_changed_until_they_unsubscribe(store):
+    pool = await store.create(a_pool())
+    async with running(store) as mirror:
+        told: list[Key] = []
+        unsubscribe = mirror.subscribe(told.append)
+
+        mirror.apply(await store.create(a_pool("q")))
+        mirror.apply(await store.create(new_worker(Slot("default", "p", 0), pool, None, {})))
+        assert told == [Q, P]
+
+        unsubscribe()
+        unsubscribe()
+        mirror.apply(await store.create(new_worker(Slot("default", "p", 1), pool, None, {})))
+        assert told == [Q, P]
+
+
+async def test_a_writer_sees_its_own_write_at_once_and_is_told_of_it_once(store):
+    pool = await store.create(a_pool())
+    async with running(store) as mirror:
+        told: list[Key] = []
+        mirror.subscribe(told.append)
+        changed = await store.replace(scaled(pool, 3))
+        mirror.apply(changed)
+        assert mirror.pools[P] == changed
+
+        await store.create(a_pool("q"))
+        await until(mirror, lambda: Q in mirror.pools)
+        assert told == [P, Q]
+
+
+async def test_apply_never_goes_back(store):
+    pool = await store.create(a_pool())
+    newer = await store.replace(scaled(pool, 3))
+    async with running(store) as mirror:
+        mirror.apply(pool)
+        assert mirror.pools[P] == newer
+
+
+async def test_apply_does_not_bring_back_what_has_been_deleted_since(store):
+    async with running(store) as mirror:
+        pool = await store.create(a_pool())
+        await until(mirror, lambda: P in mirror.pools)
+        changed = await store.replace(scaled(pool, 3))
+        await store.delete(Pool, *P)
+        await until(mirror, lambda: P not in mirror.pools)
+
+        mirror.apply(changed)
+        assert mirror.pools == {}
+
+
+async def test_a_late_event_does_not_remove_what_was_made_again_and_applied(store):
+    made = await store.create(a_pool())
+    mirror = Mirror(store)
+    mirror.apply(made)
+    await store.delete(Pool, *P)
+    again = await store.create(a_pool())
+    mirror.apply(again)
+
+    async with aclosing(store.watch(Pool, made.metadata.resource_version)) as watch:
+        deleted = await anext(watch)
+    mirror._pools_changed(mirror._pools.followed(deleted))
+
+    assert deleted.type == "DELETED"
+    assert mirror.pools == {P: again}
+
+
+async def test_what_was_applied_survives_a_list_that_was_older(store):
+    listing = await store.list(Pool)
+    pool = await store.create(a_pool())
+    mirror = Mirror(store)
+    mirror.apply(pool)
+
+    mirror._pools_changed(mirror._pools.listed(listing))
+
+    assert mirror.pools == {P: pool}
+
+
+async def test_after_its_history_is_lost_it_lists_again_and_says_what_ended_meanwhile(tmp_path):
+    store = await SqliteStore.open(tmp_path / "forgetful.db", history=3)
+    wire = Cut(store)
+    pool = await store.create(a_pool())
+    doomed = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+    resume, pauses = asyncio.Event(), []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await resume.wait()
+
+    async with running(wire, pause=pause, jitter=lambda: 1.0) as mirror:
+        wire.cut = True
+        await store.delete(type(doomed), *doomed.key)
+        pool = await store.replace_status(pool.but(status=PoolStatus(workers=1)))
+        async with asyncio.timeout(10):
+            while len(pauses) < 2:
+                await store.list(Pool)
+        for number in range(20, 30):
+            pool = await store.replace(scaled(pool, number))
+        assert mirror.workers, "it does not know yet"
+        told: list[Key] = []
+        mirror.subscribe(told.append)
+        wire.cut = False
+        resume.set()
+        await until(mirror, lambda: not mirror.workers and mirror.pools == {P: pool})
+        assert told.count(P) == 2
+    await store.close()
+
+
+async def test_an_unreachable_store_is_asked_again_ever_more_slowly_up_to_a_bound(store):
+    wire = Cut(store)
+    wire.cut = True
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 40:
+            wire.cut = False
+        await asyncio.sleep(0)
+
+    async with running(wire, pause=pause, jitter=lambda: 0.5):
+        pass
+    assert wire.lists >= 42
+    assert pauses[0] == pytest.approx(0.05)
+    assert max(pauses) == pytest.approx(7.5)
+    assert sorted(pauses) == pytest.approx(pauses), "each longer than the one before, for both kinds together"

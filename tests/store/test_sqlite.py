@@ -1,0 +1,383 @@
+"""What only the SQLite store has: a file that lasts, a writer that commits in groups, a log with an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from contextlib import aclosing, closing
+from datetime import UTC, datetime
+
+import pytest
+from structlog.testing import capture_logs
+
+from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, Unavailable
+from bkpool.core.objects import Metadata, Pool, Scaling, Worker
+from bkpool.store import database
+from bkpool.store.sqlite import SqliteStore
+
+
+def a_pool(name: str = "p") -> Pool:
+    return Pool(metadata=Metadata(name=name))
+
+
+def scaled(pool: Pool, maximum: int) -> Pool:
+    return pool.but(spec=pool.spec.but(scaling=Scaling(max=maximum)))
+
+
+async def make(path, *names: str) -> None:
+    store = await SqliteStore.open(path)
+    for name in names:
+        await store.create(a_pool(name))
+    await store.close()
+
+
+def alter(path, sql: str, *values: object) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute(sql, values)
+
+
+# --- group commit ---------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Keeps the writer busy, so that what comes meanwhile queues up."""
+
+    def __init__(self, store: SqliteStore) -> None:
+        self._store = store
+        self._entered, self._release = asyncio.Event(), threading.Event()
+
+    async def __aenter__(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def hold(_tables) -> None:
+            loop.call_soon_threadsafe(self._entered.set)
+            assert self._release.wait(10)
+
+        self._task = asyncio.create_task(self._store._writer.run(hold))
+        await self._entered.wait()
+
+    async def __aexit__(self, *_) -> None:
+        self._release.set()
+        await self._task
+
+
+async def queued(*coroutines) -> list[asyncio.Task]:
+    """Tasks that have all put their command into the writer's queue."""
+    tasks = [asyncio.create_task(c) for c in coroutines]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_what_queues_up_while_the_disk_works_is_one_commit(store):
+    commits: list[str] = []
+    store._writer._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+
+    async with Held(store):
+        tasks = await queued(*(store.create(a_pool(f"p{n}")) for n in range(20)))
+    await asyncio.gather(*tasks)
+
+    assert len(commits) == 2, "the one that was under way, and one for the twenty"
+
+
+async def test_a_command_that_fails_undoes_itself_and_not_its_neighbours(store):
+    await store.create(a_pool("taken"))
+
+    async with Held(store):
+        tasks = await queued(*(store.create(a_pool(name)) for name in ("a", "taken", "b")))
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(o) for o in outcomes] == [Pool, Conflict, Pool]
+    assert [p.key.name for p in (await store.list(Pool)).items] == ["a", "b", "taken"]
+
+
+async def test_a_bug_in_a_command_undoes_what_it_had_written(store):
+    def broken(tables) -> None:
+        tables.create(a_pool("half"))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await store._writer.run(broken)
+    assert (await store.list(Pool)).items == ()
+
+
+async def test_a_caller_who_goes_away_disturbs_nobody(store):
+    async with Held(store):
+        (gone,) = await queued(store.create(a_pool("gone")))
+        gone.cancel()
+        tasks = await queued(store.create(a_pool("stays")))
+    async with asyncio.timeout(10):
+        assert (await tasks[0]).key.name == "stays"
+
+
+async def test_a_full_disk_fails_what_could_not_be_written_and_writing_goes_on_when_there_is_space(store):
+    await store.create(a_pool())
+    await store._writer.run(lambda tables: tables._db.execute("PRAGMA max_page_count = 1").fetchall())
+    big = a_pool("big").but(metadata=Metadata(name="big", annotations={"a": "x" * 100_000}))
+
+    async with Held(store):
+        tasks = await queued(store.create(a_pool("small")), store.create(big))
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, HostFault)
+        assert (outcome.code, outcome.exit_code) == ("DiskFull", EXIT["DiskFull"])
+        assert "state.db" in outcome.message
+
+    assert [p.key.name for p in (await store.list(Pool)).items] == ["p"]
+    await store._writer.run(lambda tables: tables._db.execute("PRAGMA max_page_count = 1000000").fetchall())
+    await store.create(big)
+
+
+async def test_a_file_locked_by_another_program_is_unavailable(store, tmp_path):
+    await store._writer.run(lambda tables: tables._db.execute("PRAGMA busy_timeout = 1").fetchall())
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match="locked"):
+            await store.create(a_pool())
+        other.execute("ROLLBACK")
+    await store.create(a_pool())
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+async def test_everything_is_there_after_a_restart_and_versions_go_on(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db")
+    made = await store.create(a_pool())
+    since = (await store.list(Pool)).resource_version
+    changed = await store.replace(scaled(made, 3))
+    await store.close()
+
+    again = await SqliteStore.open(tmp_path / "state.db")
+    assert await again.get(Pool, "default", "p") == changed
+    async with aclosing(again.watch(Pool, since)) as watch:
+        assert (await anext(watch)).object == changed
+    await again.delete(Pool, "default", "p")
+    later = await again.create(a_pool())
+    assert int(later.metadata.resource_version) == int(changed.metadata.resource_version) + 2
+    await again.close()
+
+
+async def test_creation_times_come_from_the_clock_given_in_whole_seconds(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db", now=lambda: datetime(2030, 1, 2, 3, 4, 5, 999, tzinfo=UTC))
+    made = await store.create(a_pool())
+    await store.close()
+    assert made.metadata.creation_timestamp == datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+async def test_the_file_is_ours_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        store = await SqliteStore.open(tmp_path / "state.db")
+        await store.create(a_pool())
+        modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()}
+        await store.close()
+    finally:
+        os.umask(before)
+    assert modes == {"state.db": 0o600, "state.db-wal": 0o600, "state.db-shm": 0o600}
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from bkpool.core.objects import Metadata, Pool
+from bkpool.store.sqlite import SqliteStore
+
+async def main():
+    store = await SqliteStore.open(Path(sys.argv[1]))
+    async def write(lane):
+        for n in range(1_000_000):
+            await store.create(Pool(metadata=Metadata(name=f"p-{lane}-{n}")))
+            print(f"p-{lane}-{n}", flush=True)
+    await asyncio.gather(*(write(lane) for lane in range(8)))
+
+asyncio.run(main())
+"""
+
+
+def killed_while_writing(path) -> list[str]:
+    """The names whose creation a writer had been promised when it was killed."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+        acknowledged = [writer.stdout.readline().strip() for _ in range(200)]
+        writer.send_signal(signal.SIGKILL)
+        return acknowledged + writer.stdout.read().split("\n")[:-1]
+
+
+async def test_kill_minus_9_loses_nothing_that_was_acknowledged(tmp_path):
+    path = tmp_path / "state.db"
+    acknowledged = killed_while_writing(path)
+
+    store = await SqliteStore.open(path)
+    kept = {p.key.name for p in (await store.list(Pool)).items}
+    assert set(acknowledged) <= kept
+    await store.create(a_pool("after"))
+    await store.close()
+
+
+async def test_a_crash_while_the_file_is_made_leaves_none_and_the_next_start_makes_it(tmp_path):
+    path = tmp_path / "state.db"
+    (tmp_path / "state.db.new").write_bytes(b"half of a database")
+    await make(path, "p")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["state.db"]
+
+
+def damaged(data: bytes) -> bytes:
+    """A database whose pages, after the first, are nonsense."""
+    return data[:4096] + b"\x5a" * (len(data) - 4096)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.write_bytes(b"not a database, for sure" * 100), "not a database"),
+        (lambda path: path.write_bytes(b""), "not a database of bkpool's"),
+        (lambda path: path.write_bytes(damaged(path.read_bytes())), "damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
+        (lambda path: alter(path, "PRAGMA application_id = 7"), "not a database of bkpool's"),
+        (lambda path: alter(path, "PRAGMA user_version = 999"), r"newer bkpool \(schema 999, this one knows 1\)"),
+        (lambda path: path.rename(path.with_name("state.db-wal")), "is missing, though its log"),
+    ],
+)
+async def test_a_file_that_cannot_be_read_is_an_error_and_is_never_replaced(tmp_path, spoil, says):
+    path = tmp_path / "state.db"
+    await make(path, "p")
+    spoil(path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    with pytest.raises(HostFault, match=says) as refused:
+        await SqliteStore.open(path)
+
+    assert (refused.value.code, refused.value.exit_code) == ("Unreadable", EXIT["Unreadable"])
+    assert str(path) in refused.value.message
+    assert refused.value.hint
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert path.exists() == ("state.db" in before)
+
+
+async def test_a_directory_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(HostFault, match="nowhere"):
+        await SqliteStore.open(tmp_path / "nowhere" / "state.db")
+
+
+async def test_what_is_wrong_with_a_disk_is_told_with_the_file():
+    class Broken(sqlite3.OperationalError):
+        sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+
+    told = database.fault(Broken("disk I/O error"), "/x/state.db")
+    assert isinstance(told, HostFault)
+    assert told.message == "/x/state.db: disk I/O error"
+
+
+# --- objects of a future version ------------------------------------------------------------------------------------
+
+
+async def test_an_object_of_a_future_version_is_logged_once_and_stalls_nobody(tmp_path):
+    path = tmp_path / "state.db"
+    await make(path, "future", "present")
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for table in ("objects", "events"):
+            ((data,),) = db.execute(f"SELECT data FROM {table} WHERE data LIKE '%\"future\"%'").fetchall()
+            doc = json.loads(data)
+            doc["spec"]["scaling"]["max"] = {"by": "moonlight"}
+            db.execute(f"UPDATE {table} SET data = ? WHERE data = ?", [json.dumps(doc), data])
+
+    store = await SqliteStore.open(path)
+    with capture_logs() as logs:
+        assert [p.key.name for p in (await store.list(Pool)).items] == ["present"]
+        await store.list(Pool)
+        async with aclosing(store.watch(Pool, "0")) as watch:
+            assert (await anext(watch)).object.key.name == "present"
+    assert [(line["event"], "default/future" in line["reason"]) for line in logs] == [("store.object_skipped", True)]
+
+    with pytest.raises(HostFault, match=r"BuildKitPool default/future cannot be read: spec\.scaling\.max") as refused:
+        await store.get(Pool, "default", "future")
+    assert refused.value.code == "Unreadable"
+    with pytest.raises(Conflict):
+        await store.create(a_pool("future"))
+    await store.delete(Pool, "default", "future")
+    await store.create(a_pool("future"))
+    await store.close()
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def forgetful(tmp_path):
+    store = await SqliteStore.open(tmp_path / "forgetful.db", history=10)
+    yield store
+    await store.close()
+
+
+async def test_what_is_too_old_is_gone_and_a_new_list_goes_on(forgetful):
+    made = await forgetful.create(a_pool())
+    since = made.metadata.resource_version
+    for number in range(20, 31):
+        made = await forgetful.replace(scaled(made, number))
+
+    with pytest.raises(Gone, match="BuildKitPool since version 1"):
+        await anext(forgetful.watch(Pool, since))
+    async with aclosing(forgetful.watch(Pool, str(int(since) + 1))) as watch:
+        assert (await anext(watch)).object.spec.scaling.max == 21, "the last ten are still known"
+    async with aclosing(forgetful.watch(Pool, (await forgetful.list(Pool)).resource_version)) as watch:
+        await forgetful.replace(scaled(made, 99))
+        assert (await anext(watch)).object.spec.scaling.max == 99
+
+
+async def test_a_watch_that_falls_too_far_behind_is_gone(forgetful):
+    made = await forgetful.create(a_pool())
+    async with aclosing(forgetful.watch(Pool, "0")) as watch:
+        await anext(watch)
+        for number in range(20, 40):
+            made = await forgetful.replace(scaled(made, number))
+        with pytest.raises(Gone):
+            await anext(watch)
+
+
+async def test_a_quiet_kind_is_not_gone_because_another_is_busy(forgetful):
+    made = await forgetful.create(a_pool())
+    worker_since = (await forgetful.list(Worker)).resource_version
+    for number in range(20, 60):
+        made = await forgetful.replace(scaled(made, number))
+
+    async with aclosing(forgetful.watch(Worker, worker_since)) as watch:
+        waiting = asyncio.ensure_future(anext(watch))
+        await forgetful.list(Worker)
+        assert not waiting.done()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+
+async def test_a_version_from_a_future_that_was_rolled_back_is_gone(store):
+    with pytest.raises(Gone):
+        async with asyncio.timeout(10):
+            await anext(store.watch(Pool, "12345"))
+
+
+async def test_a_long_replay_is_complete_though_read_in_pieces(store):
+    await asyncio.gather(*(store.create(a_pool(f"p{n}")) for n in range(600)))
+    async with asyncio.timeout(10), aclosing(store.watch(Pool, "0")) as watch:
+        names = [(await anext(watch)).object.key.name for _ in range(600)]
+    assert len(set(names)) == 600
+
+
+async def test_after_close_everybody_is_told_also_who_is_waiting_in_a_watch(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db")
+    watch = store.watch(Pool, "0")
+    waiting = asyncio.ensure_future(anext(watch))
+    await store.list(Pool)
+    await store.close()
+    await store.close()
+
+    with pytest.raises(Unavailable):
+        async with asyncio.timeout(10):
+            await waiting
+    with pytest.raises(Unavailable):
+        await store.create(a_pool())
+    assert not [t for t in threading.enumerate() if t.name.startswith("store")]
