@@ -7,32 +7,13 @@ ever given another owner's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 from bkpool.core.names import Slot
 from bkpool.core.objects import PoolSpec
+from bkpool.core.policy import Observation, Running
 
-
-class Running(StrEnum):
-    """What a runtime sees in a slot."""
-
-    READY = "ready"
-    EXITED = "exited"
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """A slot as the runtime sees it now. A slot with nothing in it has no observation."""
-
-    worker_uid: str
-    """For which worker object buildkitd was started."""
-    state: Running
-    endpoint: str
-    cache_owner: str | None
-    message: str = ""
-    """After an exit: how it ended, with the last lines of its log."""
+__all__ = ["Observation", "Running", "Runtime"]
 
 
 class Runtime(Protocol):

@@ -1,0 +1,116 @@
+"""What surrounds a daemon: its command line, environment, sockets and cgroup, made before it and removed after it.
+
+It starts nothing that lasts and keeps nothing in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from bkpool.core.errors import HostFault
+from bkpool.core.names import Slot
+from bkpool.core.objects import PoolSpec
+from bkpool.workers import config, process_table, socket_directory
+from bkpool.workers.daemon import MARK, Launch
+from bkpool.workers.sandbox import Sandbox, remove_cgroups
+from bkpool.workers.slot_files import SlotFiles
+
+
+class Launcher:
+    """Prepares starts, and clears up after ends, for the slots of one home.
+
+    Args:
+        home: BKPOOL_HOME.
+        runtime_dir: For the sockets.
+        sandbox: How commands are wrapped.
+    """
+
+    def __init__(self, home: Path, runtime_dir: Path, sandbox: Sandbox) -> None:
+        self._runtime_dir = runtime_dir
+        self._sandbox = sandbox
+        self._digest = socket_directory.home_digest(home)
+
+    def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
+        """Makes everything ready for a start and says how to do it.
+
+        Raises:
+            HostFault: This machine, or this user on it, lacks something.
+            WorkerFailed: The pool's buildkitd.toml can't work.
+        """
+        self._sandbox.check()
+        socket_directory.claim(self._runtime_dir)
+        self.clear(files.slot)
+        sockets = self._sockets(files.slot)
+        sockets.mkdir(mode=0o700)
+        files.write_config(config.render(spec, self._cgroup(files.slot)))
+        files.rotate_log()
+        socket = sockets / "buildkitd.sock"
+        binaries = self._sandbox.binaries
+        command = [
+            str(binaries.buildkitd),
+            f"--config={files.config}",
+            f"--root={files.root}",
+            f"--addr=unix://{socket}",
+            f"--otel-socket-path={sockets / 'otel.sock'}",  # by default all daemons of a machine share one
+            "--containerd-worker=false",
+            "--oci-worker=true",  # "auto" looks for runc on the PATH only
+            f"--oci-worker-binary={binaries.runc}",
+            *(["--rootless"] if self._sandbox.rootless else []),
+        ]
+        wrapped = self._sandbox.wrap(command, sockets / "rootlesskit")
+        more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets)}
+        return Launch(wrapped, self._sandbox.environment(**more), socket, files.log)
+
+    def clear(self, slot: Slot) -> None:
+        """Removes what a daemon that has ended leaves outside of its cache."""
+        shutil.rmtree(self._sockets(slot), ignore_errors=True)
+        remove_cgroups(self._cgroup(slot))
+
+    def close(self) -> None:
+        """Removes the directory of the sockets, unless there still are some."""
+        with suppress(OSError):
+            self._runtime_dir.rmdir()
+
+    async def end_all_but(self, kept: set[Slot]) -> int:
+        """Kills what was started for other slots of this home than these; returns how many processes it was."""
+        spared = {self._mark(slot) for slot in kept}
+        return await process_table.kill_marked(
+            MARK, lambda mark: mark.startswith(f"{self._digest}/") and mark not in spared
+        )
+
+    async def remove(self, slot: Slot, directories: Sequence[Path]) -> None:
+        """Removes caches, as the user who made them: for an ordinary user that means in the same user namespace.
+
+        Raises:
+            HostFault: Something could not be removed.
+        """
+        if not directories:
+            return
+        command = ["rm", "-rf", "--one-file-system", "--", *map(str, directories)]
+        if self._sandbox.rootless:
+            self._sandbox.check()
+            socket_directory.claim(self._runtime_dir)
+            command = self._sandbox.wrap(command, self._sockets(slot))
+        environment = self._sandbox.environment()
+        done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, check=False)
+        if done.returncode != 0:
+            said = done.stderr.decode("utf-8", "replace").strip()[-500:]
+            raise HostFault(
+                f"the old cache of {slot.worker} can't be removed: {said}",
+                hint=f"Remove {directories[0]} by hand; until then the slot is not used.",
+                code="Permission",
+            )
+
+    def _sockets(self, slot: Slot) -> Path:
+        return socket_directory.slot_directory(self._runtime_dir, slot)
+
+    def _mark(self, slot: Slot) -> str:
+        return f"{self._digest}/{slot.namespace}/{slot.pool}/{slot.number}"
+
+    def _cgroup(self, slot: Slot) -> str:
+        return f"/bkpool/{self._mark(slot).replace('/', '-')}"

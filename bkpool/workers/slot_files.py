@@ -1,0 +1,212 @@
+"""What a slot keeps on disk: its cache, the record of whose cache it is, and the record of the daemon on it.
+
+A record is on disk, durably, before what it speaks of happens: the owner before the first use, the intent before the
+start. So a crash leaves at worst a record of something that never came to be. Records that can't be read count as
+"somebody else's cache": it is wiped, never handed out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.core.names import Slot, check_name
+
+
+class CacheState(StrEnum):
+    """Whose a cache is (DESIGN rule 3)."""
+
+    CLEAN = "clean"
+    OWNED = "owned"
+    WIPING = "wiping"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRecord:
+    """Whose cache it is."""
+
+    state: CacheState
+    owner: str | None = None
+    """Digest of the owner; only in state `owned`."""
+
+    @classmethod
+    def of(cls, owner: str | None) -> CacheRecord:
+        """The record of a cache that belongs to this owner, or to nobody."""
+        return cls(CacheState.OWNED, owner) if owner else cls(CacheState.CLEAN)
+
+    def foreign_to(self, owner: str | None) -> bool:
+        """Whether this cache must be wiped before this owner (None: nobody yet) may use it."""
+        return self.state is CacheState.WIPING or (owner is not None and self.owner not in {None, owner})
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonRecord:
+    """The daemon on a slot: first the intent to start one, then also which process it is."""
+
+    worker_uid: str
+    boot_id: str
+    pid: int | None = None
+    """Of buildkitd itself. None: it was never seen to answer."""
+    start_time: int | None = None
+    """In clock ticks since boot: with pid and boot id it names one process for ever."""
+    socket: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFiles:
+    """The directory of a slot.
+
+    Args:
+        home: BKPOOL_HOME.
+        slot: Which slot.
+    """
+
+    home: Path
+    slot: Slot
+
+    @property
+    def directory(self) -> Path:
+        """Everything of the slot but its log and its sockets."""
+        return slots_directory(self.home) / self.slot.namespace / self.slot.pool / str(self.slot.number)
+
+    @property
+    def root(self) -> Path:
+        """Where buildkitd keeps the cache."""
+        return self.directory / "root"
+
+    @property
+    def config(self) -> Path:
+        """The configuration of the last start."""
+        return self.directory / "buildkitd.toml"
+
+    @property
+    def log(self) -> Path:
+        """What buildkitd says since its last start; the run before is beside it, with the suffix .1."""
+        return self.home / "logs" / f"{self.slot.namespace}.{self.slot.worker.name}.log"
+
+    def read_cache(self) -> CacheRecord | None:
+        """Whose cache is here; None if there is none. One without a readable record must be wiped."""
+        data = _read(self._cache)
+        try:
+            return CacheRecord(CacheState(data["state"]), data["owner"])
+        except (KeyError, ValueError):
+            return CacheRecord(CacheState.WIPING) if self.root.exists() or self._cache.exists() else None
+
+    def write_cache(self, record: CacheRecord) -> None:
+        """Writes durably whose cache is here.
+
+        Raises:
+            HostFault: It can't be written.
+        """
+        _write(self._cache, asdict(record))
+
+    def read_daemon(self) -> DaemonRecord | None:
+        """The daemon that was started here, if its record can be read."""
+        try:
+            return DaemonRecord(**_read(self._daemon))
+        except TypeError:
+            return None
+
+    def write_daemon(self, record: DaemonRecord) -> None:
+        """Writes durably which daemon is being, or has been, started here.
+
+        Raises:
+            HostFault: It can't be written.
+        """
+        _write(self._daemon, asdict(record))
+
+    def forget_daemon(self) -> None:
+        """Removes the record of the daemon: none of it is left."""
+        self._daemon.unlink(missing_ok=True)
+
+    def write_config(self, text: str) -> None:
+        """Writes buildkitd's configuration."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.config.write_text(text)
+
+    def rotate_log(self) -> None:
+        """Begins a new log and keeps the one before."""
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(FileNotFoundError):
+            self.log.replace(self.log.with_suffix(".log.1"))
+
+    def set_root_aside(self) -> list[Path]:
+        """Takes the cache out of use by a rename, and returns all that is still to be removed."""
+        if self.root.exists():
+            self.root.rename(self.directory / f"wiped-{secrets.token_hex(4)}")
+        return sorted(self.directory.glob("wiped-*"))
+
+    def remove(self) -> None:
+        """Removes the directory of a slot without a cache, and those above that are empty then."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
+            self.directory.parent.rmdir()
+            self.directory.parent.parent.rmdir()
+
+    @property
+    def _cache(self) -> Path:
+        return self.directory / "cache.json"
+
+    @property
+    def _daemon(self) -> Path:
+        return self.directory / "process.json"
+
+
+def slots_directory(home: Path) -> Path:
+    """Where all slots are."""
+    return home / "slots"
+
+
+def slots_on_disk(home: Path) -> Iterator[Slot]:
+    """The slots that have a directory; what is no slot of ours in there is left alone."""
+    for directory in slots_directory(home).glob("*/*/*"):
+        namespace, pool, number = directory.parts[-3:]
+        try:
+            check_name(namespace, field="namespace")
+            check_name(pool, field="pool")
+        except InvalidInput:
+            continue
+        if number.isascii() and number.isdigit() and str(int(number)) == number:
+            yield Slot(namespace, pool, int(number))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Replaces a file so that after a crash, also one of the machine, it is the old or the new one."""
+    fresh = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with fresh.open("w") as file:
+            json.dump(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        raise HostFault(
+            f"{path} can't be written: {error.strerror}",
+            hint="Free some space on that disk." if full else "Make the directory writable for this user.",
+            code="DiskFull" if full else "Permission",
+        ) from None

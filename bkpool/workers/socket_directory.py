@@ -1,0 +1,72 @@
+"""The private directory of the workers' sockets.
+
+It is short, because a Unix socket's path ends at 108 bytes and a home directory may be deep, and it is ours alone:
+whoever can connect to a worker's socket can use the worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from bkpool.core.errors import HostFault
+from bkpool.core.names import Slot
+
+_LONGEST = 103  # bytes: sun_path of unix(7) has 108 on Linux, 104 elsewhere, with the final zero
+
+
+def home_digest(home: Path) -> str:
+    """What tells the workers of this home from those of another on the same machine."""
+    return hashlib.sha256(bytes(home.resolve())).hexdigest()[:12]
+
+
+def default_directory(home: Path, environ: Mapping[str, str]) -> Path:
+    """`$XDG_RUNTIME_DIR/bkpool-<digest>`, or `/tmp/bkpool-<uid>-<digest>` where a session has no such directory."""
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.access(runtime, os.W_OK | os.X_OK):
+        return Path(runtime, f"bkpool-{home_digest(home)}")
+    return Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")  # noqa: S108 - claim() makes sure that it is ours
+
+
+def claim(directory: Path) -> None:
+    """Makes the directory, or makes sure that the one there is ours alone.
+
+    Raises:
+        HostFault: It is a link, another's, open to others, or can't be made.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = directory.lstat()
+    except OSError as error:
+        raise HostFault(
+            f"the directory {directory} for the workers' sockets can't be made: {error.strerror}",
+            hint="Set XDG_RUNTIME_DIR to a directory that this user may write to.",
+            code="Permission",
+        ) from None
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    if not private:
+        raise HostFault(
+            f"{directory} is not a directory of this user with mode 0700; workers' sockets are not safe in there",
+            hint="Remove it, or set XDG_RUNTIME_DIR to a directory of your own.",
+            code="Permission",
+        )
+
+
+def slot_directory(directory: Path, slot: Slot) -> Path:
+    """Where the sockets of a slot are: readable for people as far as the length allows.
+
+    Raises:
+        HostFault: The path of a socket in there would be too long.
+    """
+    digest = hashlib.sha256(repr(tuple(slot)).encode()).hexdigest()[:6]
+    path = directory / f"{slot.pool[:16]}-{slot.number}-{digest}"
+    longest = len(bytes(path / "rootlesskit" / "api.sock"))
+    if longest > _LONGEST:
+        raise HostFault(
+            f"{directory} is too deep for sockets: their paths would have {longest} bytes, {_LONGEST} are possible",
+            hint="Set XDG_RUNTIME_DIR to a directory with a shorter path.",
+        )
+    return path

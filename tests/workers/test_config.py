@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import tomllib
+from datetime import timedelta
+
+import pytest
+
+from bkpool.core.errors import WorkerFailed
+from bkpool.core.objects import Cache, CacheGC, PoolSpec
+from bkpool.workers.config import render
+
+
+def oci(**gc) -> dict[str, object]:
+    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))), "/bkpool/slot")
+    assert "gckeepstorage" not in text.lower()
+    return tomllib.loads(text)["worker"]["oci"]
+
+
+def test_every_size_has_a_unit_also_where_the_pool_says_nothing():
+    assert oci() == {
+        "defaultCgroupParent": "/bkpool/slot",
+        "gc": True,
+        "reservedSpace": "1GB",
+        "maxUsedSpace": "10GB",
+        "minFreeSpace": "5GB",
+    }
+
+
+def test_what_the_pool_says_is_what_buildkitd_gets():
+    said = oci(keep_storage="20 GB", reserved_space="2GiB", min_free_space="10 %")
+    assert (said["maxUsedSpace"], said["reservedSpace"], said["minFreeSpace"]) == ("20GB", "2GiB", "10%")
+
+
+def test_a_small_maximum_is_not_overruled_by_a_reserve_that_nobody_asked_for():
+    assert "reservedSpace" not in oci(keep_storage="500MB")
+
+
+def test_collection_by_age_comes_before_collection_by_size():
+    by_age, by_size, internal = oci(keep_duration=timedelta(hours=36), keep_storage="3GB")["gcpolicy"]
+    assert by_age == {"all": True, "keepDuration": "36h"}
+    assert by_size == {"maxUsedSpace": "3GB", "minFreeSpace": "5GB"}
+    assert internal == {"all": True, **by_size}
+
+
+def test_collection_can_be_switched_off():
+    assert oci(enabled=False) == {"defaultCgroupParent": "/bkpool/slot", "gc": False}
+
+
+def test_a_file_of_the_user_is_used_as_it_is():
+    own = '# mine\n[registry."docker.io"]\nmirrors = ["mirror.example"]\n'
+    assert render(PoolSpec(buildkit_config=own), "/bkpool/slot") == own
+
+
+def test_tls_on_a_workers_socket_is_refused_with_the_field():
+    with pytest.raises(WorkerFailed, match=r"\[grpc.tls\]") as failure:
+        render(PoolSpec(buildkit_config='[grpc.tls]\ncert = "x"'), "/bkpool/slot")
+    assert failure.value.field == "spec.buildkitConfig"

@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from bkpool.core.errors import Conflict, HostFault, WorkerFailed
+from bkpool.core.names import Slot
+from bkpool.core.objects import Cache, CacheGC, PoolSpec
+from bkpool.workers import Running
+from bkpool.workers.daemon import Daemon
+from bkpool.workers.process import ProcessRuntime
+from bkpool.workers.sandbox import Binaries
+from bkpool.workers.slot_files import CacheRecord, SlotFiles
+from bkpool.workers.socket_directory import home_digest
+
+SLOT = Slot("default", "default", 0)
+SPEC = PoolSpec()
+
+
+def record(home: Path, slot: Slot = SLOT) -> dict[str, object]:
+    return json.loads((home / "slots" / slot.namespace / slot.pool / str(slot.number) / "process.json").read_text())
+
+
+def mounts() -> str:
+    return Path("/proc/self/mountinfo").read_text()
+
+
+def container_cgroups(home: Path) -> list[Path]:
+    ours = f"bkpool/{home_digest(home)}-*/buildkit/*"
+    return [found for root in ("", "*/") for found in Path("/sys/fs/cgroup").glob(root + ours) if found.is_dir()]
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}/exe").exists()
+
+
+def processes_saying(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                arguments = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if text in arguments:
+                found.append(arguments)
+    return found
+
+
+async def output(build) -> str:
+    process = await build
+    text = (await process.communicate())[0].decode()
+    assert process.returncode == 0, text
+    return text
+
+
+async def in_mid_step(build, seconds: str) -> asyncio.subprocess.Process:
+    """A build whose last step sleeps by now."""
+    process = await build
+    await process.stdout.readuntil(f'RUN ["/step", "{seconds}"]'.encode())
+    await process.stdout.readuntil(b"the step runs\n")
+    return process
+
+
+async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime, build):
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    assert "the step runs" in await output(build(endpoint))
+    await runtime.stop(SLOT)
+    assert runtime.observe() == {}
+    assert runtime.caches() == {SLOT: "anna"}
+
+    endpoint = await runtime.start(SLOT, "uid-2", "anna", SPEC)
+    assert "CACHED" in await output(build(endpoint))
+
+    endpoint = await runtime.start(SLOT, "uid-3", "bert", SPEC)
+    text = await output(build(endpoint))
+    assert "the step runs" in text
+    assert "CACHED" not in text
+    assert runtime.observe()[SLOT].cache_owner == "bert"
+
+
+async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):
+    changed = asyncio.Event()
+    runtime.on_change(changed.set)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    building = await in_mid_step(build(endpoint, "4711"), "4711")
+
+    changed.clear()
+    assert container_cgroups(tmp_path / "home")
+    os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
+    await asyncio.wait_for(changed.wait(), 5)
+
+    seen = runtime.observe()[SLOT]
+    assert seen.state is Running.EXITED
+    assert seen.worker_uid == "uid-1"
+    assert "was killed by SIGKILL" in seen.message
+    assert "Killed" in seen.message
+    assert processes_saying("/step 4711") == []
+    assert str(tmp_path) not in mounts()
+    await building.communicate()
+
+    again = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    assert runtime.observe()[SLOT].state is Running.READY
+    assert "CACHED" in await output(build(again))
+    assert container_cgroups(tmp_path / "home") == []
+
+
+async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
+    runtime = ProcessRuntime(tmp_path / "home", binaries, stop_grace=0.1)
+    building = await in_mid_step(build(await runtime.start(SLOT, "uid-1", "anna", SPEC), "4712"), "4712")
+    assert processes_saying("/step 4712")
+    await runtime.stop(SLOT)
+    assert processes_saying("/step 4712") == []
+    assert processes_saying(str(tmp_path / "home/slots")) == []
+    assert container_cgroups(tmp_path / "home") == []
+    await building.communicate()
+    await runtime.close(stop_workers=True)
+
+
+async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime, tmp_path, binaries):
+    endpoint = await runtime.start(SLOT, "uid-1", None, SPEC)
+    assert runtime.caches() == {SLOT: None}
+    first = record(tmp_path / "home")
+
+    await runtime.own(SLOT, "anna")
+    assert runtime.observe()[SLOT].cache_owner == "anna"
+    assert await runtime.start(SLOT, "uid-1", "anna", SPEC) == endpoint
+    assert await runtime.start(SLOT, "uid-1", None, SPEC) == endpoint
+    assert record(tmp_path / "home") == first
+    with pytest.raises(Conflict, match="another identity"):
+        await runtime.own(SLOT, "bert")
+
+    another = ProcessRuntime(tmp_path / "home", binaries)
+    with pytest.raises(Conflict):
+        await another.own(SLOT, "bert")
+
+
+async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, binaries, build):
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    pid = record(tmp_path / "home")["pid"]
+    await runtime.close(stop_workers=False)
+
+    after = ProcessRuntime(tmp_path / "home", binaries)
+    changed = asyncio.Event()
+    after.on_change(changed.set)
+    await after.adopt()
+    assert after.observe()[SLOT].endpoint == endpoint
+    assert after.observe()[SLOT].worker_uid == "uid-1"
+    assert after.observe()[SLOT].cache_owner == "anna"
+    assert "the step runs" in await output(build(endpoint))
+
+    changed.clear()
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.wait_for(changed.wait(), 5)
+    assert after.observe()[SLOT].state is Running.EXITED
+    await after.purge()
+    await after.close(stop_workers=True)
+
+
+async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(runtime, tmp_path, binaries):
+    await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    pid = record(tmp_path / "home")["pid"]
+    await runtime.close(stop_workers=False)
+    (tmp_path / "home" / "slots" / "default" / "default" / "0" / "process.json").write_text("{}")
+
+    after = ProcessRuntime(tmp_path / "home", binaries)
+    await after.adopt()
+    assert after.observe() == {}
+    assert not runs(pid)
+    assert after.caches() == {SLOT: "anna"}
+    await after.purge()
+
+
+async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(runtime, tmp_path):
+    with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
+        await runtime.start(SLOT, "uid-1", "anna", PoolSpec(buildkit_config="[worker.oci]\nnonsense ="))
+    assert "toml" in failure.value.message
+    assert runtime.observe() == {}
+    assert processes_saying(str(tmp_path / "home")) == []
+    assert not (tmp_path / "home/slots/default/default/0/process.json").exists()
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
+    starting = asyncio.create_task(runtime.start(SLOT, "uid-1", "anna", SPEC))
+    log = tmp_path / "home/logs/default.default-worker-0.log"
+    while not processes_saying(str(tmp_path / "home/slots")):
+        await asyncio.to_thread(log.exists)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert processes_saying(str(tmp_path / "home/slots")) == []
+    assert runtime.observe() == {}
+
+
+async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, runc):
+    mute = tmp_path / "mute"
+    mute.write_text("#!/bin/sh\necho I say nothing; exec tail -f /dev/null\n")
+    mute.chmod(0o755)
+    runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_deadline=0.2)
+    with pytest.raises(WorkerFailed, match=r"not ready after 0 s: it does not listen(.|\n)*I say nothing"):
+        await runtime.start(SLOT, "uid-1", None, SPEC)
+    assert processes_saying(str(tmp_path / "home/slots")) == []
+    await runtime.close(stop_workers=True)
+
+
+async def test_a_wipe_that_a_crash_interrupted_is_finished_before_anything_else(tmp_path, binaries):
+    slot = tmp_path / "home/slots/default/default/0"
+    for name in ("root", "wiped-0"):
+        (slot / name / "snapshots").mkdir(parents=True)
+    (slot / "cache.json").write_text('{"state": "wiping", "owner": null}')
+    other = tmp_path / "home/slots/default/default/1"
+    (other / "root").mkdir(parents=True)  # nobody knows whose
+
+    runtime = ProcessRuntime(tmp_path / "home", binaries)
+    await runtime.adopt()
+    assert runtime.caches() == {}
+    assert not slot.exists()
+    assert not other.exists()
+
+
+async def test_the_cache_of_an_unknown_owner_is_not_given_to_anyone_even_without_adopt(tmp_path, binaries):
+    (tmp_path / "home/slots/default/default/0/root").mkdir(parents=True)
+    runtime = ProcessRuntime(tmp_path / "home", binaries)
+    with pytest.raises(Conflict):
+        await runtime.own(SLOT, "anna")
+
+
+async def test_a_very_long_home_is_fine_and_a_long_socket_directory_says_what_to_do(tmp_path, binaries):
+    home = tmp_path.joinpath(*["a-rather-long-directory-name"] * 8)
+    slot = Slot("n" * 63, "p" * 63, 10_000)
+    runtime = ProcessRuntime(home, binaries)
+    endpoint = await runtime.start(slot, "uid-1", None, SPEC)
+    assert len(endpoint) < 108
+    await runtime.purge()
+    await runtime.close(stop_workers=True)
+
+    with pytest.raises(HostFault, match="too deep for sockets") as fault:
+        await ProcessRuntime(home, binaries, runtime_dir=home).start(slot, "uid-1", None, SPEC)
+    assert "XDG_RUNTIME_DIR" in fault.value.hint
+
+
+async def test_the_pools_own_configuration_is_used_but_not_its_root_and_address(runtime, tmp_path):
+    own = f'root = "{tmp_path}/elsewhere"\n[grpc]\naddress = ["tcp://127.0.0.1:1"]\n[worker.oci]\nenabled = false\n'
+    await runtime.start(SLOT, "uid-1", None, PoolSpec(buildkit_config=own))
+    assert (tmp_path / "home/slots/default/default/0/root/buildkitd.lock").exists()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl):
+    gc = CacheGC(keep_storage="3GB", keep_duration="36h", reserved_space="1 GiB", min_free_space="10 %")
+    endpoint = await runtime.start(SLOT, "uid-1", None, PoolSpec(cache=Cache(gc=gc)))
+    told = await asyncio.create_subprocess_exec(
+        buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
+    )
+    text = (await told.communicate())[0].decode()
+    assert text.count("GC Policy") == 3
+    assert "36h0m0s" in text
+    assert text.count("Maximum used space:") == text.count("3.22") == 2
+
+
+async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, binaries, monkeypatch):
+    real, starting, peak = Daemon.start, 0, 0
+
+    async def counted(*arguments):
+        nonlocal starting, peak
+        starting += 1
+        peak = max(peak, starting)
+        try:
+            return await real(*arguments)
+        finally:
+            starting -= 1
+
+    monkeypatch.setattr(Daemon, "start", counted)
+    runtime = ProcessRuntime(tmp_path / "home", binaries, cold_starts=2)
+    slots = [Slot("default", "default", number) for number in range(3)]
+    await asyncio.gather(*(runtime.start(slot, "uid", None, SPEC) for slot in slots))
+    assert peak == 2
+    assert set(runtime.observe()) == set(slots)
+    await runtime.close(stop_workers=True)
+    assert processes_saying(str(tmp_path / "home/slots")) == []
+
+
+def test_it_works_on_uvloop_too(tmp_path, binaries):
+    async def live() -> None:
+        runtime = ProcessRuntime(tmp_path / "home", binaries)
+        changed = asyncio.Event()
+        runtime.on_change(changed.set)
+        await runtime.start(SLOT, "uid-1", "anna", SPEC)
+        changed.clear()
+        os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
+        await asyncio.wait_for(changed.wait(), 5)
+        assert runtime.observe()[SLOT].state is Running.EXITED
+        await runtime.close(stop_workers=True)
+
+    uvloop.run(live())
+
+
+async def test_a_missing_buildkitd_is_named(tmp_path, runc):
+    runtime = ProcessRuntime(tmp_path / "home", Binaries(tmp_path / "buildkitd", runc))
+    with pytest.raises(HostFault, match="buildkitd is not there") as fault:
+        await runtime.start(SLOT, "uid-1", None, SPEC)
+    assert fault.value.code == "ToolMissing"
+
+
+async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binaries, build):
+    runtime = ProcessRuntime(tmp_path / "home", binaries)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    building = await in_mid_step(build(endpoint, "4713"), "4713")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await runtime.stop(SLOT)  # buildkitd waits for the build
+    assert runtime.observe()[SLOT].state is Running.READY
+
+    changed = asyncio.Event()
+    runtime.on_change(changed.set)
+    os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
+    await asyncio.wait_for(changed.wait(), 5)
+    assert runtime.observe()[SLOT].state is Running.EXITED
+    await building.communicate()
+    await runtime.close(stop_workers=True)
+
+
+async def test_a_write_that_was_given_up_never_comes_after_the_next(tmp_path, binaries, monkeypatch):
+    real, writing, may_go_on = SlotFiles.write_cache, threading.Event(), threading.Event()
+
+    def slow(files, record):
+        writing.set()
+        assert record.owner == "bert" or may_go_on.wait(5)
+        real(files, record)
+
+    monkeypatch.setattr(SlotFiles, "write_cache", slow)
+    runtime = ProcessRuntime(tmp_path / "home", binaries)
+    first = asyncio.create_task(runtime.own(SLOT, "anna"))
+    await asyncio.to_thread(writing.wait, 5)
+    first.cancel()
+    second = asyncio.create_task(runtime.own(SLOT, "bert"))
+    for _ in range(10):
+        await asyncio.sleep(0)  # a turn of the loop
+    assert not first.done()
+    may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+    assert SlotFiles(tmp_path / "home", SLOT).read_cache() == CacheRecord.of("bert")
+    assert runtime.caches() == {SLOT: "bert"}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bkpool.core.errors import HostFault
+from bkpool.workers import process_table
+from bkpool.workers.process_table import Process
+from bkpool.workers.sandbox import Binaries, Sandbox
+
+
+def sleeper(**environment: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([shutil.which("sleep"), "1000"], env=environment)
+
+
+async def test_an_end_is_seen_and_a_signal_after_it_hurts_nobody():
+    child = sleeper()
+    process = Process(child.pid)
+    assert not process.exited.is_set()
+    process.signal(signal.SIGTERM)
+    await asyncio.wait_for(process.exited.wait(), 5)
+    assert child.wait() == -signal.SIGTERM
+    process.signal(signal.SIGKILL)
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        Process(child.pid)
+
+
+async def test_only_what_is_marked_and_chosen_is_killed():
+    marked, spared, plain = sleeper(BKPOOL_TEST="a/1"), sleeper(BKPOOL_TEST="a/2"), sleeper(OTHER="a/1")
+    assert await process_table.kill_marked("BKPOOL_TEST", lambda mark: mark == "a/1") == 1
+    assert marked.wait(5) == -signal.SIGKILL
+    for child in (spared, plain):
+        assert child.poll() is None
+        child.kill()
+        child.wait()
+
+
+def test_a_name_with_blanks_and_brackets_does_not_confuse_what_is_read(tmp_path):
+    odd = tmp_path / "a) R 1 (b"
+    odd.symlink_to(shutil.which("sleep"))
+    child = subprocess.Popen([odd, "1000"])
+    try:
+        assert process_table.parent(child.pid) == os.getpid()
+        assert process_table.start_time(child.pid) >= process_table.start_time(os.getpid())
+    finally:
+        child.kill()
+        child.wait()
+    with pytest.raises(ProcessLookupError):
+        process_table.start_time(child.pid)
+
+
+def test_the_boot_has_a_name():
+    assert process_table.boot_id() == process_table.boot_id() != ""
+
+
+def test_a_worker_gets_no_more_of_the_environment_than_it_needs():
+    environ = {"PATH": "/bin", "https_proxy": "http://proxy", "AWS_SECRET_ACCESS_KEY": "x", "BKCTL_TOKEN": "y"}
+    sandbox = Sandbox(Binaries(Path("/b"), Path("/r")), environ)
+    assert sandbox.environment(MORE="1") == {"PATH": "/bin", "https_proxy": "http://proxy", "MORE": "1"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user does not need unshare")
+def test_a_missing_unshare_is_named_with_its_package():
+    python = Path(sys.executable)
+    with pytest.raises(HostFault, match="unshare is not on the PATH") as fault:
+        Sandbox(Binaries(python, python), {"PATH": "/nowhere"}).check()
+    assert "util-linux" in fault.value.hint

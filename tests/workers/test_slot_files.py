@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bkpool.core.errors import HostFault
+from bkpool.core.names import Slot
+from bkpool.workers.slot_files import CacheRecord, CacheState, DaemonRecord, SlotFiles, slots_on_disk
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> SlotFiles:
+    return SlotFiles(tmp_path, Slot("default", "default", 0))
+
+
+@pytest.mark.parametrize(
+    ("record", "owner", "foreign"),
+    [
+        (CacheRecord.of(None), None, False),
+        (CacheRecord.of(None), "anna", False),
+        (CacheRecord.of("anna"), "anna", False),
+        (CacheRecord.of("anna"), None, False),
+        (CacheRecord.of("anna"), "bert", True),
+        (CacheRecord(CacheState.WIPING), None, True),
+        (CacheRecord(CacheState.WIPING), "anna", True),
+    ],
+)
+def test_a_cache_is_foreign_to_whoever_must_not_see_it(record, owner, foreign):
+    assert record.foreign_to(owner) is foreign
+
+
+def test_records_are_read_as_they_were_written(files):
+    assert files.read_cache() is None
+    assert files.read_daemon() is None
+    files.write_cache(CacheRecord.of("anna"))
+    files.write_daemon(DaemonRecord("uid-1", "boot", 7, 8, "/s"))
+    assert files.read_cache() == CacheRecord.of("anna")
+    assert files.read_daemon() == DaemonRecord("uid-1", "boot", 7, 8, "/s")
+    assert {entry.name for entry in files.directory.iterdir()} == {"cache.json", "process.json"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "owned"}', '{"state": "lent", "owner": null}', "\xff"])
+def test_a_cache_whose_record_says_nothing_must_be_wiped(files, text):
+    files.root.mkdir(parents=True)
+    (files.directory / "cache.json").write_text(text, encoding="latin-1")
+    (files.directory / "process.json").write_text(text, encoding="latin-1")
+    assert files.read_cache() == CacheRecord(CacheState.WIPING)
+    assert files.read_daemon() is None
+
+
+def test_one_old_log_is_kept(files):
+    for run in ("first", "second", "third"):
+        files.rotate_log()
+        files.log.write_text(run)
+    assert files.log.name == "default.default-worker-0.log"
+    assert sorted(entry.read_text() for entry in files.log.parent.iterdir()) == ["second", "third"]
+
+
+def test_only_slots_are_taken_for_slots(tmp_path):
+    for path in ("default/default/0", "team-a/go/12", "default/default/01", "default/default/x", "Up/default/1"):
+        (tmp_path / "slots" / path).mkdir(parents=True)
+    assert set(slots_on_disk(tmp_path)) == {Slot("default", "default", 0), Slot("team-a", "go", 12)}
+
+
+def test_a_home_that_cant_be_written_is_a_fault_of_the_host(tmp_path):
+    (tmp_path / "slots").write_text("a file where a directory should be")
+    with pytest.raises(HostFault, match="can't be written"):
+        SlotFiles(tmp_path, Slot("default", "default", 0)).write_cache(CacheRecord.of("anna"))
+
+
+def test_removing_a_slot_leaves_its_neighbours(files, tmp_path):
+    files.write_cache(CacheRecord.of(None))
+    other = SlotFiles(tmp_path, Slot("default", "default", 1))
+    other.write_cache(CacheRecord.of("anna"))
+    files.remove()
+    assert list(slots_on_disk(tmp_path)) == [other.slot]
+    other.remove()
+    assert list((tmp_path / "slots").iterdir()) == []
