@@ -335,7 +335,8 @@ class _Certifier:
         try:
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), max(0.0, (self._due - _now()).total_seconds()))
+                    async with asyncio.timeout(max(0.0, (self._due - _now()).total_seconds())):
+                        await changed.wait()
                 changed.clear()
                 if tuple(sorted(self._mirror.pools)) != self._certified or _now() >= self._due:
                     self.renew()

@@ -21,10 +21,10 @@ from bkpool.core import tokens
 from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.objects import Allocation, Phase, Pool, Worker, new_worker
+from bkpool.core.objects import Allocation, EndReason, Phase, Pool, Worker, new_worker
 from bkpool.core.placement import owner_of, place
 from bkpool.identity import Identity
-from bkpool.pki.authority import Authority
+from bkpool.pki.authority import Authority, key_of_request
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
@@ -129,12 +129,19 @@ class Claims:
         """
         pool = find_pool(self._mirror, request.pool)
         ttl = lifetime(pool, request.ttl)
+        if request.csr_pem is not None:
+            key_of_request(request.csr_pem)  # a bad one is told before anything is leased
         worker: Worker | None = None
         try:
             async with asyncio.timeout(request.wait.total_seconds()):
-                worker = await self._obtain(caller, pool, ttl, request)
-                worker = await self._ready(worker)
-            return self._grant(worker, request.csr_pem)
+                while True:
+                    worker = await self._obtain(caller, pool, ttl, request)
+                    ready = await self._ready(worker)
+                    if ready is not None:
+                        break
+                    self._settle(worker)
+                    worker = None
+            return self._grant(ready, request.csr_pem)
         except TimeoutError:
             raise self._too_long(request, worker) from None
         finally:
@@ -265,21 +272,25 @@ class Claims:
         if not writing.cancelled() and writing.exception() is None:
             self._abandon(writing.result())
 
-    async def _ready(self, worker: Worker) -> Worker:
-        """Waits until the controller has brought the leased worker up."""
+    async def _ready(self, worker: Worker) -> Worker | None:
+        """Waits until the controller has brought the leased worker up.
+
+        Returns:
+            The worker; None if this was another request's lease, of the same job, and that one gave it up.
+        """
         assert worker.allocation is not None  # noqa: S101 - it was claimed
-        allocation_id = worker.allocation.id
         while True:
             event = self._changed.setdefault(worker.pool, asyncio.Event())
             current = self._mirror.workers.get(worker.key)
-            lease = current.allocation if current else None
-            if current is None or lease is None or lease.id != allocation_id or lease.ended_at is not None:
-                message = (lease.end_message if lease else "") or "the worker was removed while it was being prepared"
+            over = _outcome(current, worker.allocation)
+            if over is not None:
+                if over.end_reason is EndReason.ABANDONED:
+                    return None
                 raise WorkerFailed(
-                    f"{worker.key.name} did not come up: {message}",
+                    f"{worker.key.name} did not come up: {over.end_message or 'its lease has ended before'}",
                     hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
                 )
-            if current.status.phase is Phase.ALLOCATED and current.status.endpoint is not None:
+            if current and current.status.phase is Phase.ALLOCATED and current.status.endpoint is not None:
                 return current
             await event.wait()
 
@@ -357,3 +368,13 @@ class Claims:
         if event is not None:
             event.set()
         self._serve(pool)
+
+
+def _outcome(worker: Worker | None, lease: Allocation) -> Allocation | None:
+    """How a lease ended, from the worker it stood on; None while it stands."""
+    if worker is None:
+        return lease.but(end_message="the worker was removed while it was being prepared")
+    if worker.allocation is not None and worker.allocation.id == lease.id:
+        return worker.allocation if worker.allocation.ended_at is not None else None
+    past = next((ended for ended in worker.status.ended if ended.token_sha256 == lease.token_sha256), None)
+    return lease.but(end_reason=past.reason, end_message=past.message) if past else lease

@@ -166,7 +166,7 @@ async def _read(request: web.Request, model: type[B]) -> B:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "not JSON text"
         raise InvalidInput(f"the body is not JSON: {reason}", hint="Send a JSON object.", field="body") from None
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         raise explain(error) from None
 

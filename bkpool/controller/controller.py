@@ -60,7 +60,8 @@ class Controller:
                 wake_at = self._look()
                 pause = None if wake_at is None else max(0.0, (wake_at - self._now()).total_seconds())
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._wake.wait()
         finally:
             unsubscribe()
             tasks = [*self._acting.values(), *self._telling.values()]

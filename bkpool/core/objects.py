@@ -396,7 +396,7 @@ def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
         InvalidInput: A field is wrong; the message names the first one and says how many more there are.
     """
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         raise explain(error, source=source) from None
 

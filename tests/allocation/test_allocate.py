@@ -1,0 +1,243 @@
+"""Making leases: who gets what, in which order, and what is left when somebody goes away."""
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+
+from bkpool.core import tokens
+from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.objects import Phase, Pool
+from support.world import ANN, BOB, POOL
+
+
+def slot_name(grant):
+    return grant.worker.key.name
+
+
+async def test_a_cold_pool_makes_a_worker_for_the_lease(world):
+    await world.pool()
+    grant = await world.replicas[0].allocate()
+    worker = (await world.workers())["p-worker-0"]
+    assert worker.status.phase is Phase.ALLOCATED
+    assert worker.allocation.token_sha256 == tokens.digest(grant.token)
+    assert grant.token not in str(worker.to_json()), "only the digest is stored"
+    leaf = x509.load_pem_x509_certificate(grant.certificate_pem)
+    assert leaf.subject.rfc4514_string() == f"CN=alloc:{grant.token}"
+    assert leaf.not_valid_after_utc == worker.allocation.not_after.replace(microsecond=0)
+
+
+async def test_a_warm_worker_is_taken_and_the_floor_is_filled_again(world):
+    await world.pool(scaling={"min": 1, "max": 3})
+    await world.until(lambda: any(w.status.phase is Phase.IDLE for w in world.replicas[0].mirror.workers.values()))
+    grant = await world.replicas[0].allocate()
+    assert slot_name(grant) == "p-worker-0"
+    await world.until(lambda: len(world.replicas[0].mirror.workers) == 2)
+
+
+async def test_the_same_caller_gets_its_cache_back_and_another_never_does(world):
+    await world.pool(scaling={"max": 2})
+    api = world.replicas[0]
+    first = await api.allocate(ANN)
+    await api.leases.release(first.token)
+    await world.until(lambda: not world.held())
+    other = await api.allocate(BOB)
+    assert slot_name(other) != slot_name(first), "a new slot before another's cache is wiped"
+    again = await api.allocate(ANN)
+    assert slot_name(again) == slot_name(first)
+    assert world.runtime.wiped == []
+    await api.leases.release(other.token)
+    await world.until(lambda: len(world.held()) == 1)
+    third = await api.allocate(ANN)
+    assert world.runtime.wiped == [other.worker.slot], "the pool is full: the least recently used cache is wiped"
+    assert world.runtime.daemons[third.worker.slot].cache_owner == third.worker.allocation.owner
+
+
+async def test_reuse_never_wipes_between_leases_of_the_same_caller(world):
+    await world.pool(scaling={"max": 1}, cache={"reuse": "never"})
+    api = world.replicas[0]
+    first = await api.allocate()
+    await api.leases.release(first.token)
+    await world.until(lambda: world.runtime.wiped == [first.worker.slot])
+    assert slot_name(await api.allocate()) == slot_name(first)
+
+
+async def test_first_come_first_served(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    grant = await api.allocate()
+    order = []
+
+    async def wait_in_line(number):
+        mine = await api.allocate()
+        order.append(number)
+        await api.leases.release(mine.token)
+
+    waiting = []
+    for number in range(8):
+        waiting.append(asyncio.create_task(wait_in_line(number)))
+        await world.until(lambda: api.claims.waiting(POOL) == len(waiting))
+    await api.leases.release(grant.token)
+    await asyncio.gather(*waiting)
+    assert order == list(range(8))
+
+
+async def test_two_hundred_at_once_never_share(two_replicas):
+    world = two_replicas
+    await world.pool(scaling={"max": 4})
+    await world.until(lambda: POOL in world.replicas[1].mirror.pools)
+    holders = set()
+
+    async def job(number):
+        api = world.replicas[number % 2]
+        grant = await api.allocate(wait=30)
+        assert slot_name(grant) not in holders
+        holders.add(slot_name(grant))
+        await asyncio.sleep(0)
+        holders.remove(slot_name(grant))
+        await api.leases.release(grant.token)
+
+    await asyncio.gather(*(job(number) for number in range(200)))
+    assert len(await world.workers()) <= 4
+
+
+async def test_a_waiter_who_goes_away_is_forgotten(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    held = await api.allocate()
+    leaver, stayer = (asyncio.create_task(api.allocate()) for _ in range(2))
+    await world.until(lambda: api.claims.waiting(POOL) == 2)
+    leaver.cancel()
+    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    await api.leases.release(held.token)
+    assert slot_name(await stayer) == "p-worker-0"
+
+
+async def test_a_caller_who_goes_away_while_his_worker_starts_leaves_no_lease(world):
+    await world.pool()
+    world.runtime.gate.clear()
+    api = world.replicas[0]
+    caller = asyncio.create_task(api.allocate())
+    await world.until(world.held)
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    await world.until(lambda: not any(w.allocation.ended_at is None for w in world.held()))
+    world.runtime.gate.set()
+    await world.until(lambda: not world.held())
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_wherever_a_caller_is_cut_off_nothing_stays_leased(world, steps):
+    await world.pool()
+    caller = asyncio.create_task(world.replicas[0].allocate(job_id="j"))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    cut = caller.cancel()
+    (result,) = await asyncio.gather(caller, return_exceptions=True)
+    if cut:
+        assert isinstance(result, asyncio.CancelledError)
+    await world.replicas[0].claims.close()
+    await world.until(lambda: not world.held())
+    assert not [w for w in (await world.workers()).values() if w.allocation and not w.allocation.ended_at]
+
+
+async def test_nothing_in_time_is_said_with_its_reason(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    await api.allocate()
+    with pytest.raises(NoCapacity, match="no worker of pool 'p' came free within 50ms"):
+        await api.allocate(wait=0.05)
+    assert api.claims.waiting(POOL) == 0
+
+
+async def test_a_worker_that_is_not_ready_in_time_is_given_back(world):
+    await world.pool()
+    world.runtime.gate.clear()
+    with pytest.raises(NoCapacity, match="p-worker-0 of pool 'p' was not ready within 50ms"):
+        await world.replicas[0].allocate(wait=0.05)
+    world.runtime.gate.set()
+    await world.until(lambda: not world.held())
+
+
+async def test_a_worker_that_does_not_come_up_is_told_with_its_last_words(world):
+    await world.pool()
+    world.runtime.failure = "buildkitd: no space left on device"
+    asking = asyncio.create_task(world.replicas[0].allocate())
+
+    def push():
+        world.clock.advance(minutes=1)
+        return asking.done()
+
+    await world.until(push)
+    with pytest.raises(WorkerFailed, match="no space left on device"):
+        await asking
+
+
+async def test_the_same_job_gets_the_same_lease(world):
+    await world.pool()
+    api = world.replicas[0]
+    both = await asyncio.gather(api.allocate(job_id="j"), api.allocate(job_id="j"))
+    assert both[0].token == both[1].token
+    assert (await api.allocate(job_id="j")).token == both[0].token
+    assert (await api.allocate(job_id="k")).token != both[0].token
+    assert (await api.allocate(BOB, job_id="j")).token != both[0].token, "jobs are per identity"
+
+
+async def test_the_same_job_at_two_replicas_at_once_gets_one_lease(two_replicas):
+    world = two_replicas
+    await world.pool()
+    await world.until(lambda: POOL in world.replicas[1].mirror.pools)
+    grants = await asyncio.gather(*(api.allocate(job_id="j") for api in world.replicas for _ in range(3)))
+    assert len({grant.token for grant in grants}) == 1
+    await world.until(lambda: len(world.held()) == 1)
+
+
+async def test_a_repeated_request_waits_for_its_own_lease_and_not_in_line(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    held = await api.allocate()
+    first, second = (asyncio.create_task(api.allocate(job_id="j")) for _ in range(2))
+    await world.until(lambda: api.claims.waiting(POOL) == 2)
+    await api.leases.release(held.token)
+    assert (await first).token == (await second).token
+
+
+async def test_one_of_two_callers_of_a_job_may_go_away(world):
+    await world.pool()
+    world.runtime.gate.clear()
+    api = world.replicas[0]
+    first, second = (asyncio.create_task(api.allocate(job_id="j")) for _ in range(2))
+    await world.until(world.held)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    world.runtime.gate.set()
+    grant = await second
+    assert (await api.leases.lookup(grant.token)).key == grant.worker.key
+
+
+async def test_what_can_not_be_asked_for_is_named(world):
+    await world.pool(gateway={"maxTokenTTL": "2h"})
+    api = world.replicas[0]
+    with pytest.raises(InvalidInput, match=r"ttl: 3h is not between 0 and this pool's maximum of 2h"):
+        await api.allocate(ttl=timedelta(hours=3))
+    with pytest.raises(InvalidInput, match="ttl: 0s"):
+        await api.allocate(ttl=timedelta(0))
+    with pytest.raises(InvalidInput) as caught:
+        await api.allocate(csr_pem=b"junk")
+    assert caught.value.field == "csr"
+    await world.until(lambda: not world.held())
+
+
+async def test_no_such_pool_and_a_pool_deleted_while_waiting(world):
+    api = world.replicas[0]
+    with pytest.raises(NotFound, match="no pool 'p'"):
+        await api.allocate()
+    await world.pool(scaling={"max": 1})
+    await api.allocate()
+    waiting = asyncio.create_task(api.allocate())
+    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    await world.store.delete(Pool, *POOL)
+    with pytest.raises(NotFound, match="was deleted"):
+        await waiting
+    await world.until(lambda: not world.runtime.daemons)

@@ -1,0 +1,115 @@
+"""What becomes of a lease: renewed, released, expired, lost; and what a late caller is told."""
+
+from datetime import timedelta
+
+import pytest
+
+from bkpool.core import policy
+from bkpool.core.errors import Gone, InvalidInput, NotFound
+from bkpool.core.objects import GatewayRegistration, Phase, Worker
+from support.world import POOL
+
+
+@pytest.fixture
+async def grant(world):
+    await world.pool(scaling={"max": 1}, gateway={"tokenTTL": "1h", "maxTokenTTL": "3h"})
+    return await world.replicas[0].allocate()
+
+
+@pytest.fixture
+def leases(world):
+    return world.replicas[0].leases
+
+
+async def test_renew_moves_the_end_but_never_beyond_the_certificate(world, grant, leases):
+    world.clock.advance(minutes=30)
+    _, until = await leases.renew(grant.token, None)
+    assert until == world.clock() + timedelta(hours=1)
+    world.clock.advance(minutes=59)
+    await leases.renew(grant.token, timedelta(hours=3))
+    worker = await leases.lookup(grant.token)
+    assert worker.allocation.expires_at == worker.allocation.not_after
+    with pytest.raises(InvalidInput):
+        await leases.renew(grant.token, timedelta(hours=4))
+
+
+async def test_an_expired_lease_ends_by_itself_and_says_so(world, grant, leases):
+    world.clock.advance(hours=1)
+    with pytest.raises(Gone, match="expired"):
+        await leases.renew(grant.token, None)
+    await world.until(lambda: not world.held())
+    with pytest.raises(Gone, match="expired"):
+        await leases.lookup(grant.token)
+    await leases.release(grant.token)  # nothing to do, and no error
+
+
+async def test_released_is_released_however_often(world, grant, leases):
+    await leases.release(grant.token)
+    await leases.release(grant.token)
+    await world.until(lambda: not world.held())
+    await leases.release(grant.token)
+    with pytest.raises(Gone, match="released"):
+        await leases.renew(grant.token, None)
+
+
+@pytest.mark.parametrize("token", ["x" * 43, "", "alloc:", "\0", "é" * 43, "x" * 10_000])
+async def test_a_token_that_is_none_is_not_found(grant, leases, token):
+    for ask in (leases.lookup, leases.release):
+        with pytest.raises(NotFound) as caught:
+            await ask(token)
+        assert token not in caught.value.message or not token
+
+
+async def test_a_worker_that_dies_comes_back_with_its_lease_and_cache(world, grant, leases):
+    world.runtime.die(grant.worker.slot)
+    await world.until(lambda: any(w.status.failures == 1 for w in world.held()))
+    world.clock.advance(seconds=5)
+    await world.until(lambda: world.held()[0].status.phase is Phase.ALLOCATED and world.held()[0].status.endpoint)
+    assert (await leases.lookup(grant.token)).allocation.id == grant.worker.allocation.id
+    assert world.runtime.wiped == []
+
+
+async def test_a_worker_that_keeps_dying_loses_the_lease_with_the_reason(world, grant, leases):
+    world.runtime.failure = "exec format error"
+    world.runtime.die(grant.worker.slot)
+
+    def push():
+        world.clock.advance(seconds=30)
+        return not world.held()
+
+    await world.until(push)
+    with pytest.raises(Gone, match=r"lost.*exec format error"):
+        await leases.lookup(grant.token)
+
+
+async def test_a_worker_is_not_given_on_while_a_gateway_may_hold_it(world, grant, leases):
+    worker = await leases.lookup(grant.token)
+    entry = GatewayRegistration(gateway="g", allocation_id=worker.allocation.id, renewed_at=world.clock())
+    await world.store.replace_status(worker.with_status(gateways=(entry,)))
+    await leases.release(grant.token)
+    await world.until(lambda: world.held() and world.held()[0].status.phase is Phase.DRAINING)
+    world.clock.advance(seconds=policy.REGISTRATION_LIFE.total_seconds() - 1)
+    assert world.held()
+    world.clock.advance(seconds=2)
+    await world.until(lambda: not world.held())
+
+
+async def test_idle_workers_go_after_their_delay_and_the_cache_stays(world, grant, leases):
+    await leases.release(grant.token)
+    await world.until(lambda: not world.held())
+    world.clock.advance(minutes=16)
+    await world.until(lambda: not world.replicas[0].mirror.workers and not world.runtime.daemons)
+    assert world.runtime.owners[grant.worker.slot] == grant.worker.allocation.owner
+
+
+async def test_the_pools_status_follows(world, grant):
+    def told():
+        pool = world.replicas[0].mirror.pools[POOL]
+        return (pool.status.workers, pool.status.allocated, pool.status.phase) == (1, 1, "Ready")
+
+    await world.until(told)
+
+
+async def test_what_runs_without_a_worker_is_stopped(world, grant):
+    await world.store.delete(Worker, *grant.worker.key)
+    await world.until(lambda: not world.runtime.daemons)

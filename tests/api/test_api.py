@@ -1,0 +1,213 @@
+"""The API over HTTP: what it answers, and that every bad input is named."""
+
+import base64
+import json
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from bkpool.api import Service, make_app
+from bkpool.identity.local import AdminToken
+from bkpool.pki.authority import Authority
+from support.world import running_world
+
+ADMIN = "a" * 43
+ALLOCATE = "/api/v1/workers/allocate"
+
+
+class Api:
+    def __init__(self, client, world):
+        self.client = client
+        self.world = world
+        self.trouble = None
+
+    async def __call__(self, method, path, body=None, *, data=None, headers=None):
+        headers = {"Authorization": f"Bearer {ADMIN}"} if headers is None else headers
+        answer = await self.client.request(method, path, json=body, data=data, headers=headers)
+        return answer.status, await answer.json(), answer.headers
+
+
+@pytest.fixture
+async def api(tmp_path):
+    async with running_world(tmp_path) as world:
+        replica = world.replicas[0]
+        api = Api(None, world)
+        service = Service(
+            claims=replica.claims,
+            leases=replica.leases,
+            mirror=replica.mirror,
+            authenticators=(AdminToken(ADMIN),),
+            gateway_endpoint="tcp://localhost:1235",
+            connections=lambda _pool: 0,
+            trouble=lambda: api.trouble,
+        )
+        async with TestClient(TestServer(make_app(service), handler_cancellation=True)) as client:
+            api.client = client
+            await world.pool(gateway={"maxTokenTTL": "2h"}, tls={"enabled": True})
+            yield api
+
+
+async def test_the_answer_is_the_contracts(api):
+    status, lease, _ = await api(
+        "POST", ALLOCATE, {"poolName": "p", "namespace": "default", "ttl": "1h", "metadata": {"a": "b"}}
+    )
+    assert status == 200
+    assert set(lease) == {
+        *("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt", "caCert", "clientCert", "clientKey")
+    }
+    assert all(b"-----BEGIN " in base64.b64decode(lease[name]) for name in ("caCert", "clientCert", "clientKey"))
+    assert lease["expiresAt"].endswith("Z")
+    status, found, _ = await api("POST", "/api/v1/workers/lookup", {"token": lease["token"]}, headers={})
+    assert (status, found) == (200, {"workerEndpoint": "unix:///0", "workerName": "p-worker-0", "poolName": "p"})
+    status, renewed, _ = await api(
+        "POST", "/api/v1/workers/renew", {"token": lease["token"], "ttl": "2h"}, headers={}
+    )
+    assert (status, renewed["workerName"]) == (200, "p-worker-0")
+    status, told, _ = await api("POST", "/api/v1/workers/release", {"token": lease["token"]}, headers={})
+    assert (status, told) == (200, {"status": "released"})
+
+
+async def test_with_a_csr_no_key_is_made(api):
+    key = ec.generate_private_key(ec.SECP256R1())
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    pem = csr.public_bytes(serialization.Encoding.PEM).decode()
+    status, lease, _ = await api("POST", ALLOCATE, {"poolName": "p", "csr": pem})
+    assert status == 200
+    assert "clientKey" not in lease
+    leaf = x509.load_pem_x509_certificate(base64.b64decode(lease["clientCert"]))
+    assert leaf.public_key() == key.public_key()
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "field"),
+    [
+        ({}, 400, "poolName"),
+        ([], 400, "the document"),
+        ({"poolName": ""}, 400, "poolName"),
+        ({"poolName": 7}, 400, "poolName"),
+        ({"poolName": "p" * 300}, 400, "poolName"),
+        ({"poolName": "nope"}, 404, "poolName"),
+        ({"poolName": "p", "namespace": "elsewhere"}, 404, "poolName"),
+        ({"poolName": "p", "ttl": "banana"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": "-1h"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": "0s"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": "3h"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": "1000000h"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": "9" * 400 + "h"}, 400, "ttl"),
+        ({"poolName": "p", "ttl": 3600}, 400, "ttl"),
+        ({"poolName": "p", "wait": "2h"}, 400, "wait"),
+        ({"poolName": "p", "wait": None}, 400, "wait"),
+        ({"poolName": "p", "csr": "junk"}, 400, "csr"),
+        ({"poolName": "p", "metadata": {"a": 1}}, 400, "metadata.a"),
+        ({"poolName": "p", "metadata": {str(n): "" for n in range(65)}}, 400, "metadata"),
+        ({"pool_name": "p"}, 400, "poolName"),
+        ({"poolName": "p", "jobid": "x"}, 400, "jobid"),
+    ],
+)
+async def test_a_bad_request_names_the_field(api, body, status, field):
+    got, told, _ = await api("POST", ALLOCATE, body)
+    assert (got, told["error"]["field"]) == (status, field)
+    assert told["error"]["message"]
+    assert told["error"]["hint"]
+    assert not api.world.held(), "nothing is half-done"
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "code"),
+    [
+        (b"", 400, "InvalidInput"),
+        (b"{", 400, "InvalidInput"),
+        (b"\xff\xfe", 400, "InvalidInput"),
+        (b"[" * 60_000, 400, "InvalidInput"),
+        (b'{"poolName": "\\ud800"}', 400, "InvalidInput"),
+        (json.dumps({"poolName": "x" * 1_000_000}).encode(), 413, None),
+    ],
+)
+async def test_a_body_that_is_no_request(api, data, status, code):
+    got, told, _ = await api("POST", ALLOCATE, data=data)
+    assert got == status
+    assert code is None or told["error"]["code"] == code
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer x", f"Basic {ADMIN}", f"Bearer {ADMIN} x", "Bearer " + "x" * 5000]
+)
+async def test_who_is_not_known_is_told_how_to_be(api, header):
+    for method, path in (("POST", ALLOCATE), ("GET", "/api/v1/pools"), ("GET", "/api/v1/pools/p")):
+        headers = {} if header is None else {"Authorization": header}
+        status, told, answer = await api(
+            method, path, {"poolName": "p"} if method == "POST" else None, headers=headers
+        )
+        assert (status, told["error"]["code"]) == (401, "Unauthenticated")
+        assert answer["WWW-Authenticate"] == "Bearer"
+        assert ADMIN not in json.dumps(told)
+
+
+async def test_pools_are_shown_with_their_workers_and_ignored_fields(api):
+    await api("POST", ALLOCATE, {"poolName": "p", "jobId": "job-1"})
+    status, told, _ = await api("GET", "/api/v1/pools/p?namespace=default")
+    assert status == 200
+    assert [(w["name"], w["jobId"], w["requestedBy"]) for w in told["members"]] == [("p-worker-0", "job-1", "admin")]
+    assert {c["type"]: c["message"] for c in told["conditions"]}["IgnoredFields"] == "spec.tls"
+    status, told, _ = await api("GET", "/api/v1/pools")
+    assert [pool["name"] for pool in told["pools"]] == ["p"]
+    assert (await api("GET", "/api/v1/pools/nope"))[0] == 404
+
+
+async def test_tokens_of_no_lease(api):
+    for path in ("lookup", "renew", "release"):
+        status, told, _ = await api("POST", f"/api/v1/workers/{path}", {"token": "x" * 43}, headers={})
+        assert (status, told["error"]["code"]) == (404, "NoSuchLease")
+        status, told, _ = await api("POST", f"/api/v1/workers/{path}", {"token": ""}, headers={})
+        assert (status, told["error"]["field"]) == (400, "token")
+
+
+async def test_health_and_readiness(api):
+    for path in ("/health", "/api/v1/health", "/ready", "/api/v1/ready"):
+        assert (await api("GET", path, headers={}))[0] == 200
+    api.trouble = "the appliance is stopping"
+    assert (await api("GET", "/health", headers={}))[0] == 200
+    status, told, headers = await api("GET", "/ready", headers={})
+    assert (status, told["error"]["message"], headers["Retry-After"]) == (503, "the appliance is stopping", "2")
+    assert (await api("POST", ALLOCATE, {"poolName": "p"}))[0] == 503
+
+
+async def test_what_is_not_there(api):
+    assert (await api("GET", "/nowhere"))[1]["error"]["code"] == "NotFound"
+    status, told, headers = await api("GET", ALLOCATE)
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert told["error"]["code"] == "MethodNotAllowed"
+
+
+async def test_a_crash_is_one_sentence_and_no_traceback(api, monkeypatch):
+    def boom(*_args, **_more):
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(Authority, "issue_client", boom)
+    status, told, _ = await api("POST", ALLOCATE, {"poolName": "p"})
+    assert status == 500
+    assert "secret detail" not in json.dumps(told)
+
+
+async def test_the_description_has_every_route_and_resolves(api):
+    status, document, _ = await api("GET", "/openapi.json", headers={})
+    assert status == 200
+    assert {"/api/v1/workers/allocate", "/api/v1/workers/renew", "/api/v1/pools/{name}", "/ready"} <= set(
+        document["paths"]
+    )
+    schemas = document["components"]["schemas"]
+
+    def references(node):
+        if isinstance(node, dict):
+            yield from (node["$ref"],) if "$ref" in node else ()
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    assert all(reference.removeprefix("#/components/schemas/") in schemas for reference in references(document))
+    assert "poolName" in schemas["AllocateBody"]["properties"]

@@ -1,0 +1,191 @@
+"""A small world for the tests of leases: a real store, a real mirror, the real controller, and no daemons.
+
+The runtime is the one thing that is not real (the real one has its own tests and the end-to-end tests): it keeps a
+Runtime's promises in memory, and can be told to fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bkpool.allocation import AllocationRequest, Claims, Grant, Leases
+from bkpool.controller import Controller
+from bkpool.core.errors import Conflict, WorkerFailed
+from bkpool.core.names import Key, Slot
+from bkpool.core.objects import Metadata, Pool, PoolSpec, Worker
+from bkpool.core.policy import Observation, Running
+from bkpool.identity import Identity
+from bkpool.pki.authority import Authority
+from bkpool.store.mirror import Mirror
+from bkpool.store.sqlite import SqliteStore
+
+ANN, BOB = Identity("ann", admin=True), Identity("bob", admin=True)
+POOL = Key("default", "p")
+TOKEN_KEY = b"k" * 32
+
+
+class MemoryRuntime:
+    """Implements Runtime without any process."""
+
+    def __init__(self) -> None:
+        self.daemons: dict[Slot, Observation] = {}
+        self.owners: dict[Slot, str | None] = {}
+        self.failure: str | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()  # cleared: starts hang until it is set
+        self.wiped: list[Slot] = []
+        self._callbacks: list[Callable[[], None]] = []
+
+    async def adopt(self) -> None:
+        pass
+
+    def observe(self):
+        return dict(self.daemons)
+
+    def caches(self):
+        return dict(self.owners)
+
+    def on_change(self, callback):
+        self._callbacks.append(callback)
+
+    def changed(self) -> None:
+        for callback in self._callbacks:
+            callback()
+
+    async def start(self, slot, worker_uid, owner, spec):
+        await self.gate.wait()
+        if self.failure is not None:
+            raise WorkerFailed(self.failure)
+        held = self.owners.get(slot)
+        if owner is not None and held not in {None, owner}:
+            self.wiped.append(slot)
+        self.owners[slot] = held if owner is None else owner
+        endpoint = f"unix:///{slot.number}"
+        self.daemons[slot] = Observation(worker_uid, Running.READY, endpoint, self.owners[slot])
+        self.changed()
+        return endpoint
+
+    async def own(self, slot, owner):
+        if self.owners.get(slot) not in {None, owner}:
+            raise Conflict("another's")
+        self.owners[slot] = owner
+        was = self.daemons[slot]
+        self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
+        self.changed()
+
+    async def stop(self, slot):
+        self.daemons.pop(slot, None)
+        self.changed()
+
+    async def wipe(self, slot):
+        self.wiped.append(slot)
+        self.owners[slot] = None
+        await self.stop(slot)
+
+    async def close(self, *, stop_workers):
+        pass
+
+    def die(self, slot: Slot, message: str = "killed by signal 9") -> None:
+        was = self.daemons[slot]
+        self.daemons[slot] = Observation(was.worker_uid, Running.EXITED, "", was.cache_owner, message)
+        self.changed()
+
+
+class World:
+    """One store, one controller, and as many API replicas as a test wants."""
+
+    def __init__(self, store: SqliteStore, clock: Clock) -> None:
+        self.store = store
+        self.clock = clock
+        self.runtime = MemoryRuntime()
+        self.authority = Authority.create(datetime.now(UTC))
+        self.replicas: list[Replica] = []
+
+    async def pool(self, name: str = "p", **spec: Any) -> Pool:
+        pool = await self.store.create(Pool(metadata=Metadata(name=name), spec=PoolSpec.model_validate(spec)))
+        await self.until(lambda: pool.key in self.replicas[0].mirror.pools)
+        return pool
+
+    async def workers(self) -> dict[str, Worker]:
+        return {worker.key.name: worker for worker in (await self.store.list(Worker)).items}
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Waits until the condition holds; looked at after every change."""
+        changed = asyncio.Event()
+        unsubscribe = self.replicas[0].mirror.subscribe(lambda _pool: changed.set())
+        try:
+            async with asyncio.timeout(5):
+                while not condition():
+                    changed.clear()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.02):
+                            await changed.wait()
+        finally:
+            unsubscribe()
+
+    def held(self) -> list[Worker]:
+        return [w for w in self.replicas[0].mirror.workers.values() if w.allocation]
+
+
+class Replica:
+    """One API replica over the world's store."""
+
+    def __init__(self, world: World) -> None:
+        self.mirror = Mirror(world.store)
+        self.leases = Leases(store=world.store, mirror=self.mirror, now=world.clock)
+        self.claims = Claims(
+            store=world.store,
+            mirror=self.mirror,
+            leases=self.leases,
+            authority=world.authority,
+            token_key=TOKEN_KEY,
+            caches=world.runtime.caches,
+            now=world.clock,
+        )
+
+    async def allocate(self, caller: Identity = ANN, *, wait: float = 5, **request: Any) -> Grant:
+        return await self.claims.allocate(caller, AllocationRequest(POOL, timedelta(seconds=wait), **request))
+
+
+class Clock:
+    """The time, which moves when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+        self.moved: Callable[[], None] = lambda: None
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **by: float) -> None:
+        self.now += timedelta(**by)
+        self.moved()
+
+
+@asynccontextmanager
+async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[World]:
+    clock = Clock()
+    store = await SqliteStore.open(directory / "state.db", now=clock)
+    world = World(store, clock)
+    world.replicas = [Replica(world) for _ in range(replicas)]
+    clock.moved = world.runtime.changed
+    mirrors = [replica.mirror for replica in world.replicas]
+    controller = Controller(
+        store=store, mirror=mirrors[0], runtime=world.runtime, now=clock, endpoint="tcp://localhost:1235"
+    )
+    tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]
+    await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))
+    try:
+        yield world
+    finally:
+        for replica in world.replicas:
+            await replica.claims.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await store.close()
