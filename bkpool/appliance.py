@@ -35,7 +35,7 @@ from bkpool.core.names import API_PORT, DEFAULT_POOL, GATEWAY_PORT, METRICS_PORT
 from bkpool.core.objects import Metadata, Pool, PoolStatus
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway
+from bkpool.gateway.server import Gateway, new_loop
 from bkpool.gateway.table import build
 from bkpool.identity.local import AdminToken, load_or_create
 from bkpool.pki import keep
@@ -96,7 +96,8 @@ def run(settings: Settings, tell: Tell) -> int:
         backend = _backend(settings)
         tell({"progress": f"backend: {backend} ({_WHY[settings.backend]})"})
         binaries = _binaries(settings, tell)
-        asyncio.run(_Appliance(settings, pools, binaries).run(tell))
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(_Appliance(settings, pools, binaries).run(tell))
     return 0
 
 

@@ -7,6 +7,7 @@ pool at its maximum (DESIGN rule 3).
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from bkpool.core.errors import InvalidInput
@@ -55,6 +56,7 @@ class Slot(NamedTuple):
         return Key(self.namespace, f"{self.pool}-worker-{self.number}")
 
 
+@lru_cache(maxsize=16_384)  # asked for every worker in every decision
 def slot_of(worker: Key) -> Slot:
     """The slot of a worker, from its name.
 

@@ -1,0 +1,275 @@
+"""The table of docs/benchmarks.md: what bkpool adds to BuildKit, as ratios and differences within one run.
+
+usage: nox -s bench [-- --runs N] [-- --json]     Never a test: it prints, and judges nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bkpool.toolchain import Tool, Toolchain, default_cache
+from bkpool.workers.probe import probe
+from harness import Appliance
+
+CONTEXT_MB = 200
+AT_ONCE = 20
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+@contextmanager
+def appliance(tools: dict[str, Path], spec: dict[str, Any]) -> Iterator[Appliance]:
+    base = Path(tempfile.mkdtemp(prefix="bkpool-bench-"))
+    made = Appliance(base, tools)
+    try:
+        made.up_with(spec)
+        yield made
+    finally:
+        made.down("--now", "--purge")
+        shutil.rmtree(base)
+
+
+def timed(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+# --- allocate -------------------------------------------------------------------------------------------------------
+
+
+async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[float]:
+    """`count` allocates at once; the seconds that each took. All are released again."""
+    tokens = []
+
+    async def one() -> float:
+        begin = time.perf_counter()
+        async with session.post(f"{base}/workers/allocate", json={"poolName": "default"}) as answer:
+            lease = await answer.json()
+        assert answer.status == 200, lease
+        tokens.append(lease["token"])
+        return time.perf_counter() - begin
+
+    took = await asyncio.gather(*(one() for _ in range(count)))
+    for token in tokens:
+        async with session.post(f"{base}/workers/release", json={"token": token}) as answer:
+            assert answer.status == 200
+    while True:
+        async with session.get(f"{base}/pools/default") as answer:
+            told = await answer.json()
+        if told["idle"] == told["workers"] >= count:
+            return took
+        await asyncio.sleep(0.02)
+
+
+def warm_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
+    """Whole HTTP calls with every worker warm: one at a time, and 20 at once."""
+
+    async def measure(running: Appliance) -> tuple[list[float], list[float]]:
+        base = f"http://127.0.0.1:{running.ports['api']}/api/v1"
+        bearer = (running.home / "admin.token").read_text().strip()
+        headers = {"Authorization": f"Bearer {bearer}"}
+        connector = aiohttp.TCPConnector(limit=0)
+        single, many = [], []
+        async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+            await _burst(session, base, AT_ONCE)  # every worker has been used once: all caches are this caller's
+            for _ in range(max(runs, 5)):
+                many += await _burst(session, base, AT_ONCE)
+                for _ in range(4):
+                    single += await _burst(session, base, 1)
+        return single, many
+
+    with appliance(tools, {"scaling": {"min": AT_ONCE, "max": AT_ONCE}}) as running:
+        running.all_idle()
+        single, many = asyncio.run(measure(running))
+    return {
+        "warm allocate, one at a time, ms p50 / p99": f"{_ms(single, 0.5)} / {_ms(single, 0.99)}",
+        f"warm allocate, {AT_ONCE} at once, ms p50 / p99": f"{_ms(many, 0.5)} / {_ms(many, 0.99)}",
+    }
+
+
+def _ms(values: list[float], share: float) -> str:
+    return f"{percentile(values, share) * 1000:.1f}"
+
+
+def cold_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
+    """From the HTTP call to the answer with no worker there, beside a bare buildkitd's exec to its first answer."""
+    ours, bare = [], []
+    with appliance(tools, {"scaling": {"max": 1, "scaleDownDelay": "0s"}}) as running:
+        for number in range(max(runs, 5) + 1):
+            begin = time.perf_counter()
+            status, lease = running.http("POST", "/api/v1/workers/allocate", {"poolName": "default"})
+            took = time.perf_counter() - begin
+            assert status == 200, lease
+            running.http("POST", "/api/v1/workers/release", {"token": lease["token"]})
+            while running.pool()["workers"]:
+                time.sleep(0.02)
+            alone = _bare_buildkitd(tools)
+            if number:  # the first of each finds cold disk caches
+                ours.append(took)
+                bare.append(alone)
+    beyond = [(a - b) * 1000 for a, b in zip(ours, bare, strict=True)]
+    return {
+        "buildkitd alone, exec to first answer, ms": spread([value * 1000 for value in bare]),
+        "cold allocate, ms": spread([value * 1000 for value in ours]),
+        "cold allocate beyond buildkitd, ms": spread(beyond),
+    }
+
+
+def _bare_buildkitd(tools: dict[str, Path]) -> float:
+    with tempfile.TemporaryDirectory(prefix="bkbare-") as directory:
+        socket = f"{directory}/s"
+        config = Path(directory) / "c.toml"
+        config.write_text(f'[worker.oci]\nenabled = true\nbinary = "{tools["runc"]}"\n')
+        begin = time.perf_counter()
+        daemon = subprocess.Popen(
+            [
+                str(tools["buildkitd"]),
+                "--config",
+                str(config),
+                "--root",
+                f"{directory}/root",
+                "--addr",
+                f"unix://{socket}",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            asyncio.run(_answered(socket))
+            return time.perf_counter() - begin
+        finally:
+            daemon.kill()
+            daemon.wait()
+            subprocess.run(
+                ["umount", "-q", f"{directory}/root/runc-overlayfs"], check=False, stderr=subprocess.DEVNULL
+            )
+
+
+async def _answered(socket: str) -> None:
+    while True:
+        with suppress(OSError, ConnectionError, EOFError):
+            await probe(Path(socket))
+            return
+        await asyncio.sleep(0.005)
+
+
+# --- build ----------------------------------------------------------------------------------------------------------
+
+
+def build_through_gateway(tools: dict[str, Path], runs: int) -> dict[str, Any]:
+    """The same build on the same worker, through the gateway and on its socket, in turn; 200 MB of new context."""
+    through, direct = [], []
+    with appliance(tools, {"scaling": {"max": 1}}) as running:
+        certificates = running.allocate()
+        gateway = running.builder(certificates, "gateway")
+        running.buildx("create", "--name", "direct", "--driver", "remote", certificates.lease["endpoint"]).ok()
+        for number in range(max(runs, 5) + 1):
+            for builder, into in ((gateway, through), ("direct", direct)):
+                with _context(running.base) as context:
+                    took = running.build(builder, context).ok().seconds
+                if number:
+                    into.append(took)
+    ratios = [a / b for a, b in zip(through, direct, strict=True)]
+    return {
+        f"build with {CONTEXT_MB} MB of context on the worker's socket, s": spread(direct),
+        "the same through the gateway, s": spread(through),
+        "ratio gateway / socket": spread(ratios),
+    }
+
+
+@contextmanager
+def _context(base: Path) -> Iterator[Path]:
+    directory = base / "context"
+    directory.mkdir()
+    with (directory / "data").open("wb") as data:
+        for _ in range(CONTEXT_MB):
+            data.write(os.urandom(1024 * 1024))
+    (directory / "Dockerfile").write_text("FROM scratch\nCOPY data /\n")
+    yield directory
+    shutil.rmtree(directory)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def command_line(tools: dict[str, Path], runs: int) -> dict[str, Any]:
+    """`bkpool allocate` as a process, beside the bare HTTP call that it makes, in turn."""
+    process, call = [], []
+    with appliance(tools, {"scaling": {"min": 1, "max": 2}}) as running:
+        running.all_idle()
+        env = running.env
+        for number in range(max(runs * 2, 10) + 1):
+            begin = time.perf_counter()
+            done = subprocess.run([*running.program, "allocate"], env=env, capture_output=True, text=True, check=True)
+            a = time.perf_counter() - begin
+            _back(running, json.loads(done.stdout))
+            begin = time.perf_counter()
+            _, lease = running.http("POST", "/api/v1/workers/allocate", {"poolName": "default"})
+            b = time.perf_counter() - begin
+            _back(running, lease)
+            if number:
+                process.append(a * 1000)
+                call.append(b * 1000)
+    return {
+        "HTTP call alone, ms": spread(call),
+        "`bkpool allocate`, ms": spread(process),
+        "CLI beyond the call, ms": spread([a - b for a, b in zip(process, call, strict=True)]),
+    }
+
+
+def _back(running: Appliance, lease: dict[str, Any]) -> None:
+    running.http("POST", "/api/v1/workers/release", {"token": lease["token"]})
+    while running.pool()["allocated"]:
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=7, help="interleaved runs of each figure")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--only", choices=[part.__name__ for part in PARTS])
+    options = parser.parse_args()
+    wanted = [Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC]
+    tools = {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
+    print(f"load before: {os.getloadavg()[0]:.2f}, cores: {os.cpu_count()}", file=sys.stderr)
+    table: dict[str, Any] = {}
+    for part in PARTS:
+        if options.only in {None, part.__name__}:
+            print(f"measuring: {(part.__doc__ or '').splitlines()[0]}", file=sys.stderr)
+            table |= part(tools, options.runs)
+    if options.json:
+        print(json.dumps(table, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, table))
+    for name, value in table.items():
+        print(f"{name:<{width}}  {value}")
+
+
+PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line)
+
+if __name__ == "__main__":
+    main()
