@@ -3,12 +3,15 @@
 It must be parsed by any Python there is, 2.7 included, so it is written in what all of them have in common.
 """
 
-# ruff: noqa: UP010, UP024, UP025, UP031, UP032, PTH, PERF - see above
+# ruff: noqa: ANN001, ANN202, PTH100, PTH103, PTH107, PTH111, PTH117, PTH118, PTH123, PTH207, PTH208, RUF005, UP031 - see above
+import glob
 import os
 import platform
 import sys
+import zlib
 
 SUPPORTS = {"pythons": ["3.11", "3.12", "3.13"], "machine": "x86_64", "glibc": "2.28"}
+BUILD = "a random name"
 NEEDS = 300 * 2**20  # bytes: what is unpacked once, and some room
 OS_FAULT = 71  # bkpool.core.errors.HostFault
 NOT_PERMITTED = 77
@@ -47,14 +50,14 @@ def _wrong_machine():
 
 def _unusable_cache(cache):
     fix = "set BKPOOL_CACHE to a directory that you may write and run programs from"
+    probe = os.path.join(cache, "probe-%d" % os.getpid())
     try:
-        if not os.path.isdir(cache):
-            os.makedirs(cache, 0o700)
+        os.makedirs(cache, 0o700, exist_ok=True)
+        open(probe, "w").close()
+        os.remove(probe)
         about = os.statvfs(cache)
     except OSError as error:
-        return "bkpool unpacks itself once to %s, which cannot be made (%s): %s." % (cache, error.strerror, fix)
-    if not os.access(cache, os.W_OK | os.X_OK):
-        return "bkpool unpacks itself once to %s, which cannot be written: %s." % (cache, fix)
+        return "bkpool unpacks itself once to %s, which cannot be written (%s): %s." % (cache, error.strerror, fix)
     if about.f_flag & os.ST_NOEXEC:
         return "bkpool unpacks itself once to %s, which is mounted noexec: %s." % (cache, fix)
     if not os.listdir(cache) and about.f_bavail * about.f_frsize < NEEDS:
@@ -67,12 +70,15 @@ def _numbers(version):
 
 
 def _cache():
-    given = os.environ.get("BKPOOL_CACHE")
-    if given:
-        return os.path.join(os.path.abspath(given), "pyz")
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "bkpool", "pyz")
+    """Where pex unpacks: a place for each Python and each build, so that what is there is surely ours."""
+    cache = os.environ.get("BKPOOL_CACHE")
+    if not cache:
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        base = base if os.path.isabs(base) else os.path.join(os.path.expanduser("~"), ".cache")
+        cache = os.path.join(base, "bkpool")
+    who = "%s %s" % (os.path.realpath(sys.executable), BUILD)
+    name = "%d.%d-%08x" % (sys.version_info[:2] + (zlib.crc32(who.encode()),))
+    return os.path.join(os.path.abspath(cache), "pyz", name)
 
 
 def _check():
@@ -80,11 +86,12 @@ def _check():
     if fault:
         sys.stderr.write("error: %s\n" % fault)
         sys.exit(OS_FAULT)
-    fault = _unusable_cache(_cache())
+    cache = _cache()
+    fault = _unusable_cache(cache)
     if fault:
         sys.stderr.write("error: %s\n" % fault)
         sys.exit(NOT_PERMITTED)
-    os.environ["PEX_ROOT"] = _cache()
+    os.environ["PEX_ROOT"] = cache
     os.environ["BKPOOL_ZIPAPP_SUPPORTS"] = "CPython %s on Linux %s with glibc %s or newer" % (
         ", ".join(SUPPORTS["pythons"]),
         SUPPORTS["machine"],
@@ -92,4 +99,20 @@ def _check():
     )
 
 
+def _run_unpacked():
+    """Goes straight to what pex unpacked before, which takes pex itself a tenth of a second to find out.
+
+    The layout is pex's (`venvs/*/*/*/pex`, made in one rename); where it is not exactly so, pex does it all.
+    """
+    found = glob.glob(os.path.join(os.environ["PEX_ROOT"], "venvs", "*", "*", "*", "pex"))
+    if len(found) != 1 or os.environ.get("PEX_TOOLS") or os.environ.get("PEX_INTERPRETER"):
+        return
+    with open(found[0]) as script:
+        command = script.readline()[2:].split()
+    if command and os.access(command[0], os.X_OK):
+        os.environ["PEX"] = os.path.abspath(sys.argv[0])
+        os.execv(command[0], command + [found[0]] + sys.argv[1:])
+
+
 _check()
+_run_unpacked()

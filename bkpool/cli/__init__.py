@@ -1,0 +1,77 @@
+"""The command line: `bkpool`, and `bkctl` as it was called before.
+
+Each command is a module of its own, imported only when it runs: a script's `allocate` waits for nothing that it does
+not use. Nothing heavier than click is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from bkpool import __version__
+
+COMMANDS = {
+    "up": "Start the appliance: controller, API and gateway.",
+    "down": "Stop the appliance; open builds may finish first.",
+    "status": "Show the pools, or one pool with its workers.",
+    "build": "Lease a worker, run `buildx build` on it, release it.",
+    "allocate": "Lease a worker and get the certificates for it.",
+    "renew": "Let a lease run longer.",
+    "release": "Give a leased worker back.",
+    "logs": "Show the log of the appliance or of a worker.",
+    "toolchain": "Get the tools that bkpool runs, and say where they are.",
+    "doctor": "Check whether this machine has what bkpool needs.",
+    "version": "Show the version.",
+    "oidc-token": "Get a token from the development issuer (a later release).",
+}
+"""Every command with its summary, in the order of the help. Its module has its name and a click command `command`."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports the one that is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """The names, as the help lists them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        """Imports a command's module."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"bkpool.cli.{cmd_name.replace('-', '_')}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - as above
+        """Writes the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def program() -> None:
+    r"""A pool of BuildKit workers for docker buildx.
+
+    \b
+    bkpool up -d                       start it on this machine
+    bkpool build -t app:1 .            build on a leased worker
+    bkpool down                        stop it
+
+    Environment: BKCTL_ENDPOINT (default: the appliance running here, else http://localhost:8082), BKCTL_TOKEN,
+    BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT, BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN,
+    BKPOOL_HOME, BKPOOL_CACHE.
+    """
+
+
+def main() -> NoReturn:
+    """Runs the program under the name it was called by and ends the process with its exit code."""
+    from bkpool.cli.errors import guarded  # noqa: PLC0415 - after the names above, which it shows
+
+    called = Path(sys.argv[0]).name
+    name = "bkpool" if called == "__main__.py" else called
+    sys.exit(guarded(lambda: program.main(prog_name=name, standalone_mode=False), name))

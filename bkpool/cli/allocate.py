@@ -1,0 +1,71 @@
+"""`bkpool allocate`: one worker for one job, with the certificates that lead to it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bkpool.cli import console, home, options
+from bkpool.cli import lease as leases
+from bkpool.cli.client import Client
+from bkpool.core import durations
+from bkpool.core.errors import BkpoolError
+from bkpool.core.names import DEFAULT_POOL
+
+
+@click.command(short_help="Lease a worker and get the certificates for it.")
+@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool to take it from.")
+@options.namespace
+@click.option("--ttl", default="1h", show_default=True, callback=options.duration, help="How long, as 30m or 1h30m.")
+@click.option("--job-id", default="", help="Your job's name: asked for twice, it is the same lease.")
+@click.option(
+    "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write ca.crt, client.crt, client.key and lease.json there (0600) and print the `buildx create` command.",
+)
+@options.as_json
+@options.older_identity
+def command(*, pool: str, namespace: str, ttl: str, job_id: str, wait: str, out: Path | None, as_json: bool) -> None:
+    """Lease a worker and get the certificates for it.
+
+    The answer is JSON (workerName, token, endpoint, gatewayEndpoint, expiresAt, and caCert, clientCert, clientKey in
+    base64) when stdout is no terminal. On a terminal the certificates are written to a private directory, and the
+    command is shown that makes a builder of them.
+    """
+    directory = leases.prepared(out) if out else None
+    client = Client()
+    request = {"poolName": pool, "namespace": namespace, "jobId": job_id, "ttl": ttl, "wait": wait}
+    with console.Progress(f"waiting for a worker of pool {pool}"):
+        lease = client.allocate(request, wait=durations.parse(wait).total_seconds())
+    people = sys.stdout.isatty() and not as_json
+    try:
+        if people and directory is None:
+            directory = leases.prepared(home.home() / "leases" / namespace / lease["workerName"])
+        if directory is not None:
+            leases.save(lease, directory, token=True)
+    except BkpoolError:
+        client.release(lease["token"])
+        raise
+    create = leases.create_line(lease, directory) if directory else ""
+    if create and not people:
+        console.note(create)
+    console.answer(lease, as_json=as_json, show=lambda: _shown(lease, directory, create))
+
+
+def _shown(lease: dict[str, Any], directory: Path | None, create: str) -> str:
+    """Plain lines, which no terminal's width cuts: the commands are there to be copied."""
+    return (
+        f"worker        {lease['workerName']}\n"
+        f"gateway       {lease['gatewayEndpoint']}\n"
+        f"expires       {lease['expiresAt']}\n"
+        f"certificates  {directory}\n"
+        f"\n{create}\n"
+        f"bkpool release --token {shlex.quote(str(directory))}"
+    )

@@ -1,0 +1,205 @@
+"""`bkpool build`: a lease, a private builder, `buildx build` on it, and nothing left behind.
+
+buildx has the terminal, the signals and the exit code; ours is only what comes before and after. The lease's token
+stands in no argv and in no file.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import click
+
+from bkpool.cli import console, options
+from bkpool.cli import lease as leases
+from bkpool.cli.client import Client
+from bkpool.cli.signals import Signals, typed_at_terminal
+from bkpool.core import durations
+from bkpool.core.errors import BkpoolError, Gone, HostFault, InvalidInput, NotFound, Unauthenticated
+from bkpool.core.names import DEFAULT_POOL
+
+BUILDER = "bkpool"
+SHORTEST_PAUSE = 0.5
+"""Seconds between two renewals at least, however short the lease."""
+
+
+class Splitting(click.Command):
+    """Takes its own options from anywhere before `--`; the rest is buildx's, untouched.
+
+    click itself would look for `-p` within `-tpool`, too.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses our part; buildx's part is left in `ctx.obj`."""
+        takes_value = {name: not option.is_flag for option in self._own(ctx) for name in option.opts}
+        ours: list[str] = []
+        theirs: list[str] = []
+        rest = iter(args)
+        for arg in rest:
+            name, equals, _ = arg.partition("=")
+            if arg == "--":
+                theirs += rest
+            elif name in takes_value and (name.startswith("--") or not equals):
+                ours.append(arg)
+                if takes_value[name] and not equals:
+                    ours += [value for value in [next(rest, None)] if value is not None]
+            else:
+                theirs.append(arg)
+        ctx.obj = theirs
+        return super().parse_args(ctx, ours)
+
+    def _own(self, ctx: click.Context) -> Iterator[click.Option]:
+        return (param for param in self.get_params(ctx) if isinstance(param, click.Option))
+
+
+@click.command(
+    cls=Splitting,
+    short_help="Lease a worker, run `buildx build` on it, release it.",
+    options_metavar="[OPTIONS] [--] BUILDX-ARGUMENTS...",
+)
+@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool to take the worker from.")
+@options.namespace
+@click.option(
+    "--ttl",
+    default="10m",
+    show_default=True,
+    callback=options.duration,
+    help="For how long the lease outlives a bkpool that was killed; while it runs it renews the lease.",
+)
+@click.option(
+    "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
+)
+@options.older_identity
+@click.pass_obj
+def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: str) -> int:
+    r"""Lease a worker, run `buildx build` on it with the arguments given, and release it.
+
+    \b
+    bkpool build -t app:1 .
+    bkpool build --pool arm -- --push -t registry.example/app:1 .
+
+    The exit code is buildx's own. Registry logins are those of docker (DOCKER_CONFIG).
+    """
+    if any(arg == "--builder" or arg.startswith("--builder=") for arg in args):
+        raise InvalidInput(
+            "--builder: the builder is the leased worker",
+            hint="Leave it out, or use docker buildx.",
+            field="--builder",
+        )
+    from bkpool.cli import tools  # noqa: PLC0415 - after the arguments have been looked at
+    from bkpool.toolchain import Tool  # noqa: PLC0415
+
+    buildx = str(tools.ensure([Tool.BUILDX])[Tool.BUILDX])
+    request = {"poolName": pool, "namespace": namespace, "jobId": uuid.uuid4().hex, "ttl": ttl, "wait": wait}
+    with Signals() as signals, _leased(Client(), request, wait, signals) as lease:
+        if lease is not None:
+            with _builder(buildx, lease, signals) as environment:
+                return _run([buildx, "build", "--builder", BUILDER, *args], environment, signals)
+    return 128 + (signals.received or 0)
+
+
+@contextmanager
+def _leased(client: Client, request: dict[str, Any], wait: str, signals: Signals) -> Iterator[dict[str, Any] | None]:
+    """A lease, kept renewed until the end of the block and then released; None if a signal came first."""
+    lease = _allocate(client, request, wait, signals)
+    if lease is None:
+        yield None
+        return
+    over = Event()
+    Thread(target=_keep, args=(client, lease["token"], request["ttl"], over), daemon=True).start()
+    try:
+        yield lease
+    finally:
+        over.set()
+        _release(client, lease["token"])
+
+
+def _allocate(client: Client, request: dict[str, Any], wait: str, signals: Signals) -> dict[str, Any] | None:
+    def stop(number: int) -> None:
+        if not client.hang_up():
+            raise SystemExit(128 + number)  # nothing was asked yet, so nothing can be lost
+
+    signals.act(stop)
+    try:
+        with console.Progress(f"waiting for a worker of pool {request['poolName']}"):
+            return client.allocate(request, wait=durations.parse(wait).total_seconds())
+    except BkpoolError:
+        if signals.received is None:
+            raise
+        return None
+    finally:
+        signals.act(None)
+
+
+def _keep(client: Client, token: str, ttl: str, over: Event) -> None:
+    pause = half = max(durations.parse(ttl).total_seconds() / 2, SHORTEST_PAUSE)
+    while not over.wait(pause):
+        try:
+            client.renew(token, ttl)
+            pause = half
+        except (Gone, NotFound, Unauthenticated) as error:
+            if not over.is_set():
+                console.note(f"warning: the lease is lost: {error.message}")
+            return
+        except BkpoolError:
+            pause = half / 4  # three more tries before it runs out
+
+
+def _release(client: Client, token: str) -> None:
+    try:
+        client.release(token)
+    except (Gone, NotFound):
+        return
+    except BkpoolError as error:
+        console.note(f"warning: the worker is not released, its lease runs out by itself: {error.message}")
+
+
+@contextmanager
+def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[dict[str, str]]:
+    """A builder of the lease in a private configuration; yields the environment in which buildx finds it."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    parent = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else None
+    with tempfile.TemporaryDirectory(prefix="bkpool-build-", dir=parent) as private:
+        directory = Path(private).absolute()
+        leases.save(lease, directory, token=False)
+        environment = os.environ | {"BUILDX_CONFIG": str(directory / "buildx")}
+        _create([buildx, *leases.create_arguments(lease, directory, BUILDER)], environment, signals)
+        yield environment
+
+
+def _create(command: list[str], environment: dict[str, str], signals: Signals) -> None:
+    try:
+        made = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise HostFault(f"{command[0]} cannot be run: {error.strerror}", hint="`bkpool doctor` checks it.") from None
+    if made.returncode and signals.received is None:
+        said = (made.stderr.strip() or f"exit code {made.returncode}").splitlines()[-1]
+        raise HostFault(f"buildx could not make a builder: {said}", hint="`bkpool doctor` checks buildx.")
+
+
+def _run(command: list[str], environment: dict[str, str], signals: Signals) -> int:
+    if signals.received is not None:
+        return 128 + signals.received
+    with subprocess.Popen(command, env=environment) as child:
+        signals.act(_passing_on(child))
+        code = child.wait()
+        signals.act(None)
+    return 128 - code if code < 0 else code
+
+
+def _passing_on(child: subprocess.Popen[bytes]) -> Callable[[int], None]:
+    def send(number: int) -> None:
+        if not typed_at_terminal(number):
+            child.send_signal(number)
+
+    return send

@@ -1,0 +1,98 @@
+"""What a user sees: answers on stdout (JSON when that is no terminal), everything else on stderr.
+
+rich is imported only where something is really drawn. Nothing here decides an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from threading import Lock, Timer
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.status import Status
+
+PATIENCE = 1.0
+"""Seconds that pass before a wait is worth a word."""
+
+
+def note(text: str) -> None:
+    """Tells the user something beside the answer."""
+    click.echo(text, err=True)
+
+
+def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], RenderableType | str]) -> None:
+    """Writes a command's answer.
+
+    Args:
+        data: The answer for programs, written when `as_json` is set or stdout is no terminal.
+        as_json: The user asked for JSON.
+        show: Makes the answer for people: a string, or something that rich draws.
+    """
+    if as_json or not sys.stdout.isatty():
+        click.echo(json.dumps(data, indent=2))
+        return
+    shown = show()
+    if isinstance(shown, str):
+        click.echo(shown)
+        return
+    from rich.console import Console  # noqa: PLC0415 - see above
+
+    Console().print(shown)
+
+
+class Progress:
+    """Says on stderr what is being waited for, once the wait has lasted a second.
+
+    On a terminal it is one line with a spinner, which disappears; elsewhere it is one plain line for each new text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lock = Lock()
+        self._open = False
+        self._drawn: Status | None = None
+        self._timer = Timer(PATIENCE, self._show)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._open = False
+            if self._drawn is not None:
+                self._drawn.stop()
+        self._timer.join()
+
+    def update(self, text: str, fraction: float | None = None) -> None:
+        """Says something new from now on; how much of it is done (0 to 1) is shown on a terminal only."""
+        with self._lock:
+            if self._drawn is not None:
+                self._drawn.update(text if fraction is None else f"{text} ({fraction:.0%})")
+            elif self._open and text != self._text:
+                note(text)
+            self._text = text
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._timer.finished.is_set():
+                return
+            self._open = True
+            if not sys.stderr.isatty():
+                note(self._text)
+                return
+            from rich.console import Console  # noqa: PLC0415 - a short wait never needs it
+
+            self._drawn = Console(stderr=True, markup=False).status(self._text)
+            self._drawn.start()

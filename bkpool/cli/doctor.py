@@ -1,0 +1,65 @@
+"""`bkpool doctor`: what this machine has and lacks, one line a check, each failure with its fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+from bkpool.cli import console, home, options
+from bkpool.core.names import API_PORT, GATEWAY_PORT, METRICS_PORT
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from bkpool.toolchain.doctor import Check
+
+_MARKS = {True: ("✓", "green"), None: ("!", "yellow"), False: ("✗", "red")}
+
+
+@click.command(short_help="Check whether this machine has what bkpool needs.")
+@options.as_json
+def command(as_json: bool) -> int:
+    """Check whether this machine has what bkpool needs.
+
+    Nothing is changed. The exit code is 1 if a check failed.
+    """
+    from bkpool.cli import tools  # noqa: PLC0415 - the toolchain takes its time to import
+    from bkpool.toolchain import Toolchain, default_cache, doctor  # noqa: PLC0415
+
+    tools.quiet()
+    ports = {"API": API_PORT, "gateway": GATEWAY_PORT, "metrics": METRICS_PORT}
+    with console.Progress("looking around"):
+        found = list(doctor.checks(home.home(), Toolchain(default_cache()), ports, ours=_ours()))
+    failed = any(check.ok is False for check in found)
+    told: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
+    console.answer(told, as_json=as_json, show=lambda: _shown(found))
+    return int(failed)
+
+
+def _ours() -> frozenset[int]:
+    """The ports of the appliance that runs from this home."""
+    appliance = home.running()
+    if appliance is None:
+        return frozenset()
+    endpoints = (appliance.api, appliance.gateway, str(appliance.described.get("metricsEndpoint", "")))
+    return frozenset(port for endpoint in endpoints if (port := urlsplit(endpoint).port))
+
+
+def _shown(checks: Iterable[Check]) -> RenderableType:
+    from rich.table import Table  # noqa: PLC0415 - on a terminal only
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column()
+    table.add_column()
+    table.add_column(overflow="fold")
+    for check in checks:
+        mark, style = _MARKS[check.ok]
+        table.add_row(Text(mark, style=style), Text(check.name), Text(check.detail))
+        if check.fix:
+            table.add_row("", "", Text(f"→ {check.fix}", style="bold"))
+    return table

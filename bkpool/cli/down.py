@@ -1,0 +1,107 @@
+"""`bkpool down`: asks the appliance to end, and waits until it has.
+
+It signals only the process that holds the lock of this home, through a pidfd, so never another one that got its
+number.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+from contextlib import suppress
+
+import click
+
+from bkpool.cli import console, home, options
+from bkpool.cli.client import Client
+from bkpool.cli.errors import INTERRUPTED
+from bkpool.core.errors import BkpoolError, HostFault
+
+LOOK_AGAIN = 1.0
+"""Seconds after which the number of open connections that is shown is asked for again."""
+
+
+@click.command(short_help="Stop the appliance; open builds may finish first.")
+@click.option("--now", is_flag=True, help="Cut the connections that are open, instead of letting them finish.")
+@click.option("--purge", is_flag=True, help="Also remove all state and caches: leases, keys, build caches.")
+@options.as_json
+def command(now: bool, purge: bool, as_json: bool) -> int:
+    """Stop the appliance of this machine and wait until it has ended.
+
+    Builds that run may finish; Ctrl-C ends the waiting, not the draining.
+    """
+    process = _process()
+    if process is not None:
+        try:
+            _end(process, now=now)
+        except KeyboardInterrupt:
+            console.note("\nthe appliance goes on draining; `bkpool down --now` cuts what is open")
+            return INTERRUPTED
+        finally:
+            os.close(process)
+    if purge:
+        from bkpool.appliance import purge as purge_home  # noqa: PLC0415 - everything heavy hangs on it
+        from bkpool.cli import tools  # noqa: PLC0415
+        from bkpool.toolchain import default_cache  # noqa: PLC0415
+
+        tools.quiet()
+        with console.Progress("removing state and caches"):
+            purge_home(home.home(), default_cache())
+            shutil.rmtree(home.home() / "leases", ignore_errors=True)  # what `allocate` wrote there
+    stopped = "bkpool is down" if process is not None else "no appliance is running"
+    told = {"stopped": process is not None, "purged": purge}
+    console.answer(told, as_json=as_json, show=lambda: stopped + (", state and caches are removed" if purge else ""))
+    return 0
+
+
+def _process() -> int | None:
+    """A pidfd of the appliance; None if there is none.
+
+    Raises:
+        HostFault: It belongs to another user.
+    """
+    from bkpool.store.lock import holder  # noqa: PLC0415 - the store imports pydantic
+
+    pid = holder(home.home())
+    if pid is None:
+        return None
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    if holder(home.home()) != pid:  # it ended in between, and the number may be another's by now
+        os.close(process)
+        return None
+    return process
+
+
+def _end(process: int, *, now: bool) -> None:
+    wait_for = _waiting_for() or "waiting for the appliance to end"
+    # Two signals of one number may arrive as one; two of different numbers do not.
+    for number in (signal.SIGTERM, signal.SIGINT) if now else (signal.SIGTERM,):
+        with suppress(ProcessLookupError):
+            try:
+                signal.pidfd_send_signal(process, number)
+            except PermissionError:
+                raise HostFault("the appliance belongs to another user", hint="Stop it as that user.") from None
+    ended = select.poll()
+    ended.register(process, select.POLLIN)
+    with console.Progress(wait_for) as progress:
+        while not ended.poll(LOOK_AGAIN * 1000):
+            progress.update(_waiting_for() or wait_for)
+
+
+def _waiting_for() -> str | None:
+    """How many connections are open, in words; None if nobody tells."""
+    appliance = home.running()
+    try:
+        pools = Client(appliance.api).pools()["pools"] if appliance else []
+        open_now = sum(int(pool["connections"]) for pool in pools)
+    except (BkpoolError, KeyError, TypeError, ValueError):
+        return None
+    if not open_now:
+        return None
+    plural = "" if open_now == 1 else "s"
+    return f"waiting for {open_now} open connection{plural}; Ctrl-C leaves it draining, `bkpool down --now` cuts them"

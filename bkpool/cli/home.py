@@ -1,0 +1,60 @@
+"""Where bkpool keeps its state on this machine, and which appliance runs from there.
+
+Only reads, and only with the standard library: every command asks here first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def home() -> Path:
+    """The directory of the state: $BKPOOL_HOME, else `bkpool` in the XDG state directory. Always absolute."""
+    if given := os.environ.get("BKPOOL_HOME"):
+        return Path(given).absolute()
+    state = os.environ.get("XDG_STATE_HOME", "")
+    # The XDG base directory specification: a relative path is invalid and is ignored.
+    return (Path(state) if state.startswith("/") else Path.home() / ".local" / "state") / "bkpool"
+
+
+@dataclass(frozen=True, slots=True)
+class Appliance:
+    """The appliance that runs from this home, as it described itself in `appliance.json` when it was ready."""
+
+    pid: int
+    api: str
+    gateway: str
+    backend: str
+    described: dict[str, Any]
+
+
+def running() -> Appliance | None:
+    """The appliance of this home; None if there is none, it is not ready yet, or it died without a word."""
+    try:
+        told = json.loads((home() / "appliance.json").read_bytes())
+        found = Appliance(int(told["pid"]), told["apiEndpoint"], told["gatewayEndpoint"], told["backend"], told)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if _alive(found.pid) else None
+
+
+def admin_token() -> str | None:
+    """The local admin's bearer token, where this user may read it."""
+    try:
+        return (home() / "admin.token").read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,37 @@
+"""`bkpool logs`: hands over to tail(1), which follows a file better than a loop of ours would."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from bkpool.cli import home, options
+from bkpool.core.errors import EXIT, HostFault, NotFound
+
+
+@click.command(short_help="Show the log of the appliance or of a worker.")
+@click.argument("worker", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on; Ctrl-C ends it.")
+@click.option("-l", "--lines", type=click.IntRange(min=0), help="Only so many of the last lines.")
+@options.namespace
+def command(worker: str | None, follow: bool, lines: int | None, namespace: str) -> None:
+    """Show the log of the appliance, or of WORKER (such as default-worker-0) of this machine."""
+    logs = home.home() / "logs"
+    path = logs / (f"{namespace}.{worker}.log" if worker else "appliance.log")
+    if not path.is_file() or path.parent != logs:
+        known = sorted(file.name.removesuffix(".log").partition(".")[2] for file in logs.glob("*.*.log"))
+        raise NotFound(
+            f"there is no log of {worker or 'an appliance in the background'} in {logs}",
+            hint=f"There are logs of: {', '.join(known)}." if worker and known else "`bkpool up -d` begins one.",
+        )
+    command_line = ["tail", "-n", "+1" if lines is None else str(lines), *(["-F"] if follow else []), "--", str(path)]
+    try:
+        os.execvp(command_line[0], command_line)  # noqa: S606 - tail is this command from here on
+    except OSError as error:
+        raise HostFault(
+            f"tail(1) cannot be run: {error.strerror}",
+            hint=f"Install coreutils, or read {path}.",
+            code="ToolMissing",
+            exit_code=EXIT["ToolMissing"],
+        ) from None

@@ -1,0 +1,103 @@
+"""`bkpool status`: the pools, or one pool with its workers, as the API tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bkpool.cli import console, options
+from bkpool.cli.client import Client
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_LONG = frozenset({"job", "holder", "message"})
+_STYLES = {"Idle": "green", "Allocated": "cyan", "Failed": "red", "Draining": "yellow"}
+
+
+@click.command(short_help="Show the pools, or one pool with its workers.")
+@click.option("-p", "--pool", help="Only this pool, with its workers.")
+@options.namespace
+@options.as_json
+def command(pool: str | None, namespace: str, as_json: bool) -> None:
+    """Show the pools, or one pool with its workers."""
+    client = Client()
+    if pool is None:
+        told = client.pools()
+        console.answer(told, as_json=as_json, show=lambda: _pools(told.get("pools", [])))
+        return
+    told = client.pool(pool, namespace)
+    console.answer(told, as_json=as_json, show=lambda: _one(told))
+
+
+def _one(pool: dict[str, Any]) -> RenderableType:
+    from rich.console import Group  # noqa: PLC0415 - on a terminal only
+
+    return Group(_pools([pool]), "", _workers(pool.get("members", [])))
+
+
+def _pools(pools: Sequence[dict[str, Any]]) -> RenderableType:
+    from rich.console import Group  # noqa: PLC0415 - on a terminal only
+    from rich.text import Text  # noqa: PLC0415
+
+    rows = [
+        (
+            f"{pool.get('namespace')}/{pool.get('name')}",
+            f"{pool.get('workers')} of {pool.get('max')}",
+            *(str(pool.get(name)) for name in ("ready", "idle", "allocated", "waiting", "connections")),
+        )
+        for pool in pools
+    ]
+    heads = ("pool", "workers", "ready", "idle", "allocated", "waiting", "connections")
+    remarks = [
+        Text(f"{pool.get('name')}: {condition['message']}", style="yellow")
+        for pool in pools
+        for condition in pool.get("conditions") or ()
+        if condition.get("message") and not (condition.get("type") == "Ready" and condition.get("status") == "True")
+    ]
+    gateways = dict.fromkeys(str(pool.get("gatewayEndpoint")) for pool in pools)
+    return Group(_table(heads, rows), *(Text(f"gateway {gateway}", style="dim") for gateway in gateways), *remarks)
+
+
+def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
+    from rich.text import Text  # noqa: PLC0415 - on a terminal only
+
+    rows = (
+        (
+            str(worker.get("name")),
+            Text(str(worker.get("phase")), style=_STYLES.get(str(worker.get("phase")), "")),
+            str(worker.get("jobId") or ""),
+            str(worker.get("requestedBy") or ""),
+            _from_now(worker.get("expiresAt")),
+            str(worker.get("message") or ""),
+        )
+        for worker in workers
+    )
+    return _table(("worker", "phase", "job", "holder", "expires", "message"), rows)
+
+
+def _table(heads: Iterable[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
+    from rich.table import Table  # noqa: PLC0415 - on a terminal only
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        table.add_column(head, overflow="fold", no_wrap=head not in _LONG)
+    for row in rows:
+        # Text, so that nothing in a name is taken for rich's markup.
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def _from_now(moment: str | None) -> str:
+    if not moment:
+        return ""
+    try:
+        left = int((datetime.fromisoformat(moment) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return moment
+    return f"in {left // 3600}h{left % 3600 // 60:02}m" if left > 0 else "over"

@@ -1,0 +1,229 @@
+"""The real program in a process of its own, against a small HTTP server that speaks the API's contract."""
+
+import base64
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from bkpool.cli import program
+from bkpool.cli.errors import guarded
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "t0ken-" + "A" * 37
+PATIENCE = 20.0
+
+
+def pem(name):
+    return base64.b64encode(f"-----BEGIN {name}-----\n".encode()).decode()
+
+
+LEASE = {
+    "workerName": "default-worker-0",
+    "token": TOKEN,
+    "endpoint": "tcp://localhost:1235",
+    "gatewayEndpoint": "tcp://localhost:1235",
+    "expiresAt": "2030-01-01T00:00:00Z",
+    "caCert": pem("CA"),
+    "clientCert": pem("CERT"),
+    "clientKey": pem("KEY"),
+}
+
+
+@dataclass
+class Call:
+    method: str
+    path: str
+    headers: dict
+    body: object
+    hung_up: threading.Event = field(default_factory=threading.Event)
+
+
+class Api(ThreadingHTTPServer):
+    """Answers as told, and remembers what it was asked. `answers` maps the path's end to (status, body)."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.calls = Queue()
+        self.answers = {
+            "allocate": (200, LEASE),
+            "renew": (200, {"expiresAt": "2030-01-01T00:00:00Z", "workerName": "default-worker-0"}),
+            "release": (200, {"status": "released"}),
+        }
+        self.before_answer = {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def next(self, end=""):
+        """The next call, which must be to a path that ends so."""
+        call = self.calls.get(timeout=PATIENCE)
+        assert call.path.endswith(end)
+        return call
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        call = Call(self.command, self.path, dict(self.headers), json.loads(body) if body else None)
+        self.server.calls.put(call)
+        end = self.path.partition("?")[0].rpartition("/")[2]
+        if act := self.server.before_answer.get(end):
+            act(call, self.connection)
+        status, answer = self.server.answers[end]
+        payload = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    do_GET = do_POST  # noqa: N815 - the name that http.server calls
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def api():
+    with Api() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def home(tmp_path):
+    path = tmp_path / "home"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def environment(home, tmp_path):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return kept | {"BKPOOL_HOME": str(home), "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(tmp_path)}
+
+
+def command(*args):
+    return [sys.executable, "-m", "bkpool", *map(str, args)]
+
+
+@pytest.fixture
+def bkpool(environment, tmp_path):
+    """Runs the program to its end, with nothing on stdin unless told."""
+
+    def run(*args, stdin="", **variables):
+        return subprocess.run(
+            command(*args),
+            env=environment | variables,
+            cwd=tmp_path,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
+    return run
+
+
+@pytest.fixture
+def called(home, monkeypatch, capsys):
+    """Runs the program within this process, for what has nothing to do with processes."""
+    for name in [name for name in os.environ if name.startswith(("BKCTL_", "BKPOOL_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BKPOOL_HOME", str(home))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+
+    def run(*args):
+        code = guarded(lambda: program.main(list(map(str, args)), prog_name="bkpool", standalone_mode=False))
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def started(environment, tmp_path):
+    """Starts the program and hands it over while it runs."""
+    running = []
+
+    def start(*args, **variables):
+        process = subprocess.Popen(
+            command(*args),
+            env=environment | variables,
+            cwd=tmp_path,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def on_terminal(environment, tmp_path):
+    """Runs the program on a terminal of its own and returns (exit code, what was shown)."""
+
+    def run(*args, **variables):
+        mine, its = pty.openpty()
+        process = subprocess.Popen(
+            command(*args),
+            env=environment | {"TERM": "dumb", "COLUMNS": "200"} | variables,
+            cwd=tmp_path,
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            start_new_session=True,
+        )
+        os.close(its)
+        shown = b""
+        try:
+            while chunk := os.read(mine, 65536):
+                shown += chunk
+        except OSError:  # EIO: the other side is closed
+            pass
+        finally:
+            os.close(mine)
+        return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+
+    return run
+
+
+@pytest.fixture
+def appliance(api, home):
+    """This home's appliance.json names the server, as a running appliance would."""
+    (home / "admin.token").write_text("admin-secret\n")
+    described = {
+        "pid": os.getpid(),
+        "apiEndpoint": api.url,
+        "gatewayEndpoint": "tcp://localhost:1235",
+        "metricsEndpoint": "http://127.0.0.1:9090",
+        "backend": "process",
+        "version": "0.1.0",
+        "startedAt": "2026-01-01T00:00:00Z",
+    }
+    (home / "appliance.json").write_text(json.dumps(described))
+    return described

@@ -1,0 +1,101 @@
+"""The program as a whole: how it starts, what it lists, and what becomes of an error."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bkpool.cli import COMMANDS, program
+from bkpool.cli.errors import guarded
+from bkpool.core.errors import Gone
+
+HEAVY = {"aiohttp", "cryptography", "h2", "pydantic", "rich", "structlog", "yaml", "asyncio", "subprocess"}
+
+
+@pytest.mark.parametrize("arguments", [("version",), ("allocate",), ("release", "-t", "t" * 43), ("--help",)])
+def test_a_light_command_imports_nothing_heavy(environment, api, appliance, arguments):
+    started = [sys.executable, "-X", "importtime", "-m", "bkpool", *arguments]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "bkpool.cli" in imported
+    assert not imported & HEAVY
+
+
+def test_every_command_is_listed_with_its_own_summary():
+    context = program.make_context("bkpool", [], resilient_parsing=True)
+    for name, summary in COMMANDS.items():
+        command = program.get_command(context, name)
+        assert command is not None
+        assert command.get_short_help_str(200) == summary
+
+
+def test_an_error_is_shown_without_control_characters(capsys):
+    def fail():
+        raise Gone("ended\x1b[31m", hint="again\r\x07")
+
+    assert guarded(fail) == 7
+    assert capsys.readouterr().err == "error: ended[31m\nhint: again\n"
+
+
+def test_an_interrupt_is_quiet(capsys):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert guarded(interrupt) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_where_no_crash_can_be_kept_that_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("BKPOOL_HOME", "/dev/null/home")
+    monkeypatch.delenv("BKPOOL_DEBUG", raising=False)
+    assert guarded(lambda: 1 / 0) == 70
+    assert capsys.readouterr().err == (
+        "error: internal error (ZeroDivisionError); please report it; BKPOOL_DEBUG=1 shows where\n"
+    )
+
+
+def test_oidc_token_says_when_it_comes(called):
+    code, _, told = called("oidc-token", "--audience", "x", "--oidc-subject", "me")
+    assert code == 69
+    assert "oidc-token comes with the development issuer in a later release" in told
+
+
+@pytest.mark.parametrize("arguments", [("logs",), ("logs", "nobody"), ("logs", "../x")])
+def test_a_log_that_is_not_there_is_one_sentence(called, arguments):
+    code, _, told = called(*arguments)
+    assert code == 5
+    assert told.startswith("error: there is no log of ")
+
+
+def test_the_log_of_a_worker_is_shown_and_followed(bkpool, started, home):
+    (home / "logs").mkdir()
+    log = home / "logs" / "default.w-0.log"
+    log.write_text("one\ntwo\n")
+    assert bkpool("logs", "w-0").stdout == "one\ntwo\n"
+    process = started("logs", "-f", "-l", "1", "w-0")
+    assert process.stdout.readline() == "two\n"
+    with log.open("a") as file:
+        file.write("three\n")
+    assert process.stdout.readline() == "three\n"
+
+
+def test_the_toolchain_says_where_a_tool_is(bkpool, buildx, environment):
+    assert bkpool("toolchain", "buildx").stdout == f"{buildx}\n"
+    assert json.loads(bkpool("toolchain", "--json", "buildx").stdout) == {"buildx": str(buildx)}
+    unknown = bkpool("toolchain", "nope")
+    assert (unknown.returncode, unknown.stderr.splitlines()[0]) == (2, "error: TOOL: there is no tool 'nope'")
+
+
+def test_doctor_fails_where_a_check_fails(bkpool, tmp_path):
+    (tmp_path / "file").touch()
+    done = bkpool("doctor", BKPOOL_HOME=str(tmp_path / "file" / "home"))
+    told = json.loads(done.stdout)
+    failed = [check for check in told["checks"] if check["ok"] is False]
+    assert (done.returncode, told["ok"]) == (1, False)
+    assert all(check["fix"] for check in failed)
+
+
+def test_doctor_on_a_terminal_is_a_line_a_check(on_terminal):
+    _, shown = on_terminal("doctor")
+    assert any(line.startswith(("✓ python", "! python")) for line in shown.splitlines())

@@ -1,0 +1,238 @@
+"""up and down as processes. The appliance itself is a stand-in that does as it is told: the real one is in e2e."""
+
+import json
+import os
+import select
+import signal
+from pathlib import Path
+
+import pytest
+
+PATIENCE = 20.0
+
+APPLIANCE = """
+import json, os, signal, sys, types
+from dataclasses import dataclass
+
+module = types.ModuleType("bkpool.appliance")
+
+class Settings:
+    def __init__(self, **given):
+        self.__dict__ |= given
+
+def passed_on(fd):
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+def run(settings, ready):
+    from bkpool.core.errors import HostFault
+    from bkpool.store.lock import HomeLock
+    do = os.environ.get("DO")
+    if do == "fail":
+        raise HostFault("port 8082 is taken", hint="Free it.", code="PortTaken", exit_code=72)
+    if do == "die":
+        sys.stderr.write("first\\nlast words\\n")
+        os._exit(9)
+    if do == "crash":
+        raise ZeroDivisionError("internal detail")
+    signals = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    with HomeLock(settings.home):
+        described = {
+            "pid": os.getpid(), "apiEndpoint": "http://127.0.0.1:8082", "gatewayEndpoint": "tcp://localhost:1235",
+            "metricsEndpoint": "http://127.0.0.1:9090", "backend": "process",
+        }
+        (settings.home / "appliance.json").write_text(json.dumps(described))
+        ready({"progress": "backend: process (as asked)"})
+        ready({"progress": "getting buildkitd"})
+        inherited = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and passed_on(int(fd))]
+        shown = {name: str(value) for name, value in vars(settings).items()}
+        ready(described | {"settings": shown, "cwd": os.getcwd(), "inherited": inherited})
+        print("up and running", file=sys.stderr, flush=True)
+        got = [signal.sigwait(signals)]
+        if do == "drain":
+            got.append(signal.sigwait(signals))
+        (settings.home / "got").write_text(json.dumps(got))
+        (settings.home / "appliance.json").unlink()
+    return 0
+
+def purge(home, cache):
+    (home / "purged").touch()
+
+module.Settings, module.run, module.purge = Settings, run, purge
+sys.modules["bkpool.appliance"] = module
+"""
+
+
+@pytest.fixture
+def environment(environment, tmp_path):
+    stand_in = tmp_path / "stand-in"
+    stand_in.mkdir()
+    (stand_in / "sitecustomize.py").write_text(APPLIANCE)
+    return environment | {"PYTHONPATH": f"{stand_in}:{environment['PYTHONPATH']}"}
+
+
+@pytest.fixture
+def up(bkpool, home):
+    """Starts an appliance in the background, and ends it after the test."""
+    running = []
+
+    def start(*args, **variables):
+        done = bkpool("up", "-d", *args, **variables)
+        told = json.loads(done.stdout)
+        running.append(os.pidfd_open(told["pid"]))
+        return told
+
+    yield start
+    for process in running:
+        if not _ended(process, 0):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            assert _ended(process, PATIENCE)
+        os.close(process)
+
+
+def _ended(process, seconds):
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
+    told = up()
+    assert told["apiEndpoint"] == "http://127.0.0.1:8082"
+    assert json.loads(bkpool("down").stdout) == {"stopped": True, "purged": False}
+    assert json.loads((home / "got").read_text()) == [signal.SIGTERM]
+    assert "up and running" in (home / "logs" / "appliance.log").read_text()
+
+
+def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, home):
+    told = up()
+    assert told["cwd"] == str(home)
+    assert told["inherited"] == []
+    assert os.getsid(told["pid"]) == told["pid"]
+    open_now = {str(entry.readlink()) for entry in Path(f"/proc/{told['pid']}/fd").iterdir()}
+    assert not any(target.startswith("pipe:") for target in open_now)
+
+
+def test_which_backend_it_took_is_said(bkpool, up):
+    up()
+    bkpool("down")
+    again = bkpool("up", "-d")
+    assert again.stderr.startswith("backend: process (as asked)\nbkpool is up (backend process, pid ")
+    assert bkpool("down").returncode == 0
+
+
+def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
+    (tmp_path / "pool.yaml").touch()
+    told = up(
+        *("-f", "pool.yaml", "--backend", "process", "--gateway-host", "a", "--gateway-host", "b"),
+        *("--api-address", "[::1]:8082", "--gateway-address", "0.0.0.0:1235", "--drain-timeout", "90s"),
+    )
+    settings = told["settings"]
+    assert settings["pool_files"] == f"({tmp_path / 'pool.yaml'!r},)"
+    assert settings["gateway_hosts"] == "('a', 'b')"
+    assert settings["api_address"] == "('::1', 8082)"
+    assert settings["gateway_address"] == "('0.0.0.0', 1235)"
+    assert settings["drain_timeout"] == "0:01:30"
+
+
+def test_up_twice_is_fine(up, bkpool):
+    first = up()
+    again = bkpool("up", "-d", "--backend", "auto", "--api-address", "127.0.0.1:8082")
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["pid"] == first["pid"]
+    assert "is running already" in again.stderr
+
+
+def test_up_twice_with_something_else_says_what_runs(up, bkpool):
+    up()
+    again = bkpool("up", "--api-address", "127.0.0.1:9999")
+    assert again.returncode == 74
+    assert again.stderr.startswith("error: --api-address: bkpool is running already (pid ")
+
+
+def test_pool_files_that_come_too_late_are_said(up, bkpool, tmp_path):
+    up()
+    (tmp_path / "pool.yaml").touch()
+    assert "read at the start only" in bkpool("up", "-d", "-f", "pool.yaml").stderr
+
+
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_what_the_appliance_dies_of_is_what_up_says(bkpool, detach):
+    done = bkpool("up", *detach, DO="fail")
+    assert (done.returncode, done.stdout) == (72, "")
+    assert done.stderr == "error: port 8082 is taken\nhint: Free it.\n"
+
+
+def test_an_appliance_that_dies_without_a_word_is_told_by_its_log(bkpool, home):
+    done = bkpool("up", "-d", DO="die")
+    assert done.returncode == 71
+    assert done.stderr.startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
+
+
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_an_internal_error_is_one_line_and_its_traceback_is_kept(bkpool, home, detach):
+    done = bkpool("up", *detach, DO="crash")
+    assert done.returncode in {70, 71}
+    assert "internal error (ZeroDivisionError); please report it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "internal detail" in (home / "logs" / "crash.log").read_text()
+    assert (home / "logs" / "crash.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_debug_run_shows_the_traceback(bkpool):
+    assert "Traceback" in bkpool("up", DO="crash", BKPOOL_DEBUG="1").stderr
+
+
+def test_up_in_the_foreground_runs_until_its_signal(started, home):
+    process = started("up")
+    assert process.stderr.readline() == "backend: process (as asked)\n"
+    assert process.stderr.readline() == "getting buildkitd\n"
+    shown = ""
+    while not shown.endswith("}\n"):
+        shown += process.stdout.readline()
+    assert json.loads(shown)["backend"] == "process"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert json.loads((home / "got").read_text()) == [signal.SIGINT]
+
+
+def test_down_without_an_appliance_is_fine(bkpool, home):
+    assert json.loads(bkpool("down").stdout) == {"stopped": False, "purged": False}
+    assert json.loads(bkpool("down", "--purge").stdout) == {"stopped": False, "purged": True}
+    assert (home / "purged").exists()
+
+
+def test_down_waits_for_the_draining_and_ctrl_c_leaves_it_draining(up, started, home):
+    told = up(DO="drain")
+    process = started("down")
+    assert process.stderr.readline() == "waiting for the appliance to end\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    assert "goes on draining" in process.stderr.read()
+    assert Path(f"/proc/{told['pid']}").exists()
+
+
+def test_down_now_sends_the_second_signal(up, bkpool, home):
+    up(DO="drain")
+    assert bkpool("down", "--now").returncode == 0
+    assert sorted(json.loads((home / "got").read_text())) == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_a_person_is_told_the_endpoints_and_what_is_next(up, on_terminal):
+    up()
+    code, shown = on_terminal("up", "-d")
+    assert code == 0
+    assert "gateway  tcp://localhost:1235" in shown
+    assert "next: bkpool build" in shown
+    assert on_terminal("down") == (0, "bkpool is down\n")
+
+
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_a_home_that_cannot_be_made_is_one_line(bkpool, tmp_path, detach):
+    (tmp_path / "file").touch()
+    done = bkpool("up", *detach, BKPOOL_HOME=str(tmp_path / "file" / "home"))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,167 @@
+"""What bkpool.pyz says where it cannot run, and that it runs where it says it does.
+
+The stub is tested by itself, with older Pythons where this machine has some; the whole file where BKPOOL_ZIPAPP names
+one, as `nox -s zipapp` does.
+"""
+
+import ast
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bkpool.toolchain import default_cache
+
+STUB = Path(__file__).parents[2] / "scripts" / "zipapp_stub.py"
+ZIPAPP = os.environ.get("BKPOOL_ZIPAPP")
+TOO_OLD = ["python2.7", "python3.6", "python3.9", "python3.10"]
+SUPPORTED = ["python3.11", "python3.12", "python3.13"]
+
+whole = pytest.mark.skipif(
+    not ZIPAPP, reason="BKPOOL_ZIPAPP names no bkpool.pyz; `nox -s zipapp` makes and tests one"
+)
+
+
+def interpreters(names):
+    """Those of these Pythons that this machine has: on PATH, or behind pyenv's shims. At least one, or a skip."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = {}
+    for name in names:
+        for candidate in (shutil.which(name), *pyenv.glob(f"versions/*/bin/{name}")):
+            if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
+                found[name] = candidate
+    if not found:
+        pytest.skip(f"this machine has none of {', '.join(names)}")
+    return found
+
+
+def supports():
+    tree = ast.parse(STUB.read_text())
+    values = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "SUPPORTS")
+    return ast.literal_eval(next(values))
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A file with the stub and, in pex's place, one line; with what the stub says it supports changed as told."""
+
+    def make(**changes):
+        here = {"machine": platform.machine(), "pythons": [f"3.{sys.version_info.minor}"]}
+        source = STUB.read_text().replace(repr(supports()).replace("'", '"'), repr(supports() | here | changes))
+        assert repr(supports() | here | changes) in source
+        path = tmp_path / "program.pyz"
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("__main__.py", f"{source}\nimport os; print('handed over, ' + os.environ['PEX_ROOT'])\n")
+        return path
+
+    return make
+
+
+def run(interpreter, path, *args, **environment):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [interpreter, path, *args], env=kept | environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def refusal(done, exit_code):
+    assert (done.returncode, done.stdout) == (exit_code, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+def test_the_stub_hands_over_where_everything_fits(program, tmp_path):
+    done = run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "cache"))
+    assert done.stdout.startswith(f"handed over, {tmp_path}/cache/pyz/3.")
+
+
+def test_an_older_python_is_one_sentence(program):
+    for interpreter in interpreters(TOO_OLD).values():
+        assert "bkpool needs Python 3.11 or newer" in refusal(run(interpreter, program()), 71)
+
+
+def test_a_newer_python_than_the_file_has_wheels_for_is_one_sentence(program):
+    assert "this file holds it for CPython 3.0" in refusal(run(sys.executable, program(pythons=["3.0"])), 71)
+
+
+def test_another_machine_is_one_sentence(program):
+    assert "is for Linux riscv128, 64 bits, and this is Linux" in refusal(
+        run(sys.executable, program(machine="riscv128")), 71
+    )
+
+
+def test_an_older_libc_is_one_sentence(program):
+    assert "needs glibc 9.99 or newer, and this machine has" in refusal(
+        run(sys.executable, program(glibc="9.99")), 71
+    )
+
+
+def test_a_cache_that_cannot_be_made_is_one_sentence(program, tmp_path):
+    (tmp_path / "file").touch()
+    told = refusal(run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "file" / "cache")), 77)
+    assert "set BKPOOL_CACHE to a directory" in told
+
+
+def test_the_stub_can_be_parsed_by_any_python():
+    assert ast.parse(STUB.read_text(), feature_version=(3, 4))
+
+
+@whole
+def test_the_whole_file_refuses_an_older_python():
+    for interpreter in interpreters(TOO_OLD).values():
+        refusal(run(interpreter, ZIPAPP, "version"), 71)
+
+
+@whole
+def test_the_whole_file_runs_with_each_python_that_it_is_for(tmp_path):
+    here = {"BKPOOL_CACHE": str(tmp_path / "cache"), "BKPOOL_HOME": str(tmp_path / "home")}
+    for name, interpreter in interpreters(SUPPORTED).items():
+        done = run(interpreter, ZIPAPP, "version", "--verbose", **here)
+        assert f'"python": "{name.removeprefix("python")}.' in done.stdout
+        assert "CPython 3.11, 3.12, 3.13 on Linux" in done.stdout
+        # Nothing is there to be purged, but the appliance is imported, and with it all that has compiled parts.
+        purge = run(interpreter, ZIPAPP, "down", "--purge", **here)
+        assert (purge.returncode, purge.stderr) == (0, "")
+
+
+@whole
+def test_the_whole_file_does_the_main_job_from_an_empty_home(tmp_path, buildkitd, buildx):
+    home = tmp_path / "home"
+    home.mkdir()
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY hello /\n")
+    (context / "hello").write_text("hi")
+    # The tools are those of this machine; getting them is shown elsewhere.
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "tools").symlink_to(default_cache() / "tools")
+    here = {"HOME": str(home), "BKPOOL_CACHE": str(cache), "BKPOOL_HOME": str(tmp_path / "state")}
+    any_port = [part for what in ("api", "gateway", "metrics") for part in (f"--{what}-address", "127.0.0.1:0")]
+
+    def bkpool(*args):
+        done = run(sys.executable, ZIPAPP, *args, **here)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    bkpool("up", "-d", *any_port)
+    try:
+        bkpool("build", "--output", f"type=local,dest={tmp_path / 'out'}", context)
+        assert (tmp_path / "out" / "hello").read_text() == "hi"
+        bkpool("allocate", "--out", tmp_path / "certs")
+        assert json.loads(bkpool("release", "--token", tmp_path / "certs")) == {"status": "released"}
+    finally:
+        assert json.loads(bkpool("down", "--now", "--purge")) == {"stopped": True, "purged": True}
+
+
+@whole
+def test_the_go_modules_of_the_tools_are_inside():
+    with zipfile.ZipFile(ZIPAPP) as file:
+        assert {"bkpool/toolchain/gotools/go.mod", "bkpool/toolchain/gotools/go.sum"} <= set(file.namelist())
