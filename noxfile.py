@@ -1,6 +1,6 @@
 """The project's checks, by name: `nox -l` lists them, `nox -s tests` runs one.
 
-They run in the environment that `scripts/test` made from the lock (`.venv`), so that what is checked is what is pinned.
+They run in the environment that `scripts/test` made from the lock (`.venv`): what is checked is what is pinned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def imports(session: nox.Session) -> None:
-    session.run("lint-imports", silent=True)
+    session.run("lint-imports")
 
 
 @nox.session
@@ -51,7 +51,7 @@ def e2e(session: nox.Session) -> None:
 def zipapp(session: nox.Session) -> None:
     """Makes dist/bkpool.pyz and does the main job with it."""
     session.run("python", "scripts/build-zipapp")
-    session.run("pytest", "e2e/zipapp", *session.posargs)
+    session.run("pytest", "tests/zipapp", *session.posargs, env={"BKPOOL_ZIPAPP": "dist/bkpool.pyz"})
 
 
 @nox.session

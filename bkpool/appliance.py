@@ -37,12 +37,12 @@ from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import StoreRegistrar
 from bkpool.gateway.server import Gateway, new_loop
 from bkpool.gateway.table import build
+from bkpool.home.files import write_private
+from bkpool.home.lock import HomeLock
 from bkpool.identity.local import AdminToken, load_or_create
 from bkpool.pki import keep
 from bkpool.pki.authority import Authority
-from bkpool.pki.files import write_private
 from bkpool.pki.names import gateway_names
-from bkpool.store.lock import HomeLock
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.toolchain import Tool, Toolchain
@@ -50,6 +50,9 @@ from bkpool.workers.process import ProcessRuntime
 from bkpool.workers.sandbox import Binaries
 
 log = structlog.get_logger(__name__)
+
+GRACE = timedelta(seconds=1)
+"""After the last build of a drain: so long the API goes on answering, so that the lease can still be released."""
 
 Tell = Callable[[dict[str, Any]], None]
 Address = tuple[str, int]
@@ -149,6 +152,21 @@ def _backend(settings: Settings) -> str:
     return wanted
 
 
+def _check_complete(home: Path) -> None:
+    """A home with leases but without their CA was damaged: a new CA would void every certificate without a word.
+
+    Raises:
+        HostFault: `pki/` is missing although there is a store.
+    """
+    if (home / "state.db").exists() and not (home / "pki").exists():
+        raise HostFault(
+            f"{home / 'pki'} is missing, and {home / 'state.db'} has leases that were signed with it",
+            hint="Restore pki/ from a backup. If it is lost: `bkpool down --purge` removes the leases too.",
+            code="Unreadable",
+            exit_code=EXIT["Unreadable"],
+        )
+
+
 def _binaries(settings: Settings, tell: Tell) -> Binaries:
     """The programs that workers need; as an ordinary user also rootlesskit. Gets what is missing."""
 
@@ -223,6 +241,7 @@ class _Appliance:
 
     async def _start(self, stack: AsyncExitStack, tell: Tell) -> None:
         settings, home = self._settings, self._settings.home
+        _check_complete(home)
         secrets = keep.load_or_create(home / "pki", _now())
         admin = AdminToken(load_or_create(home))
 
@@ -277,7 +296,7 @@ class _Appliance:
         stack.callback(record.unlink, missing_ok=True)
         api = await _serve(stack, make_app(service), settings.api_address, "--api-address")
         scrape = await _serve(stack, _metrics_app(metrics), settings.metrics_address, "--metrics-address")
-        stack.push_async_callback(self._drain, gateway)
+        stack.push_async_callback(self._drain, gateway, lambda: any(metrics.active(key.name) for key in mirror.pools))
         stack.callback(claims.turn_away, Unavailable("the appliance is stopping", hint="Try again once it is up."))
         described = {
             "pid": os.getpid(),
@@ -292,15 +311,18 @@ class _Appliance:
         log.info("appliance.ready", **described)
         tell(described)
 
-    async def _drain(self, gateway: Gateway) -> None:
+    async def _drain(self, gateway: Gateway, busy: Callable[[], bool]) -> None:
         """Nothing new comes in; open builds finish, or meet the deadline, or a second signal."""
-        log.info("appliance.draining", seconds=self._settings.drain_timeout.total_seconds())
+        was_busy = busy()
+        log.info("appliance.draining", seconds=self._settings.drain_timeout.total_seconds(), busy=was_busy)
         draining = asyncio.create_task(gateway.drain(self._settings.drain_timeout.total_seconds()))
         forced = asyncio.create_task(self._forced.wait())
         await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
-        if not draining.done():
+        if self._forced.is_set():
             log.warning("appliance.forced")
             await gateway.drain(0)
+        elif was_busy:
+            await asyncio.wait({forced}, timeout=GRACE.total_seconds())
         forced.cancel()
         await draining
 

@@ -58,11 +58,6 @@ def context(tmp_path: Path, program: Path) -> Context:
     return Context(tmp_path / "context", program)
 
 
-def _ended(appliance: Appliance) -> None:
-    appliance.down("--now")
-    assert appliance.daemons() == [], "something of a worker is still running after `down`"
-
-
 @pytest.fixture(scope="module")
 def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) -> Iterator[Appliance]:
     """An appliance with a warm worker, for tests that leave it as they found it."""
@@ -70,7 +65,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) 
     appliance.up_with({"scaling": {"min": 1, "max": 4}})
     appliance.all_idle()
     yield appliance
-    _ended(appliance)
+    appliance.finish()
 
 
 @pytest.fixture
@@ -84,4 +79,4 @@ def make_appliance(tmp_path: Path, tools: dict[str, Path]) -> Iterator[Callable[
 
     yield make
     for appliance in made:
-        _ended(appliance)
+        appliance.finish()

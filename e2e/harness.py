@@ -118,6 +118,7 @@ class Appliance:
 
     def __post_init__(self) -> None:
         self.home = self.base / "home"
+        self.started: list[subprocess.Popen[str]] = []
         self.ports = {name: free_port() for name in ("api", "gateway", "metrics")}
         docker = self.base / "docker"
         (docker / "cli-plugins").mkdir(parents=True)
@@ -239,9 +240,19 @@ class Appliance:
 
     def start(self, *argv: str | Path) -> subprocess.Popen[str]:
         """Starts a program in the background; its output is in `stdout`."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(part) for part in argv], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self.started.append(process)
+        return process
+
+    def finish(self) -> None:
+        """Ends what a test started and everything of the appliance, and sees that nothing of it is left."""
+        for process in self.started:
+            process.kill()
+            process.communicate()
+        self.down("--now")
+        assert self.daemons() == [], "something of a worker is still running after `down`"
 
 
 def really_ran(answer: Answer, said: str) -> bool:

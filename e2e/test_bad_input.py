@@ -76,7 +76,7 @@ def test_a_home_that_others_can_read_is_refused(make_appliance):
     appliance = make_appliance()
     appliance.home.mkdir(mode=0o755)
     answer = appliance.cli("up", "-d", "--backend", "process")
-    assert answer.code == 78, answer.text
+    assert answer.code == 77, answer.text
     assert "chmod" in answer.err
     appliance.home.chmod(0o700)
 

@@ -15,12 +15,13 @@ from harness import alive, eventually, read_until, really_ran
 
 def _buildkitd(appliance):
     """The pids of the buildkitd processes themselves."""
-    return [pid for pid in appliance.daemons() if _comm(pid) == "buildkitd"]
+    return sorted(pid for pid in appliance.daemons() if _name(pid).startswith("buildkitd"))
 
 
-def _comm(pid):
+def _name(pid):
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
 
 
 def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context):
@@ -30,13 +31,14 @@ def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context)
     builder = appliance.builder(certificates, "before")
     appliance.build(builder, context.dockerfile("say first")).ok()
     eventually(lambda: appliance.pool()["idle"] == 1, "the floor")
-    before = sorted(_buildkitd(appliance))
+    before = _buildkitd(appliance)
+    assert len(before) == 2
 
     appliance.kill()
-    assert sorted(_buildkitd(appliance)) == before, "workers outlive the appliance"
+    assert _buildkitd(appliance) == before, "workers outlive the appliance"
     appliance.up()
 
-    assert sorted(_buildkitd(appliance)) == before, "adopted, not started again"
+    assert _buildkitd(appliance) == before, "adopted, not started again"
     again = appliance.build(builder, context.path).ok()
     assert not really_ran(again, "first"), "the same certificate leads to the same worker"
     appliance.release(certificates.lease).ok()

@@ -55,8 +55,7 @@ def guided(tmp_path_factory, tools):
     appliance = Appliance(tmp_path_factory.mktemp("guide"), tools)
     appliance.up_with({"scaling": {"mode": "auto", "min": 0, "max": 10}, "tls": {"enabled": True}}, name=POOL)
     yield appliance
-    appliance.down("--now")
-    assert appliance.daemons() == []
+    appliance.finish()
 
 
 def _shell(appliance, script, directory, registry_host):

@@ -18,6 +18,7 @@ from bkpool.cli import console, home, options
 from bkpool.cli.client import Client
 from bkpool.cli.errors import INTERRUPTED
 from bkpool.core.errors import BkpoolError, HostFault
+from bkpool.home.lock import holder
 
 LOOK_AGAIN = 1.0
 """Seconds after which the number of open connections that is shown is asked for again."""
@@ -62,8 +63,6 @@ def _process() -> int | None:
     Raises:
         HostFault: It belongs to another user.
     """
-    from bkpool.store.lock import holder  # noqa: PLC0415 - the store imports pydantic
-
     pid = holder(home.home())
     if pid is None:
         return None

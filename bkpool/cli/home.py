@@ -1,6 +1,6 @@
 """Where bkpool keeps its state on this machine, and which appliance runs from there.
 
-Only reads, and only with the standard library: every command asks here first.
+Only reads, and imports nothing heavy: every command asks here first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bkpool.home.lock import holder
 
 
 def home() -> Path:
@@ -39,7 +41,7 @@ def running() -> Appliance | None:
         found = Appliance(int(told["pid"]), told["apiEndpoint"], told["gatewayEndpoint"], told["backend"], told)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if _alive(found.pid) else None
+    return found if holder(home()) == found.pid else None
 
 
 def admin_token() -> str | None:
@@ -48,13 +50,3 @@ def admin_token() -> str | None:
         return (home() / "admin.token").read_text(encoding="ascii").strip() or None
     except (OSError, ValueError):
         return None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True

@@ -13,8 +13,8 @@ import secrets
 from pathlib import Path
 
 from bkpool.core.errors import Unauthenticated
+from bkpool.home.files import read_private, unreadable, write_private
 from bkpool.identity import Identity
-from bkpool.pki.files import read_private, unreadable, write_private
 
 _BYTES = 32
 _CHARACTERS = 43  # 32 bytes in base64url without padding

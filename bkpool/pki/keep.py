@@ -17,8 +17,7 @@ import structlog
 
 from bkpool.core.errors import HostFault
 from bkpool.core.tokens import TOKEN_KEY_BYTES
-from bkpool.pki.authority import SERVER_LIFE, Authority, belong_together, renew_at, renewal_due
-from bkpool.pki.files import (
+from bkpool.home.files import (
     as_host_fault,
     private_directory,
     read_private,
@@ -26,6 +25,7 @@ from bkpool.pki.files import (
     unreadable,
     write_private,
 )
+from bkpool.pki.authority import SERVER_LIFE, Authority, belong_together, renew_at, renewal_due
 from bkpool.pki.names import Names
 
 log = structlog.get_logger(__name__)

@@ -9,7 +9,7 @@ import sqlite3
 from pathlib import Path
 
 from bkpool.core.errors import EXIT, BkpoolError, HostFault, Unavailable
-from bkpool.pki.files import sync_directory, unreadable
+from bkpool.home.files import sync_directory, unreadable
 
 SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x626B706C  # "bkpl": tells our file from any other SQLite file (PRAGMA application_id)

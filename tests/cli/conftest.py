@@ -17,6 +17,7 @@ import pytest
 
 from bkpool.cli import program
 from bkpool.cli.errors import guarded
+from bkpool.home.lock import HomeLock
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "t0ken-" + "A" * 37
@@ -214,7 +215,7 @@ def on_terminal(environment, tmp_path):
 
 @pytest.fixture
 def appliance(api, home):
-    """This home's appliance.json names the server, as a running appliance would."""
+    """This home's appliance.json names the server, and the home is held, as by a running appliance."""
     (home / "admin.token").write_text("admin-secret\n")
     described = {
         "pid": os.getpid(),
@@ -226,4 +227,5 @@ def appliance(api, home):
         "startedAt": "2026-01-01T00:00:00Z",
     }
     (home / "appliance.json").write_text(json.dumps(described))
-    return described
+    with HomeLock(home):
+        yield described

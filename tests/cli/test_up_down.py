@@ -28,7 +28,7 @@ def passed_on(fd):
 
 def run(settings, ready):
     from bkpool.core.errors import HostFault
-    from bkpool.store.lock import HomeLock
+    from bkpool.home.lock import HomeLock
     do = os.environ.get("DO")
     if do == "fail":
         raise HostFault("port 8082 is taken", hint="Free it.", code="PortTaken", exit_code=72)

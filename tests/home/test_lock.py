@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from bkpool.core.errors import EXIT, HostFault
-from bkpool.store.lock import HomeLock, holder
+from bkpool.home.lock import HomeLock, holder
 
 HOLD = """
 import sys
 from pathlib import Path
-from bkpool.store.lock import HomeLock
+from bkpool.home.lock import HomeLock
 HomeLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 sys.stdin.read()

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from bkpool.core.errors import EXIT, HostFault
-from bkpool.pki.files import as_host_fault, private_directory
+from bkpool.home.files import as_host_fault, private_directory
 
 _FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length (0: all), pid
 _ALL = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
