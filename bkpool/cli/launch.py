@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from bkpool.cli import console, home
-from bkpool.core.errors import EXIT, BkpoolError, HostFault
+from bkpool.core.errors import BkpoolError, HostFault
 
 _DESCRIPTOR = "BKPOOL_READY_FD"
 _LAST_WORDS = 4096
@@ -117,7 +117,6 @@ def _log_file() -> Path:
             f"{path} cannot be written: {error.strerror}",
             hint="Set BKPOOL_HOME to a directory that you may write.",
             code="Permission",
-            exit_code=EXIT["Permission"],
         ) from None
     return path
 

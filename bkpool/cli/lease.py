@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.cli.options import LEASE_FILE
-from bkpool.core.errors import EXIT, HostFault, Unavailable
+from bkpool.core.errors import HostFault, Unavailable
 
 FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
 """File name to field of the allocation's answer, each base64 of PEM."""
@@ -37,7 +37,6 @@ def prepared(directory: Path) -> Path:
             f"the certificates cannot be written to {directory}: {error.strerror}",
             hint="Give a directory that you may write.",
             code="Permission",
-            exit_code=EXIT["Permission"],
         ) from None
 
 

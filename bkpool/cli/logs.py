@@ -7,7 +7,7 @@ import os
 import click
 
 from bkpool.cli import home, options
-from bkpool.core.errors import EXIT, HostFault, NotFound
+from bkpool.core.errors import HostFault, NotFound
 
 
 @click.command(short_help="Show the log of the appliance or of a worker.")
@@ -33,5 +33,4 @@ def command(worker: str | None, follow: bool, lines: int | None, namespace: str)
             f"tail(1) cannot be run: {error.strerror}",
             hint=f"Install coreutils, or read {path}.",
             code="ToolMissing",
-            exit_code=EXIT["ToolMissing"],
         ) from None

@@ -15,7 +15,7 @@ import click
 
 from bkpool.cli import console, home, launch, options
 from bkpool.core import durations
-from bkpool.core.errors import EXIT, BkpoolError, HostFault, InvalidInput
+from bkpool.core.errors import BkpoolError, HostFault, InvalidInput
 
 HIGHEST_PORT = 65535
 _OPTIONS = {
@@ -131,7 +131,6 @@ def _same(running: home.Appliance, settings: dict[str, Any]) -> dict[str, Any]:
                 f"{option}: bkpool is running already (pid {running.pid}), with {has}",
                 hint="Stop it with `bkpool down`, or set BKPOOL_HOME to start another one.",
                 code="AlreadyRunning",
-                exit_code=EXIT["AlreadyRunning"],
             )
     if settings.get("pool_files"):
         console.note("note: pool files are read at the start only: `bkpool down`, then `bkpool up -f` again.")

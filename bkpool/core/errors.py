@@ -16,8 +16,8 @@ class BkpoolError(Exception):
     Args:
         message: One sentence: what is wrong, naming the field, file or object.
         hint: One sentence: what to do about it; empty where the message says it already.
-        code: A finer name than the class's own, for programs (`PortTaken`).
-        exit_code: A finer exit code than the class's own.
+        code: A finer name than the class's own, for programs (`PortTaken`); `EXIT` may have an exit code for it.
+        exit_code: An exit code of its own.
         field: The path of the offending field (`spec.scaling.max`), where there is one.
         retry_after: Seconds after which a new try makes sense, where that is known.
     """
@@ -39,7 +39,7 @@ class BkpoolError(Exception):
         self.message = message
         self.hint = hint
         self.code = code or type(self).__name__
-        self.exit_code = self.default_exit if exit_code is None else exit_code
+        self.exit_code = EXIT.get(self.code, self.default_exit) if exit_code is None else exit_code
         self.field = field
         self.retry_after = retry_after
 
@@ -110,7 +110,7 @@ class Unavailable(BkpoolError):
 class HostFault(BkpoolError):
     """This machine lacks something: a free port, disk, a tool, a permission, a readable key.
 
-    Exit code 71 (sysexits' EX_OSERR), or a finer one from `EXIT`.
+    Exit code 71 (sysexits' EX_OSERR), or a finer one from `EXIT` by the error's code.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR

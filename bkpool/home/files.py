@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bkpool.core.errors import EXIT, HostFault
+from bkpool.core.errors import HostFault
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -86,7 +86,6 @@ def unreadable(path: Path, why: str, *, hint: str = "") -> HostFault:
         f"{path}: {why}",
         hint=hint or "Restore it from a backup; bkpool never replaces it by itself.",
         code="Unreadable",
-        exit_code=EXIT["Unreadable"],
     )
 
 
@@ -98,7 +97,7 @@ def _check(path: Path, status: os.stat_result, code: str) -> None:
         why, fix = f"is open to other users (mode {stat.S_IMODE(status.st_mode):04o})", f"chmod {mode} {path}"
     else:
         return
-    raise HostFault(f"{path} {why}", hint=fix, code=code, exit_code=EXIT[code])
+    raise HostFault(f"{path} {why}", hint=fix, code=code)
 
 
 @contextmanager
@@ -109,14 +108,11 @@ def as_host_fault(path: Path) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename or path}: {error.strerror or error}"
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise HostFault(
-                where, hint="Free some disk space.", code="DiskFull", exit_code=EXIT["DiskFull"]
-            ) from None
+            raise HostFault(where, hint="Free some disk space.", code="DiskFull") from None
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise HostFault(
                 where,
                 hint="Give your user write access there, or set BKPOOL_HOME to a directory of yours.",
                 code="Permission",
-                exit_code=EXIT["Permission"],
             ) from None
         raise HostFault(where, hint="Check that path.") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bkpool.core.errors import EXIT, HostFault
+from bkpool.core.errors import HostFault
 from bkpool.home.files import as_host_fault, private_directory
 
 _FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length (0: all), pid
@@ -50,7 +50,6 @@ class HomeLock:
                 f"bkpool is running already in {self._home} (pid {pid or 'not known yet'})",
                 hint="Use it, end it with bkpool down, or set BKPOOL_HOME to another directory.",
                 code="AlreadyRunning",
-                exit_code=EXIT["AlreadyRunning"],
             ) from None
         os.pwrite(descriptor, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
         self._descriptor = descriptor

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
-from bkpool.core.errors import EXIT, BkpoolError, HostFault, Unavailable
+from bkpool.core.errors import BkpoolError, HostFault, Unavailable
 from bkpool.home.files import sync_directory, unreadable
 
 SCHEMA_VERSION = 1
@@ -78,7 +78,6 @@ def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
                 f"{path}: the disk is full",
                 hint="Free some disk space; nothing is lost, and writing goes on by itself.",
                 code="DiskFull",
-                exit_code=EXIT["DiskFull"],
             )
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return unreadable(path, f"is not a database or is damaged ({error})", hint=_RESTORE.format(path=path))
@@ -89,7 +88,6 @@ def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
                 f"{path}: {error}",
                 hint="Give your user read and write access to it and its directory.",
                 code="Permission",
-                exit_code=EXIT["Permission"],
             )
         case _:
             return HostFault(f"{path}: {error}", hint="Check the disk it is on.")

@@ -16,7 +16,7 @@ from uuid import uuid4
 import structlog
 from pydantic import ValidationError
 
-from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, InvalidInput, NotFound
+from bkpool.core.errors import Conflict, Gone, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.objects import R, Resource, explain
 from bkpool.store import Event, Listing
@@ -255,7 +255,6 @@ def _parse(kind: type[R], doc: Doc) -> R:
             f"{kind.KIND} {metadata['namespace']}/{metadata['name']} cannot be read: {explain(error).message}",
             hint="A newer bkpool has written it: use that version, or delete the object.",
             code="Unreadable",
-            exit_code=EXIT["Unreadable"],
         ) from None
 
 

@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 from packaging.version import Version
 
-from bkpool.core.errors import EXIT, HostFault
+from bkpool.core.errors import HostFault
 from bkpool.toolchain import download, gobuild
 from bkpool.toolchain.table import Release, Tool, release_of
 from bkpool.toolchain.versions import Candidate, candidates, default_search_path, version_of
@@ -181,7 +181,6 @@ class Toolchain:
             f"{tool} {release.version} is not here and could not be got: " + "; ".join(f.message for f in faults),
             hint=" Or: ".join(fault.hint for fault in reversed(faults) if fault.hint),
             code="ToolMissing",
-            exit_code=EXIT["ToolMissing"],
         )
 
     def _download(self, release: Release, tool: Tool, work: Path) -> Mapping[Tool, Path]:
@@ -232,7 +231,5 @@ def _cache_fault(error: OSError, cache: Path) -> HostFault:
     told = f"the cache {cache} cannot be written: {error.strerror or error}"
     elsewhere = "or set BKPOOL_CACHE to another directory."
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return HostFault(
-            told, hint=f"Free 1 GB of disk there, {elsewhere}", code="DiskFull", exit_code=EXIT["DiskFull"]
-        )
-    return HostFault(told, hint=f"Make it writable, {elsewhere}", code="Permission", exit_code=EXIT["Permission"])
+        return HostFault(told, hint=f"Free 1 GB of disk there, {elsewhere}", code="DiskFull")
+    return HostFault(told, hint=f"Make it writable, {elsewhere}", code="Permission")

@@ -1,0 +1,129 @@
+"""The small joints between rooms: pools into the store, tables to the gateway, applications onto ports.
+
+Each does one thing for process.py, and none keeps anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from bkpool.appliance.settings import Address
+from bkpool.core.errors import Conflict, HostFault, NotFound
+from bkpool.core.names import DEFAULT_POOL, Key
+from bkpool.core.objects import Metadata, Pool, PoolStatus
+from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.server import Gateway
+from bkpool.gateway.table import build
+from bkpool.store import Store
+from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+
+def feed(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
+    """Hands the gateway a new table after each change; a burst of changes is one table."""
+    loop = asyncio.get_running_loop()
+    scheduled = False
+
+    def hand_over() -> None:
+        nonlocal scheduled
+        scheduled = False
+        gateway.update(build(mirror.pools.values(), mirror.workers.values()))
+
+    def changed(_pool: Key) -> None:
+        nonlocal scheduled
+        if not scheduled:
+            scheduled = True
+            loop.call_soon(hand_over)
+
+    hand_over()
+    return mirror.subscribe(changed)
+
+
+async def apply_pools(store: Store, pools: list[Pool]) -> None:
+    """Makes the pools of the files so; without any there is one called `default`."""
+    if not pools and not (await store.list(Pool)).items:
+        pools = [Pool(metadata=Metadata(name=DEFAULT_POOL))]
+    for wanted in pools:
+        while True:
+            try:
+                current = await store.get(Pool, *wanted.key)
+                metadata = current.metadata.but(
+                    labels=wanted.metadata.labels, annotations=wanted.metadata.annotations
+                )
+                await store.replace(current.but(metadata=metadata, spec=wanted.spec))
+            except NotFound:
+                await store.create(wanted.but(metadata=Metadata(**_given(wanted)), status=PoolStatus()))
+            except Conflict:
+                continue
+            break
+
+
+def _given(pool: Pool) -> dict[str, Any]:
+    """What of a pool's metadata is the user's to give."""
+    return pool.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})
+
+
+@asynccontextmanager
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs a room's loop beside the rest. If it ends by itself the process ends: half an appliance helps nobody."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_must_not_end)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def _must_not_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("appliance.room_died", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+async def serve(stack: AsyncExitStack, app: web.Application, address: Address, option: str) -> str:
+    """Serves an application and returns its host:port. A caller who hangs up cancels his request."""
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    host, port = address
+    try:
+        await web.TCPSite(runner, host, port, backlog=512).start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise HostFault(
+                f"port {port} on {host} is taken",
+                hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or give another {option}.",
+                code="PortTaken",
+            ) from None
+        raise HostFault(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from None
+    bound = runner.addresses[0]
+    return f"{in_url(bound[0])}:{bound[1]}"
+
+
+def metrics_app(metrics: Metrics) -> web.Application:
+    """What Prometheus scrapes."""
+
+    async def scrape(_request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.router.add_get("/metrics", scrape)
+    return app
+
+
+def in_url(host: str) -> str:
+    """The host as a URL has it: an IPv6 address stands in brackets."""
+    return f"[{host}]" if ":" in host else host
