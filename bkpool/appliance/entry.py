@@ -71,8 +71,7 @@ def purge(home: Path, cache: Path) -> None:
 
 
 async def _purge_workers(home: Path, tools: Toolchain) -> None:
-    nowhere = Path("/nonexistent")  # nothing is started any more; rootlesskit alone is needed, to remove what it made
-    runtime = ProcessRuntime(home, Binaries(nowhere, nowhere, tools.find(Tool.ROOTLESSKIT)))
+    runtime = ProcessRuntime(home, Binaries.found(tools.find))
     await runtime.adopt()
     await runtime.purge()
 

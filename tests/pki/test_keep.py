@@ -55,7 +55,7 @@ CRASH = """
 import os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from bkpool.pki import files, keep
+from bkpool.home import files, keep
 
 left = int(sys.argv[2])
 def fail_point(function):

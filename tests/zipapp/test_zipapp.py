@@ -8,6 +8,7 @@ import ast
 import json
 import os
 import platform
+import pwd
 import shutil
 import subprocess
 import sys
@@ -165,3 +166,63 @@ def test_the_whole_file_does_the_main_job_from_an_empty_home(tmp_path, buildkitd
 def test_the_go_modules_of_the_tools_are_inside():
     with zipfile.ZipFile(ZIPAPP) as file:
         assert {"bkpool/toolchain/gotools/go.mod", "bkpool/toolchain/gotools/go.sum"} <= set(file.namelist())
+
+
+@pytest.fixture
+def user():
+    """An ordinary user, made for the test, with ranges of subordinate ids."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a user to test with")
+    name = f"bkpool-zipapp-{os.getpid()}"
+    subprocess.run(["useradd", "--create-home", name], check=True, capture_output=True)
+    try:
+        if f"{name}:" not in Path("/etc/subuid").read_text():
+            ranges = ["--add-subuids", "800000-865535", "--add-subgids", "800000-865535"]
+            subprocess.run(["usermod", *ranges, name], check=True, capture_output=True)
+        yield pwd.getpwnam(name)
+    finally:
+        subprocess.run(["userdel", "--remove", name], check=True, capture_output=True)
+
+
+@whole
+def test_an_ordinary_user_does_the_main_job(user, buildkitd, buildctl, buildx, runc, rootlesskit):
+    """up, a build with RUN steps, down --purge: without root, from a home that has nothing but the programs."""
+    home = Path(user.pw_dir)
+    cached = home / ".cache" / "bkpool" / "tools" / "bin"
+    cached.mkdir(parents=True)
+    for program in (buildkitd, buildctl, buildx, runc, rootlesskit):
+        shutil.copy(program, cached)
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "hello", home / "hello")
+    (home / "tools").mkdir()
+    shutil.copy(buildctl, home / "tools" / "buildctl")
+    shutil.copy(ZIPAPP, home / "bkpool.pyz")
+    for found in (home, *home.rglob("*")):
+        os.chown(found, user.pw_uid, user.pw_gid)
+
+    def as_user(*args):
+        environment = {"HOME": str(home), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "USER": user.pw_name}
+        return subprocess.run(
+            ["/usr/bin/python3", str(home / "bkpool.pyz"), *args],
+            cwd=home,
+            env=environment,
+            user=user.pw_uid,
+            group=user.pw_gid,
+            extra_groups=[],
+            umask=0o077,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+
+    ports = [f"--{name}-address=127.0.0.1:0" for name in ("api", "gateway", "metrics")]
+    up = as_user("up", "-d", "--backend", "process", *ports)
+    assert up.returncode == 0, up.stderr
+    try:
+        build = as_user("build", "--progress", "plain", "--build-context", f"tools={home}/tools", str(home / "hello"))
+        assert build.returncode == 0, build.stderr + (home / ".local/state/bkpool/logs/appliance.log").read_text()
+        assert "buildctl github.com/moby/buildkit" in build.stderr, "the RUN step really ran"
+    finally:
+        down = as_user("down", "--now", "--purge")
+    assert down.returncode == 0, down.stderr
+    assert not list((home / ".local/state/bkpool").glob("slots/*"))

@@ -1,0 +1,24 @@
+"""In CI a skip that CI could have run is a failure (BKPOOL_CI=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+RUN_BY_ANOTHER_SESSION = ("BKPOOL_ZIPAPP names no bkpool.pyz",)
+"""Reasons that are fine in CI: another session of the same run does it."""
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _skipped.append(f"{report.nodeid}: {report.longrepr[2].removeprefix('Skipped: ')}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    unexcused = [skip for skip in _skipped if not any(reason in skip for reason in RUN_BY_ANOTHER_SESSION)]
+    if os.environ.get("BKPOOL_CI") and unexcused:
+        print("\nskipped, although CI could have run it:", *unexcused, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
