@@ -32,6 +32,19 @@ COMMANDS = {
 """Every command with its summary, in the order of the help. Its module has its name and a click command `command`."""
 
 
+_HELP = """A pool of BuildKit workers for docker buildx.
+
+\b
+bkpool up -d                       start it on this machine
+bkpool build -t app:1 .            build on a leased worker
+bkpool down                        stop it
+
+Environment: BKCTL_ENDPOINT (default: the appliance running here, else http://localhost:8082), BKCTL_TOKEN,
+BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT, BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN,
+BKPOOL_HOME, BKPOOL_CACHE.
+"""  # \b keeps click from filling the paragraph
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands by name and imports the one that is asked for."""
 
@@ -52,20 +65,12 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=LazyGroup, help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def program() -> None:
-    r"""A pool of BuildKit workers for docker buildx.
-
-    \b
-    bkpool up -d                       start it on this machine
-    bkpool build -t app:1 .            build on a leased worker
-    bkpool down                        stop it
-
-    Environment: BKCTL_ENDPOINT (default: the appliance running here, else http://localhost:8082), BKCTL_TOKEN,
-    BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT, BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN,
-    BKPOOL_HOME, BKPOOL_CACHE.
-    """
+    """The program; its help is _HELP."""
 
 
 def main() -> NoReturn:

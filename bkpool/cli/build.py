@@ -80,7 +80,7 @@ class Splitting(click.Command):
 @options.older_identity
 @click.pass_obj
 def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: str) -> int:
-    r"""Lease a worker, run `buildx build` on it with the arguments given, and release it.
+    """Lease a worker, run `buildx build` on it with the arguments given, and release it.
 
     \b
     bkpool build -t app:1 .
