@@ -22,7 +22,8 @@ from bkpool.api import models
 from bkpool.api.openapi import Route, document
 from bkpool.core.errors import BkpoolError, Forbidden, InvalidInput, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key
-from bkpool.core.objects import Pool, explain
+from bkpool.core.objects import Pool
+from bkpool.core.resource import explain
 from bkpool.identity import Authenticator, Identity
 from bkpool.identity.access import authenticate, may_use
 from bkpool.store.mirror import Mirror

@@ -14,7 +14,8 @@ from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import AllocationRequest, Grant
 from bkpool.core.names import DEFAULT_NAMESPACE, Key
-from bkpool.core.objects import Condition, Duration, Pool, Worker
+from bkpool.core.objects import Pool, Worker
+from bkpool.core.resource import Condition, Duration
 
 MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64

@@ -20,7 +20,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from bkpool.appliance.settings import Address
 from bkpool.core.errors import Conflict, HostFault, NotFound
 from bkpool.core.names import DEFAULT_POOL, Key
-from bkpool.core.objects import Metadata, Pool, PoolStatus
+from bkpool.core.objects import Pool, PoolStatus
+from bkpool.core.resource import Metadata
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.server import Gateway
 from bkpool.gateway.table import build

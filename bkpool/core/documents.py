@@ -8,7 +8,8 @@ from __future__ import annotations
 import yaml
 
 from bkpool.core.errors import InvalidInput
-from bkpool.core.objects import Pool, parse_object
+from bkpool.core.objects import Pool
+from bkpool.core.resource import parse_object
 
 MAX_CHARACTERS = 1_000_000
 """A file of pools beyond this is a mistake; it bounds the work on foreign input."""

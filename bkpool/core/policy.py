@@ -14,19 +14,9 @@ from enum import StrEnum
 from typing import Literal
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import (
-    Allocation,
-    Condition,
-    EndedLease,
-    EndReason,
-    Phase,
-    Pool,
-    PoolStatus,
-    Reuse,
-    Worker,
-    unknown_fields,
-)
+from bkpool.core.objects import Allocation, EndedLease, EndReason, Phase, Pool, PoolStatus, Reuse, Worker
 from bkpool.core.placement import free_slot, last_used
+from bkpool.core.resource import Condition, unknown_fields
 
 MAX_FAILURES = 5
 """Failures in a row after which a lease is lost (DESIGN rule 4)."""

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol
 
-from bkpool.core.objects import R
+from bkpool.core.resource import R
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ import structlog
 
 from bkpool.core.errors import Gone, Unavailable
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool, R, Resource, Worker
+from bkpool.core.objects import Pool, Worker
+from bkpool.core.resource import R, Resource
 from bkpool.store import Event, Listing, Store
 
 log = structlog.get_logger(__name__)

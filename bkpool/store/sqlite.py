@@ -16,7 +16,7 @@ from typing import Self
 
 from bkpool.core.errors import Gone
 from bkpool.core.names import Key
-from bkpool.core.objects import R
+from bkpool.core.resource import R
 from bkpool.store import Event, Listing, Store, database
 from bkpool.store.tables import Tables
 from bkpool.store.thread import SqlThread

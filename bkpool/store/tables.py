@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from bkpool.core.errors import Conflict, Gone, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key
-from bkpool.core.objects import R, Resource, explain
+from bkpool.core.resource import R, Resource, explain
 from bkpool.store import Event, Listing
 
 log = structlog.get_logger(__name__)

@@ -5,7 +5,8 @@ import pytest
 from bkpool.core.documents import read_pools
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Pool, Worker, parse_object, unknown_fields
+from bkpool.core.objects import Pool, Worker
+from bkpool.core.resource import parse_object, unknown_fields
 from support.objects import lease, worker
 
 HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: p}\n"

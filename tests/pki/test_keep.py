@@ -55,7 +55,8 @@ CRASH = """
 import os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from bkpool.home import files, keep
+from bkpool.home import files
+from bkpool.pki import keep
 
 left = int(sys.argv[2])
 def fail_point(function):

@@ -10,18 +10,8 @@ import pytest
 
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import LABEL_POOL, Key, Slot
-from bkpool.core.objects import (
-    Allocation,
-    Metadata,
-    OwnerReference,
-    Phase,
-    Pool,
-    PoolSpec,
-    PoolStatus,
-    Scaling,
-    Worker,
-    new_worker,
-)
+from bkpool.core.objects import Allocation, Phase, Pool, PoolSpec, PoolStatus, Scaling, Worker, new_worker
+from bkpool.core.resource import Metadata, OwnerReference
 from bkpool.store import Store
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Metadata, Pool, PoolStatus, Scaling, new_worker
+from bkpool.core.objects import Pool, PoolStatus, Scaling, new_worker
+from bkpool.core.resource import Metadata
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 

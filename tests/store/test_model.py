@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bkpool.core.errors import Conflict, NotFound
-from bkpool.core.objects import Metadata, Pool, PoolSpec, PoolStatus, Scaling
+from bkpool.core.objects import Pool, PoolSpec, PoolStatus, Scaling
+from bkpool.core.resource import Metadata
 from bkpool.store.sqlite import SqliteStore
 
 NAMES = st.sampled_from(["a", "b", "c"])

@@ -18,7 +18,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, Unavailable
-from bkpool.core.objects import Metadata, Pool, Scaling, Worker
+from bkpool.core.objects import Pool, Scaling, Worker
+from bkpool.core.resource import Metadata
 from bkpool.store import database
 from bkpool.store.sqlite import SqliteStore
 
@@ -185,7 +186,8 @@ async def test_the_file_is_ours_alone(tmp_path):
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from bkpool.core.objects import Metadata, Pool
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
 from bkpool.store.sqlite import SqliteStore
 
 async def main():

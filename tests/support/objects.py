@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Allocation, Metadata, Phase, Pool, PoolRef, PoolSpec, Worker, WorkerSpec, WorkerStatus
+from bkpool.core.objects import Allocation, Phase, Pool, PoolRef, PoolSpec, Worker, WorkerSpec, WorkerStatus
 from bkpool.core.policy import Observation, Running, Snapshot
+from bkpool.core.resource import Metadata
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

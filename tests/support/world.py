@@ -17,8 +17,9 @@ from bkpool.allocation import AllocationRequest, Claims, Grant, Leases
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Metadata, Pool, PoolSpec, Worker
+from bkpool.core.objects import Pool, PoolSpec, Worker
 from bkpool.core.policy import Observation, Running
+from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
 from bkpool.store.mirror import Mirror

@@ -1,0 +1,166 @@
+"""What every stored object has: metadata, conditions, and the common habits of being read and written.
+
+Objects are frozen; a change is a new object. Fields we do not know are kept and written back (an older or newer
+program's); nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic.alias_generators import to_camel
+
+from bkpool.core import durations
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import API_VERSION, DEFAULT_NAMESPACE, Key, check_name
+
+
+def _read_duration(value: object) -> object:
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("write a duration as text, such as 30m or 1h30m")  # noqa: TRY004 - pydantic reads ValueError
+    try:
+        return durations.parse(value)
+    except InvalidInput as error:
+        raise ValueError(f"{error.message.removeprefix('duration: ')}. {error.hint}") from None
+
+
+Duration = Annotated[timedelta, BeforeValidator(_read_duration), PlainSerializer(durations.render, return_type=str)]
+
+
+class Model(BaseModel):
+    """The common habits of everything stored: frozen, camelCase outside, unknown fields kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", alias_generator=to_camel, populate_by_name=True)
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with these fields changed."""
+        return self.model_copy(update=changes)
+
+
+class OwnerReference(Model):
+    """Whose end is also this object's end."""
+
+    api_version: StrictStr = API_VERSION
+    kind: StrictStr
+    name: StrictStr
+    uid: StrictStr
+    controller: StrictBool | None = None
+
+
+class Metadata(Model):
+    """As the Kubernetes API has it; the store fills in what is None."""
+
+    name: StrictStr
+    namespace: StrictStr = DEFAULT_NAMESPACE
+    uid: StrictStr | None = None
+    resource_version: StrictStr | None = None
+    generation: StrictInt | None = None
+    creation_timestamp: AwareDatetime | None = None
+    deletion_timestamp: AwareDatetime | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    finalizers: tuple[StrictStr, ...] = ()
+    owner_references: tuple[OwnerReference, ...] = ()
+
+    @field_validator("name", "namespace")
+    @classmethod
+    def _dns_label(cls, value: str) -> str:
+        try:
+            return check_name(value, field="name")
+        except InvalidInput as error:
+            raise ValueError(f"{error.message.removeprefix('name: ')}. {error.hint}") from None
+
+
+class Condition(Model):
+    """One observation about an object, as Kubernetes writes them."""
+
+    type: StrictStr
+    status: Literal["True", "False", "Unknown"]
+    reason: StrictStr
+    message: StrictStr = ""
+    last_transition_time: AwareDatetime
+    observed_generation: StrictInt | None = None
+
+
+class Resource(Model):
+    """Anything the store keeps."""
+
+    KIND: ClassVar[str]
+    PLURAL: ClassVar[str]
+
+    api_version: Literal["buildkit.smrt-devops.net/v1alpha1"] = "buildkit.smrt-devops.net/v1alpha1"
+    metadata: Metadata
+
+    @property
+    def key(self) -> Key:
+        """Namespace and name."""
+        return Key(self.metadata.namespace, self.metadata.name)
+
+    @property
+    def uid(self) -> str:
+        """The uid that the store gave it; empty before it is stored."""
+        return self.metadata.uid or ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object as the API and the store write it."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+R = TypeVar("R", bound=Resource)
+
+
+def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
+    """Reads an object from JSON or YAML data.
+
+    Args:
+        kind: The class it should be.
+        data: What a JSON or YAML parser returned.
+        source: Where it came from (a file and document number), for the error.
+
+    Raises:
+        InvalidInput: A field is wrong; the message names the first one and says how many more there are.
+    """
+    try:
+        return kind.model_validate(data, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise explain(error, source=source) from None
+
+
+def explain(error: ValidationError, *, source: str = "") -> InvalidInput:
+    """Turns pydantic's findings into one sentence that names the first wrong field as the user wrote it."""
+    found = error.errors(include_url=False, include_context=False, include_input=True)
+    first = found[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the document"
+    told = first["msg"].removeprefix("Value error, ")
+    given = repr(first["input"]) if isinstance(first["input"], str | int | float | bool) else ""
+    shown = f" (given: {given[:60]})" if given else ""
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    where = f"{source}: " if source else ""
+    return InvalidInput(f"{where}{field}: {told}{shown}{more}", hint=f"Correct {field}.", field=field)
+
+
+def unknown_fields(model: BaseModel, prefix: str = "") -> Iterator[str]:
+    """The dotted paths of the fields that nobody here reads."""
+    for name in model.model_extra or {}:
+        yield f"{prefix}{name}"
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from unknown_fields(value, f"{prefix}{info.alias or name}.")
