@@ -1,0 +1,520 @@
+"""Clients, a gateway in its thread, and a worker: what passes, and what is refused with which words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+import ssl
+from datetime import timedelta
+
+import pytest
+
+from bkpool.core.errors import EXIT, Gone, HostFault, Unavailable
+from bkpool.core.objects import EndReason
+from bkpool.gateway.server import Gateway, new_loop
+
+MINUTE = timedelta(minutes=1)
+
+
+async def test_a_client_with_a_lease_reaches_its_worker_and_h2_is_selected(world):
+    streams = await world.connect(world.lease())
+    assert streams.writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+    assert streams.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
+    await streams.echo(b"hello")
+    assert world.book.entries == [("register", "allocation-a")]
+    assert world.count("connections_total", status="success") == 1
+    assert world.count("active_connections") == 1
+
+
+async def test_a_client_that_offers_no_alpn_is_served_too(world):
+    streams = await world.connect(world.lease(), alpn=False)
+    assert streams.writer.get_extra_info("ssl_object").selected_alpn_protocol() is None
+    await streams.echo(b"hello")
+
+
+async def test_no_session_is_offered_for_resumption(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    assert not streams.writer.get_extra_info("ssl_object").session.has_ticket
+
+
+async def test_a_foreign_client_certificate_fails_in_tls(world, foreign_ca):
+    world.lease()
+    streams = await world.connect(identity=foreign_ca.client(world.token("a")))
+    with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca|signature"):
+        await streams.reader.read()
+    await world.until(lambda: world.count("refusals_total", pool="", reason="TlsFailed") == 1)
+
+
+async def test_a_certificate_for_servers_fails_in_tls(world):
+    streams = await world.connect(identity=world.ca.server())
+    with pytest.raises(ssl.SSLError, match=r"(?i)unsupported.certificate"):
+        await streams.reader.read()
+
+
+async def test_tls_1_2_is_refused(world):
+    context = world.ca.client_context(world.identity(world.lease()))
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match=r"(?i)protocol.version"):
+        await asyncio.open_connection("127.0.0.1", world.port, ssl=context, server_hostname="localhost")
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "sentence"),
+    [
+        (lambda w: None, 16, "this gateway needs a client certificate. Run `bkpool allocate` and use"),
+        (lambda w: w.ca.client(w.token("nobody's")), 16, "no lease has the token of this client certificate. Run"),
+        (lambda w: w.ca.client(w.token("a"), usage=None), 16, "is not one of a lease: it is not for TLS clients"),
+        (lambda w: w.ca.issue("alloc:short"), 16, "is not one of a lease: its subject names no lease"),
+        (lambda w: w.ca.client(w.token("a"), ends=w.now() - MINUTE), 16, "expired at 2026-01-01 11:59:00 UTC. Run"),
+        (
+            lambda w: w.ca.client(w.token("a"), begins=w.now() + MINUTE),
+            16,
+            "not valid before 2026-01-01 12:01:00 UTC",
+        ),
+    ],
+)
+async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, code, sentence):
+    world.lease()
+    streams = await world.connect(identity=make(world))
+    told = await streams.call()
+    assert told[0] == code
+    assert sentence in told[1]
+    assert streams.goaway
+    assert world.dialled == 0
+    assert world.book.entries == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "sentence"),
+    [
+        (EndReason.RELEASED, 16, "the lease was released. Run `bkpool allocate` again."),
+        (EndReason.EXPIRED, 16, "the lease has expired. Run `bkpool allocate` again."),
+        (EndReason.ABANDONED, 16, "the lease was given up. Run `bkpool allocate` again."),
+        (
+            EndReason.LOST,
+            9,
+            "the lease was lost with its worker: out of memory – 5 times. Run `bkpool allocate` again.",
+        ),
+    ],
+)
+async def test_a_late_caller_is_told_how_its_lease_ended(world, reason, code, sentence):
+    world.lease()
+    world.over("a", reason, "out of memory – 5 times" if reason is EndReason.LOST else "")
+    streams = await world.connect(world.token("a"))
+    assert await streams.call() == (code, sentence)
+    assert world.dialled == 0
+
+
+async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
+    token = world.lease()
+    await world.advance(3600)
+    code, sentence = await (await world.connect(token)).call()
+    assert code == 16
+    assert sentence == "the lease has expired: it ran until 13:00:00 UTC. Run `bkpool allocate` again."
+
+
+async def test_the_worker_is_dialled_only_when_the_registration_is_written(world):
+    world.book.answers.clear()
+    streams = await world.connect(world.lease())
+    streams.writer.write(b"early")
+    await world.settled()
+    assert world.dialled == 0
+    world.book.answers.set()
+    assert await streams.reader.readexactly(5) == b"early"
+    assert world.book.entries == [("register", "allocation-a")]
+
+
+async def test_two_clients_of_a_lease_share_its_registration(world):
+    world.book.answers.clear()
+    token = world.lease()
+    pair = [await world.connect(token), await world.connect(token)]
+    world.book.answers.set()
+    for streams in [*pair, await world.connect(token)]:
+        await streams.echo(b"x")
+    assert world.book.entries == [("register", "allocation-a")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (Gone("the lease is over: it is another's", hint="Do."), 16, "the lease is over: it is another's. Do."),
+        (Unavailable("the store does not answer", hint="Wait."), 9, "the store does not answer. Wait."),
+        (RuntimeError("a fault of ours"), 9, "its store does not answer. Try again in a moment"),
+    ],
+)
+async def test_a_failed_registration_is_told_and_the_worker_not_dialled(world, error, code, sentence):
+    world.book.refuses = error
+    told = await (await world.connect(world.lease())).call()
+    assert told[0] == code
+    assert sentence in told[1]
+    assert world.dialled == 0
+
+
+async def test_a_silent_store_does_not_hold_a_client_for_long(new_world):
+    world = await new_world(register=0.05)
+    world.book.answers.clear()
+    code, sentence = await (await world.connect(world.lease())).call()
+    assert code == 9
+    assert "its store does not answer" in sentence
+    world.book.answers.set()
+
+
+async def test_a_registered_lease_goes_on_without_the_store_and_is_not_trusted_for_ever(world):
+    token = world.lease()
+    await (await world.connect(token)).echo(b"x")
+    world.book.refuses = Unavailable("the store is away", hint="Wait.")
+    await world.advance(45)
+    again = await world.connect(token)
+    await again.echo(b"from memory")
+    await world.advance(10)
+    code, _ = await (await world.connect(token)).call()
+    assert code == 9
+    await again.echo(b"still open")
+
+
+async def test_a_registration_is_renewed_while_in_use_and_withdrawn_with_the_last_connection(world):
+    token = world.lease()
+    streams = await world.connect(token)
+    await streams.echo(b"x")
+    await world.advance(20)
+    await world.book.seen("renew")
+    await streams.echo(b"x")
+    await world.advance(20)
+    await world.book.seen("renew", 2)
+    world.lease(ended=EndReason.RELEASED)
+    await streams.echo(b"draining")
+    streams.writer.close()
+    await world.book.seen("withdraw")
+    assert [what for what, _ in world.book.entries] == ["register", "renew", "renew", "withdraw"]
+
+
+async def test_a_registration_without_connections_is_withdrawn_when_the_lease_ends(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    streams.writer.close()
+    await world.until(lambda: world.count("active_connections") == 0)
+    await world.advance(30)
+    assert world.book.entries == [("register", "allocation-a")]
+    world.over("a", EndReason.RELEASED)
+    await world.book.seen("withdraw")
+
+
+async def test_a_worker_that_is_anothers_is_cut_off_at_once(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    world.book.refuses = Gone("the worker is another's", hint="")
+    await world.advance(20)
+    assert await streams.ended() == b""
+
+
+async def test_an_ended_lease_drains_and_admits_nobody(world):
+    token = world.lease()
+    streams = await world.connect(token)
+    await streams.echo(b"x")
+    world.lease(ended=EndReason.RELEASED)
+    assert (await (await world.connect(token)).call())[0] == 16
+    for _ in range(3):
+        await world.advance(59)
+        await streams.echo(b"still building")
+    await world.advance(61)
+    assert await streams.ended() == b""
+
+
+async def test_draining_ends_at_the_drain_timeout(world):
+    streams = await world.connect(world.lease(drain_timeout=100.0))
+    await streams.echo(b"x")
+    world.lease(ended=EndReason.RELEASED)
+    await world.advance(59)
+    await streams.echo(b"x")
+    await world.advance(42)
+    assert await streams.ended() == b""
+
+
+async def test_draining_ends_at_the_maximum_life_of_the_lease(world):
+    streams = await world.connect(world.lease(not_after=world.now().timestamp() + 3600 + 30))
+    await streams.echo(b"x")
+    await world.advance(3600)
+    await streams.echo(b"draining")
+    await world.advance(31)
+    assert await streams.ended() == b""
+
+
+async def test_a_renewed_lease_does_not_drain(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    await world.advance(3599)
+    world.lease(expires_at=world.now().timestamp() + 3600)
+    for _ in range(2):
+        await world.advance(1000)
+    await streams.echo(b"still there")
+
+
+async def test_a_lease_whose_renewal_came_late_to_us_stops_draining(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    await world.advance(3601)
+    world.lease(expires_at=world.now().timestamp() + 3600)
+    await world.advance(120)
+    await streams.echo(b"still there")
+
+
+async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_comes(world):
+    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    streams.writer.write(b"preface")
+    await world.until(lambda: world.book.entries != [])
+    await world.advance(14)
+    assert world.dialled == 0
+    world.lease(endpoint=world.endpoint)
+    assert await streams.reader.readexactly(7) == b"preface"
+
+
+async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world):
+    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    data = os.urandom(1_000_000)
+    streams.writer.write(data)
+    await world.until(lambda: world.book.entries != [])
+    world.lease(endpoint=world.endpoint)
+    assert await streams.reader.readexactly(len(data)) == data
+
+
+async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_the_cause(world):
+    token = world.lease(endpoint=None, waiting="buildkitd: disk full")
+    first = await world.connect(token)
+    first.begin()
+    await world.until(lambda: world.book.entries != [])
+    await world.settled()
+    await world.advance(15)
+    code, sentence = await first.outcome()
+    assert code == 14
+    assert first.goaway
+    assert "p-worker-0 is on its way: buildkitd: disk full" in sentence
+
+    second = await world.connect(token)
+    second.begin()
+    await world.settled()
+    await world.advance(12)
+    code, sentence = await second.outcome()
+    assert code == 9
+    assert "did not come up in time: buildkitd: disk full" in sentence
+
+    third = await world.connect(token)
+    third.begin()
+    await world.settled()
+    await world.advance(2)
+    assert (await third.outcome())[0] == 9
+
+
+@pytest.mark.parametrize("reason", ["the worker was reached", "it is long ago"])
+async def test_a_wait_is_a_first_one_again_when(world, reason):
+    token = world.lease(endpoint=None, waiting="buildkitd: disk full")
+    for _ in range(2):
+        streams = await world.connect(token)
+        streams.begin()
+        await world.settled()
+        await world.advance(15)
+        assert (await streams.outcome())[0] == 14
+        if reason == "it is long ago":
+            await world.advance(60)
+        else:
+            world.lease(endpoint=world.endpoint)
+            await (await world.connect(token)).echo(b"up at last")
+            world.lease(endpoint=None)
+
+
+async def test_a_client_held_when_the_lease_ends_is_refused_at_once(world):
+    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    streams.begin()
+    await world.until(lambda: world.book.entries != [])
+    world.over("a", EndReason.LOST, "5 failures")
+    code, sentence = await streams.outcome()
+    assert code == 9
+    assert "5 failures" in sentence
+
+
+async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
+    late = tmp_path / "late"
+    streams = await world.connect(world.lease(endpoint=f"unix://{late}"))
+    streams.writer.write(b"hello")
+    await world.until(lambda: world.book.entries != [])
+    await world.settled()
+    (tmp_path / "w").rename(late)
+    await world.advance(0.5)
+    assert await streams.reader.readexactly(5) == b"hello"
+
+
+async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path):
+    streams = await world.connect(world.lease(endpoint=f"unix://{tmp_path}/none"))
+    streams.begin()
+    await world.until(lambda: world.book.entries != [])
+    for _ in range(40):
+        await world.advance(0.5)
+    code, sentence = await streams.outcome()
+    assert code == 14
+    assert "could not be reached (No such file or directory)" in sentence
+
+
+async def test_the_death_of_a_worker_reaches_the_client_at_once(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    world.workers[0].transport.abort()
+    assert await streams.ended() == b""
+
+
+async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_world):
+    world = await new_world(per_lease=2)
+    token = world.lease()
+    pair = [await world.connect(token) for _ in range(2)]
+    for streams in pair:
+        await streams.echo(b"x")
+    code, sentence = await (await world.connect(token)).call()
+    assert code == 8
+    assert "2 connections open already. Run fewer builds" in sentence
+    pair[0].writer.close()
+    await world.until(lambda: world.count("active_connections") == 1)
+    await (await world.connect(token)).echo(b"x")
+
+
+async def test_connections_in_all_are_bounded(new_world):
+    world = await new_world(connections=1)
+    first = await world.connect(world.lease("a"))
+    await first.echo(b"x")
+    assert (await (await world.connect(world.lease("b"))).call())[0] == 8
+    first.writer.close()
+    await world.until(lambda: world.count("active_connections") == 0)
+    await (await world.connect(world.lease("b"))).echo(b"x")
+
+
+async def test_clients_that_never_shake_hands_do_not_keep_a_good_one_out(new_world):
+    world = await new_world(guests=8)
+    token = world.lease()
+    silent = [socket.create_connection(("127.0.0.1", world.port)) for _ in range(40)]
+    try:
+        await (await world.connect(token)).echo(b"x")
+        silent[0].setblocking(False)
+        async with asyncio.timeout(5):
+            assert await asyncio.get_running_loop().sock_recv(silent[0], 1) == b""
+    finally:
+        for sock in silent:
+            sock.close()
+
+
+async def test_a_handshake_has_a_deadline(world):
+    with socket.create_connection(("127.0.0.1", world.port)) as sock:
+        sock.setblocking(False)
+        sock.send(b"\x16\x03")
+        await world.settled()
+        await world.advance(10)
+        assert await asyncio.get_running_loop().sock_recv(sock, 10) == b""
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 5000, b"\x16\x03\x01\xff\xff" + b"x" * 70_000])
+async def test_what_is_not_tls_is_dropped(world, said):
+    with socket.create_connection(("127.0.0.1", world.port)) as sock:
+        sock.sendall(said)
+        sock.shutdown(socket.SHUT_WR)
+        sock.setblocking(False)
+        heard = [b"?"]
+        with contextlib.suppress(ConnectionResetError):
+            while heard[-1]:
+                heard.append(await asyncio.get_running_loop().sock_recv(sock, 4096))
+
+
+async def test_what_is_refused_and_is_not_http2_is_closed(world):
+    streams = await world.connect(world.token("nobody's"))
+    streams.writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
+    await streams.ended()
+
+
+async def test_a_refused_client_that_calls_nothing_is_sent_away(world):
+    streams = await world.connect(world.token("nobody's"))
+    await world.until(lambda: world.count("refusals_total", pool="", reason="UnknownLease") == 1)
+    await world.advance(10)
+    heard = await streams.ended()
+    assert heard.startswith(b"\x00")  # SETTINGS, then GOAWAY
+
+
+async def test_a_new_certificate_is_seen_by_new_connections_only(world, foreign_ca):
+    token = world.lease()
+    old = await world.connect(token)
+    await old.echo(b"x")
+    other = world.ca.server()
+    world.gateway.set_server_certificate(other.cert, other.key, world.ca.pem)
+    new = await world.connect(token)
+    assert new.writer.get_extra_info("ssl_object").getpeercert(binary_form=True) == other.der
+    await new.echo(b"x")
+    await old.echo(b"x")
+
+
+async def test_a_key_of_another_certificate_is_refused_before_it_is_used(world):
+    one, other = world.ca.server(), world.ca.server()
+    with pytest.raises(HostFault) as caught:
+        world.gateway.set_server_certificate(one.cert, other.key, world.ca.pem)
+    assert caught.value.exit_code == EXIT["Unreadable"]
+    await (await world.connect(world.lease())).echo(b"x")
+
+
+async def test_a_taken_port_is_one_sentence_with_the_fix(world):
+    second = Gateway(world.book, now=world.now, metrics=world.metrics)
+    server = world.ca.server()
+    second.set_server_certificate(server.cert, server.key, world.ca.pem)
+    with pytest.raises(HostFault) as caught:
+        await second.start([("127.0.0.1", 0), ("127.0.0.1", world.port)])
+    assert caught.value.code == "PortTaken"
+    assert caught.value.exit_code == EXIT["PortTaken"]
+    assert f"port {world.port} on 127.0.0.1 is taken" in caught.value.message
+
+
+async def test_a_drain_lets_builds_finish_and_nobody_in(world):
+    token = world.lease()
+    held = await world.connect(world.lease("b", endpoint=None, waiting="it is being started"))
+    streams = await world.connect(token)
+    await streams.echo(b"x")
+    drained = asyncio.create_task(world.gateway.drain(600))
+    assert await held.ended() == b""
+    with pytest.raises(ConnectionRefusedError):
+        await world.connect(token)
+    await streams.echo(b"building")
+    assert not drained.done()
+    streams.writer.close()
+    await drained
+    await world.book.seen("withdraw")
+
+
+async def test_a_drain_has_a_deadline(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    drained = asyncio.create_task(world.gateway.drain(600))
+    await world.settled()
+    await world.advance(600)
+    await drained
+    assert await streams.ended() == b""
+
+
+async def test_a_second_drain_forces(world):
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x")
+    first = asyncio.create_task(world.gateway.drain(600))
+    await world.settled()
+    await world.gateway.drain(0)
+    await first
+    assert await streams.ended() == b""
+
+
+@pytest.mark.parametrize("make_loop", [new_loop, asyncio.SelectorEventLoop])
+async def test_many_builds_at_once_keep_their_bytes(new_world, make_loop):
+    world = await new_world(make_loop=make_loop)
+    token = world.lease()
+
+    async def build(seed: int) -> None:
+        data = hashlib.shake_256(bytes([seed])).digest(300_000)
+        streams = await world.connect(token, alpn=bool(seed % 2))
+        streams.writer.write(data)
+        assert await streams.reader.readexactly(len(data)) == data
+
+    await asyncio.gather(*(build(seed) for seed in range(12)))
+    world.workers[0].transport.abort()
+    assert (await (await world.connect(world.token("nobody's"))).call())[0] == 16

@@ -1,0 +1,133 @@
+"""The registrar over a real store: written before use, only for the lease that holds the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import pytest
+
+from bkpool.core.errors import Gone, Unavailable
+from bkpool.core.names import Slot
+from bkpool.core.objects import EndReason, GatewayRegistration, Pool, Worker, new_worker
+from bkpool.core.resource import Metadata
+from bkpool.gateway.registration import StoreRegistrar
+from bkpool.gateway.table import build
+from bkpool.store.sqlite import SqliteStore
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = await SqliteStore.open(tmp_path / "state.db")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def worker(store, allocation):
+    pool = await store.create(Pool(metadata=Metadata(name="p")))
+    return await store.create(new_worker(Slot("default", "p", 0), pool, allocation, {}))
+
+
+@pytest.fixture
+def route(worker):
+    [route] = build([], [worker]).routes.values()
+    return route
+
+
+@pytest.fixture
+def written():
+    return []
+
+
+@pytest.fixture
+def registrar(store, now, written):
+    return StoreRegistrar(store, "gateway-1", lambda: now, written.append)
+
+
+async def gateways(store):
+    return (await store.get(Worker, "default", "p-worker-0")).status.gateways
+
+
+async def test_a_registration_is_in_the_workers_status_and_handed_on(store, registrar, route, written, now):
+    await registrar.register(route)
+    entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now)
+    assert await gateways(store) == (entry,)
+    assert [worker.status.gateways for worker in written] == [(entry,)]
+
+
+async def test_a_renewal_replaces_the_entry(store, route, now):
+    times = iter([now, now, now + timedelta(seconds=20), now + timedelta(seconds=20)])
+    registrar = StoreRegistrar(store, "gateway-1", lambda: next(times), lambda _: None)
+    await registrar.register(route)
+    await registrar.renew(route)
+    [entry] = await gateways(store)
+    assert entry.renewed_at == now + timedelta(seconds=20)
+
+
+async def test_a_withdrawal_leaves_the_entries_of_others(store, registrar, route, now):
+    other = StoreRegistrar(store, "gateway-2", lambda: now, lambda _: None)
+    await registrar.register(route)
+    await other.register(route)
+    await registrar.withdraw(route)
+    assert [entry.gateway for entry in await gateways(store)] == ["gateway-2"]
+    await registrar.withdraw(route)
+
+
+async def test_replicas_that_register_at_once_all_get_in(store, route, now):
+    replicas = [StoreRegistrar(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
+    await asyncio.gather(*(replica.register(route) for replica in replicas))
+    assert len(await gateways(store)) == 5
+
+
+async def test_a_lease_that_ended_is_not_registered_but_its_registration_is_renewed(
+    store, registrar, route, worker, now
+):
+    await registrar.register(route)
+    current = await store.get(Worker, "default", "p-worker-0")
+    ended = current.allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
+    await store.replace(current.with_allocation(ended))
+    with pytest.raises(Gone, match="it was released"):
+        await registrar.register(route)
+    await registrar.renew(route)
+
+
+async def test_an_expired_lease_is_not_registered(store, route, now):
+    late = StoreRegistrar(store, "gateway-1", lambda: now + timedelta(hours=1), lambda _: None)
+    with pytest.raises(Gone, match="it was expired"):
+        await late.register(route)
+    assert await gateways(store) == ()
+
+
+async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registrar, route, worker, allocation):
+    await store.replace(worker.with_allocation(allocation.but(id="allocation-2")))
+    for ask in (registrar.register, registrar.renew):
+        with pytest.raises(Gone, match="not held by it any more"):
+            await ask(route)
+    await registrar.withdraw(route)
+    assert await gateways(store) == ()
+
+
+async def test_a_worker_that_is_gone_is_refused_and_one_of_the_same_name_too(
+    store, registrar, route, worker, allocation
+):
+    await store.delete(Worker, "default", "p-worker-0")
+    with pytest.raises(Gone):
+        await registrar.register(route)
+    await registrar.withdraw(route)
+    await store.create(worker.but(metadata=worker.metadata.but(uid=None, resource_version=None)))
+    with pytest.raises(Gone):
+        await registrar.register(route)
+
+
+async def test_endless_conflicts_are_an_error(store, registrar, route, monkeypatch):
+    get = store.get
+
+    async def outrun(kind, namespace, name):
+        found = await get(kind, namespace, name)
+        await store.replace_status(found.with_status(failures=found.status.failures + 1))
+        return found
+
+    monkeypatch.setattr(store, "get", outrun)
+    with pytest.raises(Unavailable, match="changes too fast"):
+        await registrar.register(route)
