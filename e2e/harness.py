@@ -252,7 +252,9 @@ class Appliance:
             process.kill()
             process.communicate()
         self.down("--now")
-        assert self.daemons() == [], "something of a worker is still running after `down`"
+        left = self.daemons()
+        self.down("--purge")
+        assert left == [], "something of a worker was still running after `down`"
 
 
 def really_ran(answer: Answer, said: str) -> bool:

@@ -106,6 +106,16 @@ def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_app
     assert appliance.pool()["workers"] == 1
 
 
+def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"min": 1, "max": 1}})
+    appliance.all_idle()
+    appliance.kill()
+    assert _buildkitd(appliance)
+    assert appliance.down().ok().json == {"stopped": False, "purged": False, "leftovers": 1}
+    assert appliance.daemons() == []
+
+
 def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})

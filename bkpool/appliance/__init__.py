@@ -4,7 +4,7 @@ One process holds all three roles (controller, api, gateway) on the process back
 decides nothing about leases or workers.
 """
 
-from bkpool.appliance.entry import purge, run
+from bkpool.appliance.entry import purge, run, sweep
 from bkpool.appliance.settings import Settings
 
-__all__ = ["Settings", "purge", "run"]
+__all__ = ["Settings", "purge", "run", "sweep"]

@@ -70,10 +70,31 @@ def purge(home: Path, cache: Path) -> None:
             (home / name).unlink(missing_ok=True)
 
 
+def sweep(home: Path, cache: Path) -> int:
+    """Ends the workers that an appliance left running when it was killed; leases and caches are kept.
+
+    Returns:
+        How many there were.
+
+    Raises:
+        HostFault: An appliance runs from this home.
+    """
+    with HomeLock(home), as_host_fault(home):
+        return asyncio.run(_sweep_workers(home, Toolchain(cache)))
+
+
 async def _purge_workers(home: Path, tools: Toolchain) -> None:
     runtime = ProcessRuntime(home, Binaries.found(tools.find))
     await runtime.adopt()
     await runtime.purge()
+
+
+async def _sweep_workers(home: Path, tools: Toolchain) -> int:
+    runtime = ProcessRuntime(home, Binaries.found(tools.find))
+    await runtime.adopt()
+    left = len(runtime.observe())
+    await runtime.close(stop_workers=True)
+    return left
 
 
 _WHY = {"auto": "the default here: it needs no container engine and no cluster", "process": "as asked"}

@@ -42,19 +42,39 @@ def command(now: bool, purge: bool, as_json: bool) -> int:
             return INTERRUPTED
         finally:
             os.close(process)
+    left = 0 if process is not None or purge else _sweep()
     if purge:
-        from bkpool.appliance import purge as purge_home  # noqa: PLC0415 - everything heavy hangs on it
-        from bkpool.cli import tools  # noqa: PLC0415
-        from bkpool.toolchain import default_cache  # noqa: PLC0415
-
-        tools.quiet()
-        with console.Progress("removing state and caches"):
-            purge_home(home.home(), default_cache())
-            shutil.rmtree(home.home() / "leases", ignore_errors=True)  # what `allocate` wrote there
+        _purge()
     stopped = "bkpool is down" if process is not None else "no appliance is running"
-    told = {"stopped": process is not None, "purged": purge}
-    console.answer(told, as_json=as_json, show=lambda: stopped + (", state and caches are removed" if purge else ""))
+    also = (
+        ", state and caches are removed" if purge else f"; {left} workers of a killed one are ended" if left else ""
+    )
+    told = {"stopped": process is not None, "purged": purge, "leftovers": left}
+    console.answer(told, as_json=as_json, show=lambda: stopped + also)
     return 0
+
+
+def _sweep() -> int:
+    """Ends what an appliance left behind that was killed."""
+    if not (home.home() / "slots").exists():
+        return 0
+    from bkpool.appliance import sweep  # noqa: PLC0415 - everything heavy hangs on it
+    from bkpool.cli import tools  # noqa: PLC0415
+    from bkpool.toolchain import default_cache  # noqa: PLC0415
+
+    tools.quiet()
+    return sweep(home.home(), default_cache())
+
+
+def _purge() -> None:
+    from bkpool.appliance import purge  # noqa: PLC0415 - everything heavy hangs on it
+    from bkpool.cli import tools  # noqa: PLC0415
+    from bkpool.toolchain import default_cache  # noqa: PLC0415
+
+    tools.quiet()
+    with console.Progress("removing state and caches"):
+        purge(home.home(), default_cache())
+        shutil.rmtree(home.home() / "leases", ignore_errors=True)  # what `allocate` wrote there
 
 
 def _process() -> int | None:

@@ -102,7 +102,7 @@ def _ended(process, seconds):
 def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
     told = up()
     assert told["apiEndpoint"] == "http://127.0.0.1:8082"
-    assert json.loads(bkpool("down").stdout) == {"stopped": True, "purged": False}
+    assert json.loads(bkpool("down").stdout) == {"stopped": True, "purged": False, "leftovers": 0}
     assert json.loads((home / "got").read_text()) == [signal.SIGTERM]
     assert "up and running" in (home / "logs" / "appliance.log").read_text()
 
@@ -200,8 +200,8 @@ def test_up_in_the_foreground_runs_until_its_signal(started, home):
 
 
 def test_down_without_an_appliance_is_fine(bkpool, home):
-    assert json.loads(bkpool("down").stdout) == {"stopped": False, "purged": False}
-    assert json.loads(bkpool("down", "--purge").stdout) == {"stopped": False, "purged": True}
+    assert json.loads(bkpool("down").stdout) == {"stopped": False, "purged": False, "leftovers": 0}
+    assert json.loads(bkpool("down", "--purge").stdout) == {"stopped": False, "purged": True, "leftovers": 0}
     assert (home / "purged").exists()
 
 

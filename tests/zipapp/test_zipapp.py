@@ -159,7 +159,7 @@ def test_the_whole_file_does_the_main_job_from_an_empty_home(tmp_path, buildkitd
         bkpool("allocate", "--out", tmp_path / "certs")
         assert json.loads(bkpool("release", "--token", tmp_path / "certs")) == {"status": "released"}
     finally:
-        assert json.loads(bkpool("down", "--now", "--purge")) == {"stopped": True, "purged": True}
+        assert json.loads(bkpool("down", "--now", "--purge")) == {"stopped": True, "purged": True, "leftovers": 0}
 
 
 @whole
