@@ -1,7 +1,7 @@
 # Shared by scripts/up and scripts/test: a virtual environment in the checkout, made from a lock file with hashes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+say() { if [ -t 2 ]; then printf '\033[1m==>\033[0m %s\n' "$*" >&2; else printf '==> %s\n' "$*" >&2; fi; }
 die() { printf 'error: %s\nhint: %s\n' "$1" "$2" >&2; exit 1; }
 
 # The first Python on PATH that is new enough; BKPOOL_PYTHON names another.

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
-import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import structlog
@@ -76,22 +74,21 @@ def _given(pool: Pool) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs a room's loop beside the rest. If it ends by itself the process ends: half an appliance helps nobody."""
+async def running(work: Coroutine[Any, Any, None], died: Callable[[BaseException], None]) -> AsyncIterator[None]:
+    """Runs a room's loop beside the rest; `died` is told if it ends by itself, which none ever should."""
     task = asyncio.create_task(work)
-    task.add_done_callback(_must_not_end)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("appliance.room_died", exc_info=error)
+            died(error)
+
+    task.add_done_callback(ended)
     try:
         yield
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await task
-
-
-def _must_not_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("appliance.room_died", exc_info=error)
-        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def serve(stack: AsyncExitStack, app: web.Application, address: Address, option: str) -> str:

@@ -51,6 +51,7 @@ class ProcessAppliance:
         self._binaries = binaries
         self._stopping = asyncio.Event()
         self._forced = asyncio.Event()
+        self._death: BaseException | None = None
 
     async def run(self, tell: Tell) -> None:
         """Starts everything, serves until told to stop, and ends it in the opposite order."""
@@ -61,6 +62,15 @@ class ProcessAppliance:
             await self._start(stack, tell)
             await self._stopping.wait()
             log.info("appliance.stopping")
+
+        if self._death is not None:
+            raise self._death
+
+    def _on_death(self, error: BaseException) -> None:
+        """Half an appliance helps nobody: without waiting for builds, it ends with the error."""
+        self._death = error
+        self._stopping.set()
+        self._forced.set()
 
     def _on_signal(self) -> None:
         (self._forced if self._stopping.is_set() else self._stopping).set()
@@ -75,7 +85,7 @@ class ProcessAppliance:
         stack.push_async_callback(store.close)
         await apply_pools(store, self._pools)
         mirror = Mirror(store)
-        await stack.enter_async_context(running(mirror.run()))
+        await stack.enter_async_context(running(mirror.run(), self._on_death))
         await mirror.ready.wait()
 
         tell({"progress": "looking for workers of an earlier run"})
@@ -98,7 +108,7 @@ class ProcessAppliance:
         [(_, port), *_] = await gateway.start([_gateway_address(settings)])
         stack.push_async_callback(gateway.close)
         stack.callback(feed(gateway, mirror))
-        await stack.enter_async_context(running(certify.run()))
+        await stack.enter_async_context(running(certify.run(), self._on_death))
         endpoint = f"tcp://{in_url(settings.gateway_hosts[0] if settings.gateway_hosts else 'localhost')}:{port}"
 
         leases = Leases(store=store, mirror=mirror, now=_now)
@@ -113,7 +123,7 @@ class ProcessAppliance:
         )
         stack.push_async_callback(claims.close)
         controller = Controller(store=store, mirror=mirror, runtime=runtime, now=_now, endpoint=endpoint)
-        await stack.enter_async_context(running(controller.run()))
+        await stack.enter_async_context(running(controller.run(), self._on_death))
 
         service = Service(
             claims=claims,

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from threading import Lock, Timer
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 1.0
 """Seconds that pass before a wait is worth a word."""
+SIGN_OF_LIFE = 10.0
+"""Seconds after which a plain line says again what is being waited for."""
 
 
 def note(text: str) -> None:
@@ -50,13 +53,15 @@ def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], Rendera
 class Progress:
     """Says on stderr what is being waited for, once the wait has lasted a second.
 
-    On a terminal it is one line with a spinner, which disappears; elsewhere it is one plain line for each new text.
+    On a terminal it is one line with a spinner, which disappears. Elsewhere it is a plain line for each new subject
+    (what stands before the colon), and a sign of life now and then: a log of CI must stay readable.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._lock = Lock()
         self._open = False
+        self._noted = 0.0
         self._drawn: Status | None = None
         self._timer = Timer(PATIENCE, self._show)
         self._timer.daemon = True
@@ -80,9 +85,18 @@ class Progress:
         with self._lock:
             if self._drawn is not None:
                 self._drawn.update(text if fraction is None else f"{text} ({fraction:.0%})")
-            elif self._open and text != self._text:
-                note(text)
+            elif self._open and self._worth_a_line(text):
+                self._note(text)
             self._text = text
+
+    def _worth_a_line(self, text: str) -> bool:
+        if text.partition(":")[0] != self._text.partition(":")[0]:
+            return True
+        return text != self._text and monotonic() - self._noted >= SIGN_OF_LIFE
+
+    def _note(self, text: str) -> None:
+        self._noted = monotonic()
+        note(text)
 
     def _show(self) -> None:
         with self._lock:
@@ -90,7 +104,7 @@ class Progress:
                 return
             self._open = True
             if not sys.stderr.isatty():
-                note(self._text)
+                self._note(self._text)
                 return
             from rich.console import Console  # noqa: PLC0415 - a short wait never needs it
 

@@ -23,7 +23,6 @@ from bkpool.core.resource import Condition, Duration, Metadata, Model, OwnerRefe
 class Scaling(Model):
     """How many workers there are."""
 
-    mode: Literal["auto", "manual", "dynamic"] = "auto"
     min: Annotated[StrictInt, Field(ge=0, le=10_000)] = 0
     """Idle workers kept ready beside the leased ones (the Go controller's meaning), never beyond `max` in all."""
     max: Annotated[StrictInt, Field(ge=1, le=10_000)] = 10

@@ -1,0 +1,79 @@
+"""The gateway's certificate follows the pools and the time, without anybody restarting anything."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from cryptography import x509
+
+from bkpool.appliance.certifier import Certifier
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
+from bkpool.home.files import private_directory
+from bkpool.pki.authority import Authority
+from bkpool.store.mirror import Mirror
+from bkpool.store.sqlite import SqliteStore
+
+
+class Gateway:
+    """Notes what it is given; the swap itself is tested with the real one (tests/gateway)."""
+
+    def __init__(self):
+        self.given = []
+        self.changed = asyncio.Event()
+
+    def set_server_certificate(self, cert_pem, key_pem, ca_pem):
+        self.given.append(x509.load_pem_x509_certificate(cert_pem))
+        self.changed.set()
+
+    async def next(self):
+        async with asyncio.timeout(5):
+            await self.changed.wait()
+        self.changed.clear()
+        return self.given[-1]
+
+
+def names(certificate):
+    return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(
+        x509.DNSName
+    )
+
+
+@pytest.fixture
+async def store(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db")
+    yield store
+    await store.close()
+
+
+async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_path):
+    now = datetime.now(UTC)
+    private_directory(tmp_path / "pki")
+    mirror, gateway = Mirror(store), Gateway()
+    certifier = Certifier(
+        gateway,
+        directory=tmp_path / "pki",
+        authority=Authority.create(now),
+        mirror=mirror,
+        hosts=("build.example.com",),
+        now=lambda: now,
+    )
+    tasks = [asyncio.create_task(mirror.run())]
+    await mirror.ready.wait()
+    certifier.renew()
+    first = await gateway.next()
+    assert "build.example.com" in names(first)
+    tasks.append(asyncio.create_task(certifier.run()))
+    await asyncio.sleep(0)
+
+    pool = await store.create(Pool(metadata=Metadata(name="ci")))
+    second = await gateway.next()
+    assert "ci.default.svc" in names(second)
+
+    now += timedelta(days=336)  # a year's certificate is renewed 30 days before its end
+    await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # something stirs
+    third = await gateway.next()
+    assert third.not_valid_after_utc > second.not_valid_after_utc
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
