@@ -59,7 +59,10 @@ def test_the_appliance_is_killed_in_the_middle_of_a_build(make_appliance, contex
     assert running.returncode != 0
     assert time.monotonic() - killed < 5, "the build in flight fails at once"
     appliance.up()
-    appliance.build(builder, context.dockerfile("say again")).ok()
+    appliance.release(certificates.lease).ok()
+    begin = time.monotonic()
+    appliance.allocate(name="next")
+    assert time.monotonic() - begin < 30, "the dead gateway's registration does not hold the worker"
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):

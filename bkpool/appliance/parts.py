@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import structlog
@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from bkpool.appliance.settings import Address
 from bkpool.core.errors import Conflict, HostFault, NotFound
 from bkpool.core.names import DEFAULT_POOL, Key
-from bkpool.core.objects import Pool, PoolStatus
+from bkpool.core.objects import Pool, PoolStatus, Worker
 from bkpool.core.resource import Metadata
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.server import Gateway
@@ -66,6 +66,15 @@ async def apply_pools(store: Store, pools: list[Pool]) -> None:
             except Conflict:
                 continue
             break
+
+
+async def withdraw_leftovers(store: Store, gateway: str) -> None:
+    """Takes out the registrations of this gateway's former life. It holds the home's lock: that life is over."""
+    for worker in (await store.list(Worker)).items:
+        others = tuple(entry for entry in worker.status.gateways if entry.gateway != gateway)
+        if others != worker.status.gateways:
+            with suppress(Conflict, NotFound):  # it then runs out by itself, in a minute
+                await store.replace_status(worker.with_status(gateways=others))
 
 
 def _given(pool: Pool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from bkpool import __version__
 from bkpool.allocation import Claims, Leases
 from bkpool.api import Service, make_app
 from bkpool.appliance.certifier import Certifier
-from bkpool.appliance.parts import apply_pools, feed, in_url, metrics_app, running, serve
+from bkpool.appliance.parts import apply_pools, feed, in_url, metrics_app, running, serve, withdraw_leftovers
 from bkpool.appliance.settings import Address, Settings, Tell
 from bkpool.controller import Controller
 from bkpool.core.errors import Unavailable
@@ -38,6 +38,8 @@ from bkpool.workers.sandbox import Binaries
 
 log = structlog.get_logger(__name__)
 
+GATEWAY = "local"
+"""The name under which this gateway registers: one home has one gateway, over all its lives."""
 GRACE = timedelta(seconds=1)
 """After the last build of a drain: so long the API goes on answering, so that the lease can still be released."""
 
@@ -84,6 +86,7 @@ class ProcessAppliance:
         store = await SqliteStore.open(home / "state.db")
         stack.push_async_callback(store.close)
         await apply_pools(store, self._pools)
+        await withdraw_leftovers(store, GATEWAY)
         mirror = Mirror(store)
         await stack.enter_async_context(running(mirror.run(), self._on_death))
         await mirror.ready.wait()
@@ -95,7 +98,7 @@ class ProcessAppliance:
 
         tell({"progress": "starting gateway, controller and API"})
         metrics = Metrics()
-        gateway = Gateway(StoreRegistrar(store, "local", _now, mirror.apply), now=_now, metrics=metrics)
+        gateway = Gateway(StoreRegistrar(store, GATEWAY, _now, mirror.apply), now=_now, metrics=metrics)
         certify = Certifier(
             gateway,
             directory=home / "pki",
