@@ -1,8 +1,9 @@
-"""In CI a skip that CI could have run is a failure (BKPOOL_CI=1)."""
+"""In CI a skip that CI could have run is a failure (BKPOOL_CI=1). Signals are as in a terminal, wherever we run."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -10,6 +11,13 @@ RUN_BY_ANOTHER_SESSION = ("BKPOOL_ZIPAPP names no bkpool.pyz",)
 """Reasons that are fine in CI: another session of the same run does it."""
 
 _skipped: list[str] = []
+
+
+def pytest_configure() -> None:
+    """Programs started in the background inherit ignored signals; tests of Ctrl-C would wait for ever."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
