@@ -250,7 +250,9 @@ class Appliance:
         """Ends what a test started and everything of the appliance, and sees that nothing of it is left."""
         for process in self.started:
             process.kill()
-            process.communicate()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         self.down("--now")
         left = self.daemons()
         self.down("--purge")
