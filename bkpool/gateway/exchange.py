@@ -73,12 +73,15 @@ class Tls:
         Raises:
             ssl.SSLError: It is not what TLS allows.
         """
-        self._incoming.write(data)
+        incoming = self._incoming
+        incoming.write(data)
         read = self._object.read
         length = 0
         try:
             while count := cast("int", read(_RECORD, into[length:])):  # with a buffer, read returns a count
                 length += count
+                if not incoming.pending:  # OpenSSL has it all; asking once more would cost an exception a chunk
+                    return length, False
         except ssl.SSLWantReadError:
             return length, False
         except ssl.SSLZeroReturnError:  # instead of a count of 0, once our own end is said

@@ -166,7 +166,19 @@ class Relay:
         except OSError as error:
             self._close(f"{self._name(leg)}: {error.strerror}", broken=leg)
         else:
-            self._settle()
+            if data and self._passed(leg.end):
+                self.active_at = self._loop.time()
+            else:
+                self._settle()
+
+    def _passed(self, end: End) -> bool:
+        """Sends on what was received; True if that was all there was to it, as for nearly every chunk of a build."""
+        other = self._worker if end is self._client.end else self._client
+        try:
+            other.flush()
+        except OSError:
+            return False  # the next flush meets it again
+        return not (other.end.unsent or end.unsent or end.heard_end or other.end.said_end)
 
     def _settle(self) -> None:
         """Sends what can be sent, and watches for what can happen next."""

@@ -23,6 +23,9 @@ from bkpool.store.tables import Tables
 
 log = structlog.get_logger(__name__)
 
+QUIET = 0.5
+"""Seconds without a command after which the write-ahead log is folded into the file."""
+
 T = TypeVar("T")
 Command = Callable[[Tables], T]
 
@@ -65,6 +68,7 @@ class SqlThread:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
+        self._written = False
         self._thread = threading.Thread(target=self._main, name=f"store {begin.lower()}", daemon=True)
         self._thread.start()
 
@@ -91,7 +95,7 @@ class SqlThread:
     def _main(self) -> None:
         closing = False
         while not closing:
-            queued = [self._queue.get()]
+            queued = [self._next()]
             with suppress(queue.Empty):
                 while True:
                     queued.append(self._queue.get_nowait())
@@ -102,11 +106,23 @@ class SqlThread:
                 self._loop.call_soon_threadsafe(self._answer, outcomes, touched)
         self._db.close()
 
+    def _next(self) -> _Job | None:
+        """The next job. In the first quiet moment after writes the log is folded in, while nobody waits for it."""
+        if self._written:
+            try:
+                return self._queue.get(timeout=QUIET)
+            except queue.Empty:
+                self._written = False
+                with suppress(sqlite3.Error):  # SQLite does it by itself when the log has grown
+                    self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        return self._queue.get()
+
     def _transaction(self, jobs: list[_Job]) -> list[_Outcome]:
         try:
             self._db.execute(self._begin)
             outcomes = [self._attempt(job) for job in jobs]
             if self._tables.touched:
+                self._written = True
                 self._tables.compact()
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
