@@ -278,11 +278,10 @@ class Claims:
         Returns:
             The worker; None if this was another request's lease, of the same job, and that one gave it up.
         """
-        assert worker.allocation is not None  # noqa: S101 - it was claimed
         while True:
             event = self._changed.setdefault(worker.pool, asyncio.Event())
             current = self._mirror.workers.get(worker.key)
-            over = _outcome(current, worker.allocation)
+            over = _outcome(current, worker.lease)
             if over is not None:
                 if over.end_reason is EndReason.ABANDONED:
                     return None
@@ -295,8 +294,7 @@ class Claims:
             await event.wait()
 
     def _grant(self, worker: Worker, csr_pem: bytes | None) -> Grant:
-        lease = worker.allocation
-        assert lease is not None  # noqa: S101 - it is ready
+        lease = worker.lease
         token = tokens.derive(self._token_key, worker.uid, lease.id)
         leaf = self._authority.issue_client(
             token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
@@ -320,19 +318,17 @@ class Claims:
     # --- answers owed -----------------------------------------------------------------------------------------------
 
     def _owe(self, worker: Worker, *, answered: bool = False) -> Worker:
-        assert worker.allocation is not None  # noqa: S101 - only leases are owed
-        owed = self._owed.setdefault(worker.allocation.id, _Owed(answered=answered))
+        owed = self._owed.setdefault(worker.lease.id, _Owed(answered=answered))
         owed.requests += 1
         return worker
 
     def _settle(self, worker: Worker) -> None:
         """One answer fewer is owed. If it was the last and nobody ever got one, nobody knows the lease: it ends."""
-        assert worker.allocation is not None  # noqa: S101 - only leases are owed
-        owed = self._owed[worker.allocation.id]
+        owed = self._owed[worker.lease.id]
         owed.requests -= 1
         if owed.requests:
             return
-        del self._owed[worker.allocation.id]
+        del self._owed[worker.lease.id]
         if not owed.answered:
             self._abandon(worker)
 

@@ -59,9 +59,8 @@ class Leases:
             return lease.but(expires_at=min(now + wanted, lease.not_after))
 
         worker = await self.change(worker, renewed)
-        assert worker.allocation is not None  # noqa: S101 - renewed
-        log.info("lease.renewed", worker=str(worker.key), allocation=worker.allocation.id)
-        return worker, worker.allocation.expires_at
+        log.info("lease.renewed", worker=str(worker.key), allocation=worker.lease.id)
+        return worker, worker.lease.expires_at
 
     async def release(self, token: str) -> None:
         """Ends the lease. Released already, or expired: nothing to do, and no error.

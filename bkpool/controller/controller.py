@@ -152,16 +152,14 @@ class Controller:
             await self._report_failure(worker, error)
 
     async def _lose(self, worker: Worker, message: str) -> None:
-        lease = worker.allocation
-        assert lease is not None  # noqa: S101 - the policy loses only leases
+        lease = worker.lease
         log.error("lease.lost", worker=str(worker.key), allocation=lease.id, reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_allocation(lost)))
 
     async def _finish(self, action: policy.Finish) -> None:
         """Remembers the lease in the status first: a crash in between repeats this, and forgets nothing."""
-        lease = action.worker.allocation
-        assert lease is not None  # noqa: S101 - the policy finishes only leases
+        lease = action.worker.lease
         worker = await self._store.replace_status(policy.finished(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)

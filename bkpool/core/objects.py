@@ -246,6 +246,13 @@ class Worker(Resource):
         """The lease on it, if any."""
         return self.spec.allocation
 
+    @property
+    def lease(self) -> Allocation:
+        """The lease on it, for whoever knows that there is one. Raises RuntimeError where there is none."""
+        if self.spec.allocation is None:
+            raise RuntimeError(f"{self.key} is not leased")
+        return self.spec.allocation
+
     def with_allocation(self, allocation: Allocation | None) -> Worker:
         """This worker, held by that lease (or by nobody)."""
         return self.but(spec=self.spec.but(allocation=allocation))

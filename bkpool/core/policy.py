@@ -166,17 +166,17 @@ def _leased(worker: Worker, lease: Allocation, seen: Observation | None, now: da
     over = lease.ended(now)
     if over is not None:
         return _wind_up(worker, lease, over, seen, now)
-    if not _is_up(worker, seen):
+    up = _up(worker, seen)
+    if up is None:
         if worker.status.failures >= MAX_FAILURES:
             return Lose(worker, worker.status.message)
         return _bring_up(worker, seen, lease.owner, now)
-    assert seen is not None  # noqa: S101 - _is_up says so
-    if seen.cache_owner is None:
+    if up.cache_owner is None:
         return Own(worker, lease.owner)
-    if seen.cache_owner != lease.owner:
+    if up.cache_owner != lease.owner:
         return Start(worker, lease.owner)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
-    return _report(worker, seen, Phase.ALLOCATED, now, failures) or lease.expires_at
+    return _report(worker, up, Phase.ALLOCATED, now, failures) or lease.expires_at
 
 
 def _wind_up(
@@ -192,23 +192,24 @@ def _wind_up(
             message=lease.end_message,
         )
         down = Phase.FAILED if worker.status.failures else Phase.PENDING
-        return Finish(worker, ended, Phase.IDLE if _is_up(worker, seen) else down)
+        return Finish(worker, ended, Phase.IDLE if _up(worker, seen) else down)
     if worker.status.phase is not Phase.DRAINING:
         return Report(worker.with_status(phase=Phase.DRAINING, message=f"the lease is {over}; builds may finish"))
     return min(live)
 
 
 def _idle(worker: Worker, seen: Observation | None, pool: Pool, now: datetime) -> Action | datetime | None:
-    if not _is_up(worker, seen):
+    up = _up(worker, seen)
+    if up is None:
         return _bring_up(worker, seen, None, now)
-    assert seen is not None  # noqa: S101 - _is_up says so
-    if pool.spec.cache.reuse is Reuse.NEVER and seen.cache_owner is not None:
+    if pool.spec.cache.reuse is Reuse.NEVER and up.cache_owner is not None:
         return Wipe(worker)
-    return _report(worker, seen, Phase.IDLE, now, worker.status.failures)
+    return _report(worker, up, Phase.IDLE, now, worker.status.failures)
 
 
-def _is_up(worker: Worker, seen: Observation | None) -> bool:
-    return seen is not None and seen.state is Running.READY and seen.worker_uid == worker.uid
+def _up(worker: Worker, seen: Observation | None) -> Observation | None:
+    """What is seen, if that is this worker's own buildkitd, and it is ready."""
+    return seen if seen and seen.state is Running.READY and seen.worker_uid == worker.uid else None
 
 
 def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: datetime) -> Action | datetime:
