@@ -124,6 +124,9 @@ class Connection:
             self._fail(error)
         except OSError as error:
             self._close(f"client: {error.strerror}")
+        except Exception:
+            self._close("an internal fault")  # no slot is leaked; the loop's handler logs the rest
+            raise
 
     def _writable(self) -> None:
         try:

@@ -165,6 +165,9 @@ class Relay:
             self._close(f"TLS failed: {error.reason}", broken=leg)
         except OSError as error:
             self._close(f"{self._name(leg)}: {error.strerror}", broken=leg)
+        except Exception:
+            self._close("an internal fault", broken=leg)  # no slot is leaked; the loop's handler logs the rest
+            raise
         else:
             if data and self._passed(leg.end):
                 self.active_at = self._loop.time()

@@ -183,3 +183,17 @@ async def test_a_stopped_relay_says_goodbye(new_joined):
     assert await asyncio.to_thread(joined.client.receive) == b""
     assert joined.client.ended
     assert await joined.over == "drained"
+
+
+async def test_a_fault_of_our_own_closes_both_sockets_and_is_told_to_the_loop(new_joined, monkeypatch):
+    joined = await new_joined()
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
+
+    def broken(*_given):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("bkpool.gateway.exchange.Exchange.received", broken)
+    joined.client.send(b"x")
+    assert await joined.over == "an internal fault"
+    assert isinstance(told[0], ZeroDivisionError)
