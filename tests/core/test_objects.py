@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,12 @@ def test_what_the_go_controllers_users_wrote_is_kept_and_named():
     (pool,) = read_pools(text, source="pool.yaml")
     assert sorted(unknown_fields(pool.spec)) == ["auth", "scaling.targetCPUUtilization", "tls"]
     assert pool.to_json()["spec"]["tls"] == {"enabled": True}
+
+
+def test_the_example_is_understood_to_its_last_field():
+    file = Path(__file__).parents[2] / "examples" / "pool.yaml"
+    (pool,) = read_pools(file.read_text(), source=file.name)
+    assert list(unknown_fields(pool.spec)) == []
 
 
 @pytest.mark.parametrize(
