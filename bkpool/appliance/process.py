@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import structlog
 
@@ -78,41 +79,19 @@ class ProcessAppliance:
         (self._forced if self._stopping.is_set() else self._stopping).set()
 
     async def _start(self, stack: AsyncExitStack, tell: Tell) -> None:
-        settings, home = self._settings, self._settings.home
+        home = self._settings.home
         secrets = keep.load_or_create(home / "pki", _now())
         admin = AdminToken(load_or_create(home))
+        metrics = Metrics()
 
         tell({"progress": "opening the store"})
-        store = await SqliteStore.open(home / "state.db")
-        stack.push_async_callback(store.close)
-        await apply_pools(store, self._pools)
-        await withdraw_leftovers(store, GATEWAY)
-        mirror = Mirror(store)
-        await stack.enter_async_context(running(mirror.run(), self._on_death))
-        await mirror.ready.wait()
-
+        store, mirror = await self._open_store(stack)
         tell({"progress": "looking for workers of an earlier run"})
         runtime = ProcessRuntime(home, self._binaries)
         stack.push_async_callback(runtime.close, stop_workers=True)
         await runtime.adopt()
-
         tell({"progress": "starting gateway, controller and API"})
-        metrics = Metrics()
-        gateway = Gateway(StoreRegistrar(store, GATEWAY, _now, mirror.apply), now=_now, metrics=metrics)
-        certify = Certifier(
-            gateway,
-            directory=home / "pki",
-            authority=secrets.authority,
-            mirror=mirror,
-            hosts=settings.gateway_hosts,
-            now=_now,
-        )
-        certify.renew()
-        [(_, port), *_] = await gateway.start([_gateway_address(settings)])
-        stack.push_async_callback(gateway.close)
-        stack.callback(feed(gateway, mirror))
-        await stack.enter_async_context(running(certify.run(), self._on_death))
-        endpoint = f"tcp://{in_url(settings.gateway_hosts[0] if settings.gateway_hosts else 'localhost')}:{port}"
+        gateway, endpoint = await self._open_gateway(stack, store, mirror, secrets, metrics)
 
         leases = Leases(store=store, mirror=mirror, now=_now)
         claims = Claims(
@@ -127,7 +106,6 @@ class ProcessAppliance:
         stack.push_async_callback(claims.close)
         controller = Controller(store=store, mirror=mirror, runtime=runtime, now=_now, endpoint=endpoint)
         await stack.enter_async_context(running(controller.run(), self._on_death))
-
         service = Service(
             claims=claims,
             leases=leases,
@@ -137,24 +115,60 @@ class ProcessAppliance:
             connections=lambda pool: metrics.active(pool.name),
             trouble=lambda: "the appliance is stopping" if self._stopping.is_set() else None,
         )
-        record = home / "appliance.json"
-        stack.callback(record.unlink, missing_ok=True)
-        api = await serve(stack, make_app(service), settings.api_address, "--api-address")
-        scrape = await serve(stack, metrics_app(metrics), settings.metrics_address, "--metrics-address")
+        described = await self._open_api(stack, service, metrics)
         stack.push_async_callback(self._drain, gateway, lambda: any(metrics.active(key.name) for key in mirror.pools))
         stack.callback(claims.turn_away, Unavailable("the appliance is stopping", hint="Try again once it is up."))
-        described = {
+        write_private(home / "appliance.json", json.dumps(described).encode())
+        log.info("appliance.ready", **described)
+        tell(described)
+
+    async def _open_store(self, stack: AsyncExitStack) -> tuple[SqliteStore, Mirror]:
+        store = await SqliteStore.open(self._settings.home / "state.db")
+        stack.push_async_callback(store.close)
+        await apply_pools(store, self._pools)
+        await withdraw_leftovers(store, GATEWAY)
+        mirror = Mirror(store)
+        await stack.enter_async_context(running(mirror.run(), self._on_death))
+        await mirror.ready.wait()
+        return store, mirror
+
+    async def _open_gateway(
+        self, stack: AsyncExitStack, store: SqliteStore, mirror: Mirror, secrets: keep.Secrets, metrics: Metrics
+    ) -> tuple[Gateway, str]:
+        """The gateway, and the endpoint that clients are told."""
+        settings = self._settings
+        gateway = Gateway(StoreRegistrar(store, GATEWAY, _now, mirror.apply), now=_now, metrics=metrics)
+        certify = Certifier(
+            gateway,
+            directory=settings.home / "pki",
+            authority=secrets.authority,
+            mirror=mirror,
+            hosts=settings.gateway_hosts,
+            now=_now,
+        )
+        certify.renew()
+        [(_, port)] = await gateway.start([_gateway_address(settings)])
+        stack.push_async_callback(gateway.close)
+        stack.callback(feed(gateway, mirror))
+        await stack.enter_async_context(running(certify.run(), self._on_death))
+        host = settings.gateway_hosts[0] if settings.gateway_hosts else "localhost"
+        return gateway, f"tcp://{in_url(host)}:{port}"
+
+    async def _open_api(self, stack: AsyncExitStack, service: Service, metrics: Metrics) -> dict[str, Any]:
+        """Opens the API and the metrics; returns what `appliance.json` says while they are open."""
+        settings = self._settings
+        stack.callback((settings.home / "appliance.json").unlink, missing_ok=True)
+        api = await serve(stack, make_app(service), settings.api_address, "--api-address")
+        scrape = await serve(stack, metrics_app(metrics), settings.metrics_address, "--metrics-address")
+        return {
             "pid": os.getpid(),
             "backend": "process",
             "version": __version__,
             "apiEndpoint": f"http://{api}",
-            "gatewayEndpoint": endpoint,
+            "gatewayEndpoint": service.gateway_endpoint,
             "metricsEndpoint": f"http://{scrape}/metrics",
             "startedAt": _now().isoformat(timespec="seconds"),
         }
-        write_private(record, json.dumps(described).encode())
-        log.info("appliance.ready", **described)
-        tell(described)
 
     async def _drain(self, gateway: Gateway, busy: Callable[[], bool]) -> None:
         """Nothing new comes in; open builds finish, or meet the deadline, or a second signal."""
