@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 
@@ -100,13 +101,15 @@ class Claims:
         self._lines: dict[Key, Line] = {}
         self._owed: dict[str, _Owed] = {}
         self._changed: dict[Key, asyncio.Event] = {}
-        self._undoing: set[asyncio.Task[None]] = set()
+        self._undoing: set[asyncio.Future[Any]] = set()
+        """Claims whose caller has gone, and their undoing."""
         self._unsubscribe = mirror.subscribe(self._on_change)
 
     async def close(self) -> None:
         """Stops listening and finishes undoing what callers left behind."""
         self._unsubscribe()
-        await asyncio.gather(*self._undoing, return_exceptions=True)
+        while self._undoing:
+            await asyncio.gather(*self._undoing, return_exceptions=True)
 
     def turn_away(self, error: BkpoolError) -> None:
         """Sends everybody in line away: this appliance is ending."""
@@ -243,6 +246,7 @@ class Claims:
         try:
             worker = await asyncio.shield(writing)
         except asyncio.CancelledError:
+            self._undoing.add(writing)
             writing.add_done_callback(self._undo)
             raise
         self._mirror.apply(worker)
@@ -269,6 +273,7 @@ class Claims:
         return allocation.but(token_sha256=tokens.digest(token))
 
     def _undo(self, writing: asyncio.Future[Worker]) -> None:
+        self._undoing.discard(writing)
         if not writing.cancelled() and writing.exception() is None:
             self._abandon(writing.result())
 

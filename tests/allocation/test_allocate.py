@@ -142,6 +142,30 @@ async def test_wherever_a_caller_is_cut_off_nothing_stays_leased(world, steps):
     assert not [w for w in (await world.workers()).values() if w.allocation and not w.allocation.ended_at]
 
 
+async def test_a_claim_that_is_being_written_is_undone_before_the_service_closes(world, monkeypatch):
+    await world.pool()
+    begun, may_go_on = asyncio.Event(), asyncio.Event()
+    create = world.store.create
+
+    async def slow_create(worker):
+        begun.set()
+        await may_go_on.wait()
+        return await create(worker)
+
+    monkeypatch.setattr(world.store, "create", slow_create)
+    claims = world.replicas[0].claims
+    caller = asyncio.create_task(world.replicas[0].allocate())
+    await begun.wait()
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    closing = asyncio.create_task(claims.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    may_go_on.set()
+    await closing
+    assert not [w for w in (await world.workers()).values() if w.allocation and not w.allocation.ended_at]
+
+
 async def test_nothing_in_time_is_said_with_its_reason(world):
     await world.pool(scaling={"max": 1})
     api = world.replicas[0]
