@@ -23,6 +23,7 @@ from bkpool.api.openapi import Route, document
 from bkpool.core.errors import BkpoolError, Forbidden, InvalidInput, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key
 from bkpool.core.objects import Pool
+from bkpool.core.policy import counts
 from bkpool.core.resource import explain
 from bkpool.identity import Authenticator, Identity
 from bkpool.identity.access import authenticate, may_use
@@ -127,6 +128,7 @@ class Service:
 
     def _live(self, pool: Key) -> dict[str, Any]:
         return {
+            **counts(self.mirror.workers_of(pool)),
             "waiting": self.claims.waiting(pool),
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint,

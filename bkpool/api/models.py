@@ -164,17 +164,13 @@ class PoolView(Body):
 
     @classmethod
     def of(cls, pool: Pool, **live: Any) -> Self:
-        """The view of a pool; `live` is what the pool's status does not hold."""
+        """The view of a pool; `live` is what changes too fast for its stored status."""
         return cls(
             name=pool.key.name,
             namespace=pool.key.namespace,
             phase=pool.status.phase or "Pending",
             min=pool.spec.scaling.min,
             max=pool.spec.scaling.max,
-            workers=pool.status.workers,
-            ready=pool.status.ready,
-            idle=pool.status.idle,
-            allocated=pool.status.allocated,
             conditions=pool.status.conditions,
             **live,
         )

@@ -317,13 +317,21 @@ def pool_status(pool: Pool, workers: Iterable[Worker], endpoint: str, now: datet
     return pool.status.but(
         phase="Degraded" if failing else "Ready",
         observed_generation=pool.metadata.generation,
-        workers=len(workers),
-        ready=sum(w.status.endpoint is not None for w in workers),
-        idle=sum(w.allocation is None and w.status.phase is Phase.IDLE for w in workers),
-        allocated=sum(w.allocation is not None for w in workers),
         endpoint=endpoint,
         conditions=conditions,
+        **counts(workers),
     )
+
+
+def counts(workers: Iterable[Worker]) -> dict[str, int]:
+    """How many workers there are, answer, stand idle and are leased."""
+    workers = tuple(workers)
+    return {
+        "workers": len(workers),
+        "ready": sum(w.status.endpoint is not None for w in workers),
+        "idle": sum(w.allocation is None and w.status.phase is Phase.IDLE for w in workers),
+        "allocated": sum(w.allocation is not None for w in workers),
+    }
 
 
 def _condition(pool: Pool, now: datetime, kind: str, status: Literal["True", "False"], message: str) -> Condition:
