@@ -198,7 +198,7 @@ class Claims:
             owner = owner_of(pool.spec.cache.reuse, caller.tenant, pool.uid, allocation_id)
             spot = await self._stand(line, pool.key, Waiter(owner, request_key), first=first)
             if isinstance(spot, Worker) and spot.allocation is not None:
-                return self._owe(spot)  # the lease of the same job, made while this request waited
+                return self._owe(spot, answered=True)  # the lease of the same job, made while this request waited
             now = self._now()
             allocation = Allocation(
                 id=allocation_id,
@@ -323,6 +323,7 @@ class Claims:
     # --- answers owed -----------------------------------------------------------------------------------------------
 
     def _owe(self, worker: Worker, *, answered: bool = False) -> Worker:
+        """One more answer is owed. `answered`: the lease was not made just now, so somebody may have it already."""
         owed = self._owed.setdefault(worker.lease.id, _Owed(answered=answered))
         owed.requests += 1
         return worker

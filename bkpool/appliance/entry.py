@@ -65,7 +65,8 @@ def purge(home: Path, cache: Path) -> None:
     with HomeLock(home), as_host_fault(home):
         asyncio.run(_purge_workers(home, Toolchain(cache)))
         for name in ("slots", "logs", "pki"):
-            shutil.rmtree(home / name, ignore_errors=not (home / name).exists())
+            if (home / name).exists():
+                shutil.rmtree(home / name)
         for name in ("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"):
             (home / name).unlink(missing_ok=True)
 

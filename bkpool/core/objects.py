@@ -262,10 +262,6 @@ class Worker(Resource):
         return self.but(status=self.status.but(**changes))
 
 
-KINDS: Mapping[str, type[Resource]] = {kind.KIND: kind for kind in (Pool, Worker)}
-"""The kinds that the store keeps, by name."""
-
-
 def new_worker(slot: Slot, pool: Pool, allocation: Allocation | None, labels: Mapping[str, str]) -> Worker:
     """The worker object for a slot, owned by its pool."""
     return Worker(

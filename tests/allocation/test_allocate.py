@@ -265,3 +265,23 @@ async def test_no_such_pool_and_a_pool_deleted_while_waiting(world):
     with pytest.raises(NotFound, match="was deleted"):
         await waiting
     await world.until(lambda: not world.runtime.daemons)
+
+
+async def test_a_caller_who_finds_the_jobs_lease_in_line_and_goes_away_does_not_end_it(world, monkeypatch):
+    await world.pool()
+    api = world.replicas[0]
+    grant = await api.allocate(job_id="j")
+    world.runtime.gate.clear()  # the worker dies and is slow to come back: who joins now has to wait
+    world.runtime.die(grant.worker.slot)
+    await world.until(lambda: world.held()[0].status.endpoint is None)
+
+    async def looked_too_early(*_asked):
+        return None
+
+    monkeypatch.setattr(api.claims, "_held", looked_too_early)
+    late = asyncio.create_task(api.allocate(job_id="j"))
+    await world.until(lambda: api.claims._owed)
+    late.cancel()
+    await asyncio.gather(late, return_exceptions=True)
+    await api.claims.close()
+    assert (await api.leases.lookup(grant.token)).key == grant.worker.key
