@@ -1,0 +1,9 @@
+"""The Kubernetes API as plain documents: where to find the server, how to ask it, and what its errors mean.
+
+The only room that imports the package `kubernetes`, of which it takes the reading of kubeconfig and of a pod's own
+credentials. It knows nothing of pools, workers or pods.
+"""
+
+from bkpool.kube.client import Access, Doc, KubeApi
+
+__all__ = ["Access", "Doc", "KubeApi"]

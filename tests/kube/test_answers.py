@@ -1,0 +1,332 @@
+"""What an API server may do to a watch, a list and a request, played by a server in the test.
+
+The same through a proxy before a real one, and what only a real one can show: e2e/kind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from bkpool.core.errors import (
+    Conflict,
+    Forbidden,
+    Gone,
+    HostFault,
+    InvalidInput,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
+from bkpool.core.names import Key
+from bkpool.core.objects import Pool
+from bkpool.kube import KubeApi, client
+from bkpool.kube.errors import error_of
+from bkpool.store.kubernetes import KubernetesStore
+
+Play = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """Answers each request by the next play; the last one goes on for ever."""
+
+    def __init__(self) -> None:
+        self.plays: list[Play] = []
+        self.asked: list[web.Request] = []
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(request)
+        return await (self.plays.pop(0) if len(self.plays) > 1 else self.plays[0])(request)
+
+
+class NoToken:
+    """The part of the configuration that a request asks."""
+
+    host = "http://server"
+
+    async def auth_settings(self) -> dict:
+        return {}
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+async def api(server: Server) -> AsyncIterator[KubeApi]:
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.answer)
+    async with TestServer(app, handler_cancellation=True) as running:
+        timeout = aiohttp.ClientTimeout(total=0.2)
+        session = aiohttp.ClientSession(base_url=running.make_url("/"), timeout=timeout)
+        api = KubeApi(session, NoToken(), "default")
+        yield api
+        await api.close()
+
+
+@pytest.fixture
+def store(api: KubeApi) -> KubernetesStore:
+    return KubernetesStore(api, jitter=lambda: 0.5)
+
+
+def a_pool(version: int, name: str = "p", **spec) -> dict:
+    metadata = {
+        "name": name,
+        "namespace": "default",
+        "uid": name,
+        "resourceVersion": str(version),
+        "managedFields": [1],
+    }
+    return {
+        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
+        "kind": "BuildKitPool",
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def event(type_: str, doc: dict) -> bytes:
+    return json.dumps({"type": type_, "object": doc}).encode() + b"\n"
+
+
+def bookmark(version: int) -> bytes:
+    return event("BOOKMARK", {"kind": "BuildKitPool", "metadata": {"resourceVersion": str(version)}})
+
+
+def status(code: int, **more) -> dict:
+    return {"kind": "Status", "code": code, "message": f"the server says {code}", **more}
+
+
+def streams(*chunks: bytes, then: str = "") -> Play:
+    """A watch of these bytes; then the server ends it, is silent, or is torn away in the middle."""
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse()
+        await answer.prepare(request)
+        for chunk in chunks:
+            await answer.write(chunk)
+        if then == "silence":
+            await asyncio.Event().wait()
+        if then == "torn":
+            request.transport.abort()
+        return answer
+
+    return play
+
+
+def answers(code: int, body: object, **headers: str) -> Play:
+    async def play(_request: web.Request) -> web.StreamResponse:
+        return web.json_response(body, status=code, headers=headers)
+
+    return play
+
+
+async def never(_request: web.Request) -> web.StreamResponse:
+    await asyncio.Event().wait()
+    raise AssertionError("unreachable")
+
+
+async def taken(store: KubernetesStore, count: int, since: str = "5") -> list[str]:
+    """The versions of that many events."""
+    async with asyncio.timeout(5), aclosing(store.watch(Pool, since)) as events:
+        return [(await anext(events)).object.metadata.resource_version for _ in range(count)]
+
+
+# --- watch ----------------------------------------------------------------------------------------------------------
+
+
+async def test_it_goes_on_from_the_last_version_seen_bookmarks_included(server, store):
+    server.plays = [
+        streams(event("ADDED", a_pool(6)), bookmark(40)),
+        streams(event("MODIFIED", a_pool(41)), then="silence"),
+    ]
+    assert await taken(store, 2) == ["6", "41"]
+    asked = [dict(request.query) for request in server.asked]
+    assert [query["resourceVersion"] for query in asked] == ["5", "40"]
+    assert {query["allowWatchBookmarks"] for query in asked} == {"true"}
+    assert {query["timeoutSeconds"] for query in asked} == {"270"}
+
+
+async def test_an_object_that_cannot_be_read_is_stepped_over_and_not_asked_for_again(server, store):
+    odd = a_pool(7, "odd", scaling={"max": -1})
+    server.plays = [streams(event("ADDED", odd)), streams(event("ADDED", a_pool(8)), then="silence")]
+    assert await taken(store, 1) == ["8"]
+    assert [request.query["resourceVersion"] for request in server.asked] == ["5", "7"]
+    assert "spec.scaling.max" in store.unreadable["BuildKitPool", Key("default", "odd")]
+
+
+@pytest.mark.parametrize(
+    "play",
+    [
+        streams(event("ADDED", a_pool(6))[:40]),
+        streams(event("ADDED", a_pool(6))[:40], then="torn"),
+        streams(b"<html>a balancer's apology</html>\n"),
+        streams(event("ERROR", status(500))),
+        streams(),
+        answers(429, status(429), **{"Retry-After": "7"}),
+        answers(503, status(503)),
+    ],
+    ids=["half an event", "torn", "no JSON", "ERROR 500", "ended at once", "429", "503"],
+)
+async def test_what_breaks_a_watch_is_unavailable(server, store, play):
+    server.plays = [play]
+    with pytest.raises(Unavailable):
+        await taken(store, 1)
+
+
+@pytest.mark.parametrize("play", [streams(event("ERROR", status(410))), answers(410, status(410))])
+async def test_lost_history_is_gone_however_it_is_told(server, store, play):
+    server.plays = [play]
+    with pytest.raises(Gone):
+        await taken(store, 1)
+
+
+async def test_a_deletion_that_cannot_be_read_asks_for_a_new_list(server, store):
+    server.plays = [streams(event("DELETED", a_pool(6, scaling={"max": -1})), then="silence")]
+    with pytest.raises(Gone):
+        await taken(store, 1)
+
+
+async def test_silence_is_a_frozen_watch(server, store, monkeypatch):
+    monkeypatch.setattr(client, "SILENCE", 0.05)
+    server.plays = [streams(event("ADDED", a_pool(6)), then="silence")]
+    with pytest.raises(Unavailable, match="does not answer"):
+        await taken(store, 2)
+
+
+# --- list -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_long_list_is_read_in_pages_and_is_of_one_moment(server, store):
+    def page(*docs: dict, **metadata: str) -> Play:
+        head = {"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": "BuildKitPoolList"}
+        items = [{key: value for key, value in doc.items() if key not in head} for doc in docs]
+        return answers(200, {**head, "metadata": {"resourceVersion": "9", **metadata}, "items": items})
+
+    server.plays = [page(a_pool(1, "a"), **{"continue": "more"}), page(a_pool(2, "b"), a_pool(3, "c"))]
+    listing = await store.list(Pool, labels={"team": "a", "tier": "x"})
+
+    assert [pool.key.name for pool in listing.items] == ["a", "b", "c"]
+    assert listing.resource_version == "9"
+    assert server.asked[0].query["labelSelector"] == "team=a,tier=x"
+    assert server.asked[1].query["continue"] == "more"
+
+    server.plays = [page(a_pool(1, "a"), **{"continue": "more"}), answers(410, status(410))]
+    with pytest.raises(Gone):
+        await store.list(Pool)
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+async def test_too_many_requests_are_repeated_a_few_times_and_nothing_else_is(server, store, monkeypatch):
+    monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.0)
+    refused = answers(429, status(429))
+    server.plays = [refused, refused, answers(200, a_pool(6))]
+    assert (await store.get(Pool, "default", "p")).metadata.resource_version == "6"
+
+    server.plays, server.asked = [refused], []
+    with pytest.raises(Unavailable, match="the server says 429"):
+        await store.get(Pool, "default", "p")
+    assert len(server.asked) == 4
+
+    server.plays, server.asked = [answers(503, status(503))], []
+    with pytest.raises(Unavailable, match="the server says 503"):
+        await store.get(Pool, "default", "p")
+    assert len(server.asked) == 1
+
+
+async def test_a_server_that_does_not_answer_in_time_is_unavailable(server, store):
+    server.plays = [never]
+    with pytest.raises(Unavailable, match="does not answer"):
+        await store.get(Pool, "default", "p")
+
+
+async def test_a_write_that_timed_out_but_happened_has_happened(server, store):
+    pool = Pool.model_validate(a_pool(6, scaling={"max": 3}))
+    server.plays = [never, answers(200, a_pool(7, scaling={"max": 3}))]
+    assert (await store.replace(pool)).metadata.resource_version == "7"
+
+
+@pytest.mark.parametrize(
+    "stored", [answers(200, a_pool(7, scaling={"max": 4})), answers(404, status(404)), answers(503, status(503))]
+)
+@pytest.mark.parametrize(("lost", "error"), [(never, Unavailable), (answers(409, status(409)), Conflict)])
+async def test_a_write_that_did_not_happen_is_told_as_it_failed(server, store, lost, error, stored):
+    server.plays = [lost, stored]
+    with pytest.raises(error):
+        await store.replace(Pool.model_validate(a_pool(6, scaling={"max": 3})))
+
+
+async def test_another_object_of_that_name_is_not_what_was_written(server, store):
+    again = a_pool(7, scaling={"max": 3})
+    again["metadata"]["uid"] = "another"
+    server.plays = [answers(409, status(409)), answers(200, again)]
+    with pytest.raises(Conflict):
+        await store.replace(Pool.model_validate(a_pool(6, scaling={"max": 3})))
+
+
+async def test_only_what_is_ours_is_sent(server, store):
+    bodies: list[dict] = []
+
+    async def play(request: web.Request) -> web.StreamResponse:
+        bodies.append(await request.json())
+        return web.json_response(a_pool(7))
+
+    server.plays = [play]
+    pool = Pool.model_validate(a_pool(6) | {"status": {"phase": "Ready"}})
+    await store.replace(pool)
+    await store.replace_status(pool)
+
+    assert [set(body) for body in bodies] == [
+        {"apiVersion", "kind", "metadata", "spec"},
+        {"apiVersion", "kind", "metadata", "status"},
+    ]
+    given = {"name", "namespace", "labels", "annotations", "finalizers", "ownerReferences", "resourceVersion"}
+    assert all(set(body["metadata"]) == given for body in bodies)
+
+
+async def test_an_object_that_cannot_be_read_is_an_error_that_names_the_field(server, store):
+    server.plays = [answers(200, a_pool(6, scaling={"max": -1}))]
+    with pytest.raises(HostFault, match=r"default/p cannot be read: spec\.scaling\.max"):
+        await store.get(Pool, "default", "p")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (400, InvalidInput),
+        (401, Unauthenticated),
+        (403, Forbidden),
+        (404, NotFound),
+        (409, Conflict),
+        (410, Gone),
+        (413, InvalidInput),
+        (422, InvalidInput),
+        (429, Unavailable),
+        (500, Unavailable),
+        (504, Unavailable),
+    ],
+)
+def test_each_answer_has_its_error(code, kind):
+    error = error_of(code, json.dumps(status(code)).encode(), what="GET /x")
+    assert type(error) is kind
+    assert error.message == f"Kubernetes: GET /x: the server says {code}"
+
+
+def test_the_field_that_the_server_found_wrong_is_named():
+    told = status(422, details={"causes": [{"field": "spec.max", "message": "no"}]})
+    assert error_of(422, json.dumps(told).encode(), what="x").field == "spec.max"
+    assert error_of(422, b"nonsense", what="x").field is None
+    assert error_of(429, b"", what="x", retry_after="7").retry_after == 7
