@@ -22,7 +22,7 @@ from bkpool.core import tokens
 from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.objects import Allocation, EndReason, Phase, Pool, Worker, new_worker
+from bkpool.core.objects import Allocation, EndReason, Pool, Worker, new_worker
 from bkpool.core.placement import owner_of, place
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
@@ -278,7 +278,7 @@ class Claims:
             self._abandon(writing.result())
 
     async def _ready(self, worker: Worker) -> Worker | None:
-        """Waits until the controller has brought the leased worker up.
+        """Waits until the leased worker is up: one that stood idle is at once, else the controller brings it up.
 
         Returns:
             The worker; None if this was another request's lease, of the same job, and that one gave it up.
@@ -294,7 +294,7 @@ class Claims:
                     f"{worker.key.name} did not come up: {over.end_message or 'its lease has ended before'}",
                     hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
                 )
-            if current and current.status.phase is Phase.ALLOCATED and current.status.endpoint is not None:
+            if current and current.way is not None:
                 return current
             await event.wait()
 

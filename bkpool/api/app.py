@@ -45,11 +45,14 @@ class Service:
     leases: Leases
     mirror: Mirror
     authenticators: Sequence[Authenticator]
-    gateway_endpoint: str
-    connections: Callable[[Key], int]
+    gateway_endpoint: Callable[[Pool], str]
+    """Where a caller reaches the gateway of a pool."""
+    connections: Callable[[Pool], int]
     """Open connections of a pool."""
     trouble: Callable[[], str | None]
-    """Why the appliance is not ready to serve; None when it is."""
+    """Why the appliance can't lease anything now; None when it can."""
+    leaving: Callable[[], str | None] = lambda: None
+    """Why no more should be sent here, although it is still served."""
 
     def routes(self) -> list[Route]:
         """Every route, with what goes in and out."""
@@ -73,7 +76,7 @@ class Service:
         wanted = (await _read(request, models.AllocateBody)).request()
         may_use(caller, wanted.pool)
         grant = await self.claims.allocate(caller, wanted)
-        return models.AllocateAnswer.of(grant, self.gateway_endpoint)
+        return models.AllocateAnswer.of(grant, self.gateway_endpoint(find_pool(self.mirror, wanted.pool)))
 
     async def renew(self, request: web.Request) -> models.RenewAnswer:
         """Let a lease run longer."""
@@ -97,7 +100,7 @@ class Service:
         """The pools that the caller may use."""
         caller = await self._caller(request)
         seen = [pool for _, pool in sorted(self.mirror.pools.items()) if _allowed(caller, pool)]
-        return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool.key)) for pool in seen))
+        return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool)) for pool in seen))
 
     async def pool(self, request: web.Request) -> models.PoolAnswer:
         """One pool and its workers."""
@@ -107,15 +110,17 @@ class Service:
         may_use(caller, pool.key)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         members = tuple(models.WorkerView.of(worker) for worker in workers)
-        return models.PoolAnswer.of(pool, members=members, **self._live(pool.key))
+        return models.PoolAnswer.of(pool, members=members, **self._live(pool))
 
     async def health(self, _request: web.Request) -> models.StatusAnswer:
         """Whether the process lives."""
         return models.StatusAnswer(status="ok")
 
     async def ready(self, _request: web.Request) -> models.StatusAnswer:
-        """Whether it can serve."""
+        """Whether requests should be sent here."""
         self._check_ready()
+        if why := self.leaving():
+            raise Unavailable(why, hint="Another replica serves.", retry_after=2)
         return models.StatusAnswer(status="ready")
 
     def _check_ready(self) -> None:
@@ -126,12 +131,12 @@ class Service:
     async def _caller(self, request: web.Request) -> Identity:
         return await authenticate(self.authenticators, request.headers.getall("Authorization", []))
 
-    def _live(self, pool: Key) -> dict[str, Any]:
+    def _live(self, pool: Pool) -> dict[str, Any]:
         return {
-            **counts(self.mirror.workers_of(pool)),
-            "waiting": self.claims.waiting(pool),
+            **counts(self.mirror.workers_of(pool.key)),
+            "waiting": self.claims.waiting(pool.key),
             "connections": self.connections(pool),
-            "gateway_endpoint": self.gateway_endpoint,
+            "gateway_endpoint": self.gateway_endpoint(pool),
         }
 
 

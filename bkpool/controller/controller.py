@@ -15,8 +15,10 @@ import structlog
 from bkpool.core import policy
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.objects import EndReason, Pool, Worker, new_worker
+from bkpool.core.objects import EndReason, Phase, Pool, Worker, new_worker
+from bkpool.core.resource import Metadata
 from bkpool.store import Store
+from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 from bkpool.workers import Runtime
 
@@ -34,17 +36,28 @@ class Controller:
         mirror: The copy in memory to decide from.
         runtime: Runs buildkitd.
         now: The clock.
-        endpoint: The gateway's address, as told in a pool's status.
+        setting: What a pool's status tells beside its workers.
+        recorder: Is told what a person would ask about.
     """
 
     def __init__(
-        self, *, store: Store, mirror: Mirror, runtime: Runtime, now: Callable[[], datetime], endpoint: str
+        self,
+        *,
+        store: Store,
+        mirror: Mirror,
+        runtime: Runtime,
+        now: Callable[[], datetime],
+        setting: Callable[[Pool], policy.PoolSetting],
+        recorder: Recorder,
     ) -> None:
         self._store = store
         self._mirror = mirror
         self._runtime = runtime
         self._now = now
-        self._endpoint = endpoint
+        self._setting = setting
+        self._recorder = recorder
+        self._ended: dict[Key, Pool] = {}
+        """Pools that are known to be gone although workers of theirs are not yet."""
         self._wake = asyncio.Event()
         self._acting: dict[Slot, asyncio.Task[None]] = {}
         self._telling: dict[Key, asyncio.Task[None]] = {}
@@ -69,11 +82,15 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def look_again(self) -> None:
+        """Says that something has changed which neither the mirror nor the runtime tells of."""
+        self._wake.set()
+
     def _look(self) -> datetime | None:
         """Decides for every pool and begins the actions; returns when to look again if nothing changes."""
         now = self._now()
         deadlines: list[datetime] = []
-        for pool in self._mirror.pools.values():
+        for pool in [*self._mirror.pools.values(), *self._ended_pools()]:
             snapshot = policy.Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
@@ -86,10 +103,29 @@ class Controller:
                 self._begin(policy.slot_in(action), self._carry_out(action, pool))
             if decision.wake_at is not None:
                 deadlines.append(decision.wake_at)
-            self._tell(pool, snapshot.workers, now)
+            if pool.key in self._mirror.pools:
+                self._tell(pool, snapshot.workers, now)
         for slot in policy.strays(self._runtime.observe(), self._mirror.workers.values(), self._acting):
             self._begin(slot, self._stop_stray(slot))
         return min(deadlines, default=None)
+
+    def _ended_pools(self) -> list[Pool]:
+        """The pools of workers that have none any more. One that is only not seen yet is asked for first."""
+        without = {worker.pool for worker in self._mirror.workers.values()} - set(self._mirror.pools)
+        self._ended = {key: pool for key, pool in self._ended.items() if key in without}
+        for key in without - set(self._ended) - set(self._telling):
+            self._beside(key, self._ask_for(key))
+        return list(self._ended.values())
+
+    async def _ask_for(self, key: Key) -> None:
+        try:
+            self._mirror.apply(await self._store.get(Pool, *key))
+        except NotFound:
+            metadata = Metadata(name=key.name, namespace=key.namespace, deletion_timestamp=self._now())
+            self._ended[key] = Pool(metadata=metadata)
+        except BkpoolError as error:
+            log.warning("pool.not_read", pool=str(key), error=error.message)
+            await asyncio.sleep(PAUSE)
 
     def _begin(self, slot: Slot, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(self._guarded(slot, work))
@@ -123,6 +159,7 @@ class Controller:
     async def _report_failure(self, worker: Worker, error: BkpoolError) -> None:
         told = f"{error.message}. {error.hint}" if error.hint else error.message
         log.warning("worker.failed", worker=str(worker.key), reason=told)
+        self._recorder.tell(worker, "Failed", told, warning=True)
         current = await self._store.get(Worker, *worker.key)
         self._mirror.apply(await self._store.replace_status(policy.failed(current, told, self._now())))
 
@@ -130,14 +167,17 @@ class Controller:
         match action:
             case policy.Create(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
+                self._recorder.tell(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
             case policy.Start(worker, owner):
                 await self._start(worker, owner, pool)
             case policy.Own(worker, owner):
                 await self._runtime.own(worker.slot, owner)
+            case policy.Protect(worker, held):
+                await self._runtime.protect(worker.slot, held=held)
             case policy.Wipe(worker):
                 await self._runtime.wipe(worker.slot)
             case policy.Report(worker):
-                self._mirror.apply(await self._store.replace_status(worker))
+                await self._report(worker)
             case policy.Lose(worker, message):
                 await self._lose(worker, message)
             case policy.Finish():
@@ -146,10 +186,24 @@ class Controller:
                 await self._remove(worker)
 
     async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> None:
+        async def told(message: str) -> None:
+            """What it is waiting for; on the worker, so that whoever waits for it is told as well."""
+            with suppress(BkpoolError):  # it is said again when it changes
+                current = await self._store.get(Worker, *worker.key)
+                self._mirror.apply(await self._store.replace_status(current.with_status(message=message)))
+
         try:
-            await self._runtime.start(worker.slot, worker.uid, owner, pool.spec)
+            await self._runtime.start(worker.slot, worker.uid, owner, pool, told)
         except (WorkerFailed, HostFault) as error:
             await self._report_failure(worker, error)
+
+    async def _report(self, worker: Worker) -> None:
+        before = self._mirror.workers.get(worker.key)
+        self._mirror.apply(await self._store.replace_status(worker))
+        if worker.status.phase is Phase.ALLOCATED and (before is None or before.status.phase is not Phase.ALLOCATED):
+            job = f" for job {worker.lease.job_id}" if worker.lease.job_id else ""
+            until = f"{worker.lease.expires_at:%H:%M:%S} UTC"
+            self._recorder.tell(worker, "Allocated", f"leased to {worker.lease.requested_by}{job} until {until}")
 
     async def _lose(self, worker: Worker, message: str) -> None:
         lease = worker.lease
@@ -164,7 +218,10 @@ class Controller:
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)
         self._mirror.apply(await self._store.replace(worker))
-        log.info("lease.ended", worker=str(worker.key), allocation=lease.id, reason=action.ended.reason.value)
+        reason = action.ended.reason
+        log.info("lease.ended", worker=str(worker.key), allocation=lease.id, reason=reason.value)
+        message = action.ended.message or f"the lease of {lease.requested_by} has ended"
+        self._recorder.tell(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
     async def _remove(self, worker: Worker) -> None:
         """Deletes the object first, at the version that was judged: a claim made meanwhile wins and is not hurt."""
@@ -173,19 +230,24 @@ class Controller:
         )
         await self._runtime.stop(worker.slot)
         log.info("worker.removed", worker=str(worker.key))
+        if pool := self._mirror.pools.get(worker.pool):
+            self._recorder.tell(pool, "ScaledDown", f"{worker.key.name} is removed")
 
     def _tell(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
         """Writes the pool's status if it changed; one write at a time, so that a burst of leases costs few."""
         if pool.key in self._telling:
             return
-        status = policy.pool_status(pool, workers, self._endpoint, now)
-        if status == pool.status:
-            return
-        task = asyncio.create_task(self._write_pool(pool.but(status=status)))
-        self._telling[pool.key] = task
+        status = policy.pool_status(pool, workers, self._setting(pool), now)
+        if status != pool.status:
+            self._beside(pool.key, self._write_pool(pool.but(status=status)))
+
+    def _beside(self, pool: Key, work: Coroutine[None, None, None]) -> None:
+        """Does something about a pool while everything else goes on."""
+        task = asyncio.create_task(work)
+        self._telling[pool] = task
 
         def told(_task: asyncio.Task[None]) -> None:
-            del self._telling[pool.key]
+            del self._telling[pool]
             self._wake.set()
 
         task.add_done_callback(told)
@@ -198,3 +260,4 @@ class Controller:
                 self._mirror.apply(await self._store.get(Pool, *pool.key))
         except BkpoolError as error:
             log.warning("pool.status_not_written", pool=str(pool.key), error=error.message)
+            await asyncio.sleep(PAUSE)

@@ -20,12 +20,28 @@ LABEL_PURPOSE = f"{GROUP}/purpose"
 LABEL_WORKER = f"{GROUP}/worker"
 LABEL_REQUEST = f"{GROUP}/request"
 """Hash of (identity, jobId) on a leased worker: how a repeated request finds its lease."""
+LABEL_LEASED = f"{GROUP}/leased"
+"""`true` on the pod of a leased worker: what a PodDisruptionBudget selects."""
+LABEL_MANAGED = "app.kubernetes.io/managed-by"
+MANAGER = "bkpool"
+
+PURPOSE_WORKER, PURPOSE_GATEWAY = "worker", "gateway"
+
+ANNOTATION_WORKER_UID = f"{GROUP}/worker-uid"
+ANNOTATION_CACHE_OWNER = f"{GROUP}/cache-owner"
+ANNOTATION_ISOLATION = f"{GROUP}/isolation"
+"""On a pool: how far its pods are kept from their node (`rootless`, `baseline`, `privileged`)."""
+
+FINALIZER = f"{GROUP}/lease"
+"""On a worker while it is leased, and only then, so that a namespace can be deleted while no appliance runs."""
 
 API_PORT = 8082
 GATEWAY_PORT = 1235
 WORKER_PORT = 1234
 METRICS_PORT = 9090
 
+SYSTEM_NAMESPACE = "buildkit-system"
+"""Where the appliance itself is, in a cluster."""
 DEFAULT_NAMESPACE = "default"
 DEFAULT_POOL = "default"
 

@@ -9,12 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from ipaddress import ip_network
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AwareDatetime, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import LABEL_POOL, Key, Slot, slot_of
+from bkpool.core.names import (
+    FINALIZER,
+    LABEL_MANAGED,
+    LABEL_POOL,
+    LABEL_PURPOSE,
+    LABEL_WORKER,
+    MANAGER,
+    PURPOSE_WORKER,
+    Key,
+    Slot,
+    slot_of,
+)
 from bkpool.core.resource import Condition, Duration, Metadata, Model, OwnerReference, Resource
 
 # --- BuildKitPool ---------------------------------------------------------------------------------------------------
@@ -53,11 +65,105 @@ class Reuse(StrEnum):
     NEVER = "never"
 
 
+_QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
+Quantity = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(pattern=_QUANTITY)]
+"""As Kubernetes writes amounts (500m, 2, 4Gi): kept as given."""
+Port = Annotated[StrictInt, Field(ge=1, le=65_535)]
+ImageName = Annotated[StrictStr, Field(min_length=1, max_length=512)]
+
+
+class ResourceRequirements(Model):
+    """As a container of a pod has them."""
+
+    requests: dict[str, Quantity] = Field(default_factory=dict)
+    limits: dict[str, Quantity] = Field(default_factory=dict)
+
+
+class Resources(Model):
+    """What the pods of the workers get."""
+
+    buildkit: ResourceRequirements = ResourceRequirements()
+
+
+class LocalCache(Model):
+    """A volume for each slot."""
+
+    size: Annotated[StrictStr, Field(pattern=_QUANTITY)] = "20Gi"
+    storage_class: StrictStr | None = None
+    """None: the cluster's default."""
+
+
+class CacheBackend(Model):
+    """One place for caches; only `local` is read so far."""
+
+    type: Literal["registry", "s3", "local"]
+    local: LocalCache | None = None
+
+
 class Cache(Model):
     """Caches of the workers."""
 
     reuse: Reuse = Reuse.IDENTITY
     gc: CacheGC = CacheGC()
+    backends: tuple[CacheBackend, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_volume(self) -> Self:
+        if sum(backend.type == "local" for backend in self.backends) > 1:
+            raise ValueError("backends: there is more than one of the type local")
+        return self
+
+    @property
+    def local(self) -> LocalCache | None:
+        """The volume that each slot gets; None: a worker's cache ends with its pod."""
+        wanted = next((backend for backend in self.backends if backend.type == "local"), None)
+        return None if wanted is None else wanted.local or LocalCache()
+
+
+class ServiceType(StrEnum):
+    """How a pool's Service is reached."""
+
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    LOAD_BALANCER = "LoadBalancer"
+
+
+_HOST = r"^[A-Za-z0-9:]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
+
+
+class External(Model):
+    """The name by which callers outside the cluster reach the gateway. What makes it resolve is the user's."""
+
+    enabled: StrictBool | None = None
+    """Only an explicit false turns the hostname off."""
+    hostname: Annotated[StrictStr, Field(max_length=253, pattern=_HOST)] | None = None
+    annotations: dict[str, str] = Field(default_factory=dict)
+    """For the Service, beside networking.annotations: external-dns, load balancers."""
+
+
+def _read_network(value: object) -> object:
+    if isinstance(value, str):
+        if "/" not in value:
+            raise ValueError("write a network with its length, such as 10.0.0.0/8")
+        ip_network(value, strict=False)
+    return value
+
+
+class Networking(Model):
+    """The pool's Service."""
+
+    service_type: ServiceType | None = None
+    port: Port | None = None
+    annotations: dict[str, str] = Field(default_factory=dict)
+    allowed_cidrs: tuple[Annotated[StrictStr, BeforeValidator(_read_network)], ...] = Field((), alias="allowedCIDRs")
+    external: External = External()
+
+
+class GatewayResources(ResourceRequirements):
+    """Of a gateway's pod; `cpu` and `memory` are limits, as the Go controller had them."""
+
+    cpu: Quantity | None = None
+    memory: Quantity | None = None
 
 
 class PoolGateway(Model):
@@ -66,6 +172,14 @@ class PoolGateway(Model):
     token_ttl: Annotated[Duration, Field(alias="tokenTTL", gt=timedelta(0))] = timedelta(hours=1)
     max_token_ttl: Annotated[Duration, Field(alias="maxTokenTTL", gt=timedelta(0))] = timedelta(hours=24)
     drain_timeout: Duration = timedelta(hours=1)
+    replicas: Annotated[StrictInt, Field(ge=1, le=100)] | None = None
+    resources: GatewayResources = GatewayResources()
+    service_type: ServiceType | None = None
+    """Wins over networking.serviceType."""
+    port: Port | None = None
+    """Wins over networking.port."""
+    node_port: Port | None = None
+    load_balancer_class: StrictStr | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -80,7 +194,11 @@ class PoolSpec(Model):
     scaling: Scaling = Scaling()
     buildkit_config: StrictStr | None = None
     """A whole buildkitd.toml; only root, address and the runtime's own paths are set over it."""
+    buildkit_image: ImageName | None = None
+    gateway_image: ImageName | None = None
+    resources: Resources = Resources()
     cache: Cache = Cache()
+    networking: Networking = Networking()
     gateway: PoolGateway = PoolGateway()
 
 
@@ -93,8 +211,16 @@ class PoolStatus(Model):
     ready: StrictInt = 0
     idle: StrictInt = 0
     allocated: StrictInt = 0
+    connections: StrictInt = 0
+    """Open at the gateways, as of their last registration."""
     endpoint: StrictStr | None = None
     conditions: tuple[Condition, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_go_controller(cls, told: Any) -> Any:
+        """Its `workers` is an object: what it has left is not ours, and is written anew."""
+        return {} if isinstance(told, Mapping) and isinstance(told.get("workers"), Mapping) else told
 
 
 class Pool(Resource):
@@ -164,6 +290,8 @@ class GatewayRegistration(Model):
     gateway: StrictStr
     allocation_id: StrictStr
     renewed_at: AwareDatetime
+    connections: StrictInt = 0
+    """Open at that moment."""
 
 
 class Phase(StrEnum):
@@ -200,6 +328,10 @@ class WorkerStatus(Model):
     """Where the gateway reaches buildkitd (`unix:///…` or `tcp://…`); None while it does not answer."""
     cache_owner: StrictStr | None = None
     """Digest of whom the cache in use belongs to; None while nobody has used it."""
+    ephemeral_cache: StrictBool = False
+    """The cache ends with the worker: it needs no mark of its owner before its first use."""
+    pod_name: StrictStr | None = None
+    pod_ip: Annotated[StrictStr | None, Field(alias="podIP")] = None
     created_at: AwareDatetime | None = None
     ready_at: AwareDatetime | None = None
     last_activity_at: AwareDatetime | None = None
@@ -247,6 +379,19 @@ class Worker(Resource):
         return self.spec.allocation
 
     @property
+    def way(self) -> str | None:
+        """Where the holder of its lease may be led now; None while there is no lease, or its worker is not ready.
+
+        A worker that stood idle is ready the moment it is claimed, if its cache is the holder's already, or needs no
+        mark of its owner (DESIGN rule 3); any other is once the controller has seen to its cache.
+        """
+        lease, status = self.spec.allocation, self.status
+        if lease is None or status.phase not in {Phase.IDLE, Phase.ALLOCATED, Phase.DRAINING}:
+            return None
+        unmarked = status.cache_owner is None and status.ephemeral_cache
+        return status.endpoint if status.cache_owner == lease.owner or unmarked else None
+
+    @property
     def lease(self) -> Allocation:
         """The lease on it, for whoever knows that there is one. Raises RuntimeError where there is none."""
         if self.spec.allocation is None:
@@ -254,8 +399,10 @@ class Worker(Resource):
         return self.spec.allocation
 
     def with_allocation(self, allocation: Allocation | None) -> Worker:
-        """This worker, held by that lease (or by nobody)."""
-        return self.but(spec=self.spec.but(allocation=allocation))
+        """This worker, held by that lease (or by nobody). While it is held, a finalizer keeps its object."""
+        others = tuple(name for name in self.metadata.finalizers if name != FINALIZER)
+        finalizers = others if allocation is None else (*others, FINALIZER)
+        return self.but(metadata=self.metadata.but(finalizers=finalizers), spec=self.spec.but(allocation=allocation))
 
     def with_status(self, **changes: Any) -> Worker:
         """This worker with these fields of its status changed."""
@@ -264,12 +411,14 @@ class Worker(Resource):
 
 def new_worker(slot: Slot, pool: Pool, allocation: Allocation | None, labels: Mapping[str, str]) -> Worker:
     """The worker object for a slot, owned by its pool."""
+    name = slot.worker.name
+    own = {LABEL_MANAGED: MANAGER, LABEL_POOL: slot.pool, LABEL_PURPOSE: PURPOSE_WORKER, LABEL_WORKER: name}
     return Worker(
         metadata=Metadata(
-            name=slot.worker.name,
+            name=name,
             namespace=slot.namespace,
-            labels={LABEL_POOL: slot.pool, **labels},
+            labels={**own, **labels},
             owner_references=(OwnerReference(kind=Pool.KIND, name=pool.key.name, uid=pool.uid, controller=True),),
         ),
-        spec=WorkerSpec(pool_ref=PoolRef(name=slot.pool), allocation=allocation),
-    )
+        spec=WorkerSpec(pool_ref=PoolRef(name=slot.pool)),
+    ).with_allocation(allocation)

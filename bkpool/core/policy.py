@@ -7,16 +7,26 @@ does anything itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Allocation, EndedLease, EndReason, Phase, Pool, PoolStatus, Reuse, Worker
+from bkpool.core.objects import (
+    Allocation,
+    EndedLease,
+    EndReason,
+    GatewayRegistration,
+    Phase,
+    Pool,
+    PoolStatus,
+    Reuse,
+    Worker,
+)
 from bkpool.core.placement import free_slot, last_used
-from bkpool.core.resource import Condition, unknown_fields
+from bkpool.core.resource import Condition
 
 MAX_FAILURES = 5
 """Failures in a row after which a lease is lost (DESIGN rule 4)."""
@@ -33,6 +43,8 @@ REMEMBERED = 16
 class Running(StrEnum):
     """What a runtime sees in a slot."""
 
+    STARTING = "starting"
+    """There, but it has not answered yet, or does so no more."""
     READY = "ready"
     EXITED = "exited"
 
@@ -48,6 +60,12 @@ class Observation:
     cache_owner: str | None
     message: str = ""
     """After an exit: how it ended, with the last lines of its log."""
+    ephemeral: bool = False
+    """Its cache ends with the worker."""
+    held: bool | None = None
+    """Whether others are asked to leave it alone; None where there are no others."""
+    pod_name: str | None = None
+    pod_ip: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +101,14 @@ class Own:
 
     worker: Worker
     owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class Protect:
+    """Ask whoever manages the machines to leave the worker alone, or no longer."""
+
+    worker: Worker
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +149,7 @@ class Remove:
     worker: Worker
 
 
-Action = Create | Start | Own | Wipe | Report | Lose | Finish | Remove
+Action = Create | Start | Own | Protect | Wipe | Report | Lose | Finish | Remove
 
 
 def slot_in(action: Action) -> Slot:
@@ -153,7 +179,10 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
             continue
         seen = snapshot.observed.get(worker.slot)
         lease = worker.allocation
-        step = _idle(worker, seen, snapshot.pool, now) if lease is None else _leased(worker, lease, seen, now)
+        if lease is None:
+            step = _idle(worker, seen, snapshot.pool, now)
+        else:
+            step = _leased(worker, lease, seen, snapshot.pool, now)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
@@ -162,28 +191,40 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
     return Decision(tuple(actions), min(deadlines, default=None))
 
 
-def _leased(worker: Worker, lease: Allocation, seen: Observation | None, now: datetime) -> Action | datetime | None:
+def _leased(
+    worker: Worker, lease: Allocation, seen: Observation | None, pool: Pool, now: datetime
+) -> Action | datetime | None:
     over = lease.ended(now)
     if over is not None:
         return _wind_up(worker, lease, over, seen, now)
+    if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
+        return Lose(worker, "the pool was deleted" if pool.metadata.deletion_timestamp else "the worker was deleted")
     up = _up(worker, seen)
     if up is None:
         if worker.status.failures >= MAX_FAILURES:
             return Lose(worker, worker.status.message)
         return _bring_up(worker, seen, lease.owner, now)
-    if up.cache_owner is None:
-        return Own(worker, lease.owner)
-    if up.cache_owner != lease.owner:
-        return Start(worker, lease.owner)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
-    return _report(worker, up, Phase.ALLOCATED, now, failures) or lease.expires_at
+    step = _made_the_holders(worker, lease.owner, up) or _report(worker, up, Phase.ALLOCATED, now, failures)
+    return step or lease.expires_at
+
+
+def _made_the_holders(worker: Worker, owner: str, up: Observation) -> Action | None:
+    """What is still to be done so that the cache, and the worker, are the holder's and nobody else's."""
+    if up.cache_owner is None:
+        return Own(worker, owner)
+    if up.cache_owner != owner:
+        return Start(worker, owner)
+    return Protect(worker, held=True) if up.held is False else None
 
 
 def _wind_up(
     worker: Worker, lease: Allocation, over: EndReason, seen: Observation | None, now: datetime
 ) -> Action | datetime | None:
-    live = [r.renewed_at + REGISTRATION_LIFE for r in worker.status.gateways if r.allocation_id == lease.id]
-    live = [end for end in live if end > now]
+    live = [r.renewed_at + REGISTRATION_LIFE for r in _living(worker, now) if r.allocation_id == lease.id]
+    up = _up(worker, seen)
+    if up and up.ephemeral and up.cache_owner is None:
+        return Own(worker, lease.owner)  # its holder did not have to wait for this, and whoever comes next must know
     if not live:
         ended = EndedLease(
             token_sha256=lease.token_sha256,
@@ -192,10 +233,15 @@ def _wind_up(
             message=lease.end_message,
         )
         down = Phase.FAILED if worker.status.failures else Phase.PENDING
-        return Finish(worker, ended, Phase.IDLE if _up(worker, seen) else down)
+        return Finish(worker, ended, Phase.IDLE if up else down)
     if worker.status.phase is not Phase.DRAINING:
         return Report(worker.with_status(phase=Phase.DRAINING, message=f"the lease is {over}; builds may finish"))
     return min(live)
+
+
+def _living(worker: Worker, now: datetime) -> list[GatewayRegistration]:
+    """The registrations that have not run out."""
+    return [entry for entry in worker.status.gateways if entry.renewed_at + REGISTRATION_LIFE > now]
 
 
 def _idle(worker: Worker, seen: Observation | None, pool: Pool, now: datetime) -> Action | datetime | None:
@@ -204,6 +250,8 @@ def _idle(worker: Worker, seen: Observation | None, pool: Pool, now: datetime) -
         return _bring_up(worker, seen, None, now)
     if pool.spec.cache.reuse is Reuse.NEVER and up.cache_owner is not None:
         return Wipe(worker)
+    if up.held:
+        return Protect(worker, held=False)
     return _report(worker, up, Phase.IDLE, now, worker.status.failures)
 
 
@@ -230,6 +278,7 @@ def failed(worker: Worker, message: str, now: datetime) -> Worker:
     return worker.with_status(
         phase=Phase.FAILED if worker.allocation is None else Phase.PROVISIONING,
         endpoint=None,
+        pod_ip=None,
         failures=1 if was_stable else min(worker.status.failures + 1, 20),
         failed_at=now,
         message=message,
@@ -239,20 +288,18 @@ def failed(worker: Worker, message: str, now: datetime) -> Worker:
 def _report(worker: Worker, seen: Observation, phase: Phase, now: datetime, failures: int) -> Report | None:
     """A status write, if the stored status is not what is seen."""
     status = worker.status
-    told = (status.phase, status.endpoint, status.cache_owner)
-    if told == (phase, seen.endpoint, seen.cache_owner):
+    is_so = {
+        "phase": phase,
+        "endpoint": seen.endpoint,
+        "cache_owner": seen.cache_owner,
+        "ephemeral_cache": seen.ephemeral,
+        "pod_name": seen.pod_name,
+        "pod_ip": seen.pod_ip,
+    }
+    if all(getattr(status, field) == value for field, value in is_so.items()):
         return None
     ready_at = status.ready_at if status.endpoint is not None else now
-    return Report(
-        worker.with_status(
-            phase=phase,
-            endpoint=seen.endpoint,
-            cache_owner=seen.cache_owner,
-            ready_at=ready_at,
-            failures=failures,
-            message="",
-        )
-    )
+    return Report(worker.with_status(**is_so, ready_at=ready_at, failures=failures, message=""))
 
 
 def finished(action: Finish, now: datetime) -> Worker:
@@ -273,7 +320,8 @@ def _surplus(snapshot: Snapshot, now: datetime) -> tuple[list[Worker], list[date
     """Idle workers that are too many, and when the next one will be."""
     scaling = snapshot.pool.spec.scaling
     unheld = sorted((w for w in snapshot.workers if w.allocation is None), key=last_used)
-    gone = [w for w in unheld if w.metadata.deletion_timestamp or w.slot.number >= scaling.max]
+    ending = snapshot.pool.metadata.deletion_timestamp
+    gone = [w for w in unheld if ending or w.metadata.deletion_timestamp or w.slot.number >= scaling.max]
     rest = [w for w in unheld if w not in gone]
     spare = rest[: max(0, len(rest) - scaling.min)]
     over_at = {w.key: _unheld_since(w, now) + scaling.scale_down_delay for w in spare}
@@ -304,23 +352,48 @@ def strays(observed: Iterable[Slot], workers: Iterable[Worker], busy: Iterable[S
     return sorted(set(observed) - {w.slot for w in workers} - set(busy))
 
 
-def pool_status(pool: Pool, workers: Iterable[Worker], endpoint: str, now: datetime) -> PoolStatus:
-    """What to tell of a pool: its counts, and the fields of its spec that nothing reads."""
+@dataclass(frozen=True, slots=True)
+class PoolSetting:
+    """What is to be told of a pool beside its workers."""
+
+    endpoint: str
+    """Where its gateway is reached."""
+    ignored: Sequence[str] = ()
+    """The fields of its spec that nothing reads here."""
+    capacity: int | None = None
+    """The workers of all pools that can run here at once; None: no such bound."""
+    trouble: str = ""
+    """Why its gateway is not as it should be."""
+
+
+def pool_status(pool: Pool, workers: Iterable[Worker], setting: PoolSetting, now: datetime) -> PoolStatus:
+    """What to tell of a pool: its counts, what is wrong with it, and the fields of its spec that nothing reads."""
     workers = tuple(workers)
-    ignored = ", ".join(sorted(f"spec.{name}" for name in unknown_fields(pool.spec)))
     failing = next((w for w in workers if w.status.phase is Phase.FAILED), None)
-    trouble = f"{failing.key.name}: {failing.status.message}" if failing else ""
-    conditions = (
-        _condition(pool, now, "IgnoredFields", "True" if ignored else "False", ignored),
-        _condition(pool, now, "Ready", "False" if failing else "True", trouble),
-    )
+    trouble = f"{failing.key.name}: {failing.status.message}" if failing else setting.trouble
+    ignored = ", ".join(f"spec.{name}" for name in setting.ignored)
+    conditions = [
+        _condition(pool, now, "IgnoredFields", good="False", message=ignored),
+        _condition(pool, now, "Ready", good="True", message=trouble),
+    ]
+    if setting.capacity is not None:
+        beyond = _beyond(pool, setting.capacity)
+        conditions.append(_condition(pool, now, "Capacity", good="True", message=beyond))
     return pool.status.but(
-        phase="Degraded" if failing else "Ready",
+        phase="Degraded" if trouble else "Ready",
         observed_generation=pool.metadata.generation,
-        endpoint=endpoint,
-        conditions=conditions,
+        endpoint=setting.endpoint,
+        conditions=tuple(conditions),
+        connections=sum(entry.connections for worker in workers for entry in _living(worker, now)),
         **counts(workers),
     )
+
+
+def _beyond(pool: Pool, capacity: int) -> str:
+    most = pool.spec.scaling.max
+    if most <= capacity:
+        return ""
+    return f"spec.scaling.max is {most}, and this cluster has host ports for {capacity} workers (kind-config.yaml)"
 
 
 def counts(workers: Iterable[Worker]) -> dict[str, int]:
@@ -334,8 +407,13 @@ def counts(workers: Iterable[Worker]) -> dict[str, int]:
     }
 
 
-def _condition(pool: Pool, now: datetime, kind: str, status: Literal["True", "False"], message: str) -> Condition:
+_REASONS = {"IgnoredFields": "NotImplemented", "Ready": "NotAsWanted", "Capacity": "TooFewHostPorts"}
+
+
+def _condition(pool: Pool, now: datetime, kind: str, *, good: Literal["True", "False"], message: str) -> Condition:
+    """A condition that is as it should be where there is no message."""
+    status: Literal["True", "False"] = good if not message else "False" if good == "True" else "True"
     before = next((c for c in pool.status.conditions if c.type == kind), None)
     since = before.last_transition_time if before and before.status == status else now
-    reason = {"IgnoredFields": "NotImplemented", "Ready": "WorkerFailed"}[kind] if message else "AsWanted"
+    reason = _REASONS[kind] if message else "AsWanted"
     return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)

@@ -40,7 +40,7 @@ async def api(tmp_path):
             leases=replica.leases,
             mirror=replica.mirror,
             authenticators=(AdminToken(ADMIN),),
-            gateway_endpoint="tcp://localhost:1235",
+            gateway_endpoint=lambda _pool: "tcp://localhost:1235",
             connections=lambda _pool: 0,
             trouble=lambda: api.trouble,
         )

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from bkpool.core import policy
+from bkpool.core.names import FINALIZER
 from bkpool.core.objects import EndReason, GatewayRegistration, Phase
 from bkpool.core.policy import Create, Finish, Lose, Observation, Own, Remove, Report, Running, Start, Wipe, decide
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
@@ -165,12 +167,84 @@ def test_strays_are_what_runs_without_a_worker():
 def test_a_pools_status_counts_and_names_ignored_fields():
     p = pool(tls={"enabled": True})
     held = worker(0, lease(), phase=Phase.ALLOCATED)
-    status = policy.pool_status(
-        p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], "tcp://x:1", NOW
-    )
+    setting = policy.PoolSetting("tcp://x:1", ignored=("tls.enabled",), capacity=4)
+    status = policy.pool_status(p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], setting, NOW)
     assert (status.workers, status.ready, status.idle, status.allocated) == (3, 2, 1, 1)
     told = {c.type: (c.status, c.message) for c in status.conditions}
-    assert told == {"IgnoredFields": ("True", "spec.tls"), "Ready": ("False", "p-worker-2: no disk")}
-    later = policy.pool_status(p.but(status=status), [held], "tcp://x:1", NOW + timedelta(hours=1))
+    assert told == {
+        "IgnoredFields": ("True", "spec.tls.enabled"),
+        "Ready": ("False", "p-worker-2: no disk"),
+        "Capacity": (
+            "False",
+            "spec.scaling.max is 10, and this cluster has host ports for 4 workers (kind-config.yaml)",
+        ),
+    }
+    later = policy.pool_status(p.but(status=status), [held], setting, NOW + timedelta(hours=1))
     since = {c.type: c.last_transition_time for c in later.conditions}
     assert since["IgnoredFields"] == NOW, "a condition that did not change keeps its time"
+
+
+# --- what somebody else deletes, and caches that end with their worker -----------------------------------------
+
+
+def deleted(obj):
+    return obj.but(metadata=obj.metadata.but(deletion_timestamp=NOW))
+
+
+def test_the_lease_of_a_deleted_worker_is_lost_and_drains_as_any_other():
+    held = deleted(worker(0, lease(), phase=Phase.ALLOCATED))
+    up = {0: seen(0, "owner-a")}
+    (lost,) = actions(snapshot(pool(), held, observed=up))
+    assert lost == policy.Lose(held, "the worker was deleted")
+    over = held.with_allocation(lease().but(ended_at=NOW, end_reason=EndReason.LOST))
+    (finish,) = actions(snapshot(pool(), over, observed=up))
+    assert isinstance(finish, policy.Finish)
+    assert actions(snapshot(pool(), deleted(worker(0)), observed=up)) == [Remove(deleted(worker(0)))]
+
+
+def test_a_deleted_pool_ends_its_leases_and_removes_the_rest():
+    gone = deleted(pool(scaling={"min": 1}))
+    held, idle = worker(0, lease(), phase=Phase.ALLOCATED), worker(1)
+    done = actions(snapshot(gone, held, idle, observed={0: seen(0, "owner-a"), 1: seen(1)}))
+    assert done == [policy.Lose(held, "the pool was deleted"), Remove(idle)]
+
+
+def test_a_worker_is_protected_while_it_is_leased_and_no_longer():
+    held, idle = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a"), worker(1)
+    loose = replace(seen(0, "owner-a"), held=False)
+    assert actions(snapshot(pool(), held, observed={0: loose})) == [policy.Protect(held, held=True)]
+    tight = replace(seen(1), held=True)
+    assert actions(snapshot(pool(scaling={"min": 1}), idle, observed={1: tight})) == [
+        policy.Protect(idle, held=False)
+    ]
+
+
+def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given_away():
+    over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
+    unmarked = replace(seen(0), ephemeral=True)
+    held = worker(0, over, phase=Phase.IDLE)
+    assert actions(snapshot(pool(), held, observed={0: unmarked})) == [policy.Own(held, over.owner)]
+
+
+@pytest.mark.parametrize(
+    ("phase", "owner", "ephemeral", "leads"),
+    [
+        (Phase.IDLE, "owner-a", False, True),
+        (Phase.IDLE, None, True, True),
+        (Phase.IDLE, None, False, False),
+        (Phase.IDLE, "owner-b", True, False),
+        (Phase.ALLOCATED, "owner-a", False, True),
+        (Phase.PROVISIONING, "owner-a", True, False),
+    ],
+)
+def test_a_claimed_worker_leads_at_once_where_its_cache_can_only_be_the_holders(phase, owner, ephemeral, leads):
+    held = worker(0, lease(), phase=phase, cache_owner=owner, ephemeral_cache=ephemeral)
+    assert (held.way is not None) is leads
+    assert held.with_allocation(None).way is None
+
+
+def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
+    held = worker(0).with_allocation(lease())
+    assert held.metadata.finalizers == (FINALIZER,)
+    assert held.with_allocation(lease()).metadata.finalizers == (FINALIZER,)
+    assert held.with_allocation(None).metadata.finalizers == ()

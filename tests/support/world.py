@@ -16,12 +16,14 @@ from typing import Any
 from bkpool.allocation import AllocationRequest, Claims, Grant, Leases
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict, WorkerFailed
+from bkpool.core.ignored import PROCESS_IGNORES, ignored_fields
 from bkpool.core.names import Key, Slot
 from bkpool.core.objects import Pool, PoolSpec, Worker
-from bkpool.core.policy import Observation, Running
+from bkpool.core.policy import Observation, PoolSetting, Running
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
+from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 
@@ -58,7 +60,9 @@ class MemoryRuntime:
         for callback in self._callbacks:
             callback()
 
-    async def start(self, slot, worker_uid, owner, spec):
+    capacity = None
+
+    async def start(self, slot, worker_uid, owner, pool, told):
         await self.gate.wait()
         if self.failure is not None:
             raise WorkerFailed(self.failure)
@@ -78,6 +82,9 @@ class MemoryRuntime:
         was = self.daemons[slot]
         self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
         self.changed()
+
+    async def protect(self, slot, *, held):
+        pass
 
     async def stop(self, slot):
         self.daemons.pop(slot, None)
@@ -177,7 +184,12 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
     clock.moved = world.runtime.changed
     mirrors = [replica.mirror for replica in world.replicas]
     controller = Controller(
-        store=store, mirror=mirrors[0], runtime=world.runtime, now=clock, endpoint="tcp://localhost:1235"
+        store=store,
+        mirror=mirrors[0],
+        runtime=world.runtime,
+        now=clock,
+        setting=lambda pool: PoolSetting("tcp://localhost:1235", ignored_fields(pool.spec, PROCESS_IGNORES)),
+        recorder=LogRecorder(),
     )
     tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]
     await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))
