@@ -37,6 +37,7 @@ BACK_DATED = timedelta(minutes=5)
 five minutes is what Kerberos has always allowed (RFC 4120 section 8.2)."""
 
 _SERIAL_BYTES = 16  # 128 random bits; RFC 5280 4.1.2.2 allows 20 octets, the DER sign octet included
+_LONGEST_NAME = 64  # characters of a common name (RFC 5280 appendix A, ub-common-name); a SAN has it whole
 _LONGEST_CSR = 16 * 1024  # bytes: an RSA-8192 request with every usual extension is under 4 KiB
 _RSA_BITS = range(2048, 8193)  # beyond, checking one signature takes milliseconds of everybody's time
 
@@ -76,14 +77,19 @@ class Authority:
         self._key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
 
     @classmethod
-    def create(cls, now: datetime) -> Self:
-        """A new root with a fresh P-256 key, valid ten years; it can sign leaves, not other authorities."""
+    def create(cls, now: datetime, *, name: str = "bkpool CA") -> Self:
+        """A new root with a fresh P-256 key, valid ten years; it can sign leaves, not other authorities.
+
+        Args:
+            now: From when it is valid, less BACK_DATED.
+            name: What its subject begins with; eight random hex digits follow, so that two can be told apart.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"bkpool CA {secrets.token_hex(4)}")])
+        subject = _subject(f"{name} {secrets.token_hex(4)}")
         cert = (
             x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
+            .subject_name(subject)
+            .issuer_name(subject)
             .public_key(key.public_key())
             .serial_number(_serial())
             .not_valid_before(now - BACK_DATED)
@@ -130,12 +136,39 @@ class Authority:
         Raises:
             HostFault: `AuthorityExpired`.
         """
-        key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = [x509.DNSName(name) for name in dns_names]
         names += [x509.IPAddress(ip) for ip in ips]
-        use = ExtendedKeyUsageOID.SERVER_AUTH
-        cert = self._issue("bkpool gateway", key.public_key(), names, use, not_before=not_before, not_after=not_after)
-        return Leaf(cert, _pem(key))
+        return self._leaf("bkpool gateway", names, ExtendedKeyUsageOID.SERVER_AUTH, not_before, not_after)
+
+    def issue_worker(self, worker_uid: str, now: datetime) -> Leaf:
+        """The certificate of a worker, by which its gateway knows it and no client is.
+
+        It runs to the authority's end: this identity ends with the uid, which nobody has a second time, and not with
+        time; so nothing in a running pod has to be renewed.
+
+        Args:
+            worker_uid: The uid of the worker object, in the certificate's only alternative name (`worker_uri`).
+            now: From when it is valid, less BACK_DATED.
+
+        Raises:
+            HostFault: `AuthorityExpired`.
+        """
+        names = [x509.UniformResourceIdentifier(worker_uri(worker_uid))]
+        return self._leaf(f"bkpool worker {worker_uid}", names, ExtendedKeyUsageOID.SERVER_AUTH, now, self.not_after)
+
+    def issue_dialler(self, name: str, now: datetime, not_after: datetime) -> Leaf:
+        """The certificate with which a gateway or a controller comes to a worker; it is no server's.
+
+        Args:
+            name: Who dials, in ASCII; in the alternative name `buildkit://gateway/<name>`.
+            now: From when it is valid, less BACK_DATED.
+            not_after: When it ends at the latest.
+
+        Raises:
+            HostFault: `AuthorityExpired`.
+        """
+        names = [x509.UniformResourceIdentifier(f"buildkit://gateway/{name}")]
+        return self._leaf(f"bkpool dialler {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, not_after)
 
     def issued(self, cert_pem: bytes) -> bool:
         """Whether this authority has signed that certificate."""
@@ -144,6 +177,18 @@ class Authority:
         except Exception:  # noqa: BLE001 - whatever is wrong with it (format, issuer, signature), it is not ours
             return False
         return True
+
+    def _leaf(
+        self,
+        common_name: str,
+        names: Iterable[x509.GeneralName],
+        use: x509.ObjectIdentifier,
+        not_before: datetime,
+        not_after: datetime,
+    ) -> Leaf:
+        key = ec.generate_private_key(ec.SECP256R1())
+        cert = self._issue(common_name, key.public_key(), names, use, not_before=not_before, not_after=not_after)
+        return Leaf(cert, _pem(key))
 
     def _issue(
         self,
@@ -165,7 +210,7 @@ class Authority:
             )
         builder = (
             x509.CertificateBuilder()
-            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
+            .subject_name(_subject(common_name))
             .issuer_name(self._cert.subject)
             .public_key(public)
             .serial_number(_serial())
@@ -179,6 +224,11 @@ class Authority:
             .add_extension(self._key_id, critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+
+def worker_uri(worker_uid: str) -> str:
+    """The name of a worker in its certificate."""
+    return f"buildkit://worker/{worker_uid}"
 
 
 def key_of_request(csr_pem: bytes) -> PublicKey:
@@ -209,13 +259,22 @@ def belong_together(cert_pem: bytes, key_pem: bytes) -> bool:
     return _private_key(key_pem).public_key() == _certificate(cert_pem).public_key()
 
 
+def ends(cert_pem: bytes) -> datetime:
+    """When a certificate ends.
+
+    Raises:
+        ValueError: It is no certificate.
+    """
+    return _certificate(cert_pem).not_valid_after_utc
+
+
 def renew_at(cert_pem: bytes) -> datetime:
     """When a server certificate is to be renewed.
 
     Raises:
         ValueError: It is no certificate.
     """
-    return _certificate(cert_pem).not_valid_after_utc - RENEW_BEFORE
+    return ends(cert_pem) - RENEW_BEFORE
 
 
 def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
@@ -224,10 +283,19 @@ def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: I
     Raises:
         ValueError: It is no certificate.
     """
+    return now >= renew_at(cert_pem) or not is_for(cert_pem, dns_names, ips)
+
+
+def is_for(cert_pem: bytes, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
+    """Whether a server certificate is for exactly these names.
+
+    Raises:
+        ValueError: It is no certificate.
+    """
     held = _extension(_certificate(cert_pem), x509.SubjectAlternativeName)
-    if held is None or now >= renew_at(cert_pem):
-        return True
-    return set(dns_names) != set(held.get_values_for_type(x509.DNSName)) or set(ips) != set(
+    if held is None:
+        return False
+    return set(dns_names) == set(held.get_values_for_type(x509.DNSName)) and set(ips) == set(
         held.get_values_for_type(x509.IPAddress)
     )
 
@@ -269,6 +337,10 @@ def _key_usage(*, authority: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+
+
+def _subject(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:_LONGEST_NAME])])
 
 
 def _serial() -> int:

@@ -26,11 +26,11 @@ from bkpool.home.files import (
     write_private,
 )
 from bkpool.pki.authority import SERVER_LIFE, Authority, belong_together, renew_at, renewal_due
+from bkpool.pki.bundle import CA_CERT, CA_KEY, TOKEN_KEY
 from bkpool.pki.names import Names
 
 log = structlog.get_logger(__name__)
 
-CA_CERT, CA_KEY, TOKEN_KEY = "ca.crt", "ca.key", "token.key"
 SERVER_CERT, SERVER_KEY = "gateway.crt", "gateway.key"
 
 

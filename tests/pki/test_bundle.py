@@ -1,0 +1,101 @@
+"""What clusters keep in Secrets: read back whole, or an error that names the Secret and the key."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from bkpool.core.errors import EXIT, HostFault
+from bkpool.core.names import Key
+from bkpool.pki.authority import AUTHORITY_LIFE, Authority, renew_at
+from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
+from bkpool.pki.names import gateway_names
+
+NOW = datetime.now(UTC).replace(microsecond=0)
+DAY = timedelta(days=1)
+NAMES = gateway_names("", [Key("default", "p")])
+SOURCE = "Secret buildkit-system/bkpool-pki"
+
+
+@pytest.fixture(scope="module")
+def secrets():
+    return ClusterSecrets.create(NOW)
+
+
+@pytest.fixture(scope="module")
+def bundle(secrets):
+    return gateway_bundle(secrets, NAMES, "default/p", NOW)
+
+
+def test_secrets_are_read_back_as_they_were(secrets):
+    data = secrets.to_data()
+    assert sorted(data) == ["backend-ca.crt", "backend-ca.key", "ca.crt", "ca.key", "token.key"]
+    assert ClusterSecrets.of_data(data).to_data() == data
+    assert "PRIVATE" not in repr(secrets)
+    assert repr(secrets.token_key) not in repr(secrets)
+
+
+def test_what_is_missing_damaged_or_anothers_is_named_and_never_made_anew(secrets):
+    data, other = secrets.to_data(), ClusterSecrets.create(NOW).to_data()
+    cases = [({key: None}, f"{key} is missing") for key in data]
+    cases += [({key: b""}, f"{key} is missing") for key in data]
+    cases += [
+        ({"ca.crt": b"nonsense"}, "ca.crt and ca.key cannot be used: the certificate is not readable"),
+        ({"ca.key": other["ca.key"]}, "ca.crt and ca.key cannot be used: the key does not belong"),
+        (
+            {"backend-ca.key": other["backend-ca.key"]},
+            "backend-ca.crt and backend-ca.key cannot be used: the key does",
+        ),
+        ({"token.key": b"short"}, "token.key has 5 bytes instead of 32"),
+        (
+            {"backend-ca.crt": data["ca.crt"], "backend-ca.key": data["ca.key"]},
+            "ca.key and backend-ca.key are the same",
+        ),
+    ]
+    for changes, says in cases:
+        damaged = {key: value for key, value in (data | changes).items() if value is not None}
+        with pytest.raises(HostFault) as told:
+            ClusterSecrets.of_data(damaged, SOURCE)
+        assert told.value.message.startswith(f"{SOURCE}: {says}")
+        assert told.value.exit_code == EXIT["Unreadable"]
+
+
+def test_a_bundle_has_all_that_a_gateway_needs(bundle, secrets):
+    assert sorted(bundle) == ["backend-ca.crt", "backend.crt", "backend.key", "ca.crt", "tls.crt", "tls.key"]
+    assert bundle_fits(bundle, secrets, NAMES, NOW)
+    assert secrets.authority.key_pem not in bundle.values()
+    assert secrets.backend.key_pem not in bundle.values()
+
+
+def test_a_bundle_is_due_a_month_before_the_first_of_its_certificates_ends(bundle, secrets):
+    due = bundle_renew_at(bundle)
+    assert due == NOW + timedelta(days=335)
+    assert bundle_fits(bundle, secrets, NAMES, due - timedelta(seconds=1))
+    assert not bundle_fits(bundle, secrets, NAMES, due)
+    short = secrets.backend.issue_dialler("default/p", NOW, NOW + 40 * DAY)
+    assert bundle_renew_at(bundle | {"backend.crt": short.cert_pem}) == renew_at(short.cert_pem) == NOW + 10 * DAY
+
+
+@pytest.mark.parametrize("authority", ["authority", "backend"])
+def test_what_ends_with_its_authority_is_not_issued_over_and_over(authority, secrets):
+    ends = NOW + 10 * DAY
+    old = Authority.create(ends - AUTHORITY_LIFE)
+    parts = {"authority": secrets.authority, "backend": secrets.backend, "token_key": b"k" * 32, authority: old}
+    waning = ClusterSecrets(**parts)
+    bundle = gateway_bundle(waning, NAMES, "default/p", NOW)
+    assert bundle_renew_at(bundle) == ends
+    assert bundle_fits(bundle, waning, NAMES, NOW)
+
+
+def test_a_bundle_that_is_not_whole_or_not_ours_does_not_fit(bundle, secrets):
+    other = gateway_bundle(ClusterSecrets.create(NOW), NAMES, "default/p", NOW)
+    for key in bundle:
+        assert not bundle_fits(bundle | {key: other[key]}, secrets, NAMES, NOW), key
+        assert not bundle_fits(bundle | {key: b"nonsense"}, secrets, NAMES, NOW), key
+        assert not bundle_fits({k: v for k, v in bundle.items() if k != key}, secrets, NAMES, NOW), key
+    assert not bundle_fits(other, secrets, NAMES, NOW)
+
+
+def test_a_bundle_for_other_names_does_not_fit(bundle, secrets):
+    assert not bundle_fits(bundle, secrets, gateway_names("", [Key("default", "p")], ["b.example.com"]), NOW)
