@@ -15,12 +15,13 @@ import ssl
 from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
 from bkpool.core import tokens
-from bkpool.core.errors import BkpoolError
+from bkpool.core.errors import BkpoolError, WorkerFailed
 from bkpool.gateway.answer import Answer
 from bkpool.gateway.certificate import token_of
 from bkpool.gateway.dial import Attempt, Dialler
@@ -29,7 +30,7 @@ from bkpool.gateway.farewell import Farewell
 from bkpool.gateway.leases import Lease, Leases
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.refusal import Refusal, waited_again, waited_first
+from bkpool.gateway.refusal import Refusal, strange, waited_again, waited_first
 from bkpool.gateway.relay import Leg, Relay
 
 log = structlog.get_logger(__name__)
@@ -95,6 +96,7 @@ class Connection:
         self._pool = ""
         self._attempt: Attempt | None = None
         self._trouble = ""
+        self._strange_until: float | None = None
         self._patience_ends: float | None = None
         self._waits_before = 0
         self._relay: Relay | None = None
@@ -164,10 +166,29 @@ class Connection:
         self._flush()
 
     def _authenticate(self) -> None:
-        host = self._host
-        token_sha256 = ""
+        """Admits the client, once the store has been asked for a lease that may be newer than our table."""
+        leases = self._host.leases
         try:
-            token_sha256 = tokens.digest(token_of(self._tls.peer_certificate(), host.now()))
+            token_sha256 = tokens.digest(token_of(self._tls.peer_certificate(), self._host.now()))
+        except BkpoolError as error:
+            self._refuse(Refusal.of(error))
+            return
+        if leases.knows(token_sha256):
+            self._admit(token_sha256)
+        else:
+            leases.registry.find(token_sha256, partial(self._sought, token_sha256))
+
+    def _sought(self, token_sha256: str, error: BkpoolError | None) -> None:
+        if self.state is not State.AUTHENTICATED:
+            return
+        if error is None:
+            self._admit(token_sha256)
+        else:
+            self._refuse(Refusal.of(error))
+
+    def _admit(self, token_sha256: str) -> None:
+        host = self._host
+        try:
             self._lease = host.leases.admit(token_sha256, self)
         except BkpoolError as error:
             self._pool = host.leases.pool_of(token_sha256)
@@ -209,13 +230,25 @@ class Connection:
         if self.state is State.DIALLING:
             self._attempt = attempt
 
-    def _dialled(self, outcome: Leg | OSError) -> None:
+    def _dialled(self, outcome: Leg | OSError | WorkerFailed) -> None:
         self._attempt = None
-        if isinstance(outcome, OSError):
-            self._trouble = f"it could not be reached ({outcome.strerror})"
-            self._wait()
-        else:
+        if isinstance(outcome, Leg):
             self._join(outcome)
+            return
+        if isinstance(outcome, WorkerFailed):
+            self._distrust(outcome)
+        else:
+            self._strange_until = None
+            self._trouble = f"it could not be reached ({outcome.strerror})"
+        self._wait()
+
+    def _distrust(self, why: WorkerFailed) -> None:
+        """Another answers at the worker's address. The table may learn of a better one at any moment, or never."""
+        if self._strange_until is not None or self._lease is None:
+            return
+        self._strange_until = self._host.loop.time() + self._host.limits.later_wait
+        endpoint = self._lease.route.endpoint
+        log.warning("connection.wrong-worker", **self._described(), endpoint=endpoint, reason=why.message)
 
     def _wait(self) -> None:
         if self._lease is None:
@@ -227,7 +260,7 @@ class Connection:
         if self._patience_ends is None:
             self._waits_before, patience = self._lease.patience()
             self._patience_ends = now + patience
-        left = self._patience_ends - now
+        left = min(self._patience_ends, self._strange_until or self._patience_ends) - now
         retry = self._lease.route.endpoint is not None and limits.redial < left
         if retry:
             self._enter(State.WAITING, limits.redial, self._go)
@@ -238,6 +271,9 @@ class Connection:
         if self._lease is None:
             return
         route = self._lease.route
+        if self._strange_until is not None:
+            self._refuse(strange(route.worker))
+            return
         self._lease.waited_in_vain(self._waits_before)
         waited = waited_again if self._waits_before else waited_first
         self._refuse(waited(route.worker, route.waiting or self._trouble))
@@ -259,7 +295,11 @@ class Connection:
 
     def way_changed(self) -> None:
         """The lease's worker came or went."""
-        if self.state is State.WAITING:
+        self._strange_until = None
+        if self._attempt is not None:  # nobody may be left at the old address to refuse it
+            self._attempt.cancel()
+            self._attempt = None
+        if self.state in {State.WAITING, State.DIALLING}:
             self._go()
 
     def lease_ended(self, why: BkpoolError, cut_in: float) -> None:

@@ -6,8 +6,9 @@ Of a certificate's faults only a foreign CA fails in TLS; a missing or outdated 
 
 from __future__ import annotations
 
-import os
 import ssl
+
+from bkpool.pki.chain import load_chain
 
 _NO_CHECK_TIME = ssl.VerifyFlags(
     0x200000
@@ -32,16 +33,5 @@ def server_context(cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> ssl.SSLCon
     context.verify_mode = ssl.CERT_OPTIONAL
     context.verify_flags |= _NO_CHECK_TIME
     context.load_verify_locations(cadata=ca_pem.decode("ascii"))
-    _load_chain(context, cert_pem, key_pem)
+    load_chain(context, cert_pem, key_pem)
     return context
-
-
-def _load_chain(context: ssl.SSLContext, cert_pem: bytes, key_pem: bytes) -> None:
-    """Gives OpenSSL the key without a file on any disk: it reads paths only, and a memfd has one."""
-    memory = os.memfd_create("gateway-certificate", os.MFD_CLOEXEC)
-    try:
-        with open(memory, "wb", closefd=False) as file:
-            file.write(key_pem + b"\n" + cert_pem)
-        context.load_cert_chain(f"/proc/self/fd/{memory}")
-    finally:
-        os.close(memory)

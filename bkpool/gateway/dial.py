@@ -1,6 +1,7 @@
 """Reaches a worker: an address in, a connected leg out, in bounded time and without blocking the loop.
 
-Unix and TCP sockets are dialled in the clear; where workers speak TLS, the handshake belongs here too.
+A process on this machine is dialled in the clear (`Dial`), a pod over TLS (`TlsDialler`), and only the worker of the
+lease is talked to. Nothing here tries twice.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from bkpool.gateway.exchange import End
+from bkpool.core.errors import WorkerFailed
+from bkpool.gateway.exchange import End, Tls
 from bkpool.gateway.relay import Leg
 from bkpool.gateway.table import Route
+from bkpool.pki.backend import check_worker
 
-Dialled = Callable[[Leg | OSError], None]
-"""Called once with the connected leg, or with why there is none."""
+_FLIGHT = 4096  # bytes read at once in a handshake; a server's part of one with P-256 certificates is under 2 KiB
+
+Dialled = Callable[[Leg | OSError | WorkerFailed], None]
+"""Called once with the connected leg, or with why there is none: nobody answers (OSError), or somebody else does."""
 
 
 class Attempt(Protocol):
@@ -35,9 +42,18 @@ Dialler = Callable[[asyncio.AbstractEventLoop, Route, float, Dialled], Attempt]
 class Dial:
     """Dials `unix:///path` or `tcp://host:port` (an address, not a name: nothing is resolved here)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, route: Route, timeout: float, dialled: Dialled) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        route: Route,
+        timeout: float,
+        dialled: Callable[[Leg | OSError], None],
+        *,
+        end: End | None = None,
+    ) -> None:
         self._loop = loop
         self._dialled = dialled
+        self._end = end or End()
         self._sock: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         try:
@@ -74,7 +90,7 @@ class Dial:
     def _succeed(self) -> None:
         sock = self._release()
         assert sock is not None  # noqa: S101 - it has just connected
-        self._dialled(Leg(self._loop, sock, End()))
+        self._dialled(Leg(self._loop, sock, self._end))
 
     def _fail(self, error: OSError) -> None:
         self.cancel()
@@ -87,6 +103,132 @@ class Dial:
             timer.cancel()
             self._loop.remove_writer(sock)
         return sock
+
+
+class TlsDialler:
+    """Dials workers that speak TLS, also those on Unix sockets; never in the clear.
+
+    Args:
+        context: From pki.backend.worker_context.
+    """
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+
+    def swap(self, context: ssl.SSLContext) -> None:
+        """New dials use these settings, and what is open goes on. May be called in any thread."""
+        self._context = context
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, route: Route, timeout: float, dialled: Dialled) -> Attempt:
+        """Begins to dial (see Dialler)."""
+        return TlsDial(self._context, loop, route, timeout, dialled)
+
+
+class TlsDial:
+    """One dial over TLS 1.3: connected, shaken hands with, and known by the uid in its certificate."""
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        loop: asyncio.AbstractEventLoop,
+        route: Route,
+        timeout: float,
+        dialled: Dialled,
+    ) -> None:
+        self._loop = loop
+        self._route = route
+        self._dialled = dialled
+        self._tls = Tls(context, server_side=False)
+        self._leg: Leg | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = loop.time() + timeout
+        self._connecting: Attempt | None = None
+        self._connecting = Dial(loop, route, timeout, self._connected, end=End(self._tls))
+
+    def cancel(self) -> None:
+        """Gives up; nobody is called back any more."""
+        leg = self._release()
+        if leg is not None:
+            leg.close()
+
+    def _connected(self, outcome: Leg | OSError) -> None:
+        if isinstance(outcome, OSError):
+            self._finish(outcome)
+            return
+        self._leg = outcome
+        self._timer = self._loop.call_at(
+            self._deadline, self._finish, TimeoutError(errno.ETIMEDOUT, "it does not shake hands")
+        )
+        outcome.attach(self._readable, self._settle)
+        self._shake(memoryview(b""))
+
+    def _readable(self) -> None:
+        assert self._leg is not None  # noqa: S101 - its reader is being called
+        try:
+            data = self._leg.receive(memoryview(bytearray(_FLIGHT)))
+        except OSError as error:
+            self._finish(error)
+            return
+        if data is None:
+            return
+        if data:
+            self._shake(data)
+        else:  # a proxy before the worker (docker's, for host ports) accepts though nobody listens behind it
+            self._finish(ConnectionResetError(errno.ECONNRESET, "it hangs up"))
+
+    def _shake(self, data: memoryview) -> None:
+        assert self._leg is not None  # noqa: S101 - it is connected
+        try:
+            complete = self._tls.handshake(data)
+            if (
+                complete
+            ):  # our last flight goes with the leg: a stranger is told nothing, and no worker speaks before it
+                check_worker(self._tls.peer_certificate(), self._route.worker_uid)
+        except ssl.SSLError as error:
+            self._leg.end.queue(self._tls.take())
+            with suppress(OSError):
+                self._leg.flush()  # the alert
+            self._finish(_stranger(error))
+        except WorkerFailed as error:
+            self._finish(error)
+        else:
+            self._leg.end.queue(self._tls.take())
+            if complete:
+                self._finish(self._leg)
+            else:
+                self._settle()
+
+    def _settle(self) -> None:
+        assert self._leg is not None  # noqa: S101 - it is connected
+        try:
+            self._leg.flush()
+        except OSError as error:
+            self._finish(error)
+        else:
+            self._leg.watch(read=True, write=bool(self._leg.end.unsent))
+
+    def _finish(self, outcome: Leg | OSError | WorkerFailed) -> None:
+        leg = self._release()
+        if leg is not None and leg is not outcome:
+            leg.close()
+        self._dialled(outcome)
+
+    def _release(self) -> Leg | None:
+        leg, self._leg = self._leg, None
+        timer, self._timer = self._timer, None
+        connecting, self._connecting = self._connecting, None
+        if connecting is not None:
+            connecting.cancel()
+        if timer is not None:
+            timer.cancel()
+        if leg is not None:
+            leg.watch(read=False, write=False)
+        return leg
+
+
+def _stranger(error: ssl.SSLError) -> WorkerFailed:
+    why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or "no TLS"
+    return WorkerFailed(f"what answers has no certificate of a worker: {why}", code="WrongWorker")
 
 
 def _address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:

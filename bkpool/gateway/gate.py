@@ -14,6 +14,7 @@ from datetime import datetime
 
 import structlog
 
+from bkpool.core.names import Key
 from bkpool.gateway.connection import Connection
 from bkpool.gateway.dial import Dialler
 from bkpool.gateway.exchange import Scratch
@@ -38,6 +39,7 @@ class Gate:
         limits: The bounds.
         metrics: What is counted.
         dial: How a worker is reached.
+        pool: The only pool that is served; None serves all.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Gate:
         limits: Limits,
         metrics: Metrics,
         dial: Dialler,
+        pool: Key | None = None,
     ) -> None:
         self.loop = loop
         self.context = context
@@ -58,7 +61,7 @@ class Gate:
         self.metrics = metrics
         self.dial = dial
         self.scratch = Scratch()
-        self.leases = Leases(loop, registry, now, limits)
+        self.leases = Leases(loop, registry, now, limits, pool)
         self._listeners: list[socket.socket] = []
         self._guests: dict[Connection, None] = {}  # hold no lease; the oldest first
         self._tenants: dict[Connection, None] = {}

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Protocol
 
-from bkpool.core.errors import BkpoolError, Gone, NoCapacity
+from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity
+from bkpool.core.names import Key
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.table import LeaseTable, Route, unknown_lease
 
@@ -20,16 +21,22 @@ Told = Callable[[BkpoolError | None], None]
 
 
 class Registry(Protocol):
-    """Keeps this gateway's entry in a worker's status. Answers in the gateway's loop, bounded in time."""
+    """Keeps this gateway's entry in a worker's status, and looks for leases that are newer than the table.
 
-    def register(self, route: Route, told: Told) -> None:
-        """Enters this gateway; Gone if the worker is not, or no longer, held by this lease."""
+    Answers in the gateway's loop, bounded in time.
+    """
 
-    def renew(self, route: Route, told: Told) -> None:
-        """Says that this gateway still has connections; Gone if the worker has another lease."""
+    def register(self, route: Route, connections: int, told: Told) -> None:
+        """Enters this gateway with so many connections; Gone if the worker is not, or no longer, of this lease."""
+
+    def renew(self, route: Route, connections: int, told: Told) -> None:
+        """Says that this gateway still has connections, and how many; Gone if the worker has another lease."""
 
     def withdraw(self, route: Route, told: Told) -> None:
         """Takes the entry out."""
+
+    def find(self, token_sha256: str, told: Told) -> None:
+        """Looks in the store for the lease with this token. If there is one it is in the table when this answers."""
 
 
 class Member(Protocol):
@@ -56,10 +63,16 @@ class Leases:
         registry: Where leases are registered.
         now: The time by which leases expire.
         limits: The bounds.
+        pool: The only pool whose leases are admitted; None admits those of all.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, registry: Registry, now: Callable[[], datetime], limits: Limits
+        self,
+        loop: asyncio.AbstractEventLoop,
+        registry: Registry,
+        now: Callable[[], datetime],
+        limits: Limits,
+        pool: Key | None = None,
     ) -> None:
         self.loop = loop
         self.registry = registry
@@ -67,6 +80,7 @@ class Leases:
         self.connections = 0
         """Connections that hold a lease, of all leases."""
         self._now = now
+        self._pool = pool
         self._table = LeaseTable()
         self._leases: dict[str, Lease] = {}  # by digest of the token
 
@@ -80,6 +94,7 @@ class Leases:
         Raises:
             Unauthenticated: No lease has this token.
             Gone, WorkerFailed: The lease is over.
+            Forbidden: It is of a pool that this gateway does not serve.
             NoCapacity: There are too many connections already.
         """
         lease = self._living(token_sha256)
@@ -101,6 +116,10 @@ class Leases:
         del lease.members[member]
         self.connections -= 1
         lease.tidy()
+
+    def knows(self, token_sha256: str) -> bool:
+        """Whether there is, or was, a lease with this token."""
+        return token_sha256 in self._table.routes or token_sha256 in self._table.past
 
     def pool_of(self, token_sha256: str) -> str:
         """The name of the pool whose lease this is or was; empty if unknown."""
@@ -128,9 +147,11 @@ class Leases:
         self._leases.pop(lease.route.token_sha256, None)
 
     def _living(self, token_sha256: str) -> Lease:
-        route = self._table.routes.get(token_sha256)
+        route, past = self._table.routes.get(token_sha256), self._table.past.get(token_sha256)
+        found = route or past
+        if self._pool is not None and found is not None and found.pool != self._pool:
+            raise _wrong_pool(self._pool, found.pool)
         if route is None:
-            past = self._table.past.get(token_sha256)
             raise past.over() if past else unknown_lease()
         over = route.over(self.now())
         if over is not None:
@@ -270,11 +291,11 @@ class Registration:
             self._trusted_until = 0.0
             self._leases.registry.withdraw(self._lease.route, _unheard)
 
-    def _request(self, request: Callable[[Route, Told], None]) -> None:
+    def _request(self, request: Callable[[Route, int, Told], None]) -> None:
         self._busy = True
         begun = self._leases.loop.time()
         renewing = request == self._leases.registry.renew
-        request(self._lease.route, lambda error: self._answered(begun, renewing, error))
+        request(self._lease.route, len(self._lease.members), lambda error: self._answered(begun, renewing, error))
 
     def _answered(self, begun: float, renewing: bool, error: BkpoolError | None) -> None:
         limits = self._leases.limits
@@ -300,6 +321,14 @@ class Registration:
             self._lease.lost(error)
         else:
             self._lease.end(error)
+
+
+def _wrong_pool(ours: Key, other: Key) -> Forbidden:
+    return Forbidden(
+        f"this is the gateway of pool {ours}; the certificate is for a lease of pool {other}",
+        hint="Use the gatewayEndpoint that `bkpool allocate` gave with the certificate.",
+        code="WrongPool",
+    )
 
 
 def _unheard(error: BkpoolError | None) -> None:

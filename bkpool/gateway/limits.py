@@ -15,9 +15,9 @@ class Limits:
     handshake: float = 10.0
     """From accept to the end of the TLS handshake."""
     register: float = 5.0
-    """For the store to take a registration."""
+    """For the store to take a registration, or to be looked through for a lease."""
     dial: float = 5.0
-    """For the worker's socket to accept."""
+    """For the worker's socket to accept and, where it speaks TLS, to shake hands."""
     redial: float = 0.5
     """Between a dial that failed and the next one."""
     first_wait: float = 15.0
@@ -25,7 +25,8 @@ class Limits:
     second_wait: float = 12.0
     """The same, when a client of this lease has waited in vain before."""
     later_wait: float = 2.0
-    """The same, when the user has been told: buildx makes two more connections before it ends."""
+    """The same, when the user has been told: buildx makes two more connections before it ends. Also for the table to
+    learn of a worker's new address when another answers at the one it has."""
     forget_waits: float = 60.0
     """After so long without a wait in vain, the next one is a first one again."""
     first_bytes: int = 16 * 1024

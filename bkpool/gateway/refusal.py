@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
-from bkpool.core.errors import BkpoolError, Gone, NoCapacity, Unauthenticated
+from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity, Unauthenticated
 from bkpool.core.names import Key
 
 
 class Grpc(IntEnum):
     """The codes in use (https://grpc.io/docs/guides/status-codes/)."""
 
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     UNAVAILABLE = 14
@@ -37,11 +38,23 @@ class Refusal:
         match error:
             case Unauthenticated() | Gone():
                 code = Grpc.UNAUTHENTICATED
+            case Forbidden():
+                code = Grpc.PERMISSION_DENIED
             case NoCapacity():
                 code = Grpc.RESOURCE_EXHAUSTED
             case _:
                 code = Grpc.FAILED_PRECONDITION
         return cls(code, error.code, f"{error.message}. {error.hint}".strip())
+
+
+def strange(worker: Key) -> Refusal:
+    """At the worker's address is something else, which is told nothing and whose answers nobody gets."""
+    return Refusal(
+        Grpc.FAILED_PRECONDITION,
+        "WrongWorker",
+        f"what answers at the address of worker {worker} is not that worker, so nothing was sent to it. "
+        "Try again in a moment; if it stays so, release the lease and allocate another.",
+    )
 
 
 def waited_first(worker: Key, cause: str) -> Refusal:

@@ -1,12 +1,15 @@
 """Keeps a gateway's entries in the status of workers: the promise that a worker is not given away under a connection.
 
-It runs in the main loop, beside the store (DESIGN rule 10); the gateway's own loop never comes here.
+It also looks for leases that are newer than this replica's copy of them. It runs in the main loop, beside the store
+(DESIGN rule 10); the gateway's own loop never comes here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import datetime
+from functools import partial
 from typing import Protocol
 
 from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
@@ -14,20 +17,36 @@ from bkpool.core.objects import GatewayRegistration, Worker
 from bkpool.gateway.table import Route
 from bkpool.store import Store
 
+_BETWEEN_LISTINGS = 1.0  # seconds: however many old certificates come back, the API server is asked no more often
+_REMEMBERED = 4096  # tokens that were looked for
 _TRIES = 10  # of a compare-and-swap; more would mean that something writes a worker's status without end
 
 
 class Registrar(Protocol):
     """What the gateway asks of the main loop."""
 
-    async def register(self, route: Route) -> None:
-        """Enters this gateway. Raises Gone (the lease does not hold the worker) or Unavailable."""
+    async def register(self, route: Route, connections: int) -> None:
+        """Enters this gateway, which has so many connections of the lease.
 
-    async def renew(self, route: Route) -> None:
-        """Renews the entry, also of a lease that has ended. Raises Gone (the worker is another's) or Unavailable."""
+        Raises Gone (the lease does not hold the worker) or Unavailable.
+        """
+
+    async def renew(self, route: Route, connections: int) -> None:
+        """Renews the entry, also of a lease that has ended.
+
+        The number of connections is that of this moment, and as old as the entry (20 s, Limits.renew) when read.
+        Raises Gone (the worker is another's) or Unavailable.
+        """
 
     async def withdraw(self, route: Route) -> None:
         """Takes the entry out, if it is there. Raises Unavailable."""
+
+    async def find(self, token_sha256: str) -> None:
+        """Looks for the lease with this token where no copy is behind.
+
+        When it returns, the gateway has been handed a table with the lease in it, if there is one. Raises
+        Unavailable.
+        """
 
 
 class StoreRegistrar:
@@ -37,28 +56,68 @@ class StoreRegistrar:
         store: Where the workers are.
         gateway: This gateway's name, unique among replicas.
         now: The time that is written and compared.
-        written: Gets every worker that was written (mirror.apply).
+        written: Gets every worker that was written, or found (mirror.apply). The gateway's new table follows from
+            it at the latest in the loop's next turn (Gateway.update).
+        pause: Waits so many seconds before the workers are listed again.
     """
 
     def __init__(
-        self, store: Store, gateway: str, now: Callable[[], datetime], written: Callable[[Worker], None]
+        self,
+        store: Store,
+        gateway: str,
+        now: Callable[[], datetime],
+        written: Callable[[Worker], None],
+        *,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._store = store
         self._gateway = gateway
         self._now = now
         self._written = written
+        self._pause = pause
+        self._listing = asyncio.Lock()
+        self._begun = self._done = 0  # the last listing that was begun, and the last that succeeded
+        self._begun_at = -_BETWEEN_LISTINGS
+        self._sought: dict[str, None] = {}  # the oldest first
 
-    async def register(self, route: Route) -> None:
+    async def register(self, route: Route, connections: int) -> None:
         """Enters this gateway. Raises Gone (the lease does not hold the worker) or Unavailable."""
-        await self._change(route, self._registered)
+        await self._change(route, partial(self._registered, connections))
 
-    async def renew(self, route: Route) -> None:
+    async def renew(self, route: Route, connections: int) -> None:
         """Renews the entry, also of a lease that has ended. Raises Gone (the worker is another's) or Unavailable."""
-        await self._change(route, self._renewed)
+        await self._change(route, partial(self._renewed, connections))
 
     async def withdraw(self, route: Route) -> None:
         """Takes the entry out, if it is there. Raises Unavailable."""
         await self._change(route, self._withdrawn)
+
+    async def find(self, token_sha256: str) -> None:
+        """Lists the workers live, at most once a second; whoever asks meanwhile shares the next listing.
+
+        A token is looked for once: nobody has it before its lease is in the store, so what was not found never is.
+
+        Raises Unavailable.
+        """
+        if token_sha256 in self._sought:
+            return
+        seen = self._begun
+        async with self._listing:
+            if self._done <= seen:  # else it was begun after we came, and so is not older than the token
+                await self._list()
+        self._sought[token_sha256] = None
+        if len(self._sought) > _REMEMBERED:
+            del self._sought[next(iter(self._sought))]
+
+    async def _list(self) -> None:
+        time = asyncio.get_running_loop().time
+        await self._pause(max(0.0, self._begun_at + _BETWEEN_LISTINGS - time()))  # 0: who asks in this turn shares it
+        self._begun += 1
+        self._begun_at = time()
+        for worker in (await self._store.list(Worker)).items:
+            self._written(worker)
+        await asyncio.sleep(0)  # the turn in which the table is handed over, before anybody looks into it
+        self._done = self._begun
 
     async def _change(self, route: Route, change: Callable[[Worker, Route], Worker | None]) -> None:
         for _ in range(_TRIES):
@@ -79,19 +138,24 @@ class StoreRegistrar:
             hint="Try again in a moment; `bkpool status` says more.",
         )
 
-    def _registered(self, worker: Worker, route: Route) -> Worker:
+    def _registered(self, connections: int, worker: Worker, route: Route) -> Worker:
         self._check_holder(worker, route)
         over = worker.allocation.ended(self._now()) if worker.allocation else None
         if over is not None:
             raise Gone(f"the lease is over: it was {over}", hint="Run `bkpool allocate` again.", code="LeaseOver")
-        return self._entered(worker, route)
+        return self._entered(connections, worker, route)
 
-    def _renewed(self, worker: Worker, route: Route) -> Worker:
+    def _renewed(self, connections: int, worker: Worker, route: Route) -> Worker:
         self._check_holder(worker, route)
-        return self._entered(worker, route)
+        return self._entered(connections, worker, route)
 
-    def _entered(self, worker: Worker, route: Route) -> Worker:
-        entry = GatewayRegistration(gateway=self._gateway, allocation_id=route.allocation_id, renewed_at=self._now())
+    def _entered(self, connections: int, worker: Worker, route: Route) -> Worker:
+        entry = GatewayRegistration(
+            gateway=self._gateway,
+            allocation_id=route.allocation_id,
+            renewed_at=self._now(),
+            connections=connections,
+        )
         return worker.with_status(gateways=(*self._others(worker), entry))
 
     def _withdrawn(self, worker: Worker, route: Route) -> Worker | None:

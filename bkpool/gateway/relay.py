@@ -147,10 +147,11 @@ class Relay:
         self._settle()
 
     def stop(self, reason: str) -> None:
-        """Ends both legs now, telling the client's TLS so; `over` is called before this returns."""
-        self._client.end.finish()
-        with contextlib.suppress(OSError):
-            self._client.flush()
+        """Ends both legs now, telling their TLS so; `over` is called before this returns."""
+        for leg in (self._client, self._worker):
+            leg.end.finish()
+            with contextlib.suppress(OSError):
+                leg.flush()
         self._close(reason, broken=None)
 
     def _readable(self, leg: Leg) -> None:
@@ -162,7 +163,7 @@ class Relay:
         except ssl.SSLError as error:
             with contextlib.suppress(OSError):
                 leg.flush()  # the alert
-            self._close(f"TLS failed: {error.reason}", broken=leg)
+            self._close(f"{self._name(leg)}: TLS failed: {error.reason}", broken=leg)
         except OSError as error:
             self._close(f"{self._name(leg)}: {error.strerror}", broken=leg)
         except Exception:

@@ -13,10 +13,12 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, HostFault, Unavailable
+from bkpool.core.errors import BkpoolError, Gone, HostFault, Unavailable
+from bkpool.core.names import Key
 from bkpool.gateway.context import server_context
 from bkpool.gateway.dial import Dial, Dialler
 from bkpool.gateway.gate import Gate
@@ -51,6 +53,7 @@ class Gateway:
         metrics: What is counted.
         limits: The bounds.
         dial: How a worker is reached.
+        pool: The only pool that is served; None serves all.
         loop_factory: Makes the event loop of the gateway's thread.
     """
 
@@ -62,6 +65,7 @@ class Gateway:
         metrics: Metrics,
         limits: Limits = Limits(),  # noqa: B008 - immutable
         dial: Dialler = Dial,
+        pool: Key | None = None,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_loop,
     ) -> None:
         self._registrar = registrar
@@ -69,6 +73,7 @@ class Gateway:
         self._metrics = metrics
         self._limits = limits
         self._dial = dial
+        self._pool = pool
         self._loop_factory = loop_factory
         self._context: ssl.SSLContext | None = None
         self._running: _Running | None = None
@@ -109,6 +114,7 @@ class Gateway:
             limits=self._limits,
             metrics=self._metrics,
             dial=self._dial,
+            pool=self._pool,
         )
         self._running = _Running(loop, gate, door)
         self._running.call(gate.listen, listeners)
@@ -117,7 +123,7 @@ class Gateway:
         return bound
 
     def update(self, table: LeaseTable) -> None:
-        """Hands over a newer table of leases."""
+        """Hands over a newer table of leases; what is asked of the registrar is answered behind it."""
         if self._running is not None:
             self._running.call(self._running.gate.leases.update, table)
 
@@ -184,14 +190,17 @@ class _Door:
         self._timeout = timeout
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def register(self, route: Route, told: Told) -> None:
-        self._ask(self._registrar.register, route, told)
+    def register(self, route: Route, connections: int, told: Told) -> None:
+        self._ask(partial(self._registrar.register, route, connections), told)
 
-    def renew(self, route: Route, told: Told) -> None:
-        self._ask(self._registrar.renew, route, told)
+    def renew(self, route: Route, connections: int, told: Told) -> None:
+        self._ask(partial(self._registrar.renew, route, connections), told)
 
     def withdraw(self, route: Route, told: Told) -> None:
-        self._ask(self._registrar.withdraw, route, told)
+        self._ask(partial(self._registrar.withdraw, route), told)
+
+    def find(self, token_sha256: str, told: Told) -> None:
+        self._ask(partial(self._registrar.find, token_sha256), told)
 
     async def settle(self) -> None:
         """Waits for what has been asked, in the main loop, and for what its answers lead to."""
@@ -201,26 +210,29 @@ class _Door:
             self._gateway.call_soon_threadsafe(self._main.call_soon_threadsafe, answered.set)
             await answered.wait()
 
-    def _ask(self, call: Callable[[Route], Awaitable[None]], route: Route, told: Told) -> None:
+    def _ask(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
         with suppress(RuntimeError):  # the main loop is closed: so is the process
-            self._main.call_soon_threadsafe(self._begin, call, route, told)
+            self._main.call_soon_threadsafe(self._begin, call, told)
 
-    def _begin(self, call: Callable[[Route], Awaitable[None]], route: Route, told: Told) -> None:
-        task = self._main.create_task(self._do(call, route, told))
+    def _begin(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
+        task = self._main.create_task(self._do(call, told))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, call: Callable[[Route], Awaitable[None]], route: Route, told: Told) -> None:
+    async def _do(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
         error: BkpoolError | None = None
         try:
             async with asyncio.timeout(self._timeout):
-                await call(route)
-        except BkpoolError as raised:
+                await call()
+        except (Gone, Unavailable) as raised:
             error = raised
+        except BkpoolError as raised:  # what the store holds against us is none of the client's doing
+            log.warning("gateway.registrar-refused", reason=raised.message)
+            error = _silent_store()
         except TimeoutError:
             error = _silent_store()
         except Exception:
-            log.exception("gateway.registration-failed", worker=str(route.worker), allocation=route.allocation_id)
+            log.exception("gateway.registrar-failed")
             error = _silent_store()
         with suppress(RuntimeError):  # the gateway's loop is closed: nobody waits for this
             self._gateway.call_soon_threadsafe(told, error)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from bkpool.core.errors import BkpoolError, Gone, Unauthenticated, WorkerFailed
 from bkpool.core.names import Key
-from bkpool.core.objects import Allocation, EndReason, Phase, Pool, PoolGateway, Worker
+from bkpool.core.objects import Allocation, EndReason, Pool, PoolGateway, Worker
 
 _AGAIN = "Run `bkpool allocate` again."
 
@@ -88,9 +88,7 @@ def unknown_lease() -> BkpoolError:
 
 
 def _route(worker: Worker, lease: Allocation, gateway: PoolGateway) -> Route:
-    status = worker.status
-    leads = status.phase in {Phase.ALLOCATED, Phase.DRAINING} and status.cache_owner == lease.owner
-    endpoint = status.endpoint if leads else None
+    endpoint = worker.way
     return Route(
         token_sha256=lease.token_sha256,
         allocation_id=lease.id,
@@ -98,7 +96,7 @@ def _route(worker: Worker, lease: Allocation, gateway: PoolGateway) -> Route:
         worker_uid=worker.uid,
         pool=worker.pool,
         endpoint=endpoint,
-        waiting="" if endpoint else status.message or "its BuildKit daemon is being started",
+        waiting="" if endpoint else worker.status.message or "its BuildKit daemon is being started",
         expires_at=lease.expires_at.timestamp(),
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),

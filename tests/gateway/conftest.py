@@ -31,10 +31,13 @@ from bkpool.core import tokens
 from bkpool.core.errors import BkpoolError
 from bkpool.core.names import Key
 from bkpool.core.objects import Allocation, EndReason
+from bkpool.gateway.connection import State
 from bkpool.gateway.context import server_context
+from bkpool.gateway.dial import Dial, Dialler
 from bkpool.gateway.exchange import End, Scratch, Tls
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.registration import Registrar
 from bkpool.gateway.relay import Leg, Relay
 from bkpool.gateway.server import Gateway, new_loop
 from bkpool.gateway.table import LeaseTable, Past, Route
@@ -168,7 +171,7 @@ class Peer:
     def __init__(self, sock: socket.socket, tls: Tls | None = None) -> None:
         self.sock = sock
         self.tls = tls
-        self.ended = False
+        self.ended = self.ended_well = False
         self._plain = memoryview(bytearray(256 * 1024))
         self._heard = bytearray()
         self._lock = threading.Lock()  # one thread may send while another receives
@@ -199,6 +202,7 @@ class Peer:
             elif self.tls:
                 with self._lock:
                     length, self.ended = self.tls.decrypt(data, self._plain)
+                self.ended_well = self.ended
                 self._heard += self._plain[:length]
             else:
                 self._heard += data
@@ -235,31 +239,35 @@ class Joined:
         self.over = over
 
 
-@pytest.fixture(params=["tcp", "unix"])
+@pytest.fixture(params=["unix", "tls"])
 def worker_family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callable[..., Any]]:
-    """Joins a client over TLS to a worker in the clear."""
+    """Joins a client over TLS to a worker, in the clear or over TLS too."""
     made: list[Joined] = []
     loop = asyncio.get_running_loop()
     server = ca.server()
     server_side = server_context(server.cert, server.key, ca.pem)
+    client_side = ca.client_context()
 
     async def make(half_open: float = 60.0, first: bytes = b"") -> Joined:
         near_client, far_client = _tcp_pair()
         near_worker, far_worker = socket.socketpair() if worker_family == "unix" else _tcp_pair()
-        client = Peer(far_client, Tls(ca.client_context(), server_side=False, server_hostname="localhost"))
-        server = Peer(near_client, Tls(server_side))
+        client, server = Peer(far_client, dialled(client_side)), Peer(near_client, Tls(server_side))
         await asyncio.gather(asyncio.to_thread(client.shake), asyncio.to_thread(server.shake))
+        worker, dialler = Peer(far_worker), Peer(near_worker)
+        if worker_family == "tls":
+            worker.tls, dialler.tls = Tls(server_side), dialled(client_side)
+            await asyncio.gather(asyncio.to_thread(worker.shake), asyncio.to_thread(dialler.shake))
         over = loop.create_future()
         near_client.setblocking(False)
         near_worker.setblocking(False)
-        legs = Leg(loop, near_client, End(server.tls)), Leg(loop, near_worker, End())
+        legs = Leg(loop, near_client, End(server.tls)), Leg(loop, near_worker, End(dialler.tls))
         relay = Relay(loop, Scratch(), *legs, half_open=half_open, over=over.set_result)
-        made.append(Joined(client, Peer(far_worker), relay, legs, over))
+        made.append(Joined(client, worker, relay, legs, over))
         relay.start(first)
         return made[-1]
 
@@ -270,6 +278,10 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
         joined.relay.stop("the test is over")
         assert joined.over.done()
         assert all(leg.sock.fileno() < 0 for leg in joined.legs)
+
+
+def dialled(context: ssl.SSLContext) -> Tls:
+    return Tls(context, server_side=False, server_hostname="localhost")
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -299,6 +311,9 @@ class Book:
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, str]] = []
+        self.connections: list[int] = []
+        self.sought: list[str] = []
+        self.finds: Callable[[], None] = lambda: None
         self.refuses: BkpoolError | None = None
         self.answers = asyncio.Event()
         self.answers.set()
@@ -312,14 +327,23 @@ class Book:
         if self.refuses is not None:
             raise self.refuses
 
-    async def register(self, route: Route) -> None:
+    async def register(self, route: Route, connections: int) -> None:
+        self.connections.append(connections)
         await self._note("register", route)
 
-    async def renew(self, route: Route) -> None:
+    async def renew(self, route: Route, connections: int) -> None:
+        self.connections.append(connections)
         await self._note("renew", route)
 
     async def withdraw(self, route: Route) -> None:
         await self._note("withdraw", route)
+
+    async def find(self, token_sha256: str) -> None:
+        self.sought.append(token_sha256)
+        await self.answers.wait()
+        self.finds()
+        if self.refuses is not None:
+            raise self.refuses
 
     async def seen(self, what: str, count: int = 1) -> None:
         async with asyncio.timeout(10), self.changed:
@@ -386,6 +410,7 @@ class World:
         self.faults: list[dict[str, Any]] = []
         """What went wrong in the gateway's own loop."""
         self.workers: list[asyncio.StreamWriter] = []
+        self.pods: list[asyncio.Server] = []
         self._changed = asyncio.Condition()
         self._directory = directory
         self._loops: list[Any] = []
@@ -397,7 +422,15 @@ class World:
     def now(self) -> datetime:
         return NOW + self.skew
 
-    async def start(self, make_loop: Callable[[], asyncio.AbstractEventLoop] = SkewedLoop, **limits: Any) -> None:
+    async def start(
+        self,
+        make_loop: Callable[[], asyncio.AbstractEventLoop] = SkewedLoop,
+        *,
+        dial: Dialler = Dial,
+        registrar: Registrar | None = None,
+        pool: Key | None = None,
+        **limits: Any,
+    ) -> None:
         def loop() -> asyncio.AbstractEventLoop:
             self._loops.append(make_loop())
             self._loops[-1].set_exception_handler(lambda _, context: self.faults.append(context))
@@ -405,7 +438,13 @@ class World:
 
         self.server = await asyncio.start_unix_server(self._work, f"{self._directory}/w")
         self.gateway = Gateway(
-            self.book, now=self.now, metrics=self.metrics, limits=replace(Limits(), **limits), loop_factory=loop
+            registrar or self.book,
+            now=self.now,
+            metrics=self.metrics,
+            limits=replace(Limits(), **limits),
+            dial=dial,
+            pool=pool,
+            loop_factory=loop,
         )
         server = self.ca.server()
         self.gateway.set_server_certificate(server.cert, server.key, self.ca.pem)
@@ -417,8 +456,14 @@ class World:
         await self.gateway.close()
         for worker in self.workers:
             worker.transport.abort()
-        self.server.close()
+        for server in (self.server, *self.pods):
+            server.close()
         await asyncio.sleep(0)
+
+    async def pod(self, context: ssl.SSLContext) -> str:
+        """Another worker that echoes, over TLS; returns its endpoint."""
+        self.pods.append(await asyncio.start_server(self._work, "127.0.0.1", 0, ssl=context))
+        return f"tcp://127.0.0.1:{self.pods[-1].sockets[0].getsockname()[1]}"
 
     async def _work(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         async with self._changed:
@@ -496,6 +541,10 @@ class World:
         async with asyncio.timeout(10):
             while not condition():
                 await self.settled()
+
+    def waiting(self) -> bool:
+        """Whether a client is held until its worker is dialled again."""
+        return any(tenant.state is State.WAITING for tenant in list(self.gateway._running.gate._tenants))
 
     def _update(self) -> None:
         self.gateway.update(LeaseTable(MappingProxyType(dict(self._routes)), MappingProxyType(dict(self._past))))

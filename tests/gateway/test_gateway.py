@@ -12,9 +12,14 @@ from datetime import timedelta
 
 import pytest
 
-from bkpool.core.errors import EXIT, Gone, HostFault, Unavailable
-from bkpool.core.objects import EndReason
+from bkpool.core import tokens
+from bkpool.core.errors import EXIT, Forbidden, Gone, HostFault, Unavailable
+from bkpool.core.names import Key, Slot
+from bkpool.core.objects import EndReason, Pool, Worker, new_worker
+from bkpool.core.resource import Metadata
+from bkpool.gateway.registration import StoreRegistrar
 from bkpool.gateway.server import Gateway, new_loop
+from bkpool.store.sqlite import SqliteStore
 
 MINUTE = timedelta(minutes=1)
 
@@ -518,3 +523,92 @@ async def test_many_builds_at_once_keep_their_bytes(new_world, make_loop):
     await asyncio.gather(*(build(seed) for seed in range(12)))
     world.workers[0].transport.abort()
     assert (await (await world.connect(world.token("nobody's"))).call())[0] == 16
+
+
+async def test_a_lease_that_is_newer_than_the_table_is_looked_up_and_served(world):
+    token = world.token("a")
+
+    def find():
+        world.lease()  # the registrar hands a newer table over, and answers behind it
+
+    world.book.finds = find
+    streams = await world.connect(token)
+    await streams.echo(b"x")
+    assert world.book.sought == [hashlib.sha256(token.encode()).hexdigest()]
+    await (await world.connect(token)).echo(b"x")
+    assert len(world.book.sought) == 1, "what is known is not looked for"
+
+
+async def test_what_is_known_to_be_over_is_not_looked_for(world):
+    world.lease()
+    world.over("a", EndReason.RELEASED)
+    assert (await (await world.connect(world.token("a"))).call())[0] == 16
+    assert world.book.sought == []
+
+
+async def test_a_client_that_leaves_while_its_lease_is_looked_for_leaves_nothing_behind(world):
+    world.book.answers.clear()
+    world.book.finds = world.lease
+    streams = await world.connect(world.token("a"))
+    await world.until(lambda: world.book.sought != [])
+    streams.writer.close()
+    await world.gateway.drain(0)
+    world.book.answers.set()
+    await world.settled()
+    assert world.book.entries == []
+    assert world.dialled == 0
+
+
+async def test_a_store_that_cannot_be_asked_for_a_lease_is_said_to_be_so(world):
+    world.book.refuses = Forbidden("pods is forbidden: User cannot list", hint="")
+    code, sentence = await (await world.connect(world.token("a"))).call()
+    assert code == 9
+    assert sentence.startswith("the gateway cannot confirm this lease, because its store does not answer")
+
+
+async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_in_words(new_world):
+    world = await new_world(pool=Key("default", "p"))
+    await (await world.connect(world.lease())).echo(b"x")
+    code, sentence = await (await world.connect(world.lease("b", pool=Key("team", "q")))).call()
+    assert code == 7
+    assert sentence.startswith(
+        "this is the gateway of pool default/p; the certificate is for a lease of pool team/q."
+    )
+    assert world.count("refusals_total", pool="q", reason="WrongPool") == 1
+    assert world.dialled == 1
+
+
+async def test_a_registration_says_how_many_connections_there_are(world):
+    token = world.lease()
+    for _ in range(3):
+        await (await world.connect(token)).echo(b"x")
+    await world.advance(20)
+    await world.book.seen("renew")
+    assert world.book.connections == [1, 3]
+
+
+async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world, allocation, now, tmp_path):
+    """DESIGN rule 10, with the real registrar: this gateway is never told of anything after its table."""
+    store = await SqliteStore.open(tmp_path / "state.db")
+    try:
+        registrar = StoreRegistrar(store, "gateway-1", lambda: now, lambda _: None)
+        world = await new_world(registrar=registrar)
+        token = world.token("a")
+        pool = await store.create(Pool(metadata=Metadata(name="p")))
+        ours = allocation.but(id="allocation-a", token_sha256=tokens.digest(token))
+        worker = await store.create(new_worker(Slot("default", "p", 0), pool, ours, {}))
+        world.lease(worker_uid=worker.uid)
+        streams = await world.connect(token)
+        await streams.echo(b"ours")
+        streams.writer.close()
+        await world.until(lambda: world.count("active_connections") == 0)
+        await world.advance(61)  # the registration has run out, here and for all others
+        worker = await store.get(Worker, "default", "p-worker-0")
+        await store.replace(worker.with_allocation(allocation.but(id="allocation-b", token_sha256="another's")))
+        code, sentence = await (await world.connect(token)).call()
+        assert code == 16
+        assert sentence.startswith("the lease is over: worker default/p-worker-0 is not held by it any more")
+        assert world.dialled == 1
+    finally:
+        await world.gateway.close()
+        await store.close()

@@ -50,8 +50,8 @@ async def gateways(store):
 
 
 async def test_a_registration_is_in_the_workers_status_and_handed_on(store, registrar, route, written, now):
-    await registrar.register(route)
-    entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now)
+    await registrar.register(route, 3)
+    entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now, connections=3)
     assert await gateways(store) == (entry,)
     assert [worker.status.gateways for worker in written] == [(entry,)]
 
@@ -59,16 +59,16 @@ async def test_a_registration_is_in_the_workers_status_and_handed_on(store, regi
 async def test_a_renewal_replaces_the_entry(store, route, now):
     times = iter([now, now, now + timedelta(seconds=20), now + timedelta(seconds=20)])
     registrar = StoreRegistrar(store, "gateway-1", lambda: next(times), lambda _: None)
-    await registrar.register(route)
-    await registrar.renew(route)
+    await registrar.register(route, 1)
+    await registrar.renew(route, 7)
     [entry] = await gateways(store)
-    assert entry.renewed_at == now + timedelta(seconds=20)
+    assert (entry.renewed_at, entry.connections) == (now + timedelta(seconds=20), 7)
 
 
 async def test_a_withdrawal_leaves_the_entries_of_others(store, registrar, route, now):
     other = StoreRegistrar(store, "gateway-2", lambda: now, lambda _: None)
-    await registrar.register(route)
-    await other.register(route)
+    await registrar.register(route, 1)
+    await other.register(route, 1)
     await registrar.withdraw(route)
     assert [entry.gateway for entry in await gateways(store)] == ["gateway-2"]
     await registrar.withdraw(route)
@@ -76,26 +76,26 @@ async def test_a_withdrawal_leaves_the_entries_of_others(store, registrar, route
 
 async def test_replicas_that_register_at_once_all_get_in(store, route, now):
     replicas = [StoreRegistrar(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
-    await asyncio.gather(*(replica.register(route) for replica in replicas))
+    await asyncio.gather(*(replica.register(route, 1) for replica in replicas))
     assert len(await gateways(store)) == 5
 
 
 async def test_a_lease_that_ended_is_not_registered_but_its_registration_is_renewed(
     store, registrar, route, worker, now
 ):
-    await registrar.register(route)
+    await registrar.register(route, 1)
     current = await store.get(Worker, "default", "p-worker-0")
     ended = current.allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
     await store.replace(current.with_allocation(ended))
     with pytest.raises(Gone, match="it was released"):
-        await registrar.register(route)
-    await registrar.renew(route)
+        await registrar.register(route, 1)
+    await registrar.renew(route, 1)
 
 
 async def test_an_expired_lease_is_not_registered(store, route, now):
     late = StoreRegistrar(store, "gateway-1", lambda: now + timedelta(hours=1), lambda _: None)
     with pytest.raises(Gone, match="it was expired"):
-        await late.register(route)
+        await late.register(route, 1)
     assert await gateways(store) == ()
 
 
@@ -103,7 +103,7 @@ async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registrar, 
     await store.replace(worker.with_allocation(allocation.but(id="allocation-2")))
     for ask in (registrar.register, registrar.renew):
         with pytest.raises(Gone, match="not held by it any more"):
-            await ask(route)
+            await ask(route, 1)
     await registrar.withdraw(route)
     assert await gateways(store) == ()
 
@@ -112,12 +112,14 @@ async def test_a_worker_that_is_gone_is_refused_and_one_of_the_same_name_too(
     store, registrar, route, worker, allocation
 ):
     await store.delete(Worker, "default", "p-worker-0")
+    deleted = await store.get(Worker, "default", "p-worker-0")
+    await store.replace(deleted.but(metadata=deleted.metadata.but(finalizers=())))  # by force: it is leased
     with pytest.raises(Gone):
-        await registrar.register(route)
+        await registrar.register(route, 1)
     await registrar.withdraw(route)
     await store.create(worker.but(metadata=worker.metadata.but(uid=None, resource_version=None)))
     with pytest.raises(Gone):
-        await registrar.register(route)
+        await registrar.register(route, 1)
 
 
 async def test_endless_conflicts_are_an_error(store, registrar, route, monkeypatch):
@@ -130,4 +132,92 @@ async def test_endless_conflicts_are_an_error(store, registrar, route, monkeypat
 
     monkeypatch.setattr(store, "get", outrun)
     with pytest.raises(Unavailable, match="changes too fast"):
-        await registrar.register(route)
+        await registrar.register(route, 1)
+
+
+# --- leases that the table does not know ----------------------------------------------------------------------------
+
+
+class CountedStore:
+    """The real store; each listing waits until it is let go."""
+
+    def __init__(self, store):
+        self._store = store
+        self.listings = 0
+        self.begun = asyncio.Event()
+        self.go = asyncio.Event()
+        self.fault = None
+
+    async def list(self, kind):
+        self.listings += 1
+        self.begun.set()
+        await self.go.wait()
+        if self.fault is not None:
+            raise self.fault
+        return await self._store.list(kind)
+
+
+@pytest.fixture
+def counted(store):
+    return CountedStore(store)
+
+
+@pytest.fixture
+def pauses():
+    return []
+
+
+@pytest.fixture
+def finder(counted, now, written, pauses):
+    async def pause(seconds):
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    return StoreRegistrar(counted, "gateway-1", lambda: now, written.append, pause=pause)
+
+
+async def turns():
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def test_many_who_ask_at_once_share_one_listing(finder, counted, worker, written):
+    counted.go.set()
+    await asyncio.gather(*(finder.find(f"token-{n}") for n in range(100)))
+    assert counted.listings == 1
+    assert len(written) == 1
+
+
+async def test_who_asks_during_a_listing_gets_the_next_one_and_that_not_within_a_second(
+    finder, counted, worker, pauses
+):
+    first = asyncio.create_task(finder.find("old"))
+    await counted.begun.wait()
+    later = [asyncio.create_task(finder.find(f"newer-{n}")) for n in range(20)]
+    await turns()
+    assert counted.listings == 1
+    counted.go.set()
+    await asyncio.gather(first, *later)
+    assert counted.listings == 2
+    assert pauses[0] == 0
+    assert 0.5 < pauses[1] <= 1
+
+
+async def test_a_listing_that_fails_or_is_given_up_is_not_taken_for_one(finder, counted, worker):
+    counted.fault = Unavailable("the store is away", hint="")
+    asking = [asyncio.create_task(finder.find("token")) for _ in range(2)]
+    await counted.begun.wait()
+    counted.go.set()
+    with pytest.raises(Unavailable):
+        await asking[0]
+    counted.fault = None
+    counted.go.clear()
+    counted.begun.clear()
+    async with asyncio.timeout(10):
+        await counted.begun.wait()
+    third = asyncio.create_task(finder.find("token"))
+    await turns()
+    asking[1].cancel()
+    counted.go.set()
+    await third
+    assert counted.listings == 3

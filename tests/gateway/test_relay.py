@@ -90,6 +90,7 @@ async def test_a_client_that_has_ended_still_gets_everything(new_joined):
     assert await asyncio.to_thread(joined.worker.receive) == b""
     *_, heard = await in_threads((joined.worker.send, down), (joined.client.receive, len(down)))
     assert heard == down
+    joined.worker.say_end()
     joined.worker.fin()
     assert await asyncio.to_thread(joined.client.receive) == b""
     assert await joined.over == "ended"
@@ -98,7 +99,9 @@ async def test_a_client_that_has_ended_still_gets_everything(new_joined):
 async def test_a_worker_that_has_ended_still_gets_everything(new_joined):
     joined = await new_joined()
     joined.worker.send(b"that was all")
-    joined.worker.fin()
+    joined.worker.say_end()
+    if joined.worker.tls is None:
+        joined.worker.fin()  # of TLS, close_notify alone is an end
     assert await asyncio.to_thread(joined.client.receive) == b"that was all"
     up = os.urandom(3 * MEGABYTE)
     *_, heard = await in_threads((joined.client.send, up), (joined.worker.receive, len(up)))
@@ -141,11 +144,11 @@ async def test_a_reset_of_the_client_reaches_the_worker(new_joined, worker_famil
     await asyncio.to_thread(joined.worker.receive, 1)
     joined.client.reset()
     assert await joined.over == "client: Connection reset by peer"
-    with pytest.raises(ConnectionResetError) if worker_family == "tcp" else contextlib.nullcontext():
+    with pytest.raises(ConnectionResetError) if worker_family != "unix" else contextlib.nullcontext():
         assert await asyncio.to_thread(joined.worker.receive) == b""
 
 
-@pytest.mark.parametrize("worker_family", ["tcp"], indirect=True)  # a Unix socket has no reset
+@pytest.mark.parametrize("worker_family", ["tls"], indirect=True)  # a Unix socket has no reset
 async def test_a_reset_of_the_worker_reaches_the_client(new_joined):
     joined = await new_joined()
     joined.worker.reset()
@@ -170,7 +173,7 @@ async def test_the_last_words_of_a_worker_that_listens_no_more_are_delivered(new
 async def test_a_broken_record_is_answered_with_an_alert_and_ends_both(new_joined):
     joined = await new_joined()
     joined.client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
-    assert (await joined.over).startswith("TLS failed")
+    assert (await joined.over).startswith("client: TLS failed")
     with pytest.raises(ssl.SSLError, match=r"(?i)alert.bad.record.mac"):
         await asyncio.to_thread(joined.client.receive)
     with contextlib.suppress(ConnectionResetError):
@@ -180,8 +183,9 @@ async def test_a_broken_record_is_answered_with_an_alert_and_ends_both(new_joine
 async def test_a_stopped_relay_says_goodbye(new_joined):
     joined = await new_joined()
     joined.relay.stop("drained")
-    assert await asyncio.to_thread(joined.client.receive) == b""
-    assert joined.client.ended
+    for peer in (joined.client, joined.worker):
+        assert await asyncio.to_thread(peer.receive) == b""
+        assert peer.ended_well or not peer.tls
     assert await joined.over == "drained"
 
 
@@ -197,3 +201,26 @@ async def test_a_fault_of_our_own_closes_both_sockets_and_is_told_to_the_loop(ne
     joined.client.send(b"x")
     assert await joined.over == "an internal fault"
     assert isinstance(told[0], ZeroDivisionError)
+
+
+@pytest.mark.parametrize("worker_family", ["tls"], indirect=True)
+async def test_the_ends_of_tls_are_said_to_both_sides(new_joined):
+    joined = await new_joined()
+    joined.client.say_end()
+    assert await asyncio.to_thread(joined.worker.receive) == b""
+    assert joined.worker.ended_well, "the end was a close_notify"
+    joined.worker.say_end()
+    assert await asyncio.to_thread(joined.client.receive) == b""
+    assert joined.client.ended_well
+    assert await joined.over == "ended"
+
+
+@pytest.mark.parametrize("worker_family", ["tls"], indirect=True)
+async def test_a_broken_record_of_the_worker_is_answered_with_an_alert_and_resets_the_client(new_joined):
+    joined = await new_joined()
+    joined.worker.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+    assert (await joined.over).startswith("worker: TLS failed")
+    with pytest.raises(ssl.SSLError, match=r"(?i)alert.bad.record.mac"):
+        await asyncio.to_thread(joined.worker.receive)
+    with pytest.raises(ConnectionResetError):
+        await asyncio.to_thread(joined.client.receive)

@@ -48,7 +48,7 @@ def test_a_ready_worker_is_routed(worker, now):
         {"phase": Phase.PROVISIONING},
         {"phase": Phase.PENDING},
         {"phase": Phase.FAILED},
-        {"phase": Phase.IDLE},
+        {"phase": Phase.TERMINATING},
         {"endpoint": None},
         {"cache_owner": None},
         {"cache_owner": "another"},

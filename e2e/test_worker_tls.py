@@ -1,0 +1,144 @@
+"""The real buildkitd behind its backend CA: whom it lets in, and a build with TLS on both legs of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+import subprocess
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+
+import pytest
+
+from bkpool.core import tokens
+from bkpool.core.names import Key
+from bkpool.gateway.dial import TlsDialler
+from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.server import Gateway
+from bkpool.gateway.table import LeaseTable, Route
+from bkpool.pki import bundle
+from bkpool.pki.backend import check_worker, worker_context
+from bkpool.pki.names import gateway_names
+from harness import eventually, free_port, only
+
+pytestmark = [
+    only("process", "a buildkitd without a pod around it"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="buildkitd on its own wants root"),
+]
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+UID = "0b8ce2d5-0000-4000-8000-000000000001"
+POOL = Key("default", "p")
+TOKEN = tokens.derive(b"k" * 32, UID, "lease")
+SECRETS = bundle.ClusterSecrets.create(NOW)
+
+
+class Registrar:
+    """Everything is as the table says."""
+
+    async def register(self, route, connections):
+        pass
+
+    renew = register
+
+    async def withdraw(self, route):
+        pass
+
+    async def find(self, token_sha256):
+        pass
+
+
+@pytest.fixture(scope="module")
+def port(tools, tmp_path_factory):
+    """Where a buildkitd answers that has a worker's certificate."""
+    directory, port = tmp_path_factory.mktemp("buildkitd"), free_port()
+    worker = SECRETS.backend.issue_worker(UID, NOW)
+    (directory / "ca.crt").write_bytes(SECRETS.backend.cert_pem)
+    (directory / "tls.crt").write_bytes(worker.cert_pem)
+    (directory / "tls.key").write_bytes(worker.key_pem)
+    command = [tools["buildkitd"], "--root", directory / "root", "--addr", f"tcp://127.0.0.1:{port}"]
+    command += [f"--tls{file}={directory}/{name}" for file, name in (("cacert", "ca.crt"), ("cert", "tls.crt"))]
+    command += [f"--tlskey={directory}/tls.key", f"--oci-worker-binary={tools['runc']}", "--containerd-worker=false"]
+    with (directory / "log").open("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            eventually(
+                lambda: f"running server on 127.0.0.1:{port}" in (directory / "log").read_text(), "buildkitd runs"
+            )
+            yield port
+        finally:
+            process.kill()
+
+
+def settings(leaf):
+    return worker_context(leaf.cert_pem, leaf.key_pem, SECRETS.backend.cert_pem)
+
+
+async def first_words(port, context):
+    """What buildkitd says first: HTTP/2 SETTINGS, or in TLS why not."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="pod")
+    try:
+        check_worker(writer.get_extra_info("ssl_object").getpeercert(binary_form=True), UID)
+        return await reader.readexactly(9)
+    finally:
+        writer.transport.abort()
+
+
+async def test_a_dialler_is_let_in(port):
+    settings_frame = await first_words(port, settings(SECRETS.backend.issue_dialler("default/p", NOW, NOW + DAY)))
+    assert settings_frame[3:5] == b"\x04\x00"
+
+
+@pytest.mark.parametrize(
+    ("leaf", "says"),
+    [
+        (SECRETS.authority.issue_client(TOKEN, NOW, NOW + DAY), "unknown.ca"),
+        (SECRETS.authority.issue_dialler("default/p", NOW, NOW + DAY), "unknown.ca"),
+        (SECRETS.authority.issue_server(["localhost"], [], NOW, NOW + DAY), "unknown.ca"),
+        (SECRETS.backend.issue_worker("another", NOW), "bad.certificate"),
+        (SECRETS.backend.issue_worker(UID, NOW), "bad.certificate"),
+    ],
+    ids=["a lease", "a dialler of the clients' CA", "a gateway's server", "another worker", "the worker itself"],
+)
+async def test_no_client_and_no_worker_is_let_in(port, leaf, says):
+    with pytest.raises(ssl.SSLError, match=f"(?i){says}"):
+        await first_words(port, settings(leaf))
+
+
+async def test_a_build_passes_through_the_gateway_over_tls_on_both_legs(port, tools, tmp_path):
+    given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
+    dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
+    gateway = Gateway(Registrar(), now=lambda: datetime.now(UTC), metrics=Metrics(), dial=dial, pool=POOL)
+    gateway.set_server_certificate(given["tls.crt"], given["tls.key"], given["ca.crt"])
+    [(_, entrance)] = await gateway.start([("127.0.0.1", 0)])
+    digest = tokens.digest(TOKEN)
+    route = Route(
+        token_sha256=digest,
+        allocation_id="lease",
+        worker=Key("default", "p-worker-0"),
+        worker_uid=UID,
+        pool=POOL,
+        endpoint=f"tcp://127.0.0.1:{port}",
+        waiting="",
+        expires_at=(NOW + DAY).timestamp(),
+        not_after=(NOW + DAY).timestamp(),
+        drain_timeout=60.0,
+    )
+    gateway.update(LeaseTable(MappingProxyType({digest: route})))
+    lease = SECRETS.authority.issue_client(TOKEN, NOW, NOW + DAY)
+    for name, data in (("ca.crt", given["ca.crt"]), ("c.crt", lease.cert_pem), ("c.key", lease.key_pem)):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "context").mkdir()
+    (tmp_path / "context/Dockerfile").write_text("FROM scratch\nCOPY data /data\n")
+    (tmp_path / "context/data").write_bytes(os.urandom(5_000_000))
+    built = await asyncio.create_subprocess_exec(
+        *[tools["buildctl"], "--addr", f"tcp://127.0.0.1:{entrance}", "--tlsservername", "localhost"],
+        *["--tlscacert", "ca.crt", "--tlscert", "c.crt", "--tlskey", "c.key", "build", "--frontend", "dockerfile.v0"],
+        *["--local", "context=context", "--local", "dockerfile=context", "--output", "type=local,dest=out"],
+        cwd=tmp_path,
+    )
+    try:
+        assert await built.wait() == 0
+        assert (tmp_path / "out/data").read_bytes() == (tmp_path / "context/data").read_bytes()
+    finally:
+        await gateway.close()

@@ -1,0 +1,46 @@
+"""A lease that another replica has made just now: the first connection here finds it, through all the real parts."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from bkpool.appliance.parts import feed
+from bkpool.core import tokens
+from bkpool.core.names import Slot
+from bkpool.core.objects import Phase, Pool, new_worker
+from bkpool.core.resource import Metadata
+from bkpool.gateway.registration import StoreRegistrar
+from bkpool.store.mirror import Mirror
+from bkpool.store.sqlite import SqliteStore
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = await SqliteStore.open(tmp_path / "state.db")
+    yield opened
+    await opened.close()
+
+
+async def test_a_replica_whose_watch_is_behind_serves_a_lease_that_it_has_not_heard_of(
+    store, new_world, allocation, now
+):
+    mirror = Mirror(store)  # never run: it is not told of anything
+    registrar = StoreRegistrar(store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0))
+    world = await new_world(registrar=registrar)
+    unsubscribe = feed(world.gateway, mirror)
+    token = world.token("a")
+    pool = await store.create(Pool(metadata=Metadata(name="p")))
+    lease = allocation.but(token_sha256=tokens.digest(token))
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, lease, {}))
+    ready = worker.with_status(phase=Phase.ALLOCATED, endpoint=world.endpoint, cache_owner=lease.owner)
+    await store.replace_status(ready)
+
+    await (await world.connect(token)).echo(b"at the first try")
+    code, sentence = await (await world.connect(world.token("nobody's"))).call()
+    assert code == 16
+    assert sentence.startswith("no lease has the token of this client certificate")
+
+    unsubscribe()
+    await world.gateway.close()  # withdraws, while the store is open
