@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol
 
+from bkpool.core.names import Key
 from bkpool.core.resource import R
 
 
@@ -19,6 +20,8 @@ class Listing(Generic[R]):
 
     items: tuple[R, ...]
     resource_version: str
+    unreadable: frozenset[Key] = frozenset()
+    """What is there too, but cannot be read: not in `items`, and not gone either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +76,6 @@ class Store(Protocol):
     def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
         """Every change after `since`, in order, without end; close it (contextlib.aclosing) when done.
 
+        A change into something unreadable is left out: whoever holds the object as it was before keeps it.
         Raises Gone when `since`, or where a slow reader has got to, is too long ago: list again.
         """

@@ -16,7 +16,7 @@ from typing import Generic
 
 import structlog
 
-from bkpool.core.errors import Gone, Unavailable
+from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.objects import Pool, Worker
 from bkpool.core.resource import R, Resource
@@ -25,7 +25,11 @@ from bkpool.store import Event, Listing, Store
 log = structlog.get_logger(__name__)
 
 _FIRST_PAUSE = 0.1  # seconds
-_LONGEST_PAUSE = 15.0  # seconds: a store that comes back is seen within half a minute of builds waiting
+_LONGEST_PAUSE = 5.0  # seconds: who waits for a worker waits for this too when the store has come back
+_PASSING = (Gone, Unavailable)
+_PASSING_ONCE_LISTED = (*_PASSING, Forbidden, Unauthenticated, NotFound)
+"""An API server that has just come back may refuse, or not know bkpool's kinds, until it has read its own rules."""
+_UNLISTED = "Pools and workers have not been read yet"
 
 
 def _version_of(obj: Resource) -> int:
@@ -43,7 +47,8 @@ class _Copy(Generic[R]):
     def listed(self, listing: Listing[R]) -> list[R]:
         self._seen = int(listing.resource_version)
         listed = {obj.key: obj for obj in listing.items}
-        ended = [obj for key, obj in self.items.items() if key not in listed and _version_of(obj) <= self._seen]
+        there = listed.keys() | listing.unreadable  # what can be read no more is kept as it was when it could
+        ended = [obj for key, obj in self.items.items() if key not in there and _version_of(obj) <= self._seen]
         for obj in ended:
             del self.items[obj.key]
         return ended + [obj for obj in listed.values() if self._put(obj)]
@@ -91,11 +96,16 @@ class Mirror:
         self._workers: _Copy[Worker] = _Copy()
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
         self._callbacks: dict[object, Callable[[Key], None]] = {}
-        self._listed: set[type[Resource]] = set()
+        self._troubles: dict[type[Resource], str] = {Pool: _UNLISTED, Worker: _UNLISTED}
         self.pools: Mapping[Key, Pool] = MappingProxyType(self._pools.items)
         self.workers: Mapping[Key, Worker] = MappingProxyType(self._workers.items)
         self.ready = asyncio.Event()
         """Set once everything has been listed."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the copy may be behind the store: not listed yet, or cut off from it. None while it is followed."""
+        return next(iter(self._troubles.values()), None)
 
     async def run(self) -> None:
         """Keeps the copy up to date until cancelled; an unreachable store is asked again, ever more slowly."""
@@ -129,26 +139,34 @@ class Mirror:
         return unsubscribe
 
     async def _follow(self, kind: type[R], copy: _Copy[R], changed: Callable[[list[R]], None]) -> None:
-        failures = 0
+        failures, listed = 0, False
         while True:
             try:
                 listing = await self._store.list(kind)
-                failures = 0
                 changed(copy.listed(listing))
+                listed = True
                 self._note_listed(kind)
                 async with aclosing(self._store.watch(kind, listing.resource_version)) as events:
                     async for event in events:
+                        failures = 0  # not before: a store that lists but cannot be followed is spared too
                         changed(copy.followed(event))
-            except (Gone, Unavailable) as error:
+            except _PASSING_ONCE_LISTED as error:
+                if not listed and not isinstance(error, _PASSING):
+                    raise
                 seconds = self._jitter() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 10))
                 failures += 1
-                log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
+                self._note_trouble(kind, error, seconds)
                 await self._pause(seconds)
 
     def _note_listed(self, kind: type[Resource]) -> None:
-        self._listed.add(kind)
-        if self._listed == {Pool, Worker}:
+        if self._troubles.pop(kind, _UNLISTED) != _UNLISTED:
+            log.info("mirror.resumed", kind=kind.KIND)
+        if not self._troubles:
             self.ready.set()
+
+    def _note_trouble(self, kind: type[Resource], error: BkpoolError, seconds: float) -> None:
+        self._troubles[kind] = error.message
+        log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
 
     def _pools_changed(self, pools: list[Pool]) -> None:
         for pool in pools:

@@ -14,19 +14,17 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import structlog
-from pydantic import ValidationError
 
 from bkpool.core.errors import Conflict, Gone, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key
-from bkpool.core.resource import R, Resource, explain
+from bkpool.core.resource import R, Resource
 from bkpool.store import Event, Listing
+from bkpool.store.reading import Doc, read
 
 log = structlog.get_logger(__name__)
 
 _READ_AT_ONCE = 256  # events in one reading of the log: bounds what a slow watch holds in memory
 _OURS = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
-
-Doc = dict[str, Any]
 
 
 class Page(NamedTuple):
@@ -60,7 +58,7 @@ class Tables:
 
     def get(self, kind: type[R], key: Key) -> R:
         """See Store.get."""
-        return _parse(kind, self._find(kind, key))
+        return read(kind, self._find(kind, key))
 
     def list(self, kind: type[R], namespace: str | None, labels: Mapping[str, str]) -> Listing[R]:
         """See Store.list. Objects that this version cannot read are left out, with a log line."""
@@ -103,7 +101,7 @@ class Tables:
         self._index(doc)
         if self._orphaned(doc):
             self._end(doc)
-        return _parse(type(obj), doc)
+        return read(type(obj), doc)
 
     def replace(self, obj: R) -> R:
         """See Store.replace."""
@@ -114,7 +112,7 @@ class Tables:
             metadata.pop(field, None)
         metadata.update({field: kept[field] for field in _OURS if field in kept})
         if doc == current:
-            return _parse(type(obj), doc)
+            return read(type(obj), doc)
         if doc["spec"] != current["spec"]:
             metadata["generation"] += 1
         if "deletionTimestamp" in metadata:
@@ -124,7 +122,7 @@ class Tables:
         else:
             self._put("MODIFIED", doc)
             self._index(doc)
-        return _parse(type(obj), doc)
+        return read(type(obj), doc)
 
     def replace_status(self, obj: R) -> R:
         """See Store.replace_status."""
@@ -132,7 +130,7 @@ class Tables:
         doc = current | {"status": obj.to_json()["status"]}
         if doc != current:
             self._put("MODIFIED", doc)
-        return _parse(type(obj), doc)
+        return read(type(obj), doc)
 
     def delete(self, kind: type[Resource], key: Key, uid: str | None, version: str | None) -> None:
         """See Store.delete."""
@@ -235,7 +233,7 @@ class Tables:
         for data in rows:
             doc = json.loads(data)
             try:
-                yield _parse(kind, doc)
+                yield read(kind, doc)
             except HostFault as error:
                 uid = doc["metadata"]["uid"]
                 if uid not in self._reported:
@@ -244,18 +242,6 @@ class Tables:
 
 
 _BY_KEY = "SELECT data FROM objects WHERE kind = ? AND namespace = ? AND name = ?"
-
-
-def _parse(kind: type[R], doc: Doc) -> R:
-    try:
-        return kind.model_validate(doc)
-    except ValidationError as error:
-        metadata = doc["metadata"]
-        raise HostFault(
-            f"{kind.KIND} {metadata['namespace']}/{metadata['name']} cannot be read: {explain(error).message}",
-            hint="A newer bkpool has written it: use that version, or delete the object.",
-            code="Unreadable",
-        ) from None
 
 
 def _changed(kind: type[Resource], key: Key) -> Conflict:

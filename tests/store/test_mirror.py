@@ -7,10 +7,11 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
-from bkpool.core.errors import Unavailable
+from bkpool.core.errors import Forbidden, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key, Slot
 from bkpool.core.objects import Pool, PoolStatus, Scaling, new_worker
 from bkpool.core.resource import Metadata
+from bkpool.store import Listing
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 
@@ -31,15 +32,21 @@ class Cut:
     def __init__(self, store) -> None:
         self._store = store
         self.cut = False
+        self.deaf = False
+        self.refusal: Exception | None = None
         self.lists = 0
 
     async def list(self, kind, **narrowed):
         self.lists += 1
         if self.cut:
             raise Unavailable("the wire is cut")
+        if self.refusal:
+            raise self.refusal
         return await self._store.list(kind, **narrowed)
 
     async def watch(self, kind, since):
+        if self.deaf:
+            raise Unavailable("nothing can be followed")
         async for event in self._store.watch(kind, since):
             if self.cut:
                 raise Unavailable("the wire is cut")
@@ -226,5 +233,85 @@ async def test_an_unreachable_store_is_asked_again_ever_more_slowly_up_to_a_boun
         pass
     assert wire.lists >= 42
     assert pauses[0] == pytest.approx(0.05)
-    assert max(pauses) == pytest.approx(7.5)
+    assert max(pauses) == pytest.approx(2.5)
     assert sorted(pauses) == pytest.approx(pauses), "each longer than the one before, for both kinds together"
+
+
+async def test_it_says_why_it_may_be_behind_until_it_has_listed_again(store):
+    wire, resume = Cut(store), asyncio.Event()
+    assert Mirror(wire).trouble == "Pools and workers have not been read yet"
+
+    async def pause(_seconds: float) -> None:
+        await resume.wait()
+
+    async with running(wire, pause=pause) as mirror:
+        assert mirror.trouble is None
+        wire.cut = True
+        pool = await store.create(a_pool())
+        async with asyncio.timeout(10):
+            while mirror.trouble is None:
+                await store.list(Pool)
+        assert mirror.trouble == "the wire is cut"
+        assert mirror.ready.is_set(), "what it knew is still there to be looked at"
+
+        wire.cut = False
+        resume.set()
+        await until(mirror, lambda: mirror.pools == {P: pool})
+        assert mirror.trouble is None
+
+
+async def test_a_store_that_can_be_listed_but_not_followed_is_spared_too(store):
+    wire = Cut(store)
+    wire.deaf = True
+    pauses: list[float] = []
+    enough = asyncio.Event()
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 24:
+            enough.set()
+            wire.deaf = False
+        await asyncio.sleep(0)
+
+    async with running(wire, pause=pause, jitter=lambda: 1.0), asyncio.timeout(10):
+        await enough.wait()
+    assert max(pauses) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("refusal", [Forbidden("no"), Unauthenticated("who"), NotFound("what")])
+async def test_refusals_are_told_at_first_and_waited_for_once_it_has_listed(store, refusal):
+    wire = Cut(store)
+    wire.refusal = refusal
+    with pytest.raises(ExceptionGroup) as died:
+        await Mirror(wire).run()
+    assert refusal in died.value.exceptions
+
+    wire.refusal = None
+
+    seen: list[str | None] = []
+
+    async def pause(_seconds: float) -> None:
+        seen.append(mirror.trouble)
+        if not wire.cut:
+            wire.refusal = None
+        wire.cut = False
+
+    async with running(wire, pause=pause) as mirror:
+        wire.cut, wire.refusal = True, refusal
+        pool = await store.create(a_pool())
+        await until(mirror, lambda: mirror.pools == {P: pool})
+    assert seen == ["the wire is cut", refusal.message]
+
+
+async def test_what_a_list_cannot_read_is_kept_as_it_was(store):
+    pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
+    mirror = Mirror(store)
+    mirror._pools_changed(mirror._pools.listed(await store.list(Pool)))
+    await store.delete(Pool, *Q)
+    newer = await store.replace(scaled(pool, 3))
+
+    listing = Listing((), newer.metadata.resource_version, frozenset({P}))
+    mirror._pools_changed(mirror._pools.listed(listing))
+
+    assert mirror.pools == {P: pool}
+    assert other.key not in mirror.pools

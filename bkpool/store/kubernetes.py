@@ -1,0 +1,234 @@
+"""The Store as custom resources of a Kubernetes cluster, so that several replicas and kubectl share one truth.
+
+It sends only what is bkpool's to say and keeps no copy. One object that cannot be read (an older client's, an absurd
+one) is left out and reported; it never hides or delays another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+
+import structlog
+
+from bkpool.core.errors import BkpoolError, Conflict, Gone, HostFault, InvalidInput, NotFound, Unavailable
+from bkpool.core.names import API_VERSION, Key
+from bkpool.core.resource import R, Resource
+from bkpool.kube import Doc, KubeApi, paths
+from bkpool.store import Event, Listing, Store
+from bkpool.store.reading import read
+
+log = structlog.get_logger(__name__)
+
+WATCH_SECONDS = 240
+"""How long the server is asked to keep a watch open, and up to a quarter more, so that the watches of many replicas
+do not all begin again at once. An API server's own default is 30 minutes; balancers between often cut at 5."""
+SHORTEST_WATCH = 1.0
+"""Seconds. A watch that the server ends sooner, and without a word, is a fault: as in client-go's reflector."""
+_GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
+"""The metadata that is ours to write; the rest is the server's."""
+
+
+class KubernetesStore(Store):
+    """A Store for one event loop.
+
+    Args:
+        api: The cluster. Whoever made it closes it.
+        namespace: The only one that is listed and watched; None: all of them.
+        jitter: A number from 0 to 1.
+    """
+
+    def __init__(
+        self, api: KubeApi, *, namespace: str | None = None, jitter: Callable[[], float] = random.random
+    ) -> None:
+        self._api = api
+        self._namespace = namespace
+        self._jitter = jitter
+        self._unreadable: dict[tuple[str, Key], tuple[str, str]] = {}
+
+    @property
+    def unreadable(self) -> Mapping[tuple[str, Key], str]:
+        """Why objects cannot be read, by kind and key, as of the last list or watch that met them."""
+        return {where: reason for where, (_, reason) in self._unreadable.items()}
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    async def get(self, kind: type[R], namespace: str, name: str) -> R:
+        """See Store. Raises HostFault (`Unreadable`) for what cannot be read."""
+        key = Key(namespace, name)
+        with _about(kind, key):
+            return _read(kind, await self._api.get(_path(kind, key)))
+
+    async def list(
+        self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
+    ) -> Listing[R]:
+        """See Store."""
+        scope = self._namespace if namespace is None else namespace
+        params = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
+        docs, version = await self._api.list(paths.custom(kind.PLURAL, scope), **params)
+        if not labels and scope == self._namespace:
+            self._forget_all_but(kind, {_key(doc) for doc in docs})
+        found = [(_key(doc), self._readable(kind, doc)) for doc in docs]
+        return Listing(
+            tuple(obj for _, obj in found if obj is not None),
+            version,
+            frozenset(key for key, obj in found if obj is None),
+        )
+
+    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+        """See Store. It begins again by itself where the server has ended it in good order."""
+        if not since.isdecimal() or int(since) == 0:  # 0 is "anything will do" to Kubernetes
+            raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
+        clock = asyncio.get_running_loop().time
+        path = paths.custom(kind.PLURAL, self._namespace)
+        while True:
+            begun, before = clock(), since
+            seconds = round(WATCH_SECONDS * (1 + self._jitter() / 4))
+            async with aclosing(self._api.watch(path, since, timeoutSeconds=str(seconds))) as events:
+                async for event in events:
+                    since = event["object"]["metadata"]["resourceVersion"]
+                    if event["type"] != "BOOKMARK" and (known := self._event(kind, event)):
+                        yield known
+            if since == before and clock() - begun < SHORTEST_WATCH:
+                raise Unavailable(f"Kubernetes: watch {path}: the server ends it at once", hint="It is tried again.")
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    async def create(self, obj: R) -> R:
+        """See Store. A status other than the default costs a second write, as Kubernetes takes none in the first."""
+        doc = obj.to_json()
+        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
+        try:
+            made = _read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
+        except Conflict:
+            raise Conflict(f"{obj.KIND} {obj.key} exists already") from None
+        except InvalidInput as error:
+            raise _refused(obj, error) from None
+        except Unavailable:
+            found = await self._written(obj, "metadata", "spec")
+            if found is None:
+                raise
+            made = found
+        if made.to_json()["status"] == doc["status"]:
+            return made
+        return await self.replace_status(obj.but(metadata=made.metadata))
+
+    async def replace(self, obj: R) -> R:
+        """See Store."""
+        return await self._put(obj, None, "metadata", "spec")
+
+    async def replace_status(self, obj: R) -> R:
+        """See Store."""
+        return await self._put(obj, "status", "status")
+
+    async def delete(
+        self,
+        kind: type[R],
+        namespace: str,
+        name: str,
+        *,
+        uid: str | None = None,
+        resource_version: str | None = None,
+    ) -> None:
+        """See Store."""
+        key = Key(namespace, name)
+        with _about(kind, key):
+            await self._api.delete(_path(kind, key), uid=uid, resource_version=resource_version)
+
+    async def _put(self, obj: R, sub: str | None, *parts: str) -> R:
+        """Writes those parts at the version that was read."""
+        doc = obj.to_json()
+        metadata = _given(doc) | {"resourceVersion": obj.metadata.resource_version}
+        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
+        with _about(type(obj), obj.key):
+            try:
+                return _read(type(obj), await self._api.replace(_path(type(obj), obj.key, sub), body))
+            except InvalidInput as error:
+                raise _refused(obj, error) from None
+            except (Conflict, Unavailable):
+                written = await self._written(obj, *parts, uid=obj.uid)
+                if written is None:
+                    raise
+                return written
+
+    async def _written(self, obj: R, *parts: str, uid: str = "") -> R | None:
+        """What is stored, if it says what was to be written: then it was only the answer that got lost.
+
+        That is so after a time-out. And the HTTP client repeats a PUT whose connection dies; the repetition then
+        conflicts with the first. A lease that was written so would else be nobody's until it expires.
+        """
+        try:
+            current = await self.get(type(obj), *obj.key)
+        except BkpoolError:
+            return None
+        same = uid in {"", current.uid} and _said(current, parts) == _said(obj, parts)
+        return current if same else None
+
+    # --- what cannot be read ----------------------------------------------------------------------------------------
+
+    def _event(self, kind: type[R], event: Doc) -> Event[R] | None:
+        doc = event["object"]
+        obj = self._readable(kind, doc)
+        if event["type"] == "DELETED":
+            self._unreadable.pop((kind.KIND, _key(doc)), None)
+            if obj is None:
+                # Somebody may hold it as it was when it could be read; only a list can tell him that it is gone.
+                raise Gone(f"{kind.KIND} {_key(doc)} was deleted in a state that cannot be read", hint="List again.")
+        return None if obj is None else Event(event["type"], obj)
+
+    def _readable(self, kind: type[R], doc: Doc) -> R | None:
+        where, version = (kind.KIND, _key(doc)), doc["metadata"]["resourceVersion"]
+        try:
+            obj = _read(kind, doc)
+        except HostFault as error:
+            if self._unreadable.get(where, ("", ""))[0] != version:
+                log.warning("store.object_skipped", kind=kind.KIND, reason=error.message)
+            self._unreadable[where] = (version, error.message)
+            return None
+        self._unreadable.pop(where, None)
+        return obj
+
+    def _forget_all_but(self, kind: type[Resource], keys: set[Key]) -> None:
+        for where in [where for where in self._unreadable if where[0] == kind.KIND and where[1] not in keys]:
+            del self._unreadable[where]
+
+
+def _read(kind: type[R], doc: Doc) -> R:
+    doc["metadata"].pop("managedFields", None)  # who wrote which field: long, and nobody here asks
+    return read(kind, doc)
+
+
+def _key(doc: Doc) -> Key:
+    return Key(doc["metadata"]["namespace"], doc["metadata"]["name"])
+
+
+def _given(doc: Doc) -> Doc:
+    return {field: doc["metadata"][field] for field in _GIVEN}
+
+
+def _said(obj: Resource, parts: tuple[str, ...]) -> Doc:
+    doc = obj.to_json()
+    return {part: _given(doc) if part == "metadata" else doc[part] for part in parts}
+
+
+def _path(kind: type[Resource], key: Key, sub: str | None = None) -> str:
+    return paths.custom(kind.PLURAL, key.namespace, key.name, sub)
+
+
+@contextmanager
+def _about(kind: type[Resource], key: Key) -> Iterator[None]:
+    """The server's answers in the words of the Store."""
+    try:
+        yield
+    except NotFound:
+        raise NotFound(f"There is no {kind.KIND} {key}") from None
+    except Conflict:
+        raise Conflict(
+            f"{kind.KIND} {key} has changed since it was read", hint="Read it again and repeat the change."
+        ) from None
+
+
+def _refused(obj: Resource, error: InvalidInput) -> InvalidInput:
+    return InvalidInput(f"{obj.KIND} {obj.key}: {error.message}", hint=error.hint, field=error.field)

@@ -1,0 +1,154 @@
+"""Telling what happened. The API here keeps what it is given; e2e/kind/test_events.py has kubectl show it."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from structlog.testing import capture_logs
+
+from bkpool.core.errors import NotFound, Unavailable
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
+from bkpool.store.events import REMEMBERED, WAITING, KubernetesRecorder, LogRecorder
+
+POOL = Pool(metadata=Metadata(name="p", uid="u", resource_version="7"))
+
+
+class Api:
+    def __init__(self) -> None:
+        self.events: dict[str, dict] = {}
+        self.fault: Exception | None = None
+
+    async def create(self, path, body):
+        if self.fault:
+            raise self.fault
+        self.events[f"{path}/{body['metadata']['name']}"] = body
+        return body
+
+    async def patch(self, path, body):
+        if path not in self.events:
+            raise NotFound(path)
+        self.events[path] |= body
+
+    @property
+    def told(self) -> list[tuple[str, int]]:
+        return [(event["note"], event.get("series", {}).get("count", 1)) for event in self.events.values()]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = datetime(2030, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+@pytest.fixture
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def recorder(api, clock) -> KubernetesRecorder:
+    return KubernetesRecorder(api, "replica-1", now=clock)
+
+
+async def test_an_event_says_what_happened_to_which_object_and_who_says_so(api, recorder):
+    recorder.tell(POOL, "ScaledUp", "p-worker-0 is made", warning=True)
+    await recorder.close()
+
+    ((path, event),) = api.events.items()
+    assert path.startswith("/apis/events.k8s.io/v1/namespaces/default/events/p.")
+    assert event["regarding"]["kind"] == "BuildKitPool"
+    assert (event["regarding"]["name"], event["regarding"]["uid"]) == ("p", "u")
+    assert (event["type"], event["reason"], event["note"]) == ("Warning", "ScaledUp", "p-worker-0 is made")
+    assert event["eventTime"] == "2030-01-01T00:00:00.000000Z"
+    assert event["reportingInstance"] == "replica-1"
+
+
+async def test_it_is_written_in_the_background(api, recorder):
+    running = asyncio.create_task(recorder.run())
+    for message in ("one", "two"):
+        recorder.tell(POOL, "Allocated", message)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert (message, 1) in api.told
+    recorder.tell(POOL, "Released", "at the very end")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert ("at the very end", 1) in api.told
+
+
+async def test_the_same_again_is_counted_for_ten_minutes(api, clock, recorder):
+    for minutes in (0, 1, 9, 11):
+        clock.now = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
+        recorder.tell(POOL, "Failed", "no image", warning=True)
+        recorder.tell(POOL, "Failed", f"another at {minutes}")
+        await recorder.close()
+
+    assert [told for told in api.told if told[0] == "no image"] == [("no image", 3), ("no image", 1)]
+    assert len(api.told) == 6
+
+
+async def test_an_event_that_has_been_deleted_is_written_anew(api, recorder):
+    recorder.tell(POOL, "Failed", "no image")
+    await recorder.close()
+    api.events.clear()
+    recorder.tell(POOL, "Failed", "no image")
+    await recorder.close()
+    assert api.told == [("no image", 1)]
+
+
+async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(api, recorder):
+    api.fault = Unavailable("the API server does not answer")
+    recorder.tell(POOL, "Failed", "no image")
+    with capture_logs() as logs:
+        await recorder.close()
+    api.fault = None
+    recorder.tell(POOL, "Ready", "there")
+    await recorder.close()
+
+    assert [line["event"] for line in logs] == ["events.not_written"]
+    assert api.told == [("there", 1)]
+
+
+async def test_of_a_flood_the_newest_are_kept_and_it_is_said_once(api, recorder):
+    with capture_logs() as logs:
+        for number in range(WAITING + 50):
+            recorder.tell(POOL, "Flood", str(number))
+    await recorder.close()
+
+    assert [line["event"] for line in logs] == ["events.dropped"]
+    assert [note for note, _ in api.told] == [str(number) for number in range(50, WAITING + 50)]
+    recorder.tell(POOL, "Calm", "one more")
+    await recorder.close()
+    assert len(recorder._written) == REMEMBERED
+
+
+async def test_the_limits_of_the_api_are_kept(api, recorder):
+    recorder.tell(POOL, "R" * 500, "m" * 5000)
+    await recorder.close()
+    (event,) = api.events.values()
+    assert (len(event["reason"]), len(event["note"])) == (128, 1024)
+
+
+def test_without_a_cluster_it_is_a_line_in_the_log():
+    with capture_logs() as logs:
+        LogRecorder().tell(POOL, "Failed", "no room", warning=True)
+    assert logs == [
+        {
+            "event": "object.event",
+            "log_level": "warning",
+            "kind": "BuildKitPool",
+            "object": "default/p",
+            "reason": "Failed",
+            "message": "no room",
+        }
+    ]
