@@ -6,14 +6,17 @@ ever given another owner's cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
+from bkpool.core.objects import Pool
 from bkpool.core.policy import Observation, Running
 
-__all__ = ["Observation", "Running", "Runtime"]
+__all__ = ["Observation", "Running", "Runtime", "Told"]
+
+Told = Callable[[str], Awaitable[None]]
+"""Told what a worker on its way waits for, each time that this changes; "" when it waits for nothing any more."""
 
 
 class Runtime(Protocol):
@@ -31,7 +34,10 @@ class Runtime(Protocol):
     def on_change(self, callback: Callable[[], None]) -> None:
         """Calls back, in the event loop, whenever observe() or caches() may have changed."""
 
-    async def start(self, slot: Slot, worker_uid: str, owner: str | None, spec: PoolSpec) -> str:
+    capacity: int | None
+    """How many workers of all pools it can run at once; None: as many as there are resources."""
+
+    async def start(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, told: Told) -> str:
         """Brings buildkitd up in the slot and returns its endpoint once it answers a gRPC call.
 
         A cache of another owner is wiped before. `owner` None leaves a cache that has an owner to that owner: it is
@@ -49,6 +55,9 @@ class Runtime(Protocol):
             Conflict: It is another's.
         """
 
+    async def protect(self, slot: Slot, *, held: bool) -> None:
+        """Asks others to leave the worker alone while it is leased, or no longer; `Observation.held` tells."""
+
     async def stop(self, slot: Slot) -> None:
         """Ends buildkitd in the slot; the cache stays. Nothing there: does nothing."""
 
@@ -56,4 +65,4 @@ class Runtime(Protocol):
         """Stops buildkitd and empties the cache. A crash in between is finished by the next call or by adopt()."""
 
     async def close(self, *, stop_workers: bool) -> None:
-        """Lets go of everything; with stop_workers also ends every buildkitd."""
+        """Lets go of everything; with stop_workers also ends every buildkitd that would not outlive this process."""

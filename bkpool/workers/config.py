@@ -17,15 +17,15 @@ _MAX_USED = "10GB"  # buildkitd's own default, up to 100 GB, is meant for one da
 _MIN_FREE = "5GB"
 
 
-def render(spec: PoolSpec, cgroup_parent: str) -> str:
+def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
     """The configuration file of a worker: the user's own, or one made of `spec.cache.gc`.
 
     Args:
         spec: Of the pool.
-        cgroup_parent: The cgroup that holds the containers of this slot.
+        cgroup_parent: The cgroup that holds the containers of this slot; None: buildkitd's own choice.
 
     Raises:
-        WorkerFailed: The user's file asks for what can't be on a worker's socket.
+        WorkerFailed: The user's file asks for what can't be on a worker.
     """
     if spec.buildkit_config is not None:
         _check(spec.buildkit_config)
@@ -36,7 +36,7 @@ def render(spec: PoolSpec, cgroup_parent: str) -> str:
         "disabled = true",
         "",
         "[worker.oci]",
-        f'defaultCgroupParent = "{cgroup_parent}"',
+        *([f'defaultCgroupParent = "{cgroup_parent}"'] if cgroup_parent else []),
         *_collection(spec.cache.gc),
     ]
     return "\n".join(lines) + "\n"
@@ -64,7 +64,10 @@ def _size(text: str) -> str:
 
 
 def _check(text: str) -> None:
-    """Refuses what would keep buildkitd from ever answering; any other mistake buildkitd explains better itself."""
+    """Refuses what would keep buildkitd from ever answering; any other mistake buildkitd explains better itself.
+
+    An address in it does no harm: the command line has one, which wins.
+    """
     try:
         grpc = tomllib.loads(text).get("grpc", {})
     except tomllib.TOMLDecodeError:
@@ -72,6 +75,6 @@ def _check(text: str) -> None:
     if isinstance(grpc, dict) and "tls" in grpc:
         raise WorkerFailed(
             "spec.buildkitConfig: [grpc.tls] can't be set",
-            hint="Remove it: a worker listens on a private Unix socket, and the gateway does the TLS.",
+            hint="Remove it: bkpool itself says how a worker is reached, and the gateway does the TLS.",
             field="spec.buildkitConfig",
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from bkpool.core.errors import HostFault, WorkerFailed
 from bkpool.workers import process_table
+from bkpool.workers.last_words import telling
 from bkpool.workers.probe import probe
 from bkpool.workers.process_table import Process
 from bkpool.workers.slot_files import DaemonRecord
@@ -27,8 +27,7 @@ MARK = "BKPOOL_SLOT"
 
 _FIRST_RETRY, _LAST_RETRY = 0.005, 0.05  # seconds between tries while buildkitd has not bound its socket yet
 _ADOPTION_DEADLINE = 5.0  # seconds; it has been up for long, or it is of no use
-_LOG_BYTES, _LOG_LINES, _LOG_LINE = 8192, 5, 300  # of buildkitd's last words in a message
-_NOISE = re.compile(r"^\t|^\S+\.\S+$|level=(info|debug)")  # Go's stack traces, and what is always said
+_LOG_BYTES = 8192  # in which buildkitd's last words are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +214,10 @@ def last_words(log: Path) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_BYTES))
-            lines = file.read().decode("utf-8", "replace").splitlines()
+            lines = telling(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
-    telling = [_shortened(line) for line in lines if line and not _NOISE.search(line)]
-    return "\n".join([f"; its last words ({log}):", *telling[-_LOG_LINES:]]) if telling else ""
-
-
-def _shortened(line: str) -> str:
-    """The beginning and the end: rootlesskit says what happened after the whole command line."""
-    return line if len(line) <= _LOG_LINE else f"{line[: _LOG_LINE // 2]} … {line[-_LOG_LINE // 2 :]}"
+    return "\n".join([f"; its last words ({log}):", *lines]) if lines else ""
 
 
 def _how(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Asks buildkitd itself whether it is ready: one gRPC call over its Unix socket (DESIGN rule 9).
+"""Asks buildkitd itself whether it is ready: one gRPC call over its Unix socket, or over mTLS (DESIGN rule 9).
 
 Speaks just enough HTTP/2 for a unary call with an empty request. It never judges a worker by its process or its
 socket file, and leaves deadlines to the caller.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from h2.events import (
 from h2.exceptions import ProtocolError
 
 from bkpool.core.errors import WorkerFailed
+from bkpool.pki.backend import check_worker
 
 # What buildx itself calls first, so that whoever passes this passes buildx: moby/buildkit api/services/control.
 _METHOD = "/moby.buildkit.v1.Control/ListWorkers"
@@ -51,16 +53,44 @@ async def probe(path: Path) -> int:
     """
     reader, writer = await asyncio.open_unix_connection(path)
     try:
-        status = await _call(reader, writer)
-        if status != "0":
-            raise WorkerFailed(f"buildkitd answered a health call with grpc-status {status or 'none'}")
+        await _ask(reader, writer, str(path))
         return _peer(writer.get_extra_info("socket"))
-    except ProtocolError as error:
-        raise WorkerFailed(f"what listens on {path} does not speak HTTP/2: {error}") from None
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: str) -> None:
+    """Makes one call to a worker's port.
+
+    Args:
+        host: An IP address.
+        port: Where buildkitd, or a proxy before it, listens.
+        context: Of `pki.backend.worker_context`.
+        worker_uid: Of the worker that should answer.
+
+    Raises:
+        WorkerFailed: What listens there is another worker, or did not answer the call with OK.
+        OSError: Nothing listens there, or what does so hangs up or does not speak our TLS.
+    """
+    reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    try:
+        check_worker(writer.get_extra_info("ssl_object").getpeercert(binary_form=True), worker_uid)
+        await _ask(reader, writer, f"{host}:{port}")
+    finally:
+        writer.transport.abort()  # a closing handshake with a peer that hangs would take half a minute
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, place: str) -> None:
+    try:
+        status = await _call(reader, writer)
+    except ProtocolError as error:
+        raise WorkerFailed(f"what listens on {place} does not speak HTTP/2: {error}") from None
+    if status != "0":
+        raise WorkerFailed(f"buildkitd answered a health call with grpc-status {status or 'none'}")
 
 
 async def _call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:

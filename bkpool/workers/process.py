@@ -18,8 +18,8 @@ import structlog
 
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
-from bkpool.workers import Observation, Running, process_table, socket_directory
+from bkpool.core.objects import Pool, PoolSpec
+from bkpool.workers import Observation, Running, Told, process_table, socket_directory
 from bkpool.workers.daemon import Daemon
 from bkpool.workers.launcher import Launcher
 from bkpool.workers.sandbox import Binaries, Sandbox
@@ -65,6 +65,8 @@ class ProcessRuntime:
         stop_grace: Seconds between SIGTERM and SIGKILL.
     """
 
+    capacity: int | None = None
+
     def __init__(
         self,
         home: Path,
@@ -109,7 +111,7 @@ class ProcessRuntime:
         """Calls back whenever observe() or caches() may have changed."""
         self._callbacks.append(callback)
 
-    async def start(self, slot: Slot, worker_uid: str, owner: str | None, spec: PoolSpec) -> str:
+    async def start(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, told: Told) -> str:  # noqa: ARG002 - nothing here waits for others
         """Brings buildkitd up in the slot, on this owner's cache; see Runtime."""
         place = self._place(slot)
         async with place.lock:
@@ -123,7 +125,7 @@ class ProcessRuntime:
                 await self._wipe(place)
             await self._give(place, owner)
             async with self._starting:
-                return await self._bring_up(place, worker_uid, spec)
+                return await self._bring_up(place, worker_uid, pool.spec)
 
     async def own(self, slot: Slot, owner: str) -> None:
         """Writes durably that the clean cache in this slot is now this owner's; see Runtime."""
@@ -134,6 +136,9 @@ class ProcessRuntime:
                     f"the cache of {slot.worker} belongs to another identity", hint="It must be wiped first."
                 )
             await self._give(place, owner)
+
+    async def protect(self, slot: Slot, *, held: bool) -> None:
+        """Does nothing: nobody else manages these processes."""
 
     async def stop(self, slot: Slot) -> None:
         """Ends buildkitd in the slot; the cache stays."""

@@ -42,6 +42,10 @@ def test_collection_by_age_comes_before_collection_by_size():
     assert internal == {"all": True, **by_size}
 
 
+def test_a_pod_keeps_its_containers_in_its_own_cgroup():
+    assert "defaultCgroupParent" not in render(PoolSpec(), None)
+
+
 def test_collection_can_be_switched_off():
     assert oci(enabled=False) == {"defaultCgroupParent": "/bkpool/slot", "gc": False}
 

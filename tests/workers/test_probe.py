@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import os
 import shutil
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from h2.connection import H2Connection
 from h2.events import RequestReceived, StreamEnded
 
 from bkpool.core.errors import WorkerFailed
-from bkpool.workers.probe import probe
+from bkpool.pki.authority import Authority
+from bkpool.pki.backend import worker_context
+from bkpool.workers.probe import probe, probe_tls
 
 
 @pytest.fixture
@@ -90,3 +94,66 @@ async def test_a_breach_of_http2_is_named(socket):
     async with listening(socket, talk):
         with pytest.raises(WorkerFailed, match="does not speak HTTP/2"):
             await probe(socket)
+
+
+# --- over mTLS ------------------------------------------------------------------------------------------------------
+
+NOW = datetime.now(UTC)
+BACKEND = Authority.create(NOW)
+
+
+def dialler(authority: Authority = BACKEND) -> ssl.SSLContext:
+    leaf = authority.issue_dialler("test", NOW, NOW + timedelta(hours=1))
+    return worker_context(leaf.cert_pem, leaf.key_pem, BACKEND.cert_pem)
+
+
+@contextlib.asynccontextmanager
+async def worker(tmp_path: Path, answer) -> AsyncIterator[int]:
+    """A server with the identity of worker uid-1 that believes diallers; its port."""
+    leaf = BACKEND.issue_worker("uid-1", NOW)
+    (tmp_path / "both.pem").write_bytes(leaf.key_pem + leaf.cert_pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "both.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=BACKEND.cert_pem.decode())
+    context.set_alpn_protocols(["h2"])
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            await answer(reader, writer)
+        writer.transport.abort()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_a_worker_answers_over_tls(tmp_path):
+    async with worker(tmp_path, grpc(("grpc-status", "0"))) as port:
+        await probe_tls("127.0.0.1", port, dialler(), "uid-1")
+
+
+async def test_another_worker_on_that_port_is_not_taken_for_this_one(tmp_path):
+    async with worker(tmp_path, grpc(("grpc-status", "0"))) as port:
+        with pytest.raises(WorkerFailed, match="uid-2"):
+            await probe_tls("127.0.0.1", port, dialler(), "uid-2")
+
+
+async def test_a_refused_dialler_and_a_closed_port_are_no_answer(tmp_path):
+    async with worker(tmp_path, grpc(("grpc-status", "0"))) as port:
+        with pytest.raises((OSError, WorkerFailed)):
+            await probe_tls("127.0.0.1", port, dialler(Authority.create(NOW)), "uid-1")
+    with pytest.raises(OSError):
+        await probe_tls("127.0.0.1", port, dialler(), "uid-1")
+
+
+async def test_a_proxy_that_takes_the_connection_and_hangs_up_is_an_os_error():
+    """Docker's, while nothing listens behind it."""
+
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    async with server:
+        with pytest.raises(OSError):
+            await probe_tls("127.0.0.1", server.sockets[0].getsockname()[1], dialler(), "uid-1")

@@ -13,16 +13,21 @@ import uvloop
 
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
-from bkpool.core.objects import Cache, CacheGC, PoolSpec
+from bkpool.core.objects import Cache, CacheGC
 from bkpool.workers import Running
 from bkpool.workers.daemon import Daemon
 from bkpool.workers.process import ProcessRuntime
 from bkpool.workers.sandbox import Binaries
 from bkpool.workers.slot_files import CacheRecord, SlotFiles
 from bkpool.workers.socket_directory import home_digest
+from support.objects import pool as a_pool
 
 SLOT = Slot("default", "default", 0)
-SPEC = PoolSpec()
+POOL = a_pool()
+
+
+async def untold(message: str) -> None:
+    raise AssertionError(f"a process waits for nobody, but told: {message}")
 
 
 def record(home: Path, slot: Slot = SLOT) -> dict[str, object]:
@@ -71,16 +76,16 @@ async def in_mid_step(build, seconds: str) -> asyncio.subprocess.Process:
 
 
 async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime, build):
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     assert "the step runs" in await output(build(endpoint))
     await runtime.stop(SLOT)
     assert runtime.observe() == {}
     assert runtime.caches() == {SLOT: "anna"}
 
-    endpoint = await runtime.start(SLOT, "uid-2", "anna", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-2", "anna", POOL, untold)
     assert "CACHED" in await output(build(endpoint))
 
-    endpoint = await runtime.start(SLOT, "uid-3", "bert", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-3", "bert", POOL, untold)
     text = await output(build(endpoint))
     assert "the step runs" in text
     assert "CACHED" not in text
@@ -90,7 +95,7 @@ async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime
 async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):
     changed = asyncio.Event()
     runtime.on_change(changed.set)
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     building = await in_mid_step(build(endpoint, "4711"), "4711")
 
     changed.clear()
@@ -107,7 +112,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     assert str(tmp_path) not in mounts()
     await building.communicate()
 
-    again = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    again = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     assert runtime.observe()[SLOT].state is Running.READY
     assert "CACHED" in await output(build(again))
     assert container_cgroups(tmp_path / "home") == []
@@ -115,7 +120,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
 
 async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries, stop_grace=0.1)
-    building = await in_mid_step(build(await runtime.start(SLOT, "uid-1", "anna", SPEC), "4712"), "4712")
+    building = await in_mid_step(build(await runtime.start(SLOT, "uid-1", "anna", POOL, untold), "4712"), "4712")
     assert processes_saying("/step 4712")
     await runtime.stop(SLOT)
     assert processes_saying("/step 4712") == []
@@ -126,14 +131,14 @@ async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, bin
 
 
 async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime, tmp_path, binaries):
-    endpoint = await runtime.start(SLOT, "uid-1", None, SPEC)
+    endpoint = await runtime.start(SLOT, "uid-1", None, POOL, untold)
     assert runtime.caches() == {SLOT: None}
     first = record(tmp_path / "home")
 
     await runtime.own(SLOT, "anna")
     assert runtime.observe()[SLOT].cache_owner == "anna"
-    assert await runtime.start(SLOT, "uid-1", "anna", SPEC) == endpoint
-    assert await runtime.start(SLOT, "uid-1", None, SPEC) == endpoint
+    assert await runtime.start(SLOT, "uid-1", "anna", POOL, untold) == endpoint
+    assert await runtime.start(SLOT, "uid-1", None, POOL, untold) == endpoint
     assert record(tmp_path / "home") == first
     with pytest.raises(Conflict, match="another identity"):
         await runtime.own(SLOT, "bert")
@@ -144,7 +149,7 @@ async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime
 
 
 async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, binaries, build):
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
 
@@ -166,7 +171,7 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
 
 
 async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(runtime, tmp_path, binaries):
-    await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
     (tmp_path / "home" / "slots" / "default" / "default" / "0" / "process.json").write_text("{}")
@@ -181,7 +186,7 @@ async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(r
 
 async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(runtime, tmp_path):
     with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
-        await runtime.start(SLOT, "uid-1", "anna", PoolSpec(buildkit_config="[worker.oci]\nnonsense ="))
+        await runtime.start(SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), untold)
     assert "toml" in failure.value.message
     assert runtime.observe() == {}
     assert processes_saying(str(tmp_path / "home")) == []
@@ -189,7 +194,7 @@ async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(r
 
 
 async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
-    starting = asyncio.create_task(runtime.start(SLOT, "uid-1", "anna", SPEC))
+    starting = asyncio.create_task(runtime.start(SLOT, "uid-1", "anna", POOL, untold))
     log = tmp_path / "home/logs/default.default-worker-0.log"
     while not processes_saying(str(tmp_path / "home/slots")):
         await asyncio.to_thread(log.exists)
@@ -206,7 +211,7 @@ async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, run
     mute.chmod(0o755)
     runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_deadline=0.2)
     with pytest.raises(WorkerFailed, match=r"not ready after 0 s: it does not listen(.|\n)*I say nothing"):
-        await runtime.start(SLOT, "uid-1", None, SPEC)
+        await runtime.start(SLOT, "uid-1", None, POOL, untold)
     assert processes_saying(str(tmp_path / "home/slots")) == []
     await runtime.close(stop_workers=True)
 
@@ -237,26 +242,26 @@ async def test_a_very_long_home_is_fine_and_a_long_socket_directory_says_what_to
     home = tmp_path.joinpath(*["a-rather-long-directory-name"] * 8)
     slot = Slot("n" * 63, "p" * 63, 10_000)
     runtime = ProcessRuntime(home, binaries)
-    endpoint = await runtime.start(slot, "uid-1", None, SPEC)
+    endpoint = await runtime.start(slot, "uid-1", None, POOL, untold)
     assert len(endpoint) < 108
     await runtime.purge()
     await runtime.close(stop_workers=True)
 
     with pytest.raises(HostFault, match="too deep for sockets") as fault:
-        await ProcessRuntime(home, binaries, runtime_dir=home).start(slot, "uid-1", None, SPEC)
+        await ProcessRuntime(home, binaries, runtime_dir=home).start(slot, "uid-1", None, POOL, untold)
     assert "XDG_RUNTIME_DIR" in fault.value.hint
 
 
 async def test_the_pools_own_configuration_is_used_but_not_its_root_and_address(runtime, tmp_path):
     own = f'root = "{tmp_path}/elsewhere"\n[grpc]\naddress = ["tcp://127.0.0.1:1"]\n[worker.oci]\nenabled = false\n'
-    await runtime.start(SLOT, "uid-1", None, PoolSpec(buildkit_config=own))
+    await runtime.start(SLOT, "uid-1", None, a_pool(buildkit_config=own), untold)
     assert (tmp_path / "home/slots/default/default/0/root/buildkitd.lock").exists()
     assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl):
     gc = CacheGC(keep_storage="3GB", keep_duration="36h", reserved_space="1 GiB", min_free_space="10 %")
-    endpoint = await runtime.start(SLOT, "uid-1", None, PoolSpec(cache=Cache(gc=gc)))
+    endpoint = await runtime.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), untold)
     told = await asyncio.create_subprocess_exec(
         buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
     )
@@ -281,7 +286,7 @@ async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, b
     monkeypatch.setattr(Daemon, "start", counted)
     runtime = ProcessRuntime(tmp_path / "home", binaries, cold_starts=2)
     slots = [Slot("default", "default", number) for number in range(3)]
-    await asyncio.gather(*(runtime.start(slot, "uid", None, SPEC) for slot in slots))
+    await asyncio.gather(*(runtime.start(slot, "uid", None, POOL, untold) for slot in slots))
     assert peak == 2
     assert set(runtime.observe()) == set(slots)
     await runtime.close(stop_workers=True)
@@ -293,7 +298,7 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
         runtime = ProcessRuntime(tmp_path / "home", binaries)
         changed = asyncio.Event()
         runtime.on_change(changed.set)
-        await runtime.start(SLOT, "uid-1", "anna", SPEC)
+        await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
         changed.clear()
         os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
         await asyncio.wait_for(changed.wait(), 5)
@@ -306,13 +311,13 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
 async def test_a_missing_buildkitd_is_named(tmp_path, runc):
     runtime = ProcessRuntime(tmp_path / "home", Binaries(tmp_path / "buildkitd", runc))
     with pytest.raises(HostFault, match="buildkitd is not there") as fault:
-        await runtime.start(SLOT, "uid-1", None, SPEC)
+        await runtime.start(SLOT, "uid-1", None, POOL, untold)
     assert fault.value.code == "ToolMissing"
 
 
 async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries)
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", SPEC)
+    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     building = await in_mid_step(build(endpoint, "4713"), "4713")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):

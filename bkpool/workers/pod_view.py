@@ -1,0 +1,222 @@
+"""What a pod's document says about the worker in it, in words for a person.
+
+Pure reading. A pod that runs is not thereby ready: that is for buildkitd to say (DESIGN rule 9).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import (
+    ANNOTATION_CACHE_OWNER,
+    ANNOTATION_WORKER_UID,
+    LABEL_LEASED,
+    LABEL_POOL,
+    Key,
+    Slot,
+    slot_of,
+)
+from bkpool.kube import Doc
+from bkpool.workers.pod_spec import CACHE_VOLUME, key_of
+
+_LONGEST = 400  # characters of somebody else's message
+_PULL = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}
+_NEVER = {"InvalidImageName": "is not the name of an image", "ErrImageNeverPull": "is not on the node"}
+_UNMADE = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
+_BACK_OFF = re.compile(r'^Back-off pulling image "[^"]*"(: ErrImagePull: )?')
+_PORT_TAKEN = "didn't have free ports"  # kube-scheduler, plugins/nodeports
+_IMAGE_FIELD = "spec.buildkitImage"
+
+
+class Stage(StrEnum):
+    """How far a pod has come; each has a deadline of its own."""
+
+    SCHEDULING = "scheduling"
+    PULLING = "pulling"
+    CREATING = "creating"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A pod on its way."""
+
+    stage: Stage
+    message: str = ""
+    """What it waits for; empty where that is not worth a word."""
+    trouble: bool = False
+    """It will hardly come up without somebody's help: to be told at once."""
+    final: bool = False
+    """Nothing will ever come of it."""
+    field: str | None = None
+    """The pool's field that is to blame."""
+    port_taken: bool = False
+    """Its host port is somebody else's on every node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a pod's only container ended."""
+
+    message: str
+    hint: str = ""
+    field: str | None = None
+    spoke: bool = False
+    """Its log may say why."""
+
+
+def slot_called(key: Key) -> Slot | None:
+    """The slot that has this name; None if none can have."""
+    try:
+        return slot_of(key)
+    except InvalidInput:
+        return None
+
+
+def slot_in(doc: Doc) -> Slot | None:
+    """The slot of a pod or claim; None if it is in none, whatever its labels say."""
+    slot = slot_called(key_of(doc))
+    return slot if slot and doc["metadata"].get("labels", {}).get(LABEL_POOL) == slot.pool else None
+
+
+def uid(doc: Doc) -> str:
+    """The uid of the document itself."""
+    return str(doc["metadata"]["uid"])
+
+
+def worker_uid(pod: Doc) -> str:
+    """For which worker the pod was made."""
+    return str(_annotations(pod).get(ANNOTATION_WORKER_UID, ""))
+
+
+def cache_owner(doc: Doc) -> str | None:
+    """Whose the cache is that a claim, or a pod with a cache of its own, holds."""
+    return _annotations(doc).get(ANNOTATION_CACHE_OWNER) or None
+
+
+def claim_of(pod: Doc) -> Key | None:
+    """The volume claim that holds the pod's cache; None: the cache ends with the pod."""
+    for volume in pod["spec"].get("volumes") or ():
+        if volume["name"] == CACHE_VOLUME and "persistentVolumeClaim" in volume:
+            return Key(pod["metadata"]["namespace"], volume["persistentVolumeClaim"]["claimName"])
+    return None
+
+
+def held(pod: Doc) -> bool:
+    """Whether others are asked to leave it alone."""
+    return bool(pod["metadata"].get("labels", {}).get(LABEL_LEASED) == "true")
+
+
+def deleted(doc: Doc) -> bool:
+    """Whether somebody has asked for its end."""
+    return doc["metadata"].get("deletionTimestamp") is not None
+
+
+def ended(pod: Doc) -> bool:
+    """Whether its container has ended, or never will begin."""
+    return pod.get("status", {}).get("phase") in {"Failed", "Succeeded"} or "terminated" in _state(pod)
+
+
+def doubtful(pod: Doc) -> bool:
+    """Whether a pod that has answered may be about to end, or its node may be lost."""
+    conditions = pod.get("status", {}).get("conditions") or ()
+    lost = "running" in _state(pod) and any(c["type"] == "Ready" and c["status"] != "True" for c in conditions)
+    return deleted(pod) or lost
+
+
+def address(pod: Doc) -> str | None:
+    """The pod's own address, as soon as it has one."""
+    return pod.get("status", {}).get("podIP") or None
+
+
+def host_port(pod: Doc) -> int | None:
+    """The port of its node that leads to it."""
+    for container in pod["spec"].get("containers") or ():
+        for port in container.get("ports") or ():
+            if port.get("hostPort"):
+                return int(port["hostPort"])
+    return None
+
+
+def look(pod: Doc) -> View:
+    """How far the pod has come, and what it waits for."""
+    if ended(pod):
+        return View(Stage.ENDED)
+    if not pod["spec"].get("nodeName"):
+        return _unscheduled(pod)
+    state = _state(pod)
+    return View(Stage.RUNNING) if "running" in state else _waiting(pod, state.get("waiting", {}))
+
+
+def ending(pod: Doc) -> Ending:
+    """How an ended pod ended."""
+    status, name = pod.get("status", {}), key_of(pod).name
+    reason, said = status.get("reason", ""), _short(status.get("message", ""))
+    if reason == "Evicted":
+        return Ending(f"the pod {name} was evicted: {said}", hint="Give its node, or the pool's pods, more of that.")
+    state = _state(pod).get("terminated")
+    if state is None:
+        return Ending(f"the pod {name} has failed ({reason or 'no reason was given'}): {said or 'no message'}")
+    why, code = state.get("reason", ""), state.get("exitCode")
+    if why == "OOMKilled":
+        limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory")
+        field = "spec.resources.buildkit.limits.memory"
+        return Ending(
+            f"buildkitd was killed for want of memory (OOMKilled; the limit is {limit or 'the memory of its node'})",
+            hint=f"Raise {field} of the pool.",
+            field=field,
+            spoke=True,
+        )
+    if why in {"StartError", "ContainerCannotRun"}:
+        return Ending(
+            f"the image's program could not be started: {_short(state.get('message', ''))}",
+            hint=f"Check {_IMAGE_FIELD}, and the pool's isolation.",
+            field=_IMAGE_FIELD,
+        )
+    other = f" ({why})" if why not in {"", "Error", "Completed"} else ""
+    return Ending(f"buildkitd ended with exit code {code}{other}", spoke=True)
+
+
+def _waiting(pod: Doc, waiting: Doc) -> View:
+    node, image = pod["spec"]["nodeName"], pod["spec"]["containers"][0]["image"]
+    reason, said = waiting.get("reason", "ContainerCreating"), _short(waiting.get("message", ""))
+    if reason in _NEVER:
+        told = f"{_IMAGE_FIELD}: {image!r} {_NEVER[reason]}"
+        return View(Stage.PULLING, told, trouble=True, final=True, field=_IMAGE_FIELD)
+    if reason in _PULL:
+        cause = _BACK_OFF.sub("", said)
+        told = f"the image {image} can't be pulled on node {node}"
+        return View(Stage.PULLING, f"{told}: {cause}" if cause else told, trouble=True, field=_IMAGE_FIELD)
+    if reason in _UNMADE:
+        return View(Stage.CREATING, f"its container can't be made on node {node} ({reason}): {said}", trouble=True)
+    return View(Stage.CREATING, f"waiting for its container on node {node} ({reason})")
+
+
+def _unscheduled(pod: Doc) -> View:
+    for condition in pod.get("status", {}).get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition["status"] != "True":
+            said = condition.get("message", "")
+            # The scheduler goes on about preemption in further sentences.
+            told = _short(said.split(". ")[0].rstrip(".")) or condition.get("reason", "")
+            taken = _PORT_TAKEN in said
+            return View(Stage.SCHEDULING, f"waiting for a node: {told}", trouble=True, port_taken=taken)
+    return View(Stage.SCHEDULING, "waiting for a node")
+
+
+def _state(pod: Doc) -> Doc:
+    statuses = pod.get("status", {}).get("containerStatuses") or ()
+    state: Doc = statuses[0].get("state") or {} if statuses else {}
+    return state
+
+
+def _annotations(doc: Doc) -> Doc:
+    return doc["metadata"].get("annotations") or {}
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
