@@ -1,0 +1,387 @@
+"""What a pool has in a cluster beside its workers: its gateway's Deployment, Service, rights and protection.
+
+Pure: a pool and a setting in, documents out. Every document is complete, so that applying it says all we want of it;
+nothing is ever left over from an earlier spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from bkpool.core import durations
+from bkpool.core.ignored import is_foreign_gateway
+from bkpool.core.names import (
+    API_VERSION,
+    GATEWAY_PORT,
+    GROUP,
+    LABEL_LEASED,
+    LABEL_MANAGED,
+    LABEL_POOL,
+    LABEL_PURPOSE,
+    MANAGER,
+    METRICS_PORT,
+    PURPOSE_GATEWAY,
+    PURPOSE_WORKER,
+    WORKER_PORT,
+)
+from bkpool.core.objects import Pool, ServiceType
+from bkpool.kube import paths
+
+Doc = dict[str, Any]
+
+REPLICAS = 2
+"""Gateways of a pool unless it says otherwise: one may go while a node is drained."""
+GRACE = timedelta(seconds=30)
+"""Beyond the drain: what a gateway needs to be out of the Service before, and to end after it."""
+_USER = 65532  # the Containerfile's
+_MOUNT = "/home/bkpool"
+
+_PLURALS = {
+    "ServiceAccount": "serviceaccounts",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Service": "services",
+    "Secret": "secrets",
+    "Deployment": "deployments",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "NetworkPolicy": "networkpolicies",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all pools of an appliance have in common."""
+
+    image: str
+    """bkpool's own, for gateways whose pool names none."""
+    namespace: str
+    """Of the appliance."""
+    appliance: str
+    """The app.kubernetes.io/name of its pods."""
+
+
+def gateway_name(pool: Pool) -> str:
+    """The name of all that belongs to the pool's gateway, but for its Service."""
+    return f"{pool.key.name}-gateway"
+
+
+def path_of(doc: Doc) -> str:
+    """Where a document made here is in the API."""
+    plural, metadata = _PLURALS[doc["kind"]], doc["metadata"]
+    if doc["apiVersion"] == "v1":
+        return paths.core(plural, metadata["namespace"], metadata["name"])
+    return paths.group(doc["apiVersion"], plural, metadata["namespace"], metadata["name"])
+
+
+def pool_objects(pool: Pool, setting: Setting) -> list[Doc]:
+    """Everything but the Secret, in the order in which it is to be applied: the Service first, the pods last."""
+    return [
+        service(pool),
+        _service_account(pool),
+        _role(pool),
+        _role_binding(pool),
+        _gateway_policy(pool),
+        _worker_policy(pool, setting),
+        _gateway_budget(pool),
+        _leased_budget(pool),
+        deployment(pool, setting),
+    ]
+
+
+def secret(pool: Pool, data: Mapping[str, str]) -> Doc:
+    """The gateway's certificates; the values are in base64."""
+    return _doc(pool, "v1", "Secret", gateway_name(pool), type="Opaque", data=dict(data))
+
+
+def is_of_a_pool(live: Doc) -> bool:
+    """Whether an object in the cluster was made for a pool: by bkpool, or by the older Go controller."""
+    metadata = live["metadata"]
+    owners = [(owner["apiVersion"], owner["kind"]) for owner in metadata.get("ownerReferences", ())]
+    return metadata.get("labels", {}).get(LABEL_MANAGED) == MANAGER or (API_VERSION, Pool.KIND) in owners
+
+
+# --- the way in -----------------------------------------------------------------------------------------------------
+
+
+def service(pool: Pool) -> Doc:
+    """The pool's Service, which has the pool's name."""
+    gateway, networking = pool.spec.gateway, pool.spec.networking
+    kind = service_type(pool)
+    port: Doc = {"name": "gateway", "port": service_port(pool), "targetPort": "gateway", "protocol": "TCP"}
+    if kind is not ServiceType.CLUSTER_IP and gateway.node_port is not None:
+        port["nodePort"] = gateway.node_port
+    spec: Doc = {"type": kind.value, "selector": _gateway_labels(pool), "ports": [port]}
+    if kind is ServiceType.LOAD_BALANCER:
+        if gateway.load_balancer_class:
+            spec["loadBalancerClass"] = gateway.load_balancer_class
+        if networking.allowed_cidrs:
+            spec["loadBalancerSourceRanges"] = list(networking.allowed_cidrs)
+    if kind is ServiceType.NODE_PORT and networking.allowed_cidrs:
+        spec["externalTrafficPolicy"] = "Local"  # otherwise the policy would see a node's address for the caller's
+    annotations = {**networking.annotations, **networking.external.annotations}
+    return _doc(pool, "v1", "Service", pool.key.name, annotations=annotations, spec=spec)
+
+
+def service_type(pool: Pool) -> ServiceType:
+    """gateway.serviceType, else networking.serviceType, else ClusterIP."""
+    return pool.spec.gateway.service_type or pool.spec.networking.service_type or ServiceType.CLUSTER_IP
+
+
+def service_port(pool: Pool) -> int:
+    """gateway.port, else networking.port, else 1235."""
+    return pool.spec.gateway.port or pool.spec.networking.port or GATEWAY_PORT
+
+
+def outside_hosts(pool: Pool, live: Doc | None, node_address: str | None) -> list[str]:
+    """The names and addresses by which callers outside of the cluster reach the gateway, the best one first.
+
+    Args:
+        pool: Of which.
+        live: Its Service as the cluster has it; None: not known yet.
+        node_address: An address of a node with a gateway, for a Service of the type NodePort.
+    """
+    external = pool.spec.networking.external
+    given = [external.hostname] if external.hostname and external.enabled is not False else []
+    kind = service_type(pool)
+    if kind is ServiceType.LOAD_BALANCER:
+        ingress = ((live or {}).get("status", {}).get("loadBalancer", {}).get("ingress")) or []
+        return given + [host for entry in ingress if (host := entry.get("hostname") or entry.get("ip"))]
+    if kind is ServiceType.NODE_PORT and node_address:
+        return [*given, node_address]
+    return given
+
+
+def endpoint_of(pool: Pool, live: Doc | None, node_address: str | None) -> str:
+    """What a caller is told as gatewayEndpoint; for the arguments see outside_hosts.
+
+    A hostname of a Service of the type NodePort leads to nodes, and so to the port that these have for it.
+    """
+    hosts, port = outside_hosts(pool, live, node_address), service_port(pool)
+    if not hosts:
+        return f"tcp://{pool.key.name}.{pool.key.namespace}.svc:{port}"
+    if service_type(pool) is ServiceType.NODE_PORT:
+        ports = (live or {}).get("spec", {}).get("ports") or [{}]
+        port = ports[0].get("nodePort") or port
+    host = hosts[0]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def node_address(pods: Iterable[Doc], before: str | None) -> str | None:
+    """An address of a node on which a gateway runs: the same as before where that still is one."""
+    found = sorted(
+        {pod["status"]["hostIP"] for pod in pods if pod.get("status", {}).get("hostIP") and _is_ready(pod)}
+    )
+    return before if before in found else next(iter(found), before)
+
+
+def _is_ready(pod: Doc) -> bool:
+    conditions = pod["status"].get("conditions", ())
+    ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+    return ready and "deletionTimestamp" not in pod["metadata"]
+
+
+# --- the gateway's pods ---------------------------------------------------------------------------------------------
+
+
+def deployment(pool: Pool, setting: Setting) -> Doc:
+    """The gateway's pods. An old one goes only when a new one is ready, and only when its builds have ended."""
+    drain = pool.spec.gateway.drain_timeout
+    replicas = pool.spec.gateway.replicas
+    labels = _gateway_labels(pool)
+    pod: Doc = {
+        "serviceAccountName": gateway_name(pool),
+        "terminationGracePeriodSeconds": round((drain + GRACE).total_seconds()),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": _USER,
+            "runAsGroup": _USER,
+            "fsGroup": _USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": labels},
+            }
+        ],
+        "containers": [_container(pool, setting)],
+        "volumes": [{"name": "home", "emptyDir": {}}],
+    }
+    return _doc(
+        pool,
+        "apps/v1",
+        "Deployment",
+        gateway_name(pool),
+        spec={
+            "replicas": REPLICAS if replicas is None else replicas,
+            "selector": {"matchLabels": labels},
+            "progressDeadlineSeconds": 120,  # then the pool says what is wrong
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+            "template": {"metadata": {"labels": {**_LABELS, **labels}}, "spec": pod},
+        },
+    )
+
+
+def _container(pool: Pool, setting: Setting) -> Doc:
+    given = pool.spec.gateway_image
+    image = setting.image if given is None or is_foreign_gateway(given) else given
+    return {
+        "name": "gateway",
+        "image": image,
+        "args": [
+            "up",
+            "--backend=kubernetes",
+            "--roles=gateway",
+            f"--pool={pool.key}",
+            f"--gateway-address=0.0.0.0:{GATEWAY_PORT}",
+            f"--metrics-address=0.0.0.0:{METRICS_PORT}",
+            f"--drain-timeout={durations.render(pool.spec.gateway.drain_timeout)}",
+        ],
+        "env": [
+            {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
+            {"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
+            {"name": "HOME", "value": _MOUNT},
+            {"name": "TMPDIR", "value": _MOUNT},
+            {"name": "BKPOOL_HOME", "value": f"{_MOUNT}/state"},
+        ],
+        "ports": [
+            {"name": "gateway", "containerPort": GATEWAY_PORT, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": METRICS_PORT, "protocol": "TCP"},
+        ],
+        "startupProbe": {**_probe("/health"), "initialDelaySeconds": 2, "periodSeconds": 1, "failureThreshold": 300},
+        "livenessProbe": {**_probe("/health"), "periodSeconds": 10, "timeoutSeconds": 5},
+        "readinessProbe": {**_probe("/ready"), "periodSeconds": 2, "timeoutSeconds": 2},
+        "resources": _resources(pool),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [{"name": "home", "mountPath": _MOUNT}],
+    }
+
+
+def _probe(path: str) -> Doc:
+    return {"httpGet": {"path": path, "port": "metrics"}}
+
+
+def _resources(pool: Pool) -> Doc:
+    """The user's, or a small request; `cpu` and `memory` are limits."""
+    given = pool.spec.gateway.resources
+    limits = {name: value for name, value in (("cpu", given.cpu), ("memory", given.memory)) if value is not None}
+    limits |= given.limits
+    requests = given.requests or {name: value for name, value in _SMALL.items() if name not in limits}
+    return {"requests": dict(requests), **({"limits": limits} if limits else {})}
+
+
+_SMALL = {"cpu": "100m", "memory": "128Mi"}
+
+# --- rights and protection ------------------------------------------------------------------------------------------
+
+
+def _service_account(pool: Pool) -> Doc:
+    return _doc(pool, "v1", "ServiceAccount", gateway_name(pool))
+
+
+def _role(pool: Pool) -> Doc:
+    """What a gateway may: see pools and workers, register itself on a worker, and read its own certificates."""
+    rules = [
+        _rule([GROUP], ["buildkitpools", "buildkitworkers"], ["get", "list", "watch"]),
+        _rule([GROUP], ["buildkitworkers/status"], ["update", "patch"]),
+        _rule([""], ["secrets"], ["get", "list", "watch"], [gateway_name(pool)]),
+        _rule(["", "events.k8s.io"], ["events"], ["create"]),
+    ]
+    return _doc(pool, "rbac.authorization.k8s.io/v1", "Role", gateway_name(pool), rules=rules)
+
+
+def _rule(groups: list[str], resources: list[str], verbs: list[str], names: Sequence[str] = ()) -> Doc:
+    only = {"resourceNames": list(names)} if names else {}
+    return {"apiGroups": groups, "resources": resources, "verbs": verbs, **only}
+
+
+def _role_binding(pool: Pool) -> Doc:
+    name, api = gateway_name(pool), "rbac.authorization.k8s.io"
+    return _doc(
+        pool,
+        f"{api}/v1",
+        "RoleBinding",
+        name,
+        roleRef={"apiGroup": api, "kind": "Role", "name": name},
+        subjects=[{"kind": "ServiceAccount", "name": name, "namespace": pool.key.namespace}],
+    )
+
+
+def _gateway_policy(pool: Pool) -> Doc:
+    """From where the gateway may be reached. A load balancer limits that itself, and its nodes forward the rest."""
+    cidrs = pool.spec.networking.allowed_cidrs
+    limited = bool(cidrs) and service_type(pool) is not ServiceType.LOAD_BALANCER
+    clients: Doc = {"ports": [{"port": GATEWAY_PORT, "protocol": "TCP"}]}
+    if limited:
+        clients["from"] = [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
+    metrics: Doc = {"ports": [{"port": METRICS_PORT, "protocol": "TCP"}]}
+    return _policy(pool, gateway_name(pool), _gateway_labels(pool), [clients, metrics])
+
+
+def _worker_policy(pool: Pool, setting: Setting) -> Doc:
+    """Only the pool's gateways reach its workers, and the appliance, which asks them whether they are ready."""
+    gateways = {"podSelector": {"matchLabels": _gateway_labels(pool)}}
+    appliance = {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": setting.namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": setting.appliance}},
+    }
+    reached = {"ports": [{"port": WORKER_PORT, "protocol": "TCP"}], "from": [gateways, appliance]}
+    return _policy(pool, f"{pool.key.name}-workers", _labels(pool, PURPOSE_WORKER), [reached])
+
+
+def _policy(pool: Pool, name: str, selected: Doc, ingress: list[Doc]) -> Doc:
+    spec = {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": ingress}
+    return _doc(pool, "networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
+
+
+def _gateway_budget(pool: Pool) -> Doc:
+    return _budget(pool, gateway_name(pool), {"maxUnavailable": 1}, _gateway_labels(pool))
+
+
+def _leased_budget(pool: Pool) -> Doc:
+    """No leased worker is evicted."""
+    selected = {**_labels(pool, PURPOSE_WORKER), LABEL_LEASED: "true"}
+    return _budget(pool, f"{pool.key.name}-leased", {"maxUnavailable": 0}, selected)
+
+
+def _budget(pool: Pool, name: str, allowed: Doc, selected: Doc) -> Doc:
+    spec = {**allowed, "selector": {"matchLabels": selected}}
+    return _doc(pool, "policy/v1", "PodDisruptionBudget", name, spec=spec)
+
+
+# --- what every one of them has -------------------------------------------------------------------------------------
+
+_LABELS = {LABEL_MANAGED: MANAGER, "app.kubernetes.io/name": "buildkit"}
+
+
+def _labels(pool: Pool, purpose: str) -> Doc:
+    return {LABEL_POOL: pool.key.name, LABEL_PURPOSE: purpose}
+
+
+def _gateway_labels(pool: Pool) -> Doc:
+    return _labels(pool, PURPOSE_GATEWAY)
+
+
+def _doc(
+    pool: Pool, api_version: str, kind: str, name: str, *, annotations: Mapping[str, str] | None = None, **rest: Any
+) -> Doc:
+    """A document of this pool's, which ends with it."""
+    owner = {"apiVersion": API_VERSION, "kind": Pool.KIND, "name": pool.key.name, "uid": pool.uid, "controller": True}
+    metadata: Doc = {
+        "name": name,
+        "namespace": pool.key.namespace,
+        "labels": {**_LABELS, **_gateway_labels(pool)},
+        "ownerReferences": [owner],
+    }
+    if annotations:
+        metadata["annotations"] = dict(annotations)
+    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **rest}
