@@ -9,24 +9,32 @@ import asyncio
 import os
 import shutil
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import structlog
 
-from bkpool.appliance.process import ProcessAppliance
-from bkpool.appliance.settings import Settings, Tell
+from bkpool.appliance import replica
+from bkpool.appliance.backend import open_cluster, open_process
+from bkpool.appliance.host import HostAppliance, Opening
+from bkpool.appliance.settings import ALL_ROLES, Settings, Tell
+from bkpool.cluster import choice
+from bkpool.cluster.engine import Engine, engine_fault
+from bkpool.cluster.kind import Cluster, Kind
 from bkpool.core.documents import read_pools
-from bkpool.core.errors import HostFault
+from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.gateway.server import new_loop
 from bkpool.home.files import as_host_fault, write_private
 from bkpool.home.lock import HomeLock
+from bkpool.kube import Access
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.process import ProcessRuntime
 from bkpool.workers.sandbox import Binaries
 
 
 def run(settings: Settings, tell: Tell) -> int:
-    """Runs an appliance until SIGTERM or SIGINT.
+    """Runs an appliance, or the roles of one, until SIGTERM or SIGINT.
 
     Args:
         settings: How.
@@ -39,23 +47,57 @@ def run(settings: Settings, tell: Tell) -> int:
         BkpoolError: It can't start; nothing is left half-started.
     """
     _configure_logging()
+    _check_address(settings)
+    if settings.roles != ALL_ROLES:
+        _serve(replica.of_roles(settings).run(tell))
+        return 0
     pools = [
         pool
         for path in settings.pool_files
         for pool in read_pools(path.read_text("utf-8", "replace"), source=str(path))
     ]
     with HomeLock(settings.home), as_host_fault(settings.home):
-        _check_complete(settings.home)
-        backend = _backend(settings)
-        tell({"progress": f"backend: {backend} ({_WHY[settings.backend]})"})
-        binaries = _binaries(settings, tell)
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(ProcessAppliance(settings, pools, binaries).run(tell))
+        backend, why = _backend(settings)
+        tell({"progress": f"backend: {backend} ({why})"})
+        _serve(HostAppliance(settings, pools, backend, _opening(backend, settings, tell)).run(tell))
     return 0
 
 
+def _serve(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(work)
+
+
+def _opening(backend: str, settings: Settings, tell: Tell) -> Opening:
+    """Prepares what the backend needs before the event loop runs, and says how it is opened in it."""
+    match backend:
+        case choice.PROCESS:
+            _check_complete(settings.home)
+            binaries = _binaries(settings, tell)
+            return lambda stack, tell: open_process(stack, settings, binaries, tell)
+        case choice.KIND:
+            cluster = _kind_cluster(settings, tell)
+            access = Access(cluster.kubeconfig)
+            return lambda stack, tell: open_cluster(stack, settings, access, cluster.worker_ports, tell)
+        case _:
+            return lambda stack, tell: open_cluster(stack, settings, settings.access, None, tell)
+
+
+def _kind_cluster(settings: Settings, tell: Tell) -> Cluster:
+    """The kind cluster of this home, made if need be, with the images that are given."""
+    program = _tools(settings, tell).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
+    with Engine.connect() as engine:
+        kind = Kind(program, engine, settings.home, tell)
+        cluster = kind.ensure(settings.cluster, node_image=settings.node_image)
+        for archive in settings.image_archives:
+            kind.load_archive(cluster, archive)
+        if settings.buildkit_image is not None:
+            kind.load_image(cluster, settings.buildkit_image)
+    return cluster
+
+
 def purge(home: Path, cache: Path) -> None:
-    """Removes everything an appliance keeps: caches, leases, certificates and keys. Only what bkpool made goes.
+    """Removes everything an appliance keeps: caches, leases, certificates, keys, and the kind cluster that it made.
 
     Raises:
         HostFault: An appliance still runs from this home, or something can't be removed.
@@ -63,7 +105,11 @@ def purge(home: Path, cache: Path) -> None:
     if not home.is_dir():
         return
     with HomeLock(home), as_host_fault(home):
-        asyncio.run(_purge_workers(home, Toolchain(cache)))
+        tools = Toolchain(cache)
+        asyncio.run(_purge_workers(home, tools))
+        if (home / "kind.json").exists():
+            with Engine.connect() as engine:
+                Kind(tools.ensure(Tool.KIND), engine, home, lambda _told: None).delete()
         for name in ("slots", "logs", "pki"):
             if (home / name).exists():
                 shutil.rmtree(home / name)
@@ -98,27 +144,29 @@ async def _sweep_workers(home: Path, tools: Toolchain) -> int:
     return left
 
 
-_WHY = {"auto": "the default here: it needs no container engine and no cluster", "process": "as asked"}
+def _backend(settings: Settings) -> tuple[str, str]:
+    """The backend of this home, which is recorded, and why it is that one."""
+    record = settings.home / "backend"
+    kept = record.read_text("utf-8").strip() if record.exists() else None
+    backend, why = choice.choose_backend(settings.backend, kept, engine_fault, settings.home)
+    if kept is None:
+        write_private(record, f"{backend}\n".encode())
+    return backend, why
 
 
-def _backend(settings: Settings) -> str:
-    """The backend of this home: the first `up` decides, and later ones never silently change worlds.
+def _check_address(settings: Settings) -> None:
+    """A bearer token that crosses a network in clear is the whole network's: that must be asked for.
 
     Raises:
-        HostFault: This home was made with another backend.
+        InvalidInput: The API would be served in clear beyond this machine.
     """
-    wanted = "process" if settings.backend == "auto" else settings.backend
-    record = settings.home / "backend"
-    kept = record.read_text("utf-8").strip() if record.exists() else wanted
-    if kept != wanted:
-        raise HostFault(
-            f"--backend: {settings.home} holds a world of backend {kept!r}, not {wanted!r}",
-            hint=f"Use --backend {kept}, another BKPOOL_HOME, or `bkpool down --purge` to begin anew.",
-            code="OtherBackend",
+    host, _ = settings.api_address
+    if host not in {"127.0.0.1", "::1", "localhost"} and not settings.plain_http:
+        raise InvalidInput(
+            f"--api-address: {host} is reached from other machines, and the API has no TLS of its own",
+            hint="Keep it on 127.0.0.1 behind something that does TLS, or add --plain-http.",
+            field="--api-address",
         )
-    if not record.exists():
-        write_private(record, f"{wanted}\n".encode())
-    return wanted
 
 
 def _check_complete(home: Path) -> None:
@@ -137,13 +185,16 @@ def _check_complete(home: Path) -> None:
 
 def _binaries(settings: Settings, tell: Tell) -> Binaries:
     """The programs that workers need; as an ordinary user also rootlesskit. Gets what is missing."""
+    tools = [Tool.BUILDKITD, Tool.RUNC, Tool.BUILDX] + ([] if os.geteuid() == 0 else [Tool.ROOTLESSKIT])
+    found = _tools(settings, tell).ensure_all(tools)
+    return Binaries(found[Tool.BUILDKITD], found[Tool.RUNC], found.get(Tool.ROOTLESSKIT))
 
+
+def _tools(settings: Settings, tell: Tell) -> Toolchain:
     def progress(tool: Tool, text: str, fraction: float | None) -> None:  # noqa: ARG001 - a line has no bar
         tell({"progress": f"{tool}: {text}"})
 
-    tools = [Tool.BUILDKITD, Tool.RUNC, Tool.BUILDX] + ([] if os.geteuid() == 0 else [Tool.ROOTLESSKIT])
-    found = Toolchain(settings.cache, progress=progress).ensure_all(tools)
-    return Binaries(found[Tool.BUILDKITD], found[Tool.RUNC], found.get(Tool.ROOTLESSKIT))
+    return Toolchain(settings.cache, progress=progress)
 
 
 def _configure_logging() -> None:

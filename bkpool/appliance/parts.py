@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -16,7 +16,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bkpool.appliance.settings import Address
-from bkpool.core.errors import Conflict, HostFault, NotFound
+from bkpool.cluster.leader import Leadership
+from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound
 from bkpool.core.names import DEFAULT_POOL, Key
 from bkpool.core.objects import Pool, PoolStatus, Worker
 from bkpool.core.resource import Metadata
@@ -80,6 +81,15 @@ async def withdraw_leftovers(store: Store, gateway: str) -> None:
 def _given(pool: Pool) -> dict[str, Any]:
     """What of a pool's metadata is the user's to give."""
     return pool.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})
+
+
+async def led(leadership: Leadership, work: Callable[[], Awaitable[None]]) -> None:
+    """Does the work while this replica holds the Lease; when cancelled, gives it back at once."""
+    try:
+        await leadership.lead(work)
+    finally:
+        with suppress(BkpoolError):  # it then runs out by itself
+            await leadership.release()
 
 
 @asynccontextmanager

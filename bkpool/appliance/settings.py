@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from bkpool.core.names import API_PORT, METRICS_PORT
+from bkpool.core.names import API_PORT, METRICS_PORT, SYSTEM_NAMESPACE, Key
+from bkpool.kube import Access
 
 Tell = Callable[[dict[str, Any]], None]
 """Told {"progress": text} while the appliance starts, then once what `appliance.json` says."""
 
 Address = tuple[str, int]
+
+
+class Role(StrEnum):
+    """What one process of an appliance does; on a single machine one does it all."""
+
+    API = "api"
+    CONTROLLER = "controller"
+    GATEWAY = "gateway"
+
+
+ALL_ROLES = frozenset(Role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +45,28 @@ class Settings:
     pool_files: tuple[Path, ...] = ()
     drain_timeout: timedelta = timedelta(minutes=10)
     """How long open builds may go on after SIGTERM."""
+    plain_http: bool = False
+    """Serve the API without TLS also where others could listen on the way."""
+
+    # kind and kubernetes
+    cluster: str = "bkpool"
+    """The name of the kind cluster."""
+    node_image: str | None = None
+    buildkit_image: str | None = None
+    image_archives: tuple[Path, ...] = ()
+    kubeconfig: Path | None = None
+    context: str | None = None
+    namespace: str = SYSTEM_NAMESPACE
+    """Where the appliance itself is in the cluster: its keys and its Lease."""
+    roles: frozenset[Role] = ALL_ROLES
+    pool: Key | None = None
+    """The one pool of a gateway that runs alone."""
+    pool_namespaces: tuple[str, ...] = ()
+    """Where pools may be; none: everywhere. Rights to see pods are needed in these only."""
+    image: str | None = None
+    """bkpool's own, for the gateways that the controller makes; None: the one that the manifests name."""
+
+    @property
+    def access(self) -> Access:
+        """The cluster, where it is not one of kind."""
+        return Access(self.kubeconfig, self.context)

@@ -24,6 +24,8 @@ COMMANDS = {
     "renew": "Let a lease run longer.",
     "release": "Give a leased worker back.",
     "logs": "Show the log of the appliance or of a worker.",
+    "kubeconfig": "Say how kubectl reaches the cluster of this home.",
+    "manifests": "Print the manifests of an appliance in a cluster.",
     "toolchain": "Get the tools that bkpool runs, and say where they are.",
     "doctor": "Check whether this machine has what bkpool needs.",
     "version": "Show the version.",

@@ -16,6 +16,7 @@ import click
 from bkpool.cli import console, home, launch, options
 from bkpool.core import durations
 from bkpool.core.errors import BkpoolError, HostFault, InvalidInput
+from bkpool.core.names import Key
 
 HIGHEST_PORT = 65535
 _OPTIONS = {
@@ -26,8 +27,21 @@ _OPTIONS = {
     "gateway_hosts": "--gateway-host",
     "metrics_address": "--metrics-address",
     "drain_timeout": "--drain-timeout",
+    "plain_http": "--plain-http",
+    "cluster": "--cluster",
+    "node_image": "--node-image",
+    "buildkit_image": "--buildkit-image",
+    "image_archives": "--image-archive",
+    "kubeconfig": "--kubeconfig",
+    "context": "--context",
+    "namespace": "--namespace",
+    "roles": "--roles",
+    "pool": "--pool",
+    "pool_namespaces": "--pool-namespace",
+    "image": "--image",
 }
 """Field of the appliance's Settings to option."""
+_FILE = click.Path(path_type=Path)
 
 
 def _timeout(ctx: click.Context, param: click.Parameter, value: str | None) -> timedelta | None:
@@ -49,6 +63,34 @@ def _address(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return host.strip("[]"), int(port)
 
 
+def _roles(_ctx: click.Context, param: click.Parameter, value: str | None) -> frozenset[str] | None:
+    """A callback of click for a list of roles."""
+    if value is None:
+        return None
+    roles = frozenset(value.split(","))
+    if not roles <= {"api", "controller", "gateway"}:
+        raise InvalidInput(
+            f"{param.opts[0]}: {value[:80]!r} is no list of roles",
+            hint="Write one or more of api, controller and gateway, with commas between them.",
+            field=param.opts[0],
+        )
+    return roles
+
+
+def _pool(_ctx: click.Context, param: click.Parameter, value: str | None) -> Key | None:
+    """A callback of click for NAMESPACE/NAME."""
+    if value is None:
+        return None
+    namespace, slash, name = value.partition("/")
+    if not slash or not namespace or not name or "/" in name:
+        raise InvalidInput(
+            f"{param.opts[0]}: {value[:80]!r} is not of the form NAMESPACE/NAME",
+            hint="Write default/my-pool.",
+            field=param.opts[0],
+        )
+    return Key(namespace, name)
+
+
 @click.command(short_help="Start the appliance: controller, API and gateway.")
 @click.option("-d", "--detach", is_flag=True, help="Run in the background; return when it is ready.")
 @click.option(
@@ -56,10 +98,15 @@ def _address(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
     "--file",
     "pool_files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=_FILE,
     help="A YAML file with pools (several documents allowed); repeatable. Without it there is one pool, `default`.",
 )
-@click.option("--backend", type=click.Choice(["auto", "process"]), help="What runs the workers.  [default: auto]")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "process", "kind", "kubernetes"]),
+    help="What runs the workers.  [default: what this home was made with; else kind where a container engine "
+    "answers, else process]",
+)
 @click.option("--api-address", metavar="HOST:PORT", callback=_address, help="[default: 127.0.0.1:8082]")
 @click.option("--gateway-address", metavar="HOST:PORT", callback=_address, help="[default: port 1235]")
 @click.option(
@@ -73,6 +120,32 @@ def _address(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option(
     "--drain-timeout", metavar="DURATION", callback=_timeout, help="How long open builds may finish.  [default: 10m]"
 )
+@click.option("--cluster", metavar="NAME", help="kind: the cluster's name.  [default: bkpool]")
+@click.option("--node-image", metavar="IMAGE", help="kind: the image of its node.  [default: the one of this kind]")
+@click.option("--buildkit-image", metavar="IMAGE", help="Pods: the image of workers, where a pool names none.")
+@click.option(
+    "--image-archive",
+    "image_archives",
+    multiple=True,
+    type=_FILE,
+    help="kind: a `docker save` archive to load into it, where nothing can be pulled; repeatable.",
+)
+@click.option("--kubeconfig", type=_FILE, help="kubernetes: the file.  [default: as kubectl]")
+@click.option("--context", metavar="NAME", help="kubernetes: the context in it.  [default: its current one]")
+@click.option(
+    "--namespace", metavar="NAME", help="Of the appliance itself, in a cluster.  [default: buildkit-system]"
+)
+@click.option("--roles", callback=_roles, metavar="LIST", help="In a cluster: api,controller or gateway.")
+@click.option("--pool", callback=_pool, metavar="NAMESPACE/NAME", help="The pool of a gateway that runs alone.")
+@click.option(
+    "--pool-namespace",
+    "pool_namespaces",
+    metavar="NAME",
+    multiple=True,
+    help="In a cluster: where pools may be; repeatable.  [default: everywhere]",
+)
+@click.option("--image", metavar="IMAGE", help="In a cluster: bkpool's own, for the gateways.")
+@click.option("--plain-http", is_flag=True, help="Serve the API in clear beyond this machine too.")
 @options.as_json
 def command(detach: bool, as_json: bool, **given: Any) -> int:
     """Start the appliance on this machine.
@@ -80,9 +153,12 @@ def command(detach: bool, as_json: bool, **given: Any) -> int:
     Started already it says so and is content. The first SIGTERM or Ctrl-C lets open builds finish, the second cuts
     them.
     """
-    settings = {name: value for name, value in given.items() if value not in (None, (), "auto")}
-    if files := settings.get("pool_files"):
-        settings["pool_files"] = tuple(_readable(path) for path in files)
+    settings = {name: value for name, value in given.items() if value not in (None, (), "auto", False)}
+    for name in ("pool_files", "image_archives"):
+        if files := settings.get(name):
+            settings[name] = tuple(_readable(path, _OPTIONS[name]) for path in files)
+    if "kubeconfig" in settings:
+        settings["kubeconfig"] = _readable(settings["kubeconfig"], "--kubeconfig")
     if running := home.running():
         _answer(_same(running, settings), "bkpool is running already", as_json=as_json)
         return 0
@@ -141,13 +217,16 @@ def _on_port(endpoint: str, address: tuple[str, int] | None) -> bool:
     return address is None or address[1] == 0 or endpoint.endswith(f":{address[1]}")
 
 
+_REPEATED = {"pool_files", "gateway_hosts", "image_archives", "pool_namespaces"}
+
+
 def _arguments(settings: dict[str, Any]) -> list[str]:
     """The command line that means these settings, for the appliance in the background."""
     return [
         part
         for name, value in settings.items()
-        for one in (value if name in {"pool_files", "gateway_hosts"} else (value,))
-        for part in (_OPTIONS[name], _text(one))
+        for one in (value if isinstance(value, tuple) and name in _REPEATED else (value,))
+        for part in ((_OPTIONS[name],) if one is True else (_OPTIONS[name], _text(one)))
     ]
 
 
@@ -155,19 +234,23 @@ def _text(value: object) -> str:
     match value:
         case timedelta():
             return durations.render(value)
+        case frozenset():
+            return ",".join(sorted(value))
+        case Key():
+            return str(value)
         case (str(host), int(port)):
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         case _:
             return str(value)
 
 
-def _readable(path: Path) -> Path:
+def _readable(path: Path, option: str) -> Path:
     try:
         with path.open("rb"):
             return path.absolute()
     except OSError as error:
         raise InvalidInput(
-            f"--file: {path} cannot be read: {error.strerror}", hint="Correct the name.", field="--file"
+            f"{option}: {path} cannot be read: {error.strerror}", hint="Correct the name.", field=option
         ) from None
 
 

@@ -1,0 +1,141 @@
+"""What an appliance stands on: a store, a runtime and the secrets, opened for one backend.
+
+Everything beyond this module is the same on every backend. What is opened is entered into the caller's exit stack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Collection, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bkpool.appliance import cluster_secrets
+from bkpool.appliance.settings import Settings, Tell
+from bkpool.cluster import crds
+from bkpool.cluster.leader import Leadership
+from bkpool.core.errors import Conflict
+from bkpool.core.ignored import KIND_IGNORES, PROCESS_IGNORES
+from bkpool.gateway.dial import Dial, Dialler, TlsDialler
+from bkpool.kube import Access, KubeApi, paths
+from bkpool.pki import keep
+from bkpool.pki.authority import Authority
+from bkpool.pki.backend import worker_context
+from bkpool.store import Store
+from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
+from bkpool.store.kubernetes import KubernetesStore
+from bkpool.store.sqlite import SqliteStore
+from bkpool.workers import Runtime
+from bkpool.workers.pods import PodRuntime
+from bkpool.workers.process import ProcessRuntime
+from bkpool.workers.sandbox import Binaries
+
+LEASE = "bkpool-controller"
+"""The Lease whose holder runs the controller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The parts that differ from one backend to another."""
+
+    store: Store
+    runtime: Runtime
+    authority: Authority
+    """Of the gateway's and the clients' certificates."""
+    token_key: bytes
+    dial: Dialler
+    gateway: str
+    """The name under which this appliance's gateway registers: the same over all its lives."""
+    recorder: Recorder
+    unread: Collection[str]
+    """Fields of a pool's spec that nothing reads here."""
+    leadership: Leadership | None = None
+    """Where others might run a controller too."""
+    loops: tuple[Coroutine[Any, Any, None], ...] = ()
+    """What must run beside."""
+
+
+async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Binaries, tell: Tell) -> Backend:
+    """Processes of buildkitd on this machine, and one SQLite file."""
+    home = settings.home
+    secrets = keep.load_or_create(home / "pki", datetime.now(UTC))
+    tell({"progress": "opening the store"})
+    store = await SqliteStore.open(home / "state.db")
+    stack.push_async_callback(store.close)
+    runtime = ProcessRuntime(home, binaries)
+    stack.push_async_callback(runtime.close, stop_workers=True)
+    return Backend(
+        store=store,
+        runtime=runtime,
+        authority=secrets.authority,
+        token_key=secrets.token_key,
+        dial=Dial,
+        gateway="local",  # one home has one gateway
+        recorder=LogRecorder(),
+        unread=PROCESS_IGNORES,
+    )
+
+
+async def open_cluster(
+    stack: AsyncExitStack, settings: Settings, access: Access, host_ports: tuple[int, ...] | None, tell: Tell
+) -> Backend:
+    """Pods in a cluster and custom resources, for an appliance that runs beside the cluster, with every role.
+
+    Args:
+        stack: What closes it again.
+        settings: How the appliance runs.
+        access: The cluster.
+        host_ports: On kind: the ports of this machine that lead to workers. None: pods are reached by their address.
+        tell: Told what is being done.
+    """
+    api = await KubeApi.connect(access)
+    stack.push_async_callback(api.close)
+    tell({"progress": "installing the custom resources"})
+    await crds.install(api)
+    await _ensure_namespace(api, settings.namespace)
+    store = KubernetesStore(api)
+    now = datetime.now(UTC)
+    secrets = await cluster_secrets.load_or_create(api, settings.namespace, store, now)
+    name = _name_of(settings.home)
+    leaf = secrets.backend.issue_dialler(
+        name, now, now + timedelta(days=3650)
+    )  # in memory: it ends with this process
+    context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
+    runtime = PodRuntime(
+        api,
+        backend=secrets.backend,
+        context=context,
+        image=settings.buildkit_image,
+        host_ports=host_ports,
+    )
+    stack.push_async_callback(runtime.close, stop_workers=True)
+    recorder = KubernetesRecorder(api, name)
+    return Backend(
+        store=store,
+        runtime=runtime,
+        authority=secrets.authority,
+        token_key=secrets.token_key,
+        dial=TlsDialler(context),
+        gateway=name,
+        recorder=recorder,
+        unread=KIND_IGNORES,
+        leadership=Leadership(api, settings.namespace, LEASE, name),
+        loops=(recorder.run(),),
+    )
+
+
+async def _ensure_namespace(api: KubeApi, name: str) -> None:
+    try:
+        await api.create(paths.core("namespaces"), {"metadata": {"name": name}})
+    except Conflict:
+        return
+
+
+def _name_of(home: Path) -> str:
+    """One home is one appliance over all its lives; two homes against one cluster are two."""
+    place = f"{socket.gethostname()}\0{home.absolute()}"
+    return f"host-{hashlib.sha256(place.encode()).hexdigest()[:12]}"

@@ -1,0 +1,211 @@
+"""The appliance with all its roles in one process: opens the rooms in order, serves, and closes them in reverse.
+
+Each room is entered into one exit stack as soon as it is open, so that a failed start closes what was opened. Which
+backend it stands on it is told; nothing here asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+
+from bkpool import __version__
+from bkpool.allocation import Claims, Leases
+from bkpool.api import Service, make_app
+from bkpool.appliance.backend import Backend
+from bkpool.appliance.certifier import Certifier
+from bkpool.appliance.lifetime import Lifetime
+from bkpool.appliance.parts import apply_pools, feed, in_url, led, metrics_app, running, serve, withdraw_leftovers
+from bkpool.appliance.settings import Address, Settings, Tell
+from bkpool.controller import Controller
+from bkpool.core.errors import Unavailable
+from bkpool.core.ignored import ignored_fields
+from bkpool.core.names import GATEWAY_PORT
+from bkpool.core.objects import Pool
+from bkpool.core.policy import PoolSetting
+from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.registration import StoreRegistrar
+from bkpool.gateway.server import Gateway
+from bkpool.home.files import private_directory, write_private
+from bkpool.identity.local import AdminToken, load_or_create
+from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+GRACE = timedelta(seconds=1)
+"""After the last build of a drain: so long the API goes on answering, so that the lease can still be released."""
+
+Opening = Callable[[AsyncExitStack, Tell], Awaitable[Backend]]
+
+
+class HostAppliance:
+    """One run of the appliance on this machine.
+
+    Args:
+        settings: How it runs.
+        pools: Of the files that the user gave.
+        backend: The name of what it stands on.
+        opening: Opens that.
+    """
+
+    def __init__(self, settings: Settings, pools: list[Pool], backend: str, opening: Opening) -> None:
+        self._settings = settings
+        self._pools = pools
+        self._name = backend
+        self._opening = opening
+
+    async def run(self, tell: Tell) -> None:
+        """Starts everything, serves until told to stop, and ends it in the opposite order."""
+        self._life = Lifetime()
+        async with AsyncExitStack() as stack:
+            await self._start(stack, tell)
+            await self._life.stopping.wait()
+            log.info("appliance.stopping")
+        self._life.check()
+
+    async def _start(self, stack: AsyncExitStack, tell: Tell) -> None:
+        home, died = self._settings.home, self._life.died
+        admin = AdminToken(load_or_create(home))
+        metrics = Metrics()
+        backend = await self._opening(stack, tell)
+        for loop in backend.loops:
+            await stack.enter_async_context(running(loop, died))
+        mirror = await self._follow(stack, backend)
+        tell({"progress": "looking for workers of an earlier run"})
+        await backend.runtime.adopt()
+        tell({"progress": "starting gateway, controller and API"})
+        gateway, endpoint = await self._open_gateway(stack, backend, mirror, metrics)
+
+        leases = Leases(store=backend.store, mirror=mirror, now=_now)
+        claims = Claims(
+            store=backend.store,
+            mirror=mirror,
+            leases=leases,
+            authority=backend.authority,
+            token_key=backend.token_key,
+            caches=backend.runtime.caches,
+            now=_now,
+        )
+        stack.push_async_callback(claims.close)
+        await stack.enter_async_context(running(self._control(backend, mirror, endpoint), died))
+        service = Service(
+            claims=claims,
+            leases=leases,
+            mirror=mirror,
+            authenticators=(admin,),
+            gateway_endpoint=lambda _pool: endpoint,
+            connections=lambda pool: metrics.active(pool.key.name),
+            trouble=lambda: "the appliance is stopping" if self._life.stopping.is_set() else mirror.trouble,
+        )
+        described = await self._open_api(stack, service, metrics, endpoint)
+        stack.push_async_callback(self._drain, gateway, lambda: any(metrics.active(key.name) for key in mirror.pools))
+        stack.callback(claims.turn_away, Unavailable("the appliance is stopping", hint="Try again once it is up."))
+        write_private(home / "appliance.json", json.dumps(described).encode())
+        log.info("appliance.ready", **described)
+        tell(described)
+
+    async def _follow(self, stack: AsyncExitStack, backend: Backend) -> Mirror:
+        """The pools as wanted, and a copy of everything that is kept up to date."""
+        await apply_pools(backend.store, self._pools)
+        await withdraw_leftovers(backend.store, backend.gateway)
+        mirror = Mirror(backend.store)
+        await stack.enter_async_context(running(mirror.run(), self._life.died))
+        await mirror.ready.wait()
+        return mirror
+
+    async def _control(self, backend: Backend, mirror: Mirror, endpoint: str) -> None:
+        """The controller, for as long as nobody else runs one."""
+
+        def setting(pool: Pool) -> PoolSetting:
+            ignored = ignored_fields(pool.spec, backend.unread)
+            return PoolSetting(endpoint=endpoint, ignored=ignored, capacity=backend.runtime.capacity)
+
+        def work() -> Awaitable[None]:
+            return Controller(
+                store=backend.store,
+                mirror=mirror,
+                runtime=backend.runtime,
+                now=_now,
+                setting=setting,
+                recorder=backend.recorder,
+            ).run()
+
+        if backend.leadership is None:
+            await work()
+        else:
+            await led(backend.leadership, work)
+
+    async def _open_gateway(
+        self, stack: AsyncExitStack, backend: Backend, mirror: Mirror, metrics: Metrics
+    ) -> tuple[Gateway, str]:
+        """The gateway, and the endpoint that clients are told."""
+        settings = self._settings
+        private_directory(settings.home / "pki")
+        registrar = StoreRegistrar(backend.store, backend.gateway, _now, mirror.apply)
+        gateway = Gateway(registrar, now=_now, metrics=metrics, dial=backend.dial)
+        certify = Certifier(
+            gateway,
+            directory=settings.home / "pki",
+            authority=backend.authority,
+            mirror=mirror,
+            hosts=settings.gateway_hosts,
+            now=_now,
+        )
+        certify.renew()
+        [(_, port)] = await gateway.start([_gateway_address(settings)])
+        stack.push_async_callback(gateway.close)
+        stack.callback(feed(gateway, mirror))
+        await stack.enter_async_context(running(certify.run(), self._life.died))
+        host = settings.gateway_hosts[0] if settings.gateway_hosts else "localhost"
+        return gateway, f"tcp://{in_url(host)}:{port}"
+
+    async def _open_api(
+        self, stack: AsyncExitStack, service: Service, metrics: Metrics, endpoint: str
+    ) -> dict[str, Any]:
+        """Opens the API and the metrics; returns what `appliance.json` says while they are open."""
+        settings = self._settings
+        stack.callback((settings.home / "appliance.json").unlink, missing_ok=True)
+        api = await serve(stack, make_app(service), settings.api_address, "--api-address")
+        scrape = await serve(stack, metrics_app(metrics), settings.metrics_address, "--metrics-address")
+        return {
+            "pid": os.getpid(),
+            "backend": self._name,
+            "version": __version__,
+            "apiEndpoint": f"http://{api}",
+            "gatewayEndpoint": endpoint,
+            "metricsEndpoint": f"http://{scrape}/metrics",
+            "startedAt": _now().isoformat(timespec="seconds"),
+        }
+
+    async def _drain(self, gateway: Gateway, busy: Callable[[], bool]) -> None:
+        """Nothing new comes in; open builds finish, or meet the deadline, or a second signal."""
+        was_busy = busy()
+        seconds = self._settings.drain_timeout.total_seconds()
+        log.info("appliance.draining", seconds=seconds, busy=was_busy)
+        draining = asyncio.create_task(gateway.drain(seconds))
+        forced = asyncio.create_task(self._life.forced.wait())
+        await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
+        if self._life.forced.is_set():
+            log.warning("appliance.forced")
+            await gateway.drain(0)
+        elif was_busy:
+            await self._life.pause(GRACE.total_seconds())
+        forced.cancel()
+        await draining
+
+
+def _gateway_address(settings: Settings) -> Address:
+    if settings.gateway_address is not None:
+        return settings.gateway_address
+    return ("0.0.0.0" if settings.gateway_hosts else "127.0.0.1", GATEWAY_PORT)  # noqa: S104 - mTLS, and asked for
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,43 @@
+"""When a process of an appliance is to end: at a signal, or with a room that died.
+
+It only says so; what ends in which order is its user's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+
+class Lifetime:
+    """From a start to the first SIGTERM or SIGINT; the second one hurries.
+
+    To be made in the event loop that it is for.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = asyncio.Event()
+        self.forced = asyncio.Event()
+        self._death: BaseException | None = None
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def died(self, error: BaseException) -> None:
+        """Half an appliance helps nobody: without waiting for builds, it ends with the error."""
+        self._death = error
+        self.stopping.set()
+        self.forced.set()
+
+    def check(self) -> None:
+        """Raises what a room died of."""
+        if self._death is not None:
+            raise self._death
+
+    async def pause(self, seconds: float) -> None:
+        """Waits so long, or until it is hurried."""
+        await asyncio.wait([hurried := asyncio.create_task(self.forced.wait())], timeout=seconds)
+        hurried.cancel()
+
+    def _on_signal(self) -> None:
+        (self.forced if self.stopping.is_set() else self.stopping).set()
