@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "zipapp"]
+nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "kind", "zipapp"]
 nox.options.stop_on_first_error = False
 
 BIN = Path(sys.executable).parent
@@ -44,7 +44,17 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def e2e(session: nox.Session) -> None:
     """Real buildkitd, real buildx, a real registry: the usage guide's own commands."""
-    session.run("pytest", "e2e", *session.posargs)
+    session.run("pytest", "e2e", "--ignore=e2e/kind", *session.posargs)
+
+
+@nox.session
+def kind(session: nox.Session) -> None:
+    """The same on a kind cluster, and what is about clusters alone. Skipped where no container engine answers."""
+    from bkpool.cluster.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+
+    if fault := engine_fault():
+        (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
+    session.run("pytest", "e2e", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
 
 
 @nox.session

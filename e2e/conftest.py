@@ -11,8 +11,43 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.cluster.engine import engine_fault
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import HERE, Appliance, Context, registry
+from kind_cluster import E2eCluster, Kubectl, e2e_cluster
+from worlds import Pods, Processes, World
+
+BACKEND = os.environ.get("BKPOOL_E2E_BACKEND", "process")
+"""On which backend the tests run that do not say for which they are."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is about another backend."""
+    others = [item for item in items if (mark := item.get_closest_marker("only")) and mark.args[0] != BACKEND]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[E2eCluster]:
+    """A kind cluster, where a container engine answers: kind_cluster.py."""
+    if fault := engine_fault():
+        pytest.skip(fault)
+    with e2e_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def kubectl(cluster: E2eCluster) -> Kubectl:
+    return Kubectl(cluster.kubeconfig)
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest) -> World:
+    """Where the workers are."""
+    if BACKEND == "process":
+        return Processes()
+    return Pods(request.getfixturevalue("cluster"))
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +83,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def registry_host(registry_program: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with registry(registry_program, tmp_path_factory.mktemp("registry")) as host:
+def registry_host(registry_program: Path, tmp_path_factory: pytest.TempPathFactory, world: World) -> Iterator[str]:
+    with registry(registry_program, tmp_path_factory.mktemp("registry"), world.registry_address) as host:
         yield host
 
 
@@ -59,9 +94,9 @@ def context(tmp_path: Path, program: Path) -> Context:
 
 
 @pytest.fixture(scope="module")
-def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) -> Iterator[Appliance]:
+def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path], world: World) -> Iterator[Appliance]:
     """An appliance with a warm worker, for tests that leave it as they found it."""
-    appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools)
+    appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools, world=world)
     appliance.up_with({"scaling": {"min": 1, "max": 4}})
     appliance.all_idle()
     yield appliance
@@ -69,12 +104,12 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path]) 
 
 
 @pytest.fixture
-def make_appliance(tmp_path: Path, tools: dict[str, Path]) -> Iterator[Callable[[], Appliance]]:
+def make_appliance(tmp_path: Path, tools: dict[str, Path], world: World) -> Iterator[Callable[[], Appliance]]:
     """Homes for tests that do as they like with them; nothing is started yet."""
     made: list[Appliance] = []
 
     def make(name: str = "a", **more: object) -> Appliance:
-        made.append(Appliance(tmp_path / name, tools, **more))
+        made.append(Appliance(tmp_path / name, tools, **{"world": world, **more}))
         return made[-1]
 
     yield make

@@ -23,6 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from worlds import Processes, World
+
 HERE = Path(__file__).parent
 PATIENCE = 60.0  # seconds: how long a test waits for a condition before it says that it never came
 
@@ -115,6 +119,7 @@ class Appliance:
     tools: dict[str, Path]
     program: list[str] = field(default_factory=lambda: [sys.executable, "-m", "bkpool"])
     extra_env: dict[str, str] = field(default_factory=dict)
+    world: World = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         self.home = self.base / "home"
@@ -152,7 +157,7 @@ class Appliance:
 
     def up(self, *options: str) -> dict[str, Any]:
         addresses = [part for name, port in self.ports.items() for part in (f"--{name}-address", f"127.0.0.1:{port}")]
-        return self.cli("up", "-d", "--backend", "process", *addresses, *options).ok().json
+        return self.cli("up", "-d", *self.world.options(), *addresses, *options).ok().json
 
     def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
         """Up, with one pool of this spec."""
@@ -187,6 +192,10 @@ class Appliance:
                 if str(self.home / "slots").encode() in command and alive(int(stat.name)):
                     found.append(int(stat.name))
         return found
+
+    def workers(self) -> list[Any]:
+        """What runs buildkitd now, on whatever backend."""
+        return self.world.workers(self)
 
     # --- its user ---
 
@@ -254,9 +263,12 @@ class Appliance:
             if process.stdout is not None:
                 process.stdout.close()
         self.down("--now")
-        left = self.daemons()
-        self.down("--purge")
-        assert left == [], "something of a worker was still running after `down`"
+        self.world.clean(self)
+
+
+def only(backend: str, why: str) -> Any:
+    """A test about one backend: on another it is not collected."""
+    return pytest.mark.only(backend, why)
 
 
 def really_ran(answer: Answer, said: str) -> bool:
@@ -296,29 +308,29 @@ class Context:
 
 
 @contextlib.contextmanager
-def registry(program: Path, directory: Path) -> Iterator[str]:
-    """A real registry on loopback; gives its host:port."""
+def registry(program: Path, directory: Path, address: str = "127.0.0.1") -> Iterator[str]:
+    """A real registry, on loopback or in the test's own container network; gives its host:port."""
     port = free_port()
     config = directory / "registry.yml"
     config.write_text(
         "version: 0.1\n"
         f"storage: {{filesystem: {{rootdirectory: {directory / 'data'}}}, delete: {{enabled: true}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+        f"http: {{addr: '{address}:{port}'}}\n"
         "log: {level: error, accesslog: {disabled: true}}\n"
     )
     with (directory / "registry.log").open("w") as log:
         process = subprocess.Popen([str(program), "serve", str(config)], stdout=log, stderr=log)
     try:
-        eventually(lambda: _answers(port), "the registry answers")
-        yield f"127.0.0.1:{port}"
+        eventually(lambda: _answers(address, port), "the registry answers")
+        yield f"{address}:{port}"
     finally:
         process.terminate()
         process.wait()
 
 
-def _answers(port: int) -> bool:
+def _answers(address: str, port: int) -> bool:
     with contextlib.suppress(OSError):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        connection = http.client.HTTPConnection(address, port, timeout=2)
         connection.request("GET", "/v2/")
         connection.getresponse().read()
         connection.close()

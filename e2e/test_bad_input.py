@@ -6,6 +6,10 @@ import socket
 
 import pytest
 
+from harness import only
+
+pytestmark = only("process", "what is read and said before a backend matters")
+
 POOL = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: default}\nspec: "
 
 

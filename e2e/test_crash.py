@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from harness import alive, eventually, read_until, really_ran
-
-
-def _buildkitd(appliance):
-    """The pids of the buildkitd processes themselves."""
-    return sorted(pid for pid in appliance.daemons() if _name(pid).startswith("buildkitd"))
-
-
-def _name(pid):
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text()
-    return ""
+from harness import alive, eventually, only, read_until, really_ran
 
 
 def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context):
@@ -31,14 +16,14 @@ def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context)
     builder = appliance.builder(certificates, "before")
     appliance.build(builder, context.dockerfile("say first")).ok()
     eventually(lambda: appliance.pool()["idle"] == 1, "the floor")
-    before = _buildkitd(appliance)
+    before = appliance.workers()
     assert len(before) == 2
 
     appliance.kill()
-    assert _buildkitd(appliance) == before, "workers outlive the appliance"
+    assert appliance.workers() == before, "workers outlive the appliance"
     appliance.up()
 
-    assert _buildkitd(appliance) == before, "adopted, not started again"
+    assert appliance.workers() == before, "adopted, not started again"
     again = appliance.build(builder, context.path).ok()
     assert not really_ran(again, "first"), "the same certificate leads to the same worker"
     appliance.release(certificates.lease).ok()
@@ -67,7 +52,7 @@ def test_the_appliance_is_killed_in_the_middle_of_a_build(make_appliance, contex
 
 def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
     appliance = make_appliance()
-    appliance.up_with({"scaling": {"max": 1}})
+    appliance.up_with({"scaling": {"max": 1}, "cache": {"backends": [{"type": "local"}]}})
     certificates = appliance.allocate()
     builder = appliance.builder(certificates, "worker")
     appliance.build(builder, context.dockerfile("say kept")).ok()
@@ -76,8 +61,8 @@ def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
         context.dockerfile("say kept", "sleep 300s"),
     )
     read_until(running, "sleeping")
-    (daemon,) = _buildkitd(appliance)
-    os.kill(daemon, signal.SIGKILL)
+    (worker,) = appliance.workers()
+    appliance.world.kill_worker(worker)
     killed = time.monotonic()
     out, _ = running.communicate(timeout=30)
     assert running.returncode != 0
@@ -86,7 +71,7 @@ def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
         builder, context.dockerfile("say kept")
     ).ok()  # the gateway holds it until the worker is back
     assert not really_ran(again, "kept"), "it came back in its slot, with its cache"
-    assert len(_buildkitd(appliance)) == 1
+    assert len(appliance.workers()) == 1
     assert appliance.pool()["members"][0]["failures"] == 1
 
 
@@ -98,27 +83,29 @@ def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_app
     if moment == "claimed":
         eventually(lambda: appliance.pool()["allocated"] == 1, "the claim")
     else:
-        eventually(lambda: _buildkitd(appliance), "buildkitd was started")
+        eventually(appliance.workers, "buildkitd was started")
     appliance.kill()
     waiting.communicate(timeout=30)
     assert waiting.returncode != 0
     appliance.up()
     certificates = appliance.allocate("--job-id", "job-1")  # the same job: the same lease, if it was made
     appliance.build(appliance.builder(certificates, f"cold-{moment}"), context.dockerfile("say well")).ok()
-    assert len(_buildkitd(appliance)) == 1
+    assert len(appliance.workers()) == 1
     assert appliance.pool()["workers"] == 1
 
 
+@only("process", "pods outlive their appliance on purpose")
 def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 1}})
     appliance.all_idle()
     appliance.kill()
-    assert _buildkitd(appliance)
+    assert appliance.workers()
     assert appliance.down().ok().json == {"stopped": False, "purged": False, "leftovers": 1}
     assert appliance.daemons() == []
 
 
+@only("process", "pods go on while no appliance runs")
 def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})

@@ -50,10 +50,11 @@ bkctl release --token "$(jq -r .token alloc.json)"
 
 
 @pytest.fixture(scope="module")
-def guided(tmp_path_factory, tools):
+def guided(tmp_path_factory, tools, world, registry_host):
     """An appliance with the guide's pool."""
-    appliance = Appliance(tmp_path_factory.mktemp("guide"), tools)
-    appliance.up_with({"scaling": {"mode": "auto", "min": 0, "max": 10}, "tls": {"enabled": True}}, name=POOL)
+    appliance = Appliance(tmp_path_factory.mktemp("guide"), tools, world=world)
+    spec = {"scaling": {"mode": "auto", "min": 0, "max": 10}, "tls": {"enabled": True}}
+    appliance.up_with(spec | world.trusting(registry_host), name=POOL)
     yield appliance
     appliance.finish()
 

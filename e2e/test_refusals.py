@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from bkpool.pki import keep
 from bkpool.pki.authority import Authority
 from harness import Certificates, eventually
 
@@ -36,7 +35,7 @@ def _with(certificates, leaf, directory):
 
 @pytest.fixture
 def authority(appliance):
-    return keep.load_or_create(appliance.home / "pki", NOW).authority
+    return appliance.world.authority(appliance)
 
 
 def test_a_released_lease(appliance, context):
@@ -88,9 +87,9 @@ def test_no_certificate_at_all(appliance, context):
     appliance.release(certificates.lease)
 
 
-def _handshake(appliance, cafile, chain=None, version=None):
+def _handshake(appliance, authority, chain=None, version=None):
     """One TLS handshake and one byte of an answer; raises what a client would see."""
-    client = ssl.create_default_context(cafile=cafile)
+    client = ssl.create_default_context(cadata=authority.cert_pem.decode())
     client.set_alpn_protocols(["h2"])
     if version:
         client.maximum_version = version
@@ -116,9 +115,9 @@ def test_a_foreign_ca_and_a_servers_certificate_fail_in_tls_itself(appliance, au
     (tmp_path / "c.crt").write_bytes(leaf.cert_pem)
     (tmp_path / "c.key").write_bytes(leaf.key_pem)
     with pytest.raises((ssl.SSLError, ConnectionResetError)):
-        _handshake(appliance, appliance.home / "pki" / "ca.crt", (tmp_path / "c.crt", tmp_path / "c.key"))
+        _handshake(appliance, authority, (tmp_path / "c.crt", tmp_path / "c.key"))
 
 
-def test_tls_1_2_is_refused(appliance):
+def test_tls_1_2_is_refused(appliance, authority):
     with pytest.raises((ssl.SSLError, ConnectionResetError)):
-        _handshake(appliance, appliance.home / "pki" / "ca.crt", version=ssl.TLSVersion.TLSv1_2)
+        _handshake(appliance, authority, version=ssl.TLSVersion.TLSv1_2)

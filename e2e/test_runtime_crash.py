@@ -10,22 +10,28 @@ from pathlib import Path
 import pytest
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers import Running
 from bkpool.workers.process import Binaries, ProcessRuntime
+from harness import only
 
+pytestmark = only("process", "its runtime alone")
 SLOT = Slot("default", "default", 0)
+POOL = Pool(metadata=Metadata(name="default"))
 
 # Takes the home, the function at which to die (module:qualified.name), whether before or after it, and at which call.
 VICTIM = """
 import asyncio, functools, importlib, os, pathlib, signal, sys
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers.process import Binaries, ProcessRuntime
 
 home, where, when, call = sys.argv[1:]
+binaries = Binaries.found(Toolchain(default_cache()).find)  # asks what is on PATH for its version, with Popen
 module, _, path = where.partition(":")
 holder = importlib.import_module(module)
 *parents, name = path.split(".")
@@ -44,13 +50,21 @@ def deadly(*args, **kwargs):
 
 setattr(holder, name, deadly)
 
+async def untold(message):
+    raise AssertionError(message)
+
 async def main():
-    runtime = ProcessRuntime(pathlib.Path(home), Binaries.found(Toolchain(default_cache()).find))
-    await runtime.start(Slot("default", "default", 0), "uid-1", "anna", PoolSpec())
+    pool = Pool(metadata=Metadata(name="default"))
+    runtime = ProcessRuntime(pathlib.Path(home), binaries)
+    await runtime.start(Slot("default", "default", 0), "uid-1", "anna", pool, untold)
     await runtime.wipe(Slot("default", "default", 0))
 
 asyncio.run(main())
 """
+
+
+async def untold(message: str) -> None:
+    raise AssertionError(message)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +112,7 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
     assert len(daemons(home)) == survives
     assert runtime.caches() == {SLOT: "anna"}
 
-    await runtime.start(SLOT, "uid-1", "anna", PoolSpec())
+    await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
     assert len(daemons(home)) == 1
     await runtime.purge()
     assert daemons(home) == []
@@ -126,7 +140,7 @@ async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binari
     assert bool(list(home.rglob("root"))) is not wiped
     assert len(daemons(home)) == (0 if wiped else 1)
 
-    await runtime.start(SLOT, "uid-2", "bert", PoolSpec())
+    await runtime.start(SLOT, "uid-2", "bert", POOL, untold)
     assert runtime.caches() == {SLOT: "bert"}
     assert not list((home / "slots").rglob("wiped-*"))
     await runtime.purge()

@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
+from harness import only
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with")
+pytestmark = [
+    only("process", "its runtime alone"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with"),
+]
 
 NAME = f"bkpool-e2e-{os.getpid()}"
 
@@ -25,7 +29,8 @@ import concurrent.futures.thread, encodings.idna
 import bkpool.workers.process
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
+from bkpool.core.objects import Pool
+from bkpool.core.resource import Metadata
 from bkpool.workers import Running
 from bkpool.workers.process import Binaries, ProcessRuntime
 
@@ -34,7 +39,10 @@ os.setgroups([]); os.setgid(gid); os.setuid(uid)
 os.environ.update(HOME=str(home)); os.environ.pop("XDG_RUNTIME_DIR", None); os.umask(0o077)
 tools = home / "tools"
 binaries = Binaries(tools / "buildkitd", tools / "runc", tools / "rootlesskit")
-slot, spec = Slot("default", "default", 0), PoolSpec()
+slot, pool = Slot("default", "default", 0), Pool(metadata=Metadata(name="default"))
+
+async def untold(message):
+    raise AssertionError(message)
 
 async def build(endpoint):
     command = [tools / "buildctl", f"--addr={endpoint}", "build", "--progress=plain", "--frontend=dockerfile.v0"]
@@ -126,10 +134,10 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
 def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
     said = as_user("""
 runtime = ProcessRuntime(home / "state", binaries)
-endpoint = await runtime.start(slot, "uid-1", "anna", spec)
+endpoint = await runtime.start(slot, "uid-1", "anna", pool, untold)
 print(await output(endpoint))
 await runtime.stop(slot)
-print("SECOND", await output(await runtime.start(slot, "uid-1", "anna", spec)))
+print("SECOND", await output(await runtime.start(slot, "uid-1", "anna", pool, untold)))
 owned = (home / "state").glob("slots/*/*/*/root/*/snapshots/snapshots/*/fs/owned/step.c")
 print("subordinate", all(found.lstat().st_uid != os.getuid() for found in owned))
 await runtime.wipe(slot)
@@ -151,7 +159,7 @@ def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runt
 changed = asyncio.Event()
 first = ProcessRuntime(home / "state", binaries)
 first.on_change(changed.set)
-endpoint = await first.start(slot, "uid-1", "anna", spec)
+endpoint = await first.start(slot, "uid-1", "anna", pool, untold)
 building = await build(endpoint)
 while b"the step runs" not in (line := await building.stdout.readline()):
     assert line
@@ -164,7 +172,7 @@ await asyncio.wait_for(changed.wait(), 5)
 print(first.observe()[slot].state, first.observe()[slot].message)
 await building.communicate()
 
-await first.start(slot, "uid-1", "anna", spec)
+await first.start(slot, "uid-1", "anna", pool, untold)
 await first.close(stop_workers=False)
 second = ProcessRuntime(home / "state", binaries)
 await second.adopt()
@@ -181,7 +189,8 @@ await second.close(stop_workers=True)
 def test_what_an_ordinary_user_lacks_is_named_with_its_fix(as_user):
     start = """
 try:
-    await ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}}).start(slot, "uid-1", None, spec)
+    runtime = ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}})
+    await runtime.start(slot, "uid-1", None, pool, untold)
 except HostFault as fault:
     print(fault.message, "|", fault.hint)
 """

@@ -1,0 +1,35 @@
+"""Fixtures of the tests that need a cluster. One cluster serves the session; each test has a namespace of its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from kind.objects import custom_resources, store  # noqa: F401 - fixtures
+
+from bkpool.kube.client import Access, KubeApi
+from kind_cluster import E2eCluster, Kubectl
+
+
+@pytest.fixture(scope="session")
+def kubeconfig(cluster: E2eCluster) -> Path:
+    return cluster.kubeconfig
+
+
+@pytest.fixture
+async def api(cluster: E2eCluster) -> AsyncIterator[KubeApi]:
+    api = await KubeApi.connect(Access(kubeconfig=cluster.kubeconfig))
+    yield api
+    await api.close()
+
+
+@pytest.fixture
+def namespace(kubectl: Kubectl) -> Iterator[str]:
+    """A fresh namespace; its deletion is not waited for."""
+    name = f"e2e-{uuid.uuid4().hex[:8]}"
+    kubectl("create", "namespace", name)
+    kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")  # else no pod may be made
+    yield name
+    kubectl("delete", "namespace", name, "--wait=false")

@@ -1,0 +1,76 @@
+"""The store of a cluster as a fixture: the definitions are there, and nothing of an earlier test is.
+
+Its tests look at all namespaces: the cluster is one made for tests, and no appliance may run on it meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+
+import pytest
+
+from bkpool.cluster import crds
+from bkpool.core.errors import Conflict, NotFound
+from bkpool.core.names import Slot
+from bkpool.core.objects import Pool, Worker, new_worker
+from bkpool.core.resource import Metadata
+from bkpool.kube import KubeApi, paths
+from bkpool.store.kubernetes import KubernetesStore
+
+NAMESPACES = ("default", "other")
+"""Where the tests of the store make pools."""
+
+_prepared = False
+
+
+@pytest.fixture
+async def custom_resources(api: KubeApi) -> AsyncIterator[KubeApi]:
+    """The definitions are installed, and no pool or worker is there before the test or after it."""
+    global _prepared  # noqa: PLW0603 - once a session, across the loops that each test has of its own
+    if not _prepared:
+        await crds.install(api)
+    await emptied(api)
+    if not _prepared:
+        await collected(KubernetesStore(api))
+        _prepared = True
+    yield api
+    await emptied(api)
+
+
+@pytest.fixture
+async def store(custom_resources: KubeApi) -> KubernetesStore:
+    return KubernetesStore(custom_resources)
+
+
+async def emptied(api: KubeApi) -> None:
+    """Takes every pool and worker out of the cluster, whatever holds them, and makes the tests' namespaces."""
+    for namespace in NAMESPACES:
+        with suppress(Conflict):
+            await api.create(
+                paths.core("namespaces"), {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+            )
+    for kind in (Pool, Worker):
+        docs, _ = await api.list(paths.custom(kind.PLURAL))
+        await asyncio.gather(
+            *(_removed(api, kind, doc["metadata"]["namespace"], doc["metadata"]["name"]) for doc in docs)
+        )
+
+
+async def _removed(api: KubeApi, kind: type[Pool | Worker], namespace: str, name: str) -> None:
+    path = paths.custom(kind.PLURAL, namespace, name)
+    with suppress(NotFound):
+        await api.delete(path)
+        await api.patch(path, {"metadata": {"finalizers": None}})
+
+
+async def collected(store: KubernetesStore) -> None:
+    """Waits until the garbage collector knows the kinds: it looks for new ones every half minute."""
+    pool = await store.create(Pool(metadata=Metadata(name="collected")))
+    worker = await store.create(new_worker(Slot("default", "collected", 0), pool, None, {}))
+    await store.delete(Pool, *pool.key)
+    async with asyncio.timeout(90), aclosing(store.watch(Worker, worker.metadata.resource_version)) as events:
+        async for event in events:
+            if event.type == "DELETED":
+                return

@@ -1,0 +1,60 @@
+"""Every object that README, docs and examples show is tried before a real API server, and so are the manifests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bkpool.cluster import crds
+from bkpool.cluster.manifests import Install, render
+from bkpool.core.documents import read_pools
+from bkpool.core.ignored import CLUSTER_IGNORES, ignored_fields
+
+ROOT = Path(__file__).resolve().parents[2]
+_FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def shown():
+    """Every YAML text with its place."""
+    for file in sorted((ROOT / "examples").rglob("*.y*ml")):
+        yield str(file.relative_to(ROOT)), file.read_text()
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for number, text in enumerate(_FENCE.findall(file.read_text()), 1):
+            yield f"{file.relative_to(ROOT)}#{number}", text
+
+
+def objects():
+    for place, text in shown():
+        for document in yaml.safe_load_all(text):
+            if isinstance(document, dict) and {"apiVersion", "kind", "metadata"} <= document.keys():
+                yield pytest.param(document, id=f"{place}:{document['kind']}/{document['metadata'].get('name')}")
+
+
+@pytest.mark.parametrize("document", list(objects()))
+async def test_what_we_show_is_valid(document, api, kubectl):
+    await crds.install(api)
+    kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(document))
+
+
+def test_our_examples_have_no_field_without_effect():
+    for file in sorted((ROOT / "examples").glob("pool*.yaml")):
+        for pool in read_pools(file.read_text(), source=file.name):
+            assert ignored_fields(pool.spec, CLUSTER_IGNORES) == [], file.name
+
+
+def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
+    text = render(Install(namespace=namespace, pool_namespaces=(namespace,), image="registry.example.com/bkpool:1"))
+    kubectl("apply", "-f", "-", stdin=text)
+    kubectl("diff", "-f", "-", stdin=text)  # fails if there is one
+    refused = kubectl("auth", "can-i", "get", "secrets", "-n", "kube-system", *_as(namespace), check=False)
+    assert refused.strip() == "no"
+    for right in (("create", "buildkitworkers"), ("create", "pods"), ("patch", "deployments.apps")):
+        assert kubectl("auth", "can-i", *right, "-n", namespace, *_as(namespace)).strip() == "yes", right
+    kubectl("delete", "clusterrolebinding", f"buildkit-controller-{namespace}")
+
+
+def _as(namespace):
+    return ("--as", f"system:serviceaccount:{namespace}:buildkit-controller")

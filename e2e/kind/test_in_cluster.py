@@ -1,0 +1,466 @@
+"""`bkpool manifests | kubectl apply -f -`: bkpool in its own image, which bkpool has built, with replicas of each.
+
+Callers are a pod in the cluster, and this machine through `kubectl port-forward` to one replica at a time.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kind.faults import FaultProxy
+
+from bkpool.cluster.engine import Engine
+from bkpool.toolchain import default_cache
+from harness import Appliance, Certificates, Context, eventually, free_port, really_ran, run
+from kind_cluster import kind_of
+from worlds import SYSTEM, Processes
+
+POOL = "my-buildkit-pool"
+IMAGE = "docker.io/library/bkpool:e2e"
+ROOT = Path(__file__).parents[2]
+PYTHON = "python:3.13-slim-bookworm"
+SERVICE = f"tcp://{POOL}.default.svc:1235"
+
+
+@pytest.fixture(scope="module")
+def image(cluster, tools, tmp_path_factory) -> None:
+    """bkpool's own image, built by bkpool from its Containerfile, in the cluster."""
+    base = tmp_path_factory.mktemp("image")
+    subprocess.run([sys.executable, ROOT / "scripts" / "build-zipapp"], check=True, cwd=ROOT)
+    builder = Appliance(base, tools, world=Processes())
+    builder.up_with({"scaling": {"max": 1}})
+    stand_in = os.environ.get("BKPOOL_E2E_PYTHON_BASE")  # where no image can be pulled
+    named = ["--build-context", f"docker.io/library/{PYTHON}={stand_in}"] if stand_in else []
+    output = f"type=docker,name={IMAGE},dest={base / 'bkpool.tar'}"
+    built = run(
+        *(*builder.program, "build", "--progress", "plain", "-f", str(ROOT / "Containerfile"), *named),
+        *("--output", output, str(ROOT)),
+        env=builder.env,
+        timeout=600,
+    )
+    builder.finish()
+    built.ok()
+    with Engine.connect() as engine:
+        kind_of(engine, default_cache() / "e2e" / "kind").load_archive(cluster, base / "bkpool.tar")
+
+
+@dataclass
+class Installed:
+    """The appliance as the manifests make it, and a pod that is its caller."""
+
+    world: Any
+    base: Path
+    tools: dict[str, Path]
+    forwards: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def token(self) -> str:
+        told = self.world.kubectl("-n", SYSTEM, "get", "secret", "bkpool-admin", "-o", "jsonpath={.data.token}")
+        return base64.b64decode(told).decode()
+
+    def pods(self, selector: str, namespace: str) -> list[str]:
+        found = self.world.objects("pods", "-n", namespace, "-l", selector)
+        return sorted(
+            pod["metadata"]["name"]
+            for pod in found
+            if "deletionTimestamp" not in pod["metadata"]
+            and any(c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ()))
+        )
+
+    def controllers(self) -> list[str]:
+        return self.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM)
+
+    def gateways(self) -> list[str]:
+        return self.pods(f"buildkit.smrt-devops.net/pool={POOL},buildkit.smrt-devops.net/purpose=gateway", "default")
+
+    def leader(self) -> str:
+        return self.world.kubectl(
+            "-n", SYSTEM, "get", "lease", "bkpool-controller", "-o", "jsonpath={.spec.holderIdentity}"
+        )
+
+    def forward(self, namespace: str, pod: str, port: int) -> int:
+        """A port of this machine that leads to that replica."""
+        local = free_port()
+        process = subprocess.Popen(
+            [
+                "kubectl",
+                "--kubeconfig",
+                self.world.cluster.kubeconfig,
+                "-n",
+                namespace,
+                "port-forward",
+                pod,
+                f"{local}:{port}",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.forwards.append(process)
+        assert "Forwarding" in process.stdout.readline()
+        return local
+
+    def call(self, port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        with contextlib.closing(connection):
+            headers = {"Authorization": f"Bearer {self.token}"}
+            connection.request(
+                method, f"/api/v1/{path}", None if body is None else json.dumps(body).encode(), headers
+            )
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def allocate(self, port: int, **more: Any) -> dict[str, Any]:
+        status, lease = self.call(port, "POST", "workers/allocate", {"poolName": POOL, **more})
+        assert status == 200, lease
+        return lease
+
+    def release(self, port: int, lease: dict[str, Any]) -> None:
+        assert self.call(port, "POST", "workers/release", {"token": lease["token"]})[0] == 200
+
+    def certificates(self, lease: dict[str, Any], name: str) -> Certificates:
+        return Certificates.of(lease, self.base / name)
+
+    def build(self, certificates: Certificates, gateway: int, context: Path, name: str) -> Any:
+        env = {**os.environ, "DOCKER_CONFIG": str(self.base / "docker"), "BUILDKIT_PROGRESS": "plain"}
+        buildx = str(self.tools["buildx"])
+        run(buildx, "rm", name, env=env)
+        create = ("create", "--name", name, "--driver", "remote", "--driver-opt", certificates.driver_opt)
+        run(buildx, *create, f"tcp://localhost:{gateway}", env=env).ok()
+        return run(buildx, "build", "--builder", name, context, env=env)
+
+    def inside(self, script: str, *, check: bool = True) -> str:
+        """Runs a script in the caller's pod."""
+        return self.world.kubectl(
+            "exec", "caller", "--", "bash", "-c", f"set -euo pipefail; cd /home/bkpool; {script}", check=check
+        )
+
+    def all_free(self) -> None:
+        def free() -> bool:
+            told = self.world.objects("buildkitworkers", "-A")
+            return not any(worker["spec"].get("allocation") for worker in told)
+
+        eventually(free, "every lease has ended")
+
+    def close(self) -> None:
+        for process in self.forwards:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Installed]:
+    kubectl = world.kubectl
+    made = Installed(world, tmp_path_factory.mktemp("installed"), tools)
+    printed = (
+        run(sys.executable, "-m", "bkpool", "manifests", "--image", IMAGE, env=dict(os.environ), cwd=ROOT).ok().out
+    )
+    (made.base / "manifests.yaml").write_text(printed)
+    kubectl("delete", "lease", "-n", SYSTEM, "bkpool-controller", "--ignore-not-found")
+    kubectl("apply", "-f", str(made.base / "manifests.yaml"))
+    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=120s")
+    pool = {
+        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
+        "kind": "BuildKitPool",
+        "metadata": {"name": POOL},
+        "spec": {
+            "scaling": {"max": 4},
+            "gateway": {"replicas": 2},
+            **({"buildkitImage": world.cluster.buildkit_image} if world.cluster.buildkit_image else {}),
+        },
+    }
+    kubectl("apply", "-f", "-", stdin=json.dumps(pool))
+    caller = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "caller"},
+        "spec": {
+            "terminationGracePeriodSeconds": 1,
+            "containers": [
+                {
+                    "name": "caller",
+                    "image": IMAGE,
+                    "command": ["sleep", "infinity"],
+                    "imagePullPolicy": "IfNotPresent",
+                }
+            ],
+        },
+    }
+    kubectl("apply", "-f", "-", stdin=json.dumps(caller))
+    kubectl("wait", "--for=condition=Ready", "pod/caller", "--timeout=60s")
+    context = Context(made.base / "context", program).dockerfile("say in-the-cluster")
+    kubectl("cp", str(tools["buildx"]), "caller:/home/bkpool/buildx")
+    kubectl("cp", str(context), "caller:/home/bkpool/context")
+    eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", patience=120)
+    yield made
+    made.close()
+    kubectl("delete", "pod", "caller", "--ignore-not-found", "--wait=false")
+    kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers go", patience=120)
+    kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
+    eventually(lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas go")
+
+
+SETUP = f"""
+export BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082
+bkpool allocate --pool {POOL} --namespace default --ttl 1h > alloc.json
+field() {{ python3 -c 'import json,sys; print(json.load(open("alloc.json"))[sys.argv[1]])' "$1"; }}
+field caCert | base64 -d > ca.crt
+field clientCert | base64 -d > client.crt
+field clientKey | base64 -d > client.key
+field gatewayEndpoint
+"""
+BUILD = """
+export HOME=/home/bkpool
+./buildx rm my-builder 2>/dev/null || true
+./buildx create --name my-builder --driver remote \
+  --driver-opt "cacert=$PWD/ca.crt,cert=$PWD/client.crt,key=$PWD/client.key" tcp://my-buildkit-pool.default.svc:1235
+./buildx build --builder my-builder --progress plain context 2>&1
+"""
+
+
+def test_the_main_job_from_a_pod(installed):
+    told = installed.inside(f"export BKCTL_TOKEN={installed.token}; {SETUP}{BUILD}")
+    assert SERVICE in told
+    assert "in-the-cluster" in told
+    installed.inside(
+        "export BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082; bkpool release --token alloc.json"
+    )
+    installed.all_free()
+
+
+def test_the_guides_troubleshooting(installed):
+    """The pool, its Service, pods and logs by label, buildkitworkers, openssl: the guide's own commands."""
+    kubectl = installed.world.kubectl
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    lease = installed.allocate(port)
+    assert POOL in kubectl("get", "buildkitpool", POOL, "-n", "default")
+    assert "Ready" in kubectl("describe", "buildkitpool", POOL)
+    assert "1235" in kubectl("get", "svc", POOL, "-n", "default")
+    selector = f"buildkit.smrt-devops.net/pool={POOL},buildkit.smrt-devops.net/purpose=gateway"
+    assert kubectl("get", "pods", "-n", "default", "-l", selector).count("Running") == 2
+    assert "gateway.listening" in kubectl("logs", "-n", "default", "-l", selector)
+    assert "replica.ready" in kubectl(
+        "logs", "-n", SYSTEM, "-l", "app.kubernetes.io/name=buildkit-controller", "--tail=-1"
+    )
+    workers = kubectl("get", "buildkitworkers", "-n", "default")
+    assert re.search(rf"{lease['workerName']}\s+{POOL}\s+Allocated", workers)
+    certificates = installed.certificates(lease, "openssl")
+    shown = run(
+        "openssl", "x509", "-in", certificates.directory / "client.crt", "-noout", "-subject", env=dict(os.environ)
+    )
+    assert f"alloc:{lease['token']}" in shown.ok().out
+    gateway = installed.forward("default", installed.gateways()[0], 1235)
+    d = certificates.directory
+    files = ("-CAfile", d / "ca.crt", "-cert", d / "client.crt", "-key", d / "client.key")
+    shaken = run(
+        "openssl",
+        "s_client",
+        "-connect",
+        f"localhost:{gateway}",
+        *files,
+        "-verify_return_error",
+        "-brief",
+        env=dict(os.environ),
+    )
+    assert "Verification: OK" in shaken.text
+    installed.release(port, lease)
+    installed.all_free()
+
+
+def test_certificates_kept_in_a_secret_work_until_the_lease_ends(installed, program):
+    """Option C of the guide."""
+    kubectl, name = installed.world.kubectl, "build-certs"
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    gateway = installed.forward("default", installed.gateways()[0], 1235)
+    lease = installed.allocate(port)
+    d = installed.certificates(lease, "stored").directory
+    files = [f"--from-file={file}={d / file}" for file in ("ca.crt", "client.crt", "client.key")]
+    kubectl("create", "secret", "generic", name, *files)
+    read = json.loads(kubectl("get", "secret", name, "-o", "json"))["data"]
+    kubectl("delete", "secret", name)
+    again = {"caCert": read["ca.crt"], "clientCert": read["client.crt"], "clientKey": read["client.key"]}
+    certificates = installed.certificates(again, "read-back")
+    context = Context(installed.base / "stored-context", program).dockerfile("say from-a-secret")
+    installed.build(certificates, gateway, context, "stored").ok()
+    installed.release(port, lease)
+    assert "released" in installed.build(certificates, gateway, context, "stored").text
+    installed.all_free()
+
+
+def test_what_one_replica_does_all_honour(installed, program):
+    kubectl = installed.world.kubectl
+    one, two = (installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers())
+    gateways = [installed.forward("default", pod, 1235) for pod in installed.gateways()]
+    context = Context(installed.base / "honoured", program).dockerfile("say honoured")
+    lease = installed.allocate(one)
+    certificates = installed.certificates(lease, "honoured-certs")
+    for number, gateway in enumerate(gateways):
+        installed.build(certificates, gateway, context, f"honoured-{number}").ok()
+    status, told = installed.call(two, "POST", "workers/renew", {"token": lease["token"], "ttl": "2h"})
+    assert status == 200, told
+    installed.release(two, lease)
+    for number, gateway in enumerate(gateways):
+        assert "released" in installed.build(certificates, gateway, context, f"over-{number}").text
+    installed.all_free()
+    assert "gateway" in kubectl("get", "pods", "-o", "name")
+
+
+def test_the_same_job_at_two_replicas_is_one_lease(installed):
+    ports = [installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers()]
+    for attempt in range(5):
+        answers: dict[int, Any] = {}
+
+        def ask(port: int, job: str, answers: dict[int, Any]) -> None:
+            answers[port] = installed.allocate(port, jobId=job)
+
+        threads = [threading.Thread(target=ask, args=(port, f"job-{attempt}", answers)) for port in ports]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({lease["token"] for lease in answers.values()}) == 1
+        installed.release(ports[0], answers[ports[0]])
+        installed.all_free()
+
+
+def test_waiters_at_both_replicas_all_move_on(installed):
+    ports = [installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers()]
+    served: list[str] = []
+
+    def one(port: int) -> None:
+        lease = installed.allocate(port, wait="3m")
+        served.append(lease["workerName"])
+        installed.release(port, lease)
+
+    threads = [threading.Thread(target=one, args=(ports[number % 2],)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(served) == 16
+    installed.all_free()
+
+
+def _builds(installed, seconds: int, count: int = 20) -> threading.Thread:
+    """Builds on four leases in the caller's pod, all at once."""
+    script = [
+        f"export BKCTL_TOKEN={installed.token} BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082"
+    ]
+    script.append("export HOME=/home/bkpool; rm -rf many; mkdir many")
+    for lease in range(4):
+        script.append(f"bkpool allocate --pool {POOL} --out many/{lease} >/dev/null")
+        script.append(f"./buildx rm many-{lease} 2>/dev/null || true")
+        opts = f"cacert=$PWD/many/{lease}/ca.crt,cert=$PWD/many/{lease}/client.crt,key=$PWD/many/{lease}/client.key"
+        script.append(
+            f'./buildx create --name many-{lease} --driver remote --driver-opt "{opts}" {SERVICE} >/dev/null'
+        )
+    script.append("echo begun >many/begun")
+    step = json.dumps(["/program", "sleep", f"{seconds}s"])
+    for number in range(count):
+        dockerfile = f"FROM scratch\\nCOPY program /program\\nENV N={number}-$RANDOM\\nRUN {step}\\n"
+        script.append(
+            f"(printf '{dockerfile}' | ./buildx build --builder many-{number % 4} -f - context"
+            f" >many/log-{number} 2>&1; echo $? >many/code-{number}) &"
+        )
+    script.append("wait")
+    script += [f"bkpool release --token many/{lease}/lease.json >/dev/null" for lease in range(4)]
+    thread = threading.Thread(target=installed.inside, args=("\n".join(script),))
+    thread.start()
+    eventually(lambda: "begun" in installed.inside("cat many/begun 2>/dev/null || true"), "leased", patience=120)
+    eventually(lambda: _many_connections(installed), "builds are under way", patience=120)
+    return thread
+
+
+def _many_connections(installed) -> bool:
+    told = installed.world.objects("buildkitworkers", "-n", "default")
+    return (
+        sum(entry["connections"] for w in told for entry in w["status"].get("gateways", ())) >= 1 and len(told) >= 4
+    )
+
+
+def _codes(installed) -> list[str]:
+    return installed.inside("cat many/code-*").split()
+
+
+def test_the_leader_killed_in_the_middle_of_twenty_builds_loses_none(installed):
+    kubectl = installed.world.kubectl
+    thread = _builds(installed, seconds=15)
+    leader = installed.leader()
+    kubectl("-n", SYSTEM, "delete", "pod", leader, "--grace-period=0", "--force")
+    thread.join()
+    assert _codes(installed) == ["0"] * 20, installed.inside("tail -n 3 many/log-*")
+    assert installed.leader() != leader
+    installed.all_free()
+
+
+def test_a_rolling_update_of_everything_loses_none(installed):
+    kubectl = installed.world.kubectl
+    thread = _builds(installed, seconds=25)
+    kubectl("-n", SYSTEM, "rollout", "restart", "deployment/buildkit-controller")
+    kubectl("rollout", "restart", f"deployment/{POOL}-gateway")
+    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=180s")
+    thread.join()
+    assert _codes(installed) == ["0"] * 20, installed.inside("tail -n 3 many/log-*")
+    kubectl("rollout", "status", f"deployment/{POOL}-gateway", "--timeout=180s")
+    installed.all_free()
+
+
+def test_a_gateway_whose_watch_is_frozen_lets_no_former_tenant_in(installed, program, tmp_path):
+    """Rule 10: a third gateway, on this machine, behind a proxy that keeps its watches silent."""
+    world = installed.world
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    context = Context(tmp_path / "context", program).dockerfile("say mine")
+    with FaultProxy(world.cluster.kubeconfig, tmp_path) as proxy:
+        gateway, metrics = free_port(), free_port()
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bkpool", "up", "--backend", "kubernetes", "--roles", "gateway"),
+                *("--pool", f"default/{POOL}", "--kubeconfig", str(proxy.kubeconfig)),
+                *("--gateway-address", f"127.0.0.1:{gateway}", "--metrics-address", f"127.0.0.1:{metrics}"),
+            ],
+            env={**os.environ, "BKPOOL_HOME": str(tmp_path / "home"), "POD_NAME": "frozen"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            eventually(lambda: _ready(metrics), "the third gateway is ready")
+            first = installed.allocate(port)
+            old = installed.certificates(first, "frozen-old")
+            proxy.frozen = True
+            installed.release(port, first)
+            installed.all_free()
+            others = [installed.allocate(port) for _ in range(4)]
+            assert first["workerName"] in {lease["workerName"] for lease in others}
+            refused = installed.build(old, gateway, context, "frozen")
+            assert refused.code != 0
+            assert "lease" in refused.text
+            assert not really_ran(refused, "mine")
+            for lease in others:
+                installed.release(port, lease)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+    installed.all_free()
+
+
+def _ready(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
+        with contextlib.closing(connection):
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+    return False

@@ -1,0 +1,469 @@
+"""Workers as pods of a real cluster: what a start leaves there, who may have a cache, and what a person is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from bkpool.core.errors import Conflict, WorkerFailed
+from bkpool.core.names import (
+    ANNOTATION_CACHE_OWNER,
+    ANNOTATION_ISOLATION,
+    ANNOTATION_WORKER_UID,
+    LABEL_LEASED,
+    Slot,
+)
+from bkpool.core.objects import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.kube import Doc, KubeApi, paths
+from bkpool.pki.authority import Authority
+from bkpool.pki.backend import worker_context
+from bkpool.workers import Running, pod_spec, pod_view
+from bkpool.workers.pods import Deadlines, PodRuntime
+from bkpool.workers.probe import probe_tls
+from kind_cluster import E2eCluster, Kubectl
+
+NOW = datetime.now(UTC)
+BACKEND = Authority.create(NOW)
+LOCAL = {"backends": [{"type": "local", "local": {"size": "64Mi"}}]}
+
+Make = Callable[..., Awaitable[PodRuntime]]
+
+
+def dialler(authority: Authority = BACKEND) -> ssl.SSLContext:
+    leaf = authority.issue_dialler("test", NOW, NOW + timedelta(hours=1))
+    return worker_context(leaf.cert_pem, leaf.key_pem, BACKEND.cert_pem)
+
+
+def a_pool(namespace: str, isolation: str = "rootless", **spec: object) -> Pool:
+    """One that is not stored: what it has made must not be collected with it in the middle of a test."""
+    metadata = Metadata(name="p", namespace=namespace, annotations={ANNOTATION_ISOLATION: isolation})
+    return Pool(metadata=metadata, spec=PoolSpec.model_validate(spec))
+
+
+class Told(list[str]):
+    async def __call__(self, message: str) -> None:
+        self.append(message)
+
+
+@pytest.fixture
+def slot(namespace: str) -> Slot:
+    return Slot(namespace, "p", 0)
+
+
+@pytest.fixture
+async def make_runtime(api: KubeApi, cluster: E2eCluster, namespace: str) -> AsyncIterator[Make]:
+    made: list[PodRuntime] = []
+
+    async def make(**options: object) -> PodRuntime:
+        given = {"image": cluster.buildkit_image, "host_ports": cluster.worker_ports, **options}
+        runtime = PodRuntime(api, backend=BACKEND, context=dialler(), namespaces=[namespace], **given)
+        made.append(runtime)
+        await runtime.adopt()
+        return runtime
+
+    yield make
+    if made:  # the ports are to be free for the next test
+        await asyncio.gather(*(made[-1].stop(slot) for slot in made[-1].observe()))
+    for runtime in made:
+        await runtime.close(stop_workers=True)
+
+
+@pytest.fixture
+async def runtime(make_runtime: Make) -> PodRuntime:
+    return await make_runtime()
+
+
+async def pod_of(api: KubeApi, slot: Slot) -> Doc:
+    return await api.get(paths.core("pods", *slot.worker))
+
+
+async def uids(api: KubeApi, namespace: str, plural: str = "pods") -> set[str]:
+    docs, _ = await api.list(paths.core(plural, namespace), labelSelector=pod_spec.SELECTOR)
+    return {doc["metadata"]["uid"] for doc in docs}
+
+
+async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 30) -> None:
+    """Waits for a change after which it is so."""
+    changed = asyncio.Event()
+    runtime.on_change(changed.set)
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await changed.wait()
+            changed.clear()
+
+
+async def in_pod(kubectl: Kubectl, slot: Slot, script: str) -> str:
+    return await asyncio.to_thread(kubectl, "exec", "-n", slot.namespace, slot.worker.name, "--", "sh", "-c", script)
+
+
+def address(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
+# --- up and down ----------------------------------------------------------------------------------------------------
+
+BUILD = r"""
+cd /dev/shm
+printf 'FROM scratch\nCOPY buildctl /b\nRUN ["/b", "--version"]\n' >Dockerfile
+buildctl build --progress plain --frontend dockerfile.v0 --local dockerfile=. --local context=/usr/bin 2>&1
+"""
+
+
+async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
+    async def run(number: int, isolation: str) -> None:
+        place, told = slot._replace(number=number), Told()
+        endpoint = await runtime.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), told)
+        assert told == []
+        await probe_tls(*address(endpoint), dialler(), "uid-1")
+        said = await in_pod(kubectl, place, BUILD)
+        assert "buildctl github.com/moby/buildkit" in said  # what the RUN step says
+
+    await asyncio.gather(*(run(number, isolation) for number, isolation in enumerate(pod_spec.Isolation)))
+
+
+async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runtime, slot, api, namespace):
+    pool = a_pool(namespace)
+    endpoint = await runtime.start(slot, "uid-1", "anna", pool, Told())
+    first = await uids(api, namespace)
+    assert await runtime.start(slot, "uid-1", "anna", pool, Told()) == endpoint
+    assert await runtime.start(slot, "uid-1", None, pool, Told()) == endpoint
+    assert await uids(api, namespace) == first
+    observed = runtime.observe()[slot]
+    assert (observed.worker_uid, observed.state, observed.endpoint) == ("uid-1", Running.READY, endpoint)
+    assert (observed.cache_owner, observed.ephemeral, observed.held) == ("anna", True, True)
+    assert (observed.pod_name, runtime.caches()) == (slot.worker.name, {})
+
+    await runtime.stop(slot)
+    assert runtime.observe() == {}
+    assert await uids(api, namespace) == await uids(api, namespace, "secrets") == set()
+    await runtime.stop(slot)  # nothing there: nothing happens
+
+
+async def test_the_next_runtime_finds_it_ready(make_runtime, runtime, slot):
+    endpoint = await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told())
+    await runtime.close(stop_workers=True)
+    after = await make_runtime()
+    assert after.observe()[slot] == runtime.observe()[slot]
+    assert after.observe()[slot].endpoint == endpoint
+
+
+# --- whose cache ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_pod_that_nobody_used_gets_an_owner_and_never_another(runtime, slot, api, namespace):
+    pool = a_pool(namespace)
+    await runtime.start(slot, "uid-1", None, pool, Told())
+    assert (runtime.observe()[slot].cache_owner, runtime.observe()[slot].held) == (None, False)
+    await runtime.own(slot, "anna")
+    assert (runtime.observe()[slot].cache_owner, runtime.observe()[slot].held) == ("anna", True)
+    metadata = (await pod_of(api, slot))["metadata"]
+    assert metadata["annotations"][ANNOTATION_CACHE_OWNER] == "anna"
+    assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == "false"
+    with pytest.raises(Conflict, match="another identity"):
+        await runtime.own(slot, "bert")
+
+    await runtime.start(slot, "uid-1", "bert", pool, Told())
+    after = (await pod_of(api, slot))["metadata"]
+    assert after["uid"] != metadata["uid"]
+    assert after["annotations"][ANNOTATION_CACHE_OWNER] == runtime.observe()[slot].cache_owner == "bert"
+
+
+async def test_a_volume_outlives_its_pods_and_is_gone_for_another_owner(runtime, slot, api, namespace):
+    pool = a_pool(namespace, cache=LOCAL)
+    await runtime.start(slot, "uid-1", None, pool, Told())
+    assert (runtime.caches(), runtime.observe()[slot].ephemeral) == ({slot: None}, False)
+    await runtime.own(slot, "anna")
+    assert runtime.caches() == {slot: "anna"}
+    assert ANNOTATION_CACHE_OWNER not in (await pod_of(api, slot))["metadata"]["annotations"]
+    await runtime.stop(slot)
+    first = await uids(api, namespace, "persistentvolumeclaims")
+
+    await runtime.start(slot, "uid-2", "anna", pool, Told())
+    assert await uids(api, namespace, "persistentvolumeclaims") == first
+    assert runtime.observe()[slot].cache_owner == "anna"
+    await runtime.start(slot, "uid-3", "bert", pool, Told())
+    assert not await uids(api, namespace, "persistentvolumeclaims") & first
+    assert runtime.caches() == {slot: "bert"}
+    await runtime.wipe(slot)
+    assert runtime.caches() == {}
+    assert await uids(api, namespace, "persistentvolumeclaims") == set()
+
+
+async def test_others_are_asked_to_leave_a_leased_worker_alone(runtime, slot, api):
+    await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    for held in (True, False):
+        await runtime.protect(slot, held=held)
+        assert runtime.observe()[slot].held is held
+        metadata = (await pod_of(api, slot))["metadata"]
+        assert metadata["labels"].get(LABEL_LEASED) == ("true" if held else None)
+        assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == ("false" if held else "true")
+
+
+# --- what a person is told ------------------------------------------------------------------------------------------
+
+
+async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_end(make_runtime, slot):
+    runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
+
+    async def run(number: int, told: str, field: str | None, **spec: object) -> None:
+        heard = Told()
+        with pytest.raises(WorkerFailed, match=told) as failure:
+            await runtime.start(slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), heard)
+        assert re.match(told, heard[0])
+        assert failure.value.field == field
+
+    huge = {"buildkit": {"requests": {"cpu": "1000"}}}
+    unscheduled = "waiting for a node: 0/1 nodes are available: 1 Insufficient cpu"
+    unpulled = "the image localhost:1/none:1 can't be pulled on node"
+    unnamed = "spec.buildkitImage: 'NO IMAGE' is not the name of an image"
+    await asyncio.gather(
+        run(0, unscheduled, None, resources=huge),
+        run(1, unpulled, "spec.buildkitImage", buildkit_image="localhost:1/none:1"),
+        run(2, unnamed, "spec.buildkitImage", buildkit_image="NO IMAGE"),
+    )
+    await seen(runtime, lambda: not runtime.observe())
+
+
+async def test_what_the_api_server_does_not_take_names_the_pools_field(runtime, slot, kubectl):
+    limits = {"buildkit": {"limits": {"memory": "1Gi"}, "requests": {"memory": "2Gi"}}}
+    with pytest.raises(WorkerFailed, match=r"^spec.resources.buildkit: the pod is not admitted") as failure:
+        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), Told())
+    assert "must be less than or equal to memory limit" in failure.value.message
+    kubectl("label", "namespace", slot.namespace, "pod-security.kubernetes.io/enforce=baseline")
+    with pytest.raises(WorkerFailed, match="violates PodSecurity") as failure:
+        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    assert ANNOTATION_ISOLATION in failure.value.hint
+
+    wanted = pod_spec.Wanted(slot, "uid-1", None, a_pool(slot.namespace, "baseline"), "an/image")
+    assert "created" in kubectl("apply", "--dry-run=server", "-f", "-", stdin=json.dumps(pod_spec.pod(wanted)))
+
+
+async def test_a_start_that_fails_tells_what_buildkitd_said_last(runtime, slot):
+    with pytest.raises(WorkerFailed, match="exit code 1; its last words") as failure:
+        await runtime.start(
+            slot, "uid-1", "anna", a_pool(slot.namespace, buildkit_config="[worker.oci]\nnonsense ="), Told()
+        )
+    assert "toml" in failure.value.message
+
+
+async def test_too_little_memory_is_named(runtime, slot):
+    limits = {"buildkit": {"limits": {"memory": "10Mi"}}}
+    with pytest.raises(WorkerFailed, match=r"OOMKilled; the limit is 10Mi") as failure:
+        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), Told())
+    assert failure.value.field == "spec.resources.buildkit.limits.memory"
+
+
+async def test_a_name_that_is_somebody_elses_is_left_alone(runtime, slot, api):
+    body = {
+        "metadata": {"name": slot.worker.name},
+        "spec": {"containers": [{"name": "c", "image": "none"}], "schedulerName": "nobody"},
+    }
+    await api.create(paths.core("pods", slot.namespace), body)
+    with pytest.raises(WorkerFailed, match="that is not bkpool's"):
+        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    assert ANNOTATION_WORKER_UID not in (await pod_of(api, slot))["metadata"].get("annotations", {})
+
+
+# --- host ports -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_missed(make_runtime, slot, api, cluster):
+    first, second = cluster.worker_ports[:2]
+    blocker = {
+        "metadata": {"name": "blocker"},
+        "spec": {
+            "containers": [
+                {"name": "c", "image": cluster.buildkit_image, "ports": [{"containerPort": 1, "hostPort": first}]}
+            ]
+        },
+    }
+    await api.create(paths.core("pods", slot.namespace), blocker)
+    runtime = await make_runtime(host_ports=(first, second))
+    assert runtime.capacity == 2
+    endpoint = await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    assert address(endpoint)[1] == second
+
+    one = await make_runtime(host_ports=(second,))
+    with pytest.raises(
+        WorkerFailed, match=rf"all 1 host ports for workers \({second} to {second}\) are in use"
+    ) as full:
+        await one.start(slot._replace(number=1), "uid-2", None, a_pool(slot.namespace), Told())
+    assert "kind-config.yaml" in full.value.hint
+
+
+# --- what happens to a pod ------------------------------------------------------------------------------------------
+
+
+async def test_one_that_ends_is_seen_with_its_reason_and_started_again(runtime, slot, kubectl, api):
+    pool = a_pool(slot.namespace)
+    await runtime.start(slot, "uid-1", "anna", pool, Told())
+    before = (await pod_of(api, slot))["metadata"]["uid"]
+    await in_pod(kubectl, slot, "kill -TERM 1")
+    await seen(runtime, lambda: runtime.observe()[slot].state is Running.EXITED)
+    assert "buildkitd ended with exit code" in runtime.observe()[slot].message
+    await runtime.start(slot, "uid-1", "anna", pool, Told())
+    assert runtime.observe()[slot].state is Running.READY
+    assert (await pod_of(api, slot))["metadata"]["uid"] != before
+
+
+async def test_one_that_is_deleted_by_hand_goes_and_is_started_again(runtime, slot, kubectl):
+    pool = a_pool(slot.namespace)
+    await runtime.start(slot, "uid-1", "anna", pool, Told())
+    kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
+    await seen(runtime, lambda: not runtime.observe())
+    assert (await runtime.start(slot, "uid-1", "anna", pool, Told())).startswith("tcp://")
+
+
+async def test_one_that_is_deleted_waits_for_its_connections(runtime, slot, kubectl):
+    endpoint = await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told())
+    _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler())
+    kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
+    async with asyncio.timeout(30):
+        await runtime._pods.until(slot.worker, pod_view.deleted)
+    for _ in range(3):
+        await probe_tls(*address(endpoint), dialler(), "uid-1")
+        await in_pod(kubectl, slot, "sleep 1")  # longer than buildkitd takes to end
+    assert runtime.observe()[slot].state is Running.READY
+    writer.transport.abort()
+    await seen(runtime, lambda: not runtime.observe())
+
+
+# --- who is who -----------------------------------------------------------------------------------------------------
+
+
+async def test_nobody_but_a_dialler_gets_in_and_no_other_worker_is_taken_for_this_one(runtime, slot):
+    place = address(await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told()))
+    clients, worker = Authority.create(NOW), BACKEND.issue_worker("uid-2", NOW)
+    strangers = [
+        dialler(clients),  # a lease's certificate is of that authority too
+        worker_context(worker.cert_pem, worker.key_pem, BACKEND.cert_pem),
+    ]
+    for stranger in strangers:
+        with pytest.raises(OSError, match=r"(?i)alert|certificate"):
+            await probe_tls(*place, stranger, "uid-1")
+    with pytest.raises(WorkerFailed, match="not the worker with uid uid-2") as wrong:
+        await probe_tls(*place, dialler(), "uid-2")
+    assert wrong.value.code == "WrongWorker"
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------------
+
+VICTIM = """
+import asyncio, json, os, pathlib, signal, sys
+from datetime import UTC, datetime, timedelta
+from bkpool.core.names import Slot
+from bkpool.core.objects import Pool
+from bkpool.kube import Access, KubeApi
+from bkpool.pki.authority import Authority
+from bkpool.pki.backend import worker_context
+from bkpool.workers.pods import PodRuntime
+
+given = json.load(sys.stdin)
+real, left = KubeApi._request, 0
+
+async def deadly(self, method, *args):
+    global left
+    answer = await real(self, method, *args)
+    if method != "GET" and left:
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return answer
+
+async def untold(message):
+    pass
+
+async def main():
+    global left
+    KubeApi._request = deadly
+    api = await KubeApi.connect(Access(pathlib.Path(given["kubeconfig"])))
+    backend, now = Authority(given["cert"].encode(), given["key"].encode()), datetime.now(UTC)
+    leaf = backend.issue_dialler("victim", now, now + timedelta(hours=1))
+    context = worker_context(leaf.cert_pem, leaf.key_pem, backend.cert_pem)
+    pool = Pool.model_validate(given["pool"])
+    slot = Slot(pool.key.namespace, "p", given["number"])
+    runtime = PodRuntime(
+        api,
+        backend=backend,
+        context=context,
+        image=given["image"],
+        host_ports=[given["port"]],
+        namespaces=[slot.namespace],
+    )
+    await runtime.adopt()
+    left = given["writes"] if given["what"] == "start" else 0
+    await runtime.start(slot, "uid-1", None if given["what"] == "own" else "anna", pool, untold)
+    left = given["writes"]
+    await (runtime.own(slot, "anna") if given["what"] == "own" else runtime.wipe(slot))
+
+asyncio.run(main())
+"""
+
+
+def die(cluster: E2eCluster, pool: Pool, number: int, what: str, writes: int) -> None:
+    """Runs a program on a slot that kills itself after so many writes to the API server."""
+    given = {
+        "kubeconfig": str(cluster.kubeconfig),
+        "image": cluster.buildkit_image,
+        "port": cluster.worker_ports[number],
+        "number": number,
+        "cert": BACKEND.cert_pem.decode(),
+        "key": BACKEND.key_pem.decode(),
+        "pool": pool.to_json(),
+        "what": what,
+        "writes": writes,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", VICTIM],
+        input=json.dumps(given),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cache", "crashes"),
+    [
+        # the configuration, the key and the pod are there; the pod is owned; the pod is to end
+        ({}, [("start", 1), ("start", 2), ("start", 3), ("own", 1), ("wipe", 1)]),
+        # the volume claim is there; it is owned, the pod not; the pod is to end, the key is gone, the claim is to go
+        (LOCAL, [("start", 1), ("own", 1), ("wipe", 1), ("wipe", 2), ("wipe", 3)]),
+    ],
+    ids=["ephemeral", "volume"],
+)
+async def test_a_crash_after_any_write_is_mended(make_runtime, slot, api, cluster, cache, crashes):
+    pool = a_pool(slot.namespace, cache=cache)
+    deaths = [(slot._replace(number=number), *crash) for number, crash in enumerate(crashes)]
+    await asyncio.gather(
+        *(asyncio.to_thread(die, cluster, pool, dead.number, what, writes) for dead, what, writes in deaths)
+    )
+    runtime = await make_runtime()
+
+    async def mend(dead: Slot, what: str) -> None:
+        owner = "bert" if what == "wipe" else "anna"
+        await runtime.start(dead, "uid-1", owner, pool, Told())
+        observed = runtime.observe()[dead]
+        assert (observed.state, observed.cache_owner, observed.held) == (Running.READY, owner, True)
+        assert not cache or runtime.caches()[dead] == owner
+
+    await asyncio.gather(*(mend(dead, what) for dead, what, _ in deaths))
+    counts = {"pods": len(deaths), "secrets": len(deaths), "persistentvolumeclaims": len(deaths) if cache else 0}
+    for plural, count in counts.items():
+        assert len(await uids(api, slot.namespace, plural)) == count
+    await asyncio.gather(*(runtime.wipe(dead) for dead, _, _ in deaths))
+    for plural in counts:
+        assert await uids(api, slot.namespace, plural) == set()

@@ -1,0 +1,129 @@
+"""The kind cluster of the end-to-end tests: bkpool's own way to one, under a name and with host ports of its own.
+
+A cluster `bkpool` may run beside it. Where no image can be pulled e2e/airgap/up has made them, and its environment
+file (sourced by scripts/test) names them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import docker
+import yaml
+
+from bkpool.cluster.engine import Engine
+from bkpool.cluster.kind import CONFIG, Kind
+from bkpool.toolchain import Tool, Toolchain, default_cache
+
+NAME = "bkpool-e2e"
+SHIFT = 100
+"""How far the host ports of the tests' cluster are from those of kind-config.yaml."""
+NODE_IMAGE = os.environ.get("BKPOOL_E2E_NODE_IMAGE") or None
+BUILDKIT_IMAGE = os.environ.get("BKPOOL_E2E_BUILDKIT_IMAGE") or None
+"""None: the product's own default, which the node pulls."""
+IMAGE_ARCHIVES = tuple(Path(file) for file in os.environ.get("BKPOOL_E2E_IMAGE_ARCHIVE", "").split(":") if file)
+KEEP = bool(os.environ.get("BKPOOL_E2E_KEEP"))
+"""Leave the cluster for the next run, which then adopts it."""
+
+
+def shifted(config: Path, directory: Path, by: int = SHIFT) -> Path:
+    """A copy of a kind configuration with other host ports."""
+    document = yaml.safe_load(config.read_text())
+    for node in document["nodes"]:
+        for mapping in node["extraPortMappings"]:
+            mapping["containerPort"] = mapping["hostPort"] = mapping["hostPort"] + by
+    made = directory / f"kind-config-{by}.yaml"
+    made.write_text(yaml.safe_dump(document))
+    return made
+
+
+def kind_of(engine: Engine, home: Path) -> Kind:
+    """The life cycle under test, for one home; it says on stderr what it does."""
+    return Kind(
+        Toolchain(default_cache()).ensure(Tool.KIND),
+        engine,
+        home,
+        lambda told: print(told["progress"], file=sys.stderr),
+    )
+
+
+@dataclass(frozen=True)
+class E2eCluster:
+    """What a test may know of its cluster."""
+
+    name: str
+    kubeconfig: Path
+    worker_ports: tuple[int, ...]
+    node: str
+    host_address: str
+    """This machine's address for whatever runs in the cluster."""
+    buildkit_image: str | None = BUILDKIT_IMAGE
+
+
+@contextmanager
+def e2e_cluster() -> Iterator[E2eCluster]:
+    """The cluster of the tests with their images loaded.
+
+    Runs beside each other share it, and the last one deletes it, unless BKPOOL_E2E_KEEP is set.
+    """
+    home = default_cache() / "e2e" / "kind"
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (home / "users").open("w") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        with Engine.connect() as engine:
+            kind = kind_of(engine, home)
+            cluster = kind.ensure(NAME, config=shifted(CONFIG, home), node_image=NODE_IMAGE)
+            for archive in IMAGE_ARCHIVES:
+                kind.load_archive(cluster, archive)
+        yield E2eCluster(
+            cluster.name, cluster.kubeconfig, cluster.worker_ports, cluster.node, _gateway_of(cluster.node)
+        )
+        if not KEEP and _alone(users):
+            with Engine.connect() as engine:
+                kind_of(engine, home).delete()
+
+
+def _alone(users: IO[str]) -> bool:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _gateway_of(node: str) -> str:
+    client = docker.from_env()
+    (network,) = client.containers.get(node).attrs["NetworkSettings"]["Networks"].values()
+    client.close()
+    return network["Gateway"]
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """kubectl for one cluster; what the user has in KUBECONFIG plays no part."""
+
+    kubeconfig: Path
+
+    def __call__(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
+        """Runs it and gives its standard output."""
+        program = shutil.which("kubectl")
+        assert program, "the tests on kind need kubectl on PATH"
+        done = subprocess.run(
+            [program, "--kubeconfig", self.kubeconfig, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
+        )
+        assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
+        return done.stdout

@@ -1,0 +1,141 @@
+"""What differs between the backends for whoever tests an appliance from outside; everything else is the same.
+
+A test that asks for more than this is about one backend, and says so with a mark (`only("process", why)`).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bkpool.pki import keep
+from bkpool.pki.authority import Authority
+from kind_cluster import Kubectl
+
+if TYPE_CHECKING:
+    from harness import Appliance
+    from kind_cluster import E2eCluster
+
+SYSTEM = "buildkit-system"
+
+
+class World(Protocol):
+    """Where the workers of an appliance are."""
+
+    name: str
+    registry_address: str
+    """The address of this machine at which its workers reach a registry."""
+
+    def options(self) -> list[str]:
+        """What `up` is told."""
+
+    def workers(self, appliance: Appliance) -> list[Any]:
+        """What runs buildkitd now; the same thing is equal, another is not."""
+
+    def kill_worker(self, worker: Any) -> None:
+        """kill -9 of its buildkitd."""
+
+    def trusting(self, registry: str) -> dict[str, Any]:
+        """What a pool's spec needs so that its workers speak plain HTTP to this registry."""
+
+    def authority(self, appliance: Appliance) -> Authority:
+        """The authority of the client certificates."""
+
+    def clean(self, appliance: Appliance) -> None:
+        """After `down`: what a test must not leave, or must not find left."""
+
+
+class Processes:
+    """Processes of this machine."""
+
+    name = "process"
+    registry_address = "127.0.0.1"
+
+    def options(self) -> list[str]:
+        return ["--backend", "process"]
+
+    def workers(self, appliance: Appliance) -> list[int]:
+        return sorted(pid for pid in appliance.daemons() if _name(pid).startswith("buildkitd"))
+
+    def kill_worker(self, worker: int) -> None:
+        os.kill(worker, signal.SIGKILL)
+
+    def trusting(self, registry: str) -> dict[str, Any]:
+        return {}  # BuildKit speaks plain HTTP to loopback by itself
+
+    def authority(self, appliance: Appliance) -> Authority:
+        return keep.load_or_create(appliance.home / "pki", datetime.now(UTC)).authority
+
+    def clean(self, appliance: Appliance) -> None:
+        left = appliance.daemons()
+        appliance.down("--purge")
+        assert left == [], "something of a worker was still running after `down`"
+
+
+@dataclass
+class Pods:
+    """Pods of a kind cluster that all tests of a run share; the pools in it are one test's at a time."""
+
+    cluster: E2eCluster
+    name: str = "kind"
+
+    def __post_init__(self) -> None:
+        self.registry_address = self.cluster.host_address
+        self.kubectl = Kubectl(self.cluster.kubeconfig)
+        self.image = ["--buildkit-image", self.cluster.buildkit_image] if self.cluster.buildkit_image else []
+
+    def options(self) -> list[str]:
+        return ["--backend", "kind", "--cluster", self.cluster.name, *self.image]
+
+    def objects(self, *what: str) -> list[dict[str, Any]]:
+        return json.loads(self.kubectl("get", *what, "-o", "json"))["items"]
+
+    def pods(self) -> list[dict[str, Any]]:
+        return self.objects("pods", "-A", "-l", "buildkit.smrt-devops.net/purpose=worker")
+
+    def workers(self, appliance: Appliance) -> list[tuple[str, str]]:
+        return sorted(
+            (pod["metadata"]["name"], pod["metadata"]["uid"])
+            for pod in self.pods()
+            if pod["status"]["phase"] in {"Pending", "Running"} and "deletionTimestamp" not in pod["metadata"]
+        )
+
+    def kill_worker(self, worker: tuple[str, str]) -> None:
+        script = "for p in /proc/[0-9]*; do read -r c <$p/comm; [ $c = buildkitd ] && kill -9 ${p#/proc/}; done; true"
+        self.kubectl("exec", worker[0], "--", "sh", "-c", script, check=False)
+
+    def trusting(self, registry: str) -> dict[str, Any]:
+        return {"buildkitConfig": f'[registry."{registry}"]\nhttp = true\n'}
+
+    def authority(self, appliance: Appliance) -> Authority:
+        secret = json.loads(self.kubectl("-n", SYSTEM, "get", "secret", "bkpool-pki", "-o", "json"))["data"]
+        return Authority(base64.b64decode(secret["ca.crt"]), base64.b64decode(secret["ca.key"]))
+
+    def clean(self, appliance: Appliance) -> None:
+        """The cluster goes on to the next test; the pools and all that is of them go."""
+        self.kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
+        for worker in self.objects("buildkitworkers", "-A"):
+            metadata = worker["metadata"]
+            patch = ("-p", '{"metadata":{"finalizers":null}}', "--type=merge")
+            self.kubectl(
+                "-n", metadata["namespace"], "patch", "buildkitworker", metadata["name"], *patch, check=False
+            )
+        ours = ("-A", "-l", "app.kubernetes.io/managed-by=bkpool", "--grace-period=1")
+        for kind in ("buildkitworkers", "pods", "pvc", "secrets", "configmaps"):
+            # (labels are on everything but the keys of the appliance, which the next test adopts)
+            self.kubectl("delete", kind, *ours, "--field-selector=metadata.namespace!=" + SYSTEM, check=False)
+        shutil.rmtree(appliance.home, ignore_errors=True)
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text()
+    return ""
