@@ -71,6 +71,12 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def bench_kind(session: nox.Session) -> None:
+    """The same on a kind cluster, beside kubectl port-forward and buildx's own driver."""
+    session.run("python", "e2e/bench_kind.py", *session.posargs)
+
+
+@nox.session
 def lock(session: nox.Session) -> None:
     """Resolves the dependencies anew into the lock files, with hashes. Needs uv."""
     common = ("uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header")

@@ -87,6 +87,13 @@ async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[
 
 def warm_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
     """Whole HTTP calls with every worker warm: one at a time, and 20 at once."""
+    with appliance(tools, {"scaling": {"min": AT_ONCE, "max": AT_ONCE}}) as running:
+        running.all_idle()
+        return warm_allocate_on(running, runs)
+
+
+def warm_allocate_on(running: Appliance, runs: int) -> dict[str, Any]:
+    """The same on an appliance that runs, with so many idle workers."""
 
     async def measure(running: Appliance) -> tuple[list[float], list[float]]:
         base = f"http://127.0.0.1:{running.ports['api']}/api/v1"
@@ -102,9 +109,7 @@ def warm_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
                     single += await _burst(session, base, 1)
         return single, many
 
-    with appliance(tools, {"scaling": {"min": AT_ONCE, "max": AT_ONCE}}) as running:
-        running.all_idle()
-        single, many = asyncio.run(measure(running))
+    single, many = asyncio.run(measure(running))
     return {
         "warm allocate, one at a time, ms p50 / p99": f"{_ms(single, 0.5)} / {_ms(single, 0.99)}",
         f"warm allocate, {AT_ONCE} at once, ms p50 / p99": f"{_ms(many, 0.5)} / {_ms(many, 0.99)}",
@@ -189,7 +194,7 @@ def build_through_gateway(tools: dict[str, Path], runs: int) -> dict[str, Any]:
         running.buildx("create", "--name", "direct", "--driver", "remote", certificates.lease["endpoint"]).ok()
         for number in range(max(runs, 5) + 1):
             for builder, into in ((gateway, through), ("direct", direct)):
-                with _context(running.base) as context:
+                with with_context(running.base) as context:
                     took = running.build(builder, context).ok().seconds
                 if number:
                     into.append(took)
@@ -202,7 +207,7 @@ def build_through_gateway(tools: dict[str, Path], runs: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _context(base: Path) -> Iterator[Path]:
+def with_context(base: Path) -> Iterator[Path]:
     directory = base / "context"
     directory.mkdir()
     with (directory / "data").open("wb") as data:

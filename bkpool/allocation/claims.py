@@ -20,7 +20,7 @@ from bkpool.allocation.leases import Leases, find_pool, lifetime
 from bkpool.allocation.line import Line, Waiter
 from bkpool.core import tokens
 from bkpool.core.durations import render
-from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.objects import Allocation, EndReason, Pool, Worker, new_worker
 from bkpool.core.placement import owner_of, place
@@ -185,7 +185,13 @@ class Claims:
             return None
         oldest = min(living, key=lambda found: found[:2])[2]
         self._mirror.apply(oldest)
-        return oldest
+        if oldest.lease.token_sha256:
+            return oldest
+        # Whoever created it was killed, or is just about to write its token: the same one, so both may.
+        try:
+            return await self._leases.change(oldest, lambda lease: self._signed(oldest, lease))
+        except (Gone, NotFound):
+            return None
 
     async def _claim(
         self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest, request_key: str | None

@@ -36,6 +36,8 @@ BACKOFF = timedelta(milliseconds=500)
 BACKOFF_MAX = timedelta(minutes=2)
 REGISTRATION_LIFE = timedelta(seconds=60)
 """A gateway's registration that was not renewed for so long is dead (DESIGN rule 10)."""
+UNTOLD = timedelta(minutes=1)
+"""A lease that has no token after so long never will: whoever was making it has been killed."""
 REMEMBERED = 16
 """Ended leases that a worker remembers, so that a late caller is told why."""
 
@@ -199,6 +201,8 @@ def _leased(
         return _wind_up(worker, lease, over, seen, now)
     if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
         return Lose(worker, "the pool was deleted" if pool.metadata.deletion_timestamp else "the worker was deleted")
+    if not lease.token_sha256 and now >= lease.allocated_at + UNTOLD:
+        return Lose(worker, "it was never answered")
     up = _up(worker, seen)
     if up is None:
         if worker.status.failures >= MAX_FAILURES:
@@ -206,7 +210,7 @@ def _leased(
         return _bring_up(worker, seen, lease.owner, now)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     step = _made_the_holders(worker, lease.owner, up) or _report(worker, up, Phase.ALLOCATED, now, failures)
-    return step or lease.expires_at
+    return step or (lease.expires_at if lease.token_sha256 else lease.allocated_at + UNTOLD)
 
 
 def _made_the_holders(worker: Worker, owner: str, up: Observation) -> Action | None:

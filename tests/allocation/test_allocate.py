@@ -285,3 +285,14 @@ async def test_a_caller_who_finds_the_jobs_lease_in_line_and_goes_away_does_not_
     await asyncio.gather(late, return_exceptions=True)
     await api.claims.close()
     assert (await api.leases.lookup(grant.token)).key == grant.worker.key
+
+
+async def test_a_lease_whose_maker_was_killed_before_it_wrote_the_token_is_finished_for_the_same_job(world):
+    await world.pool(scaling={"max": 2})
+    api = world.replicas[0]
+    first = await api.allocate(job_id="j")
+    worker = (await world.workers())["p-worker-0"]
+    await world.store.replace(worker.with_allocation(worker.lease.but(token_sha256="")))
+    again = await api.allocate(job_id="j")
+    assert again.token == first.token
+    assert (await world.workers())["p-worker-0"].lease.token_sha256 == tokens.digest(first.token)

@@ -248,3 +248,12 @@ def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
     assert held.metadata.finalizers == (FINALIZER,)
     assert held.with_allocation(lease()).metadata.finalizers == (FINALIZER,)
     assert held.with_allocation(None).metadata.finalizers == ()
+
+
+def test_a_lease_whose_maker_was_killed_before_it_had_a_token_is_given_up():
+    held = worker(0, lease(token_sha256=""), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    seen_up = {0: seen(0, "owner-a")}
+    assert decide(snapshot(pool(), held, observed=seen_up), NOW).wake_at == NOW + policy.UNTOLD
+    assert actions(snapshot(pool(), held, observed=seen_up), NOW + policy.UNTOLD) == [
+        policy.Lose(held, "it was never answered")
+    ]
