@@ -19,12 +19,13 @@ from bkpool.appliance.settings import Settings, Tell
 from bkpool.cluster import crds
 from bkpool.cluster.leader import Leadership
 from bkpool.core.errors import Conflict
-from bkpool.core.ignored import KIND_IGNORES, PROCESS_IGNORES
+from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
 from bkpool.gateway.dial import Dial, Dialler, TlsDialler
 from bkpool.kube import Access, KubeApi, paths
 from bkpool.pki import keep
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
+from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store import Store
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
@@ -36,6 +37,8 @@ from bkpool.workers.sandbox import Binaries
 
 LEASE = "bkpool-controller"
 """The Lease whose holder runs the controller."""
+PROCESS_LIFE = timedelta(days=3650)
+"""Of a certificate that is in memory only: it ends with the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,15 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
     )
 
 
+@dataclass(frozen=True, slots=True)
+class InCluster:
+    """A backend of pods, and what stands behind it."""
+
+    api: KubeApi
+    secrets: ClusterSecrets
+    backend: Backend
+
+
 async def open_cluster(
     stack: AsyncExitStack, settings: Settings, access: Access, host_ports: tuple[int, ...] | None, tell: Tell
 ) -> Backend:
@@ -97,13 +109,36 @@ async def open_cluster(
     tell({"progress": "installing the custom resources"})
     await crds.install(api)
     await _ensure_namespace(api, settings.namespace)
+    opened = await _opened(stack, settings, api, _name_of(settings.home), unread=KIND_IGNORES, host_ports=host_ports)
+    return opened.backend
+
+
+async def open_in_cluster(stack: AsyncExitStack, settings: Settings, name: str) -> InCluster:
+    """The same for a replica inside: the manifests have installed everything.
+
+    Args:
+        stack: What closes it again.
+        settings: How the replica runs.
+        name: The replica's, unique among those that live.
+    """
+    api = await KubeApi.connect(settings.access)
+    stack.push_async_callback(api.close)
+    return await _opened(stack, settings, api, name, unread=CLUSTER_IGNORES, host_ports=None)
+
+
+async def _opened(
+    stack: AsyncExitStack,
+    settings: Settings,
+    api: KubeApi,
+    name: str,
+    *,
+    unread: Collection[str],
+    host_ports: tuple[int, ...] | None,
+) -> InCluster:
     store = KubernetesStore(api)
     now = datetime.now(UTC)
     secrets = await cluster_secrets.load_or_create(api, settings.namespace, store, now)
-    name = _name_of(settings.home)
-    leaf = secrets.backend.issue_dialler(
-        name, now, now + timedelta(days=3650)
-    )  # in memory: it ends with this process
+    leaf = secrets.backend.issue_dialler(name, now, now + PROCESS_LIFE)
     context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
     runtime = PodRuntime(
         api,
@@ -111,10 +146,11 @@ async def open_cluster(
         context=context,
         image=settings.buildkit_image,
         host_ports=host_ports,
+        namespaces=settings.pool_namespaces or None,
     )
-    stack.push_async_callback(runtime.close, stop_workers=True)
+    stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)
-    return Backend(
+    backend = Backend(
         store=store,
         runtime=runtime,
         authority=secrets.authority,
@@ -122,10 +158,11 @@ async def open_cluster(
         dial=TlsDialler(context),
         gateway=name,
         recorder=recorder,
-        unread=KIND_IGNORES,
+        unread=unread,
         leadership=Leadership(api, settings.namespace, LEASE, name),
         loops=(recorder.run(),),
     )
+    return InCluster(api, secrets, backend)
 
 
 async def _ensure_namespace(api: KubeApi, name: str) -> None:

@@ -21,7 +21,7 @@ from bkpool.appliance.host import HostAppliance, Opening
 from bkpool.appliance.settings import ALL_ROLES, Settings, Tell
 from bkpool.cluster import choice
 from bkpool.cluster.engine import Engine, engine_fault
-from bkpool.cluster.kind import Cluster, Kind
+from bkpool.cluster.kind import Cluster, Kind, Marker
 from bkpool.core.documents import read_pools
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.gateway.server import new_loop
@@ -96,25 +96,31 @@ def _kind_cluster(settings: Settings, tell: Tell) -> Cluster:
     return cluster
 
 
-def purge(home: Path, cache: Path) -> None:
+def purge(home: Path, cache: Path) -> str:
     """Removes everything an appliance keeps: caches, leases, certificates, keys, and the kind cluster that it made.
+
+    Returns:
+        What is left, for the user; empty where nothing is.
 
     Raises:
         HostFault: An appliance still runs from this home, or something can't be removed.
     """
+    left = ""
     if not home.is_dir():
-        return
+        return left
     with HomeLock(home), as_host_fault(home):
         tools = Toolchain(cache)
         asyncio.run(_purge_workers(home, tools))
-        if (home / "kind.json").exists():
+        if marker := Marker.read(home):
             with Engine.connect() as engine:
-                Kind(tools.ensure(Tool.KIND), engine, home, lambda _told: None).delete()
+                deleted = Kind(tools.ensure(Tool.KIND), engine, home, lambda _told: None).delete()
+            left = "" if deleted else f"the cluster {marker.name} was not made from here, and stays"
         for name in ("slots", "logs", "pki"):
             if (home / name).exists():
                 shutil.rmtree(home / name)
         for name in ("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"):
             (home / name).unlink(missing_ok=True)
+    return left
 
 
 def sweep(home: Path, cache: Path) -> int:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import asyncio
 import signal
 
+STILL_ACCEPTING = 5.0
+"""Seconds after SIGTERM in a cluster: endpoints take as long to leave every kube-proxy of one of some size."""
+
 
 class Lifetime:
     """From a start to the first SIGTERM or SIGINT; the second one hurries.

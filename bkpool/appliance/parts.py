@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -144,3 +146,23 @@ def metrics_app(metrics: Metrics) -> web.Application:
 def in_url(host: str) -> str:
     """The host as a URL has it: an IPv6 address stands in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def probes(app: web.Application, trouble: Callable[[], str | None]) -> web.Application:
+    """Adds what the kubelet asks."""
+
+    async def health(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(_request: web.Request) -> web.Response:
+        why = trouble()
+        return web.json_response({"status": why or "ready"}, status=503 if why else 200)
+
+    app.router.add_get("/health", health)
+    app.router.add_get("/ready", ready)
+    return app
+
+
+def replica_name() -> str:
+    """The pod's name, which no other pod has at the same time."""
+    return os.environ.get("POD_NAME") or socket.gethostname()

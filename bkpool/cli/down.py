@@ -73,8 +73,10 @@ def _purge() -> None:
 
     tools.quiet()
     with console.Progress("removing state and caches"):
-        purge(home.home(), default_cache())
+        left = purge(home.home(), default_cache())
         shutil.rmtree(home.home() / "leases", ignore_errors=True)  # what `allocate` wrote there
+    if left:
+        console.note(left)
 
 
 def _process() -> int | None:

@@ -19,6 +19,11 @@ def command(worker: str | None, follow: bool, lines: int | None, namespace: str)
     """Show the log of the appliance, or of WORKER (such as default-worker-0) of this machine."""
     logs = home.home() / "logs"
     path = logs / (f"{namespace}.{worker}.log" if worker else "appliance.log")
+    if worker and not path.is_file() and (kubeconfig := home.home() / "kubeconfig").is_file():
+        raise NotFound(
+            f"{worker} has no log here: workers of this home are pods",
+            hint=f"kubectl --kubeconfig {kubeconfig} -n {namespace} logs {worker}",
+        )
     if not path.is_file() or path.parent != logs:
         known = sorted(file.name.removesuffix(".log").partition(".")[2] for file in logs.glob("*.*.log"))
         raise NotFound(
