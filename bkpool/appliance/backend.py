@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from bkpool.allocation import Claims, Leases
 from bkpool.appliance import cluster_secrets
 from bkpool.appliance.settings import Settings, Tell
 from bkpool.cluster import crds
@@ -29,6 +30,7 @@ from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store import Store
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
+from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.workers import Runtime
 from bkpool.workers.pods import PodRuntime
@@ -60,6 +62,20 @@ class Backend:
     """Where others might run a controller too."""
     loops: tuple[Coroutine[Any, Any, None], ...] = ()
     """What must run beside."""
+
+    def lease_service(self, mirror: Mirror, now: Callable[[], datetime]) -> tuple[Claims, Leases]:
+        """What makes, changes and ends leases over these parts; the claims are to be closed."""
+        leases = Leases(store=self.store, mirror=mirror, now=now)
+        claims = Claims(
+            store=self.store,
+            mirror=mirror,
+            leases=leases,
+            authority=self.authority,
+            token_key=self.token_key,
+            caches=self.runtime.caches,
+            now=now,
+        )
+        return claims, leases
 
 
 async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Binaries, tell: Tell) -> Backend:

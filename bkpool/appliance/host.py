@@ -17,7 +17,6 @@ from typing import Any
 import structlog
 
 from bkpool import __version__
-from bkpool.allocation import Claims, Leases
 from bkpool.api import Service, make_app
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.certifier import Certifier
@@ -83,16 +82,7 @@ class HostAppliance:
         tell({"progress": "starting gateway, controller and API"})
         gateway, endpoint = await self._open_gateway(stack, backend, mirror, metrics)
 
-        leases = Leases(store=backend.store, mirror=mirror, now=_now)
-        claims = Claims(
-            store=backend.store,
-            mirror=mirror,
-            leases=leases,
-            authority=backend.authority,
-            token_key=backend.token_key,
-            caches=backend.runtime.caches,
-            now=_now,
-        )
+        claims, leases = backend.lease_service(mirror, _now)
         stack.push_async_callback(claims.close)
         await stack.enter_async_context(running(self._control(backend, mirror, endpoint), died))
         service = Service(

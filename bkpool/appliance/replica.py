@@ -15,7 +15,6 @@ from typing import Protocol
 
 import structlog
 
-from bkpool.allocation import Claims, Leases
 from bkpool.api import Service, make_app
 from bkpool.appliance import cluster_secrets
 from bkpool.appliance.backend import InCluster, open_in_cluster
@@ -118,16 +117,7 @@ class ControlReplica:
     ) -> None:
         backend = opened.backend
         admin = AdminToken(await cluster_secrets.admin_token(opened.api, self._settings.namespace))
-        leases = Leases(store=backend.store, mirror=mirror, now=_now)
-        claims = Claims(
-            store=backend.store,
-            mirror=mirror,
-            leases=leases,
-            authority=backend.authority,
-            token_key=backend.token_key,
-            caches=backend.runtime.caches,
-            now=_now,
-        )
+        claims, leases = backend.lease_service(mirror, _now)
         stack.push_async_callback(claims.close)
         service = Service(
             claims=claims,
