@@ -17,6 +17,7 @@ from bkpool.gateway.server import Gateway
 from bkpool.pki import keep
 from bkpool.pki.authority import Authority
 from bkpool.pki.names import gateway_names
+from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
 
@@ -30,6 +31,7 @@ class Certifier:
         mirror: Knows the pools, whose Services are among the names.
         hosts: Further names of the gateway.
         now: The clock.
+        recorder: Is told of a changed certificate, about each pool.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Certifier:
         mirror: Mirror,
         hosts: tuple[str, ...],
         now: Callable[[], datetime],
+        recorder: Recorder,
     ) -> None:
         self._gateway = gateway
         self._directory = directory
@@ -48,6 +51,8 @@ class Certifier:
         self._mirror = mirror
         self._hosts = hosts
         self._now = now
+        self._recorder = recorder
+        self._served: bytes | None = None
         self._certified: tuple[Key, ...] | None = None
         self._due = self._now()
 
@@ -57,9 +62,12 @@ class Certifier:
         names = gateway_names(socket.gethostname(), self._certified, self._hosts)
         kept = keep.server_certificate(self._directory, self._authority, names, self._now())
         self._due = kept.renew_at
-        self._gateway.set_server_certificate(
-            kept.cert_file.read_bytes(), kept.key_file.read_bytes(), self._authority.cert_pem
-        )
+        certificate = kept.cert_file.read_bytes()
+        self._gateway.set_server_certificate(certificate, kept.key_file.read_bytes(), self._authority.cert_pem)
+        if self._served not in {None, certificate}:
+            for pool in self._mirror.pools.values():
+                self._recorder.tell(pool, "CertificateRotated", "the gateway's certificate is issued anew")
+        self._served = certificate
 
     async def run(self) -> None:
         """Until cancelled."""

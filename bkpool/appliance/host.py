@@ -147,6 +147,7 @@ class HostAppliance:
             mirror=mirror,
             hosts=settings.gateway_hosts,
             now=_now,
+            recorder=backend.recorder,
         )
         certify.renew()
         [(_, port)] = await gateway.start([_gateway_address(settings)])

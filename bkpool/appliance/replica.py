@@ -136,7 +136,13 @@ class ControlReplica:
         """The controller, and the gateways that it keeps."""
         backend, settings = opened.backend, self._settings
         gateways = PoolGateways(
-            opened.api, mirror, opened.secrets, image=settings.image, namespace=settings.namespace, now=_now
+            opened.api,
+            mirror,
+            opened.secrets,
+            image=settings.image,
+            namespace=settings.namespace,
+            now=_now,
+            recorder=backend.recorder,
         )
 
         def setting(pool: Pool) -> PoolSetting:

@@ -38,6 +38,7 @@ from bkpool.core.objects import Pool, ServiceType
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.pki.names import Names, gateway_names
+from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -78,6 +79,7 @@ class PoolGateways:
         image: bkpool's own image; None: the one that `bkpool manifests` names.
         namespace: Of the appliance.
         now: The clock.
+        recorder: Is told of certificates that were changed.
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class PoolGateways:
         image: str | None,
         namespace: str,
         now: Callable[[], datetime],
+        recorder: Recorder,
     ) -> None:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
         self._setting = Setting(image or IMAGE, namespace, CONTROLLER)
         self._now = now
+        self._recorder = recorder
         self._keepers: dict[Key, _Keeper] = {}
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
         self._endpoints: dict[Key, str] = {}
@@ -246,6 +250,8 @@ class PoolGateways:
         found = keeper.bundle if keeper.bundle is not None else await self._stored_bundle(pool)
         if not bundle_fits(found, self._secrets, names, self._now()):
             name = f"{gateway_name(pool)}.{pool.key.namespace}"
+            if found:
+                self._recorder.tell(pool, "CertificateRotated", "the gateway's certificates are issued anew")
             found = gateway_bundle(self._secrets, names, name, self._now())
             log.info("pool.gateway_certificate_issued", pool=str(pool.key), names=[*names.dns, *map(str, names.ips)])
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}

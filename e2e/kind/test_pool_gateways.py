@@ -107,11 +107,23 @@ async def appliance(api, cluster, system, namespace, tmp_path):
     await opened.close()
 
 
+class Told:
+    """A recorder that remembers the reasons."""
+
+    def __init__(self):
+        self.told = []
+
+    def tell(self, about, reason, message, *, warning=False):
+        self.told.append(reason)
+
+
 @asynccontextmanager
 async def running(api, *, now=lambda: datetime.now(UTC)):
     """The gateways of all pools, kept for as long as the block lasts."""
     mirror = Mirror(KubernetesStore(api))
-    gateways = PoolGateways(api, mirror, SECRETS, image="registry.example.com/bkpool:1", namespace="system", now=now)
+    image, recorder = "registry.example.com/bkpool:1", Told()
+    gateways = PoolGateways(api, mirror, SECRETS, image=image, namespace="system", now=now, recorder=recorder)
+    gateways.told = recorder.told
     gateways.changed = asyncio.Event()
     gateways.on_change(gateways.changed.set)
     tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(gateways.run())]
@@ -289,6 +301,7 @@ async def test_certificates_are_renewed_in_time(appliance, store, api, namespace
     later = first.not_valid_after_utc - timedelta(days=1)
     async with running(appliance, now=lambda: later) as gateways:
         await told(gateways, lambda g: pool.key in g.endpoints)
+        assert gateways.told == ["CertificateRotated"]
     second = certificate(await api.get(at("Secret", namespace)))
     assert second.not_valid_after_utc > first.not_valid_after_utc + timedelta(days=100)
     ssl.create_default_context(

@@ -20,11 +20,15 @@ class Gateway:
 
     def __init__(self):
         self.given = []
+        self.told = []
         self.changed = asyncio.Event()
 
     def set_server_certificate(self, cert_pem, key_pem, ca_pem):
         self.given.append(x509.load_pem_x509_certificate(cert_pem))
         self.changed.set()
+
+    def tell(self, about, reason, message, *, warning=False):
+        self.told.append((about.key.name, reason))
 
     async def next(self):
         async with asyncio.timeout(5):
@@ -57,6 +61,7 @@ async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_
         mirror=mirror,
         hosts=("build.example.com",),
         now=lambda: now,
+        recorder=gateway,
     )
     tasks = [asyncio.create_task(mirror.run())]
     await mirror.ready.wait()
@@ -74,6 +79,7 @@ async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_
     await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # something stirs
     third = await gateway.next()
     assert third.not_valid_after_utc > second.not_valid_after_utc
+    assert gateway.told == [("ci", "CertificateRotated")] * 2
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
