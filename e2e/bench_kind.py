@@ -188,7 +188,9 @@ def a_thousand_workers(world: Pods, tools: dict[str, Path], runs: int) -> dict[s
     table: dict[str, Any] = {}
     with appliance(world, tools, {"scaling": {"max": 1}}) as running:
         before = _resident(running.described["pid"])
+        running.kill()  # or it would start a pod for each, in the moment before its status is written
         asyncio.run(_stored(world, 1000))
+        running.up()
         eventually(lambda: running.pool("many")["workers"] == 1000, "1,000 workers are known", patience=300)
         table["resident memory with 0 / 1,000 workers, MiB"] = f"{before} / {_resident(running.described['pid'])}"
         running.kill()
@@ -203,7 +205,6 @@ def _resident(pid: int) -> int:
 
 
 def _pool_of(count: int) -> Pool:
-    # Nothing is decided about a worker on its way, so that no pod is started for them.
     return Pool(metadata=Metadata(name="many", uid="u"), spec=PoolSpec.model_validate({"scaling": {"max": count}}))
 
 

@@ -124,6 +124,8 @@ class Pods:
         self.kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
         for worker in self.objects("buildkitworkers", "-A"):
             metadata = worker["metadata"]
+            if not metadata.get("finalizers"):
+                continue
             patch = ("-p", '{"metadata":{"finalizers":null}}', "--type=merge")
             self.kubectl(
                 "-n", metadata["namespace"], "patch", "buildkitworker", metadata["name"], *patch, check=False
