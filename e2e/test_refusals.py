@@ -69,7 +69,8 @@ def test_a_token_that_nobody_has(appliance, context, authority, tmp_path):
 
 def test_an_expired_certificate_is_told_and_not_a_tls_error(appliance, context, authority, tmp_path):
     certificates = appliance.allocate(name="old")
-    leaf = authority.issue_client(certificates.lease["token"], NOW - timedelta(minutes=4), NOW - timedelta(minutes=1))
+    now = datetime.now(UTC)
+    leaf = authority.issue_client(certificates.lease["token"], now - timedelta(minutes=4), now - timedelta(minutes=1))
     told = _says(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
     assert "expired" in told
     appliance.release(certificates.lease)

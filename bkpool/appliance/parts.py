@@ -57,18 +57,23 @@ async def apply_pools(store: Store, pools: list[Pool]) -> None:
     if not pools and not (await store.list(Pool)).items:
         pools = [Pool(metadata=Metadata(name=DEFAULT_POOL))]
     for wanted in pools:
-        while True:
-            try:
-                current = await store.get(Pool, *wanted.key)
-                metadata = current.metadata.but(
-                    labels=wanted.metadata.labels, annotations=wanted.metadata.annotations
-                )
-                await store.replace(current.but(metadata=metadata, spec=wanted.spec))
-            except NotFound:
-                await store.create(wanted.but(metadata=Metadata(**_given(wanted)), status=PoolStatus()))
-            except Conflict:
-                continue
-            break
+        while not await _applied(store, wanted):
+            pass  # somebody else was faster: it is looked at again
+
+
+async def _applied(store: Store, wanted: Pool) -> bool:
+    """One try to make a pool so; False if another writer was faster."""
+    try:
+        try:
+            current = await store.get(Pool, *wanted.key)
+        except NotFound:
+            await store.create(wanted.but(metadata=Metadata(**_given(wanted)), status=PoolStatus()))
+            return True
+        metadata = current.metadata.but(labels=wanted.metadata.labels, annotations=wanted.metadata.annotations)
+        await store.replace(current.but(metadata=metadata, spec=wanted.spec))
+    except (Conflict, NotFound):
+        return False
+    return True
 
 
 async def withdraw_leftovers(store: Store, gateway: str) -> None:

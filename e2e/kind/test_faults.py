@@ -23,6 +23,9 @@ from bkpool.store.mirror import Mirror
 
 P = Key("default", "p")
 
+# The proxy cuts connections at any moment; one that aiohttp was just making complains when it is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultProxy]:
