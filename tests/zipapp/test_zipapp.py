@@ -152,7 +152,7 @@ def test_the_whole_file_does_the_main_job_from_an_empty_home(tmp_path, buildkitd
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    bkpool("up", "-d", *any_port)
+    bkpool("up", "-d", "--backend", "process", *any_port)
     try:
         bkpool("build", "--output", f"type=local,dest={tmp_path / 'out'}", context)
         assert (tmp_path / "out" / "hello").read_text() == "hi"
