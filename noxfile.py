@@ -38,7 +38,7 @@ def imports(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The fast suite: everything that needs no build. With `-- network` also what asks a package registry."""
-    session.run("pytest", "tests", *session.posargs)
+    session.run("pytest", "tests", "--numprocesses", "auto", *session.posargs)
 
 
 @nox.session
