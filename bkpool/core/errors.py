@@ -16,13 +16,14 @@ class BkpoolError(Exception):
     Args:
         message: One sentence: what is wrong, naming the field, file or object.
         hint: One sentence: what to do about it; empty where the message says it already.
-        code: A finer name than the class's own, for programs (`PortTaken`); `EXIT` may have an exit code for it.
+        code: A finer name than the class's own, for programs (`PortTaken`); `EXIT` may have an exit code for it, and
+            `STATUS` an HTTP status.
         exit_code: An exit code of its own.
         field: The path of the offending field (`spec.scaling.max`), where there is one.
         retry_after: Seconds after which a new try makes sense, where that is known.
     """
 
-    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
     default_exit: ClassVar[int] = 1
 
     def __init__(
@@ -39,6 +40,7 @@ class BkpoolError(Exception):
         self.message = message
         self.hint = hint
         self.code = code or type(self).__name__
+        self.status = STATUS.get(self.code, self.status)
         self.exit_code = EXIT.get(self.code, self.default_exit) if exit_code is None else exit_code
         self.field = field
         self.retry_after = retry_after
@@ -117,6 +119,10 @@ class HostFault(BkpoolError):
     default_exit = 71
 
 
+STATUS = {
+    "LimitReached": HTTPStatus.TOO_MANY_REQUESTS,
+}
+"""HTTP statuses of errors that a client may want to tell apart from their class's."""
 EXIT = {
     "PortTaken": 72,
     "DiskFull": 73,

@@ -5,15 +5,21 @@ It looks at what the user wrote, never at defaults, and judges no value.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 from pydantic import BaseModel
 
-from bkpool.core.objects import PoolSpec
+from bkpool.core.auth import MethodType, OIDCConfigSpec
+from bkpool.core.pool import Egress, PoolSpec
 
 _GATEWAY_OBJECTS = (
     "gatewayImage",
-    "networking",
+    "networking.serviceType",
+    "networking.port",
+    "networking.annotations",
+    "networking.allowedCIDRs",
+    "networking.external",
     "gateway.replicas",
     "gateway.resources",
     "gateway.serviceType",
@@ -23,14 +29,17 @@ _GATEWAY_OBJECTS = (
 )
 """What only gateways that run as pods can heed."""
 
-CLUSTER_IGNORES: frozenset[str] = frozenset()
-"""In a cluster, with a gateway Deployment a pool."""
-KIND_IGNORES = frozenset(_GATEWAY_OBJECTS)
+CLUSTER_IGNORES = frozenset({"auth.methods[].token.file"})
+"""In a cluster, with a gateway Deployment a pool. Who may make a pool there may not name files of the appliance's."""
+KIND_IGNORES = frozenset((*CLUSTER_IGNORES, *_GATEWAY_OBJECTS))
 """With pods as workers and the gateway on the host."""
-PROCESS_IGNORES = frozenset((*_GATEWAY_OBJECTS, "resources", "buildkitImage"))
+PROCESS_IGNORES = frozenset(
+    (*_GATEWAY_OBJECTS, "resources", "buildkitImage", "auth.methods[].token.secretRef", "networking.egress")
+)
 """Without pods. A local cache is no such field: there every slot keeps its cache anyway."""
 
 _FOREIGN_GATEWAY = "/buildkit-controller/gateway"
+_INDEX = re.compile(r"\[\d+\]")
 
 
 def ignored_fields(spec: PoolSpec, unread: Collection[str]) -> list[str]:
@@ -40,15 +49,33 @@ def ignored_fields(spec: PoolSpec, unread: Collection[str]) -> list[str]:
         spec: Of the pool.
         unread: Paths below `spec` that the backend does not read, with all below them: one of the sets above.
     """
-    found = {
-        path
-        for path, known in _set_fields(spec)
-        if not known or any(path == stem or path.startswith(f"{stem}.") for stem in unread)
-    }
+    found = {path for path, known in _set_fields(spec) if not known or _is_among(path, unread)}
     found |= {f"cache.backends[{n}]" for n, backend in enumerate(spec.cache.backends) if backend.type != "local"}
+    found |= set(_of_methods(spec))
     if is_foreign_gateway(spec.gateway_image):
         found.add("gatewayImage")
+    if spec.egress is not Egress.OPEN and _is_among("networking.egress", unread):
+        found.add("networking.egress.policy")  # also where only `untrusted` asks for it
     return sorted(found)
+
+
+def ignored_in_config(spec: OIDCConfigSpec) -> list[str]:
+    """The same of an issuer; what is known of it works everywhere."""
+    return sorted(path for path, known in _set_fields(spec) if not known)
+
+
+def _of_methods(spec: PoolSpec) -> Iterator[str]:
+    """What is said of another type than the method's own, and that a certificate is not required: it always is."""
+    for number, method in enumerate(spec.auth.methods):
+        path = f"auth.methods[{number}]"
+        yield from (f"{path}.{other}" for other in MethodType if other is not method.type and getattr(method, other))
+        if method.mtls is not None and not method.mtls.required:
+            yield f"{path}.mtls.required"
+
+
+def _is_among(path: str, stems: Collection[str]) -> bool:
+    bare = _INDEX.sub("[]", path)
+    return any(bare == stem or bare.startswith(f"{stem}.") for stem in stems)
 
 
 def is_foreign_gateway(image: str | None) -> bool:

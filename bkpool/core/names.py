@@ -39,10 +39,13 @@ API_PORT = 8082
 GATEWAY_PORT = 1235
 WORKER_PORT = 1234
 METRICS_PORT = 9090
+DEV_ISSUER_PORT = 8888
 
 SYSTEM_NAMESPACE = "buildkit-system"
 """Where the appliance itself is, in a cluster."""
 DEFAULT_NAMESPACE = "default"
+AUDIENCE = "buildkit-controller"
+"""For whom callers' tokens are made, where nothing else is said: the Go controller's, so that workflows stay."""
 DEFAULT_POOL = "default"
 
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Phase, Pool, Reuse, Worker
+from bkpool.core.pool import Pool, Reuse
 from bkpool.core.tokens import owner_digest
+from bkpool.core.worker import Phase, Worker
 
 _NEVER_USED = datetime.min.replace(tzinfo=UTC)
 

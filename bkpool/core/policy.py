@@ -14,19 +14,10 @@ from enum import StrEnum
 from typing import Literal
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import (
-    Allocation,
-    EndedLease,
-    EndReason,
-    GatewayRegistration,
-    Phase,
-    Pool,
-    PoolStatus,
-    Reuse,
-    Worker,
-)
 from bkpool.core.placement import free_slot, last_used
+from bkpool.core.pool import Pool, PoolStatus, Reuse
 from bkpool.core.resource import Condition
+from bkpool.core.worker import Allocation, EndedLease, EndReason, GatewayRegistration, Phase, Worker
 
 MAX_FAILURES = 5
 """Failures in a row after which a lease is lost (DESIGN rule 4)."""
@@ -38,6 +29,8 @@ REGISTRATION_LIFE = timedelta(seconds=60)
 """A gateway's registration that was not renewed for so long is dead (DESIGN rule 10)."""
 UNTOLD = timedelta(minutes=1)
 """A lease that has no token after so long never will: whoever was making it has been killed."""
+LAST_WORDS = "; its last words"
+"""In a message about a daemon that has failed: from here on it is buildkitd that speaks, perhaps of a build."""
 REMEMBERED = 16
 """Ended leases that a worker remembers, so that a late caller is told why."""
 
@@ -115,9 +108,9 @@ class Protect:
 
 @dataclass(frozen=True, slots=True)
 class Wipe:
-    """Empty the cache; nobody may have it again."""
+    """Empty the slot's cache; nobody may have it again. Whatever runs on it ends."""
 
-    worker: Worker
+    slot: Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +149,7 @@ Action = Create | Start | Own | Protect | Wipe | Report | Lose | Finish | Remove
 
 def slot_in(action: Action) -> Slot:
     """The slot that an action is about."""
-    return action.slot if isinstance(action, Create) else action.worker.slot
+    return action.slot if isinstance(action, Create | Wipe) else action.worker.slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,24 +166,34 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
     deadlines: list[datetime] = []
     surplus, next_surplus = _surplus(snapshot, now)
     deadlines += next_surplus
+    spent = _spent(snapshot)
+    actions += [Wipe(slot) for slot in spent]
     for worker in snapshot.workers:
-        if worker.slot in snapshot.busy:
+        if worker.slot in snapshot.busy or worker.slot in spent:
             continue
         if worker in surplus:
             actions.append(Remove(worker))
             continue
         seen = snapshot.observed.get(worker.slot)
         lease = worker.allocation
-        if lease is None:
-            step = _idle(worker, seen, snapshot.pool, now)
-        else:
-            step = _leased(worker, lease, seen, snapshot.pool, now)
+        step = _idle(worker, seen, now) if lease is None else _leased(worker, lease, seen, snapshot.pool, now)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
             actions.append(step)
-    actions += _floor(snapshot)
+    actions += _floor(snapshot, spent)
     return Decision(tuple(actions), min(deadlines, default=None))
+
+
+def _spent(snapshot: Snapshot) -> list[Slot]:
+    """With reuse `never`: the slots that nobody holds and whose cache has been used, before all else."""
+    if snapshot.pool.spec.reuse is not Reuse.NEVER:
+        return []
+    seen = {slot: snapshot.observed[slot].cache_owner for slot in snapshot.observed}
+    used = {slot for slot, owner in {**snapshot.caches, **seen}.items() if owner is not None}
+    held = {worker.slot for worker in snapshot.workers if worker.allocation is not None}
+    ours = {slot for slot in used if (slot.namespace, slot.pool) == snapshot.pool.key}
+    return sorted(ours - held - snapshot.busy)
 
 
 def _leased(
@@ -226,10 +229,12 @@ def _wind_up(
     worker: Worker, lease: Allocation, over: EndReason, seen: Observation | None, now: datetime
 ) -> Action | datetime | None:
     live = [r.renewed_at + REGISTRATION_LIFE for r in _living(worker, now) if r.allocation_id == lease.id]
-    up = _up(worker, seen)
-    if up and up.ephemeral and up.cache_owner is None:
+    if _unmarked(worker, seen):
         return Own(worker, lease.owner)  # its holder did not have to wait for this, and whoever comes next must know
+    up = _up(worker, seen)
     if not live:
+        if up:  # with the end of the lease, or the next one would be led in before it is seen whose the cache is
+            worker = worker.with_status(cache_owner=up.cache_owner)
         ended = EndedLease(
             token_sha256=lease.token_sha256,
             ended_at=lease.over_since(),
@@ -243,17 +248,22 @@ def _wind_up(
     return min(live)
 
 
+def _unmarked(worker: Worker, seen: Observation | None) -> bool:
+    """Whether there is a cache that may have been used, without a mark of its owner; ready just now or not."""
+    if seen is None or seen.worker_uid != worker.uid or seen.state is Running.EXITED:
+        return False
+    return seen.ephemeral and seen.cache_owner is None
+
+
 def _living(worker: Worker, now: datetime) -> list[GatewayRegistration]:
     """The registrations that have not run out."""
     return [entry for entry in worker.status.gateways if entry.renewed_at + REGISTRATION_LIFE > now]
 
 
-def _idle(worker: Worker, seen: Observation | None, pool: Pool, now: datetime) -> Action | datetime | None:
+def _idle(worker: Worker, seen: Observation | None, now: datetime) -> Action | datetime | None:
     up = _up(worker, seen)
     if up is None:
         return _bring_up(worker, seen, None, now)
-    if pool.spec.cache.reuse is Reuse.NEVER and up.cache_owner is not None:
-        return Wipe(worker)
     if up.held:
         return Protect(worker, held=False)
     return _report(worker, up, Phase.IDLE, now, worker.status.failures)
@@ -276,7 +286,9 @@ def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: 
 
 
 def failed(worker: Worker, message: str, now: datetime) -> Worker:
-    """The worker with one failure more."""
+    """The worker with one failure more. Once nobody holds it, what buildkitd said last is told to nobody."""
+    if worker.allocation is None and worker.status.cache_owner is not None:
+        message = message.partition(LAST_WORDS)[0]
     ready_at = worker.status.ready_at
     was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
     return worker.with_status(
@@ -337,12 +349,12 @@ def _unheld_since(worker: Worker, now: datetime) -> datetime:
     return worker.status.last_activity_at or worker.metadata.creation_timestamp or now
 
 
-def _floor(snapshot: Snapshot) -> Iterator[Create]:
+def _floor(snapshot: Snapshot, spent: Sequence[Slot]) -> Iterator[Create]:
     """Workers to make so that `scaling.min` stand ready beside the leased ones, within `scaling.max`."""
     if snapshot.pool.metadata.deletion_timestamp:
         return
     unheld = sum(w.allocation is None for w in snapshot.workers)
-    taken = set(snapshot.busy)
+    taken = {*snapshot.busy, *spent}
     for _ in range(snapshot.pool.spec.scaling.min - unheld - len(snapshot.busy - {w.slot for w in snapshot.workers})):
         slot = free_slot(snapshot.pool, snapshot.workers, snapshot.caches, taken=taken)
         if slot is None:

@@ -143,17 +143,23 @@ def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
         raise explain(error, source=source) from None
 
 
-def explain(error: ValidationError, *, source: str = "") -> InvalidInput:
-    """Turns pydantic's findings into one sentence that names the first wrong field as the user wrote it."""
+def explain(error: ValidationError, *, source: str = "", shown: bool = True) -> InvalidInput:
+    """Turns pydantic's findings into one sentence that names the first wrong field as the user wrote it.
+
+    Args:
+        error: The findings.
+        source: Where the data came from.
+        shown: Whether the sentence may have the value in it, which must not be a secret.
+    """
     found = error.errors(include_url=False, include_context=False, include_input=True)
     first = found[0]
     field = ".".join(str(part) for part in first["loc"]) or "the document"
     told = first["msg"].removeprefix("Value error, ")
-    given = repr(first["input"]) if isinstance(first["input"], str | int | float | bool) else ""
-    shown = f" (given: {given[:60]})" if given else ""
+    given = repr(first["input"]) if shown and isinstance(first["input"], str | int | float | bool) else ""
+    told_value = f" (given: {given[:60]})" if given else ""
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""
     where = f"{source}: " if source else ""
-    return InvalidInput(f"{where}{field}: {told}{shown}{more}", hint=f"Correct {field}.", field=field)
+    return InvalidInput(f"{where}{field}: {told}{told_value}{more}", hint=f"Correct {field}.", field=field)
 
 
 def unknown_fields(model: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A copy of all pools and workers in memory, kept up by list and watch, so that nothing else reads the store to look.
+"""A copy of pools, workers and issuers in memory, kept up by list and watch: nothing else reads the store to look.
 
 It never writes, and it only ever moves forward: what a writer has just written can be taken over at once, and nothing
 older comes back.
@@ -16,10 +16,12 @@ from typing import Generic
 
 import structlog
 
+from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool, Worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
+from bkpool.core.worker import Worker
 from bkpool.store import Event, Listing, Store
 
 log = structlog.get_logger(__name__)
@@ -29,7 +31,7 @@ _LONGEST_PAUSE = 5.0  # seconds: who waits for a worker waits for this too when 
 _PASSING = (Gone, Unavailable)
 _PASSING_ONCE_LISTED = (*_PASSING, Forbidden, Unauthenticated, NotFound)
 """An API server that has just come back may refuse, or not know bkpool's kinds, until it has read its own rules."""
-_UNLISTED = "Pools and workers have not been read yet"
+_UNLISTED = "The store has not been read yet"
 
 
 def _version_of(obj: Resource) -> int:
@@ -78,6 +80,7 @@ class Mirror:
 
     Args:
         store: Where they come from.
+        configs: Whether issuers are followed too; a gateway needs none, and may not see them.
         pause: Waits that many seconds before the store is asked again.
         jitter: A number from 0 to 1: how much of the longest allowed pause is taken, so that replicas spread out.
     """
@@ -86,6 +89,7 @@ class Mirror:
         self,
         store: Store,
         *,
+        configs: bool = False,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -94,11 +98,16 @@ class Mirror:
         self._jitter = jitter
         self._pools: _Copy[Pool] = _Copy()
         self._workers: _Copy[Worker] = _Copy()
+        self._configs: _Copy[OIDCConfig] = _Copy()
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
         self._callbacks: dict[object, Callable[[Key], None]] = {}
-        self._troubles: dict[type[Resource], str] = {Pool: _UNLISTED, Worker: _UNLISTED}
+        self._on_config: dict[object, Callable[[], None]] = {}
+        self._follows_configs = configs
+        followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
+        self._troubles = dict.fromkeys(followed, _UNLISTED)
         self.pools: Mapping[Key, Pool] = MappingProxyType(self._pools.items)
         self.workers: Mapping[Key, Worker] = MappingProxyType(self._workers.items)
+        self.configs: Mapping[Key, OIDCConfig] = MappingProxyType(self._configs.items)
         self.ready = asyncio.Event()
         """Set once everything has been listed."""
 
@@ -112,6 +121,8 @@ class Mirror:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow(Pool, self._pools, self._pools_changed))
             tasks.create_task(self._follow(Worker, self._workers, self._workers_changed))
+            if self._follows_configs:
+                tasks.create_task(self._follow(OIDCConfig, self._configs, self._configs_changed))
 
     def workers_of(self, pool: Key) -> list[Worker]:
         """The workers of a pool, in no particular order."""
@@ -135,6 +146,16 @@ class Mirror:
 
         def unsubscribe() -> None:
             self._callbacks.pop(token, None)
+
+        return unsubscribe
+
+    def on_config(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back, in the event loop, whenever a configured issuer has changed. Returns what ends it."""
+        token = object()
+        self._on_config[token] = callback
+
+        def unsubscribe() -> None:
+            self._on_config.pop(token, None)
 
         return unsubscribe
 
@@ -171,6 +192,11 @@ class Mirror:
     def _pools_changed(self, pools: list[Pool]) -> None:
         for pool in pools:
             self._tell(pool.key)
+
+    def _configs_changed(self, configs: list[OIDCConfig]) -> None:
+        if configs:
+            for callback in tuple(self._on_config.values()):
+                callback()
 
     def _workers_changed(self, workers: list[Worker]) -> None:
         for worker in workers:

@@ -1,7 +1,8 @@
 import pytest
 
-from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES, ignored_fields
-from bkpool.core.objects import PoolSpec
+from bkpool.core.auth import OIDCConfigSpec
+from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES, ignored_fields, ignored_in_config
+from bkpool.core.pool import PoolSpec
 
 PODS = {
     "buildkitImage": "moby/buildkit:rootless",
@@ -60,3 +61,64 @@ def test_defaults_are_nobodys_wish():
 def test_the_go_controllers_own_gateway_cannot_run_here():
     spec = PoolSpec(gateway_image="ghcr.io/someone/buildkit-controller/gateway:latest")
     assert ignored_fields(spec, CLUSTER_IGNORES) == ["gatewayImage"]
+
+
+METHODS = {
+    "auth": {
+        "methods": [
+            "mtls",
+            {"type": "mtls", "mtls": {"required": False, "clientCASecret": "c"}, "token": {"secretRef": "s"}},
+            {"type": "token", "token": {"secretRef": "s"}},
+            {"type": "token", "token": {"file": "/f"}},
+            {
+                "type": "oidc",
+                "oidc": {"issuer": "https://i.example.com", "audience": "a", "clientSecretRef": {"name": "n"}},
+            },
+        ],
+        "rbac": {"enabled": True, "rules": [{"users": ["*"]}]},
+        "limits": {"identity": {"leases": 1}},
+    },
+}
+NOWHERE = [
+    "auth.methods[1].mtls.clientCASecret",
+    "auth.methods[1].mtls.required",
+    "auth.methods[1].token",
+    "auth.methods[4].oidc.clientSecretRef",
+]
+
+
+@pytest.mark.parametrize(
+    ("unread", "told"),
+    [
+        (CLUSTER_IGNORES, ["auth.methods[3].token.file"]),
+        (KIND_IGNORES, ["auth.methods[3].token.file"]),
+        (PROCESS_IGNORES, ["auth.methods[1].token.secretRef", "auth.methods[2].token.secretRef"]),
+    ],
+)
+def test_tokens_are_read_from_where_the_backend_has_them(unread, told):
+    assert ignored_fields(PoolSpec.model_validate(METHODS), unread) == sorted([*NOWHERE, *told])
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"untrusted": True}, ["networking.egress.policy"]),
+        ({"untrusted": True, "networking": {"egress": {"policy": "public"}}}, ["networking.egress.policy"]),
+        ({"networking": {"egress": {"allowedCIDRs": ["10.0.0.0/8"]}}}, ["networking.egress.allowedCIDRs"]),
+        ({}, []),
+    ],
+)
+def test_processes_reach_whatever_their_host_reaches(spec, told):
+    parsed = PoolSpec.model_validate(spec)
+    assert ignored_fields(parsed, PROCESS_IGNORES) == told
+    assert ignored_fields(parsed, KIND_IGNORES) == ignored_fields(parsed, CLUSTER_IGNORES) == []
+
+
+def test_of_an_issuer_only_the_secret_has_no_effect():
+    given = {"issuer": "https://i.example.com", "audience": "a", "clientID": "c", "pools": ["*"], "enabled": False}
+    assert ignored_in_config(OIDCConfigSpec.model_validate(given)) == []
+    secret = {"clientSecretRef": {"name": "n", "key": "k"}, "claimsMapping": {"user": "sub", "email": "mail"}}
+    assert ignored_in_config(OIDCConfigSpec.model_validate({**given, **secret})) == [
+        "claimsMapping.email",
+        "clientSecretRef",
+    ]

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bkpool.core import policy
 from bkpool.core.names import Slot
-from bkpool.core.objects import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from bkpool.core.placement import owner_of, place
 from bkpool.core.policy import Observation, Running
+from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
 
 TENANTS = st.sampled_from(["ann", "bob", "cyd"])
@@ -242,10 +242,11 @@ class PoolMachine(RuleBasedStateMachine):
                     runtime.caches[worker.slot] = owner
                     was = runtime.daemons[worker.slot]
                     runtime.daemons[worker.slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
-            case policy.Wipe(worker):
-                self._must_be_unused(worker)
-                runtime.daemons.pop(worker.slot, None)
-                runtime.caches[worker.slot] = None
+            case policy.Wipe(slot):
+                if (worker := store.workers.get(slot.worker.name)) is not None:
+                    self._must_be_unused(worker)
+                runtime.daemons.pop(slot, None)
+                runtime.caches.pop(slot, None)
             case policy.Report(worker):
                 store.replace_status(worker)
             case policy.Lose(worker, message):

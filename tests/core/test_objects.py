@@ -3,18 +3,26 @@ from pathlib import Path
 
 import pytest
 
-from bkpool.core.documents import read_pools
+from bkpool.core.documents import read_documents
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Pool, Worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import parse_object, unknown_fields
+from bkpool.core.worker import Worker
 from support.objects import lease, worker
 
 HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: p}\n"
 
+CONFIG = """\
+apiVersion: buildkit.smrt-devops.net/v1alpha1
+kind: BuildKitOIDCConfig
+metadata: {name: github, namespace: buildkit-system}
+spec: {issuer: "https://token.actions.githubusercontent.com", audience: buildkit-controller}
+"""
+
 
 def test_an_empty_spec_is_a_good_pool():
-    (pool,) = read_pools(HEAD + "spec: {}\n", source="pool.yaml")
+    (pool,) = read_documents(HEAD + "spec: {}\n", source="pool.yaml").pools
     assert pool.key == Key("default", "p")
     assert (pool.spec.scaling.min, pool.spec.scaling.max) == (0, 10)
 
@@ -23,14 +31,15 @@ def test_what_the_go_controllers_users_wrote_is_kept_and_named():
     text = (
         HEAD + "spec: {scaling: {max: 3, targetCPUUtilization: 70}, tls: {enabled: true}, auth: {methods: [mtls]}}\n"
     )
-    (pool,) = read_pools(text, source="pool.yaml")
-    assert sorted(unknown_fields(pool.spec)) == ["auth", "scaling.targetCPUUtilization", "tls"]
+    (pool,) = read_documents(text, source="pool.yaml").pools
+    assert sorted(unknown_fields(pool.spec)) == ["scaling.targetCPUUtilization", "tls"]
+    assert [method.type for method in pool.spec.auth.methods] == ["mtls"]
     assert pool.to_json()["spec"]["tls"] == {"enabled": True}
 
 
 def test_the_example_is_understood_to_its_last_field():
     file = Path(__file__).parents[2] / "examples" / "pool.yaml"
-    (pool,) = read_pools(file.read_text(), source=file.name)
+    (pool,) = read_documents(file.read_text(), source=file.name).pools
     assert list(unknown_fields(pool.spec)) == []
 
 
@@ -53,7 +62,7 @@ def test_the_example_is_understood_to_its_last_field():
 )
 def test_a_wrong_value_names_its_field_and_the_document(spec, field):
     with pytest.raises(InvalidInput) as caught:
-        read_pools(HEAD + f"spec: {spec}\n", source="pool.yaml")
+        read_documents(HEAD + f"spec: {spec}\n", source="pool.yaml")
     assert caught.value.field == field
     assert caught.value.message.startswith(f"pool.yaml, document 1: {field}: ")
 
@@ -63,21 +72,30 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
     [
         ("a: [", "line 1, column"),
         ("", "has no document"),
-        ("kind: Deployment", "expected BuildKitPool"),
+        ("a: &a [*a, *a", "line 1"),
+        ("when: 2026-99-99", "not YAML"),
+        ("kind: Deployment", "expected BuildKitPool or BuildKitOIDCConfig"),
         ("- 1", "expected BuildKitPool"),
         (HEAD + "---\n" + HEAD, "2 times"),
+        (CONFIG + "---\n" + CONFIG, "BuildKitOIDCConfig buildkit-system/github is there 2 times"),
         (HEAD.replace("name: p", "name: P_"), "metadata.name"),
         ("x" * 1_000_001, "larger than"),
     ],
 )
 def test_a_file_that_is_no_list_of_pools_says_why(text, said):
     with pytest.raises(InvalidInput, match=said):
-        read_pools(text, source="pool.yaml")
+        read_documents(text, source="pool.yaml")
 
 
 def test_several_documents_are_several_pools():
-    pools = read_pools(HEAD + "---\n" + HEAD.replace("name: p", "name: q") + "---\n", source="f")
+    pools = read_documents(HEAD + "---\n" + HEAD.replace("name: p", "name: q") + "---\n", source="f").pools
     assert [pool.key.name for pool in pools] == ["p", "q"]
+
+
+def test_issuers_stand_in_the_same_files():
+    found = read_documents(HEAD + "---\n" + CONFIG, source="f")
+    assert [pool.key.name for pool in found.pools] == ["p"]
+    assert [config.spec.issuer for config in found.configs] == ["https://token.actions.githubusercontent.com"]
 
 
 def test_objects_survive_json():

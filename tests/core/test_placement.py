@@ -1,7 +1,8 @@
 from datetime import timedelta
 
-from bkpool.core.objects import Phase, Reuse
 from bkpool.core.placement import owner_of, place
+from bkpool.core.pool import Reuse
+from bkpool.core.worker import Phase
 from support.objects import NOW, lease, pool, slot, worker
 
 LONG_AGO = NOW - timedelta(hours=2)

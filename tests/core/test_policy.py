@@ -5,8 +5,8 @@ import pytest
 
 from bkpool.core import policy
 from bkpool.core.names import FINALIZER
-from bkpool.core.objects import EndReason, GatewayRegistration, Phase
 from bkpool.core.policy import Create, Finish, Lose, Observation, Own, Remove, Report, Running, Start, Wipe, decide
+from bkpool.core.worker import EndReason, GatewayRegistration, Phase
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
 EXITED = Running.EXITED
@@ -133,12 +133,35 @@ def test_a_living_lease_is_looked_at_again_when_it_expires():
     assert decide(snapshot(pool(), held, observed={0: seen(0, "owner-a")}), NOW).wake_at == NOW + timedelta(hours=1)
 
 
-def test_reuse_never_wipes_after_the_lease():
+@pytest.mark.parametrize("never", [{"cache": {"reuse": "never"}}, {"untrusted": True}])
+def test_reuse_never_wipes_after_the_lease(never):
     used = worker(0, cache_owner="lease-digest")
-    assert actions(snapshot(pool(cache={"reuse": "never"}), used, observed={0: seen(0, "lease-digest")})) == [
-        Wipe(used)
-    ]
+    assert actions(snapshot(pool(**never), used, observed={0: seen(0, "lease-digest")})) == [Wipe(slot(0))]
     assert actions(snapshot(pool(), used, observed={0: seen(0, "lease-digest")})) == []
+    held = worker(0, lease(), cache_owner="owner-a", phase=Phase.ALLOCATED)
+    assert actions(snapshot(pool(**never), held, observed={0: seen(0, "owner-a")})) == []
+
+
+def test_reuse_never_wipes_before_the_worker_is_removed_and_where_none_runs_or_stands():
+    never = pool(cache={"reuse": "never"}, scaling={"min": 1, "scaleDownDelay": "0s"})
+    left = {slot(0): "lease-1", slot(1): "lease-2", slot(2): None, slot(3)._replace(pool="other"): "lease-3"}
+    surplus, down = worker(0, last_activity_at=NOW), worker(1, phase=Phase.FAILED, failures=9, failed_at=NOW)
+    observed = {0: seen(0, "lease-1"), 1: seen(1, "lease-2", EXITED, "killed")}
+    assert actions(snapshot(never, surplus, down, observed=observed, caches=left)) == [Wipe(slot(0)), Wipe(slot(1))]
+    assert actions(snapshot(never, caches=left)) == [Wipe(slot(0)), Wipe(slot(1)), Create(slot(2))]
+    assert actions(snapshot(never, caches=left, busy=frozenset({slot(0), slot(1), slot(2)}))) == []
+
+
+def test_what_a_daemon_said_last_is_for_those_whose_builds_it_speaks_of():
+    said = 'buildkitd was killed; its last words (log):\nprocess "curl secret" did not complete'
+    crashed = {0: seen(0, "owner-a", EXITED, said)}
+    (told,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
+    assert told.worker.status.message == "buildkitd was killed"
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    (told,) = actions(snapshot(pool(), held, observed=crashed))
+    assert told.worker.status.message == said
+    (told,) = actions(snapshot(pool(), worker(0), observed={0: seen(0, None, EXITED, said)}))
+    assert told.worker.status.message == said, "nobody has built on it"
 
 
 def test_idle_workers_go_after_the_delay_least_recently_used_first_down_to_the_floor():
@@ -222,8 +245,13 @@ def test_a_worker_is_protected_while_it_is_leased_and_no_longer():
 def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given_away():
     over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
     unmarked = replace(seen(0), ephemeral=True)
-    held = worker(0, over, phase=Phase.IDLE)
+    held = worker(0, over, phase=Phase.IDLE, ephemeral_cache=True)
     assert actions(snapshot(pool(), held, observed={0: unmarked})) == [policy.Own(held, over.owner)]
+    silent = replace(unmarked, state=Running.STARTING)
+    assert actions(snapshot(pool(), held, observed={0: silent})) == [policy.Own(held, over.owner)]
+    (finish,) = actions(snapshot(pool(), held, observed={0: replace(unmarked, cache_owner=over.owner)}))
+    after = policy.finished(finish, NOW).with_allocation(lease("b"))
+    assert after.way is None, "the next holder would be led to a cache that is not his"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import pytest
 
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import LABEL_POOL, Key, Slot
-from bkpool.core.objects import Allocation, Phase, Pool, PoolSpec, PoolStatus, Scaling, Worker, new_worker
+from bkpool.core.pool import Pool, PoolSpec, PoolStatus, Scaling
 from bkpool.core.resource import Metadata, OwnerReference
+from bkpool.core.worker import Allocation, Phase, Worker, new_worker
 from bkpool.store import Store
 
 

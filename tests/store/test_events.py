@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.core.errors import NotFound, Unavailable
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.store.events import REMEMBERED, WAITING, KubernetesRecorder, LogRecorder
 

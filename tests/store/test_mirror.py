@@ -7,10 +7,12 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import Forbidden, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Pool, PoolStatus, Scaling, new_worker
+from bkpool.core.pool import Pool, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import new_worker
 from bkpool.store import Listing
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
@@ -239,7 +241,7 @@ async def test_an_unreachable_store_is_asked_again_ever_more_slowly_up_to_a_boun
 
 async def test_it_says_why_it_may_be_behind_until_it_has_listed_again(store):
     wire, resume = Cut(store), asyncio.Event()
-    assert Mirror(wire).trouble == "Pools and workers have not been read yet"
+    assert Mirror(wire).trouble == "The store has not been read yet"
 
     async def pause(_seconds: float) -> None:
         await resume.wait()
@@ -315,3 +317,21 @@ async def test_what_a_list_cannot_read_is_kept_as_it_was(store):
 
     assert mirror.pools == {P: pool}
     assert other.key not in mirror.pools
+
+
+async def test_issuers_are_followed_where_they_are_asked_for(store):
+    told = asyncio.Event()
+    settings = OIDCConfigSpec(issuer="https://issuer.example.com", audience="a")
+    async with running(store, configs=True) as mirror, running(store) as other:
+        unsubscribe = mirror.on_config(told.set)
+        made = await store.create(OIDCConfig(metadata=Metadata(name="c"), spec=settings))
+        async with asyncio.timeout(10):
+            await told.wait()
+        assert dict(mirror.configs) == {made.key: made}
+        unsubscribe()
+        told.clear()
+        await store.delete(OIDCConfig, *made.key)
+        await store.create(a_pool())
+        await until(mirror, lambda: not mirror.configs)
+        assert not told.is_set()
+        assert not other.configs

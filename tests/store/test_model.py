@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bkpool.core.errors import Conflict, NotFound
-from bkpool.core.objects import Pool, PoolSpec, PoolStatus, Scaling
+from bkpool.core.pool import Pool, PoolSpec, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.store.sqlite import SqliteStore
 

@@ -18,8 +18,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, Unavailable
-from bkpool.core.objects import Pool, Scaling, Worker
+from bkpool.core.pool import Pool, Scaling
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Worker
 from bkpool.store import database
 from bkpool.store.sqlite import SqliteStore
 
@@ -186,7 +187,7 @@ async def test_the_file_is_ours_alone(tmp_path):
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.store.sqlite import SqliteStore
 

@@ -6,9 +6,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Allocation, Phase, Pool, PoolRef, PoolSpec, Worker, WorkerSpec, WorkerStatus
 from bkpool.core.policy import Observation, Running, Snapshot
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Allocation, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -1,0 +1,257 @@
+"""BuildKitPool, in the shape of the custom resource: what a user wants of a pool, and what is.
+
+Fields of a spec that nobody reads are kept, and named in the pool's `IgnoredFields` condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from enum import StrEnum
+from ipaddress import ip_network
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+from bkpool.core.auth import Auth
+from bkpool.core.resource import Condition, Duration, Model, Resource
+
+
+class Scaling(Model):
+    """How many workers there are."""
+
+    min: Annotated[StrictInt, Field(ge=0, le=10_000)] = 0
+    """Idle workers kept ready beside the leased ones (the Go controller's meaning), never beyond `max` in all."""
+    max: Annotated[StrictInt, Field(ge=1, le=10_000)] = 10
+    scale_down_delay: Duration = timedelta(minutes=15)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is greater than max ({self.max})")
+        return self
+
+
+class CacheGC(Model):
+    """What buildkitd's own garbage collection keeps; sizes with a unit ("10GB") or a percentage of the disk."""
+
+    enabled: StrictBool = True
+    keep_storage: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
+    keep_duration: Duration | None = None
+    reserved_space: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
+    min_free_space: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
+
+
+class Reuse(StrEnum):
+    """Who may get a worker's cache after a lease."""
+
+    IDENTITY = "identity"
+    POOL = "pool"
+    NEVER = "never"
+
+
+_QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
+Quantity = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(pattern=_QUANTITY)]
+"""As Kubernetes writes amounts (500m, 2, 4Gi): kept as given."""
+Port = Annotated[StrictInt, Field(ge=1, le=65_535)]
+ImageName = Annotated[StrictStr, Field(min_length=1, max_length=512)]
+
+
+class ResourceRequirements(Model):
+    """As a container of a pod has them."""
+
+    requests: dict[str, Quantity] = Field(default_factory=dict)
+    limits: dict[str, Quantity] = Field(default_factory=dict)
+
+
+class Resources(Model):
+    """What the pods of the workers get."""
+
+    buildkit: ResourceRequirements = ResourceRequirements()
+
+
+class LocalCache(Model):
+    """A volume for each slot."""
+
+    size: Annotated[StrictStr, Field(pattern=_QUANTITY)] = "20Gi"
+    storage_class: StrictStr | None = None
+    """None: the cluster's default."""
+
+
+class CacheBackend(Model):
+    """One place for caches; only `local` is read so far."""
+
+    type: Literal["registry", "s3", "local"]
+    local: LocalCache | None = None
+
+
+class Cache(Model):
+    """Caches of the workers."""
+
+    reuse: Reuse = Reuse.IDENTITY
+    gc: CacheGC = CacheGC()
+    backends: tuple[CacheBackend, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_volume(self) -> Self:
+        if sum(backend.type == "local" for backend in self.backends) > 1:
+            raise ValueError("backends: there is more than one of the type local")
+        return self
+
+    @property
+    def local(self) -> LocalCache | None:
+        """The volume that each slot gets; None: a worker's cache ends with its pod."""
+        wanted = next((backend for backend in self.backends if backend.type == "local"), None)
+        return None if wanted is None else wanted.local or LocalCache()
+
+
+class ServiceType(StrEnum):
+    """How a pool's Service is reached."""
+
+    CLUSTER_IP = "ClusterIP"
+    NODE_PORT = "NodePort"
+    LOAD_BALANCER = "LoadBalancer"
+
+
+_HOST = r"^[A-Za-z0-9:]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
+
+
+class External(Model):
+    """The name by which callers outside the cluster reach the gateway. What makes it resolve is the user's."""
+
+    enabled: StrictBool | None = None
+    """Only an explicit false turns the hostname off."""
+    hostname: Annotated[StrictStr, Field(max_length=253, pattern=_HOST)] | None = None
+    annotations: dict[str, str] = Field(default_factory=dict)
+    """For the Service, beside networking.annotations: external-dns, load balancers."""
+
+
+def _read_network(value: object) -> object:
+    if isinstance(value, str):
+        if "/" not in value:
+            raise ValueError("write a network with its length, such as 10.0.0.0/8")
+        ip_network(value, strict=False)
+    return value
+
+
+class Egress(StrEnum):
+    """Where a pool's workers may connect to."""
+
+    OPEN = "open"
+    PUBLIC = "public"
+    """Everywhere but private and link-local networks; names are resolved."""
+    LISTED = "listed"
+    """Only the networks that are listed; names are resolved."""
+
+
+class EgressPolicy(Model):
+    """What a NetworkPolicy lets the workers reach."""
+
+    policy: Egress | None = None
+    """None: `public` for an untrusted pool, else `open`."""
+    allowed_cidrs: tuple[Annotated[StrictStr, BeforeValidator(_read_network)], ...] = Field((), alias="allowedCIDRs")
+    """Reached in any case, such as a registry's."""
+
+
+class Networking(Model):
+    """The pool's Service, and what its workers may reach."""
+
+    service_type: ServiceType | None = None
+    port: Port | None = None
+    annotations: dict[str, str] = Field(default_factory=dict)
+    allowed_cidrs: tuple[Annotated[StrictStr, BeforeValidator(_read_network)], ...] = Field((), alias="allowedCIDRs")
+    external: External = External()
+    egress: EgressPolicy = EgressPolicy()
+
+
+class GatewayResources(ResourceRequirements):
+    """Of a gateway's pod; `cpu` and `memory` are limits, as the Go controller had them."""
+
+    cpu: Quantity | None = None
+    memory: Quantity | None = None
+
+
+class PoolGateway(Model):
+    """Leases and the way in."""
+
+    token_ttl: Annotated[Duration, Field(alias="tokenTTL", gt=timedelta(0))] = timedelta(hours=1)
+    max_token_ttl: Annotated[Duration, Field(alias="maxTokenTTL", gt=timedelta(0))] = timedelta(hours=24)
+    drain_timeout: Duration = timedelta(hours=1)
+    replicas: Annotated[StrictInt, Field(ge=1, le=100)] | None = None
+    resources: GatewayResources = GatewayResources()
+    service_type: ServiceType | None = None
+    """Wins over networking.serviceType."""
+    port: Port | None = None
+    """Wins over networking.port."""
+    node_port: Port | None = None
+    load_balancer_class: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.token_ttl > self.max_token_ttl:
+            raise ValueError("tokenTTL is greater than maxTokenTTL")
+        return self
+
+
+class PoolSpec(Model):
+    """What the user wants. Fields of the contract that no room reads yet are kept and reported as ignored."""
+
+    scaling: Scaling = Scaling()
+    buildkit_config: StrictStr | None = None
+    """A whole buildkitd.toml; only root, address and the runtime's own paths are set over it."""
+    buildkit_image: ImageName | None = None
+    gateway_image: ImageName | None = None
+    resources: Resources = Resources()
+    cache: Cache = Cache()
+    auth: Auth = Auth()
+    networking: Networking = Networking()
+    untrusted: StrictBool = False
+    """Its callers are trusted with nothing: no cache is used twice, and workers reach only public addresses."""
+    gateway: PoolGateway = PoolGateway()
+
+    @property
+    def reuse(self) -> Reuse:
+        """Who may get a used cache; of an untrusted pool, nobody."""
+        return Reuse.NEVER if self.untrusted else self.cache.reuse
+
+    @property
+    def local_cache(self) -> LocalCache | None:
+        """The volume that each slot gets; None: a worker's cache ends with its pod."""
+        return None if self.untrusted else self.cache.local
+
+    @property
+    def egress(self) -> Egress:
+        """Where its workers may connect to."""
+        return self.networking.egress.policy or (Egress.PUBLIC if self.untrusted else Egress.OPEN)
+
+
+class PoolStatus(Model):
+    """What is."""
+
+    phase: StrictStr | None = None
+    observed_generation: StrictInt | None = None
+    workers: StrictInt = 0
+    ready: StrictInt = 0
+    idle: StrictInt = 0
+    allocated: StrictInt = 0
+    connections: StrictInt = 0
+    """Open at the gateways, as of their last registration."""
+    endpoint: StrictStr | None = None
+    conditions: tuple[Condition, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_go_controller(cls, told: Any) -> Any:
+        """Its `workers` is an object: what it has left is not ours, and is written anew."""
+        return {} if isinstance(told, Mapping) and isinstance(told.get("workers"), Mapping) else told
+
+
+class Pool(Resource):
+    """A pool of workers."""
+
+    KIND: ClassVar[str] = "BuildKitPool"
+    PLURAL: ClassVar[str] = "buildkitpools"
+
+    kind: Literal["BuildKitPool"] = "BuildKitPool"
+    spec: PoolSpec = PoolSpec()
+    status: PoolStatus = PoolStatus()

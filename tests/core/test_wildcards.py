@@ -1,0 +1,70 @@
+"""Patterns, held to a regular expression that says the same."""
+
+import re
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from bkpool.core.wildcards import any_matches, matches, says_nothing
+
+TEXTS = st.text(alphabet="ab/.*?[]\\\n", max_size=12)
+
+
+def oracle(pattern: str) -> re.Pattern[str]:
+    parts = {"*": ".*", "?": "."}
+    return re.compile("".join(parts.get(char, re.escape(char)) for char in pattern), re.DOTALL)
+
+
+@given(TEXTS, TEXTS)
+@example("*a*b", "aab")
+@example("a*b*a", "aba")
+@example("*a?", "aaab")
+@example("", "")
+@example("**", "")
+@example("[ab]", "a")
+def test_only_star_and_question_mark_are_special(pattern, text):
+    assert matches(pattern, text) == bool(oracle(pattern).fullmatch(text))
+
+
+@given(st.lists(st.sampled_from("ab*?"), max_size=8).map("".join), st.data())
+def test_whatever_a_pattern_describes_it_matches(pattern, data):
+    runs = {"*": TEXTS, "?": st.sampled_from("ab/\n")}
+    text = "".join(data.draw(runs[char]) if char in runs else char for char in pattern)
+    assert matches(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "fits"),
+    [
+        ("alice", "alice", True),
+        ("alice", "Alice", False),
+        ("alice", "alice2", False),
+        ("alice*", "alice", True),
+        ("repo:acme/*", "repo:acme/app:ref:refs/heads/main", True),
+        ("repo:acme/*", "repo:acme-evil/app", False),
+        ("repo:acme/*:ref:refs/heads/main", "repo:acme/app:ref:refs/heads/main", True),
+        ("repo:acme/*:ref:refs/heads/main", "repo:acme/app:ref:refs/heads/main2", False),
+        ("team-?", "team-a", True),
+        ("team-?", "team-", False),
+        ("team-?", "team-ab", False),
+        ("*", "", True),
+        ("?", "", False),
+    ],
+)
+def test_names_as_people_write_them(pattern, text, fits):
+    assert matches(pattern, text) is fits
+    assert any_matches(["no", pattern], text) is fits
+    assert any_matches([], text) is False
+
+
+def test_no_pattern_makes_the_work_explode():
+    assert not matches("*a" * 200 + "b", "a" * 2_000)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nothing"),
+    [("*", True), ("**", True), ("?*", True), ("?", True), ("", True), ("a*", False), ("*/*", False)],
+)
+def test_a_pattern_of_wildcards_alone_says_nothing(pattern, nothing):
+    assert says_nothing(pattern) is nothing
