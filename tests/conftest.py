@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
+from support.secrets import secrets_in
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +39,23 @@ def runc(toolchain: Toolchain) -> Path:
 @pytest.fixture(scope="session")
 def rootlesskit(toolchain: Toolchain) -> Path:
     return toolchain.ensure(Tool.ROOTLESSKIT)
+
+
+_logged: list[str] = []
+"""Where a line of a log held a secret."""
+
+
+def _remember(_logger: object, _method: str, event: dict[str, object]) -> dict[str, object]:
+    _logged.extend(f"{event.get('event')}: {found}" for found in secrets_in(repr(event)))
+    return event
+
+
+structlog.configure(processors=[_remember, *structlog.get_config()["processors"]])
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_was_logged() -> Iterator[None]:
+    yield
+    found = _logged.copy()
+    _logged.clear()
+    assert not found, found

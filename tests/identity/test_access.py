@@ -3,19 +3,23 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Collection
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bkpool.core.errors import Forbidden, Unauthenticated
-from bkpool.core.names import Key
-from bkpool.identity import Identity
-from bkpool.identity.access import authenticate, bearer_token, may_use
+from bkpool.core.auth import OIDCConfig
+from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.identity import Authenticator, Identity, Verdict
+from bkpool.identity.access import LONGEST_BEARER, Access, bearer_token, forbidden
 from bkpool.identity.local import AdminToken
 
 TOKENS = st.from_regex(re.compile(r"[A-Za-z0-9._~+/-]{1,300}={0,2}"), fullmatch=True)
 TOKEN = "k" * 43
+SPEC = {"issuer": "https://issuer.example", "audience": "buildkit-controller"}
 
 
 @given(
@@ -57,14 +61,14 @@ def test_a_json_web_token_is_a_bearer_token():
 def test_without_a_header_the_hint_says_how_to_get_a_token():
     with pytest.raises(Unauthenticated, match="no Authorization") as refused:
         bearer_token([])
-    assert "admin.token" in refused.value.hint
+    assert "ID token" in refused.value.hint
     assert "BKCTL_TOKEN" in refused.value.hint
 
 
-def test_a_token_longer_than_any_header_is_refused():
-    assert bearer_token(["Bearer " + "a" * 8183]) == "a" * 8183
+def test_a_token_may_be_as_long_as_a_jwt_and_no_longer():
+    assert bearer_token(["Bearer " + "a" * LONGEST_BEARER]) == "a" * LONGEST_BEARER
     with pytest.raises(Unauthenticated):
-        bearer_token(["Bearer " + "a" * 8184])
+        bearer_token(["Bearer " + "a" * (LONGEST_BEARER + 1)])
 
 
 def test_two_headers_are_refused_even_if_both_are_right():
@@ -72,30 +76,87 @@ def test_two_headers_are_refused_even_if_both_are_right():
         bearer_token([f"Bearer {TOKEN}", f"Bearer {TOKEN}"])
 
 
-class Knows:
-    def __init__(self, token: str, name: str) -> None:
-        self._token, self._name = token, name
+class Says:
+    """Knows one bearer token, and says this of it."""
 
-    async def authenticate(self, bearer: str) -> Identity | None:
-        return Identity(self._name) if bearer == self._token else None
+    def __init__(self, bearer: str, *verdicts: Verdict) -> None:
+        self._bearer, self._verdicts = bearer, verdicts
+
+    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+        return self._verdicts if bearer == self._bearer else ()
 
 
-async def test_the_first_authenticator_that_knows_the_token_says_who_it_is():
-    ways = [AdminToken(TOKEN), Knows("ci-token", "ci"), Knows("ci-token", "never asked")]
+class Away:
+    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+        raise Unavailable("the issuer is away")
 
-    assert await authenticate(ways, [f"Bearer {TOKEN}"]) == Identity("admin", admin=True)
-    assert await authenticate(ways, ["Bearer ci-token"]) == Identity("ci", admin=False)
+
+def access(*ways: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()) -> Access:
+    return Access(ways, lambda: pools, lambda: configs)
+
+
+CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.example")
+
+
+async def test_a_caller_is_everybody_that_the_token_stands_for_in_order():
+    ways = access(
+        AdminToken(TOKEN),
+        Says("ci-token", Verdict("a", CI), Verdict("b", refusal="not here")),
+        Says("ci-token", Verdict("c", DEPLOY)),
+    )
+    (admin,) = (await ways.caller([f"Bearer {TOKEN}"])).identities
+    assert (admin.name, admin.admin) == ("admin", True)
+    assert (await ways.caller(["Bearer ci-token"])).identities == (CI, DEPLOY)
 
 
 @pytest.mark.parametrize("token", ["K" * 43, "k" * 42, "k" * 44, "k"])
 async def test_a_token_that_nobody_knows_is_refused_and_not_repeated(token):
     with pytest.raises(Unauthenticated, match="not known") as refused:
-        await authenticate([AdminToken(TOKEN)], [f"Bearer {token}"])
+        await access(AdminToken(TOKEN)).caller([f"Bearer {token}"])
     assert f" {token} " not in f"{refused.value.message} {refused.value.hint}"
 
 
-def test_the_admin_may_use_every_pool_and_nobody_else_any():
-    pool = Key("team", "amd64")
-    may_use(Identity("admin", admin=True), pool)
-    with pytest.raises(Forbidden, match="ci may not use pool team/amd64"):
-        may_use(Identity("ci"), pool)
+async def test_a_refused_token_is_told_why_once():
+    ways = access(
+        Says("t", Verdict("a", refusal="it expired"), Verdict("b", refusal="it expired")), AdminToken(TOKEN)
+    )
+    with pytest.raises(Unauthenticated, match=r"refused: it expired$"):
+        await ways.caller(["Bearer t"])
+
+
+async def test_a_genuine_token_of_a_stranger_is_forbidden():
+    ways = access(Says("t", Verdict("a", refusal="aud is x"), Verdict("b", refusal="claim team is x", genuine=True)))
+    with pytest.raises(Forbidden, match=r"refused: aud is x; claim team is x$"):
+        await ways.caller(["Bearer t"])
+
+
+async def test_who_cannot_be_told_just_now_is_not_refused_and_who_is_known_is_let_in():
+    with pytest.raises(Unavailable, match="away"):
+        await access(Away()).caller(["Bearer t"])
+    ways = access(Away(), Says("t", Verdict("a", CI)))
+    assert (await ways.caller(["Bearer t"])).identities == (CI,)
+
+
+def pool(**auth: object) -> Pool:
+    return Pool(metadata=Metadata(name="amd64", namespace="team"), spec=PoolSpec.model_validate({"auth": auth}))
+
+
+def test_while_nothing_is_configured_whoever_is_known_may():
+    mine = pool()
+    assert access(pools=[mine]).decide([CI], mine).allowed
+    ruled = pool(rbac={"rules": [{"users": ["ann"]}]})
+    for ways in (
+        access(pools=[mine, ruled]),
+        access(configs=[OIDCConfig.model_validate({"metadata": {"name": "c"}, "spec": SPEC})]),
+    ):
+        decision = ways.decide([CI], mine)
+        assert not decision.allowed
+        assert not ways.open_to_all
+        told = forbidden(decision, str(mine.key))
+        assert told.message.startswith("ci may not use pool team/amd64: no rule of the pool")
+        assert "bkpool auth check" in told.hint
+        assert ways.decide([CI, Identity("admin", admin=True)], mine).allowed
+
+
+def test_who_nobody_is_may_nothing():
+    assert "the caller may not use pool p" in forbidden(access().decide([], pool()), "p").message

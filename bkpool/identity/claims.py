@@ -1,0 +1,129 @@
+"""From verified claims to an Identity, as a configuration maps and limits them.
+
+Pure, and strict about types: a number is never a name, and True never the number 1. What a claim has instead of what
+was required is shown, cut to a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bkpool.core.auth import OIDC, RESERVED, ClaimCondition
+from bkpool.core.errors import Unauthenticated
+from bkpool.core.wildcards import any_matches
+from bkpool.identity import EVERYWHERE, Identity, Scope
+from bkpool.identity.jwt import shown
+
+_GITHUB = "https://token.actions.githubusercontent.com"
+_GITLAB = "https://gitlab.com"
+_LONGEST_NAME = 256
+_MOST_POOLS = 100
+_MOST_GROUPS = 500  # Microsoft's tokens have up to 200
+
+
+def identify(
+    claims: Mapping[str, object],
+    settings: OIDC,
+    *,
+    source: str = "",
+    scope: Scope = EVERYWHERE,
+    granted: tuple[str, ...] = (),
+) -> Identity:
+    """Whom these claims stand for.
+
+    Args:
+        claims: Of a token whose signature, issuer, audience and times are checked.
+        settings: The issuer as configured.
+        source: What lets the caller in, for people.
+        scope: Where the identity counts.
+        granted: Patterns of pools that the configuration grants.
+
+    Raises:
+        Unauthenticated: A condition does not hold, or a claim that is needed is missing or of no use; the message
+            names the claim.
+    """
+    mapping = settings.claims_mapping
+    for condition in settings.conditions:
+        _hold(claims, condition)
+    name = _name(claims, mapping.user, "user")
+    if name.startswith(RESERVED):
+        raise Unauthenticated(f"claim {mapping.user} is {shown(name)}: no user may be called so")
+    tenant = settings.tenant_claim or default_tenant_claim(settings.issuer)
+    return Identity(
+        name=name,
+        authority=settings.issuer,
+        claim=mapping.user,
+        source=source,
+        tenant_name=_name(claims, tenant, "tenant") if tenant else None,
+        tenant_claim=tenant or "",
+        groups=_names(claims, mapping.groups, _MOST_GROUPS),
+        pools=_names(claims, mapping.pools, _MOST_POOLS),
+        granted=granted,
+        scope=scope,
+    )
+
+
+def default_tenant_claim(issuer: str) -> str | None:
+    """Which claim says whose caches are whose, where a configuration does not say: all jobs of a repository share."""
+    if issuer == _GITHUB or issuer.startswith(f"{_GITHUB}/"):  # an enterprise's own issuer has its name behind
+        return "repository"
+    return "project_path" if issuer == _GITLAB else None
+
+
+def find(claims: Mapping[str, object], path: str) -> object:
+    """The claim at a path; None if there is none, or null.
+
+    A dot may be a part of a name (`kubernetes.io`) or lead into a claim; the longest name that is there is taken.
+    """
+    if path in claims:
+        return claims[path]
+    end = len(path)
+    while (end := path.rfind(".", 0, end)) > 0:
+        inner = claims.get(path[:end])
+        if isinstance(inner, dict) and (found := find(inner, path[end + 1 :])) is not None:
+            return found
+    return None
+
+
+def _hold(claims: Mapping[str, object], condition: ClaimCondition) -> None:
+    found = find(claims, condition.claim)
+    if any(_fits(member, condition) for member in (found if isinstance(found, list) else [found])):
+        return
+    required = [*map(shown, condition.values[:5]), *(f"like {shown(pattern)}" for pattern in condition.patterns[:5])]
+    is_now = "is missing" if found is None else f"is {shown(found)}"
+    raise Unauthenticated(f"claim {condition.claim} {is_now}; required is {' or '.join(required)}")
+
+
+def _fits(value: object, condition: ClaimCondition) -> bool:
+    if any(type(value) is type(wanted) and value == wanted for wanted in condition.values):
+        return True
+    return isinstance(value, str) and any_matches(condition.patterns, value)
+
+
+def _name(claims: Mapping[str, object], path: str, what: str) -> str:
+    value = find(claims, path)
+    if value is None:
+        raise Unauthenticated(f"claim {path}, the {what}, is missing")
+    if not _is_name(value):
+        raise Unauthenticated(
+            f"claim {path}, the {what}, is {shown(value)}: not a name of 1 to {_LONGEST_NAME} letters"
+        )
+    return str(value)
+
+
+def _names(claims: Mapping[str, object], path: str | None, most: int) -> tuple[str, ...]:
+    value = find(claims, path) if path else None
+    several = [] if value is None else value if isinstance(value, list) else [value]
+    if len(several) > most:
+        raise Unauthenticated(f"claim {path} has {len(several)} entries, more than {most}")
+    if not all(map(_is_name, several)):
+        raise Unauthenticated(
+            f"claim {path} is neither a name nor a list of names, each of 1 to {_LONGEST_NAME} letters"
+        )
+    return tuple(dict.fromkeys(map(str, several)))
+
+
+def _is_name(value: object) -> bool:
+    return (
+        isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() and value == value.strip()
+    )

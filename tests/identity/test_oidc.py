@@ -1,0 +1,220 @@
+"""From a bearer token to verdicts: which configurations take it, and when the issuer is asked at all."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bkpool.core.auth import OIDCConfig
+from bkpool.core.errors import Unavailable
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.identity import EVERYWHERE, Scope
+from bkpool.identity.keys import Issuers
+from bkpool.identity.oidc import OidcAuthenticator, Trusted, trusted
+from support.issuer import AUDIENCE, Issuer, forge, signing_key
+
+SYSTEM = "buildkit-system"
+
+
+def config(issuer: str, name: str = "ci", namespace: str = SYSTEM, **spec: object) -> OIDCConfig:
+    return OIDCConfig.model_validate(
+        {
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"issuer": issuer, "audience": AUDIENCE, **spec},
+        }
+    )
+
+
+def pool(name: str, *methods: dict[str, object]) -> Pool:
+    spec = PoolSpec.model_validate({"auth": {"methods": [{"type": "oidc", "oidc": method} for method in methods]}})
+    return Pool(metadata=Metadata(name=name), spec=spec)
+
+
+@pytest.fixture
+async def judge():
+    """Judges a token by configurations, and by pools."""
+    issuers = Issuers(clock=time.monotonic, timeout=2)
+
+    async def judging(token: str, *objects: OIDCConfig | Pool):
+        configs = [one for one in objects if isinstance(one, OIDCConfig)]
+        pools = [one for one in objects if isinstance(one, Pool)]
+        return await OidcAuthenticator(issuers, lambda: trusted(configs, pools, SYSTEM), now).authenticate(token)
+
+    yield judging
+    await issuers.close()
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+# --- which configurations there are: pure ---------------------------------------------------------------------------
+
+
+def test_where_a_configuration_counts():
+    own = {"issuer": "https://c.example", "audience": "x"}
+    found = trusted(
+        [
+            config("https://a.example", pools=["a*"]),
+            config("https://b.example", "kc", "team"),
+            config("https://off.example", "off", enabled=False),
+        ],
+        [pool("p", own, {**own, "issuer": "https://d.example"}), pool("q")],
+        SYSTEM,
+    )
+    assert [(one.source, one.settings.issuer, one.scope, one.granted, one.refusal) for one in found] == [
+        ("BuildKitOIDCConfig buildkit-system/ci", "https://a.example", EVERYWHERE, ("a*",), ""),
+        ("BuildKitOIDCConfig team/kc", "https://b.example", Scope("team"), (), ""),
+        ("BuildKitPool default/p", "https://c.example", Scope("default", "p"), (), ""),
+        ("BuildKitPool default/p", "https://d.example", Scope("default", "p"), (), ""),
+    ]
+
+
+def test_a_configuration_that_would_let_the_whole_world_in_is_kept_to_say_so():
+    own = {"issuer": "https://gitlab.com", "audience": "x"}
+    for found in trusted([config("https://gitlab.com")], [pool("p", own)], SYSTEM):
+        assert "makes tokens for the whole world" in found.refusal
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_good_token_is_an_identity(issuer, judge):
+    (verdict,) = await judge(issuer.token(sub="bob"), config(issuer.url, pools=["a*"]))
+    assert verdict.source == verdict.identity.source == "BuildKitOIDCConfig buildkit-system/ci"
+    assert (verdict.identity.name, verdict.identity.authority) == ("bob", issuer.url)
+    assert (verdict.identity.granted, verdict.identity.scope) == (("a*",), EVERYWHERE)
+    assert not verdict.identity.admin
+    assert (verdict.refusal, verdict.genuine) == ("", False)
+
+
+@pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
+async def test_other_algorithms(issuer, judge, alg):
+    key = issuer.rotate(f"new-{alg}", alg, keep=True)
+    (verdict,) = await judge(issuer.token(key=key), config(issuer.url))
+    assert verdict.identity
+    assert (await judge(issuer.token(key=key, header={"kid": None}), config(issuer.url)))[0].identity
+
+
+async def test_each_configuration_judges_by_itself(issuer, judge):
+    mine = {"issuer": issuer.url, "audience": AUDIENCE}
+    verdicts = await judge(
+        issuer.token(sub="ann", team="red"),
+        config(issuer.url, "all"),
+        config(issuer.url, "other", audience="another"),
+        config(issuer.url, "blue", conditions=[{"claim": "team", "values": ["blue"]}]),
+        config("https://else.example", "else"),
+        pool("p", {**mine, "claimsMapping": {"user": "team"}}),
+    )
+    assert [(v.source.split("/")[1], v.identity and v.identity.name, v.refusal, v.genuine) for v in verdicts] == [
+        ("all", "ann", "", False),
+        ("other", None, "aud is 'buildkit-controller', not 'another'", False),
+        ("blue", None, "claim team is 'red'; required is 'blue'", True),
+        ("p", "red", "", False),
+    ]
+    assert verdicts[-1].identity.scope == Scope("default", "p")
+    assert issuer.count() == 1
+
+
+async def test_the_party_that_a_token_was_made_for_may_be_named(issuer, judge):
+    token = issuer.token(azp="cli")
+    refused, taken = await judge(token, config(issuer.url), config(issuer.url, "cli", clientID="cli"))
+    assert "azp is 'cli', not 'buildkit-controller'" in refused.refusal
+    assert taken.identity
+
+
+async def test_conditions_are_told_only_to_whom_the_issuer_knows(issuer, judge):
+    strict = config(issuer.url, conditions=[{"claim": "team", "values": ["secret-team"]}])
+    forged = issuer.token(key=signing_key("other"), header={"kid": "key-1"}, team="blue")
+    (verdict,) = await judge(forged, strict)
+    assert (verdict.refusal, verdict.genuine) == ("the token's signature is wrong", False)
+
+
+async def test_an_issuer_known_to_nobody(issuer, judge):
+    (verdict,) = await judge(issuer.token(), config("https://else.example"))
+    assert verdict.refusal == f"no issuer known here made this token (iss '{issuer.url}')"
+    assert not issuer.requests
+
+
+@pytest.mark.parametrize("iss", ["{}/", "{}.evil.example", "{}@evil.example", "{}/x", "", None, 7])
+async def test_an_issuer_that_is_only_like_a_known_one(issuer, judge, iss):
+    (verdict,) = await judge(
+        issuer.token(iss=iss.format(issuer.url) if isinstance(iss, str) else iss), config(issuer.url)
+    )
+    assert verdict.refusal.startswith("no issuer known here")
+    assert not issuer.requests
+
+
+async def test_service_accounts_are_left_to_who_knows_them(issuer, judge):
+    token = issuer.token(sub="system:serviceaccount:ci:runner")
+    assert await judge(token, config("https://else.example")) == ()
+    (verdict,) = await judge(token, config(issuer.url))
+    assert "no user may be called so" in verdict.refusal
+
+
+@pytest.mark.parametrize("bearer", ["", "k" * 43, "a.b.c", "pool-token", "ey"])
+async def test_what_is_no_jwt_is_none_of_its_business(judge, issuer, bearer):
+    assert await judge(bearer, config(issuer.url)) == ()
+
+
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [
+        (lambda it: forge({"alg": "none"}, it.claims(), None), "alg is 'none'"),
+        (lambda it: it.token()[:-2] + "==", "signature is not base64url"),
+        (lambda it: "ey" + "J" * 1_000_000 + ".a.b", "longer than 16384"),
+        (lambda it: it.token(aud="other"), "aud is 'other'"),
+        (lambda it: it.token(exp=1), "expired"),
+        (lambda it: it.token(exp=None), "exp is missing"),
+        (lambda it: it.token(sub=None), "sub is missing"),
+        (lambda it: it.token(nbf=2**33), "nbf"),
+    ],
+    ids=["none", "padding", "1MB", "aud", "expired", "no-exp", "no-sub", "nbf"],
+)
+async def test_for_a_hopeless_token_the_issuer_is_not_troubled(issuer, judge, token, why):
+    issuer.hang("/jwks")
+    (verdict,) = await judge(token(issuer), config(issuer.url))
+    assert why in verdict.refusal
+    assert not issuer.requests
+
+
+async def test_keys_unknown_to_the_issuer_are_refused(issuer, judge):
+    other = signing_key("evil")
+    (verdict,) = await judge(issuer.token(key=other), config(issuer.url))
+    assert verdict.refusal == f"{issuer.url} does not have a key 'evil' for RS256"
+    (verdict,) = await judge(issuer.token(key=other, header={"jwk": other.jwk}), config(issuer.url))
+    assert "does not have a key" in verdict.refusal
+
+
+async def test_a_configuration_that_lets_in_the_whole_world_lets_in_nobody(issuer, judge, monkeypatch):
+    monkeypatch.setattr("bkpool.core.auth.PUBLIC_ISSUERS", frozenset({issuer.url}))
+    (verdict,) = await judge(issuer.token(), config(issuer.url))
+    assert "makes tokens for the whole world" in verdict.refusal
+    assert not issuer.requests
+    good = config(issuer.url, "good", conditions=[{"claim": "sub", "patterns": ["a*"]}])
+    bad, fine = await judge(issuer.token(), config(issuer.url), good)
+    assert (bad.identity, fine.identity.name) == (None, "ann")
+
+
+async def test_an_issuer_that_is_away_is_said_to_be_unless_the_token_is_refused_anyway(judge):
+    with Issuer() as issuer:
+        good, old = issuer.token(), issuer.token(exp=1)
+    with pytest.raises(Unavailable, match="cannot be asked"):
+        await judge(good, config(issuer.url), config(issuer.url, "other", audience="another"))
+    (verdict,) = await judge(old, config(issuer.url))
+    assert "expired" in verdict.refusal
+
+
+@settings(deadline=None)
+@given(st.text(max_size=80) | st.binary(max_size=80).map(lambda it: forge(it, it, None)))
+async def test_whatever_bearer_is_judged(bearer):
+    issuers = Issuers(clock=time.monotonic)
+    ways = [Trusted("x", config("https://a.example").spec)]
+    for verdict in await OidcAuthenticator(issuers, lambda: ways, now).authenticate(bearer):
+        assert verdict.refusal
+        assert verdict.identity is None

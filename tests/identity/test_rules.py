@@ -1,0 +1,148 @@
+"""Who may use a pool, as a table: what the pool says, what the credential says, and what follows."""
+
+from __future__ import annotations
+
+import pytest
+
+from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
+from bkpool.core.names import Key
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.identity import Identity, Scope
+from bkpool.identity.rules import decide, may_see, unconfigured
+
+TOKEN = {"type": "token", "token": {"secretRef": "s"}}
+HERE, NAMESPACE = Scope("team", "amd64"), Scope("team")
+ALICE = Identity("alice", authority="https://i", source="config team/i")
+
+
+def a_pool(name: str = "amd64", **auth: object) -> Pool:
+    return Pool(metadata=Metadata(name=name, namespace="team"), spec=PoolSpec.model_validate({"auth": auth}))
+
+
+def rules(*users: str, pools: list[str] | None = None, **rbac: object) -> dict:
+    rule = {"users": users} if pools is None else {"users": users, "pools": pools}
+    return {"rbac": {"rules": [rule], **rbac}}
+
+
+def caller(name: str = "alice", **known: object) -> Identity:
+    return Identity(name, authority="https://i", source="config team/i", **known)
+
+
+@pytest.mark.parametrize(
+    ("auth", "identity", "allowed", "reason"),
+    [
+        # rules decide alone
+        (rules("alice"), caller(), True, "rules[0]"),
+        (rules("al*"), caller(), True, "rules[0]"),
+        (rules("*"), caller(), True, "rules[0]"),
+        (rules("alice"), caller("Alice"), False, "none of the 1 rule of"),
+        (rules("bob"), caller(granted=("*",)), False, "none of the 1 rule of"),
+        (rules("bob"), caller(pools=("amd64",)), False, "none of the 1 rule of"),
+        (rules("bob"), caller(scope=HERE), False, "none of the 1 rule of"),
+        (rules(), caller(), False, "none of the 1 rule of"),
+        (rules("bob"), Identity("root", admin=True), True, "admin"),
+        # groups, and what the token says of pools
+        (rules("group:dev"), caller(groups=("ops", "dev")), True, "rules[0]"),
+        (rules("group:d*"), caller(groups=("dev",)), True, "rules[0]"),
+        (rules("dev"), caller(groups=("dev",)), False, "none of"),
+        (rules("group:dev"), caller("dev"), False, "none of"),
+        (rules("pool:amd64"), caller(pools=("amd64",)), True, "rules[0]"),
+        (rules("amd64"), caller(pools=("amd64",)), False, "none of"),
+        (rules("pool:*"), caller(), False, "none of"),
+        # a rule for other pools
+        (rules("alice", pools=["amd64"]), caller(), True, "rules[0]"),
+        (rules("alice", pools=["team/amd64"]), caller(), True, "rules[0]"),
+        (rules("alice", pools=["a*"]), caller(), True, "rules[0]"),
+        (rules("alice", pools=["other/*"]), caller(), False, "none of"),
+        (rules("alice", pools=["arm64"]), caller(), False, "none of"),
+        (rules("alice", pools=[]), caller(), False, "none of"),
+        ({"rbac": {"rules": [{"users": ["bob"]}, {"users": ["alice"]}]}}, caller(), True, "rules[1]"),
+        ({"rbac": {"rules": [{"users": ["bob"]}, {"users": ["carol"]}]}}, caller(), False, "none of the 2 rules"),
+        # rules switched off
+        (rules("bob", enabled=False), caller(), True, "rbac is off"),
+        ({"rbac": {"enabled": False}}, caller(scope=Scope("other")), False, "does not count"),
+        # no rules: what lets the caller in may name the pool
+        ({}, caller(), False, "no rule of the pool and nothing"),
+        ({}, caller(granted=("amd64",)), True, "grants it"),
+        ({}, caller(granted=("team/*",)), True, "grants it"),
+        ({}, caller(granted=("arm64", "other/amd64")), False, "no rule"),
+        ({}, caller(pools=("amd64",)), True, "token names this pool"),
+        ({}, caller(pools=("team/amd64",)), True, "token names this pool"),
+        ({}, caller(pools=("*", "amd6?")), False, "no rule"),
+        ({"methods": [TOKEN]}, caller(scope=HERE), True, "pool's own"),
+        ({"methods": [TOKEN]}, caller(), False, "no rule"),
+        # where an identity counts
+        (rules("*"), caller(scope=NAMESPACE), True, "rules[0]"),
+        (rules("*"), caller(scope=Scope("other")), False, "does not count"),
+        (rules("*"), caller(scope=Scope("team", "arm64")), False, "does not count"),
+        ({}, caller(scope=Scope("other"), granted=("*",)), False, "does not count"),
+    ],
+)
+def test_one_caller_and_one_pool(auth, identity, allowed, reason):
+    decision = decide([identity], a_pool(**auth), open_to_all=False)
+    assert decision.allowed is allowed
+    assert reason in decision.reason
+    assert decision.identity is identity
+
+
+def test_the_first_identity_that_may_is_taken():
+    pool = a_pool(**rules("alice", "bob"))
+    strangers, alice, bob = [caller("x"), caller("y")], caller("alice"), caller("bob")
+    assert decide([*strangers, bob, alice], pool, open_to_all=False).identity is bob
+    assert decide(strangers, pool, open_to_all=False).identity is strangers[0]
+    nobody = decide([], pool, open_to_all=True)
+    assert (nobody.allowed, nobody.identity) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("auth", "allowed"),
+    [({}, True), ({"methods": ["mtls"]}, True), (rules("bob"), False), (rules("alice"), True)],
+)
+def test_while_nothing_is_configured_whoever_is_known_may(auth, allowed):
+    assert decide([caller()], a_pool(**auth), open_to_all=True).allowed is allowed
+
+
+def test_one_word_about_access_anywhere_ends_that():
+    config = OIDCConfig(
+        metadata=Metadata(name="c"), spec=OIDCConfigSpec(issuer="https://i.example.com", audience="a")
+    )
+    said, unsaid = a_pool("said", **rules("alice")), a_pool()
+    assert unconfigured([], [])
+    assert unconfigured([unsaid], [])
+    assert not unconfigured([unsaid, said], [])
+    assert not unconfigured([unsaid], [config])
+
+
+@pytest.mark.parametrize(
+    ("identity", "seen"),
+    [
+        (ALICE, True),
+        (caller("bob"), False),
+        (Identity("alice", authority="https://another"), False),
+        (caller(scope=Scope("other")), False),
+        (caller(groups=("dev",)), True),
+        (Identity("root", admin=True), True),
+    ],
+)
+def test_details_of_a_lease_are_for_who_made_it(identity, seen):
+    assert bool(may_see(Key("team", "amd64"), [identity], ALICE.digest)) is seen
+
+
+def test_a_lease_that_nobody_is_known_to_have_made_is_the_admins():
+    assert not may_see(Key("team", "amd64"), [Identity("")], "")
+    assert may_see(Key("team", "amd64"), [Identity("root", admin=True)], "")
+
+
+def test_equal_names_of_two_authorities_are_two_callers_and_two_tenants():
+    one, other = Identity("alice", authority="a"), Identity("alice", authority="b")
+    assert one.digest != other.digest
+    assert one.tenant != other.tenant
+    assert Identity("ab", authority="c").digest != Identity("b", authority="ca").digest
+
+
+def test_callers_of_one_tenant_share_its_caches_and_nothing_else():
+    one, other = caller("alice", tenant_name="acme/app"), caller("bob", tenant_name="acme/app")
+    assert one.tenant == other.tenant != caller("acme/app").digest
+    assert one.digest != other.digest
+    assert caller("alice").tenant == caller("alice", groups=("dev",)).tenant

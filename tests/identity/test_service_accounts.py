@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable
+from bkpool.core.names import AUDIENCE
+from bkpool.identity import Identity, Verdict
+from bkpool.identity import service_accounts as module
+from bkpool.identity.service_accounts import AT_ONCE, ServiceAccounts, judge
+
+CI = "system:serviceaccount:team:ci"
+GROUPS = ["system:serviceaccounts", "system:serviceaccounts:team", "system:authenticated"]
+
+
+def segment(value: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+
+def token(sub: object = CI, aud: object = (AUDIENCE,), signature: str = "c2lnbmF0dXJl") -> str:
+    return f"{segment({'alg': 'RS256'})}.{segment({'sub': sub, 'aud': aud})}.{signature}"
+
+
+def status(**changes: object) -> dict:
+    return {"authenticated": True, "audiences": [AUDIENCE], "user": {"username": CI, "groups": GROUPS}, **changes}
+
+
+class Cluster:
+    """Stands for a KubeApi: it answers TokenReviews as it is told."""
+
+    def __init__(self, answer: dict | Exception) -> None:
+        self.answer = answer
+        self.asked: list[tuple[str, dict]] = []
+        self.at_once = self.most_at_once = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.full = asyncio.Event()
+
+    async def create(self, path: str, body: dict) -> dict:
+        self.asked.append((path, body))
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        if self.at_once == AT_ONCE:
+            self.full.set()
+        try:
+            await self.gate.wait()
+        finally:
+            self.at_once -= 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return {**body, "status": self.answer}
+
+
+async def test_the_api_server_says_who_it_is():
+    cluster = Cluster(status())
+    expected = Identity(CI, authority="kubernetes", source="ServiceAccount token", groups=tuple(GROUPS))
+    assert await ServiceAccounts(cluster).authenticate(token()) == (Verdict("ServiceAccount token", expected),)
+    ((path, body),) = cluster.asked
+    assert path == "/apis/authentication.k8s.io/v1/tokenreviews"
+    assert body["spec"] == {"token": token(), "audiences": [AUDIENCE]}
+
+
+@pytest.mark.parametrize(
+    "bearer",
+    [
+        "k" * 43,
+        "a.b.c",
+        "eyJ.x.y",
+        token(sub="repo:o/r:ref:refs/heads/main"),
+        token(sub="x-system:serviceaccount:a:b"),
+        token(sub=None),
+        token(sub=[CI]),
+        f"{token()}.more",
+        f"{segment({'alg': 'RS256'})}.{segment([CI])}.x",
+        f"{segment({'alg': 'RS256'})}.{'A' * 7}.x",
+        "..",
+        "",
+    ],
+)
+async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server(bearer):
+    cluster = Cluster(status())
+    assert await ServiceAccounts(cluster).authenticate(bearer) == ()
+    assert cluster.asked == []
+
+
+@pytest.mark.parametrize(
+    ("bearer", "told", "says"),
+    [
+        (token(), {"error": "[invalid bearer token, expired]"}, "token: [invalid bearer token, expired]"),
+        (token(), {}, "does not take"),
+        (token(), {"authenticated": False, "user": {"username": CI}}, "does not take"),
+        (token(), status(authenticated="true"), "does not take"),
+        (token(aud=["https://k.svc"]), {}, f"is for ['https://k.svc'], not for '{AUDIENCE}'"),
+        (token(aud="vault"), {}, "is for 'vault', not for"),
+        (token(aud=None), {}, "is for None, not for"),
+        (token(), status(audiences=[]), "did not check"),
+        (token(), status(audiences=None), "did not check"),
+        (token(), status(audiences=["other"]), "did not check"),
+        (token(), status(audiences=AUDIENCE), "did not check"),
+        (token(), status(user={"username": "alice", "groups": ["system:masters"]}), "not a ServiceAccount's"),
+        (token(), status(user={}), "not a ServiceAccount's"),
+        (token(), {"error": f"what is {token()}"}, "no reason is told"),
+        (token(), {"error": "signature c2lnbmF0dXJl is bad"}, "no reason is told"),
+        (token(), {"error": "two\nlines"}, "does not take the ServiceAccount token"),
+    ],
+)  # fmt: skip
+async def test_whom_the_api_server_does_not_know_is_told_why(bearer, told, says):
+    (verdict,) = await ServiceAccounts(Cluster(told)).authenticate(bearer)
+    assert verdict.identity is None
+    assert says in verdict.refusal
+    assert not any(part in repr(verdict) for part in bearer.split("."))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([CI, AUDIENCE, "alice"]) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+ANSWERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "authenticated": JSON,
+        "audiences": st.just([AUDIENCE]) | JSON,
+        "user": st.fixed_dictionaries({}, optional={"username": JSON, "groups": JSON}) | JSON,
+        "error": JSON,
+    },
+)
+
+
+@given(ANSWERS | JSON, st.dictionaries(st.sampled_from(["sub", "aud"]), JSON))
+def test_any_answer_is_an_identity_only_if_it_says_everything(answer, claims):
+    found = judge({"status": answer}, AUDIENCE, claims)
+    sure = (
+        isinstance(answer, dict)
+        and answer.get("authenticated") is True
+        and isinstance(answer.get("audiences"), list)
+        and AUDIENCE in answer["audiences"]
+        and isinstance(answer.get("user"), dict)
+        and answer["user"].get("username") == CI
+    )
+    assert isinstance(found, Identity) is sure
+    if sure:
+        assert found.name == CI
+        assert not found.admin
+        assert all(isinstance(group, str) for group in found.groups)
+    else:
+        assert found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable(f"Kubernetes: away ({token()})"),
+        Forbidden("tokenreviews is forbidden"),
+        Unauthenticated("the kubeconfig's credentials"),
+        InvalidInput(f"spec.token: {token()}"),
+    ],
+)
+async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
+    with capture_logs() as logs, pytest.raises(Unavailable, match="cannot be checked") as raised:
+        await ServiceAccounts(Cluster(error)).authenticate(token())
+    (entry,) = logs
+    for part in token().split("."):
+        assert part not in f"{entry}{raised.value.message}{raised.value.hint}"
+
+
+async def test_questions_are_bounded_in_number_and_in_time(monkeypatch):
+    cluster = Cluster(status())
+    cluster.gate.clear()
+    accounts = ServiceAccounts(cluster)
+    calls = [asyncio.create_task(accounts.authenticate(token())) for _ in range(3 * AT_ONCE)]
+    await cluster.full.wait()
+    cluster.gate.set()
+    answers = await asyncio.gather(*calls)
+    assert all(verdict.identity for (verdict,) in answers)
+    assert cluster.most_at_once == AT_ONCE
+
+    monkeypatch.setattr(module, "PATIENCE", 0.01)
+    cluster.gate.clear()
+    with pytest.raises(Unavailable):
+        await accounts.authenticate(token())
+    assert cluster.at_once == 0

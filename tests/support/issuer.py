@@ -1,0 +1,253 @@
+"""An issuer of OIDC tokens for tests: a real HTTP server on loopback that signs whatever a test wants signed.
+
+It runs in a thread with a loop of its own, so that plain and async tests and other processes can use it. What it
+answers can be bent, and it remembers what it was asked.
+
+    with Issuer() as issuer:
+        token = issuer.token(sub="ann", repository="org/repo")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from jwt.algorithms import get_default_algorithms
+
+AUDIENCE = "buildkit-controller"
+DISCOVERY = "/.well-known/openid-configuration"
+JWKS = "/jwks"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key with its name."""
+
+    kid: str | None
+    alg: str
+    private: Any
+
+    def sign(self, text: str) -> str:
+        return b64(get_default_algorithms()[self.alg].sign(text.encode(), self.private))
+
+    @property
+    def jwk(self) -> dict[str, Any]:
+        """Its public half, as the issuer publishes it."""
+        public = get_default_algorithms()[self.alg].to_jwk(self.private.public_key(), as_dict=True)
+        public.pop("key_ops", None)
+        named = {} if self.kid is None else {"kid": self.kid}
+        return {**public, **named, "use": "sig", "alg": self.alg}
+
+
+@cache
+def signing_key(kid: str | None = "key-1", alg: str = "RS256", bits: int = 2048) -> SigningKey:
+    """The same key whenever it is asked for by the same name: making one takes its time."""
+    if alg.startswith("RS"):
+        return SigningKey(kid, alg, rsa.generate_private_key(65537, bits))
+    curves = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES256K": ec.SECP256K1}
+    if alg in curves:
+        return SigningKey(kid, alg, ec.generate_private_key(curves[alg]()))
+    return SigningKey(kid, alg, ed25519.Ed25519PrivateKey.generate())
+
+
+def forge(header: dict[str, Any] | bytes, claims: dict[str, Any] | bytes, key: SigningKey | None) -> str:
+    """A compact JWT of exactly this header and these claims (as objects or as bytes); without a key, not signed."""
+    parts = [b64(part if isinstance(part, bytes) else json.dumps(part).encode()) for part in (header, claims)]
+    text = ".".join(parts)
+    return f"{text}.{key.sign(text) if key else ''}"
+
+
+class Gate:
+    """Holds a request until it is opened."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._open = loop, asyncio.Event()
+        self.reached = threading.Event()
+        """Set when a request stands at it."""
+
+    async def passed(self) -> None:
+        self.reached.set()
+        await self._open.wait()
+
+    def open(self) -> None:
+        self._loop.call_soon_threadsafe(self._open.set)
+
+
+class Issuer:
+    """See the module. Stopped and started again it has the same address."""
+
+    def __init__(self, *, port: int = 0, path: str = "", key: SigningKey | None = None) -> None:
+        self.port, self.path = port, path
+        self._first = key or signing_key()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """As it was at first; it goes on running."""
+        self.keys = [self._first]
+        """What is published; the first one signs."""
+        self.answers: dict[str, Handler] = {}
+        """By path: what answers instead."""
+        self.requests: list[web.BaseRequest] = []
+        """What it was asked."""
+
+    # --- tokens ---------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}{self.path}"
+
+    def claims(self, **claims: Any) -> dict[str, Any]:
+        """The claims of a good token, with these instead; None leaves one out."""
+        now = int(time.time())
+        good = {"iss": self.url, "aud": AUDIENCE, "sub": "ann", "iat": now, "exp": now + 300}
+        return {name: value for name, value in {**good, **claims}.items() if value is not None}
+
+    def token(self, *, key: SigningKey | None = None, header: dict[str, Any] | None = None, **claims: Any) -> str:
+        """A token, good unless a test wants otherwise.
+
+        Args:
+            key: What signs; the issuer's own if not given.
+            header: Members of the header to add or replace; None leaves one out.
+            claims: As `claims` takes them.
+        """
+        key = key or self.keys[0]
+        whole = {"typ": "JWT", "alg": key.alg, "kid": key.kid, **(header or {})}
+        return forge({k: v for k, v in whole.items() if v is not None}, self.claims(**claims), key)
+
+    def rotate(self, kid: str, alg: str = "RS256", *, keep: bool = False) -> SigningKey:
+        """Signs and publishes another key from now on; `keep` publishes the older ones too."""
+        key = signing_key(kid, alg)
+        self.keys = [key, *(self.keys if keep else [])]
+        return key
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def count(self, path: str = JWKS) -> int:
+        """How often this was asked for."""
+        return sum(request.path == self.path + path for request in self.requests)
+
+    def discovery(self, **changes: Any) -> dict[str, Any]:
+        return {"issuer": self.url, "jwks_uri": f"{self.url}{JWKS}", **changes}
+
+    def jwks(self) -> dict[str, Any]:
+        return {"keys": [key.jwk for key in self.keys]}
+
+    def answer(self, path: str, body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """From now on answers this: an object as JSON, or bytes."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+        async def handler(request: web.Request) -> web.Response:
+            return web.Response(body=data, status=status, headers=headers, content_type="application/json")
+
+        self.answers[path] = handler
+
+    def redirect(self, path: str, to: str, status: int = 302) -> None:
+        self.answer(path, b"", status=status, headers={"Location": to})
+
+    def hang(self, path: str) -> None:
+        """Never answers there."""
+
+        async def handler(request: web.Request) -> web.Response:
+            await asyncio.Event().wait()
+            return web.Response()
+
+        self.answers[path] = handler
+
+    def flood(self, path: str, megabytes: int = 10) -> list[int]:
+        """Answers with so much, without saying how much. The list gets what was really sent, in MiB."""
+        sent: list[int] = []
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            with suppress(ConnectionError):
+                for number in range(megabytes):
+                    await response.write(b" " * (1 << 20))
+                    sent.append(number)
+            return response
+
+        self.answers[path] = handler
+        return sent
+
+    def hold(self, path: str) -> Gate:
+        """Holds the next answer, made of what is true when the request comes, until the gate is opened."""
+        assert self._loop is not None
+        gate = Gate(self._loop)
+
+        async def handler(request: web.Request) -> web.StreamResponse:
+            del self.answers[path]
+            response = await self._handle(request)
+            await gate.passed()
+            return response
+
+        self.answers[path] = handler
+        return gate
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        path = request.path.removeprefix(self.path)
+        if path in self.answers:
+            return await self.answers[path](request)
+        if path == DISCOVERY:
+            return web.json_response(self.discovery())
+        if path == JWKS:
+            return web.json_response(self.jwks())
+        return web.Response(status=404)
+
+    async def _remember(self, request: web.Request) -> web.StreamResponse:
+        self.requests.append(request)
+        return await self._handle(request)
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        listening = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening)), name="issuer")
+        self._thread.start()
+        assert listening.wait(10), "the issuer does not come up"
+        return self
+
+    def stop(self) -> None:
+        """Nobody listens there any more."""
+        if self._thread is None or self._loop is None:
+            return
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive(), "the issuer does not end"
+        self._thread = None
+
+    async def _serve(self, listening: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", self._remember)
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.01)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", self.port).start()
+            self.port = runner.addresses[0][1]
+            listening.set()
+            await self._stop.wait()
+        finally:
+            await runner.cleanup()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
