@@ -5,6 +5,7 @@ at once. What brings workers up and ends leases by time is the controller; nothi
 """
 
 from bkpool.allocation.claims import AllocationRequest, Claims, Grant
-from bkpool.allocation.leases import Leases
+from bkpool.allocation.leases import Leases, Own
+from bkpool.allocation.limits import Limits
 
-__all__ = ["AllocationRequest", "Claims", "Grant", "Leases"]
+__all__ = ["AllocationRequest", "Claims", "Grant", "Leases", "Limits", "Own"]

@@ -16,14 +16,16 @@ from typing import Any
 
 import structlog
 
-from bkpool.allocation.leases import Leases, find_pool, lifetime
+from bkpool.allocation.leases import Leases, facts, find_pool, lifetime, living
+from bkpool.allocation.limits import Limits
 from bkpool.allocation.line import Line, Waiter
 from bkpool.core import tokens
 from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.objects import Allocation, EndReason, Pool, Worker, new_worker
 from bkpool.core.placement import owner_of, place
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Allocation, EndReason, Worker, new_worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.store import Store
@@ -78,6 +80,7 @@ class Claims:
         token_key: Key of the tokens' HMAC.
         caches: The caches that exist, with their owners (a runtime's `caches`).
         now: The clock.
+        limits: Counts what each caller asks for; None: an account of its own.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class Claims:
         token_key: bytes,
         caches: Callable[[], Mapping[Slot, str | None]],
         now: Callable[[], datetime],
+        limits: Limits | None = None,
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -98,6 +102,7 @@ class Claims:
         self._token_key = token_key
         self._caches = caches
         self._now = now
+        self._limits = limits or Limits()
         self._lines: dict[Key, Line] = {}
         self._owed: dict[str, _Owed] = {}
         self._changed: dict[Key, asyncio.Event] = {}
@@ -127,7 +132,8 @@ class Claims:
         Raises:
             NotFound: No such pool.
             InvalidInput: The ttl is beyond the pool's maximum, or the CSR is unusable.
-            NoCapacity: No worker was ready within `request.wait`, or too many wait.
+            NoCapacity: No worker was ready within `request.wait`, too many wait, or a limit of the pool is reached
+                (`LimitReached`).
             WorkerFailed: The worker does not come up; the message says why.
         """
         pool = find_pool(self._mirror, request.pool)
@@ -153,12 +159,14 @@ class Claims:
 
     async def _obtain(self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest) -> Worker:
         """A worker with a lease for this request, made now or before; an answer is owed for it from here on."""
-        request_key = tokens.request_key(caller.name, request.job_id) if request.job_id else None
+        request_key = tokens.request_key(caller.digest, request.job_id) if request.job_id else None
         if request_key is not None:
             earlier = await self._held(pool, request_key)
             if earlier is not None:
                 return self._owe(earlier, answered=True)
-        claimed = await self._claim(caller, pool, ttl, request, request_key)
+        held = [w.lease for w in living(self._mirror.workers_of(pool.key), self._now())]
+        with self._limits.one_more(pool, caller, request_key or object(), held) as claiming:
+            claimed = await self._claim(caller, pool, ttl, request, request_key, claiming=claiming)
         if request_key is None:
             return claimed
         # Another replica may have claimed for the same job at the same moment: the oldest lease wins everywhere.
@@ -175,15 +183,10 @@ class Claims:
     async def _held(self, pool: Pool, request_key: str) -> Worker | None:
         """The oldest living lease of that request, read live."""
         listing = await self._store.list(Worker, namespace=pool.key.namespace, labels={LABEL_REQUEST: request_key})
-        now = self._now()
-        living = [
-            (w.allocation.allocated_at, w.key.name, w)
-            for w in listing.items
-            if w.pool == pool.key and w.allocation and not w.allocation.ended(now)
-        ]
-        if not living:
+        found = [w for w in living(listing.items, self._now()) if w.pool == pool.key]
+        if not found:
             return None
-        oldest = min(living, key=lambda found: found[:2])[2]
+        oldest = min(found, key=lambda worker: (worker.lease.allocated_at, worker.key.name))
         self._mirror.apply(oldest)
         if oldest.lease.token_sha256:
             return oldest
@@ -194,14 +197,22 @@ class Claims:
             return None
 
     async def _claim(
-        self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest, request_key: str | None
+        self,
+        caller: Identity,
+        pool: Pool,
+        ttl: timedelta,
+        request: AllocationRequest,
+        request_key: str | None,
+        *,
+        claiming: Callable[[str], None],
     ) -> Worker:
         """Waits in line for a place and takes it by compare-and-swap; when another was faster, waits at the front."""
         line = self._line(pool.key)
         first = False
         while True:
             allocation_id = str(uuid.uuid4())
-            owner = owner_of(pool.spec.cache.reuse, caller.tenant, pool.uid, allocation_id)
+            claiming(allocation_id)
+            owner = owner_of(pool.spec.reuse, caller.tenant, pool.uid, allocation_id)
             spot = await self._stand(line, pool.key, Waiter(owner, request_key), first=first)
             if isinstance(spot, Worker) and spot.allocation is not None:
                 return self._owe(spot, answered=True)  # the lease of the same job, made while this request waited
@@ -211,6 +222,7 @@ class Claims:
                 job_id=request.job_id,
                 token_sha256="",
                 requested_by=caller.name,
+                holder=caller.digest,
                 owner=owner,
                 allocated_at=now,
                 expires_at=now + ttl,
@@ -256,7 +268,7 @@ class Claims:
             writing.add_done_callback(self._undo)
             raise
         self._mirror.apply(worker)
-        log.info("lease.claimed", worker=str(worker.key), allocation=allocation.id, identity=allocation.requested_by)
+        log.info("lease.claimed", **facts(worker))
         return worker
 
     async def _replace(self, worker: Worker, allocation: Allocation, labels: Mapping[str, str]) -> Worker:

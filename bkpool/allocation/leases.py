@@ -1,22 +1,27 @@
-"""What the holder of a token may do with its lease: renew, look up, release; and the one way a lease is changed.
+"""What may be done with a lease: renew, look up, release; and the one way a lease is changed.
 
-Every change is a compare-and-swap on the worker that the lease stands on. The token itself is the right to ask
-(DESIGN rule 8). Nothing here makes a lease or remembers one.
+Every change is a compare-and-swap on the worker that the lease stands on. The right to ask is the token itself
+(DESIGN rule 8), or to be who made the lease. Nothing here makes a lease or remembers one.
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import structlog
 
 from bkpool.core import tokens
 from bkpool.core.durations import render
-from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
+from bkpool.core.errors import Conflict, Forbidden, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
-from bkpool.core.objects import Allocation, EndedLease, EndReason, Pool, Worker
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Allocation, EndedLease, EndReason, Worker
+from bkpool.identity import Identity
+from bkpool.identity.rules import may_see
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
@@ -24,6 +29,15 @@ log = structlog.get_logger(__name__)
 
 MAX_CONFLICTS = 20
 """Tries of one compare-and-swap: more than any sane number of writers of one worker at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The living lease on a worker, named by who made it instead of by its token."""
+
+    worker: Key
+    identities: tuple[Identity, ...]
+    """Whom the caller may be."""
 
 
 class Leases:
@@ -40,44 +54,59 @@ class Leases:
         self._mirror = mirror
         self._now = now
 
-    async def renew(self, token: str, ttl: timedelta | None) -> tuple[Worker, datetime]:
+    async def renew(self, lease: str | Own, ttl: timedelta | None) -> Worker:
         """Lets the lease run for `ttl` from now, at most to the end of its certificate.
 
+        Args:
+            lease: Its token, or what names it to its maker.
+            ttl: None: the pool's tokenTTL.
+
+        Returns:
+            The worker with the lease as it is now.
+
         Raises:
-            NotFound: No such lease.
+            NotFound: No such lease, or not the caller's.
             Gone: It has ended.
-            InvalidInput: The ttl is beyond the pool's maximum.
+            InvalidInput: The ttl is beyond the pool's maximum, or the lease has had that already.
         """
-        worker = await self._find(token)
-        wanted = lifetime(find_pool(self._mirror, worker.pool), ttl)
+        worker = await self._find(lease)
+        pool = find_pool(self._mirror, worker.pool)
+        wanted = lifetime(pool, ttl)
         now = self._now()
 
         def renewed(lease: Allocation) -> Allocation:
             over = lease.ended(now)
             if over:
                 raise _gone(over, lease.end_message)
-            return lease.but(expires_at=min(now + wanted, lease.not_after))
+            return lease.but(expires_at=min(now + wanted, _end_of_life(lease, pool, now)))
 
         worker = await self.change(worker, renewed)
-        log.info("lease.renewed", worker=str(worker.key), allocation=worker.lease.id)
-        return worker, worker.lease.expires_at
+        log.info("lease.renewed", **facts(worker), expires_at=worker.lease.expires_at.isoformat())
+        return worker
 
-    async def release(self, token: str) -> None:
+    async def release(self, lease: str | Own) -> Worker | None:
         """Ends the lease. Released already, or expired: nothing to do, and no error.
 
+        Args:
+            lease: Its token, or what names it to its maker.
+
+        Returns:
+            The worker with the ended lease; None where there was nothing to do.
+
         Raises:
-            NotFound: No such lease.
+            NotFound: No such lease, or not the caller's.
         """
         try:
-            worker = await self._find(token)
+            worker = await self._find(lease)
             worker = await self.change(worker, lambda lease: self._ended(lease, EndReason.RELEASED))
         except Gone:
-            return
-        log.info("lease.released", worker=str(worker.key))
+            return None
+        log.info("lease.released", **facts(worker))
+        return worker
 
     async def lookup(self, token: str) -> Worker:
         """The worker of a living lease. Raises NotFound or Gone."""
-        worker = await self._find(token)
+        worker = await self._by_token(token)
         lease = worker.allocation
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
@@ -88,16 +117,30 @@ class Leases:
         """Ends a lease that nobody was ever told of. Ended or gone already: nothing to do."""
         with suppress(Gone, NotFound):
             await self.change(worker, lambda lease: self._ended(lease, EndReason.ABANDONED))
-        log.info(
-            "lease.abandoned", worker=str(worker.key), allocation=worker.allocation.id if worker.allocation else ""
-        )
+        log.info("lease.abandoned", **facts(worker))
 
     def _ended(self, lease: Allocation, reason: EndReason) -> Allocation:
         if lease.ended_at is not None:
             raise _gone(lease.end_reason or reason, lease.end_message)
         return lease.but(ended_at=min(self._now(), lease.expires_at), end_reason=reason)
 
-    async def _find(self, token: str) -> Worker:
+    async def _find(self, lease: str | Own) -> Worker:
+        return await (self._own(lease) if isinstance(lease, Own) else self._by_token(lease))
+
+    async def _own(self, named: Own) -> Worker:
+        """The worker with that lease. Whose it is not learns no more than if there were none. Raises NotFound."""
+        with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself has no rights in that namespace
+            worker = await self._store.get(Worker, *named.worker)
+            if worker.allocation and may_see(worker.pool, named.identities, worker.allocation.holder):
+                return worker
+        raise NotFound(
+            f"workerName: there is no lease of yours on {named.worker.name}",
+            hint="`bkpool allocate` makes a new lease.",
+            code="NoSuchLease",
+            field="workerName",
+        )
+
+    async def _by_token(self, token: str) -> Worker:
         """The worker that this token leases. Raises NotFound, or Gone with the reason."""
         digest = tokens.digest(token)
         if tokens.well_formed(token):
@@ -137,6 +180,18 @@ class Leases:
         raise Conflict(f"{worker.key.name} is being changed by too many at once", hint="Try again.", retry_after=1)
 
 
+def facts(worker: Worker) -> dict[str, str]:
+    """What a log line about a worker's lease says of it."""
+    lease = worker.allocation
+    about = {"worker": str(worker.key), "pool": str(worker.pool)}
+    return about | ({"allocation": lease.id, "identity": lease.requested_by} if lease else {})
+
+
+def living(workers: Iterable[Worker], now: datetime) -> list[Worker]:
+    """Those of the workers that have a living lease."""
+    return [worker for worker in workers if worker.allocation and not worker.allocation.ended(now)]
+
+
 def find_pool(mirror: Mirror, key: Key) -> Pool:
     """The pool of that name. Raises NotFound."""
     pool = mirror.pools.get(key)
@@ -166,10 +221,26 @@ def lifetime(pool: Pool, wanted: timedelta | None) -> timedelta:
 def _by_digest(workers: Iterable[Worker], digest: str) -> Worker | EndedLease | None:
     workers = tuple(workers)
     for worker in workers:
-        if worker.allocation is not None and worker.allocation.token_sha256 == digest:
+        if worker.allocation is not None and _same(worker.allocation.token_sha256, digest):
             return worker
     past = (ended for worker in workers for ended in worker.status.ended)
-    return next((ended for ended in past if ended.token_sha256 == digest), None)
+    return next((ended for ended in past if _same(ended.token_sha256, digest)), None)
+
+
+def _same(stored: str, digest: str) -> bool:
+    return hmac.compare_digest(stored.encode(), digest.encode())
+
+
+def _end_of_life(lease: Allocation, pool: Pool, now: datetime) -> datetime:
+    """The latest end of a lease. The pool's maximum may have been lowered since the lease was made."""
+    end = min(lease.not_after, lease.allocated_at + pool.spec.gateway.max_token_ttl)
+    if end <= now:
+        raise InvalidInput(
+            f"ttl: this lease has run for the pool's maximum of {render(pool.spec.gateway.max_token_ttl)} already",
+            hint=f"It ends at {lease.expires_at:%H:%M:%S} UTC; `bkpool allocate` makes a new lease.",
+            field="ttl",
+        )
+    return end
 
 
 def _gone(reason: EndReason, message: str) -> Gone:

@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from bkpool.allocation.leases import living
 from bkpool.core.errors import NoCapacity
 from bkpool.core.names import LABEL_REQUEST, Slot
-from bkpool.core.objects import Worker
+from bkpool.core.worker import Worker
 
 MAX_WAITERS = 1000
 """Requests that may wait for one pool at once; one more is refused (DESIGN rule 11)."""
@@ -80,8 +81,7 @@ class Line:
 
         A waiter whose job got a lease meanwhile (a repeated request) is given that one, wherever it stands.
         """
-        living = [w for w in workers if w.allocation and not w.allocation.ended(now)]
-        held = {key: w for w in living if (key := w.metadata.labels.get(LABEL_REQUEST))}
+        held = {key: w for w in living(workers, now) if (key := w.metadata.labels.get(LABEL_REQUEST))}
         for waiter in [w for w in self._waiting if w.request_key in held]:
             self._waiting.remove(waiter)
             waiter.served.set_result(held[waiter.request_key or ""])

@@ -9,17 +9,41 @@ import base64
 from datetime import timedelta
 from typing import Annotated, Any, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StrictStr
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import AllocationRequest, Grant
-from bkpool.core.names import DEFAULT_NAMESPACE, Key
-from bkpool.core.objects import Pool, Worker
+from bkpool.core.auth import OIDCConfig
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Duration
+from bkpool.core.worker import Worker
+from bkpool.identity import Caller, Identity
+from bkpool.identity.access import LONGEST_BEARER
+from bkpool.identity.rules import Decision
 
 MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64
 
+
+def _name(value: str) -> str:
+    try:
+        return check_name(value, field="name")
+    except InvalidInput as error:
+        raise ValueError(f"{error.message.removeprefix('name: ')}. {error.hint}") from None
+
+
+def _namespace(value: str) -> str:
+    return _name(value or DEFAULT_NAMESPACE)
+
+
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
+Name = Annotated[StrictStr, AfterValidator(_name), Field(json_schema_extra={"pattern": NAME_PATTERN})]
+Namespace = Annotated[
+    StrictStr, AfterValidator(_namespace), Field(json_schema_extra={"pattern": f"^$|{NAME_PATTERN}"})
+]
+"""Empty: the default one."""
 Text = Annotated[StrictStr, Field(max_length=256)]
 Token = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 
@@ -33,8 +57,8 @@ class Body(BaseModel):
 class AllocateBody(Body):
     """A request for a worker."""
 
-    pool_name: Annotated[Text, Field(min_length=1)]
-    namespace: Text = DEFAULT_NAMESPACE
+    pool_name: Name
+    namespace: Namespace = DEFAULT_NAMESPACE
     job_id: Text = ""
     ttl: Duration | None = None
     wait: Annotated[Duration, Field(le=MAX_WAIT)] = timedelta(minutes=5)
@@ -44,7 +68,7 @@ class AllocateBody(Body):
     def request(self) -> AllocationRequest:
         """The same, as the lease service takes it."""
         return AllocationRequest(
-            pool=Key(self.namespace or DEFAULT_NAMESPACE, self.pool_name),
+            pool=Key(self.namespace, self.pool_name),
             wait=self.wait,
             ttl=self.ttl,
             job_id=self.job_id,
@@ -86,8 +110,32 @@ class TokenBody(Body):
     token: Token
 
 
-class RenewBody(TokenBody):
-    """A token and how long the lease shall run from now; without ttl the pool's default."""
+class LeaseBody(Body):
+    """A lease: its token, or, for who made it, the worker that it is on."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["token"]}, {"required": ["workerName"]}]})
+
+    token: Token = ""
+    worker_name: Name = ""
+    namespace: Namespace = DEFAULT_NAMESPACE
+    """The worker's, and its pool's."""
+
+    @property
+    def worker(self) -> Key | None:
+        """The worker, where it is that which names the lease.
+
+        Raises:
+            InvalidInput: Not exactly one of the two is given.
+        """
+        if bool(self.token) == bool(self.worker_name):
+            raise InvalidInput(
+                "token: give either the lease's token or workerName", hint="Give exactly one.", field="token"
+            )
+        return Key(self.namespace, self.worker_name) if self.worker_name else None
+
+
+class RenewBody(LeaseBody):
+    """A lease and how long it shall run from now; without ttl the pool's default."""
 
     ttl: Duration | None = None
 
@@ -114,26 +162,34 @@ class StatusAnswer(Body):
 
 
 class WorkerView(Body):
-    """A worker as people want to see it."""
+    """A worker as people want to see it. Whose it is not sees its name and phase only."""
 
     name: str
     phase: str
     job_id: str | None = None
     requested_by: str | None = None
     expires_at: AwareDatetime | None = None
-    message: str = ""
-    failures: int = 0
-    allocation_count: int = 0
+    message: str | None = None
+    failures: int | None = None
+    allocation_count: int | None = None
     created_at: AwareDatetime | None = None
     last_activity_at: AwareDatetime | None = None
 
     @classmethod
-    def of(cls, worker: Worker) -> WorkerView:
-        """The view of a worker."""
+    def of(cls, worker: Worker, *, whole: bool) -> WorkerView:
+        """The view of a worker.
+
+        Args:
+            worker: The worker.
+            whole: Whether more than name and phase may be seen.
+        """
+        name, phase = worker.key.name, worker.status.phase.value
+        if not whole:
+            return cls(name=name, phase=phase)
         lease = worker.allocation
         return cls(
-            name=worker.key.name,
-            phase=worker.status.phase.value,
+            name=name,
+            phase=phase,
             job_id=(lease.job_id or None) if lease else None,
             requested_by=lease.requested_by if lease else None,
             expires_at=lease.expires_at if lease else None,
@@ -186,6 +242,100 @@ class PoolAnswer(PoolView):
     """One pool, with its workers one by one."""
 
     members: tuple[WorkerView, ...]
+
+
+class CheckBody(Body):
+    """Somebody's bearer token, and the pool that it is about; having the token is the right to ask."""
+
+    token: Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_BEARER, pattern=r"^[A-Za-z0-9._~+/-]+=*$")]
+    pool_name: Name
+    namespace: Namespace = DEFAULT_NAMESPACE
+
+
+class IdentityView(Body):
+    """Whom a token stands for."""
+
+    name: str
+    authority: str
+    source: str
+    groups: tuple[str, ...]
+    pools: tuple[str, ...]
+    tenant: str | None = None
+
+    @classmethod
+    def of(cls, identity: Identity) -> IdentityView:
+        """The view of an identity."""
+        return cls(
+            name=identity.name,
+            authority=identity.authority,
+            source=identity.source,
+            groups=identity.groups,
+            pools=identity.pools,
+            tenant=identity.tenant_name,
+        )
+
+
+class VerdictView(Body):
+    """What one way of knowing a caller says of the token."""
+
+    source: str
+    known: bool
+    reason: str = ""
+
+
+class CheckAnswer(Body):
+    """Whether the token may use the pool, and why. Only the admin sees all verdicts."""
+
+    allowed: bool
+    reason: str
+    identity: IdentityView | None = None
+    verdicts: tuple[VerdictView, ...] | None = None
+
+    @classmethod
+    def of(cls, decision: Decision, caller: Caller, *, all_verdicts: bool) -> CheckAnswer:
+        """The answer for a decision about a caller."""
+        verdicts = tuple(
+            VerdictView(source=one.source, known=one.identity is not None, reason=one.refusal)
+            for one in caller.verdicts
+        )
+        return cls(
+            allowed=decision.allowed,
+            reason=decision.reason,
+            identity=IdentityView.of(decision.identity) if decision.identity else None,
+            verdicts=verdicts if all_verdicts else None,
+        )
+
+
+class IssuerView(Body):
+    """A BuildKitOIDCConfig as people want to see it."""
+
+    name: str
+    namespace: str
+    issuer: str
+    audience: str
+    enabled: bool
+    ready: bool
+    message: str
+
+    @classmethod
+    def of(cls, config: OIDCConfig) -> Self:
+        """The view of a config."""
+        spec, status = config.spec, config.status
+        return cls(
+            name=config.key.name,
+            namespace=config.key.namespace,
+            issuer=spec.issuer,
+            audience=spec.audience,
+            enabled=spec.enabled,
+            ready=status.ready,
+            message=status.message,
+        )
+
+
+class IssuersAnswer(Body):
+    """All issuers."""
+
+    issuers: tuple[IssuerView, ...]
 
 
 class ErrorDetail(Body):

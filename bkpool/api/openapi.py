@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from http import HTTPStatus
 from typing import Any, Literal
 
 from aiohttp import web
@@ -15,7 +17,36 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bkpool import __version__
-from bkpool.api.models import ErrorAnswer
+from bkpool.api.audit import Trail
+from bkpool.api.models import NAME_PATTERN, ErrorAnswer
+
+_TOLD = {
+    HTTPStatus.BAD_REQUEST: "The request is not as it should be; the error names the field",
+    HTTPStatus.UNAUTHORIZED: "There is not exactly one bearer token, or nobody here knows it; the error says why",
+    HTTPStatus.FORBIDDEN: "The caller may not use this pool, or there is none; the error says why",
+    HTTPStatus.NOT_FOUND: "There is no such pool, or no such lease, or it is not the caller's",
+    HTTPStatus.GONE: "The lease has ended; the error says how",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
+    HTTPStatus.TOO_MANY_REQUESTS: "A limit of the pool is reached (spec.auth.limits); the error names it",
+    HTTPStatus.BAD_GATEWAY: "The worker does not come up; the error has its last words",
+    HTTPStatus.SERVICE_UNAVAILABLE: "No worker came free in time, or something that is needed is away",
+}
+_RETRY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+
+
+class Bearer(Enum):
+    """Whether a route wants an Authorization header."""
+
+    REQUIRED = "required"
+    OPTIONAL = "optional"
+    """A token in the body may be the right to ask."""
+    NONE = "none"
+
+    @property
+    def security(self) -> list[dict[str, list[str]]]:
+        """As OpenAPI has it."""
+        bearer: dict[str, list[str]] = {"bearer": []}
+        return {Bearer.REQUIRED: [bearer], Bearer.OPTIONAL: [{}, bearer], Bearer.NONE: []}[self]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +55,23 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[[web.Request], Awaitable[BaseModel]]
+    handler: Callable[[web.Request, Trail], Awaitable[BaseModel]]
     body: type[BaseModel] | None
     answer: type[BaseModel]
-    open: bool = False
-    """Whether no Authorization header is asked for (the token in the body is the right to ask)."""
+    bearer: Bearer = Bearer.REQUIRED
+    action: str = ""
+    """What the audit trail calls it; empty: nothing is decided there."""
+    errors: tuple[int, ...] = ()
+    """Statuses of its errors, beside those that its body and bearer bring."""
+
+    @property
+    def all_errors(self) -> list[HTTPStatus]:
+        """Every status of its errors that a client should know."""
+        found = set(self.errors)
+        found |= {400, 413} if self.body else set()
+        found |= {401, 503} if self.bearer is Bearer.REQUIRED else set()
+        found |= {403} if self.bearer is Bearer.REQUIRED and self.action != "pools" else set()
+        return sorted(HTTPStatus(status) for status in found)
 
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
@@ -46,26 +89,46 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": definitions.get("$defs", {}),
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "An ID token of a configured issuer, a Kubernetes token, or the admin's token",
+                }
+            },
         },
     }
 
 
 def _operation(route: Route) -> dict[str, Any]:
+    errors = {str(status.value): _error(status) for status in route.all_errors}
     operation: dict[str, Any] = {
         "summary": (route.handler.__doc__ or "").strip(),
-        "responses": {"200": _content("Done", route.answer), "default": _content("An error", ErrorAnswer)},
-        "security": [] if route.open else [{"bearer": []}],
+        "responses": {
+            "200": _content("Done", route.answer),
+            **errors,
+            "default": _content("Another error", ErrorAnswer),
+        },
+        "security": route.bearer.security,
     }
     if route.body is not None:
         operation["requestBody"] = {"required": True, **_content("", route.body)}
         del operation["requestBody"]["description"]
     names = re.findall(r"{(\w+)}", route.path)
-    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    name = {"type": "string", "pattern": NAME_PATTERN}
+    parameters = [{"name": field, "in": "path", "required": True, "schema": name} for field in names]
     if names:
-        parameters.append({"name": "namespace", "in": "query", "required": False, "schema": {"type": "string"}})
+        parameters.append({"name": "namespace", "in": "query", "required": False, "schema": name})
         operation["parameters"] = parameters
     return operation
+
+
+def _error(status: HTTPStatus) -> dict[str, Any]:
+    told = _content(_TOLD[status], ErrorAnswer)
+    if status in _RETRY:
+        when = {"description": "Seconds after which a new try makes sense", "schema": {"type": "integer"}}
+        told["headers"] = {"Retry-After": when}
+    return told
 
 
 def _content(description: str, model: type[BaseModel]) -> dict[str, Any]:

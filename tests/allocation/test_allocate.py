@@ -8,7 +8,8 @@ from cryptography import x509
 
 from bkpool.core import tokens
 from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, WorkerFailed
-from bkpool.core.objects import Phase, Pool
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Phase
 from support.world import ANN, BOB, POOL
 
 

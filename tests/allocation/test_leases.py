@@ -1,13 +1,20 @@
 """What becomes of a lease: renewed, released, expired, lost; and what a late caller is told."""
 
+import dataclasses
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
+from bkpool.allocation import Own
 from bkpool.core import policy
-from bkpool.core.errors import Gone, InvalidInput, NotFound
-from bkpool.core.objects import GatewayRegistration, Phase, Worker
-from support.world import POOL
+from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
+from bkpool.core.names import Key
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.worker import GatewayRegistration, Phase, Worker
+from bkpool.identity import Identity, Scope
+from support.world import ANN, BOB, POOL
 
 
 @pytest.fixture
@@ -23,8 +30,8 @@ def leases(world):
 
 async def test_renew_moves_the_end_but_never_beyond_the_certificate(world, grant, leases):
     world.clock.advance(minutes=30)
-    _, until = await leases.renew(grant.token, None)
-    assert until == world.clock() + timedelta(hours=1)
+    worker = await leases.renew(grant.token, None)
+    assert worker.lease.expires_at == world.clock() + timedelta(hours=1)
     world.clock.advance(minutes=59)
     await leases.renew(grant.token, timedelta(hours=3))
     worker = await leases.lookup(grant.token)
@@ -113,3 +120,82 @@ async def test_the_pools_status_follows(world, grant):
 async def test_what_runs_without_a_worker_is_stopped(world, grant):
     await world.store.delete(Worker, *grant.worker.key)
     await world.until(lambda: not world.runtime.daemons)
+
+
+async def test_who_made_a_lease_may_renew_and_end_it_and_nobody_else_finds_it(world, grant, leases):
+    key = grant.worker.key
+    mine, others = Own(key, (BOB, ANN)), Own(key, (BOB,))
+    nowhere = Own(Key(key.namespace, "p-worker-7"), (ANN,))
+    elsewhere = Own(key, (dataclasses.replace(ANN, scope=Scope("other")),))
+    world.clock.advance(minutes=30)
+    assert (await leases.renew(mine, None)).lease.expires_at == world.clock() + timedelta(hours=1)
+    for named in (others, nowhere, elsewhere):
+        for ask in (leases.release(named), leases.renew(named, None)):
+            with pytest.raises(NotFound, match="there is no lease of yours on p-worker-"):
+                await ask
+    await leases.release(mine)
+    await leases.release(mine)
+    await world.until(lambda: not world.held())
+    with pytest.raises(NotFound):
+        await leases.renew(mine, None)
+
+
+async def test_the_admin_may_end_every_lease(world, grant, leases):
+    await leases.release(Own(grant.worker.key, (Identity("root", admin=True),)))
+    await world.until(lambda: not world.held())
+
+
+async def test_a_maximum_that_was_lowered_holds_for_leases_there_are(world, grant, leases):
+    spec = PoolSpec.model_validate({"gateway": {"tokenTTL": "30m", "maxTokenTTL": "50m"}})
+    lowered = False
+    while not lowered:
+        with suppress(Conflict):  # the controller writes the pool's status meanwhile
+            await world.store.replace((await world.store.get(Pool, *POOL)).but(spec=spec))
+            lowered = True
+    await world.until(lambda: world.replicas[0].mirror.pools[POOL].spec.gateway.token_ttl == timedelta(minutes=30))
+    world.clock.advance(minutes=40)
+    made = grant.worker.lease.allocated_at
+    assert (await leases.renew(grant.token, None)).lease.expires_at == made + timedelta(minutes=50)
+    await leases.change((await leases.lookup(grant.token)), lambda lease: lease.but(expires_at=lease.not_after))
+    world.clock.advance(minutes=15)
+    with pytest.raises(InvalidInput, match="has run for the pool's maximum of 50m already"):
+        await leases.renew(grant.token, None)
+    assert (await leases.lookup(grant.token)).lease.expires_at == made + timedelta(hours=3), "it is not cut short"
+
+
+async def test_every_end_of_a_lease_is_one_line_with_whose_it_was(world, grant, leases):
+    with capture_logs() as lines:
+        await leases.renew(grant.token, None)
+        await leases.release(grant.token)
+        await world.until(lambda: not world.held())
+        second = await world.replicas[0].allocate(BOB)
+        world.clock.advance(hours=1)
+        await world.until(lambda: not world.held())
+        third = await world.replicas[0].allocate(BOB)
+        world.runtime.failure = "exec format error"
+        world.runtime.die(third.worker.slot)
+
+        def push():
+            world.clock.advance(seconds=30)
+            return not world.held()
+
+        await world.until(push)
+    told = [
+        (line["event"], line["identity"], line["allocation"], line.get("reason"))
+        for line in lines
+        if line["event"].startswith("lease.")
+    ]
+    ids = [made.worker.lease.id for made in (grant, second, third)]
+    assert told == [
+        ("lease.renewed", "ann", ids[0], None),
+        ("lease.released", "ann", ids[0], None),
+        ("lease.ended", "ann", ids[0], "released"),
+        ("lease.claimed", "bob", ids[1], None),
+        ("lease.ended", "bob", ids[1], "expired"),
+        ("lease.claimed", "bob", ids[2], None),
+        ("lease.lost", "bob", ids[2], told[6][3]),
+        ("lease.ended", "bob", ids[2], "lost"),
+    ]
+    assert "exec format error" in told[6][3]
+    assert all(line["pool"] == "default/p" for line in lines if line["event"].startswith("lease."))
+    assert not any(made.token in str(lines) for made in (grant, second, third))

@@ -4,50 +4,19 @@ import base64
 import json
 
 import pytest
-from aiohttp.test_utils import TestClient, TestServer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from bkpool.api import Service, make_app
-from bkpool.identity.local import AdminToken
 from bkpool.pki.authority import Authority
-from support.world import running_world
-
-ADMIN = "a" * 43
-ALLOCATE = "/api/v1/workers/allocate"
-
-
-class Api:
-    def __init__(self, client, world):
-        self.client = client
-        self.world = world
-        self.trouble = None
-
-    async def __call__(self, method, path, body=None, *, data=None, headers=None):
-        headers = {"Authorization": f"Bearer {ADMIN}"} if headers is None else headers
-        answer = await self.client.request(method, path, json=body, data=data, headers=headers)
-        return answer.status, await answer.json(), answer.headers
+from support.api import ADMIN, ALLOCATE, running_api
 
 
 @pytest.fixture
 async def api(tmp_path):
-    async with running_world(tmp_path) as world:
-        replica = world.replicas[0]
-        api = Api(None, world)
-        service = Service(
-            claims=replica.claims,
-            leases=replica.leases,
-            mirror=replica.mirror,
-            authenticators=(AdminToken(ADMIN),),
-            gateway_endpoint=lambda _pool: "tcp://localhost:1235",
-            connections=lambda _pool: 0,
-            trouble=lambda: api.trouble,
-        )
-        async with TestClient(TestServer(make_app(service), handler_cancellation=True)) as client:
-            api.client = client
-            await world.pool(gateway={"maxTokenTTL": "2h"}, tls={"enabled": True})
-            yield api
+    async with running_api(tmp_path) as api:
+        await api.world.pool(gateway={"maxTokenTTL": "2h"}, tls={"enabled": True})
+        yield api
 
 
 async def test_the_answer_is_the_contracts(api):
@@ -89,6 +58,8 @@ async def test_with_a_csr_no_key_is_made(api):
         ({"poolName": ""}, 400, "poolName"),
         ({"poolName": 7}, 400, "poolName"),
         ({"poolName": "p" * 300}, 400, "poolName"),
+        ({"poolName": "P"}, 400, "poolName"),
+        ({"poolName": "p", "namespace": "../x"}, 400, "namespace"),
         ({"poolName": "nope"}, 404, "poolName"),
         ({"poolName": "p", "namespace": "elsewhere"}, 404, "poolName"),
         ({"poolName": "p", "ttl": "banana"}, 400, "ttl"),

@@ -13,21 +13,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bkpool.allocation import AllocationRequest, Claims, Grant, Leases
+from bkpool.allocation import AllocationRequest, Claims, Grant, Leases, Limits
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import PROCESS_IGNORES, ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Pool, PoolSpec, Worker
 from bkpool.core.policy import Observation, PoolSetting, Running
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 
-ANN, BOB = Identity("ann", admin=True), Identity("bob", admin=True)
+ANN, BOB = Identity("ann"), Identity("bob")
 POOL = Key("default", "p")
 TOKEN_KEY = b"k" * 32
 
@@ -82,6 +83,9 @@ class MemoryRuntime:
         was = self.daemons[slot]
         self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
         self.changed()
+
+    async def follow(self, pool):
+        pass
 
     async def protect(self, slot, *, held):
         pass
@@ -154,6 +158,7 @@ class Replica:
             token_key=TOKEN_KEY,
             caches=world.runtime.caches,
             now=world.clock,
+            limits=Limits(world.clock.seconds),
         )
 
     async def allocate(self, caller: Identity = ANN, *, wait: float = 5, **request: Any) -> Grant:
@@ -169,6 +174,9 @@ class Clock:
 
     def __call__(self) -> datetime:
         return self.now
+
+    def seconds(self) -> float:
+        return self.now.timestamp()
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)

@@ -1,0 +1,262 @@
+"""The routes: each reads its body, asks who is calling and whether they may, and hands on to the lease service.
+
+What a caller may not know is not told here: pools they may not use, and leases that others made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from bkpool.allocation import Claims, Leases, Own
+from bkpool.allocation.leases import find_pool
+from bkpool.api import models
+from bkpool.api.audit import Trail
+from bkpool.api.openapi import Bearer, Route
+from bkpool.api.reading import read, read_name
+from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
+from bkpool.core.names import DEFAULT_NAMESPACE, Key
+from bkpool.core.policy import counts
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Worker
+from bkpool.identity import Caller, Identity
+from bkpool.identity.access import Access, forbidden, refusal
+from bkpool.identity.rules import Decision, decide, may_see
+from bkpool.store.mirror import Mirror
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes need, and the routes."""
+
+    claims: Claims
+    leases: Leases
+    mirror: Mirror
+    access: Access
+    gateway_endpoint: Callable[[Pool], str]
+    """Where a caller reaches the gateway of a pool."""
+    connections: Callable[[Pool], int]
+    """Open connections of a pool."""
+    trouble: Callable[[], str | None]
+    """Why the appliance can't lease anything now; None when it can."""
+    leaving: Callable[[], str | None] = lambda: None
+    """Why no more should be sent here, although it is still served."""
+
+    def routes(self) -> list[Route]:
+        """Every route, with what goes in and out, and what the audit trail calls it."""
+        v1, workers, either, nothing = "/api/v1", "/api/v1/workers", Bearer.OPTIONAL, Bearer.NONE
+        status = models.StatusAnswer
+        return [
+            Route(
+                *("POST", f"{workers}/allocate", self.allocate, models.AllocateBody, models.AllocateAnswer),
+                action="allocate",
+                errors=(404, 429, 502, 503),
+            ),
+            Route(
+                *("POST", f"{workers}/renew", self.renew, models.RenewBody, models.RenewAnswer, either),
+                action="renew",
+                errors=(401, 404, 410),
+            ),
+            Route(
+                *("POST", f"{workers}/lookup", self.lookup, models.TokenBody, models.LookupAnswer, nothing),
+                action="lookup",
+                errors=(404, 410),
+            ),
+            Route(
+                *("POST", f"{workers}/release", self.release, models.LeaseBody, status, either),
+                action="release",
+                errors=(401, 404),
+            ),
+            Route(
+                *("POST", f"{v1}/auth/check", self.check, models.CheckBody, models.CheckAnswer, either),
+                action="auth-check",
+                errors=(404, 503),
+            ),
+            Route("GET", f"{v1}/pools", self.pools, None, models.PoolsAnswer, action="pools"),
+            Route(
+                "GET", f"{v1}/pools/{{name}}", self.pool, None, models.PoolAnswer, action="pool", errors=(400, 404)
+            ),
+            Route("GET", f"{v1}/issuers", self.issuers, None, models.IssuersAnswer, action="issuers"),
+            *(Route("GET", f"{at}/health", self.health, None, status, nothing) for at in ("", v1)),
+            *(Route("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
+        ]
+
+    async def allocate(self, request: web.Request, trail: Trail) -> models.AllocateAnswer:
+        """Lease a worker; waits until one is ready."""
+        caller = await self._caller(request, trail)
+        self._check_ready()
+        wanted = (await read(request, models.AllocateBody)).request()
+        pool, identity = self._admit(caller, wanted.pool, trail)
+        grant = await self.claims.allocate(identity, wanted)
+        _note(trail, grant.worker)
+        return models.AllocateAnswer.of(grant, self.gateway_endpoint(self.mirror.pools.get(pool.key, pool)))
+
+    async def renew(self, request: web.Request, trail: Trail) -> models.RenewAnswer:
+        """Let a lease run longer."""
+        body = await read(request, models.RenewBody)
+        lease = await self._lease(request, body, trail)
+        worker = await self.leases.renew(lease, body.ttl)
+        _let(trail, lease, worker)
+        return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.lease.expires_at)
+
+    async def lookup(self, request: web.Request, trail: Trail) -> models.LookupAnswer:
+        """Where a lease leads."""
+        token = (await read(request, models.TokenBody)).token
+        worker = await self.leases.lookup(token)
+        _let(trail, token, worker)
+        return models.LookupAnswer(
+            worker_endpoint=worker.status.endpoint or "", worker_name=worker.key.name, pool_name=worker.pool.name
+        )
+
+    async def release(self, request: web.Request, trail: Trail) -> models.StatusAnswer:
+        """End a lease."""
+        lease = await self._lease(request, await read(request, models.LeaseBody), trail)
+        _let(trail, lease, await self.leases.release(lease))
+        return models.StatusAnswer(status="released")
+
+    async def check(self, request: web.Request, trail: Trail) -> models.CheckAnswer:
+        """Whether the holder of a bearer token may use a pool, and why."""
+        body = await read(request, models.CheckBody)
+        admin = await self._is_admin(request)
+        caller = await self.access.known(body.token)
+        pool = Key(body.namespace, body.pool_name)
+        trail.about(pool=str(pool))
+        decision = self._decide(caller.identities, pool, tell=admin)
+        if not caller.identities:
+            decision = Decision(allowed=False, reason=refusal(caller))
+        trail.of(decision.identity)
+        trail.decided(allowed=decision.allowed, reason=decision.reason)
+        return models.CheckAnswer.of(decision, caller, all_verdicts=admin)
+
+    async def pools(self, request: web.Request, trail: Trail) -> models.PoolsAnswer:
+        """The pools that the caller may use."""
+        caller = await self._caller(request, trail)
+        open_to_all = self.access.open_to_all  # looks at all pools: once is enough
+        usable = [
+            pool
+            for _, pool in sorted(self.mirror.pools.items())
+            if decide(caller.identities, pool, open_to_all=open_to_all).allowed
+        ]
+        trail.decided(allowed=True, reason=f"{len(usable)} of {len(self.mirror.pools)} pools may be used")
+        return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool)) for pool in usable))
+
+    async def pool(self, request: web.Request, trail: Trail) -> models.PoolAnswer:
+        """One pool and its workers."""
+        caller = await self._caller(request, trail)
+        namespace = read_name(request.query.get("namespace") or DEFAULT_NAMESPACE, "namespace")
+        pool, _ = self._admit(caller, Key(namespace, read_name(request.match_info["name"], "name")), trail)
+        workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
+        members = tuple(models.WorkerView.of(one, whole=_may_see(caller, one)) for one in workers)
+        return models.PoolAnswer.of(pool, members=members, **self._live(pool))
+
+    async def issuers(self, request: web.Request, trail: Trail) -> models.IssuersAnswer:
+        """The issuers of callers' tokens that are configured in objects of their own, and whether each works."""
+        identity = (await self._caller(request, trail)).identities[0]
+        if not identity.admin:
+            raise Forbidden(f"{identity.name} may not see how callers are known", hint="Only the admin may.")
+        trail.decided(allowed=True, reason="the admin may")
+        configs = (config for _, config in sorted(self.mirror.configs.items()))
+        return models.IssuersAnswer(issuers=tuple(map(models.IssuerView.of, configs)))
+
+    async def health(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
+        """Whether the process lives."""
+        return models.StatusAnswer(status="ok")
+
+    async def ready(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
+        """Whether requests should be sent here."""
+        self._check_ready()
+        if why := self.leaving():
+            raise Unavailable(why, hint="Another replica serves.", retry_after=2)
+        return models.StatusAnswer(status="ready")
+
+    # --- who may what -----------------------------------------------------------------------------------------------
+
+    async def _caller(self, request: web.Request, trail: Trail) -> Caller:
+        caller = await self.access.caller(request.headers.getall("Authorization", []))
+        trail.of(caller.identities[0])
+        return caller
+
+    async def _is_admin(self, request: web.Request) -> bool:
+        """Whether the request's own credential, if it has a good one, is the admin's."""
+        try:
+            caller = await self.access.caller(request.headers.getall("Authorization", []))
+        except (Unauthenticated, Forbidden):
+            return False
+        return any(identity.admin for identity in caller.identities)
+
+    def _admit(self, caller: Caller, key: Key, trail: Trail) -> tuple[Pool, Identity]:
+        """The pool, and whom the caller is there. Raises Forbidden, or NotFound where the caller may know that."""
+        trail.about(pool=str(key))
+        decision = self._decide(caller.identities, key)
+        trail.of(decision.identity)
+        if not decision.allowed or decision.identity is None:
+            raise forbidden(decision, str(key))
+        trail.decided(allowed=True, reason=decision.reason)
+        return find_pool(self.mirror, key), decision.identity
+
+    def _decide(self, identities: tuple[Identity, ...], key: Key, *, tell: bool = False) -> Decision:
+        """Whether one of them may use the pool.
+
+        Args:
+            identities: Whom the caller may be.
+            key: The pool's name, of which there may be none.
+            tell: Whether it may be told that there is none, whoever they are.
+
+        Raises:
+            NotFound: There is none, and they may know it: the admin, or everybody while all pools are open to all.
+        """
+        pool = self.mirror.pools.get(key)
+        if pool is not None:
+            return self.access.decide(identities, pool)
+        if tell or any(one.admin for one in identities) or (identities and self.access.open_to_all):
+            find_pool(self.mirror, key)
+        first = identities[0] if identities else None
+        return Decision(allowed=False, reason="there is no pool of this name that they may use", identity=first)
+
+    async def _lease(self, request: web.Request, body: models.LeaseBody, trail: Trail) -> str | Own:
+        """The lease that is meant: its token is the right to it, else its maker's credential."""
+        worker = body.worker
+        if worker is None:
+            return body.token
+        trail.about(worker=str(worker))
+        return Own(worker, (await self._caller(request, trail)).identities)
+
+    def _check_ready(self) -> None:
+        trouble = self.trouble()
+        if trouble is not None:
+            raise Unavailable(trouble, hint="Try again in a moment.", retry_after=2)
+
+    def _live(self, pool: Pool) -> dict[str, Any]:
+        return {
+            **counts(self.mirror.workers_of(pool.key)),
+            "waiting": self.claims.waiting(pool.key),
+            "connections": self.connections(pool),
+            "gateway_endpoint": self.gateway_endpoint(pool),
+        }
+
+
+def _may_see(caller: Caller, worker: Worker) -> bool:
+    """Whether more of the worker may be shown than that it is there: what it did for others is theirs."""
+    return may_see(worker.pool, caller.identities, worker.allocation.holder if worker.allocation else "")
+
+
+def _note(trail: Trail, worker: Worker) -> None:
+    trail.about(pool=str(worker.pool), worker=str(worker.key), allocation=worker.lease.id)
+
+
+def _let(trail: Trail, lease: str | Own, worker: Worker | None) -> None:
+    """Notes that somebody might do with this lease what he asked for; None: it has ended before."""
+    if worker is not None:
+        _note(trail, worker)
+    if isinstance(lease, str):
+        trail.decided(allowed=True, reason="the caller has the lease's token")
+        if worker is not None:
+            trail.about(identity=worker.lease.requested_by)
+        return
+    admin = next((one for one in lease.identities if one.admin), None)
+    maker = next((one for one in lease.identities if worker and one.digest == worker.lease.holder), None)
+    trail.of(admin or maker)
+    trail.decided(allowed=True, reason="the admin may" if admin else "the caller made this lease")

@@ -1,0 +1,361 @@
+"""Who may do what over HTTP, with two tenants that must not learn of each other, and what the audit trail says."""
+
+import asyncio
+import gzip
+import json
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from bkpool.api import reading
+from bkpool.identity import Identity, Scope
+from bkpool.identity.access import LONGEST_BEARER
+from support.api import ALLOCATE, running_api
+
+ANN, BOB = "token-of-ann", "token-of-bob"
+WORKERS = "/api/v1/workers"
+CHECK = "/api/v1/auth/check"
+RULES = {"rbac": {"rules": [{"users": ["ann", "group:dev"]}]}}
+
+
+@pytest.fixture
+async def api(tmp_path):
+    """Pool p of both tenants, pool a of ann alone."""
+    async with running_api(tmp_path) as api:
+        authority = {"authority": "https://issuer", "source": "stub"}
+        api.bearers.known = {
+            ANN: (Identity("ann", groups=("dev",), tenant_name="team", **authority),),
+            BOB: (Identity("bob", pools=("claimed",), **authority),),
+        }
+        api.bearers.refused = {"stale": "it has expired"}
+        await api.world.pool(auth={"rbac": {"rules": [{"users": ["ann", "bob"]}]}}, scaling={"max": 4})
+        await api.world.pool("a", auth=RULES)
+        yield api
+
+
+@pytest.fixture
+def audit():
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        yield lambda: [line for line in lines if line["event"] == "audit.decision"]
+
+
+async def lease_of(api, bearer, **more):
+    status, lease, _ = await api("POST", ALLOCATE, {"poolName": "p", **more}, bearer=bearer)
+    assert status == 200, lease
+    return lease
+
+
+async def test_one_tenant_can_not_touch_or_see_the_others_lease(api):
+    lease = await lease_of(api, BOB, jobId="secret-job")
+    name = lease["workerName"]
+    nothing = {"workerName": "p-worker-3"}
+    for path in ("renew", "release"):
+        about_bobs = await api("POST", f"{WORKERS}/{path}", {"workerName": name}, bearer=ANN)
+        about_none = await api("POST", f"{WORKERS}/{path}", nothing, bearer=ANN)
+        assert about_bobs[0] == 404
+        assert json.dumps(about_bobs[1]).replace(name, "") == json.dumps(about_none[1]).replace("p-worker-3", "")
+        assert (await api("POST", f"{WORKERS}/{path}", {"workerName": name}, bearer=None))[0] == 401
+    assert (await api("POST", f"{WORKERS}/lookup", {"workerName": name}, bearer=ANN))[0] == 400
+
+    status, seen, _ = await api("GET", "/api/v1/pools/p", bearer=ANN)
+    assert status == 200
+    assert seen["members"] == [{"name": name, "phase": "Allocated"}]
+    assert "bob" not in json.dumps(seen)
+    assert "secret-job" not in json.dumps(seen)
+    (own,) = (await api("GET", "/api/v1/pools/p", bearer=BOB))[1]["members"]
+    assert (own["jobId"], own["requestedBy"]) == ("secret-job", "bob")
+    assert (await api("GET", "/api/v1/pools/p"))[1]["members"] == [own], "the admin sees everything"
+
+    assert (await api("POST", f"{WORKERS}/renew", {"workerName": name, "ttl": "10m"}, bearer=BOB))[0] == 200
+    assert (await api("POST", f"{WORKERS}/release", {"workerName": name}, bearer=BOB))[1] == {"status": "released"}
+    await api.world.until(lambda: not api.world.held())
+    (idle,) = (await api("GET", "/api/v1/pools/p", bearer=ANN))[1]["members"]
+    assert set(idle) == {"name", "phase"}, "when somebody else last used it is not hers to know"
+
+
+async def test_the_admin_may_end_a_lease_by_its_worker(api):
+    lease = await lease_of(api, BOB)
+    assert (await api("POST", f"{WORKERS}/release", {"workerName": lease["workerName"]}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"token": "x" * 43, "workerName": "p-worker-0"}, {"workerName": "../p"}, {"workerName": None}]
+)
+async def test_a_lease_is_named_in_one_way(api, body):
+    for path in ("renew", "release"):
+        assert (await api("POST", f"{WORKERS}/{path}", body, bearer=ANN))[0] == 400
+
+
+async def test_pools_that_a_caller_may_not_use_are_not_there_for_him(api):
+    for bearer, names in ((ANN, ["a", "p"]), (BOB, ["p"])):
+        pools = (await api("GET", "/api/v1/pools", bearer=bearer))[1]["pools"]
+        assert [pool["name"] for pool in pools] == names
+    status, told, _ = await api("POST", ALLOCATE, {"poolName": "a"}, bearer=BOB)
+    assert (status, told["error"]["code"]) == (403, "Forbidden")
+    assert (
+        told["error"]["message"] == "bob may not use pool default/a: none of the 1 rule of the pool names this caller"
+    )
+    assert (await api("GET", "/api/v1/pools/a", bearer=BOB))[0] == 403
+    for name in ("nope", "claimed"):
+        status, told, _ = await api("POST", ALLOCATE, {"poolName": name}, bearer=BOB)
+        assert status == 403
+        assert "there is no pool of this name that they may use" in told["error"]["message"]
+        assert (await api("GET", f"/api/v1/pools/{name}", bearer=BOB))[0] == 403
+        assert (await api("POST", ALLOCATE, {"poolName": name}))[0] == 404, "the admin is told"
+    assert not api.world.held()
+
+
+async def test_while_nothing_is_configured_everybody_known_may_use_everything(tmp_path):
+    async with running_api(tmp_path) as api:
+        api.bearers.known = {BOB: (Identity("bob"),)}
+        await api.world.pool()
+        assert (await api("POST", ALLOCATE, {"poolName": "p"}, bearer=BOB))[0] == 200
+        assert (await api("POST", ALLOCATE, {"poolName": "nope"}, bearer=BOB))[0] == 404
+        assert (await api("POST", ALLOCATE, {"poolName": "p"}, bearer="unknown"))[0] == 401
+        assert (await api("POST", CHECK, {"token": "unknown", "poolName": "nope"}, bearer=None))[0] == 200
+
+
+async def test_the_identity_that_may_is_taken_of_several(api):
+    api.bearers.known["both"] = (
+        Identity("ann", source="elsewhere", scope=Scope("other")),
+        Identity("bob", source="here"),
+    )
+    await lease_of(api, "both")
+    assert api.world.held()[0].lease.requested_by == "bob"
+
+
+async def test_jobs_are_per_identity_and_not_per_name(api):
+    api.bearers.known["other-bob"] = (Identity("bob", authority="https://another"),)
+    first, again, others = [await lease_of(api, bearer, jobId="j") for bearer in (BOB, BOB, "other-bob")]
+    assert first["token"] == again["token"]
+    assert others["token"] != first["token"]
+    body = {"workerName": first["workerName"]}
+    assert (await api("POST", f"{WORKERS}/release", body, bearer="other-bob"))[0] == 404
+
+
+async def test_limits_are_told_with_when_to_try_again(api, audit):
+    await api.world.pool(
+        "few", auth={"limits": {"identity": {"perMinute": 2, "leases": 5}}, "rbac": {"enabled": False}}
+    )
+    body = {"poolName": "few"}
+    for _ in range(2):
+        assert (await api("POST", ALLOCATE, {**body, "jobId": "j"}, bearer=ANN))[0] == 200
+    assert (await api("POST", ALLOCATE, body, bearer=ANN))[0] == 200, "a job that finds its lease did not count"
+    api.world.clock.advance(seconds=20)
+    status, told, headers = await api("POST", ALLOCATE, body, bearer=ANN)
+    assert (status, told["error"]["code"], headers["Retry-After"]) == (429, "LimitReached", "40")
+    assert "spec.auth.limits.identity.perMinute: ann may ask 2 times" in told["error"]["message"]
+    assert (audit()[-1]["decision"], audit()[-1]["reason"]) == ("denied", told["error"]["message"])
+    assert (await api("POST", ALLOCATE, body, bearer=BOB))[0] == 200
+    api.world.clock.advance(seconds=40)
+    assert (await api("POST", ALLOCATE, body, bearer=ANN))[0] == 200
+
+
+async def test_the_header(api):
+    for scheme in ("bearer", "BEARER", "Bearer  "):
+        assert (await api("GET", "/api/v1/pools", headers={"Authorization": f"{scheme} {ANN}"}))[0] == 200
+    two = [("Authorization", f"Bearer {ANN}"), ("Authorization", f"Bearer {BOB}")]
+    for headers in (two, [two[0], two[0]]):
+        status, told, _ = await api("GET", "/api/v1/pools", headers=headers)
+        assert status == 401
+        assert "more than one" in told["error"]["message"]
+    longest = "x" * LONGEST_BEARER
+    api.bearers.known[longest] = api.bearers.known[ANN]
+    assert (await api("GET", "/api/v1/pools", bearer=longest))[0] == 200
+    assert (await api("GET", "/api/v1/pools", bearer=longest + "x"))[0] == 401
+    status, told, _ = await api("GET", "/api/v1/pools", bearer="stale")
+    assert (status, "it has expired" in told["error"]["message"]) == (401, True)
+
+
+@pytest.mark.parametrize(
+    "header", [b"Bearer " + b"sesame" * 200_000, b"Bearer sesame\0", b"Bearer \xffsesame", b"sesame" * 4000]
+)
+async def test_a_header_that_can_not_be_read_is_a_clean_answer_and_in_no_log(api, header, capfd, caplog):
+    request = b"GET /api/v1/pools HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + header + b"\r\n\r\n"
+    answer = await api.raw(request)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1] in {b"400", b"401"}
+    assert set(json.loads(body)["error"]) >= {"code", "message", "hint"}
+    told = capfd.readouterr()
+    assert "sesame" not in f"{answer}{told.out}{told.err}{caplog.text}"
+
+
+async def test_a_decision_is_explained(api, audit):
+    async def explained(token, pool="a", bearer=None):
+        status, told, _ = await api("POST", CHECK, {"token": token, "poolName": pool}, bearer=bearer)
+        assert status == 200
+        assert token not in json.dumps(told)
+        return told
+
+    assert await explained(ANN) == {
+        "allowed": True,
+        "reason": "spec.auth.rbac.rules[0] of the pool",
+        "identity": {
+            "name": "ann",
+            "authority": "https://issuer",
+            "source": "stub",
+            "groups": ["dev"],
+            "pools": [],
+            "tenant": "team",
+        },
+    }
+    refused = await explained(BOB, bearer=ANN)
+    assert (refused["allowed"], refused["identity"]["pools"]) == (False, ["claimed"])
+    assert "none of the 1 rule" in refused["reason"]
+    assert "verdicts" not in refused, "only the admin sees what each configuration says"
+    assert await explained("stale") == {"allowed": False, "reason": "The bearer token is refused: it has expired"}
+    assert "no pool of this name" in (await explained(BOB, "nope"))["reason"]
+    assert (await explained(BOB, bearer="rubbish"))["allowed"] is False
+    assert (await explained("stale", bearer="a" * 43))["verdicts"] == [
+        {"source": "stub", "known": False, "reason": "it has expired"}
+    ]
+    assert (await api("POST", CHECK, {"token": ANN, "poolName": "nope"}))[0] == 404, "the admin asks"
+    for token in ("no token", "x" * (LONGEST_BEARER + 1), 7, ["sesame"], ""):
+        status, told, _ = await api("POST", CHECK, {"token": token, "poolName": "a"}, bearer=None)
+        assert (status, told["error"]["field"]) == (400, "token")
+        assert "sesame" not in json.dumps(told)
+        assert "xxx" not in json.dumps(told)
+    lines = audit()
+    assert [(line["decision"], line.get("identity")) for line in lines[:3]] == [
+        ("allowed", "ann"),
+        ("denied", "bob"),
+        ("denied", None),
+    ]
+    assert {line["action"] for line in lines} == {"auth-check"}
+
+
+async def test_the_audit_trail(api, audit):
+    api.world.clock.advance(seconds=0)
+    lease = await lease_of(api, ANN)
+    _, _, headers = await api("GET", "/api/v1/pools/a", bearer=BOB)
+    await api("GET", "/api/v1/pools", bearer=BOB)
+    await api("POST", ALLOCATE, {"poolName": "p"}, bearer="rubbish")
+    await api("POST", ALLOCATE, {"poolName": "p"}, bearer="stale")
+    await api("POST", f"{WORKERS}/lookup", {"token": lease["token"]}, bearer=None)
+    await api("POST", f"{WORKERS}/lookup", {"token": "x" * 43}, bearer=None)
+    await api("POST", f"{WORKERS}/renew", {"workerName": lease["workerName"]}, bearer=ANN)
+    await api("POST", f"{WORKERS}/release", {"workerName": lease["workerName"]}, bearer=BOB)
+    await api("POST", f"{WORKERS}/release", {"token": lease["token"]}, bearer=None)
+    api.world.runtime.gate.clear()
+    await api("POST", ALLOCATE, {"poolName": "a", "wait": "10ms"}, bearer=ANN)
+    assert [
+        (line["action"], line["decision"], line.get("identity"), line.get("pool"), line.get("failure"))
+        for line in audit()
+    ] == [
+        ("allocate", "allowed", "ann", "default/p", None),
+        ("pool", "denied", "bob", "default/a", None),
+        ("pools", "allowed", "bob", None, None),
+        ("allocate", "denied", None, None, None),
+        ("allocate", "denied", None, None, None),
+        ("lookup", "allowed", "ann", "default/p", None),
+        ("lookup", "denied", None, None, None),
+        ("renew", "allowed", "ann", "default/p", None),
+        ("release", "denied", "bob", None, None),
+        ("release", "allowed", "ann", "default/p", None),
+        ("allocate", "allowed", "ann", "default/a", "NoCapacity"),
+    ]
+    first, second, *_ = lines = audit()
+    assert first["reason"] == "spec.auth.rbac.rules[0] of the pool"
+    assert (first["authority"], first["source"], first["remote"]) == ("https://issuer", "stub", "127.0.0.1")
+    assert first["worker"] == "default/p-worker-0"
+    assert {line["allocation"] for line in lines if line["action"] == "renew"} == {first["allocation"]}
+    assert second["request_id"] == headers["X-Request-Id"]
+    assert len({line["request_id"] for line in lines}) == len(lines)
+    for secret in (lease["token"], lease["clientKey"], ANN, BOB, "rubbish", "x" * 43):
+        assert secret not in json.dumps(lines)
+
+
+async def test_a_caller_who_hangs_up_while_he_waits_is_in_the_audit_trail(api, audit):
+    api.world.runtime.gate.clear()
+    asking = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "a"}, bearer=ANN))
+    await api.world.until(api.world.held)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await api.world.until(audit)
+    assert [(line["decision"], line["failure"]) for line in audit()] == [("allowed", "CancelledError")]
+
+
+# --- anything at all ------------------------------------------------------------------------------------------------
+
+ANYTHING = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(["poolName", "namespace", "token", "workerName", "ttl", "wait", "jobId", "csr", "metadata"])
+PATHS = st.sampled_from([ALLOCATE, f"{WORKERS}/renew", f"{WORKERS}/release", f"{WORKERS}/lookup", CHECK])
+
+
+def clean(answer: bytes) -> None:
+    """One answer, which is no fault of ours."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert 400 <= int(head.split()[1]) < 500, answer
+    assert "error" in json.loads(body)
+
+
+@ANYTHING
+@given(path=PATHS, body=st.binary(max_size=200) | st.dictionaries(FIELDS, JSON, max_size=5).map(json.dumps))
+async def test_any_body_is_answered(api, path, body):
+    data = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
+    status, told, _ = await api("POST", path, data=data, bearer=ANN)
+    assert 400 <= status < 500
+    assert told["error"]["message"]
+
+
+LINE = st.binary(max_size=60).map(lambda value: value.replace(b"\r", b"").replace(b"\n", b""))
+HEADERS = [b"Authorization", b"Content-Encoding", b"Content-Type", b"Expect", b"Transfer-Encoding", b"Cookie"]
+
+
+@ANYTHING
+@given(value=LINE, name=st.sampled_from(HEADERS))
+async def test_any_header_is_answered(api, name, value):
+    head = b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
+    authorization = b"" if name == b"Authorization" else b"Authorization: Bearer " + ANN.encode() + b"\r\n"
+    clean(await api.raw(head + authorization + name + b": " + value + b"\r\n\r\n{}"))
+
+
+@ANYTHING
+@given(path=LINE)
+async def test_any_path_is_answered(api, path):
+    head = b"Host: x\r\nConnection: close\r\nAuthorization: Bearer " + ANN.encode() + b"\r\n\r\n"
+    for prefix in (b"/nowhere/", b"/api/v1/pools/x", b"/api/v1/pools/a?namespace=x"):
+        clean(await api.raw(b"GET " + prefix + path + b" HTTP/1.1\r\n" + head))
+
+
+@ANYTHING
+@given(junk=st.binary(max_size=200), tail=st.sampled_from([b"", b"\r\n0\r\n\r\n"]))
+async def test_any_chunks_are_answered(api, junk, tail):
+    head = b"Host: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\nAuthorization: Bearer " + ANN.encode()
+    answer = await api.raw(b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\n" + head + b"\r\n\r\n" + junk + tail, 0.1)
+    if answer:  # else there are chunks to come
+        clean(answer)
+
+
+async def test_a_body_may_be_announced(api):
+    head = b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
+    going_on, _, answer = (await api.raw(head + b"Expect: 100-continue\r\n\r\n{}")).partition(b"\r\n\r\n")
+    assert going_on == b"HTTP/1.1 100 Continue"
+    clean(answer)
+    nowhere = await api.raw(b"GET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: \xff\r\n\r\n")
+    clean(nowhere)
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch):
+    monkeypatch.setattr(reading, "PATIENCE", 0.05)
+    head = b"POST " + CHECK.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{"
+    answer = await api.raw(head, until=b"}}")  # aiohttp keeps the connection a while, for what may still come
+    clean(answer)
+    assert b"broken or too slow" in answer
+
+
+async def test_a_packed_body_is_not_unpacked(api):
+    body = gzip.compress(json.dumps({"poolName": "p", "metadata": {"a": "b" * 10_000_000}}).encode())
+    headers = {"Authorization": f"Bearer {ANN}", "Content-Encoding": "gzip"}
+    status, told, _ = await api("POST", ALLOCATE, data=body, headers=headers)
+    assert (status, told["error"]["field"]) == (400, "body")

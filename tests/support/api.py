@@ -1,0 +1,93 @@
+"""The API over a small world, served as the appliance serves it, and a client for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, web
+
+from bkpool.api import Service, make_app, open_runner
+from bkpool.identity import Identity, Verdict
+from bkpool.identity.access import Access
+from bkpool.identity.local import AdminToken
+from support.world import World, running_world
+
+ADMIN = "a" * 43
+ALLOCATE = "/api/v1/workers/allocate"
+
+
+class Bearers:
+    """Knows callers by the tokens that a test gives them."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[Identity, ...]] = {}
+        self.refused: dict[str, str] = {}
+
+    async def authenticate(self, bearer):
+        if bearer in self.refused:
+            return (Verdict("stub", refusal=self.refused[bearer]),)
+        return tuple(Verdict(one.source, one) for one in self.known.get(bearer, ()))
+
+
+class Api:
+    """One replica's API."""
+
+    def __init__(self, world: World, host: str, port: int, session: ClientSession) -> None:
+        self.world = world
+        self.host, self.port = host, port
+        self.session = session
+        self.bearers = Bearers()
+        self.trouble: str | None = None
+
+    async def __call__(self, method, path, body=None, *, data=None, headers=None, bearer=ADMIN):
+        if headers is None:
+            headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        url = f"http://{self.host}:{self.port}{path}"
+        async with self.session.request(method, url, json=body, data=data, headers=headers) as answer:
+            return answer.status, await answer.json(), answer.headers
+
+    async def raw(self, request: bytes, patience: float = 5, until: bytes = b"\0") -> bytes:
+        """What is answered to these bytes; nothing, if within that many seconds they do not make a request."""
+        reader, writer = await asyncio.open_connection(self.host, self.port)
+        answer = b""
+        try:
+            writer.write(request)
+            async with asyncio.timeout(patience):
+                while not answer.endswith(until) and (part := await reader.read(65_536)):
+                    answer += part
+        except (ConnectionError, TimeoutError):
+            pass  # it was refused before all of it was sent, or is not complete
+        finally:
+            writer.close()
+        return answer
+
+
+@asynccontextmanager
+async def running_api(directory: Path) -> AsyncIterator[Api]:
+    async with running_world(directory) as world, AsyncExitStack() as stack:
+        replica = world.replicas[0]
+        api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
+        service = Service(
+            claims=replica.claims,
+            leases=replica.leases,
+            mirror=replica.mirror,
+            access=Access(
+                (AdminToken(ADMIN), api.bearers), replica.mirror.pools.values, replica.mirror.configs.values
+            ),
+            gateway_endpoint=lambda _pool: "tcp://localhost:1235",
+            connections=lambda _pool: 0,
+            trouble=lambda: api.trouble,
+        )
+        runner = await open_runner(stack, make_app(service), shutdown_timeout=0)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        api.port = runner.addresses[0][1]
+        yield api
+
+
+def told(answer: Any) -> tuple[int, str]:
+    """Status and code of an error."""
+    return answer[0], answer[1]["error"]["code"]
