@@ -15,8 +15,9 @@ import structlog
 from bkpool.core import policy
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.objects import EndReason, Phase, Pool, Worker, new_worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
@@ -58,6 +59,8 @@ class Controller:
         self._recorder = recorder
         self._ended: dict[Key, Pool] = {}
         """Pools that are known to be gone although workers of theirs are not yet."""
+        self._followed: dict[Key, tuple[str, int | None]] = {}
+        """Which spec of each pool its workers were brought to last."""
         self._wake = asyncio.Event()
         self._acting: dict[Slot, asyncio.Task[None]] = {}
         self._telling: dict[Key, asyncio.Task[None]] = {}
@@ -174,8 +177,8 @@ class Controller:
                 await self._runtime.own(worker.slot, owner)
             case policy.Protect(worker, held):
                 await self._runtime.protect(worker.slot, held=held)
-            case policy.Wipe(worker):
-                await self._runtime.wipe(worker.slot)
+            case policy.Wipe(slot):
+                await self._runtime.wipe(slot)
             case policy.Report(worker):
                 await self._report(worker)
             case policy.Lose(worker, message):
@@ -207,7 +210,7 @@ class Controller:
 
     async def _lose(self, worker: Worker, message: str) -> None:
         lease = worker.lease
-        log.error("lease.lost", worker=str(worker.key), allocation=lease.id, reason=message)
+        log.error("lease.lost", **_facts(worker), reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_allocation(lost)))
 
@@ -219,7 +222,7 @@ class Controller:
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)
         self._mirror.apply(await self._store.replace(worker))
         reason = action.ended.reason
-        log.info("lease.ended", worker=str(worker.key), allocation=lease.id, reason=reason.value)
+        log.info("lease.ended", **_facts(action.worker), reason=reason.value)
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
         self._recorder.tell(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
@@ -240,6 +243,8 @@ class Controller:
         status = policy.pool_status(pool, workers, self._setting(pool), now)
         if status != pool.status:
             self._beside(pool.key, self._write_pool(pool.but(status=status)))
+        elif self._followed.get(pool.key) != _version(pool):
+            self._beside(pool.key, self._follow(pool))
 
     def _beside(self, pool: Key, work: Coroutine[None, None, None]) -> None:
         """Does something about a pool while everything else goes on."""
@@ -252,6 +257,15 @@ class Controller:
 
         task.add_done_callback(told)
 
+    async def _follow(self, pool: Pool) -> None:
+        """Lets the workers there are follow a changed spec."""
+        try:
+            await self._runtime.follow(pool)
+            self._followed[pool.key] = _version(pool)
+        except BkpoolError as error:
+            log.warning("pool.not_followed", pool=str(pool.key), error=error.message)
+            await asyncio.sleep(PAUSE)
+
     async def _write_pool(self, pool: Pool) -> None:
         try:
             self._mirror.apply(await self._store.replace_status(pool))
@@ -261,3 +275,14 @@ class Controller:
         except BkpoolError as error:
             log.warning("pool.status_not_written", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
+
+
+def _version(pool: Pool) -> tuple[str, int | None]:
+    return pool.uid, pool.metadata.generation
+
+
+def _facts(worker: Worker) -> dict[str, str]:
+    """What a log line about a worker's lease says of it."""
+    lease = worker.lease
+    about = {"worker": str(worker.key), "pool": str(worker.pool)}
+    return {**about, "allocation": lease.id, "identity": lease.requested_by}

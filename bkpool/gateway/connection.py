@@ -189,7 +189,7 @@ class Connection:
     def _admit(self, token_sha256: str) -> None:
         host = self._host
         try:
-            self._lease = host.leases.admit(token_sha256, self)
+            self._lease = host.leases.admit(token_sha256, self, self._tls.asked_for)
         except BkpoolError as error:
             self._pool = host.leases.pool_of(token_sha256)
             self._refuse(Refusal.of(error))

@@ -7,7 +7,9 @@ Of a certificate's faults only a foreign CA fails in TLS; a missing or outdated 
 from __future__ import annotations
 
 import ssl
+import sys
 
+from bkpool.gateway.exchange import Asked
 from bkpool.pki.chain import load_chain
 
 _NO_CHECK_TIME = ssl.VerifyFlags(
@@ -34,4 +36,21 @@ def server_context(cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> ssl.SSLCon
     context.verify_flags |= _NO_CHECK_TIME
     context.load_verify_locations(cadata=ca_pem.decode("ascii"))
     load_chain(context, cert_pem, key_pem)
+    context.sslobject_class = Asked
+    context.sni_callback = _remember
     return context
+
+
+def _remember(client: ssl.SSLObject, server_name: str, _context: ssl.SSLContext) -> None:
+    """Every name is taken, and the same certificate shown: what a name means is judged with the lease."""
+    if isinstance(client, Asked):
+        client.asked_for = server_name
+
+
+def without_traceback(what: sys.UnraisableHookArgs) -> None:
+    """A `sys.unraisablehook`: a server name that is not ASCII is a client's fault, and nothing to print about.
+
+    Python refuses it with a TLS alert before `_remember` is asked, and then has nobody to raise the error to.
+    """
+    if not isinstance(what.exc_value, UnicodeDecodeError):
+        sys.__unraisablehook__(what)

@@ -30,6 +30,13 @@ class Scratch:
         self.plain = memoryview(bytearray(CHUNK + 2 * _RECORD))
 
 
+class Asked(ssl.SSLObject):
+    """A server's side that remembers what its client asked for."""
+
+    asked_for: str | None = None
+    """The name in the client's SNI (RFC 6066 section 3)."""
+
+
 class Tls:
     """TLS of one peer over two memory buffers.
 
@@ -59,6 +66,11 @@ class Tls:
     def peer_certificate(self) -> bytes | None:
         """The peer's leaf certificate in DER, if it gave one."""
         return self._object.getpeercert(binary_form=True)
+
+    @property
+    def asked_for(self) -> str | None:
+        """The server name that the client asked for, where the context has its clients' names remembered."""
+        return self._object.asked_for if isinstance(self._object, Asked) else None
 
     def decrypt(self, data: memoryview, into: memoryview) -> tuple[int, bool]:
         """Decrypts every complete record.

@@ -14,7 +14,8 @@ from typing import Protocol
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity
 from bkpool.core.names import Key
 from bkpool.gateway.limits import Limits
-from bkpool.gateway.table import LeaseTable, Route, unknown_lease
+from bkpool.gateway.table import LeaseTable, Past, Route, unknown_lease
+from bkpool.pki.names import pool_named
 
 Told = Callable[[BkpoolError | None], None]
 """Called in the gateway's loop with how it went."""
@@ -88,15 +89,21 @@ class Leases:
         """Seconds since the epoch."""
         return self._now().timestamp()
 
-    def admit(self, token_sha256: str, member: Member) -> Lease:
+    def admit(self, token_sha256: str, member: Member, asked_for: str | None = None) -> Lease:
         """Makes a connection a member of the lease that its token is of.
+
+        Args:
+            token_sha256: The digest of the token.
+            member: The connection.
+            asked_for: The name under which it came (SNI). One that is a pool's Service leads to that pool only.
 
         Raises:
             Unauthenticated: No lease has this token.
             Gone, WorkerFailed: The lease is over.
-            Forbidden: It is of a pool that this gateway does not serve.
+            Forbidden: It is of a pool that this gateway does not serve, or that the client did not ask for.
             NoCapacity: There are too many connections already.
         """
+        self._check_pool(token_sha256, asked_for)
         lease = self._living(token_sha256)
         if len(lease.members) >= self.limits.per_lease:
             raise NoCapacity(
@@ -119,11 +126,11 @@ class Leases:
 
     def knows(self, token_sha256: str) -> bool:
         """Whether there is, or was, a lease with this token."""
-        return token_sha256 in self._table.routes or token_sha256 in self._table.past
+        return self._found(token_sha256) is not None
 
     def pool_of(self, token_sha256: str) -> str:
         """The name of the pool whose lease this is or was; empty if unknown."""
-        found = self._table.routes.get(token_sha256) or self._table.past.get(token_sha256)
+        found = self._found(token_sha256)
         return found.pool.name if found else ""
 
     def update(self, table: LeaseTable) -> None:
@@ -146,11 +153,21 @@ class Leases:
         """A lease is over, and so is everything of it here."""
         self._leases.pop(lease.route.token_sha256, None)
 
+    def _check_pool(self, token_sha256: str, asked_for: str | None) -> None:
+        found = self._found(token_sha256)
+        if found is None:
+            return
+        if self._pool is not None and found.pool != self._pool:
+            raise _wrong_pool(f"this is the gateway of pool {self._pool}", found.pool)
+        asked = pool_named(asked_for) if asked_for else None
+        if asked in self._table.pools and found.pool != asked:
+            raise _wrong_pool(f"this connection is for pool {asked}, by the name {asked_for}", found.pool)
+
+    def _found(self, token_sha256: str) -> Route | Past | None:
+        return self._table.routes.get(token_sha256) or self._table.past.get(token_sha256)
+
     def _living(self, token_sha256: str) -> Lease:
         route, past = self._table.routes.get(token_sha256), self._table.past.get(token_sha256)
-        found = route or past
-        if self._pool is not None and found is not None and found.pool != self._pool:
-            raise _wrong_pool(self._pool, found.pool)
         if route is None:
             raise past.over() if past else unknown_lease()
         over = route.over(self.now())
@@ -323,9 +340,9 @@ class Registration:
             self._lease.end(error)
 
 
-def _wrong_pool(ours: Key, other: Key) -> Forbidden:
+def _wrong_pool(meant: str, other: Key) -> Forbidden:
     return Forbidden(
-        f"this is the gateway of pool {ours}; the certificate is for a lease of pool {other}",
+        f"{meant}; the certificate is for a lease of pool {other}",
         hint="Use the gatewayEndpoint that `bkpool allocate` gave with the certificate.",
         code="WrongPool",
     )

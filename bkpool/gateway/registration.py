@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
-from bkpool.core.objects import GatewayRegistration, Worker
+from bkpool.core.worker import GatewayRegistration, Worker
 from bkpool.gateway.table import Route
 from bkpool.store import Store
 

@@ -12,7 +12,8 @@ from types import MappingProxyType
 
 from bkpool.core.errors import BkpoolError, Gone, Unauthenticated, WorkerFailed
 from bkpool.core.names import Key
-from bkpool.core.objects import Allocation, EndReason, Pool, PoolGateway, Worker
+from bkpool.core.pool import Pool, PoolGateway
+from bkpool.core.worker import Allocation, EndReason, Worker
 
 _AGAIN = "Run `bkpool allocate` again."
 
@@ -62,10 +63,11 @@ class Past:
 
 @dataclass(frozen=True, slots=True)
 class LeaseTable:
-    """All leases that a gateway may be asked for, by the SHA-256 of their token."""
+    """All leases that a gateway may be asked for, by the SHA-256 of their token, and the pools that there are."""
 
     routes: Mapping[str, Route] = field(default_factory=lambda: MappingProxyType({}))
     past: Mapping[str, Past] = field(default_factory=lambda: MappingProxyType({}))
+    pools: frozenset[Key] = frozenset()
 
 
 def build(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
@@ -79,7 +81,7 @@ def build(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
         if worker.allocation is not None:
             gateway = gateways.get(worker.pool, PoolGateway())
             routes[worker.allocation.token_sha256] = _route(worker, worker.allocation, gateway)
-    return LeaseTable(MappingProxyType(routes), MappingProxyType(past))
+    return LeaseTable(MappingProxyType(routes), MappingProxyType(past), frozenset(gateways))
 
 
 def unknown_lease() -> BkpoolError:

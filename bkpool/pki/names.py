@@ -17,6 +17,7 @@ IP = IPv4Address | IPv6Address
 
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DNS_NAME = re.compile(rf"(?=.{{1,253}}\Z)({_LABEL}\.)*(?!\d+\Z){_LABEL}")  # RFC 1123 2.1: the last is never a number
+_SERVICE = re.compile(rf"(?P<pool>{_LABEL})\.(?P<namespace>{_LABEL})\.svc(\.cluster\.local)?\.?")
 _FIELD = "--gateway-host"
 
 
@@ -52,6 +53,12 @@ def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()
             case address:
                 ips.append(address)
     return Names(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(ips)))
+
+
+def pool_named(host: str) -> Key | None:
+    """The pool that would have a Service of this name, in one of its full forms above; None: it is no such name."""
+    match = _SERVICE.fullmatch(host.lower())
+    return None if match is None else Key(match["namespace"], match["pool"])
 
 
 def parse_host(text: str) -> str | IP:

@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool
 from bkpool.core.policy import Observation, Running
+from bkpool.core.pool import Pool
 
 __all__ = ["Observation", "Running", "Runtime", "Told"]
 
@@ -57,6 +57,13 @@ class Runtime(Protocol):
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
         """Asks others to leave the worker alone while it is leased, or no longer; `Observation.held` tells."""
+
+    async def follow(self, pool: Pool) -> None:
+        """Brings what the workers of a pool have in common to a spec that may have changed.
+
+        Raises:
+            WorkerFailed: It cannot be; the message names the field.
+        """
 
     async def stop(self, slot: Slot) -> None:
         """Ends buildkitd in the slot; the cache stays. Nothing there: does nothing."""

@@ -10,7 +10,7 @@ import tomllib
 
 from bkpool.core import durations
 from bkpool.core.errors import WorkerFailed
-from bkpool.core.objects import CacheGC, PoolSpec
+from bkpool.core.pool import CacheGC, PoolSpec
 
 _RESERVED = "1GB"  # never collected, so that a full disk leaves every worker its hottest layers
 _MAX_USED = "10GB"  # buildkitd's own default, up to 100 GB, is meant for one daemon on a machine, not for ten
@@ -28,7 +28,7 @@ def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
         WorkerFailed: The user's file asks for what can't be on a worker.
     """
     if spec.buildkit_config is not None:
-        _check(spec.buildkit_config)
+        _check(spec.buildkit_config, untrusted=spec.untrusted)
         return spec.buildkit_config
     lines = [
         "# Written by bkpool at each start of the worker; spec.buildkitConfig of the pool replaces it.",
@@ -63,15 +63,22 @@ def _size(text: str) -> str:
     return text.replace(" ", "")  # buildkitd takes "10 GB" but not "10 %"
 
 
-def _check(text: str) -> None:
-    """Refuses what would keep buildkitd from ever answering; any other mistake buildkitd explains better itself.
+def _check(text: str, *, untrusted: bool) -> None:
+    """Refuses what would keep buildkitd from ever answering, or let strangers out of it.
 
-    An address in it does no harm: the command line has one, which wins.
+    Any other mistake buildkitd explains better itself. An address in it does no harm: the command line's wins.
     """
     try:
-        grpc = tomllib.loads(text).get("grpc", {})
+        given = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         return
+    if untrusted and given.get("insecure-entitlements"):
+        raise WorkerFailed(
+            "spec.buildkitConfig: insecure-entitlements can't be set in an untrusted pool",
+            hint="Remove them, or spec.untrusted: with them a build may leave its sandbox.",
+            field="spec.buildkitConfig",
+        )
+    grpc = given.get("grpc", {})
     if isinstance(grpc, dict) and "tls" in grpc:
         raise WorkerFailed(
             "spec.buildkitConfig: [grpc.tls] can't be set",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bkpool.core.errors import HostFault, WorkerFailed
+from bkpool.core.policy import LAST_WORDS
 from bkpool.workers import process_table
 from bkpool.workers.last_words import telling
 from bkpool.workers.probe import probe
@@ -217,7 +218,7 @@ def last_words(log: Path) -> str:
             lines = telling(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
-    return "\n".join([f"; its last words ({log}):", *lines]) if lines else ""
+    return "\n".join([f"{LAST_WORDS} ({log}):", *lines]) if lines else ""
 
 
 def _how(code: int) -> str:

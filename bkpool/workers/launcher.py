@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.core.objects import PoolSpec
+from bkpool.core.pool import PoolSpec
 from bkpool.workers import config, process_table, socket_directory
 from bkpool.workers.daemon import MARK, Launch
 from bkpool.workers.sandbox import Sandbox, remove_cgroups
@@ -47,6 +47,11 @@ class Launcher:
         self.clear(files.slot)
         sockets = self._sockets(files.slot)
         sockets.mkdir(mode=0o700)
+        files.make_scratch()
+        temporary = (
+            sockets / "tmp"
+        )  # a link, since buildkitd makes sockets for ssh-agents in there: see socket_directory
+        temporary.symlink_to(files.scratch)
         files.write_config(config.render(spec, self._cgroup(files.slot)))
         files.rotate_log()
         socket = sockets / "buildkitd.sock"
@@ -63,7 +68,7 @@ class Launcher:
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
         wrapped = self._sandbox.wrap(command, sockets / "rootlesskit")
-        more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets)}
+        more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
         return Launch(wrapped, self._sandbox.environment(**more), socket, files.log)
 
     def clear(self, slot: Slot) -> None:

@@ -27,7 +27,7 @@ from bkpool.core.names import (
     Key,
     Slot,
 )
-from bkpool.core.objects import LocalCache, Pool
+from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc
 from bkpool.pki.authority import Leaf
 from bkpool.toolchain.table import Tool, release_of
@@ -93,17 +93,23 @@ def isolation(pool: Pool) -> Isolation:
     """What the pool's annotation asks for.
 
     Raises:
-        WorkerFailed: It asks for something else.
+        WorkerFailed: It asks for something else, or for `privileged` in an untrusted pool: that would be the node.
     """
+    field = f"metadata.annotations[{ANNOTATION_ISOLATION}]"
     given = pool.metadata.annotations.get(ANNOTATION_ISOLATION, Isolation.ROOTLESS)
     try:
-        return Isolation(given)
+        asked = Isolation(given)
     except ValueError:
         raise WorkerFailed(
-            f"metadata.annotations[{ANNOTATION_ISOLATION}]: {given[:40]!r} is no isolation",
-            hint=f"Use one of: {', '.join(Isolation)}.",
-            field=f"metadata.annotations[{ANNOTATION_ISOLATION}]",
+            f"{field}: {given[:40]!r} is no isolation", hint=f"Use one of: {', '.join(Isolation)}.", field=field
         ) from None
+    if pool.spec.untrusted and asked is Isolation.PRIVILEGED:
+        raise WorkerFailed(
+            f"{field}: an untrusted pool cannot be privileged, because a build could take over its node",
+            hint="Remove the annotation, or spec.untrusted.",
+            field=field,
+        )
+    return asked
 
 
 def pod(wanted: Wanted) -> Doc:
@@ -115,7 +121,7 @@ def pod(wanted: Wanted) -> Doc:
     pool, slot = wanted.pool, wanted.slot
     kept = isolation(pool)
     rootless = kept is not Isolation.PRIVILEGED
-    local = pool.spec.cache.local
+    local = pool.spec.local_cache
     annotations = {
         ANNOTATION_WORKER_UID: wanted.worker_uid,
         ANNOTATION_EVICT: "false" if wanted.owner else "true",
@@ -196,6 +202,7 @@ _FIELDS = (
     ("spec.resources", "spec.cache.backends[].local.size"),
     ("storageClassName", "spec.cache.backends[].local.storageClass"),
     ("data", "spec.buildkitConfig"),
+    ("spec.egress", "spec.networking.egress.allowedCIDRs"),
 )
 """What is in our documents, and the pool's field that it came from; the first that fits."""
 
@@ -277,14 +284,19 @@ def _cache(slot: Slot, local: LocalCache | None) -> Doc:
 
 
 def _metadata(slot: Slot, name: str, pool: Pool, *more: str) -> Doc:
+    return labelled(Key(slot.namespace, name), pool, **dict.fromkeys(more, slot.worker.name))
+
+
+def labelled(key: Key, pool: Pool, **more: str) -> Doc:
+    """The metadata of an object of this name that is a pool's workers', and ends with the pool."""
     labels = {
         LABEL_MANAGED: MANAGER,
         "app.kubernetes.io/name": "buildkit",
-        LABEL_POOL: slot.pool,
+        LABEL_POOL: pool.key.name,
         LABEL_PURPOSE: PURPOSE_WORKER,
-        **dict.fromkeys(more, slot.worker.name),
+        **more,
     }
-    metadata: Doc = {"name": name, "namespace": slot.namespace, "labels": labels}
+    metadata: Doc = {"name": key.name, "namespace": key.namespace, "labels": labels}
     if pool.uid:  # a pool that is gone owns nothing any more
         metadata["ownerReferences"] = [
             {"apiVersion": API_VERSION, "kind": pool.kind, "name": pool.key.name, "uid": pool.uid}

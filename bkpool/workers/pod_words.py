@@ -9,6 +9,7 @@ import asyncio
 from contextlib import suppress
 
 from bkpool.core.errors import BkpoolError, WorkerFailed
+from bkpool.core.policy import LAST_WORDS
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.workers import pod_spec, pod_view
 from bkpool.workers.last_words import telling
@@ -37,7 +38,7 @@ class PodWords:
         with suppress(BkpoolError, TimeoutError):
             async with asyncio.timeout(_PATIENCE):
                 lines = telling(await self._api.text(path, tailLines=str(_LINES), container=pod_spec.CONTAINER))
-        return "\n".join(["; its last words:", *lines]) if lines else ""
+        return "\n".join([f"{LAST_WORDS}:", *lines]) if lines else ""
 
     async def of_the_cluster(self, pod: Doc) -> str:
         """What its last event says, likewise: a pod's own status knows nothing of volumes and networks."""

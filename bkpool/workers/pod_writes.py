@@ -13,11 +13,12 @@ from datetime import datetime
 
 from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Key, Slot
-from bkpool.core.objects import LocalCache, Pool
+from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
 from bkpool.workers import pod_spec, pod_view
 from bkpool.workers.config import render
+from bkpool.workers.egress import egress_key, egress_policy
 from bkpool.workers.kept import Kept
 
 PODS, CLAIMS = "pods", "persistentvolumeclaims"
@@ -55,6 +56,8 @@ class PodWrites:
         self._ending = ending
         self._configured: dict[Key, tuple[str, str]] = {}
         """What each pool's ConfigMap was last written for: the pool's uid, and the text."""
+        self._open: dict[Key, str] = {}
+        """The pools that are known to have no policy for their workers: its key, and the pool's uid."""
 
     async def make(self, wanted: pod_spec.Wanted) -> Doc | None:
         """Makes a pod with all that it needs; None: one was there already, and is known now.
@@ -64,8 +67,9 @@ class PodWrites:
         """
         slot, pool = wanted.slot, wanted.pool
         pod, toml = pod_spec.pod(wanted), render(pool.spec, None)  # both may refuse: before anything is written
-        if (local := pool.spec.cache.local) is not None:
+        if (local := pool.spec.local_cache) is not None:
             await self._claim(slot, pool, local, wanted.owner)
+        await self.fence(pool)
         await self._configure(slot, pool, toml)
         leaf = self._backend.issue_worker(wanted.worker_uid, self._now())
         secret = pod_spec.secret(slot, pool, leaf, self._backend.cert_pem)
@@ -73,6 +77,30 @@ class PodWrites:
             await self._api.apply(paths.core("secrets", *slot.worker), secret)
         with _admission("pod"):
             return await self._create(self._pods, PODS, pod)
+
+    async def fence(self, pool: Pool) -> None:
+        """Lets the pool's workers reach what its spec says, and nothing else.
+
+        Raises:
+            WorkerFailed: It cannot be said in this cluster, or somebody else's policy has the name.
+        """
+        key, policy = egress_key(pool), egress_policy(pool)
+        if policy is None and self._open.get(key) == pool.uid:
+            return
+        path = paths.group("networking.k8s.io/v1", "networkpolicies", *key)
+        self._open.pop(key, None)
+        with _admission("NetworkPolicy"):
+            try:
+                live = _ours("NetworkPolicy", key, await self._api.get(path))
+            except NotFound:
+                live = None
+            if policy is not None:  # each time: whoever has removed it is not heard of
+                await self._api.apply(path, policy)
+                return
+            if live is not None:
+                with suppress(NotFound):
+                    await self._api.delete(path, uid=pod_view.uid(live))
+        self._open[key] = pool.uid
 
     async def own(self, pod: Doc, owner: str) -> None:
         """Writes whose the cache is, and that the worker is leased.
@@ -235,13 +263,17 @@ class PodWrites:
     async def _read(self, kept: Kept, plural: str, key: Key) -> Doc:
         """Reads it from the cluster. Raises WorkerFailed if it is somebody else's, NotFound."""
         doc = await self._api.get(paths.core(plural, *key))
-        if doc["metadata"].get("labels", {}).get(LABEL_MANAGED) != MANAGER:
-            raise WorkerFailed(
-                f"{plural} {key}: there is one of this name that is not bkpool's",
-                hint="Delete or rename it, or give the pool another name.",
-            )
-        kept.apply(doc)
+        kept.apply(_ours(plural, key, doc))
         return doc
+
+
+def _ours(what: str, key: Key, doc: Doc) -> Doc:
+    if doc["metadata"].get("labels", {}).get(LABEL_MANAGED) != MANAGER:
+        raise WorkerFailed(
+            f"{what} {key}: there is one of this name that is not bkpool's",
+            hint="Delete or rename it, or give the pool another name.",
+        )
+    return doc
 
 
 def foreign(holder: str | None, owner: str | None) -> bool:

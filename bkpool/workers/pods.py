@@ -20,7 +20,7 @@ import structlog
 
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
 from bkpool.core.names import WORKER_PORT, Key, Slot
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.kube import Doc, KubeApi
 from bkpool.pki.authority import Authority
 from bkpool.workers import Observation, Running, Told, pod_spec, pod_view
@@ -176,6 +176,12 @@ class PodRuntime:
             if pod is not None:
                 with suppress(NotFound):
                     await self._writes.protect(pod, held=held)
+
+    async def follow(self, pool: Pool) -> None:
+        """Changes what the pool's workers may reach; see Runtime. Where there are none yet, their start will."""
+        slots = [pod_view.slot_in(pod) for pod in self._pods]
+        if any(slot and (slot.namespace, slot.pool) == pool.key for slot in slots):
+            await self._writes.fence(pool)
 
     async def stop(self, slot: Slot) -> None:
         """Ends the pod and removes its key; a volume stays."""

@@ -18,7 +18,7 @@ import structlog
 
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool, PoolSpec
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.workers import Observation, Running, Told, process_table, socket_directory
 from bkpool.workers.daemon import Daemon
 from bkpool.workers.launcher import Launcher
@@ -139,6 +139,9 @@ class ProcessRuntime:
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
         """Does nothing: nobody else manages these processes."""
+
+    async def follow(self, pool: Pool) -> None:
+        """Does nothing: processes share nothing of a pool."""
 
     async def stop(self, slot: Slot) -> None:
         """Ends buildkitd in the slot; the cache stays."""

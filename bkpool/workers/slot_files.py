@@ -85,6 +85,11 @@ class SlotFiles:
         return self.directory / "root"
 
     @property
+    def scratch(self) -> Path:
+        """What is /tmp to buildkitd: what a killed one leaves there goes with the cache, at the latest."""
+        return self.root / "tmp"
+
+    @property
     def config(self) -> Path:
         """The configuration of the last start."""
         return self.directory / "buildkitd.toml"
@@ -138,7 +143,7 @@ class SlotFiles:
         """Begins a new log and keeps the one before."""
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with contextlib.suppress(FileNotFoundError):
-            self.log.replace(self.log.with_suffix(".log.1"))
+            self.log.replace(self._older_log)
 
     def set_root_aside(self) -> list[Path]:
         """Takes the cache out of use by a rename, and returns all that is still to be removed."""
@@ -146,12 +151,26 @@ class SlotFiles:
             self.root.rename(self.directory / f"wiped-{secrets.token_hex(4)}")
         return sorted(self.directory.glob("wiped-*"))
 
+    def make_scratch(self) -> None:
+        """Makes the temporary directory, without what a daemon before has left in it."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+
     def remove(self) -> None:
-        """Removes the directory of a slot without a cache, and those above that are empty then."""
+        """Removes the logs, the directory of a slot without a cache, and those above that are empty then.
+
+        buildkitd logs the commands and the errors of builds: they are their tenant's, as the cache is.
+        """
+        for log in (self.log, self._older_log):
+            log.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty
             self.directory.parent.rmdir()
             self.directory.parent.parent.rmdir()
+
+    @property
+    def _older_log(self) -> Path:
+        return self.log.with_suffix(".log.1")
 
     @property
     def _cache(self) -> Path:

@@ -30,7 +30,7 @@ from cryptography.x509.oid import NameOID
 from bkpool.core import tokens
 from bkpool.core.errors import BkpoolError
 from bkpool.core.names import Key
-from bkpool.core.objects import Allocation, EndReason
+from bkpool.core.worker import Allocation, EndReason
 from bkpool.gateway.connection import State
 from bkpool.gateway.context import server_context
 from bkpool.gateway.dial import Dial, Dialler
@@ -135,6 +135,10 @@ class Authority:
             certificate.public_bytes(serialization.Encoding.DER),
             self._directory / os.urandom(4).hex(),
         )
+
+    def stored(self, cert: bytes, key: bytes) -> Identity:
+        """A certificate that somebody else has issued."""
+        return Identity(cert, key, ssl.PEM_cert_to_DER_cert(cert.decode()), self._directory / os.urandom(4).hex())
 
     def server(self) -> Identity:
         return self.issue("gateway", usage=Usage.SERVER_AUTH, alternative=(x509.DNSName("localhost"),))
@@ -414,6 +418,7 @@ class World:
         self._changed = asyncio.Condition()
         self._directory = directory
         self._loops: list[Any] = []
+        self.pools = {Key("default", "p"), Key("team", "q")}
         self._routes: dict[str, Route] = {}
         self._past: dict[str, Past] = {}
         self._streams: list[Streams] = []
@@ -526,13 +531,18 @@ class World:
         return self._identities[token]
 
     async def connect(
-        self, token: str | None = None, identity: Identity | None = None, *, alpn: bool = True
+        self,
+        token: str | None = None,
+        identity: Identity | None = None,
+        *,
+        alpn: bool = True,
+        name: str = "localhost",
     ) -> Streams:
+        """Connects with a lease's certificate, or another; under a name (SNI) that is not compared."""
         identity = self.identity(token) if token else identity
         context = self.ca.client_context(identity, alpn=alpn)
-        streams = Streams(
-            *await asyncio.open_connection("127.0.0.1", self.port, ssl=context, server_hostname="localhost")
-        )
+        context.check_hostname = False
+        streams = Streams(*await asyncio.open_connection("127.0.0.1", self.port, ssl=context, server_hostname=name))
         self._streams.append(streams)
         return streams
 
@@ -547,7 +557,8 @@ class World:
         return any(tenant.state is State.WAITING for tenant in list(self.gateway._running.gate._tenants))
 
     def _update(self) -> None:
-        self.gateway.update(LeaseTable(MappingProxyType(dict(self._routes)), MappingProxyType(dict(self._past))))
+        routes, past = MappingProxyType(dict(self._routes)), MappingProxyType(dict(self._past))
+        self.gateway.update(LeaseTable(routes, past, frozenset(self.pools)))
 
     def count(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"buildkit_gateway_{name}", {"pool": "p"} | labels) or 0.0

@@ -15,8 +15,9 @@ import pytest
 from bkpool.core import tokens
 from bkpool.core.errors import EXIT, Forbidden, Gone, HostFault, Unavailable
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import EndReason, Pool, Worker, new_worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import EndReason, Worker, new_worker
 from bkpool.gateway.registration import StoreRegistrar
 from bkpool.gateway.server import Gateway, new_loop
 from bkpool.store.sqlite import SqliteStore

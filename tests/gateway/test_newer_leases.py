@@ -9,8 +9,9 @@ import pytest
 from bkpool.appliance.parts import feed
 from bkpool.core import tokens
 from bkpool.core.names import Slot
-from bkpool.core.objects import Phase, Pool, new_worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Phase, new_worker
 from bkpool.gateway.registration import StoreRegistrar
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore

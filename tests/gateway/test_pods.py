@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from structlog.testing import capture_logs
 
-from bkpool.core.objects import EndReason
+from bkpool.core.worker import EndReason
 from bkpool.gateway.dial import TlsDialler
 from bkpool.gateway.exchange import Tls
 from bkpool.pki.authority import Authority
@@ -82,13 +82,14 @@ async def test_an_end_of_the_worker_reaches_the_client(world, backend):
     assert await streams.ended() == b"goodbye"
 
 
-@pytest.mark.parametrize("who", ["another worker", "a foreign CA's", "a dialler", "the gateway itself"])
+@pytest.mark.parametrize("who", ["another worker", "a foreign CA's", "a dialler", "a lease", "the gateway itself"])
 async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of_it(world, backend, who):
     other = Authority.create(NOW)
     leaf = {
         "another worker": lambda: backend.issue_worker("uid-2", NOW),
         "a foreign CA's": lambda: other.issue_worker("uid", NOW),
         "a dialler": lambda: backend.issue_dialler("uid", NOW, NOW + 10 * YEAR),
+        "a lease": lambda: backend.issue_client("T" * 43, NOW, NOW + 10 * YEAR),
         "the gateway itself": lambda: backend.issue_server(["localhost"], [], NOW, NOW + 10 * YEAR),
     }[who]()
     endpoint = await world.pod(serving(leaf, backend))

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bkpool.core.objects import EndReason
+from bkpool.core.worker import EndReason
 
 
 async def run(*command, **environment):

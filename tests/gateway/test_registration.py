@@ -9,8 +9,9 @@ import pytest
 
 from bkpool.core.errors import Gone, Unavailable
 from bkpool.core.names import Slot
-from bkpool.core.objects import EndReason, GatewayRegistration, Pool, Worker, new_worker
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import EndReason, GatewayRegistration, Worker, new_worker
 from bkpool.gateway.registration import StoreRegistrar
 from bkpool.gateway.table import build
 from bkpool.store.sqlite import SqliteStore

@@ -8,8 +8,9 @@ import pytest
 
 from bkpool.core.errors import Gone, WorkerFailed
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import EndedLease, EndReason, Phase, Pool, PoolGateway, PoolSpec, new_worker
+from bkpool.core.pool import Pool, PoolGateway, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import EndedLease, EndReason, Phase, new_worker
 from bkpool.gateway.table import build
 
 POOL = Pool(
@@ -87,3 +88,8 @@ def test_the_table_cannot_be_changed(worker):
     table = build([POOL], [worker])
     with pytest.raises(TypeError):
         table.routes["x"] = None
+
+
+def test_the_pools_are_known_by_their_names(worker):
+    assert build([POOL], [worker]).pools == {Key("default", "p")}
+    assert build([], [worker]).pools == frozenset()

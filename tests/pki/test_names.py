@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key
 from bkpool.pki.authority import Authority, renewal_due
-from bkpool.pki.names import gateway_names, parse_host
+from bkpool.pki.names import gateway_names, parse_host, pool_named
 
 NOW = datetime.now(UTC)
 CA = Authority.create(NOW)
@@ -76,3 +76,31 @@ def test_whatever_is_accepted_stands_in_the_certificate_as_it_was_read(text):
 @given(st.ip_addresses())
 def test_every_address_is_read_as_itself(address):
     assert parse_host(str(address)) == address
+
+
+@pytest.mark.parametrize(
+    "pool", [Key("default", "p"), Key("team-a", "svc"), Key("svc", "cluster"), Key("a" * 63, "9")]
+)
+def test_a_pool_is_known_by_the_full_names_of_its_service(pool):
+    assert [pool_named(name) for name in gateway_names("", [pool]).dns[-2:]] == [pool, pool]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "p",
+        "p.default",
+        "localhost",
+        "10.0.0.1",
+        "::1",
+        "svc",
+        ".svc",
+        "p.svc",
+        "a.b.c.svc",
+        "p.d.svc..",
+        "p.d.sv\u0441",
+    ],
+)
+def test_no_other_name_is_a_pools(name):
+    assert pool_named(name) is None

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 
 from bkpool.core.errors import WorkerFailed
-from bkpool.core.objects import Cache, CacheGC, PoolSpec
+from bkpool.core.pool import Cache, CacheGC, PoolSpec
 from bkpool.workers.config import render
 
 
@@ -58,4 +58,12 @@ def test_a_file_of_the_user_is_used_as_it_is():
 def test_tls_on_a_workers_socket_is_refused_with_the_field():
     with pytest.raises(WorkerFailed, match=r"\[grpc.tls\]") as failure:
         render(PoolSpec(buildkit_config='[grpc.tls]\ncert = "x"'), "/bkpool/slot")
+    assert failure.value.field == "spec.buildkitConfig"
+
+
+def test_an_untrusted_pools_builds_get_no_more_rights():
+    own = 'insecure-entitlements = ["security.insecure"]\n'
+    assert render(PoolSpec(buildkit_config=own), None) == own
+    with pytest.raises(WorkerFailed, match="untrusted pool") as failure:
+        render(PoolSpec(buildkit_config=own, untrusted=True), None)
     assert failure.value.field == "spec.buildkitConfig"

@@ -14,7 +14,7 @@ from bkpool.core.names import (
     LABEL_WORKER,
     WORKER_PORT,
 )
-from bkpool.core.objects import LocalCache, Pool
+from bkpool.core.pool import LocalCache, Pool
 from bkpool.core.resource import Metadata
 from bkpool.pki.authority import Leaf
 from bkpool.workers import pod_spec
@@ -96,6 +96,18 @@ def test_another_isolation_is_refused_by_its_annotation():
     assert "rootless, baseline, privileged" in refused.value.hint
 
 
+def test_an_untrusted_pool_has_no_volume_and_is_never_privileged():
+    cache = {"backends": [{"type": "local"}]}
+    untrusted = pool(untrusted=True, cache=cache)
+    assert pod(untrusted)["spec"]["volumes"][-1] == {"name": "cache", "emptyDir": {}}
+    assert "persistentVolumeClaim" in pod(pool(cache=cache))["spec"]["volumes"][-1]
+    for isolation in ("rootless", "baseline"):
+        assert not pod(untrusted.but(metadata=isolated(isolation).metadata))["spec"]["automountServiceAccountToken"]
+    with pytest.raises(WorkerFailed, match="untrusted pool cannot be privileged") as refused:
+        pod(untrusted.but(metadata=isolated("privileged").metadata))
+    assert refused.value.field == f"metadata.annotations[{ANNOTATION_ISOLATION}]"
+
+
 def test_what_the_pool_says_of_its_pods_is_in_them():
     resources = {"requests": {"cpu": "500m"}, "limits": {"memory": "4Gi"}}
     made = pod(
@@ -120,6 +132,7 @@ def test_a_secret_holds_the_workers_key_and_whom_it_believes():
         ("spec.containers[0].resources.requests: Invalid value", "spec.resources.buildkit"),
         ("spec.containers[0].image: Required value", "spec.buildkitImage"),
         ("spec.resources[storage]: Invalid value", "spec.cache.backends[].local.size"),
+        ("spec.egress[1].to[0].ipBlock.cidr: Invalid value", "spec.networking.egress.allowedCIDRs"),
         ("something else", None),
     ],
 )

@@ -13,7 +13,7 @@ import uvloop
 
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
-from bkpool.core.objects import Cache, CacheGC
+from bkpool.core.pool import Cache, CacheGC
 from bkpool.workers import Running
 from bkpool.workers.daemon import Daemon
 from bkpool.workers.process import ProcessRuntime
@@ -41,6 +41,12 @@ def mounts() -> str:
 def container_cgroups(home: Path) -> list[Path]:
     ours = f"bkpool/{home_digest(home)}-*/buildkit/*"
     return [found for root in ("", "*/") for found in Path("/sys/fs/cgroup").glob(root + ours) if found.is_dir()]
+
+
+def temporary(pid: int) -> Path:
+    """Where a process puts its temporary files."""
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return Path(dict(entry.split("=", 1) for entry in variables if entry)["TMPDIR"]).resolve()
 
 
 def runs(pid: int) -> bool:
@@ -90,6 +96,25 @@ async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime
     assert "the step runs" in text
     assert "CACHED" not in text
     assert runtime.observe()[SLOT].cache_owner == "bert"
+
+
+async def test_what_a_daemon_leaves_beside_its_cache_goes_with_it(runtime, build, tmp_path):
+    await output(build(await runtime.start(SLOT, "uid-1", "anna", POOL, untold)))
+    home, log = tmp_path / "home", SlotFiles(tmp_path / "home", SLOT).log
+    assert temporary(record(home)["pid"]) == SlotFiles(home, SLOT).scratch
+    (SlotFiles(home, SLOT).scratch / "of-anna").write_text("left by a kill")
+    await runtime.stop(SLOT)
+    await runtime.start(SLOT, "uid-2", "anna", POOL, untold)
+    assert not list(SlotFiles(home, SLOT).scratch.glob("of-*"))
+    assert [file.exists() for file in (log, log.with_suffix(".log.1"))] == [True, True]
+    with log.open("a") as file:
+        file.write('process "of anna" did not complete')
+
+    await runtime.start(SLOT, "uid-3", "bert", POOL, untold)
+    assert "of anna" not in log.read_text()
+    assert not log.with_suffix(".log.1").exists()
+    await runtime.wipe(SLOT)
+    assert not log.exists()
 
 
 async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):

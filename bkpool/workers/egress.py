@@ -1,0 +1,84 @@
+"""What the pods of a pool may reach: the NetworkPolicy that is made of `spec.networking.egress`.
+
+Pure, as pod_spec. It holds only where the cluster's network plugin enforces NetworkPolicies, which nothing here can
+know. Policies add up: another one that selects the same pods may let them reach more, and never less.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+
+from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_WORKER, Key
+from bkpool.core.pool import Egress, Pool
+from bkpool.kube import Doc
+from bkpool.workers.pod_spec import labelled
+
+# What is not globally reachable by the IANA special-purpose address registries (RFC 6890), and multicast. NAT64's
+# 64:ff9b::/96 is not among it: it stands for public addresses only (RFC 6052 section 3.1).
+_NOT_PUBLIC = {
+    "0.0.0.0/0": (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/3",
+    ),
+    "::/0": (
+        "::/80",  # with what is mapped to IPv4, which the API server does not take for IPv6 by its own network
+        "64:ff9b:1::/48",
+        "100::/64",
+        "2001::/23",
+        "2001:db8::/32",
+        "2002::/16",
+        "fc00::/7",
+        "fe80::/10",
+        "fec0::/10",
+        "ff00::/8",
+    ),
+}
+
+# The cluster's DNS, as kubeadm, kind and the clouds label it; and the address at which NodeLocal DNSCache listens by
+# default, which is a node's own and so no pod: https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/
+_DNS: Doc = {
+    "to": [
+        {
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+            "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+        },
+        {"ipBlock": {"cidr": "169.254.20.10/32"}},
+    ],
+    "ports": [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")],
+}
+
+
+def egress_key(pool: Pool) -> Key:
+    """Where the pool's policy is."""
+    return Key(pool.key.namespace, f"{pool.key.name}-egress")
+
+
+def egress_policy(pool: Pool) -> Doc | None:
+    """The policy of the pool's workers; None: they may reach everything."""
+    policy = pool.spec.egress
+    if policy is Egress.OPEN:
+        return None
+    allowed: list[Doc] = [
+        {"cidr": str(ip_network(cidr, strict=False))} for cidr in pool.spec.networking.egress.allowed_cidrs
+    ]
+    if policy is Egress.PUBLIC:
+        allowed += [{"cidr": all_of, "except": list(private)} for all_of, private in _NOT_PUBLIC.items()]
+    rules = [_DNS, *([{"to": [{"ipBlock": block} for block in allowed]}] if allowed else [])]
+    selected = {LABEL_MANAGED: MANAGER, LABEL_POOL: pool.key.name, LABEL_PURPOSE: PURPOSE_WORKER}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": labelled(egress_key(pool), pool),
+        "spec": {"podSelector": {"matchLabels": selected}, "policyTypes": ["Egress"], "egress": rules},
+    }

@@ -1,0 +1,227 @@
+"""What is not a lease's own way in: another pool's, a certificate that is no client's, a session of before."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing, suppress
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from bkpool.cli.client import Client
+from bkpool.core.errors import Unavailable
+from bkpool.core.names import Key
+from bkpool.core.worker import EndReason
+from bkpool.gateway.context import without_traceback
+from bkpool.pki.authority import Authority
+from bkpool.pki.chain import load_chain
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LATER = NOW + timedelta(days=3650)
+
+
+# --- a name that is a pool's ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q.team.svc", "q.team.svc.cluster.local", "Q.TEAM.Svc", "q.team.svc."])
+async def test_who_comes_under_the_name_of_another_pool_is_refused_in_words(world, name):
+    code, sentence = await (await world.connect(world.lease(), name=name)).call()
+    assert code == 7
+    assert sentence.startswith("this connection is for pool team/q, by the name ")
+    assert "; the certificate is for a lease of pool default/p." in sentence
+    assert world.count("refusals_total", pool="p", reason="WrongPool") == 1
+    assert world.dialled == 0
+    assert world.book.entries == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("p.default.svc", "p.default.svc.cluster.local", "localhost", "127.0.0.1", "::1", "build.example.com"),
+        *("q", "q.team", "q.team.svc.example.com", "gateway.infra.svc", "x.q.team.svc", "_q.team.svc"),
+    ],
+)
+async def test_every_other_name_leads_to_the_pool_of_the_lease(world, name):
+    await (await world.connect(world.lease(), name=name)).echo(b"x")
+
+
+async def test_a_pool_that_is_new_is_known_by_its_name(world):
+    world.pools.discard(Key("team", "q"))
+    await (await world.connect(world.lease(), name="q.team.svc")).echo(b"x")
+    world.pools.add(Key("team", "q"))
+    assert (await (await world.connect(world.lease(), name="q.team.svc")).call())[0] == 7
+
+
+async def test_a_late_caller_is_told_of_the_wrong_pool_before_its_end(world):
+    world.lease()
+    world.over("a", EndReason.RELEASED)
+    assert (await (await world.connect(world.token("a"), name="q.team.svc")).call())[0] == 7
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe\xfd", b"q\0t", b"\r\n\t", b"%s;", b"..."])
+async def test_a_hostile_name_harms_nobody_else(world, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", without_traceback)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = world.ca.client_context().wrap_bio(incoming, outgoing, server_hostname="n" * len(name))
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read().replace(b"n" * len(name), name)
+    assert name in hello
+    with closing(await asyncio.to_thread(socket.create_connection, ("127.0.0.1", world.port))) as sock:
+        sock.setblocking(False)
+        sock.send(hello)
+        assert await asyncio.get_running_loop().sock_recv(sock, 1)  # an alert, or its part of the handshake
+    await (await world.connect(world.lease())).echo(b"x")
+    assert capsys.readouterr().err == ""
+
+
+# --- certificates for something else --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clients():
+    return Authority.create(NOW)
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Authority.create(NOW)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda clients, backend: backend.issue_worker("uid", NOW), r"(?i)unknown.ca"),
+        (lambda clients, backend: backend.issue_dialler("default/p", NOW, LATER), r"(?i)unknown.ca"),
+        (lambda clients, backend: backend.issue_client("T" * 43, NOW, LATER), r"(?i)unknown.ca"),
+        (lambda clients, backend: clients.issue_server(["p.default.svc"], [], NOW, LATER), r"(?i)unsupported.cert"),
+        (lambda clients, backend: clients.issue_worker("uid", NOW), r"(?i)unsupported.cert"),
+    ],
+    ids=["a worker", "a dialler", "a token signed by the backend's CA", "the gateway's own", "a worker of our CA"],
+)
+async def test_what_we_issue_to_others_lets_no_client_in(world, clients, backend, make, told):
+    gateway = world.ca.server()
+    world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
+    world.lease()
+    leaf = make(clients, backend)
+    streams = await world.connect(identity=world.ca.stored(leaf.cert_pem, leaf.key_pem))
+    with pytest.raises(ssl.SSLError, match=told):
+        await streams.reader.read()
+    assert world.dialled == 0
+
+
+@pytest.mark.parametrize("name", ["default/p", f"alloc:{'T' * 43}"])
+async def test_a_diallers_certificate_of_the_clients_own_ca_is_no_leases(world, clients, name):
+    gateway = world.ca.server()
+    world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
+    leaf = clients.issue_dialler(name, NOW, LATER)
+    code, sentence = await (await world.connect(identity=world.ca.stored(leaf.cert_pem, leaf.key_pem))).call()
+    assert code == 16
+    assert "its subject names no lease" in sentence
+
+
+def test_a_leases_certificate_makes_no_api_for_the_cli(tmp_path, monkeypatch):
+    """It is signed by the authority that a user of the API over TLS may have been told to trust."""
+    now = datetime.now(UTC)
+    authority = Authority.create(now)
+    leaf = authority.issue_client("T" * 43, now, now + timedelta(hours=1))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    load_chain(context, leaf.cert_pem, leaf.key_pem)
+    (tmp_path / "ca.crt").write_bytes(authority.cert_pem)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+
+        def serve():
+            sock, _ = listener.accept()
+            with closing(sock), pytest.raises((ssl.SSLError, ConnectionError)):
+                context.wrap_socket(sock, server_side=True).close()
+
+        served = pool.submit(serve)
+        monkeypatch.setenv("BKPOOL_HOME", str(tmp_path))
+        monkeypatch.setenv("BKCTL_TLS_CA_CERT", str(tmp_path / "ca.crt"))
+        with pytest.raises(
+            Unavailable, match=r"no TLS connection to .*: (unsuitable|unsupported) certificate purpose"
+        ):
+            Client(f"https://127.0.0.1:{listener.getsockname()[1]}").pools()
+        served.result()
+
+
+# --- sessions of before ---------------------------------------------------------------------------------------------
+
+
+def shaken(world, context, session=None):
+    """A client's TLS connection, as far as its first answer of the worker or a refusal."""
+    sock = socket.create_connection(("127.0.0.1", world.port), timeout=10)
+    tls = context.wrap_socket(sock, server_hostname="localhost", session=session)
+    tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+    assert tls.recv(1)
+    return tls
+
+
+async def test_a_session_is_not_taken_up_again_after_the_release(world):
+    context = world.ca.client_context(world.identity(world.lease()))
+    with await asyncio.to_thread(shaken, world, context) as first:
+        session = first.session
+    world.over("a", EndReason.RELEASED)
+    with await asyncio.to_thread(shaken, world, context, session) as second:
+        assert not second.session_reused
+    await world.until(lambda: world.count("refusals_total", reason="LeaseReleased") == 1)
+    assert world.dialled == 1
+
+
+async def s_client(port, *options, session=None):
+    """What openssl's client says of its handshake; with `session` it stays until it has put a ticket there."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "localhost", "-tls1_3"]
+    async with _running(*command, *options) as client, asyncio.timeout(10):
+        said = [await client.stdout.readline()]
+        while b"Early data was" not in said[-1]:
+            assert said[-1], b"".join(said)
+            said.append(await client.stdout.readline())
+        while session and not await asyncio.to_thread(_whole, session):
+            pass
+    return b"".join(said).decode(errors="replace")
+
+
+def _whole(session):
+    return session.exists() and session.read_bytes().endswith(b"END SSL SESSION PARAMETERS-----\n")
+
+
+@asynccontextmanager
+async def _running(*command):
+    pipe = subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+async def test_early_data_and_the_session_of_a_twin_are_not_accepted(world, tmp_path):
+    """A twin with the same certificate gives tickets and takes 0-RTT, so that there is something to offer."""
+    identity, port = world.ca.server(), _free_port()
+    session, early = tmp_path / "session", tmp_path / "early"
+    early.write_bytes(b"EARLY")
+    server = ["-cert", identity.files[0], "-key", identity.files[1], "-early_data", "-num_tickets", "1"]
+    server.append("-no_anti_replay")  # which would forget the ticket of a client that hangs up
+    offer = ["-sess_in", session, "-early_data", early]
+    async with _running("openssl", "s_server", "-accept", f"127.0.0.1:{port}", *server) as twin:
+        while b"ACCEPT" not in await twin.stdout.readline():
+            pass
+        await s_client(port, "-sess_out", session, session=session)
+        assert "Early data was accepted" in await s_client(port, *offer)
+    lease = world.identity(world.lease())
+    said = await s_client(world.port, *offer, "-cert", lease.files[0], "-key", lease.files[1])
+    assert "Early data was rejected" in said
+    assert "New, TLSv1.3" in said
+    assert "Reused" not in said
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
