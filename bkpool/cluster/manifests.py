@@ -25,6 +25,16 @@ MOST_REPLICAS = 100
 
 _SELECTOR = f"{{app.kubernetes.io/name: {CONTROLLER}}}"
 _LABELS = f"{{app.kubernetes.io/name: {CONTROLLER}, app.kubernetes.io/part-of: bkpool}}"
+_CLEAR = """\
+            # The API is served without TLS: whoever can read the traffic between pods can read bearer tokens, and
+            # keys of clients that sent no csr. The NetworkPolicy below limits who may connect. Where the network is
+            # not to be trusted: `bkpool manifests --api-tls`.
+            - --plain-http
+"""
+_TLS = """\
+            # Certified by bkpool's CA: ca.crt in the Secret bkpool-pki is what callers trust (BKCTL_TLS_CA_CERT).
+            - --api-tls
+"""
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")  # what may stand in an image's name, and needs no quotes
 
 
@@ -37,6 +47,8 @@ class Install:
     image: str = IMAGE
     pool_namespaces: tuple[str, ...] = (DEFAULT_NAMESPACE,)
     """Where pools may be; the controller has no rights to make workers elsewhere."""
+    api_tls: bool = False
+    """The API is served over TLS, with certificates of bkpool's own CA."""
 
 
 def render(install: Install) -> str:
@@ -56,6 +68,8 @@ def render(install: Install) -> str:
         image=install.image,
         selector=_SELECTOR,
         pool_namespaces="".join(f"            - --pool-namespace={name}\n" for name in namespaces),
+        transport=_TLS if install.api_tls else _CLEAR,
+        scheme=", scheme: HTTPS" if install.api_tls else "",
         callers=f"[{', '.join(dict.fromkeys((install.namespace, *namespaces)))}]",
     )
     pools = [_fill("pool-namespace.yaml", namespace=name, appliance=install.namespace) for name in namespaces]
@@ -75,7 +89,7 @@ def _options(install: Install) -> str:
     """The command line that gives this, for whoever finds the file later."""
     pools = [f"--pool-namespace {name}" for name in install.pool_namespaces]
     parts = [f"--namespace {install.namespace}", f"--replicas {install.replicas}", f"--image {install.image}", *pools]
-    return " ".join(parts)
+    return " ".join([*parts, *(["--api-tls"] if install.api_tls else [])])
 
 
 def _check(install: Install) -> None:

@@ -34,7 +34,7 @@ from bkpool.cluster.pool_objects import (
 )
 from bkpool.core.errors import BkpoolError, Conflict, Forbidden, Gone, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
-from bkpool.core.objects import Pool, ServiceType
+from bkpool.core.pool import Pool, ServiceType
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.pki.names import Names, gateway_names

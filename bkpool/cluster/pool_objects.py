@@ -27,7 +27,7 @@ from bkpool.core.names import (
     PURPOSE_WORKER,
     WORKER_PORT,
 )
-from bkpool.core.objects import Pool, ServiceType
+from bkpool.core.pool import Pool, ServiceType
 from bkpool.kube import paths
 
 Doc = dict[str, Any]

@@ -12,7 +12,7 @@ from bkpool.cli import program
 from bkpool.cluster.manifests import IMAGE, Install, render
 from bkpool.cluster.pool_objects import Setting, pool_objects
 from bkpool.core.errors import InvalidInput
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 
 
 @cache
@@ -86,9 +86,21 @@ def test_what_is_told_about_plain_http_stands_above_it():
     assert lines[lines.index("- --plain-http") - 1].startswith("#")
 
 
+@pytest.mark.parametrize(("tls", "option", "scheme"), [(False, "--plain-http", None), (True, "--api-tls", "HTTPS")])
+def test_the_api_is_in_clear_or_over_tls_and_the_kubelet_asks_it_so(tls, option, scheme):
+    (deployment,) = of_kind(documents(api_tls=tls), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert {"--plain-http", "--api-tls"} & set(container["args"]) == {option}
+    probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+    assert [probe.get("scheme") for probe in probes] == [scheme] * 3
+    assert ("--api-tls" in render(Install(api_tls=tls)).splitlines()[0]) is tls
+
+
 def test_no_right_reaches_secrets_of_the_whole_cluster():
     everywhere = rules(documents(), "ClusterRole")
-    assert {group for rule in everywhere for group in rule["apiGroups"]} == {"buildkit.smrt-devops.net"}
+    others = [rule for rule in everywhere if rule["apiGroups"] != ["buildkit.smrt-devops.net"]]
+    reviews = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    assert others == [reviews], "beside bkpool's own kinds only what tells whose a token is"
     assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitworkers", "create")
     home = rules(documents(), "Role", "buildkit-system")
     assert allows(home, "", "secrets", "get", PKI)
@@ -100,6 +112,18 @@ def test_no_right_reaches_secrets_of_the_whole_cluster():
     assert not allows(home, "", "secrets", "update", PKI), "what is lost is never made anew"
     for rule in [*everywhere, *home, *rules(documents(), "Role", "default")]:
         assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+
+
+def test_it_may_read_who_may_use_what_and_say_whether_that_works():
+    everywhere = rules(documents(), "ClusterRole")
+    for verb in ("get", "list", "watch"):
+        assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb)
+    assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs/status", "update")
+    for verb in ("update", "patch", "create", "delete"):
+        assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb), (
+            "nobody lets himself in"
+        )
+    assert allows(rules(documents(), "Role", "default"), "", "secrets", "get"), "of tokens"
 
 
 def test_the_controller_holds_every_right_that_it_grants():
@@ -149,3 +173,4 @@ def test_the_command_prints_what_is_applied_and_nothing_else():
     assert told.exit_code == 0
     assert told.stdout == render(Install(pool_namespaces=("a", "b")))
     assert CliRunner().invoke(program, ["manifests"]).stdout == render(Install())
+    assert CliRunner().invoke(program, ["manifests", "--api-tls"]).stdout == render(Install(api_tls=True))

@@ -13,7 +13,7 @@ from bkpool.cluster.pool_objects import (
     secret,
 )
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 
 SETTING = Setting("registry.example.com/bkpool:1", "buildkit-system", "buildkit-controller")
 

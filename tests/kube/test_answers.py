@@ -26,7 +26,7 @@ from bkpool.core.errors import (
     Unavailable,
 )
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.kube import KubeApi, client
 from bkpool.kube.errors import error_of
 from bkpool.store.kubernetes import KubernetesStore
