@@ -16,12 +16,15 @@ from typing import Any
 
 from bkpool.allocation import Claims, Leases
 from bkpool.appliance import cluster_secrets
+from bkpool.appliance.identities import Methods
 from bkpool.appliance.settings import Settings, Tell
 from bkpool.cluster import crds
 from bkpool.cluster.leader import Leadership
 from bkpool.core.errors import Conflict
 from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
 from bkpool.gateway.dial import Dial, Dialler, TlsDialler
+from bkpool.identity.bearers import FileTokens, PoolTokens, SecretTokens
+from bkpool.identity.service_accounts import ServiceAccounts
 from bkpool.kube import Access, KubeApi, paths
 from bkpool.pki import keep
 from bkpool.pki.authority import Authority
@@ -58,6 +61,10 @@ class Backend:
     recorder: Recorder
     unread: Collection[str]
     """Fields of a pool's spec that nothing reads here."""
+    methods: Methods
+    """Ways of knowing a caller."""
+    only_files: bool = False
+    """Objects come from the user's files and nowhere else."""
     leadership: Leadership | None = None
     """Where others might run a controller too."""
     loops: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -96,6 +103,8 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
         unread=PROCESS_IGNORES,
+        methods=lambda pools: (PoolTokens(FileTokens(), pools),),
+        only_files=True,
     )
 
 
@@ -175,6 +184,7 @@ async def _opened(
         gateway=name,
         recorder=recorder,
         unread=unread,
+        methods=lambda pools: (PoolTokens(SecretTokens(api), pools), ServiceAccounts(api)),
         leadership=Leadership(api, settings.namespace, LEASE, name),
         loops=(recorder.run(),),
     )

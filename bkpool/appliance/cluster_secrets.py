@@ -15,7 +15,7 @@ import structlog
 
 from bkpool.core.errors import Conflict, HostFault, NotFound
 from bkpool.core.names import LABEL_MANAGED, MANAGER
-from bkpool.core.objects import Worker
+from bkpool.core.worker import Worker
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store import Store

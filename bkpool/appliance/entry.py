@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from bkpool.appliance.settings import ALL_ROLES, Settings, Tell
 from bkpool.cluster import choice
 from bkpool.cluster.engine import Engine, engine_fault
 from bkpool.cluster.kind import Cluster, Kind, Marker
-from bkpool.core.documents import read_pools
+from bkpool.core.documents import Documents, read_documents
 from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.gateway.context import without_traceback
 from bkpool.gateway.server import new_loop
 from bkpool.home.files import as_host_fault, write_private
 from bkpool.home.lock import HomeLock
@@ -31,6 +32,8 @@ from bkpool.kube import Access
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.process import ProcessRuntime
 from bkpool.workers.sandbox import Binaries
+
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def run(settings: Settings, tell: Tell) -> int:
@@ -49,18 +52,23 @@ def run(settings: Settings, tell: Tell) -> int:
     _configure_logging()
     _check_address(settings)
     if settings.roles != ALL_ROLES:
-        _serve(replica.of_roles(settings).run(tell))
+        _serve(replica.of_roles(settings).run())
         return 0
-    pools = [
-        pool
-        for path in settings.pool_files
-        for pool in read_pools(path.read_text("utf-8", "replace"), source=str(path))
-    ]
+    documents = _documents(settings.pool_files)
     with HomeLock(settings.home), as_host_fault(settings.home):
         backend, why = _backend(settings)
         tell({"progress": f"backend: {backend} ({why})"})
-        _serve(HostAppliance(settings, pools, backend, _opening(backend, settings, tell)).run(tell))
+        _serve(HostAppliance(settings, documents, backend, _opening(backend, settings, tell)).run(tell))
     return 0
+
+
+def _documents(files: Iterable[Path]) -> Documents:
+    """What the user's files say, all of it right. Raises InvalidInput."""
+    found = Documents()
+    for path in files:
+        found += read_documents(path.read_text("utf-8", "replace"), source=str(path))
+    found.check_once()
+    return found
 
 
 def _serve(work: Coroutine[Any, Any, None]) -> None:
@@ -164,14 +172,51 @@ def _check_address(settings: Settings) -> None:
     """A bearer token that crosses a network in clear is the whole network's: that must be asked for.
 
     Raises:
-        InvalidInput: The API would be served in clear beyond this machine.
+        InvalidInput: The API would be served in clear beyond this machine, one of its two files is missing, or an
+            issuer that believes everybody would be.
     """
+    if (settings.api_cert is None) != (settings.api_key is None):
+        given, missing = ("--api-cert", "--api-key") if settings.api_cert else ("--api-key", "--api-cert")
+        raise InvalidInput(f"{given}: {missing} is missing", hint="Give both files, or neither.", field=missing)
     host, _ = settings.api_address
-    if host not in {"127.0.0.1", "::1", "localhost"} and not settings.plain_http:
+    if host not in _LOOPBACK and settings.api_scheme == "http" and not settings.plain_http:
         raise InvalidInput(
-            f"--api-address: {host} is reached from other machines, and the API has no TLS of its own",
-            hint="Keep it on 127.0.0.1 behind something that does TLS, or add --plain-http.",
+            f"--api-address: {host} is reached from other machines, and the API would be served in clear",
+            hint="Add --api-tls (or --api-cert and --api-key), keep it on 127.0.0.1, or add --plain-http.",
             field="--api-address",
+        )
+    if settings.dev_issuer:
+        _check_dev_issuer(settings)
+
+
+def _check_dev_issuer(settings: Settings) -> None:
+    """Whoever reaches the development issuer may be anybody: nobody beyond this machine, and no cluster.
+
+    Raises:
+        InvalidInput: It, or the API that believes it, would be reached from elsewhere.
+    """
+    for option, (host, _) in (
+        ("--dev-issuer-address", settings.dev_issuer_address),
+        ("--api-address", settings.api_address),
+    ):
+        if host not in _LOOPBACK:
+            raise InvalidInput(
+                f"{option}: {host} is reached from other machines, and the development issuer makes a token for "
+                "whoever asks",
+                hint="Keep both on 127.0.0.1, or leave --dev-issuer out and configure a real issuer.",
+                field=option,
+            )
+    if settings.dev_issuer_address[1] == 0:
+        raise InvalidInput(
+            "--dev-issuer-address: port 0 is none by which an issuer could be known",
+            hint="Give the port: tokens carry it in their issuer's name.",
+            field="--dev-issuer-address",
+        )
+    if settings.roles != ALL_ROLES:
+        raise InvalidInput(
+            "--dev-issuer: a replica in a cluster has no development issuer",
+            hint="Configure the cluster's own issuer, or a real one.",
+            field="--dev-issuer",
         )
 
 
@@ -205,8 +250,10 @@ def _tools(settings: Settings, tell: Tell) -> Toolchain:
 
 def _configure_logging() -> None:
     human = sys.stderr.isatty()
+    sys.unraisablehook = without_traceback
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -17,12 +17,12 @@ from typing import Self
 
 import structlog
 
-from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime
+from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
 from bkpool.appliance.parts import feed, metrics_app, probes, replica_name, running, serve
-from bkpool.appliance.settings import Settings, Tell
+from bkpool.appliance.settings import Settings
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.core.names import GATEWAY_PORT, Key
-from bkpool.core.objects import PoolGateway
+from bkpool.core.pool import PoolGateway
 from bkpool.gateway.context import server_context
 from bkpool.gateway.dial import TlsDialler
 from bkpool.gateway.metrics import Metrics
@@ -48,18 +48,13 @@ class GatewayReplica:
         self._pool = pool
         self._metrics = Metrics()
 
-    async def run(self, tell: Tell) -> None:
+    async def run(self) -> None:
         """Serves connections of this pool's leases."""
-        self._life = life = Lifetime()
-        async with AsyncExitStack() as stack:
-            await self._start(stack)
-            tell({"progress": "ready"})
-            await life.stopping.wait()
-            log.info("replica.stopping")
-        life.check()
+        await live(self._start)
 
-    async def _start(self, stack: AsyncExitStack) -> None:
-        settings, died = self._settings, self._life.died
+    async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
+        self._life = life
+        settings, died = self._settings, life.died
         api = await KubeApi.connect(settings.access)
         stack.push_async_callback(api.close)
         store = KubernetesStore(api, namespace=self._pool.namespace)

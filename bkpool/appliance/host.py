@@ -18,22 +18,30 @@ import structlog
 
 from bkpool import __version__
 from bkpool.api import Service, make_app
+from bkpool.appliance.api_tls import enter_api_tls
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.certifier import Certifier
-from bkpool.appliance.lifetime import Lifetime
-from bkpool.appliance.parts import apply_pools, feed, in_url, led, metrics_app, running, serve, withdraw_leftovers
+from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
+from bkpool.appliance.identities import access, open_issuers
+from bkpool.appliance.lifetime import Lifetime, live
+from bkpool.appliance.parts import apply, feed, in_url, led, metrics_app, running, serve, withdraw_leftovers
 from bkpool.appliance.settings import Address, Settings, Tell
 from bkpool.controller import Controller
+from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.core.auth import OIDCConfig
+from bkpool.core.documents import Documents
 from bkpool.core.errors import Unavailable
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import GATEWAY_PORT
-from bkpool.core.objects import Pool
 from bkpool.core.policy import PoolSetting
+from bkpool.core.pool import Pool
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import StoreRegistrar
 from bkpool.gateway.server import Gateway
 from bkpool.home.files import private_directory, write_private
+from bkpool.identity.keys import Issuers
 from bkpool.identity.local import AdminToken, load_or_create
+from bkpool.pki.authority import Authority
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -49,28 +57,24 @@ class HostAppliance:
 
     Args:
         settings: How it runs.
-        pools: Of the files that the user gave.
+        documents: What the user's files say.
         backend: The name of what it stands on.
         opening: Opens that.
     """
 
-    def __init__(self, settings: Settings, pools: list[Pool], backend: str, opening: Opening) -> None:
+    def __init__(self, settings: Settings, documents: Documents, backend: str, opening: Opening) -> None:
         self._settings = settings
-        self._pools = pools
+        self._documents = documents
         self._name = backend
         self._opening = opening
 
     async def run(self, tell: Tell) -> None:
         """Starts everything, serves until told to stop, and ends it in the opposite order."""
-        self._life = Lifetime()
-        async with AsyncExitStack() as stack:
-            await self._start(stack, tell)
-            await self._life.stopping.wait()
-            log.info("appliance.stopping")
-        self._life.check()
+        await live(lambda stack, life: self._start(stack, life, tell))
 
-    async def _start(self, stack: AsyncExitStack, tell: Tell) -> None:
-        home, died = self._settings.home, self._life.died
+    async def _start(self, stack: AsyncExitStack, life: Lifetime, tell: Tell) -> None:
+        self._life = life
+        home, died = self._settings.home, life.died
         admin = AdminToken(load_or_create(home))
         metrics = Metrics()
         backend = await self._opening(stack, tell)
@@ -84,17 +88,26 @@ class HostAppliance:
 
         claims, leases = backend.lease_service(mirror, _now)
         stack.push_async_callback(claims.close)
-        await stack.enter_async_context(running(self._control(backend, mirror, endpoint), died))
+        issuers = open_issuers(stack)
+        await stack.enter_async_context(running(self._control(backend, mirror, issuers, endpoint), died))
         service = Service(
             claims=claims,
             leases=leases,
             mirror=mirror,
-            authenticators=(admin,),
+            access=access(
+                admin,
+                backend.methods,
+                issuers,
+                mirror,
+                namespace=self._settings.namespace,
+                also=await self._open_dev_issuer(stack),
+                now=_now,
+            ),
             gateway_endpoint=lambda _pool: endpoint,
             connections=lambda pool: metrics.active(pool.key.name),
             trouble=lambda: "the appliance is stopping" if self._life.stopping.is_set() else mirror.trouble,
         )
-        described = await self._open_api(stack, service, metrics, endpoint)
+        described = await self._open_api(stack, service, metrics, backend.authority, endpoint)
         stack.push_async_callback(self._drain, gateway, lambda: any(metrics.active(key.name) for key in mirror.pools))
         stack.callback(claims.turn_away, Unavailable("the appliance is stopping", hint="Try again once it is up."))
         write_private(home / "appliance.json", json.dumps(described).encode())
@@ -103,29 +116,33 @@ class HostAppliance:
 
     async def _follow(self, stack: AsyncExitStack, backend: Backend) -> Mirror:
         """The pools as wanted, and a copy of everything that is kept up to date."""
-        await apply_pools(backend.store, self._pools)
+        given = bool(self._settings.pool_files)
+        await apply(backend.store, self._documents, only_source=backend.only_files and given)
         await withdraw_leftovers(backend.store, backend.gateway)
-        mirror = Mirror(backend.store)
+        mirror = Mirror(backend.store, configs=True)
         await stack.enter_async_context(running(mirror.run(), self._life.died))
         await mirror.ready.wait()
         return mirror
 
-    async def _control(self, backend: Backend, mirror: Mirror, endpoint: str) -> None:
+    async def _control(self, backend: Backend, mirror: Mirror, issuers: Issuers, endpoint: str) -> None:
         """The controller, for as long as nobody else runs one."""
 
         def setting(pool: Pool) -> PoolSetting:
             ignored = ignored_fields(pool.spec, backend.unread)
             return PoolSetting(endpoint=endpoint, ignored=ignored, capacity=backend.runtime.capacity)
 
-        def work() -> Awaitable[None]:
-            return Controller(
+        async def work() -> None:
+            controller = Controller(
                 store=backend.store,
                 mirror=mirror,
                 runtime=backend.runtime,
                 now=_now,
                 setting=setting,
                 recorder=backend.recorder,
-            ).run()
+            )
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(controller.run())
+                tasks.create_task(ConfigKeeper(backend.store, mirror, issuers.probe, _now).run())
 
         if backend.leadership is None:
             await work()
@@ -158,22 +175,36 @@ class HostAppliance:
         return gateway, f"tcp://{in_url(host)}:{port}"
 
     async def _open_api(
-        self, stack: AsyncExitStack, service: Service, metrics: Metrics, endpoint: str
+        self, stack: AsyncExitStack, service: Service, metrics: Metrics, authority: Authority, endpoint: str
     ) -> dict[str, Any]:
         """Opens the API and the metrics; returns what `appliance.json` says while they are open."""
         settings = self._settings
         stack.callback((settings.home / "appliance.json").unlink, missing_ok=True)
-        api = await serve(stack, make_app(service), settings.api_address, "--api-address")
+        tls = await enter_api_tls(stack, settings, authority, _now, self._life.died)
+        api = await serve(
+            stack, make_app(service), settings.api_address, "--api-address", tls.context if tls else None
+        )
         scrape = await serve(stack, metrics_app(metrics), settings.metrics_address, "--metrics-address")
         return {
             "pid": os.getpid(),
             "backend": self._name,
             "version": __version__,
-            "apiEndpoint": f"http://{api}",
+            "apiEndpoint": f"{settings.api_scheme}://{api}",
+            **(tls.described if tls else {}),
             "gatewayEndpoint": endpoint,
             "metricsEndpoint": f"http://{scrape}/metrics",
+            **({"devIssuer": settings.dev_issuer_url} if settings.dev_issuer_url else {}),
             "startedAt": _now().isoformat(timespec="seconds"),
         }
+
+    async def _open_dev_issuer(self, stack: AsyncExitStack) -> tuple[OIDCConfig, ...]:
+        """The development issuer, if asked for, and that it is believed: in no object, so only while it runs."""
+        settings = self._settings
+        if settings.dev_issuer_url is None:
+            return ()
+        app = make_dev_issuer(settings.dev_issuer_url, _now)
+        await serve(stack, app, settings.dev_issuer_address, "--dev-issuer-address")
+        return (dev_config(settings.dev_issuer_url, settings.namespace),)
 
     async def _drain(self, gateway: Gateway, busy: Callable[[], bool]) -> None:
         """Nothing new comes in; open builds finish, or meet the deadline, or a second signal."""

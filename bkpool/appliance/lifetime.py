@@ -1,12 +1,18 @@
-"""When a process of an appliance is to end: at a signal, or with a room that died.
+"""From a process's start to its end: at a signal, or with a room that died.
 
-It only says so; what ends in which order is its user's.
+It knows when; what is opened, and so what ends in which order, is its user's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import structlog
+
+log = structlog.get_logger(__name__)
 
 STILL_ACCEPTING = 5.0
 """Seconds after SIGTERM in a cluster: endpoints take as long to leave every kube-proxy of one of some size."""
@@ -44,3 +50,17 @@ class Lifetime:
 
     def _on_signal(self) -> None:
         (self.forced if self.stopping.is_set() else self.stopping).set()
+
+
+async def live(start: Callable[[AsyncExitStack, Lifetime], Awaitable[None]]) -> None:
+    """Starts everything, waits until it is to end, and ends it in the opposite order.
+
+    Args:
+        start: Enters into the stack whatever is to be ended.
+    """
+    life = Lifetime()
+    async with AsyncExitStack() as stack:
+        await start(stack, life)
+        await life.stopping.wait()
+        log.info("appliance.stopping")
+    life.check()

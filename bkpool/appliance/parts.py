@@ -9,20 +9,25 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from bkpool.api import open_runner
 from bkpool.appliance.settings import Address
 from bkpool.cluster.leader import Leadership
+from bkpool.core.auth import OIDCConfig, OIDCConfigStatus
+from bkpool.core.documents import Documents
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound
 from bkpool.core.names import DEFAULT_POOL, Key
-from bkpool.core.objects import Pool, PoolStatus, Worker
-from bkpool.core.resource import Metadata
+from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.resource import Metadata, Resource
+from bkpool.core.worker import Worker
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.server import Gateway
 from bkpool.gateway.table import build
@@ -30,6 +35,8 @@ from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
+
+P = TypeVar("P", Pool, OIDCConfig)
 
 
 def feed(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
@@ -52,22 +59,41 @@ def feed(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
     return mirror.subscribe(changed)
 
 
-async def apply_pools(store: Store, pools: list[Pool]) -> None:
-    """Makes the pools of the files so; without any there is one called `default`."""
+async def apply(store: Store, wanted: Documents, *, only_source: bool) -> None:
+    """Makes the objects of the files so; without any pool at all there is one called `default`.
+
+    Args:
+        store: Where they go.
+        wanted: What the files say.
+        only_source: Issuers come from files and nowhere else: one that the files no longer have is believed no more.
+    """
+    pools = wanted.pools
     if not pools and not (await store.list(Pool)).items:
-        pools = [Pool(metadata=Metadata(name=DEFAULT_POOL))]
-    for wanted in pools:
-        while not await _applied(store, wanted):
-            pass  # somebody else was faster: it is looked at again
+        pools = (Pool(metadata=Metadata(name=DEFAULT_POOL)),)
+    for pool in pools:
+        await _apply(store, pool, pool.but(status=PoolStatus()))
+    for config in wanted.configs:
+        await _apply(store, config, config.but(status=OIDCConfigStatus()))
+    if only_source:
+        kept = {config.key for config in wanted.configs}
+        for config in (await store.list(OIDCConfig)).items:
+            if config.key not in kept:
+                with suppress(NotFound):
+                    await store.delete(OIDCConfig, *config.key)
 
 
-async def _applied(store: Store, wanted: Pool) -> bool:
-    """One try to make a pool so; False if another writer was faster."""
+async def _apply(store: Store, wanted: P, new: P) -> None:
+    while not await _applied(store, wanted, new):
+        pass  # somebody else was faster: it is looked at again
+
+
+async def _applied(store: Store, wanted: P, new: P) -> bool:
+    """One try to make an object so; False if another writer was faster."""
     try:
         try:
-            current = await store.get(Pool, *wanted.key)
+            current = await store.get(type(wanted), *wanted.key)
         except NotFound:
-            await store.create(wanted.but(metadata=Metadata(**_given(wanted)), status=PoolStatus()))
+            await store.create(new.but(metadata=Metadata(**_given(wanted))))
             return True
         metadata = current.metadata.but(labels=wanted.metadata.labels, annotations=wanted.metadata.annotations)
         await store.replace(current.but(metadata=metadata, spec=wanted.spec))
@@ -85,9 +111,9 @@ async def withdraw_leftovers(store: Store, gateway: str) -> None:
                 await store.replace_status(worker.with_status(gateways=others))
 
 
-def _given(pool: Pool) -> dict[str, Any]:
-    """What of a pool's metadata is the user's to give."""
-    return pool.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})
+def _given(obj: Resource) -> dict[str, Any]:
+    """What of an object's metadata is the user's to give."""
+    return obj.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})
 
 
 async def led(leadership: Leadership, work: Callable[[], Awaitable[None]]) -> None:
@@ -117,14 +143,18 @@ async def running(work: Coroutine[Any, Any, None], died: Callable[[BaseException
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def serve(stack: AsyncExitStack, app: web.Application, address: Address, option: str) -> str:
+async def serve(
+    stack: AsyncExitStack,
+    app: web.Application,
+    address: Address,
+    option: str,
+    ssl_context: ssl.SSLContext | None = None,
+) -> str:
     """Serves an application and returns its host:port. A caller who hangs up cancels his request."""
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=2)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
+    runner = await open_runner(stack, app, shutdown_timeout=2)
     host, port = address
     try:
-        await web.TCPSite(runner, host, port, backlog=512).start()
+        await web.TCPSite(runner, host, port, backlog=512, ssl_context=ssl_context).start()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise HostFault(

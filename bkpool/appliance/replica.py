@@ -17,19 +17,23 @@ import structlog
 
 from bkpool.api import Service, make_app
 from bkpool.appliance import cluster_secrets
+from bkpool.appliance.api_tls import enter_api_tls
 from bkpool.appliance.backend import InCluster, open_in_cluster
 from bkpool.appliance.gateway_replica import GatewayReplica
-from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime
+from bkpool.appliance.identities import access, open_issuers
+from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
 from bkpool.appliance.parts import led, metrics_app, probes, replica_name, running, serve
-from bkpool.appliance.settings import Role, Settings, Tell
+from bkpool.appliance.settings import Role, Settings
 from bkpool.cluster.pool_gateways import PoolGateways
 from bkpool.controller import Controller
+from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import GATEWAY_PORT
-from bkpool.core.objects import Pool
 from bkpool.core.policy import PoolSetting
+from bkpool.core.pool import Pool
 from bkpool.gateway.metrics import Metrics
+from bkpool.identity.keys import Issuers
 from bkpool.identity.local import AdminToken
 from bkpool.store.mirror import Mirror
 
@@ -39,7 +43,7 @@ log = structlog.get_logger(__name__)
 class Replica(Protocol):
     """Some roles in one process."""
 
-    async def run(self, tell: Tell) -> None:
+    async def run(self) -> None:
         """Until SIGTERM."""
 
 
@@ -78,42 +82,44 @@ class ControlReplica:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    async def run(self, tell: Tell) -> None:
+    async def run(self) -> None:
         """Serves the API here; the controller runs in whichever replica holds the Lease."""
-        self._life = life = Lifetime()
-        async with AsyncExitStack() as stack:
-            await self._start(stack)
-            tell({"progress": "ready"})
-            await life.stopping.wait()
-            log.info("replica.stopping")
-        life.check()
+        await live(self._start)
 
-    async def _start(self, stack: AsyncExitStack) -> None:
-        settings, died, name = self._settings, self._life.died, replica_name()
+    async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
+        self._life = life
+        settings, died, name = self._settings, life.died, replica_name()
         opened = await open_in_cluster(stack, settings, name)
         backend = opened.backend
         for loop in backend.loops:
             await stack.enter_async_context(running(loop, died))
-        mirror = Mirror(backend.store)
+        mirror = Mirror(backend.store, configs=True)
         await stack.enter_async_context(running(mirror.run(), died))
         await mirror.ready.wait()
         await backend.runtime.adopt()
+
+        issuers = open_issuers(stack)
 
         def leaving() -> str | None:
             return "this replica is stopping" if self._life.stopping.is_set() else mirror.trouble
 
         if Role.API in settings.roles:
-            await self._open_api(stack, opened, mirror, leaving)
+            await self._open_api(stack, opened, mirror, issuers, leaving)
         await serve(stack, probes(metrics_app(Metrics()), leaving), settings.metrics_address, "--metrics-address")
         stack.push_async_callback(self._life.pause, STILL_ACCEPTING)
         if Role.CONTROLLER in settings.roles and backend.leadership is not None:
-            work = partial(self._control, opened, mirror)
+            work = partial(self._control, opened, mirror, issuers)
             # Entered last, so that it is the first to end: the Lease is given back before anything else is done.
             await stack.enter_async_context(running(led(backend.leadership, work), died))
         log.info("replica.ready", roles=sorted(settings.roles), name=name)
 
     async def _open_api(
-        self, stack: AsyncExitStack, opened: InCluster, mirror: Mirror, leaving: Callable[[], str | None]
+        self,
+        stack: AsyncExitStack,
+        opened: InCluster,
+        mirror: Mirror,
+        issuers: Issuers,
+        leaving: Callable[[], str | None],
     ) -> None:
         backend = opened.backend
         admin = AdminToken(await cluster_secrets.admin_token(opened.api, self._settings.namespace))
@@ -123,16 +129,18 @@ class ControlReplica:
             claims=claims,
             leases=leases,
             mirror=mirror,
-            authenticators=(admin,),
+            access=access(admin, backend.methods, issuers, mirror, namespace=self._settings.namespace, now=_now),
             gateway_endpoint=endpoint_of,
             connections=lambda pool: pool.status.connections,
             trouble=lambda: mirror.trouble,
             leaving=leaving,
         )
-        await serve(stack, make_app(service), self._settings.api_address, "--api-address")
+        tls = await enter_api_tls(stack, self._settings, backend.authority, _now, self._life.died)
+        address = self._settings.api_address
+        await serve(stack, make_app(service), address, "--api-address", tls.context if tls else None)
         stack.callback(claims.turn_away, Unavailable("this replica is stopping", hint="Try again: others serve."))
 
-    async def _control(self, opened: InCluster, mirror: Mirror) -> None:
+    async def _control(self, opened: InCluster, mirror: Mirror, issuers: Issuers) -> None:
         """The controller, and the gateways that it keeps."""
         backend, settings = opened.backend, self._settings
         gateways = PoolGateways(
@@ -165,6 +173,7 @@ class ControlReplica:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(controller.run())
                 tasks.create_task(gateways.run())
+                tasks.create_task(ConfigKeeper(backend.store, mirror, issuers.probe, _now).run())
         finally:
             unsubscribe()
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from bkpool.core.names import API_PORT, METRICS_PORT, SYSTEM_NAMESPACE, Key
+from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT, SYSTEM_NAMESPACE, Key
 from bkpool.kube import Access
 
 Tell = Callable[[dict[str, Any]], None]
@@ -47,6 +47,14 @@ class Settings:
     """How long open builds may go on after SIGTERM."""
     plain_http: bool = False
     """Serve the API without TLS also where others could listen on the way."""
+    api_tls: bool = False
+    """Serve the API over TLS, with a certificate of the appliance's own authority unless files are given."""
+    api_cert: Path | None = None
+    """The API's certificate with its chain; with `api_key` in PEM. Read again when they change."""
+    api_key: Path | None = None
+    dev_issuer: bool = False
+    """Also serve an issuer that makes tokens for whoever asks: for development, on loopback only."""
+    dev_issuer_address: Address = ("127.0.0.1", DEV_ISSUER_PORT)
 
     # kind and kubernetes
     cluster: str = "bkpool"
@@ -65,6 +73,17 @@ class Settings:
     """Where pools may be; none: everywhere. Rights to see pods are needed in these only."""
     image: str | None = None
     """bkpool's own, for the gateways that the controller makes; None: the one that the manifests name."""
+
+    @property
+    def api_scheme(self) -> str:
+        """Of the API's URL."""
+        return "https" if self.api_tls or self.api_cert else "http"
+
+    @property
+    def dev_issuer_url(self) -> str | None:
+        """The name of the development issuer, by which its tokens are known; None where there is none."""
+        host, port = self.dev_issuer_address
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}" if self.dev_issuer else None
 
     @property
     def access(self) -> Access:

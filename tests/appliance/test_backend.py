@@ -16,7 +16,7 @@ def test_the_first_up_decides_and_later_ones_are_not_moved_silently(tmp_path):
 
 def test_an_api_in_clear_beyond_this_machine_must_be_asked_for(tmp_path):
     beyond = Settings(home=tmp_path, cache=tmp_path, api_address=("0.0.0.0", 8082))
-    with pytest.raises(InvalidInput, match="no TLS"):
+    with pytest.raises(InvalidInput, match="served in clear"):
         _check_address(beyond)
     _check_address(Settings(home=tmp_path, cache=tmp_path, api_address=("0.0.0.0", 8082), plain_http=True))
     _check_address(Settings(home=tmp_path, cache=tmp_path))

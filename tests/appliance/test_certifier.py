@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 
 from bkpool.appliance.certifier import Certifier
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority

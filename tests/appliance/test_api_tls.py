@@ -1,0 +1,193 @@
+"""The API's TLS on a real socket: whom a caller sees, and that a new certificate needs no restart."""
+
+import asyncio
+import ssl
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+import pytest
+from aiohttp import web
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+
+from bkpool.appliance import entry
+from bkpool.appliance.api_tls import api_names, open_api_tls
+from bkpool.appliance.parts import serve
+from bkpool.appliance.settings import Settings
+from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.home.files import private_directory
+from bkpool.pki.authority import Authority
+
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return Authority.create(NOW)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    private_directory(tmp_path / "pki")
+
+    def make(**given):
+        return Settings(home=tmp_path, cache=tmp_path, **given)
+
+    return make
+
+
+@pytest.fixture
+async def served():
+    """Serves over this TLS; returns what gives the certificate that a new caller sees."""
+    async with AsyncExitStack() as stack:
+
+        async def start(tls):
+            address = await serve(stack, web.Application(), ("127.0.0.1", 0), "--api-address", tls.context)
+            port = int(address.rpartition(":")[2])
+
+            async def seen(ca=None, name=None, version=None):
+                context = ssl.create_default_context(cadata=ca.cert_pem.decode() if ca else None)
+                if ca is None:
+                    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                if version:
+                    context.minimum_version = context.maximum_version = version
+                reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
+                found = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert (await reader.read()).startswith(b"HTTP/1.1 404")
+                writer.close()
+                await writer.wait_closed()
+                return x509.load_der_x509_certificate(found)
+
+            return seen
+
+        yield start
+
+
+async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, authority, served):
+    given = settings(api_tls=True, gateway_hosts=("build.example.com",))
+    seen = await served(open_api_tls(given, authority, lambda: NOW))
+    names = ("127.0.0.1", "localhost", "build.example.com", "buildkit-controller.buildkit-system.svc")
+    serials = {(await seen(authority, name)).serial_number for name in names}
+    assert len(serials) == 1
+    await seen(authority, "localhost", ssl.TLSVersion.TLSv1_2)
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await seen(authority, "elsewhere.example.com")
+
+
+async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(settings, authority, served):
+    now = NOW
+    tls = open_api_tls(settings(api_tls=True), authority, lambda: now)
+    seen = await served(tls)
+    first = await seen()
+    assert not tls.refresh()
+    now = first.not_valid_after_utc - timedelta(days=29)
+    assert tls.pause() > 0
+    assert tls.refresh()
+    second = await seen()
+    assert second.not_valid_after_utc > first.not_valid_after_utc
+    assert not tls.refresh()
+
+
+def test_callers_on_this_machine_are_told_whom_to_trust(settings, authority, tmp_path):
+    tls = open_api_tls(settings(api_tls=True), authority, lambda: NOW)
+    assert tls.described == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
+    assert (tmp_path / "pki" / "ca.crt").read_bytes() == authority.cert_pem
+
+
+def test_it_is_called_by_its_own_address_too(settings):
+    names = api_names(settings(api_address=("192.0.2.7", 8082), namespace="ci"))
+    assert ip_address("192.0.2.7") in names.ips
+    assert "buildkit-controller.ci.svc.cluster.local" in names.dns
+    assert ip_address("0.0.0.0") not in api_names(settings(api_address=("0.0.0.0", 8082))).ips
+
+
+def test_without_being_asked_for_there_is_none(settings, authority):
+    assert open_api_tls(settings(), authority, lambda: NOW) is None
+
+
+def rsa_pair():
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "own")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(7).not_valid_before(NOW).not_valid_after(NOW + timedelta(days=1))
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM), key
+
+
+def pkcs8(key, encryption=None):
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
+
+
+async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, authority, served, tmp_path):
+    """From an elliptic key to RSA: OpenSSL alone would go on serving the old one beside the new one."""
+    cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
+    cert.write_bytes(leaf.cert_pem)
+    key.write_bytes(leaf.key_pem)
+    tls = open_api_tls(settings(api_cert=cert, api_key=key), authority, lambda: NOW)
+    assert tls.described == {"apiCert": str(cert)}
+    seen = await served(tls)
+    first = await seen(authority, "localhost")
+    own, own_key = rsa_pair()
+    for bad_cert, bad_key in [
+        (own, leaf.key_pem),  # in the middle of a change
+        (b"no", pkcs8(own_key)),
+        (own, b"no"),
+        (own, pkcs8(own_key, BestAvailableEncryption(b"secret"))),
+    ]:
+        cert.write_bytes(bad_cert)
+        key.write_bytes(bad_key)
+        assert not tls.refresh()
+        assert (await seen()).serial_number == first.serial_number
+    cert.unlink()
+    assert not tls.refresh()
+    cert.write_bytes(own)
+    key.write_bytes(pkcs8(own_key))
+    assert tls.refresh()
+    assert (await seen()).serial_number == (await seen(name="localhost")).serial_number == 7
+    assert not tls.refresh()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "No such file"),
+        (b"", "no PEM private key"),
+        (b"-----BEGIN PRIVATE KEY-----\nMA==\n-----END PRIVATE KEY-----\n", "no PEM private key"),
+        (pkcs8(ec.generate_private_key(ec.SECP256R1())), "not the certificate's"),
+        (pkcs8(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"secret")), "passphrase"),
+    ],
+    ids=["missing", "empty", "damaged", "another", "encrypted"],
+)
+def test_at_the_start_a_bad_file_is_an_error(settings, authority, tmp_path, content, why):
+    leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
+    (tmp_path / "tls.crt").write_bytes(leaf.cert_pem)
+    if content is not None:
+        (tmp_path / "tls.key").write_bytes(content)
+    given = settings(api_cert=tmp_path / "tls.crt", api_key=tmp_path / "tls.key")
+    with pytest.raises(HostFault, match=why) as caught:
+        open_api_tls(given, authority, lambda: NOW)
+    assert caught.value.code == "Unreadable"
+
+
+def test_beyond_this_machine_it_takes_tls_or_that_clear_text_is_asked_for(settings, tmp_path):
+    beyond = {"api_address": ("192.0.2.1", 8082)}
+    with pytest.raises(InvalidInput, match="in clear"):
+        entry._check_address(settings(**beyond))
+    for given in ({"api_tls": True}, {"plain_http": True}, {"api_cert": tmp_path, "api_key": tmp_path}):
+        entry._check_address(settings(**beyond, **given))
+
+
+@pytest.mark.parametrize(("given", "missing"), [("api_cert", "--api-key"), ("api_key", "--api-cert")])
+def test_one_file_alone_is_not_enough(settings, tmp_path, given, missing):
+    with pytest.raises(InvalidInput, match=missing) as caught:
+        entry._check_address(settings(**{given: tmp_path}))
+    assert caught.value.field == missing

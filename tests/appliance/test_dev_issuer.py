@@ -1,0 +1,144 @@
+"""The development issuer by HTTP: what its tokens say, that they verify by its own documents, and what it refuses."""
+
+from datetime import UTC, datetime
+
+import jwt
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from bkpool.appliance import entry
+from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
+from bkpool.appliance.settings import Role, Settings
+from bkpool.core.errors import InvalidInput
+
+URL = "http://127.0.0.1:8888"
+NOW = datetime.now(UTC)
+
+
+@pytest.fixture(scope="module")
+def key():
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+@pytest.fixture
+async def issuer(key, monkeypatch):
+    monkeypatch.setattr(rsa, "generate_private_key", lambda **_: key)  # which takes a tenth of a second
+    async with TestClient(TestServer(make_dev_issuer(URL, lambda: NOW))) as client:
+        yield client
+
+
+async def claims_of(issuer, token, audience="buildkit-controller"):
+    """What the token says, verified as anybody would: from the discovery document on."""
+    document = await (await issuer.get("/.well-known/openid-configuration")).json()
+    assert document["issuer"] == URL
+    path = document["jwks_uri"].removeprefix(URL)
+    [key] = jwt.PyJWKSet.from_dict(await (await issuer.get(path)).json()).keys
+    assert jwt.get_unverified_header(token)["kid"] == key.key_id
+    return jwt.decode(token, key, algorithms=["RS256"], audience=audience, issuer=URL)
+
+
+async def test_a_token_says_what_was_asked_for(issuer):
+    asked = {"sub": "me", "aud": "x", "claims": {"groups": ["a"], "repository": "o/r"}, "duration": "2h"}
+    told = await (await issuer.post("/token", json=asked)).json()
+    claims = await claims_of(issuer, told["token"], "x")
+    assert told["expiresIn"] == claims["exp"] - claims["iat"] == 7200
+    assert {name: claims[name] for name in ("iss", "sub", "actor", "groups", "repository")} == {
+        "iss": URL,
+        "sub": "me",
+        "actor": "me",
+        "groups": ["a"],
+        "repository": "o/r",
+    }
+    assert claims["iat"] == int(NOW.timestamp())
+
+
+async def test_an_actor_is_the_subject_only_where_none_is_given(issuer):
+    told = await (await issuer.post("/token", json={"sub": "me", "claims": {"actor": "you"}})).json()
+    assert (await claims_of(issuer, told["token"]))["actor"] == "you"
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        ({}, "sub"),
+        ({"sub": ""}, "sub"),
+        ({"sub": 1}, "sub"),
+        ({"sub": "a", "aud": []}, "aud"),
+        ({"sub": "a", "claims": []}, "claims"),
+        ({"sub": "a", "claims": {"iss": "x"}}, "claims.iss"),
+        ({"sub": "a", "claims": {"exp": 1}}, "claims.exp"),
+        ({"sub": "a", "claims": {"iat": 1}}, "claims.iat"),
+        ({"sub": "a", "duration": "25h"}, "duration"),
+        ({"sub": "a", "duration": "0"}, "duration"),
+        ({"sub": "a", "duration": "banana"}, "duration"),
+        ({"sub": "a", "more": 1}, "more"),
+    ],
+)
+async def test_what_is_wrong_is_named(issuer, asked, field):
+    answer = await issuer.post("/token", json=asked)
+    assert answer.status == 400
+    error = (await answer.json())["error"]
+    assert (error["field"], error["code"]) == (field, "InvalidInput")
+    assert field in error["message"]
+
+
+async def test_what_is_no_json_is_said_and_a_page_of_another_origin_gets_nothing(issuer):
+    answer = await issuer.post("/token", data=b"{", headers={"Content-Type": "application/json"})
+    assert (answer.status, (await answer.json())["error"]["field"]) == (400, "body")
+    answer = await issuer.post("/token", data=b'{"sub": "a"}', headers={"Content-Type": "text/plain"})
+    assert (answer.status, (await answer.json())["error"]["field"]) == (400, "Content-Type")
+    answer = await issuer.post("/token", json={"sub": "a"}, headers={"Host": "evil.example:8888"})
+    assert (answer.status, (await answer.json())["error"]["code"]) == (403, "Forbidden")
+    answer = await issuer.get("/nowhere")
+    assert (answer.status, (await answer.json())["error"]["code"]) == (404, "NotFound")
+
+
+async def test_it_answers_as_githubs_runners_are_answered(issuer):
+    headers = {"Authorization": "bearer any"}
+    query = "api-version=2.0&repository=o/r&ref=refs/tags/1&actor=me&audience=buildkit-controller"
+    told = await (await issuer.get(f"/actions/token?{query}", headers=headers)).json()
+    claims = await claims_of(issuer, told["value"])
+    assert {name: claims[name] for name in ("sub", "actor", "repository", "repository_owner", "ref")} == {
+        "sub": "repo:o/r:ref:refs/tags/1",
+        "actor": "me",
+        "repository": "o/r",
+        "repository_owner": "o",
+        "ref": "refs/tags/1",
+    }
+    assert claims["exp"] - claims["iat"] == 300
+    told = await (await issuer.get("/actions/token", headers=headers)).json()
+    assert (await claims_of(issuer, told["value"], "https://github.com/octo-org"))["actor"] == "octocat"
+    assert (await issuer.get("/actions/token?audience=x")).status == 401
+
+
+def test_its_config_believes_it_for_every_pool():
+    config = dev_config(URL)
+    assert (str(config.key), config.spec.issuer, config.spec.audience) == (
+        *("buildkit-system/dev-issuer", URL, "buildkit-controller"),
+    )
+    assert (config.spec.claims_mapping.user, config.spec.pools, config.spec.tenant_claim) == ("actor", ("*",), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"dev_issuer_address": ("0.0.0.0", 8888)}, "--dev-issuer-address"),
+        ({"dev_issuer_address": ("127.0.0.1", 0)}, "--dev-issuer-address"),
+        ({"api_address": ("192.0.2.1", 8082), "plain_http": True}, "--api-address"),
+        ({"api_address": ("192.0.2.1", 8082), "api_tls": True}, "--api-address"),
+        ({"roles": frozenset({Role.API})}, "--dev-issuer"),
+    ],
+)
+def test_nobody_beyond_this_machine_may_reach_it(tmp_path, given, field):
+    settings = Settings(home=tmp_path, cache=tmp_path, dev_issuer=True, **given)
+    with pytest.raises(InvalidInput, match=field) as caught:
+        entry._check_address(settings)
+    assert caught.value.field == field
+
+
+def test_it_has_a_name_only_where_there_is_one(tmp_path):
+    settings = Settings(home=tmp_path, cache=tmp_path, dev_issuer=True)
+    entry._check_address(settings)
+    assert settings.dev_issuer_url == URL
+    assert Settings(home=tmp_path, cache=tmp_path).dev_issuer_url is None
