@@ -29,7 +29,8 @@ COMMANDS = {
     "toolchain": "Get the tools that bkpool runs, and say where they are.",
     "doctor": "Check whether this machine has what bkpool needs.",
     "version": "Show the version.",
-    "oidc-token": "Get a token from the development issuer (a later release).",
+    "auth": "Explain who may use a pool, and who is believed.",
+    "oidc-token": "Get a token from the development issuer.",
 }
 """Every command with its summary, in the order of the help. Its module has its name and a click command `command`."""
 
@@ -42,8 +43,9 @@ bkpool build -t app:1 .            build on a leased worker
 bkpool down                        stop it
 
 Environment: BKCTL_ENDPOINT (default: the appliance running here, else http://localhost:8082), BKCTL_TOKEN,
-BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT, BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN,
-BKPOOL_HOME, BKPOOL_CACHE.
+BKCTL_TOKEN_FILE, BKCTL_AUDIENCE, BKCTL_OIDC_ISSUER, BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT,
+BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN, BKPOOL_HOME, BKPOOL_CACHE. In GitHub Actions, GitLab CI and pods the
+platform's own token is found.
 """  # \b keeps click from filling the paragraph
 
 

@@ -12,7 +12,6 @@ import click
 from bkpool.cli import console, home, options
 from bkpool.cli import lease as leases
 from bkpool.cli.client import Client
-from bkpool.core import durations
 from bkpool.core.errors import BkpoolError
 from bkpool.core.names import DEFAULT_POOL
 
@@ -37,13 +36,13 @@ def command(*, pool: str, namespace: str, ttl: str, job_id: str, wait: str, out:
 
     The answer is JSON (workerName, token, endpoint, gatewayEndpoint, expiresAt, and caCert, clientCert, clientKey in
     base64) when stdout is no terminal. On a terminal the certificates are written to a private directory, and the
-    command is shown that makes a builder of them.
+    command is shown that makes a builder of them. The key is made on this machine and is sent to nobody.
     """
     directory = leases.prepared(out) if out else None
-    client = Client()
+    client = Client(asked=options.asked())
     request = {"poolName": pool, "namespace": namespace, "jobId": job_id, "ttl": ttl, "wait": wait}
     with console.Progress(f"waiting for a worker of pool {pool}"):
-        lease = client.allocate(request, wait=durations.parse(wait).total_seconds())
+        lease = leases.allocated(client, request)
     people = sys.stdout.isatty() and not as_json
     try:
         if people and directory is None:

@@ -99,7 +99,7 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
 
     buildx = str(tools.ensure([Tool.BUILDX])[Tool.BUILDX])
     request = {"poolName": pool, "namespace": namespace, "jobId": uuid.uuid4().hex, "ttl": ttl, "wait": wait}
-    with Signals() as signals, _leased(Client(), request, wait, signals) as lease:
+    with Signals() as signals, _leased(Client(asked=options.asked()), request, signals) as lease:
         if lease is not None:
             with _builder(buildx, lease, signals) as environment:
                 return _run([buildx, "build", "--builder", BUILDER, *args], environment, signals)
@@ -107,9 +107,9 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
 
 
 @contextmanager
-def _leased(client: Client, request: dict[str, Any], wait: str, signals: Signals) -> Iterator[dict[str, Any] | None]:
+def _leased(client: Client, request: dict[str, Any], signals: Signals) -> Iterator[dict[str, Any] | None]:
     """A lease, kept renewed until the end of the block and then released; None if a signal came first."""
-    lease = _allocate(client, request, wait, signals)
+    lease = _allocate(client, request, signals)
     if lease is None:
         yield None
         return
@@ -122,7 +122,7 @@ def _leased(client: Client, request: dict[str, Any], wait: str, signals: Signals
         _release(client, lease["token"])
 
 
-def _allocate(client: Client, request: dict[str, Any], wait: str, signals: Signals) -> dict[str, Any] | None:
+def _allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict[str, Any] | None:
     def stop(number: int) -> None:
         if not client.hang_up():
             raise SystemExit(128 + number)  # nothing was asked yet, so nothing can be lost
@@ -130,7 +130,7 @@ def _allocate(client: Client, request: dict[str, Any], wait: str, signals: Signa
     signals.act(stop)
     try:
         with console.Progress(f"waiting for a worker of pool {request['poolName']}"):
-            return client.allocate(request, wait=durations.parse(wait).total_seconds())
+            return leases.allocated(client, request)
     except BkpoolError:
         if signals.received is None:
             raise

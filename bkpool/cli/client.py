@@ -1,7 +1,7 @@
 """The API's client, on the standard library alone so that a command starts fast.
 
-It follows no redirect and uses no proxy: the bearer token goes where the user pointed and nowhere else, and the admin
-token of this machine only to the appliance of this machine.
+It follows no redirect and uses no proxy: the bearer token goes where the user pointed and nowhere else. Which token
+that is, is said in credentials.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import socket
 import ssl
 from contextlib import suppress
 from http import HTTPStatus
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
-from bkpool.cli import console, home
+from bkpool.cli import console, credentials, home
 from bkpool.core import errors
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
 from bkpool.core.names import API_PORT
@@ -24,9 +25,19 @@ from bkpool.core.names import API_PORT
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 30.0
 """Seconds beyond any time that a call may wait by its own nature."""
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _LONGEST = 16 << 20
 """Bytes of an answer that are read at most: a thousand workers take one or two MiB."""
+
+
+class NamedLease(NamedTuple):
+    """A lease by its worker, for its holder. The fields are the API's."""
+
+    workerName: str  # noqa: N815
+    namespace: str
+
+
+Lease = str | NamedLease
+"""By its token, or by its worker."""
 
 
 class Client:
@@ -34,9 +45,10 @@ class Client:
 
     Args:
         endpoint: Which appliance; by default the environment decides, else the one that runs here.
+        asked: Who the caller wants to be, where there is a development issuer.
     """
 
-    def __init__(self, endpoint: str = "") -> None:
+    def __init__(self, endpoint: str = "", asked: credentials.Asked | None = None) -> None:
         """Finds the endpoint and the credential: environment first, then the appliance that runs here.
 
         Raises:
@@ -46,8 +58,9 @@ class Client:
         given = endpoint or os.environ.get("BKCTL_ENDPOINT", "")
         self.endpoint = given or (appliance.api if appliance else f"http://localhost:{API_PORT}")
         self._url = _parsed(self.endpoint)
-        self._token = _bearer(self._url, appliance)
-        self._tls = _tls_context() if self._url.scheme == "https" else None
+        self._own = appliance is not None and appliance.is_at(self._url)
+        self._credential = credentials.find(appliance, asked, own=self._own)
+        self._tls = _tls_context(appliance if self._own else None) if self._url.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
         self._asked = False
         if os.environ.get("BKCTL_ALLOW_NO_AUTH"):
@@ -57,26 +70,38 @@ class Client:
 
     def allocate(self, request: dict[str, Any], *, wait: float) -> dict[str, Any]:
         """Leases a worker; returns when it is ready, or fails after `wait` seconds."""
-        lease = self._call("POST", "/api/v1/workers/allocate", request, timeout=wait + ANSWER_TIMEOUT)
+        lease = self._call(
+            "POST", "/api/v1/workers/allocate", request, self._credential, timeout=wait + ANSWER_TIMEOUT
+        )
         if gateway := os.environ.get("BKCTL_GATEWAY_ENDPOINT"):
             lease["gatewayEndpoint"] = gateway
         return lease
 
-    def renew(self, token: str, ttl: str) -> dict[str, Any]:
+    def renew(self, lease: Lease, ttl: str) -> dict[str, Any]:
         """Lets a lease run for `ttl` (a Go duration) from now."""
-        return self._call("POST", "/api/v1/workers/renew", {"token": token, "ttl": ttl})
+        return self._change("renew", lease, {"ttl": ttl})
 
-    def release(self, token: str) -> dict[str, Any]:
+    def release(self, lease: Lease) -> dict[str, Any]:
         """Gives a worker back."""
-        return self._call("POST", "/api/v1/workers/release", {"token": token})
+        return self._change("release", lease, {})
+
+    def check(self, token: str, pool: str, namespace: str) -> dict[str, Any]:
+        """Whether the bearer of a token may use a pool, and why; this machine's admin is told more than others."""
+        body = {"token": token, "poolName": pool, "namespace": namespace}
+        return self._call("POST", "/api/v1/auth/check", body, credentials.admin() if self._own else None)
 
     def pools(self) -> dict[str, Any]:
         """All pools."""
-        return self._call("GET", "/api/v1/pools")
+        return self._call("GET", "/api/v1/pools", None, self._credential)
+
+    def issuers(self) -> dict[str, Any]:
+        """The configured issuers of callers' tokens."""
+        return self._call("GET", "/api/v1/issuers", None, self._credential)
 
     def pool(self, name: str, namespace: str) -> dict[str, Any]:
         """One pool with its workers."""
-        return self._call("GET", f"/api/v1/pools/{quote(name, safe='')}?{urlencode({'namespace': namespace})}")
+        path = f"/api/v1/pools/{quote(name, safe='')}?{urlencode({'namespace': namespace})}"
+        return self._call("GET", path, None, self._credential)
 
     def hang_up(self) -> bool:
         """Tells the server that nobody waits any more; for a signal handler. False: nothing was asked yet.
@@ -90,12 +115,40 @@ class Client:
                 sock.shutdown(socket.SHUT_WR)
         return self._asked
 
+    def _change(self, verb: str, lease: Lease, more: dict[str, Any]) -> dict[str, Any]:
+        """A lease's token is itself the right to change it: who has it is asked for no other."""
+        path = f"/api/v1/workers/{verb}"
+        if isinstance(lease, str):
+            return self._call("POST", path, {"token": lease, **more}, None)
+        return self._call("POST", path, {**lease._asdict(), **more}, self._credential)
+
     def _call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout: float = ANSWER_TIMEOUT
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        credential: credentials.Credential | None,
+        *,
+        timeout: float = ANSWER_TIMEOUT,
+    ) -> dict[str, Any]:
+        """One call. Where the credential is refused and there is a newer one, the call is made again, once."""
+        token = credential.bearer() if credential else None
+        try:
+            return self._exchange(method, path, body, timeout, token)
+        except errors.Unauthenticated as error:
+            newer = credential.bearer(anew=True) if credential else None
+            if newer != token:
+                return self._exchange(method, path, body, timeout, newer)
+            if credential:
+                error.hint = f"{error.hint} The token was that of {credential.name}.".lstrip()
+            raise
+
+    def _exchange(
+        self, method: str, path: str, body: dict[str, Any] | None, timeout: float, token: str | None
     ) -> dict[str, Any]:
         headers = {"Accept": "application/json", "Connection": "close"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         if body is not None:
             headers["Content-Type"] = "application/json"
         connection = self._connection = self._connect()
@@ -148,8 +201,8 @@ class Client:
         code = str(why.get("code") or "")
         kind = classes.get(code) or by_status.get(status, BkpoolError)
         hint = str(why.get("hint") or "")
-        if kind is errors.Unauthenticated and not self._token:
-            hint = "Set BKCTL_TOKEN; only the appliance of this machine is called without it."
+        if kind is errors.Unauthenticated and not self._credential:
+            hint = credentials.without_one(os.environ)
         return kind(
             why["message"],
             hint=hint,
@@ -203,39 +256,35 @@ def _parsed(endpoint: str) -> SplitResult:
     return url
 
 
-def _bearer(url: SplitResult, appliance: home.Appliance | None) -> str | None:
-    """BKCTL_TOKEN wherever the user points; the admin token only to the appliance that runs from this home."""
-    given = os.environ.get("BKCTL_TOKEN", "").strip()
-    if given:
-        if not (given.isascii() and given.isprintable() and " " not in given):
-            raise InvalidInput(
-                "BKCTL_TOKEN: has characters in it that no bearer token has",
-                hint="Set it to the token alone, without quotes or line ends.",
-                field="BKCTL_TOKEN",
-            )
-        return given
-    if appliance is None:
-        return None
-    own = urlsplit(appliance.api)
-    same = url.port == own.port and url.scheme == own.scheme
-    near = url.hostname == own.hostname or {url.hostname, own.hostname} <= _LOOPBACK
-    return home.admin_token() if same and near else None
-
-
-def _tls_context() -> ssl.SSLContext:
-    ca = os.environ.get("BKCTL_TLS_CA_CERT") or None
+def _tls_context(own: home.Appliance | None) -> ssl.SSLContext:
+    """Who must prove to be the appliance: one of this home says by itself whom to trust."""
+    told = own.described if own else {}
+    given, pinned = os.environ.get("BKCTL_TLS_CA_CERT"), told.get("apiCert")
+    ca = given or told.get("apiCa")
     try:
-        context = ssl.create_default_context(cafile=ca)
-    except OSError as error:  # ssl.SSLError is one
+        context = _pinned(Path(pinned)) if pinned and not given else ssl.create_default_context(cafile=ca or None)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        source = "BKCTL_TLS_CA_CERT" if given or not own else "appliance.json"
         raise InvalidInput(
-            f"BKCTL_TLS_CA_CERT: {ca!r} is not a readable file of PEM certificates ({error.strerror or error})",
-            hint="Name the file with the CA's certificate.",
-            field="BKCTL_TLS_CA_CERT",
+            f"{source}: {ca or pinned!r} is not a readable file of PEM certificates "
+            f"({getattr(error, 'strerror', None) or error})",
+            hint="Name the file with the CA's certificate in BKCTL_TLS_CA_CERT.",
+            field=source,
         ) from None
     if _flag("BKCTL_TLS_SKIP_VERIFY"):
         console.note("note: BKCTL_TLS_SKIP_VERIFY is set: whoever answers is believed to be the appliance.")
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _pinned(file: Path) -> ssl.SSLContext:
+    """Only the very certificate that the appliance here was given, by whatever name it is called."""
+    first, end, _ = file.read_text("ascii", "replace").partition("-----END CERTIFICATE-----")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(cadata=first + end)
     return context
 
 

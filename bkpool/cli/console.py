@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from threading import Lock, Timer
 from time import monotonic
 from types import TracebackType
@@ -18,11 +18,28 @@ import click
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.status import Status
+    from rich.table import Table
 
 PATIENCE = 1.0
 """Seconds that pass before a wait is worth a word."""
 SIGN_OF_LIFE = 10.0
 """Seconds after which a plain line says again what is being waited for."""
+
+
+def table(
+    heads: Iterable[str], rows: Iterable[Sequence[RenderableType]], *, long: Collection[str] = frozenset()
+) -> Table:
+    """A table for a terminal; only the columns named in `long` are broken into lines."""
+    from rich.table import Table  # noqa: PLC0415 - on a terminal only
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in heads:
+        table.add_column(head, overflow="fold", no_wrap=head not in long)
+    for row in rows:
+        # Text, so that nothing in a name is taken for rich's markup.
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def note(text: str) -> None:

@@ -10,8 +10,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from bkpool.home.lock import holder
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def home() -> Path:
@@ -33,15 +36,33 @@ class Appliance:
     backend: str
     described: dict[str, Any]
 
+    @property
+    def dev_issuer(self) -> str | None:
+        """The URL of its development issuer, where it runs one."""
+        return self.described.get("devIssuer")
+
+    def is_at(self, url: SplitResult) -> bool:
+        """Whether this URL leads to it."""
+        own = urlsplit(self.api)
+        same = url.port == own.port and url.scheme == own.scheme
+        return same and (url.hostname == own.hostname or {url.hostname, own.hostname} <= LOOPBACK)
+
 
 def running() -> Appliance | None:
     """The appliance of this home; None if there is none, it is not ready yet, or it died without a word."""
     try:
         told = json.loads((home() / "appliance.json").read_bytes())
-        found = Appliance(int(told["pid"]), told["apiEndpoint"], told["gatewayEndpoint"], told["backend"], told)
+        found = Appliance(
+            int(told["pid"]), _reached(told["apiEndpoint"]), told["gatewayEndpoint"], told["backend"], told
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if holder(home()) == found.pid else None
+
+
+def _reached(endpoint: str) -> str:
+    """How an endpoint is reached from here that listens on every interface."""
+    return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 
 def admin_token() -> str | None:

@@ -1,6 +1,6 @@
 """A lease in the hands of its holder: its certificates on disk, and the buildx command that uses them.
 
-Keys are written 0600 and never leave the directory that they were asked into.
+Keys are made here, written 0600, and never leave the directory that they were asked into.
 """
 
 from __future__ import annotations
@@ -13,12 +13,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bkpool.cli import keys
+from bkpool.cli.client import Client
 from bkpool.cli.options import LEASE_FILE
+from bkpool.core import durations
 from bkpool.core.errors import HostFault, Unavailable
 
 FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
 """File name to field of the allocation's answer, each base64 of PEM."""
 _WITHOUT_KEY = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
+
+
+def allocated(client: Client, request: dict[str, Any]) -> dict[str, Any]:
+    """Leases a worker with a key of our own; the answer has it as `clientKey`, as the contract has one.
+
+    Args:
+        client: Who asks.
+        request: The body of the call, without `csr`.
+    """
+    key, csr = keys.make()
+    lease = client.allocate({**request, "csr": csr}, wait=durations.parse(request["wait"]).total_seconds())
+    return lease | {"clientKey": base64.b64encode(key).decode()}
 
 
 def prepared(directory: Path) -> Path:

@@ -20,9 +20,12 @@ from bkpool.core.names import DEFAULT_NAMESPACE, SYSTEM_NAMESPACE
     show_default=True,
     help="A namespace in which there may be pools; repeatable. It must exist.",
 )
-def command(namespace: str, replicas: int, image: str | None, pool_namespaces: tuple[str, ...]) -> None:
+@click.option("--api-tls", is_flag=True, help="Serve the API over TLS, certified by bkpool's own CA.")
+def command(
+    *, namespace: str, replicas: int, image: str | None, pool_namespaces: tuple[str, ...], api_tls: bool
+) -> None:
     """Print the manifests of an appliance in a cluster, as YAML: for `bkpool manifests | kubectl apply -f -`."""
     from bkpool.cluster.manifests import IMAGE, Install, render  # noqa: PLC0415 - what others need not wait for
 
-    install = Install(namespace, replicas, image or IMAGE, pool_namespaces)
+    install = Install(namespace, replicas, image or IMAGE, pool_namespaces, api_tls)
     click.echo(render(install), nl=False)

@@ -1,23 +1,69 @@
-"""`bkpool oidc-token`: its name is kept for the development issuer, which is not here yet."""
+"""`bkpool oidc-token`: a token of the development issuer, as a CI platform would give one to a job."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import json
+import os
 
 import click
 
-from bkpool.cli import options
-from bkpool.core.errors import Unavailable
+from bkpool.cli import console, credentials, home, options
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import DEV_ISSUER_PORT
 
 
-@click.command(
-    short_help="Get a token from the development issuer (a later release).",
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+@click.command(short_help="Get a token from the development issuer.")
+@click.option("--issuer", metavar="URL", help="[default: $BKCTL_OIDC_ISSUER, else the one that runs here]")
+@click.option("--actor", "--oidc-actor", help="Who it is for.  [default: you]")
+@click.option("--repository", "--oidc-repository", metavar="OWNER/NAME", help="Whose job it is.")
+@click.option("--subject", "--oidc-subject", help="The claim `sub`.  [default: as GitHub's, else the actor]")
+@click.option("--audience", help="[default: $BKCTL_AUDIENCE, else buildkit-controller]")
+@click.option(
+    "--claim", "claims", metavar="NAME=VALUE", multiple=True, help="A further one; JSON or text. Repeatable."
 )
-@options.older_identity
-def command() -> NoReturn:
-    """Get a token from the development issuer, which comes in a later release."""
-    raise Unavailable(
-        "oidc-token comes with the development issuer in a later release",
-        hint="Here the local admin token is found by itself; elsewhere set BKCTL_TOKEN.",
-    )
+@click.option("--duration", default="1h", show_default=True, callback=options.duration, help="At most 24h.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON: token and expiresIn.")
+def command(
+    *,
+    issuer: str | None,
+    actor: str | None,
+    repository: str | None,
+    subject: str | None,
+    audience: str | None,
+    claims: tuple[str, ...],
+    duration: str,
+    as_json: bool,
+) -> None:
+    """Get a token from the development issuer of `bkpool up --dev-issuer`, bare, also on a terminal.
+
+    As in: export BKCTL_TOKEN=$(bkctl oidc-token --actor me --repository org/app)
+    """
+    from bkpool.cli import issuers  # noqa: PLC0415 - only who asks an issuer needs it
+
+    request = credentials.Asked(actor, repository, subject).request(duration=duration)
+    request["claims"] |= dict(_claim(text) for text in claims)
+    request["aud"] = audience or request["aud"]
+    told = issuers.mint(issuer or _known(), request)
+    if as_json:
+        console.answer(told, as_json=True, show=str)
+    else:
+        click.echo(told["token"])
+
+
+def _known() -> str:
+    """The issuer where none is named."""
+    running = home.running()
+    here = running.dev_issuer if running else None
+    return os.environ.get("BKCTL_OIDC_ISSUER") or here or f"http://localhost:{DEV_ISSUER_PORT}"
+
+
+def _claim(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InvalidInput(
+            f"--claim: {text[:80]!r} is not of the form NAME=VALUE", hint="As ref=refs/heads/main.", field="--claim"
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from bkpool.cli import console
+from bkpool.cli.client import Lease, NamedLease
+from bkpool.cli.credentials import Asked
 from bkpool.core import durations, tokens
 from bkpool.core.errors import InvalidInput, NotFound
 from bkpool.core.names import DEFAULT_NAMESPACE
@@ -23,6 +24,7 @@ LEASE_TOKEN = "BKPOOL_LEASE_TOKEN"  # noqa: S105 - the name of a variable
 LEASE_FILE = "lease.json"
 """In the directory of `allocate --out`: the lease without its key."""
 _LONGEST_FILE = 1 << 20
+_ASKED = "bkpool.asked"
 
 namespace = click.option(
     "-n",
@@ -45,6 +47,9 @@ token = click.option(
     f"directory of `allocate --out`, or the token itself, which others on this machine can then see. Without it: "
     f"${LEASE_TOKEN}.",
 )
+worker = click.option(
+    "--worker", metavar="NAME", help="The lease by its worker's name instead, for whoever made it; with --namespace."
+)
 
 
 def duration(_ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -58,20 +63,36 @@ def duration(_ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def older_identity(command: F) -> F:
-    """The options by which the older bkctl said who is calling; accepted, explained, and of no effect."""
+    """The options by which the older bkctl said who is calling: a development issuer then makes a token of them."""
     flags = ("--oidc-actor", "--oidc-repository", "--oidc-subject")
     return reduce(
-        lambda made, flag: click.option(flag, hidden=True, expose_value=False, callback=_explain)(made),
+        lambda made, flag: click.option(flag, hidden=True, expose_value=False, callback=_remember)(made),
         flags,
         command,
     )
 
 
-def _explain(_ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    if value is not None:
-        console.note(
-            f"note: {param.opts[0]} is not needed any more: who calls is what the bearer token (BKCTL_TOKEN) says."
-        )
+def asked() -> Asked:
+    """What the options of `older_identity` said in the command that runs."""
+    return Asked(**click.get_current_context().meta.get(_ASKED, {}))
+
+
+def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta.setdefault(_ASKED, {})[str(param.name).removeprefix("oidc_")] = value
+
+
+def lease(given: str | None, worker: str | None, namespace: str) -> Lease:
+    """The lease that `--worker`, or else `--token`, names. Raises as lease_token does."""
+    if worker is None:
+        return lease_token(given)
+    if _from_argv("token"):
+        raise InvalidInput("--worker: --token names a lease, too", hint="Give one of them.", field="--worker")
+    return NamedLease(worker, namespace)
+
+
+def _from_argv(parameter: str) -> bool:
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is click.core.ParameterSource.COMMANDLINE
 
 
 def lease_token(given: str | None) -> str:
@@ -85,7 +106,7 @@ def lease_token(given: str | None) -> str:
     if not given:
         raise InvalidInput(
             "--token: no lease is named",
-            hint=f"Give `--token -` and the token on stdin, `--token FILE`, or ${LEASE_TOKEN}.",
+            hint=f"Give `--token -` and the token on stdin, `--token FILE`, ${LEASE_TOKEN}, or --worker NAME.",
             field="--token",
         )
     if given == "-":

@@ -1,4 +1,4 @@
-"""`bkpool release`: gives a worker back. The token itself is the right to ask."""
+"""`bkpool release`: gives a worker back. The lease's token is itself the right to ask, and so is having made it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from bkpool.cli.client import Client
 
 @click.command(short_help="Give a leased worker back.")
 @options.token
+@options.worker
+@options.namespace
 @options.as_json
-def command(token: str | None, as_json: bool) -> None:
+@options.older_identity
+def command(*, token: str | None, worker: str | None, namespace: str, as_json: bool) -> None:
     """Give a leased worker back.
 
     New connections are refused from now on; a build that still runs may finish.
     """
-    told = Client().release(options.lease_token(token))
+    told = Client(asked=options.asked()).release(options.lease(token, worker, namespace))
     console.answer(told, as_json=as_json, show=lambda: str(told.get("status", "released")))

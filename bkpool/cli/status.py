@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from bkpool.cli.client import Client
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
 _LONG = frozenset({"job", "holder", "message"})
 _STYLES = {"Idle": "green", "Allocated": "cyan", "Failed": "red", "Draining": "yellow"}
@@ -23,9 +22,10 @@ _STYLES = {"Idle": "green", "Allocated": "cyan", "Failed": "red", "Draining": "y
 @click.option("-p", "--pool", help="Only this pool, with its workers.")
 @options.namespace
 @options.as_json
+@options.older_identity
 def command(pool: str | None, namespace: str, as_json: bool) -> None:
     """Show the pools, or one pool with its workers."""
-    client = Client()
+    client = Client(asked=options.asked())
     if pool is None:
         told = client.pools()
         console.answer(told, as_json=as_json, show=lambda: _pools(told.get("pools", [])))
@@ -60,7 +60,11 @@ def _pools(pools: Sequence[dict[str, Any]]) -> RenderableType:
         if condition.get("message") and not (condition.get("type") == "Ready" and condition.get("status") == "True")
     ]
     gateways = dict.fromkeys(str(pool.get("gatewayEndpoint")) for pool in pools)
-    return Group(_table(heads, rows), *(Text(f"gateway {gateway}", style="dim") for gateway in gateways), *remarks)
+    return Group(
+        console.table(heads, rows, long=_LONG),
+        *(Text(f"gateway {gateway}", style="dim") for gateway in gateways),
+        *remarks,
+    )
 
 
 def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
@@ -77,20 +81,7 @@ def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
         )
         for worker in workers
     )
-    return _table(("worker", "phase", "job", "holder", "expires", "message"), rows)
-
-
-def _table(heads: Iterable[str], rows: Iterable[Sequence[RenderableType]]) -> Table:
-    from rich.table import Table  # noqa: PLC0415 - on a terminal only
-    from rich.text import Text  # noqa: PLC0415
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head not in _LONG)
-    for row in rows:
-        # Text, so that nothing in a name is taken for rich's markup.
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return table
+    return console.table(("worker", "phase", "job", "holder", "expires", "message"), rows, long=_LONG)
 
 
 def _from_now(moment: str | None) -> str:

@@ -28,6 +28,11 @@ _OPTIONS = {
     "metrics_address": "--metrics-address",
     "drain_timeout": "--drain-timeout",
     "plain_http": "--plain-http",
+    "api_tls": "--api-tls",
+    "api_cert": "--api-cert",
+    "api_key": "--api-key",
+    "dev_issuer": "--dev-issuer",
+    "dev_issuer_address": "--dev-issuer-address",
     "cluster": "--cluster",
     "node_image": "--node-image",
     "buildkit_image": "--buildkit-image",
@@ -146,6 +151,13 @@ def _pool(_ctx: click.Context, param: click.Parameter, value: str | None) -> Key
 )
 @click.option("--image", metavar="IMAGE", help="In a cluster: bkpool's own, for the gateways.")
 @click.option("--plain-http", is_flag=True, help="Serve the API in clear beyond this machine too.")
+@click.option("--api-tls", is_flag=True, help="Serve the API over TLS, certified by bkpool's own CA.")
+@click.option("--api-cert", type=_FILE, help="Serve it over TLS with this certificate (PEM, with its chain).")
+@click.option("--api-key", type=_FILE, help="The key of --api-cert (PEM).")
+@click.option(
+    "--dev-issuer", is_flag=True, help="Also run an issuer that makes tokens for whoever asks: for trying things out."
+)
+@click.option("--dev-issuer-address", metavar="HOST:PORT", callback=_address, help="[default: 127.0.0.1:8888]")
 @options.as_json
 def command(detach: bool, as_json: bool, **given: Any) -> int:
     """Start the appliance on this machine.
@@ -157,8 +169,9 @@ def command(detach: bool, as_json: bool, **given: Any) -> int:
     for name in ("pool_files", "image_archives"):
         if files := settings.get(name):
             settings[name] = tuple(_readable(path, _OPTIONS[name]) for path in files)
-    if "kubeconfig" in settings:
-        settings["kubeconfig"] = _readable(settings["kubeconfig"], "--kubeconfig")
+    for name in ("kubeconfig", "api_cert", "api_key"):
+        if name in settings:
+            settings[name] = _readable(settings[name], _OPTIONS[name])
     if running := home.running():
         _answer(_same(running, settings), "bkpool is running already", as_json=as_json)
         return 0
@@ -200,6 +213,8 @@ def _same(running: home.Appliance, settings: dict[str, Any]) -> dict[str, Any]:
         ("--backend", running.backend, settings.get("backend", running.backend) == running.backend),
         ("--api-address", running.api, _on_port(running.api, settings.get("api_address"))),
         ("--gateway-address", running.gateway, _on_port(running.gateway, settings.get("gateway_address"))),
+        ("--api-tls", running.api, not {"api_tls", "api_cert"} & settings.keys() or running.api.startswith("https")),
+        ("--dev-issuer", "no development issuer", not settings.get("dev_issuer") or running.dev_issuer is not None),
     )
     for option, has, fits in asked:
         if not fits:
@@ -261,6 +276,8 @@ def _answer(told: dict[str, Any], headline: str, *, as_json: bool) -> None:
         f"  gateway  {told.get('gatewayEndpoint')}",
         f"  metrics  {told.get('metricsEndpoint')}",
     ]
+    if issuer := told.get("devIssuer"):
+        lines.append(f"  issuer   {issuer} (for development: a token for whoever asks)")
     steps = ["", "next: bkpool build -t app:1 .", "      bkpool allocate", "stop: bkpool down"]
     console.answer(told, as_json=as_json, show=lambda: "\n".join(lines + steps))
     if not sys.stdout.isatty():

@@ -15,7 +15,7 @@ from queue import Queue
 
 import pytest
 
-from bkpool.cli import program
+from bkpool.cli import credentials, program
 from bkpool.cli.errors import guarded
 from bkpool.home.lock import HomeLock
 
@@ -36,7 +36,6 @@ LEASE = {
     "expiresAt": "2030-01-01T00:00:00Z",
     "caCert": pem("CA"),
     "clientCert": pem("CERT"),
-    "clientKey": pem("KEY"),
 }
 
 
@@ -59,6 +58,7 @@ class Api(ThreadingHTTPServer):
         self.calls = Queue()
         self.answers = {
             "allocate": (200, LEASE),
+            "check": (200, {"allowed": True, "reason": "as it is"}),
             "renew": (200, {"expiresAt": "2030-01-01T00:00:00Z", "workerName": "default-worker-0"}),
             "release": (200, {"status": "released"}),
         }
@@ -143,11 +143,17 @@ def bkpool(environment, tmp_path):
     return run
 
 
+def forget_surroundings(monkeypatch):
+    """No credential and no setting of wherever the tests run."""
+    for name in [name for name in os.environ if name.startswith(("BKCTL_", "BKPOOL_", "ACTIONS_", "GITHUB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(credentials, "POD", Path("/nonexistent"))
+
+
 @pytest.fixture
 def called(home, monkeypatch, capsys):
     """Runs the program within this process, for what has nothing to do with processes."""
-    for name in [name for name in os.environ if name.startswith(("BKCTL_", "BKPOOL_"))]:
-        monkeypatch.delenv(name)
+    forget_surroundings(monkeypatch)
     monkeypatch.setenv("BKPOOL_HOME", str(home))
     monkeypatch.setattr("sys.stdin", io.StringIO())
 

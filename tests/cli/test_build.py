@@ -158,7 +158,7 @@ def test_a_builder_that_cannot_be_made_is_one_line_and_the_lease_is_released(bkp
 
 def test_an_answer_without_certificates_is_released_too(bkpool, api, appliance):
     status, lease = api.answers["allocate"]
-    api.answers["allocate"] = (status, lease | {"clientKey": "***"})
+    api.answers["allocate"] = (status, lease | {"clientCert": "***"})
     assert bkpool("build", ".").returncode == 69
     api.next("allocate")
     api.next("release")

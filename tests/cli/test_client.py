@@ -2,24 +2,23 @@
 
 import json
 import socket
+import ssl
 import threading
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from bkpool.cli.client import Client
+from bkpool.cli.client import Client, NamedLease
 from bkpool.core import errors
+from bkpool.pki.authority import Authority
+from bkpool.pki.chain import load_chain
+
+from .conftest import forget_surroundings
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, home):
-    for name in (
-        "BKCTL_ENDPOINT",
-        "BKCTL_TOKEN",
-        "BKCTL_TLS_CA_CERT",
-        "BKCTL_TLS_SKIP_VERIFY",
-        "BKCTL_ALLOW_NO_AUTH",
-    ):
-        monkeypatch.delenv(name, raising=False)
+    forget_surroundings(monkeypatch)
     monkeypatch.setenv("BKPOOL_HOME", str(home))
 
 
@@ -83,7 +82,8 @@ def test_an_error_of_the_server_is_the_same_error_here(api, appliance, status, c
     with pytest.raises(kind) as caught:
         Client().pools()
     error = caught.value
-    assert (error.message, error.hint, error.code, error.exit_code) == ("what", "how", code, exit_code)
+    source = " The token was that of admin.token." if status == 401 else ""
+    assert (error.message, error.hint, error.code, error.exit_code) == ("what", f"how{source}", code, exit_code)
     assert (error.field, error.retry_after) == ("ttl", 3)
 
 
@@ -93,6 +93,29 @@ def test_a_caller_without_credential_is_told_where_one_comes_from(api, monkeypat
     with pytest.raises(errors.Unauthenticated) as caught:
         Client().pools()
     assert "BKCTL_TOKEN" in caught.value.hint
+
+
+def test_a_job_without_the_permission_is_told_of_it(api, monkeypatch):
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no token"}})
+    with pytest.raises(errors.Unauthenticated) as caught:
+        Client().pools()
+    assert "id-token: write" in caught.value.hint
+
+
+def test_whoever_has_a_leases_token_sends_no_other(api, appliance):
+    Client().release("t" * 43)
+    Client().renew("t" * 43, "1h")
+    for _ in range(2):
+        assert "Authorization" not in api.next().headers
+
+
+def test_a_lease_is_named_by_its_worker_with_the_callers_own_token(api, appliance):
+    Client().release(NamedLease("w", "team"))
+    call = api.next("release")
+    assert call.body == {"workerName": "w", "namespace": "team"}
+    assert call.headers["Authorization"] == "Bearer admin-secret"
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b"", b'{"error": "x"}', b'{"error": {"message": 1}}'])
@@ -158,3 +181,77 @@ def test_an_endpoint_may_leave_out_the_scheme_and_a_host_that_is_no_host_is_said
     monkeypatch.setenv("BKCTL_ENDPOINT", "a" * 70 + ".invalid:1")
     with pytest.raises(errors.Unavailable, match=r"cannot be reached|no host"):
         Client().pools()
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return Authority.create(datetime.now(UTC))
+
+
+@pytest.fixture
+def over_tls(api, appliance, home, authority, tmp_path):
+    """The appliance of this home over TLS, certified for these names; it says this of whom to trust."""
+
+    def serve(*names, **told):
+        now = datetime.now(UTC)
+        leaf = authority.issue_server(names, [], now, now + timedelta(days=1))
+        (tmp_path / "tls.crt").write_bytes(leaf.cert_pem + authority.cert_pem)
+        (tmp_path / "ca.crt").write_bytes(authority.cert_pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        load_chain(context, leaf.cert_pem, leaf.key_pem)
+        api.socket = context.wrap_socket(api.socket, server_side=True)
+        appliance["apiEndpoint"] = api.url.replace("http://127.0.0.1", "https://localhost")
+        told = {name: str(tmp_path / file) for name, file in told.items()}
+        (home / "appliance.json").write_text(json.dumps(appliance | told))
+        api.handle_error = lambda *_: None  # a client that trusts nobody hangs up in the handshake
+
+    return serve
+
+
+def test_the_authority_of_the_appliance_here_is_trusted_by_itself(api, over_tls):
+    over_tls("localhost", apiCa="ca.crt")
+    assert ask(api) == "Bearer admin-secret"
+
+
+def test_a_certificate_that_it_was_given_is_known_by_whatever_name(api, over_tls):
+    over_tls("build.example.com", apiCert="tls.crt")
+    assert ask(api) == "Bearer admin-secret"
+
+
+@pytest.mark.parametrize("told", [{}, {"apiCa": "ca.crt"}])
+def test_another_name_or_an_authority_that_nobody_named_is_refused(api, over_tls, told):
+    over_tls("build.example.com", **told)
+    with pytest.raises(errors.Unavailable, match="no TLS connection") as caught:
+        Client().pools()
+    assert "BKCTL_TLS_CA_CERT" in caught.value.hint
+
+
+def test_the_given_certificate_alone_is_trusted_and_not_what_its_authority_signs(api, over_tls, authority, tmp_path):
+    over_tls("localhost", apiCert="tls.crt")
+    now = datetime.now(UTC)
+    another = authority.issue_server(["localhost"], [], now, now + timedelta(days=1))
+    (tmp_path / "tls.crt").write_bytes(another.cert_pem + authority.cert_pem)
+    with pytest.raises(errors.Unavailable, match="no TLS connection"):
+        Client().pools()
+
+
+def test_the_users_word_comes_before_what_the_appliance_says(api, over_tls, monkeypatch, tmp_path):
+    over_tls("localhost", apiCert="nope")
+    monkeypatch.setenv("BKCTL_TLS_CA_CERT", str(tmp_path / "ca.crt"))
+    assert ask(api) == "Bearer admin-secret"
+
+
+@pytest.mark.parametrize(("told", "content"), [("apiCa", None), ("apiCert", None), ("apiCert", "no certificate")])
+def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, told, content):
+    over_tls("localhost", **{told: "gone.crt"})
+    if content:
+        (tmp_path / "gone.crt").write_text(content)
+    with pytest.raises(errors.InvalidInput, match="gone"):
+        Client()
+
+
+def test_an_appliance_on_every_interface_is_called_on_this_one(api, appliance, home):
+    appliance["apiEndpoint"] = api.url.replace("127.0.0.1", "0.0.0.0")
+    (home / "appliance.json").write_text(json.dumps(appliance))
+    assert ask(api) == "Bearer admin-secret"
+    assert Client().endpoint == api.url

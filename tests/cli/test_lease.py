@@ -1,5 +1,6 @@
 """allocate, renew, release, status: the real program against a server that speaks the contract."""
 
+import base64
 import io
 import json
 import signal
@@ -9,6 +10,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 TOKEN = "t0ken-" + "A" * 37
 PATIENCE = 20.0
@@ -21,7 +24,12 @@ def test_allocate_in_a_pipe_answers_with_the_contracts_json_and_nothing_else(bkp
         *("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt", "caCert", "clientCert", "clientKey")
     }
     call = api.next("allocate")
+    csr = x509.load_pem_x509_csr(call.body.pop("csr").encode())
     assert call.body == {"poolName": "big", "namespace": "team", "jobId": "j", "ttl": "30m", "wait": "10s"}
+    key = load_pem_private_key(base64.b64decode(json.loads(done.stdout)["clientKey"]), None)
+    assert csr.is_signature_valid
+    assert key.public_key() == csr.public_key()
+    assert key.curve.name == "secp256r1"
     assert call.headers["Authorization"] == "Bearer admin-secret"
 
 
@@ -37,7 +45,7 @@ def test_out_holds_private_files_and_the_command_has_absolute_paths(bkpool, api,
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in directory.iterdir()}
     assert modes == dict.fromkeys(("ca.crt", "client.crt", "client.key", "lease.json"), 0o600)
-    assert (directory / "client.key").read_text() == "-----BEGIN KEY-----\n"
+    assert (directory / "client.key").read_text().startswith("-----BEGIN PRIVATE KEY-----\n")
     options = f"cacert={directory}/ca.crt,cert={directory}/client.crt,key={directory}/client.key"
     assert done.stderr.split() == [
         *("docker", "buildx", "create", "--name", "default-worker-0", "--driver", "remote"),
@@ -124,6 +132,15 @@ def test_without_an_appliance_the_way_to_one_is_told(bkpool):
         (("renew", "-t", TOKEN, "--ttl", ""), "--ttl"),
         (("renew",), "--token"),
         (("release", "-t", "wrong-token"), "--token"),
+        (("release", "-t", TOKEN, "--worker", "w"), "--worker"),
+        (("up", "--dev-issuer-address", "8888"), "--dev-issuer-address"),
+        (("up", "--api-cert", "nope.pem"), "--api-cert"),
+        (("oidc-token", "--issuer", "http://issuer.example"), "--issuer"),
+        (("oidc-token", "--issuer", "https://me:secret@issuer.example"), "--issuer"),
+        (("oidc-token", "--claim", "x"), "--claim"),
+        (("oidc-token", "--duration", "soon"), "--duration"),
+        (("auth", "check", "--token-file", "nope", "-p", "x"), "--token-file"),
+        (("auth", "check", "--token-file", "-", "-p", "x"), "--token-file"),
         (("release", "-t", "-"), "--token"),
         (("up", "--api-address", "8082"), "--api-address"),
         (("up", "--gateway-address", "::1:1235"), "--gateway-address"),
@@ -160,6 +177,14 @@ def test_a_token_comes_from_anywhere_but_argv(called, api, appliance, tmp_path, 
 def test_older_scripts_may_still_give_the_token_itself(bkpool, api, appliance):
     assert bkpool("release", "--token", TOKEN).returncode == 0
     assert api.next("release").body == {"token": TOKEN}
+
+
+def test_a_lease_may_be_named_by_its_worker(called, api, appliance, monkeypatch):
+    monkeypatch.setenv("BKPOOL_LEASE_TOKEN", TOKEN)  # of whatever else runs here
+    assert called("release", "--worker", "w", "-n", "team")[0] == 0
+    assert api.next("release").body == {"workerName": "w", "namespace": "team"}
+    assert called("renew", "--worker", "w", "--ttl", "2h")[0] == 0
+    assert api.next("renew").body == {"workerName": "w", "namespace": "default", "ttl": "2h"}
 
 
 def test_renew_asks_for_the_new_time(bkpool, api, appliance):

@@ -10,16 +10,34 @@ from bkpool.cli import COMMANDS, program
 from bkpool.cli.errors import guarded
 from bkpool.core.errors import Gone
 
-HEAVY = {"aiohttp", "cryptography", "h2", "pydantic", "rich", "structlog", "yaml", "asyncio", "subprocess"}
+HEAVY = {
+    "aiohttp",
+    "urllib.request",
+    "h2",
+    "pydantic",
+    "rich",
+    "structlog",
+    "yaml",
+    "asyncio",
+    "subprocess",
+}
 
 
-@pytest.mark.parametrize("arguments", [("version",), ("allocate",), ("release", "-t", "t" * 43), ("--help",)])
+@pytest.mark.parametrize("arguments", [("version",), ("release", "-t", "t" * 43), ("--help",)])
 def test_a_light_command_imports_nothing_heavy(environment, api, appliance, arguments):
+    assert not _imported(environment, arguments) & {*HEAVY, "cryptography"}
+
+
+def test_allocate_imports_no_more_than_it_takes_to_make_a_key(environment, api, appliance):
+    assert not _imported(environment, ("allocate",)) & HEAVY
+
+
+def _imported(environment, arguments):
     started = [sys.executable, "-X", "importtime", "-m", "bkpool", *arguments]
     done = subprocess.run(started, env=environment, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "bkpool.cli" in imported
-    assert not imported & HEAVY
+    return imported
 
 
 def test_every_command_is_listed_with_its_own_summary():
@@ -53,12 +71,6 @@ def test_where_no_crash_can_be_kept_that_is_said(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "error: internal error (ZeroDivisionError); please report it; BKPOOL_DEBUG=1 shows where\n"
     )
-
-
-def test_oidc_token_says_when_it_comes(called):
-    code, _, told = called("oidc-token", "--audience", "x", "--oidc-subject", "me")
-    assert code == 69
-    assert "oidc-token comes with the development issuer in a later release" in told
 
 
 @pytest.mark.parametrize("arguments", [("logs",), ("logs", "nobody"), ("logs", "../x")])

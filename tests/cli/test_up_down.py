@@ -129,6 +129,8 @@ def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     told = up(
         *("-f", "pool.yaml", "--backend", "process", "--gateway-host", "a", "--gateway-host", "b"),
         *("--api-address", "[::1]:8082", "--gateway-address", "0.0.0.0:1235", "--drain-timeout", "90s"),
+        *("--api-cert", "pool.yaml", "--api-key", "pool.yaml", "--api-tls"),
+        *("--dev-issuer", "--dev-issuer-address", "[::1]:8889"),
     )
     settings = told["settings"]
     assert settings["pool_files"] == f"({tmp_path / 'pool.yaml'!r},)"
@@ -136,6 +138,9 @@ def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     assert settings["api_address"] == "('::1', 8082)"
     assert settings["gateway_address"] == "('0.0.0.0', 1235)"
     assert settings["drain_timeout"] == "0:01:30"
+    assert settings["api_cert"] == settings["api_key"] == str(tmp_path / "pool.yaml")
+    assert settings["api_tls"] == settings["dev_issuer"] == "True"
+    assert settings["dev_issuer_address"] == "('::1', 8889)"
 
 
 def test_up_twice_is_fine(up, bkpool):
@@ -151,6 +156,14 @@ def test_up_twice_with_something_else_says_what_runs(up, bkpool):
     again = bkpool("up", "--api-address", "127.0.0.1:9999")
     assert again.returncode == 74
     assert again.stderr.startswith("error: --api-address: bkpool is running already (pid ")
+
+
+@pytest.mark.parametrize("option", ["--api-tls", "--dev-issuer"])
+def test_what_runs_without_the_option_is_not_taken_for_what_has_it(up, bkpool, option):
+    up()
+    again = bkpool("up", "-d", option)
+    assert again.returncode == 74
+    assert again.stderr.startswith(f"error: {option}: bkpool is running already (pid ")
 
 
 def test_pool_files_that_come_too_late_are_said(up, bkpool, tmp_path):

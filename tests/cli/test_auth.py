@@ -1,0 +1,51 @@
+"""`auth check`: where the token goes, what is shown, and the exit code for each outcome."""
+
+import io
+import json
+
+import pytest
+
+ALLOWED = {
+    "allowed": True,
+    "reason": "rule 1",
+    "identity": {"name": "me[1]", "authority": "https://i", "source": "config", "groups": ["a", "b"], "pools": []},
+    "verdicts": [
+        {"source": "config", "known": True, "reason": ""},
+        {"source": "other", "known": False, "reason": "the audience is another"},
+    ],
+}
+DENIED = ALLOWED | {"allowed": False, "reason": "no rule names this caller"}
+UNKNOWN = {"allowed": False, "reason": "nobody knows it"}
+
+
+@pytest.mark.parametrize(("answer", "code"), [(ALLOWED, 0), (DENIED, 4), (UNKNOWN, 3)])
+def test_the_exit_code_says_how_it_came_out(called, api, appliance, tmp_path, answer, code):
+    (tmp_path / "token").write_text("a.b.c\n")
+    api.answers["check"] = (200, answer)
+    told = called("auth", "check", "--token-file", tmp_path / "token", "--pool", "p", "-n", "team")
+    assert (told[0], json.loads(told[1]), told[2]) == (code, answer, "")
+    call = api.next("/api/v1/auth/check")
+    assert call.body == {"token": "a.b.c", "poolName": "p", "namespace": "team"}
+    assert call.headers["Authorization"] == "Bearer admin-secret"
+
+
+def test_it_is_read_from_stdin_and_an_appliance_elsewhere_gets_nothing_else(called, api, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a.b.c\n"))
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
+    monkeypatch.setenv("BKCTL_TOKEN", "own")
+    assert called("auth", "check", "--token-file", "-", "--pool", "p")[0] == 0
+    call = api.next()
+    assert call.body["token"] == "a.b.c"
+    assert "Authorization" not in call.headers
+
+
+def test_a_person_sees_a_table(on_terminal, api, appliance, tmp_path):
+    (tmp_path / "token").write_text("a.b.c\n")
+    api.answers["check"] = (200, ALLOWED)
+    code, shown = on_terminal("auth", "check", "--token-file", tmp_path / "token", "--pool", "p")
+    assert code == 0
+    assert shown.splitlines()[0] == "allowed: rule 1"
+    assert "me[1]" in shown
+    assert "a, b" in shown
+    assert "the audience is another" in shown
+    assert "a.b.c" not in shown

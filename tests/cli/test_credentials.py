@@ -1,0 +1,310 @@
+"""Which token goes to whom: the order of the sources, when a new one is got, and what is said of a bad one."""
+
+import json
+import threading
+from base64 import urlsafe_b64encode
+from itertools import product
+from time import time
+
+import pytest
+
+from bkpool.cli import credentials, issuers
+from bkpool.cli.client import Client
+from bkpool.cli.credentials import Asked, ends_soon
+from bkpool.core.errors import InvalidInput, Unauthenticated, Unavailable
+
+from .conftest import forget_surroundings
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, home):
+    forget_surroundings(monkeypatch)
+    monkeypatch.setenv("BKPOOL_HOME", str(home))
+    monkeypatch.setattr(issuers, "PAUSES", ())
+
+
+def token_of(life, mark=""):
+    claims = urlsafe_b64encode(json.dumps({"exp": time() + life, "jti": mark}).encode()).decode().rstrip("=")
+    return f"e30.{claims}.c2ln"
+
+
+@pytest.fixture
+def there(api, monkeypatch):
+    """The endpoint is somebody else's appliance; returns the Authorization that a call brings there."""
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
+    api.answers["pools"] = (200, {"pools": []})
+
+    def ask(client=None):
+        (client or Client()).pools()
+        return api.next("pools").headers.get("Authorization")
+
+    return ask
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch, api):
+    """Every source of a token, in the order in which they count; switched on by name."""
+    file, pod = tmp_path / "file", tmp_path / "pod"
+    api.answers["token"] = (200, {"value": "of-github"})
+
+    def github():
+        monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_URL", f"{api.url}/actions/token?api-version=2.0")
+        monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "for-the-runner")
+
+    def in_file(path):
+        path.write_text(f"of-{path.name}\n")
+
+    return {
+        "variable": lambda: monkeypatch.setenv("BKCTL_TOKEN", "of-variable\n"),
+        "file": lambda: (in_file(file), monkeypatch.setenv("BKCTL_TOKEN_FILE", str(file))),
+        "github": github,
+        "gitlab": lambda: monkeypatch.setenv("BKPOOL_ID_TOKEN", "of-gitlab"),
+        "pod": lambda: (in_file(pod), monkeypatch.setattr(credentials, "POD", pod)),
+    }
+
+
+def calls_to(api, end):
+    return [call for call in list(api.calls.queue) if call.path.partition("?")[0].endswith(end)]
+
+
+NAMES = ("variable", "file", "github", "gitlab", "pod")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(a, b) for (i, a), (j, b) in product(enumerate(NAMES), repeat=2) if i <= j]
+)
+def test_the_first_source_that_there_is_counts(api, sources, monkeypatch, first, second):
+    for name in {first, second}:
+        sources[name]()
+    found = credentials.find(None, own=False)
+    assert found.bearer() == f"of-{first}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_admins_token_comes_before_what_the_platform_gives_but_not_elsewhere(sources, appliance, name):
+    sources[name]()
+    from_user = name in {"variable", "file"}
+    assert (credentials.find(None, own=True).bearer() == "admin-secret") is not from_user
+    assert credentials.find(None, own=False).bearer() != "admin-secret"
+
+
+def test_without_any_there_is_none(there):
+    assert there() is None
+
+
+def test_a_file_is_read_for_every_call(there, sources, tmp_path):
+    sources["file"]()
+    client = Client()
+    assert there(client) == "Bearer of-file"
+    (tmp_path / "file").write_text("newer")
+    assert there(client) == "Bearer newer"
+
+
+def test_github_is_asked_as_its_documentation_says(api, there, sources, monkeypatch):
+    sources["github"]()
+    monkeypatch.setenv("BKCTL_AUDIENCE", "a&b")
+    client = Client()
+    client.pools()
+    call = api.next("/actions/token?api-version=2.0&audience=a%26b")
+    assert call.headers["Authorization"] == "Bearer for-the-runner"
+    assert api.next("pools").headers["Authorization"] == "Bearer of-github"
+
+
+@pytest.mark.parametrize(("life", "asked"), [(300, 1), (20, 2)])
+def test_githubs_token_is_used_until_it_is_about_to_end(api, there, sources, life, asked):
+    sources["github"]()
+    api.answers["token"] = (200, {"value": token_of(life)})
+    client = Client()
+    client.pools()
+    client.pools()
+    assert len(calls_to(api, "/actions/token")) == asked
+
+
+def test_a_refused_token_is_replaced_once_where_there_is_a_newer_one(api, there, sources):
+    sources["github"]()
+    told = {"error": {"code": "Unauthenticated", "message": "it has ended"}}
+    tokens = iter([token_of(300, "first"), token_of(300, "second")])
+    answers = iter([(401, told), (200, {"pools": []})])
+    api.before_answer["token"] = lambda *_: api.answers.update(token=(200, {"value": next(tokens)}))
+    api.before_answer["pools"] = lambda *_: api.answers.update(pools=next(answers))
+    assert Client().pools() == {"pools": []}
+    first, second = calls_to(api, "pools")
+    assert first.headers["Authorization"] != second.headers["Authorization"]
+
+
+def test_the_second_refusal_is_final_and_says_whose_token_it_was(api, there, sources):
+    sources["github"]()
+    api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no"}})
+    api.before_answer["token"] = lambda *_: api.answers.update(token=(200, {"value": token_of(300, str(time()))}))
+    with pytest.raises(Unauthenticated):
+        Client().pools()
+    assert len(calls_to(api, "pools")) == 2
+
+
+@pytest.mark.parametrize("name", ["variable", "file", "gitlab", "pod"])
+def test_what_cannot_change_is_not_tried_again(api, there, sources, name):
+    sources[name]()
+    api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no"}})
+    with pytest.raises(Unauthenticated) as caught:
+        Client().pools()
+    assert len(calls_to(api, "pools")) == 1
+    assert "The token was that of" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"BKCTL_TOKEN_FILE": "/nonexistent"}, "BKCTL_TOKEN_FILE"),
+        ({"BKCTL_TOKEN_FILE": "/dev/null"}, "BKCTL_TOKEN_FILE"),
+        ({"BKCTL_TOKEN_FILE": "/proc/version"}, "BKCTL_TOKEN_FILE"),
+        ({"BKPOOL_ID_TOKEN": "a secret"}, "BKPOOL_ID_TOKEN"),
+        ({"BKPOOL_ID_TOKEN": "'secret'"}, "BKPOOL_ID_TOKEN"),
+        ({"BKPOOL_ID_TOKEN": "secret" * 5000}, "BKPOOL_ID_TOKEN"),
+        ({"ACTIONS_ID_TOKEN_REQUEST_URL": "https://x.example"}, "ACTIONS_ID_TOKEN_REQUEST_TOKEN"),
+        (
+            {"ACTIONS_ID_TOKEN_REQUEST_URL": "http://x.example/secret", "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "t"},
+            "ACTIONS_ID_TOKEN_REQUEST_URL",
+        ),
+    ],
+)
+def test_a_source_that_is_no_good_is_named_and_not_quoted(there, monkeypatch, variables, named):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidInput, match=named) as caught:
+        there()
+    assert caught.value.field == named
+    assert "secret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(500, b"secret"), (200, b"secret"), (200, {"value": ""}), (200, {}), (302, b""), (400, {"message": "x"})],
+)
+def test_a_runner_that_gives_no_token_is_one_sentence(api, there, sources, answer):
+    sources["github"]()
+    api.answers["token"] = answer
+    with pytest.raises(Unavailable, match="ACTIONS_ID_TOKEN_REQUEST_URL") as caught:
+        there()
+    assert "secret" not in caught.value.message
+    assert "for-the-runner" not in caught.value.message
+
+
+def test_a_redirect_is_not_followed_with_the_runners_token(api, there, sources):
+    sources["github"]()
+
+    def redirect(_call, connection):
+        connection.sendall(f"HTTP/1.1 302 Found\r\nLocation: {api.url}/stolen\r\n\r\n".encode())
+
+    api.before_answer["token"] = redirect
+    with pytest.raises(Unavailable, match="HTTP 302"):
+        there()
+    assert not calls_to(api, "stolen")
+
+
+def test_github_is_given_another_chance(api, there, sources, monkeypatch):
+    sources["github"]()
+    monkeypatch.setattr(issuers, "PAUSES", (0.0,))
+    answers = iter([(503, {}), (200, {"value": "at-last"})])
+    api.before_answer["token"] = lambda *_: api.answers.update(token=next(answers))
+    assert credentials.find(None, own=False).bearer() == "at-last"
+
+
+def test_a_runner_that_never_ends_its_answer_is_waited_for_no_longer_than_that(api, there, sources, monkeypatch):
+    sources["github"]()
+    monkeypatch.setattr(issuers, "PATIENCE", 0.2)
+    over = threading.Event()
+
+    def drip(_call, connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
+        for _ in range(100):  # more often than any time-out of a socket
+            if over.wait(0.05):
+                return
+            connection.sendall(b" ")
+
+    api.before_answer["token"] = drip
+    try:
+        with pytest.raises(Unavailable, match="not within"):
+            there()
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize(
+    ("token", "soon"),
+    [
+        (token_of(29), True),
+        (token_of(-5), True),
+        (token_of(60), False),
+        ("opaque", False),
+        ("a.b.c", False),
+        ("a.bnVsbA.c", False),
+        ("a.eyJleHAiOiAieCJ9.c", False),
+    ],
+    ids=["half a minute", "over", "a minute", "opaque", "no JSON", "null", "no number"],
+)
+def test_only_a_jwt_says_when_it_ends(token, soon):
+    assert ends_soon(token, time()) is soon
+
+
+@pytest.mark.parametrize(
+    ("asked", "subject", "actor"),
+    [
+        (Asked("me", "o/r", None), "repo:o/r:ref:refs/heads/main", "me"),
+        (Asked("me", None, None), "me", "me"),
+        (Asked(None, None, "s"), "s", "s"),
+        (Asked("me", "o/r", "s"), "s", "me"),
+    ],
+)
+def test_what_a_development_issuer_is_asked_for(asked, subject, actor):
+    request = asked.request()
+    assert (request["sub"], request["claims"]["actor"], request["aud"]) == (subject, actor, "buildkit-controller")
+    assert request["claims"].get("repository") == asked.repository
+
+
+@pytest.fixture
+def with_issuer(appliance, home, api):
+    (home / "appliance.json").write_text(json.dumps(appliance | {"devIssuer": api.url}))
+    api.answers["token"] = (200, {"token": "minted", "expiresIn": 3600})
+
+
+def test_the_older_options_get_a_token_of_the_issuer_that_runs_here(api, called, appliance, with_issuer):
+    assert called("allocate", "--oidc-actor", "me", "--oidc-repository", "o/r")[0] == 0
+    assert api.next("/token").body == {
+        "sub": "repo:o/r:ref:refs/heads/main",
+        "aud": "buildkit-controller",
+        "claims": {"actor": "me", "repository": "o/r"},
+    }
+    assert api.next("allocate").headers["Authorization"] == "Bearer minted"
+
+
+@pytest.mark.parametrize("command", [("status",), ("release", "--worker", "w")])
+def test_every_command_that_has_the_options_heeds_them(api, called, appliance, with_issuer, command):
+    api.answers["pools"] = (200, {"pools": []})
+    assert called(*command, "--oidc-actor", "me")[0] == 0
+    assert api.next("/token").body["claims"] == {"actor": "me"}
+    assert api.next().headers["Authorization"] == "Bearer minted"
+
+
+def test_a_token_of_ones_own_comes_first_and_that_is_said(api, called, appliance, with_issuer, monkeypatch):
+    monkeypatch.setenv("BKCTL_TOKEN", "own")
+    code, _, told = called("allocate", "--oidc-actor", "me")
+    assert (code, told.split()[:2]) == (0, ["note:", "--oidc-actor"])
+    assert api.next("allocate").headers["Authorization"] == "Bearer own"
+
+
+def test_the_token_of_the_issuer_here_is_not_for_an_appliance_elsewhere(api, called, appliance, home, monkeypatch):
+    elsewhere = appliance | {"devIssuer": api.url, "apiEndpoint": "http://127.0.0.1:1"}
+    (home / "appliance.json").write_text(json.dumps(elsewhere))
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
+    code, _, told = called("allocate", "--oidc-actor", "me")
+    assert (code, told.split()[:2]) == (0, ["note:", "--oidc-actor"])
+    assert "Authorization" not in api.next("allocate").headers
+
+
+def test_an_issuer_may_be_named_for_any_endpoint(api, called, monkeypatch):
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
+    monkeypatch.setenv("BKCTL_OIDC_ISSUER", api.url)
+    api.answers["token"] = (200, {"token": "minted"})
+    assert called("allocate", "--oidc-subject", "s")[0] == 0
+    assert api.next("/token").body["sub"] == "s"
+    assert api.next("allocate").headers["Authorization"] == "Bearer minted"
