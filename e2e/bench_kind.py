@@ -26,8 +26,9 @@ from bench import CONTEXT_MB, spread, warm_allocate_on, with_context
 
 from bkpool.core import policy
 from bkpool.core.names import Slot
-from bkpool.core.objects import Phase, Pool, PoolSpec, new_worker
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Phase, new_worker
 from bkpool.kube import Access, KubeApi, paths
 from bkpool.pki.backend import worker_context
 from bkpool.pki.bundle import ClusterSecrets

@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.secrets import secrets_in
 from worlds import Processes, World
 
 HERE = Path(__file__).parent
@@ -52,6 +54,21 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def pool(name: str, **spec: Any) -> dict[str, Any]:
+    """A pool, as a file for `up` has it."""
+    return _document("BuildKitPool", name, "default", spec)
+
+
+def oidc_config(name: str, **spec: Any) -> dict[str, Any]:
+    """An issuer for all pools, as a file for `up` has it."""
+    return _document("BuildKitOIDCConfig", name, "buildkit-system", spec)
+
+
+def _document(kind: str, name: str, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": kind, "metadata": metadata, "spec": spec}
 
 
 @dataclass
@@ -161,9 +178,12 @@ class Appliance:
 
     def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
         """Up, with one pool of this spec."""
-        file = self.base / "pool.json"  # JSON is YAML
-        head = {"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": "BuildKitPool", "metadata": {"name": name}}
-        file.write_text(json.dumps({**head, "spec": spec}))
+        return self.up_from([pool(name, **spec)], *options)
+
+    def up_from(self, documents: list[dict[str, Any]], *options: str) -> dict[str, Any]:
+        """Up, with a file of these objects."""
+        file = self.base / "objects.yaml"
+        file.write_text("\n---\n".join(map(json.dumps, documents)))  # JSON is YAML
         return self.up("-f", str(file), *options)
 
     def down(self, *options: str) -> Answer:
@@ -200,7 +220,9 @@ class Appliance:
     # --- its user ---
 
     def cli(self, *args: str, timeout: float = 180.0, **more: Any) -> Answer:
-        return run(*self.program, *args, env={**self.env, **more}, timeout=timeout)
+        answer = run(*self.program, *args, env={**self.env, **more}, timeout=timeout)
+        assert not (leaked := secrets_in(answer.err)), leaked
+        return answer
 
     def allocate(self, *options: str, name: str = "certs") -> Certificates:
         return Certificates.of(self.cli("allocate", *options).ok().json, self.base / name)
@@ -220,9 +242,25 @@ class Appliance:
         try:
             connection.request(method, path, payload, headers)
             answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+            text = answer.read().decode()
+            assert answer.status < HTTPStatus.BAD_REQUEST or not (leaked := secrets_in(text)), leaked
+            return answer.status, json.loads(text)
         finally:
             connection.close()
+
+    def metrics(self) -> str:
+        """What Prometheus would scrape; empty where nothing runs."""
+        with contextlib.suppress(OSError):
+            connection = http.client.HTTPConnection("127.0.0.1", self.ports["metrics"], timeout=PATIENCE)
+            with contextlib.closing(connection):
+                connection.request("GET", "/metrics")
+                return connection.getresponse().read().decode()
+        return ""
+
+    def leaked(self) -> list[str]:
+        """Secrets in any log of this home."""
+        logs = (path for path in (self.home / "logs").glob("**/*") if path.is_file())
+        return [found for path in logs for found in secrets_in(path.read_text(errors="replace"))]
 
     def pool(self, name: str = "default") -> dict[str, Any]:
         status, told = self.http("GET", f"/api/v1/pools/{name}")
@@ -262,8 +300,11 @@ class Appliance:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+        leaked = secrets_in(self.metrics())
         self.down("--now")
+        leaked += self.leaked()
         self.world.clean(self)
+        assert not leaked, leaked
 
 
 def only(backend: str, why: str) -> Any:

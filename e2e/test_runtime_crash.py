@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers import Running
@@ -25,7 +25,7 @@ POOL = Pool(metadata=Metadata(name="default"))
 VICTIM = """
 import asyncio, functools, importlib, os, pathlib, signal, sys
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers.process import Binaries, ProcessRuntime

@@ -29,7 +29,7 @@ import concurrent.futures.thread, encodings.idna
 import bkpool.workers.process
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.workers import Running
 from bkpool.workers.process import Binaries, ProcessRuntime

@@ -121,7 +121,7 @@ class Pods:
 
     def clean(self, appliance: Appliance) -> None:
         """The cluster goes on to the next test; the pools and all that is of them go."""
-        self.kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
+        self.kubectl("delete", "buildkitpools,buildkitoidcconfigs", "-A", "--all", "--wait=false")
         for worker in self.objects("buildkitworkers", "-A"):
             metadata = worker["metadata"]
             if not metadata.get("finalizers"):

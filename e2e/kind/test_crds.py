@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from bkpool.cluster import crds
-from bkpool.core.objects import PoolSpec
+from bkpool.core.pool import PoolSpec
 
 HEAD = {
     "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
@@ -93,6 +93,7 @@ gatewayImage: registry.example.com/gateway:1
 buildkitConfig: debug = true
 """
 
+ISSUER = "https://issuer.example.com"
 REFUSED = [
     ("{scaling: {min: 3, max: 2}}", "spec.scaling.min", True),
     ("{scaling: {min: 11}}", "spec.scaling.min", True),
@@ -110,7 +111,21 @@ REFUSED = [
     ("{cache: {gc: {keepStorage: lots}}}", "spec.cache.gc.keepStorage", True),
     ("{tls: {auto: {}, manual: {}}}", "spec.tls", False),
     ("{tls: {auto: {serverCertDuration: 1h, rotateBeforeExpiry: 2h}}}", "spec.tls.auto.rotateBeforeExpiry", False),
-    ("{auth: {methods: [{type: odd}]}}", "spec.auth.methods[0].type", False),
+    ("{auth: {methods: [{type: odd}]}}", "spec.auth.methods[0].type", True),
+    ("{auth: {methods: [odd]}}", "spec.auth.methods[0]", True),
+    ("{auth: {methods: [token]}}", "spec.auth.methods[0]", True),
+    ("{auth: {methods: [{type: token}]}}", "spec.auth.methods[0]", True),
+    ("{auth: {methods: [{token: {secretRef: s}}]}}", "spec.auth.methods[0].type", True),
+    ("{auth: {methods: [{type: token, token: {}}]}}", "spec.auth.methods[0].token", True),
+    ("{auth: {methods: [{type: token, token: {secretRef: s, file: /f}}]}}", "spec.auth.methods[0].token", True),
+    ("{auth: {methods: [{type: token, token: {file: f}}]}}", "spec.auth.methods[0].token.file", True),
+    (f"{{auth: {{methods: [{{type: oidc, oidc: {{issuer: '{ISSUER}'}}}}]}}}}", "methods[0].oidc.audience", True),
+    ("{auth: {methods: [{type: oidc, oidc: {conditions: [{claim: c}]}}]}}", "methods[0].oidc.conditions[0]", True),
+    ("{auth: {rbac: {rules: [{users: ['']}]}}}", "spec.auth.rbac.rules[0].users[0]", True),
+    ("{auth: {limits: {identity: {leases: 0}}}}", "spec.auth.limits.identity.leases", True),
+    ("{networking: {egress: {policy: odd}}}", "spec.networking.egress.policy", True),
+    ("{networking: {egress: {allowedCIDRs: [odd]}}}", "spec.networking.egress.allowedCIDRs[0]", True),
+    ("{untrusted: 'yes'}", "spec.untrusted", True),
     ("{networking: {allowedCIDRs: [odd]}}", "spec.networking.allowedCIDRs[0]", True),
     ("{networking: {allowedCIDRs: [10.0.0.1]}}", "spec.networking.allowedCIDRs[0]", True),
     ("{networking: {serviceType: Odd}}", "spec.networking.serviceType", True),
@@ -182,8 +197,15 @@ def test_only_the_spec_is_required(installed, kubectl):
 
 def test_kubectl_explains_every_field(installed, kubectl):
     told = kubectl("explain", "buildkitpool.spec", "--recursive")
-    for field in ("scaleDownDelay", "keepDuration", "rotateBeforeExpiry", "claims", "loadBalancerClass", "hostname"):
-        assert (field in told) == (field != "claims")
+    for field in (
+        "scaleDownDelay",
+        "keepDuration",
+        "rotateBeforeExpiry",
+        "claims\t",
+        "loadBalancerClass",
+        "hostname",
+    ):
+        assert (field in told) == (field != "claims\t")
     assert "A Go duration" in kubectl("explain", "buildkitpool.spec.gateway.tokenTTL")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from store.test_contract import a_pool
 
 from bkpool.core.names import Slot
-from bkpool.core.objects import new_worker
+from bkpool.core.worker import new_worker
 from bkpool.store.events import KubernetesRecorder
 
 

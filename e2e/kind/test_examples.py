@@ -10,8 +10,8 @@ import yaml
 
 from bkpool.cluster import crds
 from bkpool.cluster.manifests import Install, render
-from bkpool.core.documents import read_pools
-from bkpool.core.ignored import CLUSTER_IGNORES, ignored_fields
+from bkpool.core.documents import read_documents
+from bkpool.core.ignored import CLUSTER_IGNORES, ignored_fields, ignored_in_config
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -36,13 +36,19 @@ def objects():
 @pytest.mark.parametrize("document", list(objects()))
 async def test_what_we_show_is_valid(document, api, kubectl):
     await crds.install(api)
+    if "namespace" in document["metadata"]:
+        document["metadata"]["namespace"] = "default"  # ours may not be there
     kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(document))
 
 
 def test_our_examples_have_no_field_without_effect():
-    for file in sorted((ROOT / "examples").glob("pool*.yaml")):
-        for pool in read_pools(file.read_text(), source=file.name):
+    for file in sorted((ROOT / "examples").glob("*.yaml")):
+        documents = read_documents(file.read_text(), source=file.name)
+        for pool in documents.pools:
             assert ignored_fields(pool.spec, CLUSTER_IGNORES) == [], file.name
+        for config in documents.configs:
+            assert ignored_in_config(config.spec) == [], file.name
+            assert config.spec.refusal is None, file.name
 
 
 def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
@@ -51,7 +57,13 @@ def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
     kubectl("diff", "-f", "-", stdin=text)  # fails if there is one
     refused = kubectl("auth", "can-i", "get", "secrets", "-n", "kube-system", *_as(namespace), check=False)
     assert refused.strip() == "no"
-    for right in (("create", "buildkitworkers"), ("create", "pods"), ("patch", "deployments.apps")):
+    for right in (
+        ("create", "buildkitworkers"),
+        ("create", "pods"),
+        ("patch", "deployments.apps"),
+        ("create", "tokenreviews.authentication.k8s.io"),
+        ("update", "buildkitoidcconfigs.buildkit.smrt-devops.net", "--subresource=status"),
+    ):
         assert kubectl("auth", "can-i", *right, "-n", namespace, *_as(namespace)).strip() == "yes", right
     kubectl("delete", "clusterrolebinding", f"buildkit-controller-{namespace}")
 

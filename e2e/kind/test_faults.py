@@ -14,7 +14,8 @@ from store.test_contract import a_pool, scaled, seen
 from bkpool.cluster.kind import Cluster
 from bkpool.core.errors import Conflict, Gone, Unavailable
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool, PoolStatus, Worker
+from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.worker import Worker
 from bkpool.kube import Access, KubeApi
 from bkpool.kube import client as kube_client
 from bkpool.store import kubernetes

@@ -113,10 +113,12 @@ class Installed:
         assert "Forwarding" in process.stdout.readline()
         return local
 
-    def call(self, port: int, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    def call(
+        self, port: int, method: str, path: str, body: Any = None, *, bearer: str | None = None
+    ) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         with contextlib.closing(connection):
-            headers = {"Authorization": f"Bearer {self.token}"}
+            headers = {"Authorization": f"Bearer {bearer or self.token}"}
             connection.request(
                 method, f"/api/v1/{path}", None if body is None else json.dumps(body).encode(), headers
             )
@@ -240,6 +242,68 @@ def test_the_main_job_from_a_pod(installed):
         "export BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082; bkpool release --token alloc.json"
     )
     installed.all_free()
+
+
+def test_a_service_account_builds_where_a_rule_lets_it(installed):
+    kubectl = installed.world.kubectl
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    kubectl("create", "serviceaccount", "builder", "-n", "default")
+
+    def token(account: str, audience: str = "buildkit-controller") -> str:
+        return kubectl("create", "token", account, "-n", "default", "--audience", audience).strip()
+
+    def asked(bearer: str) -> tuple[int, Any]:
+        return installed.call(port, "POST", "workers/allocate", {"poolName": POOL}, bearer=bearer)
+
+    try:
+        status, lease = asked(token("default"))
+        assert status == 200, "nothing is configured yet, so whoever is known may build"
+        installed.release(port, lease)
+        status, told = asked(token("builder", "somebody-else"))
+        assert (status, "audience" in told["error"]["message"]) == (401, True), told
+
+        rule = {"users": ["system:serviceaccount:default:build*", "group:nobody"], "pools": [POOL]}
+        patch = {"spec": {"auth": {"rbac": {"rules": [rule]}}}}
+        kubectl("patch", "buildkitpool", POOL, "-n", "default", "--type=merge", "-p", json.dumps(patch))
+        others = token("default")
+        eventually(lambda: asked(others)[0] == 403, "the rule is known")
+        assert "system:serviceaccount:default:default may not use" in asked(others)[1]["error"]["message"]
+        status, lease = asked(token("builder"))
+        assert status == 200, lease
+        installed.release(port, lease)
+        installed.inside(
+            f"export BKCTL_TOKEN={token('builder')} BKCTL_ENDPOINT=http://buildkit-controller.{SYSTEM}.svc:8082; "
+            f"bkpool allocate --pool {POOL} > mine.json; bkpool release --token mine.json"
+        )
+        gone = token("builder")
+        kubectl("delete", "serviceaccount", "builder", "-n", "default")
+        eventually(lambda: asked(gone)[0] == 401, "a deleted account's token is worth nothing")
+    finally:
+        kubectl("delete", "serviceaccount", "builder", "-n", "default", "--ignore-not-found")
+        kubectl(
+            *("patch", "buildkitpool", POOL, "-n", "default", "--type=merge"),
+            *("-p", '{"spec": {"auth": null}}'),
+        )
+    installed.all_free()
+
+
+def test_the_replicas_agree_on_the_state_of_an_issuer(installed):
+    kubectl = installed.world.kubectl
+    document = {
+        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
+        "kind": "BuildKitOIDCConfig",
+        "metadata": {"name": "world", "namespace": SYSTEM},
+        "spec": {"issuer": "https://token.actions.githubusercontent.com", "audience": "buildkit-controller"},
+    }
+    kubectl("apply", "-f", "-", stdin=json.dumps(document))
+    try:
+        told = eventually(
+            lambda: kubectl("get", "buildkitoidcconfig", "world", "-n", SYSTEM, "-o", "jsonpath={.status.message}"),
+            "the leader has judged it",
+        )
+        assert "condition" in told
+    finally:
+        kubectl("delete", "buildkitoidcconfig", "world", "-n", SYSTEM)
 
 
 def test_the_guides_troubleshooting(installed):

@@ -22,7 +22,7 @@ from bkpool.core.names import (
     LABEL_LEASED,
     Slot,
 )
-from bkpool.core.objects import Pool, PoolSpec
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
@@ -363,7 +363,7 @@ VICTIM = """
 import asyncio, json, os, pathlib, signal, sys
 from datetime import UTC, datetime, timedelta
 from bkpool.core.names import Slot
-from bkpool.core.objects import Pool
+from bkpool.core.pool import Pool
 from bkpool.kube import Access, KubeApi
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context

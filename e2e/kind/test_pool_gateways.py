@@ -21,7 +21,7 @@ from bkpool.cluster.manifests import Install, render
 from bkpool.cluster.pool_gateways import PoolGateways
 from bkpool.core.errors import Conflict, Forbidden
 from bkpool.core.names import Key
-from bkpool.core.objects import Pool, PoolSpec
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.kube import Access, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets

@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 
 from bkpool.core.errors import Gone, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key, Slot
-from bkpool.core.objects import Pool, PoolStatus, Worker, new_worker
+from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.worker import Worker, new_worker
 from bkpool.kube import paths
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror

@@ -1,0 +1,220 @@
+"""Who may build what, with the real program: an issuer's tokens, rules, strangers, and what the API tells them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from harness import Appliance, eventually, free_port, oidc_config, pool
+from support.issuer import Issuer, forge, signing_key
+
+ALLOCATE = "/api/v1/workers/allocate"
+
+
+def rules(*users: str) -> dict[str, object]:
+    return {"rbac": {"rules": [{"users": list(users), "pools": ["*"]}]}}
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
+    """One issuer believed for two audiences and, for one of them, only for tokens of one organisation."""
+    appliance = Appliance(tmp_path_factory.mktemp("guarded"), tools, world=world)
+    mine = [{"claim": "repository_owner", "values": ["my-org"]}, {"claim": "ref", "patterns": ["refs/heads/*"]}]
+    mapping = {"user": "actor", "groups": "teams", "pools": "may_use"}
+    own = {"type": "oidc", "oidc": {"issuer": issuer.url, "audience": "other"}}
+    two = {"scaling": {"max": 2}}
+    appliance.up_from(
+        [
+            oidc_config("ci", issuer=issuer.url, audience="ci", claimsMapping=mapping, conditions=mine),
+            oidc_config("world", issuer="https://gitlab.com", audience="ci"),
+            oidc_config("off", issuer=issuer.url, audience="off", enabled=False, pools=["*"]),
+            pool("alices", **two, auth=rules("alice", "group:builders")),
+            pool("bobs", **two, auth=rules("bo?")),
+            pool("unruled", **two),
+            pool("own", **two, auth={"methods": [own]}),
+        ]
+    )
+    yield appliance
+    appliance.finish()
+
+
+@pytest.fixture
+def job(issuer):
+    """The token of a job, as its platform gives it."""
+
+    def token(actor: str = "alice", **claims: object) -> str:
+        return issuer.token(
+            **{"aud": "ci", "actor": actor, "repository_owner": "my-org", "ref": "refs/heads/main", **claims}
+        )
+
+    return token
+
+
+def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
+    context.dockerfile("say let-in")
+    done = guarded.cli("build", "--pool", "alices", str(context.path), BKCTL_TOKEN=job()).ok()
+    assert "let-in" in done.text
+    eventually(lambda: guarded.pool("alices")["allocated"] == 0, "the lease is over")
+
+
+@pytest.mark.parametrize(
+    ("actor", "claims", "name", "status", "said"),
+    [
+        ("alice", {}, "alices", 200, ""),
+        ("carol", {"teams": ["others", "builders"]}, "alices", 200, ""),
+        ("bob", {}, "bobs", 200, ""),
+        ("dave", {"may_use": ["unruled"]}, "unruled", 200, ""),
+        ("dave", {"may_use": "default/unruled"}, "unruled", 200, ""),
+        ("dave", {"may_use": ["*"]}, "unruled", 403, "no rule of the pool and nothing in the credential grants it"),
+        ("dave", {"may_use": ["alices"]}, "alices", 403, "none of the 1 rule of the pool names this caller"),
+        ("bob", {}, "alices", 403, "bob may not use pool default/alices"),
+        ("bobby", {}, "bobs", 403, "bobby may not use"),
+        ("alice", {}, "own", 403, "does not count for this pool|nothing in the credential"),
+        ("alice", {}, "nope", 403, "may not use|may use"),
+        ("alice", {"repository_owner": "evil"}, "alices", 403, "repository_owner"),
+        ("alice", {"repository_owner": None}, "alices", 403, "repository_owner"),
+        ("alice", {"ref": "refs/pull/1/merge"}, "alices", 403, "ref"),
+        ("system:admin", {}, "alices", 403, "system:"),
+        ("alice", {"aud": "other"}, "own", 200, ""),
+        ("alice", {"aud": "other"}, "alices", 403, "does not count for this pool"),
+        ("alice", {"aud": "off"}, "unruled", 401, "audience|aud"),
+        ("alice", {"aud": "someone-else"}, "alices", 401, "audience|aud"),
+        ("alice", {"exp": int(time.time()) - 60}, "alices", 401, "expired"),
+        ("alice", {"exp": None}, "alices", 401, "exp"),
+        ("alice", {"nbf": int(time.time()) + 3600}, "alices", 401, "not valid|nbf"),
+        ("alice", {"iss": "http://127.0.0.1:1"}, "alices", 401, "issuer|iss"),
+    ],
+)
+def test_who_may_use_what(guarded, job, actor, claims, name, status, said):
+    token = job(actor, **claims)
+    got, told = guarded.http("POST", ALLOCATE, {"poolName": name, "wait": "60s"}, bearer=token)
+    assert got == status, told
+    if status == 200:
+        guarded.release(told).ok()
+    else:
+        assert any(part in told["error"]["message"] for part in said.split("|")), told
+        assert "Traceback" not in json.dumps(told)
+
+
+def test_hostile_tokens(guarded, issuer):
+    claims = issuer.claims(aud="ci", actor="alice", repository_owner="my-org", ref="refs/heads/main")
+    public = json.dumps(issuer.keys[0].jwk).encode()
+    headers = {"alg": "RS256", "kid": "key-1"}
+    key = issuer.keys[0]
+    hostile = {
+        "alg none": forge({"alg": "none"}, claims, None),
+        "keyed with the public key": forge({"alg": "HS256", "kid": "key-1"}, claims, None) + "AAAA",
+        "another's key": forge(headers, claims, signing_key("elsewhere")),
+        "unknown kid": forge({**headers, "kid": "nobody"}, claims, key),
+        "kid with junk": forge({**headers, "kid": "../../etc/passwd' OR 1=1 --"}, claims, key),
+        "crit": forge({**headers, "crit": ["exp"]}, claims, key),
+        "its own key": forge({**headers, "kid": "mine", "jwk": json.loads(public)}, claims, signing_key("mine")),
+        "twice": forge(headers, b'{"actor":"alice",' + json.dumps(claims).encode()[1:], key),
+    }
+    for name, token in hostile.items():
+        status, told = guarded.http("POST", ALLOCATE, {"poolName": "alices"}, bearer=token)
+        assert (name, status) == (name, 401), told
+        assert "refused" in told["error"]["message"], told
+    assert guarded.pool("alices")["allocated"] == 0
+
+
+def test_only_what_one_may_use_is_shown(guarded, job):
+    status, told = guarded.http("GET", "/api/v1/pools", bearer=job("bob"))
+    assert (status, [pool["name"] for pool in told["pools"]]) == (200, ["bobs"])
+    assert guarded.http("GET", "/api/v1/pools/alices", bearer=job("bob"))[0] == 403
+    assert {pool["name"] for pool in guarded.http("GET", "/api/v1/pools")[1]["pools"]} == {
+        *("alices", "bobs", "unruled", "own")
+    }
+
+
+def test_one_who_built_first_is_not_seen_by_the_next(guarded, job):
+    _, lease = guarded.http("POST", ALLOCATE, {"poolName": "alices", "jobId": "secret-job"}, bearer=job("alice"))
+    carol = job("carol", teams=["builders"])
+    _, told = guarded.http("GET", "/api/v1/pools/alices", bearer=carol)
+    assert "secret-job" not in json.dumps(told)
+    by_name = {"workerName": lease["workerName"]}
+    for verb in ("release", "renew"):
+        assert guarded.http("POST", f"/api/v1/workers/{verb}", by_name, bearer=carol)[0] == 404
+        assert guarded.http("POST", f"/api/v1/workers/{verb}", by_name, bearer=None)[0] == 401
+    _, other = guarded.http("POST", ALLOCATE, {"poolName": "alices", "jobId": "secret-job"}, bearer=carol)
+    assert other["workerName"] != lease["workerName"], "a job's name is its caller's own"
+    assert guarded.http("POST", "/api/v1/workers/renew", by_name, bearer=job("alice"))[0] == 200
+    assert guarded.http("POST", "/api/v1/workers/release", by_name, bearer=job("alice"))[0] == 200
+    guarded.release(other).ok()
+
+
+def test_the_decision_is_explained(guarded, job, tmp_path):
+    (tmp_path / "token").write_text(job("bob"))
+    for name, code in (("bobs", 0), ("alices", 4)):
+        answer = guarded.cli("auth", "check", "--token-file", str(tmp_path / "token"), "--pool", name)
+        assert answer.code == code, answer.text
+        assert answer.json["allowed"] is (code == 0)
+    assert "none of the 1 rule" in answer.json["reason"]
+
+
+def test_decisions_and_leases_are_in_the_audit_log(guarded, job):
+    before = len(guarded.log.splitlines())
+    _, lease = guarded.http("POST", ALLOCATE, {"poolName": "alices"}, bearer=job("alice"))
+    guarded.http("POST", ALLOCATE, {"poolName": "alices"}, bearer=job("mallory"))
+    guarded.release(lease).ok()
+    lines = [json.loads(line) for line in guarded.log.splitlines()[before:] if line.startswith("{")]
+    decisions = [line for line in lines if line["event"] == "audit.decision" and line["action"] == "allocate"]
+    assert [(line["decision"], line["identity"]) for line in decisions] == [
+        *(("allowed", "alice"), ("denied", "mallory"))
+    ]
+    claimed = next(line for line in lines if line["event"] == "lease.claimed")
+    assert decisions[0]["allocation"] == claimed["allocation"]
+    assert any(line["event"] == "lease.released" and line["allocation"] == claimed["allocation"] for line in lines)
+
+
+def test_a_public_issuer_without_a_condition_is_not_believed(guarded):
+    status, told = guarded.http("GET", "/api/v1/issuers")
+    issuers = {f"{one['namespace']}/{one['name']}": one for one in told["issuers"]}
+    assert status == 200
+    assert issuers["buildkit-system/ci"]["ready"] is True
+    assert issuers["buildkit-system/world"]["ready"] is False
+    assert "condition" in issuers["buildkit-system/world"]["message"]
+    assert issuers["buildkit-system/off"]["ready"] is False
+
+
+def test_keys_are_rotated_and_an_issuer_that_is_away_is_no_outage(guarded, issuer, job):
+    issuer.rotate("key-2", keep=True)
+    assert guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] in {200, 401}
+    eventually(lambda: guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] == 200, "the new key is taken")
+    issuer.stop()
+    try:
+        assert guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] == 200
+    finally:
+        issuer.start()
+
+
+def test_the_api_over_tls(make_appliance, context):
+    appliance = make_appliance()
+    told = appliance.up("--api-tls")
+    assert told["apiEndpoint"].startswith("https://")
+    appliance.cli("build", str(context.dockerfile("say over-tls"))).ok()
+    port = appliance.ports["api"]
+    other = {"BKCTL_ENDPOINT": f"https://localhost:{port}", "BKPOOL_HOME": str(appliance.base / "elsewhere")}
+    token = (appliance.home / "admin.token").read_text().strip()
+    refused = appliance.cli("status", **other, BKCTL_TOKEN=token)
+    assert refused.code == 69, refused.text
+    trusted = {**other, "BKCTL_TLS_CA_CERT": str(appliance.home / "pki" / "ca.crt")}
+    appliance.cli("status", **trusted, BKCTL_TOKEN=token).ok()
+
+
+def test_what_must_not_be_served_beyond_this_machine(make_appliance):
+    appliance = make_appliance()
+    beyond = ("--api-address", f"0.0.0.0:{free_port()}")
+    for options in (beyond, (*beyond, "--dev-issuer", "--api-tls"), ("--dev-issuer", *beyond, "--plain-http")):
+        answer = appliance.cli("up", "-d", *appliance.world.options(), *options)
+        assert answer.code == 2, answer.text
+        assert "--api-address" in answer.err

@@ -1,0 +1,211 @@
+"""Two tenants of one pool: what one of them has built, mounted or said is nowhere to be found by the other."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+
+from harness import Appliance, Certificates, Context, eventually, oidc_config, only, pool, really_ran, run
+from support.issuer import AUDIENCE, Issuer
+
+_NUMBER = count()
+ANNS, BOBS = "of-ann-7d1c", "of-bob-52ae"
+POOLS = {
+    "one": {"scaling": {"max": 1}},
+    "two": {"scaling": {"max": 2}},
+    "never": {"scaling": {"max": 1}, "cache": {"reuse": "never"}},
+    "gone": {"scaling": {"max": 1, "scaleDownDelay": "0s"}, "cache": {"reuse": "never"}},
+    "guarded": {"scaling": {"max": 2}, "untrusted": True},
+}
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture(scope="module")
+def appliance(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
+    """One issuer, by whose word everybody may use every pool."""
+    appliance = Appliance(tmp_path_factory.mktemp("tenants"), tools, world=world)
+    believed = {"issuer": issuer.url, "audience": AUDIENCE, "claimsMapping": {"user": "actor"}, "pools": ["*"]}
+    appliance.up_from([oidc_config("ci", **believed), *(pool(name, **spec) for name, spec in POOLS.items())])
+    yield appliance
+    appliance.finish()
+
+
+class Tenant:
+    """A user of the pools, who marks all he does."""
+
+    def __init__(self, appliance: Appliance, issuer: Issuer, name: str, marker: str) -> None:
+        self.appliance, self.name, self.marker = appliance, name, marker
+        self.bearer = issuer.token(actor=name)
+
+    def allocate(self, pool: str, *options: str) -> Certificates:
+        answer = self.appliance.cli("allocate", "--pool", pool, *options, BKCTL_TOKEN=self.bearer).ok()
+        return Certificates.of(answer.json, self.appliance.base / f"{self.name}-{next(_NUMBER)}")
+
+    def builder(self, certificates: Certificates) -> str:
+        return self.appliance.builder(certificates, f"{self.name}-{next(_NUMBER)}")
+
+    def build(self, certificates: Certificates, context: Context):
+        """Leaves the marker in a cache mount, a secret, a layer, and, by failing, in what buildkitd logs."""
+        secret = context.path.parent / "secret"
+        secret.write_text(self.marker)
+        lines = [
+            "FROM scratch",
+            "COPY program /program",
+            _run("append", "/cache/file", self.marker, mount="type=cache,target=/cache"),
+            _run("say", "the-same-for-all", mount="type=secret,id=s"),
+            _run("write", "/layer", self.marker),
+            _run("sleep", self.marker),
+        ]
+        context.write("\n".join(lines))
+        answer = self.appliance.build(self.builder(certificates), context.path, "--secret", f"id=s,src={secret}")
+        assert f'"/program sleep {self.marker}" did not complete' in answer.text
+        return answer
+
+    def release(self, certificates: Certificates) -> None:
+        self.appliance.release(certificates.lease).ok()
+
+
+def _run(*words, mount=""):
+    return f"RUN {f'--mount={mount} ' if mount else ''}{json.dumps(['/program', *words])}"
+
+
+@pytest.fixture
+def ann(appliance, issuer) -> Tenant:
+    return Tenant(appliance, issuer, "ann", ANNS)
+
+
+@pytest.fixture
+def bob(appliance, issuer) -> Tenant:
+    return Tenant(appliance, issuer, "bob", BOBS)
+
+
+@pytest.fixture
+def found(appliance):
+    """Which files of the whole home have this text in them."""
+
+    def look(marker: str) -> list[str]:
+        inside = [str(appliance.home / part) for part in ("slots", "logs")]
+        return run("grep", "-rlaF", "--", marker, *inside, env=appliance.env).out.splitlines()
+
+    return look
+
+
+def told_by_buildkitd(appliance, tools, certificates, *what):
+    gateway = f"tcp://localhost:{appliance.ports['gateway']}"
+    return run(tools["buildctl"], "--addr", gateway, *certificates.buildctl, *what, env=appliance.env).ok().out
+
+
+def test_the_next_tenant_of_a_worker_finds_nothing_of_the_one_before(appliance, tools, ann, bob, context):
+    anns = ann.allocate("one")
+    first = ann.build(anns, context)
+    assert cached_by(first) == [ANNS]
+    assert really_ran(first, "the-same-for-all")
+    assert ANNS in told_by_buildkitd(appliance, tools, anns, "du", "--verbose")
+    assert told_by_buildkitd(appliance, tools, anns, "debug", "histories")
+    ann.release(anns)
+
+    bobs = bob.allocate("one")
+    assert bobs.lease["workerName"] == anns.lease["workerName"]
+    told = told_by_buildkitd(appliance, tools, bobs, "du", "--verbose")
+    assert ANNS not in told
+    assert re.search(r"Total:\s+0B", told), told
+    assert ANNS not in told_by_buildkitd(appliance, tools, bobs, "debug", "histories")
+    listed = appliance.buildx("history", "ls", "--builder", bob.builder(bobs)).ok().out.splitlines()
+    assert len(listed) <= 1, listed
+    second = bob.build(bobs, context)
+    assert cached_by(second) == [BOBS]
+    assert really_ran(second, "the-same-for-all")
+    late = appliance.build(ann.builder(anns), context.dockerfile("say never"))
+    assert "the lease was released" in late.text
+    bob.release(bobs)
+
+
+def cached_by(answer):
+    """What was in the cache mount: whose markers."""
+    (held,) = re.findall(r'cache holds: "(.*)"', answer.text)
+    return [line for line in held.split("\\n") if line]
+
+
+@only("process", "what is on this machine's disk")
+def test_nothing_of_a_tenant_stays_on_disk_for_the_next(ann, bob, context, found):
+    anns = ann.allocate("one")
+    ann.build(anns, context)
+    assert {entry.rpartition("/")[2] for entry in found(ANNS)} >= {"layer", "file", "default.one-worker-0.log"}
+    ann.release(anns)
+    bobs = bob.allocate("one")
+    assert found(ANNS) == []
+    bob.release(bobs)
+
+
+@only("process", "what is on this machine's disk")
+@pytest.mark.parametrize("pool", ["never", "gone", "guarded"])
+def test_without_reuse_nothing_stays_though_nobody_comes(ann, context, found, pool):
+    anns = ann.allocate(pool)
+    ann.build(anns, context)
+    assert found(ANNS) != []
+    ann.release(anns)
+    eventually(lambda: found(ANNS) == [], "what the lease has left is wiped")
+
+
+@pytest.mark.parametrize("pool", ["never", "guarded"])
+def test_without_reuse_not_even_the_same_tenant_finds_anything(ann, context, pool):
+    for _ in range(2):
+        certificates = ann.allocate(pool)
+        built = ann.build(certificates, context)
+        assert cached_by(built) == [ANNS]
+        assert really_ran(built, "the-same-for-all")
+        ann.release(certificates)
+
+
+def test_a_tenant_who_comes_back_has_his_own_and_a_full_pool_hands_on_the_least_recent(ann, bob, issuer, context):
+    cyd = Tenant(ann.appliance, issuer, "cyd", "of-cyd-11b0")
+    anns, bobs = ann.allocate("two"), bob.allocate("two")
+    ann.build(anns, context)
+    bob.build(bobs, context)
+    for tenant, certificates in ((bob, bobs), (ann, anns)):
+        tenant.release(certificates)
+        eventually(lambda: ann.appliance.pool("two")["allocated"] < 2, "released")
+    eventually(lambda: ann.appliance.pool("two")["allocated"] == 0, "both are released")
+
+    again = ann.allocate("two")
+    assert again.lease["workerName"] == anns.lease["workerName"]
+    built = ann.build(again, context)
+    assert not really_ran(built, "the-same-for-all")
+    ann.release(again)
+    eventually(lambda: ann.appliance.pool("two")["allocated"] == 0, "released")
+
+    cyds = cyd.allocate("two")
+    assert cyds.lease["workerName"] == bobs.lease["workerName"], "whose cache was used least recently"
+    assert cached_by(cyd.build(cyds, context)) == [cyd.marker]
+    still = ann.allocate("two")
+    assert not really_ran(ann.build(still, context), "the-same-for-all"), "it was nobody else's turn to lose it"
+    cyd.release(cyds)
+    ann.release(still)
+
+
+def test_nobody_gets_at_anothers_lease(appliance, ann, bob):
+    anns = ann.allocate("two", "--job-id", "job-1")
+    bobs = bob.allocate("two", "--job-id", "job-1")
+    assert bobs.lease["workerName"] != anns.lease["workerName"]
+    assert bobs.lease["token"] != anns.lease["token"]
+    named = {"workerName": anns.lease["workerName"], "namespace": "default"}
+    for what in ("renew", "release"):
+        status, told = appliance.http("POST", f"/api/v1/workers/{what}", named, bearer=bob.bearer)
+        assert status in {403, 404}, told
+        assert "ann" not in json.dumps(told)
+    status, told = appliance.http("POST", "/api/v1/workers/lookup", {"token": "x" * 43}, bearer=bob.bearer)
+    assert status == 404, told
+    shown = json.dumps(appliance.http("GET", "/api/v1/pools/two", bearer=bob.bearer)[1])
+    assert '"ann"' not in shown
+    assert appliance.http("POST", "/api/v1/workers/lookup", {"token": anns.lease["token"]})[0] == 200
+    ann.release(anns)
+    bob.release(bobs)
