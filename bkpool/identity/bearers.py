@@ -1,7 +1,6 @@
 """The fixed bearer tokens of a pool (`spec.auth.methods[type=token]`): for callers that have no issuer.
 
-Tokens are read from a private file or a Secret and kept as digests only. What is wrong with an entry is logged by its
-number: its key may be the token.
+Tokens are read from a private file or a Secret, and kept as digests only. What they say is read in `entries`.
 """
 
 from __future__ import annotations
@@ -9,34 +8,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
-import hmac
-import json
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
-import yaml
 
-from bkpool.core.auth import RESERVED, TokenFrom
+from bkpool.core.auth import TokenFrom
 from bkpool.core.errors import BkpoolError, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.wildcards import any_matches
 from bkpool.home.files import read_private, unreadable
 from bkpool.identity import Identity, Scope, Verdict
+from bkpool.identity.entries import Entry, Tokens, parsed, read_tokens
 from bkpool.kube import Doc, KubeApi, paths
 
 log = structlog.get_logger(__name__)
 
-SHORTEST_TOKEN = 16
-"""Characters: 96 bits where they are base64, beyond guessing over a network."""
-LONGEST_NAME = 256
 LARGEST = 1 << 20
 """Bytes of a file: as much as a Secret may have (Kubernetes documentation, "Secrets")."""
 FRESH = 10.0
@@ -44,106 +36,9 @@ FRESH = 10.0
 PATIENCE = 5.0
 """Seconds for one reading of a Secret: every caller waits for it, also those with other credentials."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-"""What an Authorization header can carry (RFC 7235, token68). Nothing that is an object looks like it."""
 _HINT = "Write a mapping: each user's name with his token (docs/access.md)."
 
-# --- reading: pure --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Who has the token of this digest."""
-
-    digest: bytes
-    user: str
-    pools: tuple[str, ...] | None = None
-    """Patterns of the pools that it is for, where that is said."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What a file or a Secret says."""
-
-    entries: tuple[Entry, ...] = ()
-    faults: tuple[str, ...] = ()
-    """What is wrong with the entries that are left out. No secret is in it."""
-
-    def of(self, bearer: str) -> tuple[Entry, ...]:
-        """The entries of this token. All are compared, so that the time tells nothing of a digest."""
-        asked = _digest(bearer)
-        return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, asked)])
-
-
-def read_tokens(data: Mapping[Any, object]) -> Tokens:
-    """Reads the entries of a Secret or a file; what is wrong with one leaves the others as they are.
-
-    Args:
-        data: By key: the token, the key being the user's name; or an object `{user, pools, token}`, itself or as JSON
-            or YAML. Without `token` the key is the token, as the older Go controller has it; without `user` the key
-            is the user's name.
-    """
-    entries: list[Entry] = []
-    faults: list[str] = []
-    for number, (key, value) in enumerate(data.items(), 1):
-        try:
-            entries.append(_entry(key, value))
-        except ValueError as error:
-            faults.append(f"entry {number} of {len(data)}: {error}")
-    return Tokens(tuple(entries), tuple(faults))
-
-
-def _entry(key: object, value: object) -> Entry:
-    """Raises ValueError, in words that hold neither key nor value."""
-    told = _told(value)
-    token = told.get("token", key)
-    user = told.get("user", key if "token" in told else None)
-    pools = told.get("pools")
-    if not isinstance(token, str) or _TOKEN.fullmatch(token) is None:
-        raise ValueError("its token is not one that a request can carry: letters, digits and ._~+/-=")
-    if len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"its token is shorter than {SHORTEST_TOKEN} characters")
-    if pools is not None and not (isinstance(pools, list) and all(isinstance(one, str) for one in pools)):
-        raise ValueError("its pools are not a list of names or patterns")
-    return Entry(_digest(token), _name(user), None if pools is None else tuple(pools))
-
-
-def _told(value: object) -> dict[str, object]:
-    """The object that a value is, or stands for."""
-    if isinstance(value, str):
-        text = value.strip()
-        value = {"token": text} if _TOKEN.fullmatch(text) else _parsed(text)
-    if not isinstance(value, dict):
-        raise ValueError("it is neither a token in quotes nor an object with user, pools, token")  # noqa: TRY004
-    return value
-
-
-def _parsed(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # their messages quote the text
-        return None
-
-
-def _name(user: object) -> str:
-    if not isinstance(user, str) or not user:
-        raise ValueError("it has no user")
-    if len(user) > LONGEST_NAME or not user.isprintable() or user != user.strip():
-        raise ValueError(f"its user is not a name of at most {LONGEST_NAME} printable characters")
-    if user.startswith(RESERVED):
-        raise ValueError(f"its user begins with one of {', '.join(RESERVED)}, which mean others")
-    return user
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-
-
-# --- reading: from where --------------------------------------------------------------------------------------------
+# --- from where -----------------------------------------------------------------------------------------------------
 
 
 class Reader(Protocol):
@@ -185,7 +80,7 @@ class FileTokens:
         self._read.pop(name, None)
         if found.st_size > LARGEST:
             raise unreadable(path, f"is larger than {LARGEST} bytes", hint=_HINT)
-        data = _parsed(read_private(path, hint=_HINT).decode("utf-8", "replace"))
+        data = parsed(read_private(path, hint=_HINT).decode("utf-8", "replace"))
         if not isinstance(data, dict):
             raise unreadable(path, "is not a mapping in YAML or JSON", hint=_HINT)
         self._read[name] = (mark, tokens := read_tokens(data))
@@ -199,7 +94,7 @@ class _Kept:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     until: float = float("-inf")
     version: str | None = None
-    tokens: Tokens = Tokens()
+    tokens: Tokens = field(default_factory=Tokens)
     failure: BkpoolError | None = None
 
 

@@ -16,7 +16,7 @@ from bkpool.identity.jwt import shown
 
 _GITHUB = "https://token.actions.githubusercontent.com"
 _GITLAB = "https://gitlab.com"
-_LONGEST_NAME = 256
+LONGEST_NAME = 256
 _MOST_POOLS = 100
 _MOST_GROUPS = 500  # Microsoft's tokens have up to 200
 
@@ -104,9 +104,9 @@ def _name(claims: Mapping[str, object], path: str, what: str) -> str:
     value = find(claims, path)
     if value is None:
         raise Unauthenticated(f"claim {path}, the {what}, is missing")
-    if not _is_name(value):
+    if not is_name(value):
         raise Unauthenticated(
-            f"claim {path}, the {what}, is {shown(value)}: not a name of 1 to {_LONGEST_NAME} letters"
+            f"claim {path}, the {what}, is {shown(value)}: not a name of 1 to {LONGEST_NAME} letters"
         )
     return str(value)
 
@@ -116,14 +116,15 @@ def _names(claims: Mapping[str, object], path: str | None, most: int) -> tuple[s
     several = [] if value is None else value if isinstance(value, list) else [value]
     if len(several) > most:
         raise Unauthenticated(f"claim {path} has {len(several)} entries, more than {most}")
-    if not all(map(_is_name, several)):
+    if not all(map(is_name, several)):
         raise Unauthenticated(
-            f"claim {path} is neither a name nor a list of names, each of 1 to {_LONGEST_NAME} letters"
+            f"claim {path} is neither a name nor a list of names, each of 1 to {LONGEST_NAME} letters"
         )
     return tuple(dict.fromkeys(map(str, several)))
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Whether it is a text that can stand for somebody: 1 to LONGEST_NAME printable characters."""
     return (
-        isinstance(value, str) and 0 < len(value) <= _LONGEST_NAME and value.isprintable() and value == value.strip()
+        isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable() and value == value.strip()
     )

@@ -17,7 +17,8 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.home.files import write_private
 from bkpool.identity import Identity, Scope, Verdict
-from bkpool.identity.bearers import FRESH, FileTokens, PoolTokens, SecretTokens, Tokens, read_tokens
+from bkpool.identity.bearers import FRESH, FileTokens, PoolTokens, SecretTokens
+from bkpool.identity.entries import Tokens, read_tokens
 
 ALICE, BOB = "alices-token-of-32-characters-xx", "bobs-token-0123456789"
 SECRET = TokenFrom(secret_ref="tokens")
