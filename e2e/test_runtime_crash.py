@@ -14,7 +14,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers import Running
-from bkpool.workers.process import Binaries, ProcessRuntime
+from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 from harness import only
 
 pytestmark = only("process", "its runtime alone")
@@ -28,7 +28,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
-from bkpool.workers.process import Binaries, ProcessRuntime
+from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 
 home, where, when, call = sys.argv[1:]
 binaries = Binaries.found(Toolchain(default_cache()).find)  # asks what is on PATH for its version, with Popen

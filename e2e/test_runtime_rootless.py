@@ -32,7 +32,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.workers import Running
-from bkpool.workers.process import Binaries, ProcessRuntime
+from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 
 uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 os.setgroups([]); os.setgid(gid); os.setuid(uid)

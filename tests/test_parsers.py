@@ -31,8 +31,8 @@ from bkpool.gateway.certificate import token_of
 from bkpool.gateway.refusal import Grpc, Refusal
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.names import parse_host, pool_named
-from bkpool.workers import pod_spec, pod_view
-from bkpool.workers.pod_spec import Wanted
+from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods.pod_spec import Wanted
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SLOT = Slot("default", "p", 0)

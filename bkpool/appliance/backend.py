@@ -36,9 +36,9 @@ from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.workers import Runtime
-from bkpool.workers.pods import PodRuntime
-from bkpool.workers.process import ProcessRuntime
-from bkpool.workers.sandbox import Binaries
+from bkpool.workers.pods.runtime import PodRuntime
+from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.sandbox import Binaries
 
 LEASE = "bkpool-controller"
 """The Lease whose holder runs the controller."""

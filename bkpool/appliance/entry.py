@@ -30,8 +30,8 @@ from bkpool.home.files import as_host_fault, write_private
 from bkpool.home.lock import HomeLock
 from bkpool.kube import Access
 from bkpool.toolchain import Tool, Toolchain
-from bkpool.workers.process import ProcessRuntime
-from bkpool.workers.sandbox import Binaries
+from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.sandbox import Binaries
 
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 

@@ -27,8 +27,9 @@ from bkpool.core.resource import Metadata
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
-from bkpool.workers import Running, pod_spec, pod_view
-from bkpool.workers.pods import Deadlines, PodRuntime
+from bkpool.workers import Running
+from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods.runtime import Deadlines, PodRuntime
 from bkpool.workers.probe import probe_tls
 from kind_cluster import E2eCluster, Kubectl
 
@@ -367,7 +368,7 @@ from bkpool.core.pool import Pool
 from bkpool.kube import Access, KubeApi
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
-from bkpool.workers.pods import PodRuntime
+from bkpool.workers.pods.runtime import PodRuntime
 
 given = json.load(sys.stdin)
 real, left = KubeApi._request, 0

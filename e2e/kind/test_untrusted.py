@@ -13,7 +13,7 @@ from kind.test_pods import BUILD, Told, a_pool, in_pod, make_runtime, pod_of, ru
 
 from bkpool.core.errors import NotFound, WorkerFailed
 from bkpool.kube import paths
-from bkpool.workers.egress import egress_key, egress_policy
+from bkpool.workers.pods.egress import egress_key, egress_policy
 from harness import eventually
 
 NETWORKING = "networking.k8s.io/v1"

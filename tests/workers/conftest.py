@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bkpool.workers.process import ProcessRuntime
-from bkpool.workers.sandbox import Binaries
+from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.sandbox import Binaries
 
 _PROGRAM = r"""
 #include <stdio.h>

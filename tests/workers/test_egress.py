@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE
-from bkpool.workers.egress import egress_policy
-from bkpool.workers.pod_spec import Wanted
-from bkpool.workers.pod_spec import pod as pod_of
+from bkpool.workers.pods.egress import egress_policy
+from bkpool.workers.pods.pod_spec import Wanted
+from bkpool.workers.pods.pod_spec import pod as pod_of
 from support.objects import pool, slot
 
 

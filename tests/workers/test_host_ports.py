@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bkpool.core.errors import WorkerFailed
-from bkpool.workers.host_ports import HostPorts
+from bkpool.workers.pods.host_ports import HostPorts
 
 
 def test_ports_are_handed_out_in_turn_and_none_twice():

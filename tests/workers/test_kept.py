@@ -7,7 +7,7 @@ import pytest
 
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, Unavailable
 from bkpool.core.names import Key
-from bkpool.workers.kept import Copy, Kept
+from bkpool.workers.pods.kept import Copy, Kept
 
 A = Key("ns", "p-worker-0")
 

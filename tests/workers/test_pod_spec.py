@@ -17,8 +17,8 @@ from bkpool.core.names import (
 from bkpool.core.pool import LocalCache, Pool
 from bkpool.core.resource import Metadata
 from bkpool.pki.authority import Leaf
-from bkpool.workers import pod_spec
-from bkpool.workers.pod_spec import ANNOTATION_EVICT, PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Wanted
+from bkpool.workers.pods import pod_spec
+from bkpool.workers.pods.pod_spec import ANNOTATION_EVICT, PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Wanted
 from support.objects import pool, slot
 
 SLOT = slot(3)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, Key, Slot
-from bkpool.workers import pod_spec, pod_view
-from bkpool.workers.patience import Deadlines, Patience
-from bkpool.workers.pod_view import Stage, View
+from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods.patience import Deadlines, Patience
+from bkpool.workers.pods.pod_view import Stage, View
 from support.objects import pool, slot
 
 

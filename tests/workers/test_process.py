@@ -15,11 +15,11 @@ from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Cache, CacheGC
 from bkpool.workers import Running
-from bkpool.workers.daemon import Daemon
-from bkpool.workers.process import ProcessRuntime
-from bkpool.workers.sandbox import Binaries
-from bkpool.workers.slot_files import CacheRecord, SlotFiles
-from bkpool.workers.socket_directory import home_digest
+from bkpool.workers.processes.daemon import Daemon
+from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.sandbox import Binaries
+from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
+from bkpool.workers.processes.socket_directory import home_digest
 from support.objects import pool as a_pool
 
 SLOT = Slot("default", "default", 0)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bkpool.core.errors import HostFault
-from bkpool.workers import process_table
-from bkpool.workers.process_table import Process
-from bkpool.workers.sandbox import Binaries, Sandbox
+from bkpool.workers.processes import process_table
+from bkpool.workers.processes.process_table import Process
+from bkpool.workers.processes.sandbox import Binaries, Sandbox
 
 
 def sleeper(**environment: str) -> subprocess.Popen[bytes]:

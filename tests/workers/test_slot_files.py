@@ -6,7 +6,7 @@ import pytest
 
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.workers.slot_files import CacheRecord, CacheState, DaemonRecord, SlotFiles, slots_on_disk
+from bkpool.workers.processes.slot_files import CacheRecord, CacheState, DaemonRecord, SlotFiles, slots_on_disk
 
 
 @pytest.fixture

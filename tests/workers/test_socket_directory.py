@@ -7,7 +7,7 @@ import pytest
 
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.workers.socket_directory import claim, default_directory, slot_directory
+from bkpool.workers.processes.socket_directory import claim, default_directory, slot_directory
 
 
 def test_it_is_made_private_and_claimed_again(tmp_path):

@@ -11,7 +11,7 @@ from ipaddress import ip_network
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_WORKER, Key
 from bkpool.core.pool import Egress, Pool
 from bkpool.kube import Doc
-from bkpool.workers.pod_spec import labelled
+from bkpool.workers.pods.pod_spec import labelled
 
 # What is not globally reachable by the IANA special-purpose address registries (RFC 6890), and multicast. NAT64's
 # 64:ff9b::/96 is not among it: it stands for public addresses only (RFC 6052 section 3.1).

@@ -23,14 +23,15 @@ from bkpool.core.names import WORKER_PORT, Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.kube import Doc, KubeApi
 from bkpool.pki.authority import Authority
-from bkpool.workers import Observation, Running, Told, pod_spec, pod_view
-from bkpool.workers.host_ports import HostPorts
-from bkpool.workers.kept import Kept
-from bkpool.workers.patience import Deadlines, Patience
-from bkpool.workers.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, Wanted, isolation
-from bkpool.workers.pod_view import Stage, View
-from bkpool.workers.pod_words import PodWords
-from bkpool.workers.pod_writes import CLAIMS, PODS, PodWrites, foreign
+from bkpool.workers import Observation, Running, Told
+from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods.host_ports import HostPorts
+from bkpool.workers.pods.kept import Kept
+from bkpool.workers.pods.patience import Deadlines, Patience
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, Wanted, isolation
+from bkpool.workers.pods.pod_view import Stage, View
+from bkpool.workers.pods.pod_words import PodWords
+from bkpool.workers.pods.pod_writes import CLAIMS, PODS, PodWrites, foreign
 from bkpool.workers.probe import probe_tls
 
 __all__ = ["Deadlines", "PodRuntime"]

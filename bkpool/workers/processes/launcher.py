@@ -15,10 +15,11 @@ from pathlib import Path
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.core.pool import PoolSpec
-from bkpool.workers import config, process_table, socket_directory
-from bkpool.workers.daemon import MARK, Launch
-from bkpool.workers.sandbox import Sandbox, remove_cgroups
-from bkpool.workers.slot_files import SlotFiles
+from bkpool.workers import config
+from bkpool.workers.processes import process_table, socket_directory
+from bkpool.workers.processes.daemon import MARK, Launch
+from bkpool.workers.processes.sandbox import Sandbox, remove_cgroups
+from bkpool.workers.processes.slot_files import SlotFiles
 
 
 class Launcher:

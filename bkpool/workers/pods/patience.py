@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bkpool.workers.pod_view import Stage, View
+from bkpool.workers.pods.pod_view import Stage, View
 
 _UNTOLD = 5.0
 """Seconds of an ordinary wait that nobody needs to hear of: a pod whose image is there is up in one or two."""

@@ -11,8 +11,8 @@ from contextlib import suppress
 from bkpool.core.errors import BkpoolError, WorkerFailed
 from bkpool.core.policy import LAST_WORDS
 from bkpool.kube import Doc, KubeApi, paths
-from bkpool.workers import pod_spec, pod_view
 from bkpool.workers.last_words import telling
+from bkpool.workers.pods import pod_spec, pod_view
 
 _PATIENCE = 3.0  # seconds for an answer: a lost node's kubelet gives no log at all
 _LINES = 40  # of buildkitd's log, in which its last words are looked for

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from bkpool.core.errors import HostFault, WorkerFailed
 from bkpool.core.policy import LAST_WORDS
-from bkpool.workers import process_table
 from bkpool.workers.last_words import telling
 from bkpool.workers.probe import probe
-from bkpool.workers.process_table import Process
-from bkpool.workers.slot_files import DaemonRecord
+from bkpool.workers.processes import process_table
+from bkpool.workers.processes.process_table import Process
+from bkpool.workers.processes.slot_files import DaemonRecord
 
 MARK = "BKPOOL_SLOT"
 """In the environment of everything started for a slot: what a crash left without a record is found by it."""

@@ -16,10 +16,10 @@ from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Ke
 from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
-from bkpool.workers import pod_spec, pod_view
 from bkpool.workers.config import render
-from bkpool.workers.egress import egress_key, egress_policy
-from bkpool.workers.kept import Kept
+from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods.egress import egress_key, egress_policy
+from bkpool.workers.pods.kept import Kept
 
 PODS, CLAIMS = "pods", "persistentvolumeclaims"
 _GRACE = 5  # seconds for buildkitd to end: it has no build any more

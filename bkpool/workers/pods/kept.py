@@ -17,7 +17,7 @@ import structlog
 from bkpool.core.errors import BkpoolError, Gone, Unavailable
 from bkpool.core.names import Key
 from bkpool.kube import Doc, KubeApi, paths
-from bkpool.workers.pod_spec import SELECTOR, key_of
+from bkpool.workers.pods.pod_spec import SELECTOR, key_of
 
 log = structlog.get_logger(__name__)
 

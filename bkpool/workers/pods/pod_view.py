@@ -20,7 +20,7 @@ from bkpool.core.names import (
     slot_of,
 )
 from bkpool.kube import Doc
-from bkpool.workers.pod_spec import CACHE_VOLUME, key_of
+from bkpool.workers.pods.pod_spec import CACHE_VOLUME, key_of
 
 _LONGEST = 400  # characters of somebody else's message
 _PULL = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}

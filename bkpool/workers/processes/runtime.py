@@ -19,11 +19,12 @@ import structlog
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
-from bkpool.workers import Observation, Running, Told, process_table, socket_directory
-from bkpool.workers.daemon import Daemon
-from bkpool.workers.launcher import Launcher
-from bkpool.workers.sandbox import Binaries, Sandbox
-from bkpool.workers.slot_files import (
+from bkpool.workers import Observation, Running, Told
+from bkpool.workers.processes import process_table, socket_directory
+from bkpool.workers.processes.daemon import Daemon
+from bkpool.workers.processes.launcher import Launcher
+from bkpool.workers.processes.sandbox import Binaries, Sandbox
+from bkpool.workers.processes.slot_files import (
     CacheRecord,
     CacheState,
     DaemonRecord,
