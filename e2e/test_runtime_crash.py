@@ -93,13 +93,13 @@ def die(home: Path, where: str, when: str, call: int = 1) -> None:
 @pytest.mark.parametrize(
     ("where", "when", "call", "survives"),
     [
-        ("bkpool.workers.slot_files:SlotFiles.write_cache", "after", 1, False),
-        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "after", 1, False),
-        ("bkpool.workers.daemon:subprocess.Popen", "before", 1, False),
-        ("bkpool.workers.daemon:subprocess.Popen", "after", 1, False),
-        ("bkpool.workers.daemon:_checked", "before", 1, False),
-        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "before", 2, False),
-        ("bkpool.workers.slot_files:SlotFiles.write_daemon", "after", 2, True),
+        ("bkpool.workers.processes.slot_files:SlotFiles.write_cache", "after", 1, False),
+        ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "after", 1, False),
+        ("bkpool.workers.processes.daemon:subprocess.Popen", "before", 1, False),
+        ("bkpool.workers.processes.daemon:subprocess.Popen", "after", 1, False),
+        ("bkpool.workers.processes.daemon:_checked", "before", 1, False),
+        ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "before", 2, False),
+        ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "after", 2, True),
     ],
 )
 async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, binaries, where, when, call, survives):
@@ -122,11 +122,11 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
 @pytest.mark.parametrize(
     ("where", "when", "call"),
     [
-        ("bkpool.workers.daemon:Daemon.stop", "before", 1),
-        ("bkpool.workers.slot_files:SlotFiles.write_cache", "after", 2),
-        ("bkpool.workers.slot_files:SlotFiles.set_root_aside", "after", 1),
-        ("bkpool.workers.launcher:subprocess.run", "after", 1),
-        ("bkpool.workers.slot_files:SlotFiles.remove", "after", 1),
+        ("bkpool.workers.processes.daemon:Daemon.stop", "before", 1),
+        ("bkpool.workers.processes.slot_files:SlotFiles.write_cache", "after", 2),
+        ("bkpool.workers.processes.slot_files:SlotFiles.set_root_aside", "after", 1),
+        ("bkpool.workers.processes.launcher:subprocess.run", "after", 1),
+        ("bkpool.workers.processes.slot_files:SlotFiles.remove", "after", 1),
     ],
 )
 async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binaries, where, when, call):
@@ -135,7 +135,7 @@ async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binari
 
     runtime = ProcessRuntime(home, binaries)
     await runtime.adopt()
-    wiped = where != "bkpool.workers.daemon:Daemon.stop"
+    wiped = where != "bkpool.workers.processes.daemon:Daemon.stop"
     assert runtime.caches() == ({} if wiped else {SLOT: "anna"})
     assert bool(list(home.rglob("root"))) is not wiped
     assert len(daemons(home)) == (0 if wiped else 1)
