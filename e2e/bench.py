@@ -17,15 +17,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe
-from harness import Appliance
+from harness import Appliance, oidc_config, pool
+from support.issuer import AUDIENCE, Issuer
 
 CONTEXT_MB = 200
 AT_ONCE = 20
@@ -246,6 +249,37 @@ def command_line(tools: dict[str, Path], runs: int) -> dict[str, Any]:
     }
 
 
+def who_is_calling(tools: dict[str, Path], runs: int) -> dict[str, Any]:
+    """A warm allocate with an ID token, beside the same with the admin's token, in turn; 100 pools with rules."""
+    believed = {"audience": AUDIENCE, "claimsMapping": {"user": "actor"}}
+    auth = {"rbac": {"rules": [{"users": ["alice"]}]}}
+    known: dict[str, list[float]] = {"admin": [], "alice": []}
+    with Issuer() as issuer, tempfile.TemporaryDirectory(prefix="bkpool-bench-") as base:
+        running = Appliance(Path(base), tools)
+        objects = [oidc_config("ci", issuer=issuer.url, **believed), pool("default", scaling={"max": 2}, auth=auth)]
+        running.up_from(objects + [pool(f"other-{n}", auth=auth) for n in range(99)])
+        try:
+            bearers = {"admin": "admin", "alice": issuer.token(actor="alice")}
+            for number in range(max(runs * 5, 25) + 1):
+                for name, bearer in bearers.items():
+                    begin = time.perf_counter()
+                    path = "/api/v1/workers/allocate"
+                    status, lease = running.http("POST", path, {"poolName": "default"}, bearer=bearer)
+                    seconds = time.perf_counter() - begin
+                    assert status == HTTPStatus.OK, lease
+                    _back(running, lease)
+                    if number:  # the first one brings the worker up
+                        known[name].append(seconds * 1000)
+        finally:
+            running.finish()
+    beyond = [a - b for a, b in zip(known["alice"], known["admin"], strict=True)]
+    return {
+        "warm allocate, the admin's token, ms": spread(known["admin"]),
+        "warm allocate, an ID token and a rule, ms": spread(known["alice"]),
+        "ID token beyond the admin's, ms": spread(beyond),
+    }
+
+
 def _back(running: Appliance, lease: dict[str, Any]) -> None:
     running.http("POST", "/api/v1/workers/release", {"token": lease["token"]})
     while running.pool()["allocated"]:
@@ -274,7 +308,7 @@ def main() -> None:
         print(f"{name:<{width}}  {value}")
 
 
-PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line)
+PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line, who_is_calling)
 
 if __name__ == "__main__":
     main()

@@ -31,7 +31,7 @@ from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
 from bkpool.core.errors import Unavailable
-from bkpool.core.ignored import ignored_fields
+from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
@@ -126,10 +126,10 @@ class HostAppliance:
 
     async def _control(self, backend: Backend, mirror: Mirror, issuers: Issuers, endpoint: str) -> None:
         """The controller, for as long as nobody else runs one."""
+        ignored = IgnoredFields(backend.unread)
 
         def setting(pool: Pool) -> PoolSetting:
-            ignored = ignored_fields(pool.spec, backend.unread)
-            return PoolSetting(endpoint=endpoint, ignored=ignored, capacity=backend.runtime.capacity)
+            return PoolSetting(endpoint=endpoint, ignored=ignored.of(pool), capacity=backend.runtime.capacity)
 
         async def work() -> None:
             controller = Controller(

@@ -28,7 +28,7 @@ from bkpool.cluster.pool_gateways import PoolGateways
 from bkpool.controller import Controller
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.errors import InvalidInput, Unavailable
-from bkpool.core.ignored import ignored_fields
+from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
@@ -153,10 +153,12 @@ class ControlReplica:
             recorder=backend.recorder,
         )
 
+        ignored = IgnoredFields(backend.unread)
+
         def setting(pool: Pool) -> PoolSetting:
             return PoolSetting(
                 endpoint=gateways.endpoints.get(pool.key) or endpoint_of(pool),
-                ignored=ignored_fields(pool.spec, backend.unread),
+                ignored=ignored.of(pool),
                 trouble=gateways.trouble.get(pool.key, ""),
             )
 

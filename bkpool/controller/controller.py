@@ -93,12 +93,13 @@ class Controller:
         """Decides for every pool and begins the actions; returns when to look again if nothing changes."""
         now = self._now()
         deadlines: list[datetime] = []
+        observed, caches = self._runtime.observe(), self._runtime.caches()
         for pool in [*self._mirror.pools.values(), *self._ended_pools()]:
             snapshot = policy.Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
-                observed=self._runtime.observe(),
-                caches=self._runtime.caches(),
+                observed=observed,
+                caches=caches,
                 busy=frozenset(slot for slot in self._acting if (slot.namespace, slot.pool) == pool.key),
             )
             decision = policy.decide(snapshot, now)
@@ -108,7 +109,7 @@ class Controller:
                 deadlines.append(decision.wake_at)
             if pool.key in self._mirror.pools:
                 self._tell(pool, snapshot.workers, now)
-        for slot in policy.strays(self._runtime.observe(), self._mirror.workers.values(), self._acting):
+        for slot in policy.strays(observed, self._mirror.workers.values(), self._acting):
             self._begin(slot, self._stop_stray(slot))
         return min(deadlines, default=None)
 

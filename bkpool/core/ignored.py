@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterator
 from pydantic import BaseModel
 
 from bkpool.core.auth import MethodType, OIDCConfigSpec
-from bkpool.core.pool import Egress, PoolSpec
+from bkpool.core.names import Key
+from bkpool.core.pool import Egress, Pool, PoolSpec
 
 _GATEWAY_OBJECTS = (
     "gatewayImage",
@@ -76,6 +77,26 @@ def _of_methods(spec: PoolSpec) -> Iterator[str]:
 def _is_among(path: str, stems: Collection[str]) -> bool:
     bare = _INDEX.sub("[]", path)
     return any(bare == stem or bare.startswith(f"{stem}.") for stem in stems)
+
+
+class IgnoredFields:
+    """The same, remembered of each pool until its spec changes: the controller asks at every look.
+
+    Args:
+        unread: As for `ignored_fields`.
+    """
+
+    def __init__(self, unread: Collection[str]) -> None:
+        self._unread = unread
+        self._known: dict[Key, tuple[PoolSpec, list[str]]] = {}
+
+    def of(self, pool: Pool) -> list[str]:
+        """The paths of the fields of this pool."""
+        spec, found = self._known.get(pool.key, (None, []))
+        if spec is not pool.spec:
+            found = ignored_fields(pool.spec, self._unread)
+            self._known[pool.key] = (pool.spec, found)
+        return found
 
 
 def is_foreign_gateway(image: str | None) -> bool:

@@ -55,9 +55,12 @@ def trusted(configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespa
         for config in configs
         if config.spec.enabled
     ]
-    for pool in pools:
-        source, scope = f"{Pool.KIND} {pool.key}", Scope(pool.key.namespace, pool.key.name)
-        found += [Trusted(source, own, scope, refusal=own.refusal or "") for own in pool.spec.auth.oidc]
+    found += [
+        Trusted(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.refusal or "")
+        for pool in pools
+        if pool.spec.auth.methods  # most have none, and this is asked with every request
+        for own in pool.spec.auth.oidc
+    ]
     return found
 
 

@@ -26,6 +26,7 @@ from bkpool.cluster.engine import Engine
 from bkpool.toolchain import default_cache
 from harness import Appliance, Certificates, Context, eventually, free_port, really_ran, run
 from kind_cluster import kind_of
+from support.secrets import secrets_in
 from worlds import SYSTEM, Processes
 
 POOL = "my-buildkit-pool"
@@ -157,6 +158,18 @@ class Installed:
 
         eventually(free, "every lease has ended")
 
+    def leaked(self) -> list[str]:
+        """Secrets in what the replicas, the gateways and the workers have logged."""
+        found = []
+        for namespace, selector in (
+            (SYSTEM, "app.kubernetes.io/name=buildkit-controller"),
+            ("default", f"buildkit.smrt-devops.net/pool={POOL}"),
+        ):
+            log = self.world.kubectl("-n", namespace, "logs", "-l", selector, "--tail=-1", "--prefix", check=False)
+            assert "[pod/" in log, "there is a log to read"
+            found += secrets_in(log)
+        return found
+
     def close(self) -> None:
         for process in self.forwards:
             process.kill()
@@ -209,11 +222,13 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", patience=120)
     yield made
     made.close()
+    leaked = made.leaked()
     kubectl("delete", "pod", "caller", "--ignore-not-found", "--wait=false")
     kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
     eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers go", patience=120)
     kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
     eventually(lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas go")
+    assert not leaked, leaked
 
 
 SETUP = f"""

@@ -1,8 +1,16 @@
 import pytest
 
 from bkpool.core.auth import OIDCConfigSpec
-from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES, ignored_fields, ignored_in_config
-from bkpool.core.pool import PoolSpec
+from bkpool.core.ignored import (
+    CLUSTER_IGNORES,
+    KIND_IGNORES,
+    PROCESS_IGNORES,
+    IgnoredFields,
+    ignored_fields,
+    ignored_in_config,
+)
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
 
 PODS = {
     "buildkitImage": "moby/buildkit:rootless",
@@ -122,3 +130,11 @@ def test_of_an_issuer_only_the_secret_has_no_effect():
         "claimsMapping.email",
         "clientSecretRef",
     ]
+
+
+def test_what_is_ignored_is_remembered_until_the_spec_changes():
+    remembered = IgnoredFields(PROCESS_IGNORES)
+    before = Pool(metadata=Metadata(name="p"), spec=PoolSpec.model_validate({"buildkitImage": "x"}))
+    assert remembered.of(before) == ["buildkitImage"]
+    assert remembered.of(before.but(status=before.status.but(workers=1))) is remembered.of(before)
+    assert remembered.of(before.but(spec=PoolSpec())) == []
