@@ -199,7 +199,7 @@ def test_keys_are_rotated_and_an_issuer_that_is_away_is_no_outage(guarded, issue
 
 def test_the_api_over_tls(make_appliance, context):
     appliance = make_appliance()
-    told = appliance.up("--api-tls")
+    told = appliance.up_with({}, "--api-tls")
     assert told["apiEndpoint"].startswith("https://")
     appliance.cli("build", str(context.dockerfile("say over-tls"))).ok()
     port = appliance.ports["api"]

@@ -25,12 +25,13 @@ POOL = "ci"
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory, tools, world):
+def platform(tmp_path_factory, tools, world, registry_host):
     """An appliance whose issuer plays the CI platform."""
     appliance = Appliance(tmp_path_factory.mktemp("ci"), tools, world=world)
     port = free_port()
     options = ("--dev-issuer", "--dev-issuer-address", f"127.0.0.1:{port}", "--api-tls")
-    told = appliance.up_with({"scaling": {"min": 0, "max": 2}}, *options, name=POOL)
+    spec = {"scaling": {"min": 0, "max": 2}, **world.trusting(registry_host)}
+    told = appliance.up_with(spec, *options, name=POOL)
     yield appliance, told
     appliance.finish()
 

@@ -119,7 +119,7 @@ def test_a_pool_deleted_while_it_is_leased_lets_the_build_finish_and_can_be_made
     assert running.returncode == 0, out
     eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers go", patience=120)
     eventually(lambda: not appliance.workers(), "and their pods")
-    world.kubectl("apply", "-f", str(appliance.base / "pool.json"))
+    world.kubectl("apply", "-f", str(appliance.base / "objects.yaml"))
     eventually(lambda: appliance.http("GET", "/api/v1/pools/default")[0] == 200, "the pool is there again")
     appliance.build(appliance.builder(appliance.allocate(name="again"), "again"), context.path).ok()
 
@@ -148,7 +148,7 @@ def test_absurd_objects_stall_nothing_else(make_appliance, world, context):
         "x-kubernetes-preserve-unknown-fields": True,
     }
     absurd = appliance.base / "absurd.json"
-    pool = json.loads((appliance.base / "pool.json").read_text())
+    pool = json.loads((appliance.base / "objects.yaml").read_text())
     absurd.write_text(
         json.dumps({**pool, "metadata": {"name": "absurd"}, "spec": {"scaling": {"max": -1, "min": "many"}}})
     )
