@@ -26,7 +26,6 @@ NAME = f"bkpool-e2e-{os.getpid()}"
 AS_USER = """
 import asyncio, os, pathlib, signal, subprocess, sys
 import concurrent.futures.thread, encodings.idna
-import bkpool.workers.process
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
