@@ -50,17 +50,20 @@ def issuers(*, as_json: bool) -> None:
 
 
 def _listed(issuers: list[dict[str, Any]]) -> RenderableType:
-    heads = ("name", "issuer", "audience", "ready", "message")
+    from rich.console import Group  # noqa: PLC0415 - on a terminal only
+    from rich.text import Text  # noqa: PLC0415
+
+    names = [f"{one.get('namespace')}/{one.get('name')}" for one in issuers]
     rows = (
-        (
-            f"{one.get('namespace')}/{one.get('name')}",
-            *(str(one.get(head) or "") for head in ("issuer", "audience")),
-            "yes" if one.get("ready") else "no",
-            str(one.get("message") or ""),
-        )
-        for one in issuers
+        (name, "yes" if one.get("ready") else "no", str(one.get("audience")), str(one.get("issuer")))
+        for name, one in zip(names, issuers, strict=True)
     )
-    return console.table(heads, rows, long={"issuer", "message"})
+    remarks = (
+        Text(f"{name}: {one.get('message') or 'not looked at yet'}", style="yellow")
+        for name, one in zip(names, issuers, strict=True)
+        if not one.get("ready")
+    )
+    return Group(console.table(("name", "ready", "audience", "issuer"), rows, long={"issuer"}), *remarks)
 
 
 def _token(file: str) -> str:

@@ -81,8 +81,7 @@ def _by_rules(identity: Identity, pool: Pool) -> tuple[bool, str]:
         here = any_matches(rule.pools, pool.key.name) or any_matches(rule.pools, str(pool.key))
         if here and any(any_matches(rule.users, subject) for subject in subjects):
             return True, f"spec.auth.rbac.rules[{number}] of the pool"
-    count = len(pool.spec.auth.rbac.rules)
-    return False, f"none of the {count} rule{'s' if count > 1 else ''} of the pool names this caller"
+    return False, "no rule of the pool names this caller"
 
 
 def _subjects(identity: Identity) -> tuple[str, ...]:

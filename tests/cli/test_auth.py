@@ -49,3 +49,20 @@ def test_a_person_sees_a_table(on_terminal, api, appliance, tmp_path):
     assert "a, b" in shown
     assert "the audience is another" in shown
     assert "a.b.c" not in shown
+
+
+ISSUERS = {
+    "issuers": [
+        {"name": "ok", "namespace": "s", "issuer": "https://i", "audience": "a", "ready": True, "message": "1 key"},
+        {"name": "bad", "namespace": "s", "issuer": "https://w", "audience": "a", "ready": False, "message": "[why]"},
+    ]
+}
+
+
+def test_issuers_are_a_table_and_what_is_wrong_with_them_stands_below(on_terminal, called, api, appliance):
+    api.answers["issuers"] = (200, ISSUERS)
+    assert json.loads(called("auth", "issuers")[1]) == ISSUERS
+    code, shown = on_terminal("auth", "issuers")
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert code == 0
+    assert lines == ["name ready audience issuer", "s/ok yes a https://i", "s/bad no a https://w", "s/bad: [why]"]
