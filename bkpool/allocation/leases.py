@@ -21,7 +21,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Allocation, EndedLease, EndReason, Worker
 from bkpool.identity import Identity
-from bkpool.identity.rules import may_see
+from bkpool.identity.rules import is_theirs
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
@@ -131,7 +131,7 @@ class Leases:
         """The worker with that lease. Whose it is not learns no more than if there were none. Raises NotFound."""
         with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself has no rights in that namespace
             worker = await self._store.get(Worker, *named.worker)
-            if worker.allocation and may_see(worker.pool, named.identities, worker.allocation.holder):
+            if worker.allocation and is_theirs(worker.pool, named.identities, worker.allocation.holder):
                 return worker
         raise NotFound(
             f"workerName: there is no lease of yours on {named.worker.name}",

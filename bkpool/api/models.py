@@ -9,15 +9,15 @@ import base64
 from datetime import timedelta
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictStr
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import AllocationRequest, Grant
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
+from bkpool.core.names import DEFAULT_NAMESPACE, DNS_LABEL, Key
 from bkpool.core.pool import Pool
-from bkpool.core.resource import Condition, Duration
+from bkpool.core.resource import Condition, Duration, Name
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import LONGEST_BEARER
@@ -27,21 +27,12 @@ MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64
 
 
-def _name(value: str) -> str:
-    try:
-        return check_name(value, field="name")
-    except InvalidInput as error:
-        raise ValueError(f"{error.message.removeprefix('name: ')}. {error.hint}") from None
-
-
-def _namespace(value: str) -> str:
-    return _name(value or DEFAULT_NAMESPACE)
-
-
-NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
-Name = Annotated[StrictStr, AfterValidator(_name), Field(json_schema_extra={"pattern": NAME_PATTERN})]
+NAME_PATTERN = f"^{DNS_LABEL}$"
+ObjectName = Annotated[Name, Field(json_schema_extra={"pattern": NAME_PATTERN})]
 Namespace = Annotated[
-    StrictStr, AfterValidator(_namespace), Field(json_schema_extra={"pattern": f"^$|{NAME_PATTERN}"})
+    Name,
+    BeforeValidator(lambda given: DEFAULT_NAMESPACE if given == "" else given),
+    Field(json_schema_extra={"pattern": f"^$|{NAME_PATTERN}"}),
 ]
 """Empty: the default one."""
 Text = Annotated[StrictStr, Field(max_length=256)]
@@ -57,7 +48,7 @@ class Body(BaseModel):
 class AllocateBody(Body):
     """A request for a worker."""
 
-    pool_name: Name
+    pool_name: ObjectName
     namespace: Namespace = DEFAULT_NAMESPACE
     job_id: Text = ""
     ttl: Duration | None = None
@@ -116,7 +107,7 @@ class LeaseBody(Body):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["token"]}, {"required": ["workerName"]}]})
 
     token: Token = ""
-    worker_name: Name = ""
+    worker_name: ObjectName = ""
     namespace: Namespace = DEFAULT_NAMESPACE
     """The worker's, and its pool's."""
 
@@ -248,7 +239,7 @@ class CheckBody(Body):
     """Somebody's bearer token, and the pool that it is about; having the token is the right to ask."""
 
     token: Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_BEARER, pattern=r"^[A-Za-z0-9._~+/-]+=*$")]
-    pool_name: Name
+    pool_name: ObjectName
     namespace: Namespace = DEFAULT_NAMESPACE
 
 

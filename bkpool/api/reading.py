@@ -13,7 +13,6 @@ from aiohttp import web
 from pydantic import BaseModel, ValidationError
 
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import check_name
 from bkpool.core.resource import explain
 
 PATIENCE = 30.0
@@ -42,8 +41,3 @@ async def read(request: web.Request, model: type[B]) -> B:
         return model.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
         raise explain(error, shown=False) from None
-
-
-def read_name(value: str, field: str) -> str:
-    """A name from a path or query. Raises InvalidInput if no object can be called so."""
-    return check_name(value, field=field)

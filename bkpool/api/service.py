@@ -16,15 +16,15 @@ from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.audit import Trail
 from bkpool.api.openapi import Bearer, Route
-from bkpool.api.reading import read, read_name
+from bkpool.api.reading import read
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
-from bkpool.core.names import DEFAULT_NAMESPACE, Key
+from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.policy import counts
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import Access, forbidden, refusal
-from bkpool.identity.rules import Decision, decide, may_see
+from bkpool.identity.rules import Decision, decide, is_theirs
 from bkpool.store.mirror import Mirror
 
 
@@ -146,10 +146,10 @@ class Service:
     async def pool(self, request: web.Request, trail: Trail) -> models.PoolAnswer:
         """One pool and its workers."""
         caller = await self._caller(request, trail)
-        namespace = read_name(request.query.get("namespace") or DEFAULT_NAMESPACE, "namespace")
-        pool, _ = self._admit(caller, Key(namespace, read_name(request.match_info["name"], "name")), trail)
+        namespace = check_name(request.query.get("namespace") or DEFAULT_NAMESPACE, field="namespace")
+        pool, _ = self._admit(caller, Key(namespace, check_name(request.match_info["name"], field="name")), trail)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
-        members = tuple(models.WorkerView.of(one, whole=_may_see(caller, one)) for one in workers)
+        members = tuple(models.WorkerView.of(one, whole=_is_theirs(caller, one)) for one in workers)
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
 
     async def issuers(self, request: web.Request, trail: Trail) -> models.IssuersAnswer:
@@ -238,9 +238,9 @@ class Service:
         }
 
 
-def _may_see(caller: Caller, worker: Worker) -> bool:
+def _is_theirs(caller: Caller, worker: Worker) -> bool:
     """Whether more of the worker may be shown than that it is there: what it did for others is theirs."""
-    return may_see(worker.pool, caller.identities, worker.allocation.holder if worker.allocation else "")
+    return is_theirs(worker.pool, caller.identities, worker.allocation.holder if worker.allocation else "")
 
 
 def _note(trail: Trail, worker: Worker) -> None:

@@ -20,8 +20,11 @@ from bkpool.appliance.identities import Methods
 from bkpool.appliance.settings import Settings, Tell
 from bkpool.cluster import crds
 from bkpool.cluster.leader import Leadership
+from bkpool.controller import Controller
 from bkpool.core.errors import Conflict
 from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
+from bkpool.core.policy import PoolSetting
+from bkpool.core.pool import Pool
 from bkpool.gateway.dial import Dial, Dialler, TlsDialler
 from bkpool.identity.bearers import FileTokens, PoolTokens, SecretTokens
 from bkpool.identity.service_accounts import ServiceAccounts
@@ -83,6 +86,19 @@ class Backend:
             now=now,
         )
         return claims, leases
+
+    def controller(
+        self, mirror: Mirror, setting: Callable[[Pool], PoolSetting], now: Callable[[], datetime]
+    ) -> Controller:
+        """What carries out the policy over these parts."""
+        return Controller(
+            store=self.store,
+            mirror=mirror,
+            runtime=self.runtime,
+            now=now,
+            setting=setting,
+            recorder=self.recorder,
+        )
 
 
 async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Binaries, tell: Tell) -> Backend:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from bkpool.core.auth import ClaimsMapping, OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import BkpoolError, Forbidden, InvalidInput, Unauthenticated
-from bkpool.core.names import AUDIENCE, SYSTEM_NAMESPACE
+from bkpool.core.names import AUDIENCE, LOOPBACK, SYSTEM_NAMESPACE
 from bkpool.core.resource import Duration, Metadata, explain
 
 log = structlog.get_logger(__name__)
@@ -32,7 +32,6 @@ LONGEST = timedelta(hours=24)
 ACTIONS_LIFE = timedelta(minutes=5)
 """Of GitHub's ID tokens (docs.github.com, "OpenID Connect reference": `exp` is five minutes after `iat`)."""
 _OURS = ("iss", "sub", "aud", "exp", "iat", "nbf", "jti")
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _MAX_BODY = 16 * 1024  # bytes: a token with as much in it would fit into no header
 
 Text = Annotated[StrictStr, Field(min_length=1, max_length=512)]
@@ -182,5 +181,5 @@ def _check_host(host: str) -> None:
         name = urlsplit(f"//{host}").hostname
     except ValueError:
         name = None
-    if name not in _LOOPBACK:
+    if name not in LOOPBACK:
         raise Forbidden("Host: the development issuer is called localhost", hint="Ask it by http://localhost:PORT.")

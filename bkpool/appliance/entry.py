@@ -24,6 +24,7 @@ from bkpool.cluster.engine import Engine, engine_fault
 from bkpool.cluster.kind import Cluster, Kind, Marker
 from bkpool.core.documents import Documents, read_documents
 from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.core.names import LOOPBACK
 from bkpool.gateway.context import without_traceback
 from bkpool.gateway.server import new_loop
 from bkpool.home.files import as_host_fault, write_private
@@ -32,8 +33,6 @@ from bkpool.kube import Access
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
-
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def run(settings: Settings, tell: Tell) -> int:
@@ -179,7 +178,7 @@ def _check_address(settings: Settings) -> None:
         given, missing = ("--api-cert", "--api-key") if settings.api_cert else ("--api-key", "--api-cert")
         raise InvalidInput(f"{given}: {missing} is missing", hint="Give both files, or neither.", field=missing)
     host, _ = settings.api_address
-    if host not in _LOOPBACK and settings.api_scheme == "http" and not settings.plain_http:
+    if host not in LOOPBACK and settings.api_scheme == "http" and not settings.plain_http:
         raise InvalidInput(
             f"--api-address: {host} is reached from other machines, and the API would be served in clear",
             hint="Add --api-tls (or --api-cert and --api-key), keep it on 127.0.0.1, or add --plain-http.",
@@ -199,7 +198,7 @@ def _check_dev_issuer(settings: Settings) -> None:
         ("--dev-issuer-address", settings.dev_issuer_address),
         ("--api-address", settings.api_address),
     ):
-        if host not in _LOOPBACK:
+        if host not in LOOPBACK:
             raise InvalidInput(
                 f"{option}: {host} is reached from other machines, and the development issuer makes a token for "
                 "whoever asks",

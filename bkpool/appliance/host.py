@@ -26,7 +26,6 @@ from bkpool.appliance.identities import access, open_issuers
 from bkpool.appliance.lifetime import Lifetime, live
 from bkpool.appliance.parts import apply, feed, in_url, led, metrics_app, running, serve, withdraw_leftovers
 from bkpool.appliance.settings import Address, Settings, Tell
-from bkpool.controller import Controller
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
@@ -132,16 +131,8 @@ class HostAppliance:
             return PoolSetting(endpoint=endpoint, ignored=ignored.of(pool), capacity=backend.runtime.capacity)
 
         async def work() -> None:
-            controller = Controller(
-                store=backend.store,
-                mirror=mirror,
-                runtime=backend.runtime,
-                now=_now,
-                setting=setting,
-                recorder=backend.recorder,
-            )
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(controller.run())
+                tasks.create_task(backend.controller(mirror, setting, _now).run())
                 tasks.create_task(ConfigKeeper(backend.store, mirror, issuers.probe, _now).run())
 
         if backend.leadership is None:

@@ -25,7 +25,6 @@ from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
 from bkpool.appliance.parts import led, metrics_app, probes, replica_name, running, serve
 from bkpool.appliance.settings import Role, Settings
 from bkpool.cluster.pool_gateways import PoolGateways
-from bkpool.controller import Controller
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.ignored import IgnoredFields
@@ -162,14 +161,7 @@ class ControlReplica:
                 trouble=gateways.trouble.get(pool.key, ""),
             )
 
-        controller = Controller(
-            store=backend.store,
-            mirror=mirror,
-            runtime=backend.runtime,
-            now=_now,
-            setting=setting,
-            recorder=backend.recorder,
-        )
+        controller = backend.controller(mirror, setting, _now)
         unsubscribe = gateways.on_change(controller.look_again)
         try:
             async with asyncio.TaskGroup() as tasks:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from bkpool.core.names import LOOPBACK
 from bkpool.home.lock import holder
-
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def home() -> Path:

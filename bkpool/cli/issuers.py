@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import ssl
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import Thread
 from time import sleep
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from bkpool.cli.home import LOOPBACK
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
+from bkpool.core.names import LOOPBACK
 
 PATIENCE = 15.0
 """Seconds for one answer, from the name's look-up to its last byte."""
@@ -42,14 +43,11 @@ def github(url: str, request_token: str, audience: str) -> str:
     asked = f"{url}{separator}audience={quote(audience, safe='')}"
     headers = {"Authorization": f"Bearer {request_token}", "Accept": "application/json"}
     hint = "Does the job have `permissions: id-token: write`, and is it still running?"
-    for pause in (*PAUSES, None):
-        try:
+    for pause in PAUSES:
+        with suppress(Unavailable):
             return _text(_ask(asked, headers, None, variable, hint), "value", variable)
-        except Unavailable:
-            if pause is None:
-                raise
-            sleep(pause)
-    raise AssertionError("the last try returns or raises")
+        sleep(pause)
+    return _text(_ask(asked, headers, None, variable, hint), "value", variable)
 
 
 def mint(issuer: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from datetime import datetime
 
 import structlog
 
+from bkpool.allocation.leases import facts
 from bkpool.core import policy
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
@@ -211,7 +212,7 @@ class Controller:
 
     async def _lose(self, worker: Worker, message: str) -> None:
         lease = worker.lease
-        log.error("lease.lost", **_facts(worker), reason=message)
+        log.error("lease.lost", **facts(worker), reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_allocation(lost)))
 
@@ -223,7 +224,7 @@ class Controller:
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)
         self._mirror.apply(await self._store.replace(worker))
         reason = action.ended.reason
-        log.info("lease.ended", **_facts(action.worker), reason=reason.value)
+        log.info("lease.ended", **facts(action.worker), reason=reason.value)
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
         self._recorder.tell(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
@@ -280,10 +281,3 @@ class Controller:
 
 def _version(pool: Pool) -> tuple[str, int | None]:
     return pool.uid, pool.metadata.generation
-
-
-def _facts(worker: Worker) -> dict[str, str]:
-    """What a log line about a worker's lease says of it."""
-    lease = worker.lease
-    about = {"worker": str(worker.key), "pool": str(worker.pool)}
-    return {**about, "allocation": lease.id, "identity": lease.requested_by}

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from bkpool.core.names import LOOPBACK
 from bkpool.core.resource import Condition, Model, Resource
 from bkpool.core.wildcards import says_nothing
 
@@ -35,7 +36,6 @@ PUBLIC_ISSUERS: frozenset[str] = frozenset(
 RESERVED = ("system:", "group:", "pool:")
 """What no user of an OIDC issuer may be called: rules and Kubernetes mean others by names that begin so."""
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _SAME_FOR_ALL = frozenset({"iss", "aud", "exp", "iat", "nbf", "azp", "jti"})
 """Claims that tell nobody apart."""
 
@@ -56,7 +56,7 @@ def check_url(url: str) -> str:
         raise ValueError("is not a URL") from None
     if not host or parts.username is not None or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise ValueError("write https://host/path, without user, query and fragment")
-    if parts.scheme != "https" and not (parts.scheme == "http" and host in _LOOPBACK):
+    if parts.scheme != "https" and not (parts.scheme == "http" and host in LOOPBACK):
         raise ValueError("must begin with https:// (http only on loopback)")
     return url
 

@@ -48,7 +48,12 @@ AUDIENCE = "buildkit-controller"
 """For whom callers' tokens are made, where nothing else is said: the Go controller's, so that workflows stay."""
 DEFAULT_POOL = "default"
 
-_DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+"""How this machine calls itself: what is heard there, nobody else hears."""
+
+DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+"""RFC 1123, as Kubernetes wants names."""
+_DNS_LABEL = re.compile(DNS_LABEL)
 _WORKER = re.compile(r"(?P<pool>.+)-worker-(?P<slot>0|[1-9][0-9]{0,4})")
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -21,7 +22,6 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
-    field_validator,
 )
 from pydantic.alias_generators import to_camel
 
@@ -54,6 +54,17 @@ class Model(BaseModel):
         return self.model_copy(update=changes)
 
 
+def _dns_label(value: str) -> str:
+    try:
+        return check_name(value, field="name")
+    except InvalidInput as error:
+        raise ValueError(f"{error.message.removeprefix('name: ')}. {error.hint}") from None
+
+
+Name = Annotated[StrictStr, AfterValidator(_dns_label)]
+"""What an object or a namespace may be called."""
+
+
 class OwnerReference(Model):
     """Whose end is also this object's end."""
 
@@ -67,8 +78,8 @@ class OwnerReference(Model):
 class Metadata(Model):
     """As the Kubernetes API has it; the store fills in what is None."""
 
-    name: StrictStr
-    namespace: StrictStr = DEFAULT_NAMESPACE
+    name: Name
+    namespace: Name = DEFAULT_NAMESPACE
     uid: StrictStr | None = None
     resource_version: StrictStr | None = None
     generation: StrictInt | None = None
@@ -78,14 +89,6 @@ class Metadata(Model):
     annotations: dict[str, str] = Field(default_factory=dict)
     finalizers: tuple[StrictStr, ...] = ()
     owner_references: tuple[OwnerReference, ...] = ()
-
-    @field_validator("name", "namespace")
-    @classmethod
-    def _dns_label(cls, value: str) -> str:
-        try:
-            return check_name(value, field="name")
-        except InvalidInput as error:
-            raise ValueError(f"{error.message.removeprefix('name: ')}. {error.hint}") from None
 
 
 class Condition(Model):

@@ -90,6 +90,6 @@ def _subjects(identity: Identity) -> tuple[str, ...]:
     return (identity.name, *groups, *(f"pool:{name}" for name in identity.pools))
 
 
-def may_see(pool: Key, identities: Iterable[Identity], holder: str) -> bool:
-    """Whether details of a lease may be shown to them: they made it, or are the admin."""
+def is_theirs(pool: Key, identities: Iterable[Identity], holder: str) -> bool:
+    """Whether a lease is theirs to see, renew and end: they made it, or are the admin."""
     return any(one.admin or (holder and one.digest == holder and one.scope.covers(pool)) for one in identities)

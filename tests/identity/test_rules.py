@@ -9,7 +9,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity, Scope
-from bkpool.identity.rules import decide, may_see, unconfigured
+from bkpool.identity.rules import decide, is_theirs, unconfigured
 
 TOKEN = {"type": "token", "token": {"secretRef": "s"}}
 HERE, NAMESPACE = Scope("team", "amd64"), Scope("team")
@@ -131,12 +131,12 @@ def test_one_word_about_access_anywhere_ends_that():
     ],
 )
 def test_details_of_a_lease_are_for_who_made_it(identity, seen):
-    assert bool(may_see(Key("team", "amd64"), [identity], ALICE.digest)) is seen
+    assert bool(is_theirs(Key("team", "amd64"), [identity], ALICE.digest)) is seen
 
 
 def test_a_lease_that_nobody_is_known_to_have_made_is_the_admins():
-    assert not may_see(Key("team", "amd64"), [Identity("")], "")
-    assert may_see(Key("team", "amd64"), [Identity("root", admin=True)], "")
+    assert not is_theirs(Key("team", "amd64"), [Identity("")], "")
+    assert is_theirs(Key("team", "amd64"), [Identity("root", admin=True)], "")
 
 
 def test_equal_names_of_two_authorities_are_two_callers_and_two_tenants():
