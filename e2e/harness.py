@@ -52,7 +52,7 @@ def eventually(condition: Callable[[], Any], what: str, patience: float = PATIEN
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it went between open and read
         return False
 
 

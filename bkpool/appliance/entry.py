@@ -6,6 +6,7 @@ What must be right before anything is opened is checked here. It starts no room.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import sys
@@ -48,7 +49,7 @@ def run(settings: Settings, tell: Tell) -> int:
     Raises:
         BkpoolError: It can't start; nothing is left half-started.
     """
-    _configure_logging()
+    configure_logging()
     _check_address(settings)
     if settings.roles != ALL_ROLES:
         _serve(replica.of_roles(settings).run())
@@ -247,7 +248,8 @@ def _tools(settings: Settings, tell: Tell) -> Toolchain:
     return Toolchain(settings.cache, progress=progress)
 
 
-def _configure_logging() -> None:
+def configure_logging() -> None:
+    """Lines for people on a terminal, JSON in a pipe; what is only for debugging is left out."""
     human = sys.stderr.isatty()
     sys.unraisablehook = without_traceback
     structlog.configure(
@@ -258,6 +260,7 @@ def _configure_logging() -> None:
             structlog.processors.format_exc_info,
             structlog.dev.ConsoleRenderer() if human else structlog.processors.JSONRenderer(default=str),
         ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )

@@ -18,7 +18,7 @@ from typing import Self
 import structlog
 
 from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
-from bkpool.appliance.parts import feed, metrics_app, probes, replica_name, running, serve
+from bkpool.appliance.parts import feed, metrics_app, probes, replica_name, running, serve, watched
 from bkpool.appliance.settings import Settings
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.core.names import GATEWAY_PORT, Key
@@ -27,7 +27,7 @@ from bkpool.gateway.context import server_context
 from bkpool.gateway.dial import TlsDialler
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway
+from bkpool.gateway.server import Gateway, default_threads
 from bkpool.kube import KubeApi, paths
 from bkpool.pki import bundle
 from bkpool.pki.backend import worker_context
@@ -55,6 +55,7 @@ class GatewayReplica:
     async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
         self._life = life
         settings, died = self._settings, life.died
+        watchdog = watched(stack, self._metrics)
         api = await KubeApi.connect(settings.access)
         stack.push_async_callback(api.close)
         store = KubernetesStore(api, namespace=self._pool.namespace)
@@ -78,6 +79,8 @@ class GatewayReplica:
             metrics=self._metrics,
             dial=dial,
             pool=self._pool,
+            threads=default_threads(),
+            watchdog=watchdog,
         )
         found.install(gateway)
         address = settings.gateway_address or ("0.0.0.0", GATEWAY_PORT)  # noqa: S104 - mTLS, in a pod of its own

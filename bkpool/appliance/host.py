@@ -24,7 +24,7 @@ from bkpool.appliance.certifier import Certifier
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
 from bkpool.appliance.identities import access, open_issuers
 from bkpool.appliance.lifetime import Lifetime, live
-from bkpool.appliance.parts import apply, feed, in_url, led, metrics_app, running, serve, withdraw_leftovers
+from bkpool.appliance.parts import apply, feed, in_url, led, metrics_app, running, serve, watched, withdraw_leftovers
 from bkpool.appliance.settings import Address, Settings, Tell
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.auth import OIDCConfig
@@ -34,9 +34,10 @@ from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
+from bkpool.gateway.lag import Watchdog
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway
+from bkpool.gateway.server import Gateway, default_threads
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.keys import Issuers
 from bkpool.identity.local import AdminToken, load_or_create
@@ -76,6 +77,7 @@ class HostAppliance:
         home, died = self._settings.home, life.died
         admin = AdminToken(load_or_create(home))
         metrics = Metrics()
+        watchdog = watched(stack, metrics)
         backend = await self._opening(stack, tell)
         for loop in backend.loops:
             await stack.enter_async_context(running(loop, died))
@@ -83,7 +85,7 @@ class HostAppliance:
         tell({"progress": "looking for workers of an earlier run"})
         await backend.runtime.adopt()
         tell({"progress": "starting gateway, controller and API"})
-        gateway, endpoint = await self._open_gateway(stack, backend, mirror, metrics)
+        gateway, endpoint = await self._open_gateway(stack, backend, mirror, metrics, watchdog=watchdog)
 
         claims, leases = backend.lease_service(mirror, _now)
         stack.push_async_callback(claims.close)
@@ -141,13 +143,20 @@ class HostAppliance:
             await led(backend.leadership, work)
 
     async def _open_gateway(
-        self, stack: AsyncExitStack, backend: Backend, mirror: Mirror, metrics: Metrics
+        self, stack: AsyncExitStack, backend: Backend, mirror: Mirror, metrics: Metrics, *, watchdog: Watchdog
     ) -> tuple[Gateway, str]:
         """The gateway, and the endpoint that clients are told."""
         settings = self._settings
         private_directory(settings.home / "pki")
         registrar = StoreRegistrar(backend.store, backend.gateway, _now, mirror.apply)
-        gateway = Gateway(registrar, now=_now, metrics=metrics, dial=backend.dial)
+        gateway = Gateway(
+            registrar,
+            now=_now,
+            metrics=metrics,
+            dial=backend.dial,
+            threads=default_threads(),
+            watchdog=watchdog,
+        )
         certify = Certifier(
             gateway,
             directory=settings.home / "pki",

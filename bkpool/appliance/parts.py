@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import ssl
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from bkpool.core.names import DEFAULT_POOL, Key
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.resource import Metadata, Resource
 from bkpool.core.worker import Worker
+from bkpool.gateway.lag import Watchdog
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.server import Gateway
 from bkpool.gateway.table import build
@@ -165,6 +167,15 @@ async def serve(
         raise HostFault(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from None
     bound = runner.addresses[0]
     return f"{in_url(bound[0])}:{bound[1]}"
+
+
+def watched(stack: AsyncExitStack, metrics: Metrics) -> Watchdog:
+    """Watches the loop that this runs in until the stack is left; whoever starts other loops adds them."""
+    watchdog = Watchdog(metrics)
+    watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
+    watchdog.start()
+    stack.callback(watchdog.stop)
+    return watchdog
 
 
 def metrics_app(metrics: Metrics) -> web.Application:

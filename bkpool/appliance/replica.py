@@ -22,7 +22,7 @@ from bkpool.appliance.backend import InCluster, open_in_cluster
 from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.identities import access, open_issuers
 from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
-from bkpool.appliance.parts import led, metrics_app, probes, replica_name, running, serve
+from bkpool.appliance.parts import led, metrics_app, probes, replica_name, running, serve, watched
 from bkpool.appliance.settings import Role, Settings
 from bkpool.cluster.pool_gateways import PoolGateways
 from bkpool.controller.oidc_configs import ConfigKeeper
@@ -88,6 +88,8 @@ class ControlReplica:
     async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
         self._life = life
         settings, died, name = self._settings, life.died, replica_name()
+        metrics = Metrics()
+        watched(stack, metrics)
         opened = await open_in_cluster(stack, settings, name)
         backend = opened.backend
         for loop in backend.loops:
@@ -104,7 +106,7 @@ class ControlReplica:
 
         if Role.API in settings.roles:
             await self._open_api(stack, opened, mirror, issuers, leaving)
-        await serve(stack, probes(metrics_app(Metrics()), leaving), settings.metrics_address, "--metrics-address")
+        await serve(stack, probes(metrics_app(metrics), leaving), settings.metrics_address, "--metrics-address")
         stack.push_async_callback(self._life.pause, STILL_ACCEPTING)
         if Role.CONTROLLER in settings.roles and backend.leadership is not None:
             work = partial(self._control, opened, mirror, issuers)

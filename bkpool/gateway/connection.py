@@ -1,10 +1,7 @@
-"""The life of one connection: from accept, through handshake, lease and dial, to relay or refusal, to its end.
+"""One accepted socket: carries out what its `life` says, in the gateway's loop, and tells it what came of that.
 
-It only reacts: to its socket, its timer, its lease and its dial, all in the gateway's loop. In the end it hands the
-socket to a `Relay` or a `Farewell`; every way out goes through `_close`, which gives everything back.
-
-    handshaking -> authenticated -> dialling (<-> waiting) -> relaying (<-> draining) -> closed
-    any of these before relaying -> refused -> closed
+It decides nothing: it moves bytes until there is a worker or a refusal, and then hands the socket to a `Relay` or a
+`Farewell`. Whatever it was given it gives back.
 """
 
 from __future__ import annotations
@@ -12,44 +9,31 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime
-from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol, assert_never
 
 import structlog
 
-from bkpool.core import tokens
 from bkpool.core.errors import BkpoolError, WorkerFailed
+from bkpool.gateway import life
+from bkpool.gateway.alarm import Alarm
 from bkpool.gateway.answer import Answer
-from bkpool.gateway.certificate import token_of
+from bkpool.gateway.certificate import credential_of
 from bkpool.gateway.dial import Attempt, Dialler
 from bkpool.gateway.exchange import End, Scratch, Tls
 from bkpool.gateway.farewell import Farewell
 from bkpool.gateway.leases import Lease, Leases
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.refusal import Refusal, strange, waited_again, waited_first
+from bkpool.gateway.life import State
+from bkpool.gateway.limits import CLIENT_VANISHED, Limits
+from bkpool.gateway.metrics import Meter, Metrics
+from bkpool.gateway.refusal import Refusal
 from bkpool.gateway.relay import Leg, Relay
+from bkpool.gateway.table import Route
 
 log = structlog.get_logger(__name__)
-
-
-class State(StrEnum):
-    """Where a connection is in its life."""
-
-    HANDSHAKING = "handshaking"
-    AUTHENTICATED = "authenticated"
-    WAITING = "waiting"
-    DIALLING = "dialling"
-    RELAYING = "relaying"
-    DRAINING = "draining"
-    REFUSED = "refused"
-    CLOSED = "closed"
-
-
-_HOLDING = frozenset({State.AUTHENTICATED, State.WAITING, State.DIALLING})
 
 
 class Host(Protocol):
@@ -58,11 +42,15 @@ class Host(Protocol):
     loop: asyncio.AbstractEventLoop
     context: ssl.SSLContext
     scratch: Scratch
+    alarm: Alarm
     leases: Leases
     limits: Limits
     metrics: Metrics
     dial: Dialler
     now: Callable[[], datetime]
+
+    def lead_home(self, connection: Connection, token_sha256: str) -> bool:
+        """Whether this lease's home is another loop; then the connection is on its way there, and not ours."""
 
     def admitted(self, connection: Connection) -> None:
         """It holds a lease now."""
@@ -84,57 +72,92 @@ class Connection:
     """
 
     def __init__(self, host: Host, sock: socket.socket, peer: str) -> None:
-        self.state = State.HANDSHAKING
         self._host = host
-        self._peer = peer
+        self._about = {"peer": peer, "pool": ""}
         self._begun_at = host.loop.time()
+        self._life = life.Life(host.limits, self._begun_at)
+        self._todo: deque[life.Do] = deque()
+        self._doing = False
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._tls = Tls(host.context)
-        self._client = Leg(host.loop, sock, End(self._tls))
+        self._client = Leg(host.loop, sock, End(self._tls), vanished=CLIENT_VANISHED)
+        self._shaking = False
         self._first = bytearray()
-        self._deadline: asyncio.TimerHandle | None = None
         self._lease: Lease | None = None
-        self._pool = ""
         self._attempt: Attempt | None = None
-        self._trouble = ""
-        self._strange_until: float | None = None
-        self._patience_ends: float | None = None
-        self._waits_before = 0
+        self._dialled_at = 0.0
+        self._worker: Leg | None = None
         self._relay: Relay | None = None
         self._successor: Relay | Farewell | None = None
-        self._drains_since = self._cut_at = 0.0
-        self._client.attach(self._readable, self._writable)
-        self._client.watch(read=True, write=False)
-        self._enter(State.HANDSHAKING, host.limits.handshake, lambda: self._close("the handshake took too long"))
+        self._meter: Meter | None = None
+        self._settle_in()
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self._life.state
 
     @property
     def relaying(self) -> bool:
         """The client is connected to its worker."""
         return self._relay is not None
 
-    # --- the socket -------------------------------------------------------------------------------------------------
+    # --- its loop ---------------------------------------------------------------------------------------------------
+
+    def _settle_in(self) -> None:
+        self._client.attach(self._readable, self._writable)
+        self._client.watch(read=True, write=False)
+        self._client.heed(self._host.alarm, self._broken)
+        self._await_deadline()
+
+    def move_out(self, host: Host) -> None:
+        """Leaves its loop for another's: nothing of it is left there, and nothing calls it until it moves in."""
+        self._client.watch(read=False, write=False)
+        self._client.move(host.loop)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._deadline = self._timer = None
+        self._host = host
+
+    def move_in(self, token_sha256: str) -> None:
+        """Goes on in the loop that is home to its lease."""
+        self._settle_in()
+        self._authenticated(token_sha256)
+
+    # --- the client's socket ----------------------------------------------------------------------------------------
 
     def _readable(self) -> None:
         try:
             data = self._client.receive(self._host.scratch.received[: self._room()])
             if data is None:
                 return
-            if self.state is State.HANDSHAKING:
+            if self.state in life.GREETING:
                 self._shake(data)
             else:
                 self._hold(data)
         except ssl.SSLError as error:
-            self._fail(error)
+            log.info("connection.tls-failed", **self._about, reason=error.reason)
+            self._tell(self._life.tls_failed())
         except OSError as error:
-            self._close(f"client: {error.strerror}")
+            self._tell(self._life.over(f"client: {error.strerror}"))
         except Exception:
-            self._close("an internal fault")  # no slot is leaked; the loop's handler logs the rest
+            self._fail()
             raise
 
     def _writable(self) -> None:
         try:
             self._flush()
         except OSError as error:
-            self._close(f"client: {error.strerror}")
+            self._tell(self._life.over(f"client: {error.strerror}"))
+
+    def _broken(self) -> None:
+        """The client has broken off, with or without bytes before that, which nobody needs any more."""
+        reason = f"client: {self._client.fault()}"
+        if self._successor is not None:
+            self._successor.stop(reason)
+        else:
+            self._tell(self._life.over(reason))
 
     def _flush(self) -> None:
         """Sends what can be sent, and watches for what can happen next."""
@@ -147,257 +170,265 @@ class Connection:
     def _room(self) -> int:
         """How much may be read now."""
         limits = self._host.limits
-        return limits.first_bytes - len(self._first) if self.state in _HOLDING else limits.first_bytes
-
-    # --- handshake and lease ----------------------------------------------------------------------------------------
+        return limits.first_bytes - len(self._first) if self.state in life.HOLDING else limits.first_bytes
 
     def _shake(self, data: memoryview) -> None:
+        self._tell(self._life.spoke() if data else self._life.client_ended())
         if not data:
-            self._close("the client left during the handshake")
             return
+        self._shaking = True
         try:
             complete = self._tls.handshake(data)
         finally:
             self._client.end.queue(self._tls.take())
         if complete:
-            self._enter(State.AUTHENTICATED)  # the registry answers in bounded time
-            self._keep(memoryview(b""))  # what came with the last of the handshake
-            self._authenticate()
-        self._flush()
+            self._shaken()
+        else:
+            self._flush()
 
-    def _authenticate(self) -> None:
-        """Admits the client, once the store has been asked for a lease that may be newer than our table."""
-        leases = self._host.leases
+    def _shaken(self) -> None:
+        self._shaking = False
+        self._host.metrics.shaken(self._age(), ok=True)
+        self._keep(memoryview(b""))  # what came with the last of the handshake
         try:
-            token_sha256 = tokens.digest(token_of(self._tls.peer_certificate(), self._host.now()))
+            token_sha256 = credential_of(self._tls.peer_certificate(), self._host.now())
         except BkpoolError as error:
-            self._refuse(Refusal.of(error))
+            self._tell(self._life.unfit(error))
             return
-        if leases.knows(token_sha256):
-            self._admit(token_sha256)
-        else:
-            leases.registry.find(token_sha256, partial(self._sought, token_sha256))
+        if not self._host.lead_home(self, token_sha256):  # else it is another thread's now
+            self._authenticated(token_sha256)
 
-    def _sought(self, token_sha256: str, error: BkpoolError | None) -> None:
-        if self.state is not State.AUTHENTICATED:
-            return
-        if error is None:
-            self._admit(token_sha256)
-        else:
-            self._refuse(Refusal.of(error))
-
-    def _admit(self, token_sha256: str) -> None:
-        host = self._host
-        try:
-            self._lease = host.leases.admit(token_sha256, self, self._tls.asked_for)
-        except BkpoolError as error:
-            self._pool = host.leases.pool_of(token_sha256)
-            self._refuse(Refusal.of(error))
-            return
-        self._pool = self._lease.route.pool.name
-        host.admitted(self)
-        self._lease.registration.ensure(self._registered)
-
-    def _registered(self, error: BkpoolError | None) -> None:
-        if self.state is not State.AUTHENTICATED:
-            return
-        if error is None:
-            self._go()
-        else:
-            self._refuse(Refusal.of(error))
-
-    # --- held: the worker is awaited or dialled ---------------------------------------------------------------------
+    def _authenticated(self, token_sha256: str) -> None:
+        self._tell(self._life.shaken(token_sha256))
+        if self._client.end.heard_end:  # with the last of the handshake
+            self._tell(self._life.client_ended())
+        self._writable()
 
     def _hold(self, data: memoryview) -> None:
+        end = self._client.end
         if data:
             self._keep(data)
         else:
-            self._client.end.heard_end = True
-        if self._client.end.heard_end and self.state is State.WAITING:
-            self._close("the client left while it was held")
+            end.heard_end = True
+        if end.heard_end:
+            self._tell(self._life.client_ended())
         self._flush()
 
     def _keep(self, data: memoryview) -> None:
         self._first += self._client.end.decode(data, self._host.scratch.plain)
 
-    def _go(self) -> None:
-        """Dials the worker, or waits for it."""
-        if self._lease is None or self._lease.route.endpoint is None:
-            self._wait()
+    # --- what its lease tells (leases.Member) -----------------------------------------------------------------------
+
+    def rerouted(self, route: Route) -> None:
+        """The lease's worker came or went, or the lease has a new end."""
+        self._tell(self._life.rerouted(self._host.loop.time(), route))
+
+    def parted(self) -> None:
+        """The worker has ended another connection of the lease, before its client did."""
+        self._tell(self._life.parted())
+
+    def lease_ended(self, why: BkpoolError, cut_in: float) -> None:
+        """The lease is over: an open connection drains, any other is refused."""
+        self._tell(self._life.lease_ended(self._host.loop.time(), why, cut_in))
+        if self.state is State.DRAINING:
+            log.info("connection.draining", **self._about, reason=why.code, seconds=round(cut_in))
+
+    def lease_resumed(self) -> None:
+        """The lease was renewed after all."""
+        self._tell(self._life.lease_resumed())
+
+    def cut(self, reason: str) -> None:
+        """Ends the connection now, whatever it is doing."""
+        self._tell(self._life.cut(reason))
+
+    # --- what is to be done -----------------------------------------------------------------------------------------
+
+    def _tell(self, todo: life.Todo) -> None:
+        """Does what is to be done, and what follows from it when that is known at once."""
+        self._todo.extend(todo)
+        if self._doing:
             return
-        self._enter(State.DIALLING)  # the dial has a deadline of its own
-        attempt = self._host.dial(self._host.loop, self._lease.route, self._host.limits.dial, self._dialled)
+        self._doing = True
+        try:
+            while self._todo:
+                self._do(self._todo.popleft())
+        except Exception:
+            self._todo.clear()
+            self._doing = False
+            self._fail()
+            raise
+        self._doing = False
+        self._await_deadline()
+
+    def _fail(self) -> None:
+        """A fault of our own: no slot is leaked, and the loop's handler logs the rest."""
+        if self._successor is not None:
+            self._successor.stop("an internal fault")
+        self._tell(self._life.over("an internal fault"))
+
+    def _do(self, what: life.Do) -> None:  # noqa: C901 - a line a command
+        match what:
+            case life.Seek(token_sha256):
+                self._seek(token_sha256)
+            case life.Admit(token_sha256):
+                self._admit(token_sha256)
+            case life.Register():
+                self._register()
+            case life.Dial():
+                self._dial()
+            case life.GiveUpDial():
+                self._give_up_dial()
+            case life.Join():
+                self._join()
+            case life.Refuse(status, refusal):
+                self._refuse(status, refusal)
+            case life.Stop(reason):
+                if self._successor is not None:
+                    self._successor.stop(reason)
+            case life.Leave():
+                self._leave()
+            case life.Close(reason):
+                self._close(reason)
+            case _:
+                assert_never(what)
+
+    def _await_deadline(self) -> None:
+        if self._life.deadline == self._deadline:
+            return
+        self._deadline = at = self._life.deadline
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if at is None else self._host.loop.call_at(at, self._time_is_up)
+
+    def _time_is_up(self) -> None:
+        self._deadline = self._timer = None
+        self._shaking = self._shaking or self.state is State.ACCEPTED  # who says nothing for so long has failed, too
+        active_at = self._relay.active_at if self._relay is not None else 0.0
+        self._tell(self._life.time_is_up(self._host.loop.time(), active_at))
+
+    def _seek(self, token_sha256: str) -> None:
+        if self._host.leases.knows(token_sha256):
+            self._tell(self._life.found())
+        else:
+            self._host.leases.registry.find(token_sha256, lambda error: self._tell(self._life.found(error)))
+
+    def _admit(self, token_sha256: str) -> None:
+        leases = self._host.leases
+        try:
+            self._lease = lease = leases.admit(token_sha256, self, self._tls.asked_for)
+        except BkpoolError as error:
+            self._about["pool"] = leases.pool_of(token_sha256)
+            self._tell(self._life.denied(error))
+            return
+        route = lease.route
+        self._about |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.allocation_id}
+        self._host.admitted(self)
+        self._tell(self._life.admitted(route, lease.patience))
+
+    def _register(self) -> None:
+        if self._lease is not None:
+            self._lease.registration.ensure(
+                lambda error: self._tell(self._life.registered(self._host.loop.time(), error))
+            )
+
+    def _dial(self) -> None:
+        if self._lease is None:
+            return
+        host = self._host
+        self._dialled_at = host.loop.time()
+        attempt = host.dial(host.loop, self._lease.route, host.limits.dial, self._dialled)
         if self.state is State.DIALLING:
             self._attempt = attempt
 
     def _dialled(self, outcome: Leg | OSError | WorkerFailed) -> None:
         self._attempt = None
-        if isinstance(outcome, Leg):
-            self._join(outcome)
-            return
-        if isinstance(outcome, WorkerFailed):
-            self._distrust(outcome)
-        else:
-            self._strange_until = None
-            self._trouble = f"it could not be reached ({outcome.strerror})"
-        self._wait()
-
-    def _distrust(self, why: WorkerFailed) -> None:
-        """Another answers at the worker's address. The table may learn of a better one at any moment, or never."""
-        if self._strange_until is not None or self._lease is None:
-            return
-        self._strange_until = self._host.loop.time() + self._host.limits.later_wait
-        endpoint = self._lease.route.endpoint
-        log.warning("connection.wrong-worker", **self._described(), endpoint=endpoint, reason=why.message)
-
-    def _wait(self) -> None:
-        if self._lease is None:
-            return
-        if self._client.end.heard_end:
-            self._close("the client left while it was held")
-            return
-        limits, now = self._host.limits, self._host.loop.time()
-        if self._patience_ends is None:
-            self._waits_before, patience = self._lease.patience()
-            self._patience_ends = now + patience
-        left = min(self._patience_ends, self._strange_until or self._patience_ends) - now
-        retry = self._lease.route.endpoint is not None and limits.redial < left
-        if retry:
-            self._enter(State.WAITING, limits.redial, self._go)
-        else:
-            self._enter(State.WAITING, max(0.0, left), self._wait_no_longer)
-
-    def _wait_no_longer(self) -> None:
-        if self._lease is None:
-            return
-        route = self._lease.route
-        if self._strange_until is not None:
-            self._refuse(strange(route.worker))
-            return
-        self._lease.waited_in_vain(self._waits_before)
-        waited = waited_again if self._waits_before else waited_first
-        self._refuse(waited(route.worker, route.waiting or self._trouble))
-
-    # --- joined -----------------------------------------------------------------------------------------------------
-
-    def _join(self, worker: Leg) -> None:
-        host = self._host
-        if self._lease is not None:
-            self._lease.reached()
-        self._enter(State.RELAYING)
-        host.metrics.opened(self._pool)
-        relay = Relay(
-            host.loop, host.scratch, self._client, worker, half_open=host.limits.half_open, over=self._close
-        )
-        self._relay = self._successor = relay
-        first, self._first = bytes(self._first), bytearray()
-        relay.start(first)
-
-    def way_changed(self) -> None:
-        """The lease's worker came or went."""
-        self._strange_until = None
-        if self._attempt is not None:  # nobody may be left at the old address to refuse it
-            self._attempt.cancel()
-            self._attempt = None
-        if self.state in {State.WAITING, State.DIALLING}:
-            self._go()
-
-    def lease_ended(self, why: BkpoolError, cut_in: float) -> None:
-        """The lease is over: an open connection drains, any other is refused."""
-        if self.state is State.RELAYING:
-            self._enter(State.DRAINING)
-            self._drains_since = self._host.loop.time()
-            self._cut_at = self._drains_since + cut_in
-            log.info("connection.draining", **self._described(), reason=why.code, seconds=round(cut_in))
-            self._drain()
-        elif self.state in _HOLDING:
-            self._refuse(Refusal.of(why))
-
-    def lease_resumed(self) -> None:
-        """The lease was renewed after all."""
-        if self.state is State.DRAINING:
-            self._enter(State.RELAYING)
-
-    def cut(self, reason: str) -> None:
-        """Ends the connection now, whatever it is doing."""
-        if self._successor is not None:
-            self._successor.stop(reason)
-        else:
-            self._close(reason)
-
-    def _drain(self) -> None:
-        """Cuts the connection at its end or after too long a silence, and otherwise looks again then."""
-        if self._relay is None:
-            return
         now = self._host.loop.time()
-        silent_at = max(self._relay.active_at, self._drains_since) + self._host.limits.idle_in_drain
-        if now >= self._cut_at:
-            self.cut("its lease has ended, and so has the time to drain")
-        elif now >= silent_at:
-            self.cut("its lease has ended, and it was silent")
+        dialled = partial(self._host.metrics.dialled, self._about["pool"], now - self._dialled_at)
+        if isinstance(outcome, Leg):
+            dialled("reached")
+            self._worker = outcome
+            self._tell(self._life.dialled())
+        elif isinstance(outcome, WorkerFailed):
+            dialled("stranger")
+            if not self._life.distrusts:
+                self._log_stranger(outcome)
+            self._tell(self._life.met_a_stranger(now))
         else:
-            self._enter(State.DRAINING, min(self._cut_at, silent_at) - now, self._drain)
+            dialled("failed")
+            self._tell(self._life.unreached(now, outcome.strerror or str(outcome)))
 
-    # --- refused ----------------------------------------------------------------------------------------------------
+    def _log_stranger(self, why: WorkerFailed) -> None:
+        endpoint = self._lease.route.endpoint if self._lease else None
+        log.warning("connection.wrong-worker", **self._about, endpoint=endpoint, reason=why.message)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        """Tells the client why, in HTTP/2."""
-        self._part(refusal.status, Answer(refusal))
-
-    def _fail(self, error: ssl.SSLError) -> None:
-        """TLS itself failed: the client gets its alert."""
-        log.debug("connection.tls-failed", **self._described(), reason=error.reason)
-        self._part("TlsFailed", None)
-
-    def _part(self, status: str, answer: Answer | None) -> None:
-        host = self._host
-        log.info("connection.refused", **self._described(), reason=status)
-        host.metrics.refused(self._pool, status)
-        self._enter(State.REFUSED)
-        self._leave()
-        host.refused(self)
-        self._successor = farewell = Farewell(host.loop, host.scratch, self._client, host.limits, self._close)
-        first, self._first = bytes(self._first), bytearray()
-        farewell.start(answer, first)
-
-    # --- the end ----------------------------------------------------------------------------------------------------
-
-    def _enter(self, state: State, seconds: float | None = None, then: Callable[[], None] | None = None) -> None:
-        """Changes the state; its deadline replaces the former one."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self.state = state
-        self._deadline = self._host.loop.call_later(seconds, then) if seconds is not None and then else None
-
-    def _leave(self) -> None:
-        """Gives up the lease and the dial."""
+    def _give_up_dial(self) -> None:
         if self._attempt is not None:
             self._attempt.cancel()
             self._attempt = None
-        if self._lease is not None:
-            self._host.leases.leave(self._lease, self)
-            self._lease = None
+
+    def _join(self) -> None:
+        host = self._host
+        assert self._lease is not None and self._worker is not None  # noqa: S101, PT018 - it has just been dialled
+        self._meter = Meter(self._about["pool"], self._lease.route.worker.name, self._client.end)
+        host.metrics.opened(self._meter)
+        relay = Relay(
+            host.loop,
+            host.scratch,
+            host.alarm,
+            self._client,
+            self._worker,
+            half_open=host.limits.half_open,
+            over=self._over,
+        )
+        self._relay = self._successor = relay
+        relay.start(self._first_bytes())
+
+    def _over(self, reason: str) -> None:
+        self._tell(self._life.over(reason))
+
+    def _refuse(self, status: str, refusal: Refusal | None) -> None:
+        host = self._host
+        self._count_handshake_that_failed()
+        log.info("connection.refused", **self._about, reason=status)
+        host.metrics.refused(self._about["pool"], status)
+        host.refused(self)
+        farewell = Farewell(host.loop, host.scratch, self._client, host.limits, self._over)
+        self._successor = farewell
+        farewell.start(None if refusal is None else Answer(refusal), self._first_bytes())
+
+    def _leave(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._host.leases.leave(lease, self)
+            if self._relay is not None and self._relay.bereaved:
+                lease.parted()
 
     def _close(self, reason: str) -> None:
-        if self.state is State.CLOSED:
-            return
-        if self._relay is not None:
-            seconds = self._host.loop.time() - self._begun_at
-            self._host.metrics.closed(self._pool, seconds)
-            up, down = self._client.end.heard, self._client.end.said
-            log.info(
-                "connection.closed", **self._described(), reason=reason, up=up, down=down, seconds=round(seconds)
-            )
+        self._count_handshake_that_failed()
+        if self._meter is not None:
+            self._host.metrics.closed(self._meter, self._age())
+            self._log_closed(reason, self._meter)
         else:
-            log.debug("connection.closed", **self._described(), reason=reason)
-        self._enter(State.CLOSED)
+            log.debug("connection.closed", **self._about, reason=reason)
         self._client.close()
-        self._leave()
+        if self._worker is not None:
+            self._worker.close()
         self._host.closed(self)
 
-    def _described(self) -> dict[str, Any]:
-        """What the log says of it; nothing of it is secret."""
-        described = {"peer": self._peer, "pool": self._pool}
-        if self._lease is not None:
-            described |= {"worker": str(self._lease.route.worker), "allocation": self._lease.route.allocation_id}
-        return described
+    def _count_handshake_that_failed(self) -> None:
+        """Whoever said nothing, as a health probe does, has not failed."""
+        if self._shaking:
+            self._shaking = False
+            self._host.metrics.shaken(self._age(), ok=False)
+
+    def _first_bytes(self) -> bytes:
+        first, self._first = bytes(self._first), bytearray()
+        return first
+
+    def _age(self) -> float:
+        return self._host.loop.time() - self._begun_at
+
+    def _log_closed(self, reason: str, meter: Meter) -> None:
+        up, down = meter.end.heard, meter.end.said
+        seconds = round(self._age())
+        log.info("connection.closed", **self._about, reason=reason, up=up, down=down, seconds=seconds)

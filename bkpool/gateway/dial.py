@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from bkpool.core.errors import WorkerFailed
 from bkpool.gateway.exchange import End, Tls
+from bkpool.gateway.limits import WORKER_VANISHED
 from bkpool.gateway.relay import Leg
 from bkpool.gateway.table import Route
 from bkpool.pki.backend import check_worker
@@ -90,7 +91,7 @@ class Dial:
     def _succeed(self) -> None:
         sock = self._release()
         assert sock is not None  # noqa: S101 - it has just connected
-        self._dialled(Leg(self._loop, sock, self._end))
+        self._dialled(Leg(self._loop, sock, self._end, vanished=WORKER_VANISHED))
 
     def _fail(self, error: OSError) -> None:
         self.cancel()

@@ -11,12 +11,23 @@ import ssl
 from typing import cast
 
 CHUNK = 64 * 1024
-"""Bytes taken from a socket at once. Throughput hardly moves from 32 to 512 KiB (DESIGN 7), but a MemoryBIO keeps the
-size it once grew to, so this is also what an idle connection keeps."""
+"""Bytes that TLS is given at once. A MemoryBIO keeps the size it once grew to, so this is also what an idle
+connection keeps; and it fits the processor's caches, which 256 KiB do not (docs/benchmarks.md)."""
+
+AT_ONCE = 4 * CHUNK
+"""Bytes taken from a socket at once, at most."""
 
 _RECORD = 16 * 1024  # plaintext in one TLS record at most (RFC 8446 section 5.1)
 _PROTOCOL_ROOM = 2 * CHUNK  # what may lie unsent for a peer before nothing more is read from it
 _NOTHING = memoryview(b"")
+_WORTH = 24  # bytes of ciphertext that one of plaintext may take: a record of one byte has 23 (RFC 8446 section 5.2)
+_BARREN = 2 * _RECORD  # bytes of ciphertext without plaintext: the beginning of a record, and some KeyUpdates
+
+
+class BarrenError(ssl.SSLError):
+    """A peer keeps TLS busy and says nothing: to take a KeyUpdate costs twenty microseconds, to send one 27 bytes."""
+
+    reason = "records without data"
 
 
 class Scratch:
@@ -25,9 +36,9 @@ class Scratch:
     __slots__ = ("plain", "received")
 
     def __init__(self) -> None:
-        self.received = memoryview(bytearray(CHUNK))
-        # A chunk, and the record that an earlier chunk had begun.
-        self.plain = memoryview(bytearray(CHUNK + 2 * _RECORD))
+        self.received = memoryview(bytearray(AT_ONCE))
+        # What is taken at once, and the record that was begun before.
+        self.plain = memoryview(bytearray(AT_ONCE + 2 * _RECORD))
 
 
 class Asked(ssl.SSLObject):
@@ -43,11 +54,12 @@ class Tls:
     After every call, also one that failed, what `take` returns must be sent, or alerts are lost.
     """
 
-    __slots__ = ("_incoming", "_object", "_outgoing")
+    __slots__ = ("_barren", "_incoming", "_object", "_outgoing")
 
     def __init__(
         self, context: ssl.SSLContext, *, server_side: bool = True, server_hostname: str | None = None
     ) -> None:
+        self._barren = 0
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(
@@ -76,7 +88,7 @@ class Tls:
         """Decrypts every complete record.
 
         Args:
-            data: Ciphertext, at most CHUNK bytes.
+            data: Ciphertext, at most AT_ONCE bytes; none asks for what is there already.
             into: Where the plaintext goes, as large as Scratch.plain.
 
         Returns:
@@ -85,6 +97,22 @@ class Tls:
         Raises:
             ssl.SSLError: It is not what TLS allows.
         """
+        length, ended = self._read(data[:CHUNK], into)
+        self._justify(min(len(data), CHUNK), length)
+        for at in range(CHUNK, len(data), CHUNK):
+            if ended:
+                break
+            more, ended = self._read(data[at : at + CHUNK], into[length:])
+            length += more
+            self._justify(min(len(data) - at, CHUNK), more)
+        return length, ended
+
+    def _justify(self, ciphertext: int, plaintext: int) -> None:
+        self._barren = max(0, self._barren + ciphertext - _WORTH * plaintext)
+        if self._barren > _BARREN:
+            raise BarrenError
+
+    def _read(self, data: memoryview, into: memoryview) -> tuple[int, bool]:
         incoming = self._incoming
         incoming.write(data)
         read = self._object.read

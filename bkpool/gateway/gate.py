@@ -1,20 +1,20 @@
-"""What of the gateway lives in its own event loop: it accepts, and keeps count of who is inside.
+"""What of the gateway lives in one event loop: the connections in it, and the leases that it is home to.
 
-It takes from other threads only what is immutable, and only through the loop's call_soon_threadsafe.
+Everything about a lease happens in its home, so nothing of it is shared: a connection that was accepted elsewhere
+goes there once its certificate is read. What comes from other threads comes through the loop's call_soon_threadsafe.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 import ssl
 from collections.abc import Callable
 from datetime import datetime
 
-import structlog
-
 from bkpool.core.names import Key
+from bkpool.gateway.alarm import Alarm
+from bkpool.gateway.capacity import Capacity
 from bkpool.gateway.connection import Connection
 from bkpool.gateway.dial import Dialler
 from bkpool.gateway.exchange import Scratch
@@ -22,21 +22,17 @@ from bkpool.gateway.leases import Leases, Registry
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.metrics import Metrics
 
-log = structlog.get_logger(__name__)
-
-_AT_ONCE = 64  # connections accepted before the loop turns to those that it has
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
 
 class Gate:
-    """Accepts connections, and lets each live its life.
+    """Lets each connection of its loop live its life, and keeps count of who is inside.
 
     Args:
-        loop: The gateway's loop. Everything but the constructor is called in it.
+        loop: Its loop. Everything but the constructor is called in it.
         context: The TLS settings of new connections; replaced while others go on.
         registry: Where leases are registered.
         now: The time by which leases and certificates are judged.
         limits: The bounds.
+        capacity: The places of the whole gateway.
         metrics: What is counted.
         dial: How a worker is reached.
         pool: The only pool that is served; None serves all.
@@ -50,6 +46,7 @@ class Gate:
         registry: Registry,
         now: Callable[[], datetime],
         limits: Limits,
+        capacity: Capacity,
         metrics: Metrics,
         dial: Dialler,
         pool: Key | None = None,
@@ -61,34 +58,39 @@ class Gate:
         self.metrics = metrics
         self.dial = dial
         self.scratch = Scratch()
-        self.leases = Leases(loop, registry, now, limits, pool)
-        self._listeners: list[socket.socket] = []
+        self.alarm = Alarm(loop)
+        self.leases = Leases(loop, registry, now, limits, capacity, pool=pool)
+        self.homes: tuple[Gate, ...] = (self,)
+        """The gates of all loops. A lease's home is the one that its token's digest falls on."""
         self._guests: dict[Connection, None] = {}  # hold no lease; the oldest first
         self._tenants: dict[Connection, None] = {}
+        self._draining = False
         self._empty: list[Callable[[], None]] = []
         self._deadline: asyncio.TimerHandle | None = None
 
-    def listen(self, listeners: list[socket.socket]) -> None:
-        """Accepts from these sockets, which are closed by `drain`."""
-        self._listeners = listeners
-        self._accept_from_now_on()
+    def receive(self, sock: socket.socket, peer: str) -> None:
+        """A client has been accepted."""
+        if self._draining:
+            sock.close()
+            return
+        try:
+            self._welcome(Connection(self, sock, peer))
+        except OSError:  # reset since
+            sock.close()
 
     def swap(self, context: ssl.SSLContext) -> None:
         """New connections get these TLS settings."""
         self.context = context
 
     def drain(self, seconds: float, empty: Callable[[], None]) -> None:
-        """Accepts nothing more, and cuts what is still open after so many seconds; again: the last call decides.
+        """Takes nobody in any more, and cuts what is still open after so many seconds; again: the last call decides.
 
         Args:
             seconds: What relayed connections have left. Those that are not relayed yet are closed at once: their
                 clients come again by themselves, to whoever listens then.
             empty: Called when no connection is left.
         """
-        for listener in self._listeners:
-            self.loop.remove_reader(listener)
-            listener.close()
-        self._listeners = []
+        self._draining = True
         self._empty.append(empty)
         for connection in [*self._guests, *self._tenants]:
             if not connection.relaying:
@@ -100,63 +102,52 @@ class Gate:
 
     # --- what connections tell (connection.Host) --------------------------------------------------------------------
 
+    def lead_home(self, connection: Connection, token_sha256: str) -> bool:
+        """Whether this lease's home is another loop; then the connection is on its way there, and not ours."""
+        home = self.homes[int(token_sha256[:8], 16) % len(self.homes)]
+        if home is self:
+            return False
+        connection.move_out(home)
+        # First there, then gone from here: a drain that finds us empty is behind it in the other loop too.
+        home.loop.call_soon_threadsafe(home._take_over, connection, token_sha256)  # noqa: SLF001 - another of our kind
+        self.closed(connection)
+        return True
+
     def admitted(self, connection: Connection) -> None:
         """It holds a lease now."""
         del self._guests[connection]
+        self.metrics.guests(-1)
         self._tenants[connection] = None
 
     def refused(self, connection: Connection) -> None:
         """It holds no lease any more, and will soon be closed."""
         if connection in self._tenants:
             del self._tenants[connection]
-            self._guests[connection] = None
-            self._make_room()
+            self._welcome(connection)
 
     def closed(self, connection: Connection) -> None:
         """Its sockets are closed."""
-        self._guests.pop(connection, None)
+        if connection in self._guests:
+            del self._guests[connection]
+            self.metrics.guests(-1)
         self._tenants.pop(connection, None)
         self._tell_if_empty()
 
-    # --- accepting --------------------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _accept_from_now_on(self) -> None:
-        for listener in self._listeners:
-            self.loop.add_reader(listener, self._accept, listener)
+    def _take_over(self, connection: Connection, token_sha256: str) -> None:
+        self._welcome(connection)
+        if self._draining:  # and may have told already that it is empty: no lease is joined any more
+            connection.cut("the gateway is closing")
+        else:
+            connection.move_in(token_sha256)
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_AT_ONCE):
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._pause(error)
-                    return
-                continue  # this one connection has gone wrong before it was accepted
-            try:
-                sock.setblocking(False)
-                connection = Connection(self, sock, f"{address[0]}:{address[1]}")
-            except OSError:  # reset since
-                sock.close()
-                continue
-            self._guests[connection] = None
-            self._make_room()
-
-    def _pause(self, error: OSError) -> None:
-        """The system has no descriptor or memory left; asking again at once would only burn time."""
-        log.warning("gateway.accept-paused", reason=error.strerror, seconds=self.limits.accept_pause)
-        for listener in self._listeners:
-            self.loop.remove_reader(listener)
-        self.loop.call_later(self.limits.accept_pause, self._accept_from_now_on)
-
-    def _make_room(self) -> None:
-        """So many that never finish a handshake cannot keep a good client out."""
-        if len(self._guests) > self.limits.guests:
+    def _welcome(self, guest: Connection) -> None:
+        """So many that never finish a handshake cannot keep a good client out: the oldest goes."""
+        self._guests[guest] = None
+        self.metrics.guests(+1)
+        if len(self._guests) > self.limits.guests / len(self.homes):
             next(iter(self._guests)).cut("too many connections without a lease")
-
-    # --- draining ---------------------------------------------------------------------------------------------------
 
     def _cut_all(self) -> None:
         for connection in [*self._guests, *self._tenants]:

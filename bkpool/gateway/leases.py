@@ -13,6 +13,8 @@ from typing import Protocol
 
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity
 from bkpool.core.names import Key
+from bkpool.gateway.capacity import Capacity
+from bkpool.gateway.life import Patience
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.table import LeaseTable, Past, Route, unknown_lease
 from bkpool.pki.names import pool_named
@@ -43,8 +45,11 @@ class Registry(Protocol):
 class Member(Protocol):
     """A connection, as its lease sees it."""
 
-    def way_changed(self) -> None:
-        """The way to the worker may have changed."""
+    def rerouted(self, route: Route) -> None:
+        """The worker came or went, or the lease has a new end."""
+
+    def parted(self) -> None:
+        """The worker has ended another connection, before its client did."""
 
     def lease_ended(self, why: BkpoolError, cut_in: float) -> None:
         """New connections are refused; this one has so many seconds at most."""
@@ -64,6 +69,7 @@ class Leases:
         registry: Where leases are registered.
         now: The time by which leases expire.
         limits: The bounds.
+        capacity: The places of the whole gateway.
         pool: The only pool whose leases are admitted; None admits those of all.
     """
 
@@ -73,13 +79,14 @@ class Leases:
         registry: Registry,
         now: Callable[[], datetime],
         limits: Limits,
+        capacity: Capacity,
+        *,
         pool: Key | None = None,
     ) -> None:
         self.loop = loop
         self.registry = registry
         self.limits = limits
-        self.connections = 0
-        """Connections that hold a lease, of all leases."""
+        self._capacity = capacity
         self._now = now
         self._pool = pool
         self._table = LeaseTable()
@@ -110,18 +117,14 @@ class Leases:
                 f"this lease has {self.limits.per_lease} connections open already",
                 hint="Run fewer builds at once on it, or run `bkpool allocate` for a second worker.",
             )
-        if self.connections >= self.limits.connections:
-            raise NoCapacity(
-                f"the gateway has {self.limits.connections} connections open already", hint="Try again later."
-            )
-        self.connections += 1
+        self._capacity.take(lease.route.pool)
         lease.members[member] = None
         return lease
 
     def leave(self, lease: Lease, member: Member) -> None:
         """The connection is closed, or refused."""
         del lease.members[member]
-        self.connections -= 1
+        self._capacity.give_back(lease.route.pool)
         lease.tidy()
 
     def knows(self, token_sha256: str) -> bool:
@@ -186,18 +189,16 @@ class Lease:
         self.route = route
         self.members: dict[Member, None] = {}
         self.over: BkpoolError | None = None
+        self.patience = Patience(leases.limits)
         self.registration = Registration(leases, self)
         self._leases = leases
         self._expiry: asyncio.TimerHandle | None = None
-        self._waits_in_vain = 0
-        self._waited_at = 0.0
         self._await_expiry()
 
     def changed(self, route: Route) -> None:
         """The lease was renewed or has ended, or its worker came or went."""
         if route == self.route and self.over is None:
             return
-        moved = route.endpoint != self.route.endpoint
         self.route = route
         over = route.over(self._leases.now())
         if over is not None:
@@ -208,26 +209,8 @@ class Lease:
             for member in list(self.members):
                 member.lease_resumed()
         self._await_expiry()
-        if moved:
-            for member in list(self.members):
-                member.way_changed()
-
-    def patience(self) -> tuple[int, float]:
-        """How many waits for the worker were in vain before this one, and for how many seconds this one may last."""
-        limits = self._leases.limits
-        if self._leases.loop.time() >= self._waited_at + limits.forget_waits:
-            self._waits_in_vain = 0
-        waits = (limits.first_wait, limits.second_wait, limits.later_wait)
-        return self._waits_in_vain, waits[min(self._waits_in_vain, 2)]
-
-    def waited_in_vain(self, before: int) -> None:
-        """A wait has ended without the worker, after so many before it; those at the same time count as one."""
-        self._waits_in_vain = max(self._waits_in_vain, before + 1)
-        self._waited_at = self._leases.loop.time()
-
-    def reached(self) -> None:
-        """The worker was reached: the next wait is a first one."""
-        self._waits_in_vain = 0
+        for member in list(self.members):
+            member.rerouted(route)
 
     def end(self, why: BkpoolError) -> None:
         """New connections are refused from now on, and open ones get the pool's drainTimeout (DESIGN rule 8)."""
@@ -239,6 +222,12 @@ class Lease:
         for member in list(self.members):
             member.lease_ended(why, cut_in)
         self.tidy()
+
+    def parted(self) -> None:
+        """The worker has ended a connection, before its client did."""
+        self.patience.parted(self._leases.loop.time())
+        for member in list(self.members):
+            member.parted()
 
     def lost(self, why: Gone) -> None:
         """The worker is another lease's: nothing of this one may reach it any longer."""

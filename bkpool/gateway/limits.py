@@ -7,6 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CLIENT_VANISHED = 30.0
+"""A client may come over networks that lose packets for a while."""
+WORKER_VANISHED = 15.0
+"""Not before BuildKit's own health check of a session gives up (DESIGN 3): to the system a worker whose disk is so
+busy that it reads nothing looks the same once its buffers are full (tcp(7), TCP_USER_TIMEOUT). One that has died is
+known at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -27,6 +34,10 @@ class Limits:
     later_wait: float = 2.0
     """The same, when the user has been told: buildx makes two more connections before it ends. Also for the table to
     learn of a worker's new address when another answers at the one it has."""
+    bereaved: float = 0.5
+    """Who comes so soon after the worker has ended a connection of his lease is told so instead of being held: it is
+    the rest of a build that was cut, which ends only once this is answered. gRPC comes again within milliseconds; a
+    command that was started after such a build comes later, and buildx then only waits a second longer."""
     forget_waits: float = 60.0
     """After so long without a wait in vain, the next one is a first one again."""
     first_bytes: int = 16 * 1024
@@ -49,7 +60,9 @@ class Limits:
     """Connections that hold no lease: in handshake or being refused. One more and the oldest goes."""
     connections: int = 10_000
     """Connections that hold a lease."""
+    per_pool: int = 5_000
+    """The same, of one pool: none keeps all the others out."""
     per_lease: int = 256
-    """Connections of one lease."""
+    """The same, of one lease."""
     accept_pause: float = 0.5
     """Before accepting goes on when the system had no descriptor or memory left."""

@@ -58,7 +58,7 @@ def strange(worker: Key) -> Refusal:
 
 
 def waited_first(worker: Key, cause: str) -> Refusal:
-    """The client's patience is at its end; it will come again by itself."""
+    """The client's patience is at its end, or it is not held at all; it will come again by itself."""
     return Refusal(Grpc.UNAVAILABLE, "Waited", f"worker {worker} is on its way: {cause}. Try again in a moment.")
 
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import ssl
 import struct
 from collections.abc import Callable
 from typing import Final
 
-from bkpool.gateway.exchange import End, Exchange, Scratch
+from bkpool.gateway.alarm import Alarm
+from bkpool.gateway.exchange import AT_ONCE, CHUNK, End, Exchange, Scratch
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() sends RST
-_IDLE_BEFORE_PROBES = 30  # seconds
-_BETWEEN_PROBES = 10  # seconds
-_PROBES = 3  # unanswered: a vanished peer is noticed within a minute
+_UNIX_SEND_BUFFER = 1024 * 1024
+"""Asked for, and cut down by net.core.wmem_max: what one turn has for the worker should fit. With the system's 208
+KiB it does not, and every turn costs two more calls and four changes of what is watched (docs/benchmarks.md)."""
+_UNREAD_AT_ONCE = 16  # chunks
 
 
 def _nobody() -> None:
@@ -33,25 +37,41 @@ class Leg:
         loop: Watches the socket; only its add_reader, add_writer and their opposites are used.
         sock: Non-blocking; closed by `close`.
         end: The peer.
+        vanished: Seconds after which a peer that does not answer at all, not even as a system, is given up. Not on
+            Unix sockets.
     """
 
-    __slots__ = ("_finished", "_loop", "_on_readable", "_on_writable", "_reading", "_writing", "end", "sock")
+    __slots__ = (
+        *("_alarm", "_finished", "_loop", "_on_readable", "_on_writable", "_reading", "_writing"),
+        *("end", "failed", "local", "sock"),
+    )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, end: End) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, end: End, *, vanished: float) -> None:
         self.sock: Final = sock
         self.end: Final = end
         self._loop = loop
         self._reading = self._writing = self._finished = False
-        if sock.family != socket.AF_UNIX:
+        self._alarm: Alarm | None = None
+        self.failed = False
+        """Its last words are there, and its end behind them; an event loop may tell of them no more."""
+        self.local: Final = sock.family == socket.AF_UNIX  # asked for once: the socket makes an enum of it every time
+        if self.local:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+        else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Probes find out about a silent peer, the user timeout about one that is being sent to (tcp(7)).
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_BEFORE_PROBES)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _BETWEEN_PROBES)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(vanished / 3)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(vanished / 3)))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(vanished * 1000))
+
+    def move(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Goes over to another loop; nothing of it may be watched in the old one."""
+        self._ignore()
+        self._loop = loop
 
     def attach(self, on_readable: Callable[[], None], on_writable: Callable[[], None]) -> None:
-        """Sets who is told of the socket's events; nobody is until `watch`."""
-        self.watch(read=False, write=False)
+        """Sets who is told of the socket's events, those that are watched already and those that will be."""
         self._on_readable = on_readable
         self._on_writable = on_writable
 
@@ -60,15 +80,31 @@ class Leg:
         if read != self._reading:
             self._reading = read
             if read:
-                self._loop.add_reader(self.sock, self._on_readable)
+                self._loop.add_reader(self.sock, self._readable)
             else:
                 self._loop.remove_reader(self.sock)
         if write != self._writing:
             self._writing = write
             if write:
-                self._loop.add_writer(self.sock, self._on_writable)
+                self._loop.add_writer(self.sock, self._writable)
             else:
                 self._loop.remove_writer(self.sock)
+
+    def _readable(self) -> None:
+        """What is watched stays so while the socket goes from hand to hand, without two changes of epoll."""
+        self._on_readable()
+
+    def _writable(self) -> None:
+        self._on_writable()
+
+    def heed(self, alarm: Alarm, told: Callable[[], None]) -> None:
+        """Sets who is told, from now on and whether it is read or not, that the socket has failed."""
+        self._alarm = alarm
+        alarm.watch(self.sock, told)
+
+    def fault(self) -> str:
+        """What the socket has failed of. Asked once, the system forgets it."""
+        return os.strerror(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET)
 
     def receive(self, into: memoryview) -> memoryview | None:
         """What the socket has, empty at its end, None if there is nothing now. Raises OSError."""
@@ -76,6 +112,11 @@ class Leg:
             return into[: self.sock.recv_into(into)]
         except (BlockingIOError, InterruptedError):
             return None
+        except ConnectionResetError:
+            if not self.local:
+                raise
+            self.end.deafen()  # it has ended with words of ours unread: its own were all before this
+            return into[:0]
 
     def flush(self) -> None:
         """Sends what the socket takes now, and the end after the last of it. Raises OSError."""
@@ -94,11 +135,27 @@ class Leg:
         """Closes the socket; with reset the peer learns that it was cut short. Closed already: does nothing."""
         if self.sock.fileno() < 0:
             return
+        self.watch(read=False, write=False)
         self.attach(_nobody, _nobody)  # whoever was told of events need not wait for the garbage collector
-        if reset and self.sock.family != socket.AF_UNIX:
+        if reset and not self.local:
             with contextlib.suppress(OSError):
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        elif not reset:
+            self._drop_unread()
+        self._ignore()
         self.sock.close()
+
+    def _drop_unread(self) -> None:
+        """What lies unread would make of close() a reset, which overtakes what was sent."""
+        with contextlib.suppress(OSError):
+            for _ in range(_UNREAD_AT_ONCE):
+                if not self.sock.recv(CHUNK):
+                    return
+
+    def _ignore(self) -> None:
+        if self._alarm is not None:
+            self._alarm.forget(self.sock)
+            self._alarm = None
 
 
 class Relay:
@@ -107,6 +164,7 @@ class Relay:
     Args:
         loop: The loop of this thread.
         scratch: The loop's shared memory.
+        alarm: Hears that a leg has failed.
         client: The leg that was accepted.
         worker: The leg that was dialled.
         half_open: Seconds that one direction may outlive the other.
@@ -117,6 +175,7 @@ class Relay:
         self,
         loop: asyncio.AbstractEventLoop,
         scratch: Scratch,
+        alarm: Alarm,
         client: Leg,
         worker: Leg,
         *,
@@ -125,6 +184,7 @@ class Relay:
     ) -> None:
         self._loop = loop
         self._scratch = scratch
+        self._alarm = alarm
         self._client = client
         self._worker = worker
         self._half_open = half_open
@@ -134,12 +194,16 @@ class Relay:
         self._stopped = False
         self.active_at = loop.time()
         """When bytes last moved, by the loop's clock."""
+        self.bereaved = False
+        """The worker has ended, and its client had not."""
 
     def start(self, first: bytes) -> None:
         """Begins, with what the client has said already."""
         client, worker = self._client, self._worker
         client.attach(lambda: self._readable(client), self._settle)
         worker.attach(lambda: self._readable(worker), self._settle)
+        client.heed(self._alarm, lambda: self._failed(client))
+        worker.heed(self._alarm, lambda: self._failed(worker))
         if first:
             worker.end.encode(memoryview(first))
         if client.end.heard_end:
@@ -155,10 +219,30 @@ class Relay:
         self._close(reason, broken=None)
 
     def _readable(self, leg: Leg) -> None:
-        try:
-            data = leg.receive(self._scratch.received)
-            if data is None:
+        received = self._scratch.received
+        if leg.end.tls is None or self._other(leg).end.tls is not None:
+            received = received[:CHUNK]  # what is to be encrypted goes in pieces that fit the processor's caches
+        for _ in range(0, AT_ONCE, len(received)):  # then the loop turns to others
+            if not self._pass_on(leg, received):
                 return
+        while leg.failed and self._pass_on(leg, received):
+            pass  # nobody tells of the rest
+
+    def _failed(self, leg: Leg) -> None:
+        """A reset or a peer that has vanished; on this machine, a peer that has died with words of ours unread."""
+        if not leg.local:
+            self._close(f"{self._name(leg)}: {leg.fault()}", broken=leg)
+            return
+        leg.failed = True
+        if self._exchange.may_read(leg.end):
+            self._readable(leg)
+
+    def _pass_on(self, leg: Leg, received: memoryview) -> bool:
+        """Passes on what a leg has; True if there may be more, and all of this was taken."""
+        try:
+            data = leg.receive(received)
+            if data is None:
+                return False
             self._exchange.received(leg.end, data)
         except ssl.SSLError as error:
             with contextlib.suppress(OSError):
@@ -170,14 +254,15 @@ class Relay:
             self._close("an internal fault", broken=leg)  # no slot is leaked; the loop's handler logs the rest
             raise
         else:
-            if data and self._passed(leg.end):
+            if data and self._passed(leg):
                 self.active_at = self._loop.time()
-            else:
-                self._settle()
+                return leg.failed or len(data) == len(received)
+            self._settle()
+        return False
 
-    def _passed(self, end: End) -> bool:
+    def _passed(self, leg: Leg) -> bool:
         """Sends on what was received; True if that was all there was to it, as for nearly every chunk of a build."""
-        other = self._worker if end is self._client.end else self._client
+        other, end = self._other(leg), leg.end
         try:
             other.flush()
         except OSError:
@@ -199,17 +284,22 @@ class Relay:
         for leg in (client, worker):
             leg.watch(read=exchange.may_read(leg.end), write=bool(leg.end.unsent))
         if exchange.half_open and self._timer is None:
+            self.bereaved = not client.end.heard_end
             self._timer = self._loop.call_later(self._half_open, self.stop, "half-open for too long")
 
     def _close(self, reason: str, *, broken: Leg | None) -> None:
         if self._stopped:
             return
         self._stopped = True
+        self.bereaved = self.bereaved or (broken is self._worker and not self._client.end.heard_end)
         if self._timer is not None:
             self._timer.cancel()
         self._client.close(reset=broken is self._worker)
         self._worker.close(reset=broken is self._client)
         self._over(reason)
+
+    def _other(self, leg: Leg) -> Leg:
+        return self._worker if leg is self._client else self._client
 
     def _name(self, leg: Leg) -> str:
         return "client" if leg is self._client else "worker"

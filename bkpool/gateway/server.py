@@ -1,4 +1,4 @@
-"""The gateway as the rest of bkpool sees it: a thread with an event loop of its own, and the doors to it.
+"""The gateway as the rest of bkpool sees it: threads with an event loop each, and the doors to them.
 
 Every method is called in the main loop. What crosses over is immutable: tables, TLS contexts, routes, errors.
 """
@@ -6,33 +6,39 @@ Every method is called in the main loop. What crosses over is immutable: tables,
 from __future__ import annotations
 
 import asyncio
-import errno
+import itertools
+import os
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, Gone, HostFault, Unavailable
+from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
+from bkpool.gateway.accept import Address, Porter, listen
+from bkpool.gateway.capacity import Capacity
 from bkpool.gateway.context import server_context
 from bkpool.gateway.dial import Dial, Dialler
+from bkpool.gateway.door import Door
 from bkpool.gateway.gate import Gate
-from bkpool.gateway.leases import Told
+from bkpool.gateway.lag import Watchdog
 from bkpool.gateway.limits import Limits
 from bkpool.gateway.metrics import Metrics
 from bkpool.gateway.registration import Registrar
-from bkpool.gateway.table import LeaseTable, Route
+from bkpool.gateway.table import LeaseTable
 
 log = structlog.get_logger(__name__)
 
-Address = tuple[str, int]
+MOST_THREADS = 4
+"""More wait for each other: what is not TLS or the kernel's is done under Python's one lock (docs/benchmarks.md)."""
 
-_BACKLOG = 1024
+
+def default_threads() -> int:
+    """One for each processor that we may use, up to MOST_THREADS."""
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -49,12 +55,14 @@ class Gateway:
 
     Args:
         registrar: Registers leases; lives in the main loop.
-        now: The time by which leases and certificates are judged; called in both threads.
+        now: The time by which leases and certificates are judged; called in all threads.
         metrics: What is counted.
         limits: The bounds.
         dial: How a worker is reached.
         pool: The only pool that is served; None serves all.
-        loop_factory: Makes the event loop of the gateway's thread.
+        threads: How many loops there are; a lease lives in one of them.
+        watchdog: Is told of the loops; it says when one does not turn.
+        loop_factory: Makes the event loop of a thread.
     """
 
     def __init__(
@@ -66,6 +74,8 @@ class Gateway:
         limits: Limits = Limits(),  # noqa: B008 - immutable
         dial: Dialler = Dial,
         pool: Key | None = None,
+        threads: int = 1,
+        watchdog: Watchdog | None = None,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_loop,
     ) -> None:
         self._registrar = registrar
@@ -74,9 +84,12 @@ class Gateway:
         self._limits = limits
         self._dial = dial
         self._pool = pool
+        self._threads = threads
+        self._watchdog = watchdog
         self._loop_factory = loop_factory
         self._context: ssl.SSLContext | None = None
-        self._running: _Running | None = None
+        self._running: list[_Thread] = []
+        self._porter: Porter | None = None
 
     def set_server_certificate(self, cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> None:
         """Sets what new connections see; open ones go on. To be called before `start`, and whenever it is renewed.
@@ -92,8 +105,8 @@ class Gateway:
                 hint="Restore its certificate and key from a backup; they belong together.",
                 code="Unreadable",
             ) from None
-        if self._running is not None:
-            self._running.call(self._running.gate.swap, self._context)
+        for thread in self._running:
+            thread.call(thread.gate.swap, self._context)
 
     async def start(self, addresses: Sequence[Address]) -> list[Address]:
         """Listens on these addresses (port 0 takes a free one) and returns those that it got.
@@ -103,59 +116,96 @@ class Gateway:
         """
         if self._context is None:
             raise RuntimeError("set_server_certificate comes before start")
-        listeners = _bind(addresses)
-        loop = self._loop_factory()
-        door = _Door(asyncio.get_running_loop(), loop, self._registrar, self._limits.register)
-        gate = Gate(
-            loop,
-            self._context,
-            registry=door,
-            now=self._now,
-            limits=self._limits,
-            metrics=self._metrics,
-            dial=self._dial,
-            pool=self._pool,
-        )
-        self._running = _Running(loop, gate, door)
-        self._running.call(gate.listen, listeners)
+        listeners = listen(addresses)
         bound: list[Address] = [listener.getsockname()[:2] for listener in listeners]
-        log.info("gateway.listening", addresses=[f"{host}:{port}" for host, port in bound])
+        capacity = Capacity(self._limits)
+        self._running = threads = [self._thread(number, capacity, self._context) for number in range(self._threads)]
+        homes = tuple(thread.gate for thread in threads)
+        for thread in threads:
+            thread.gate.homes = homes  # before any of them has a client
+        first = threads[0]
+        self._porter = Porter(first.loop, listeners, self._limits.accept_pause, _dealer(threads))
+        first.call(self._porter.start)
+        self._metrics.draining(False)
+        log.info("gateway.listening", addresses=[f"{host}:{port}" for host, port in bound], threads=len(threads))
         return bound
 
     def update(self, table: LeaseTable) -> None:
         """Hands over a newer table of leases; what is asked of the registrar is answered behind it."""
-        if self._running is not None:
-            self._running.call(self._running.gate.leases.update, table)
+        for thread in self._running:
+            thread.call(thread.gate.leases.update, table)
 
     async def drain(self, seconds: float) -> None:
         """Accepts nothing more and returns when no connection is left, after so many seconds at most.
 
         Another call while one is waiting sets a new deadline for both: 0 cuts everything now.
         """
-        if self._running is not None:
-            await self._running.drained(seconds)
+        if not self._running or self._porter is None:
+            return
+        self._metrics.draining(True)
+        self._running[0].call(self._porter.stop)
+        await asyncio.gather(*(thread.drained(seconds) for thread in self._running))
 
     async def close(self) -> None:
-        """Cuts what is open, withdraws its registrations and ends the thread. Closed already: does nothing."""
-        running, self._running = self._running, None
-        if running is not None:
-            await running.drained(0)
-            await running.door.settle()
-            running.end()
+        """Cuts what is open, withdraws its registrations and ends the threads. Closed already: does nothing."""
+        await self.drain(0)
+        running, self._running = self._running, []
+        for thread in running:
+            await thread.door.settle()
+        for thread in running:
+            thread.end()
+
+    def _thread(self, number: int, capacity: Capacity, context: ssl.SSLContext) -> _Thread:
+        loop = self._loop_factory()
+        door = Door(asyncio.get_running_loop(), loop, self._registrar, self._limits.register)
+        gate = Gate(
+            loop,
+            context,
+            registry=door,
+            now=self._now,
+            limits=self._limits,
+            capacity=capacity,
+            metrics=self._metrics,
+            dial=self._dial,
+            pool=self._pool,
+        )
+        thread = _Thread(f"gateway-{number}", loop, gate, door)
+        if self._watchdog is not None:
+            self._watchdog.watch(thread.name, loop, thread.ident)
+        return thread
 
 
-class _Running:
-    """The gateway's thread."""
+def _dealer(threads: list[_Thread]) -> Callable[[socket.socket, str], None]:
+    """Deals accepted sockets out in turn; called in the first thread."""
+    if len(threads) == 1:
+        return threads[0].gate.receive
+    turn = itertools.cycle(threads)
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, gate: Gate, door: _Door) -> None:
+    def deal(sock: socket.socket, peer: str) -> None:
+        thread = next(turn)
+        thread.call(thread.gate.receive, sock, peer)
+
+    return deal
+
+
+class _Thread:
+    """One of the gateway's threads, and what lives in its loop."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, gate: Gate, door: Door) -> None:
+        self.name = name
+        self.loop = loop
         self.gate = gate
         self.door = door
-        self._loop = loop
-        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def ident(self) -> int:
+        """As threading.get_ident() has it."""
+        return self._thread.ident or 0
+
     def call(self, function: Callable[..., None], *arguments: object) -> None:
-        self._loop.call_soon_threadsafe(function, *arguments)
+        self.loop.call_soon_threadsafe(function, *arguments)
 
     async def drained(self, seconds: float) -> None:
         main = asyncio.get_running_loop()
@@ -164,123 +214,12 @@ class _Running:
         await empty.wait()
 
     def end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()  # nothing is left in it that could take time
 
     def _run(self) -> None:
         try:
-            self._loop.run_forever()
+            self.loop.run_forever()
         finally:
-            self._loop.close()
-
-
-class _Door:
-    """Takes requests for the registrar from the gateway's loop to the main loop, and the answers back."""
-
-    def __init__(
-        self,
-        main: asyncio.AbstractEventLoop,
-        gateway: asyncio.AbstractEventLoop,
-        registrar: Registrar,
-        timeout: float,
-    ) -> None:
-        self._main = main
-        self._gateway = gateway
-        self._registrar = registrar
-        self._timeout = timeout
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def register(self, route: Route, connections: int, told: Told) -> None:
-        self._ask(partial(self._registrar.register, route, connections), told)
-
-    def renew(self, route: Route, connections: int, told: Told) -> None:
-        self._ask(partial(self._registrar.renew, route, connections), told)
-
-    def withdraw(self, route: Route, told: Told) -> None:
-        self._ask(partial(self._registrar.withdraw, route), told)
-
-    def find(self, token_sha256: str, told: Told) -> None:
-        self._ask(partial(self._registrar.find, token_sha256), told)
-
-    async def settle(self) -> None:
-        """Waits for what has been asked, in the main loop, and for what its answers lead to."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-            answered = asyncio.Event()
-            self._gateway.call_soon_threadsafe(self._main.call_soon_threadsafe, answered.set)
-            await answered.wait()
-
-    def _ask(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
-        with suppress(RuntimeError):  # the main loop is closed: so is the process
-            self._main.call_soon_threadsafe(self._begin, call, told)
-
-    def _begin(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
-        task = self._main.create_task(self._do(call, told))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _do(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
-        error: BkpoolError | None = None
-        try:
-            async with asyncio.timeout(self._timeout):
-                await call()
-        except (Gone, Unavailable) as raised:
-            error = raised
-        except BkpoolError as raised:  # what the store holds against us is none of the client's doing
-            log.warning("gateway.registrar-refused", reason=raised.message)
-            error = _silent_store()
-        except TimeoutError:
-            error = _silent_store()
-        except Exception:
-            log.exception("gateway.registrar-failed")
-            error = _silent_store()
-        with suppress(RuntimeError):  # the gateway's loop is closed: nobody waits for this
-            self._gateway.call_soon_threadsafe(told, error)
-
-
-def _silent_store() -> Unavailable:
-    return Unavailable(
-        "the gateway cannot confirm this lease, because its store does not answer",
-        hint="Try again in a moment; `bkpool status` says more.",
-    )
-
-
-def _bind(addresses: Sequence[Address]) -> list[socket.socket]:
-    listeners: list[socket.socket] = []
-    try:
-        for host, port in addresses:
-            listeners.append(_listen(host, port))
-    except HostFault:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address, family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise _cannot_listen(host, port, error) from None
-    listener.setblocking(False)
-    return listener
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> HostFault:
-    if error.errno == errno.EADDRINUSE:
-        return HostFault(
-            f"port {port} on {host} is taken, and the gateway needs it",
-            hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or give another --gateway-address.",
-            code="PortTaken",
-        )
-    if error.errno == errno.EACCES:
-        return HostFault(
-            f"the gateway may not listen on port {port}",
-            hint="Take a port above 1023 with --gateway-address.",
-            code="Permission",
-        )
-    return HostFault(
-        f"the gateway cannot listen on {host}:{port}: {error.strerror}",
-        hint="Give an address of this machine with --gateway-address.",
-    )
+            self.gate.alarm.close()
+            self.loop.close()

@@ -46,7 +46,7 @@ def _context(cert_pem: bytes, key_pem: bytes, backend_ca_pem: bytes) -> ssl.SSLC
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])  # buildkitd is grpc-go, which hangs up on clients that do not offer it
     context.load_verify_locations(cadata=backend_ca_pem.decode("ascii"))
-    load_chain(context, cert_pem, key_pem)
+    load_chain(context, cert_pem, key_pem, backend_ca_pem)
     return context
 
 

@@ -1,13 +1,17 @@
-"""The objects of the user's files in a real store."""
+"""The objects of the user's files in a real store; the watchdog's life."""
 
 from __future__ import annotations
 
+import threading
+from contextlib import AsyncExitStack
+
 import pytest
 
-from bkpool.appliance.parts import apply
+from bkpool.appliance.parts import apply, watched
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents, read_documents
 from bkpool.core.pool import Pool
+from bkpool.gateway.metrics import Metrics
 from bkpool.store.sqlite import SqliteStore
 
 HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\n"
@@ -49,3 +53,13 @@ async def test_an_issuer_that_the_files_no_longer_have_is_believed_no_more(store
     await apply(store, read(CONFIG % ("two", "a")), only_source=True)
     assert await names(store, OIDCConfig) == ["two"]
     assert await names(store, Pool) == ["ci", "default"]
+
+
+async def test_the_loop_is_watched_until_the_stack_is_left():
+    def threads():
+        return {thread.name for thread in threading.enumerate()}
+
+    async with AsyncExitStack() as stack:
+        watched(stack, Metrics())
+        assert "watchdog" in threads()
+    assert "watchdog" not in threads()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bkpool.core import tokens
 from bkpool.core.errors import Unauthenticated
-from bkpool.gateway.certificate import token_in_name, token_of
+from bkpool.gateway.certificate import credential_of, token_in_name
 
 TOKEN = tokens.derive(b"key", "uid", "allocation")
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
@@ -55,9 +55,11 @@ def test_names_that_only_look_like_ours_are_none(name):
 
 
 def test_the_token_of_a_certificate_is_read(ca, now):
-    assert token_of(ca.client(TOKEN).der, now) == TOKEN
-    assert token_of(ca.client(TOKEN, alternative=(uri(TOKEN),)).der, now) == TOKEN
-    assert token_of(ca.client(TOKEN, alternative=(x509.DNSName("job.example"),)).der, now) == TOKEN
+    assert credential_of(ca.client(TOKEN).der, now) == tokens.digest(TOKEN)
+    assert credential_of(ca.client(TOKEN, alternative=(uri(TOKEN),)).der, now) == tokens.digest(TOKEN)
+    assert credential_of(ca.client(TOKEN, alternative=(x509.DNSName("job.example"),)).der, now) == tokens.digest(
+        TOKEN
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_the_token_of_a_certificate_is_read(ca, now):
 )
 def test_a_certificate_of_our_ca_for_something_else_is_refused(ca, now, make, told):
     with pytest.raises(Unauthenticated) as caught:
-        token_of(make(ca).der, now)
+        credential_of(make(ca).der, now)
     assert told in caught.value.message
     assert caught.value.code == "WrongCertificate"
     assert TOKEN not in caught.value.message
@@ -83,18 +85,18 @@ def test_a_certificate_of_our_ca_for_something_else_is_refused(ca, now, make, to
 @given(st.binary(max_size=200))
 def test_what_is_no_certificate_is_refused(data):
     with pytest.raises(Unauthenticated):
-        token_of(data, datetime(2026, 1, 1, tzinfo=UTC))
+        credential_of(data, datetime(2026, 1, 1, tzinfo=UTC))
 
 
 def test_the_dates_hold_to_the_second(ca, now):
     der = ca.client(TOKEN, begins=now, ends=now + timedelta(hours=1)).der
     second = timedelta(seconds=1)
-    assert token_of(der, now) == TOKEN
-    assert token_of(der, now + timedelta(hours=1)) == TOKEN
+    assert credential_of(der, now) == tokens.digest(TOKEN)
+    assert credential_of(der, now + timedelta(hours=1)) == tokens.digest(TOKEN)
     for moment, code in [
         (now - second, "CertificateNotYetValid"),
         (now + timedelta(hours=1, seconds=1), "CertificateExpired"),
     ]:
         with pytest.raises(Unauthenticated) as caught:
-            token_of(der, moment)
+            credential_of(der, moment)
         assert caught.value.code == code

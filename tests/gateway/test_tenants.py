@@ -220,6 +220,9 @@ async def test_early_data_and_the_session_of_a_twin_are_not_accepted(world, tmp_
     assert "Early data was rejected" in said
     assert "New, TLSv1.3" in said
     assert "Reused" not in said
+    await world.until(lambda: world.count("connections_total", status="success") == 1)
+    await world.until(lambda: world.count("active_connections") == 0)
+    assert world.count("bytes_total", direction="up") == 0, "what came early is not the worker's to hear"
 
 
 def _free_port():

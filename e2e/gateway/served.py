@@ -1,0 +1,94 @@
+"""A gateway in a process of its own, so that its descriptors and its memory can be watched, and its limits set.
+
+usage: python e2e/gateway/served.py     Its settings are a line of JSON on standard input: tokens and keys are in it.
+It answers with its port, and every further line with its counters; at the end of its input it closes and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Any
+
+import structlog
+
+from bkpool.core import tokens
+from bkpool.core.names import Key
+from bkpool.gateway.limits import Limits
+from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.server import Gateway, default_threads
+from bkpool.gateway.table import LeaseTable, Route
+
+HOUR = 3600.0
+POOL = Key("default", "p")
+
+
+class Agrees:
+    """A registrar without a store."""
+
+    async def register(self, route: Route, connections: int) -> None: ...
+
+    async def renew(self, route: Route, connections: int) -> None: ...
+
+    async def withdraw(self, route: Route) -> None: ...
+
+    async def find(self, token_sha256: str) -> None: ...
+
+
+def table(leases: dict[str, str | None]) -> LeaseTable:
+    """Tokens, and where their workers are; None: not there yet."""
+    now = time.time()
+    routes = {}
+    for number, (token, endpoint) in enumerate(leases.items()):
+        digest = tokens.digest(token)
+        routes[digest] = Route(
+            token_sha256=digest,
+            allocation_id=f"allocation-{number}",
+            worker=Key("default", f"p-worker-{number}"),
+            worker_uid=f"uid-{number}",
+            pool=POOL,
+            endpoint=endpoint,
+            waiting="" if endpoint else "it is being started",
+            expires_at=now + HOUR,
+            not_after=now + HOUR,
+            drain_timeout=HOUR,
+        )
+    return LeaseTable(MappingProxyType(routes), MappingProxyType({}), frozenset({POOL}))
+
+
+def counters(metrics: Metrics) -> dict[str, float]:
+    value = metrics.registry.get_sample_value
+    refused = {"pool": "", "reason": "TlsFailed"}
+    return {
+        "active": value("buildkit_gateway_active_connections", {"pool": POOL.name}) or 0,
+        "tls_failed": value("buildkit_gateway_refusals_total", refused) or 0,
+    }
+
+
+async def main() -> None:
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    settings: dict[str, Any] = json.loads(await asyncio.to_thread(sys.stdin.readline))
+    metrics = Metrics()
+    gateway = Gateway(
+        Agrees(),
+        now=lambda: datetime.now(UTC),
+        metrics=metrics,
+        limits=replace(Limits(), **settings["limits"]),
+        threads=default_threads(),
+    )
+    gateway.set_server_certificate(*(settings[part].encode() for part in ("cert", "key", "ca")))
+    [(_, port)] = await gateway.start([("127.0.0.1", 0)])
+    gateway.update(table(settings["leases"]))
+    print(port, flush=True)
+    while await asyncio.to_thread(sys.stdin.readline):
+        print(json.dumps(counters(metrics)), flush=True)
+    await gateway.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,54 @@
+"""A build whose worker is killed fails at once, however long the worker stays away (found by `nox -s chaos_kind`).
+
+buildx ends a build that was cut only once its gRPC client, which connects again within milliseconds, has had its
+answer. So the gateway answers at once whoever comes within half a second; a new command of buildx then polls, and is
+held until the worker is back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from harness import eventually, only, read_until
+
+AWAY = 8.0  # seconds: shorter than a wait at the gateway (15), longer than a build may take to fail (5)
+
+pytestmark = only("process", "its workers can be kept from coming back")
+
+
+def resume(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("moment", ["load build definition", "sleeping"])
+def test_a_build_that_is_cut_ends_within_five_seconds_though_its_worker_stays_away(make_appliance, context, moment):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"max": 1}})
+    builder = appliance.builder(appliance.allocate(), "cut")
+    build = ("docker", "buildx", "build", "--builder", builder, "--progress", "plain")
+    running = appliance.start(*build, context.dockerfile("say begun", "sleep 300s"))
+    read_until(running, moment)
+    (worker,) = appliance.workers()
+    appliance.world.kill_worker(worker)
+    killed = time.monotonic()
+    (successor,) = eventually(lambda: [pid for pid in appliance.workers() if pid != worker], "it is started again")
+    os.kill(successor, signal.SIGSTOP)
+    back = threading.Timer(AWAY, resume, (successor,))
+    back.start()
+    try:
+        out, _ = running.communicate(timeout=30)
+        took = time.monotonic() - killed
+        assert running.returncode != 0
+        assert took < 5, out
+        assert "ERROR: failed to build: " in out
+        appliance.build(builder, context.dockerfile("say well")).ok()  # at once: it is held until the worker is back
+        assert time.monotonic() - killed > AWAY - 1
+    finally:
+        back.join()

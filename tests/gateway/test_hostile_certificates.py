@@ -1,0 +1,242 @@
+"""Certificates that nobody should have, each shown to a gateway that others are using.
+
+Whatever comes is answered with a TLS alert or a sentence, reaches no worker, and leaves nothing behind: that is what
+`support.siege` holds after each. What is told to those without a certificate, with one of a foreign CA, of another
+time, of servers or of another pool stands in test_gateway and test_tenants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from bkpool.core import tokens
+from bkpool.core.names import Key
+from bkpool.core.worker import EndReason
+from support import forged
+from support.forged import attribute, der, subject
+from support.siege import besieged
+
+from .conftest import NOW, Streams
+
+VICTIM = tokens.derive(b"key", "uid", "a")
+"""The token of a lease that is alive: a certificate that were taken for its own would reach a worker."""
+OURS = f"alloc:{VICTIM}"
+PRIVATE = "1.3.6.1.4.1.99999"
+"""Below it are extensions that nobody knows."""
+WEAK = "ALL:@SECLEVEL=0"
+"""With these ciphers OpenSSL lets a client show what it would itself refuse (SSL_CTX_set_security_level(3))."""
+
+
+@pytest.fixture
+async def world(new_world, capfd):
+    async with besieged(new_world, capfd) as siege:
+        siege.world.lease("a")
+        yield siege.world
+
+
+async def knock(world, identity):
+    """Connects with any certificate, also one that a client's OpenSSL would rather not show."""
+    context = world.ca.client_context()
+    context.set_ciphers(WEAK)
+    context.load_cert_chain(*identity.files)
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port, ssl=context, server_hostname="localhost")
+    world._streams.append(Streams(reader, writer))
+    return world._streams[-1]
+
+
+async def alert(world, identity):
+    """What TLS itself says to this certificate. In TLS 1.3 a client hears of it after its handshake."""
+    streams = await knock(world, identity)
+    with pytest.raises(ssl.SSLError) as caught:
+        async with asyncio.timeout(10):
+            await streams.reader.read()
+    return caught.value.reason.lower().replace("_", " ")
+
+
+def issued(key, *, issuer_key, issuer="a CA of the tests", name=OURS, algorithm=None, more=()):
+    """A certificate for clients with everything right but what is asked to be wrong."""
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(NOW - timedelta(days=1))
+        .not_valid_after(NOW + timedelta(days=3650))
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+    )
+    for extension in more:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(issuer_key, algorithm or hashes.SHA256())
+
+
+def identity_of(ca, certificate, key):
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return ca.stored(certificate.public_bytes(Encoding.PEM), private)
+
+
+def renamed(ca, name):
+    """The victim's certificate with this subject instead, signed by our CA."""
+    identity = ca.client(VICTIM)
+    certificate = x509.load_der_x509_certificate(identity.der)
+    changed = forged.forged(certificate, ca._key, {forged.subject_of(certificate): name})
+    return ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), identity.key)
+
+
+# --- what TLS refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("issuer", [OURS, "a CA of the tests"], ids=["itself", "our CA, it says"])
+async def test_a_certificate_signed_by_itself_ends_in_an_alert(world, issuer):
+    """Also one that names our CA as its issuer: what counts is the signature."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = issued(key, issuer_key=key, issuer=issuer)
+    told = await alert(world, identity_of(world.ca, certificate, key))
+    assert "unknown ca" in told or "decrypt error" in told
+
+
+async def test_a_signature_of_our_ca_that_was_tampered_with_ends_in_an_alert(world):
+    """A lease's own certificate in which one letter of the token is another."""
+    mine = world.ca.client(world.token("attacker"))
+    changed = mine.der.replace(world.token("attacker").encode(), VICTIM.encode())
+    assert changed != mine.der
+    told = await alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), mine.key))
+    assert "decrypt error" in told
+
+
+async def test_a_key_of_rsa_1024_ends_in_an_alert(world):
+    """Though our CA had signed it: somebody may have the key."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    certificate = issued(key, issuer_key=world.ca._key)
+    assert "bad certificate" in await alert(world, identity_of(world.ca, certificate, key))
+
+
+async def test_a_signature_with_sha_1_ends_in_an_alert(world):
+    """Though it is our CA's: anybody may have found a second certificate for it."""
+    mine = world.ca.client(VICTIM)
+    weak = forged.forged(x509.load_der_x509_certificate(mine.der), world.ca._key, {}, algorithm=forged.ECDSA_SHA1)
+    told = await alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(weak).encode(), mine.key))
+    assert "bad certificate" in told
+
+
+def padded(ca, identity, count):
+    """The identity with so many certificates of 10 KB each behind it that have nothing to do with it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    filling = x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{PRIVATE}.1"), os.urandom(10_000))
+    chain = [issued(key, issuer_key=key, issuer="nobody", name="x", more=[filling]) for _ in range(count)]
+    return replace(identity, cert=identity.cert + b"".join(each.public_bytes(Encoding.PEM) for each in chain))
+
+
+async def test_a_chain_of_more_than_100_kb_ends_in_an_alert(world):
+    """OpenSSL takes no more than 100 KiB (SSL_CTX_set_max_cert_list(3)) and looks at none of it."""
+    streams = await knock(world, padded(world.ca, world.ca.client(VICTIM), 11))
+    with pytest.raises((ssl.SSLError, ConnectionError)):  # the reset may overtake the alert: it reads no further
+        async with asyncio.timeout(10):
+            await streams.reader.read()
+    await world.until(lambda: world.count("refusals_total", pool="", reason="TlsFailed") == 1)
+
+
+async def test_a_chain_of_nearly_100_kb_is_worth_what_its_first_certificate_is(world):
+    """What stands behind it is ignored: an unknown lease is told so."""
+    stranger = world.ca.client(world.token("nobody's"))
+    code, sentence = await (await knock(world, padded(world.ca, stranger, 9))).call()
+    assert code == 16
+    assert sentence.startswith("no lease has the token of this client certificate.")
+
+
+# --- what the gateway refuses, in words -----------------------------------------------------------------------------
+
+NAMES = {
+    "absent": subject(),
+    "absent beside others": subject(attribute(b"x", kind=forged.ORGANIZATION)),
+    "double": subject(attribute(OURS.encode()), attribute(OURS.encode())),
+    "double, first another": subject(attribute(b"x"), attribute(OURS.encode())),
+    "double, in one set": der(
+        forged.SEQUENCE, der(forged.SET, attribute(OURS.encode()), attribute(OURS.encode() + b"x"))
+    ),
+    "double, the same in one set": der(forged.SEQUENCE, der(forged.SET, *[attribute(OURS.encode())] * 2)),
+    "empty": subject(attribute(b"")),
+    "of 65 characters": subject(attribute(OURS.encode().ljust(65, b"A"))),
+    "of 65 characters, padded with spaces": subject(attribute(OURS.encode().ljust(65))),
+    "of 60 KB": subject(attribute(OURS.encode().ljust(60_000, b"A"))),
+    "with NUL behind it": subject(attribute(OURS.encode() + b"\0")),
+    "with NUL and another name behind it": subject(attribute(OURS.encode() + b"\0.example.com")),
+    "with NUL before it": subject(attribute(b"\0" + OURS.encode())),
+    "with NUL in it": subject(attribute(OURS.encode()[:-1] + b"\0")),
+    "as BMPString": subject(attribute(OURS.encode("utf-16-be"), forged.BMP)),
+    "as BIT STRING": subject(attribute(b"\0" + OURS.encode(), forged.BIT_STRING)),
+    "prefix in other case": subject(attribute(f"Alloc:{VICTIM}".encode())),
+    "with a space before it": subject(attribute(f" {OURS}".encode())),
+    "with a space behind it": subject(attribute(f"{OURS} ".encode())),
+    "with a space inside": subject(attribute(f"alloc: {VICTIM}".encode())),
+    "alloc: alone": subject(attribute(b"alloc:")),
+    "token alone": subject(attribute(VICTIM.encode())),
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+async def test_a_name_that_is_not_exactly_a_leases_is_answered_in_words(world, name):
+    """Signed by our CA, which would never write it: no reading of it is the victim's lease."""
+    code, sentence = await (await knock(world, renamed(world.ca, name))).call()
+    assert code == 16
+    assert sentence.startswith("the client certificate is not one of a lease: ")
+    assert sentence.endswith("Run `bkpool allocate` and use the certificate that it gives.")
+    assert VICTIM not in sentence
+    assert world.count("refusals_total", pool="", reason="WrongCertificate") == 1
+
+
+@pytest.mark.parametrize(
+    "token", [VICTIM.swapcase(), "A" * 43, VICTIM[::-1]], ids=["in other case", "all one letter", "backwards"]
+)
+async def test_a_token_of_the_right_length_that_no_lease_has_is_answered_in_words(world, token):
+    code, sentence = await (await knock(world, world.ca.client(token))).call()
+    assert (code, sentence) == (
+        16,
+        "no lease has the token of this client certificate. Run `bkpool allocate` again.",
+    )
+
+
+async def test_an_extension_twice_is_answered_in_words(world):
+    """RFC 5280 section 4.2 forbids it; OpenSSL lets it pass, and cryptography has an error of its own for it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    one, other = (x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{PRIVATE}.{last}"), b"\5\0") for last in (1, 2))
+    certificate = issued(key, issuer_key=world.ca._key, more=[one, other])
+    changed = forged.forged(certificate, world.ca._key, {_oid(2): _oid(1)})
+    again = x509.load_der_x509_certificate(changed)
+    code, sentence = await (await knock(world, identity_of(world.ca, again, key))).call()
+    assert code == 16
+    assert sentence.startswith("the client certificate is not one of a lease: ")
+
+
+def _oid(last):
+    return bytes.fromhex("06092b06010401868d1f") + bytes([last])
+
+
+@pytest.mark.parametrize("how", ["released", "expired", "forgotten", "another pool's"])
+async def test_a_lease_that_is_no_longer_or_not_here_leaves_no_slot_taken(world, how):
+    """Ten in a row: each gets its sentence, and the room for two connections is still there."""
+    match how:
+        case "released":
+            world.over("a", EndReason.RELEASED)
+        case "expired":
+            world.lease("a", expires_at=NOW.timestamp())
+        case "forgotten":
+            world._routes.pop(tokens.digest(VICTIM))
+            world._update()
+    name = "q.team.svc" if how == "another pool's" else "localhost"
+    assert Key("team", "q") in world.pools
+    for _ in range(10):
+        code, sentence = await (await world.connect(VICTIM, name=name)).call()
+        assert code == (7 if how == "another pool's" else 16)
+        assert "Run `bkpool allocate` again." in sentence or "gatewayEndpoint" in sentence

@@ -1,0 +1,200 @@
+"""What the gateway counts: bytes while they flow, each once; series that are bounded and go with what they count."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from bkpool.gateway.exchange import End
+from bkpool.gateway.limits import Limits
+from bkpool.gateway.metrics import Meter, Metrics
+
+
+@pytest.fixture
+def metrics():
+    return Metrics()
+
+
+@pytest.fixture
+def value(metrics):
+    def value(name, **labels):
+        return metrics.registry.get_sample_value(f"buildkit_gateway_{name}", labels)
+
+    return value
+
+
+def _series(metrics, name):
+    """The samples of a metric, by their labels."""
+    return {
+        tuple(sample.labels.values()): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == f"buildkit_gateway_{name}"
+    }
+
+
+def _meter(pool="p", worker="p-worker-0", up=0, down=0):
+    end = End()
+    end.heard, end.said = up, down
+    return Meter(pool, worker, end)
+
+
+def test_bytes_are_current_while_the_connection_is_open_and_counted_once_when_it_is_closed(metrics, value):
+    meter = _meter()
+    metrics.opened(meter)
+    seen = []
+    for up, down in ((0, 0), (10, 1), (10, 1), (25, 3)):
+        meter.end.heard, meter.end.said = up, down
+        seen.append(
+            (value("bytes_total", pool="p", direction="up"), value("bytes_total", pool="p", direction="down"))
+        )
+    meter.end.heard = 30
+    metrics.closed(meter, 1.0)
+    assert seen == [(0, 0), (10, 1), (10, 1), (25, 3)]
+    assert _series(metrics, "bytes_total") == {("p", "up"): 30, ("p", "down"): 3}
+    metrics.opened(_meter(up=5))
+    assert value("bytes_total", pool="p", direction="up") == 35
+
+
+def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metrics, value):
+    """Also the sum is right in the end, and the gauges are at zero."""
+
+    def work():
+        for _ in range(200):
+            meter = _meter()
+            metrics.guests(+1)
+            metrics.opened(meter)
+            metrics.guests(-1)
+            meter.end.heard += 7
+            metrics.closed(meter, 0.1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    seen = []
+    while any(thread.is_alive() for thread in threads):
+        seen.append(value("bytes_total", pool="p", direction="up") or 0)
+    for thread in threads:
+        thread.join()
+    assert seen == sorted(seen)
+    assert value("bytes_total", pool="p", direction="up") == 4 * 200 * 7
+    assert value("connections_total", pool="p", status="success") == 800
+    assert value("connection_duration_seconds_count", pool="p") == 800
+    assert value("active_connections", pool="p") == value("guests") == metrics.active("p") == 0
+
+
+def test_active_counts_what_is_open_by_pool(metrics, value):
+    first, second = _meter(), _meter(pool="q")
+    assert metrics.active("p") == 0
+    metrics.opened(first)
+    metrics.opened(second)
+    assert metrics.active("p") == value("active_connections", pool="p") == 1
+    metrics.closed(first, 1.0)
+    assert metrics.active("p") == value("active_connections", pool="p") == 0
+    assert metrics.active("q") == 1
+
+
+def test_the_series_of_a_lease_goes_when_nothing_of_it_is_open(metrics):
+    meters = [_meter(worker="w-0"), _meter(worker="w-0"), _meter(worker="w-1")]
+    for meter in meters:
+        metrics.opened(meter)
+    assert _series(metrics, "open_connections") == {("p", "w-0"): 2, ("p", "w-1"): 1}
+    metrics.closed(meters[2], 1.0)
+    assert _series(metrics, "open_connections") == {("p", "w-0"): 2}
+    for meter in meters[:2]:
+        metrics.closed(meter, 1.0)
+    assert _series(metrics, "open_connections") == {}
+
+
+def test_two_hundred_leases_have_series_of_their_own_and_the_rest_is_one(metrics):
+    """The busiest have their own, and the sum stays right."""
+    for number in range(300):
+        metrics.opened(_meter(worker=f"w-{number}"))
+    busy = [f"w-{number}" for number in range(250, 300)]
+    for worker in busy:
+        metrics.opened(_meter(worker=worker))
+    series = _series(metrics, "open_connections")
+    assert len(series) == 201
+    assert series["p", "other"] == 100
+    assert [series["p", worker] for worker in busy] == [2] * 50
+    assert sum(series.values()) == 350
+
+
+def test_a_refusal_is_an_error_of_its_pool_with_a_reason(metrics, value):
+    metrics.refused("", "TlsFailed")
+    metrics.refused("p", "LeaseExpired")
+    metrics.refused("p", "LeaseExpired")
+    assert value("refusals_total", pool="p", reason="LeaseExpired") == 2
+    assert value("connections_total", pool="p", status="error") == 2
+    assert value("connections_total", pool="", status="error") == 1
+
+
+def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
+    metrics.shaken(0.004, ok=True)
+    metrics.shaken(9.0, ok=False)
+    metrics.dialled("p", 0.0002, "reached")
+    metrics.dialled("p", 5.0, "failed")
+    metrics.dialled("p", 0.003, "stranger")
+    assert value("handshake_seconds_bucket", outcome="ok", le="0.005") == 1
+    assert value("handshake_seconds_bucket", outcome="failed", le="5.0") == 0
+    assert value("handshake_seconds_bucket", outcome="failed", le="10.0") == 1
+    assert value("dial_seconds_count", pool="p", outcome="reached") == 1
+    assert value("dial_seconds_sum", pool="p", outcome="failed") == 5
+    assert value("dial_seconds_count", pool="p", outcome="stranger") == 1
+
+
+def test_draining_and_guests_are_said_as_they_are_now(metrics, value):
+    """A process without a gateway says nothing of draining."""
+    assert (value("draining"), value("guests")) == (None, 0)
+    metrics.draining(True)
+    metrics.guests(+3)
+    metrics.guests(-1)
+    assert (value("draining"), value("guests")) == (1, 2)
+    metrics.draining(False)
+    assert value("draining") == 0
+
+
+async def test_a_connections_bytes_handshake_and_dial_are_counted_while_it_is_open(world):
+    """Through the real gateway; afterwards nothing is counted as open."""
+    streams = await world.connect(world.lease())
+    await streams.echo(b"x" * 1000)
+    assert world.count("bytes_total", direction="up") == world.count("bytes_total", direction="down") == 1000
+    assert world.count("open_connections", worker="p-worker-0") == world.count("active_connections") == 1
+    assert world.count("dial_seconds_count", outcome="reached") == 1
+    assert world.metrics.registry.get_sample_value("buildkit_gateway_handshake_seconds_count", {"outcome": "ok"}) == 1
+    streams.writer.close()
+    await world.until(lambda: world.count("active_connections") == 0)
+    assert world.count("bytes_total", direction="up") == 1000
+    assert _series(world.metrics, "open_connections") == {}
+    assert _series(world.metrics, "guests") == {(): 0}
+
+
+async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
+    """A client that speaks no TLS."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    await reader.read()
+    writer.close()
+    count = world.metrics.registry.get_sample_value
+    await world.until(lambda: count("buildkit_gateway_handshake_seconds_count", {"outcome": "failed"}) == 1)
+    await world.until(lambda: count("buildkit_gateway_guests") == 0)
+    assert world.metrics.registry.get_sample_value(
+        "buildkit_gateway_refusals_total", {"pool": "", "reason": "TlsFailed"}
+    )
+
+
+async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_was_none(world):
+    """Load balancers and kubelets open a port and close it again to see that somebody listens."""
+    _, probe = await asyncio.open_connection("127.0.0.1", world.port)
+    _, silent = await asyncio.open_connection("127.0.0.1", world.port)
+    count = world.metrics.registry.get_sample_value
+    await world.until(lambda: count("buildkit_gateway_guests") == 2)
+    probe.close()
+    await world.until(lambda: count("buildkit_gateway_guests") == 1)
+    assert _series(world.metrics, "handshake_seconds_count") == {}
+    await world.advance(Limits().handshake)
+    await world.until(lambda: count("buildkit_gateway_guests") == 0)
+    silent.close()
+    assert _series(world.metrics, "handshake_seconds_count") == {("failed",): 1}

@@ -1,0 +1,234 @@
+"""Bytes and their ends through the whole gateway, from TLS to a Unix socket and to mTLS, on both loops.
+
+What the relay does alone is in test_relay.py; here a lease, its slot and the counters hang on every stream (and
+`new_world` asserts after each test that all of them came back).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import select
+import time
+
+import pytest
+
+from support.ways import A_SECOND, BOTH, WAYS, Backend, drink, flood, hangs_up, in_threads, running_way
+
+KILOBYTE, MEGABYTE = 1024, 1024 * 1024
+UNIX_WAYS = [way for way in WAYS if way.startswith("unix")]
+LAST_WORDS = bytes(range(256)) * 400  # more than one chunk of the relay (exchange.CHUNK)
+TLS_WAYS = [way for way in WAYS if way.startswith("tls")]  # a Unix socket knows no reset
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Backend()
+
+
+@pytest.fixture(params=BOTH)
+async def way(request, new_world, backend, tmp_path):
+    async with running_way(request.param, new_world, backend, tmp_path) as way:
+        yield way
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- resets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+async def test_a_reset_of_the_client_in_mid_transfer_passes_to_the_worker_and_frees_its_slot(way):
+    client, worker = await way.joined()
+    sending = asyncio.create_task(asyncio.to_thread(flood, worker))
+    await asyncio.to_thread(client.receive, MEGABYTE)
+    began = time.monotonic()
+    client.reset()
+    await sending
+    await way.over()
+    assert time.monotonic() - began < A_SECOND
+    assert hangs_up(worker)
+
+
+@pytest.mark.parametrize("way", TLS_WAYS, indirect=True)
+async def test_a_reset_of_the_worker_in_mid_transfer_passes_to_the_client_as_a_reset(way):
+    client, worker = await way.joined()
+    drinking = asyncio.create_task(asyncio.to_thread(drink, client))
+    worker.send(os.urandom(MEGABYTE))
+    began = time.monotonic()
+    worker.reset()
+    assert await drinking, "an end that looks well would pass for the end of what was sent"
+    await way.over()
+    assert time.monotonic() - began < A_SECOND
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("who", ["client", "worker"])
+async def test_a_reset_that_comes_together_with_bytes_is_heard_after_them(way, who):
+    """uvloop tells of a failed socket once and never again, and that once is spent on the bytes."""
+    client, worker = await way.joined()
+    one, other = (client, worker) if who == "client" else (worker, client)
+    with way.asleep():
+        one.send(b"a few last bytes")
+        one.reset()  # of a Unix socket: the end
+    began = time.monotonic()
+    await asyncio.to_thread(drink, other)
+    assert time.monotonic() - began < A_SECOND
+    other.close()
+    await way.over()
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+async def test_a_reset_of_the_client_is_heard_though_the_worker_reads_nothing(way):
+    """Under back-pressure the client's reader is off the loop; its slot comes back and the worker is told all the
+    same, within a second."""
+    client, worker = await way.joined()
+    await way.fill(client)
+    client.reset()
+    assert await asyncio.to_thread(hangs_up, worker)
+    await way.over()
+
+
+@pytest.mark.parametrize("way", TLS_WAYS, indirect=True)
+async def test_a_reset_of_the_worker_is_heard_though_the_client_reads_nothing(way):
+    client, worker = await way.joined()
+    await way.fill(worker)
+    worker.reset()
+    assert await asyncio.to_thread(hangs_up, client)
+    await way.over()
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+async def test_a_reset_of_a_client_that_is_held_and_has_said_all_that_is_kept_ends_its_wait(way):
+    """Its first 16 KiB are kept and nothing more is read, so its reader is off the loop here too."""
+    client = await way.client(endpoint=None, waiting="it is being started")
+    await way.fill(client)
+    client.reset()
+    began = time.monotonic()
+    await way.world.until(lambda: not way.world.waiting())
+    assert time.monotonic() - began < A_SECOND
+    assert way.world.count("refusals_total", reason="WorkerFailed") == 0
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
+
+
+def say_end(peer, how):
+    """Ends one direction, as TLS says it, as TCP says it, or as both do."""
+    if "close_notify" in how and peer.tls:
+        peer.say_end()
+    if "fin" in how or not peer.tls:
+        peer.fin()
+
+
+@pytest.mark.parametrize("how", ["close_notify", "fin", "close_notify and fin"])
+@pytest.mark.parametrize("first", ["client", "worker"])
+async def test_who_has_ended_still_gets_every_byte_and_then_the_others_end(way, first, how):
+    client, worker = await way.joined()
+    early, late = (client, worker) if first == "client" else (worker, client)
+    one, two = os.urandom(300 * KILOBYTE), os.urandom(700 * KILOBYTE)
+    _, heard = await in_threads((early.send, one), (late.receive, len(one)))
+    assert heard == one
+    say_end(early, how)
+    assert await asyncio.to_thread(late.receive) == b"", "the end came, and nothing but it"
+    _, heard = await in_threads((late.send, two), (early.receive, len(two)))
+    assert heard == two
+    say_end(late, how)
+    assert await asyncio.to_thread(early.receive) == b""
+    await way.over()
+
+
+async def test_what_follows_a_close_notify_harms_neither_direction(way):
+    """It is not passed on; and, unread, it does not make the gateway's close a reset that overtakes the answer."""
+    client, worker = await way.joined()
+    client.send(b"the last of it")
+    client.say_end()
+    assert await asyncio.to_thread(worker.receive) == b"the last of it"
+    client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32) + os.urandom(KILOBYTE))
+    down = hashlib.sha256()
+    await asyncio.to_thread(pour, worker, down)
+    await way.over()
+    assert digest(await asyncio.to_thread(client.receive)) == down.hexdigest()
+
+
+@pytest.mark.parametrize("way", UNIX_WAYS, indirect=True)  # over TCP this is a reset
+async def test_the_last_words_of_a_worker_that_dies_with_bytes_unread_are_delivered_and_so_is_its_end(way):
+    """Its socket has an error then (ECONNRESET) besides the bytes, of which uvloop tells only once."""
+    client, worker = await way.joined()
+    client.send(b"never read")
+    await way.world.until(lambda: hears(worker))
+    worker.send(LAST_WORDS)
+    worker.close()
+    began = time.monotonic()
+    assert await asyncio.to_thread(client.receive) == LAST_WORDS
+    assert time.monotonic() - began < A_SECOND
+    await way.over()
+
+
+@pytest.mark.parametrize("writer", ["client", "worker"])
+async def test_what_was_read_is_delivered_before_the_end_to_who_starts_to_read_after_it(way, writer):
+    """The writer has closed its socket while the gateway was full of its bytes: not one of them is lost."""
+    client, worker = await way.joined()
+    early, late = (client, worker) if writer == "client" else (worker, client)
+    sent = hashlib.sha256()
+    sending = asyncio.create_task(asyncio.to_thread(pour, early, sent))
+    await way.world.until(lambda: hears(late))  # so it flows, and is not read
+    await sending
+    heard = await asyncio.to_thread(late.receive)
+    assert digest(heard) == sent.hexdigest()
+    say_end(late, "close_notify and fin")
+    await way.over()
+
+
+def pour(peer, digest):
+    """Sends more than the gateway alone can hold, and closes at once behind it."""
+    data = os.urandom(MEGABYTE)
+    digest.update(data)
+    peer.send(data)
+    say_end(peer, "close_notify and fin")
+    peer.close()
+
+
+def hears(peer):
+    """Whether there is something to read; it is left there."""
+    return bool(select.select([peer.sock], [], [], 0)[0])
+
+
+# --- slow and small -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["client", "worker"])
+async def test_who_does_not_read_stops_the_writer_and_nobody_else(way, writer):
+    """The fast writer is held after what sockets can hold; another lease's ping-pong goes on; no byte is lost."""
+    client, worker = await way.joined()
+    fast, slow = (client, worker) if writer == "client" else (worker, client)
+    flood = await way.fill(fast)
+    other, others_worker = await way.joined("b")
+    for number in range(50):
+        await ping_pong(other, others_worker, number.to_bytes(4, "big"))
+    heard, _ = await in_threads((slow.receive, flood.length), (flood.finish,))
+    assert flood.is_all(heard)
+
+
+async def ping_pong(client, worker, ball):
+    client.send(ball)
+    assert await asyncio.to_thread(worker.receive, len(ball)) == ball
+    worker.send(ball)
+    assert await asyncio.to_thread(client.receive, len(ball)) == ball
+
+
+async def test_single_bytes_in_a_row_both_ways_at_once_arrive_in_their_order(way):
+    client, worker = await way.joined()
+    up, down = os.urandom(1000), os.urandom(1000)
+    *_, heard_down, heard_up = await in_threads(
+        (drip, client, up), (drip, worker, down), (client.receive, len(down)), (worker.receive, len(up))
+    )
+    assert (heard_up, heard_down) == (up, down)
+
+
+def drip(peer, data):
+    for number in range(len(data)):
+        peer.send(data[number : number + 1])

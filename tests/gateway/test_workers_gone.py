@@ -1,0 +1,266 @@
+"""Workers that are not there, not yet or not any more: the client is held, told or ended in bounded time.
+
+Which strangers are refused, and what a dial over TLS bears, is in test_pods.py; here is the rest of what can go wrong
+between the gateway and a worker's address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.ways import A_SECOND, BOTH, Backend, drink, flood, in_threads, running_way
+
+PATIENT_WAYS = ["unix-asyncio", "tls-asyncio"]  # whose loop's clock can be put forward
+WORKER_LEG, CLIENT_LEG = 20, 40
+"""Seconds in which a leg must notice that its peer has vanished: about 15 and 30, and what timers add."""
+
+MORTAL = """
+import socket, ssl, sys
+listener, context = socket.socket(fileno=int(sys.argv[1])), None
+if len(sys.argv) > 2:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["h2"])
+    context.load_cert_chain(sys.argv[2])
+held = []
+while True:
+    sock = listener.accept()[0]
+    held.append(context.wrap_socket(sock, server_side=True) if context else sock)
+    held[-1].sendall(held[-1].recv(1))
+"""
+"""A worker to be killed: gives the first byte of each connection back, and then only holds it."""
+
+
+@pytest.fixture(scope="module")
+def backend():
+    return Backend()
+
+
+@pytest.fixture(params=BOTH)
+async def way(request, new_world, backend, tmp_path):
+    async with running_way(request.param, new_world, backend, tmp_path) as way:
+        yield way
+
+
+async def redialled(way):
+    """A client is held, and the worker is dialled once more."""
+    await way.world.until(way.world.waiting)
+    assert way.world.count("refusals_total") == 0
+    await way.world.advance(0.5)
+
+
+# --- not there yet --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
+async def test_a_worker_that_flaps_holds_its_clients_and_gets_each_of_them_when_it_is_up(way):
+    """Nobody is told anything while it refuses, and what was said early is said first."""
+    for number in range(3):
+        way.down()
+        client = await way.client()
+        client.send(b"early %d" % number)
+        for _ in range(3):
+            await redialled(way)
+        way.up()
+        accepting = asyncio.create_task(way.accept())
+        await redialled(way)
+        worker = await accepting
+        assert await asyncio.to_thread(worker.receive, 7) == b"early %d" % number
+        worker.send(b"well")
+        assert await asyncio.to_thread(client.receive, 4) == b"well"
+        client.close()
+        await asyncio.to_thread(drink, worker)  # who comes as a worker ends a connection is not held
+        worker.close()
+        await way.over()
+    assert way.world.count("refusals_total") == 0
+
+
+@pytest.mark.parametrize("way", ["tls-asyncio"], indirect=True)
+async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(way):
+    """Its client is held for as long as a first wait lasts, told why, and holds nothing afterwards."""
+    way.listener.listen(0)
+    with contextlib.closing(socket.create_connection(way.listener.getsockname())):  # fills the line
+        streams = await way.world.connect(way.world.lease(endpoint=way.endpoint))
+        streams.begin()
+        await way.world.until(lambda: way.world.book.entries != [])
+        for _ in range(4):  # 15 s from the end of the first dial
+            assert way.world.count("refusals_total") == 0
+            await way.world.settled()
+            await way.world.advance(5)  # for the dial
+            await way.world.advance(0.5)  # until the next one
+        code, sentence = await streams.outcome()
+    assert code == 14
+    assert "it could not be reached (it does not answer)" in sentence
+
+
+@pytest.mark.parametrize("way", ["unix-asyncio"], indirect=True)
+async def test_a_local_worker_with_a_full_line_is_awaited(way):
+    way.listener.listen(0)
+    filling = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            filling.append(socket.socket(socket.AF_UNIX))
+            filling[-1].setblocking(False)
+            filling[-1].connect(way.listener.getsockname())
+    client = await way.client()
+    client.send(b"preface")
+    for _ in range(3):
+        await redialled(way)
+    for _ in filling[:-1]:
+        (await way.accept()).close()
+    accepting = asyncio.create_task(way.accept())
+    await redialled(way)
+    worker = await accepting
+    assert await asyncio.to_thread(worker.receive, 7) == b"preface"
+    for sock in filling:
+        sock.close()
+
+
+# --- not there any more ---------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_that_accepts_and_then_hangs_up_ends_its_client_within_a_second(way):
+    """It has been reached, so there is nobody to wait for: what the client said may have been acted on."""
+    client, worker = await asyncio.gather(way.client(), way.accept())
+    began = time.monotonic()
+    worker.reset()
+    await asyncio.to_thread(drink, client)
+    assert time.monotonic() - began < A_SECOND
+    client.close()
+    await way.over()
+
+
+@contextlib.contextmanager
+def mortal(way, directory):
+    """The way's worker, in a process of its own."""
+    argv = [sys.executable, "-c", MORTAL, str(way.listener.fileno())]
+    if way.tls:
+        leaf = way.backend.authority.issue_worker("uid", way.world.now())
+        (directory / "pem").write_bytes(leaf.key_pem + leaf.cert_pem)
+        argv.append(str(directory / "pem"))
+    way.listener.setblocking(True)
+    with subprocess.Popen(argv, pass_fds=[way.listener.fileno()]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+async def test_the_clients_of_a_killed_worker_know_within_a_second(way, tmp_path):
+    """Whatever they were doing: waiting for it in silence, or sending to it while it did not read."""
+    with mortal(way, tmp_path) as process:
+        clients = [await way.client() for _ in range(3)]
+        for client in clients:
+            client.send(b"?")
+            assert await asyncio.to_thread(client.receive, 1) == b"?"
+        flooding = asyncio.create_task(asyncio.to_thread(flood, clients[0]))
+        await way.fill(clients[1])
+        began = time.monotonic()
+        process.kill()
+        await in_threads(*((drink, client) for client in clients[1:]))
+        await flooding
+        assert time.monotonic() - began < A_SECOND
+        for client in clients:
+            client.close()
+        await way.over()
+
+
+@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+async def test_who_waits_or_comes_back_as_the_worker_ends_is_told_at_once_and_who_comes_later_is_held(way, how):
+    """A build that was cut ends only once its next connection, made within milliseconds, is answered."""
+    world = way.world
+    client = await way.client()
+    worker = await way.accept()
+    way.down()
+    await way.client()
+    await world.until(world.waiting)
+    worker.close() if how == "FIN" else worker.reset()
+    await asyncio.to_thread(drink, client)
+    client.close()
+    await world.until(lambda: not world.waiting() and world.count("refusals_total", reason="Waited") == 1)
+    await way.client()
+    await world.until(lambda: world.count("refusals_total", reason="Waited") == 2)
+    await world.advance(0.5)
+    await way.client()
+    await world.until(world.waiting)
+    assert world.count("refusals_total", reason="Waited") == 2
+
+
+@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
+async def test_a_client_that_has_ended_by_itself_leaves_nobody_behind(way):
+    """Who comes after it is held, however soon."""
+    client = await way.client()
+    worker = await way.accept()
+    way.down()
+    client.close()
+    await asyncio.to_thread(drink, worker)
+    worker.close()
+    await way.over()
+    await way.client()
+    await way.world.until(way.world.waiting)
+    assert way.world.count("refusals_total", reason="Waited") == 0
+
+
+# --- vanished without a word ----------------------------------------------------------------------------------------
+
+
+def of_the_gateway(way):
+    """The patience of the gateway's own ends of its two legs, found among the descriptors of this process."""
+    legs = {}
+    for sock in sockets():
+        with contextlib.suppress(OSError):  # not connected
+            far, near = sock.getpeername(), sock.getsockname()
+            if far == way.listener.getsockname():
+                legs["worker"] = patience(sock)
+            elif near[1:2] == (way.world.port,):
+                legs["client"] = patience(sock)
+    return legs
+
+
+def sockets():
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            number = os.dup(int(path.name))
+            try:
+                with contextlib.closing(socket.socket(fileno=number)) as sock:
+                    yield sock
+            except OSError:  # something else
+                os.close(number)
+
+
+def patience(sock):
+    """After how many seconds this socket gives a vanished peer up: when it is silent, and when bytes are under way.
+
+    tcp(7): keepalive counts probes, but where a user timeout is set that alone decides, at the next probe.
+    """
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+        return float("inf"), float("inf")
+    idle, between, probes = (
+        sock.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    )
+    timeout = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) / 1000
+    if not timeout:
+        return idle + between * probes, float("inf")
+    silent = idle + between
+    while silent < timeout:
+        silent += between
+    return silent, timeout
+
+
+@pytest.mark.parametrize("way", ["tls-uvloop"], indirect=True)
+async def test_both_legs_give_up_a_peer_that_has_vanished_in_bounded_time(way):
+    """What the kernel is told; that it does so is shown with cut cables in e2e/gateway/test_streams_heavy.py."""
+    await way.joined()
+    legs = of_the_gateway(way)
+    assert max(legs["worker"]) <= WORKER_LEG, f"silent, under way: {legs['worker']} s"
+    assert max(legs["client"]) <= CLIENT_LEG, f"silent, under way: {legs['client']} s"
