@@ -44,3 +44,26 @@ system_packages() {
 runc_needs() {
   system_packages /usr/include/seccomp.h:libseccomp-dev /usr/bin/pkg-config:pkg-config /usr/bin/gcc:gcc /usr/include/stdlib.h:libc6-dev
 }
+
+# The proxies that `nox -s bench` compares the gateway with. Debian's packages start them as services, which nobody has
+# asked for here.
+bench_peers() {
+  local peer new=()
+  for peer in nginx haproxy; do [ -e "/usr/sbin/$peer" ] || new+=("$peer"); done
+  system_packages /usr/sbin/nginx:nginx /usr/lib/nginx/modules/ngx_stream_module.so:libnginx-mod-stream /usr/sbin/haproxy:haproxy
+  if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ] && [ ${#new[@]} -gt 0 ]; then systemctl disable --quiet --now "${new[@]}"; fi
+}
+
+# promtool checks docs/observability. Debian has it in the package of a daemon, which is not installed: this one program
+# is taken out of it. Elsewhere it is taken from PATH.
+promtool_alone() {
+  local target draft
+  target=$(.venv/bin/python -c 'from bkpool.toolchain import default_cache; print(default_cache() / "e2e" / "promtool")')
+  if [ -x "$target" ] || command -v promtool >/dev/null || ! command -v apt-get >/dev/null; then return 0; fi
+  say "promtool, out of Debian's package prometheus"
+  draft=$(mktemp -d)
+  [ "$(id -u)" != 0 ] || apt-get update -qq
+  (cd "$draft" && apt-get -o APT::Sandbox::User=root -qq download prometheus && dpkg-deb -x prometheus_*.deb .) &&
+    install -D "$draft/usr/bin/promtool" "$target" || say "it could not be had"
+  rm -rf "$draft"
+}

@@ -1,0 +1,70 @@
+"""promtool's word on the alerts, the dashboard's queries and the metrics themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from bkpool.toolchain import default_cache
+from harness import HERE, eventually, only
+
+pytestmark = only("process", "what Prometheus is told does not depend on the backend")
+
+DOCS = HERE.parent / "docs" / "observability"
+
+
+@pytest.fixture(scope="module")
+def promtool():
+    """Runs it. scripts/test puts it where it is looked for."""
+    program = shutil.which("promtool") or default_cache() / "e2e" / "promtool"
+    if not os.access(program, os.X_OK):
+        pytest.skip("promtool is not here: run scripts/test, or install Prometheus")
+
+    def run(*arguments, text=None):
+        done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+def test_the_alerts_are_rules_that_prometheus_takes(promtool):
+    promtool("check", "rules", DOCS / "alerts.yaml")
+
+
+def test_each_alert_fires_when_it_should_and_not_before(promtool):
+    promtool("test", "rules", HERE / "alerts_test.yaml")
+
+
+def test_each_alert_has_a_test_in_which_it_fires():
+    tested = (HERE / "alerts_test.yaml").read_text()
+    fires = set(re.findall(r"alertname: (\w+)\n\s+exp_alerts:", tested))
+    assert fires == set(re.findall(r"alert: (\w+)", (DOCS / "alerts.yaml").read_text()))
+
+
+def test_every_query_of_the_dashboard_is_one_that_prometheus_takes(promtool, tmp_path):
+    panels = json.loads((DOCS / "dashboard.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    filled = [query.replace("$__rate_interval", "1m") for query in queries]
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(filled)]
+    file = tmp_path / "queries.yaml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
+    promtool("check", "rules", file)
+
+
+def test_a_running_appliance_tells_its_metrics_as_prometheus_wants_them(promtool, appliance, context):
+    """Named and described, those of the watchdog too, and with the bytes of a build."""
+    certificates = appliance.allocate()
+    appliance.build(appliance.builder(certificates, "measured"), context.dockerfile("say measured")).ok()
+    appliance.release(certificates.lease).ok()
+    eventually(lambda: 'loop_lag_seconds_count{loop="main"}' in appliance.metrics(), "the main loop is watched")
+    told = appliance.metrics()
+    assert re.search(r'^buildkit_gateway_bytes_total\{direction="up",pool="default"\} [1-9]', told, re.MULTILINE), (
+        told
+    )
+    assert "\nbuildkit_gateway_draining 0.0\n" in told
+    promtool("check", "metrics", text=told)

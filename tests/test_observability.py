@@ -1,0 +1,134 @@
+"""Dashboard, alerts and their page speak of metrics, labels and reasons that there are, and of all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY
+from bkpool.gateway.exchange import End
+from bkpool.gateway.metrics import Meter, Metrics
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "observability"
+TARGET = {"job", "instance", "namespace"}  # what a scrape adds
+
+_METRIC = re.compile(r"(buildkit_gateway_\w+)(?:\{([^}]*)\})?")
+_MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')
+_GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
+
+
+def _rules():
+    (group,) = yaml.safe_load((DOCS / "alerts.yaml").read_text())["groups"]
+    return group["rules"]
+
+
+def _dashboard():
+    return json.loads((DOCS / "dashboard.json").read_text())
+
+
+RULES = {rule["alert"]: rule for rule in _rules()}
+PANELS = {panel["title"]: panel for panel in _dashboard()["panels"] if panel["type"] != "row"}
+EXPRESSIONS = {name: [rule["expr"]] for name, rule in RULES.items()} | {
+    title: [target["expr"] for target in panel["targets"]] for title, panel in PANELS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Every sample of a registry in which everything has happened once, with the names of its labels."""
+    metrics, meter = Metrics(), Meter("p", "p-worker-0", End())
+    metrics.opened(meter)
+    metrics.closed(meter, 1.0)
+    metrics.opened(meter)
+    metrics.refused("p", "Waited")
+    metrics.shaken(0.1, ok=True)
+    metrics.dialled("p", 0.1, "reached")
+    metrics.guests(+1)
+    metrics.draining(False)
+    metrics.lagged("main", 0.1)
+    metrics.blocked("main")
+    families = list(metrics.registry.collect())
+    assert all(family.samples for family in families), "something was not counted"
+    return {sample.name: set(sample.labels) for family in families for sample in family.samples}
+
+
+def _used(expression):
+    """The samples of an expression, each with its matchers."""
+    return [(name, dict(_MATCHER.findall(matchers))) for name, matchers in _METRIC.findall(expression)]
+
+
+@pytest.mark.parametrize("where", EXPRESSIONS)
+def test_what_is_asked_for_exists_with_its_labels(samples, where):
+    for expression in EXPRESSIONS[where]:
+        used = _used(expression)
+        assert used, expression
+        known = set(TARGET)
+        for name, matchers in used:
+            assert name in samples, f"{where}: there is no {name}"
+            assert matchers.keys() <= samples[name] | TARGET, f"{where}: {name} has no such label"
+            known |= samples[name]
+        for labels in _GROUPING.findall(expression):
+            assert set(re.split(r",\s*", labels)) <= known, f"{where}: {labels}"
+
+
+def test_every_metric_is_on_the_dashboard_and_on_the_page(samples):
+    shown = {name for title in PANELS for expression in EXPRESSIONS[title] for name, _ in _used(expression)}
+    page = set(re.findall(r"^\| `(\w+)`", (DOCS / "README.md").read_text(), re.MULTILINE))
+    ours = {name for name in samples if not name.endswith("_created")}
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in ours}
+    assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in shown} == families
+    assert page == families
+
+
+def test_every_reason_of_an_alert_is_one_that_the_gateway_gives():
+    said = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py"))
+    reasons = {
+        reason
+        for where in EXPRESSIONS
+        for expression in EXPRESSIONS[where]
+        for _, matchers in _used(expression)
+        for reason in matchers.get("reason", "").split("|")
+        if reason
+    }
+    assert "WaitedAgain" in reasons
+    assert {reason for reason in reasons if f'"{reason}"' not in said and f"class {reason}(" not in said} == set()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_alert_says_what_is_wrong_with_labels_that_it_has(name):
+    rule = RULES[name]
+    assert rule["labels"]["severity"] in {"info", "warning", "critical"}
+    told = rule["annotations"]["summary"] + rule["annotations"]["description"]
+    kept = {label for labels in _GROUPING.findall(rule["expr"]) for label in re.split(r",\s*", labels)}
+    assert set(re.findall(r"\$labels\.(\w+)", told)) <= kept | {"instance"}
+
+
+def test_the_pod_monitor_selects_the_gateways_by_the_labels_that_they_have():
+    spec = yaml.safe_load((DOCS / "podmonitor.yaml").read_text())["spec"]
+    assert spec["selector"]["matchLabels"] == {LABEL_PURPOSE: PURPOSE_GATEWAY}
+    assert spec["jobLabel"] == LABEL_POOL
+
+
+def test_the_dashboard_can_be_imported_anywhere():
+    """No panel names a data source of its own, no two share an id, and none lies on another."""
+    dashboard = _dashboard()
+    (source,) = (variable for variable in dashboard["templating"]["list"] if variable["type"] == "datasource")
+    parts = [*dashboard["panels"], *(variable for variable in dashboard["templating"]["list"] if variable != source)]
+    sources = [part["datasource"] for part in parts if "datasource" in part]
+    sources += [target["datasource"] for panel in PANELS.values() for target in panel["targets"]]
+    assert {used["uid"] for used in sources} == {"${datasource}"}
+    assert source["name"] == "datasource"
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in dashboard["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
