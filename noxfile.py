@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "kind", "zipapp"]
+nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "kind", "zipapp", "soak", "chaos", "chaos_kind"]
 nox.options.stop_on_first_error = False
 
 BIN = Path(sys.executable).parent
@@ -57,6 +57,35 @@ def kind(session: nox.Session) -> None:
     session.run("pytest", "e2e", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
 
 
+# As a part of all checks (scripts/test) each takes a minute, and chaos breaks the same things every time.
+BRIEF = ["--minutes", "1"] if os.environ.get("BKPOOL_BRIEF") else []
+SAME = ["--seed", "6"] if BRIEF else []
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """10,000 connections, then builds, ten minutes in all: what there was before is all there is afterwards."""
+    if not BRIEF:  # 5 GB each way at once; in e2e it is 1 GB
+        session.run("pytest", "e2e/gateway/test_streams_heavy.py", "-k", "every_byte", env={"BKPOOL_SOAK": "1"})
+    session.run("python", "e2e/soak/run.py", *BRIEF, *session.posargs)
+
+
+@nox.session
+def chaos(session: nox.Session) -> None:
+    """Ten minutes of builds while the appliance and its workers are killed at random: docs/testing.md."""
+    session.run("python", "e2e/chaos/run.py", *BRIEF, *SAME, *session.posargs)
+
+
+@nox.session
+def chaos_kind(session: nox.Session) -> None:
+    """The same on a kind cluster, where pods, the API server and the network are broken too."""
+    from bkpool.cluster.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+
+    if fault := engine_fault():
+        (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no chaos on kind: {fault}")
+    session.run("python", "e2e/chaos/run.py", "--backend", "kind", *BRIEF, *SAME, *session.posargs)
+
+
 @nox.session
 def zipapp(session: nox.Session) -> None:
     """Makes dist/bkpool.pyz and does the main job with it."""
@@ -66,14 +95,14 @@ def zipapp(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Prints the table of docs/benchmarks.md. Not a test: it never fails for being slow."""
-    session.run("python", "e2e/bench.py", *session.posargs)
+    """The gateway beside nginx, HAProxy and ghostunnel, the appliance beside BuildKit: one table, never a test."""
+    session.run("python", "-m", "bench", *session.posargs)
 
 
 @nox.session
 def bench_kind(session: nox.Session) -> None:
     """The same on a kind cluster, beside kubectl port-forward and buildx's own driver."""
-    session.run("python", "e2e/bench_kind.py", *session.posargs)
+    session.run("python", "-m", "bench.kind", *session.posargs)
 
 
 @nox.session

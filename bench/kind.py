@@ -21,9 +21,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench import CONTEXT_MB, spread, warm_allocate_on, with_context
-
+from bench.appliance import CONTEXT_MB, warm_allocate_on, with_context
+from bench.table import spread
 from bkpool.core import policy
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
@@ -184,7 +183,7 @@ def _plain_pod(world: Pods, image: str, port: int) -> Iterator[None]:
     world.kubectl("delete", "pod", BARE)
 
 
-def a_thousand_workers(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
+def a_thousand_workers(world: Pods, tools: dict[str, Path], _runs: int) -> dict[str, Any]:
     """What an appliance weighs with 1,000 worker objects, and how long one decision takes."""
     table: dict[str, Any] = {}
     with appliance(world, tools, {"scaling": {"max": 1}}) as running:

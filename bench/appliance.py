@@ -1,16 +1,14 @@
-"""The table of docs/benchmarks.md: what bkpool adds to BuildKit, as ratios and differences within one run.
+"""What the appliance adds to BuildKit, as ratios and differences within one run: leases, builds, the command line.
 
-usage: nox -s bench [-- --runs N] [-- --json]     Never a test: it prints, and judges nothing.
+It uses what the end-to-end tests use (e2e/harness.py). Never a test: it judges nothing.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,8 +21,9 @@ from typing import Any
 
 import aiohttp
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from bench.table import spread
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe
 from harness import Appliance, oidc_config, pool
@@ -32,11 +31,6 @@ from support.issuer import AUDIENCE, Issuer
 
 CONTEXT_MB = 200
 AT_ONCE = 20
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} – {max(values):.3g})"
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -190,7 +184,8 @@ async def _answered(socket: str) -> None:
 
 def build_through_gateway(tools: dict[str, Path], runs: int) -> dict[str, Any]:
     """The same build on the same worker, through the gateway and on its socket, in turn; 200 MB of new context."""
-    through, direct = [], []
+    through: list[float] = []
+    direct: list[float] = []
     with appliance(tools, {"scaling": {"max": 1}}) as running:
         certificates = running.allocate()
         gateway = running.builder(certificates, "gateway")
@@ -286,29 +281,10 @@ def _back(running: Appliance, lease: dict[str, Any]) -> None:
         time.sleep(0.01)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7, help="interleaved runs of each figure")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", choices=[part.__name__ for part in PARTS])
-    options = parser.parse_args()
+def programs() -> dict[str, Path]:
+    """What the parts run."""
     wanted = [Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC]
-    tools = {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
-    print(f"load before: {os.getloadavg()[0]:.2f}, cores: {os.cpu_count()}", file=sys.stderr)
-    table: dict[str, Any] = {}
-    for part in PARTS:
-        if options.only in {None, part.__name__}:
-            print(f"measuring: {(part.__doc__ or '').splitlines()[0]}", file=sys.stderr)
-            table |= part(tools, options.runs)
-    if options.json:
-        print(json.dumps(table, indent=2, ensure_ascii=False))
-        return
-    width = max(map(len, table))
-    for name, value in table.items():
-        print(f"{name:<{width}}  {value}")
+    return {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
 
 
 PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line, who_is_calling)
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,98 @@
+"""The real gateway in a process of its own, with leases that are there from the start and a registrar that agrees.
+
+usage: python -m bench.gateway CONFIG.json     It listens until it is killed; the tokens are in the file, not here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from bench.certificates import WORKER_UID
+from bkpool.appliance.entry import configure_logging
+from bkpool.core import tokens
+from bkpool.core.names import Key
+from bkpool.gateway.dial import Dial, Dialler, TlsDialler
+from bkpool.gateway.limits import Limits
+from bkpool.gateway.metrics import Metrics
+from bkpool.gateway.server import Gateway, new_loop
+from bkpool.gateway.table import LeaseTable, Route
+from bkpool.pki.backend import worker_context
+
+_HOUR = 3600.0
+
+
+def has_threads() -> bool:
+    """Whether this gateway can use several event loops."""
+    return "threads" in inspect.signature(Gateway).parameters
+
+
+class Agrees:
+    """A registrar without a store."""
+
+    async def register(self, route: Route, connections: int) -> None:
+        """Agrees."""
+
+    async def renew(self, route: Route, connections: int) -> None:
+        """Agrees."""
+
+    async def withdraw(self, route: Route) -> None:
+        """Agrees."""
+
+    async def find(self, token_sha256: str) -> None:
+        """Finds nothing: all there is was handed over at the start."""
+
+
+def _table(config: dict[str, Any]) -> LeaseTable:
+    pool = Key("default", "bench")
+    now = time.time()
+    routes = {}
+    for number, token in enumerate(config["tokens"]):
+        digest = tokens.digest(token)
+        routes[digest] = Route(
+            token_sha256=digest,
+            allocation_id=f"allocation-{number}",
+            worker=Key("default", f"bench-worker-{number}"),
+            worker_uid=WORKER_UID,
+            pool=pool,
+            endpoint=config["endpoint"],
+            waiting="",
+            expires_at=now + _HOUR,
+            not_after=now + _HOUR,
+            drain_timeout=_HOUR,
+        )
+    return LeaseTable(MappingProxyType(routes), MappingProxyType({}), frozenset({pool}))
+
+
+async def serve(config: dict[str, Any]) -> None:
+    """Starts the gateway as the configuration says, and never ends."""
+    pem = {path.name: path.read_bytes() for path in Path(config["pki"]).iterdir()}  # noqa: ASYNC240 - before it serves
+    dial: Dialler = Dial
+    if config["endpoint"].startswith("tcp:"):
+        dial = TlsDialler(worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"]))
+    gateway = Gateway(
+        Agrees(),
+        now=lambda: datetime.now(UTC),
+        metrics=Metrics(),
+        limits=replace(Limits(), per_lease=config["connections"], connections=config["connections"]),
+        dial=dial,
+        loop_factory=new_loop if config["loop"] == "uvloop" else asyncio.new_event_loop,
+        **({"threads": config["threads"]} if has_threads() else {}),
+    )
+    gateway.set_server_certificate(pem["server.crt"], pem["server.key"], pem["ca.crt"])
+    await gateway.start([("127.0.0.1", config["port"])])
+    gateway.update(_table(config))
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    configure_logging()  # a line for each connection is a part of its cost
+    asyncio.run(serve(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,3 @@
+module bkpool.bench/load
+
+go 1.26.8

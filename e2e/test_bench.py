@@ -1,0 +1,40 @@
+"""The benchmark itself with next to no load: it gives figures, says what it could not measure, and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_bench_measures_every_proxy_that_is_there_or_says_why_not(tmp_path: Path) -> None:
+    wanted = ["--quick", "--json", "--only", "gateway", "--loads", "up,connections"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "bench", *wanted]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, timeout=300)
+    told = json.loads(done.stdout)
+    assert [(row["leg"], row["load"]) for row in told["gateway"]] == [
+        ("unix", "up"),
+        ("unix", "connections"),
+        ("tls", "up"),
+        ("tls", "connections"),
+    ]
+    for row in told["gateway"]:
+        assert row["figures"]["bkpool"][0] > 0
+        for name, [figure] in row["figures"].items():
+            assert figure or any(note.startswith(f"{name}, ") for note in told["notes"])
+    left = [process for process in Path("/proc").glob("[0-9]*") if _has_open(process, f"{tmp_path}/bkbench-")]
+    assert not left, "a proxy or the load has outlived its measurement"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _has_open(process: Path, prefix: str) -> bool:
+    """Whether it holds such a file, be it deleted: each proxy and the load has its log."""
+    try:
+        return any(str(descriptor.readlink()).startswith(prefix) for descriptor in (process / "fd").iterdir())
+    except OSError:
+        return False  # it has ended, or is somebody else's
