@@ -5,8 +5,22 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"time"
 )
+
+// others are the names on the lines, each once, but for one's own.
+func others(lines []byte, own string) string {
+	seen := map[string]bool{own: true}
+	var names []string
+	for _, name := range strings.Fields(string(lines)) {
+		if !seen[name] {
+			seen[name] = true
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, " ")
+}
 
 func main() {
 	switch os.Args[1] {
@@ -25,6 +39,22 @@ func main() {
 		f.Close()
 		all, _ := os.ReadFile(os.Args[2])
 		fmt.Printf("cache holds: %q\n", all)
+	case "witness": // <file of a cache mount> <name> <duration>: who was there before, and who was there beside it
+		d, err := time.ParseDuration(os.Args[4])
+		if err != nil {
+			panic(err)
+		}
+		f, err := os.OpenFile(os.Args[2], os.O_APPEND|os.O_CREATE|os.O_RDWR, 0o644)
+		if err != nil {
+			panic(err)
+		}
+		before, _ := os.ReadFile(os.Args[2])
+		fmt.Println("witness before:", others(before, os.Args[3]))
+		for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			fmt.Fprintln(f, os.Args[3])
+		}
+		all, _ := os.ReadFile(os.Args[2])
+		fmt.Println("witness beside:", others(all[len(before):], os.Args[3]))
 	case "sleep":
 		d, err := time.ParseDuration(os.Args[2])
 		if err != nil {

@@ -1,0 +1,324 @@
+"""What happened, as a list of events, and what of it must never happen: the judge of a chaos run.
+
+Pure, after Jepsen: it takes what the clients, the builds inside the workers and the driver have seen, and never asks
+bkpool whether bkpool was right. `chaos.run` records, this module judges; docs/testing.md tells the rules to people.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PROMPT = 5.0
+"""Seconds from the cause of a failure to the failure, by issue 6."""
+HELD = 15.0 + 12.0 + PROMPT
+"""Seconds that a build may take to be connected or refused: two waits for the worker, as DESIGN 3 bounds them."""
+HUNG = 90.0
+"""Seconds after which a build is taken for one that would never end; the longest build runs for 3 s by itself."""
+RECOVERY = 30.0
+"""Seconds for which a worker that was killed may be missed by who comes to it anew."""
+
+SEVERS = {"kill-appliance", "kill-worker", "delete-pod"}
+"""Faults that end open builds at once: everybody's, or those on one worker."""
+GENTLE = {"end-appliance", "stop-worker", "expire-watches", "freeze-watches", "cut-api"}
+"""Faults of which no open build may fail: it drains, or was let in before, or stalls and then goes on. A worker that
+is stopped for some seconds cannot be told from a slow one, so nobody may end its builds."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that was seen: when (seconds since the run began), by whom, what, and more about it."""
+
+    at: float
+    who: str
+    what: str
+    of: dict[str, Any] = field(default_factory=dict)
+
+
+def dump(events: Iterable[Event]) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(asdict(event), ensure_ascii=False) + "\n" for event in events)
+
+
+def load(text: str) -> list[Event]:
+    """What `dump` made."""
+    return [Event(**json.loads(line)) for line in text.splitlines()]
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A lease as its holder knows it: from the answer to when he asked to release it."""
+
+    who: str
+    lease: str
+    worker: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Build:
+    """One `buildx build`, from its start to its end."""
+
+    who: str
+    name: str
+    worker: str
+    begin: float
+    connected: float | None
+    """When BuildKit began to speak; None: it never did."""
+    end: float
+    ok: bool
+    of: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Harm:
+    """One fault as it was done, and until when its effects are its own."""
+
+    kind: str
+    worker: str
+    """Which worker it was done to; empty: to all."""
+    begin: float
+    done: float
+    """When it had been done: what it cuts was cut between `begin` and then."""
+    end: float
+
+
+def judge(events: Iterable[Event]) -> list[str]:
+    """Every violation, as a sentence with its time; none: the run was right."""
+    seen = sorted(events, key=lambda event: event.at)
+    return [*_holders(seen), *_witnesses(seen), *_waiters(seen), *_builds(seen), *_aftermath(seen)]
+
+
+# --- what the events mean -------------------------------------------------------------------------------------------
+
+
+def holds(events: Iterable[Event]) -> list[Hold]:
+    """Who held which worker when. One who was told that his lease is lost is known to have held it at first only."""
+    last = 0.0
+    begun: dict[str, Event] = {}
+    ended: dict[str, float] = {}
+    for event in events:
+        last = max(last, event.at)
+        lease = str(event.of.get("lease", ""))
+        if event.what == "answer" and event.of["outcome"] == "lease":
+            begun.setdefault(lease, event)
+        elif event.what == "build-end" and event.of.get("lost"):
+            ended[lease] = begun[lease].at
+        elif event.what == "release" and lease in begun:
+            ended.setdefault(lease, event.at)
+    return [
+        Hold(event.who, lease, event.of["worker"], event.at, ended.get(lease, last)) for lease, event in begun.items()
+    ]
+
+
+def builds(events: Iterable[Event]) -> list[Build]:
+    """Every build that has ended, in that order."""
+    begun: dict[str, Event] = {}
+    made = []
+    for event in events:
+        if event.what == "build":
+            begun[event.of["build"]] = event
+        elif event.what == "build-end":
+            first = begun[event.of["build"]]
+            times = (first.at, event.of["connected"], event.at)
+            made.append(
+                Build(event.who, event.of["build"], event.of["worker"], *times, ok=event.of["ok"], of=event.of)
+            )
+    return made
+
+
+def harms(events: Iterable[Event]) -> list[Harm]:
+    """Every fault that was done; one that has no end yet goes on to the end of all."""
+    last = 0.0
+    begun: dict[int, Event] = {}
+    done: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    for event in events:
+        last = max(last, event.at)
+        if event.what == "fault":
+            begun[event.of["number"]] = event
+        elif event.what == "fault-done":
+            done[event.of["number"]] = event.at
+        elif event.what == "fault-end":
+            ended[event.of["number"]] = event.at
+    return [
+        Harm(event.of["kind"], event.of["worker"], event.at, done.get(number, event.at), ended.get(number, last))
+        for number, event in begun.items()
+    ]
+
+
+def stragglers(events: list[Event]) -> list[str]:
+    """Builds of a lease that was over and whose step still ran on the worker when the next holder's did."""
+    return [text for text, overlap in _beside(events) if not overlap]
+
+
+# --- never two holders ----------------------------------------------------------------------------------------------
+
+
+def _holders(events: list[Event]) -> Iterator[str]:
+    by_worker: dict[str, list[Hold]] = {}
+    for hold in holds(events):
+        by_worker.setdefault(hold.worker, []).append(hold)
+    for worker, of_it in by_worker.items():
+        of_it.sort(key=lambda hold: hold.begin)
+        for number, first in enumerate(of_it):
+            for second in of_it[number + 1 :]:
+                if second.begin < first.end:
+                    yield (
+                        f"{second.begin:.2f}: {worker} was given to {second.who} ({second.lease}) while {first.who} "
+                        f"({first.lease}) held it until {first.end:.2f}"
+                    )
+
+
+def _witnesses(events: list[Event]) -> Iterator[str]:
+    yield from (text for text, overlap in _beside(events) if overlap)
+    for build in builds(events):
+        mine = tenant(build.name)
+        for other in build.of.get("before", []):
+            if tenant(other) != mine:
+                yield f"{build.end:.2f}: {build.name} found in its cache what {other} of another tenant had left"
+
+
+def _beside(events: list[Event]) -> Iterator[tuple[str, bool]]:
+    """What builds saw at work in their cache beside them, and whether its holder still held the worker, or was never
+    to be let in here."""
+    by_lease = {hold.lease: hold for hold in holds(events)}
+    all_builds = {build.name: build for build in builds(events)}
+    for build in all_builds.values():
+        mine = by_lease[build.of["lease"]]
+        for name in build.of.get("beside", []):
+            other = all_builds.get(name)
+            if other is None:
+                yield f"{build.end:.2f}: {build.name} saw {name} at work beside it, of which nobody knows", True
+                continue
+            its = by_lease[other.of["lease"]]
+            if its.lease == mine.lease:
+                continue  # an earlier try of the same holder
+            overlap = its.end > mine.begin and mine.end > its.begin
+            wrong = overlap or tenant(name) != tenant(build.name)
+            yield f"{build.end:.2f}: {build.name} saw {name} at work beside it on {build.worker}", wrong
+
+
+def tenant(name: str) -> str:
+    """Whose a build is: its name begins with it."""
+    return name.partition(".")[0]
+
+
+# --- every waiter answered ------------------------------------------------------------------------------------------
+
+
+def _waiters(events: list[Event]) -> Iterator[str]:
+    asked: dict[str, Event] = {}
+    faults = harms(events)
+    for event in events:
+        if event.what in {"ask", "release"}:
+            asked[event.of["call"]] = event
+        elif event.what in {"answer", "released"}:
+            first = asked.pop(event.of["call"])
+            yield from _answered(first, event, faults)
+    for event in asked.values():
+        yield f"{event.at:.2f}: {event.who} asked ({event.what}) and was never answered"
+
+
+def _answered(asked: Event, answer: Event, faults: list[Harm]) -> Iterator[str]:
+    took, outcome = answer.at - asked.at, answer.of["outcome"]
+    told = answer.of.get("message", "")
+    what = f"{answer.at:.2f}: {answer.who}, who asked at {asked.at:.2f} ({asked.what}),"
+    if took > answer.of["wait"] + PROMPT:
+        yield f"{what} waited {took:.1f} s"
+    if outcome in {"lease", "released", "over"}:
+        return
+    if outcome == "refused" and not is_sentence(told):
+        yield f"{what} was refused without a sentence: {told!r}"
+    if outcome == "refused":
+        causes = [harm for harm in faults if _touches(harm, asked.at - RECOVERY, answer.at)]
+    else:  # cut off
+        causes = [
+            harm
+            for harm in faults
+            if harm.kind in {"kill-appliance", "end-appliance"} and _touches(harm, answer.at - PROMPT, answer.at)
+        ]
+    if not causes:
+        yield f"{what} was {outcome} with no fault to cause it: {told}"
+
+
+# --- builds ---------------------------------------------------------------------------------------------------------
+
+
+def _builds(events: list[Event]) -> Iterator[str]:
+    faults = harms(events)
+    for build in builds(events):
+        what = f"{build.end:.2f}: build {build.name} on {build.worker}"
+        if build.of.get("hung"):
+            yield f"{what} never ended: it was given up after {build.end - build.begin:.0f} s"
+            continue
+        if build.ok and not build.of["correct"]:
+            yield f"{what} succeeded with a wrong result"
+        if not build.ok and not is_sentence(build.of["sentence"]):
+            yield f"{what} failed without a sentence: {build.of['sentence']!r}"
+        if not build.ok and not _has_cause(build, faults):
+            yield f"{what} failed with no fault to cause it: {build.of['sentence']}"
+        yield from _late(build, faults, what)
+
+
+def _has_cause(build: Build, faults: list[Harm]) -> bool:
+    """Whether a fault explains that this build failed when it did."""
+    if build.connected is None:
+        return any(_concerns(harm, build) and _touches(harm, build.begin - RECOVERY, build.end) for harm in faults)
+    return any(
+        _concerns(harm, build) and harm.kind not in GENTLE and harm.begin <= build.end <= harm.end + PROMPT
+        for harm in faults
+    )
+
+
+def _late(build: Build, faults: list[Harm], what: str) -> Iterator[str]:
+    """Who is cut off is told so at once; who is not let in, after the waits at the gateway at the latest."""
+    if build.connected is None:
+        if not build.ok and build.end - build.begin > HELD:
+            yield f"{what} was not let in, and was told so after {build.end - build.begin:.1f} s"
+        return
+    for harm in faults:
+        severed = harm.kind in SEVERS and _concerns(harm, build) and build.connected < harm.begin
+        if severed and build.end > harm.done + PROMPT:
+            yield f"{what} was cut by {harm.kind} at {harm.done:.2f} and ended {build.end - harm.done:.1f} s later"
+
+
+def _concerns(harm: Harm, build: Build) -> bool:
+    return harm.worker in {"", build.worker}
+
+
+def _touches(harm: Harm, begin: float, end: float) -> bool:
+    return harm.begin <= end and harm.end >= begin
+
+
+_BARE = re.compile(r"Traceback|panic:|goroutine \d|^\s*File \"", re.MULTILINE)
+
+
+def is_sentence(text: str) -> bool:
+    """Whether a user can read this: words, and no bare traceback."""
+    return len(re.findall(r"[A-Za-z]{2,}", text)) >= 3 and not _BARE.search(text)
+
+
+# --- afterwards -----------------------------------------------------------------------------------------------------
+
+
+def _aftermath(events: list[Event]) -> Iterator[str]:
+    """Nothing is left over, and all is well again."""
+    for event in events:
+        if event.what == "left":
+            yield f"{event.at:.2f}: left over: {event.of['text']}"
+        elif event.what == "wrong":
+            yield f"{event.at:.2f}: {event.of['text']}"
+    if not any(event.what == "healed" for event in events):
+        yield "after the faults it was never whole again"
+    calm = next((event.at for event in events if event.what == "calm"), None)
+    if calm is None:
+        yield "the run never came to its calm end"
+        return
+    well = {build.who for build in builds(events) if build.ok and build.end > calm}
+    for who in sorted({event.who for event in events if event.what == "ask"} - well):
+        yield f"{who} had no successful build after the faults had ended"

@@ -1,0 +1,61 @@
+"""What has grown between two counts: pure, so that what a soak calls a leak is tested without soaking.
+
+A count is a flat mapping of names to numbers. Everything must be back to where it was, but for what has a tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity before and after."""
+
+    name: str
+    before: float
+    after: float
+    tolerance: float
+
+    @property
+    def grown(self) -> float:
+        """By how much; never less than nothing, for what has shrunk leaks nothing."""
+        return max(0.0, self.after - self.before)
+
+    @property
+    def well(self) -> bool:
+        """Whether it is back to where it was, within its tolerance."""
+        return self.grown <= self.tolerance
+
+
+def flat(count: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested mappings as one, with dots in the names."""
+    found: dict[str, float] = {}
+    for name, value in count.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name} ")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Mapping[str, float]) -> list[Row]:
+    """Every quantity of either count; one that is missing counts as 0. What has no tolerance may not grow at all."""
+    first, last = flat(before), flat(after)
+    return [
+        Row(name, first.get(name, 0), last.get(name, 0), tolerances.get(name, 0)) for name in sorted(first | last)
+    ]
+
+
+def table(rows: list[Row], *, everything: bool = False) -> str:
+    """The rows as text; objects of a kind that is as many as before only if `everything` is asked for."""
+    shown = [row for row in rows if everything or not row.well or not row.name.startswith("objects ")]
+    width = max((len(row.name) for row in shown), default=0)
+    lines = [f"{'':<{width}}  {'before':>10}  {'after':>10}  {'may grow':>8}"]
+    for row in shown:
+        mark = "" if row.well else f"  GREW by {row.grown:g}"
+        lines.append(f"{row.name:<{width}}  {row.before:>10g}  {row.after:>10g}  {row.tolerance:>8g}{mark}")
+    hidden = len(rows) - len(shown)
+    return "\n".join([*lines, f"and {hidden} kinds of objects, none of which has grown"] if hidden else lines)

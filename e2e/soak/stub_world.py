@@ -1,0 +1,78 @@
+"""A real gateway with a worker that echoes, in a process of its own, which counts itself when asked.
+
+usage: stub_world.py DIRECTORY; then one JSON command a line on stdin, answered by one line on stdout:
+{"do": "lease", "name": N, "open": bool, "over": bool}, {"do": "forget", "name": N}, {"do": "count"}. Ends with stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+import structlog
+from gateway.conftest import Authority, World
+from prometheus_client import generate_latest
+from soak.census import census
+
+from bkpool.core.worker import EndReason
+from bkpool.gateway.server import new_loop
+
+HANDSHAKE = 2.0
+"""Seconds for a handshake, instead of 10: many here never end, and the soak waits for the last of them."""
+
+
+async def main(directory: Path) -> None:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    world = World(Authority(directory), directory)
+    await world.start(new_loop, handshake=HANDSHAKE, refusal=HANDSHAKE)
+    server = world.server  # of the stub worker: its writers are not the gateway's, and must not be kept
+    print(json.dumps({"port": world.port, "ca": str(world.ca.file)}), flush=True)
+    stdin = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+    while line := await stdin.readline():
+        print(json.dumps(_do(world, json.loads(line))), flush=True)
+        if not json.loads(line).get("keep"):
+            world.workers[:] = [writer for writer in world.workers if not writer.is_closing()]
+    server.close()
+    await world.stop()
+
+
+def _do(world: World, command: dict[str, Any]) -> dict[str, Any]:
+    match command["do"]:
+        case "lease":
+            token = world.lease(
+                command["name"], **({} if command["open"] else {"endpoint": None, "waiting": "it is"})
+            )
+            if command["over"]:
+                world.over(command["name"], EndReason.RELEASED)
+            cert, key = world.identity(token).files
+            return {"cert": cert, "key": key}
+        case "forget":
+            token = world.token(command["name"])
+            world.over(command["name"], EndReason.RELEASED)
+            world._past.clear()
+            world._update()
+            world._identities.pop(token, None)
+            return {}
+        case _:
+            world.book.entries.clear()
+            world.book.connections.clear()
+            world.book.sought.clear()
+            return {
+                **census(),
+                "series": len(
+                    [line for line in generate_latest(world.metrics.registry).splitlines() if line[:1] != b"#"]
+                ),
+                "active connections": world.count("active_connections"),
+                "faults in the loop": len(world.faults),
+            }
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))

@@ -1,0 +1,24 @@
+"""What a soak counts of a process, and what it does not: tried on caches made for it."""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from types import ModuleType
+
+import pytest
+from soak.census import empty_caches
+
+
+@pytest.mark.parametrize(
+    ("bound", "module", "kept"),
+    [(8, "bkpool.made_for_this", 0), (None, "bkpool.made_for_this", 1), (8, "made_for_this", 1)],
+    ids=["ours", "ours without a bound", "not ours"],
+)
+def test_only_a_cache_of_ours_that_has_a_bound_is_emptied_before_the_count(monkeypatch, bound, module, kept):
+    made = ModuleType(module)
+    made.cache = lru_cache(bound)(str)
+    made.cache(1)
+    monkeypatch.setitem(sys.modules, module, made)
+    empty_caches()
+    assert made.cache.cache_info().currsize == kept
