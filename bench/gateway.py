@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.certificates import WORKER_UID
 from bkpool.appliance.entry import configure_logging
+from bkpool.appliance.lifetime import SWITCH_INTERVAL
 from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.gateway.dial import Dial, Dialler, TlsDialler
@@ -95,4 +96,5 @@ async def serve(config: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     configure_logging()  # a line for each connection is a part of its cost
+    sys.setswitchinterval(SWITCH_INTERVAL)
     asyncio.run(serve(json.loads(Path(sys.argv[1]).read_text())))

@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 STILL_ACCEPTING = 5.0
 """Seconds after SIGTERM in a cluster: endpoints take as long to leave every kube-proxy of one of some size."""
 
-_SWITCH_INTERVAL = 0.0005
+SWITCH_INTERVAL = 0.0005
 """Seconds that one thread may keep the others from Python while it computes. With the default, 5 ms, a busy main loop
 makes every byte through the gateway's loops wait: a round trip took ten times as long (docs/benchmarks.md)."""
 
@@ -64,7 +64,7 @@ async def live(start: Callable[[AsyncExitStack, Lifetime], Awaitable[None]]) -> 
     Args:
         start: Enters into the stack whatever is to be ended.
     """
-    sys.setswitchinterval(_SWITCH_INTERVAL)
+    sys.setswitchinterval(SWITCH_INTERVAL)
     gc.freeze()  # what the imports made stays anyway; to look through it took 55 ms, in which no thread moves a byte
     life = Lifetime()
     async with AsyncExitStack() as stack:
