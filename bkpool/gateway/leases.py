@@ -14,8 +14,8 @@ from typing import Protocol
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity
 from bkpool.core.names import Key
 from bkpool.gateway.capacity import Capacity
-from bkpool.gateway.life import Patience
 from bkpool.gateway.limits import Limits
+from bkpool.gateway.patience import Patience
 from bkpool.gateway.table import LeaseTable, Past, Route, unknown_lease
 from bkpool.pki.names import pool_named
 

@@ -21,7 +21,6 @@ from bkpool.gateway.life import (
     Join,
     Leave,
     Life,
-    Patience,
     Refuse,
     Register,
     Seek,
@@ -29,6 +28,7 @@ from bkpool.gateway.life import (
     Stop,
 )
 from bkpool.gateway.limits import Limits
+from bkpool.gateway.patience import Patience
 from bkpool.gateway.refusal import Grpc, Refusal, strange
 from bkpool.gateway.table import Route
 
