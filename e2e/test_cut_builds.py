@@ -27,7 +27,7 @@ def resume(pid):
         os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("moment", ["load build definition", "sleeping"])
+@pytest.mark.parametrize("moment", ["sleeping"])
 def test_a_build_that_is_cut_ends_within_five_seconds_though_its_worker_stays_away(make_appliance, context, moment):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
