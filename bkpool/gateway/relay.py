@@ -278,20 +278,21 @@ class Relay:
                 leg.flush()
             except OSError:
                 leg.end.deafen()  # its own last words may still be there to be read
+        # Before both are seen to have ended: a worker that dies with words of its client's unread ends both at once.
+        self.bereaved |= not client.end.heard_end and (worker.end.heard_end or worker.end.deaf)
         if exchange.over:
             self._close("ended", broken=None)
             return
         for leg in (client, worker):
             leg.watch(read=exchange.may_read(leg.end), write=bool(leg.end.unsent))
         if exchange.half_open and self._timer is None:
-            self.bereaved = not client.end.heard_end
             self._timer = self._loop.call_later(self._half_open, self.stop, "half-open for too long")
 
     def _close(self, reason: str, *, broken: Leg | None) -> None:
         if self._stopped:
             return
         self._stopped = True
-        self.bereaved = self.bereaved or (broken is self._worker and not self._client.end.heard_end)
+        self.bereaved |= broken is self._worker and not self._client.end.heard_end
         if self._timer is not None:
             self._timer.cancel()
         self._client.close(reset=broken is self._worker)
