@@ -59,6 +59,7 @@ class Dial:
         self._timer: asyncio.TimerHandle | None = None
         try:
             family, address = _address(route.endpoint or "")
+            self._vanished = None if family == socket.AF_UNIX else WORKER_VANISHED
             self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             self._fail(error)
@@ -91,7 +92,7 @@ class Dial:
     def _succeed(self) -> None:
         sock = self._release()
         assert sock is not None  # noqa: S101 - it has just connected
-        self._dialled(Leg(self._loop, sock, self._end, vanished=WORKER_VANISHED))
+        self._dialled(Leg(self._loop, sock, self._end, vanished=self._vanished))
 
     def _fail(self, error: OSError) -> None:
         self.cancel()

@@ -10,14 +10,25 @@ import contextlib
 import ssl
 from typing import cast
 
-CHUNK = 64 * 1024
-"""Bytes that TLS is given at once. A MemoryBIO keeps the size it once grew to, so this is also what an idle
-connection keeps; and it fits the processor's caches, which 256 KiB do not (docs/benchmarks.md)."""
+_RECORD = 16 * 1024  # plaintext in one TLS record at most (RFC 8446 section 5.1)
+_SEAL = 22  # bytes that TLS 1.3 adds to a record: header, type and tag (RFC 8446 section 5.2)
 
-AT_ONCE = 4 * CHUNK
+CHUNK = 3 * _RECORD
+"""Bytes of plaintext that are read at once to be encrypted. TCP hands on at most 64 KiB in one piece, and what four
+records are beyond that, some hundred bytes, in a piece of its own, for which the peer is woken: with one stream this
+cost half as much again (docs/benchmarks.md). Three fit into one piece."""
+
+RESEALED = 7 * (_RECORD + _SEAL)
+"""Bytes of ciphertext that are read at once to be encrypted anew: whole records, if the peer sends full ones, as who
+has much to send does. Sent on, they fill nearly two pieces."""
+
+_OPENED = 3 * (_RECORD + _SEAL)
+"""Bytes of ciphertext that TLS is given at once. A MemoryBIO keeps the size it once grew to, so this is also what an
+idle connection keeps; and it fits the processor's caches."""
+
+AT_ONCE = 5 * _OPENED
 """Bytes taken from a socket at once, at most."""
 
-_RECORD = 16 * 1024  # plaintext in one TLS record at most (RFC 8446 section 5.1)
 _PROTOCOL_ROOM = 2 * CHUNK  # what may lie unsent for a peer before nothing more is read from it
 _NOTHING = memoryview(b"")
 _WORTH = 24  # bytes of ciphertext that one of plaintext may take: a record of one byte has 23 (RFC 8446 section 5.2)
@@ -97,14 +108,14 @@ class Tls:
         Raises:
             ssl.SSLError: It is not what TLS allows.
         """
-        length, ended = self._read(data[:CHUNK], into)
-        self._justify(min(len(data), CHUNK), length)
-        for at in range(CHUNK, len(data), CHUNK):
+        length, ended = self._read(data[:_OPENED], into)
+        self._justify(min(len(data), _OPENED), length)
+        for at in range(_OPENED, len(data), _OPENED):
             if ended:
                 break
-            more, ended = self._read(data[at : at + CHUNK], into[length:])
+            more, ended = self._read(data[at : at + _OPENED], into[length:])
             length += more
-            self._justify(min(len(data) - at, CHUNK), more)
+            self._justify(min(len(data) - at, _OPENED), more)
         return length, ended
 
     def _justify(self, ciphertext: int, plaintext: int) -> None:

@@ -284,11 +284,11 @@ class Registration:
 
     def rest_or_renew(self) -> None:
         """Keeps the registration while there are connections, and lets it run out when there are none."""
-        if self._renewal is not None:
-            self._renewal.cancel()
-            self._renewal = None
-        if self._lease.members and self._trusted_until and not self._busy:
+        needed = bool(self._lease.members and self._trusted_until and not self._busy)
+        if needed and self._renewal is None:
             self._renewal = self._leases.loop.call_at(self._renew_at, self._request, self._leases.registry.renew)
+        elif not needed:
+            self._rest()
 
     def withdraw(self) -> None:
         """Takes the entry out at once; behind a request that is under way, which would put it in again."""
@@ -297,7 +297,13 @@ class Registration:
             self._trusted_until = 0.0
             self._leases.registry.withdraw(self._lease.route, _unheard)
 
+    def _rest(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+
     def _request(self, request: Callable[[Route, int, Told], None]) -> None:
+        self._rest()
         self._busy = True
         begun = self._leases.loop.time()
         renewing = request == self._leases.registry.renew

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from bkpool.gateway.alarm import Alarm
-from bkpool.gateway.exchange import AT_ONCE, CHUNK, End, Exchange, Scratch
+from bkpool.gateway.exchange import AT_ONCE, CHUNK, RESEALED, End, Exchange, Scratch
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() sends RST
 _UNIX_SEND_BUFFER = 1024 * 1024
@@ -37,8 +37,8 @@ class Leg:
         loop: Watches the socket; only its add_reader, add_writer and their opposites are used.
         sock: Non-blocking; closed by `close`.
         end: The peer.
-        vanished: Seconds after which a peer that does not answer at all, not even as a system, is given up. Not on
-            Unix sockets.
+        vanished: Seconds after which a peer that does not answer at all, not even as a system, is given up; None for
+            a Unix socket, whose system is ours.
     """
 
     __slots__ = (
@@ -46,7 +46,9 @@ class Leg:
         *("end", "failed", "local", "sock"),
     )
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket, end: End, *, vanished: float) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, end: End, *, vanished: float | None
+    ) -> None:
         self.sock: Final = sock
         self.end: Final = end
         self._loop = loop
@@ -54,8 +56,8 @@ class Leg:
         self._alarm: Alarm | None = None
         self.failed = False
         """Its last words are there, and its end behind them; an event loop may tell of them no more."""
-        self.local: Final = sock.family == socket.AF_UNIX  # asked for once: the socket makes an enum of it every time
-        if self.local:
+        self.local: Final = vanished is None
+        if vanished is None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
         else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -220,8 +222,10 @@ class Relay:
 
     def _readable(self, leg: Leg) -> None:
         received = self._scratch.received
-        if leg.end.tls is None or self._other(leg).end.tls is not None:
-            received = received[:CHUNK]  # what is to be encrypted goes in pieces that fit the processor's caches
+        if leg.end.tls is None:
+            received = received[:CHUNK]
+        elif self._other(leg).end.tls is not None:
+            received = received[:RESEALED]
         for _ in range(0, AT_ONCE, len(received)):  # then the loop turns to others
             if not self._pass_on(leg, received):
                 return

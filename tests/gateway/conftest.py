@@ -276,7 +276,7 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
         near_worker.setblocking(False)
         legs = (
             Leg(loop, near_client, End(server.tls), vanished=30),
-            Leg(loop, near_worker, End(dialler.tls), vanished=5),
+            Leg(loop, near_worker, End(dialler.tls), vanished=None if worker_family == "unix" else 5),
         )
         relay = Relay(loop, Scratch(), alarm, *legs, half_open=half_open, over=over.set_result)
         made.append(Joined(client, worker, relay, legs, over))
