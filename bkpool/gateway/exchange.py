@@ -23,8 +23,8 @@ RESEALED = 7 * (_RECORD + _SEAL)
 has much to send does. Sent on, they fill nearly two pieces."""
 
 _OPENED = 3 * (_RECORD + _SEAL)
-"""Bytes of ciphertext that TLS is given at once. A MemoryBIO keeps the size it once grew to, so this is also what an
-idle connection keeps; and it fits the processor's caches."""
+"""Bytes of ciphertext that TLS is given at once. A MemoryBIO keeps the size that it once grew to, for as long as its
+connection lives, so this is not more than it gains by; and it fits the processor's caches."""
 
 AT_ONCE = 5 * _OPENED
 """Bytes taken from a socket at once, at most."""

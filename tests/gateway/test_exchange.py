@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bkpool.gateway.context import server_context
-from bkpool.gateway.exchange import CHUNK, End, Exchange, Scratch, Tls
+from bkpool.gateway.exchange import CHUNK, RESEALED, End, Exchange, Scratch, Tls
 
 
 class Conversation:
@@ -151,6 +151,22 @@ def test_a_chunk_of_the_largest_records_fits(tls_pair):
         end.decode(data[start : start + CHUNK], scratch.plain)
         assert not end.heard_end
     assert end.heard == 4 * CHUNK
+
+
+PIECE = 65_536 - 20 - 32
+"""What TCP hands on in one piece at most: 64 KiB with the headers of IPv4 and of TCP with timestamps."""
+
+
+@pytest.mark.parametrize("length", [CHUNK, RESEALED])
+def test_what_is_read_at_once_is_sent_in_pieces_with_no_small_rest(tls_pair, length):
+    """A rest would wake the peer for a few bytes: it cost half as much again."""
+    client, server = tls_pair
+    if length == RESEALED:  # ciphertext, of whole records
+        server.encrypt(memoryview(bytes(8 * CHUNK)))
+        length, _ = client.decrypt(memoryview(server.take())[:RESEALED], Scratch().plain)
+        assert length % (CHUNK // 3) == 0
+    client.encrypt(memoryview(bytes(length)))
+    assert not 0 < len(client.take()) % PIECE < PIECE // 2
 
 
 def test_an_alert_is_unsent_after_what_tls_does_not_allow(tls_pair):
