@@ -154,7 +154,7 @@ class HostAppliance:
             now=_now,
             metrics=metrics,
             dial=backend.dial,
-            threads=default_threads(2),  # clients and workers are on this machine, too
+            threads=default_threads(cores_each=2),  # clients and workers are on this machine, too
             watchdog=watchdog,
         )
         certify = Certifier(

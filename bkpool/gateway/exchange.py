@@ -19,12 +19,12 @@ records are beyond that, some hundred bytes, in a piece of its own, for which th
 cost half as much again (docs/benchmarks.md). Three fit into one piece."""
 
 RESEALED = 7 * (_RECORD + _SEAL)
-"""Bytes of ciphertext that are read at once to be encrypted anew: whole records, if the peer sends full ones, as who
-has much to send does. Sent on, they fill nearly two pieces."""
+"""Bytes of ciphertext that are read at once to be encrypted anew: whole records, if the peer sends full ones, as it
+does in bulk. Sealed again they fill nearly two pieces of TCP."""
 
 _OPENED = 3 * (_RECORD + _SEAL)
-"""Bytes of ciphertext that TLS is given at once. A MemoryBIO keeps the size that it once grew to, for as long as its
-connection lives, so this is not more than it gains by; and it fits the processor's caches."""
+"""Bytes of ciphertext that TLS is given at once. A MemoryBIO keeps the size that it once grew to, so with more every
+connection that was ever busy would keep more; and it fits the processor's caches."""
 
 AT_ONCE = 5 * _OPENED
 """Bytes taken from a socket at once, at most."""

@@ -36,9 +36,9 @@ MOST_THREADS = 4
 """More wait for each other: what is not TLS or the kernel's is done under Python's one lock (docs/benchmarks.md)."""
 
 
-def default_threads(processors: int = 1) -> int:
-    """One for every so many processors that we may use, up to MOST_THREADS."""
-    return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // processors))
+def default_threads(*, cores_each: int = 1) -> int:
+    """One for every so many cores that we may use, up to MOST_THREADS."""
+    return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // cores_each))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
