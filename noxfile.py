@@ -50,7 +50,7 @@ def e2e(session: nox.Session) -> None:
 @nox.session
 def kind(session: nox.Session) -> None:
     """The same on a kind cluster, and what is about clusters alone. Skipped where no container engine answers."""
-    from bkpool.cluster.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
@@ -80,7 +80,7 @@ def chaos(session: nox.Session) -> None:
 @nox.session
 def chaos_kind(session: nox.Session) -> None:
     """The same on a kind cluster, where pods, the API server and the network are broken too."""
-    from bkpool.cluster.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no chaos on kind: {fault}")

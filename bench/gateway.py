@@ -21,11 +21,11 @@ from bkpool.appliance.entry import configure_logging
 from bkpool.appliance.lifetime import SWITCH_INTERVAL
 from bkpool.core import tokens
 from bkpool.core.names import Key
-from bkpool.gateway.dial import Dial, Dialler, TlsDialler
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.server import Gateway, new_loop
-from bkpool.gateway.table import LeaseTable, Route
+from bkpool.gateway.control.server import Gateway, new_loop
+from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
+from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki.backend import worker_context
 
 _HOUR = 3600.0
@@ -39,13 +39,13 @@ def has_threads() -> bool:
 class Agrees:
     """A registrar without a store."""
 
-    async def register(self, route: Route, connections: int) -> None:
+    async def register(self, route: LeaseRoute, connections: int) -> None:
         """Agrees."""
 
-    async def renew(self, route: Route, connections: int) -> None:
+    async def renew(self, route: LeaseRoute, connections: int) -> None:
         """Agrees."""
 
-    async def withdraw(self, route: Route) -> None:
+    async def withdraw(self, route: LeaseRoute) -> None:
         """Agrees."""
 
     async def find(self, token_sha256: str) -> None:
@@ -58,7 +58,7 @@ def _table(config: dict[str, Any]) -> LeaseTable:
     routes = {}
     for number, token in enumerate(config["tokens"]):
         digest = tokens.digest(token)
-        routes[digest] = Route(
+        routes[digest] = LeaseRoute(
             token_sha256=digest,
             allocation_id=f"allocation-{number}",
             worker=Key("default", f"bench-worker-{number}"),
@@ -76,14 +76,14 @@ def _table(config: dict[str, Any]) -> LeaseTable:
 async def serve(config: dict[str, Any]) -> None:
     """Starts the gateway as the configuration says, and never ends."""
     pem = {path.name: path.read_bytes() for path in Path(config["pki"]).iterdir()}  # noqa: ASYNC240 - before it serves
-    dial: Dialler = Dial
+    dial: Dialler = PlainDial
     if config["endpoint"].startswith("tcp:"):
         dial = TlsDialler(worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"]))
     gateway = Gateway(
         Agrees(),
         now=lambda: datetime.now(UTC),
-        metrics=Metrics(),
-        limits=replace(Limits(), per_lease=config["connections"], connections=config["connections"]),
+        metrics=GatewayMetrics(),
+        limits=replace(GatewayLimits(), per_lease=config["connections"], connections=config["connections"]),
         dial=dial,
         loop_factory=new_loop if config["loop"] == "uvloop" else asyncio.new_event_loop,
         **({"threads": config["threads"]} if has_threads() else {}),

@@ -28,7 +28,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
-from bkpool.kube import Access, KubeApi, paths
+from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.pki.backend import worker_context
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.toolchain import Tool, Toolchain, default_cache
@@ -82,7 +82,7 @@ def cold_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, A
 
 async def _pod_alone(world: Pods, worker: str) -> float:
     """A copy of that worker's pod on another host port, from its creation to its first answer."""
-    api = await KubeApi.connect(Access(world.cluster.kubeconfig))
+    api = await KubeApi.connect(ClusterAccess(world.cluster.kubeconfig))
     try:
         found = await api.get(paths.core("secrets", SYSTEM, "bkpool-pki"))
         secrets = ClusterSecrets.of_data({k: base64.b64decode(v) for k, v in found["data"].items()})
@@ -211,7 +211,7 @@ def _pool_of(count: int) -> Pool:
 async def _stored(world: Pods, count: int) -> None:
     from bkpool.store.kubernetes import KubernetesStore  # noqa: PLC0415
 
-    api = await KubeApi.connect(Access(world.cluster.kubeconfig))
+    api = await KubeApi.connect(ClusterAccess(world.cluster.kubeconfig))
     store = KubernetesStore(api)
     pool = await store.create(_pool_of(count).but(metadata=Metadata(name="many")))
     later = datetime.now(UTC) + timedelta(hours=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bkpool.cluster.engine import engine_fault
+from bkpool.kind.engine import engine_fault
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import HERE, Appliance, Context, registry
 from kind_cluster import E2eCluster, Kubectl, e2e_cluster

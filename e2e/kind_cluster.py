@@ -20,8 +20,8 @@ from typing import IO
 import docker
 import yaml
 
-from bkpool.cluster.engine import Engine
-from bkpool.cluster.kind import CONFIG, Kind
+from bkpool.kind.engine import Engine
+from bkpool.kind.lifecycle import CONFIG, Kind
 from bkpool.toolchain import Tool, Toolchain, default_cache
 
 NAME = "bkpool-e2e"

@@ -13,10 +13,10 @@ import pytest
 
 from bkpool.core import tokens
 from bkpool.core.names import Key
-from bkpool.gateway.dial import TlsDialler
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.server import Gateway
-from bkpool.gateway.table import LeaseTable, Route
+from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.net.dial import TlsDialler
+from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki import bundle
 from bkpool.pki.backend import check_worker, worker_context
 from bkpool.pki.names import gateway_names
@@ -108,11 +108,11 @@ async def test_no_client_and_no_worker_is_let_in(port, leaf, says):
 async def test_a_build_passes_through_the_gateway_over_tls_on_both_legs(port, tools, tmp_path):
     given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
     dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
-    gateway = Gateway(Registrar(), now=lambda: datetime.now(UTC), metrics=Metrics(), dial=dial, pool=POOL)
+    gateway = Gateway(Registrar(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL)
     gateway.set_server_certificate(given["tls.crt"], given["tls.key"], given["ca.crt"])
     [(_, entrance)] = await gateway.start([("127.0.0.1", 0)])
     digest = tokens.digest(TOKEN)
-    route = Route(
+    route = LeaseRoute(
         token_sha256=digest,
         allocation_id="lease",
         worker=Key("default", "p-worker-0"),

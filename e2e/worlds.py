@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bkpool.pki import keep
+from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from kind_cluster import Kubectl
 
@@ -72,7 +72,7 @@ class Processes:
         return {}  # BuildKit speaks plain HTTP to loopback by itself
 
     def authority(self, appliance: Appliance) -> Authority:
-        return keep.load_or_create(appliance.home / "pki", datetime.now(UTC)).authority
+        return storage.load_or_create(appliance.home / "pki", datetime.now(UTC)).authority
 
     def clean(self, appliance: Appliance) -> None:
         left = appliance.daemons()

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY
-from bkpool.gateway.exchange import End
-from bkpool.gateway.metrics import Meter, Metrics
+from bkpool.gateway.net.duplex import PeerStream
+from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "observability"
@@ -41,7 +41,7 @@ EXPRESSIONS = {name: [rule["expr"]] for name, rule in RULES.items()} | {
 @pytest.fixture(scope="module")
 def samples():
     """Every sample of a registry in which everything has happened once, with the names of its labels."""
-    metrics, meter = Metrics(), Meter("p", "p-worker-0", End())
+    metrics, meter = GatewayMetrics(), Meter("p", "p-worker-0", PeerStream())
     metrics.opened(meter)
     metrics.closed(meter, 1.0)
     metrics.opened(meter)

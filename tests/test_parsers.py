@@ -26,9 +26,9 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata, parse_object
 from bkpool.core.worker import Worker, new_worker
-from bkpool.gateway.answer import Answer
-from bkpool.gateway.certificate import credential_of
-from bkpool.gateway.refusal import Grpc, Refusal
+from bkpool.gateway.session.certificate import credential_of
+from bkpool.gateway.session.grpc_answer import GrpcAnswer
+from bkpool.gateway.session.refusal import Grpc, Refusal
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.names import parse_host, pool_named
 from bkpool.workers.pods import pod_spec, pod_view
@@ -214,7 +214,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
 @some
 @given(st.lists(st.binary(max_size=80), max_size=4), st.booleans())
 def test_what_a_refused_client_says(parts, begins_well):
-    answer = Answer(Refusal(Grpc.UNAUTHENTICATED, "Code", "words – and 100 %"))
+    answer = GrpcAnswer(Refusal(Grpc.UNAUTHENTICATED, "Code", "words – and 100 %"))
     for part in [PREFACE, *parts] if begins_well else parts:
         assert isinstance(answer.receive(part), bytes)
     assert isinstance(answer.goodbye(), bytes)

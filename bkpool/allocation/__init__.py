@@ -4,8 +4,8 @@ A lease is `spec.allocation` of a worker and changes by compare-and-swap only, s
 at once. What brings workers up and ends leases by time is the controller; nothing here starts or stops one.
 """
 
-from bkpool.allocation.claims import AllocationRequest, Claims, Grant
-from bkpool.allocation.leases import Leases, Own
-from bkpool.allocation.limits import Limits
+from bkpool.allocation.allocator import AllocationRequest, Allocator, Grant
+from bkpool.allocation.caller_limits import CallerLimits
+from bkpool.allocation.leases import LeaseService, OwnLease
 
-__all__ = ["AllocationRequest", "Claims", "Grant", "Leases", "Limits", "Own"]
+__all__ = ["AllocationRequest", "Allocator", "CallerLimits", "Grant", "LeaseService", "OwnLease"]

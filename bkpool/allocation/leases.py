@@ -19,7 +19,7 @@ from bkpool.core.durations import render
 from bkpool.core.errors import Conflict, Forbidden, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
-from bkpool.core.worker import Allocation, EndedLease, EndReason, Worker
+from bkpool.core.worker import EndedLease, EndReason, Lease, Worker
 from bkpool.identity import Identity
 from bkpool.identity.rules import is_theirs
 from bkpool.store import Store
@@ -32,7 +32,7 @@ MAX_CONFLICTS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class OwnLease:
     """The living lease on a worker, named by who made it instead of by its token."""
 
     worker: Key
@@ -40,7 +40,7 @@ class Own:
     """Whom the caller may be."""
 
 
-class Leases:
+class LeaseService:
     """Changes and ends leases.
 
     Args:
@@ -54,7 +54,7 @@ class Leases:
         self._mirror = mirror
         self._now = now
 
-    async def renew(self, lease: str | Own, ttl: timedelta | None) -> Worker:
+    async def renew(self, lease: str | OwnLease, ttl: timedelta | None) -> Worker:
         """Lets the lease run for `ttl` from now, at most to the end of its certificate.
 
         Args:
@@ -74,17 +74,17 @@ class Leases:
         wanted = lifetime(pool, ttl)
         now = self._now()
 
-        def renewed(lease: Allocation) -> Allocation:
+        def renewed(lease: Lease) -> Lease:
             over = lease.ended(now)
             if over:
                 raise _gone(over, lease.end_message)
             return lease.but(expires_at=min(now + wanted, _end_of_life(lease, pool, now)))
 
         worker = await self.change(worker, renewed)
-        log.info("lease.renewed", **facts(worker), expires_at=worker.lease.expires_at.isoformat())
+        log.info("lease.renewed", **facts(worker), expires_at=worker.held_lease.expires_at.isoformat())
         return worker
 
-    async def release(self, lease: str | Own) -> Worker | None:
+    async def release(self, lease: str | OwnLease) -> Worker | None:
         """Ends the lease. Released already, or expired: nothing to do, and no error.
 
         Args:
@@ -107,7 +107,7 @@ class Leases:
     async def lookup(self, token: str) -> Worker:
         """The worker of a living lease. Raises NotFound or Gone."""
         worker = await self._by_token(token)
-        lease = worker.allocation
+        lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
             raise _gone(over, lease.end_message if lease else "")
@@ -119,19 +119,19 @@ class Leases:
             await self.change(worker, lambda lease: self._ended(lease, EndReason.ABANDONED))
         log.info("lease.abandoned", **facts(worker))
 
-    def _ended(self, lease: Allocation, reason: EndReason) -> Allocation:
+    def _ended(self, lease: Lease, reason: EndReason) -> Lease:
         if lease.ended_at is not None:
             raise _gone(lease.end_reason or reason, lease.end_message)
         return lease.but(ended_at=min(self._now(), lease.expires_at), end_reason=reason)
 
-    async def _find(self, lease: str | Own) -> Worker:
-        return await (self._own(lease) if isinstance(lease, Own) else self._by_token(lease))
+    async def _find(self, lease: str | OwnLease) -> Worker:
+        return await (self._own(lease) if isinstance(lease, OwnLease) else self._by_token(lease))
 
-    async def _own(self, named: Own) -> Worker:
+    async def _own(self, named: OwnLease) -> Worker:
         """The worker with that lease. Whose it is not learns no more than if there were none. Raises NotFound."""
         with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself has no rights in that namespace
             worker = await self._store.get(Worker, *named.worker)
-            if worker.allocation and is_theirs(worker.pool, named.identities, worker.allocation.holder):
+            if worker.lease and is_theirs(worker.pool, named.identities, worker.lease.holder):
                 return worker
         raise NotFound(
             f"workerName: there is no lease of yours on {named.worker.name}",
@@ -158,7 +158,7 @@ class Leases:
             field="token",
         )
 
-    async def change(self, worker: Worker, change: Callable[[Allocation], Allocation]) -> Worker:
+    async def change(self, worker: Worker, change: Callable[[Lease], Lease]) -> Worker:
         """Changes this worker's lease by compare-and-swap, on the worker as it is now if another writer was faster.
 
         Raises:
@@ -166,12 +166,12 @@ class Leases:
             NotFound: The worker is gone.
             Conflict: Others kept changing it.
         """
-        allocation_id = worker.allocation.id if worker.allocation else ""
+        allocation_id = worker.lease.id if worker.lease else ""
         for _ in range(MAX_CONFLICTS):
-            if worker.allocation is None or worker.allocation.id != allocation_id:
+            if worker.lease is None or worker.lease.id != allocation_id:
                 raise _gone(EndReason.RELEASED, "")
             try:
-                changed = await self._store.replace(worker.with_allocation(change(worker.allocation)))
+                changed = await self._store.replace(worker.with_lease(change(worker.lease)))
             except Conflict:
                 worker = await self._store.get(Worker, worker.key.namespace, worker.key.name)
                 continue
@@ -182,14 +182,14 @@ class Leases:
 
 def facts(worker: Worker) -> dict[str, str]:
     """What a log line about a worker's lease says of it."""
-    lease = worker.allocation
+    lease = worker.lease
     about = {"worker": str(worker.key), "pool": str(worker.pool)}
     return about | ({"allocation": lease.id, "identity": lease.requested_by} if lease else {})
 
 
 def living(workers: Iterable[Worker], now: datetime) -> list[Worker]:
     """Those of the workers that have a living lease."""
-    return [worker for worker in workers if worker.allocation and not worker.allocation.ended(now)]
+    return [worker for worker in workers if worker.lease and not worker.lease.ended(now)]
 
 
 def find_pool(mirror: Mirror, key: Key) -> Pool:
@@ -221,7 +221,7 @@ def lifetime(pool: Pool, wanted: timedelta | None) -> timedelta:
 def _by_digest(workers: Iterable[Worker], digest: str) -> Worker | EndedLease | None:
     workers = tuple(workers)
     for worker in workers:
-        if worker.allocation is not None and _same(worker.allocation.token_sha256, digest):
+        if worker.lease is not None and _same(worker.lease.token_sha256, digest):
             return worker
     past = (ended for worker in workers for ended in worker.status.ended)
     return next((ended for ended in past if _same(ended.token_sha256, digest)), None)
@@ -231,7 +231,7 @@ def _same(stored: str, digest: str) -> bool:
     return hmac.compare_digest(stored.encode(), digest.encode())
 
 
-def _end_of_life(lease: Allocation, pool: Pool, now: datetime) -> datetime:
+def _end_of_life(lease: Lease, pool: Pool, now: datetime) -> datetime:
     """The latest end of a lease. The pool's maximum may have been lowered since the lease was made."""
     end = min(lease.not_after, lease.allocated_at + pool.spec.gateway.max_token_ttl)
     if end <= now:

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from bkpool.api.answers import error_answer, internal_error
 from bkpool.api.audit import audited
-from bkpool.api.openapi import Route, document
+from bkpool.api.openapi import ApiRoute, document
 from bkpool.api.service import Service
 from bkpool.core.errors import BkpoolError
 
@@ -42,7 +42,7 @@ def make_app(service: Service) -> web.Application:
     return app
 
 
-def _answering(route: Route) -> Handler:
+def _answering(route: ApiRoute) -> Handler:
     async def respond(request: web.Request) -> web.StreamResponse:
         with audited(route.action, request.remote) as trail:
             answer = await route.handler(request, trail)

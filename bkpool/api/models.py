@@ -21,7 +21,7 @@ from bkpool.core.resource import Condition, Duration, Name
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import LONGEST_BEARER
-from bkpool.identity.rules import Decision
+from bkpool.identity.rules import AccessDecision
 
 MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64
@@ -177,7 +177,7 @@ class WorkerView(Body):
         name, phase = worker.key.name, worker.status.phase.value
         if not whole:
             return cls(name=name, phase=phase)
-        lease = worker.allocation
+        lease = worker.lease
         return cls(
             name=name,
             phase=phase,
@@ -283,7 +283,7 @@ class CheckAnswer(Body):
     verdicts: tuple[VerdictView, ...] | None = None
 
     @classmethod
-    def of(cls, decision: Decision, caller: Caller, *, all_verdicts: bool) -> CheckAnswer:
+    def of(cls, decision: AccessDecision, caller: Caller, *, all_verdicts: bool) -> CheckAnswer:
         """The answer for a decision about a caller."""
         verdicts = tuple(
             VerdictView(source=one.source, known=one.identity is not None, reason=one.refusal)

@@ -50,7 +50,7 @@ class Bearer(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class ApiRoute:
     """One route: its handler's docstring is its summary."""
 
     method: str
@@ -74,7 +74,7 @@ class Route:
         return sorted(HTTPStatus(status) for status in found)
 
 
-def document(routes: Sequence[Route]) -> dict[str, Any]:
+def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """The OpenAPI 3.1 description of these routes."""
     models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [(ErrorAnswer, "serialization")]
     models += [(route.body, "validation") for route in routes if route.body]
@@ -100,7 +100,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: ApiRoute) -> dict[str, Any]:
     errors = {str(status.value): _error(status) for status in route.all_errors}
     operation: dict[str, Any] = {
         "summary": (route.handler.__doc__ or "").strip(),

@@ -11,11 +11,11 @@ from typing import Any
 
 from aiohttp import web
 
-from bkpool.allocation import Claims, Leases, Own
+from bkpool.allocation import Allocator, LeaseService, OwnLease
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.audit import Trail
-from bkpool.api.openapi import Bearer, Route
+from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.api.reading import read
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
@@ -23,8 +23,8 @@ from bkpool.core.policy import counts
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
-from bkpool.identity.access import Access, forbidden, refusal
-from bkpool.identity.rules import Decision, decide, is_theirs
+from bkpool.identity.access import AccessControl, forbidden, refusal
+from bkpool.identity.rules import AccessDecision, decide, is_theirs
 from bkpool.store.mirror import Mirror
 
 
@@ -32,10 +32,10 @@ from bkpool.store.mirror import Mirror
 class Service:
     """What the routes need, and the routes."""
 
-    claims: Claims
-    leases: Leases
+    claims: Allocator
+    leases: LeaseService
     mirror: Mirror
-    access: Access
+    access: AccessControl
     gateway_endpoint: Callable[[Pool], str]
     """Where a caller reaches the gateway of a pool."""
     connections: Callable[[Pool], int]
@@ -45,43 +45,43 @@ class Service:
     leaving: Callable[[], str | None] = lambda: None
     """Why no more should be sent here, although it is still served."""
 
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[ApiRoute]:
         """Every route, with what goes in and out, and what the audit trail calls it."""
         v1, workers, either, nothing = "/api/v1", "/api/v1/workers", Bearer.OPTIONAL, Bearer.NONE
         status = models.StatusAnswer
         return [
-            Route(
+            ApiRoute(
                 *("POST", f"{workers}/allocate", self.allocate, models.AllocateBody, models.AllocateAnswer),
                 action="allocate",
                 errors=(404, 429, 502, 503),
             ),
-            Route(
+            ApiRoute(
                 *("POST", f"{workers}/renew", self.renew, models.RenewBody, models.RenewAnswer, either),
                 action="renew",
                 errors=(401, 404, 410),
             ),
-            Route(
+            ApiRoute(
                 *("POST", f"{workers}/lookup", self.lookup, models.TokenBody, models.LookupAnswer, nothing),
                 action="lookup",
                 errors=(404, 410),
             ),
-            Route(
+            ApiRoute(
                 *("POST", f"{workers}/release", self.release, models.LeaseBody, status, either),
                 action="release",
                 errors=(401, 404),
             ),
-            Route(
+            ApiRoute(
                 *("POST", f"{v1}/auth/check", self.check, models.CheckBody, models.CheckAnswer, either),
                 action="auth-check",
                 errors=(404, 503),
             ),
-            Route("GET", f"{v1}/pools", self.pools, None, models.PoolsAnswer, action="pools"),
-            Route(
+            ApiRoute("GET", f"{v1}/pools", self.pools, None, models.PoolsAnswer, action="pools"),
+            ApiRoute(
                 "GET", f"{v1}/pools/{{name}}", self.pool, None, models.PoolAnswer, action="pool", errors=(400, 404)
             ),
-            Route("GET", f"{v1}/issuers", self.issuers, None, models.IssuersAnswer, action="issuers"),
-            *(Route("GET", f"{at}/health", self.health, None, status, nothing) for at in ("", v1)),
-            *(Route("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
+            ApiRoute("GET", f"{v1}/issuers", self.issuers, None, models.IssuersAnswer, action="issuers"),
+            *(ApiRoute("GET", f"{at}/health", self.health, None, status, nothing) for at in ("", v1)),
+            *(ApiRoute("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
         ]
 
     async def allocate(self, request: web.Request, trail: Trail) -> models.AllocateAnswer:
@@ -100,7 +100,7 @@ class Service:
         lease = await self._lease(request, body, trail)
         worker = await self.leases.renew(lease, body.ttl)
         _let(trail, lease, worker)
-        return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.lease.expires_at)
+        return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.held_lease.expires_at)
 
     async def lookup(self, request: web.Request, trail: Trail) -> models.LookupAnswer:
         """Where a lease leads."""
@@ -126,7 +126,7 @@ class Service:
         trail.about(pool=str(pool))
         decision = self._decide(caller.identities, pool, tell=admin)
         if not caller.identities:
-            decision = Decision(allowed=False, reason=refusal(caller))
+            decision = AccessDecision(allowed=False, reason=refusal(caller))
         trail.of(decision.identity)
         trail.decided(allowed=decision.allowed, reason=decision.reason)
         return models.CheckAnswer.of(decision, caller, all_verdicts=admin)
@@ -197,7 +197,7 @@ class Service:
         trail.decided(allowed=True, reason=decision.reason)
         return find_pool(self.mirror, key), decision.identity
 
-    def _decide(self, identities: tuple[Identity, ...], key: Key, *, tell: bool = False) -> Decision:
+    def _decide(self, identities: tuple[Identity, ...], key: Key, *, tell: bool = False) -> AccessDecision:
         """Whether one of them may use the pool.
 
         Args:
@@ -214,15 +214,15 @@ class Service:
         if tell or any(one.admin for one in identities) or (identities and self.access.open_to_all):
             find_pool(self.mirror, key)
         first = identities[0] if identities else None
-        return Decision(allowed=False, reason="there is no pool of this name that they may use", identity=first)
+        return AccessDecision(allowed=False, reason="there is no pool of this name that they may use", identity=first)
 
-    async def _lease(self, request: web.Request, body: models.LeaseBody, trail: Trail) -> str | Own:
+    async def _lease(self, request: web.Request, body: models.LeaseBody, trail: Trail) -> str | OwnLease:
         """The lease that is meant: its token is the right to it, else its maker's credential."""
         worker = body.worker
         if worker is None:
             return body.token
         trail.about(worker=str(worker))
-        return Own(worker, (await self._caller(request, trail)).identities)
+        return OwnLease(worker, (await self._caller(request, trail)).identities)
 
     def _check_ready(self) -> None:
         trouble = self.trouble()
@@ -240,23 +240,23 @@ class Service:
 
 def _is_theirs(caller: Caller, worker: Worker) -> bool:
     """Whether more of the worker may be shown than that it is there: what it did for others is theirs."""
-    return is_theirs(worker.pool, caller.identities, worker.allocation.holder if worker.allocation else "")
+    return is_theirs(worker.pool, caller.identities, worker.lease.holder if worker.lease else "")
 
 
 def _note(trail: Trail, worker: Worker) -> None:
-    trail.about(pool=str(worker.pool), worker=str(worker.key), allocation=worker.lease.id)
+    trail.about(pool=str(worker.pool), worker=str(worker.key), allocation=worker.held_lease.id)
 
 
-def _let(trail: Trail, lease: str | Own, worker: Worker | None) -> None:
+def _let(trail: Trail, lease: str | OwnLease, worker: Worker | None) -> None:
     """Notes that somebody might do with this lease what he asked for; None: it has ended before."""
     if worker is not None:
         _note(trail, worker)
     if isinstance(lease, str):
         trail.decided(allowed=True, reason="the caller has the lease's token")
         if worker is not None:
-            trail.about(identity=worker.lease.requested_by)
+            trail.about(identity=worker.held_lease.requested_by)
         return
     admin = next((one for one in lease.identities if one.admin), None)
-    maker = next((one for one in lease.identities if worker and one.digest == worker.lease.holder), None)
+    maker = next((one for one in lease.identities if worker and one.digest == worker.held_lease.holder), None)
     trail.of(admin or maker)
     trail.decided(allowed=True, reason="the admin may" if admin else "the caller made this lease")

@@ -21,10 +21,10 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from bkpool.appliance.parts import running
 from bkpool.appliance.settings import Settings
-from bkpool.cluster.manifests import CONTROLLER
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
 from bkpool.home.files import write_private
+from bkpool.install.manifests import CONTROLLER
 from bkpool.pki.authority import SERVER_LIFE, Authority, renew_at
 from bkpool.pki.bundle import CA_CERT
 from bkpool.pki.chain import load_chain

@@ -14,22 +14,22 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bkpool.allocation import Claims, Leases
+from bkpool.allocation import Allocator, LeaseService
 from bkpool.appliance import cluster_secrets
 from bkpool.appliance.identities import Methods
 from bkpool.appliance.settings import Settings, Tell
-from bkpool.cluster import crds
-from bkpool.cluster.leader import Leadership
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict
 from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
-from bkpool.gateway.dial import Dial, Dialler, TlsDialler
-from bkpool.identity.bearers import FileTokens, PoolTokens, SecretTokens
+from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
 from bkpool.identity.service_accounts import ServiceAccounts
-from bkpool.kube import Access, KubeApi, paths
-from bkpool.pki import keep
+from bkpool.identity.static_tokens import FileTokens, PoolTokens, SecretTokens
+from bkpool.install import crds
+from bkpool.kube import ClusterAccess, KubeApi, paths
+from bkpool.kube.leader import Leadership
+from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
 from bkpool.pki.bundle import ClusterSecrets
@@ -73,10 +73,10 @@ class Backend:
     loops: tuple[Coroutine[Any, Any, None], ...] = ()
     """What must run beside."""
 
-    def lease_service(self, mirror: Mirror, now: Callable[[], datetime]) -> tuple[Claims, Leases]:
+    def lease_service(self, mirror: Mirror, now: Callable[[], datetime]) -> tuple[Allocator, LeaseService]:
         """What makes, changes and ends leases over these parts; the claims are to be closed."""
-        leases = Leases(store=self.store, mirror=mirror, now=now)
-        claims = Claims(
+        leases = LeaseService(store=self.store, mirror=mirror, now=now)
+        claims = Allocator(
             store=self.store,
             mirror=mirror,
             leases=leases,
@@ -104,7 +104,7 @@ class Backend:
 async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Binaries, tell: Tell) -> Backend:
     """Processes of buildkitd on this machine, and one SQLite file."""
     home = settings.home
-    secrets = keep.load_or_create(home / "pki", datetime.now(UTC))
+    secrets = storage.load_or_create(home / "pki", datetime.now(UTC))
     tell({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
@@ -115,7 +115,7 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
         runtime=runtime,
         authority=secrets.authority,
         token_key=secrets.token_key,
-        dial=Dial,
+        dial=PlainDial,
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
         unread=PROCESS_IGNORES,
@@ -134,7 +134,7 @@ class InCluster:
 
 
 async def open_cluster(
-    stack: AsyncExitStack, settings: Settings, access: Access, host_ports: tuple[int, ...] | None, tell: Tell
+    stack: AsyncExitStack, settings: Settings, access: ClusterAccess, host_ports: tuple[int, ...] | None, tell: Tell
 ) -> Backend:
     """Pods in a cluster and custom resources, for an appliance that runs beside the cluster, with every role.
 

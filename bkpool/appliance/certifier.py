@@ -13,8 +13,8 @@ from datetime import datetime
 from pathlib import Path
 
 from bkpool.core.names import Key
-from bkpool.gateway.server import Gateway
-from bkpool.pki import keep
+from bkpool.gateway.control.server import Gateway
+from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from bkpool.pki.names import gateway_names
 from bkpool.store.events import Recorder
@@ -60,7 +60,7 @@ class Certifier:
         """Issues the certificate if that is due, and hands it to the gateway: open connections go on."""
         self._certified = tuple(sorted(self._mirror.pools))
         names = gateway_names(socket.gethostname(), self._certified, self._hosts)
-        kept = keep.server_certificate(self._directory, self._authority, names, self._now())
+        kept = storage.server_certificate(self._directory, self._authority, names, self._now())
         self._due = kept.renew_at
         certificate = kept.cert_file.read_bytes()
         self._gateway.set_server_certificate(certificate, kept.key_file.read_bytes(), self._authority.cert_pem)

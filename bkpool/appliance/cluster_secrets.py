@@ -33,7 +33,7 @@ async def load_or_create(api: KubeApi, namespace: str, store: Store, now: dateti
     """
 
     async def made() -> Mapping[str, bytes]:
-        leased = [str(worker.key) for worker in (await store.list(Worker)).items if worker.allocation]
+        leased = [str(worker.key) for worker in (await store.list(Worker)).items if worker.lease]
         if leased:
             raise HostFault(
                 f"Secret {namespace}/{PKI} is missing, and there are leases that were signed with it: {leased[0]}, …",

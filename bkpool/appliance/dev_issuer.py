@@ -37,7 +37,7 @@ _MAX_BODY = 16 * 1024  # bytes: a token with as much in it would fit into no hea
 Text = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 
 
-class TokenBody(BaseModel):
+class MintBody(BaseModel):
     """What POST /token takes."""
 
     model_config = ConfigDict(extra="forbid")
@@ -137,12 +137,12 @@ def _of_a_job(query: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-async def _body(request: web.Request) -> TokenBody:
+async def _body(request: web.Request) -> MintBody:
     """The body of POST /token. Raises InvalidInput."""
     if request.content_type != "application/json":  # a page of another origin would first have to ask whether it may
         raise InvalidInput("Content-Type: it is not application/json", hint="Send JSON.", field="Content-Type")
     try:
-        body = TokenBody.model_validate(json.loads(await request.read()))
+        body = MintBody.model_validate(json.loads(await request.read()))
     except ValidationError as error:
         raise explain(error) from None
     except (ValueError, RecursionError):

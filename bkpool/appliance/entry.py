@@ -16,21 +16,20 @@ from typing import Any
 
 import structlog
 
-from bkpool.appliance import replica
+from bkpool.appliance import backend_choice, replica
 from bkpool.appliance.backend import open_cluster, open_process
 from bkpool.appliance.host import HostAppliance, Opening
 from bkpool.appliance.settings import ALL_ROLES, Settings, Tell
-from bkpool.cluster import choice
-from bkpool.cluster.engine import Engine, engine_fault
-from bkpool.cluster.kind import Cluster, Kind, Marker
 from bkpool.core.documents import Documents, read_documents
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import LOOPBACK
-from bkpool.gateway.context import without_traceback
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
+from bkpool.gateway.net.tls_context import without_traceback
 from bkpool.home.files import as_host_fault, write_private
 from bkpool.home.lock import HomeLock
-from bkpool.kube import Access
+from bkpool.kind.engine import Engine, engine_fault
+from bkpool.kind.lifecycle import Cluster, Kind, Marker
+from bkpool.kube import ClusterAccess
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
@@ -79,13 +78,13 @@ def _serve(work: Coroutine[Any, Any, None]) -> None:
 def _opening(backend: str, settings: Settings, tell: Tell) -> Opening:
     """Prepares what the backend needs before the event loop runs, and says how it is opened in it."""
     match backend:
-        case choice.PROCESS:
+        case backend_choice.PROCESS:
             _check_complete(settings.home)
             binaries = _binaries(settings, tell)
             return lambda stack, tell: open_process(stack, settings, binaries, tell)
-        case choice.KIND:
+        case backend_choice.KIND:
             cluster = _kind_cluster(settings, tell)
-            access = Access(cluster.kubeconfig)
+            access = ClusterAccess(cluster.kubeconfig)
             return lambda stack, tell: open_cluster(stack, settings, access, cluster.worker_ports, tell)
         case _:
             return lambda stack, tell: open_cluster(stack, settings, settings.access, None, tell)
@@ -162,7 +161,7 @@ def _backend(settings: Settings) -> tuple[str, str]:
     """The backend of this home, which is recorded, and why it is that one."""
     record = settings.home / "backend"
     kept = record.read_text("utf-8").strip() if record.exists() else None
-    backend, why = choice.choose_backend(settings.backend, kept, engine_fault, settings.home)
+    backend, why = backend_choice.choose_backend(settings.backend, kept, engine_fault, settings.home)
     if kept is None:
         write_private(record, f"{backend}\n".encode())
     return backend, why

@@ -23,11 +23,11 @@ from bkpool.appliance.settings import Settings
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.core.names import GATEWAY_PORT, Key
 from bkpool.core.pool import PoolGateway
-from bkpool.gateway.context import server_context
-from bkpool.gateway.dial import TlsDialler
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway, default_threads
+from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.server import Gateway, default_threads
+from bkpool.gateway.net.dial import TlsDialler
+from bkpool.gateway.net.tls_context import server_context
+from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.kube import KubeApi, paths
 from bkpool.pki import bundle
 from bkpool.pki.backend import worker_context
@@ -46,7 +46,7 @@ class GatewayReplica:
     def __init__(self, settings: Settings, pool: Key) -> None:
         self._settings = settings
         self._pool = pool
-        self._metrics = Metrics()
+        self._metrics = GatewayMetrics()
 
     async def run(self) -> None:
         """Serves connections of this pool's leases."""

@@ -34,15 +34,15 @@ from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
-from bkpool.gateway.lag import Watchdog
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway, default_threads
+from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.server import Gateway, default_threads
+from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.home.files import private_directory, write_private
-from bkpool.identity.keys import Issuers
-from bkpool.identity.local import AdminToken, load_or_create
+from bkpool.identity.admin_token import AdminToken, load_or_create
+from bkpool.identity.issuer_keys import Issuers
 from bkpool.pki.authority import Authority
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class HostAppliance:
         self._life = life
         home, died = self._settings.home, life.died
         admin = AdminToken(load_or_create(home))
-        metrics = Metrics()
+        metrics = GatewayMetrics()
         watchdog = watched(stack, metrics)
         backend = await self._opening(stack, tell)
         for loop in backend.loops:
@@ -143,7 +143,13 @@ class HostAppliance:
             await led(backend.leadership, work)
 
     async def _open_gateway(
-        self, stack: AsyncExitStack, backend: Backend, mirror: Mirror, metrics: Metrics, *, watchdog: Watchdog
+        self,
+        stack: AsyncExitStack,
+        backend: Backend,
+        mirror: Mirror,
+        metrics: GatewayMetrics,
+        *,
+        watchdog: LoopWatchdog,
     ) -> tuple[Gateway, str]:
         """The gateway, and the endpoint that clients are told."""
         settings = self._settings
@@ -175,7 +181,7 @@ class HostAppliance:
         return gateway, f"tcp://{in_url(host)}:{port}"
 
     async def _open_api(
-        self, stack: AsyncExitStack, service: Service, metrics: Metrics, authority: Authority, endpoint: str
+        self, stack: AsyncExitStack, service: Service, metrics: GatewayMetrics, authority: Authority, endpoint: str
     ) -> dict[str, Any]:
         """Opens the API and the metrics; returns what `appliance.json` says while they are open."""
         settings = self._settings

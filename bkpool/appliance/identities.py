@@ -13,9 +13,9 @@ from datetime import datetime
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.pool import Pool
 from bkpool.identity import Authenticator
-from bkpool.identity.access import Access
-from bkpool.identity.keys import Issuers
-from bkpool.identity.local import AdminToken
+from bkpool.identity.access import AccessControl
+from bkpool.identity.admin_token import AdminToken
+from bkpool.identity.issuer_keys import Issuers
 from bkpool.identity.oidc import OidcAuthenticator, trusted
 from bkpool.store.mirror import Mirror
 
@@ -39,7 +39,7 @@ def access(
     namespace: str,
     also: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
-) -> Access:
+) -> AccessControl:
     """Everybody who can be known here, the cheapest way of knowing first.
 
     Args:
@@ -59,4 +59,4 @@ def access(
         return (*mirror.configs.values(), *also)
 
     oidc = OidcAuthenticator(issuers, lambda: trusted(configs(), pools(), namespace), now)
-    return Access((admin, *methods(pools), oidc), pools, configs)
+    return AccessControl((admin, *methods(pools), oidc), pools, configs)

@@ -21,7 +21,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from bkpool.api import open_runner
 from bkpool.appliance.settings import Address
-from bkpool.cluster.leader import Leadership
 from bkpool.core.auth import OIDCConfig, OIDCConfigStatus
 from bkpool.core.documents import Documents
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound
@@ -29,12 +28,13 @@ from bkpool.core.names import DEFAULT_POOL, Key
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.resource import Metadata, Resource
 from bkpool.core.worker import Worker
-from bkpool.gateway.lag import Watchdog
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.server import Gateway
-from bkpool.gateway.table import build
+from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.session.lease_table import build
+from bkpool.gateway.session.metrics import GatewayMetrics
+from bkpool.kube.leader import Leadership
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
 
@@ -169,16 +169,16 @@ async def serve(
     return f"{in_url(bound[0])}:{bound[1]}"
 
 
-def watched(stack: AsyncExitStack, metrics: Metrics) -> Watchdog:
+def watched(stack: AsyncExitStack, metrics: GatewayMetrics) -> LoopWatchdog:
     """Watches the loop that this runs in until the stack is left; whoever starts other loops adds them."""
-    watchdog = Watchdog(metrics)
+    watchdog = LoopWatchdog(metrics)
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
     watchdog.start()
     stack.callback(watchdog.stop)
     return watchdog
 
 
-def metrics_app(metrics: Metrics) -> web.Application:
+def metrics_app(metrics: GatewayMetrics) -> web.Application:
     """What Prometheus scrapes."""
 
     async def scrape(_request: web.Request) -> web.Response:

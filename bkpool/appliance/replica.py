@@ -24,16 +24,17 @@ from bkpool.appliance.identities import access, open_issuers
 from bkpool.appliance.lifetime import STILL_ACCEPTING, Lifetime, live
 from bkpool.appliance.parts import led, metrics_app, probes, replica_name, running, serve, watched
 from bkpool.appliance.settings import Role, Settings
-from bkpool.cluster.pool_gateways import PoolGateways
 from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
-from bkpool.gateway.metrics import Metrics
-from bkpool.identity.keys import Issuers
-from bkpool.identity.local import AdminToken
+from bkpool.gateway.session.metrics import GatewayMetrics
+from bkpool.identity.admin_token import AdminToken
+from bkpool.identity.issuer_keys import Issuers
+from bkpool.install.manifests import CONTROLLER, IMAGE
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -88,7 +89,7 @@ class ControlReplica:
     async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
         self._life = life
         settings, died, name = self._settings, life.died, replica_name()
-        metrics = Metrics()
+        metrics = GatewayMetrics()
         watched(stack, metrics)
         opened = await open_in_cluster(stack, settings, name)
         backend = opened.backend
@@ -148,7 +149,8 @@ class ControlReplica:
             opened.api,
             mirror,
             opened.secrets,
-            image=settings.image,
+            image=settings.image or IMAGE,
+            controller=CONTROLLER,
             namespace=settings.namespace,
             now=_now,
             recorder=backend.recorder,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT, SYSTEM_NAMESPACE, Key
-from bkpool.kube import Access
+from bkpool.kube import ClusterAccess
 
 Tell = Callable[[dict[str, Any]], None]
 """Told {"progress": text} while the appliance starts, then once what `appliance.json` says."""
@@ -86,6 +86,6 @@ class Settings:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}" if self.dev_issuer else None
 
     @property
-    def access(self) -> Access:
+    def access(self) -> ClusterAccess:
         """The cluster, where it is not one of kind."""
-        return Access(self.kubeconfig, self.context)
+        return ClusterAccess(self.kubeconfig, self.context)

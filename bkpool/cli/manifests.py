@@ -25,7 +25,7 @@ def command(
     *, namespace: str, replicas: int, image: str | None, pool_namespaces: tuple[str, ...], api_tls: bool
 ) -> None:
     """Print the manifests of an appliance in a cluster, as YAML: for `bkpool manifests | kubectl apply -f -`."""
-    from bkpool.cluster.manifests import IMAGE, Install, render  # noqa: PLC0415 - what others need not wait for
+    from bkpool.install.manifests import IMAGE, Install, render  # noqa: PLC0415 - what others need not wait for
 
     install = Install(namespace, replicas, image or IMAGE, pool_namespaces, api_tls)
     click.echo(render(install), nl=False)

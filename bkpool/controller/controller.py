@@ -175,7 +175,7 @@ class Controller:
                 self._recorder.tell(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
             case policy.Start(worker, owner):
                 await self._start(worker, owner, pool)
-            case policy.Own(worker, owner):
+            case policy.OwnCache(worker, owner):
                 await self._runtime.own(worker.slot, owner)
             case policy.Protect(worker, held):
                 await self._runtime.protect(worker.slot, held=held)
@@ -206,22 +206,22 @@ class Controller:
         before = self._mirror.workers.get(worker.key)
         self._mirror.apply(await self._store.replace_status(worker))
         if worker.status.phase is Phase.ALLOCATED and (before is None or before.status.phase is not Phase.ALLOCATED):
-            job = f" for job {worker.lease.job_id}" if worker.lease.job_id else ""
-            until = f"{worker.lease.expires_at:%H:%M:%S} UTC"
-            self._recorder.tell(worker, "Allocated", f"leased to {worker.lease.requested_by}{job} until {until}")
+            job = f" for job {worker.held_lease.job_id}" if worker.held_lease.job_id else ""
+            until = f"{worker.held_lease.expires_at:%H:%M:%S} UTC"
+            self._recorder.tell(worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}")
 
     async def _lose(self, worker: Worker, message: str) -> None:
-        lease = worker.lease
+        lease = worker.held_lease
         log.error("lease.lost", **facts(worker), reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
-        self._mirror.apply(await self._store.replace(worker.with_allocation(lost)))
+        self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
 
     async def _finish(self, action: policy.Finish) -> None:
         """Remembers the lease in the status first: a crash in between repeats this, and forgets nothing."""
-        lease = action.worker.lease
+        lease = action.worker.held_lease
         worker = await self._store.replace_status(policy.finished(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
-        worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_allocation(None)
+        worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)
         self._mirror.apply(await self._store.replace(worker))
         reason = action.ended.reason
         log.info("lease.ended", **facts(action.worker), reason=reason.value)

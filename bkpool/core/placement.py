@@ -97,4 +97,4 @@ def last_used(worker: Worker) -> datetime:
 
 def _claimable(worker: Worker, limit: int) -> bool:
     """Nobody holds it, it is not on its way out, and its slot is within the pool's maximum."""
-    return worker.allocation is None and not worker.metadata.deletion_timestamp and worker.slot.number < limit
+    return worker.lease is None and not worker.metadata.deletion_timestamp and worker.slot.number < limit

@@ -17,7 +17,7 @@ from bkpool.core.names import Slot
 from bkpool.core.placement import free_slot, last_used
 from bkpool.core.pool import Pool, PoolStatus, Reuse
 from bkpool.core.resource import Condition
-from bkpool.core.worker import Allocation, EndedLease, EndReason, GatewayRegistration, Phase, Worker
+from bkpool.core.worker import EndedLease, EndReason, GatewayRegistration, Lease, Phase, Worker
 
 MAX_FAILURES = 5
 """Failures in a row after which a lease is lost (DESIGN rule 4)."""
@@ -91,7 +91,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Own:
+class OwnCache:
     """Give the clean cache its owner."""
 
     worker: Worker
@@ -144,7 +144,7 @@ class Remove:
     worker: Worker
 
 
-Action = Create | Start | Own | Protect | Wipe | Report | Lose | Finish | Remove
+Action = Create | Start | OwnCache | Protect | Wipe | Report | Lose | Finish | Remove
 
 
 def slot_in(action: Action) -> Slot:
@@ -153,14 +153,14 @@ def slot_in(action: Action) -> Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class Plan:
     """At most one action a slot, and when to ask again if nothing changes before."""
 
     actions: tuple[Action, ...]
     wake_at: datetime | None
 
 
-def decide(snapshot: Snapshot, now: datetime) -> Decision:
+def decide(snapshot: Snapshot, now: datetime) -> Plan:
     """What to do now for one pool."""
     actions: list[Action] = []
     deadlines: list[datetime] = []
@@ -175,14 +175,14 @@ def decide(snapshot: Snapshot, now: datetime) -> Decision:
             actions.append(Remove(worker))
             continue
         seen = snapshot.observed.get(worker.slot)
-        lease = worker.allocation
+        lease = worker.lease
         step = _idle(worker, seen, now) if lease is None else _leased(worker, lease, seen, snapshot.pool, now)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
             actions.append(step)
     actions += _floor(snapshot, spent)
-    return Decision(tuple(actions), min(deadlines, default=None))
+    return Plan(tuple(actions), min(deadlines, default=None))
 
 
 def _spent(snapshot: Snapshot) -> list[Slot]:
@@ -191,13 +191,13 @@ def _spent(snapshot: Snapshot) -> list[Slot]:
         return []
     seen = {slot: snapshot.observed[slot].cache_owner for slot in snapshot.observed}
     used = {slot for slot, owner in {**snapshot.caches, **seen}.items() if owner is not None}
-    held = {worker.slot for worker in snapshot.workers if worker.allocation is not None}
+    held = {worker.slot for worker in snapshot.workers if worker.lease is not None}
     ours = {slot for slot in used if (slot.namespace, slot.pool) == snapshot.pool.key}
     return sorted(ours - held - snapshot.busy)
 
 
 def _leased(
-    worker: Worker, lease: Allocation, seen: Observation | None, pool: Pool, now: datetime
+    worker: Worker, lease: Lease, seen: Observation | None, pool: Pool, now: datetime
 ) -> Action | datetime | None:
     over = lease.ended(now)
     if over is not None:
@@ -219,18 +219,20 @@ def _leased(
 def _made_the_holders(worker: Worker, owner: str, up: Observation) -> Action | None:
     """What is still to be done so that the cache, and the worker, are the holder's and nobody else's."""
     if up.cache_owner is None:
-        return Own(worker, owner)
+        return OwnCache(worker, owner)
     if up.cache_owner != owner:
         return Start(worker, owner)
     return Protect(worker, held=True) if up.held is False else None
 
 
 def _wind_up(
-    worker: Worker, lease: Allocation, over: EndReason, seen: Observation | None, now: datetime
+    worker: Worker, lease: Lease, over: EndReason, seen: Observation | None, now: datetime
 ) -> Action | datetime | None:
     live = [r.renewed_at + REGISTRATION_LIFE for r in _living(worker, now) if r.allocation_id == lease.id]
     if _unmarked(worker, seen):
-        return Own(worker, lease.owner)  # its holder did not have to wait for this, and whoever comes next must know
+        return OwnCache(
+            worker, lease.owner
+        )  # its holder did not have to wait for this, and whoever comes next must know
     up = _up(worker, seen)
     if not live:
         if up:  # with the end of the lease, or the next one would be led in before it is seen whose the cache is
@@ -287,12 +289,12 @@ def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: 
 
 def failed(worker: Worker, message: str, now: datetime) -> Worker:
     """The worker with one failure more. Once nobody holds it, what buildkitd said last is told to nobody."""
-    if worker.allocation is None and worker.status.cache_owner is not None:
+    if worker.lease is None and worker.status.cache_owner is not None:
         message = message.partition(LAST_WORDS)[0]
     ready_at = worker.status.ready_at
     was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
     return worker.with_status(
-        phase=Phase.FAILED if worker.allocation is None else Phase.PROVISIONING,
+        phase=Phase.FAILED if worker.lease is None else Phase.PROVISIONING,
         endpoint=None,
         pod_ip=None,
         failures=1 if was_stable else min(worker.status.failures + 1, 20),
@@ -335,7 +337,7 @@ def finished(action: Finish, now: datetime) -> Worker:
 def _surplus(snapshot: Snapshot, now: datetime) -> tuple[list[Worker], list[datetime]]:
     """Idle workers that are too many, and when the next one will be."""
     scaling = snapshot.pool.spec.scaling
-    unheld = sorted((w for w in snapshot.workers if w.allocation is None), key=last_used)
+    unheld = sorted((w for w in snapshot.workers if w.lease is None), key=last_used)
     ending = snapshot.pool.metadata.deletion_timestamp
     gone = [w for w in unheld if ending or w.metadata.deletion_timestamp or w.slot.number >= scaling.max]
     rest = [w for w in unheld if w not in gone]
@@ -353,7 +355,7 @@ def _floor(snapshot: Snapshot, spent: Sequence[Slot]) -> Iterator[Create]:
     """Workers to make so that `scaling.min` stand ready beside the leased ones, within `scaling.max`."""
     if snapshot.pool.metadata.deletion_timestamp:
         return
-    unheld = sum(w.allocation is None for w in snapshot.workers)
+    unheld = sum(w.lease is None for w in snapshot.workers)
     taken = {*snapshot.busy, *spent}
     for _ in range(snapshot.pool.spec.scaling.min - unheld - len(snapshot.busy - {w.slot for w in snapshot.workers})):
         slot = free_slot(snapshot.pool, snapshot.workers, snapshot.caches, taken=taken)
@@ -418,8 +420,8 @@ def counts(workers: Iterable[Worker]) -> dict[str, int]:
     return {
         "workers": len(workers),
         "ready": sum(w.status.endpoint is not None for w in workers),
-        "idle": sum(w.allocation is None and w.status.phase is Phase.IDLE for w in workers),
-        "allocated": sum(w.allocation is not None for w in workers),
+        "idle": sum(w.lease is None and w.status.phase is Phase.IDLE for w in workers),
+        "allocated": sum(w.lease is not None for w in workers),
     }
 
 

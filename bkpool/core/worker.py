@@ -38,7 +38,7 @@ class EndReason(StrEnum):
     ABANDONED = "abandoned"
 
 
-class Allocation(Model):
+class Lease(Model):
     """A lease: one worker, one holder. It is made, changed and ended by compare-and-swap only."""
 
     id: StrictStr
@@ -111,7 +111,7 @@ class WorkerSpec(Model):
     """Whose worker it is and who holds it."""
 
     pool_ref: PoolRef
-    allocation: Allocation | None = None
+    allocation: Lease | None = None
 
 
 class WorkerStatus(Model):
@@ -168,12 +168,12 @@ class Worker(Resource):
         return Key(self.metadata.namespace, self.spec.pool_ref.name)
 
     @property
-    def allocation(self) -> Allocation | None:
+    def lease(self) -> Lease | None:
         """The lease on it, if any."""
         return self.spec.allocation
 
     @property
-    def way(self) -> str | None:
+    def routable_endpoint(self) -> str | None:
         """Where the holder of its lease may be led now; None while there is no lease, or its worker is not ready.
 
         A worker that stood idle is ready the moment it is claimed, if its cache is the holder's already, or needs no
@@ -186,24 +186,24 @@ class Worker(Resource):
         return status.endpoint if status.cache_owner == lease.owner or unmarked else None
 
     @property
-    def lease(self) -> Allocation:
+    def held_lease(self) -> Lease:
         """The lease on it, for whoever knows that there is one. Raises RuntimeError where there is none."""
         if self.spec.allocation is None:
             raise RuntimeError(f"{self.key} is not leased")
         return self.spec.allocation
 
-    def with_allocation(self, allocation: Allocation | None) -> Worker:
+    def with_lease(self, lease: Lease | None) -> Worker:
         """This worker, held by that lease (or by nobody). While it is held, a finalizer keeps its object."""
         others = tuple(name for name in self.metadata.finalizers if name != FINALIZER)
-        finalizers = others if allocation is None else (*others, FINALIZER)
-        return self.but(metadata=self.metadata.but(finalizers=finalizers), spec=self.spec.but(allocation=allocation))
+        finalizers = others if lease is None else (*others, FINALIZER)
+        return self.but(metadata=self.metadata.but(finalizers=finalizers), spec=self.spec.but(allocation=lease))
 
     def with_status(self, **changes: Any) -> Worker:
         """This worker with these fields of its status changed."""
         return self.but(status=self.status.but(**changes))
 
 
-def new_worker(slot: Slot, pool: Pool, allocation: Allocation | None, labels: Mapping[str, str]) -> Worker:
+def new_worker(slot: Slot, pool: Pool, lease: Lease | None, labels: Mapping[str, str]) -> Worker:
     """The worker object for a slot, owned by its pool."""
     name = slot.worker.name
     own = {LABEL_MANAGED: MANAGER, LABEL_POOL: slot.pool, LABEL_PURPOSE: PURPOSE_WORKER, LABEL_WORKER: name}
@@ -215,4 +215,4 @@ def new_worker(slot: Slot, pool: Pool, allocation: Allocation | None, labels: Ma
             owner_references=(OwnerReference(kind=Pool.KIND, name=pool.key.name, uid=pool.uid, controller=True),),
         ),
         spec=WorkerSpec(pool_ref=PoolRef(name=slot.pool)),
-    ).with_allocation(allocation)
+    ).with_lease(lease)

@@ -12,7 +12,7 @@ from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.identity import Authenticator, Caller, Identity, Verdict
-from bkpool.identity.rules import Decision, decide, unconfigured
+from bkpool.identity.rules import AccessDecision, decide, unconfigured
 
 LONGEST_BEARER = 16_384
 """Characters. GitHub's tokens have about 1,500, Azure's with many groups some thousands."""
@@ -25,7 +25,7 @@ _HINT = (
 _ASK = "Ask whoever runs this appliance; `bkpool auth check` explains a decision."
 
 
-class Access:
+class AccessControl:
     """Who is calling, and may they.
 
     Args:
@@ -80,7 +80,7 @@ class Access:
             raise away
         return caller
 
-    def decide(self, identities: Iterable[Identity], pool: Pool) -> Decision:
+    def decide(self, identities: Iterable[Identity], pool: Pool) -> AccessDecision:
         """Whether one of these may use the pool, and why."""
         return decide(identities, pool, open_to_all=self.open_to_all)
 
@@ -96,7 +96,7 @@ def refusal(caller: Caller) -> str:
     return f"The bearer token is refused: {'; '.join(reasons)}" if reasons else "The bearer token is not known here"
 
 
-def forbidden(decision: Decision, pool: str) -> Forbidden:
+def forbidden(decision: AccessDecision, pool: str) -> Forbidden:
     """The error of a decision against a caller."""
     name = decision.identity.name if decision.identity else "the caller"
     return Forbidden(

@@ -15,8 +15,8 @@ from bkpool.core.errors import Unauthenticated
 from bkpool.core.pool import Pool
 from bkpool.identity import EVERYWHERE, Scope, Verdict
 from bkpool.identity.claims import identify
+from bkpool.identity.issuer_keys import Issuers
 from bkpool.identity.jwt import Token, looks_like_one, parse, shown, verify_claims, verify_signature
-from bkpool.identity.keys import Issuers
 
 _SOURCE = "OIDC"
 _SERVICE_ACCOUNT = "system:serviceaccount:"

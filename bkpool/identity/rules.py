@@ -18,7 +18,7 @@ from bkpool.identity import Identity
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class AccessDecision:
     """Whether a pool may be used, by whom, and why."""
 
     allowed: bool
@@ -32,7 +32,7 @@ def unconfigured(pools: Iterable[Pool], configs: Iterable[OIDCConfig]) -> bool:
     return not any(True for _ in configs) and not any(pool.spec.auth.says_something for pool in pools)
 
 
-def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> Decision:
+def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> AccessDecision:
     """Whether one of these identities may use the pool; the first that may is taken.
 
     Args:
@@ -40,14 +40,14 @@ def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> 
         pool: The pool.
         open_to_all: From `unconfigured`.
     """
-    refused: Decision | None = None
+    refused: AccessDecision | None = None
     for identity in identities:
         allowed, reason = _judged(identity, pool, open_to_all=open_to_all)
-        decision = Decision(allowed, reason, identity)
+        decision = AccessDecision(allowed, reason, identity)
         if allowed:
             return decision
         refused = refused or decision
-    return refused or Decision(allowed=False, reason="the caller is not known")
+    return refused or AccessDecision(allowed=False, reason="the caller is not known")
 
 
 def _judged(identity: Identity, pool: Pool, *, open_to_all: bool) -> tuple[bool, str]:

@@ -4,6 +4,6 @@ The only room that imports the package `kubernetes`, of which it takes the readi
 credentials. It knows nothing of pools, workers or pods.
 """
 
-from bkpool.kube.client import Access, Doc, KubeApi
+from bkpool.kube.client import ClusterAccess, Doc, KubeApi
 
-__all__ = ["Access", "Doc", "KubeApi"]
+__all__ = ["ClusterAccess", "Doc", "KubeApi"]

@@ -44,7 +44,7 @@ _IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class ClusterAccess:
     """Which cluster, and as whom. Nothing given: this pod's own cluster, else the user's default kubeconfig."""
 
     kubeconfig: Path | None = None
@@ -66,7 +66,7 @@ class KubeApi:
         self.namespace = namespace
 
     @classmethod
-    async def connect(cls, access: Access) -> Self:
+    async def connect(cls, access: ClusterAccess) -> Self:
         """Reads the access; asks the server nothing yet.
 
         Raises:
@@ -248,7 +248,7 @@ def _session(configuration: Configuration) -> aiohttp.ClientSession:
     )
 
 
-async def _configuration(access: Access) -> tuple[Configuration, str]:
+async def _configuration(access: ClusterAccess) -> tuple[Configuration, str]:
     from kubernetes.aio import config  # noqa: PLC0415 - a second to import, and only clusters need it
     from kubernetes.aio.client import Configuration as Settings  # noqa: PLC0415
 

@@ -4,7 +4,7 @@ From PATH where new enough, else from bkpool's cache, else a verified download o
 from the module that the package carries. Nothing unverified, half-made or unasked-for is ever run.
 """
 
-from bkpool.toolchain.chain import Found, Progress, Toolchain, default_cache
+from bkpool.toolchain.resolver import Found, ReportProgress, Toolchain, default_cache
 from bkpool.toolchain.table import Tool
 
-__all__ = ["Found", "Progress", "Tool", "Toolchain", "default_cache"]
+__all__ = ["Found", "ReportProgress", "Tool", "Toolchain", "default_cache"]

@@ -14,11 +14,11 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from bkpool.toolchain import gobuild, kernel
-from bkpool.toolchain.chain import Toolchain
-from bkpool.toolchain.host import Check, Host
+from bkpool.toolchain.host import Check, HostFacts
+from bkpool.toolchain.resolver import Toolchain
 from bkpool.toolchain.table import Tool, release_of
 
-__all__ = ["Check", "Host", "checks"]
+__all__ = ["Check", "HostFacts", "checks"]
 
 _PYTHON = (3, 11)
 _GB = 10**9
@@ -32,7 +32,7 @@ def checks(
     ports: Mapping[str, int],
     *,
     ours: AbstractSet[int] = frozenset(),
-    host: Host | None = None,
+    host: HostFacts | None = None,
 ) -> Iterator[Check]:
     """All findings about this machine, as they are made.
 
@@ -43,7 +43,7 @@ def checks(
         ours: The ports that an appliance of this home has already.
         host: The machine and user; by default this one.
     """
-    host = host or Host()
+    host = host or HostFacts()
     yield _python(host)
     for tool in (Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC, *([Tool.ROOTLESSKIT] if host.uid else [])):
         yield _tool(toolchain, tool)
@@ -55,7 +55,7 @@ def checks(
     yield _cache(toolchain.cache)
 
 
-def _python(host: Host) -> Check:
+def _python(host: HostFacts) -> Check:
     told = ".".join(map(str, host.python))
     if host.python >= _PYTHON:
         return Check("python", True, told)
@@ -108,7 +108,7 @@ def _disk(home: Path) -> Check:
     return Check("disk", True, told)
 
 
-def _home(home: Path, host: Host) -> Check:
+def _home(home: Path, host: HostFacts) -> Check:
     if not _exists(home):
         return _to_be_made("home", home, "BKPOOL_HOME")
     found = home.stat()

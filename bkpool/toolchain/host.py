@@ -32,7 +32,7 @@ def _own_name() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class HostFacts:
     """The machine and the user that are looked at; by default this one."""
 
     root: Path = Path("/")

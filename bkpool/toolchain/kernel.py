@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bkpool.toolchain import packages
-from bkpool.toolchain.host import Check, Host
+from bkpool.toolchain.host import Check, HostFacts
 from bkpool.toolchain.table import ARCHITECTURES
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -33,7 +33,7 @@ _EMULATED = {
 }
 
 
-def checks(host: Host, home: Path) -> Iterator[Check]:
+def checks(host: HostFacts, home: Path) -> Iterator[Check]:
     """The findings about kernel and rights, for the user of `host` and state kept in `home`."""
     if host.uid == 0:
         yield _privileges(host)
@@ -47,7 +47,7 @@ def checks(host: Host, home: Path) -> Iterator[Check]:
     yield _platforms(host)
 
 
-def _privileges(host: Host) -> Check:
+def _privileges(host: HostFacts) -> Check:
     status = dict(line.split(":", 1) for line in (host.read("proc/self/status") or "").splitlines() if ":" in line)
     if int(status.get("CapEff", "0").strip(), 16) >> _CAP_SYS_ADMIN & 1:
         return Check("privileges", True, "root, with CAP_SYS_ADMIN")
@@ -59,7 +59,7 @@ def _privileges(host: Host) -> Check:
     )
 
 
-def _cgroups(host: Host) -> Check:
+def _cgroups(host: HostFacts) -> Check:
     top = host.root / "sys/fs/cgroup"
     unified = (top / "cgroup.controllers").exists()
     needed = [top] if unified else [top / "memory", top / "pids"]
@@ -74,7 +74,7 @@ def _cgroups(host: Host) -> Check:
     )
 
 
-def _namespaces(host: Host) -> Check:
+def _namespaces(host: HostFacts) -> Check:
     name = "user namespaces"
     if not os.path.lexists(host.root / "proc/self/ns/user"):
         return Check(name, False, "the kernel has none", "Use a kernel with CONFIG_USER_NS, or run bkpool as root.")
@@ -90,7 +90,7 @@ def _namespaces(host: Host) -> Check:
     return Check(name, True, "open to ordinary users")
 
 
-def _id_mappers(host: Host) -> Check:
+def _id_mappers(host: HostFacts) -> Check:
     found = {name: shutil.which(name, path=host.search_path) for name in ("newuidmap", "newgidmap")}
     lacking = [name for name, path in found.items() if path is None]
     if lacking:
@@ -109,7 +109,7 @@ def _may_map(path: Path) -> bool:
         return False
 
 
-def _subordinates(host: Host, file: str) -> Check:
+def _subordinates(host: HostFacts, file: str) -> Check:
     lines = [line.strip().split(":") for line in (host.read(f"etc/{file}") or "").splitlines()]
     counts = [line[2] for line in lines if len(line) == 3 and line[0] in {host.user, str(host.uid)}]  # noqa: PLR2004 - subuid(5)
     most = max((int(count) for count in counts if count.isdecimal()), default=0)
@@ -124,7 +124,7 @@ def _subordinates(host: Host, file: str) -> Check:
     )
 
 
-def _overlay(host: Host, home: Path) -> Check:
+def _overlay(host: HostFacts, home: Path) -> Check:
     slow = "layers are copied, which is slow and takes disk"
     if "\toverlay" not in (host.read("proc/filesystems") or ""):
         return Check("overlayfs", None, f"not loaded: {slow}", "Run as root: modprobe overlay")
@@ -135,7 +135,7 @@ def _overlay(host: Host, home: Path) -> Check:
     return Check("overlayfs", True, f"there; {home} is on {kind}" if kind else "there")
 
 
-def _filesystem(host: Host, path: Path) -> str:
+def _filesystem(host: HostFacts, path: Path) -> str:
     """The type of the filesystem that a path is, or would be, on (proc(5), mountinfo)."""
     longest, kind = -1, ""
     for line in (host.read("proc/self/mountinfo") or "").splitlines():
@@ -146,13 +146,13 @@ def _filesystem(host: Host, path: Path) -> str:
     return kind
 
 
-def _seccomp(host: Host) -> Check:
+def _seccomp(host: HostFacts) -> Check:
     if host.read("proc/sys/kernel/seccomp/actions_avail"):
         return Check("seccomp", True, "filters available")
     return Check("seccomp", None, "the kernel has no seccomp filters: builds run without", "Use another kernel.")
 
 
-def _platforms(host: Host) -> Check:
+def _platforms(host: HostFacts) -> Check:
     native = f"linux/{ARCHITECTURES.get(host.machine, host.machine)}"
     registered = {name: host.read(f"proc/sys/fs/binfmt_misc/{name}") or "" for name in _EMULATED}
     enabled = {name: text for name, text in registered.items() if text.startswith("enabled")}

@@ -19,10 +19,10 @@ import structlog
 
 from bkpool.core import tokens
 from bkpool.core.names import Key
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.server import Gateway, default_threads
-from bkpool.gateway.table import LeaseTable, Route
+from bkpool.gateway.control.server import Gateway, default_threads
+from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.metrics import GatewayMetrics
 
 HOUR = 3600.0
 POOL = Key("default", "p")
@@ -31,11 +31,11 @@ POOL = Key("default", "p")
 class Agrees:
     """A registrar without a store."""
 
-    async def register(self, route: Route, connections: int) -> None: ...
+    async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
-    async def renew(self, route: Route, connections: int) -> None: ...
+    async def renew(self, route: LeaseRoute, connections: int) -> None: ...
 
-    async def withdraw(self, route: Route) -> None: ...
+    async def withdraw(self, route: LeaseRoute) -> None: ...
 
     async def find(self, token_sha256: str) -> None: ...
 
@@ -46,7 +46,7 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
     routes = {}
     for number, (token, endpoint) in enumerate(leases.items()):
         digest = tokens.digest(token)
-        routes[digest] = Route(
+        routes[digest] = LeaseRoute(
             token_sha256=digest,
             allocation_id=f"allocation-{number}",
             worker=Key("default", f"p-worker-{number}"),
@@ -61,7 +61,7 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
     return LeaseTable(MappingProxyType(routes), MappingProxyType({}), frozenset({POOL}))
 
 
-def counters(metrics: Metrics) -> dict[str, float]:
+def counters(metrics: GatewayMetrics) -> dict[str, float]:
     value = metrics.registry.get_sample_value
     refused = {"pool": "", "reason": "TlsFailed"}
     return {
@@ -73,12 +73,12 @@ def counters(metrics: Metrics) -> dict[str, float]:
 async def main() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     settings: dict[str, Any] = json.loads(await asyncio.to_thread(sys.stdin.readline))
-    metrics = Metrics()
+    metrics = GatewayMetrics()
     gateway = Gateway(
         Agrees(),
         now=lambda: datetime.now(UTC),
         metrics=metrics,
-        limits=replace(Limits(), **settings["limits"]),
+        limits=replace(GatewayLimits(), **settings["limits"]),
         threads=default_threads(),
     )
     gateway.set_server_certificate(*(settings[part].encode() for part in ("cert", "key", "ca")))

@@ -17,7 +17,7 @@ import pytest
 from gateway.cables import Cable, Machine, inside
 
 import tests.gateway.conftest
-from bkpool.gateway.server import Gateway, new_loop
+from bkpool.gateway.control.server import Gateway, new_loop
 from support.ways import BOTH, Backend, Where, drink, flood, in_threads, running_way
 from tests.gateway.conftest import _libuv, ca, new_world  # noqa: F401 - fixtures
 

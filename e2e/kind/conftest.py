@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kind.objects import custom_resources, store  # noqa: F401 - fixtures
 
-from bkpool.kube.client import Access, KubeApi
+from bkpool.kube.client import ClusterAccess, KubeApi
 from kind_cluster import E2eCluster, Kubectl
 
 
@@ -20,7 +20,7 @@ def kubeconfig(cluster: E2eCluster) -> Path:
 
 @pytest.fixture
 async def api(cluster: E2eCluster) -> AsyncIterator[KubeApi]:
-    api = await KubeApi.connect(Access(kubeconfig=cluster.kubeconfig))
+    api = await KubeApi.connect(ClusterAccess(kubeconfig=cluster.kubeconfig))
     yield api
     await api.close()
 

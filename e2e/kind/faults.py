@@ -27,7 +27,7 @@ from typing import Self
 import aiohttp
 from aiohttp import web
 
-from bkpool.kube import Access, KubeApi
+from bkpool.kube import ClusterAccess, KubeApi
 
 _HOP = {
     "connection",
@@ -126,7 +126,7 @@ class FaultProxy:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        api = await KubeApi.connect(Access(self._upstream))
+        api = await KubeApi.connect(ClusterAccess(self._upstream))
         self._session = api._session
         runner = web.ServerRunner(
             web.Server(self._handle, access_log=None, handler_cancellation=True), shutdown_timeout=0

@@ -11,12 +11,12 @@ from contextlib import aclosing, suppress
 
 import pytest
 
-from bkpool.cluster import crds
 from bkpool.core.errors import Conflict, NotFound
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Worker, new_worker
+from bkpool.install import crds
 from bkpool.kube import KubeApi, paths
 from bkpool.store.kubernetes import KubernetesStore
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from bkpool.cluster import crds
 from bkpool.core.pool import PoolSpec
+from bkpool.install import crds
 
 HEAD = {
     "apiVersion": "buildkit.smrt-devops.net/v1alpha1",

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bkpool.cluster import crds
-from bkpool.cluster.manifests import Install, render
 from bkpool.core.documents import read_documents
 from bkpool.core.ignored import CLUSTER_IGNORES, ignored_fields, ignored_in_config
+from bkpool.install import crds
+from bkpool.install.manifests import Install, render
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)

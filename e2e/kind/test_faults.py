@@ -11,12 +11,12 @@ import pytest
 from kind.faults import FaultProxy
 from store.test_contract import a_pool, scaled, seen
 
-from bkpool.cluster.kind import Cluster
 from bkpool.core.errors import Conflict, Gone, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker
-from bkpool.kube import Access, KubeApi
+from bkpool.kind.lifecycle import Cluster
+from bkpool.kube import ClusterAccess, KubeApi
 from bkpool.kube import client as kube_client
 from bkpool.store import kubernetes
 from bkpool.store.kubernetes import KubernetesStore
@@ -37,7 +37,7 @@ def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultProxy]:
 @pytest.fixture
 async def behind(proxy: FaultProxy) -> AsyncIterator[KubernetesStore]:
     """The store as it looks through the proxy; `store` looks past it."""
-    api = await KubeApi.connect(Access(proxy.kubeconfig))
+    api = await KubeApi.connect(ClusterAccess(proxy.kubeconfig))
     yield KubernetesStore(api)
     await api.close()
 

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from bkpool.cluster import crds
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import Unavailable
@@ -19,10 +18,11 @@ from bkpool.core.names import AUDIENCE
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
-from bkpool.identity.bearers import FRESH, PoolTokens, SecretTokens
 from bkpool.identity.service_accounts import ServiceAccounts
+from bkpool.identity.static_tokens import FRESH, PoolTokens, SecretTokens
+from bkpool.install import crds
 from bkpool.kube import paths
-from bkpool.kube.client import Access, KubeApi
+from bkpool.kube.client import ClusterAccess, KubeApi
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
@@ -95,7 +95,7 @@ async def test_an_api_server_that_is_away_or_denies_the_right_is_no_refusal(clus
     ):
         path = tmp_path / "kubeconfig"
         path.write_text(_changed(cluster.kubeconfig.read_text(), **changes))
-        api = await KubeApi.connect(Access(kubeconfig=path))
+        api = await KubeApi.connect(ClusterAccess(kubeconfig=path))
         try:
             with pytest.raises(Unavailable, match="cannot be checked"):
                 await ServiceAccounts(api).authenticate(token)
@@ -105,7 +105,7 @@ async def test_an_api_server_that_is_away_or_denies_the_right_is_no_refusal(clus
 
 async def _audience(cluster) -> str:
     """For whom tokens for the API server itself are made."""
-    api = await KubeApi.connect(Access(kubeconfig=cluster.kubeconfig))
+    api = await KubeApi.connect(ClusterAccess(kubeconfig=cluster.kubeconfig))
     try:
         return (await api.get("/.well-known/openid-configuration"))["issuer"]
     finally:

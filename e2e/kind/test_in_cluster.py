@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from kind.faults import FaultProxy
 
-from bkpool.cluster.engine import Engine
+from bkpool.kind.engine import Engine
 from bkpool.toolchain import default_cache
 from harness import Appliance, Certificates, Context, eventually, free_port, really_ran, run
 from kind_cluster import kind_of

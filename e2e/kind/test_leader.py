@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bkpool.cluster.leader import Leadership
+from bkpool.kube.leader import Leadership
 
 LEASE = "e2e-leader"
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import docker
 import pytest
 
-from bkpool.cluster.engine import Engine, engine_fault
-from bkpool.cluster.kind import CONFIG, Cluster, Kind, Marker
 from bkpool.core.errors import HostFault
+from bkpool.kind.engine import Engine, engine_fault
+from bkpool.kind.lifecycle import CONFIG, Cluster, Kind, Marker
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from kind_cluster import IMAGE_ARCHIVES, NODE_IMAGE, Kubectl, kind_of, shifted
 
@@ -81,8 +81,8 @@ def wait(condition: Callable[[], object], what: str, seconds: float = 60.0) -> N
 
 def test_what_an_interrupted_start_left_is_cleared_away_and_the_cluster_made(engine, kind, config, homes):
     script = (
-        "import sys; from pathlib import Path; from bkpool.cluster.engine import Engine; "
-        "from bkpool.cluster.kind import Kind; program, home, name, config, image = sys.argv[1:]; "
+        "import sys; from pathlib import Path; from bkpool.kind.engine import Engine; "
+        "from bkpool.kind.lifecycle import Kind; program, home, name, config, image = sys.argv[1:]; "
         "Kind(Path(program), Engine.connect(), Path(home), print).ensure("
         "name, config=Path(config), node_image=image or None)"
     )

@@ -16,14 +16,14 @@ import pytest
 import yaml
 from cryptography import x509
 
-from bkpool.cluster import crds
-from bkpool.cluster.manifests import Install, render
-from bkpool.cluster.pool_gateways import PoolGateways
+from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.errors import Conflict, Forbidden
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
-from bkpool.kube import Access, KubeApi, paths
+from bkpool.install import crds
+from bkpool.install.manifests import Install, render
+from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
@@ -102,7 +102,7 @@ async def appliance(api, cluster, system, namespace, tmp_path):
         user["user"] = {"token": token}
     file = tmp_path / "kubeconfig"
     file.write_text(yaml.safe_dump(config))
-    opened = await KubeApi.connect(Access(file))
+    opened = await KubeApi.connect(ClusterAccess(file))
     yield opened
     await opened.close()
 
@@ -122,7 +122,16 @@ async def running(api, *, now=lambda: datetime.now(UTC)):
     """The gateways of all pools, kept for as long as the block lasts."""
     mirror = Mirror(KubernetesStore(api))
     image, recorder = "registry.example.com/bkpool:1", Told()
-    gateways = PoolGateways(api, mirror, SECRETS, image=image, namespace="system", now=now, recorder=recorder)
+    gateways = PoolGateways(
+        api,
+        mirror,
+        SECRETS,
+        image=image,
+        controller="buildkit-controller",
+        namespace="system",
+        now=now,
+        recorder=recorder,
+    )
     gateways.told = recorder.told
     gateways.changed = asyncio.Event()
     gateways.on_change(gateways.changed.set)

@@ -21,7 +21,7 @@ from prometheus_client import generate_latest
 from soak.census import census
 
 from bkpool.core.worker import EndReason
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
 
 HANDSHAKE = 2.0
 """Seconds for a handshake, instead of 10: many here never end, and the soak waits for the last of them."""

@@ -22,11 +22,11 @@ async def test_a_cold_pool_makes_a_worker_for_the_lease(world):
     grant = await world.replicas[0].allocate()
     worker = (await world.workers())["p-worker-0"]
     assert worker.status.phase is Phase.ALLOCATED
-    assert worker.allocation.token_sha256 == tokens.digest(grant.token)
+    assert worker.lease.token_sha256 == tokens.digest(grant.token)
     assert grant.token not in str(worker.to_json()), "only the digest is stored"
     leaf = x509.load_pem_x509_certificate(grant.certificate_pem)
     assert leaf.subject.rfc4514_string() == f"CN=alloc:{grant.token}"
-    assert leaf.not_valid_after_utc == worker.allocation.not_after.replace(microsecond=0)
+    assert leaf.not_valid_after_utc == worker.lease.not_after.replace(microsecond=0)
 
 
 async def test_a_warm_worker_is_taken_and_the_floor_is_filled_again(world):
@@ -52,7 +52,7 @@ async def test_the_same_caller_gets_its_cache_back_and_another_never_does(world)
     await world.until(lambda: len(world.held()) == 1)
     third = await api.allocate(ANN)
     assert world.runtime.wiped == [other.worker.slot], "the pool is full: the least recently used cache is wiped"
-    assert world.runtime.daemons[third.worker.slot].cache_owner == third.worker.allocation.owner
+    assert world.runtime.daemons[third.worker.slot].cache_owner == third.worker.lease.owner
 
 
 async def test_reuse_never_wipes_between_leases_of_the_same_caller(world):
@@ -123,7 +123,7 @@ async def test_a_caller_who_goes_away_while_his_worker_starts_leaves_no_lease(wo
     await world.until(world.held)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
-    await world.until(lambda: not any(w.allocation.ended_at is None for w in world.held()))
+    await world.until(lambda: not any(w.lease.ended_at is None for w in world.held()))
     world.runtime.gate.set()
     await world.until(lambda: not world.held())
 
@@ -140,7 +140,7 @@ async def test_wherever_a_caller_is_cut_off_nothing_stays_leased(world, steps):
         assert isinstance(result, asyncio.CancelledError)
     await world.replicas[0].claims.close()
     await world.until(lambda: not world.held())
-    assert not [w for w in (await world.workers()).values() if w.allocation and not w.allocation.ended_at]
+    assert not [w for w in (await world.workers()).values() if w.lease and not w.lease.ended_at]
 
 
 async def test_a_claim_that_is_being_written_is_undone_before_the_service_closes(world, monkeypatch):
@@ -164,7 +164,7 @@ async def test_a_claim_that_is_being_written_is_undone_before_the_service_closes
     assert not closing.done()
     may_go_on.set()
     await closing
-    assert not [w for w in (await world.workers()).values() if w.allocation and not w.allocation.ended_at]
+    assert not [w for w in (await world.workers()).values() if w.lease and not w.lease.ended_at]
 
 
 async def test_nothing_in_time_is_said_with_its_reason(world):
@@ -293,7 +293,7 @@ async def test_a_lease_whose_maker_was_killed_before_it_wrote_the_token_is_finis
     api = world.replicas[0]
     first = await api.allocate(job_id="j")
     worker = (await world.workers())["p-worker-0"]
-    await world.store.replace(worker.with_allocation(worker.lease.but(token_sha256="")))
+    await world.store.replace(worker.with_lease(worker.held_lease.but(token_sha256="")))
     again = await api.allocate(job_id="j")
     assert again.token == first.token
-    assert (await world.workers())["p-worker-0"].lease.token_sha256 == tokens.digest(first.token)
+    assert (await world.workers())["p-worker-0"].held_lease.token_sha256 == tokens.digest(first.token)

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from structlog.testing import capture_logs
 
-from bkpool.allocation import Own
+from bkpool.allocation import OwnLease
 from bkpool.core import policy
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
@@ -31,11 +31,11 @@ def leases(world):
 async def test_renew_moves_the_end_but_never_beyond_the_certificate(world, grant, leases):
     world.clock.advance(minutes=30)
     worker = await leases.renew(grant.token, None)
-    assert worker.lease.expires_at == world.clock() + timedelta(hours=1)
+    assert worker.held_lease.expires_at == world.clock() + timedelta(hours=1)
     world.clock.advance(minutes=59)
     await leases.renew(grant.token, timedelta(hours=3))
     worker = await leases.lookup(grant.token)
-    assert worker.allocation.expires_at == worker.allocation.not_after
+    assert worker.lease.expires_at == worker.lease.not_after
     with pytest.raises(InvalidInput):
         await leases.renew(grant.token, timedelta(hours=4))
 
@@ -72,7 +72,7 @@ async def test_a_worker_that_dies_comes_back_with_its_lease_and_cache(world, gra
     await world.until(lambda: any(w.status.failures == 1 for w in world.held()))
     world.clock.advance(seconds=5)
     await world.until(lambda: world.held()[0].status.phase is Phase.ALLOCATED and world.held()[0].status.endpoint)
-    assert (await leases.lookup(grant.token)).allocation.id == grant.worker.allocation.id
+    assert (await leases.lookup(grant.token)).lease.id == grant.worker.lease.id
     assert world.runtime.wiped == []
 
 
@@ -91,7 +91,7 @@ async def test_a_worker_that_keeps_dying_loses_the_lease_with_the_reason(world, 
 
 async def test_a_worker_is_not_given_on_while_a_gateway_may_hold_it(world, grant, leases):
     worker = await leases.lookup(grant.token)
-    entry = GatewayRegistration(gateway="g", allocation_id=worker.allocation.id, renewed_at=world.clock())
+    entry = GatewayRegistration(gateway="g", allocation_id=worker.lease.id, renewed_at=world.clock())
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
     await leases.release(grant.token)
     await world.until(lambda: world.held() and world.held()[0].status.phase is Phase.DRAINING)
@@ -106,7 +106,7 @@ async def test_idle_workers_go_after_their_delay_and_the_cache_stays(world, gran
     await world.until(lambda: not world.held())
     world.clock.advance(minutes=16)
     await world.until(lambda: not world.replicas[0].mirror.workers and not world.runtime.daemons)
-    assert world.runtime.owners[grant.worker.slot] == grant.worker.allocation.owner
+    assert world.runtime.owners[grant.worker.slot] == grant.worker.lease.owner
 
 
 async def test_the_pools_status_follows(world, grant):
@@ -124,11 +124,11 @@ async def test_what_runs_without_a_worker_is_stopped(world, grant):
 
 async def test_who_made_a_lease_may_renew_and_end_it_and_nobody_else_finds_it(world, grant, leases):
     key = grant.worker.key
-    mine, others = Own(key, (BOB, ANN)), Own(key, (BOB,))
-    nowhere = Own(Key(key.namespace, "p-worker-7"), (ANN,))
-    elsewhere = Own(key, (dataclasses.replace(ANN, scope=Scope("other")),))
+    mine, others = OwnLease(key, (BOB, ANN)), OwnLease(key, (BOB,))
+    nowhere = OwnLease(Key(key.namespace, "p-worker-7"), (ANN,))
+    elsewhere = OwnLease(key, (dataclasses.replace(ANN, scope=Scope("other")),))
     world.clock.advance(minutes=30)
-    assert (await leases.renew(mine, None)).lease.expires_at == world.clock() + timedelta(hours=1)
+    assert (await leases.renew(mine, None)).held_lease.expires_at == world.clock() + timedelta(hours=1)
     for named in (others, nowhere, elsewhere):
         for ask in (leases.release(named), leases.renew(named, None)):
             with pytest.raises(NotFound, match="there is no lease of yours on p-worker-"):
@@ -141,7 +141,7 @@ async def test_who_made_a_lease_may_renew_and_end_it_and_nobody_else_finds_it(wo
 
 
 async def test_the_admin_may_end_every_lease(world, grant, leases):
-    await leases.release(Own(grant.worker.key, (Identity("root", admin=True),)))
+    await leases.release(OwnLease(grant.worker.key, (Identity("root", admin=True),)))
     await world.until(lambda: not world.held())
 
 
@@ -154,13 +154,15 @@ async def test_a_maximum_that_was_lowered_holds_for_leases_there_are(world, gran
             lowered = True
     await world.until(lambda: world.replicas[0].mirror.pools[POOL].spec.gateway.token_ttl == timedelta(minutes=30))
     world.clock.advance(minutes=40)
-    made = grant.worker.lease.allocated_at
-    assert (await leases.renew(grant.token, None)).lease.expires_at == made + timedelta(minutes=50)
+    made = grant.worker.held_lease.allocated_at
+    assert (await leases.renew(grant.token, None)).held_lease.expires_at == made + timedelta(minutes=50)
     await leases.change((await leases.lookup(grant.token)), lambda lease: lease.but(expires_at=lease.not_after))
     world.clock.advance(minutes=15)
     with pytest.raises(InvalidInput, match="has run for the pool's maximum of 50m already"):
         await leases.renew(grant.token, None)
-    assert (await leases.lookup(grant.token)).lease.expires_at == made + timedelta(hours=3), "it is not cut short"
+    assert (await leases.lookup(grant.token)).held_lease.expires_at == made + timedelta(hours=3), (
+        "it is not cut short"
+    )
 
 
 async def test_every_end_of_a_lease_is_one_line_with_whose_it_was(world, grant, leases):
@@ -185,7 +187,7 @@ async def test_every_end_of_a_lease_is_one_line_with_whose_it_was(world, grant, 
         for line in lines
         if line["event"].startswith("lease.")
     ]
-    ids = [made.worker.lease.id for made in (grant, second, third)]
+    ids = [made.worker.held_lease.id for made in (grant, second, third)]
     assert told == [
         ("lease.renewed", "ann", ids[0], None),
         ("lease.released", "ann", ids[0], None),

@@ -122,7 +122,7 @@ async def test_the_identity_that_may_is_taken_of_several(api):
         Identity("bob", source="here"),
     )
     await lease_of(api, "both")
-    assert api.world.held()[0].lease.requested_by == "bob"
+    assert api.world.held()[0].held_lease.requested_by == "bob"
 
 
 async def test_jobs_are_per_identity_and_not_per_name(api):

@@ -105,7 +105,7 @@ class PoolMachine(RuleBasedStateMachine):
         """Gateways that live renew what is connected; the others' registrations run out."""
         self.now += timedelta(minutes=minutes)
         for worker in list(self.store.workers.values()):
-            held = worker.allocation
+            held = worker.lease
             if held and held.id in self.connected:
                 registration = GatewayRegistration(gateway="g", allocation_id=held.id, renewed_at=self.now)
                 self.store.replace_status(worker.with_status(gateways=(registration,)))
@@ -137,32 +137,30 @@ class PoolMachine(RuleBasedStateMachine):
             if isinstance(spot, Slot):
                 worker = self.store.create(new_worker(spot, self.pool, made, {}), self.now)
             else:
-                worker = self.store.replace(spot.with_allocation(made))
+                worker = self.store.replace(spot.with_lease(made))
         except Lost:
             return
         self.answered[made.id] = (worker.key.name, tenant)
 
     def _live(self):
-        return [w for w in self.store.workers.values() if w.allocation and not w.allocation.ended(self.now)]
+        return [w for w in self.store.workers.values() if w.lease and not w.lease.ended(self.now)]
 
     @precondition(lambda self: self._live())
     @rule(data=st.data())
     def release(self, data):
         worker = data.draw(st.sampled_from(sorted(self._live(), key=lambda w: w.key)))
-        ended = worker.allocation.but(ended_at=self.now, end_reason=EndReason.RELEASED)
-        self.store.replace(worker.with_allocation(ended))
+        ended = worker.lease.but(ended_at=self.now, end_reason=EndReason.RELEASED)
+        self.store.replace(worker.with_lease(ended))
 
     @precondition(lambda self: self._live())
     @rule(data=st.data())
     def renew(self, data):
         worker = data.draw(st.sampled_from(sorted(self._live(), key=lambda w: w.key)))
-        until = min(self.now + timedelta(hours=1), worker.allocation.not_after)
-        self.store.replace(worker.with_allocation(worker.allocation.but(expires_at=until)))
+        until = min(self.now + timedelta(hours=1), worker.lease.not_after)
+        self.store.replace(worker.with_lease(worker.lease.but(expires_at=until)))
 
     def _routable(self):
-        return [
-            w for w in self.view.values() if w.allocation and w.status.phase is Phase.ALLOCATED and w.status.endpoint
-        ]
+        return [w for w in self.view.values() if w.lease and w.status.phase is Phase.ALLOCATED and w.status.endpoint]
 
     @precondition(lambda self: self._routable())
     @rule(data=st.data())
@@ -172,11 +170,11 @@ class PoolMachine(RuleBasedStateMachine):
     def connect(self, data):
         """A gateway with a view as stale as the others': it registers by compare-and-swap before it dials."""
         worker = data.draw(st.sampled_from(sorted(self._routable(), key=lambda w: w.key)))
-        wanted = worker.allocation
+        wanted = worker.lease
         current = self.store.workers.get(worker.key.name)
-        if current is None or current.allocation is None or current.allocation.id != wanted.id:
+        if current is None or current.lease is None or current.lease.id != wanted.id:
             return
-        if current.allocation.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
+        if current.lease.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
             return
         registration = GatewayRegistration(gateway="g", allocation_id=wanted.id, renewed_at=self.now)
         self.store.replace_status(current.with_status(gateways=(registration,)))
@@ -191,7 +189,7 @@ class PoolMachine(RuleBasedStateMachine):
         gone = data.draw(st.sampled_from(sorted(self.connected)))
         del self.connected[gone]
         for worker in list(self.store.workers.values()):
-            if worker.allocation and worker.allocation.id == gone:
+            if worker.lease and worker.lease.id == gone:
                 self.store.replace_status(worker.with_status(gateways=()))
 
     @rule(tenant=TENANTS, data=st.data())
@@ -237,7 +235,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self._must_be_unused(worker)
                 if not runtime.start(worker.slot, worker.uid, owner):
                     store.replace_status(policy.failed(store.workers.get(worker.key.name, worker), "no", self.now))
-            case policy.Own(worker, owner):
+            case policy.OwnCache(worker, owner):
                 if runtime.caches.get(worker.slot) is None:
                     runtime.caches[worker.slot] = owner
                     was = runtime.daemons[worker.slot]
@@ -250,12 +248,12 @@ class PoolMachine(RuleBasedStateMachine):
             case policy.Report(worker):
                 store.replace_status(worker)
             case policy.Lose(worker, message):
-                ended = worker.allocation.but(ended_at=self.now, end_reason=EndReason.LOST, end_message=message)
-                store.replace(worker.with_allocation(ended))
+                ended = worker.lease.but(ended_at=self.now, end_reason=EndReason.LOST, end_message=message)
+                store.replace(worker.with_lease(ended))
             case policy.Finish(worker):
                 after = store.replace_status(policy.finished(action, self.now))
-                store.replace(after.with_allocation(None))
-                assert worker.allocation.id not in self.connected, "taken from under an open connection"
+                store.replace(after.with_lease(None))
+                assert worker.lease.id not in self.connected, "taken from under an open connection"
             case policy.Remove(worker):
                 store.delete(worker)
                 self._must_be_unused(worker)
@@ -275,7 +273,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def a_lease_that_was_answered_stays_its_holders_until_it_ends(self):
         remembered = {past.token_sha256 for w in self.store.workers.values() for past in w.status.ended}
-        holders = {w.allocation.id: w.key.name for w in self.store.workers.values() if w.allocation}
+        holders = {w.lease.id: w.key.name for w in self.store.workers.values() if w.lease}
         for lease_id, (name, _tenant) in list(self.answered.items()):
             if lease_id in holders:
                 assert holders[lease_id] == name
@@ -291,14 +289,14 @@ class PoolMachine(RuleBasedStateMachine):
         for worker in self.store.workers.values():
             daemon = self.runtime.daemons.get(worker.slot)
             if (
-                worker.allocation
+                worker.lease
                 and worker.status.phase is Phase.ALLOCATED
                 and worker.status.endpoint
                 and daemon
                 and daemon.state is Running.READY
                 and daemon.worker_uid == worker.uid
             ):
-                assert daemon.cache_owner == worker.allocation.owner
+                assert daemon.cache_owner == worker.lease.owner
 
     def teardown(self):
         """Left alone, with daemons that start, every leased worker becomes usable or its lease ends."""
@@ -309,7 +307,7 @@ class PoolMachine(RuleBasedStateMachine):
             self._control()
             self.now += policy.BACKOFF_MAX
         for worker in self.store.workers.values():
-            if worker.allocation and not worker.allocation.ended(self.now):
+            if worker.lease and not worker.lease.ended(self.now):
                 assert worker.status.phase is Phase.ALLOCATED
 
 

@@ -19,14 +19,14 @@ def test_the_order_of_choice():
     while (spot := place(p, workers, {}, "me")) in workers:
         chosen.append(spot)
         workers.remove(spot)
-        workers.append(spot.with_allocation(lease()))
+        workers.append(spot.with_lease(lease()))
         if len(chosen) == 3:
             break
     assert chosen == [mine, mine_old, unused]
     assert place(p, workers, {}, "me") == slot(4), "a new slot before another's cache is wiped"
     full = [*workers, worker(4, lease())]
     assert place(p, full, {}, "me") == others
-    held = [w.with_allocation(lease()) for w in full]
+    held = [w.with_lease(lease()) for w in full]
     assert place(p, held, {}, "me") is None
 
 

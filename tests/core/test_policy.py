@@ -5,7 +5,19 @@ import pytest
 
 from bkpool.core import policy
 from bkpool.core.names import FINALIZER
-from bkpool.core.policy import Create, Finish, Lose, Observation, Own, Remove, Report, Running, Start, Wipe, decide
+from bkpool.core.policy import (
+    Create,
+    Finish,
+    Lose,
+    Observation,
+    OwnCache,
+    Remove,
+    Report,
+    Running,
+    Start,
+    Wipe,
+    decide,
+)
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
@@ -47,7 +59,7 @@ def test_a_down_worker_is_started_and_for_its_holder():
 
 def test_a_clean_cache_is_owned_before_the_lease_is_told():
     held = worker(0, lease())
-    assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [Own(held, "owner-a")]
+    assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [OwnCache(held, "owner-a")]
     (report,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
     assert isinstance(report, Report)
     assert (report.worker.status.phase, report.worker.status.cache_owner) == (Phase.ALLOCATED, "owner-a")
@@ -219,7 +231,7 @@ def test_the_lease_of_a_deleted_worker_is_lost_and_drains_as_any_other():
     up = {0: seen(0, "owner-a")}
     (lost,) = actions(snapshot(pool(), held, observed=up))
     assert lost == policy.Lose(held, "the worker was deleted")
-    over = held.with_allocation(lease().but(ended_at=NOW, end_reason=EndReason.LOST))
+    over = held.with_lease(lease().but(ended_at=NOW, end_reason=EndReason.LOST))
     (finish,) = actions(snapshot(pool(), over, observed=up))
     assert isinstance(finish, policy.Finish)
     assert actions(snapshot(pool(), deleted(worker(0)), observed=up)) == [Remove(deleted(worker(0)))]
@@ -246,12 +258,12 @@ def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given
     over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
     unmarked = replace(seen(0), ephemeral=True)
     held = worker(0, over, phase=Phase.IDLE, ephemeral_cache=True)
-    assert actions(snapshot(pool(), held, observed={0: unmarked})) == [policy.Own(held, over.owner)]
+    assert actions(snapshot(pool(), held, observed={0: unmarked})) == [policy.OwnCache(held, over.owner)]
     silent = replace(unmarked, state=Running.STARTING)
-    assert actions(snapshot(pool(), held, observed={0: silent})) == [policy.Own(held, over.owner)]
+    assert actions(snapshot(pool(), held, observed={0: silent})) == [policy.OwnCache(held, over.owner)]
     (finish,) = actions(snapshot(pool(), held, observed={0: replace(unmarked, cache_owner=over.owner)}))
-    after = policy.finished(finish, NOW).with_allocation(lease("b"))
-    assert after.way is None, "the next holder would be led to a cache that is not his"
+    after = policy.finished(finish, NOW).with_lease(lease("b"))
+    assert after.routable_endpoint is None, "the next holder would be led to a cache that is not his"
 
 
 @pytest.mark.parametrize(
@@ -267,15 +279,15 @@ def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given
 )
 def test_a_claimed_worker_leads_at_once_where_its_cache_can_only_be_the_holders(phase, owner, ephemeral, leads):
     held = worker(0, lease(), phase=phase, cache_owner=owner, ephemeral_cache=ephemeral)
-    assert (held.way is not None) is leads
-    assert held.with_allocation(None).way is None
+    assert (held.routable_endpoint is not None) is leads
+    assert held.with_lease(None).routable_endpoint is None
 
 
 def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
-    held = worker(0).with_allocation(lease())
+    held = worker(0).with_lease(lease())
     assert held.metadata.finalizers == (FINALIZER,)
-    assert held.with_allocation(lease()).metadata.finalizers == (FINALIZER,)
-    assert held.with_allocation(None).metadata.finalizers == ()
+    assert held.with_lease(lease()).metadata.finalizers == (FINALIZER,)
+    assert held.with_lease(None).metadata.finalizers == ()
 
 
 def test_a_lease_whose_maker_was_killed_before_it_had_a_token_is_given_up():

@@ -30,18 +30,18 @@ from cryptography.x509.oid import NameOID
 from bkpool.core import tokens
 from bkpool.core.errors import BkpoolError
 from bkpool.core.names import Key
-from bkpool.core.worker import Allocation, EndReason
-from bkpool.gateway.alarm import Alarm
-from bkpool.gateway.context import server_context
-from bkpool.gateway.dial import Dial, Dialler
-from bkpool.gateway.exchange import End, Scratch, Tls
-from bkpool.gateway.life import State
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.metrics import Metrics
-from bkpool.gateway.registration import Registrar
-from bkpool.gateway.relay import Leg, Relay
-from bkpool.gateway.server import Gateway, new_loop
-from bkpool.gateway.table import LeaseTable, Past, Route
+from bkpool.core.worker import EndReason, Lease
+from bkpool.gateway.control.registration import Registrar
+from bkpool.gateway.control.server import Gateway, new_loop
+from bkpool.gateway.net.dial import Dialler, PlainDial
+from bkpool.gateway.net.duplex import LoopBuffers, PeerStream, TlsStream
+from bkpool.gateway.net.relay import SocketEndpoint, SocketRelay
+from bkpool.gateway.net.socket_errors import SocketErrorWatcher
+from bkpool.gateway.net.tls_context import server_context
+from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.machine import State
+from bkpool.gateway.session.metrics import GatewayMetrics
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -54,8 +54,8 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def allocation() -> Allocation:
-    return Allocation(
+def allocation() -> Lease:
+    return Lease(
         id="allocation-1",
         token_sha256="digest",
         requested_by="me",
@@ -173,7 +173,7 @@ def foreign_ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 class Peer:
     """A blocking peer, with TLS or without, that can end each direction in every way there is."""
 
-    def __init__(self, sock: socket.socket, tls: Tls | None = None) -> None:
+    def __init__(self, sock: socket.socket, tls: TlsStream | None = None) -> None:
         self.sock = sock
         self.tls = tls
         self.ended = self.ended_well = False
@@ -238,7 +238,12 @@ class Joined:
     """A relay in this loop, and the two peers that talk through it, to be used in threads of their own."""
 
     def __init__(
-        self, client: Peer, worker: Peer, relay: Relay, legs: tuple[Leg, Leg], over: asyncio.Future[str]
+        self,
+        client: Peer,
+        worker: Peer,
+        relay: SocketRelay,
+        legs: tuple[SocketEndpoint, SocketEndpoint],
+        over: asyncio.Future[str],
     ) -> None:
         self.client = client
         self.worker = worker
@@ -257,7 +262,7 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
     """Joins a client over TLS to a worker, in the clear or over TLS too."""
     made: list[Joined] = []
     loop = asyncio.get_running_loop()
-    alarm = Alarm(loop)
+    alarm = SocketErrorWatcher(loop)
     server = ca.server()
     server_side = server_context(server.cert, server.key, ca.pem)
     client_side = ca.client_context()
@@ -265,20 +270,22 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
     async def make(half_open: float = 60.0, first: bytes = b"") -> Joined:
         near_client, far_client = _tcp_pair()
         near_worker, far_worker = socket.socketpair() if worker_family == "unix" else _tcp_pair()
-        client, server = Peer(far_client, dialled(client_side)), Peer(near_client, Tls(server_side))
+        client, server = Peer(far_client, dialled(client_side)), Peer(near_client, TlsStream(server_side))
         await asyncio.gather(asyncio.to_thread(client.shake), asyncio.to_thread(server.shake))
         worker, dialler = Peer(far_worker), Peer(near_worker)
         if worker_family == "tls":
-            worker.tls, dialler.tls = Tls(server_side), dialled(client_side)
+            worker.tls, dialler.tls = TlsStream(server_side), dialled(client_side)
             await asyncio.gather(asyncio.to_thread(worker.shake), asyncio.to_thread(dialler.shake))
         over = loop.create_future()
         near_client.setblocking(False)
         near_worker.setblocking(False)
         legs = (
-            Leg(loop, near_client, End(server.tls), vanished=30),
-            Leg(loop, near_worker, End(dialler.tls), vanished=None if worker_family == "unix" else 5),
+            SocketEndpoint(loop, near_client, PeerStream(server.tls), vanished=30),
+            SocketEndpoint(
+                loop, near_worker, PeerStream(dialler.tls), vanished=None if worker_family == "unix" else 5
+            ),
         )
-        relay = Relay(loop, Scratch(), alarm, *legs, half_open=half_open, over=over.set_result)
+        relay = SocketRelay(loop, LoopBuffers(), alarm, *legs, half_open=half_open, over=over.set_result)
         made.append(Joined(client, worker, relay, legs, over))
         relay.start(first)
         return made[-1]
@@ -293,8 +300,8 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
     alarm.close()
 
 
-def dialled(context: ssl.SSLContext) -> Tls:
-    return Tls(context, server_side=False, server_hostname="localhost")
+def dialled(context: ssl.SSLContext) -> TlsStream:
+    return TlsStream(context, server_side=False, server_hostname="localhost")
 
 
 def _tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -332,7 +339,7 @@ class Book:
         self.answers.set()
         self.changed = asyncio.Condition()
 
-    async def _note(self, what: str, route: Route) -> None:
+    async def _note(self, what: str, route: LeaseRoute) -> None:
         await self.answers.wait()
         async with self.changed:
             self.entries.append((what, route.allocation_id))
@@ -340,15 +347,15 @@ class Book:
         if self.refuses is not None:
             raise self.refuses
 
-    async def register(self, route: Route, connections: int) -> None:
+    async def register(self, route: LeaseRoute, connections: int) -> None:
         self.connections.append(connections)
         await self._note("register", route)
 
-    async def renew(self, route: Route, connections: int) -> None:
+    async def renew(self, route: LeaseRoute, connections: int) -> None:
         self.connections.append(connections)
         await self._note("renew", route)
 
-    async def withdraw(self, route: Route) -> None:
+    async def withdraw(self, route: LeaseRoute) -> None:
         await self._note("withdraw", route)
 
     async def find(self, token_sha256: str) -> None:
@@ -416,7 +423,7 @@ class World:
     def __init__(self, ca: Authority, directory: Path) -> None:
         self.ca = ca
         self.book = Book()
-        self.metrics = Metrics()
+        self.metrics = GatewayMetrics()
         self.skew = timedelta(0)
         self.endpoint = f"unix://{directory}/w"
         self.dialled = 0
@@ -428,8 +435,8 @@ class World:
         self._directory = directory
         self._loops: list[Any] = []
         self.pools = {Key("default", "p"), Key("team", "q")}
-        self._routes: dict[str, Route] = {}
-        self._past: dict[str, Past] = {}
+        self._routes: dict[str, LeaseRoute] = {}
+        self._past: dict[str, PastLease] = {}
         self._streams: list[Streams] = []
         self._identities: dict[str, Identity] = {}
         self._contexts: dict[tuple[Identity | None, bool], ssl.SSLContext] = {}
@@ -441,7 +448,7 @@ class World:
         self,
         make_loop: Callable[[], asyncio.AbstractEventLoop] = SkewedLoop,
         *,
-        dial: Dialler = Dial,
+        dial: Dialler = PlainDial,
         registrar: Registrar | None = None,
         pool: Key | None = None,
         threads: int = 1,
@@ -457,7 +464,7 @@ class World:
             registrar or self.book,
             now=self.now,
             metrics=self.metrics,
-            limits=replace(Limits(), **limits),
+            limits=replace(GatewayLimits(), **limits),
             dial=dial,
             pool=pool,
             threads=threads,
@@ -514,7 +521,7 @@ class World:
         """A lease; again with the same name: changed."""
         token = self.token(name)
         digest = tokens.digest(token)
-        route = self._routes.get(digest) or Route(
+        route = self._routes.get(digest) or LeaseRoute(
             token_sha256=digest,
             allocation_id=f"allocation-{name}",
             worker=Key("default", "p-worker-0"),
@@ -534,7 +541,7 @@ class World:
         """The lease is off its worker."""
         digest = tokens.digest(self.token(name))
         self._routes.pop(digest, None)
-        self._past[digest] = Past(Key("default", "p"), reason, message)
+        self._past[digest] = PastLease(Key("default", "p"), reason, message)
         self._update()
 
     def token(self, name: str) -> str:

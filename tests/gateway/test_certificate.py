@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bkpool.core import tokens
 from bkpool.core.errors import Unauthenticated
-from bkpool.gateway.certificate import credential_of, token_in_name
+from bkpool.gateway.session.certificate import credential_of, token_in_name
 
 TOKEN = tokens.derive(b"key", "uid", "allocation")
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"

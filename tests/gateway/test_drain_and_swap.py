@@ -12,7 +12,7 @@ import os
 import pytest
 
 from bkpool.core.worker import EndReason
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
 
 MINUTE, SOON = 60, 5
 KILOBYTE = 1024

@@ -18,8 +18,8 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Worker, new_worker
-from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.server import Gateway, new_loop
+from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.server import Gateway, new_loop
 from bkpool.store.sqlite import SqliteStore
 
 MINUTE = timedelta(minutes=1)
@@ -605,7 +605,7 @@ async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world,
         await world.until(lambda: world.count("active_connections") == 0)
         await world.advance(61)  # the registration has run out, here and for all others
         worker = await store.get(Worker, "default", "p-worker-0")
-        await store.replace(worker.with_allocation(allocation.but(id="allocation-b", token_sha256="another's")))
+        await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another's")))
         code, sentence = await (await world.connect(token)).call()
         assert code == 16
         assert sentence.startswith("the lease is over: worker default/p-worker-0 is not held by it any more")

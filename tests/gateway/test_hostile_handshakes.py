@@ -14,7 +14,7 @@ import pytest
 
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
 from support import records
 from support.hellos import HELLOS, hello
 from support.records import Records

@@ -18,10 +18,10 @@ from bkpool.core import tokens
 from bkpool.core.errors import Gone, NoCapacity
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
-from bkpool.gateway.capacity import Capacity
-from bkpool.gateway.exchange import Tls
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
+from bkpool.gateway.net.duplex import TlsStream
+from bkpool.gateway.session.capacity import Capacity
+from bkpool.gateway.session.limits import GatewayLimits
 
 from .conftest import Peer, SkewedLoop
 
@@ -124,7 +124,7 @@ class Raw:
 
     def __init__(self, world, token):
         context = world.ca.client_context(world.identity(token))
-        self._tls = Tls(context, server_side=False, server_hostname="localhost")
+        self._tls = TlsStream(context, server_side=False, server_hostname="localhost")
         self._sock = socket.create_connection(("127.0.0.1", world.port))
         self.peer = Peer(self._sock, self._tls)
 
@@ -539,7 +539,7 @@ async def test_the_loops_count_into_one_set_of_metrics(new_gateway):
 
 
 def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
-    capacity = Capacity(Limits(connections=3, per_pool=2))
+    capacity = Capacity(GatewayLimits(connections=3, per_pool=2))
     capacity.take(P)
     capacity.take(P)
     with pytest.raises(NoCapacity, match=r"^pool default/p has 2 connections open already$"):
@@ -550,7 +550,7 @@ def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
 
 
 def test_the_gateway_has_so_many_places():
-    capacity = Capacity(Limits(connections=3, per_pool=2))
+    capacity = Capacity(GatewayLimits(connections=3, per_pool=2))
     for pool in (P, Q, Q):
         capacity.take(pool)
     with pytest.raises(NoCapacity, match=r"^the gateway has 3 connections open already$"):
@@ -560,7 +560,7 @@ def test_the_gateway_has_so_many_places():
 
 
 def test_who_is_refused_has_taken_nothing_and_a_pool_that_is_left_is_forgotten():
-    capacity = Capacity(Limits(connections=3, per_pool=1))
+    capacity = Capacity(GatewayLimits(connections=3, per_pool=1))
     capacity.take(P)
     for _ in range(3):
         with pytest.raises(NoCapacity):
@@ -582,7 +582,7 @@ class Bound(int):
 
 
 def test_threads_at_once_take_no_more_places_than_there_are():
-    capacity = Capacity(Limits(connections=Bound(3), per_pool=Bound(2)))
+    capacity = Capacity(GatewayLimits(connections=Bound(3), per_pool=Bound(2)))
     begin, inside = threading.Barrier(6), []
 
     def come(pool):

@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from bkpool.gateway.exchange import End
-from bkpool.gateway.limits import Limits
-from bkpool.gateway.metrics import Meter, Metrics
+from bkpool.gateway.net.duplex import PeerStream
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 
 
 @pytest.fixture
 def metrics():
-    return Metrics()
+    return GatewayMetrics()
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def _series(metrics, name):
 
 
 def _meter(pool="p", worker="p-worker-0", up=0, down=0):
-    end = End()
+    end = PeerStream()
     end.heard, end.said = up, down
     return Meter(pool, worker, end)
 
@@ -194,7 +194,7 @@ async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_wa
     probe.close()
     await world.until(lambda: count("buildkit_gateway_guests") == 1)
     assert _series(world.metrics, "handshake_seconds_count") == {}
-    await world.advance(Limits().handshake)
+    await world.advance(GatewayLimits().handshake)
     await world.until(lambda: count("buildkit_gateway_guests") == 0)
     silent.close()
     assert _series(world.metrics, "handshake_seconds_count") == {("failed",): 1}

@@ -12,7 +12,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
-from bkpool.gateway.registration import StoreRegistrar
+from bkpool.gateway.control.registration import StoreRegistrar
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 

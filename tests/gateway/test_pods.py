@@ -12,8 +12,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.core.worker import EndReason
-from bkpool.gateway.dial import TlsDialler
-from bkpool.gateway.exchange import Tls
+from bkpool.gateway.net.dial import TlsDialler
+from bkpool.gateway.net.duplex import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
 from bkpool.pki.chain import load_chain
@@ -222,7 +222,7 @@ async def test_a_worker_that_does_not_take_our_certificate_ends_the_connection_a
     context = serving(backend.issue_worker("uid", NOW), Authority.create(NOW))
 
     async def refuse(reader, writer):
-        tls = Tls(context)
+        tls = TlsStream(context)
         with contextlib.suppress(ssl.SSLError):
             while not tls.handshake(memoryview(await reader.read(4096))):
                 writer.write(tls.take())

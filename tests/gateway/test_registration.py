@@ -12,8 +12,8 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker, new_worker
-from bkpool.gateway.registration import StoreRegistrar
-from bkpool.gateway.table import build
+from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.session.lease_table import build
 from bkpool.store.sqlite import SqliteStore
 
 
@@ -86,8 +86,8 @@ async def test_a_lease_that_ended_is_not_registered_but_its_registration_is_rene
 ):
     await registrar.register(route, 1)
     current = await store.get(Worker, "default", "p-worker-0")
-    ended = current.allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
-    await store.replace(current.with_allocation(ended))
+    ended = current.lease.but(ended_at=now, end_reason=EndReason.RELEASED)
+    await store.replace(current.with_lease(ended))
     with pytest.raises(Gone, match="it was released"):
         await registrar.register(route, 1)
     await registrar.renew(route, 1)
@@ -101,7 +101,7 @@ async def test_an_expired_lease_is_not_registered(store, route, now):
 
 
 async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registrar, route, worker, allocation):
-    await store.replace(worker.with_allocation(allocation.but(id="allocation-2")))
+    await store.replace(worker.with_lease(allocation.but(id="allocation-2")))
     for ask in (registrar.register, registrar.renew):
         with pytest.raises(Gone, match="not held by it any more"):
             await ask(route, 1)

@@ -11,7 +11,7 @@ import ssl
 
 import pytest
 
-from bkpool.gateway.exchange import CHUNK
+from bkpool.gateway.net.duplex import CHUNK
 
 MEGABYTE = 1024 * 1024
 
@@ -197,7 +197,7 @@ async def test_a_fault_of_our_own_closes_both_sockets_and_is_told_to_the_loop(ne
     def broken(*_given):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("bkpool.gateway.exchange.Exchange.received", broken)
+    monkeypatch.setattr("bkpool.gateway.net.duplex.DuplexRelay.received", broken)
     joined.client.send(b"x")
     assert await joined.over == "an internal fault"
     assert isinstance(told[0], ZeroDivisionError)

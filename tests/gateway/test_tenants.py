@@ -17,7 +17,7 @@ from bkpool.cli.client import Client
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
-from bkpool.gateway.context import without_traceback
+from bkpool.gateway.net.tls_context import without_traceback
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 

@@ -14,8 +14,8 @@ from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Authenticator, Identity, Verdict
-from bkpool.identity.access import LONGEST_BEARER, Access, bearer_token, forbidden
-from bkpool.identity.local import AdminToken
+from bkpool.identity.access import LONGEST_BEARER, AccessControl, bearer_token, forbidden
+from bkpool.identity.admin_token import AdminToken
 
 TOKENS = st.from_regex(re.compile(r"[A-Za-z0-9._~+/-]{1,300}={0,2}"), fullmatch=True)
 TOKEN = "k" * 43
@@ -91,8 +91,8 @@ class Away:
         raise Unavailable("the issuer is away")
 
 
-def access(*ways: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()) -> Access:
-    return Access(ways, lambda: pools, lambda: configs)
+def access(*ways: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()) -> AccessControl:
+    return AccessControl(ways, lambda: pools, lambda: configs)
 
 
 CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.example")

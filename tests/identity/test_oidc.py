@@ -14,7 +14,7 @@ from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import EVERYWHERE, Scope
-from bkpool.identity.keys import Issuers
+from bkpool.identity.issuer_keys import Issuers
 from bkpool.identity.oidc import OidcAuthenticator, Trusted, trusted
 from support.issuer import AUDIENCE, Issuer, forge, signing_key
 

@@ -14,7 +14,7 @@ from http.client import HTTPConnection
 import pytest
 
 from bkpool.core.auth import OIDC
-from bkpool.identity.keys import Issuers
+from bkpool.identity.issuer_keys import Issuers
 from bkpool.identity.oidc import OidcAuthenticator, Trusted
 
 CLIENT = "bkpool-tests"

@@ -12,7 +12,7 @@ from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import LABEL_POOL, Key, Slot
 from bkpool.core.pool import Pool, PoolSpec, PoolStatus, Scaling
 from bkpool.core.resource import Metadata, OwnerReference
-from bkpool.core.worker import Allocation, Phase, Worker, new_worker
+from bkpool.core.worker import Lease, Phase, Worker, new_worker
 from bkpool.store import Store
 
 
@@ -28,9 +28,9 @@ def scaled(pool: Pool, maximum: int) -> Pool:
     return pool.but(spec=pool.spec.but(scaling=Scaling(max=maximum)))
 
 
-def a_lease(lease_id: str) -> Allocation:
+def a_lease(lease_id: str) -> Lease:
     at = datetime(2030, 1, 1, tzinfo=UTC)
-    return Allocation(
+    return Lease(
         id=lease_id,
         token_sha256="0" * 64,
         requested_by="admin",
@@ -248,9 +248,9 @@ async def test_a_claim_takes_and_a_release_clears_the_allocation(store):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, a_lease("first"), {}))
 
-    freed = await store.replace(worker.with_allocation(None))
-    assert freed.allocation is None
-    assert (await store.replace(freed.with_allocation(a_lease("second")))).allocation == a_lease("second")
+    freed = await store.replace(worker.with_lease(None))
+    assert freed.lease is None
+    assert (await store.replace(freed.with_lease(a_lease("second")))).lease == a_lease("second")
 
 
 async def test_of_two_hundred_writers_at_once_exactly_one_wins_each_version(store):

@@ -12,8 +12,8 @@ from aiohttp import ClientSession, web
 
 from bkpool.api import Service, make_app, open_runner
 from bkpool.identity import Identity, Verdict
-from bkpool.identity.access import Access
-from bkpool.identity.local import AdminToken
+from bkpool.identity.access import AccessControl
+from bkpool.identity.admin_token import AdminToken
 from support.world import World, running_world
 
 ADMIN = "a" * 43
@@ -75,7 +75,7 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
             claims=replica.claims,
             leases=replica.leases,
             mirror=replica.mirror,
-            access=Access(
+            access=AccessControl(
                 (AdminToken(ADMIN), api.bearers), replica.mirror.pools.values, replica.mirror.configs.values
             ),
             gateway_endpoint=lambda _pool: "tcp://localhost:1235",

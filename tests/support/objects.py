@@ -9,7 +9,7 @@ from bkpool.core.names import Slot
 from bkpool.core.policy import Observation, Running, Snapshot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
-from bkpool.core.worker import Allocation, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
+from bkpool.core.worker import Lease, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -25,7 +25,7 @@ def slot(number: int) -> Slot:
     return Slot("default", "p", number)
 
 
-def lease(identity: str = "a", *, id: str = "lease", now: datetime = NOW, **changes: Any) -> Allocation:
+def lease(identity: str = "a", *, id: str = "lease", now: datetime = NOW, **changes: Any) -> Lease:
     given = {
         "id": id,
         "token_sha256": f"digest-{id}",
@@ -35,10 +35,10 @@ def lease(identity: str = "a", *, id: str = "lease", now: datetime = NOW, **chan
         "expires_at": now + timedelta(hours=1),
         "not_after": now + timedelta(hours=24),
     }
-    return Allocation(**{**given, **changes})
+    return Lease(**{**given, **changes})
 
 
-def worker(number: int, allocation: Allocation | None = None, *, phase: Phase = Phase.IDLE, **status: Any) -> Worker:
+def worker(number: int, allocation: Lease | None = None, *, phase: Phase = Phase.IDLE, **status: Any) -> Worker:
     metadata = Metadata(
         name=f"p-worker-{number}",
         uid=f"uid-{number}",

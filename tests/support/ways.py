@@ -19,9 +19,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bkpool.gateway.dial import Dial, TlsDialler
-from bkpool.gateway.exchange import Tls
-from bkpool.gateway.server import new_loop
+from bkpool.gateway.control.server import new_loop
+from bkpool.gateway.net.dial import PlainDial, TlsDialler
+from bkpool.gateway.net.duplex import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.backend import worker_context
 from bkpool.pki.chain import load_chain
@@ -147,7 +147,7 @@ class Way:
         """The worker takes the next connection, and shakes hands where it speaks TLS."""
 
         def take() -> Peer:
-            self._peers.append(peer := Peer(self.listener.accept()[0], self.tls and Tls(self.tls)))
+            self._peers.append(peer := Peer(self.listener.accept()[0], self.tls and TlsStream(self.tls)))
             if peer.tls:
                 peer.shake()
             return peer
@@ -225,7 +225,7 @@ async def running_way(
     """A gateway whose way (one of WAYS) leads to a worker of the test's own."""
     worker, loop = kind.split("-")
     tls = backend if worker == "tls" else None
-    world = await new_world(make_loop=LOOPS[loop], dial=tls.dialler() if tls else Dial, **limits)
+    world = await new_world(make_loop=LOOPS[loop], dial=tls.dialler() if tls else PlainDial, **limits)
     way = Way(world, directory, tls, where)
     try:
         yield way

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bkpool.allocation import AllocationRequest, Claims, Grant, Leases, Limits
+from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Grant, LeaseService
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import PROCESS_IGNORES, ignored_fields
@@ -141,7 +141,7 @@ class World:
             unsubscribe()
 
     def held(self) -> list[Worker]:
-        return [w for w in self.replicas[0].mirror.workers.values() if w.allocation]
+        return [w for w in self.replicas[0].mirror.workers.values() if w.lease]
 
 
 class Replica:
@@ -149,8 +149,8 @@ class Replica:
 
     def __init__(self, world: World) -> None:
         self.mirror = Mirror(world.store)
-        self.leases = Leases(store=world.store, mirror=self.mirror, now=world.clock)
-        self.claims = Claims(
+        self.leases = LeaseService(store=world.store, mirror=self.mirror, now=world.clock)
+        self.claims = Allocator(
             store=world.store,
             mirror=self.mirror,
             leases=self.leases,
@@ -158,7 +158,7 @@ class Replica:
             token_key=TOKEN_KEY,
             caches=world.runtime.caches,
             now=world.clock,
-            limits=Limits(world.clock.seconds),
+            limits=CallerLimits(world.clock.seconds),
         )
 
     async def allocate(self, caller: Identity = ANN, *, wait: float = 5, **request: Any) -> Grant:

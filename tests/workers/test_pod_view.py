@@ -4,8 +4,8 @@ import pytest
 
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, Key, Slot
 from bkpool.workers.pods import pod_spec, pod_view
-from bkpool.workers.pods.patience import Deadlines, Patience
 from bkpool.workers.pods.pod_view import Stage, View
+from bkpool.workers.pods.start_deadline import Deadlines, StartDeadline
 from support.objects import pool, slot
 
 
@@ -155,7 +155,7 @@ UNSCHEDULED = View(Stage.SCHEDULING, "no node", trouble=True)
 
 
 def test_trouble_is_told_at_once_and_its_end_too():
-    patience = Patience(Deadlines())
+    patience = StartDeadline(Deadlines())
     assert patience.look(UNSCHEDULED, 0.0) == "no node"
     assert patience.look(UNSCHEDULED, 1.0) is None
     assert patience.look(CREATING, 2.0) == ""
@@ -163,7 +163,7 @@ def test_trouble_is_told_at_once_and_its_end_too():
 
 
 def test_an_ordinary_wait_is_told_only_when_it_is_long():
-    patience = Patience(Deadlines())
+    patience = StartDeadline(Deadlines())
     assert patience.look(CREATING, 0.0) is None
     assert patience.left(1.0) == 4.0
     assert patience.look(CREATING, 5.0) == "waiting for its container"
@@ -171,7 +171,7 @@ def test_an_ordinary_wait_is_told_only_when_it_is_long():
 
 
 def test_each_stage_has_its_own_deadline():
-    patience = Patience(Deadlines(scheduling=10, creating=20))
+    patience = StartDeadline(Deadlines(scheduling=10, creating=20))
     patience.look(UNSCHEDULED, 0.0)
     assert not patience.ended(UNSCHEDULED, 9.9)
     assert patience.ended(UNSCHEDULED, 10.0)

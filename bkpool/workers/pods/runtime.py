@@ -27,11 +27,11 @@ from bkpool.workers import Observation, Running, Told
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.host_ports import HostPorts
 from bkpool.workers.pods.kept import Kept
-from bkpool.workers.pods.patience import Deadlines, Patience
 from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, Wanted, isolation
 from bkpool.workers.pods.pod_view import Stage, View
 from bkpool.workers.pods.pod_words import PodWords
 from bkpool.workers.pods.pod_writes import CLAIMS, PODS, PodWrites, foreign
+from bkpool.workers.pods.start_deadline import Deadlines, StartDeadline
 from bkpool.workers.probe import probe_tls
 
 __all__ = ["Deadlines", "PodRuntime"]
@@ -48,7 +48,7 @@ _DOUBTS, _DOUBT_PAUSE = 3, 1.0  # failed probes in a row, and seconds between th
 
 
 @dataclass(slots=True)
-class _Place:
+class _PodSlot:
     """A slot in memory."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -103,7 +103,7 @@ class PodRuntime:
             api, backend, pods=self._pods, claims=self._claims, now=now, ending=self._deadlines.ending
         )
         self._words = PodWords(api)
-        self._places: defaultdict[Slot, _Place] = defaultdict(_Place)
+        self._places: defaultdict[Slot, _PodSlot] = defaultdict(_PodSlot)
         self._tasks: set[asyncio.Task[None]] = set()
         self._callbacks: list[Callable[[], None]] = []
 
@@ -246,7 +246,7 @@ class PodRuntime:
             WorkerFailed: It does not come up.
         """
         this, uid = pod_view.uid(pod), pod_view.worker_uid(pod)
-        patience, clock = Patience(self._deadlines), asyncio.get_running_loop().time
+        patience, clock = StartDeadline(self._deadlines), asyncio.get_running_loop().time
         pause, limit, said, begun = _FIRST_RETRY, _FIRST_PATIENCE, "it does not listen", clock()
         while True:
             seen = self._pods.get(slot.worker)
@@ -274,7 +274,7 @@ class PodRuntime:
             if clock() - begun > _EAGER:
                 pause = min(pause * 1.2, _LAST_RETRY)
 
-    async def _on_its_way(self, pod: Doc | None, made: Doc, said: str, patience: Patience, told: Told) -> View:
+    async def _on_its_way(self, pod: Doc | None, made: Doc, said: str, patience: StartDeadline, told: Told) -> View:
         """How far the pod has come that was made. Raises WorkerFailed if it will not come any further."""
         key = pod_spec.key_of(made)
         if pod is None or pod_view.uid(pod) != pod_view.uid(made) or self._being_ended(pod):
@@ -346,7 +346,7 @@ class PodRuntime:
         if place.seen != before:
             self._changed()
 
-    def _seen(self, place: _Place, pod: Doc) -> Observation | None:
+    def _seen(self, place: _PodSlot, pod: Doc) -> Observation | None:
         state, message = Running.STARTING if place.endpoint is None else Running.READY, ""
         if pod_view.ended(pod):
             if pod_view.deleted(pod):
@@ -369,7 +369,7 @@ class PodRuntime:
             pod_ip=pod_view.address(pod),
         )
 
-    def _ask(self, place: _Place, question: Coroutine[None, None, None]) -> None:
+    def _ask(self, place: _PodSlot, question: Coroutine[None, None, None]) -> None:
         """One question at a time; what a new one would find out, the next change or the present one will."""
         if place.asking is not None and not place.asking.done():
             question.close()
@@ -435,7 +435,7 @@ class PodRuntime:
     def _being_ended(self, pod: Doc) -> bool:
         """Whether it is being deleted, and does not even answer until then."""
         slot = pod_view.slot_in(pod)
-        place = self._places[slot] if slot else _Place()
+        place = self._places[slot] if slot else _PodSlot()
         return pod_view.deleted(pod) and not (place.pod == pod_view.uid(pod) and place.endpoint is not None)
 
     def _address(self, pod: Doc) -> tuple[str, int] | None:

@@ -42,7 +42,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class _Place:
+class _ProcessSlot:
     """A slot in memory."""
 
     files: SlotFiles
@@ -87,7 +87,7 @@ class ProcessRuntime:
         self._starting = asyncio.Semaphore(cold_starts)
         self._start_deadline = start_deadline
         self._stop_grace = stop_grace
-        self._places: dict[Slot, _Place] = {}
+        self._places: dict[Slot, _ProcessSlot] = {}
         self._callbacks: list[Callable[[], None]] = []
 
     async def adopt(self) -> None:
@@ -177,7 +177,7 @@ class ProcessRuntime:
 
     # --- one slot, under its lock -----------------------------------------------------------------------------------
 
-    async def _bring_up(self, place: _Place, worker_uid: str, spec: PoolSpec) -> str:
+    async def _bring_up(self, place: _ProcessSlot, worker_uid: str, spec: PoolSpec) -> str:
         slot, files = place.files.slot, place.files
         launch = await _in_thread(self._launcher.prepare, files, spec)
         intent = DaemonRecord(worker_uid, process_table.boot_id())
@@ -196,17 +196,17 @@ class ProcessRuntime:
         log.info("worker.started", worker=str(slot.worker), pid=daemon.pid)
         return _endpoint(daemon)
 
-    def _run(self, place: _Place, daemon: Daemon, worker_uid: str) -> None:
+    def _run(self, place: _ProcessSlot, daemon: Daemon, worker_uid: str) -> None:
         owner = place.cache.owner if place.cache else None
         place.daemon = daemon
         place.observation = Observation(worker_uid, Running.READY, _endpoint(daemon), owner)
         self._watch(place, daemon)
         self._changed()
 
-    def _watch(self, place: _Place, daemon: Daemon) -> None:
+    def _watch(self, place: _ProcessSlot, daemon: Daemon) -> None:
         place.watch = asyncio.create_task(self._mourn(place, daemon), name=f"watch {place.files.slot.worker}")
 
-    async def _mourn(self, place: _Place, daemon: Daemon) -> None:
+    async def _mourn(self, place: _ProcessSlot, daemon: Daemon) -> None:
         message = await daemon.ended()
         log.warning("worker.exited", worker=str(place.files.slot.worker), pid=daemon.pid, message=message)
         place.daemon = place.watch = None
@@ -215,7 +215,7 @@ class ProcessRuntime:
             place.observation = replace(place.observation, state=Running.EXITED, message=message)
         self._changed()
 
-    async def _stop(self, place: _Place) -> None:
+    async def _stop(self, place: _ProcessSlot) -> None:
         await self._unwatch(place)
         if daemon := place.daemon:
             try:
@@ -231,7 +231,7 @@ class ProcessRuntime:
             place.observation = None
             self._changed()
 
-    async def _give(self, place: _Place, owner: str | None) -> None:
+    async def _give(self, place: _ProcessSlot, owner: str | None) -> None:
         """Makes the cache this owner's; with None it stays whose it is."""
         record = CacheRecord.of(owner or (place.cache.owner if place.cache else None))
         if record == place.cache:
@@ -242,7 +242,7 @@ class ProcessRuntime:
             place.observation = replace(place.observation, cache_owner=record.owner)
         self._changed()
 
-    async def _wipe(self, place: _Place) -> None:
+    async def _wipe(self, place: _ProcessSlot) -> None:
         files = place.files
         if place.cache is None and not files.directory.exists():
             return
@@ -254,7 +254,7 @@ class ProcessRuntime:
         log.info("cache.wiped", worker=str(files.slot.worker))
         self._changed()
 
-    async def _take_over(self, place: _Place) -> None:
+    async def _take_over(self, place: _ProcessSlot) -> None:
         record = place.files.read_daemon()
         if record and place.cache and place.cache.state is not CacheState.WIPING:
             daemon = await Daemon.adopt(record, place.files.log)
@@ -262,7 +262,7 @@ class ProcessRuntime:
                 self._run(place, daemon, record.worker_uid)
                 log.info("worker.adopted", worker=str(place.files.slot.worker), pid=daemon.pid)
 
-    async def _tidy(self, place: _Place) -> None:
+    async def _tidy(self, place: _ProcessSlot) -> None:
         """Finishes what a crash left of a slot without a daemon."""
         async with place.lock:
             place.files.forget_daemon()
@@ -275,13 +275,13 @@ class ProcessRuntime:
 
     # --- small things -----------------------------------------------------------------------------------------------
 
-    def _place(self, slot: Slot) -> _Place:
+    def _place(self, slot: Slot) -> _ProcessSlot:
         if slot not in self._places:
             files = SlotFiles(self._home, slot)
-            self._places[slot] = _Place(files, files.read_cache())
+            self._places[slot] = _ProcessSlot(files, files.read_cache())
         return self._places[slot]
 
-    async def _unwatch(self, place: _Place) -> None:
+    async def _unwatch(self, place: _ProcessSlot) -> None:
         if place.watch:
             place.watch.cancel()
             await asyncio.gather(place.watch, return_exceptions=True)

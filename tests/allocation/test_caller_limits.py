@@ -1,0 +1,154 @@
+"""Limits of a pool: who may have how much, who is counted, and that nothing is kept for ever."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from bkpool.allocation import CallerLimits
+from bkpool.core.errors import NoCapacity
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.core.worker import Lease
+from support.world import ANN, BOB, POOL
+
+
+class Time:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def time():
+    return Time()
+
+
+@pytest.fixture
+def limits(time):
+    return CallerLimits(time)
+
+
+def pool(**limits):
+    return Pool(metadata=Metadata(name="p"), spec=PoolSpec.model_validate({"auth": {"limits": limits}}))
+
+
+def ask(limits, pool, caller=ANN, request=None):
+    with limits.one_more(pool, caller, request or object(), ()):
+        pass
+
+
+def refused(limits, pool, caller=ANN):
+    with pytest.raises(NoCapacity) as caught:
+        ask(limits, pool, caller)
+    assert (caught.value.code, caught.value.status) == ("LimitReached", 429)
+    return caught.value
+
+
+def test_no_more_than_so_many_a_minute_and_no_fewer(limits, time):
+    three = pool(identity={"perMinute": 3})
+    for _ in range(3):
+        ask(limits, three)
+        time.now += 10
+    error = refused(limits, three)
+    assert error.retry_after == 30, "the first of the three leaves the window then"
+    assert error.field == "spec.auth.limits.identity.perMinute"
+    assert "ann may ask 3 times a minute" in error.message
+    ask(limits, three, BOB)
+    time.now += 29.9
+    assert refused(limits, three).retry_after == 1
+    time.now += 0.1
+    ask(limits, three)
+    refused(limits, three)
+
+
+def test_what_was_refused_does_not_count(limits, time):
+    one = pool(identity={"perMinute": 1})
+    ask(limits, one)
+    for _ in range(100):
+        refused(limits, one)
+        time.now += 0.5
+    time.now += 10
+    ask(limits, one)
+
+
+def test_a_pools_limit_is_for_all_callers_together(limits):
+    two = pool(pool={"perMinute": 2})
+    ask(limits, two, ANN)
+    ask(limits, two, BOB)
+    assert "all callers of p together may ask 2 times" in refused(limits, two).message
+
+
+def test_a_limit_that_was_lowered_counts_at_once(limits, time):
+    for _ in range(3):
+        ask(limits, pool(identity={"perMinute": 3}))
+        time.now += 10
+    assert refused(limits, pool(identity={"perMinute": 1})).retry_after == 50, "when the last of them has left"
+
+
+def test_a_repeated_request_counts_once_and_for_as_long_as_one_of_them_is_there(limits):
+    one = pool(identity={"leases": 1, "perMinute": 1})
+    first, again = (limits.one_more(one, ANN, "job", ()) for _ in range(2))
+    first.__enter__()
+    again.__enter__()
+    first.__exit__(None, None, None)
+    assert "has or waits for 1" in refused(limits, one).message
+    again.__exit__(None, None, None)
+
+
+def test_a_lease_that_is_stored_while_its_request_is_under_way_counts_once(limits):
+    when = datetime.now(UTC)
+    ends = {"allocated_at": when, "expires_at": when, "not_after": when}
+    lease = Lease(id="i", token_sha256="", requested_by="ann", holder=ANN.digest, owner="", **ends)
+    two = pool(identity={"leases": 2}, pool={"leases": 2})
+    with limits.one_more(two, ANN, "a", ()) as claiming:
+        claiming("i")
+        with limits.one_more(two, ANN, "b", (lease,)), pytest.raises(NoCapacity), limits.one_more(two, ANN, "c", ()):
+            pass
+    with pytest.raises(NoCapacity), limits.one_more(pool(identity={"leases": 1}), ANN, "b", (lease,)):
+        pass
+
+
+def test_nothing_is_kept_of_callers_who_have_gone(limits, time):
+    some = pool(identity={"perMinute": 5})
+    for number in range(1000):
+        ask(limits, some, type(ANN)(f"caller-{number}"))
+    time.now += 61
+    ask(limits, some)
+    assert len(limits._accounts) == 2, "the last caller's, and the pool's"
+
+
+async def test_leases_are_counted_with_requests_under_way(world):
+    await world.pool(scaling={"max": 5}, auth={"limits": {"identity": {"leases": 2}, "pool": {"leases": 3}}})
+    api = world.replicas[0]
+    first = await api.allocate()
+    world.runtime.gate.clear()
+    second = asyncio.create_task(api.allocate(job_id="j"))
+    await world.until(lambda: len(world.held()) == 2)
+    with pytest.raises(NoCapacity, match=r"identity\.leases: ann may have 2 leases at once, and has or waits for 2"):
+        await api.allocate()
+    again = asyncio.create_task(api.allocate(job_id="j"))
+    world.runtime.gate.set()
+    assert (await again).token == (await second).token, "a repeated job finds its lease"
+    await api.allocate(BOB)
+    with pytest.raises(NoCapacity, match=r"pool\.leases: all callers of p together may have 3"):
+        await api.allocate(BOB)
+    await api.leases.release(first.token)
+    await api.allocate(ANN)
+
+
+async def test_waiters_are_counted_before_they_have_a_lease(world):
+    await world.pool(scaling={"max": 1}, auth={"limits": {"identity": {"leases": 1}}})
+    api = world.replicas[0]
+    held = await api.allocate(BOB)
+    waiting = asyncio.create_task(api.allocate(ANN))
+    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    with pytest.raises(NoCapacity, match="ann may have 1"):
+        await api.allocate(ANN)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    again = asyncio.create_task(api.allocate(ANN))
+    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    await api.leases.release(held.token)
+    await again

@@ -1,0 +1,34 @@
+"""Which backend an `up` gets."""
+
+from pathlib import Path
+
+import pytest
+
+from bkpool.appliance.backend_choice import choose_backend
+from bkpool.core.errors import HostFault
+
+HOME = Path("/home/somebody/.local/state/bkpool")
+
+
+def never() -> str | None:
+    raise AssertionError("the engine was asked although that decides nothing")
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded", "engine", "backend", "why"),
+    [
+        ("auto", None, lambda: None, "kind", "a container engine answers"),
+        ("auto", None, lambda: "none answers", "process", "it needs no container engine, and none answers"),
+        ("auto", "process", never, "process", "what this home was made with"),
+        ("kind", None, never, "kind", "as asked"),
+        ("kubernetes", "kubernetes", never, "kubernetes", "as asked"),
+    ],
+)
+def test_the_first_up_decides(asked, recorded, engine, backend, why):
+    assert choose_backend(asked, recorded, engine, HOME) == (backend, why)
+
+
+def test_a_home_is_not_moved_to_another_world():
+    with pytest.raises(HostFault, match="holds a world of backend 'process', not 'kind'") as raised:
+        choose_backend("kind", "process", never, HOME)
+    assert raised.value.code == "OtherBackend"

@@ -1,0 +1,498 @@
+"""How issuers are asked for their keys: what is believed of their answers, and how often they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+
+import pytest
+from aiohttp import web
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bkpool.core.errors import Unauthenticated, Unavailable
+from bkpool.identity.issuer_keys import FRESH, PAUSE, STALE, Issuers
+from bkpool.identity.jwks import choose, read_discovery, read_keys
+from bkpool.identity.jwt import ALGORITHMS
+from support.issuer import DISCOVERY, JWKS, Issuer, b64, signing_key
+
+RSA = signing_key().jwk
+EC, ED = signing_key("ec", "ES256").jwk, signing_key("ed", "EdDSA").jwk
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+async def issuers(clock):
+    issuers = Issuers(clock=clock)
+    yield issuers
+    await issuers.close()
+
+
+def without(jwk: dict[str, object], *names: str) -> dict[str, object]:
+    return {name: value for name, value in jwk.items() if name not in names}
+
+
+def same(key, jwk) -> bool:
+    return key.Algorithm.to_jwk(key.key, as_dict=True).items() >= without(jwk, "kid", "use", "alg").items()
+
+
+# --- what is asked, and how often -----------------------------------------------------------------------------------
+
+
+async def test_keys_are_asked_for_once_and_kept_for_a_while(issuer, issuers, clock):
+    for _ in range(3):
+        assert same(await issuers.key(issuer.url, "key-1", "RS256"), RSA)
+        clock.pass_(FRESH / 3)
+    assert (issuer.count(DISCOVERY), issuer.count(JWKS)) == (1, 1)
+    await issuers.key(issuer.url, "key-1", "RS256")
+    assert issuer.count() == 2
+
+
+async def test_the_request_says_nothing_of_us_and_keeps_no_cookie(issuer, issuers, clock, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    issuer.answer(DISCOVERY, issuer.discovery(), headers={"Set-Cookie": "a=b; Path=/"})
+    for _ in range(2):
+        await issuers.key(issuer.url, "key-1", "RS256")
+        clock.pass_(FRESH)
+    for request in issuer.requests:
+        assert request.headers["Accept-Encoding"] == "identity"
+        assert not {"Cookie", "Authorization"} & set(request.headers)
+
+
+async def test_fifty_at_once_ask_once(issuer, issuers):
+    gate = issuer.hold(JWKS)
+    asking = [asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256")) for _ in range(50)]
+    assert await asyncio.to_thread(gate.reached.wait, 5)
+    gate.open()
+    assert len({id(key) for key in await asyncio.gather(*asking)}) == 1
+    assert (issuer.count(DISCOVERY), issuer.count(JWKS)) == (1, 1)
+
+
+async def test_who_gives_up_does_not_take_it_from_the_others(issuer, issuers):
+    gate = issuer.hold(JWKS)
+    first, other = (asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256")) for _ in range(2))
+    assert await asyncio.to_thread(gate.reached.wait, 5)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    gate.open()
+    assert await other
+    assert issuer.count() == 1
+
+
+async def test_a_thousand_made_up_names_of_keys_ask_twice_at_most(issuer, issuers, clock):
+    names = [f"../../etc/{n}' OR 1=1 --" for n in range(500)]
+    answers = await asyncio.gather(
+        *(issuers.key(issuer.url, name, "RS256") for name in names), return_exceptions=True
+    )
+    assert {type(answer) for answer in answers} == {Unauthenticated}
+    for name in names:
+        with pytest.raises(Unauthenticated, match="does not have a key "):
+            await issuers.key(issuer.url, name, "RS256")
+    assert issuer.count() == issuer.count(DISCOVERY) == 2
+    clock.pass_(PAUSE)
+    with pytest.raises(Unauthenticated):
+        await issuers.key(issuer.url, "more", "RS256")
+    assert issuer.count() == 3
+
+
+async def test_a_new_key_is_found_at_once(issuer, issuers, clock):
+    await issuers.key(issuer.url, "key-1", "RS256")
+    new = issuer.rotate("key-2")
+    assert same(await issuers.key(issuer.url, "key-2", "RS256"), new.jwk)
+    with pytest.raises(Unauthenticated, match="'key-1'"):  # and the old one is no more
+        await issuers.key(issuer.url, "key-1", "RS256")
+
+
+async def test_all_who_come_with_a_new_key_at_once_find_it(issuer, issuers):
+    await issuers.key(issuer.url, "key-1", "RS256")
+    issuer.rotate("key-2")
+    assert all(await asyncio.gather(*(issuers.key(issuer.url, "key-2", "RS256") for _ in range(5))))
+    assert issuer.count() == 2
+
+
+async def test_a_key_that_is_new_while_the_old_ones_are_on_the_way_is_found(issuer, issuers):
+    gate = issuer.hold(JWKS)
+    old = asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256"))
+    assert await asyncio.to_thread(gate.reached.wait, 5)
+    issuer.rotate("key-2")
+    new = asyncio.create_task(issuers.key(issuer.url, "key-2", "RS256"))
+    gate.open()
+    assert await new
+    await asyncio.wait([old])
+    assert issuer.count() == 2
+
+
+async def test_a_withdrawn_key_is_refused_when_the_keys_are_asked_for_again(issuer, issuers, clock):
+    await issuers.key(issuer.url, "key-1", "RS256")
+    issuer.keys = []
+    clock.pass_(FRESH)
+    with pytest.raises(Unauthenticated, match="'key-1'"):
+        await issuers.key(issuer.url, "key-1", "RS256")
+    assert await issuers.probe(issuer.url) == 0
+
+
+# --- an issuer that cannot be asked ---------------------------------------------------------------------------------
+
+
+async def test_an_issuer_that_is_down_is_not_hammered(issuer, issuers, clock):
+    issuer.answer(DISCOVERY, b"", status=503)
+    for _ in range(20):
+        with pytest.raises(Unavailable, match=rf"{issuer.url} cannot be asked .* HTTP 503") as refused:
+            await issuers.key(issuer.url, "key-1", "RS256")
+    assert refused.value.retry_after == PAUSE
+    assert len(issuer.requests) == 1
+    issuer.answers.clear()
+    clock.pass_(PAUSE)
+    assert await issuers.key(issuer.url, "key-1", "RS256")
+
+
+async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
+    issuers = Issuers(clock=clock)
+    try:
+        with Issuer() as issuer:
+            await issuers.key(issuer.url, "key-1", "RS256")
+        clock.pass_(STALE - 1)
+        assert await issuers.key(issuer.url, "key-1", "RS256")
+        with pytest.raises(Unavailable, match="Connect"):  # a key that is not known may be a new one
+            await issuers.key(issuer.url, "key-2", "RS256")
+        with pytest.raises(Unavailable, match="Connect"):
+            await issuers.probe(issuer.url)
+        clock.pass_(1)
+        with pytest.raises(Unavailable, match="Connect"):
+            await issuers.key(issuer.url, "key-1", "RS256")
+        with issuer:
+            clock.pass_(PAUSE)
+            assert await issuers.key(issuer.url, "key-1", "RS256")
+            assert await issuers.probe(issuer.url) == 1
+    finally:
+        await issuers.close()
+
+
+async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issuer, issuers, clock):
+    await issuers.key(issuer.url, "key-1", "RS256")
+    issuer.answer(JWKS, b"<html>")
+    with pytest.raises(Unavailable, match="set of keys is not JSON"):
+        await issuers.key(issuer.url, "key-2", "RS256")
+    with pytest.raises(Unavailable, match="set of keys is not JSON"):
+        await issuers.probe(issuer.url)
+    assert await issuers.key(issuer.url, "key-1", "RS256")
+    issuer.answers.clear()
+    clock.pass_(PAUSE)
+    assert await issuers.probe(issuer.url) == 1
+
+
+@pytest.mark.parametrize("path", [DISCOVERY, JWKS])
+async def test_an_issuer_that_does_not_answer_in_time(issuer, clock, path):
+    issuer.hang(path)
+    issuers = Issuers(clock=clock, timeout=0.05)
+    with pytest.raises(Unavailable, match=r"does not answer within 0\.05 s"):
+        await issuers.key(issuer.url, "key-1", "RS256")
+    await issuers.close()
+
+
+async def test_closing_ends_what_is_under_way(issuer, clock):
+    issuers = Issuers(clock=clock)
+    gate = issuer.hold(JWKS)
+    asking = asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256"))
+    assert await asyncio.to_thread(gate.reached.wait, 5)
+    await issuers.close()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    gate.open()
+
+
+async def test_only_so_many_issuers_are_remembered(issuer, issuers, monkeypatch):
+    monkeypatch.setattr("bkpool.identity.issuer_keys._MOST_ISSUERS", 2)
+    await issuers.key(issuer.url, "key-1", "RS256")
+    for port in (1, 2):
+        with pytest.raises(Unavailable):
+            await issuers.key(f"http://127.0.0.1:{port}", "key-1", "RS256")
+    await issuers.key(issuer.url, "key-1", "RS256")
+    assert issuer.count() == 2
+    assert len(issuers._kept) == 2
+
+
+# --- answers that are not taken -------------------------------------------------------------------------------------
+
+
+async def why(issuers: Issuers, issuer: Issuer) -> str:
+    with pytest.raises(Unavailable) as refused:
+        await issuers.key(issuer.url, "key-1", "RS256")
+    return refused.value.message
+
+
+@pytest.mark.parametrize("path", [DISCOVERY, JWKS])
+async def test_ten_megabytes_are_not_read(issuer, issuers, path):
+    sent = issuer.flood(path)
+    assert "more than 512 KiB" in await why(issuers, issuer)
+    assert len(sent) < 10
+
+
+async def test_ten_megabytes_are_not_unpacked(issuer, issuers):
+    bomb = gzip.compress(b" " * (10 << 20))
+    issuer.answer(JWKS, bomb, headers={"Content-Encoding": "gzip"})
+    assert "compressed" in await why(issuers, issuer)
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "http://evil.example/jwks",
+        "https://127.0.0.1/jwks",
+        "http://127.0.0.1:1/jwks",
+        "http://127.0.0.1/jwks",
+        "//evil.example/jwks",
+        "http://{host}@evil.example/jwks",
+        "http://{host}.evil.example/jwks",
+        "http://{host}\\@evil.example/jwks",
+        "http://[",
+        "file:///etc/passwd",
+        "",
+    ],
+)
+async def test_a_redirect_elsewhere_is_not_followed(issuer, issuers, to):
+    issuer.redirect(JWKS, to.format(host=f"127.0.0.1:{issuer.port}"))
+    assert "redirects to another host, port or scheme" in (told := await why(issuers, issuer)) or "ValueError" in told
+    assert issuer.count() == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_to_the_same_place_is_followed_twice(issuer, issuers, status, clock):
+    issuer.redirect(DISCOVERY, "/1", status)
+    issuer.redirect("/1", f"{issuer.url}/2", status)
+    issuer.answer("/2", issuer.discovery())
+    assert await issuers.key(issuer.url, "key-1", "RS256")
+    issuer.redirect("/2", "3", status)
+    clock.pass_(STALE)
+    assert "2 times are followed" in await why(issuers, issuer)
+
+
+async def test_what_is_not_http_is_not_repeated(issuers):
+    async def answer(reader, writer):
+        await reader.readline()
+        writer.write(b"SSH-2.0-inside\r\n\r\n")
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Unavailable, match="not to be understood") as refused:
+            await issuers.key(f"http://127.0.0.1:{port}", "key-1", "RS256")
+    assert "SSH" not in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (DISCOVERY, {"issuer": "https://evil.example"}, "is of the issuer 'https://evil.example'"),
+        (DISCOVERY, {"jwks_uri": "https://evil.example"}, "is of the issuer None"),
+        (JWKS, [], "is not a JSON object"),
+    ],
+)
+async def test_a_document_that_is_not_taken_is_named(issuer, issuers, path, body, says):
+    issuer.answer(path, body)
+    assert says in await why(issuers, issuer)
+
+
+async def test_an_issuer_with_a_path(clock):
+    issuers = Issuers(clock=clock)
+    with Issuer(path="/realms/ci") as issuer:
+        assert await issuers.probe(issuer.url) == 1
+        with pytest.raises(Unavailable, match="is of the issuer"):  # to the letter, also here
+            await issuers.probe(f"{issuer.url}/")
+    await issuers.close()
+
+
+async def test_the_document_of_an_issuer_with_a_slash_at_its_end(issuer, issuers):
+    issuer.answer(DISCOVERY, issuer.discovery(issuer=f"{issuer.url}/"))
+    assert await issuers.probe(f"{issuer.url}/") == 1
+
+
+# --- documents: pure ------------------------------------------------------------------------------------------------
+
+HTTPS, LOOPBACK = "https://issuer.example", "http://127.0.0.1:8888"
+
+
+@pytest.mark.parametrize(
+    ("issuer", "url"),
+    [(HTTPS, "https://keys.example:444/a/b"), (LOOPBACK, "http://localhost:1/jwks"), (LOOPBACK, "https://a.example")],
+)
+def test_where_keys_may_be(issuer, url):
+    assert read_discovery(json.dumps({"issuer": issuer, "jwks_uri": url}).encode(), issuer) == url
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ({"issuer": HTTPS}, "no jwks_uri"),
+        ({"issuer": HTTPS, "jwks_uri": ["https://a"]}, "no jwks_uri"),
+        ({"issuer": HTTPS, "jwks_uri": "http://keys.example"}, "must begin with https://"),
+        ({"issuer": HTTPS, "jwks_uri": "http://127.0.0.1/jwks"}, "does not begin with https://"),
+        ({"issuer": HTTPS, "jwks_uri": "file:///etc/passwd"}, "jwks_uri"),
+        ({"issuer": HTTPS, "jwks_uri": "https://user@keys.example"}, "jwks_uri"),
+        ({"issuer": HTTPS, "jwks_uri": "https://["}, "jwks_uri"),
+        ({"issuer": f"{HTTPS}/", "jwks_uri": HTTPS}, "is of the issuer 'https://issuer.example/'"),
+        ({"issuer": [HTTPS], "jwks_uri": HTTPS}, "is of the issuer ['https"),
+        ([], "not a JSON object"),
+    ],
+    ids=str,
+)
+def test_discovery_that_is_not_taken(document, says):
+    with pytest.raises(Unavailable) as refused:
+        read_discovery(json.dumps(document).encode(), HTTPS)
+    assert says in refused.value.message
+
+
+def keys(*jwks: object):
+    return read_keys(json.dumps({"keys": list(jwks)}).encode())
+
+
+def test_the_keys_that_are_of_use():
+    found = keys(RSA, EC, ED, without(RSA, "kid", "use", "alg"), {**EC, "key_ops": ["verify", "sign"]})
+    assert [(key.kid, key.alg) for key in found] == [
+        *(("key-1", "RS256"), ("ec", "ES256"), ("ed", "EdDSA"), (None, "RS256"), ("ec", "ES256"))
+    ]
+
+
+@pytest.mark.parametrize(
+    "jwk",
+    [
+        {**RSA, "use": "enc"},
+        {**RSA, "use": ["sig"]},
+        {**RSA, "key_ops": ["encrypt"]},
+        {**RSA, "key_ops": "verify"},
+        {**RSA, "alg": "RS512"},
+        {**RSA, "alg": "RSA-OAEP"},
+        {**RSA, "alg": "HS256"},
+        {**RSA, "d": "AQAB"},
+        {**RSA, "kty": "oct", "k": "c2VjcmV0"},
+        {**RSA, "kty": ["RSA"]},
+        {**RSA, "kid": 7},
+        {**RSA, "kid": "k" * 257},
+        {**RSA, "e": 65537},
+        {**RSA, "e": b64(b"\x00")},
+        {**RSA, "e": b64(b"\x02")},
+        {**RSA, "n": ""},
+        {**RSA, "n": "é"},
+        {**RSA, "n": b64(b"\xff" * 4096)},
+        without(RSA, "n"),
+        signing_key("weak", bits=1024).jwk,
+        signing_key("384", "ES384").jwk,
+        {**signing_key("k", "ES256K").jwk, "crv": "P-256", "alg": "ES256"},
+        {**EC, "x": EC["y"]},
+        {**EC, "crv": ["P-256"]},
+        {**ED, "x": "AAAA"},
+        {**ED, "crv": "Ed448"},
+        {**ED, "crv": "X25519"},
+        {},
+        [],
+        "key",
+        None,
+    ],
+    ids=lambda _key: "",  # its number: keys are fresh in every process
+)
+def test_a_key_that_is_of_no_use_is_skipped(jwk):
+    assert [key.kid for key in keys(jwk, ED)] == ["ed"]
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        (b"", "is not JSON"),
+        (b"{}", "has no list of keys"),
+        (b'{"keys":{}}', "has no list of keys"),
+        (b'{"keys":[],"keys":[]}', "has a name twice"),
+        (json.dumps({"keys": [{}] * 101}).encode(), "101 keys, more than 100"),
+    ],
+)
+def test_a_set_of_keys_that_is_not_taken(document, says):
+    with pytest.raises(Unavailable, match=says):
+        read_keys(document)
+
+
+def test_which_key_a_token_means():
+    two = keys(RSA, signing_key("key-2").jwk, EC)
+    assert same(choose(two, "key-1", "RS256"), RSA)
+    assert same(choose(two, None, "ES256"), EC)
+    assert choose(two, None, "RS256") is None  # either of them
+    assert choose(two, "key-1", "ES256") is None
+    assert choose(two, "key-3", "RS256") is None
+    assert choose(keys(without(RSA, "kid")), "key-1", "RS256") is None
+    assert choose(keys(without(RSA, "kid")), None, "RS256")
+    assert choose((), None, "RS256") is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=12) | st.sampled_from([RSA["n"], EC["x"], "sig"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+MEMBERS = ["kty", "crv", "kid", "use", "alg", "key_ops", "n", "e", "x", "y", "d"]
+WILD = st.builds(
+    lambda good, bad: {**good, **bad},
+    st.sampled_from([RSA, EC, ED, {}]),
+    st.dictionaries(st.sampled_from(MEMBERS), JSON | st.binary(max_size=40).map(b64), max_size=2),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(WILD | JSON, max_size=3))
+@example([{**RSA, "n": "A" * 2048}])
+@example([{**RSA, "e": "_" * 2048}])
+@example([{**RSA, "n": b64(b"\xff" * 256)[:-1] + "A", "e": RSA["n"]}])
+def test_whatever_keys_are_published_only_fit_ones_are_taken(jwks):
+    for key in keys(*jwks):
+        assert key.alg in ALGORITHMS
+        assert choose([key], key.kid, key.alg)
+
+
+@given(
+    st.binary(max_size=100)
+    | st.dictionaries(st.sampled_from(["issuer", "jwks_uri", "keys"]), JSON | st.just(HTTPS)).map(
+        lambda document: json.dumps(document).encode()
+    )
+)
+@example(b'{"issuer":"https://issuer.example","jwks_uri":"https://\\u2100.example"}')
+@example(b'{"issuer":"https://issuer.example","jwks_uri":"https://a:b"}')
+def test_whatever_is_answered_is_taken_or_named(document):
+    for read in (read_keys, lambda it: read_discovery(it, HTTPS)):
+        try:
+            read(document)
+        except Unavailable as refused:
+            told = refused.message
+        else:
+            told = "it"
+        assert told
+
+
+async def test_a_host_that_no_resolver_takes(issuers):
+    for host in ("a..b", "x" * 80 + ".example"):
+        with pytest.raises(Unavailable):
+            await issuers.key(f"https://{host}", "k", "RS256")
+
+
+async def test_headers_without_end_are_not_read(issuer, issuers):
+    async def handler(request):
+        return web.Response(headers={f"X-{n}": "x" * 8000 for n in range(100)})
+
+    issuer.answers[JWKS] = handler
+    assert "cannot be asked" in await why(issuers, issuer)

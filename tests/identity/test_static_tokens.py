@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from bkpool.core.auth import RESERVED, Auth, TokenFrom
+from bkpool.core.errors import Forbidden, HostFault, NotFound, Unavailable
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.resource import Metadata
+from bkpool.home.files import write_private
+from bkpool.identity import Identity, Scope, Verdict
+from bkpool.identity.static_token_parser import Tokens, read_tokens
+from bkpool.identity.static_tokens import FRESH, FileTokens, PoolTokens, SecretTokens
+
+ALICE, BOB = "alices-token-of-32-characters-xx", "bobs-token-0123456789"
+SECRET = TokenFrom(secret_ref="tokens")
+
+
+def who(tokens: Tokens, bearer: str) -> list[str]:
+    return [entry.user for entry in tokens.of(bearer)]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "user"),
+    [
+        ("alice", ALICE, "alice"),
+        ("alice", f"{ALICE}\n", "alice"),
+        ("alice", {"token": ALICE}, "alice"),
+        ("old", {"token": ALICE, "user": "alice"}, "alice"),
+        ("old", json.dumps({"token": ALICE, "user": "alice"}), "alice"),
+        ("old", f"user: alice\ntoken: {ALICE}\n", "alice"),
+        (ALICE, json.dumps({"user": "alice", "pools": ["*"]}), "alice"),
+        (ALICE, {"user": "alice"}, "alice"),
+        ("x", {"token": f"{'a' * 15}=", "user": "ann o'neill <a@example.com>"}, "ann o'neill <a@example.com>"),
+    ],
+)
+def test_every_way_to_write_a_token_is_read(key, value, user):
+    tokens = read_tokens({key: value})
+    assert tokens.faults == ()
+    token = ALICE if ALICE in f"{key}{value}" else value["token"]
+    assert who(tokens, token) == [user]
+    assert who(tokens, f"{token}x") == who(tokens, token[:-1]) == who(tokens, "") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("alice", "a" * 15, "shorter than 16"),
+        (ALICE, "alice", "shorter than 16"),
+        ("alice", "", "neither a token"),
+        ("alice", None, "neither a token"),
+        ("alice", 1234567890123456789, "neither a token"),
+        ("alice", [ALICE], "neither a token"),
+        ("alice", f"{ALICE} with blanks", "neither a token"),
+        ("alice", "{" * 900, "neither a token"),
+        ("alice", "[" * 900, "neither a token"),
+        ("alice", {"token": f"{ALICE} with blanks"}, "can carry"),
+        ("alice", {"token": f"{ALICE}\n"}, "can carry"),
+        ("alice", {"token": 1234567890123456789}, "can carry"),
+        ("alice", {"token": "ä" * 20}, "can carry"),
+        ("alice", {"token": None}, "can carry"),
+        (ALICE, {}, "no user"),
+        (ALICE, {"pools": ["*"]}, "no user"),
+        (ALICE, {"user": ""}, "no user"),
+        (ALICE, {"user": 7}, "no user"),
+        (ALICE, {"user": "a\nb"}, "printable"),
+        (ALICE, {"user": " alice"}, "printable"),
+        (ALICE, {"user": "a" * 257}, "printable"),
+        *((ALICE, {"user": f"{prefix}x"}, "begins with") for prefix in RESERVED),
+        ("system:admin", ALICE, "begins with"),
+        (7, ALICE, "no user"),
+        (ALICE, {"user": "alice", "pools": "*"}, "pools"),
+        (ALICE, {"user": "alice", "pools": [1]}, "pools"),
+    ],
+)
+def test_what_is_wrong_is_said_without_the_token_and_leaves_the_others(key, value, says):
+    tokens = read_tokens({key: value, "bob": BOB})
+    assert [entry.user for entry in tokens.entries] == ["bob"]
+    (fault,) = tokens.faults
+    assert fault.startswith("entry 1 of 2: ")
+    assert says in fault
+    assert "alice" not in fault
+    assert ALICE not in repr(tokens), "only digests are kept"
+    assert who(tokens, ALICE) == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=6,
+)
+OBJECTS = st.fixed_dictionaries({}, optional={"user": JSON, "pools": JSON, "token": JSON})
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=30) | st.integers() | st.none(), JSON | OBJECTS | OBJECTS.map(json.dumps), max_size=4
+    )
+)
+def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
+    tokens = read_tokens(data)
+    assert len(tokens.entries) + len(tokens.faults) == len(data)
+    for entry in tokens.entries:
+        assert len(entry.digest) == 32
+        assert 0 < len(entry.user) <= 256
+        assert entry.user.isprintable()
+        assert not entry.user.startswith(RESERVED)
+
+
+def test_a_user_may_have_two_tokens_while_one_takes_over_from_the_other():
+    tokens = read_tokens({"alice": ALICE, "alice.next": json.dumps({"user": "alice", "token": BOB})})
+    assert who(tokens, ALICE) == who(tokens, BOB) == ["alice"]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
+    path = tmp_path / "tokens.yaml"
+    source, files = TokenFrom(file=str(path)), FileTokens()
+    write_private(path, f"alice: {ALICE}\n".encode())
+    first = await files.read("default", source)
+    assert who(first, ALICE) == ["alice"]
+    assert await files.read("default", source) is first
+
+    write_private(path, json.dumps({"alice": BOB}).encode())
+    second = await files.read("default", source)
+    assert who(second, ALICE) == []
+    assert who(second, BOB) == ["alice"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: path.chmod(0o640), "open to other users"),
+        (lambda path: path.write_text(""), "not a mapping"),
+        (lambda path: path.write_text("- a"), "not a mapping"),
+        (lambda path: path.write_text(f"alice: '{ALICE}"), "not a mapping"),
+        (lambda path: path.write_bytes(b"\xff\x00"), "not a mapping"),
+        (lambda path: path.write_text("a" * ((1 << 20) + 1)), "larger"),
+        (lambda path: (path.unlink(), path.mkdir(0o700)), "directory"),
+    ],
+)
+async def test_a_file_that_cannot_be_trusted_lets_nobody_in(tmp_path, spoil, says):
+    path = tmp_path / "tokens.yaml"
+    files = FileTokens()
+    write_private(path, f"alice: {ALICE}\n".encode())
+    await files.read("default", TokenFrom(file=str(path)))
+    spoil(path)
+    with pytest.raises(HostFault, match=says) as refused:
+        await files.read("default", TokenFrom(file=str(path)))
+    assert ALICE not in f"{refused.value.message}{refused.value.hint}"
+    assert str(path) in refused.value.message
+
+
+async def test_each_reader_leaves_the_others_source_alone(tmp_path):
+    assert await FileTokens().read("default", SECRET) == Tokens()
+    assert await SecretTokens(Cluster()).read("default", TokenFrom(file="/nowhere")) == Tokens()
+
+
+# --- Secrets --------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Stands for a KubeApi: it has Secrets, may be away, and counts what it is asked."""
+
+    def __init__(self, **data: str) -> None:
+        self.version = 0
+        self.asked: list[str] = []
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.reached = asyncio.Event()
+        self.put(**data)
+
+    def put(self, **data: str) -> None:
+        self.version += 1
+        self.data = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+
+    async def get(self, path: str) -> dict:
+        self.asked.append(path)
+        self.reached.set()
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return {"metadata": {"resourceVersion": str(self.version)}, "data": self.data}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_a_secret_is_asked_for_again_after_ten_seconds():
+    cluster, clock = Cluster(alice=ALICE), Clock()
+    secrets = SecretTokens(cluster, clock)
+    for _ in range(3):
+        assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
+    assert cluster.asked == ["/api/v1/namespaces/team/secrets/tokens"]
+
+    cluster.put(alice=BOB)
+    clock.now = FRESH - 0.1
+    assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
+    clock.now = FRESH
+    assert who(await secrets.read("team", SECRET), ALICE) == []
+    assert who(await secrets.read("team", SECRET), BOB) == ["alice"]
+
+    cluster.error = NotFound("no such Secret")
+    clock.now = 2 * FRESH
+    assert await secrets.read("team", SECRET) == Tokens()
+    cluster.error = None
+    clock.now = 3 * FRESH
+    assert who(await secrets.read("team", SECRET), BOB) == ["alice"], "it is back, at the version that was known"
+
+
+async def test_a_burst_of_callers_is_one_question_also_where_the_first_hangs_up():
+    cluster = Cluster(alice=ALICE)
+    secrets = SecretTokens(cluster, Clock())
+    cluster.gate.clear()
+    calls = [asyncio.create_task(secrets.read("team", SECRET)) for _ in range(5)]
+    await cluster.reached.wait()
+    calls[0].cancel()
+    cluster.gate.set()
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert [who(tokens, ALICE) for tokens in answers[1:]] == [["alice"]] * 4
+    assert len(cluster.asked) == 2
+
+
+async def test_a_secret_that_cannot_be_read_is_no_reason_to_believe_what_it_said_before():
+    cluster, clock = Cluster(alice=ALICE), Clock()
+    secrets = SecretTokens(cluster, clock)
+    await secrets.read("team", SECRET)
+    cluster.error, clock.now = Unavailable("away"), FRESH
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="away"):
+            await secrets.read("team", SECRET)
+    assert len(cluster.asked) == 2, "nobody waits for it again at once"
+    cluster.error, clock.now = None, 2 * FRESH
+    assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
+
+
+async def test_what_is_no_text_is_a_fault():
+    cluster = Cluster(alice=ALICE)
+    cluster.data["bytes"] = base64.b64encode(b"\xff" * 20).decode()
+    cluster.data["none"] = "%%%"
+    tokens = await SecretTokens(cluster, Clock()).read("team", SECRET)
+    assert who(tokens, ALICE) == ["alice"]
+    assert len(tokens.faults) == 2
+
+
+# --- who is calling -------------------------------------------------------------------------------------------------
+
+
+def a_pool(name: str, *sources: dict) -> Pool:
+    methods = [{"type": "token", "token": source} for source in sources]
+    return Pool(metadata=Metadata(name=name, namespace="team"), spec=PoolSpec(auth=Auth(methods=methods)))
+
+
+class Memory:
+    """Tokens, or an error, by the name of the Secret."""
+
+    def __init__(self, **said: object) -> None:
+        self.said = said
+
+    async def read(self, namespace: str, source: TokenFrom) -> Tokens:
+        found = self.said[source.secret_ref]
+        if isinstance(found, Exception):
+            raise found
+        return read_tokens(found)
+
+
+def known(pool: str, user: str) -> Verdict:
+    source = f"BuildKitPool team/{pool} (token)"
+    identity = Identity(user, authority=f"tokens of team/{pool}", source=source, scope=Scope("team", pool))
+    return Verdict(source, identity)
+
+
+async def test_a_token_counts_at_the_pools_whose_it_is():
+    reader = Memory(a={"alice": ALICE}, b={"al": ALICE, "bob": BOB})
+    pools = [a_pool("one", {"secretRef": "a"}), a_pool("two", {"secretRef": "b"}), a_pool("three")]
+    tokens = PoolTokens(reader, lambda: pools)
+
+    assert await tokens.authenticate(ALICE) == (known("one", "alice"), known("two", "al"))
+    assert await tokens.authenticate(BOB) == (known("two", "bob"),)
+    assert await tokens.authenticate("another-token-that-nobody-has") == ()
+    pools.pop(1)
+    assert await tokens.authenticate(BOB) == ()
+
+
+async def test_several_secrets_of_one_pool_are_all_looked_into():
+    reader = Memory(a={"alice": ALICE}, b={"bob": BOB})
+    tokens = PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"}, {"secretRef": "b"})])
+    assert await tokens.authenticate(BOB) == (known("one", "bob"),)
+
+
+@pytest.mark.parametrize(
+    ("pools", "fits"),
+    [
+        (["one"], True),
+        (["team/one"], True),
+        (["o*"], True),
+        (["x", "*"], True),
+        (None, True),
+        (["two"], False),
+        (["other/one"], False),
+        ([], False),
+    ],
+)
+async def test_a_token_may_be_for_some_pools_only(pools, fits):
+    reader = Memory(a={ALICE: {"user": "alice", "pools": pools}})
+    (verdict,) = await PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"})]).authenticate(ALICE)
+    assert (verdict.identity is not None) is fits
+    assert bool(verdict.refusal) is verdict.genuine is not fits
+    assert ALICE not in repr(verdict)
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), Forbidden("no right"), HostFault("open to others")])
+async def test_tokens_that_cannot_be_read_lock_nobody_else_out(error):
+    reader = Memory(bad=error, good={"alice": ALICE})
+    pools = [a_pool("one", {"secretRef": "bad"}), a_pool("two", {"secretRef": "good"})]
+    tokens = PoolTokens(reader, lambda: pools)
+
+    refused, let_in = await tokens.authenticate(ALICE)
+    assert (refused.identity, refused.genuine) == (None, False)
+    assert refused.refusal == "the tokens of a pool cannot be read just now"
+    assert let_in == known("two", "alice")
+
+
+async def test_what_is_wrong_is_logged_once_until_it_changes():
+    reader = Memory(a={"alice": "short", "bob": BOB})
+    tokens = PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"})])
+    with capture_logs() as logs:
+        for _ in range(3):
+            await tokens.authenticate(ALICE)
+        reader.said["a"] = Unavailable("away")
+        for _ in range(3):
+            await tokens.authenticate(ALICE)
+        reader.said["a"] = {"bob": BOB}
+        for _ in range(3):
+            await tokens.authenticate(ALICE)
+    assert [(entry["event"], entry.get("reason")) for entry in logs] == [
+        ("tokens.faulty", "entry 1 of 2: its token is shorter than 16 characters"),
+        ("tokens.faulty", "away"),
+        ("tokens.good_again", None),
+    ]
+
+
+async def test_a_file_for_a_pool_from_end_to_end(tmp_path):
+    path = tmp_path / "tokens.yaml"
+    write_private(path, yaml.safe_dump({"alice": ALICE, "ci": {"token": BOB, "pools": ["other"]}}).encode())
+    tokens = PoolTokens(FileTokens(), lambda: [a_pool("one", {"file": str(path)})])
+    assert await tokens.authenticate(ALICE) == (known("one", "alice"),)
+    (verdict,) = await tokens.authenticate(BOB)
+    assert verdict.refusal == "this token of ci is not for pool team/one"
+    os.chmod(path, 0o644)  # noqa: PTH101
+    (verdict,) = await tokens.authenticate(ALICE)
+    assert verdict.refusal == "the tokens of a pool cannot be read just now"

@@ -1,0 +1,176 @@
+"""What `bkpool manifests` prints: complete, the same each time, and with no right too many."""
+
+from functools import cache
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from bkpool.appliance.backend import LEASE
+from bkpool.appliance.cluster_secrets import ADMIN, PKI
+from bkpool.cli import program
+from bkpool.controller.pool_gateway_objects import Setting, pool_objects
+from bkpool.core.errors import InvalidInput
+from bkpool.core.pool import Pool
+from bkpool.install.manifests import IMAGE, Install, render
+
+
+@cache
+def documents(**options):
+    return [doc for doc in yaml.safe_load_all(render(Install(**options))) if doc]
+
+
+def of_kind(docs, kind):
+    return [doc for doc in docs if doc["kind"] == kind]
+
+
+def rules(docs, kind, namespace=None):
+    found = [doc for doc in of_kind(docs, kind) if doc["metadata"].get("namespace") == namespace]
+    return [rule for doc in found for rule in doc["rules"]]
+
+
+def allows(granted, group, resource, verb, name=None):
+    return any(
+        group in rule["apiGroups"]
+        and resource in rule["resources"]
+        and verb in rule["verbs"]
+        and ("resourceNames" not in rule or name in rule["resourceNames"])
+        for rule in granted
+    )
+
+
+def test_it_is_all_there():
+    kinds = [doc["kind"] for doc in documents(pool_namespaces=("a", "b"))]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "Namespace": 1,
+        "ServiceAccount": 1,
+        "ClusterRole": 1,
+        "ClusterRoleBinding": 1,
+        "Role": 3,
+        "RoleBinding": 3,
+        "Deployment": 1,
+        "Service": 1,
+        "PodDisruptionBudget": 1,
+        "NetworkPolicy": 1,
+        "CustomResourceDefinition": 3,
+    }
+
+
+def test_the_same_options_give_the_same_text():
+    assert render(Install()) == render(Install())
+    assert "${" not in render(Install())
+
+
+def test_every_option_is_heeded():
+    docs = documents(
+        namespace="bk", replicas=3, image="registry.example.com:5000/bkpool@sha256:ab", pool_namespaces=("a",)
+    )
+    (deployment,) = of_kind(docs, "Deployment")
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    assert deployment["spec"]["replicas"] == 3
+    assert container["image"] == "registry.example.com:5000/bkpool@sha256:ab"
+    assert f"--image={container['image']}" in container["args"]
+    assert "--namespace=bk" in container["args"]
+    assert "--pool-namespace=a" in container["args"]
+    namespaces = {doc["metadata"].get("namespace", "") for doc in docs}
+    assert namespaces == {"", "bk", "a"}
+    (policy,) = of_kind(docs, "NetworkPolicy")
+    (callers,) = policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchExpressions"]
+    assert callers["values"] == ["bk", "a"]
+    for binding in [*of_kind(docs, "RoleBinding"), *of_kind(docs, "ClusterRoleBinding")]:
+        assert [subject["namespace"] for subject in binding["subjects"]] == ["bk"]
+
+
+def test_what_is_told_about_plain_http_stands_above_it():
+    lines = [line.strip() for line in render(Install()).splitlines()]
+    assert lines[lines.index("- --plain-http") - 1].startswith("#")
+
+
+@pytest.mark.parametrize(("tls", "option", "scheme"), [(False, "--plain-http", None), (True, "--api-tls", "HTTPS")])
+def test_the_api_is_in_clear_or_over_tls_and_the_kubelet_asks_it_so(tls, option, scheme):
+    (deployment,) = of_kind(documents(api_tls=tls), "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert {"--plain-http", "--api-tls"} & set(container["args"]) == {option}
+    probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+    assert [probe.get("scheme") for probe in probes] == [scheme] * 3
+    assert ("--api-tls" in render(Install(api_tls=tls)).splitlines()[0]) is tls
+
+
+def test_no_right_reaches_secrets_of_the_whole_cluster():
+    everywhere = rules(documents(), "ClusterRole")
+    others = [rule for rule in everywhere if rule["apiGroups"] != ["buildkit.smrt-devops.net"]]
+    reviews = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
+    assert others == [reviews], "beside bkpool's own kinds only what tells whose a token is"
+    assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitworkers", "create")
+    home = rules(documents(), "Role", "buildkit-system")
+    assert allows(home, "", "secrets", "get", PKI)
+    assert not allows(home, "", "secrets", "get", "another")
+    assert allows(home, "", "secrets", "get", ADMIN)
+    for verb in ("get", "update"):
+        assert allows(home, "coordination.k8s.io", "leases", verb, LEASE)
+        assert not allows(home, "coordination.k8s.io", "leases", verb, "another")
+    assert not allows(home, "", "secrets", "update", PKI), "what is lost is never made anew"
+    for rule in [*everywhere, *home, *rules(documents(), "Role", "default")]:
+        assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
+
+
+def test_it_may_read_who_may_use_what_and_say_whether_that_works():
+    everywhere = rules(documents(), "ClusterRole")
+    for verb in ("get", "list", "watch"):
+        assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb)
+    assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs/status", "update")
+    for verb in ("update", "patch", "create", "delete"):
+        assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb), (
+            "nobody lets himself in"
+        )
+    assert allows(rules(documents(), "Role", "default"), "", "secrets", "get"), "of tokens"
+
+
+def test_the_controller_holds_every_right_that_it_grants():
+    """Otherwise the API server refuses the gateways' Roles: nobody may grant what he does not have."""
+    docs = documents(pool_namespaces=("team",))
+    held = [*rules(docs, "ClusterRole"), *rules(docs, "Role", "team")]
+    pool = Pool.model_validate({"metadata": {"name": "p", "namespace": "team"}, "spec": {}})
+    (role,) = of_kind(pool_objects(pool, Setting(IMAGE, "buildkit-system", "buildkit-controller")), "Role")
+    for rule in role["rules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                for verb in rule["verbs"]:
+                    assert allows(held, group, resource, verb), (resource, verb)
+
+
+def test_pods_are_admitted_where_only_restricted_ones_are():
+    (deployment,) = of_kind(documents(), "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"namespace": "Odd_"}, "--namespace"),
+        ({"pool_namespaces": ("a", "b: {}")}, "--pool-namespace"),
+        ({"replicas": 0}, "--replicas"),
+        ({"image": "x # y"}, "--image"),
+        ({"image": ""}, "--image"),
+    ],
+)
+def test_what_would_break_the_yaml_is_refused(options, field):
+    with pytest.raises(InvalidInput) as caught:
+        render(Install(**options))
+    assert caught.value.field == field
+
+
+def test_the_command_prints_what_is_applied_and_nothing_else():
+    told = CliRunner().invoke(program, ["manifests", "--pool-namespace", "a", "--pool-namespace", "b"])
+    assert told.exit_code == 0
+    assert told.stdout == render(Install(pool_namespaces=("a", "b")))
+    assert CliRunner().invoke(program, ["manifests"]).stdout == render(Install())
+    assert CliRunner().invoke(program, ["manifests", "--api-tls"]).stdout == render(Install(api_tls=True))

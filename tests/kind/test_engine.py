@@ -1,0 +1,92 @@
+"""Whether a container engine answers, and why not."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bkpool.core.errors import HostFault
+from bkpool.kind import engine
+from bkpool.kind.engine import Engine, engine_fault
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def left_by_the_sdk() -> Iterator[None]:
+    """It leaves a socket open where it could not connect; that is told here, not in somebody else's test."""
+    yield
+    gc.collect()
+
+
+@pytest.fixture
+def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """An engine's socket with nobody behind it, as a hanging engine has."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "engine.sock"))
+        listening.listen()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
+        monkeypatch.delenv("DOCKER_TLS_VERIFY", raising=False)
+        monkeypatch.delenv("DOCKER_CERT_PATH", raising=False)
+        yield listening
+
+
+def test_where_no_engine_is_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    assert engine_fault() == "no container engine answers (No such file or directory)"
+
+
+def test_one_that_hangs_is_not_waited_for(listener, monkeypatch):
+    monkeypatch.setattr(engine, "_PROBE_SECONDS", 0.2)
+    began = time.monotonic()
+    assert "no container engine answers" in (engine_fault() or "")
+    assert time.monotonic() - began < 2
+
+
+def test_the_current_context_of_the_cli_is_followed(tmp_path, monkeypatch):
+    for name in ("DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"currentContext": "mine"}')
+    meta = tmp_path / "contexts" / "meta" / hashlib.sha256(b"mine").hexdigest() / "meta.json"
+    meta.parent.mkdir(parents=True)
+    endpoint = {"Host": f"unix://{tmp_path}/mine.sock", "SkipTLSVerify": False}
+    meta.write_text(json.dumps({"Name": "mine", "Metadata": {}, "Endpoints": {"docker": endpoint}}))
+    assert engine_fault() == "no container engine answers (No such file or directory)"
+
+    meta.write_text("{")
+    assert "corrupted meta file for context mine" in (engine_fault() or "")
+
+
+def test_a_socket_of_others_is_a_permission_with_the_way_to_get_it(monkeypatch):
+    refused = ConnectionError("Connection aborted.")
+    refused.__cause__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    fault = engine._no_engine(refused)
+    assert fault.code == "Permission"
+    assert "usermod -aG docker" in fault.hint
+
+
+def test_an_engine_without_the_command_line_is_of_no_use_to_kind(monkeypatch):
+    class Client:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    client = Client()
+    monkeypatch.setattr(engine.docker, "from_env", lambda **_: client)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(HostFault, match=r"docker.* is not on PATH") as raised:
+        Engine.connect()
+    assert raised.value.code == "ToolMissing"
+    assert client.closed

@@ -1,0 +1,237 @@
+"""The election in time that stands still: the API here is a dict with compare-and-swap, so that seconds can be told.
+
+The same against a real API server: e2e/kind/test_leader.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from datetime import UTC, datetime
+
+import pytest
+
+from bkpool.core.errors import Conflict, NotFound, Unavailable
+from bkpool.kube.leader import Leadership
+
+
+class Time:
+    """A clock that goes only when told, and whoever sleeps by it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append((self.now + seconds, woken))
+        await woken
+
+    async def passes(self, seconds: float) -> None:
+        until = self.now + seconds
+        await settled()
+        while due := sorted((at for at, woken in self._sleepers if at <= until and not woken.done())):
+            self.now = due[0]
+            for _, woken in [sleeper for sleeper in self._sleepers if sleeper[0] <= self.now]:
+                if not woken.done():
+                    woken.set_result(None)
+            self._sleepers = [sleeper for sleeper in self._sleepers if sleeper[0] > self.now]
+            await settled()
+        self.now = until
+
+
+async def settled() -> None:
+    for _ in range(30):
+        await asyncio.sleep(0)
+
+
+class Api:
+    """One Lease."""
+
+    def __init__(self) -> None:
+        self.lease = None
+        self.version = 0
+        self.cut: set[str] = set()
+        self.stuck: set[str] = set()
+
+    def of(self, identity: str) -> _View:
+        return _View(self, identity)
+
+    @property
+    def holder(self) -> str:
+        return self.lease["spec"]["holderIdentity"]
+
+
+class _View:
+    def __init__(self, api: Api, identity: str) -> None:
+        self._api = api
+        self._identity = identity
+
+    async def _reach(self) -> None:
+        if self._identity in self._api.stuck:
+            await asyncio.Event().wait()
+        if self._identity in self._api.cut:
+            raise Unavailable("the API server does not answer")
+
+    async def get(self, path):
+        await self._reach()
+        if self._api.lease is None:
+            raise NotFound(path)
+        return copy.deepcopy(self._api.lease)
+
+    async def create(self, path, body):
+        await self._reach()
+        if self._api.lease is not None:
+            raise Conflict(path)
+        return self._store(body)
+
+    async def replace(self, path, body):
+        await self._reach()
+        if body["metadata"]["resourceVersion"] != self._api.lease["metadata"]["resourceVersion"]:
+            raise Conflict(path)
+        return self._store(body)
+
+    def _store(self, body):
+        self._api.version += 1
+        self._api.lease = copy.deepcopy(body)
+        self._api.lease["metadata"]["resourceVersion"] = str(self._api.version)
+
+
+class Replica:
+    def __init__(self, api: Api, time: Time, identity: str) -> None:
+        wall = {"now": lambda: datetime(1999 if identity == "a" else 2077, 1, 1, tzinfo=UTC)}  # clocks may be wrong
+        self.leadership = Leadership(api.of(identity), "ns", "lease", identity, clock=time, sleep=time.sleep, **wall)
+        self.works = 0
+        self.ended: list[float] = []
+        self._time = time
+        self.task = asyncio.create_task(self.leadership.lead(self._work))
+
+    async def _work(self) -> None:
+        self.works += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.works -= 1
+            self.ended.append(self._time.now)
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def api() -> Api:
+    return Api()
+
+
+@pytest.fixture
+async def replica(api, time):
+    started: list[Replica] = []
+
+    async def start(identity: str) -> Replica:
+        started.append(Replica(api, time, identity))
+        await settled()
+        return started[-1]
+
+    yield start
+    for one in started:
+        await one.stop()
+
+
+async def test_one_works_and_the_other_waits_as_long_as_it_renews(api, time, replica):
+    a, b = await replica("a"), await replica("b")
+    await time.passes(3600)
+
+    assert (a.works, b.works) == (1, 0)
+    assert a.leadership.leading
+    assert not b.leadership.leading
+    assert api.lease["spec"]["leaseTransitions"] == 0
+
+
+async def test_the_work_ends_before_another_begins_when_the_server_is_out_of_reach(api, time, replica):
+    for how in (api.cut, api.stuck):
+        api.lease = None
+        a, b = await replica("a"), await replica("b")
+        await time.passes(7)
+        how.add("a")
+        lost = time.now
+
+        await time.passes(10)
+        assert (a.works, b.works) == (0, 0), "it stops by itself"
+        assert a.ended[-1] - lost <= 10
+        await time.passes(10)
+        assert (a.works, b.works, api.holder) == (0, 1, "b")
+        how.clear()
+        await a.stop()
+        await b.stop()
+
+
+async def test_a_short_absence_costs_nothing(api, time, replica):
+    a, b = await replica("a"), await replica("b")
+    await time.passes(5)
+    api.cut.update("ab")
+    await time.passes(8)
+    api.cut.clear()
+    await time.passes(60)
+
+    assert (a.works, a.ended, b.works) == (1, [], 0)
+
+
+async def test_a_killed_holder_is_followed_after_its_duration_and_not_before(api, time, replica):
+    a, b = await replica("a"), await replica("b")
+    await time.passes(6)
+    await a.stop()
+
+    await time.passes(13)
+    assert b.works == 0, "the last renewal was seen a second after it was made"
+    await time.passes(4)
+    assert (b.works, api.lease["spec"]["leaseTransitions"]) == (1, 1)
+
+
+async def test_released_it_is_taken_at_the_next_look(api, time, replica):
+    a, b = await replica("a"), await replica("b")
+    await time.passes(6)
+    with pytest.raises(RuntimeError):
+        await a.leadership.release()
+    await a.stop()
+    await a.leadership.release()
+
+    await time.passes(2)
+    assert (b.works, api.holder) == (1, "b")
+    await a.leadership.release()
+    assert api.holder == "b", "what is another's is not given up"
+
+
+async def test_a_lease_that_somebody_else_took_ends_the_work_at_the_next_renewal(api, time, replica):
+    a = await replica("a")
+    api.lease["spec"]["holderIdentity"] = "somebody"
+    api.lease["metadata"]["resourceVersion"] = "77"
+
+    await time.passes(5)
+    assert (a.works, a.leadership.leading) == (0, False)
+    await time.passes(17)
+    assert a.works == 1, "and he never renewed it"
+
+
+async def test_of_many_that_begin_at_once_one_works(api, time, replica):
+    many = [await replica(name) for name in "abcdefgh"]
+    await time.passes(60)
+    assert sum(one.works for one in many) == 1
+
+
+async def test_work_that_fails_is_not_swallowed(api, time):
+    async def work() -> None:
+        raise ValueError("broken")
+
+    leadership = Leadership(api.of("a"), "ns", "lease", "a", clock=time, sleep=time.sleep)
+    with pytest.raises(ValueError, match="broken"):
+        await leadership.lead(work)
+    assert not leadership.leading

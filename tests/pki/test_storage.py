@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from bkpool.core.errors import EXIT, HostFault
+from bkpool.pki.authority import Authority, renew_at
+from bkpool.pki.names import gateway_names
+from bkpool.pki.storage import load_or_create, server_certificate
+
+NOW = datetime.now(UTC)
+NAMES = gateway_names("h", [])
+
+
+@pytest.fixture
+def pki(tmp_path):
+    """A directory with an authority in it."""
+    load_or_create(tmp_path / "pki", NOW)
+    return tmp_path / "pki"
+
+
+def contents(directory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def test_everything_is_made_once_for_us_alone(tmp_path):
+    before = os.umask(0)
+    try:
+        made = load_or_create(tmp_path / "pki", NOW)
+    finally:
+        os.umask(before)
+
+    assert sorted(contents(tmp_path / "pki")) == ["ca.crt", "ca.key", "token.key"]
+    assert stat.S_IMODE((tmp_path / "pki").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "pki").iterdir()} == {0o600}
+    assert [p.name for p in tmp_path.iterdir()] == ["pki"]
+    again = load_or_create(tmp_path / "pki", NOW + timedelta(days=1))
+    assert (again.token_key, again.authority.cert_pem) == (made.token_key, made.authority.cert_pem)
+    assert len(made.token_key) == 32
+
+
+def test_secrets_do_not_show_in_a_representation(pki):
+    kept = load_or_create(pki, NOW)
+    assert repr(kept.token_key) not in repr(kept)
+    assert "PRIVATE" not in repr(kept)
+
+
+CRASH = """
+import os, signal, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from bkpool.home import files
+from bkpool.pki import keep
+
+left = int(sys.argv[2])
+def fail_point(function):
+    def counted(*args, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+    return counted
+
+for name in ("open", "fsync", "rename", "replace", "mkdir"):
+    setattr(os, name, fail_point(getattr(os, name)))
+keep.load_or_create(Path(sys.argv[1]), datetime.now(UTC))
+print("made")
+"""
+
+
+def test_a_crash_at_any_point_leaves_all_or_nothing_and_what_there_is_stays(tmp_path):
+    crashes = 0
+    for number in range(1, 100, 3):
+        directory = tmp_path / str(number) / "pki"
+        command = [sys.executable, "-c", CRASH, str(directory), str(number)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        crashes += 1
+        before = contents(directory) if directory.exists() else None
+
+        load_or_create(directory, NOW)
+
+        if before is not None:
+            assert contents(directory) == before
+        assert [p.name for p in directory.parent.iterdir()] == ["pki"]
+    assert crashes >= 5
+
+
+def another_authoritys(pki) -> None:
+    leaf = Authority.create(NOW).issue_server(NAMES.dns, NAMES.ips, NOW, NOW + timedelta(days=365))
+    (pki / "gateway.crt").write_bytes(leaf.cert_pem)
+    (pki / "gateway.key").write_bytes(leaf.key_pem)
+
+
+def spoilt_key(path) -> None:
+    path.write_bytes(Authority.create(NOW).key_pem)
+
+
+@pytest.mark.parametrize("name", ["ca.crt", "ca.key", "token.key"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda path: path.unlink(), "{path}: No such file"),
+        (lambda path: path.write_bytes(b""), "{name}"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "{name}"),
+        (lambda path: path.write_bytes(b"\0" * 500), "{name}"),
+        (lambda path: path.chmod(0o644), r"{path} is open to other users \(mode 0644\)"),
+        (lambda path: path.chmod(0o620), r"{path} is open to other users \(mode 0620\)"),
+        (lambda path: (path.unlink(), path.mkdir()), "{path}: Is a directory"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error_that_names_the_file_and_nothing_is_made_anew(pki, name, spoil, says):
+    spoil(pki / name)
+    before = contents(pki)
+
+    with pytest.raises(HostFault, match=says.format(path=pki / name, name=name)) as refused:
+        load_or_create(pki, NOW)
+
+    assert (refused.value.code, refused.value.exit_code) == ("Unreadable", EXIT["Unreadable"])
+    assert refused.value.hint
+    assert contents(pki) == before
+
+
+def test_a_key_of_another_authority_is_an_error(pki):
+    spoilt_key(pki / "ca.key")
+    with pytest.raises(HostFault, match="the key does not belong to the certificate") as refused:
+        load_or_create(pki, NOW)
+    assert refused.value.code == "Unreadable"
+
+
+def test_an_empty_directory_is_not_filled(tmp_path):
+    (tmp_path / "pki").mkdir(mode=0o700)
+    with pytest.raises(HostFault, match="No such file") as refused:
+        load_or_create(tmp_path / "pki", NOW)
+    assert "bkpool down" in refused.value.hint
+    assert contents(tmp_path / "pki") == {}
+
+
+def test_a_directory_open_to_others_is_refused_with_the_fix(pki):
+    pki.chmod(0o750)
+    with pytest.raises(HostFault, match="open to other users") as refused:
+        load_or_create(pki, NOW)
+    assert refused.value.hint == f"chmod 700 {pki}"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_another_user_is_refused(pki):
+    os.chown(pki / "ca.key", 12345, -1)
+    with pytest.raises(HostFault, match=r"ca\.key belongs to user 12345"):
+        load_or_create(pki, NOW)
+
+
+# --- the gateway's certificate --------------------------------------------------------------------------------------
+
+
+def test_the_gateways_certificate_is_kept_until_it_is_due(pki):
+    ca = load_or_create(pki, NOW).authority
+    kept = server_certificate(pki, ca, NAMES, NOW)
+    first = contents(pki)
+
+    assert kept.renew_at == renew_at(first["gateway.crt"])
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (kept.cert_file, kept.key_file)} == {0o600}
+    assert server_certificate(pki, ca, NAMES, kept.renew_at - timedelta(seconds=1)) == kept
+    assert contents(pki) == first
+    renewed = server_certificate(pki, ca, NAMES, kept.renew_at)
+    assert renewed.renew_at > kept.renew_at
+    assert contents(pki)["gateway.key"] != first["gateway.key"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda pki: (pki / "gateway.key").write_bytes(b"x"),
+        lambda pki: (pki / "gateway.crt").write_bytes(b"x"),
+        lambda pki: (pki / "gateway.key").unlink(),
+        lambda pki: (pki / "gateway.key").chmod(0o644),
+        lambda pki: spoilt_key(pki / "gateway.key"),
+        another_authoritys,
+    ],
+)
+def test_a_gateways_certificate_that_cannot_be_used_is_issued_again(pki, spoil):
+    ca = load_or_create(pki, NOW).authority
+    first = server_certificate(pki, ca, NAMES, NOW)
+    before = contents(pki)
+    spoil(pki)
+
+    server_certificate(pki, ca, NAMES, NOW)
+
+    after = contents(pki)
+    assert ca.issued(after["gateway.crt"])
+    assert after["gateway.key"] != before["gateway.key"]
+    assert stat.S_IMODE(first.key_file.stat().st_mode) == 0o600
+
+
+def test_other_names_give_another_certificate(pki):
+    ca = load_or_create(pki, NOW).authority
+    server_certificate(pki, ca, NAMES, NOW)
+    before = contents(pki)
+    server_certificate(pki, ca, gateway_names("h", [], ["gw.example"]), NOW)
+    assert contents(pki)["gateway.crt"] != before["gateway.crt"]
+
+
+def test_near_the_end_of_the_authority_it_is_looked_at_daily_and_then_an_error(pki):
+    ca = load_or_create(pki, NOW).authority
+    late = ca.not_after - timedelta(days=10)
+
+    assert server_certificate(pki, ca, NAMES, late).renew_at == late + timedelta(days=1)
+    with pytest.raises(HostFault, match="authority has ended") as refused:
+        server_certificate(pki, ca, NAMES, ca.not_after + timedelta(days=1))
+    assert refused.value.code == "AuthorityExpired"
