@@ -280,7 +280,7 @@ def test_who_comes_after_a_killed_appliance_waits_for_its_kind(world):
     world.kind()
     script.write_text(
         f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "cluster")!r}]
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests" / "kind")!r}]
 from pathlib import Path
 import test_kind
 world = object.__new__(test_kind.World)

@@ -56,7 +56,7 @@ import os, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
 from bkpool.home import files
-from bkpool.pki import keep
+from bkpool.pki import storage
 
 left = int(sys.argv[2])
 def fail_point(function):
@@ -70,7 +70,7 @@ def fail_point(function):
 
 for name in ("open", "fsync", "rename", "replace", "mkdir"):
     setattr(os, name, fail_point(getattr(os, name)))
-keep.load_or_create(Path(sys.argv[1]), datetime.now(UTC))
+storage.load_or_create(Path(sys.argv[1]), datetime.now(UTC))
 print("made")
 """
 

@@ -128,10 +128,10 @@ def test_a_closed_loop_is_watched_no_more(watch, answered):
 
 def test_the_blocker_is_named_by_our_innermost_place_and_by_the_innermost_of_all():
     ours, innermost = blocker(_frame_inside(certificate.token_in_name))
-    assert ours.startswith("bkpool/gateway/certificate.py:")
+    assert ours.startswith("bkpool/gateway/session/certificate.py:")
     assert ours.endswith(" token_in_name")
     assert innermost.endswith(" _Name.removeprefix")
-    assert "test_lag.py:" in innermost
+    assert "test_loop_watchdog.py:" in innermost
     assert blocker(None) == ("unknown", "unknown")
 
 
@@ -173,7 +173,6 @@ class _Told(GatewayMetrics):
             self.over.set()
 
 
-@pytest.mark.usefixtures("_libuv")
 @pytest.mark.parametrize("make_loop", [asyncio.new_event_loop, new_loop], ids=["asyncio", "uvloop"])
 def test_a_blocked_event_loop_is_seen(make_loop):
     """A real loop in a thread of its own, blocked by a function of ours until that has been said of it."""

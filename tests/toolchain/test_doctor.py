@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bkpool.toolchain import Toolchain
-from bkpool.toolchain.doctor import Host, checks
+from bkpool.toolchain.doctor import HostFacts, checks
 
 ALL_CAPS = "000001ffffffffff"
 FILES = {
@@ -46,7 +46,7 @@ def examine(machine, tmp_path, releases, no_go):
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
 
     def _examine(uid: int = 0, ports=None, ours=frozenset(), home: Path = home, **changes):
-        host = Host(machine, uid, "joe", "x86_64", str(machine / "bin"))
+        host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"))
         found = checks(home, chain, ports or {}, ours=ours, host=dataclasses.replace(host, **changes))
         return {check.name: check for check in found}
 
