@@ -168,7 +168,8 @@ for entry in pathlib.Path("/proc").iterdir():
         if (entry / "cmdline").read_bytes().startswith(bytes(tools / "buildkitd")):
             os.kill(int(entry.name), signal.SIGKILL)
 await asyncio.wait_for(changed.wait(), 5)
-print(first.observe()[slot].state, first.observe()[slot].message)
+seen = first.observe()[slot]
+print(seen.state, seen.message, seen.log_tail)
 await building.communicate()
 
 await first.start(slot, "uid-1", "anna", pool, untold)

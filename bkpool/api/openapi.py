@@ -28,7 +28,7 @@ _TOLD = {
     HTTPStatus.GONE: "The lease has ended; the error says how",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
     HTTPStatus.TOO_MANY_REQUESTS: "A limit of the pool is reached (spec.auth.limits); the error names it",
-    HTTPStatus.BAD_GATEWAY: "The worker does not come up; the error has its last words",
+    HTTPStatus.BAD_GATEWAY: "The worker does not come up; the error has the end of buildkitd's log",
     HTTPStatus.SERVICE_UNAVAILABLE: "No worker came free in time, or something that is needed is away",
 }
 _RETRY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})

@@ -161,12 +161,13 @@ class Controller:
         log.warning("worker.stray", slot=str(slot.worker))
         await self._runtime.stop(slot)
 
-    async def _report_failure(self, worker: Worker, error: BkpoolError) -> None:
-        told = f"{error.message}. {error.hint}" if error.hint else error.message
-        log.warning("worker.failed", worker=str(worker.key), reason=told)
-        self._recorder.tell(worker, "Failed", told, warning=True)
+    async def _report_failure(self, worker: Worker, error: WorkerFailed | HostFault) -> None:
+        log_tail = error.log_tail if isinstance(error, WorkerFailed) else ""
+        log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
-        self._mirror.apply(await self._store.replace_status(policy.failed(current, told, self._now())))
+        message = policy.failure_message(current, error.message_and_hint, log_tail)
+        self._recorder.tell(current, "Failed", message, warning=True)
+        self._mirror.apply(await self._store.replace_status(policy.failed(current, message, self._now())))
 
     async def _carry_out(self, action: policy.Action, pool: Pool) -> None:
         match action:

@@ -7,7 +7,7 @@ says what to do. They never carry a secret and never a traceback to a user.
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class BkpoolError(Exception):
@@ -44,6 +44,11 @@ class BkpoolError(Exception):
         self.exit_code = EXIT.get(self.code, self.default_exit) if exit_code is None else exit_code
         self.field = field
         self.retry_after = retry_after
+
+    @property
+    def message_and_hint(self) -> str:
+        """Both in one text, for places that have one field only."""
+        return f"{self.message}. {self.hint}" if self.hint else self.message
 
 
 class InvalidInput(BkpoolError):
@@ -96,10 +101,21 @@ class NoCapacity(BkpoolError):
 
 
 class WorkerFailed(BkpoolError):
-    """buildkitd did not come up, or died more often than is bearable; the message has its last words."""
+    """buildkitd did not start, or it died more often than is bearable.
+
+    Args:
+        message: As for every error. It never contains text from buildkitd's log.
+        log_tail: The last lines of buildkitd's log; empty if there are none. They may tell of somebody's build, so
+            they are kept apart from the message: `policy.failure_message` decides who may read them.
+        **details: As for every error.
+    """
 
     status = HTTPStatus.BAD_GATEWAY
     default_exit = 70
+
+    def __init__(self, message: str, *, log_tail: str = "", **details: Any) -> None:
+        super().__init__(message, **details)
+        self.log_tail = log_tail
 
 
 class Unavailable(BkpoolError):

@@ -29,8 +29,6 @@ REGISTRATION_LIFE = timedelta(seconds=60)
 """A gateway's registration that was not renewed for so long is dead (DESIGN rule 10)."""
 UNTOLD = timedelta(minutes=1)
 """A lease that has no token after so long never will: whoever was making it has been killed."""
-LAST_WORDS = "; its last words"
-"""In a message about a daemon that has failed: from here on it is buildkitd that speaks, perhaps of a build."""
 REMEMBERED = 16
 """Ended leases that a worker remembers, so that a late caller is told why."""
 
@@ -54,7 +52,9 @@ class Observation:
     endpoint: str
     cache_owner: str | None
     message: str = ""
-    """After an exit: how it ended, with the last lines of its log."""
+    """After an exit: how it ended. It never contains text from buildkitd's log."""
+    log_tail: str = ""
+    """After an exit: the last lines of buildkitd's log, which may tell of somebody's build."""
     ephemeral: bool = False
     """Its cache ends with the worker."""
     held: bool | None = None
@@ -279,7 +279,7 @@ def _up(worker: Worker, seen: Observation | None) -> Observation | None:
 def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: datetime) -> Action | datetime:
     """Starts what is down: at once after a reboot, with a growing pause after failures."""
     if seen is not None and seen.state is Running.EXITED and worker.status.endpoint is not None:
-        return Report(failed(worker, seen.message, now))
+        return Report(failed(worker, failure_message(worker, seen.message, seen.log_tail), now))
     if worker.status.failed_at is not None and worker.status.failures:
         retry_at = worker.status.failed_at + min(BACKOFF * (1 << (worker.status.failures - 1)), BACKOFF_MAX)
         if now < retry_at:
@@ -287,10 +287,31 @@ def _bring_up(worker: Worker, seen: Observation | None, owner: str | None, now: 
     return Start(worker, owner)
 
 
+def failure_message(worker: Worker, message: str, log_tail: str) -> str:
+    """Composes the text about a failure that is written on the worker, where everybody with access to it reads it.
+
+    The log tail may tell of the build of the last holder. While they hold the worker, they read it. After their lease
+    it is left out. A worker whose cache was never used has no build to tell of, so its log tail is shown as well.
+
+    Args:
+        worker: The worker as it is stored.
+        message: What happened, without text from buildkitd's log.
+        log_tail: The last lines of buildkitd's log; empty if there are none.
+    """
+    used_by_somebody_else = worker.lease is None and worker.status.cache_owner is not None
+    if not log_tail or used_by_somebody_else:
+        return message
+    return f"{message}\nThe end of its log:\n{log_tail}"
+
+
 def failed(worker: Worker, message: str, now: datetime) -> Worker:
-    """The worker with one failure more. Once nobody holds it, what buildkitd said last is told to nobody."""
-    if worker.lease is None and worker.status.cache_owner is not None:
-        message = message.partition(LAST_WORDS)[0]
+    """The worker with one failure more.
+
+    Args:
+        worker: The worker as it is stored.
+        message: The text from `failure_message`.
+        now: The time.
+    """
     ready_at = worker.status.ready_at
     was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
     return worker.with_status(

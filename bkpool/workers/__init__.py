@@ -44,7 +44,7 @@ class Runtime(Protocol):
         for a worker that nobody holds yet. Started already for this worker and owner: returns at once.
 
         Raises:
-            WorkerFailed: It did not come up; the message has buildkitd's own last words.
+            WorkerFailed: It did not come up; the error's `log_tail` has the end of buildkitd's log.
             HostFault: This machine lacks something; the hint says what.
         """
 

@@ -185,9 +185,10 @@ async def test_a_worker_that_is_not_ready_in_time_is_given_back(world):
     await world.until(lambda: not world.held())
 
 
-async def test_a_worker_that_does_not_come_up_is_told_with_its_last_words(world):
+async def test_a_caller_reads_why_their_worker_did_not_start_with_the_end_of_its_log(world):
     await world.pool()
-    world.runtime.failure = "buildkitd: no space left on device"
+    world.runtime.failure = "buildkitd ended with exit code 1"
+    world.runtime.log_tail = "buildkitd: no space left on device"
     asking = asyncio.create_task(world.replicas[0].allocate())
 
     def push():
@@ -195,7 +196,7 @@ async def test_a_worker_that_does_not_come_up_is_told_with_its_last_words(world)
         return asking.done()
 
     await world.until(push)
-    with pytest.raises(WorkerFailed, match="no space left on device"):
+    with pytest.raises(WorkerFailed, match=r"exit code 1\nThe end of its log:\nbuildkitd: no space left on device"):
         await asking
 
 

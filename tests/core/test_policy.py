@@ -164,16 +164,17 @@ def test_reuse_never_wipes_before_the_worker_is_removed_and_where_none_runs_or_s
     assert actions(snapshot(never, caches=left, busy=frozenset({slot(0), slot(1), slot(2)}))) == []
 
 
-def test_what_a_daemon_said_last_is_for_those_whose_builds_it_speaks_of():
-    said = 'buildkitd was killed; its last words (log):\nprocess "curl secret" did not complete'
-    crashed = {0: seen(0, "owner-a", EXITED, said)}
+def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
+    said = 'process "curl secret" did not complete'
+    whole = f"buildkitd was killed\nThe end of its log:\n{said}"
+    crashed = {0: replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail=said)}
     (told,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
     assert told.worker.status.message == "buildkitd was killed"
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
     (told,) = actions(snapshot(pool(), held, observed=crashed))
-    assert told.worker.status.message == said
-    (told,) = actions(snapshot(pool(), worker(0), observed={0: seen(0, None, EXITED, said)}))
-    assert told.worker.status.message == said, "nobody has built on it"
+    assert told.worker.status.message == whole
+    (told,) = actions(snapshot(pool(), worker(0), observed={0: replace(crashed[0], cache_owner=None)}))
+    assert told.worker.status.message == whole, "nobody has built on it"
 
 
 def test_idle_workers_go_after_the_delay_least_recently_used_first_down_to_the_floor():

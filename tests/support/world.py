@@ -40,6 +40,7 @@ class MemoryRuntime:
         self.daemons: dict[Slot, Observation] = {}
         self.owners: dict[Slot, str | None] = {}
         self.failure: str | None = None
+        self.log_tail = ""
         self.gate = asyncio.Event()
         self.gate.set()  # cleared: starts hang until it is set
         self.wiped: list[Slot] = []
@@ -66,7 +67,7 @@ class MemoryRuntime:
     async def start(self, slot, worker_uid, owner, pool, told):
         await self.gate.wait()
         if self.failure is not None:
-            raise WorkerFailed(self.failure)
+            raise WorkerFailed(self.failure, log_tail=self.log_tail)
         held = self.owners.get(slot)
         if owner is not None and held not in {None, owner}:
             self.wiped.append(slot)

@@ -9,13 +9,12 @@ import asyncio
 from contextlib import suppress
 
 from bkpool.core.errors import BkpoolError, WorkerFailed
-from bkpool.core.policy import LAST_WORDS
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.workers.last_words import telling
 from bkpool.workers.pods import pod_spec, pod_view
 
 _PATIENCE = 3.0  # seconds for an answer: a lost node's kubelet gives no log at all
-_LINES = 40  # of buildkitd's log, in which its last words are looked for
+_LINES = 40  # of the end of buildkitd's log, in which lines worth showing are looked for
 _LONGEST = 300  # characters of an event
 
 
@@ -28,17 +27,17 @@ class PodWords:
     async def failure(self, pod: Doc) -> WorkerFailed:
         """Why an ended pod ended."""
         ending = pod_view.ending(pod)
-        words = await self.last(pod) if ending.spoke else ""
-        return WorkerFailed(f"{ending.message}{words}", hint=ending.hint, field=ending.field)
+        log_tail = await self.log_tail(pod) if ending.spoke else ""
+        return WorkerFailed(ending.message, log_tail=log_tail, hint=ending.hint, field=ending.field)
 
-    async def last(self, pod: Doc) -> str:
-        """The end of buildkitd's log, to be put behind a sentence; empty if nothing telling is in it."""
+    async def log_tail(self, pod: Doc) -> str:
+        """The last lines of buildkitd's log that are worth showing; empty if there are none."""
         path = paths.core("pods", *pod_spec.key_of(pod), "log")
         lines: list[str] = []
         with suppress(BkpoolError, TimeoutError):
             async with asyncio.timeout(_PATIENCE):
                 lines = telling(await self._api.text(path, tailLines=str(_LINES), container=pod_spec.CONTAINER))
-        return "\n".join([f"{LAST_WORDS}:", *lines]) if lines else ""
+        return "\n".join(lines)
 
     async def of_the_cluster(self, pod: Doc) -> str:
         """What its last event says, likewise: a pod's own status knows nothing of volumes and networks."""

@@ -57,7 +57,7 @@ class _PodSlot:
     """The uid of the pod that the rest is about."""
     endpoint: str | None = None
     """Where it has answered, while it does."""
-    ending: str | None = None
+    failure: WorkerFailed | None = None
     """How it ended, once that is known."""
     asking: asyncio.Task[None] | None = None
     """Finds out whether it still answers, or how it ended."""
@@ -290,9 +290,9 @@ class PodRuntime:
         if view.final:
             raise WorkerFailed(view.message, hint=f"Correct {view.field} of the pool.", field=view.field)
         if view.stage is Stage.RUNNING:
-            words = await self._words.last(pod)
             raise WorkerFailed(
-                f"buildkitd has not answered {self._deadlines.answering:.0f} s after its start: {said}{words}"
+                f"buildkitd has not answered {self._deadlines.answering:.0f} s after its start: {said}",
+                log_tail=await self._words.log_tail(pod),
             )
         event = "" if view.trouble else await self._words.of_the_cluster(pod)
         seconds = self._deadlines.of(view.stage)
@@ -338,7 +338,7 @@ class PodRuntime:
             pod = None
         this = pod_view.uid(pod) if pod else ""
         if this != place.pod:
-            place.pod, place.endpoint, place.ending = this, None, None
+            place.pod, place.endpoint, place.failure = this, None, None
             if place.asking:
                 place.asking.cancel()
                 place.asking = None
@@ -347,14 +347,15 @@ class PodRuntime:
             self._changed()
 
     def _seen(self, place: _PodSlot, pod: Doc) -> Observation | None:
-        state, message = Running.STARTING if place.endpoint is None else Running.READY, ""
+        state, message, log_tail = Running.STARTING if place.endpoint is None else Running.READY, "", ""
         if pod_view.ended(pod):
             if pod_view.deleted(pod):
                 return None  # as good as gone
-            if place.ending is None:
+            if place.failure is None:
                 self._ask(place, self._learn_ending(pod))  # it stays what it was until it is known why it ended
             else:
-                state, message = Running.EXITED, place.ending
+                state = Running.EXITED
+                message, log_tail = place.failure.message_and_hint, place.failure.log_tail
         elif place.endpoint is not None and pod_view.doubtful(pod):
             self._ask(place, self._doubt(pod))
         return Observation(
@@ -363,6 +364,7 @@ class PodRuntime:
             place.endpoint or "",
             self._owner_of(pod),
             message,
+            log_tail,
             ephemeral=pod_view.claim_of(pod) is None,
             held=pod_view.held(pod),
             pod_name=pod_spec.key_of(pod).name,
@@ -401,8 +403,10 @@ class PodRuntime:
         failure = await self._words.failure(pod)
         place = self._places[slot]
         place.asking = None
-        place.ending = f"{failure.message}. {failure.hint}" if failure.hint else failure.message
-        log.warning("worker.exited", worker=str(slot.worker), message=place.ending)
+        place.failure = failure
+        log.warning(
+            "worker.exited", worker=str(slot.worker), message=failure.message_and_hint, log_tail=failure.log_tail
+        )
         self._look(slot)
 
     async def _greet(self, pod: Doc, limit: asyncio.Semaphore) -> None:

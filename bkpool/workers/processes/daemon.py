@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bkpool.core.errors import HostFault, WorkerFailed
-from bkpool.core.policy import LAST_WORDS
 from bkpool.workers.last_words import telling
 from bkpool.workers.probe import probe
 from bkpool.workers.processes import process_table
@@ -28,7 +27,7 @@ MARK = "BKPOOL_SLOT"
 
 _FIRST_RETRY, _LAST_RETRY = 0.005, 0.05  # seconds between tries while buildkitd has not bound its socket yet
 _ADOPTION_DEADLINE = 5.0  # seconds; it has been up for long, or it is of no use
-_LOG_BYTES = 8192  # in which buildkitd's last words are looked for
+_LOG_BYTES = 8192  # of the log's end, in which lines worth showing are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +94,12 @@ class Daemon:
                 daemon.release()
         return None
 
-    async def ended(self) -> str:
-        """Waits for its end, and says how it ended and what it said last."""
+    async def ended(self) -> WorkerFailed:
+        """Waits until it ends. Returns, as an error, how it ended and the end of its log."""
         await self._first.exited.wait()
         how = _how(await self._wrapper.reap()) if self._wrapper else "ended"
         self._handles.close()
-        return f"buildkitd (process {self.pid}) {how}{last_words(self._log)}"
+        return WorkerFailed(f"buildkitd (process {self.pid}) {how}", log_tail=log_tail(self._log))
 
     async def stop(self, grace: float) -> None:
         """Ends it and everything it started.
@@ -199,8 +198,8 @@ async def _first_answer(launch: Launch, wrapper: _Wrapper, deadline: float) -> D
                         await wrapper.exited.wait()
                 pause = min(pause * 1.3, _LAST_RETRY)
             how = _how(await wrapper.ended())
-            raise WorkerFailed(f"buildkitd {how} before it answered{last_words(launch.log)}")
-    raise WorkerFailed(f"buildkitd was not ready after {deadline:.0f} s: {said}{last_words(launch.log)}")
+            raise WorkerFailed(f"buildkitd {how} before it answered", log_tail=log_tail(launch.log))
+    raise WorkerFailed(f"buildkitd was not ready after {deadline:.0f} s: {said}", log_tail=log_tail(launch.log))
 
 
 def _checked(pid: int, launch: Launch, wrapper: _Wrapper) -> Daemon:
@@ -210,15 +209,15 @@ def _checked(pid: int, launch: Launch, wrapper: _Wrapper) -> Daemon:
     return Daemon(pid, launch.socket, launch.log, wrapper)
 
 
-def last_words(log: Path) -> str:
-    """The end of a log, to be put behind a sentence; empty if nothing was said."""
+def log_tail(log: Path) -> str:
+    """The last lines of a log that are worth showing; empty if there are none."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _LOG_BYTES))
             lines = telling(file.read().decode("utf-8", "replace"))
     except OSError:
         return ""
-    return "\n".join([f"{LAST_WORDS} ({log}):", *lines]) if lines else ""
+    return "\n".join(lines)
 
 
 def _how(code: int) -> str:

@@ -207,12 +207,21 @@ class ProcessRuntime:
         place.watch = asyncio.create_task(self._mourn(place, daemon), name=f"watch {place.files.slot.worker}")
 
     async def _mourn(self, place: _ProcessSlot, daemon: Daemon) -> None:
-        message = await daemon.ended()
-        log.warning("worker.exited", worker=str(place.files.slot.worker), pid=daemon.pid, message=message)
+        failure = await daemon.ended()
+        log.warning(
+            "worker.exited",
+            worker=str(place.files.slot.worker),
+            pid=daemon.pid,
+            message=failure.message,
+            log_tail=failure.log_tail,
+            log=str(place.files.log),
+        )
         place.daemon = place.watch = None
         place.files.forget_daemon()
         if place.observation:
-            place.observation = replace(place.observation, state=Running.EXITED, message=message)
+            place.observation = replace(
+                place.observation, state=Running.EXITED, message=failure.message, log_tail=failure.log_tail
+            )
         self._changed()
 
     async def _stop(self, place: _ProcessSlot) -> None:
