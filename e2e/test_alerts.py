@@ -61,7 +61,8 @@ def test_a_running_appliance_tells_its_metrics_as_prometheus_wants_them(promtool
     certificates = appliance.allocate()
     appliance.build(appliance.builder(certificates, "measured"), context.dockerfile("say measured")).ok()
     appliance.release(certificates.lease).ok()
-    eventually(lambda: 'loop_lag_seconds_count{loop="main"}' in appliance.metrics(), "the main loop is watched")
+    lag = '\nbkpool_loop_lag_seconds_count{loop="main"} '
+    eventually(lambda: lag in appliance.metrics(), "the main loop is watched")
     told = appliance.metrics()
     assert re.search(r'^buildkit_gateway_bytes_total\{direction="up",pool="default"\} [1-9]', told, re.MULTILINE), (
         told

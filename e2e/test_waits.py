@@ -102,8 +102,8 @@ def _admitted(appliance):
     """How many connections have shaken hands, and have a lease or have ended."""
     told = appliance.metrics()
     shaken = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', told, re.MULTILINE)
-    guests = re.search(r"^buildkit_gateway_guests (\S+)", told, re.MULTILINE)
-    return float(shaken[1]) - float(guests[1])
+    pending = re.search(r"^buildkit_gateway_pending_connections (\S+)", told, re.MULTILINE)
+    return float(shaken[1]) - float(pending[1])
 
 
 def _up(appliance):

@@ -12,12 +12,13 @@ import yaml
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
+from bkpool.telemetry.loop_metrics import LoopMetrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "observability"
 TARGET = {"job", "instance", "namespace"}  # what a scrape adds
 
-_METRIC = re.compile(r"(buildkit_gateway_\w+)(?:\{([^}]*)\})?")
+_METRIC = re.compile(r"((?:buildkit_gateway|bkpool)_\w+)(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')
 _GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
 
@@ -48,10 +49,11 @@ def samples():
     metrics.refused("p", "Waited")
     metrics.shaken(0.1, ok=True)
     metrics.dialled("p", 0.1, "reached")
-    metrics.guests(+1)
+    metrics.pending(+1)
     metrics.draining(False)
-    metrics.lagged("main", 0.1)
-    metrics.blocked("main")
+    loops = LoopMetrics(metrics.registry)
+    loops.heartbeat("main", 0.1)
+    loops.blocked("main")
     families = list(metrics.registry.collect())
     assert all(family.samples for family in families), "something was not counted"
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

@@ -55,7 +55,7 @@ class GatewayReplica:
     async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
         self._life = life
         settings, died = self._settings, life.died
-        watchdog = watched(stack, self._metrics)
+        watchdog = watched(stack, self._metrics.registry)
         api = await KubeApi.connect(settings.access)
         stack.push_async_callback(api.close)
         store = KubernetesStore(api, namespace=self._pool.namespace)
@@ -67,7 +67,7 @@ class GatewayReplica:
             return mirror.trouble if ready else "this replica is starting"
 
         mirror = Mirror(store)
-        app = probes(metrics_app(self._metrics), trouble)
+        app = probes(metrics_app(self._metrics.registry), trouble)
         await serve(stack, app, settings.metrics_address, "--metrics-address")
         await stack.enter_async_context(running(mirror.run(), died))
         await mirror.ready.wait()

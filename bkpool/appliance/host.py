@@ -77,7 +77,7 @@ class HostAppliance:
         home, died = self._settings.home, life.died
         admin = AdminToken(load_or_create(home))
         metrics = GatewayMetrics()
-        watchdog = watched(stack, metrics)
+        watchdog = watched(stack, metrics.registry)
         backend = await self._opening(stack, tell)
         for loop in backend.loops:
             await stack.enter_async_context(running(loop, died))
@@ -190,7 +190,7 @@ class HostAppliance:
         api = await serve(
             stack, make_app(service), settings.api_address, "--api-address", tls.context if tls else None
         )
-        scrape = await serve(stack, metrics_app(metrics), settings.metrics_address, "--metrics-address")
+        scrape = await serve(stack, metrics_app(metrics.registry), settings.metrics_address, "--metrics-address")
         return {
             "pid": os.getpid(),
             "backend": self._name,

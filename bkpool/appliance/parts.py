@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import structlog
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from bkpool.api import open_runner
 from bkpool.appliance.settings import Address
@@ -30,10 +30,10 @@ from bkpool.core.resource import Metadata, Resource
 from bkpool.core.worker import Worker
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.session.lease_table import build
-from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.kube.leader import Leadership
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.loop_metrics import LoopMetrics
 from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
@@ -169,20 +169,20 @@ async def serve(
     return f"{in_url(bound[0])}:{bound[1]}"
 
 
-def watched(stack: AsyncExitStack, metrics: GatewayMetrics) -> LoopWatchdog:
-    """Watches the loop that this runs in until the stack is left; whoever starts other loops adds them."""
-    watchdog = LoopWatchdog(metrics)
+def watched(stack: AsyncExitStack, registry: CollectorRegistry) -> LoopWatchdog:
+    """Watches the loop that this runs in until the stack is left. A caller that starts other loops adds them."""
+    watchdog = LoopWatchdog(LoopMetrics(registry))
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
     watchdog.start()
     stack.callback(watchdog.stop)
     return watchdog
 
 
-def metrics_app(metrics: GatewayMetrics) -> web.Application:
+def metrics_app(registry: CollectorRegistry) -> web.Application:
     """What Prometheus scrapes."""
 
     async def scrape(_request: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
     app.router.add_get("/metrics", scrape)

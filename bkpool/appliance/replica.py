@@ -31,11 +31,11 @@ from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
-from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.identity.admin_token import AdminToken
 from bkpool.identity.issuer_keys import Issuers
 from bkpool.install.manifests import CONTROLLER, IMAGE
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.registry import new_registry
 
 log = structlog.get_logger(__name__)
 
@@ -89,8 +89,8 @@ class ControlReplica:
     async def _start(self, stack: AsyncExitStack, life: Lifetime) -> None:
         self._life = life
         settings, died, name = self._settings, life.died, replica_name()
-        metrics = GatewayMetrics()
-        watched(stack, metrics)
+        registry = new_registry()
+        watched(stack, registry)
         opened = await open_in_cluster(stack, settings, name)
         backend = opened.backend
         for loop in backend.loops:
@@ -107,7 +107,7 @@ class ControlReplica:
 
         if Role.API in settings.roles:
             await self._open_api(stack, opened, mirror, issuers, leaving)
-        await serve(stack, probes(metrics_app(metrics), leaving), settings.metrics_address, "--metrics-address")
+        await serve(stack, probes(metrics_app(registry), leaving), settings.metrics_address, "--metrics-address")
         stack.push_async_callback(self._life.pause, STILL_ACCEPTING)
         if Role.CONTROLLER in settings.roles and backend.leadership is not None:
             work = partial(self._control, opened, mirror, issuers)

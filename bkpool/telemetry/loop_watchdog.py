@@ -1,11 +1,11 @@
-"""Sees when an event loop does not turn, and what keeps it: a thread posts beats to every loop and waits for them.
+"""Detects a blocked event loop and names what blocks it: a thread posts heartbeats to every loop and awaits them.
 
-Nothing of it runs in the loops but one assignment a beat. It never interrupts what it finds.
+A heartbeat costs the watched loop one assignment. The watchdog never interrupts what it finds.
 
-A loop's lag is the time from a beat's posting until the loop runs it. It includes callbacks that are ahead of it, a
-callback that blocks, the wait for the GIL while another thread holds it, and the wait for a processor: everything
-that a client of this loop waits for too. While one C call of another thread keeps the GIL this thread does not run
-either, so that such a time is seen in part, and only when it is over.
+A loop's lag is the time from the post of a heartbeat until the loop runs it. It contains everything that a client of
+the loop waits for too: the callbacks queued before it, a callback that blocks, the GIL while another thread holds it,
+and the processor. While a single C call of another thread holds the GIL, the watchdog's thread cannot run either. It
+then sees the blockage late and measures only a part of it.
 """
 
 from __future__ import annotations
@@ -23,173 +23,168 @@ from typing import Protocol
 import structlog
 
 import bkpool
+from bkpool.telemetry.loop_metrics import LoopMetrics
 
 log = structlog.get_logger(__name__)
 
-PATIENCE = 0.25
-"""Seconds: a loop that leaves a beat unanswered for so long is blocked."""
-QUIET = 10.0
-"""Seconds: a loop that is blocked again at the same place is not worth another warning within these."""
+HEARTBEAT_TIMEOUT = 0.25
+"""Seconds: a loop that does not run a heartbeat within this time is blocked."""
+WARNING_INTERVAL = 10.0
+"""Seconds: a loop that is blocked again at the same place within this time is not logged again."""
 
-_OURS = str(Path(bkpool.__file__).parent)
-
-
-class LagMetrics(Protocol):
-    """Counts what the watchdog finds."""
-
-    def lagged(self, loop: str, seconds: float) -> None:
-        """An event loop answered a beat this many seconds after it was posted."""
-
-    def blocked(self, loop: str) -> None:
-        """An event loop did not answer a beat in time."""
+_PACKAGE = str(Path(bkpool.__file__).parent)
 
 
-class Loop(Protocol):
-    """What of an event loop is used here."""
+class WatchedLoop(Protocol):
+    """The part of an event loop that the watchdog uses."""
 
     def call_soon_threadsafe(self, callback: Callable[[], object], /) -> object:
-        """Posts the callback; raises RuntimeError once the loop is closed."""
+        """Posts the callback. Raises RuntimeError once the loop is closed."""
 
     def is_closed(self) -> bool:
-        """Whether it will never run a callback again."""
+        """Whether the loop will never run a callback again."""
 
 
 @dataclass(slots=True)
-class Pulse:
-    """The beats of one loop. Judges, and knows no clock: times are seconds of whoever calls."""
+class Heartbeat:
+    """The current heartbeat of one loop. It has no clock: the caller passes times, in seconds of one clock."""
 
-    sent_at: float | None = None
-    answered_at: float | None = None
+    posted_at: float | None = None
+    ran_at: float | None = None
     blocked: bool = False
     warned: bool = False
-    _warnings: dict[str, float] = field(default_factory=dict)
+    _warned_at: dict[str, float] = field(default_factory=dict)
 
     def lag(self) -> float | None:
-        """How long the beat that is under way took, if it has been answered."""
-        if self.sent_at is None or self.answered_at is None:
+        """Seconds from post to run; None if the loop has not run the heartbeat yet."""
+        if self.posted_at is None or self.ran_at is None:
             return None
-        return self.answered_at - self.sent_at
+        return self.ran_at - self.posted_at
 
-    def overdue(self, now: float, patience: float) -> bool:
-        """Whether the beat, which has not been answered, should have been."""
-        return self.sent_at is not None and now - self.sent_at >= patience
+    def overdue(self, now: float, timeout: float) -> bool:
+        """Whether an unanswered heartbeat was posted at least `timeout` seconds ago."""
+        return self.posted_at is not None and now - self.posted_at >= timeout
 
-    def worth_a_warning(self, place: str, now: float) -> bool:
-        """Whether nothing was said of this place lately; it is taken as said."""
-        self._warnings = {known: at for known, at in self._warnings.items() if now - at < QUIET}
-        if place in self._warnings:
+    def should_warn(self, place: str, now: float) -> bool:
+        """Whether this place was not logged within WARNING_INTERVAL. If so, it counts as logged from now on."""
+        self._warned_at = {known: at for known, at in self._warned_at.items() if now - at < WARNING_INTERVAL}
+        if place in self._warned_at:
             return False
-        self._warnings[place] = now
+        self._warned_at[place] = now
         return True
 
-    def send(self, now: float) -> None:
-        """The next beat is posted."""
-        self.sent_at, self.answered_at = now, None
+    def post(self, now: float) -> None:
+        """Starts the next heartbeat."""
+        self.posted_at, self.ran_at = now, None
         self.blocked = self.warned = False
 
 
 @dataclass(eq=False, slots=True)
 class _Watched:
     name: str
-    loop: Loop
+    loop: WatchedLoop
     thread: int
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
 
 class LoopWatchdog:
     """A thread that watches event loops.
 
     Args:
-        metrics: Where lags and blockages are counted.
-        patience: Seconds for a loop to answer a beat; also the time between beats.
-        clock: Seconds; the same in all threads.
-        frames: The innermost frame of every thread.
+        metrics: Counts lags and blockages.
+        timeout: Seconds in which a loop must run a heartbeat; also the time between two checks.
+        clock: Returns seconds; the same clock in all threads.
+        frames: Returns the innermost frame of every thread, by the thread's ident.
     """
 
     def __init__(
         self,
-        metrics: LagMetrics,
+        metrics: LoopMetrics,
         *,
-        patience: float = PATIENCE,
+        timeout: float = HEARTBEAT_TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
-        frames: Callable[[], Mapping[int, FrameType]] = sys._current_frames,  # noqa: SLF001 - the one way to a thread's stack
+        frames: Callable[[], Mapping[int, FrameType]] = sys._current_frames,  # noqa: SLF001 - the only access to another thread's stack
     ) -> None:
         self._metrics = metrics
-        self._patience = patience
+        self._timeout = timeout
         self._clock = clock
         self._frames = frames
         self._watched: list[_Watched] = []
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
-    def watch(self, name: str, loop: Loop, thread: int) -> None:
-        """Watches this loop, until it is closed.
+    def watch(self, name: str, loop: WatchedLoop, thread: int) -> None:
+        """Watches this loop until it is closed.
 
         Args:
-            name: What it is called in logs and metrics; of a bounded set.
+            name: The loop's name in logs and metrics, from a bounded set.
             loop: The loop.
-            thread: The ident of the thread that runs it.
+            thread: The ident of the thread that runs the loop.
         """
         self._watched.append(_Watched(name, loop, thread))
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Stops the thread and waits for its end."""
         self._stopping.set()
         self._thread.join()
 
-    def look(self) -> None:
-        """Judges the beats that are under way, and posts the next ones."""
+    def check(self) -> None:
+        """Judges the current heartbeat of every loop and posts the next one where it was answered."""
         for watched in list(self._watched):
-            self._look_at(watched)
+            self._check(watched)
 
     def _run(self) -> None:
-        while not self._stopping.wait(self._patience):
-            self.look()
+        while not self._stopping.wait(self._timeout):
+            self.check()
 
-    def _look_at(self, watched: _Watched) -> None:
+    def _check(self, watched: _Watched) -> None:
         if watched.loop.is_closed():
             self._watched.remove(watched)
             return
-        pulse, now = watched.pulse, self._clock()
-        lag = pulse.lag()
+        heartbeat, now = watched.heartbeat, self._clock()
+        lag = heartbeat.lag()
         if lag is not None:
-            self._metrics.lagged(watched.name, lag)
-            if pulse.warned:
-                log.info("loop.turned", loop=watched.name, seconds=round(lag, 3))
-        elif pulse.sent_at is not None:
-            if pulse.overdue(now, self._patience) and not pulse.blocked:
-                self._blocked(watched, now)
+            self._metrics.heartbeat(watched.name, lag)
+            if heartbeat.warned:
+                log.info("loop.unblocked", loop=watched.name, seconds=round(lag, 3))
+        elif heartbeat.posted_at is not None:
+            if heartbeat.overdue(now, self._timeout) and not heartbeat.blocked:
+                self._report_blocked(watched, now)
             return
-        pulse.send(now)
+        heartbeat.post(now)
         self._post(watched)
 
-    def _blocked(self, watched: _Watched, now: float) -> None:
-        pulse = watched.pulse
-        pulse.blocked = True
+    def _report_blocked(self, watched: _Watched, now: float) -> None:
+        heartbeat = watched.heartbeat
+        heartbeat.blocked = True
         self._metrics.blocked(watched.name)
-        ours, innermost = blocker(self._frames().get(watched.thread))
-        pulse.warned = pulse.worth_a_warning(ours, now)
-        if pulse.warned:
-            log.warning("loop.blocked", loop=watched.name, by=ours, inside=innermost)
+        in_bkpool, innermost = blocker(self._frames().get(watched.thread))
+        heartbeat.warned = heartbeat.should_warn(in_bkpool, now)
+        if heartbeat.warned:
+            log.warning("loop.blocked", loop=watched.name, by=in_bkpool, inside=innermost)
 
     def _post(self, watched: _Watched) -> None:
-        pulse, clock = watched.pulse, self._clock
+        heartbeat, clock = watched.heartbeat, self._clock
 
         def answer() -> None:
-            pulse.answered_at = clock()
+            heartbeat.ran_at = clock()
 
-        with contextlib.suppress(RuntimeError):  # it was closed just now, and the next look will see it
+        with contextlib.suppress(RuntimeError):  # the loop was closed just now; the next check removes it
             watched.loop.call_soon_threadsafe(answer)
 
 
 def blocker(frame: FrameType | None) -> tuple[str, str]:
-    """Where a thread is: its innermost frame of ours and its innermost of all, each as `file:line function`."""
+    """Where a thread is: its innermost frame in bkpool and its innermost frame, each as `file:line function`.
+
+    Args:
+        frame: The thread's innermost frame; None gives "unknown" twice.
+    """
     innermost = _place(frame)
-    while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
+    while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return _place(frame), innermost
 
@@ -198,4 +193,4 @@ def _place(frame: FrameType | None) -> str:
     if frame is None:
         return "unknown"
     code = frame.f_code
-    return f"{code.co_filename.removeprefix(str(Path(_OURS).parent) + '/')}:{frame.f_lineno} {code.co_qualname}"
+    return f"{code.co_filename.removeprefix(str(Path(_PACKAGE).parent) + '/')}:{frame.f_lineno} {code.co_qualname}"

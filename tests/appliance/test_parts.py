@@ -11,8 +11,8 @@ from bkpool.appliance.parts import apply, watched
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents, read_documents
 from bkpool.core.pool import Pool
-from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.store.sqlite import SqliteStore
+from bkpool.telemetry.registry import new_registry
 
 HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\n"
 POOL = HEAD + "kind: BuildKitPool\nmetadata: {name: ci}\nspec: {scaling: {max: 3}}\n"
@@ -60,6 +60,6 @@ async def test_the_loop_is_watched_until_the_stack_is_left():
         return {thread.name for thread in threading.enumerate()}
 
     async with AsyncExitStack() as stack:
-        watched(stack, GatewayMetrics())
+        watched(stack, new_registry())
         assert "watchdog" in threads()
     assert "watchdog" not in threads()

@@ -56,7 +56,7 @@ def names_at(world, home, count=1):
 
 
 def guests(world):
-    return world.metrics.registry.get_sample_value("buildkit_gateway_guests")
+    return world.metrics.registry.get_sample_value("buildkit_gateway_pending_connections")
 
 
 def places(world):

@@ -64,9 +64,9 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
     def work():
         for _ in range(200):
             meter = _meter()
-            metrics.guests(+1)
+            metrics.pending(+1)
             metrics.opened(meter)
-            metrics.guests(-1)
+            metrics.pending(-1)
             meter.end.heard += 7
             metrics.closed(meter, 0.1)
 
@@ -82,7 +82,7 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
     assert value("bytes_total", pool="p", direction="up") == 4 * 200 * 7
     assert value("connections_total", pool="p", status="success") == 800
     assert value("connection_duration_seconds_count", pool="p") == 800
-    assert value("active_connections", pool="p") == value("guests") == metrics.active("p") == 0
+    assert value("active_connections", pool="p") == value("pending_connections") == metrics.active("p") == 0
 
 
 def test_active_counts_what_is_open_by_pool(metrics, value):
@@ -147,11 +147,11 @@ def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
 
 def test_draining_and_guests_are_said_as_they_are_now(metrics, value):
     """A process without a gateway says nothing of draining."""
-    assert (value("draining"), value("guests")) == (None, 0)
+    assert (value("draining"), value("pending_connections")) == (None, 0)
     metrics.draining(True)
-    metrics.guests(+3)
-    metrics.guests(-1)
-    assert (value("draining"), value("guests")) == (1, 2)
+    metrics.pending(+3)
+    metrics.pending(-1)
+    assert (value("draining"), value("pending_connections")) == (1, 2)
     metrics.draining(False)
     assert value("draining") == 0
 
@@ -168,7 +168,7 @@ async def test_a_connections_bytes_handshake_and_dial_are_counted_while_it_is_op
     await world.until(lambda: world.count("active_connections") == 0)
     assert world.count("bytes_total", direction="up") == 1000
     assert _series(world.metrics, "open_connections") == {}
-    assert _series(world.metrics, "guests") == {(): 0}
+    assert _series(world.metrics, "pending_connections") == {(): 0}
 
 
 async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
@@ -179,7 +179,7 @@ async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
     writer.close()
     count = world.metrics.registry.get_sample_value
     await world.until(lambda: count("buildkit_gateway_handshake_seconds_count", {"outcome": "failed"}) == 1)
-    await world.until(lambda: count("buildkit_gateway_guests") == 0)
+    await world.until(lambda: count("buildkit_gateway_pending_connections") == 0)
     assert world.metrics.registry.get_sample_value(
         "buildkit_gateway_refusals_total", {"pool": "", "reason": "TlsFailed"}
     )
@@ -190,11 +190,11 @@ async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_wa
     _, probe = await asyncio.open_connection("127.0.0.1", world.port)
     _, silent = await asyncio.open_connection("127.0.0.1", world.port)
     count = world.metrics.registry.get_sample_value
-    await world.until(lambda: count("buildkit_gateway_guests") == 2)
+    await world.until(lambda: count("buildkit_gateway_pending_connections") == 2)
     probe.close()
-    await world.until(lambda: count("buildkit_gateway_guests") == 1)
+    await world.until(lambda: count("buildkit_gateway_pending_connections") == 1)
     assert _series(world.metrics, "handshake_seconds_count") == {}
     await world.advance(GatewayLimits().handshake)
-    await world.until(lambda: count("buildkit_gateway_guests") == 0)
+    await world.until(lambda: count("buildkit_gateway_pending_connections") == 0)
     silent.close()
     assert _series(world.metrics, "handshake_seconds_count") == {("failed",): 1}

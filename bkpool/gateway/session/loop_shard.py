@@ -116,7 +116,7 @@ class LoopShard:
     def admitted(self, connection: Connection) -> None:
         """It holds a lease now."""
         del self._guests[connection]
-        self.metrics.guests(-1)
+        self.metrics.pending(-1)
         self._tenants[connection] = None
 
     def refused(self, connection: Connection) -> None:
@@ -129,7 +129,7 @@ class LoopShard:
         """Its sockets are closed."""
         if connection in self._guests:
             del self._guests[connection]
-            self.metrics.guests(-1)
+            self.metrics.pending(-1)
         self._tenants.pop(connection, None)
         self._tell_if_empty()
 
@@ -145,7 +145,7 @@ class LoopShard:
     def _welcome(self, guest: Connection) -> None:
         """So many that never finish a handshake cannot keep a good client out: the oldest goes."""
         self._guests[guest] = None
-        self.metrics.guests(+1)
+        self.metrics.pending(+1)
         if len(self._guests) > self.limits.guests / len(self.homes):
             next(iter(self._guests)).cut("too many connections without a lease")
 

@@ -11,15 +11,14 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from bkpool.gateway.net.duplex import PeerStream
+from bkpool.telemetry.registry import LATENCY_BUCKETS, CachedSeries, new_registry
 
 OTHER = "other"
 """The label of the workers that have no series of their own."""
@@ -27,9 +26,6 @@ OTHER = "other"
 _WORKERS = 200  # with a series of their own
 _MINUTE, _HOUR = 60, 3600
 _DURATIONS = (0.1, 1, 5, 15, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 4 * _HOUR)
-_LATENCIES = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-
-M = TypeVar("M", bound=MetricWrapperBase)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,11 +39,15 @@ class Meter:
 
 
 class GatewayMetrics:
-    """The gateway's metrics in a registry of their own. Every method may be called in any thread."""
+    """The gateway's metrics. Every method may be called in any thread.
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry(auto_describe=True)
-        self._connections = _Series(
+    Args:
+        registry: Where they are registered; a new registry if None.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = new_registry() if registry is None else registry
+        self._connections = CachedSeries(
             prometheus_client.Counter(
                 "buildkit_gateway_connections",
                 "Connections that reached a worker (success) and those that were refused (error).",
@@ -55,7 +55,7 @@ class GatewayMetrics:
                 registry=self.registry,
             )
         )
-        self._refusals = _Series(
+        self._refusals = CachedSeries(
             prometheus_client.Counter(
                 "buildkit_gateway_refusals",
                 "Refused connections by their reason; the pool is empty where it is not known.",
@@ -63,7 +63,7 @@ class GatewayMetrics:
                 registry=self.registry,
             )
         )
-        self._durations = _Series(
+        self._durations = CachedSeries(
             Histogram(
                 "buildkit_gateway_connection_duration_seconds",
                 "How long relayed connections lasted.",
@@ -72,38 +72,21 @@ class GatewayMetrics:
                 registry=self.registry,
             )
         )
-        self._handshakes = _Series(
+        self._handshakes = CachedSeries(
             Histogram(
                 "buildkit_gateway_handshake_seconds",
                 "From accept to the end of the TLS handshake, or to its failure.",
                 ["outcome"],
-                buckets=_LATENCIES,
+                buckets=LATENCY_BUCKETS,
                 registry=self.registry,
             )
         )
-        self._dials = _Series(
+        self._dials = CachedSeries(
             Histogram(
                 "buildkit_gateway_dial_seconds",
                 "Dials of workers: reached, failed, or answered by something that is not the worker (stranger).",
                 ["pool", "outcome"],
-                buckets=_LATENCIES,
-                registry=self.registry,
-            )
-        )
-        self._lags = _Series(
-            Histogram(
-                "buildkit_gateway_loop_lag_seconds",
-                "From a beat's posting to an event loop until the loop turned to it.",
-                ["loop"],
-                buckets=_LATENCIES,
-                registry=self.registry,
-            )
-        )
-        self._blocked = _Series(
-            prometheus_client.Counter(
-                "buildkit_gateway_loop_blocked",
-                "How often an event loop left a beat unanswered for longer than it may.",
-                ["loop"],
+                buckets=LATENCY_BUCKETS,
                 registry=self.registry,
             )
         )
@@ -137,34 +120,13 @@ class GatewayMetrics:
         """The gateway accepts (no), or waits for what is open to end (yes). Until it is said there is no series."""
         self._now.draining = yes
 
-    def guests(self, change: int) -> None:
+    def pending(self, change: int) -> None:
         """So many connections without a lease have come, or gone."""
-        self._now.guest(change)
-
-    def lagged(self, loop: str, seconds: float) -> None:
-        """An event loop has answered a beat so long after it was posted."""
-        self._lags[loop].observe(seconds)
-        self._blocked[loop].inc(0)  # Prometheus sees no increase in a series that begins with its first event
-
-    def blocked(self, loop: str) -> None:
-        """An event loop does not turn."""
-        self._blocked[loop].inc()
+        self._now.count_pending(change)
 
     def active(self, pool: str) -> int:
         """How many connections of this pool are being relayed now."""
         return self._now.active(pool)
-
-
-class _Series(dict[str | tuple[str, ...], M], Generic[M]):
-    """The series of a metric by the values of its labels: prometheus_client takes microseconds to find one."""
-
-    def __init__(self, metric: M) -> None:
-        super().__init__()
-        self._metric = metric
-
-    def __missing__(self, labels: str | tuple[str, ...]) -> M:
-        series = self[labels] = self._metric.labels(*([labels] if isinstance(labels, str) else labels))
-        return series
 
 
 @dataclass(slots=True)
@@ -186,7 +148,7 @@ class _Now(Collector):
 
     draining: bool | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _guests: int = 0
+    _pending: int = 0
     _open: set[Meter] = field(default_factory=set)
     _pools: dict[str, _Pool] = field(default_factory=dict)
 
@@ -203,9 +165,9 @@ class _Now(Collector):
             pool.up += meter.end.heard
             pool.down += meter.end.said
 
-    def guest(self, change: int) -> None:
+    def count_pending(self, change: int) -> None:
         with self._lock:
-            self._guests += change
+            self._pending += change
 
     def active(self, name: str) -> int:
         pool = self._pools.get(name)
@@ -215,7 +177,7 @@ class _Now(Collector):
         with self._lock:  # held for a copy only: the gateway's loops want it too
             meters = list(self._open)
             pools = {name: _Pool(pool.active, pool.up, pool.down) for name, pool in self._pools.items()}
-            guests = self._guests
+            pending = self._pending
         for meter in meters:
             pools[meter.pool].up += meter.end.heard
             pools[meter.pool].down += meter.end.said
@@ -232,7 +194,7 @@ class _Now(Collector):
             moved.add_metric([name, "up"], pool.up)
             moved.add_metric([name, "down"], pool.down)
         yield from (active, moved, _by_worker(meters))
-        yield GaugeMetricFamily("buildkit_gateway_guests", "Connections that hold no lease (yet).", guests)
+        yield GaugeMetricFamily("buildkit_gateway_pending_connections", "Connections that hold no lease.", pending)
         yield GaugeMetricFamily(
             "buildkit_gateway_draining",
             "0 while the gateway accepts connections, 1 while it only lets open ones end.",
