@@ -26,7 +26,7 @@ from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics
-from bkpool.pki.backend import worker_context
+from bkpool.pki.worker_tls import worker_context
 
 _HOUR = 3600.0
 

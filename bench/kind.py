@@ -29,8 +29,8 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
 from bkpool.kube import ClusterAccess, KubeApi, paths
-from bkpool.pki.backend import worker_context
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.worker_tls import worker_context
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe_tls
 from harness import Appliance, eventually, free_port

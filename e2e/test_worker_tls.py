@@ -18,8 +18,8 @@ from bkpool.gateway.net.dial import TlsDialler
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki import bundle
-from bkpool.pki.backend import check_worker, worker_context
 from bkpool.pki.names import gateway_names
+from bkpool.pki.worker_tls import check_worker, worker_context
 from harness import eventually, free_port, only
 
 pytestmark = [

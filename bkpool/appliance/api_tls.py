@@ -28,7 +28,7 @@ from bkpool.install.manifests import CONTROLLER
 from bkpool.pki.authority import SERVER_LIFE, Authority, renew_at
 from bkpool.pki.bundle import CA_CERT
 from bkpool.pki.chain import load_chain
-from bkpool.pki.names import Names, gateway_names
+from bkpool.pki.names import CertificateNames, gateway_names
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +68,7 @@ async def enter_api_tls(
     return tls
 
 
-def api_names(settings: Settings) -> Names:
+def api_names(settings: Settings) -> CertificateNames:
     """By which names the API is called: this machine's, the user's own for it, and its Service's in a cluster."""
     host, _ = settings.api_address
     extra = (*settings.gateway_hosts, *(() if host in _ANYWHERE else (host,)))
@@ -128,7 +128,9 @@ class OwnTls(ApiTls):
         now: The clock.
     """
 
-    def __init__(self, authority: Authority, names: Names, home: Path, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self, authority: Authority, names: CertificateNames, home: Path, now: Callable[[], datetime]
+    ) -> None:
         self._authority = authority
         self._names = names
         self._ca = home / "pki" / CA_CERT

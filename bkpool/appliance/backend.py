@@ -24,15 +24,15 @@ from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
 from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
-from bkpool.identity.service_accounts import ServiceAccounts
-from bkpool.identity.static_tokens import FileTokens, PoolTokens, SecretTokens
+from bkpool.identity.service_accounts import ServiceAccountAuthenticator
+from bkpool.identity.static_tokens import FileTokenReader, SecretTokenReader, StaticTokenAuthenticator
 from bkpool.install import crds
 from bkpool.kube import ClusterAccess, KubeApi, paths
-from bkpool.kube.leader import Leadership
+from bkpool.kube.leader import LeaderElection
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.worker_tls import worker_context
 from bkpool.store import Store
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
@@ -68,7 +68,7 @@ class Backend:
     """Ways of knowing a caller."""
     only_files: bool = False
     """Objects come from the user's files and nowhere else."""
-    leadership: Leadership | None = None
+    leadership: LeaderElection | None = None
     """Where others might run a controller too."""
     loops: tuple[Coroutine[Any, Any, None], ...] = ()
     """What must run beside."""
@@ -119,7 +119,7 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
         unread=PROCESS_IGNORES,
-        methods=lambda pools: (PoolTokens(FileTokens(), pools),),
+        methods=lambda pools: (StaticTokenAuthenticator(FileTokenReader(), pools),),
         only_files=True,
     )
 
@@ -200,8 +200,11 @@ async def _opened(
         gateway=name,
         recorder=recorder,
         unread=unread,
-        methods=lambda pools: (PoolTokens(SecretTokens(api), pools), ServiceAccounts(api)),
-        leadership=Leadership(api, settings.namespace, LEASE, name),
+        methods=lambda pools: (
+            StaticTokenAuthenticator(SecretTokenReader(api), pools),
+            ServiceAccountAuthenticator(api),
+        ),
+        leadership=LeaderElection(api, settings.namespace, LEASE, name),
         loops=(recorder.run(),),
     )
     return InCluster(api, secrets, backend)

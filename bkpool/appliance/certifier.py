@@ -66,7 +66,7 @@ class Certifier:
         self._gateway.set_server_certificate(certificate, kept.key_file.read_bytes(), self._authority.cert_pem)
         if self._served not in {None, certificate}:
             for pool in self._mirror.pools.values():
-                self._recorder.tell(pool, "CertificateRotated", "the gateway's certificate is issued anew")
+                self._recorder.record(pool, "CertificateRotated", "the gateway's certificate is issued anew")
         self._served = certificate
 
     async def run(self) -> None:

@@ -30,7 +30,7 @@ from bkpool.gateway.net.tls_context import server_context
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.kube import KubeApi, paths
 from bkpool.pki import bundle
-from bkpool.pki.backend import worker_context
+from bkpool.pki.worker_tls import worker_context
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 

@@ -38,8 +38,8 @@ from bkpool.gateway.control.registration import StoreRegistrar
 from bkpool.gateway.control.server import Gateway, default_threads
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.home.files import private_directory, write_private
-from bkpool.identity.admin_token import AdminToken, load_or_create
-from bkpool.identity.issuer_keys import Issuers
+from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
+from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.pki.authority import Authority
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.loop_watchdog import LoopWatchdog
@@ -75,7 +75,7 @@ class HostAppliance:
     async def _start(self, stack: AsyncExitStack, life: Lifetime, tell: Tell) -> None:
         self._life = life
         home, died = self._settings.home, life.died
-        admin = AdminToken(load_or_create(home))
+        admin = AdminTokenAuthenticator(load_or_create(home))
         metrics = GatewayMetrics()
         watchdog = watched(stack, metrics.registry)
         backend = await self._opening(stack, tell)
@@ -125,7 +125,7 @@ class HostAppliance:
         await mirror.ready.wait()
         return mirror
 
-    async def _control(self, backend: Backend, mirror: Mirror, issuers: Issuers, endpoint: str) -> None:
+    async def _control(self, backend: Backend, mirror: Mirror, issuers: IssuerKeys, endpoint: str) -> None:
         """The controller, for as long as nobody else runs one."""
         ignored = IgnoredFields(backend.unread)
 

@@ -14,26 +14,26 @@ from bkpool.core.auth import OIDCConfig
 from bkpool.core.pool import Pool
 from bkpool.identity import Authenticator
 from bkpool.identity.access import AccessControl
-from bkpool.identity.admin_token import AdminToken
-from bkpool.identity.issuer_keys import Issuers
-from bkpool.identity.oidc import OidcAuthenticator, trusted
+from bkpool.identity.admin_token import AdminTokenAuthenticator
+from bkpool.identity.issuer_keys import IssuerKeys
+from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
 from bkpool.store.mirror import Mirror
 
 Methods = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
 """The ways of knowing a caller that only one backend has, over the pools as of any moment."""
 
 
-def open_issuers(stack: AsyncExitStack) -> Issuers:
+def open_issuers(stack: AsyncExitStack) -> IssuerKeys:
     """The keys of issuers, kept until the stack is closed."""
-    issuers = Issuers(clock=time.monotonic)
+    issuers = IssuerKeys(clock=time.monotonic)
     stack.push_async_callback(issuers.close)
     return issuers
 
 
 def access(
-    admin: AdminToken,
+    admin: AdminTokenAuthenticator,
     methods: Methods,
-    issuers: Issuers,
+    issuers: IssuerKeys,
     mirror: Mirror,
     *,
     namespace: str,
@@ -58,5 +58,5 @@ def access(
     def configs() -> tuple[OIDCConfig, ...]:
         return (*mirror.configs.values(), *also)
 
-    oidc = OidcAuthenticator(issuers, lambda: trusted(configs(), pools(), namespace), now)
+    oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now)
     return AccessControl((admin, *methods(pools), oidc), pools, configs)

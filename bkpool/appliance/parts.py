@@ -30,7 +30,7 @@ from bkpool.core.resource import Metadata, Resource
 from bkpool.core.worker import Worker
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.session.lease_table import build
-from bkpool.kube.leader import Leadership
+from bkpool.kube.leader import LeaderElection
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.loop_metrics import LoopMetrics
@@ -118,7 +118,7 @@ def _given(obj: Resource) -> dict[str, Any]:
     return obj.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})
 
 
-async def led(leadership: Leadership, work: Callable[[], Awaitable[None]]) -> None:
+async def led(leadership: LeaderElection, work: Callable[[], Awaitable[None]]) -> None:
     """Does the work while this replica holds the Lease; when cancelled, gives it back at once."""
     try:
         await leadership.lead(work)

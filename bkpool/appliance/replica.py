@@ -31,8 +31,8 @@ from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
-from bkpool.identity.admin_token import AdminToken
-from bkpool.identity.issuer_keys import Issuers
+from bkpool.identity.admin_token import AdminTokenAuthenticator
+from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.install.manifests import CONTROLLER, IMAGE
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.registry import new_registry
@@ -120,11 +120,11 @@ class ControlReplica:
         stack: AsyncExitStack,
         opened: InCluster,
         mirror: Mirror,
-        issuers: Issuers,
+        issuers: IssuerKeys,
         leaving: Callable[[], str | None],
     ) -> None:
         backend = opened.backend
-        admin = AdminToken(await cluster_secrets.admin_token(opened.api, self._settings.namespace))
+        admin = AdminTokenAuthenticator(await cluster_secrets.admin_token(opened.api, self._settings.namespace))
         claims, leases = backend.lease_service(mirror, _now)
         stack.push_async_callback(claims.close)
         service = Service(
@@ -142,7 +142,7 @@ class ControlReplica:
         await serve(stack, make_app(service), address, "--api-address", tls.context if tls else None)
         stack.callback(claims.turn_away, Unavailable("this replica is stopping", hint="Try again: others serve."))
 
-    async def _control(self, opened: InCluster, mirror: Mirror, issuers: Issuers) -> None:
+    async def _control(self, opened: InCluster, mirror: Mirror, issuers: IssuerKeys) -> None:
         """The controller, and the gateways that it keeps."""
         backend, settings = opened.backend, self._settings
         gateways = PoolGateways(

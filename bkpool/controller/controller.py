@@ -166,14 +166,14 @@ class Controller:
         log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
         message = policy.failure_message(current, error.message_and_hint, log_tail)
-        self._recorder.tell(current, "Failed", message, warning=True)
+        self._recorder.record(current, "Failed", message, warning=True)
         self._mirror.apply(await self._store.replace_status(policy.failed(current, message, self._now())))
 
     async def _carry_out(self, action: policy.Action, pool: Pool) -> None:
         match action:
             case policy.Create(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
-                self._recorder.tell(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
+                self._recorder.record(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
             case policy.Start(worker, owner):
                 await self._start(worker, owner, pool)
             case policy.OwnCache(worker, owner):
@@ -209,7 +209,9 @@ class Controller:
         if worker.status.phase is Phase.ALLOCATED and (before is None or before.status.phase is not Phase.ALLOCATED):
             job = f" for job {worker.held_lease.job_id}" if worker.held_lease.job_id else ""
             until = f"{worker.held_lease.expires_at:%H:%M:%S} UTC"
-            self._recorder.tell(worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}")
+            self._recorder.record(
+                worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}"
+            )
 
     async def _lose(self, worker: Worker, message: str) -> None:
         lease = worker.held_lease
@@ -227,7 +229,7 @@ class Controller:
         reason = action.ended.reason
         log.info("lease.ended", **facts(action.worker), reason=reason.value)
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
-        self._recorder.tell(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
+        self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
     async def _remove(self, worker: Worker) -> None:
         """Deletes the object first, at the version that was judged: a claim made meanwhile wins and is not hurt."""
@@ -237,7 +239,7 @@ class Controller:
         await self._runtime.stop(worker.slot)
         log.info("worker.removed", worker=str(worker.key))
         if pool := self._mirror.pools.get(worker.pool):
-            self._recorder.tell(pool, "ScaledDown", f"{worker.key.name} is removed")
+            self._recorder.record(pool, "ScaledDown", f"{worker.key.name} is removed")
 
     def _tell(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
         """Writes the pool's status if it changed; one write at a time, so that a burst of leases costs few."""

@@ -52,7 +52,7 @@ _PLURALS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class GatewayDefaults:
     """What all pools of an appliance have in common."""
 
     image: str
@@ -76,7 +76,7 @@ def path_of(doc: Doc) -> str:
     return paths.group(doc["apiVersion"], plural, metadata["namespace"], metadata["name"])
 
 
-def pool_objects(pool: Pool, setting: Setting) -> list[Doc]:
+def pool_objects(pool: Pool, setting: GatewayDefaults) -> list[Doc]:
     """Everything but the Secret, in the order in which it is to be applied: the Service first, the pods last."""
     return [
         service(pool),
@@ -186,7 +186,7 @@ def _is_ready(pod: Doc) -> bool:
 # --- the gateway's pods ---------------------------------------------------------------------------------------------
 
 
-def deployment(pool: Pool, setting: Setting) -> Doc:
+def deployment(pool: Pool, setting: GatewayDefaults) -> Doc:
     """The gateway's pods. An old one goes only when a new one is ready, and only when its builds have ended."""
     drain = pool.spec.gateway.drain_timeout
     replicas = pool.spec.gateway.replicas
@@ -227,7 +227,7 @@ def deployment(pool: Pool, setting: Setting) -> Doc:
     )
 
 
-def _container(pool: Pool, setting: Setting) -> Doc:
+def _container(pool: Pool, setting: GatewayDefaults) -> Doc:
     given = pool.spec.gateway_image
     image = setting.image if given is None or is_foreign_gateway(given) else given
     return {
@@ -327,7 +327,7 @@ def _gateway_policy(pool: Pool) -> Doc:
     return _policy(pool, gateway_name(pool), _gateway_labels(pool), [clients, metrics])
 
 
-def _worker_policy(pool: Pool, setting: Setting) -> Doc:
+def _worker_policy(pool: Pool, setting: GatewayDefaults) -> Doc:
     """Only the pool's gateways reach its workers, and the appliance, which asks them whether they are ready."""
     gateways = {"podSelector": {"matchLabels": _gateway_labels(pool)}}
     appliance = {

@@ -20,7 +20,7 @@ from types import MappingProxyType
 import structlog
 
 from bkpool.controller.pool_gateway_objects import (
-    Setting,
+    GatewayDefaults,
     endpoint_of,
     gateway_name,
     is_of_a_pool,
@@ -36,7 +36,7 @@ from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER,
 from bkpool.core.pool import Pool, ServiceType
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
-from bkpool.pki.names import Names, gateway_names
+from bkpool.pki.names import CertificateNames, gateway_names
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
@@ -97,7 +97,7 @@ class PoolGateways:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
-        self._setting = Setting(image, namespace, controller)
+        self._setting = GatewayDefaults(image, namespace, controller)
         self._now = now
         self._recorder = recorder
         self._keepers: dict[Key, _Keeper] = {}
@@ -252,7 +252,7 @@ class PoolGateways:
         if not bundle_fits(found, self._secrets, names, self._now()):
             name = f"{gateway_name(pool)}.{pool.key.namespace}"
             if found:
-                self._recorder.tell(pool, "CertificateRotated", "the gateway's certificates are issued anew")
+                self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued anew")
             found = gateway_bundle(self._secrets, names, name, self._now())
             log.info("pool.gateway_certificate_issued", pool=str(pool.key), names=[*names.dns, *map(str, names.ips)])
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}
@@ -352,7 +352,7 @@ def _hint(key: Key, error: BkpoolError) -> str:
     return error.hint
 
 
-def _names(pool: Pool, hosts: Sequence[str]) -> Names:
+def _names(pool: Pool, hosts: Sequence[str]) -> CertificateNames:
     try:
         return gateway_names("localhost", [pool.key], hosts)
     except InvalidInput as error:

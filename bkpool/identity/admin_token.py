@@ -21,7 +21,7 @@ _CHARACTERS = 43  # 32 bytes in base64url without padding
 _HINT = "To have a new one, remove the file and restart the appliance: bkpool down, then bkpool up -d."
 
 
-class AdminToken:
+class AdminTokenAuthenticator:
     """Knows the holder of the admin token."""
 
     def __init__(self, token: str) -> None:

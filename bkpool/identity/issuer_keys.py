@@ -51,7 +51,7 @@ class _CachedKeys:
     flight: asyncio.Task[None] | None = None
 
 
-class Issuers:
+class IssuerKeys:
     """The keys of all issuers. Used in one event loop.
 
     Args:

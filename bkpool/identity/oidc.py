@@ -15,7 +15,7 @@ from bkpool.core.errors import Unauthenticated
 from bkpool.core.pool import Pool
 from bkpool.identity import EVERYWHERE, Scope, Verdict
 from bkpool.identity.claims import identify
-from bkpool.identity.issuer_keys import Issuers
+from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.identity.jwt import Token, looks_like_one, parse, shown, verify_claims, verify_signature
 
 _SOURCE = "OIDC"
@@ -23,7 +23,7 @@ _SERVICE_ACCOUNT = "system:serviceaccount:"
 
 
 @dataclass(frozen=True, slots=True)
-class Trusted:
+class TrustedIssuer:
     """One configuration of an issuer, and what it counts for."""
 
     source: str
@@ -36,7 +36,9 @@ class Trusted:
     """Why it must not be believed as it is written."""
 
 
-def trusted(configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespace: str) -> list[Trusted]:
+def trusted_issuers(
+    configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespace: str
+) -> list[TrustedIssuer]:
     """All configurations of issuers that are there, in objects of their own and in pools.
 
     Args:
@@ -45,7 +47,7 @@ def trusted(configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespa
         system_namespace: The appliance's own: what is configured there counts for every pool.
     """
     found = [
-        Trusted(
+        TrustedIssuer(
             source=f"{OIDCConfig.KIND} {config.key}",
             settings=config.spec,
             scope=EVERYWHERE if config.key.namespace == system_namespace else Scope(config.key.namespace),
@@ -56,7 +58,7 @@ def trusted(configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespa
         if config.spec.enabled
     ]
     found += [
-        Trusted(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.refusal or "")
+        TrustedIssuer(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.refusal or "")
         for pool in pools
         if pool.spec.auth.methods  # most have none, and this is asked with every request
         for own in pool.spec.auth.oidc
@@ -74,7 +76,7 @@ class OidcAuthenticator:
     """
 
     def __init__(
-        self, issuers: Issuers, trusted: Callable[[], Iterable[Trusted]], now: Callable[[], datetime]
+        self, issuers: IssuerKeys, trusted: Callable[[], Iterable[TrustedIssuer]], now: Callable[[], datetime]
     ) -> None:
         self._issuers = issuers
         self._trusted = trusted
@@ -130,7 +132,7 @@ def _unknown(token: Token) -> tuple[Verdict, ...]:
     return (Verdict(_SOURCE, refusal=f"no issuer known here made this token (iss {issuer})"),)
 
 
-def _verdict(token: Token, one: Trusted, refusal: str) -> Verdict:
+def _verdict(token: Token, one: TrustedIssuer, refusal: str) -> Verdict:
     if refusal:
         return Verdict(one.source, refusal=refusal)
     try:

@@ -30,7 +30,7 @@ _REVIEWS = ("authentication.k8s.io/v1", "tokenreviews")
 _LONGEST = 200  # characters of a server's message
 
 
-class ServiceAccounts:
+class ServiceAccountAuthenticator:
     """Knows the ServiceAccounts of one cluster.
 
     Args:

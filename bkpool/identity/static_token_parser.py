@@ -26,7 +26,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StaticToken:
     """Who has the token of this digest."""
 
     digest: bytes
@@ -36,20 +36,20 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class StaticTokens:
     """What a file or a Secret says."""
 
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[StaticToken, ...] = ()
     faults: tuple[str, ...] = ()
     """What is wrong with the entries that are left out. No secret is in it."""
 
-    def of(self, bearer: str) -> tuple[Entry, ...]:
+    def of(self, bearer: str) -> tuple[StaticToken, ...]:
         """The entries of this token. All are compared, so that the time tells nothing of a digest."""
         asked = _digest(bearer)
         return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, asked)])
 
 
-def read_tokens(data: Mapping[Any, object]) -> Tokens:
+def parse_static_tokens(data: Mapping[Any, object]) -> StaticTokens:
     """Reads the entries of a Secret or a file; what is wrong with one leaves the others as they are.
 
     Args:
@@ -57,17 +57,17 @@ def read_tokens(data: Mapping[Any, object]) -> Tokens:
             or YAML. Without `token` the key is the token, as the older Go controller has it; without `user` the key
             is the user's name.
     """
-    entries: list[Entry] = []
+    entries: list[StaticToken] = []
     faults: list[str] = []
     for number, (key, value) in enumerate(data.items(), 1):
         try:
             entries.append(_entry(key, value))
         except ValueError as error:
             faults.append(f"entry {number} of {len(data)}: {error}")
-    return Tokens(tuple(entries), tuple(faults))
+    return StaticTokens(tuple(entries), tuple(faults))
 
 
-def _entry(key: object, value: object) -> Entry:
+def _entry(key: object, value: object) -> StaticToken:
     """Raises ValueError, in words that hold neither key nor value."""
     told = _told(value)
     token = told.get("token", key)
@@ -79,20 +79,20 @@ def _entry(key: object, value: object) -> Entry:
         raise ValueError(f"its token is shorter than {SHORTEST_TOKEN} characters")
     if pools is not None and not (isinstance(pools, list) and all(isinstance(one, str) for one in pools)):
         raise ValueError("its pools are not a list of names or patterns")
-    return Entry(_digest(token), _name(user), None if pools is None else tuple(pools))
+    return StaticToken(_digest(token), _name(user), None if pools is None else tuple(pools))
 
 
 def _told(value: object) -> dict[str, object]:
     """The object that a value is, or stands for."""
     if isinstance(value, str):
         text = value.strip()
-        value = {"token": text} if _TOKEN.fullmatch(text) else parsed(text)
+        value = {"token": text} if _TOKEN.fullmatch(text) else parse_document(text)
     if not isinstance(value, dict):
         raise ValueError("it is neither a token in quotes nor an object with user, pools, token")  # noqa: TRY004
     return value
 
 
-def parsed(text: str) -> object:
+def parse_document(text: str) -> object:
     """What JSON or YAML text stands for; None where it is neither."""
     try:
         return json.loads(text)

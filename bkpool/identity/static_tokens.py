@@ -24,7 +24,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.wildcards import any_matches
 from bkpool.home.files import read_private, unreadable
 from bkpool.identity import Identity, Scope, Verdict
-from bkpool.identity.static_token_parser import Entry, Tokens, parsed, read_tokens
+from bkpool.identity.static_token_parser import StaticToken, StaticTokens, parse_document, parse_static_tokens
 from bkpool.kube import Doc, KubeApi, paths
 
 log = structlog.get_logger(__name__)
@@ -41,10 +41,10 @@ _HINT = "Write a mapping: each user's name with his token (docs/access.md)."
 # --- from where -----------------------------------------------------------------------------------------------------
 
 
-class Reader(Protocol):
+class TokenReader(Protocol):
     """Where tokens come from."""
 
-    async def read(self, namespace: str, source: TokenFrom) -> Tokens:
+    async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
         """The tokens as they are now, or were a moment ago; none where the source is another backend's.
 
         Args:
@@ -56,18 +56,18 @@ class Reader(Protocol):
         """
 
 
-class FileTokens:
+class FileTokenReader:
     """Private files of this machine (YAML or JSON), read again when they have changed."""
 
     def __init__(self) -> None:
-        self._read: dict[str, tuple[tuple[int, ...], Tokens]] = {}
+        self._read: dict[str, tuple[tuple[int, ...], StaticTokens]] = {}
 
-    async def read(self, namespace: str, source: TokenFrom) -> Tokens:
-        """See Reader. A file that is missing, or that others can read, is an error: nobody is let in by it."""
+    async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
+        """See TokenReader. A file that is missing, or that others can read, is an error: nobody is let in by it."""
         del namespace  # a machine has none
-        return Tokens() if source.file is None else await asyncio.to_thread(self._file, source.file)
+        return StaticTokens() if source.file is None else await asyncio.to_thread(self._file, source.file)
 
-    def _file(self, name: str) -> Tokens:
+    def _file(self, name: str) -> StaticTokens:
         path = Path(name)
         try:
             found = path.stat()
@@ -80,10 +80,10 @@ class FileTokens:
         self._read.pop(name, None)
         if found.st_size > LARGEST:
             raise unreadable(path, f"is larger than {LARGEST} bytes", hint=_HINT)
-        data = parsed(read_private(path, hint=_HINT).decode("utf-8", "replace"))
+        data = parse_document(read_private(path, hint=_HINT).decode("utf-8", "replace"))
         if not isinstance(data, dict):
             raise unreadable(path, "is not a mapping in YAML or JSON", hint=_HINT)
-        self._read[name] = (mark, tokens := read_tokens(data))
+        self._read[name] = (mark, tokens := parse_static_tokens(data))
         return tokens
 
 
@@ -94,11 +94,11 @@ class _CachedSecret:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     until: float = float("-inf")
     version: str | None = None
-    tokens: Tokens = field(default_factory=Tokens)
+    tokens: StaticTokens = field(default_factory=StaticTokens)
     failure: BkpoolError | None = None
 
 
-class SecretTokens:
+class SecretTokenReader:
     """Secrets in the namespaces of the pools. One that is missing has no token.
 
     Args:
@@ -111,10 +111,10 @@ class SecretTokens:
         self._clock = clock
         self._kept: dict[Key, _CachedSecret] = {}
 
-    async def read(self, namespace: str, source: TokenFrom) -> Tokens:
-        """See Reader. One reading at a time and Secret; a failed one counts as long as a good one."""
+    async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
+        """See TokenReader. One reading at a time and Secret; a failed one counts as long as a good one."""
         if source.secret_ref is None:
-            return Tokens()
+            return StaticTokens()
         secret = Key(namespace, source.secret_ref)
         kept = self._kept.setdefault(secret, _CachedSecret())
         async with kept.lock:
@@ -130,7 +130,7 @@ class SecretTokens:
             async with asyncio.timeout(PATIENCE):
                 found = await self._api.get(paths.core("secrets", *secret))
         except NotFound:
-            kept.version, kept.tokens = None, Tokens()
+            kept.version, kept.tokens = None, StaticTokens()
         except TimeoutError:
             kept.failure = Unavailable(f"Kubernetes: Secret {secret} is not told within {PATIENCE:g} s")
         except BkpoolError as error:
@@ -139,7 +139,7 @@ class SecretTokens:
             version = found["metadata"]["resourceVersion"]
             if version != kept.version:
                 # In a thread: long YAML of one namespace is no reason for all others to wait.
-                kept.version, kept.tokens = version, await asyncio.to_thread(read_tokens, _data(found))
+                kept.version, kept.tokens = version, await asyncio.to_thread(parse_static_tokens, _data(found))
         kept.until = self._clock() + FRESH
 
 
@@ -157,7 +157,7 @@ def _decoded(value: str) -> str | None:
 # --- who is calling -------------------------------------------------------------------------------------------------
 
 
-class PoolTokens:
+class StaticTokenAuthenticator:
     """Knows the callers of pools that have tokens of their own; each counts at its pool only.
 
     Tokens that cannot be read let nobody in, and keep nobody out whom another authenticator knows: that is said in a
@@ -168,7 +168,7 @@ class PoolTokens:
         pools: All pools as of now.
     """
 
-    def __init__(self, reader: Reader, pools: Callable[[], Iterable[Pool]]) -> None:
+    def __init__(self, reader: TokenReader, pools: Callable[[], Iterable[Pool]]) -> None:
         self._reader = reader
         self._pools = pools
         self._said: dict[tuple[Key, int], str] = {}
@@ -204,7 +204,7 @@ class PoolTokens:
             log.info("tokens.good_again", pool=str(pool))
 
 
-def _verdict(source: str, pool: Key, entry: Entry) -> Verdict:
+def _verdict(source: str, pool: Key, entry: StaticToken) -> Verdict:
     fits = entry.pools is None or any_matches(entry.pools, pool.name) or any_matches(entry.pools, str(pool))
     if not fits:
         return Verdict(source, refusal=f"this token of {entry.user} is not for pool {pool}", genuine=True)

@@ -30,7 +30,7 @@ FAREWELL = 3.0
 _API = "coordination.k8s.io/v1"
 
 
-class Leadership:
+class LeaderElection:
     """One replica's part in the election.
 
     Args:

@@ -250,7 +250,7 @@ def key_of_request(csr_pem: bytes) -> PublicKey:
     return key
 
 
-def belong_together(cert_pem: bytes, key_pem: bytes) -> bool:
+def key_belongs_to(cert_pem: bytes, key_pem: bytes) -> bool:
     """Whether this is the certificate's key.
 
     Raises:
@@ -259,7 +259,7 @@ def belong_together(cert_pem: bytes, key_pem: bytes) -> bool:
     return _private_key(key_pem).public_key() == _certificate(cert_pem).public_key()
 
 
-def ends(cert_pem: bytes) -> datetime:
+def expires_at(cert_pem: bytes) -> datetime:
     """When a certificate ends.
 
     Raises:
@@ -274,7 +274,7 @@ def renew_at(cert_pem: bytes) -> datetime:
     Raises:
         ValueError: It is no certificate.
     """
-    return ends(cert_pem) - RENEW_BEFORE
+    return expires_at(cert_pem) - RENEW_BEFORE
 
 
 def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
@@ -283,10 +283,10 @@ def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: I
     Raises:
         ValueError: It is no certificate.
     """
-    return now >= renew_at(cert_pem) or not is_for(cert_pem, dns_names, ips)
+    return now >= renew_at(cert_pem) or not is_for_names(cert_pem, dns_names, ips)
 
 
-def is_for(cert_pem: bytes, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
+def is_for_names(cert_pem: bytes, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
     """Whether a server certificate is for exactly these names.
 
     Raises:

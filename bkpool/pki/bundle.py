@@ -14,8 +14,8 @@ from typing import Self
 
 from bkpool.core.errors import HostFault
 from bkpool.core.tokens import TOKEN_KEY_BYTES
-from bkpool.pki.authority import SERVER_LIFE, Authority, belong_together, ends, is_for, renew_at
-from bkpool.pki.names import Names
+from bkpool.pki.authority import SERVER_LIFE, Authority, expires_at, is_for_names, key_belongs_to, renew_at
+from bkpool.pki.names import CertificateNames
 
 CA_CERT, CA_KEY, TOKEN_KEY = "ca.crt", "ca.key", "token.key"
 BACKEND_CA_CERT, BACKEND_CA_KEY = "backend-ca.crt", "backend-ca.key"
@@ -62,7 +62,7 @@ class ClusterSecrets:
         """
         authority = _authority(data, CA_CERT, CA_KEY, source)
         backend = _authority(data, BACKEND_CA_CERT, BACKEND_CA_KEY, source)
-        if belong_together(authority.cert_pem, backend.key_pem):
+        if key_belongs_to(authority.cert_pem, backend.key_pem):
             raise _unusable(source, f"{CA_KEY} and {BACKEND_CA_KEY} are the same, so clients could pose as gateways")
         token_key = _entry(data, TOKEN_KEY, source)
         if len(token_key) != TOKEN_KEY_BYTES:
@@ -70,7 +70,9 @@ class ClusterSecrets:
         return cls(authority, token_key, backend)
 
 
-def gateway_bundle(secrets: ClusterSecrets, names: Names, gateway_name: str, now: datetime) -> dict[str, bytes]:
+def gateway_bundle(
+    secrets: ClusterSecrets, names: CertificateNames, gateway_name: str, now: datetime
+) -> dict[str, bytes]:
     """All that a pool's gateways need to serve clients and to dial workers, as the data of their Secret.
 
     Args:
@@ -103,16 +105,16 @@ def bundle_renew_at(data: Mapping[str, bytes]) -> datetime:
     return min(_renew_at(data[TLS_CERT], data[CA_CERT]), _renew_at(data[DIALLER_CERT], data[BACKEND_CA_CERT]))
 
 
-def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: Names, now: datetime) -> bool:
+def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: CertificateNames, now: datetime) -> bool:
     """Whether a gateway's bundle can go on being used: whole, these authorities', for just these names, not due."""
     try:
         return (
             (data[CA_CERT], data[BACKEND_CA_CERT]) == (secrets.authority.cert_pem, secrets.backend.cert_pem)
             and secrets.authority.issued(data[TLS_CERT])
             and secrets.backend.issued(data[DIALLER_CERT])
-            and belong_together(data[TLS_CERT], data[TLS_KEY])
-            and belong_together(data[DIALLER_CERT], data[DIALLER_KEY])
-            and is_for(data[TLS_CERT], names.dns, names.ips)
+            and key_belongs_to(data[TLS_CERT], data[TLS_KEY])
+            and key_belongs_to(data[DIALLER_CERT], data[DIALLER_KEY])
+            and is_for_names(data[TLS_CERT], names.dns, names.ips)
             and now < bundle_renew_at(data)
         )
     except (KeyError, ValueError):
@@ -121,8 +123,8 @@ def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: Names
 
 def _renew_at(cert_pem: bytes, ca_pem: bytes) -> datetime:
     """What ends with its authority cannot be had any longer: issuing it again sooner would be without end."""
-    end = ends(cert_pem)
-    return renew_at(cert_pem) if end < ends(ca_pem) else end
+    end = expires_at(cert_pem)
+    return renew_at(cert_pem) if end < expires_at(ca_pem) else end
 
 
 def _authority(data: Mapping[str, bytes], cert: str, key: str, source: str) -> Authority:

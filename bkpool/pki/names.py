@@ -22,14 +22,14 @@ _FIELD = "--gateway-host"
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class CertificateNames:
     """What goes into a server certificate."""
 
     dns: tuple[str, ...]
     ips: tuple[IP, ...]
 
 
-def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()) -> Names:
+def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()) -> CertificateNames:
     """Loopback, this machine, the Services of the pools, and what the user adds.
 
     Args:
@@ -52,7 +52,7 @@ def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()
                 dns.append(host)
             case address:
                 ips.append(address)
-    return Names(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(ips)))
+    return CertificateNames(tuple(dict.fromkeys(dns)), tuple(dict.fromkeys(ips)))
 
 
 def pool_named(host: str) -> Key | None:

@@ -25,9 +25,9 @@ from bkpool.home.files import (
     unreadable,
     write_private,
 )
-from bkpool.pki.authority import SERVER_LIFE, Authority, belong_together, renew_at, renewal_due
+from bkpool.pki.authority import SERVER_LIFE, Authority, key_belongs_to, renew_at, renewal_due
 from bkpool.pki.bundle import CA_CERT, CA_KEY, TOKEN_KEY
-from bkpool.pki.names import Names
+from bkpool.pki.names import CertificateNames
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ SERVER_CERT, SERVER_KEY = "gateway.crt", "gateway.key"
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
+class LocalSecrets:
     """What every certificate and token comes from."""
 
     authority: Authority
@@ -51,7 +51,7 @@ class ServerCertificate:
     renew_at: datetime
 
 
-def load_or_create(directory: Path, now: datetime) -> Secrets:
+def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
     """Reads the secrets; makes them only where there is no directory at all. The caller holds the home's lock.
 
     Raises:
@@ -68,12 +68,14 @@ def load_or_create(directory: Path, now: datetime) -> Secrets:
     if len(token_key) != TOKEN_KEY_BYTES:
         raise unreadable(directory / TOKEN_KEY, f"has {len(token_key)} bytes instead of {TOKEN_KEY_BYTES}", hint=hint)
     try:
-        return Secrets(Authority(cert, key), token_key)
+        return LocalSecrets(Authority(cert, key), token_key)
     except ValueError as error:
         raise unreadable(directory, f"{CA_CERT} and {CA_KEY} cannot be used: {error}", hint=hint) from None
 
 
-def server_certificate(directory: Path, authority: Authority, names: Names, now: datetime) -> ServerCertificate:
+def server_certificate(
+    directory: Path, authority: Authority, names: CertificateNames, now: datetime
+) -> ServerCertificate:
     """The gateway's certificate for these names, as kept, or issued again where that is due or it cannot be used.
 
     Raises:
@@ -108,11 +110,13 @@ def _create(directory: Path, now: datetime) -> None:
     log.info("pki.authority_created", directory=str(directory), ends=authority.not_after.isoformat())
 
 
-def _kept(cert_file: Path, key_file: Path, authority: Authority, names: Names, now: datetime) -> bytes | None:
+def _kept(
+    cert_file: Path, key_file: Path, authority: Authority, names: CertificateNames, now: datetime
+) -> bytes | None:
     """The certificate in these files if it can go on being used."""
     try:
         cert, key = read_private(cert_file), read_private(key_file)
-        usable = authority.issued(cert) and belong_together(cert, key)
+        usable = authority.issued(cert) and key_belongs_to(cert, key)
         return cert if usable and not renewal_due(cert, now, names.dns, names.ips) else None
     except (HostFault, ValueError):
         return None

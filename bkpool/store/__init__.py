@@ -25,7 +25,7 @@ class Listing(Generic[R]):
 
 
 @dataclass(frozen=True, slots=True)
-class Event(Generic[R]):
+class WatchEvent(Generic[R]):
     """One change. A deleted object is given as it last was."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED"]
@@ -73,7 +73,7 @@ class Store(Protocol):
         Raises NotFound, or Conflict if uid or resource_version are given and are not the object's.
         """
 
-    def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+    def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """Every change after `since`, in order, without end; close it (contextlib.aclosing) when done.
 
         A change into something unreadable is left out: whoever holds the object as it was before keeps it.

@@ -39,7 +39,7 @@ _API = "events.k8s.io/v1"
 class Recorder(Protocol):
     """Whom the rooms tell what happened to an object."""
 
-    def tell(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
+    def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """Passes it on in the background; returns at once and never raises.
 
         Args:
@@ -53,7 +53,7 @@ class Recorder(Protocol):
 class LogRecorder(Recorder):
     """Tells the log alone."""
 
-    def tell(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
+    def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """See Recorder."""
         say = log.warning if warning else log.info
         say("object.event", kind=about.KIND, object=str(about.key), reason=reason, message=message)
@@ -97,7 +97,7 @@ class KubernetesRecorder(Recorder):
         self._overflowing = False
         self._told = asyncio.Event()
 
-    def tell(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
+    def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """See Recorder."""
         if len(self._waiting) == WAITING and not self._overflowing:
             self._overflowing = True

@@ -17,7 +17,7 @@ from bkpool.core.errors import BkpoolError, Conflict, Gone, HostFault, InvalidIn
 from bkpool.core.names import API_VERSION, Key
 from bkpool.core.resource import R, Resource
 from bkpool.kube import Doc, KubeApi, paths
-from bkpool.store import Event, Listing, Store
+from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.reading import read
 
 log = structlog.get_logger(__name__)
@@ -77,7 +77,7 @@ class KubernetesStore(Store):
             frozenset(key for key, obj in found if obj is None),
         )
 
-    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store. It begins again by itself where the server has ended it in good order."""
         if not since.isdecimal() or int(since) == 0:  # 0 is "anything will do" to Kubernetes
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
@@ -168,7 +168,7 @@ class KubernetesStore(Store):
 
     # --- what cannot be read ----------------------------------------------------------------------------------------
 
-    def _event(self, kind: type[R], event: Doc) -> Event[R] | None:
+    def _event(self, kind: type[R], event: Doc) -> WatchEvent[R] | None:
         doc = event["object"]
         obj = self._readable(kind, doc)
         if event["type"] == "DELETED":
@@ -176,7 +176,7 @@ class KubernetesStore(Store):
             if obj is None:
                 # Somebody may hold it as it was when it could be read; only a list can tell him that it is gone.
                 raise Gone(f"{kind.KIND} {_key(doc)} was deleted in a state that cannot be read", hint="List again.")
-        return None if obj is None else Event(event["type"], obj)
+        return None if obj is None else WatchEvent(event["type"], obj)
 
     def _readable(self, kind: type[R], doc: Doc) -> R | None:
         where, version = (kind.KIND, _key(doc)), doc["metadata"]["resourceVersion"]

@@ -22,7 +22,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
 from bkpool.core.worker import Worker
-from bkpool.store import Event, Listing, Store
+from bkpool.store import Listing, Store, WatchEvent
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +55,7 @@ class _Copy(Generic[R]):
             del self.items[obj.key]
         return ended + [obj for obj in listed.values() if self._put(obj)]
 
-    def followed(self, event: Event[R]) -> list[R]:
+    def followed(self, event: WatchEvent[R]) -> list[R]:
         self._seen = max(self._seen, _version_of(event.object))
         if event.type != "DELETED":
             return [event.object] if self._put(event.object) else []

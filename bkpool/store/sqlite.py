@@ -17,7 +17,7 @@ from typing import Self
 from bkpool.core.errors import Gone
 from bkpool.core.names import Key
 from bkpool.core.resource import R
-from bkpool.store import Event, Listing, Store, database
+from bkpool.store import Listing, Store, WatchEvent, database
 from bkpool.store.tables import Tables
 from bkpool.store.thread import SqlThread
 
@@ -97,7 +97,7 @@ class SqliteStore(Store):
         """See Store."""
         await self._writer.run(lambda tables: tables.delete(kind, Key(namespace, name), uid, resource_version))
 
-    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[Event[R], None]:
+    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store."""
         if not since.isdecimal():
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")

@@ -18,7 +18,7 @@ import structlog
 from bkpool.core.errors import Conflict, Gone, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.resource import R, Resource
-from bkpool.store import Event, Listing
+from bkpool.store import Listing, WatchEvent
 from bkpool.store.reading import Doc, read
 
 log = structlog.get_logger(__name__)
@@ -30,7 +30,7 @@ _OURS = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionT
 class Page(NamedTuple):
     """A stretch of the event log."""
 
-    events: list[Event[Any]]
+    events: list[WatchEvent[Any]]
     reached: int
     """The version up to which the log has been read."""
     complete: bool
@@ -84,7 +84,7 @@ class Tables:
             [kind.KIND, version, _READ_AT_ONCE],
         ).fetchall()
         complete = len(rows) < _READ_AT_ONCE
-        events = [Event(type_, obj) for _, type_, data in rows for obj in self._readable(kind, [data])]
+        events = [WatchEvent(type_, obj) for _, type_, data in rows for obj in self._readable(kind, [data])]
         return Page(events, newest if complete else rows[-1][0], complete)
 
     # --- writing ----------------------------------------------------------------------------------------------------

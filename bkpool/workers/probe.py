@@ -27,7 +27,7 @@ from h2.events import (
 from h2.exceptions import ProtocolError
 
 from bkpool.core.errors import WorkerFailed
-from bkpool.pki.backend import check_worker
+from bkpool.pki.worker_tls import check_worker
 
 # What buildx itself calls first, so that whoever passes this passes buildx: moby/buildkit api/services/control.
 _METHOD = "/moby.buildkit.v1.Control/ListWorkers"
@@ -67,7 +67,7 @@ async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: s
     Args:
         host: An IP address.
         port: Where buildkitd, or a proxy before it, listens.
-        context: Of `pki.backend.worker_context`.
+        context: Of `pki.worker_tls.worker_context`.
         worker_uid: Of the worker that should answer.
 
     Raises:

@@ -13,11 +13,11 @@ async def test_kubectl_describe_shows_them(store, api, kubectl):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
     recorder = KubernetesRecorder(api, "e2e")
-    recorder.tell(worker, "Allocated", "leased to ann for job 7")
-    recorder.tell(worker, "Failed", "the image cannot be pulled", warning=True)
+    recorder.record(worker, "Allocated", "leased to ann for job 7")
+    recorder.record(worker, "Failed", "the image cannot be pulled", warning=True)
     await recorder.close()
     for _ in range(2):
-        recorder.tell(worker, "Failed", "the image cannot be pulled", warning=True)
+        recorder.record(worker, "Failed", "the image cannot be pulled", warning=True)
         await recorder.close()
 
     shown = kubectl("describe", "buildkitworker", worker.key.name, "-n", "default")

@@ -18,8 +18,8 @@ from bkpool.core.names import AUDIENCE
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
-from bkpool.identity.service_accounts import ServiceAccounts
-from bkpool.identity.static_tokens import FRESH, PoolTokens, SecretTokens
+from bkpool.identity.service_accounts import ServiceAccountAuthenticator
+from bkpool.identity.static_tokens import FRESH, SecretTokenReader, StaticTokenAuthenticator
 from bkpool.install import crds
 from bkpool.kube import paths
 from bkpool.kube.client import ClusterAccess, KubeApi
@@ -37,7 +37,7 @@ def a_token(kubectl, namespace, account="default", audience=AUDIENCE):
 
 
 async def test_a_serviceaccount_is_known_by_its_token(api, kubectl, namespace):
-    (verdict,) = await ServiceAccounts(api).authenticate(a_token(kubectl, namespace))
+    (verdict,) = await ServiceAccountAuthenticator(api).authenticate(a_token(kubectl, namespace))
     assert verdict.identity == Identity(
         f"system:serviceaccount:{namespace}:default",
         authority="kubernetes",
@@ -49,15 +49,15 @@ async def test_a_serviceaccount_is_known_by_its_token(api, kubectl, namespace):
 @pytest.mark.parametrize("audience", ["https://kubernetes.default.svc.cluster.local", "vault"])
 async def test_a_token_for_somebody_else_is_refused(api, kubectl, namespace, audience):
     token = a_token(kubectl, namespace, audience=audience)
-    (verdict,) = await ServiceAccounts(api).authenticate(token)
+    (verdict,) = await ServiceAccountAuthenticator(api).authenticate(token)
     assert verdict.identity is None
     assert f"is for ['{audience}'], not for '{AUDIENCE}'" in verdict.refusal
-    assert (await ServiceAccounts(api, audience).authenticate(token))[0].identity is not None
+    assert (await ServiceAccountAuthenticator(api, audience).authenticate(token))[0].identity is not None
 
 
 async def test_a_deleted_serviceaccount_is_out_within_seconds(api, kubectl, namespace):
     kubectl("create", "serviceaccount", "ci", "-n", namespace)
-    accounts, token = ServiceAccounts(api), a_token(kubectl, namespace, "ci")
+    accounts, token = ServiceAccountAuthenticator(api), a_token(kubectl, namespace, "ci")
     (verdict,) = await accounts.authenticate(token)
     assert verdict.identity is not None
     kubectl("delete", "serviceaccount", "ci", "-n", namespace)
@@ -82,7 +82,7 @@ async def refused(accounts, token):
 async def test_a_forged_token_is_refused(api, kubectl, namespace):
     header, claims, signature = a_token(kubectl, namespace).split(".")
     forged = f"{header}.{claims}.{signature[:-8]}{'A' * 8}"
-    (verdict,) = await ServiceAccounts(api).authenticate(forged)
+    (verdict,) = await ServiceAccountAuthenticator(api).authenticate(forged)
     assert verdict.identity is None
     assert signature[:20] not in verdict.refusal
 
@@ -98,7 +98,7 @@ async def test_an_api_server_that_is_away_or_denies_the_right_is_no_refusal(clus
         api = await KubeApi.connect(ClusterAccess(kubeconfig=path))
         try:
             with pytest.raises(Unavailable, match="cannot be checked"):
-                await ServiceAccounts(api).authenticate(token)
+                await ServiceAccountAuthenticator(api).authenticate(token)
         finally:
             await api.close()
 
@@ -138,7 +138,7 @@ def names(verdicts):
 async def test_tokens_of_a_secret_may_be_exchanged_while_it_runs(api, kubectl, namespace):
     spec = PoolSpec.model_validate({"auth": {"methods": [{"type": "token", "token": {"secretRef": "tokens"}}]}})
     pool, clock = Pool(metadata=Metadata(name="p", namespace=namespace), spec=spec), Clock()
-    tokens = PoolTokens(SecretTokens(api, clock), lambda: [pool])
+    tokens = StaticTokenAuthenticator(SecretTokenReader(api, clock), lambda: [pool])
 
     def apply(**data: str) -> None:
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "tokens", "namespace": namespace}}

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bkpool.kube.leader import Leadership
+from bkpool.kube.leader import LeaderElection
 
 LEASE = "e2e-leader"
 
@@ -14,7 +14,7 @@ LEASE = "e2e-leader"
 class Replica:
     def __init__(self, api, namespace: str, identity: str) -> None:
         # A Lease counts whole seconds.
-        self.leadership = Leadership(api, namespace, LEASE, identity, duration=3, renew=0.5, retry=0.2)
+        self.leadership = LeaderElection(api, namespace, LEASE, identity, duration=3, renew=0.5, retry=0.2)
         self.working = asyncio.Event()
         self.task = asyncio.create_task(self.leadership.lead(self._work))
 

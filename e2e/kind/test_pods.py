@@ -26,7 +26,7 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
+from bkpool.pki.worker_tls import worker_context
 from bkpool.workers import Running
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.runtime import Deadlines, PodRuntime
@@ -367,7 +367,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.kube import Access, KubeApi
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
+from bkpool.pki.worker_tls import worker_context
 from bkpool.workers.pods.runtime import PodRuntime
 
 given = json.load(sys.stdin)

@@ -113,7 +113,7 @@ class Told:
     def __init__(self):
         self.told = []
 
-    def tell(self, about, reason, message, *, warning=False):
+    def record(self, about, reason, message, *, warning=False):
         self.told.append(reason)
 
 

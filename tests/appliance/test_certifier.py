@@ -27,7 +27,7 @@ class Gateway:
         self.given.append(x509.load_pem_x509_certificate(cert_pem))
         self.changed.set()
 
-    def tell(self, about, reason, message, *, warning=False):
+    def record(self, about, reason, message, *, warning=False):
         self.told.append((about.key.name, reason))
 
     async def next(self):

@@ -3,7 +3,7 @@
 import pytest
 
 from bkpool.controller.pool_gateway_objects import (
-    Setting,
+    GatewayDefaults,
     endpoint_of,
     is_of_a_pool,
     node_address,
@@ -15,7 +15,7 @@ from bkpool.controller.pool_gateway_objects import (
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 
-SETTING = Setting("registry.example.com/bkpool:1", "buildkit-system", "buildkit-controller")
+SETTING = GatewayDefaults("registry.example.com/bkpool:1", "buildkit-system", "buildkit-controller")
 
 
 def pool(**spec):

@@ -15,8 +15,8 @@ from bkpool.core.worker import EndReason
 from bkpool.gateway.net.dial import TlsDialler
 from bkpool.gateway.net.duplex import TlsStream
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
 from bkpool.pki.chain import load_chain
+from bkpool.pki.worker_tls import worker_context
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 YEAR = timedelta(days=365)

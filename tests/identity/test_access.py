@@ -15,7 +15,7 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Authenticator, Identity, Verdict
 from bkpool.identity.access import LONGEST_BEARER, AccessControl, bearer_token, forbidden
-from bkpool.identity.admin_token import AdminToken
+from bkpool.identity.admin_token import AdminTokenAuthenticator
 
 TOKENS = st.from_regex(re.compile(r"[A-Za-z0-9._~+/-]{1,300}={0,2}"), fullmatch=True)
 TOKEN = "k" * 43
@@ -100,7 +100,7 @@ CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.exampl
 
 async def test_a_caller_is_everybody_that_the_token_stands_for_in_order():
     ways = access(
-        AdminToken(TOKEN),
+        AdminTokenAuthenticator(TOKEN),
         Says("ci-token", Verdict("a", CI), Verdict("b", refusal="not here")),
         Says("ci-token", Verdict("c", DEPLOY)),
     )
@@ -112,13 +112,14 @@ async def test_a_caller_is_everybody_that_the_token_stands_for_in_order():
 @pytest.mark.parametrize("token", ["K" * 43, "k" * 42, "k" * 44, "k"])
 async def test_a_token_that_nobody_knows_is_refused_and_not_repeated(token):
     with pytest.raises(Unauthenticated, match="not known") as refused:
-        await access(AdminToken(TOKEN)).caller([f"Bearer {token}"])
+        await access(AdminTokenAuthenticator(TOKEN)).caller([f"Bearer {token}"])
     assert f" {token} " not in f"{refused.value.message} {refused.value.hint}"
 
 
 async def test_a_refused_token_is_told_why_once():
     ways = access(
-        Says("t", Verdict("a", refusal="it expired"), Verdict("b", refusal="it expired")), AdminToken(TOKEN)
+        Says("t", Verdict("a", refusal="it expired"), Verdict("b", refusal="it expired")),
+        AdminTokenAuthenticator(TOKEN),
     )
     with pytest.raises(Unauthenticated, match=r"refused: it expired$"):
         await ways.caller(["Bearer t"])

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from bkpool.core.errors import EXIT, HostFault, Unauthenticated
-from bkpool.identity.admin_token import AdminToken, find, load_or_create
+from bkpool.identity.admin_token import AdminTokenAuthenticator, find, load_or_create
 
 
 def test_the_token_is_made_once_for_us_alone(tmp_path):
@@ -65,11 +65,11 @@ def test_a_token_that_cannot_be_trusted_is_an_error_and_is_never_replaced(tmp_pa
 
 async def test_the_authenticator_does_not_keep_the_token_in_clear(tmp_path):
     token = load_or_create(tmp_path)
-    assert token not in repr(vars(AdminToken(token)))
+    assert token not in repr(vars(AdminTokenAuthenticator(token)))
 
 
 @pytest.mark.parametrize("bearer", ["", "k" * 42, "k" * 44, "K" * 43, "k" * 42 + "\udce9"])
 async def test_only_the_whole_token_is_the_admins(bearer):
-    assert await AdminToken("k" * 43).authenticate(bearer) == ()
-    (verdict,) = await AdminToken("k" * 43).authenticate("k" * 43)
+    assert await AdminTokenAuthenticator("k" * 43).authenticate(bearer) == ()
+    (verdict,) = await AdminTokenAuthenticator("k" * 43).authenticate("k" * 43)
     assert (verdict.identity.name, verdict.identity.admin) == ("admin", True)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkpool.core.errors import Unauthenticated, Unavailable
-from bkpool.identity.issuer_keys import FRESH, PAUSE, STALE, Issuers
+from bkpool.identity.issuer_keys import FRESH, PAUSE, STALE, IssuerKeys
 from bkpool.identity.jwks import choose, read_discovery, read_keys
 from bkpool.identity.jwt import ALGORITHMS
 from support.issuer import DISCOVERY, JWKS, Issuer, b64, signing_key
@@ -39,7 +39,7 @@ def clock():
 
 @pytest.fixture
 async def issuers(clock):
-    issuers = Issuers(clock=clock)
+    issuers = IssuerKeys(clock=clock)
     yield issuers
     await issuers.close()
 
@@ -165,7 +165,7 @@ async def test_an_issuer_that_is_down_is_not_hammered(issuer, issuers, clock):
 
 
 async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
-    issuers = Issuers(clock=clock)
+    issuers = IssuerKeys(clock=clock)
     try:
         with Issuer() as issuer:
             await issuers.key(issuer.url, "key-1", "RS256")
@@ -202,14 +202,14 @@ async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issu
 @pytest.mark.parametrize("path", [DISCOVERY, JWKS])
 async def test_an_issuer_that_does_not_answer_in_time(issuer, clock, path):
     issuer.hang(path)
-    issuers = Issuers(clock=clock, timeout=0.05)
+    issuers = IssuerKeys(clock=clock, timeout=0.05)
     with pytest.raises(Unavailable, match=r"does not answer within 0\.05 s"):
         await issuers.key(issuer.url, "key-1", "RS256")
     await issuers.close()
 
 
 async def test_closing_ends_what_is_under_way(issuer, clock):
-    issuers = Issuers(clock=clock)
+    issuers = IssuerKeys(clock=clock)
     gate = issuer.hold(JWKS)
     asking = asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256"))
     assert await asyncio.to_thread(gate.reached.wait, 5)
@@ -233,7 +233,7 @@ async def test_only_so_many_issuers_are_remembered(issuer, issuers, monkeypatch)
 # --- answers that are not taken -------------------------------------------------------------------------------------
 
 
-async def why(issuers: Issuers, issuer: Issuer) -> str:
+async def why(issuers: IssuerKeys, issuer: Issuer) -> str:
     with pytest.raises(Unavailable) as refused:
         await issuers.key(issuer.url, "key-1", "RS256")
     return refused.value.message
@@ -314,7 +314,7 @@ async def test_a_document_that_is_not_taken_is_named(issuer, issuers, path, body
 
 
 async def test_an_issuer_with_a_path(clock):
-    issuers = Issuers(clock=clock)
+    issuers = IssuerKeys(clock=clock)
     with Issuer(path="/realms/ci") as issuer:
         assert await issuers.probe(issuer.url) == 1
         with pytest.raises(Unavailable, match="is of the issuer"):  # to the letter, also here

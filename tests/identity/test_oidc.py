@@ -14,8 +14,8 @@ from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import EVERYWHERE, Scope
-from bkpool.identity.issuer_keys import Issuers
-from bkpool.identity.oidc import OidcAuthenticator, Trusted, trusted
+from bkpool.identity.issuer_keys import IssuerKeys
+from bkpool.identity.oidc import OidcAuthenticator, TrustedIssuer, trusted_issuers
 from support.issuer import AUDIENCE, Issuer, forge, signing_key
 
 SYSTEM = "buildkit-system"
@@ -38,12 +38,14 @@ def pool(name: str, *methods: dict[str, object]) -> Pool:
 @pytest.fixture
 async def judge():
     """Judges a token by configurations, and by pools."""
-    issuers = Issuers(clock=time.monotonic, timeout=2)
+    issuers = IssuerKeys(clock=time.monotonic, timeout=2)
 
     async def judging(token: str, *objects: OIDCConfig | Pool):
         configs = [one for one in objects if isinstance(one, OIDCConfig)]
         pools = [one for one in objects if isinstance(one, Pool)]
-        return await OidcAuthenticator(issuers, lambda: trusted(configs, pools, SYSTEM), now).authenticate(token)
+        return await OidcAuthenticator(issuers, lambda: trusted_issuers(configs, pools, SYSTEM), now).authenticate(
+            token
+        )
 
     yield judging
     await issuers.close()
@@ -58,7 +60,7 @@ def now() -> datetime:
 
 def test_where_a_configuration_counts():
     own = {"issuer": "https://c.example", "audience": "x"}
-    found = trusted(
+    found = trusted_issuers(
         [
             config("https://a.example", pools=["a*"]),
             config("https://b.example", "kc", "team"),
@@ -77,7 +79,7 @@ def test_where_a_configuration_counts():
 
 def test_a_configuration_that_would_let_the_whole_world_in_is_kept_to_say_so():
     own = {"issuer": "https://gitlab.com", "audience": "x"}
-    for found in trusted([config("https://gitlab.com")], [pool("p", own)], SYSTEM):
+    for found in trusted_issuers([config("https://gitlab.com")], [pool("p", own)], SYSTEM):
         assert "makes tokens for the whole world" in found.refusal
 
 
@@ -213,8 +215,8 @@ async def test_an_issuer_that_is_away_is_said_to_be_unless_the_token_is_refused_
 @settings(deadline=None)
 @given(st.text(max_size=80) | st.binary(max_size=80).map(lambda it: forge(it, it, None)))
 async def test_whatever_bearer_is_judged(bearer):
-    issuers = Issuers(clock=time.monotonic)
-    ways = [Trusted("x", config("https://a.example").spec)]
+    issuers = IssuerKeys(clock=time.monotonic)
+    ways = [TrustedIssuer("x", config("https://a.example").spec)]
     for verdict in await OidcAuthenticator(issuers, lambda: ways, now).authenticate(bearer):
         assert verdict.refusal
         assert verdict.identity is None

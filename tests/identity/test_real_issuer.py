@@ -14,8 +14,8 @@ from http.client import HTTPConnection
 import pytest
 
 from bkpool.core.auth import OIDC
-from bkpool.identity.issuer_keys import Issuers
-from bkpool.identity.oidc import OidcAuthenticator, Trusted
+from bkpool.identity.issuer_keys import IssuerKeys
+from bkpool.identity.oidc import OidcAuthenticator, TrustedIssuer
 
 CLIENT = "bkpool-tests"
 
@@ -70,9 +70,9 @@ def token(port):
 
 async def judged(port: int, token: str, later: timedelta = timedelta(), **settings: object):
     oidc = OIDC.model_validate({"issuer": f"http://localhost:{port}", "audience": CLIENT, **settings})
-    issuers = Issuers(clock=time.monotonic)
+    issuers = IssuerKeys(clock=time.monotonic)
     try:
-        way = OidcAuthenticator(issuers, lambda: [Trusted("mock", oidc)], lambda: datetime.now(UTC) + later)
+        way = OidcAuthenticator(issuers, lambda: [TrustedIssuer("mock", oidc)], lambda: datetime.now(UTC) + later)
         (verdict,) = await way.authenticate(token)
         return verdict
     finally:

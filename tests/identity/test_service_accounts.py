@@ -13,7 +13,7 @@ from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavail
 from bkpool.core.names import AUDIENCE
 from bkpool.identity import Identity, Verdict
 from bkpool.identity import service_accounts as module
-from bkpool.identity.service_accounts import AT_ONCE, ServiceAccounts, judge
+from bkpool.identity.service_accounts import AT_ONCE, ServiceAccountAuthenticator, judge
 
 CI = "system:serviceaccount:team:ci"
 GROUPS = ["system:serviceaccounts", "system:serviceaccounts:team", "system:authenticated"]
@@ -60,7 +60,9 @@ class Cluster:
 async def test_the_api_server_says_who_it_is():
     cluster = Cluster(status())
     expected = Identity(CI, authority="kubernetes", source="ServiceAccount token", groups=tuple(GROUPS))
-    assert await ServiceAccounts(cluster).authenticate(token()) == (Verdict("ServiceAccount token", expected),)
+    assert await ServiceAccountAuthenticator(cluster).authenticate(token()) == (
+        Verdict("ServiceAccount token", expected),
+    )
     ((path, body),) = cluster.asked
     assert path == "/apis/authentication.k8s.io/v1/tokenreviews"
     assert body["spec"] == {"token": token(), "audiences": [AUDIENCE]}
@@ -85,7 +87,7 @@ async def test_the_api_server_says_who_it_is():
 )
 async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server(bearer):
     cluster = Cluster(status())
-    assert await ServiceAccounts(cluster).authenticate(bearer) == ()
+    assert await ServiceAccountAuthenticator(cluster).authenticate(bearer) == ()
     assert cluster.asked == []
 
 
@@ -111,7 +113,7 @@ async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server
     ],
 )  # fmt: skip
 async def test_whom_the_api_server_does_not_know_is_told_why(bearer, told, says):
-    (verdict,) = await ServiceAccounts(Cluster(told)).authenticate(bearer)
+    (verdict,) = await ServiceAccountAuthenticator(Cluster(told)).authenticate(bearer)
     assert verdict.identity is None
     assert says in verdict.refusal
     assert not any(part in repr(verdict) for part in bearer.split("."))
@@ -164,7 +166,7 @@ def test_any_answer_is_an_identity_only_if_it_says_everything(answer, claims):
 )
 async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
     with capture_logs() as logs, pytest.raises(Unavailable, match="cannot be checked") as raised:
-        await ServiceAccounts(Cluster(error)).authenticate(token())
+        await ServiceAccountAuthenticator(Cluster(error)).authenticate(token())
     (entry,) = logs
     for part in token().split("."):
         assert part not in f"{entry}{raised.value.message}{raised.value.hint}"
@@ -173,7 +175,7 @@ async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
 async def test_questions_are_bounded_in_number_and_in_time(monkeypatch):
     cluster = Cluster(status())
     cluster.gate.clear()
-    accounts = ServiceAccounts(cluster)
+    accounts = ServiceAccountAuthenticator(cluster)
     calls = [asyncio.create_task(accounts.authenticate(token())) for _ in range(3 * AT_ONCE)]
     await cluster.full.wait()
     cluster.gate.set()

@@ -17,14 +17,14 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.home.files import write_private
 from bkpool.identity import Identity, Scope, Verdict
-from bkpool.identity.static_token_parser import Tokens, read_tokens
-from bkpool.identity.static_tokens import FRESH, FileTokens, PoolTokens, SecretTokens
+from bkpool.identity.static_token_parser import StaticTokens, parse_static_tokens
+from bkpool.identity.static_tokens import FRESH, FileTokenReader, SecretTokenReader, StaticTokenAuthenticator
 
 ALICE, BOB = "alices-token-of-32-characters-xx", "bobs-token-0123456789"
 SECRET = TokenFrom(secret_ref="tokens")
 
 
-def who(tokens: Tokens, bearer: str) -> list[str]:
+def who(tokens: StaticTokens, bearer: str) -> list[str]:
     return [entry.user for entry in tokens.of(bearer)]
 
 
@@ -46,7 +46,7 @@ def who(tokens: Tokens, bearer: str) -> list[str]:
     ],
 )
 def test_every_way_to_write_a_token_is_read(key, value, user):
-    tokens = read_tokens({key: value})
+    tokens = parse_static_tokens({key: value})
     assert tokens.faults == ()
     token = ALICE if ALICE in f"{key}{value}" else value["token"]
     assert who(tokens, token) == [user]
@@ -85,7 +85,7 @@ def test_every_way_to_write_a_token_is_read(key, value, user):
     ],
 )
 def test_what_is_wrong_is_said_without_the_token_and_leaves_the_others(key, value, says):
-    tokens = read_tokens({key: value, "bob": BOB})
+    tokens = parse_static_tokens({key: value, "bob": BOB})
     assert [entry.user for entry in tokens.entries] == ["bob"]
     (fault,) = tokens.faults
     assert fault.startswith("entry 1 of 2: ")
@@ -109,7 +109,7 @@ OBJECTS = st.fixed_dictionaries({}, optional={"user": JSON, "pools": JSON, "toke
     )
 )
 def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
-    tokens = read_tokens(data)
+    tokens = parse_static_tokens(data)
     assert len(tokens.entries) + len(tokens.faults) == len(data)
     for entry in tokens.entries:
         assert len(entry.digest) == 32
@@ -119,7 +119,7 @@ def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
 
 
 def test_a_user_may_have_two_tokens_while_one_takes_over_from_the_other():
-    tokens = read_tokens({"alice": ALICE, "alice.next": json.dumps({"user": "alice", "token": BOB})})
+    tokens = parse_static_tokens({"alice": ALICE, "alice.next": json.dumps({"user": "alice", "token": BOB})})
     assert who(tokens, ALICE) == who(tokens, BOB) == ["alice"]
 
 
@@ -128,7 +128,7 @@ def test_a_user_may_have_two_tokens_while_one_takes_over_from_the_other():
 
 async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
     path = tmp_path / "tokens.yaml"
-    source, files = TokenFrom(file=str(path)), FileTokens()
+    source, files = TokenFrom(file=str(path)), FileTokenReader()
     write_private(path, f"alice: {ALICE}\n".encode())
     first = await files.read("default", source)
     assert who(first, ALICE) == ["alice"]
@@ -155,7 +155,7 @@ async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
 )
 async def test_a_file_that_cannot_be_trusted_lets_nobody_in(tmp_path, spoil, says):
     path = tmp_path / "tokens.yaml"
-    files = FileTokens()
+    files = FileTokenReader()
     write_private(path, f"alice: {ALICE}\n".encode())
     await files.read("default", TokenFrom(file=str(path)))
     spoil(path)
@@ -166,8 +166,8 @@ async def test_a_file_that_cannot_be_trusted_lets_nobody_in(tmp_path, spoil, say
 
 
 async def test_each_reader_leaves_the_others_source_alone(tmp_path):
-    assert await FileTokens().read("default", SECRET) == Tokens()
-    assert await SecretTokens(Cluster()).read("default", TokenFrom(file="/nowhere")) == Tokens()
+    assert await FileTokenReader().read("default", SECRET) == StaticTokens()
+    assert await SecretTokenReader(Cluster()).read("default", TokenFrom(file="/nowhere")) == StaticTokens()
 
 
 # --- Secrets --------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ class Clock:
 
 async def test_a_secret_is_asked_for_again_after_ten_seconds():
     cluster, clock = Cluster(alice=ALICE), Clock()
-    secrets = SecretTokens(cluster, clock)
+    secrets = SecretTokenReader(cluster, clock)
     for _ in range(3):
         assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
     assert cluster.asked == ["/api/v1/namespaces/team/secrets/tokens"]
@@ -221,7 +221,7 @@ async def test_a_secret_is_asked_for_again_after_ten_seconds():
 
     cluster.error = NotFound("no such Secret")
     clock.now = 2 * FRESH
-    assert await secrets.read("team", SECRET) == Tokens()
+    assert await secrets.read("team", SECRET) == StaticTokens()
     cluster.error = None
     clock.now = 3 * FRESH
     assert who(await secrets.read("team", SECRET), BOB) == ["alice"], "it is back, at the version that was known"
@@ -229,7 +229,7 @@ async def test_a_secret_is_asked_for_again_after_ten_seconds():
 
 async def test_a_burst_of_callers_is_one_question_also_where_the_first_hangs_up():
     cluster = Cluster(alice=ALICE)
-    secrets = SecretTokens(cluster, Clock())
+    secrets = SecretTokenReader(cluster, Clock())
     cluster.gate.clear()
     calls = [asyncio.create_task(secrets.read("team", SECRET)) for _ in range(5)]
     await cluster.reached.wait()
@@ -243,7 +243,7 @@ async def test_a_burst_of_callers_is_one_question_also_where_the_first_hangs_up(
 
 async def test_a_secret_that_cannot_be_read_is_no_reason_to_believe_what_it_said_before():
     cluster, clock = Cluster(alice=ALICE), Clock()
-    secrets = SecretTokens(cluster, clock)
+    secrets = SecretTokenReader(cluster, clock)
     await secrets.read("team", SECRET)
     cluster.error, clock.now = Unavailable("away"), FRESH
     for _ in range(3):
@@ -258,7 +258,7 @@ async def test_what_is_no_text_is_a_fault():
     cluster = Cluster(alice=ALICE)
     cluster.data["bytes"] = base64.b64encode(b"\xff" * 20).decode()
     cluster.data["none"] = "%%%"
-    tokens = await SecretTokens(cluster, Clock()).read("team", SECRET)
+    tokens = await SecretTokenReader(cluster, Clock()).read("team", SECRET)
     assert who(tokens, ALICE) == ["alice"]
     assert len(tokens.faults) == 2
 
@@ -277,11 +277,11 @@ class Memory:
     def __init__(self, **said: object) -> None:
         self.said = said
 
-    async def read(self, namespace: str, source: TokenFrom) -> Tokens:
+    async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
         found = self.said[source.secret_ref]
         if isinstance(found, Exception):
             raise found
-        return read_tokens(found)
+        return parse_static_tokens(found)
 
 
 def known(pool: str, user: str) -> Verdict:
@@ -293,7 +293,7 @@ def known(pool: str, user: str) -> Verdict:
 async def test_a_token_counts_at_the_pools_whose_it_is():
     reader = Memory(a={"alice": ALICE}, b={"al": ALICE, "bob": BOB})
     pools = [a_pool("one", {"secretRef": "a"}), a_pool("two", {"secretRef": "b"}), a_pool("three")]
-    tokens = PoolTokens(reader, lambda: pools)
+    tokens = StaticTokenAuthenticator(reader, lambda: pools)
 
     assert await tokens.authenticate(ALICE) == (known("one", "alice"), known("two", "al"))
     assert await tokens.authenticate(BOB) == (known("two", "bob"),)
@@ -304,7 +304,7 @@ async def test_a_token_counts_at_the_pools_whose_it_is():
 
 async def test_several_secrets_of_one_pool_are_all_looked_into():
     reader = Memory(a={"alice": ALICE}, b={"bob": BOB})
-    tokens = PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"}, {"secretRef": "b"})])
+    tokens = StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"}, {"secretRef": "b"})])
     assert await tokens.authenticate(BOB) == (known("one", "bob"),)
 
 
@@ -323,7 +323,9 @@ async def test_several_secrets_of_one_pool_are_all_looked_into():
 )
 async def test_a_token_may_be_for_some_pools_only(pools, fits):
     reader = Memory(a={ALICE: {"user": "alice", "pools": pools}})
-    (verdict,) = await PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"})]).authenticate(ALICE)
+    (verdict,) = await StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"})]).authenticate(
+        ALICE
+    )
     assert (verdict.identity is not None) is fits
     assert bool(verdict.refusal) is verdict.genuine is not fits
     assert ALICE not in repr(verdict)
@@ -333,7 +335,7 @@ async def test_a_token_may_be_for_some_pools_only(pools, fits):
 async def test_tokens_that_cannot_be_read_lock_nobody_else_out(error):
     reader = Memory(bad=error, good={"alice": ALICE})
     pools = [a_pool("one", {"secretRef": "bad"}), a_pool("two", {"secretRef": "good"})]
-    tokens = PoolTokens(reader, lambda: pools)
+    tokens = StaticTokenAuthenticator(reader, lambda: pools)
 
     refused, let_in = await tokens.authenticate(ALICE)
     assert (refused.identity, refused.genuine) == (None, False)
@@ -343,7 +345,7 @@ async def test_tokens_that_cannot_be_read_lock_nobody_else_out(error):
 
 async def test_what_is_wrong_is_logged_once_until_it_changes():
     reader = Memory(a={"alice": "short", "bob": BOB})
-    tokens = PoolTokens(reader, lambda: [a_pool("one", {"secretRef": "a"})])
+    tokens = StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"})])
     with capture_logs() as logs:
         for _ in range(3):
             await tokens.authenticate(ALICE)
@@ -363,7 +365,7 @@ async def test_what_is_wrong_is_logged_once_until_it_changes():
 async def test_a_file_for_a_pool_from_end_to_end(tmp_path):
     path = tmp_path / "tokens.yaml"
     write_private(path, yaml.safe_dump({"alice": ALICE, "ci": {"token": BOB, "pools": ["other"]}}).encode())
-    tokens = PoolTokens(FileTokens(), lambda: [a_pool("one", {"file": str(path)})])
+    tokens = StaticTokenAuthenticator(FileTokenReader(), lambda: [a_pool("one", {"file": str(path)})])
     assert await tokens.authenticate(ALICE) == (known("one", "alice"),)
     (verdict,) = await tokens.authenticate(BOB)
     assert verdict.refusal == "this token of ci is not for pool team/one"

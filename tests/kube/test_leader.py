@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import pytest
 
 from bkpool.core.errors import Conflict, NotFound, Unavailable
-from bkpool.kube.leader import Leadership
+from bkpool.kube.leader import LeaderElection
 
 
 class Time:
@@ -103,7 +103,9 @@ class _View:
 class Replica:
     def __init__(self, api: Api, time: Time, identity: str) -> None:
         wall = {"now": lambda: datetime(1999 if identity == "a" else 2077, 1, 1, tzinfo=UTC)}  # clocks may be wrong
-        self.leadership = Leadership(api.of(identity), "ns", "lease", identity, clock=time, sleep=time.sleep, **wall)
+        self.leadership = LeaderElection(
+            api.of(identity), "ns", "lease", identity, clock=time, sleep=time.sleep, **wall
+        )
         self.works = 0
         self.ended: list[float] = []
         self._time = time
@@ -231,7 +233,7 @@ async def test_work_that_fails_is_not_swallowed(api, time):
     async def work() -> None:
         raise ValueError("broken")
 
-    leadership = Leadership(api.of("a"), "ns", "lease", "a", clock=time, sleep=time.sleep)
+    leadership = LeaderElection(api.of("a"), "ns", "lease", "a", clock=time, sleep=time.sleep)
     with pytest.raises(ValueError, match="broken"):
         await leadership.lead(work)
     assert not leadership.leading

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from bkpool.core import tokens
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.pki import authority as module
-from bkpool.pki.authority import Authority, belong_together, renew_at, renewal_due
+from bkpool.pki.authority import Authority, key_belongs_to, renew_at, renewal_due
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -136,8 +136,8 @@ def test_a_client_certificate_is_valid_for_its_lease_and_somewhat_earlier(ca):
 
 def test_the_fresh_key_belongs_to_the_certificate_and_is_new_each_time(ca):
     one, two = (ca.issue_client(TOKEN, NOW, NOW + DAY) for _ in range(2))
-    assert belong_together(one.cert_pem, one.key_pem)
-    assert not belong_together(one.cert_pem, two.key_pem)
+    assert key_belongs_to(one.cert_pem, one.key_pem)
+    assert not key_belongs_to(one.cert_pem, two.key_pem)
     assert one.key_pem.startswith(b"-----BEGIN PRIVATE KEY-----")
 
 

@@ -61,7 +61,7 @@ def recorder(api, clock) -> KubernetesRecorder:
 
 
 async def test_an_event_says_what_happened_to_which_object_and_who_says_so(api, recorder):
-    recorder.tell(POOL, "ScaledUp", "p-worker-0 is made", warning=True)
+    recorder.record(POOL, "ScaledUp", "p-worker-0 is made", warning=True)
     await recorder.close()
 
     ((path, event),) = api.events.items()
@@ -76,11 +76,11 @@ async def test_an_event_says_what_happened_to_which_object_and_who_says_so(api, 
 async def test_it_is_written_in_the_background(api, recorder):
     running = asyncio.create_task(recorder.run())
     for message in ("one", "two"):
-        recorder.tell(POOL, "Allocated", message)
+        recorder.record(POOL, "Allocated", message)
         for _ in range(10):
             await asyncio.sleep(0)
         assert (message, 1) in api.told
-    recorder.tell(POOL, "Released", "at the very end")
+    recorder.record(POOL, "Released", "at the very end")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert ("at the very end", 1) in api.told
@@ -89,8 +89,8 @@ async def test_it_is_written_in_the_background(api, recorder):
 async def test_the_same_again_is_counted_for_ten_minutes(api, clock, recorder):
     for minutes in (0, 1, 9, 11):
         clock.now = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
-        recorder.tell(POOL, "Failed", "no image", warning=True)
-        recorder.tell(POOL, "Failed", f"another at {minutes}")
+        recorder.record(POOL, "Failed", "no image", warning=True)
+        recorder.record(POOL, "Failed", f"another at {minutes}")
         await recorder.close()
 
     assert [told for told in api.told if told[0] == "no image"] == [("no image", 3), ("no image", 1)]
@@ -98,21 +98,21 @@ async def test_the_same_again_is_counted_for_ten_minutes(api, clock, recorder):
 
 
 async def test_an_event_that_has_been_deleted_is_written_anew(api, recorder):
-    recorder.tell(POOL, "Failed", "no image")
+    recorder.record(POOL, "Failed", "no image")
     await recorder.close()
     api.events.clear()
-    recorder.tell(POOL, "Failed", "no image")
+    recorder.record(POOL, "Failed", "no image")
     await recorder.close()
     assert api.told == [("no image", 1)]
 
 
 async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(api, recorder):
     api.fault = Unavailable("the API server does not answer")
-    recorder.tell(POOL, "Failed", "no image")
+    recorder.record(POOL, "Failed", "no image")
     with capture_logs() as logs:
         await recorder.close()
     api.fault = None
-    recorder.tell(POOL, "Ready", "there")
+    recorder.record(POOL, "Ready", "there")
     await recorder.close()
 
     assert [line["event"] for line in logs] == ["events.not_written"]
@@ -122,18 +122,18 @@ async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(
 async def test_of_a_flood_the_newest_are_kept_and_it_is_said_once(api, recorder):
     with capture_logs() as logs:
         for number in range(WAITING + 50):
-            recorder.tell(POOL, "Flood", str(number))
+            recorder.record(POOL, "Flood", str(number))
     await recorder.close()
 
     assert [line["event"] for line in logs] == ["events.dropped"]
     assert [note for note, _ in api.told] == [str(number) for number in range(50, WAITING + 50)]
-    recorder.tell(POOL, "Calm", "one more")
+    recorder.record(POOL, "Calm", "one more")
     await recorder.close()
     assert len(recorder._written) == REMEMBERED
 
 
 async def test_the_limits_of_the_api_are_kept(api, recorder):
-    recorder.tell(POOL, "R" * 500, "m" * 5000)
+    recorder.record(POOL, "R" * 500, "m" * 5000)
     await recorder.close()
     (event,) = api.events.values()
     assert (len(event["reason"]), len(event["note"])) == (128, 1024)
@@ -141,7 +141,7 @@ async def test_the_limits_of_the_api_are_kept(api, recorder):
 
 def test_without_a_cluster_it_is_a_line_in_the_log():
     with capture_logs() as logs:
-        LogRecorder().tell(POOL, "Failed", "no room", warning=True)
+        LogRecorder().record(POOL, "Failed", "no room", warning=True)
     assert logs == [
         {
             "event": "object.event",

@@ -13,7 +13,7 @@ from aiohttp import ClientSession, web
 from bkpool.api import Service, make_app, open_runner
 from bkpool.identity import Identity, Verdict
 from bkpool.identity.access import AccessControl
-from bkpool.identity.admin_token import AdminToken
+from bkpool.identity.admin_token import AdminTokenAuthenticator
 from support.world import World, running_world
 
 ADMIN = "a" * 43
@@ -76,7 +76,9 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
             leases=replica.leases,
             mirror=replica.mirror,
             access=AccessControl(
-                (AdminToken(ADMIN), api.bearers), replica.mirror.pools.values, replica.mirror.configs.values
+                (AdminTokenAuthenticator(ADMIN), api.bearers),
+                replica.mirror.pools.values,
+                replica.mirror.configs.values,
             ),
             gateway_endpoint=lambda _pool: "tcp://localhost:1235",
             connections=lambda _pool: 0,

@@ -23,8 +23,8 @@ from bkpool.gateway.control.server import new_loop
 from bkpool.gateway.net.dial import PlainDial, TlsDialler
 from bkpool.gateway.net.duplex import TlsStream
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
 from bkpool.pki.chain import load_chain
+from bkpool.pki.worker_tls import worker_context
 from tests.gateway.conftest import Peer, SkewedLoop, World, dialled
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)

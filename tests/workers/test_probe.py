@@ -17,7 +17,7 @@ from h2.events import RequestReceived, StreamEnded
 
 from bkpool.core.errors import WorkerFailed
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import worker_context
+from bkpool.pki.worker_tls import worker_context
 from bkpool.workers.probe import probe, probe_tls
 
 

@@ -21,7 +21,7 @@ from bkpool.gateway.net.duplex import PeerStream, TlsStream
 from bkpool.gateway.net.relay import SocketEndpoint
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.gateway.session.limits import WORKER_VANISHED
-from bkpool.pki.backend import check_worker
+from bkpool.pki.worker_tls import check_worker
 
 _FLIGHT = 4096  # bytes read at once in a handshake; a server's part of one with P-256 certificates is under 2 KiB
 
@@ -111,7 +111,7 @@ class TlsDialler:
     """Dials workers that speak TLS, also those on Unix sockets; never in the clear.
 
     Args:
-        context: From pki.backend.worker_context.
+        context: From pki.worker_tls.worker_context.
     """
 
     def __init__(self, context: ssl.SSLContext) -> None:

@@ -69,7 +69,7 @@ class PodRuntime:
     Args:
         api: The cluster. Whoever made it closes it.
         backend: Issues the workers' certificates.
-        context: For probes: of `pki.backend.worker_context`.
+        context: For probes: of `pki.worker_tls.worker_context`.
         image: Where a pool names none; None: the rootless one of BuildKit's own, or the other one for `privileged`.
         host_ports: The ports of `host` that lead to the cluster's node, where pods' addresses lead nowhere (kind).
         host: The address at which these ports are.

@@ -14,8 +14,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from bkpool.core import tokens
 from bkpool.core.errors import HostFault, WorkerFailed
 from bkpool.pki.authority import Authority
-from bkpool.pki.backend import check_worker, worker_context
 from bkpool.pki.chain import load_chain
+from bkpool.pki.worker_tls import check_worker, worker_context
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
