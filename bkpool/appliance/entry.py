@@ -24,7 +24,7 @@ from bkpool.core.documents import Documents, read_documents
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import LOOPBACK
 from bkpool.gateway.control.server import new_loop
-from bkpool.gateway.net.tls_context import without_traceback
+from bkpool.gateway.net.tls_context import ignore_invalid_server_names
 from bkpool.home.files import as_host_fault, write_private
 from bkpool.home.lock import HomeLock
 from bkpool.kind.engine import Engine, engine_fault
@@ -250,7 +250,7 @@ def _tools(settings: Settings, tell: Tell) -> Toolchain:
 def configure_logging() -> None:
     """Lines for people on a terminal, JSON in a pipe; what is only for debugging is left out."""
     human = sys.stderr.isatty()
-    sys.unraisablehook = without_traceback
+    sys.unraisablehook = ignore_invalid_server_names
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,

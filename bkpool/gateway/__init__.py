@@ -1,5 +1,6 @@
-"""The mTLS gateway: takes a job's connections to the worker that its lease holds, or says why not.
+"""The mTLS gateway: relays a job's connections to the worker of its lease, or answers why it does not.
 
-It runs in a thread and an event loop of its own, works from an immutable table of leases, and never touches the
-store there.
+`net` moves bytes, `session` knows one connection and its lease, and `control` starts the loops and tells them of
+leases. The gateway runs in its own threads, each with an event loop. It works from an immutable table of leases, and
+never calls the store in these threads.
 """

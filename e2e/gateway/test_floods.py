@@ -94,7 +94,7 @@ async def test_connections_that_are_reset_at_once_leave_nothing(attacked):
 
 
 def pauses(attacked):
-    return attacked.served.log.read_text().count("gateway.accept-paused")
+    return attacked.served.log.read_text().count("gateway.accept_paused")
 
 
 async def test_a_flood_to_the_last_descriptor_stops_accepting_and_nothing_else(attacked):

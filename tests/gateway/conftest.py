@@ -33,11 +33,14 @@ from bkpool.core.names import Key
 from bkpool.core.worker import EndReason, Lease
 from bkpool.gateway.control.registration import Registrar
 from bkpool.gateway.control.server import Gateway, new_loop
+from bkpool.gateway.net.buffers import LoopBuffers
 from bkpool.gateway.net.dial import Dialler, PlainDial
-from bkpool.gateway.net.duplex import LoopBuffers, PeerStream, TlsStream
-from bkpool.gateway.net.relay import SocketEndpoint, SocketRelay
+from bkpool.gateway.net.duplex import PeerStream
+from bkpool.gateway.net.endpoint import SocketEndpoint
+from bkpool.gateway.net.relay import SocketRelay
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
 from bkpool.gateway.net.tls_context import server_context
+from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import State
@@ -220,7 +223,7 @@ class Peer:
 
     def say_end(self) -> None:
         if self.tls:
-            self.tls.end()
+            self.tls.close_notify()
             self.sock.sendall(self.tls.take())
 
     def fin(self) -> None:
@@ -280,12 +283,12 @@ async def new_joined(ca: Authority, worker_family: str) -> AsyncIterator[Callabl
         near_client.setblocking(False)
         near_worker.setblocking(False)
         legs = (
-            SocketEndpoint(loop, near_client, PeerStream(server.tls), vanished=30),
+            SocketEndpoint(loop, near_client, PeerStream(server.tls), peer_timeout=30),
             SocketEndpoint(
-                loop, near_worker, PeerStream(dialler.tls), vanished=None if worker_family == "unix" else 5
+                loop, near_worker, PeerStream(dialler.tls), peer_timeout=None if worker_family == "unix" else 5
             ),
         )
-        relay = SocketRelay(loop, LoopBuffers(), alarm, *legs, half_open=half_open, over=over.set_result)
+        relay = SocketRelay(loop, LoopBuffers(), alarm, *legs, half_open_timeout=half_open, on_closed=over.set_result)
         made.append(Joined(client, worker, relay, legs, over))
         relay.start(first)
         return made[-1]

@@ -471,7 +471,7 @@ async def test_a_taken_port_is_one_sentence_with_the_fix(world):
         await second.start([("127.0.0.1", 0), ("127.0.0.1", world.port)])
     assert caught.value.code == "PortTaken"
     assert caught.value.exit_code == EXIT["PortTaken"]
-    assert f"port {world.port} on 127.0.0.1 is taken" in caught.value.message
+    assert f"port {world.port} on 127.0.0.1 is in use" in caught.value.message
 
 
 async def test_a_drain_lets_builds_finish_and_nobody_in(world):

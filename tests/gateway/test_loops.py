@@ -19,7 +19,7 @@ from bkpool.core.errors import Gone, NoCapacity
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.server import new_loop
-from bkpool.gateway.net.duplex import TlsStream
+from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.limits import GatewayLimits
 
@@ -136,7 +136,7 @@ class Raw:
             heard = memoryview(self._sock.recv(16384))
         self._tls.encrypt(memoryview(data))
         if end:
-            self._tls.end()
+            self._tls.close_notify()
         self._sock.sendall(self._tls.take())
 
 

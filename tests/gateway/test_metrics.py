@@ -37,7 +37,7 @@ def _series(metrics, name):
 
 def _meter(pool="p", worker="p-worker-0", up=0, down=0):
     end = PeerStream()
-    end.heard, end.said = up, down
+    end.bytes_in, end.bytes_out = up, down
     return Meter(pool, worker, end)
 
 
@@ -46,11 +46,11 @@ def test_bytes_are_current_while_the_connection_is_open_and_counted_once_when_it
     metrics.opened(meter)
     seen = []
     for up, down in ((0, 0), (10, 1), (10, 1), (25, 3)):
-        meter.end.heard, meter.end.said = up, down
+        meter.end.bytes_in, meter.end.bytes_out = up, down
         seen.append(
             (value("bytes_total", pool="p", direction="up"), value("bytes_total", pool="p", direction="down"))
         )
-    meter.end.heard = 30
+    meter.end.bytes_in = 30
     metrics.closed(meter, 1.0)
     assert seen == [(0, 0), (10, 1), (10, 1), (25, 3)]
     assert _series(metrics, "bytes_total") == {("p", "up"): 30, ("p", "down"): 3}
@@ -67,7 +67,7 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
             metrics.pending(+1)
             metrics.opened(meter)
             metrics.pending(-1)
-            meter.end.heard += 7
+            meter.end.bytes_in += 7
             metrics.closed(meter, 0.1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from bkpool.core.worker import EndReason
 from bkpool.gateway.net.dial import TlsDialler
-from bkpool.gateway.net.duplex import TlsStream
+from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 from bkpool.pki.worker_tls import worker_context
@@ -172,7 +172,7 @@ async def test_a_worker_that_accepts_and_says_nothing_is_given_up_in_time(world)
         await world.advance(0.5)  # for the next one
     code, sentence = await streams.outcome()
     assert code == 14
-    assert "it could not be reached (it does not shake hands)" in sentence
+    assert "it could not be reached (no TLS handshake within 5 s)" in sentence
     for writer in silent:
         writer.transport.abort()
 

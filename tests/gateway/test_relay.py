@@ -11,7 +11,7 @@ import ssl
 
 import pytest
 
-from bkpool.gateway.net.duplex import CHUNK
+from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
 
 MEGABYTE = 1024 * 1024
 
@@ -35,8 +35,8 @@ async def test_bytes_pass_both_ways_at_once_unchanged(new_joined):
     )
     assert digest(heard_up) == digest(up)
     assert digest(heard_down) == digest(down)
-    client = joined.legs[0].end
-    assert (client.heard, client.said) == (len(up), len(down))
+    client = joined.legs[0].stream
+    assert (client.bytes_in, client.bytes_out) == (len(up), len(down))
 
 
 async def test_what_the_client_said_before_is_said_first(new_joined):
@@ -58,7 +58,7 @@ async def test_single_bytes_pass_without_delay(new_joined):
 async def test_a_slow_reader_stops_the_writer_and_memory_stays_bounded(new_joined, writer):
     joined = await new_joined()
     fast, slow = (joined.client, joined.worker) if writer == "client" else (joined.worker, joined.client)
-    data = os.urandom(CHUNK)
+    data = os.urandom(PLAINTEXT_CHUNK)
     said, turns_without_progress = hashlib.sha256(), 0
     total, rest = 0, b""
     fast.sock.setblocking(False)
@@ -75,7 +75,7 @@ async def test_a_slow_reader_stops_the_writer_and_memory_stays_bounded(new_joine
         except BlockingIOError:
             turns_without_progress += 1
         await asyncio.sleep(0)
-    assert sum(len(leg.end.unsent) for leg in joined.legs) <= 2 * CHUNK
+    assert sum(len(leg.stream.unsent) for leg in joined.legs) <= 2 * PLAINTEXT_CHUNK
     fast.sock.settimeout(20)
     heard, _ = await in_threads((slow.receive, total), (fast.sock.sendall, rest))
     assert digest(heard) == said.hexdigest()
@@ -162,7 +162,7 @@ async def test_the_last_words_of_a_worker_that_listens_no_more_are_delivered(new
     joined = await new_joined()
     joined.worker.sock.shutdown(socket.SHUT_RD)
     joined.client.send(b"are you there?")
-    while not joined.legs[1].end.deaf:  # noqa: ASYNC110 - a relay tells nobody of this
+    while not joined.legs[1].stream.write_closed:  # noqa: ASYNC110 - a relay tells nobody of this
         await asyncio.sleep(0)
     joined.worker.send(b"I am dying")
     joined.worker.close()

@@ -18,7 +18,7 @@ from support.ways import A_SECOND, BOTH, WAYS, Backend, drink, flood, hangs_up, 
 
 KILOBYTE, MEGABYTE = 1024, 1024 * 1024
 UNIX_WAYS = [way for way in WAYS if way.startswith("unix")]
-LAST_WORDS = bytes(range(256)) * 400  # more than one chunk of the relay (exchange.CHUNK)
+LAST_WORDS = bytes(range(256)) * 400  # more than one chunk of the relay (buffers.PLAINTEXT_CHUNK)
 TLS_WAYS = [way for way in WAYS if way.startswith("tls")]  # a Unix socket knows no reset
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from bkpool.gateway.control.server import new_loop
 from bkpool.gateway.net.dial import PlainDial, TlsDialler
-from bkpool.gateway.net.duplex import TlsStream
+from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 from bkpool.pki.worker_tls import worker_context

@@ -221,5 +221,5 @@ class _Thread:
         try:
             self.loop.run_forever()
         finally:
-            self.gate.alarm.close()
+            self.gate.error_watcher.close()
             self.loop.close()

@@ -1,4 +1,4 @@
 """Bytes of the gateway: sockets, TLS, dialling and relaying.
 
-It knows no lease, no token and no store, and imports neither `session` nor `control`.
+Nothing here knows a lease, a token or the store, or imports `session` or `control`.
 """

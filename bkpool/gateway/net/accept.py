@@ -1,6 +1,7 @@
-"""Opens the gateway's ports and accepts clients there, in one loop, and deals them out to all.
+"""Opens the gateway's ports and accepts clients there, in one loop, for all loops.
 
-It reads nothing from them. When the system runs out of descriptors or memory it pauses, and goes on by itself.
+It reads nothing from the clients. When the system has no file descriptors or memory left, it pauses and continues by
+itself.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ log = structlog.get_logger(__name__)
 Address = tuple[str, int]
 
 _BACKLOG = 1024
-_AT_ONCE = 64  # connections accepted before the loop turns to those that it has
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_MAX_ACCEPTS = 64
+"""Connections accepted in one step, before the loop turns to the connections that it has."""
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class Acceptor:
-    """Accepts from listening sockets until it is told to stop.
+    """Accepts connections from listening sockets until it is stopped.
 
     Args:
-        loop: The loop that accepts. Everything but the constructor is called in it.
+        loop: The loop that accepts. Everything but the constructor must be called in it.
         listeners: Closed by `stop`.
-        pause: Seconds before accepting goes on when the system had no descriptor or memory left.
-        deal: Gets each new socket, non-blocking, and where it comes from.
+        pause: Seconds to wait when the system has no file descriptors or memory left.
+        on_accept: Called with each new socket, which is non-blocking, and the client's address.
     """
 
     def __init__(
@@ -38,52 +40,53 @@ class Acceptor:
         loop: asyncio.AbstractEventLoop,
         listeners: list[socket.socket],
         pause: float,
-        deal: Callable[[socket.socket, str], None],
+        on_accept: Callable[[socket.socket, str], None],
     ) -> None:
         self._loop = loop
         self._listeners = listeners
-        self._seconds = pause
-        self._deal = deal
+        self._pause_seconds = pause
+        self._on_accept = on_accept
 
     def start(self) -> None:
-        """Accepts from now on."""
+        """Accepts connections from now on."""
         for listener in self._listeners:
             self._loop.add_reader(listener, self._accept, listener)
 
     def stop(self) -> None:
-        """Closes the ports. Stopped already: does nothing."""
+        """Closes the ports. Does nothing if they are closed."""
         for listener in self._listeners:
             self._loop.remove_reader(listener)
             listener.close()
         self._listeners = []
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(_MAX_ACCEPTS):
             try:
                 sock, address = listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno in _EXHAUSTED:
+                if error.errno in _OUT_OF_RESOURCES:
                     self._pause(error)
                     return
-                continue  # this one connection has gone wrong before it was accepted
+                continue  # only this connection failed, before it was accepted
             sock.setblocking(False)
-            self._deal(sock, f"{address[0]}:{address[1]}")
+            self._on_accept(sock, f"{address[0]}:{address[1]}")
 
     def _pause(self, error: OSError) -> None:
-        """Asking again at once would only burn time."""
-        log.warning("gateway.accept-paused", reason=error.strerror, seconds=self._seconds)
+        """Stops accepting for a while: another attempt at once would only use CPU time."""
+        log.warning("gateway.accept_paused", reason=error.strerror, seconds=self._pause_seconds)
         for listener in self._listeners:
             self._loop.remove_reader(listener)
-        self._loop.call_later(self._seconds, self.start)
+        self._loop.call_later(self._pause_seconds, self.start)
 
 
 def listen(addresses: Sequence[Address]) -> list[socket.socket]:
-    """Sockets that listen on these addresses.
+    """Returns sockets that listen on these addresses.
 
     Raises:
-        HostFault: An address is taken (code PortTaken), or not allowed or not there (code Permission, HostFault).
+        HostFault: An address is in use (code PortTaken), forbidden (code Permission) or not of this machine (code
+            HostFault). No socket stays open then.
     """
     listeners: list[socket.socket] = []
     try:
@@ -109,17 +112,17 @@ def _listen(host: str, port: int) -> socket.socket:
 def _cannot_listen(host: str, port: int, error: OSError) -> HostFault:
     if error.errno == errno.EADDRINUSE:
         return HostFault(
-            f"port {port} on {host} is taken, and the gateway needs it",
-            hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or give another --gateway-address.",
+            f"port {port} on {host} is in use by another program, and the gateway needs it",
+            hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or choose another port with --gateway-address.",
             code="PortTaken",
         )
     if error.errno == errno.EACCES:
         return HostFault(
-            f"the gateway may not listen on port {port}",
-            hint="Take a port above 1023 with --gateway-address.",
+            f"the gateway is not allowed to listen on port {port} of {host}",
+            hint="Choose a port above 1023 with --gateway-address.",
             code="Permission",
         )
     return HostFault(
         f"the gateway cannot listen on {host}:{port}: {error.strerror}",
-        hint="Give an address of this machine with --gateway-address.",
+        hint="Choose an address of this machine with --gateway-address.",
     )

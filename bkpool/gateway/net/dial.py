@@ -1,7 +1,7 @@
-"""Reaches a worker: an address in, a connected leg out, in bounded time and without blocking the loop.
+"""Connects to a worker: an address goes in and a connected endpoint comes out, in bounded time.
 
-A process on this machine is dialled in the clear (`Dial`), a pod over TLS (`TlsDialler`), and only the worker of the
-lease is talked to. Nothing here tries twice.
+A process on this machine is dialled without TLS (`PlainDial`), a pod with TLS (`TlsDialler`). With TLS, only the
+worker that the caller asked for is accepted. Nothing here blocks the loop or tries a second time.
 """
 
 from __future__ import annotations
@@ -13,53 +13,75 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from bkpool.core.errors import WorkerFailed
-from bkpool.gateway.net.duplex import PeerStream, TlsStream
-from bkpool.gateway.net.relay import SocketEndpoint
-from bkpool.gateway.session.lease_table import LeaseRoute
-from bkpool.gateway.session.limits import WORKER_VANISHED
-from bkpool.pki.worker_tls import check_worker
+from bkpool.gateway.net.duplex import PeerStream
+from bkpool.gateway.net.endpoint import WORKER_PEER_TIMEOUT, SocketEndpoint
+from bkpool.gateway.net.tls_stream import TlsStream
 
-_FLIGHT = 4096  # bytes read at once in a handshake; a server's part of one with P-256 certificates is under 2 KiB
+_HANDSHAKE_READ = 4096
+"""Bytes read in one step of a handshake. All that a server with P-256 certificates sends in it is under 2 KiB."""
 
-Dialled = Callable[[SocketEndpoint | OSError | WorkerFailed], None]
-"""Called once with the connected leg, or with why there is none: nobody answers (OSError), or somebody else does."""
+VerifyPeer = Callable[[bytes | None], None]
+"""Checks the peer's certificate (DER; None if there is none). Raises WorkerFailed if it is another worker's."""
+
+OnDialled = Callable[[SocketEndpoint | OSError | WorkerFailed], None]
+"""Called once with the connected endpoint, or with the reason that there is none: OSError if nobody answers,
+WorkerFailed if something else than the worker answers."""
 
 
-class Attempt(Protocol):
-    """A dial under way."""
+@dataclass(frozen=True, slots=True)
+class DialTarget:
+    """A worker to connect to."""
+
+    endpoint: str
+    """`unix:///path` or `tcp://host:port`, where host is an IP address: names are not resolved."""
+    verify_peer: VerifyPeer
+    """Called after a TLS handshake. Without TLS it is not called."""
+
+
+class DialAttempt(Protocol):
+    """A dial that is under way."""
 
     def cancel(self) -> None:
-        """Gives up; nobody is called back any more."""
+        """Gives up. The callback is not called any more."""
 
 
-Dialler = Callable[[asyncio.AbstractEventLoop, LeaseRoute, float, Dialled], Attempt]
-"""Begins to dial a route's endpoint, in so many seconds at most. May call back before it returns."""
+Dialler = Callable[[asyncio.AbstractEventLoop, DialTarget, float, OnDialled], DialAttempt]
+"""Starts to dial a target, for at most so many seconds. May call back before it returns."""
 
 
 class PlainDial:
-    """Dials `unix:///path` or `tcp://host:port` (an address, not a name: nothing is resolved here)."""
+    """One connection attempt without TLS.
+
+    Args:
+        loop: The loop of this thread.
+        target: The worker.
+        timeout: Seconds for the whole attempt.
+        on_dialled: Called once with the outcome.
+        stream: The stream of the endpoint to make; by default one without TLS.
+    """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        route: LeaseRoute,
+        target: DialTarget,
         timeout: float,
-        dialled: Callable[[SocketEndpoint | OSError], None],
+        on_dialled: Callable[[SocketEndpoint | OSError], None],
         *,
-        end: PeerStream | None = None,
+        stream: PeerStream | None = None,
     ) -> None:
         self._loop = loop
-        self._dialled = dialled
-        self._end = end or PeerStream()
+        self._on_dialled = on_dialled
+        self._stream = stream or PeerStream()
         self._sock: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         try:
-            family, address = _address(route.endpoint or "")
-            self._vanished = None if family == socket.AF_UNIX else WORKER_VANISHED
+            family, address = _parse_endpoint(target.endpoint)
+            self._peer_timeout = None if family == socket.AF_UNIX else WORKER_PEER_TIMEOUT
             self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             self._fail(error)
@@ -68,21 +90,20 @@ class PlainDial:
             case 0:
                 self._succeed()
             case errno.EINPROGRESS:
-                self._timer = loop.call_later(
-                    timeout, self._fail, TimeoutError(errno.ETIMEDOUT, "it does not answer")
-                )
-                loop.add_writer(sock, self._decided)
-            case number:  # also EAGAIN: a Unix socket whose backlog is full
+                timed_out = TimeoutError(errno.ETIMEDOUT, f"no answer within {timeout:g} s")
+                self._timer = loop.call_later(timeout, self._fail, timed_out)
+                loop.add_writer(sock, self._connect_finished)
+            case number:  # also EAGAIN: the backlog of a Unix socket is full
                 self._fail(OSError(number, os.strerror(number)))
 
     def cancel(self) -> None:
-        """Gives up; nobody is called back any more."""
+        """Gives up. The callback is not called any more."""
         sock = self._release()
         if sock is not None:
             sock.close()
 
-    def _decided(self) -> None:
-        assert self._sock is not None  # noqa: S101 - its writer is being called
+    def _connect_finished(self) -> None:
+        assert self._sock is not None  # noqa: S101 - the loop calls its writer
         number = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if number:
             self._fail(OSError(number, os.strerror(number)))
@@ -92,11 +113,11 @@ class PlainDial:
     def _succeed(self) -> None:
         sock = self._release()
         assert sock is not None  # noqa: S101 - it has just connected
-        self._dialled(SocketEndpoint(self._loop, sock, self._end, vanished=self._vanished))
+        self._on_dialled(SocketEndpoint(self._loop, sock, self._stream, peer_timeout=self._peer_timeout))
 
     def _fail(self, error: OSError) -> None:
         self.cancel()
-        self._dialled(error)
+        self._on_dialled(error)
 
     def _release(self) -> socket.socket | None:
         sock, self._sock = self._sock, None
@@ -108,7 +129,7 @@ class PlainDial:
 
 
 class TlsDialler:
-    """Dials workers that speak TLS, also those on Unix sockets; never in the clear.
+    """Dials workers with TLS, also those on Unix sockets; never without.
 
     Args:
         context: From pki.worker_tls.worker_context.
@@ -118,128 +139,136 @@ class TlsDialler:
         self._context = context
 
     def swap(self, context: ssl.SSLContext) -> None:
-        """New dials use these settings, and what is open goes on. May be called in any thread."""
+        """Uses these TLS settings for new dials. Open connections stay. May be called in any thread."""
         self._context = context
 
     def __call__(
-        self, loop: asyncio.AbstractEventLoop, route: LeaseRoute, timeout: float, dialled: Dialled
-    ) -> Attempt:
-        """Begins to dial (see Dialler)."""
-        return TlsDial(self._context, loop, route, timeout, dialled)
+        self, loop: asyncio.AbstractEventLoop, target: DialTarget, timeout: float, on_dialled: OnDialled
+    ) -> DialAttempt:
+        """Starts to dial (see Dialler)."""
+        return TlsDial(self._context, loop, target, timeout, on_dialled)
 
 
 class TlsDial:
-    """One dial over TLS 1.3: connected, shaken hands with, and known by the uid in its certificate."""
+    """One connection attempt with TLS: connect, handshake, and the check of the worker's certificate.
+
+    Args:
+        context: The TLS settings.
+        loop: The loop of this thread.
+        target: The worker.
+        timeout: Seconds for the whole attempt.
+        on_dialled: Called once with the outcome.
+    """
 
     def __init__(
         self,
         context: ssl.SSLContext,
         loop: asyncio.AbstractEventLoop,
-        route: LeaseRoute,
+        target: DialTarget,
         timeout: float,
-        dialled: Dialled,
+        on_dialled: OnDialled,
     ) -> None:
         self._loop = loop
-        self._route = route
-        self._dialled = dialled
+        self._verify_peer = target.verify_peer
+        self._timeout = timeout
+        self._on_dialled = on_dialled
         self._tls = TlsStream(context, server_side=False)
-        self._leg: SocketEndpoint | None = None
+        self._endpoint: SocketEndpoint | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = loop.time() + timeout
-        self._connecting: Attempt | None = None
-        self._connecting = PlainDial(loop, route, timeout, self._connected, end=PeerStream(self._tls))
+        self._connecting: DialAttempt | None = None
+        self._connecting = PlainDial(loop, target, timeout, self._connected, stream=PeerStream(self._tls))
 
     def cancel(self) -> None:
-        """Gives up; nobody is called back any more."""
-        leg = self._release()
-        if leg is not None:
-            leg.close()
+        """Gives up. The callback is not called any more."""
+        endpoint = self._release()
+        if endpoint is not None:
+            endpoint.close()
 
     def _connected(self, outcome: SocketEndpoint | OSError) -> None:
         if isinstance(outcome, OSError):
             self._finish(outcome)
             return
-        self._leg = outcome
-        self._timer = self._loop.call_at(
-            self._deadline, self._finish, TimeoutError(errno.ETIMEDOUT, "it does not shake hands")
-        )
-        outcome.attach(self._readable, self._settle)
-        self._shake(memoryview(b""))
+        self._endpoint = outcome
+        timed_out = TimeoutError(errno.ETIMEDOUT, f"no TLS handshake within {self._timeout:g} s")
+        self._timer = self._loop.call_at(self._deadline, self._finish, timed_out)
+        outcome.set_callbacks(self._readable, self._flush_and_watch)
+        self._handshake(memoryview(b""))
 
     def _readable(self) -> None:
-        assert self._leg is not None  # noqa: S101 - its reader is being called
+        assert self._endpoint is not None  # noqa: S101 - the loop calls its reader
         try:
-            data = self._leg.receive(memoryview(bytearray(_FLIGHT)))
+            data = self._endpoint.receive(memoryview(bytearray(_HANDSHAKE_READ)))
         except OSError as error:
             self._finish(error)
             return
         if data is None:
             return
         if data:
-            self._shake(data)
-        else:  # a proxy before the worker (docker's, for host ports) accepts though nobody listens behind it
-            self._finish(ConnectionResetError(errno.ECONNRESET, "it hangs up"))
+            self._handshake(data)
+        else:  # docker's proxy for host ports accepts connections though nothing listens behind it
+            self._finish(ConnectionResetError(errno.ECONNRESET, "the connection was closed during the handshake"))
 
-    def _shake(self, data: memoryview) -> None:
-        assert self._leg is not None  # noqa: S101 - it is connected
+    def _handshake(self, data: memoryview) -> None:
+        assert self._endpoint is not None  # noqa: S101 - it is connected
         try:
             complete = self._tls.handshake(data)
-            if (
-                complete
-            ):  # our last flight goes with the leg: a stranger is told nothing, and no worker speaks before it
-                check_worker(self._tls.peer_certificate(), self._route.worker_uid)
+            if complete:
+                # Our last handshake message is not sent yet: the relay sends it. So another server than the worker
+                # learns nothing of us. The worker sends nothing before it.
+                self._verify_peer(self._tls.peer_certificate())
         except ssl.SSLError as error:
-            self._leg.end.queue(self._tls.take())
+            self._endpoint.stream.queue(self._tls.take())
             with suppress(OSError):
-                self._leg.flush()  # the alert
-            self._finish(_stranger(error))
+                self._endpoint.flush()  # the alert
+            self._finish(_not_a_worker(error))
         except WorkerFailed as error:
             self._finish(error)
         else:
-            self._leg.end.queue(self._tls.take())
+            self._endpoint.stream.queue(self._tls.take())
             if complete:
-                self._finish(self._leg)
+                self._finish(self._endpoint)
             else:
-                self._settle()
+                self._flush_and_watch()
 
-    def _settle(self) -> None:
-        assert self._leg is not None  # noqa: S101 - it is connected
+    def _flush_and_watch(self) -> None:
+        assert self._endpoint is not None  # noqa: S101 - it is connected
         try:
-            self._leg.flush()
+            self._endpoint.flush()
         except OSError as error:
             self._finish(error)
         else:
-            self._leg.watch(read=True, write=bool(self._leg.end.unsent))
+            self._endpoint.watch(read=True, write=bool(self._endpoint.stream.unsent))
 
     def _finish(self, outcome: SocketEndpoint | OSError | WorkerFailed) -> None:
-        leg = self._release()
-        if leg is not None and leg is not outcome:
-            leg.close()
-        self._dialled(outcome)
+        endpoint = self._release()
+        if endpoint is not None and endpoint is not outcome:
+            endpoint.close()
+        self._on_dialled(outcome)
 
     def _release(self) -> SocketEndpoint | None:
-        leg, self._leg = self._leg, None
+        endpoint, self._endpoint = self._endpoint, None
         timer, self._timer = self._timer, None
         connecting, self._connecting = self._connecting, None
         if connecting is not None:
             connecting.cancel()
         if timer is not None:
             timer.cancel()
-        if leg is not None:
-            leg.watch(read=False, write=False)
-        return leg
+        if endpoint is not None:
+            endpoint.watch(read=False, write=False)
+        return endpoint
 
 
-def _stranger(error: ssl.SSLError) -> WorkerFailed:
+def _not_a_worker(error: ssl.SSLError) -> WorkerFailed:
     why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else error.reason or "no TLS"
-    return WorkerFailed(f"what answers has no certificate of a worker: {why}", code="WrongWorker")
+    return WorkerFailed(f"the server at this address has no worker's certificate: {why}", code="WrongWorker")
 
 
-def _address(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """Raises OSError for what cannot be dialled, as the socket itself would."""
+def _parse_endpoint(endpoint: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    """Raises OSError for an endpoint that cannot be dialled, as the socket itself would."""
     url = urlsplit(endpoint)
     if url.scheme == "unix":
         return socket.AF_UNIX, url.path
     if url.scheme == "tcp" and url.hostname and url.port:
         return (socket.AF_INET6 if ":" in url.hostname else socket.AF_INET), (url.hostname, url.port)
-    raise OSError(errno.EINVAL, f"{endpoint} is no address of a worker")
+    raise OSError(errno.EINVAL, f"{endpoint!r} is not an address of a worker")

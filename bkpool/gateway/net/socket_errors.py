@@ -1,7 +1,8 @@
-"""Hears that a socket has failed (reset, timed out) while nobody reads it, which an event loop does not tell.
+"""Reports that a socket has failed (reset, timed out) while nobody reads it. An event loop does not report that.
 
-A reader that is off its loop for back-pressure is not in the loop's epoll at all, and uvloop tells of a failed socket
-once and never again, though bytes may lie before the error. Nothing here reads, or knows what a socket is for.
+A reader that is removed from its loop for back-pressure is not in the loop's epoll at all. uvloop reports a failed
+socket once and never again, though bytes may lie before the error. Nothing here reads from a socket, or knows what it
+is used for.
 """
 
 from __future__ import annotations
@@ -13,29 +14,29 @@ from collections.abc import Callable
 
 
 class SocketErrorWatcher:
-    """One epoll for the errors of all sockets of a loop; it is itself watched by the loop.
+    """One epoll for the errors of all sockets of a loop. The loop watches the epoll itself.
 
     Args:
-        loop: Not running yet, or the one of this thread.
+        loop: The loop of this thread, or one that does not run yet.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
-        self._told: dict[int, Callable[[], None]] = {}
-        loop.add_reader(self._epoll.fileno(), self._ring)
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        loop.add_reader(self._epoll.fileno(), self._report_errors)
 
-    def watch(self, sock: socket.socket, told: Callable[[], None]) -> None:
-        """Calls back once the socket has an error; again for the same socket: replaces who is called."""
+    def watch(self, sock: socket.socket, on_error: Callable[[], None]) -> None:
+        """Calls `on_error` once the socket has an error. A second call for one socket replaces the callback."""
         number = sock.fileno()
-        known = number in self._told
-        self._told[number] = told
-        # No event is asked for: errors are told unasked (epoll_ctl(2), EPOLLERR), and with EPOLLET only once.
+        known = number in self._callbacks
+        self._callbacks[number] = on_error
+        # No event is requested: epoll reports errors always (epoll_ctl(2), EPOLLERR), and only once with EPOLLET.
         (self._epoll.modify if known else self._epoll.register)(number, select.EPOLLET)
 
     def forget(self, sock: socket.socket) -> None:
-        """To be called before the socket is closed. Not watched: does nothing."""
-        if self._told.pop(sock.fileno(), None) is not None:
+        """Watches this socket no longer. Call it before the socket is closed. Does nothing for an unknown socket."""
+        if self._callbacks.pop(sock.fileno(), None) is not None:
             self._epoll.unregister(sock.fileno())
 
     def close(self) -> None:
@@ -43,8 +44,8 @@ class SocketErrorWatcher:
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
 
-    def _ring(self) -> None:
+    def _report_errors(self) -> None:
         for number, events in self._epoll.poll(0):
-            told = self._told.get(number)
-            if told is not None and events & select.EPOLLERR:
-                told()
+            on_error = self._callbacks.get(number)
+            if on_error is not None and events & select.EPOLLERR:
+                on_error()

@@ -18,20 +18,24 @@ from typing import Protocol, assert_never
 import structlog
 
 from bkpool.core.errors import BkpoolError, WorkerFailed
-from bkpool.gateway.net.dial import Attempt, Dialler
-from bkpool.gateway.net.duplex import LoopBuffers, PeerStream, TlsStream
-from bkpool.gateway.net.relay import SocketEndpoint, SocketRelay
+from bkpool.gateway.net.buffers import LoopBuffers
+from bkpool.gateway.net.dial import DialAttempt, Dialler, DialTarget
+from bkpool.gateway.net.duplex import PeerStream
+from bkpool.gateway.net.endpoint import CLIENT_PEER_TIMEOUT, SocketEndpoint
+from bkpool.gateway.net.relay import SocketRelay
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
+from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session import machine
 from bkpool.gateway.session.certificate import credential_of
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
 from bkpool.gateway.session.lease_table import LeaseRoute
-from bkpool.gateway.session.limits import CLIENT_VANISHED, GatewayLimits
+from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import State
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 from bkpool.gateway.session.refusal import Refusal
 from bkpool.gateway.session.refusal_responder import RefusalResponder
 from bkpool.gateway.session.shard_leases import ShardLease, ShardLeases
+from bkpool.pki.worker_tls import check_worker
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +45,8 @@ class ConnectionHost(Protocol):
 
     loop: asyncio.AbstractEventLoop
     context: ssl.SSLContext
-    scratch: LoopBuffers
-    alarm: SocketErrorWatcher
+    buffers: LoopBuffers
+    error_watcher: SocketErrorWatcher
     leases: ShardLeases
     limits: GatewayLimits
     metrics: GatewayMetrics
@@ -81,11 +85,11 @@ class Connection:
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tls = TlsStream(host.context)
-        self._client = SocketEndpoint(host.loop, sock, PeerStream(self._tls), vanished=CLIENT_VANISHED)
+        self._client = SocketEndpoint(host.loop, sock, PeerStream(self._tls), peer_timeout=CLIENT_PEER_TIMEOUT)
         self._shaking = False
         self._first = bytearray()
         self._lease: ShardLease | None = None
-        self._attempt: Attempt | None = None
+        self._attempt: DialAttempt | None = None
         self._dialled_at = 0.0
         self._worker: SocketEndpoint | None = None
         self._relay: SocketRelay | None = None
@@ -106,15 +110,15 @@ class Connection:
     # --- its loop ---------------------------------------------------------------------------------------------------
 
     def _settle_in(self) -> None:
-        self._client.attach(self._readable, self._writable)
+        self._client.set_callbacks(self._readable, self._writable)
         self._client.watch(read=True, write=False)
-        self._client.heed(self._host.alarm, self._broken)
+        self._client.watch_errors(self._host.error_watcher, self._broken)
         self._await_deadline()
 
     def move_out(self, host: ConnectionHost) -> None:
         """Leaves its loop for another's: nothing of it is left there, and nothing calls it until it moves in."""
         self._client.watch(read=False, write=False)
-        self._client.move(host.loop)
+        self._client.move_to_loop(host.loop)
         if self._timer is not None:
             self._timer.cancel()
         self._deadline = self._timer = None
@@ -129,7 +133,7 @@ class Connection:
 
     def _readable(self) -> None:
         try:
-            data = self._client.receive(self._host.scratch.received[: self._room()])
+            data = self._client.receive(self._host.buffers.received[: self._room()])
             if data is None:
                 return
             if self.state in machine.GREETING:
@@ -153,7 +157,7 @@ class Connection:
 
     def _broken(self) -> None:
         """The client has broken off, with or without bytes before that, which nobody needs any more."""
-        reason = f"client: {self._client.fault()}"
+        reason = f"client: {self._client.take_error()}"
         if self._successor is not None:
             self._successor.stop(reason)
         else:
@@ -163,9 +167,9 @@ class Connection:
         """Sends what can be sent, and watches for what can happen next."""
         if self._successor is not None or self.state is State.CLOSED:
             return
-        end = self._client.end
+        stream = self._client.stream
         self._client.flush()
-        self._client.watch(read=not end.heard_end and self._room() > 0, write=bool(end.unsent))
+        self._client.watch(read=not stream.eof_received and self._room() > 0, write=bool(stream.unsent))
 
     def _room(self) -> int:
         """How much may be read now."""
@@ -180,7 +184,7 @@ class Connection:
         try:
             complete = self._tls.handshake(data)
         finally:
-            self._client.end.queue(self._tls.take())
+            self._client.stream.queue(self._tls.take())
         if complete:
             self._shaken()
         else:
@@ -200,22 +204,22 @@ class Connection:
 
     def _authenticated(self, token_sha256: str) -> None:
         self._tell(self._life.shaken(token_sha256))
-        if self._client.end.heard_end:  # with the last of the handshake
+        if self._client.stream.eof_received:  # with the last of the handshake
             self._tell(self._life.client_ended())
         self._writable()
 
     def _hold(self, data: memoryview) -> None:
-        end = self._client.end
+        stream = self._client.stream
         if data:
             self._keep(data)
         else:
-            end.heard_end = True
-        if end.heard_end:
+            stream.eof_received = True
+        if stream.eof_received:
             self._tell(self._life.client_ended())
         self._flush()
 
     def _keep(self, data: memoryview) -> None:
-        self._first += self._client.end.decode(data, self._host.scratch.plain)
+        self._first += self._client.stream.decode(data, self._host.buffers.plaintext)
 
     # --- what its lease tells (leases.Member) -----------------------------------------------------------------------
 
@@ -315,7 +319,7 @@ class Connection:
     def _admit(self, token_sha256: str) -> None:
         leases = self._host.leases
         try:
-            self._lease = lease = leases.admit(token_sha256, self, self._tls.asked_for)
+            self._lease = lease = leases.admit(token_sha256, self, self._tls.server_name)
         except BkpoolError as error:
             self._about["pool"] = leases.pool_of(token_sha256)
             self._tell(self._life.denied(error))
@@ -336,7 +340,9 @@ class Connection:
             return
         host = self._host
         self._dialled_at = host.loop.time()
-        attempt = host.dial(host.loop, self._lease.route, host.limits.dial, self._dialled)
+        route = self._lease.route
+        target = DialTarget(route.endpoint or "", partial(check_worker, worker_uid=route.worker_uid))
+        attempt = host.dial(host.loop, target, host.limits.dial, self._dialled)
         if self.state is State.DIALLING:
             self._attempt = attempt
 
@@ -369,16 +375,16 @@ class Connection:
     def _join(self) -> None:
         host = self._host
         assert self._lease is not None and self._worker is not None  # noqa: S101, PT018 - it has just been dialled
-        self._meter = Meter(self._about["pool"], self._lease.route.worker.name, self._client.end)
+        self._meter = Meter(self._about["pool"], self._lease.route.worker.name, self._client.stream)
         host.metrics.opened(self._meter)
         relay = SocketRelay(
             host.loop,
-            host.scratch,
-            host.alarm,
+            host.buffers,
+            host.error_watcher,
             self._client,
             self._worker,
-            half_open=host.limits.half_open,
-            over=self._over,
+            half_open_timeout=host.limits.half_open,
+            on_closed=self._over,
         )
         self._relay = self._successor = relay
         relay.start(self._first_bytes())
@@ -392,7 +398,7 @@ class Connection:
         log.info("connection.refused", **self._about, reason=status)
         host.metrics.refused(self._about["pool"], status)
         host.refused(self)
-        farewell = RefusalResponder(host.loop, host.scratch, self._client, host.limits, self._over)
+        farewell = RefusalResponder(host.loop, host.buffers, self._client, host.limits, self._over)
         self._successor = farewell
         farewell.start(None if refusal is None else GrpcAnswer(refusal), self._first_bytes())
 
@@ -400,7 +406,7 @@ class Connection:
         lease, self._lease = self._lease, None
         if lease is not None:
             self._host.leases.leave(lease, self)
-            if self._relay is not None and self._relay.bereaved:
+            if self._relay is not None and self._relay.worker_closed_first:
                 lease.parted()
 
     def _close(self, reason: str) -> None:
@@ -429,6 +435,6 @@ class Connection:
         return self._host.loop.time() - self._begun_at
 
     def _log_closed(self, reason: str, meter: Meter) -> None:
-        up, down = meter.end.heard, meter.end.said
+        up, down = meter.end.bytes_in, meter.end.bytes_out
         seconds = round(self._age())
         log.info("connection.closed", **self._about, reason=reason, up=up, down=down, seconds=seconds)

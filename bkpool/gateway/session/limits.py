@@ -7,13 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CLIENT_VANISHED = 30.0
-"""A client may come over networks that lose packets for a while."""
-WORKER_VANISHED = 15.0
-"""Not before BuildKit's own health check of a session gives up (DESIGN 3): to the system a worker whose disk is so
-busy that it reads nothing looks the same once its buffers are full (tcp(7), TCP_USER_TIMEOUT). One that has died is
-known at once."""
-
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from datetime import datetime
 
 from bkpool.core.names import Key
+from bkpool.gateway.net.buffers import LoopBuffers
 from bkpool.gateway.net.dial import Dialler
-from bkpool.gateway.net.duplex import LoopBuffers
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.connection import Connection
@@ -57,8 +57,8 @@ class LoopShard:
         self.limits = limits
         self.metrics = metrics
         self.dial = dial
-        self.scratch = LoopBuffers()
-        self.alarm = SocketErrorWatcher(loop)
+        self.buffers = LoopBuffers()
+        self.error_watcher = SocketErrorWatcher(loop)
         self.leases = ShardLeases(loop, registry, now, limits, capacity, pool=pool)
         self.homes: tuple[LoopShard, ...] = (self,)
         """The gates of all loops. A lease's home is the one that its token's digest falls on."""

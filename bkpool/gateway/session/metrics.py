@@ -162,8 +162,8 @@ class _Now(Collector):
             self._open.remove(meter)
             pool = self._pools[meter.pool]
             pool.active -= 1
-            pool.up += meter.end.heard
-            pool.down += meter.end.said
+            pool.up += meter.end.bytes_in
+            pool.down += meter.end.bytes_out
 
     def count_pending(self, change: int) -> None:
         with self._lock:
@@ -179,8 +179,8 @@ class _Now(Collector):
             pools = {name: _Pool(pool.active, pool.up, pool.down) for name, pool in self._pools.items()}
             pending = self._pending
         for meter in meters:
-            pools[meter.pool].up += meter.end.heard
-            pools[meter.pool].down += meter.end.said
+            pools[meter.pool].up += meter.end.bytes_in
+            pools[meter.pool].down += meter.end.bytes_out
         active = GaugeMetricFamily(
             "buildkit_gateway_active_connections", "Connections that are being relayed now.", labels=["pool"]
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from bkpool.gateway.net.duplex import LoopBuffers
-from bkpool.gateway.net.relay import SocketEndpoint
+from bkpool.gateway.net.buffers import LoopBuffers
+from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
 from bkpool.gateway.session.limits import GatewayLimits
 
@@ -20,7 +20,7 @@ class RefusalResponder:
 
     Args:
         loop: The loop of this thread.
-        scratch: The loop's shared memory.
+        buffers: The loop's shared memory.
         client: The leg that was accepted.
         limits: The bounds.
         over: Called once, after the socket is closed, with the reason.
@@ -29,13 +29,13 @@ class RefusalResponder:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        scratch: LoopBuffers,
+        buffers: LoopBuffers,
         client: SocketEndpoint,
         limits: GatewayLimits,
         over: Callable[[str], None],
     ) -> None:
         self._loop = loop
-        self._scratch = scratch
+        self._buffers = buffers
         self._client = client
         self._limits = limits
         self._over = over
@@ -46,9 +46,9 @@ class RefusalResponder:
 
     def start(self, answer: GrpcAnswer | None, first: bytes) -> None:
         """Begins, with what the client has said already. Without an answer only what is unsent (an alert) is sent."""
-        self._client.attach(self._readable, self._settle)
+        self._client.set_callbacks(self._readable, self._settle)
         if answer is None:
-            self._client.end.said_end = True
+            self._client.stream.eof_queued = True
             self._linger()
         else:
             self._answer = answer
@@ -67,9 +67,9 @@ class RefusalResponder:
         self._over(reason)
 
     def _readable(self) -> None:
-        end, limits = self._client.end, self._limits
+        stream, limits = self._client.stream, self._limits
         try:
-            data = self._client.receive(self._scratch.received[: limits.first_bytes])
+            data = self._client.receive(self._buffers.received[: limits.first_bytes])
             if data is None:
                 return
             self._heard += len(data)
@@ -77,7 +77,7 @@ class RefusalResponder:
                 self.stop("refused")
                 return
             if self._answer is not None:
-                self._say(self._answer.receive(bytes(end.decode(data, self._scratch.plain))))
+                self._say(self._answer.receive(bytes(stream.decode(data, self._buffers.plaintext))))
         except OSError as error:  # also TLS's own errors
             self.stop(f"refused; client: {error.strerror}")
         else:
@@ -85,10 +85,10 @@ class RefusalResponder:
 
     def _say(self, data: bytes) -> None:
         if data:
-            self._client.end.encode(memoryview(data))
+            self._client.stream.encode(memoryview(data))
         if self._answer is not None and self._answer.finished:
             self._answer = None
-            self._client.end.finish()
+            self._client.stream.write_eof()
             self._linger()
 
     def _part(self) -> None:
@@ -108,7 +108,7 @@ class RefusalResponder:
         except OSError as error:
             self.stop(f"refused; client: {error.strerror}")
         else:
-            self._client.watch(read=True, write=bool(self._client.end.unsent))
+            self._client.watch(read=True, write=bool(self._client.stream.unsent))
 
     def _await(self, seconds: float, then: Callable[[], None]) -> None:
         if self._timer is not None:
