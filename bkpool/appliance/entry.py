@@ -125,7 +125,15 @@ def purge(home: Path, cache: Path) -> str:
         for name in ("slots", "logs", "pki"):
             if (home / name).exists():
                 shutil.rmtree(home / name)
-        for name in ("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"):
+        for name in (
+            "state.db",
+            "state.db-wal",
+            "state.db-shm",
+            "admin.token",
+            "appliance.json",
+            "backend",
+            "remembered.toml",
+        ):
             (home / name).unlink(missing_ok=True)
     return left
 

@@ -232,7 +232,7 @@ class HostAppliance:
 def _gateway_address(settings: Settings) -> Address:
     if settings.gateway_address is not None:
         return settings.gateway_address
-    return ("0.0.0.0" if settings.gateway_hosts else "127.0.0.1", GATEWAY_PORT)  # noqa: S104 - mTLS, and asked for
+    return Address("0.0.0.0" if settings.gateway_hosts else "127.0.0.1", GATEWAY_PORT)  # noqa: S104 - mTLS, and asked for
 
 
 def _now() -> datetime:

@@ -1,91 +1,157 @@
-"""How an appliance runs, as the command line says it. Nothing is checked or opened here."""
+"""How one run of an appliance was asked for: its directories, its backend, its pool files, and its configuration.
+
+Nothing is checked or opened here. What an operator can set, with its defaults, is in `bkpool.settings`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT, SYSTEM_NAMESPACE, Key
+from bkpool.core.names import Key
 from bkpool.kube import ClusterAccess
+from bkpool.settings import Address, Configuration, Role
+from bkpool.settings.model import ALL_ROLES
+
+__all__ = ["ALL_ROLES", "Address", "Role", "Settings", "Tell"]
 
 Tell = Callable[[dict[str, Any]], None]
-"""Told {"progress": text} while the appliance starts, then once what `appliance.json` says."""
-
-Address = tuple[str, int]
-
-
-class Role(StrEnum):
-    """What one process of an appliance does; on a single machine one does it all."""
-
-    API = "api"
-    CONTROLLER = "controller"
-    GATEWAY = "gateway"
-
-
-ALL_ROLES = frozenset(Role)
+"""Called with {"progress": text} while the appliance starts, then once with the content of `appliance.json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How an appliance runs. Port 0 takes a free one."""
+    """How an appliance runs.
+
+    Attributes:
+        home: Its directory (BKPOOL_HOME).
+        cache: The directory of the programs that it gets.
+        backend: `auto`, `process`, `kind` or `kubernetes`.
+        pool_files: Files with pools and issuers.
+        configuration: What an operator can set.
+    """
 
     home: Path
     cache: Path
     backend: str = "auto"
-    api_address: Address = ("127.0.0.1", API_PORT)
-    gateway_address: Address | None = None
-    """None: loopback, or every interface once `gateway_hosts` name this machine to others."""
-    metrics_address: Address = ("127.0.0.1", METRICS_PORT)
-    gateway_hosts: tuple[str, ...] = ()
-    """Further names and addresses of the gateway; the first one is told to clients."""
     pool_files: tuple[Path, ...] = ()
-    drain_timeout: timedelta = timedelta(minutes=10)
-    """How long open builds may go on after SIGTERM."""
-    plain_http: bool = False
-    """Serve the API without TLS also where others could listen on the way."""
-    api_tls: bool = False
-    """Serve the API over TLS, with a certificate of the appliance's own authority unless files are given."""
-    api_cert: Path | None = None
-    """The API's certificate with its chain; with `api_key` in PEM. Read again when they change."""
-    api_key: Path | None = None
-    dev_issuer: bool = False
-    """Also serve an issuer that makes tokens for whoever asks: for development, on loopback only."""
-    dev_issuer_address: Address = ("127.0.0.1", DEV_ISSUER_PORT)
+    configuration: Configuration = Configuration()  # noqa: RUF009 - immutable
 
-    # kind and kubernetes
-    cluster: str = "bkpool"
-    """The name of the kind cluster."""
-    node_image: str | None = None
-    buildkit_image: str | None = None
-    image_archives: tuple[Path, ...] = ()
-    kubeconfig: Path | None = None
-    context: str | None = None
-    namespace: str = SYSTEM_NAMESPACE
-    """Where the appliance itself is in the cluster: its keys and its Lease."""
-    roles: frozenset[Role] = ALL_ROLES
-    pool: Key | None = None
-    """The one pool of a gateway that runs alone."""
-    pool_namespaces: tuple[str, ...] = ()
-    """Where pools may be; none: everywhere. Rights to see pods are needed in these only."""
-    image: str | None = None
-    """bkpool's own, for the gateways that the controller makes; None: the one that the manifests name."""
+    @property
+    def api_address(self) -> Address:
+        """See `bkpool.settings.model`."""
+        return self.configuration.api.address
+
+    @property
+    def gateway_address(self) -> Address | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.gateway.address
+
+    @property
+    def metrics_address(self) -> Address:
+        """See `bkpool.settings.model`."""
+        return self.configuration.metrics.address
+
+    @property
+    def gateway_hosts(self) -> tuple[str, ...]:
+        """See `bkpool.settings.model`."""
+        return self.configuration.gateway.hosts
+
+    @property
+    def drain_timeout(self) -> timedelta:
+        """See `bkpool.settings.model`."""
+        return self.configuration.appliance.drain_timeout
+
+    @property
+    def plain_http(self) -> bool:
+        """See `bkpool.settings.model`."""
+        return self.configuration.api.plain_http
+
+    @property
+    def api_tls(self) -> bool:
+        """See `bkpool.settings.model`."""
+        return self.configuration.api.tls
+
+    @property
+    def api_cert(self) -> Path | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.api.cert
+
+    @property
+    def api_key(self) -> Path | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.api.key
+
+    @property
+    def dev_issuer(self) -> bool:
+        """See `bkpool.settings.model`."""
+        return self.configuration.dev_issuer.enabled
+
+    @property
+    def dev_issuer_address(self) -> Address:
+        """See `bkpool.settings.model`."""
+        return self.configuration.dev_issuer.address
+
+    @property
+    def cluster(self) -> str:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kind.cluster
+
+    @property
+    def node_image(self) -> str | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kind.node_image
+
+    @property
+    def buildkit_image(self) -> str | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.workers.buildkit_image
+
+    @property
+    def image_archives(self) -> tuple[Path, ...]:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kind.image_archives
+
+    @property
+    def namespace(self) -> str:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kubernetes.namespace
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """See `bkpool.settings.model`."""
+        return self.configuration.appliance.roles
+
+    @property
+    def pool(self) -> Key | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.gateway.pool
+
+    @property
+    def pool_namespaces(self) -> tuple[str, ...]:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kubernetes.pool_namespaces
+
+    @property
+    def image(self) -> str | None:
+        """See `bkpool.settings.model`."""
+        return self.configuration.kubernetes.image
 
     @property
     def api_scheme(self) -> str:
-        """Of the API's URL."""
-        return "https" if self.api_tls or self.api_cert else "http"
+        """The scheme of the API's URL."""
+        return "https" if self.configuration.api.tls or self.configuration.api.cert else "http"
 
     @property
     def dev_issuer_url(self) -> str | None:
-        """The name of the development issuer, by which its tokens are known; None where there is none."""
-        host, port = self.dev_issuer_address
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}" if self.dev_issuer else None
+        """The URL of the development issuer, which its tokens name; None where there is none."""
+        issuer = self.configuration.dev_issuer
+        return f"http://{issuer.address}" if issuer.enabled else None
 
     @property
     def access(self) -> ClusterAccess:
-        """The cluster, where it is not one of kind."""
-        return ClusterAccess(self.kubeconfig, self.context)
+        """The cluster, where it is not a cluster of kind."""
+        return ClusterAccess(self.configuration.kubernetes.kubeconfig, self.configuration.kubernetes.context)

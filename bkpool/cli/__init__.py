@@ -23,6 +23,7 @@ COMMANDS = {
     "allocate": "Lease a worker and get the certificates for it.",
     "renew": "Let a lease run longer.",
     "release": "Give a leased worker back.",
+    "config": "Show the settings of `up` and where each comes from.",
     "logs": "Show the log of the appliance or of a worker.",
     "kubeconfig": "Say how kubectl reaches the cluster of this home.",
     "manifests": "Print the manifests of an appliance in a cluster.",

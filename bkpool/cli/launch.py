@@ -1,7 +1,7 @@
-"""Starting the appliance in the background, and the pipe on which it says how that went.
+"""Starting the appliance in the background, and the pipe on which it reports how that went.
 
-The child writes JSON lines: any number of {"progress": text}, then what it is (ready) or {"failed": …}. Nothing is
-polled; if the child dies, the pipe ends.
+The child writes JSON lines: any number of {"progress": text}, then what `appliance.json` says, or {"failed": ...}.
+The parent does not poll; if the child dies, the pipe ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,87 +20,90 @@ from bkpool.cli import console, home
 from bkpool.core.errors import BkpoolError, HostFault
 
 _DESCRIPTOR = "BKPOOL_READY_FD"
-_LAST_WORDS = 4096
+_LOG_TAIL = 4096  # bytes of the log in which the last line of a dead child is looked for
 
 
-def detached(arguments: list[str]) -> dict[str, Any]:
-    """Runs `up` with these arguments in a session of its own and returns what it says when it is ready.
+def detached(arguments: list[str], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Runs `up` in a new session and returns what `appliance.json` says when it is ready.
+
+    Args:
+        arguments: Of `up`.
+        variables: Environment variables that differ from those of this process.
 
     Raises:
-        BkpoolError: The appliance did not come up; with the message, hint and exit code of its own error.
+        BkpoolError: The appliance did not start; with the message, hint and exit code of its own error.
     """
     log = _log_file()
-    mine, its = os.pipe()
-    with log.open("ab") as output, os.fdopen(mine, "rb") as pipe:
-        before = output.tell()
+    ours, theirs = os.pipe()
+    with log.open("ab") as output, os.fdopen(ours, "rb") as pipe:
+        size_before = output.tell()
         try:
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "bkpool", "up", *arguments],
-                env=_environment() | {_DESCRIPTOR: str(its)},
+                env={**_environment(), **variables, _DESCRIPTOR: str(theirs)},
                 cwd=home.home(),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(its,),
+                pass_fds=(theirs,),
                 start_new_session=True,
             )
         finally:
-            os.close(its)
+            os.close(theirs)
         try:
-            return _heard(pipe, log, before)
+            return _result(pipe, log, size_before)
         except KeyboardInterrupt:
             child.terminate()
             raise
 
 
 @dataclass(frozen=True, slots=True)
-class Parent:
-    """The `up -d` that started this process and waits."""
+class WaitingParent:
+    """The `up -d` that started this process and waits for it to be ready."""
 
     pipe: BinaryIO
 
     @classmethod
     def of_environment(cls) -> Self | None:
-        """The parent, if there is one. The descriptor is not passed on to any program that is started later."""
+        """The parent, if there is one. Programs that are started later do not inherit the descriptor."""
         number = os.environ.pop(_DESCRIPTOR, "")
         if not number.isdigit():
             return None
         os.set_inheritable(int(number), False)
         return cls(os.fdopen(int(number), "wb", buffering=0))
 
-    def tell(self, told: dict[str, Any]) -> None:
-        """Passes on progress, or at last what the appliance is. A parent that went away is no matter."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends progress, or at last what `appliance.json` says. A parent that has ended is not an error."""
         with suppress(OSError, ValueError):
-            self.pipe.write(json.dumps(told).encode() + b"\n")
-            if "progress" not in told:
+            self.pipe.write(json.dumps(message).encode() + b"\n")
+            if "progress" not in message:
                 self.pipe.close()
 
-    def failed(self, error: BkpoolError) -> None:
-        """Passes on why the appliance does not come up."""
-        said = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
-        self.tell({"failed": said})
+    def send_failure(self, error: BkpoolError) -> None:
+        """Sends why the appliance does not start."""
+        failed = {"message": error.message, "hint": error.hint, "code": error.code, "exit_code": error.exit_code}
+        self.send({"failed": failed})
 
 
-def _heard(pipe: BinaryIO, log: Path, before: int) -> dict[str, Any]:
+def _result(pipe: BinaryIO, log: Path, size_before: int) -> dict[str, Any]:
     with console.Progress("starting") as progress:
         for line in pipe:
-            told: dict[str, Any] = json.loads(line)
-            if "progress" in told:
-                _say(progress, str(told["progress"]))
-            elif "failed" in told:
-                raise BkpoolError(**told["failed"])
+            message: dict[str, Any] = json.loads(line)
+            if "progress" in message:
+                _show(progress, str(message["progress"]))
+            elif "failed" in message:
+                raise BkpoolError(**message["failed"])
             else:
-                return told
+                return message
     with log.open("rb") as file:
-        file.seek(max(before, log.stat().st_size - _LAST_WORDS))
-        said = file.read().decode(errors="replace").strip().splitlines()
-    raise HostFault(
-        f"the appliance ended before it was ready: {said[-1] if said else 'without a word'}", hint=f"Read {log}."
-    )
+        file.seek(max(size_before, log.stat().st_size - _LOG_TAIL))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    last = f": {lines[-1]}" if lines else ", and it wrote nothing to its log"
+    raise HostFault(f"the appliance ended before it was ready{last}", hint=f"Read {log}.")
 
 
-def _say(progress: console.Progress, text: str) -> None:
-    """What is being done comes and goes; which backend it was and why stays on the screen."""
+def _show(progress: console.Progress, text: str) -> None:
+    """Shows progress for a moment; the choice of the backend stays on the screen."""
     if text.startswith("backend: "):
         console.note(text)
     else:
@@ -115,14 +119,14 @@ def _log_file() -> Path:
     except OSError as error:
         raise HostFault(
             f"{path} cannot be written: {error.strerror}",
-            hint="Set BKPOOL_HOME to a directory that you may write.",
+            hint="Set BKPOOL_HOME to a directory that you may write to.",
             code="Permission",
         ) from None
     return path
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with its paths made absolute: the appliance runs in its home, and holds no directory of the user."""
+    """The environment of this process, with absolute paths: the appliance runs in its own directory."""
     environment = dict(os.environ, BKPOOL_HOME=str(home.home()))
     if cache := environment.get("BKPOOL_CACHE"):
         environment["BKPOOL_CACHE"] = str(Path(cache).absolute())

@@ -25,6 +25,7 @@ from bkpool.appliance.settings import Settings
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority
+from bkpool.settings import Configuration
 
 NOW = datetime.now(UTC)
 
@@ -38,8 +39,8 @@ def authority():
 def settings(tmp_path):
     private_directory(tmp_path / "pki")
 
-    def make(**given):
-        return Settings(home=tmp_path, cache=tmp_path, **given)
+    def make(**sections):
+        return Settings(home=tmp_path, cache=tmp_path, configuration=Configuration.model_validate(sections))
 
     return make
 
@@ -73,7 +74,7 @@ async def served():
 
 
 async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, authority, served):
-    given = settings(api_tls=True, gateway_hosts=("build.example.com",))
+    given = settings(api={"tls": True}, gateway={"hosts": ("build.example.com",)})
     seen = await served(open_api_tls(given, authority, lambda: NOW))
     names = ("127.0.0.1", "localhost", "build.example.com", "buildkit-controller.buildkit-system.svc")
     serials = {(await seen(authority, name)).serial_number for name in names}
@@ -85,7 +86,7 @@ async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, a
 
 async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(settings, authority, served):
     now = NOW
-    tls = open_api_tls(settings(api_tls=True), authority, lambda: now)
+    tls = open_api_tls(settings(api={"tls": True}), authority, lambda: now)
     seen = await served(tls)
     first = await seen()
     assert not tls.refresh()
@@ -98,16 +99,16 @@ async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(setting
 
 
 def test_callers_on_this_machine_are_told_whom_to_trust(settings, authority, tmp_path):
-    tls = open_api_tls(settings(api_tls=True), authority, lambda: NOW)
+    tls = open_api_tls(settings(api={"tls": True}), authority, lambda: NOW)
     assert tls.described == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
     assert (tmp_path / "pki" / "ca.crt").read_bytes() == authority.cert_pem
 
 
 def test_it_is_called_by_its_own_address_too(settings):
-    names = api_names(settings(api_address=("192.0.2.7", 8082), namespace="ci"))
+    names = api_names(settings(api={"address": ("192.0.2.7", 8082)}, kubernetes={"namespace": "ci"}))
     assert ip_address("192.0.2.7") in names.ips
     assert "buildkit-controller.ci.svc.cluster.local" in names.dns
-    assert ip_address("0.0.0.0") not in api_names(settings(api_address=("0.0.0.0", 8082))).ips
+    assert ip_address("0.0.0.0") not in api_names(settings(api={"address": ("0.0.0.0", 8082)})).ips
 
 
 def test_without_being_asked_for_there_is_none(settings, authority):
@@ -132,7 +133,7 @@ async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, auth
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     cert.write_bytes(leaf.cert_pem)
     key.write_bytes(leaf.key_pem)
-    tls = open_api_tls(settings(api_cert=cert, api_key=key), authority, lambda: NOW)
+    tls = open_api_tls(settings(api={"cert": cert, "key": key}), authority, lambda: NOW)
     assert tls.described == {"apiCert": str(cert)}
     seen = await served(tls)
     first = await seen(authority, "localhost")
@@ -172,22 +173,22 @@ def test_at_the_start_a_bad_file_is_an_error(settings, authority, tmp_path, cont
     (tmp_path / "tls.crt").write_bytes(leaf.cert_pem)
     if content is not None:
         (tmp_path / "tls.key").write_bytes(content)
-    given = settings(api_cert=tmp_path / "tls.crt", api_key=tmp_path / "tls.key")
+    given = settings(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
     with pytest.raises(HostFault, match=why) as caught:
         open_api_tls(given, authority, lambda: NOW)
     assert caught.value.code == "Unreadable"
 
 
 def test_beyond_this_machine_it_takes_tls_or_that_clear_text_is_asked_for(settings, tmp_path):
-    beyond = {"api_address": ("192.0.2.1", 8082)}
+    beyond = {"address": ("192.0.2.1", 8082)}
     with pytest.raises(InvalidInput, match="in clear"):
-        entry._check_address(settings(**beyond))
-    for given in ({"api_tls": True}, {"plain_http": True}, {"api_cert": tmp_path, "api_key": tmp_path}):
-        entry._check_address(settings(**beyond, **given))
+        entry._check_address(settings(api=beyond))
+    for given in ({"tls": True}, {"plain_http": True}, {"cert": tmp_path, "key": tmp_path}):
+        entry._check_address(settings(api={**beyond, **given}))
 
 
-@pytest.mark.parametrize(("given", "missing"), [("api_cert", "--api-key"), ("api_key", "--api-cert")])
+@pytest.mark.parametrize(("given", "missing"), [("cert", "--api-key"), ("key", "--api-cert")])
 def test_one_file_alone_is_not_enough(settings, tmp_path, given, missing):
     with pytest.raises(InvalidInput, match=missing) as caught:
-        entry._check_address(settings(**{given: tmp_path}))
+        entry._check_address(settings(api={given: tmp_path}))
     assert caught.value.field == missing

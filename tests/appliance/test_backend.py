@@ -5,6 +5,8 @@ import pytest
 from bkpool.appliance.entry import _backend, _check_address
 from bkpool.appliance.settings import Settings
 from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.settings import Address, Configuration
+from bkpool.settings.model import Api
 
 
 def test_the_first_up_decides_and_later_ones_are_not_moved_silently(tmp_path):
@@ -14,9 +16,13 @@ def test_the_first_up_decides_and_later_ones_are_not_moved_silently(tmp_path):
         _backend(Settings(home=tmp_path, cache=tmp_path, backend="kind"))
 
 
+def given(**api):
+    return Configuration(api=Api(address=Address("0.0.0.0", 8082), **api))
+
+
 def test_an_api_in_clear_beyond_this_machine_must_be_asked_for(tmp_path):
-    beyond = Settings(home=tmp_path, cache=tmp_path, api_address=("0.0.0.0", 8082))
+    beyond = Settings(home=tmp_path, cache=tmp_path, configuration=given())
     with pytest.raises(InvalidInput, match="served in clear"):
         _check_address(beyond)
-    _check_address(Settings(home=tmp_path, cache=tmp_path, api_address=("0.0.0.0", 8082), plain_http=True))
+    _check_address(Settings(home=tmp_path, cache=tmp_path, configuration=given(plain_http=True)))
     _check_address(Settings(home=tmp_path, cache=tmp_path))

@@ -11,6 +11,7 @@ from bkpool.appliance import entry
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
 from bkpool.appliance.settings import Role, Settings
 from bkpool.core.errors import InvalidInput
+from bkpool.settings import Configuration
 
 URL = "http://127.0.0.1:8888"
 NOW = datetime.now(UTC)
@@ -120,25 +121,31 @@ def test_its_config_believes_it_for_every_pool():
     assert (config.spec.claims_mapping.user, config.spec.pools, config.spec.tenant_claim) == ("actor", ("*",), None)
 
 
+def _with_issuer(home, given):
+    issuer = {"enabled": True, **given.get("dev_issuer", {})}
+    configuration = Configuration.model_validate({**given, "dev_issuer": issuer})
+    return Settings(home=home, cache=home, configuration=configuration)
+
+
 @pytest.mark.parametrize(
     ("given", "field"),
     [
-        ({"dev_issuer_address": ("0.0.0.0", 8888)}, "--dev-issuer-address"),
-        ({"dev_issuer_address": ("127.0.0.1", 0)}, "--dev-issuer-address"),
-        ({"api_address": ("192.0.2.1", 8082), "plain_http": True}, "--api-address"),
-        ({"api_address": ("192.0.2.1", 8082), "api_tls": True}, "--api-address"),
-        ({"roles": frozenset({Role.API})}, "--dev-issuer"),
+        ({"dev_issuer": {"address": ("0.0.0.0", 8888)}}, "--dev-issuer-address"),
+        ({"dev_issuer": {"address": ("127.0.0.1", 0)}}, "--dev-issuer-address"),
+        ({"api": {"address": ("192.0.2.1", 8082), "plain_http": True}}, "--api-address"),
+        ({"api": {"address": ("192.0.2.1", 8082), "tls": True}}, "--api-address"),
+        ({"appliance": {"roles": frozenset({Role.API})}}, "--dev-issuer"),
     ],
 )
 def test_nobody_beyond_this_machine_may_reach_it(tmp_path, given, field):
-    settings = Settings(home=tmp_path, cache=tmp_path, dev_issuer=True, **given)
+    settings = _with_issuer(tmp_path, given)
     with pytest.raises(InvalidInput, match=field) as caught:
         entry._check_address(settings)
     assert caught.value.field == field
 
 
 def test_it_has_a_name_only_where_there_is_one(tmp_path):
-    settings = Settings(home=tmp_path, cache=tmp_path, dev_issuer=True)
+    settings = _with_issuer(tmp_path, {})
     entry._check_address(settings)
     assert settings.dev_issuer_url == URL
     assert Settings(home=tmp_path, cache=tmp_path).dev_issuer_url is None

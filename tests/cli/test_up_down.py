@@ -48,7 +48,9 @@ def run(settings, ready):
         ready({"progress": "backend: process (as asked)"})
         ready({"progress": "getting buildkitd"})
         inherited = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and passed_on(int(fd))]
-        shown = {name: str(value) for name, value in vars(settings).items()}
+        shown = {"pool_files": str(settings.pool_files)} | {
+            f"{section}.{field}": str(value) for section, values in settings.configuration for field, value in values
+        }
         ready(described | {"settings": shown, "cwd": os.getcwd(), "inherited": inherited})
         print("up and running", file=sys.stderr, flush=True)
         got = [signal.sigwait(signals)]
@@ -134,13 +136,13 @@ def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     )
     settings = told["settings"]
     assert settings["pool_files"] == f"({tmp_path / 'pool.yaml'!r},)"
-    assert settings["gateway_hosts"] == "('a', 'b')"
-    assert settings["api_address"] == "('::1', 8082)"
-    assert settings["gateway_address"] == "('0.0.0.0', 1235)"
-    assert settings["drain_timeout"] == "0:01:30"
-    assert settings["api_cert"] == settings["api_key"] == str(tmp_path / "pool.yaml")
-    assert settings["api_tls"] == settings["dev_issuer"] == "True"
-    assert settings["dev_issuer_address"] == "('::1', 8889)"
+    assert settings["gateway.hosts"] == "('a', 'b')"
+    assert settings["api.address"] == "[::1]:8082"
+    assert settings["gateway.address"] == "0.0.0.0:1235"
+    assert settings["appliance.drain_timeout"] == "0:01:30"
+    assert settings["api.cert"] == settings["api.key"] == str(tmp_path / "pool.yaml")
+    assert settings["api.tls"] == settings["dev_issuer.enabled"] == "True"
+    assert settings["dev_issuer.address"] == "[::1]:8889"
 
 
 def test_up_twice_is_fine(up, bkpool):
@@ -148,14 +150,14 @@ def test_up_twice_is_fine(up, bkpool):
     again = bkpool("up", "-d", "--backend", "auto", "--api-address", "127.0.0.1:8082")
     assert again.returncode == 0
     assert json.loads(again.stdout)["pid"] == first["pid"]
-    assert "is running already" in again.stderr
+    assert "is already running" in again.stderr
 
 
 def test_up_twice_with_something_else_says_what_runs(up, bkpool):
     up()
     again = bkpool("up", "--api-address", "127.0.0.1:9999")
     assert again.returncode == 74
-    assert again.stderr.startswith("error: --api-address: bkpool is running already (pid ")
+    assert again.stderr.startswith("error: --api-address: bkpool is already running (pid ")
 
 
 @pytest.mark.parametrize("option", ["--api-tls", "--dev-issuer"])
@@ -163,7 +165,7 @@ def test_what_runs_without_the_option_is_not_taken_for_what_has_it(up, bkpool, o
     up()
     again = bkpool("up", "-d", option)
     assert again.returncode == 74
-    assert again.stderr.startswith(f"error: {option}: bkpool is running already (pid ")
+    assert again.stderr.startswith(f"error: {option}: bkpool is already running (pid ")
 
 
 def test_pool_files_that_come_too_late_are_said(up, bkpool, tmp_path):

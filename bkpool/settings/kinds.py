@@ -1,0 +1,167 @@
+"""The kinds of values that a setting can have, and how each is written as text and in TOML.
+
+It knows no setting. It reads and writes no file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from bkpool.core import durations
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import Key
+
+Toml = str | int | bool | list[str]
+"""What stands for a value in a TOML file."""
+
+HIGHEST_PORT = 65535
+_YES, _NO = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class Address(NamedTuple):
+    """Where a server listens. Port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of value.
+
+    Attributes:
+        name: What a value is called, with its article ("a duration").
+        metavar: What stands for a value in `--help`.
+        example: A value as a user writes it.
+        from_text: Text of an option or an environment variable to what TOML has. Raises ValueError.
+        read: What TOML has to the value; relative paths start at the directory. Raises ValueError with the reason.
+        write: The value to what TOML has.
+        repeated: Whether the option may be given several times.
+    """
+
+    name: str
+    metavar: str
+    example: str
+    from_text: Callable[[str], Toml]
+    read: Callable[[Toml, Path], Any]
+    write: Callable[[Any], Toml]
+    repeated: bool = False
+
+
+def _text(given: Toml, _directory: Path) -> str:
+    if not isinstance(given, str):
+        raise ValueError("is not text in quotes")  # noqa: TRY004 - callers of `read` expect ValueError
+    if not given or not given.isprintable():
+        raise ValueError("is empty" if not given else "has characters that cannot be printed")
+    return given
+
+
+def _duration(given: Toml, directory: Path) -> timedelta:
+    text = _text(given, directory)
+    try:
+        value = durations.parse(text)
+    except InvalidInput:
+        raise ValueError("is not a duration") from None
+    if value % _MILLISECOND:
+        raise ValueError("is not a whole number of milliseconds")
+    return value
+
+
+def _count(given: Toml, _directory: Path) -> int:
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise ValueError("is not a whole number")  # noqa: TRY004 - as above
+    return given
+
+
+def _switch(given: Toml, _directory: Path) -> bool:
+    if not isinstance(given, bool):
+        raise ValueError("is neither true nor false")  # noqa: TRY004 - as above
+    return given
+
+
+def _switch_text(text: str) -> bool:
+    if text.lower() in _YES | _NO:
+        return text.lower() in _YES
+    raise ValueError("is neither true nor false")
+
+
+def _count_text(text: str) -> int:
+    if re.fullmatch("[0-9]{1,18}", text) is None:
+        raise ValueError("is not a whole number")
+    return int(text)
+
+
+def _address(given: Toml, directory: Path) -> Address:
+    host, _, port = _text(given, directory).rpartition(":")
+    plain = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
+    if not plain or re.fullmatch("[0-9]{1,5}", port) is None or int(port) > HIGHEST_PORT:
+        raise ValueError("is not of the form HOST:PORT")
+    return Address(host.strip("[]"), int(port))
+
+
+def _file(given: Toml, directory: Path) -> Path:
+    return directory / _text(given, directory)
+
+
+def _pool(given: Toml, directory: Path) -> Key:
+    namespace, slash, name = _text(given, directory).partition("/")
+    if not slash or not namespace or not name or "/" in name:
+        raise ValueError("is not of the form NAMESPACE/NAME")
+    return Key(namespace, name)
+
+
+def _list_of(one: Callable[[Toml, Path], Any]) -> Callable[[Toml, Path], tuple[Any, ...]]:
+    def read(given: Toml, directory: Path) -> tuple[Any, ...]:
+        if not isinstance(given, list):
+            raise ValueError("is not a list")  # noqa: TRY004 - as above
+        return tuple(one(item, directory) for item in given)
+
+    return read
+
+
+def _listed(value: tuple[object, ...]) -> Toml:
+    return [str(item) for item in value]
+
+
+def _roles(given: Toml, directory: Path) -> frozenset[str]:
+    roles = frozenset(_list_of(_text)(given, directory))
+    if not roles or not roles <= {"api", "controller", "gateway"}:
+        raise ValueError("is not a list of roles")
+    return roles
+
+
+def _split(text: str) -> Toml:
+    return text.split(",")
+
+
+DURATION = Kind("a duration", "DURATION", "1h30m", str, _duration, durations.render)
+COUNT = Kind("a whole number", "NUMBER", "100", _count_text, _count, int)
+SWITCH = Kind("true or false", "", "true", _switch_text, _switch, bool)
+ADDRESS = Kind("HOST:PORT", "HOST:PORT", "127.0.0.1:8082 or [::1]:8082; port 0 takes a free one", str, _address, str)
+TEXT = Kind("a text", "TEXT", "my-name", str, _text, str)
+FILE = Kind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file, str)
+POOL = Kind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
+TEXTS = Kind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
+FILES = Kind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
+ROLES = Kind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
+
+Duration = Annotated[timedelta, DURATION]
+Count = Annotated[int, COUNT]
+Switch = Annotated[bool, SWITCH]
+Listen = Annotated[Address, ADDRESS]
+ListenOrDefault = Annotated[Address | None, ADDRESS]
+Text = Annotated[str, TEXT]
+OptionalText = Annotated[str | None, TEXT]
+OptionalFile = Annotated[Path | None, FILE]
+OptionalPool = Annotated[Key | None, POOL]
+Texts = Annotated[tuple[str, ...], TEXTS]
+Files = Annotated[tuple[Path, ...], FILES]

@@ -1,0 +1,336 @@
+"""Every setting of an appliance, by section, with its default, its bounds and what it is for.
+
+docs/configuration.md is written from this module. A number stays a constant in its room, and is missing here, where
+another value would break a rule (docs/rules.md) or only make sense together with changed code.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT, SYSTEM_NAMESPACE
+from bkpool.settings import kinds
+from bkpool.settings.kinds import (
+    Address,
+    Count,
+    Duration,
+    Files,
+    Listen,
+    ListenOrDefault,
+    OptionalFile,
+    OptionalPool,
+    OptionalText,
+    Switch,
+    Text,
+    Texts,
+)
+
+
+class Role(StrEnum):
+    """What one process of an appliance does. On a single machine one process does it all."""
+
+    API = "api"
+    CONTROLLER = "controller"
+    GATEWAY = "gateway"
+
+
+ALL_ROLES = frozenset(Role)
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    between: tuple[Any, Any] | None = None,
+    unit: str = "",
+    option: str = "",
+    metavar: str = "",
+    unset: str = "",
+    remembered: bool = True,
+) -> Any:
+    """A field of a section.
+
+    Args:
+        default: Its value where nobody gives one.
+        description: What it is for, in plain words.
+        between: The lowest and the highest value that are allowed.
+        unit: What a number counts.
+        option: The option of `up` that gives it; empty where there is none.
+        metavar: What stands for a value in `--help`, where its kind's own word says too little.
+        unset: What happens where it has no value.
+        remembered: Whether `up` remembers it for the next `up`, where it was given as an option.
+    """
+    lowest, highest = between or (None, None)
+    more: dict[str, JsonValue] = {
+        "unit": unit,
+        "option": option,
+        "metavar": metavar,
+        "unset": unset,
+        "remembered": remembered,
+    }
+    return Field(default, description=description, ge=lowest, le=highest, json_schema_extra=more)
+
+
+def _s(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
+
+
+class Section(BaseModel):
+    """A section of the file. Its docstring is the text of the documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Api(Section):
+    """The HTTP API that leases workers."""
+
+    address: Listen = setting(Address("127.0.0.1", API_PORT), "Where the API listens.", option="--api-address")
+    tls: Switch = setting(
+        False, "Serve the API over TLS, with a certificate of bkpool's own authority.", option="--api-tls"
+    )
+    cert: OptionalFile = setting(
+        None,
+        "Serve the API over TLS with this certificate (PEM, with its chain). bkpool reads it again when it changes.",
+        option="--api-cert",
+    )
+    key: OptionalFile = setting(None, "The key of the certificate (PEM).", option="--api-key")
+    plain_http: Switch = setting(
+        False, "Allow the API without TLS on an address that other machines can reach.", option="--plain-http"
+    )
+    max_body: Count = setting(
+        64 * 1024,
+        "The largest request body that the API reads. Raise it if callers send much metadata.",
+        between=(32 * 1024, 16 * 1024 * 1024),
+        unit="bytes",
+    )
+
+
+class Metrics(Section):
+    """What Prometheus reads."""
+
+    address: Listen = setting(
+        Address("127.0.0.1", METRICS_PORT), "Where `/metrics` is served.", option="--metrics-address"
+    )
+
+
+class Gateway(Section):
+    """The gateway that passes the connections of builds to workers.
+
+    In a cluster the controller passes the times and numbers of this section on to the gateways of its pools.
+    """
+
+    address: ListenOrDefault = setting(
+        None,
+        "Where the gateway listens.",
+        option="--gateway-address",
+        unset="port 1235 on 127.0.0.1; on every interface once gateway.hosts has a name",
+    )
+    hosts: Texts = setting(
+        (),
+        "Names and addresses of this machine by which clients reach the gateway. They go into its certificate; "
+        "clients are told the first one.",
+        option="--gateway-host",
+        unset="localhost",
+    )
+    pool: OptionalPool = setting(
+        None, "The pool of a gateway that runs alone, in a cluster.", option="--pool", remembered=False
+    )
+    handshake_timeout: Duration = setting(
+        _s(10), "From accepting a connection to the end of its TLS handshake.", between=(_s(1), _s(120))
+    )
+    register_timeout: Duration = setting(
+        _s(5), "How long the store may take to register a connection or to find a lease.", between=(_s(1), _s(60))
+    )
+    dial_timeout: Duration = setting(
+        _s(5), "How long a worker may take to accept a connection.", between=(_s(0.1), _s(60))
+    )
+    first_wait: Duration = setting(
+        _s(15),
+        "How long the gateway holds the first client of a lease whose worker does not answer. buildx gives up "
+        "after 20s.",
+        between=(_s(0), _s(300)),
+    )
+    second_wait: Duration = setting(
+        _s(12), "The same for the next client, after one has waited in vain.", between=(_s(0), _s(300))
+    )
+    half_open_timeout: Duration = setting(
+        _s(60),
+        "How long one direction of a connection may stay open after the other has ended.",
+        between=(_s(1), _s(3600)),
+    )
+    drain_idle_timeout: Duration = setting(
+        _s(60), "How long a connection may be silent after its lease has ended.", between=(_s(1), _s(3600))
+    )
+    pending_connections: Count = setting(
+        1024,
+        "Connections that are in their handshake or are being refused. One more closes the oldest.",
+        between=(16, 100_000),
+    )
+    connections: Count = setting(10_000, "Open connections with a lease.", between=(1, 1_000_000))
+    connections_per_pool: Count = setting(5_000, "Open connections of one pool.", between=(1, 1_000_000))
+    connections_per_lease: Count = setting(256, "Open connections of one lease.", between=(1, 100_000))
+
+
+class Controller(Section):
+    """The controller that starts, watches and removes workers."""
+
+    max_failures: Count = setting(
+        5, "After so many failed starts in a row a lease ends with an error.", between=(1, 100)
+    )
+    stable_after: Duration = setting(
+        _s(60), "A worker that ran for so long counts its failures from 0 again.", between=(_s(1), _s(3600))
+    )
+    backoff: Duration = setting(
+        _s(0.5),
+        "Pause before the second start of a worker that failed. It doubles each time.",
+        between=(_s(0.05), _s(600)),
+    )
+    backoff_max: Duration = setting(_s(120), "The longest such pause.", between=(_s(0.05), _s(3600)))
+
+
+class Allocation(Section):
+    """The queue of callers that wait for a worker."""
+
+    max_waiters: Count = setting(
+        1000, "Requests that may wait for one pool. One more is refused at once.", between=(1, 100_000)
+    )
+
+
+class Identity(Section):
+    """How callers are recognised."""
+
+    issuer_timeout: Duration = setting(
+        _s(5), "How long an issuer may take to answer with its keys.", between=(_s(0.5), _s(60))
+    )
+    keys_fresh: Duration = setting(
+        _s(600),
+        "How long the keys of an issuer are used before they are fetched again.",
+        between=(_s(10), _s(86_400)),
+    )
+    keys_stale: Duration = setting(
+        _s(3600), "How long they are used while the issuer does not answer.", between=(_s(10), _s(7 * 86_400))
+    )
+    secret_fresh: Duration = setting(
+        _s(10),
+        "How long the tokens of a pool are used before their Secret is read again: a token that you remove still "
+        "opens the pool for so long.",
+        between=(_s(0), _s(3600)),
+    )
+    token_review_timeout: Duration = setting(
+        _s(10), "How long the cluster may take to check the token of a ServiceAccount.", between=(_s(0.5), _s(60))
+    )
+
+
+class Workers(Section):
+    """The buildkitd daemons."""
+
+    buildkit_image: OptionalText = setting(
+        None,
+        "The image of workers that are pods, where their pool names none.",
+        option="--buildkit-image",
+        metavar="IMAGE",
+        unset="the one that this release names",
+    )
+
+
+class Kind(Section):
+    """The kind cluster that bkpool makes (backend `kind`)."""
+
+    cluster: Text = setting("bkpool", "The name of the kind cluster.", option="--cluster", metavar="NAME")
+    node_image: OptionalText = setting(
+        None,
+        "The image of the cluster's node.",
+        option="--node-image",
+        metavar="IMAGE",
+        unset="the one that belongs to this kind",
+    )
+    image_archives: Files = setting(
+        (),
+        "Archives made by `docker save`, to load into the cluster where it can pull no images.",
+        option="--image-archive",
+        remembered=False,
+    )
+
+
+class Kubernetes(Section):
+    """The cluster (backends `kind` and `kubernetes`)."""
+
+    kubeconfig: OptionalFile = setting(
+        None, "The kubeconfig of the cluster (backend `kubernetes`).", option="--kubeconfig", unset="as kubectl"
+    )
+    context: OptionalText = setting(
+        None, "The context in the kubeconfig.", option="--context", metavar="NAME", unset="its current context"
+    )
+    namespace: Text = setting(
+        SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace", metavar="NAME"
+    )
+    pool_namespaces: Texts = setting(
+        (), "Namespaces that may have pools.", option="--pool-namespace", unset="every namespace"
+    )
+    image: OptionalText = setting(
+        None,
+        "The image of bkpool, for the gateways of pools in a cluster.",
+        option="--image",
+        metavar="IMAGE",
+        unset="the one of this release",
+    )
+
+
+class DevIssuer(Section):
+    """An issuer for trying out identities on one machine. It makes a token for anyone who asks."""
+
+    enabled: Switch = setting(
+        False, "Also run an issuer that makes a token for anyone who asks; for development.", option="--dev-issuer"
+    )
+    address: Listen = setting(
+        Address("127.0.0.1", DEV_ISSUER_PORT), "Where this issuer listens.", option="--dev-issuer-address"
+    )
+
+
+class Appliance(Section):
+    """The process as a whole: what it does, and how it ends."""
+
+    roles: Annotated[frozenset[Role], kinds.ROLES] = setting(
+        ALL_ROLES,
+        "What this process does, in a cluster: api,controller or gateway.",
+        option="--roles",
+        remembered=False,
+    )
+    drain_timeout: Duration = setting(
+        timedelta(minutes=10),
+        "How long open builds may go on after SIGTERM or `down`.",
+        between=(_s(0), timedelta(days=7)),
+        option="--drain-timeout",
+    )
+    release_grace: Duration = setting(
+        _s(1),
+        "How long the API still answers after the last build of a drain, so that its lease can be released.",
+        between=(_s(0), _s(60)),
+    )
+    unroute_delay: Duration = setting(
+        _s(5),
+        "How long a replica in a cluster still accepts connections after SIGTERM, until no Service routes to it.",
+        between=(_s(0), _s(120)),
+    )
+
+
+class Configuration(BaseModel):
+    """All settings. The names of the fields are the sections of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api: Api = Api()
+    gateway: Gateway = Gateway()
+    metrics: Metrics = Metrics()
+    controller: Controller = Controller()
+    allocation: Allocation = Allocation()
+    identity: Identity = Identity()
+    workers: Workers = Workers()
+    kind: Kind = Kind()
+    kubernetes: Kubernetes = Kubernetes()
+    dev_issuer: DevIssuer = DevIssuer()
+    appliance: Appliance = Appliance()

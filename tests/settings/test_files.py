@@ -1,0 +1,130 @@
+"""config.toml and remembered.toml on disk: what is kept, what is changed, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.settings import files
+from bkpool.settings.catalogue import settings
+from bkpool.settings.sources import Source, Value, from_document, from_options
+from support.setting_values import any_value
+
+HERE = Path("/somewhere")
+
+
+@pytest.fixture
+def home(tmp_path):
+    path = tmp_path / "home"
+    path.mkdir(mode=0o700)
+    return path
+
+
+def test_without_a_home_every_value_is_the_default(tmp_path):
+    resolved = files.load(tmp_path / "none", {}, {}, HERE)
+    assert {one.source for one in resolved.values} == {Source.DEFAULT}
+    assert not (tmp_path / "none").exists()
+
+
+def test_options_are_remembered_and_the_later_one_wins(home):
+    files.remember(home, from_options({"api.address": "[::1]:1", "gateway.hosts": ["a", "b"]}, HERE).values())
+    files.remember(home, from_options({"api.address": "[::1]:2"}, HERE).values())
+    kept = files.load(home, {}, {}, HERE)
+    assert kept.get("api.address").text == "[::1]:2"
+    assert kept.get("gateway.hosts").value == ("a", "b")
+    assert {one.setting.name for one in kept.of(Source.REMEMBERED)} == {"api.address", "gateway.hosts"}
+    assert (home / "remembered.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_belongs_to_one_start_is_not_remembered(home):
+    given = {"kind.image_archives": ["/a.tar"], "appliance.roles": "api", "gateway.pool": "default/p"}
+    files.remember(home, from_options(given, HERE).values())
+    assert not (home / "remembered.toml").exists()
+
+
+def test_one_value_or_all_is_forgotten(home):
+    files.remember(home, from_options({"api.tls": True, "kind.cluster": "x"}, HERE).values())
+    assert files.forget(home, settings()["api.tls"])
+    assert not files.forget(home, settings()["api.tls"])
+    assert set(files.remembered(home)) == {"kind.cluster"}
+    assert files.forget(home, None)
+    assert not files.forget(home, None)
+    assert files.remembered(home) == {}
+
+
+def test_a_remembered_value_that_this_version_does_not_know_says_how_to_forget_it(home):
+    (home / "remembered.toml").write_text("[api]\ncolour = 1\n")
+    with pytest.raises(InvalidInput, match=r"remembered.toml: \[api\] colour: there is no such field") as caught:
+        files.load(home, {}, {}, HERE)
+    assert "`bkpool config unset --all`" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"[api\n", r"config.toml: .* \(at line 1, column 5\)"), (b"\xff", "is not text in UTF-8")],
+)
+def test_a_file_that_is_not_toml_is_named(home, content, message):
+    (home / "config.toml").write_bytes(content)
+    with pytest.raises(InvalidInput, match=message):
+        files.load(home, {}, {}, HERE)
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_of_the_machine(home):
+    (home / "config.toml").mkdir()
+    with pytest.raises(HostFault, match=r"config.toml cannot be read: Is a directory"):
+        files.load(home, {}, {}, HERE)
+
+
+BEFORE = """# My settings
+
+[api]  # for the office
+address = "0.0.0.0:8082"  # every interface
+
+[gateway]
+hosts = ["a"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "after"),
+    [
+        ("api.address", "[::1]:1", BEFORE.replace('"0.0.0.0:8082"  # every interface', '"[::1]:1"')),
+        ("api.tls", "true", BEFORE.replace("office\n", "office\ntls = true\n")),
+        ("kind.cluster", "x", BEFORE + '\n[kind]\ncluster = "x"\n'),
+        ("gateway.hosts", "b,c", BEFORE.replace('["a"]', '["b", "c"]')),
+        ("gateway.hosts", None, BEFORE.replace('hosts = ["a"]\n', "")),
+        ("kind.cluster", None, BEFORE),
+    ],
+)
+def test_one_line_of_the_file_changes_and_the_comments_stay(home, name, value, after):
+    (home / "config.toml").write_text(BEFORE)
+    one = settings()[name]
+    changed = files.change(home, one, value and one.from_text(value, where=name, directory=HERE))
+    assert (home / "config.toml").read_text() == after
+    assert changed == (after != BEFORE)
+
+
+@pytest.mark.parametrize(
+    "text", ['gateway.hosts = ["a"]\n', '[gateway]\nhosts = [\n"a",\n]\n', 'gateway = {hosts = ["a"]}\n']
+)
+def test_a_form_that_takes_more_than_one_line_is_left_to_its_author(home, text):
+    (home / "config.toml").write_text(text)
+    with pytest.raises(InvalidInput, match="cannot change this line") as caught:
+        files.change(home, settings()["gateway.hosts"], ("b",))
+    assert caught.value.hint == "Edit the file yourself."
+    assert (home / "config.toml").read_text() == text
+
+
+@given(any_value())
+def test_every_value_survives_both_files(tmp_path_factory, case):
+    one, value = case
+    home = tmp_path_factory.mktemp("home") / "home"
+    assert files.change(home, one, value)
+    files.remember(home, [Value(one, value, Source.OPTION, one.option)])
+    file = home / "config.toml"
+    assert from_document(files.read(file), file, Source.FILE)[one.name].value == value
+    files.change(home, one, None)
+    if one.remembered:
+        assert files.remembered(home)[one.name].value == value
+    assert one.name not in from_document(files.read(file), file, Source.FILE)

@@ -1,0 +1,190 @@
+"""Precedence of the sources, what each refuses, and that a value survives being written and read."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from bkpool.core.errors import InvalidInput
+from bkpool.core.names import Key
+from bkpool.settings import kinds
+from bkpool.settings.catalogue import find, settings
+from bkpool.settings.kinds import Address
+from bkpool.settings.sources import Source, from_document, from_environment, from_options, resolve
+from support.setting_values import any_value, bounds
+
+HERE = Path("/somewhere")
+FILE = Path("/home/config.toml")
+REMEMBERED = Path("/home/remembered.toml")
+NAME = "appliance.drain_timeout"
+
+GIVES = {
+    Source.OPTION: lambda text: from_options({NAME: text}, HERE),
+    Source.ENVIRONMENT: lambda text: from_environment({"BKPOOL_APPLIANCE_DRAIN_TIMEOUT": text}, HERE),
+    Source.FILE: lambda text: from_document({"appliance": {"drain_timeout": text}}, FILE, Source.FILE),
+    Source.REMEMBERED: lambda text: from_document(
+        {"appliance": {"drain_timeout": text}}, REMEMBERED, Source.REMEMBERED
+    ),
+}
+ORDER = list(GIVES)
+
+
+@pytest.mark.parametrize("present", range(2 ** len(ORDER)))
+def test_the_first_source_that_has_a_value_wins(present):
+    having = [source for number, source in enumerate(ORDER) if present >> number & 1]
+    layers = [GIVES[source](f"{60 + ORDER.index(source)}s") if source in having else {} for source in ORDER]
+    value = resolve(*layers).get(NAME)
+    if having:
+        assert value.source is having[0]
+        assert value.value == timedelta(seconds=60 + ORDER.index(having[0]))
+    else:
+        assert (value.source, value.value) == (Source.DEFAULT, timedelta(minutes=10))
+
+
+def test_each_value_knows_where_it_was_given():
+    assert [GIVES[source]("1m")[NAME].where for source in ORDER] == [
+        "--drain-timeout",
+        "BKPOOL_APPLIANCE_DRAIN_TIMEOUT",
+        "/home/config.toml: [appliance] drain_timeout",
+        "/home/remembered.toml: [appliance] drain_timeout",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("document", "message", "hint"),
+    [
+        (
+            {"gateway": {"handshake_timeout": "soon"}},
+            "/home/config.toml: [gateway] handshake_timeout: 'soon' is not a duration",
+            "Write a duration from 1s to 2m.",
+        ),
+        (
+            {"gateway": {"handshake_timeout": "1h"}},
+            "/home/config.toml: [gateway] handshake_timeout: '1h' is out of bounds",
+            "Write a duration from 1s to 2m.",
+        ),
+        (
+            {"gateway": {"handshake_timeout": 15}},
+            "/home/config.toml: [gateway] handshake_timeout: '15' is not text in quotes",
+            "Write a duration from 1s to 2m.",
+        ),
+        (
+            {"gateway": {"connections": True}},
+            "/home/config.toml: [gateway] connections: 'True' is not a whole number",
+            "Write a whole number from 1 to 1000000.",
+        ),
+        (
+            {"api": {"tls": "yes"}},
+            "/home/config.toml: [api] tls: 'yes' is neither true nor false",
+            "Write true or false, such as true.",
+        ),
+        (
+            {"gateway": {"handshake_timout": "15s"}},
+            "/home/config.toml: [gateway] handshake_timout: there is no such field",
+            "Did you mean handshake_timeout?",
+        ),
+        (
+            {"gatway": {"connections": 5}},
+            "/home/config.toml: [gatway]: there is no such section",
+            "Did you mean gateway?",
+        ),
+        (
+            {"connections": 5},
+            "/home/config.toml: [connections]: there is no such section",
+            "`bkpool config` lists all settings.",
+        ),
+        (
+            {"api": 5},
+            "/home/config.toml: api: there is no such field outside a section",
+            "Write a section: [api].",
+        ),
+        (
+            {"home": "/x"},
+            "/home/config.toml: home: the home cannot be set in this file",
+            "Set the environment variable BKPOOL_HOME.",
+        ),
+        (
+            {"appliance": {"backend": "kind"}},
+            "/home/config.toml: [appliance] backend: the backend cannot be set in this file",
+            "Give `up` the option --backend.",
+        ),
+    ],
+)
+def test_a_fault_in_the_file_names_the_place_the_value_and_what_is_allowed(document, message, hint):
+    with pytest.raises(InvalidInput) as caught:
+        from_document(document, FILE, Source.FILE)
+    assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        ("BKPOOL_API_ADDRESS", "nowhere", "BKPOOL_API_ADDRESS: 'nowhere' is not of the form HOST:PORT"),
+        ("BKPOOL_API_TLS", "maybe", "BKPOOL_API_TLS: 'maybe' is neither true nor false"),
+        ("BKPOOL_GATEWAY_CONNECTIONS", "-1", "BKPOOL_GATEWAY_CONNECTIONS: '-1' is not a whole number"),
+        ("BKPOOL_GATEWAY_CONECTIONS", "5", "BKPOOL_GATEWAY_CONECTIONS: there is no such setting"),
+        ("BKPOOL_APPLIANCE_ROLES", "cook", "BKPOOL_APPLIANCE_ROLES: 'cook' is not a list of roles"),
+    ],
+)
+def test_a_fault_in_the_environment_names_the_variable(variable, text, message):
+    with pytest.raises(InvalidInput) as caught:
+        from_environment({variable: text}, HERE)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("BKPOOL_HOME", "BKPOOL_CACHE", "BKPOOL_MIRROR", "BKPOOL_DEBUG", "BKPOOL_LEASE_TOKEN", "BKPOOL_ID_TOKEN"),
+        *("BKPOOL_API_SERVICE_HOST", "BKPOOL_API_SERVICE_PORT", "BKPOOL_API_SERVICE_PORT_HTTP"),
+        *("BKPOOL_GATEWAY_PORT", "BKPOOL_GATEWAY_PORT_1235_TCP", "BKPOOL_GATEWAY_PORT_1235_TCP_ADDR"),
+        "PATH",
+    ],
+)
+def test_variables_with_another_meaning_are_left_alone(variable):
+    assert from_environment({variable: "x"}, HERE) == {}
+
+
+def test_an_empty_variable_gives_nothing():
+    assert from_environment({"BKPOOL_API_ADDRESS": ""}, HERE) == {}
+
+
+def test_no_setting_has_a_name_that_kubernetes_gives_to_services():
+    for one in settings().values():
+        assert not one.field.startswith(("port", "service_")), one.name
+
+
+def test_values_that_contradict_each_other_are_refused():
+    layer = from_environment({"BKPOOL_CONTROLLER_BACKOFF": "5m"}, HERE)
+    with pytest.raises(InvalidInput, match=r"BKPOOL_CONTROLLER_BACKOFF: controller.backoff \(5m\) is more than"):
+        resolve(layer)
+
+
+def test_relative_paths_start_where_they_were_written():
+    assert from_options({"api.cert": "a.crt"}, HERE)["api.cert"].value == HERE / "a.crt"
+    in_file = from_document({"api": {"cert": "a.crt"}}, FILE, Source.FILE)
+    assert in_file["api.cert"].value == FILE.parent / "a.crt"
+
+
+@pytest.mark.parametrize("name", ["api.address", "BKPOOL_API_ADDRESS", "--api-address"])
+def test_a_setting_is_found_by_each_of_its_names(name):
+    assert find(name).name == "api.address"
+
+
+@given(any_value())
+def test_every_value_survives_being_written_and_read(case):
+    one, value = case
+    assert one.from_toml(one.kind.write(value), where="here", directory=HERE) == value
+    listed = isinstance(value, tuple | frozenset) and not isinstance(value, Address | Key)
+    if not listed or (value and not any("," in str(item) for item in value)):
+        assert one.from_text(one.text(value), where="here", directory=HERE) == value
+
+
+def test_every_number_and_duration_has_bounds_and_every_setting_a_description():
+    for one in settings().values():
+        assert one.description.endswith("."), one.name
+        if one.kind in {kinds.COUNT, kinds.DURATION}:
+            lowest, highest = bounds(one)
+            assert lowest <= one.default <= highest, one.name

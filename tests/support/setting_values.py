@@ -1,0 +1,42 @@
+"""Settings with values that they allow, for hypothesis."""
+
+import string
+from datetime import timedelta
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from bkpool.core.names import Key
+from bkpool.settings import kinds
+from bkpool.settings.catalogue import settings
+from bkpool.settings.kinds import Address
+
+TEXTS = st.text(st.sampled_from(string.ascii_letters + string.digits + "/.-_é\"'\\ #"), min_size=1)
+VALUES = {
+    kinds.SWITCH: st.booleans(),
+    kinds.ADDRESS: st.builds(Address, st.sampled_from(["127.0.0.1", "::1", "host.example"]), st.integers(0, 65535)),
+    kinds.TEXT: TEXTS,
+    kinds.FILE: TEXTS.map(lambda text: Path("/") / text),
+    kinds.POOL: st.builds(Key, st.sampled_from(["default", "team-a"]), st.sampled_from(["default", "x"])),
+    kinds.TEXTS: st.lists(TEXTS, max_size=3).map(tuple),
+    kinds.FILES: st.lists(TEXTS.map(lambda text: Path("/") / text), max_size=3).map(tuple),
+    kinds.ROLES: st.sets(st.sampled_from(["api", "controller", "gateway"]), min_size=1).map(frozenset),
+}
+
+
+@st.composite
+def any_value(draw):
+    """A setting, and a value that it allows."""
+    one = draw(st.sampled_from(list(settings().values())))
+    if one.kind in VALUES:
+        return one, draw(VALUES[one.kind])
+    lowest, highest = bounds(one)
+    if one.kind is kinds.COUNT:
+        return one, draw(st.integers(lowest, highest))
+    milliseconds = st.integers(lowest // timedelta(milliseconds=1), highest // timedelta(milliseconds=1))
+    return one, draw(milliseconds.map(lambda number: timedelta(milliseconds=number)))
+
+
+def bounds(one):
+    metadata = one._info.metadata
+    return (next(m.ge for m in metadata if hasattr(m, "ge")), next(m.le for m in metadata if hasattr(m, "le")))
