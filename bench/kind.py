@@ -23,9 +23,10 @@ from typing import Any
 
 from bench.appliance import CONTEXT_MB, warm_allocate_on, with_context
 from bench.table import spread
-from bkpool.core import policy
 from bkpool.core.names import Slot
+from bkpool.core.observation import DaemonState, Observation, Snapshot
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.reconcile.decide import decide
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
 from bkpool.kube import ClusterAccess, KubeApi, paths
@@ -230,9 +231,9 @@ def _decisions(count: int) -> list[float]:
         worker = new_worker(slot, pool, None, {})
         worker = worker.but(metadata=worker.metadata.but(uid=f"u{number}", creation_timestamp=now))
         workers.append(worker.with_status(phase=Phase.IDLE, endpoint="tcp://127.0.0.1:1"))
-        observed[slot] = policy.Observation(f"u{number}", policy.Running.READY, "tcp://127.0.0.1:1", None)
-    snapshot = policy.Snapshot(pool, tuple(workers), observed, {})
-    return [_timed(lambda: policy.decide(snapshot, now)) * 1000 for _ in range(20)]
+        observed[slot] = Observation(f"u{number}", DaemonState.READY, "tcp://127.0.0.1:1", None)
+    snapshot = Snapshot(pool, tuple(workers), observed, {})
+    return [_timed(lambda: decide(snapshot, now)) * 1000 for _ in range(20)]
 
 
 def _timed(work: Callable[[], Any]) -> float:

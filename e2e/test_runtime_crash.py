@@ -13,7 +13,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
-from bkpool.workers import Running
+from bkpool.workers import DaemonState
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 from harness import only
 
@@ -108,7 +108,7 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
 
     runtime = ProcessRuntime(home, binaries)
     await runtime.adopt()
-    assert [seen.state for seen in runtime.observe().values()] == [Running.READY] * survives
+    assert [seen.state for seen in runtime.observe().values()] == [DaemonState.READY] * survives
     assert len(daemons(home)) == survives
     assert runtime.caches() == {SLOT: "anna"}
 

@@ -30,7 +30,7 @@ from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
-from bkpool.workers import Running
+from bkpool.workers import DaemonState
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 
 uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])

@@ -20,10 +20,11 @@ from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.leases import LeaseService, facts, find_pool, lifetime, living
 from bkpool.allocation.wait_queue import Waiter, WaitQueue
 from bkpool.core import tokens
+from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.placement import owner_of, place
+from bkpool.core.placement import choose
 from bkpool.core.pool import Pool
 from bkpool.core.worker import EndReason, Lease, Worker, new_worker
 from bkpool.identity import Identity
@@ -212,7 +213,7 @@ class Allocator:
         while True:
             allocation_id = str(uuid.uuid4())
             claiming(allocation_id)
-            owner = owner_of(pool.spec.reuse, caller.tenant, pool.uid, allocation_id)
+            owner = cache_owner_digest(pool.spec.reuse, caller.tenant, pool.uid, allocation_id)
             spot = await self._stand(line, pool.key, Waiter(owner, request_key), first=first)
             if isinstance(spot, Worker) and spot.lease is not None:
                 return self._owe(spot, answered=True)  # the lease of the same job, made while this request waited
@@ -370,7 +371,7 @@ class Allocator:
         current = self._mirror.pools.get(pool)
         if current is None:
             return None
-        return place(current, self._mirror.workers_of(pool), self._caches(), waiter.owner, taken)
+        return choose(current, self._mirror.workers_of(pool), self._caches(), waiter.owner, taken)
 
     def _serve(self, pool: Key) -> None:
         line = self._lines.get(pool)

@@ -19,8 +19,8 @@ from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.api.reading import read
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
-from bkpool.core.policy import counts
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_status import worker_counts
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import AccessControl, forbidden, refusal
@@ -231,7 +231,7 @@ class Service:
 
     def _live(self, pool: Pool) -> dict[str, Any]:
         return {
-            **counts(self.mirror.workers_of(pool.key)),
+            **worker_counts(self.mirror.workers_of(pool.key)),
             "waiting": self.claims.waiting(pool.key),
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint(pool),

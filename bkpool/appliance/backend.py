@@ -20,9 +20,8 @@ from bkpool.appliance.identities import Methods
 from bkpool.appliance.settings import Settings, Tell
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict
-from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
-from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
 from bkpool.identity.static_tokens import FileTokenReader, SecretTokenReader, StaticTokenAuthenticator
@@ -39,6 +38,7 @@ from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.workers import Runtime
+from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
 from bkpool.workers.pods.runtime import PodRuntime
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
@@ -62,8 +62,6 @@ class Backend:
     gateway: str
     """The name under which this appliance's gateway registers: the same over all its lives."""
     recorder: Recorder
-    unread: Collection[str]
-    """Fields of a pool's spec that nothing reads here."""
     methods: Methods
     """Ways of knowing a caller."""
     only_files: bool = False
@@ -88,15 +86,15 @@ class Backend:
         return claims, leases
 
     def controller(
-        self, mirror: Mirror, setting: Callable[[Pool], PoolSetting], now: Callable[[], datetime]
+        self, mirror: Mirror, status_inputs: Callable[[Pool], PoolStatusInputs], now: Callable[[], datetime]
     ) -> Controller:
-        """What carries out the policy over these parts."""
+        """The controller over these parts."""
         return Controller(
             store=self.store,
             mirror=mirror,
             runtime=self.runtime,
             now=now,
-            setting=setting,
+            status_inputs=status_inputs,
             recorder=self.recorder,
         )
 
@@ -118,7 +116,6 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
         dial=PlainDial,
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
-        unread=PROCESS_IGNORES,
         methods=lambda pools: (StaticTokenAuthenticator(FileTokenReader(), pools),),
         only_files=True,
     )
@@ -150,7 +147,9 @@ async def open_cluster(
     tell({"progress": "installing the custom resources"})
     await crds.install(api)
     await _ensure_namespace(api, settings.namespace)
-    opened = await _opened(stack, settings, api, _name_of(settings.home), unread=KIND_IGNORES, host_ports=host_ports)
+    opened = await _opened(
+        stack, settings, api, _name_of(settings.home), ignored=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
+    )
     return opened.backend
 
 
@@ -164,7 +163,7 @@ async def open_in_cluster(stack: AsyncExitStack, settings: Settings, name: str) 
     """
     api = await KubeApi.connect(settings.access)
     stack.push_async_callback(api.close)
-    return await _opened(stack, settings, api, name, unread=CLUSTER_IGNORES, host_ports=None)
+    return await _opened(stack, settings, api, name, ignored=IGNORED_IN_CLUSTER, host_ports=None)
 
 
 async def _opened(
@@ -173,7 +172,7 @@ async def _opened(
     api: KubeApi,
     name: str,
     *,
-    unread: Collection[str],
+    ignored: Collection[str],
     host_ports: tuple[int, ...] | None,
 ) -> InCluster:
     store = KubernetesStore(api)
@@ -188,6 +187,7 @@ async def _opened(
         image=settings.buildkit_image,
         host_ports=host_ports,
         namespaces=settings.pool_namespaces or None,
+        ignored_spec_fields=ignored,
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)
@@ -199,7 +199,6 @@ async def _opened(
         dial=TlsDialler(context),
         gateway=name,
         recorder=recorder,
-        unread=unread,
         methods=lambda pools: (
             StaticTokenAuthenticator(SecretTokenReader(api), pools),
             ServiceAccountAuthenticator(api),

@@ -32,8 +32,8 @@ from bkpool.core.documents import Documents
 from bkpool.core.errors import Unavailable
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
-from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.gateway.control.registration import StoreRegistrar
 from bkpool.gateway.control.server import Gateway, default_threads
 from bkpool.gateway.session.metrics import GatewayMetrics
@@ -127,14 +127,14 @@ class HostAppliance:
 
     async def _control(self, backend: Backend, mirror: Mirror, issuers: IssuerKeys, endpoint: str) -> None:
         """The controller, for as long as nobody else runs one."""
-        ignored = IgnoredFields(backend.unread)
+        ignored = IgnoredFields(backend.runtime.ignored_spec_fields)
 
-        def setting(pool: Pool) -> PoolSetting:
-            return PoolSetting(endpoint=endpoint, ignored=ignored.of(pool), capacity=backend.runtime.capacity)
+        def status_inputs(pool: Pool) -> PoolStatusInputs:
+            return PoolStatusInputs(endpoint=endpoint, ignored=ignored.of(pool), capacity=backend.runtime.capacity)
 
         async def work() -> None:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(backend.controller(mirror, setting, _now).run())
+                tasks.create_task(backend.controller(mirror, status_inputs, _now).run())
                 tasks.create_task(ConfigKeeper(backend.store, mirror, issuers.probe, _now).run())
 
         if backend.leadership is None:

@@ -29,8 +29,8 @@ from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
-from bkpool.core.policy import PoolSetting
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.install.manifests import CONTROLLER, IMAGE
@@ -156,16 +156,16 @@ class ControlReplica:
             recorder=backend.recorder,
         )
 
-        ignored = IgnoredFields(backend.unread)
+        ignored = IgnoredFields(backend.runtime.ignored_spec_fields)
 
-        def setting(pool: Pool) -> PoolSetting:
-            return PoolSetting(
+        def status_inputs(pool: Pool) -> PoolStatusInputs:
+            return PoolStatusInputs(
                 endpoint=gateways.endpoints.get(pool.key) or endpoint_of(pool),
                 ignored=ignored.of(pool),
-                trouble=gateways.trouble.get(pool.key, ""),
+                gateway_problem=gateways.trouble.get(pool.key, ""),
             )
 
-        controller = backend.controller(mirror, setting, _now)
+        controller = backend.controller(mirror, status_inputs, _now)
         unsubscribe = gateways.on_change(controller.look_again)
         try:
             async with asyncio.TaskGroup() as tasks:

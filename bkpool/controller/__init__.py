@@ -1,4 +1,4 @@
-"""The controller: carries out what core.policy decides, for every pool, whenever something changed.
+"""The controller: carries out what core.reconcile decides, for every pool, whenever something changed.
 
 It is woken by changes in the store, by the runtime and by the next deadline that the policy named; it never polls and
 never decides.

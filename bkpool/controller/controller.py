@@ -13,10 +13,27 @@ from datetime import datetime
 import structlog
 
 from bkpool.allocation.leases import facts
-from bkpool.core import policy
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
+from bkpool.core.observation import Snapshot
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.actions import (
+    Action,
+    CreateWorker,
+    FinishLease,
+    LoseLease,
+    RemoveWorker,
+    SetCacheOwner,
+    SetProtection,
+    StartDaemon,
+    WipeCache,
+    WriteStatus,
+    slot_of_action,
+)
+from bkpool.core.reconcile.decide import decide, stray_slots
+from bkpool.core.reconcile.failures import failed_worker, failure_message
+from bkpool.core.reconcile.lease_end import with_lease_remembered
+from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.store import Store
@@ -31,14 +48,14 @@ PAUSE = 2.0
 
 
 class Controller:
-    """Keeps the workers as the policy wants them.
+    """Carries out what `core.reconcile` decides, for every pool.
 
     Args:
         store: Where pools and workers are.
         mirror: The copy in memory to decide from.
         runtime: Runs buildkitd.
         now: The clock.
-        setting: What a pool's status tells beside its workers.
+        status_inputs: What a pool's status tells beside its workers.
         recorder: Is told what a person would ask about.
     """
 
@@ -49,14 +66,14 @@ class Controller:
         mirror: Mirror,
         runtime: Runtime,
         now: Callable[[], datetime],
-        setting: Callable[[Pool], policy.PoolSetting],
+        status_inputs: Callable[[Pool], PoolStatusInputs],
         recorder: Recorder,
     ) -> None:
         self._store = store
         self._mirror = mirror
         self._runtime = runtime
         self._now = now
-        self._setting = setting
+        self._status_inputs = status_inputs
         self._recorder = recorder
         self._ended: dict[Key, Pool] = {}
         """Pools that are known to be gone although workers of theirs are not yet."""
@@ -96,21 +113,21 @@ class Controller:
         deadlines: list[datetime] = []
         observed, caches = self._runtime.observe(), self._runtime.caches()
         for pool in [*self._mirror.pools.values(), *self._ended_pools()]:
-            snapshot = policy.Snapshot(
+            snapshot = Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
                 observed=observed,
                 caches=caches,
                 busy=frozenset(slot for slot in self._acting if (slot.namespace, slot.pool) == pool.key),
             )
-            decision = policy.decide(snapshot, now)
+            decision = decide(snapshot, now)
             for action in decision.actions:
-                self._begin(policy.slot_in(action), self._carry_out(action, pool))
+                self._begin(slot_of_action(action), self._carry_out(action, pool))
             if decision.wake_at is not None:
                 deadlines.append(decision.wake_at)
             if pool.key in self._mirror.pools:
                 self._tell(pool, snapshot.workers, now)
-        for slot in policy.strays(observed, self._mirror.workers.values(), self._acting):
+        for slot in stray_slots(observed, self._mirror.workers.values(), self._acting):
             self._begin(slot, self._stop_stray(slot))
         return min(deadlines, default=None)
 
@@ -165,30 +182,30 @@ class Controller:
         log_tail = error.log_tail if isinstance(error, WorkerFailed) else ""
         log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
-        message = policy.failure_message(current, error.message_and_hint, log_tail)
+        message = failure_message(current, error.message_and_hint, log_tail)
         self._recorder.record(current, "Failed", message, warning=True)
-        self._mirror.apply(await self._store.replace_status(policy.failed(current, message, self._now())))
+        self._mirror.apply(await self._store.replace_status(failed_worker(current, message, self._now())))
 
-    async def _carry_out(self, action: policy.Action, pool: Pool) -> None:
+    async def _carry_out(self, action: Action, pool: Pool) -> None:
         match action:
-            case policy.Create(slot):
+            case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
                 self._recorder.record(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
-            case policy.Start(worker, owner):
+            case StartDaemon(worker, owner):
                 await self._start(worker, owner, pool)
-            case policy.OwnCache(worker, owner):
+            case SetCacheOwner(worker, owner):
                 await self._runtime.own(worker.slot, owner)
-            case policy.Protect(worker, held):
+            case SetProtection(worker, held):
                 await self._runtime.protect(worker.slot, held=held)
-            case policy.Wipe(slot):
+            case WipeCache(slot):
                 await self._runtime.wipe(slot)
-            case policy.Report(worker):
+            case WriteStatus(worker):
                 await self._report(worker)
-            case policy.Lose(worker, message):
+            case LoseLease(worker, message):
                 await self._lose(worker, message)
-            case policy.Finish():
+            case FinishLease():
                 await self._finish(action)
-            case policy.Remove(worker):
+            case RemoveWorker(worker):
                 await self._remove(worker)
 
     async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> None:
@@ -219,10 +236,10 @@ class Controller:
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
 
-    async def _finish(self, action: policy.Finish) -> None:
+    async def _finish(self, action: FinishLease) -> None:
         """Remembers the lease in the status first: a crash in between repeats this, and forgets nothing."""
         lease = action.worker.held_lease
-        worker = await self._store.replace_status(policy.finished(action, self._now()))
+        worker = await self._store.replace_status(with_lease_remembered(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)
         self._mirror.apply(await self._store.replace(worker))
@@ -245,7 +262,7 @@ class Controller:
         """Writes the pool's status if it changed; one write at a time, so that a burst of leases costs few."""
         if pool.key in self._telling:
             return
-        status = policy.pool_status(pool, workers, self._setting(pool), now)
+        status = pool_status(pool, workers, self._status_inputs(pool), now)
         if status != pool.status:
             self._beside(pool.key, self._write_pool(pool.but(status=status)))
         elif self._followed.get(pool.key) != _version(pool):

@@ -1,6 +1,7 @@
-"""Which fields of a pool's spec have no effect where it runs (DESIGN rule 12: nothing is silently dropped).
+"""Which fields of a spec are set and have no effect.
 
-It looks at what the user wrote, never at defaults, and judges no value.
+They are shown to the user, so that nothing is ignored silently (rule 12, docs/rules.md#r12). This module reads what
+the user wrote and never at defaults. It does not judge values.
 """
 
 from __future__ import annotations
@@ -14,59 +15,35 @@ from bkpool.core.auth import MethodType, OIDCConfigSpec
 from bkpool.core.names import Key
 from bkpool.core.pool import Egress, Pool, PoolSpec
 
-_GATEWAY_OBJECTS = (
-    "gatewayImage",
-    "networking.serviceType",
-    "networking.port",
-    "networking.annotations",
-    "networking.allowedCIDRs",
-    "networking.external",
-    "gateway.replicas",
-    "gateway.resources",
-    "gateway.serviceType",
-    "gateway.port",
-    "gateway.nodePort",
-    "gateway.loadBalancerClass",
-)
-"""What only gateways that run as pods can heed."""
-
-CLUSTER_IGNORES = frozenset({"auth.methods[].token.file"})
-"""In a cluster, with a gateway Deployment a pool. Who may make a pool there may not name files of the appliance's."""
-KIND_IGNORES = frozenset((*CLUSTER_IGNORES, *_GATEWAY_OBJECTS))
-"""With pods as workers and the gateway on the host."""
-PROCESS_IGNORES = frozenset(
-    (*_GATEWAY_OBJECTS, "resources", "buildkitImage", "auth.methods[].token.secretRef", "networking.egress")
-)
-"""Without pods. A local cache is no such field: there every slot keeps its cache anyway."""
-
 _FOREIGN_GATEWAY = "/buildkit-controller/gateway"
 _INDEX = re.compile(r"\[\d+\]")
 
 
-def ignored_fields(spec: PoolSpec, unread: Collection[str]) -> list[str]:
-    """The dotted paths below `spec` of the fields that are set and have no effect, in order.
+def ignored_fields(spec: PoolSpec, ignored_here: Collection[str]) -> list[str]:
+    """The dotted paths below `spec` of the fields that are set and have no effect, sorted.
 
     Args:
-        spec: Of the pool.
-        unread: Paths below `spec` that the backend does not read, with all below them: one of the sets above.
+        spec: The pool's.
+        ignored_here: Paths below `spec` that nothing reads where the pool runs, each with everything below it
+            (`Runtime.ignored_spec_fields`).
     """
-    found = {path for path, known in _set_fields(spec) if not known or _is_among(path, unread)}
+    found = {path for path, known in _set_fields(spec) if not known or _is_below(path, ignored_here)}
     found |= {f"cache.backends[{n}]" for n, backend in enumerate(spec.cache.backends) if backend.type != "local"}
     found |= set(_of_methods(spec))
     if is_foreign_gateway(spec.gateway_image):
         found.add("gatewayImage")
-    if spec.egress is not Egress.OPEN and _is_among("networking.egress", unread):
-        found.add("networking.egress.policy")  # also where only `untrusted` asks for it
+    if spec.egress is not Egress.OPEN and _is_below("networking.egress", ignored_here):
+        found.add("networking.egress.policy")  # also if only `untrusted` asks for it
     return sorted(found)
 
 
 def ignored_in_config(spec: OIDCConfigSpec) -> list[str]:
-    """The same of an issuer; what is known of it works everywhere."""
+    """The same for an issuer. Every known field of an issuer has an effect everywhere."""
     return sorted(path for path, known in _set_fields(spec) if not known)
 
 
 def _of_methods(spec: PoolSpec) -> Iterator[str]:
-    """What is said of another type than the method's own, and that a certificate is not required: it always is."""
+    """Fields of another type of method, and `mtls.required: false`, because a certificate is always required."""
     for number, method in enumerate(spec.auth.methods):
         path = f"auth.methods[{number}]"
         yield from (f"{path}.{other}" for other in MethodType if other is not method.type and getattr(method, other))
@@ -74,38 +51,41 @@ def _of_methods(spec: PoolSpec) -> Iterator[str]:
             yield f"{path}.mtls.required"
 
 
-def _is_among(path: str, stems: Collection[str]) -> bool:
-    bare = _INDEX.sub("[]", path)
-    return any(bare == stem or bare.startswith(f"{stem}.") for stem in stems)
+def _is_below(path: str, stems: Collection[str]) -> bool:
+    without_numbers = _INDEX.sub("[]", path)
+    return any(without_numbers == stem or without_numbers.startswith(f"{stem}.") for stem in stems)
 
 
 class IgnoredFields:
-    """The same, remembered of each pool until its spec changes: the controller asks at every look.
+    """Remembers the result for each pool until its spec changes. The controller asks in every round.
 
     Args:
-        unread: As for `ignored_fields`.
+        ignored_here: As for `ignored_fields`.
     """
 
-    def __init__(self, unread: Collection[str]) -> None:
-        self._unread = unread
+    def __init__(self, ignored_here: Collection[str]) -> None:
+        self._ignored_here = ignored_here
         self._known: dict[Key, tuple[PoolSpec, list[str]]] = {}
 
     def of(self, pool: Pool) -> list[str]:
-        """The paths of the fields of this pool."""
+        """The paths of the ignored fields of this pool."""
         spec, found = self._known.get(pool.key, (None, []))
         if spec is not pool.spec:
-            found = ignored_fields(pool.spec, self._unread)
+            found = ignored_fields(pool.spec, self._ignored_here)
             self._known[pool.key] = (pool.spec, found)
         return found
 
 
 def is_foreign_gateway(image: str | None) -> bool:
-    """Whether this is the older Go controller's gateway, which its users have written out; it cannot run here."""
+    """Whether this is the gateway image of the older Go controller, which cannot run here.
+
+    Users of that controller have it in their pools, because it was written out in its examples.
+    """
     return image is not None and _FOREIGN_GATEWAY in image
 
 
 def _set_fields(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Every field that is set to something, down to its leaves, and whether the model knows it."""
+    """The path of every field that is set, down to the innermost ones, and whether the model knows it."""
     for name in model.model_extra or {}:
         yield f"{prefix}{name}", False
     for name, info in type(model).model_fields.items():

@@ -1,7 +1,7 @@
-"""Where a lease goes: which worker or slot a request takes next, and whose cache it will find there.
+"""Which worker or slot suits one request best.
 
-Pure choice (DESIGN section 6). It claims nothing: the claim is a compare-and-swap that may still fail, and then the
-choice is made again.
+It only chooses. The claim is a compare-and-swap that may fail, and then the choice is made again. In which order
+requests are served is decided in `queueing`.
 """
 
 from __future__ import annotations
@@ -10,58 +10,43 @@ from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 
 from bkpool.core.names import Slot
-from bkpool.core.pool import Pool, Reuse
-from bkpool.core.tokens import owner_digest
+from bkpool.core.pool import Pool
 from bkpool.core.worker import Phase, Worker
 
 _NEVER_USED = datetime.min.replace(tzinfo=UTC)
 
 
-def owner_of(reuse: Reuse, tenant: str, pool_uid: str, allocation_id: str) -> str:
-    """The digest of whom a cache belongs to: the tenant, the whole pool, or this one lease.
-
-    With `never` each lease is an owner of its own, so that the one rule "no cache goes to another owner" wipes it.
-    """
-    match reuse:
-        case Reuse.IDENTITY:
-            return owner_digest(f"tenant\0{tenant}")
-        case Reuse.POOL:
-            return owner_digest(f"pool\0{pool_uid}")
-        case Reuse.NEVER:
-            return owner_digest(f"lease\0{allocation_id}")
-
-
-def place(
+def choose(
     pool: Pool,
     workers: Collection[Worker],
     caches: Mapping[Slot, str | None],
     owner: str,
     taken: Collection[Slot] = (),
 ) -> Worker | Slot | None:
-    """Chooses for one request.
+    """Chooses a worker, or a slot to create one in, for one request.
 
-    In this order: an idle worker with the owner's cache, an unused one, one that is still starting, a new slot, the
-    least recently used idle worker of another owner (its cache will be wiped), a failed worker (so that the caller is
-    told why instead of waiting).
+    In this order: an idle worker with the owner's cache, an idle worker that was never used, a worker that is still
+    starting, an empty slot, the least recently used idle worker of another owner (its cache will be wiped), a failed
+    worker (so that the caller learns the reason instead of waiting).
 
     Args:
-        pool: The pool asked for.
+        pool: The pool that the request names.
         workers: All workers of the pool.
         caches: The caches of all slots, with their owners.
-        owner: The owner's digest, from `owner_of`; with reuse `never` any value that owns nothing.
-        taken: Slots that other requests are claiming at this moment.
+        owner: The digest of the owner of the cache that the lease will use.
+        taken: Slots that other requests are claiming now.
 
     Returns:
-        The worker to claim, the slot to create one in, or None: wait.
+        The worker to claim, the slot to create one in, or None: the request must wait.
     """
     limit = pool.spec.scaling.max
     free = [w for w in workers if _claimable(w, limit) and w.slot not in taken]
     idle = sorted((w for w in free if w.status.phase is Phase.IDLE), key=last_used)
-    mine = [w for w in idle if w.status.cache_owner == owner]
+    with_own_cache = [w for w in idle if w.status.cache_owner == owner]
     unused = [w for w in idle if w.status.cache_owner is None]
     starting = [w for w in free if w.status.phase in {Phase.PENDING, Phase.PROVISIONING}]
-    if mine:
-        return mine[-1]
+    if with_own_cache:
+        return with_own_cache[-1]
     if unused or starting:
         return (unused or starting)[0]
     slot = free_slot(pool, workers, caches, owner, taken)
@@ -78,7 +63,7 @@ def free_slot(
     owner: str | None = None,
     taken: Collection[Slot] = (),
 ) -> Slot | None:
-    """A slot without a worker: one with the owner's cache, else a clean one, else any; None if all are filled."""
+    """An empty slot: with the owner's cache if possible, else with a clean one, else any; None if none is empty."""
     filled = {w.slot for w in workers}
     slots = (Slot(*pool.key, number) for number in range(pool.spec.scaling.max))
     empty = [slot for slot in slots if slot not in filled and slot not in taken]
@@ -91,10 +76,10 @@ def free_slot(
 
 
 def last_used(worker: Worker) -> datetime:
-    """When the worker last served a lease; long ago if never."""
+    """When the worker last had a lease; the earliest possible time if it never had one."""
     return worker.status.last_activity_at or _NEVER_USED
 
 
 def _claimable(worker: Worker, limit: int) -> bool:
-    """Nobody holds it, it is not on its way out, and its slot is within the pool's maximum."""
+    """Whether it has no lease, is not being deleted, and its slot is within the pool's maximum."""
     return worker.lease is None and not worker.metadata.deletion_timestamp and worker.slot.number < limit

@@ -6,8 +6,8 @@ program's); nothing is dropped silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -100,6 +100,30 @@ class Condition(Model):
     message: StrictStr = ""
     last_transition_time: AwareDatetime
     observed_generation: StrictInt | None = None
+
+
+def condition(
+    earlier: Iterable[Condition],
+    kind: str,
+    status: Literal["True", "False"],
+    *,
+    reason: str,
+    message: str,
+    now: datetime,
+) -> Condition:
+    """A condition as it is now. Its lastTransitionTime changes only when its status differs from the earlier one's.
+
+    Args:
+        earlier: The object's conditions as they are stored.
+        kind: The condition's type.
+        status: Its status now.
+        reason: Why, in one CamelCase word.
+        message: Why, in a sentence; may be empty.
+        now: The time.
+    """
+    before = next((found for found in earlier if found.type == kind), None)
+    since = before.last_transition_time if before and before.status == status else now
+    return Condition(type=kind, status=status, reason=reason, message=message, last_transition_time=since)
 
 
 class Resource(Model):

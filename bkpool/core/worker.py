@@ -1,12 +1,12 @@
 """BuildKitWorker, in the shape of the custom resource: one buildkitd in one slot, and the lease on it.
 
-A lease is the `allocation` in a worker's spec: it is made, changed and ended by compare-and-swap only.
+A lease is the `allocation` in a worker's spec. It is created, changed and ended by compare-and-swap only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -28,9 +28,12 @@ from bkpool.core.names import (
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Metadata, Model, OwnerReference, Resource
 
+REGISTRATION_LIFE = timedelta(seconds=60)
+"""A gateway's registration that was not renewed for this long has expired (rule 10, docs/rules.md#r10)."""
+
 
 class EndReason(StrEnum):
-    """Why a lease is over."""
+    """Why a lease ended."""
 
     RELEASED = "released"
     EXPIRED = "expired"
@@ -39,38 +42,38 @@ class EndReason(StrEnum):
 
 
 class Lease(Model):
-    """A lease: one worker, one holder. It is made, changed and ended by compare-and-swap only."""
+    """A lease: one worker, one holder."""
 
     id: StrictStr
     job_id: StrictStr = ""
     token_sha256: Annotated[StrictStr, Field(alias="tokenSHA256")]
     requested_by: StrictStr
     holder: StrictStr = ""
-    """Digest of who made it (Identity.digest), who may end and renew it without its token."""
+    """Digest of the caller who asked for it (Identity.digest). They may renew and end it without its token."""
     owner: StrictStr
-    """Digest of whom the cache belongs to while and after this lease (policy.owner_of)."""
+    """Digest of the cache's owner during and after this lease (`cache_owner.cache_owner_digest`)."""
     allocated_at: AwareDatetime
     expires_at: AwareDatetime
     not_after: AwareDatetime
-    """allocatedAt + maxTokenTTL: the client certificate's end, beyond which nothing renews."""
+    """allocatedAt + maxTokenTTL: when the client certificate expires. The lease cannot be renewed beyond it."""
     ended_at: AwareDatetime | None = None
     end_reason: EndReason | None = None
     end_message: StrictStr = ""
     metadata: dict[str, str] = Field(default_factory=dict)
 
     def ended(self, now: datetime) -> EndReason | None:
-        """Why this lease is over at this time, or None while it lives."""
+        """Why this lease is over at this time; None while it runs."""
         if self.ended_at is not None:
             return self.end_reason or EndReason.RELEASED
         return EndReason.EXPIRED if now >= self.expires_at else None
 
     def over_since(self) -> datetime:
-        """When the lease ended, or will."""
+        """When the lease ended or, if nothing ends it earlier, when it will expire."""
         return self.ended_at or self.expires_at
 
 
 class EndedLease(Model):
-    """A lease that is over, remembered so that a late caller is told why."""
+    """A lease that is over. It is remembered so that a client that comes too late learns why."""
 
     token_sha256: Annotated[StrictStr, Field(alias="tokenSHA256")]
     ended_at: AwareDatetime
@@ -79,17 +82,22 @@ class EndedLease(Model):
 
 
 class GatewayRegistration(Model):
-    """A gateway replica that may hold connections of an allocation (DESIGN rule 10)."""
+    """A gateway replica that may have connections of a lease (rule 10, docs/rules.md#r10)."""
 
     gateway: StrictStr
     allocation_id: StrictStr
     renewed_at: AwareDatetime
     connections: StrictInt = 0
-    """Open at that moment."""
+    """Open connections when it was renewed."""
+
+    @property
+    def expires_at(self) -> datetime:
+        """When it expires unless the gateway renews it."""
+        return self.renewed_at + REGISTRATION_LIFE
 
 
 class Phase(StrEnum):
-    """Where a worker is in its life; the Go controller's names, and Draining."""
+    """The state of a worker. The names are those of the Go controller, and Draining."""
 
     PENDING = "Pending"
     PROVISIONING = "Provisioning"
@@ -101,29 +109,29 @@ class Phase(StrEnum):
 
 
 class PoolRef(Model):
-    """The pool of a worker."""
+    """Names the pool of a worker."""
 
     name: StrictStr
     namespace: StrictStr | None = None
 
 
 class WorkerSpec(Model):
-    """Whose worker it is and who holds it."""
+    """The pool of the worker, and its lease."""
 
     pool_ref: PoolRef
     allocation: Lease | None = None
 
 
 class WorkerStatus(Model):
-    """What is known of the worker."""
+    """The observed state of the worker."""
 
     phase: Phase = Phase.PENDING
     endpoint: StrictStr | None = None
-    """Where the gateway reaches buildkitd (`unix:///…` or `tcp://…`); None while it does not answer."""
+    """Where the gateway reaches buildkitd (`unix:///…` or `tcp://…`); None while buildkitd does not answer."""
     cache_owner: StrictStr | None = None
-    """Digest of whom the cache in use belongs to; None while nobody has used it."""
+    """Digest of the owner of the cache; None while nobody has used it."""
     ephemeral_cache: StrictBool = False
-    """The cache ends with the worker: it needs no mark of its owner before its first use."""
+    """The cache is deleted together with the worker, so its owner need not be recorded before its first use."""
     pod_name: StrictStr | None = None
     pod_ip: Annotated[StrictStr | None, Field(alias="podIP")] = None
     created_at: AwareDatetime | None = None
@@ -131,7 +139,7 @@ class WorkerStatus(Model):
     last_activity_at: AwareDatetime | None = None
     allocation_count: StrictInt = 0
     failures: StrictInt = 0
-    """Failures in a row; a worker that stayed up for policy.STABLE begins at 0 again."""
+    """Failures in a row. A worker that was ready for `failures.STABLE` starts again at 0."""
     failed_at: AwareDatetime | None = None
     message: StrictStr = ""
     gateways: tuple[GatewayRegistration, ...] = ()
@@ -140,7 +148,7 @@ class WorkerStatus(Model):
 
 
 class Worker(Resource):
-    """One buildkitd in one slot. The object outlives its process or pod (DESIGN rule 4)."""
+    """One buildkitd in one slot. The object outlives its process or pod (rule 4, docs/rules.md#r4)."""
 
     KIND: ClassVar[str] = "BuildKitWorker"
     PLURAL: ClassVar[str] = "buildkitworkers"
@@ -159,7 +167,7 @@ class Worker(Resource):
 
     @property
     def slot(self) -> Slot:
-        """The slot this worker stands in."""
+        """The slot that this worker is in."""
         return slot_of(self.key)
 
     @property
@@ -169,42 +177,47 @@ class Worker(Resource):
 
     @property
     def lease(self) -> Lease | None:
-        """The lease on it, if any."""
+        """The lease on this worker, if there is one."""
         return self.spec.allocation
 
     @property
     def routable_endpoint(self) -> str | None:
-        """Where the holder of its lease may be led now; None while there is no lease, or its worker is not ready.
+        """The endpoint to which the holder's connections may go now; None without a lease or while it is not ready.
 
-        A worker that stood idle is ready the moment it is claimed, if its cache is the holder's already, or needs no
-        mark of its owner (DESIGN rule 3); any other is once the controller has seen to its cache.
+        An idle worker is ready as soon as it is claimed if its cache belongs to the holder already, or if the cache
+        needs no recorded owner (rule 3, docs/rules.md#r3). Any other worker is ready once the controller has prepared
+        its cache.
         """
         lease, status = self.spec.allocation, self.status
         if lease is None or status.phase not in {Phase.IDLE, Phase.ALLOCATED, Phase.DRAINING}:
             return None
-        unmarked = status.cache_owner is None and status.ephemeral_cache
-        return status.endpoint if status.cache_owner == lease.owner or unmarked else None
+        needs_no_owner = status.cache_owner is None and status.ephemeral_cache
+        return status.endpoint if status.cache_owner == lease.owner or needs_no_owner else None
 
     @property
     def held_lease(self) -> Lease:
-        """The lease on it, for whoever knows that there is one. Raises RuntimeError where there is none."""
+        """The lease on this worker, for code that knows that there is one. Raises RuntimeError if there is none."""
         if self.spec.allocation is None:
             raise RuntimeError(f"{self.key} is not leased")
         return self.spec.allocation
 
+    def live_registrations(self, now: datetime) -> list[GatewayRegistration]:
+        """The gateway registrations that have not expired."""
+        return [entry for entry in self.status.gateways if entry.expires_at > now]
+
     def with_lease(self, lease: Lease | None) -> Worker:
-        """This worker, held by that lease (or by nobody). While it is held, a finalizer keeps its object."""
+        """A copy with this lease, or without one. A finalizer keeps the object exactly while it has a lease."""
         others = tuple(name for name in self.metadata.finalizers if name != FINALIZER)
         finalizers = others if lease is None else (*others, FINALIZER)
         return self.but(metadata=self.metadata.but(finalizers=finalizers), spec=self.spec.but(allocation=lease))
 
     def with_status(self, **changes: Any) -> Worker:
-        """This worker with these fields of its status changed."""
+        """A copy with these fields of its status changed."""
         return self.but(status=self.status.but(**changes))
 
 
 def new_worker(slot: Slot, pool: Pool, lease: Lease | None, labels: Mapping[str, str]) -> Worker:
-    """The worker object for a slot, owned by its pool."""
+    """A new worker object for a slot. Its pool owns it."""
     name = slot.worker.name
     own = {LABEL_MANAGED: MANAGER, LABEL_POOL: slot.pool, LABEL_PURPOSE: PURPOSE_WORKER, LABEL_WORKER: name}
     return Worker(

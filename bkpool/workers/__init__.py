@@ -6,14 +6,14 @@ ever given another owner's cache.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
 from bkpool.core.names import Slot
-from bkpool.core.policy import Observation, Running
+from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Pool
 
-__all__ = ["Observation", "Running", "Runtime", "Told"]
+__all__ = ["DaemonState", "Observation", "Runtime", "Told", "WorkerCapacity"]
 
 Told = Callable[[str], Awaitable[None]]
 """Told what a worker on its way waits for, each time that this changes; "" when it waits for nothing any more."""
@@ -34,8 +34,13 @@ class Runtime(Protocol):
     def on_change(self, callback: Callable[[], None]) -> None:
         """Calls back, in the event loop, whenever observe() or caches() may have changed."""
 
-    capacity: int | None
-    """How many workers of all pools it can run at once; None: as many as there are resources."""
+    @property
+    def capacity(self) -> WorkerCapacity | None:
+        """How many workers of all pools it can run at once; None: as many as there are resources."""
+
+    @property
+    def ignored_spec_fields(self) -> Collection[str]:
+        """Paths below a pool's `spec` that nothing reads where this runtime runs, with everything below them."""
 
     async def start(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, told: Told) -> str:
         """Brings buildkitd up in the slot and returns its endpoint once it answers a gRPC call.
@@ -56,7 +61,7 @@ class Runtime(Protocol):
         """
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
-        """Asks others to leave the worker alone while it is leased, or no longer; `Observation.held` tells."""
+        """Asks others to leave the worker alone while it is leased, or no longer; `Observation.protected` tells."""
 
     async def follow(self, pool: Pool) -> None:
         """Brings what the workers of a pool have in common to a spec that may have changed.

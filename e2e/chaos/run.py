@@ -43,7 +43,7 @@ WORKERS = 3
 """Fewer than clients: somebody always waits, and workers go from one tenant to the other."""
 HEALED = 60.0
 """Seconds after the last fault within which the pool is whole again. A worker that was killed over and over is
-restarted with pauses (bkpool.core.policy), of half a minute after six times in a row."""
+restarted with pauses (bkpool.core.reconcile.failures), of half a minute after six times in a row."""
 SHOWN = 40
 """Violations that are printed after a run; one fault may lead to hundreds."""
 FINISHED = 180.0

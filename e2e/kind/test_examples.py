@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from bkpool.core.documents import read_documents
-from bkpool.core.ignored import CLUSTER_IGNORES, ignored_fields, ignored_in_config
+from bkpool.core.ignored import ignored_fields, ignored_in_config
 from bkpool.install import crds
 from bkpool.install.manifests import Install, render
+from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -45,7 +46,7 @@ def test_our_examples_have_no_field_without_effect():
     for file in sorted((ROOT / "examples").glob("*.yaml")):
         documents = read_documents(file.read_text(), source=file.name)
         for pool in documents.pools:
-            assert ignored_fields(pool.spec, CLUSTER_IGNORES) == [], file.name
+            assert ignored_fields(pool.spec, IGNORED_IN_CLUSTER) == [], file.name
         for config in documents.configs:
             assert ignored_in_config(config.spec) == [], file.name
             assert config.spec.refusal is None, file.name

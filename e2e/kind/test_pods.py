@@ -27,7 +27,7 @@ from bkpool.core.resource import Metadata
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
 from bkpool.pki.worker_tls import worker_context
-from bkpool.workers import Running
+from bkpool.workers import DaemonState
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.runtime import Deadlines, PodRuntime
 from bkpool.workers.probe import probe_tls
@@ -141,8 +141,8 @@ async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runt
     assert await runtime.start(slot, "uid-1", None, pool, Told()) == endpoint
     assert await uids(api, namespace) == first
     observed = runtime.observe()[slot]
-    assert (observed.worker_uid, observed.state, observed.endpoint) == ("uid-1", Running.READY, endpoint)
-    assert (observed.cache_owner, observed.ephemeral, observed.held) == ("anna", True, True)
+    assert (observed.worker_uid, observed.state, observed.endpoint) == ("uid-1", DaemonState.READY, endpoint)
+    assert (observed.cache_owner, observed.ephemeral, observed.protected) == ("anna", True, True)
     assert (observed.pod_name, runtime.caches()) == (slot.worker.name, {})
 
     await runtime.stop(slot)
@@ -291,7 +291,7 @@ async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_miss
     }
     await api.create(paths.core("pods", slot.namespace), blocker)
     runtime = await make_runtime(host_ports=(first, second))
-    assert runtime.capacity == 2
+    assert runtime.capacity.workers == 2
     endpoint = await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
     assert address(endpoint)[1] == second
 
@@ -311,10 +311,10 @@ async def test_one_that_ends_is_seen_with_its_reason_and_started_again(runtime, 
     await runtime.start(slot, "uid-1", "anna", pool, Told())
     before = (await pod_of(api, slot))["metadata"]["uid"]
     await in_pod(kubectl, slot, "kill -TERM 1")
-    await seen(runtime, lambda: runtime.observe()[slot].state is Running.EXITED)
+    await seen(runtime, lambda: runtime.observe()[slot].state is DaemonState.EXITED)
     assert "buildkitd ended with exit code" in runtime.observe()[slot].message
     await runtime.start(slot, "uid-1", "anna", pool, Told())
-    assert runtime.observe()[slot].state is Running.READY
+    assert runtime.observe()[slot].state is DaemonState.READY
     assert (await pod_of(api, slot))["metadata"]["uid"] != before
 
 
@@ -335,7 +335,7 @@ async def test_one_that_is_deleted_waits_for_its_connections(runtime, slot, kube
     for _ in range(3):
         await probe_tls(*address(endpoint), dialler(), "uid-1")
         await in_pod(kubectl, slot, "sleep 1")  # longer than buildkitd takes to end
-    assert runtime.observe()[slot].state is Running.READY
+    assert runtime.observe()[slot].state is DaemonState.READY
     writer.transport.abort()
     await seen(runtime, lambda: not runtime.observe())
 
@@ -458,7 +458,7 @@ async def test_a_crash_after_any_write_is_mended(make_runtime, slot, api, cluste
         owner = "bert" if what == "wipe" else "anna"
         await runtime.start(dead, "uid-1", owner, pool, Told())
         observed = runtime.observe()[dead]
-        assert (observed.state, observed.cache_owner, observed.held) == (Running.READY, owner, True)
+        assert (observed.state, observed.cache_owner, observed.protected) == (DaemonState.READY, owner, True)
         assert not cache or runtime.caches()[dead] == owner
 
     await asyncio.gather(*(mend(dead, what) for dead, what, _ in deaths))

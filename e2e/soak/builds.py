@@ -24,7 +24,7 @@ from chaos.history import builds, judge
 from chaos.run import CLIENTS, WORKERS, compile_program, world
 from soak.growth import Row, compare
 
-from bkpool.core.policy import REMEMBERED
+from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES
 from bkpool.store.sqlite import HISTORY
 from harness import Appliance, eventually
 from support.issuer import Issuer
@@ -93,7 +93,7 @@ class Builders:
 
 def _fill(appliance: Appliance) -> None:
     """Leases on all workers at once, over and over."""
-    for _ in range(REMEMBERED + 2):
+    for _ in range(REMEMBERED_LEASES + 2):
         leases = []
         for _ in range(WORKERS):
             status, lease = appliance.http("POST", "/api/v1/workers/allocate", {"poolName": "default"})

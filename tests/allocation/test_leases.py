@@ -8,11 +8,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.allocation import OwnLease
-from bkpool.core import policy
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
-from bkpool.core.worker import GatewayRegistration, Phase, Worker
+from bkpool.core.worker import REGISTRATION_LIFE, GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
 from support.world import ANN, BOB, POOL
 
@@ -95,7 +94,7 @@ async def test_a_worker_is_not_given_on_while_a_gateway_may_hold_it(world, grant
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
     await leases.release(grant.token)
     await world.until(lambda: world.held() and world.held()[0].status.phase is Phase.DRAINING)
-    world.clock.advance(seconds=policy.REGISTRATION_LIFE.total_seconds() - 1)
+    world.clock.advance(seconds=REGISTRATION_LIFE.total_seconds() - 1)
     assert world.held()
     world.clock.advance(seconds=2)
     await world.until(lambda: not world.held())

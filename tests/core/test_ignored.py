@@ -2,15 +2,13 @@ import pytest
 
 from bkpool.core.auth import OIDCConfigSpec
 from bkpool.core.ignored import (
-    CLUSTER_IGNORES,
-    KIND_IGNORES,
-    PROCESS_IGNORES,
     IgnoredFields,
     ignored_fields,
     ignored_in_config,
 )
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
 
 PODS = {
     "buildkitImage": "moby/buildkit:rootless",
@@ -33,9 +31,9 @@ AT_THE_GATEWAY = [
 @pytest.mark.parametrize(
     ("unread", "told"),
     [
-        (CLUSTER_IGNORES, []),
-        (KIND_IGNORES, AT_THE_GATEWAY),
-        (PROCESS_IGNORES, sorted(["buildkitImage", "resources.buildkit.limits", *AT_THE_GATEWAY])),
+        (IGNORED_IN_CLUSTER, []),
+        (IGNORED_WITH_HOST_GATEWAY, AT_THE_GATEWAY),
+        (IGNORED_BY_PROCESSES, sorted(["buildkitImage", "resources.buildkit.limits", *AT_THE_GATEWAY])),
     ],
 )
 def test_what_a_backend_does_not_read_is_named_to_the_leaf(unread, told):
@@ -51,7 +49,7 @@ def test_what_nobody_reads_is_named_on_every_backend():
             "cache": {"backends": [{"type": "local", "local": {"iops": 3}}, {"type": "s3", "s3": {"bucket": "b"}}]},
         }
     )
-    assert ignored_fields(spec, CLUSTER_IGNORES) == [
+    assert ignored_fields(spec, IGNORED_IN_CLUSTER) == [
         "cache.backends[0].local.iops",
         "cache.backends[1]",
         "cache.backends[1].s3",
@@ -63,12 +61,12 @@ def test_what_nobody_reads_is_named_on_every_backend():
 
 def test_defaults_are_nobodys_wish():
     written = PoolSpec.model_validate(PoolSpec().model_dump(mode="json", by_alias=True, exclude_none=True))
-    assert ignored_fields(written, PROCESS_IGNORES) == []
+    assert ignored_fields(written, IGNORED_BY_PROCESSES) == []
 
 
 def test_the_go_controllers_own_gateway_cannot_run_here():
     spec = PoolSpec(gateway_image="ghcr.io/someone/buildkit-controller/gateway:latest")
-    assert ignored_fields(spec, CLUSTER_IGNORES) == ["gatewayImage"]
+    assert ignored_fields(spec, IGNORED_IN_CLUSTER) == ["gatewayImage"]
 
 
 METHODS = {
@@ -98,9 +96,9 @@ NOWHERE = [
 @pytest.mark.parametrize(
     ("unread", "told"),
     [
-        (CLUSTER_IGNORES, ["auth.methods[3].token.file"]),
-        (KIND_IGNORES, ["auth.methods[3].token.file"]),
-        (PROCESS_IGNORES, ["auth.methods[1].token.secretRef", "auth.methods[2].token.secretRef"]),
+        (IGNORED_IN_CLUSTER, ["auth.methods[3].token.file"]),
+        (IGNORED_WITH_HOST_GATEWAY, ["auth.methods[3].token.file"]),
+        (IGNORED_BY_PROCESSES, ["auth.methods[1].token.secretRef", "auth.methods[2].token.secretRef"]),
     ],
 )
 def test_tokens_are_read_from_where_the_backend_has_them(unread, told):
@@ -118,8 +116,8 @@ def test_tokens_are_read_from_where_the_backend_has_them(unread, told):
 )
 def test_processes_reach_whatever_their_host_reaches(spec, told):
     parsed = PoolSpec.model_validate(spec)
-    assert ignored_fields(parsed, PROCESS_IGNORES) == told
-    assert ignored_fields(parsed, KIND_IGNORES) == ignored_fields(parsed, CLUSTER_IGNORES) == []
+    assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == told
+    assert ignored_fields(parsed, IGNORED_WITH_HOST_GATEWAY) == ignored_fields(parsed, IGNORED_IN_CLUSTER) == []
 
 
 def test_of_an_issuer_only_the_secret_has_no_effect():
@@ -133,7 +131,7 @@ def test_of_an_issuer_only_the_secret_has_no_effect():
 
 
 def test_what_is_ignored_is_remembered_until_the_spec_changes():
-    remembered = IgnoredFields(PROCESS_IGNORES)
+    remembered = IgnoredFields(IGNORED_BY_PROCESSES)
     before = Pool(metadata=Metadata(name="p"), spec=PoolSpec.model_validate({"buildkitImage": "x"}))
     assert remembered.of(before) == ["buildkitImage"]
     assert remembered.of(before.but(status=before.status.but(workers=1))) is remembered.of(before)

@@ -12,10 +12,24 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bkpool.core import policy
+from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import Slot
-from bkpool.core.placement import owner_of, place
-from bkpool.core.policy import Observation, Running
+from bkpool.core.observation import DaemonState, Observation, Snapshot
+from bkpool.core.placement import choose
+from bkpool.core.reconcile.actions import (
+    CreateWorker,
+    FinishLease,
+    LoseLease,
+    RemoveWorker,
+    SetCacheOwner,
+    StartDaemon,
+    WipeCache,
+    WriteStatus,
+    slot_of_action,
+)
+from bkpool.core.reconcile.decide import decide, stray_slots
+from bkpool.core.reconcile.failures import BACKOFF_MAX, failed_worker
+from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
 
@@ -76,7 +90,7 @@ class TinyRuntime:
         if owner is not None and self.caches.get(slot) != owner:
             self.caches[slot] = owner  # another's was wiped
         self.caches.setdefault(slot, None)
-        self.daemons[slot] = Observation(uid, Running.READY, f"unix:///{slot.number}", self.caches[slot])
+        self.daemons[slot] = Observation(uid, DaemonState.READY, f"unix:///{slot.number}", self.caches[slot])
         return True
 
 
@@ -120,15 +134,17 @@ class PoolMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(sorted(self.runtime.daemons)))
         dead = self.runtime.daemons.pop(slot)
         if not silently:  # silently: a reboot; the runtime knows nothing
-            self.runtime.daemons[slot] = Observation(dead.worker_uid, Running.EXITED, "", dead.cache_owner, "killed")
+            self.runtime.daemons[slot] = Observation(
+                dead.worker_uid, DaemonState.EXITED, "", dead.cache_owner, "killed"
+            )
         self.connected = {lease: uid for lease, uid in self.connected.items() if uid != dead.worker_uid}
 
     # --- what callers do ---
 
     @rule(tenant=TENANTS)
     def allocate(self, tenant):
-        owner = owner_of(self.pool.spec.cache.reuse, tenant, "pool-uid", "")
-        spot = place(self.pool, list(self.view.values()), self.runtime.caches, owner)
+        owner = cache_owner_digest(self.pool.spec.cache.reuse, tenant, "pool-uid", "")
+        spot = choose(self.pool, list(self.view.values()), self.runtime.caches, owner)
         if spot is None:
             return
         self.count += 1
@@ -179,7 +195,7 @@ class PoolMachine(RuleBasedStateMachine):
         registration = GatewayRegistration(gateway="g", allocation_id=wanted.id, renewed_at=self.now)
         self.store.replace_status(current.with_status(gateways=(registration,)))
         daemon = self.runtime.daemons.get(worker.slot)
-        if daemon and daemon.state is Running.READY:
+        if daemon and daemon.state is DaemonState.READY:
             assert daemon.cache_owner == wanted.owner, "routed to another owner's cache"
             self.connected[wanted.id] = daemon.worker_uid
 
@@ -212,56 +228,54 @@ class PoolMachine(RuleBasedStateMachine):
             self._control()
 
     def _control(self):
-        snap = policy.Snapshot(
-            self.pool, tuple(self.view.values()), dict(self.runtime.daemons), dict(self.runtime.caches)
-        )
-        decision = policy.decide(snap, self.now)
-        slots = [policy.slot_in(action) for action in decision.actions]
+        snap = Snapshot(self.pool, tuple(self.view.values()), dict(self.runtime.daemons), dict(self.runtime.caches))
+        decision = decide(snap, self.now)
+        slots = [slot_of_action(action) for action in decision.actions]
         assert len(slots) == len(set(slots)), "two actions at once in one slot"
         for action in decision.actions:
             try:
                 self._act(action)
             except Lost:
                 continue
-        for slot in policy.strays(self.runtime.daemons, self.store.workers.values(), ()):
+        for slot in stray_slots(self.runtime.daemons, self.store.workers.values(), ()):
             del self.runtime.daemons[slot]
 
     def _act(self, action):
         store, runtime = self.store, self.runtime
         match action:
-            case policy.Create(slot):
+            case CreateWorker(slot):
                 store.create(new_worker(slot, self.pool, None, {}), self.now)
-            case policy.Start(worker, owner):
+            case StartDaemon(worker, owner):
                 self._must_be_unused(worker)
                 if not runtime.start(worker.slot, worker.uid, owner):
-                    store.replace_status(policy.failed(store.workers.get(worker.key.name, worker), "no", self.now))
-            case policy.OwnCache(worker, owner):
+                    store.replace_status(failed_worker(store.workers.get(worker.key.name, worker), "no", self.now))
+            case SetCacheOwner(worker, owner):
                 if runtime.caches.get(worker.slot) is None:
                     runtime.caches[worker.slot] = owner
                     was = runtime.daemons[worker.slot]
                     runtime.daemons[worker.slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
-            case policy.Wipe(slot):
+            case WipeCache(slot):
                 if (worker := store.workers.get(slot.worker.name)) is not None:
                     self._must_be_unused(worker)
                 runtime.daemons.pop(slot, None)
                 runtime.caches.pop(slot, None)
-            case policy.Report(worker):
+            case WriteStatus(worker):
                 store.replace_status(worker)
-            case policy.Lose(worker, message):
+            case LoseLease(worker, message):
                 ended = worker.lease.but(ended_at=self.now, end_reason=EndReason.LOST, end_message=message)
                 store.replace(worker.with_lease(ended))
-            case policy.Finish(worker):
-                after = store.replace_status(policy.finished(action, self.now))
+            case FinishLease(worker):
+                after = store.replace_status(with_lease_remembered(action, self.now))
                 store.replace(after.with_lease(None))
                 assert worker.lease.id not in self.connected, "taken from under an open connection"
-            case policy.Remove(worker):
+            case RemoveWorker(worker):
                 store.delete(worker)
                 self._must_be_unused(worker)
                 runtime.daemons.pop(worker.slot, None)
 
     def _must_be_unused(self, worker):
         daemon = self.runtime.daemons.get(worker.slot)
-        if daemon and daemon.state is Running.READY:
+        if daemon and daemon.state is DaemonState.READY:
             assert daemon.worker_uid not in self.connected.values(), "stopped under an open connection"
 
     # --- what must always hold ---
@@ -280,7 +294,7 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 # It is over. While its worker stands, a late caller is still told why.
                 worker = self.store.workers.get(name)
-                if worker is not None and worker.status.allocation_count < policy.REMEMBERED:
+                if worker is not None and worker.status.allocation_count < REMEMBERED_LEASES:
                     assert f"digest-{lease_id}" in remembered or worker.metadata.creation_timestamp > NOW
                 del self.answered[lease_id]
 
@@ -293,7 +307,7 @@ class PoolMachine(RuleBasedStateMachine):
                 and worker.status.phase is Phase.ALLOCATED
                 and worker.status.endpoint
                 and daemon
-                and daemon.state is Running.READY
+                and daemon.state is DaemonState.READY
                 and daemon.worker_uid == worker.uid
             ):
                 assert daemon.cache_owner == worker.lease.owner
@@ -305,7 +319,7 @@ class PoolMachine(RuleBasedStateMachine):
         for _ in range(40):
             self.catch_up()
             self._control()
-            self.now += policy.BACKOFF_MAX
+            self.now += BACKOFF_MAX
         for worker in self.store.workers.values():
             if worker.lease and not worker.lease.ended(self.now):
                 assert worker.status.phase is Phase.ALLOCATED

@@ -1,6 +1,7 @@
 from datetime import timedelta
 
-from bkpool.core.placement import owner_of, place
+from bkpool.core.cache_owner import cache_owner_digest
+from bkpool.core.placement import choose
 from bkpool.core.pool import Reuse
 from bkpool.core.worker import Phase
 from support.objects import NOW, lease, pool, slot, worker
@@ -16,58 +17,58 @@ def test_the_order_of_choice():
     others = worker(3, cache_owner="them", last_activity_at=NOW)
     workers = [others, unused, mine_old, mine]
     chosen = []
-    while (spot := place(p, workers, {}, "me")) in workers:
+    while (spot := choose(p, workers, {}, "me")) in workers:
         chosen.append(spot)
         workers.remove(spot)
         workers.append(spot.with_lease(lease()))
         if len(chosen) == 3:
             break
     assert chosen == [mine, mine_old, unused]
-    assert place(p, workers, {}, "me") == slot(4), "a new slot before another's cache is wiped"
+    assert choose(p, workers, {}, "me") == slot(4), "a new slot before another's cache is wiped"
     full = [*workers, worker(4, lease())]
-    assert place(p, full, {}, "me") == others
+    assert choose(p, full, {}, "me") == others
     held = [w.with_lease(lease()) for w in full]
-    assert place(p, held, {}, "me") is None
+    assert choose(p, held, {}, "me") is None
 
 
 def test_the_least_recently_used_of_the_others_is_wiped():
     p = pool(scaling={"max": 2})
     old, new = (worker(n, cache_owner="them", last_activity_at=at) for n, at in ((0, NOW), (1, LONG_AGO)))
-    assert place(p, [old, new], {}, "me") == new
+    assert choose(p, [old, new], {}, "me") == new
 
 
 def test_a_starting_worker_comes_before_a_new_slot():
     starting = worker(0, phase=Phase.PENDING)
-    assert place(pool(), [starting], {}, "me") == starting
+    assert choose(pool(), [starting], {}, "me") == starting
 
 
 def test_a_failed_worker_comes_last_so_that_the_caller_is_told_why():
     p = pool(scaling={"max": 2})
     failed = worker(0, phase=Phase.FAILED, failures=2)
-    assert place(p, [failed], {}, "me") == slot(1)
-    assert place(p, [failed, worker(1, lease())], {}, "me") == failed
+    assert choose(p, [failed], {}, "me") == slot(1)
+    assert choose(p, [failed, worker(1, lease())], {}, "me") == failed
 
 
 def test_what_others_are_claiming_is_left_alone():
     idle = worker(0)
-    assert place(pool(scaling={"max": 2}), [idle], {}, "me", {slot(0)}) == slot(1)
-    assert place(pool(scaling={"max": 1}), [idle], {}, "me", {slot(0)}) is None
+    assert choose(pool(scaling={"max": 2}), [idle], {}, "me", {slot(0)}) == slot(1)
+    assert choose(pool(scaling={"max": 1}), [idle], {}, "me", {slot(0)}) is None
 
 
 def test_a_new_slot_has_the_owners_cache_or_none_before_anothers():
     p = pool(scaling={"max": 4})
-    assert place(p, [], {slot(0): "them", slot(1): None, slot(2): "me"}, "me") == slot(2)
-    assert place(p, [], {slot(0): "them", slot(1): None}, "me") == slot(1)
-    assert place(pool(scaling={"max": 1}), [], {slot(0): "them"}, "me") == slot(0)
+    assert choose(p, [], {slot(0): "them", slot(1): None, slot(2): "me"}, "me") == slot(2)
+    assert choose(p, [], {slot(0): "them", slot(1): None}, "me") == slot(1)
+    assert choose(pool(scaling={"max": 1}), [], {slot(0): "them"}, "me") == slot(0)
 
 
 def test_slots_beyond_a_lowered_maximum_are_not_used():
-    assert place(pool(scaling={"max": 1}), [worker(0, lease()), worker(7)], {}, "me") is None
+    assert choose(pool(scaling={"max": 1}), [worker(0, lease()), worker(7)], {}, "me") is None
 
 
 def test_whose_a_cache_is_follows_the_pools_reuse():
     def owner(reuse, tenant, allocation):
-        return owner_of(reuse, tenant, "uid", allocation)
+        return cache_owner_digest(reuse, tenant, "uid", allocation)
 
     assert owner(Reuse.IDENTITY, "a", "1") == owner(Reuse.IDENTITY, "a", "2") != owner(Reuse.IDENTITY, "b", "1")
     assert owner(Reuse.POOL, "a", "1") == owner(Reuse.POOL, "b", "2")

@@ -11,12 +11,12 @@ import pytest
 from pydantic import TypeAdapter
 
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
-from bkpool.core.ignored import CLUSTER_IGNORES, KIND_IGNORES, PROCESS_IGNORES
 from bkpool.core.names import API_VERSION, GROUP
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Duration
 from bkpool.core.worker import Worker, WorkerSpec, WorkerStatus
 from bkpool.install.crds import definitions
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
 
 DEFINITIONS = definitions()
 BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "pattern", "enum")
@@ -263,6 +263,6 @@ def test_the_page_for_users_says_what_is_reported_as_ignored():
         assert (field in known) == (works_on != "not yet"), field
         if works_on == "not yet":
             continue
-        assert below(field, CLUSTER_IGNORES) == (works_on == "process"), field
-        assert below(field, KIND_IGNORES - CLUSTER_IGNORES) == (works_on == "cluster"), field
-        assert below(field, PROCESS_IGNORES - KIND_IGNORES) == (works_on == "pods"), field
+        assert below(field, IGNORED_IN_CLUSTER) == (works_on == "process"), field
+        assert below(field, IGNORED_WITH_HOST_GATEWAY - IGNORED_IN_CLUSTER) == (works_on == "cluster"), field
+        assert below(field, IGNORED_BY_PROCESSES - IGNORED_WITH_HOST_GATEWAY) == (works_on == "pods"), field

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bkpool.core.names import Slot
-from bkpool.core.policy import Observation, Running, Snapshot
+from bkpool.core.observation import DaemonState, Observation, Snapshot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Lease, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
@@ -53,7 +53,9 @@ def worker(number: int, allocation: Lease | None = None, *, phase: Phase = Phase
     )
 
 
-def seen(number: int, owner: str | None = None, state: Running = Running.READY, message: str = "") -> Observation:
+def seen(
+    number: int, owner: str | None = None, state: DaemonState = DaemonState.READY, message: str = ""
+) -> Observation:
     return Observation(f"uid-{number}", state, f"unix:///{number}", owner, message)
 
 

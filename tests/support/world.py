@@ -16,10 +16,11 @@ from typing import Any
 from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Grant, LeaseService
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict, WorkerFailed
-from bkpool.core.ignored import PROCESS_IGNORES, ignored_fields
+from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.policy import Observation, PoolSetting, Running
+from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Worker
 from bkpool.identity import Identity
@@ -27,6 +28,7 @@ from bkpool.pki.authority import Authority
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 
 ANN, BOB = Identity("ann"), Identity("bob")
 POOL = Key("default", "p")
@@ -63,6 +65,7 @@ class MemoryRuntime:
             callback()
 
     capacity = None
+    ignored_spec_fields = IGNORED_BY_PROCESSES
 
     async def start(self, slot, worker_uid, owner, pool, told):
         await self.gate.wait()
@@ -73,7 +76,7 @@ class MemoryRuntime:
             self.wiped.append(slot)
         self.owners[slot] = held if owner is None else owner
         endpoint = f"unix:///{slot.number}"
-        self.daemons[slot] = Observation(worker_uid, Running.READY, endpoint, self.owners[slot])
+        self.daemons[slot] = Observation(worker_uid, DaemonState.READY, endpoint, self.owners[slot])
         self.changed()
         return endpoint
 
@@ -105,7 +108,7 @@ class MemoryRuntime:
 
     def die(self, slot: Slot, message: str = "killed by signal 9") -> None:
         was = self.daemons[slot]
-        self.daemons[slot] = Observation(was.worker_uid, Running.EXITED, "", was.cache_owner, message)
+        self.daemons[slot] = Observation(was.worker_uid, DaemonState.EXITED, "", was.cache_owner, message)
         self.changed()
 
 
@@ -197,7 +200,9 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
         mirror=mirrors[0],
         runtime=world.runtime,
         now=clock,
-        setting=lambda pool: PoolSetting("tcp://localhost:1235", ignored_fields(pool.spec, PROCESS_IGNORES)),
+        status_inputs=lambda pool: PoolStatusInputs(
+            "tcp://localhost:1235", ignored_fields(pool.spec, world.runtime.ignored_spec_fields)
+        ),
         recorder=LogRecorder(),
     )
     tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]

@@ -14,7 +14,7 @@ import uvloop
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Cache, CacheGC
-from bkpool.workers import Running
+from bkpool.workers import DaemonState
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
@@ -129,7 +129,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     await asyncio.wait_for(changed.wait(), 5)
 
     seen = runtime.observe()[SLOT]
-    assert seen.state is Running.EXITED
+    assert seen.state is DaemonState.EXITED
     assert seen.worker_uid == "uid-1"
     assert "was killed by SIGKILL" in seen.message
     assert "Killed" in seen.log_tail
@@ -138,7 +138,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     await building.communicate()
 
     again = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
-    assert runtime.observe()[SLOT].state is Running.READY
+    assert runtime.observe()[SLOT].state is DaemonState.READY
     assert "CACHED" in await output(build(again))
     assert container_cgroups(tmp_path / "home") == []
 
@@ -190,7 +190,7 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
     changed.clear()
     os.kill(pid, signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 5)
-    assert after.observe()[SLOT].state is Running.EXITED
+    assert after.observe()[SLOT].state is DaemonState.EXITED
     await after.purge()
     await after.close(stop_workers=True)
 
@@ -329,7 +329,7 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
         changed.clear()
         os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
         await asyncio.wait_for(changed.wait(), 5)
-        assert runtime.observe()[SLOT].state is Running.EXITED
+        assert runtime.observe()[SLOT].state is DaemonState.EXITED
         await runtime.close(stop_workers=True)
 
     uvloop.run(live())
@@ -349,13 +349,13 @@ async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binar
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await runtime.stop(SLOT)  # buildkitd waits for the build
-    assert runtime.observe()[SLOT].state is Running.READY
+    assert runtime.observe()[SLOT].state is DaemonState.READY
 
     changed = asyncio.Event()
     runtime.on_change(changed.set)
     os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 5)
-    assert runtime.observe()[SLOT].state is Running.EXITED
+    assert runtime.observe()[SLOT].state is DaemonState.EXITED
     await building.communicate()
     await runtime.close(stop_workers=True)
 

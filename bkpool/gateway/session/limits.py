@@ -48,7 +48,7 @@ class GatewayLimits:
     renew: float = 20.0
     """Between renewals of a registration in use."""
     registered: float = 50.0
-    """A registration is trusted here; others trust it for policy.REGISTRATION_LIFE (60 s), so clocks may differ."""
+    """A registration is trusted here; others trust it for 60 s (worker.REGISTRATION_LIFE), so clocks may differ."""
     guests: int = 1024
     """Connections that hold no lease: in handshake or being refused. One more and the oldest goes."""
     connections: int = 10_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,8 @@ from bkpool.core.names import WORKER_PORT, Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.kube import Doc, KubeApi
 from bkpool.pki.authority import Authority
-from bkpool.workers import Observation, Running, Told
+from bkpool.workers import DaemonState, Observation, Told, WorkerCapacity
+from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.host_ports import HostPorts
 from bkpool.workers.pods.kept import Kept
@@ -74,6 +75,7 @@ class PodRuntime:
         host_ports: The ports of `host` that lead to the cluster's node, where pods' addresses lead nowhere (kind).
         host: The address at which these ports are.
         namespaces: Where pools may be; None: everywhere.
+        ignored_spec_fields: Fields of a pool's spec that nothing reads here (`workers.ignored_fields`).
         now: The clock, for certificates.
         deadlines: How long anything may take.
     """
@@ -88,10 +90,12 @@ class PodRuntime:
         host_ports: Sequence[int] | None = None,
         host: str = "127.0.0.1",
         namespaces: Sequence[str] | None = None,
+        ignored_spec_fields: Collection[str] = IGNORED_IN_CLUSTER,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         deadlines: Deadlines | None = None,
     ) -> None:
-        self.capacity: int | None = None if host_ports is None else len(host_ports)
+        self.capacity = None if host_ports is None else _capacity(len(host_ports))
+        self.ignored_spec_fields = ignored_spec_fields
         self._context = context
         self._image = image
         self._ports = None if host_ports is None else HostPorts(host_ports)
@@ -347,14 +351,14 @@ class PodRuntime:
             self._changed()
 
     def _seen(self, place: _PodSlot, pod: Doc) -> Observation | None:
-        state, message, log_tail = Running.STARTING if place.endpoint is None else Running.READY, "", ""
+        state, message, log_tail = DaemonState.STARTING if place.endpoint is None else DaemonState.READY, "", ""
         if pod_view.ended(pod):
             if pod_view.deleted(pod):
                 return None  # as good as gone
             if place.failure is None:
                 self._ask(place, self._learn_ending(pod))  # it stays what it was until it is known why it ended
             else:
-                state = Running.EXITED
+                state = DaemonState.EXITED
                 message, log_tail = place.failure.message_and_hint, place.failure.log_tail
         elif place.endpoint is not None and pod_view.doubtful(pod):
             self._ask(place, self._doubt(pod))
@@ -365,8 +369,8 @@ class PodRuntime:
             self._owner_of(pod),
             message,
             log_tail,
-            ephemeral=pod_view.claim_of(pod) is None,
-            held=pod_view.held(pod),
+            ephemeral_cache=pod_view.claim_of(pod) is None,
+            protected=pod_view.held(pod),
             pod_name=pod_spec.key_of(pod).name,
             pod_ip=pod_view.address(pod),
         )
@@ -465,6 +469,11 @@ class PodRuntime:
     def _changed(self) -> None:
         for callback in self._callbacks:
             callback()
+
+
+def _capacity(host_ports: int) -> WorkerCapacity:
+    limit = f"this cluster has host ports for {host_ports} workers (kind-config.yaml)"
+    return WorkerCapacity(host_ports, limit, reason="TooFewHostPorts")
 
 
 def _url(host: str, port: int) -> str:

@@ -19,7 +19,8 @@ import structlog
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
-from bkpool.workers import Observation, Running, Told
+from bkpool.workers import DaemonState, Observation, Told
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 from bkpool.workers.processes import process_table, socket_directory
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.launcher import Launcher
@@ -66,7 +67,8 @@ class ProcessRuntime:
         stop_grace: Seconds between SIGTERM and SIGKILL.
     """
 
-    capacity: int | None = None
+    capacity = None
+    ignored_spec_fields = IGNORED_BY_PROCESSES
 
     def __init__(
         self,
@@ -199,7 +201,7 @@ class ProcessRuntime:
     def _run(self, place: _ProcessSlot, daemon: Daemon, worker_uid: str) -> None:
         owner = place.cache.owner if place.cache else None
         place.daemon = daemon
-        place.observation = Observation(worker_uid, Running.READY, _endpoint(daemon), owner)
+        place.observation = Observation(worker_uid, DaemonState.READY, _endpoint(daemon), owner)
         self._watch(place, daemon)
         self._changed()
 
@@ -220,7 +222,7 @@ class ProcessRuntime:
         place.files.forget_daemon()
         if place.observation:
             place.observation = replace(
-                place.observation, state=Running.EXITED, message=failure.message, log_tail=failure.log_tail
+                place.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
             )
         self._changed()
 

@@ -3,25 +3,27 @@ from datetime import timedelta
 
 import pytest
 
-from bkpool.core import policy
 from bkpool.core.names import FINALIZER
-from bkpool.core.policy import (
-    Create,
-    Finish,
-    Lose,
-    Observation,
-    OwnCache,
-    Remove,
-    Report,
-    Running,
-    Start,
-    Wipe,
-    decide,
+from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
+from bkpool.core.reconcile.actions import (
+    CreateWorker,
+    FinishLease,
+    LoseLease,
+    RemoveWorker,
+    SetCacheOwner,
+    SetProtection,
+    StartDaemon,
+    WipeCache,
+    WriteStatus,
 )
-from bkpool.core.worker import EndReason, GatewayRegistration, Phase
+from bkpool.core.reconcile.decide import TOKEN_TIMEOUT, decide, stray_slots
+from bkpool.core.reconcile.failures import MAX_FAILURES, STABLE, failed_worker
+from bkpool.core.reconcile.lease_end import with_lease_remembered
+from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
+from bkpool.core.worker import REGISTRATION_LIFE, EndReason, GatewayRegistration, Phase
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
-EXITED = Running.EXITED
+EXITED = DaemonState.EXITED
 
 
 def actions(snap, now=NOW):
@@ -36,15 +38,18 @@ def test_nothing_to_do_is_nothing_done():
 
 def test_the_idle_floor_stands_beside_the_leased_ones():
     p = pool(scaling={"min": 2, "max": 4})
-    assert actions(snapshot(p)) == [Create(slot(0)), Create(slot(1))]
+    assert actions(snapshot(p)) == [CreateWorker(slot(0)), CreateWorker(slot(1))]
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
-    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [Create(slot(1)), Create(slot(2))]
+    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [
+        CreateWorker(slot(1)),
+        CreateWorker(slot(2)),
+    ]
 
 
 def test_the_floor_never_goes_beyond_the_maximum():
     p = pool(scaling={"min": 2, "max": 2})
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
-    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [Create(slot(1))]
+    assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [CreateWorker(slot(1))]
 
 
 def test_what_is_being_created_is_not_created_twice():
@@ -52,28 +57,30 @@ def test_what_is_being_created_is_not_created_twice():
 
 
 def test_a_down_worker_is_started_and_for_its_holder():
-    assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING))) == [Start(worker(0, phase=Phase.PENDING), None)]
+    assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING))) == [
+        StartDaemon(worker(0, phase=Phase.PENDING), None)
+    ]
     held = worker(0, lease(), phase=Phase.PENDING)
-    assert actions(snapshot(pool(), held)) == [Start(held, "owner-a")]
+    assert actions(snapshot(pool(), held)) == [StartDaemon(held, "owner-a")]
 
 
 def test_a_clean_cache_is_owned_before_the_lease_is_told():
     held = worker(0, lease())
-    assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [OwnCache(held, "owner-a")]
+    assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [SetCacheOwner(held, "owner-a")]
     (report,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
-    assert isinstance(report, Report)
+    assert isinstance(report, WriteStatus)
     assert (report.worker.status.phase, report.worker.status.cache_owner) == (Phase.ALLOCATED, "owner-a")
 
 
 def test_another_owners_cache_is_never_leased_on():
     held = worker(0, lease(), cache_owner="owner-b")
-    assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-b")})) == [Start(held, "owner-a")]
+    assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-b")})) == [StartDaemon(held, "owner-a")]
 
 
 def test_a_daemon_of_a_former_worker_in_the_slot_is_not_taken_for_this_one():
     held = worker(0, lease())
-    former = Observation("another-uid", Running.READY, "unix:///0", "owner-a")
-    assert actions(snapshot(pool(), held, observed={0: former})) == [Start(held, "owner-a")]
+    former = Observation("another-uid", DaemonState.READY, "unix:///0", "owner-a")
+    assert actions(snapshot(pool(), held, observed={0: former})) == [StartDaemon(held, "owner-a")]
 
 
 def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_the_end():
@@ -81,9 +88,9 @@ def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_t
     now, starts = NOW, 0
     while True:
         (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a", EXITED, "killed")}), now)
-        if isinstance(action, Lose):
+        if isinstance(action, LoseLease):
             break
-        assert isinstance(action, Report)
+        assert isinstance(action, WriteStatus)
         held = action.worker
         assert held.status.endpoint is None, "the gateway must hold or refuse, not dial"
         assert held.status.message == "killed"
@@ -91,24 +98,24 @@ def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_t
         if retry.wake_at:
             now = retry.wake_at
             assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-a", EXITED)}), now) == [
-                Start(held, "owner-a")
+                StartDaemon(held, "owner-a")
             ]
             starts += 1
             held = held.with_status(endpoint="unix:///0", phase=Phase.ALLOCATED)
-    assert starts == policy.MAX_FAILURES - 1
+    assert starts == MAX_FAILURES - 1
     assert action.message == "killed"
 
 
 def test_a_worker_that_was_stable_counts_from_the_beginning():
-    steady = worker(0, ready_at=NOW - policy.STABLE, failures=4)
-    assert policy.failed(steady, "x", NOW).status.failures == 1
+    steady = worker(0, ready_at=NOW - STABLE, failures=4)
+    assert failed_worker(steady, "x", NOW).status.failures == 1
     shaky = worker(0, ready_at=NOW, failures=4)
-    assert policy.failed(shaky, "x", NOW).status.failures == 5
+    assert failed_worker(shaky, "x", NOW).status.failures == 5
 
 
 def test_after_a_reboot_a_worker_starts_at_once():
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
-    assert actions(snapshot(pool(), held)) == [Start(held, "owner-a")]
+    assert actions(snapshot(pool(), held)) == [StartDaemon(held, "owner-a")]
 
 
 @pytest.mark.parametrize(
@@ -121,11 +128,13 @@ def test_after_a_reboot_a_worker_starts_at_once():
 def test_a_lease_that_is_over_leaves_the_worker(change, reason):
     held = worker(0, lease(**change), phase=Phase.ALLOCATED, cache_owner="owner-a")
     (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
-    assert isinstance(action, Finish)
+    assert isinstance(action, FinishLease)
     assert action.ended.reason is reason
-    after = policy.finished(action, NOW)
+    after = with_lease_remembered(action, NOW)
     assert after.status.ended[-1].token_sha256 == "digest-lease"
-    assert policy.finished(Finish(after, action.ended, action.phase), NOW).status.ended == after.status.ended
+    assert (
+        with_lease_remembered(FinishLease(after, action.ended, action.phase), NOW).status.ended == after.status.ended
+    )
 
 
 def test_no_lease_leaves_while_a_gateway_may_hold_connections_of_it():
@@ -136,8 +145,8 @@ def test_no_lease_leaves_while_a_gateway_may_hold_connections_of_it():
     assert report.worker.status.phase is Phase.DRAINING
     draining = snapshot(pool(), report.worker, observed={0: seen(0, "owner-a")})
     assert decide(draining, NOW).actions == ()
-    assert decide(draining, NOW).wake_at == NOW + policy.REGISTRATION_LIFE
-    assert isinstance(actions(draining, NOW + policy.REGISTRATION_LIFE)[0], Finish)
+    assert decide(draining, NOW).wake_at == NOW + REGISTRATION_LIFE
+    assert isinstance(actions(draining, NOW + REGISTRATION_LIFE)[0], FinishLease)
 
 
 def test_a_living_lease_is_looked_at_again_when_it_expires():
@@ -148,7 +157,7 @@ def test_a_living_lease_is_looked_at_again_when_it_expires():
 @pytest.mark.parametrize("never", [{"cache": {"reuse": "never"}}, {"untrusted": True}])
 def test_reuse_never_wipes_after_the_lease(never):
     used = worker(0, cache_owner="lease-digest")
-    assert actions(snapshot(pool(**never), used, observed={0: seen(0, "lease-digest")})) == [Wipe(slot(0))]
+    assert actions(snapshot(pool(**never), used, observed={0: seen(0, "lease-digest")})) == [WipeCache(slot(0))]
     assert actions(snapshot(pool(), used, observed={0: seen(0, "lease-digest")})) == []
     held = worker(0, lease(), cache_owner="owner-a", phase=Phase.ALLOCATED)
     assert actions(snapshot(pool(**never), held, observed={0: seen(0, "owner-a")})) == []
@@ -159,8 +168,11 @@ def test_reuse_never_wipes_before_the_worker_is_removed_and_where_none_runs_or_s
     left = {slot(0): "lease-1", slot(1): "lease-2", slot(2): None, slot(3)._replace(pool="other"): "lease-3"}
     surplus, down = worker(0, last_activity_at=NOW), worker(1, phase=Phase.FAILED, failures=9, failed_at=NOW)
     observed = {0: seen(0, "lease-1"), 1: seen(1, "lease-2", EXITED, "killed")}
-    assert actions(snapshot(never, surplus, down, observed=observed, caches=left)) == [Wipe(slot(0)), Wipe(slot(1))]
-    assert actions(snapshot(never, caches=left)) == [Wipe(slot(0)), Wipe(slot(1)), Create(slot(2))]
+    assert actions(snapshot(never, surplus, down, observed=observed, caches=left)) == [
+        WipeCache(slot(0)),
+        WipeCache(slot(1)),
+    ]
+    assert actions(snapshot(never, caches=left)) == [WipeCache(slot(0)), WipeCache(slot(1)), CreateWorker(slot(2))]
     assert actions(snapshot(never, caches=left, busy=frozenset({slot(0), slot(1), slot(2)}))) == []
 
 
@@ -180,7 +192,7 @@ def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
 def test_idle_workers_go_after_the_delay_least_recently_used_first_down_to_the_floor():
     p = pool(scaling={"min": 1, "max": 4, "scaleDownDelay": "10m"})
     old, new = (worker(n, last_activity_at=NOW - timedelta(minutes=m)) for n, m in ((0, 30), (1, 20)))
-    assert actions(snapshot(p, new, old, observed={0: seen(0), 1: seen(1)})) == [Remove(old)]
+    assert actions(snapshot(p, new, old, observed={0: seen(0), 1: seen(1)})) == [RemoveWorker(old)]
 
 
 def test_a_leased_worker_is_never_surplus():
@@ -189,7 +201,7 @@ def test_a_leased_worker_is_never_surplus():
 
 
 def test_idle_workers_beyond_a_lowered_maximum_go_at_once():
-    assert actions(snapshot(pool(scaling={"max": 1}), worker(9), observed={9: seen(9)})) == [Remove(worker(9))]
+    assert actions(snapshot(pool(scaling={"max": 1}), worker(9), observed={9: seen(9)})) == [RemoveWorker(worker(9))]
 
 
 def test_nothing_is_decided_where_something_is_under_way():
@@ -197,14 +209,18 @@ def test_nothing_is_decided_where_something_is_under_way():
 
 
 def test_strays_are_what_runs_without_a_worker():
-    assert policy.strays([slot(0), slot(1), slot(2)], [worker(0)], [slot(2)]) == [slot(1)]
+    assert stray_slots([slot(0), slot(1), slot(2)], [worker(0)], [slot(2)]) == [slot(1)]
 
 
 def test_a_pools_status_counts_and_names_ignored_fields():
     p = pool(tls={"enabled": True})
     held = worker(0, lease(), phase=Phase.ALLOCATED)
-    setting = policy.PoolSetting("tcp://x:1", ignored=("tls.enabled",), capacity=4)
-    status = policy.pool_status(p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], setting, NOW)
+    setting = PoolStatusInputs(
+        "tcp://x:1",
+        ignored=("tls.enabled",),
+        capacity=WorkerCapacity(4, "this cluster has host ports for 4 workers (kind-config.yaml)", "TooFewHostPorts"),
+    )
+    status = pool_status(p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], setting, NOW)
     assert (status.workers, status.ready, status.idle, status.allocated) == (3, 2, 1, 1)
     told = {c.type: (c.status, c.message) for c in status.conditions}
     assert told == {
@@ -215,7 +231,7 @@ def test_a_pools_status_counts_and_names_ignored_fields():
             "spec.scaling.max is 10, and this cluster has host ports for 4 workers (kind-config.yaml)",
         ),
     }
-    later = policy.pool_status(p.but(status=status), [held], setting, NOW + timedelta(hours=1))
+    later = pool_status(p.but(status=status), [held], setting, NOW + timedelta(hours=1))
     since = {c.type: c.last_transition_time for c in later.conditions}
     assert since["IgnoredFields"] == NOW, "a condition that did not change keeps its time"
 
@@ -231,39 +247,39 @@ def test_the_lease_of_a_deleted_worker_is_lost_and_drains_as_any_other():
     held = deleted(worker(0, lease(), phase=Phase.ALLOCATED))
     up = {0: seen(0, "owner-a")}
     (lost,) = actions(snapshot(pool(), held, observed=up))
-    assert lost == policy.Lose(held, "the worker was deleted")
+    assert lost == LoseLease(held, "the worker was deleted")
     over = held.with_lease(lease().but(ended_at=NOW, end_reason=EndReason.LOST))
     (finish,) = actions(snapshot(pool(), over, observed=up))
-    assert isinstance(finish, policy.Finish)
-    assert actions(snapshot(pool(), deleted(worker(0)), observed=up)) == [Remove(deleted(worker(0)))]
+    assert isinstance(finish, FinishLease)
+    assert actions(snapshot(pool(), deleted(worker(0)), observed=up)) == [RemoveWorker(deleted(worker(0)))]
 
 
 def test_a_deleted_pool_ends_its_leases_and_removes_the_rest():
     gone = deleted(pool(scaling={"min": 1}))
     held, idle = worker(0, lease(), phase=Phase.ALLOCATED), worker(1)
     done = actions(snapshot(gone, held, idle, observed={0: seen(0, "owner-a"), 1: seen(1)}))
-    assert done == [policy.Lose(held, "the pool was deleted"), Remove(idle)]
+    assert done == [LoseLease(held, "the pool was deleted"), RemoveWorker(idle)]
 
 
 def test_a_worker_is_protected_while_it_is_leased_and_no_longer():
     held, idle = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a"), worker(1)
-    loose = replace(seen(0, "owner-a"), held=False)
-    assert actions(snapshot(pool(), held, observed={0: loose})) == [policy.Protect(held, held=True)]
-    tight = replace(seen(1), held=True)
+    loose = replace(seen(0, "owner-a"), protected=False)
+    assert actions(snapshot(pool(), held, observed={0: loose})) == [SetProtection(held, protected=True)]
+    tight = replace(seen(1), protected=True)
     assert actions(snapshot(pool(scaling={"min": 1}), idle, observed={1: tight})) == [
-        policy.Protect(idle, held=False)
+        SetProtection(idle, protected=False)
     ]
 
 
 def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given_away():
     over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
-    unmarked = replace(seen(0), ephemeral=True)
+    unmarked = replace(seen(0), ephemeral_cache=True)
     held = worker(0, over, phase=Phase.IDLE, ephemeral_cache=True)
-    assert actions(snapshot(pool(), held, observed={0: unmarked})) == [policy.OwnCache(held, over.owner)]
-    silent = replace(unmarked, state=Running.STARTING)
-    assert actions(snapshot(pool(), held, observed={0: silent})) == [policy.OwnCache(held, over.owner)]
+    assert actions(snapshot(pool(), held, observed={0: unmarked})) == [SetCacheOwner(held, over.owner)]
+    silent = replace(unmarked, state=DaemonState.STARTING)
+    assert actions(snapshot(pool(), held, observed={0: silent})) == [SetCacheOwner(held, over.owner)]
     (finish,) = actions(snapshot(pool(), held, observed={0: replace(unmarked, cache_owner=over.owner)}))
-    after = policy.finished(finish, NOW).with_lease(lease("b"))
+    after = with_lease_remembered(finish, NOW).with_lease(lease("b"))
     assert after.routable_endpoint is None, "the next holder would be led to a cache that is not his"
 
 
@@ -294,7 +310,7 @@ def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
 def test_a_lease_whose_maker_was_killed_before_it_had_a_token_is_given_up():
     held = worker(0, lease(token_sha256=""), phase=Phase.ALLOCATED, cache_owner="owner-a")
     seen_up = {0: seen(0, "owner-a")}
-    assert decide(snapshot(pool(), held, observed=seen_up), NOW).wake_at == NOW + policy.UNTOLD
-    assert actions(snapshot(pool(), held, observed=seen_up), NOW + policy.UNTOLD) == [
-        policy.Lose(held, "it was never answered")
+    assert decide(snapshot(pool(), held, observed=seen_up), NOW).wake_at == NOW + TOKEN_TIMEOUT
+    assert actions(snapshot(pool(), held, observed=seen_up), NOW + TOKEN_TIMEOUT) == [
+        LoseLease(held, "it was never answered")
     ]

@@ -1,0 +1,30 @@
+"""Who owns a cache: the tenant, the whole pool, or one lease, depending on the pool's `cache.reuse`.
+
+Owners are compared by digest only. No cache is ever given to another owner without being wiped.
+"""
+
+from __future__ import annotations
+
+from bkpool.core.pool import Reuse
+from bkpool.core.tokens import owner_digest
+
+
+def cache_owner_digest(reuse: Reuse, tenant: str, pool_uid: str, lease_id: str) -> str:
+    """The digest of the owner of the cache that a lease uses.
+
+    With reuse `never` each lease is an owner of its own. So the rule "no cache goes to another owner" wipes the cache
+    after each lease.
+
+    Args:
+        reuse: The pool's `cache.reuse`.
+        tenant: The caller's tenant.
+        pool_uid: The pool.
+        lease_id: The lease.
+    """
+    match reuse:
+        case Reuse.IDENTITY:
+            return owner_digest(f"tenant\0{tenant}")
+        case Reuse.POOL:
+            return owner_digest(f"pool\0{pool_uid}")
+        case Reuse.NEVER:
+            return owner_digest(f"lease\0{lease_id}")

@@ -1,0 +1,74 @@
+"""What a runtime reports: the state of each slot, and how many workers it can run.
+
+These are plain values. A runtime fills them in, and `core.reconcile` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from bkpool.core.names import Slot
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Worker
+
+
+class DaemonState(StrEnum):
+    """The state of the buildkitd in a slot."""
+
+    STARTING = "starting"
+    """It exists, but it does not answer: not yet, or no longer."""
+    READY = "ready"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A slot as the runtime sees it now. An empty slot has no observation."""
+
+    worker_uid: str
+    """The worker object for which buildkitd was started."""
+    state: DaemonState
+    endpoint: str
+    cache_owner: str | None
+    """Digest of the cache's owner; None while the cache is clean."""
+    message: str = ""
+    """After an exit: how buildkitd ended. It never contains text from buildkitd's log."""
+    log_tail: str = ""
+    """After an exit: the last lines of buildkitd's log, which may tell of somebody's build."""
+    ephemeral_cache: bool = False
+    """The cache is deleted together with the worker."""
+    protected: bool | None = None
+    """Whether the cluster is asked not to evict the worker; None where nothing can evict it."""
+    pod_name: str | None = None
+    pod_ip: str | None = None
+
+
+def ready_observation(worker: Worker, seen: Observation | None) -> Observation | None:
+    """The observation, if it is of this worker's own buildkitd and that is ready; else None."""
+    return seen if seen and seen.state is DaemonState.READY and seen.worker_uid == worker.uid else None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCapacity:
+    """How many workers of all pools a runtime can run at once, and what the limit is."""
+
+    workers: int
+    limit: str
+    """The second half of a sentence that names the limit: "this cluster has host ports for 4 workers"."""
+    reason: str
+    """The same in one CamelCase word, for a condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One pool at one moment, with everything that matters for decisions about it."""
+
+    pool: Pool
+    workers: tuple[Worker, ...]
+    observed: Mapping[Slot, Observation]
+    caches: Mapping[Slot, str | None]
+    """The caches that exist, each with the digest of its owner (None: clean)."""
+    busy: frozenset[Slot] = frozenset()
+    """Slots in which an action is still running. Nothing is decided about them."""

@@ -1,0 +1,109 @@
+"""The actions that `decide` may ask for, one class each.
+
+They are plain values. The controller carries them out; nothing here does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from bkpool.core.names import Slot
+from bkpool.core.worker import EndedLease, Phase, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class CreateWorker:
+    """Create a worker object in an empty slot, so that enough idle workers are ready."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class StartDaemon:
+    """Start buildkitd with a cache of this owner (None: nobody has leased the worker yet)."""
+
+    worker: Worker
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SetCacheOwner:
+    """Record the owner of a clean cache."""
+
+    worker: Worker
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetProtection:
+    """Ask the cluster not to evict the worker, or allow it again."""
+
+    worker: Worker
+    protected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WipeCache:
+    """Stop buildkitd in the slot and delete its cache, because no other owner may get it."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStatus:
+    """Store the status that this copy of the worker has."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class LoseLease:
+    """End the lease as lost, because its worker cannot be kept running."""
+
+    worker: Worker
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishLease:
+    """Take an ended lease off its worker and remember it. No gateway has a connection of it any more."""
+
+    worker: Worker
+    ended: EndedLease
+    phase: Phase
+    """The worker's phase afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveWorker:
+    """Delete the worker object and stop buildkitd. The slot keeps its cache."""
+
+    worker: Worker
+
+
+Action = (
+    CreateWorker
+    | StartDaemon
+    | SetCacheOwner
+    | SetProtection
+    | WipeCache
+    | WriteStatus
+    | LoseLease
+    | FinishLease
+    | RemoveWorker
+)
+
+
+def slot_of_action(action: Action) -> Slot:
+    """The slot that the action changes."""
+    return action.slot if isinstance(action, CreateWorker | WipeCache) else action.worker.slot
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do now, at most one action for each slot, and when to decide again."""
+
+    actions: tuple[Action, ...]
+    wake_at: datetime | None
+    """When time alone changes the decision, if nothing else changes before; None: never."""

@@ -1,0 +1,141 @@
+"""What to do next for one pool, as a pure function of its state.
+
+`decide(snapshot, now)` returns actions, and the next moment at which time alone would change the answer. It looks at
+the state and never at how the state came about, so it may be called at any time and as often as needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from bkpool.core.names import Slot
+from bkpool.core.observation import DaemonState, Observation, Snapshot, ready_observation
+from bkpool.core.pool import Pool, Reuse
+from bkpool.core.reconcile import lease_end, scaling
+from bkpool.core.reconcile.actions import (
+    Action,
+    CreateWorker,
+    LoseLease,
+    Plan,
+    RemoveWorker,
+    SetCacheOwner,
+    SetProtection,
+    StartDaemon,
+    WipeCache,
+    WriteStatus,
+)
+from bkpool.core.reconcile.failures import MAX_FAILURES, failed_worker, failure_message, retry_at
+from bkpool.core.worker import Lease, Phase, Worker
+
+TOKEN_TIMEOUT = timedelta(minutes=1)
+"""A lease without a token after this time never gets one: the process that was creating it was killed."""
+
+
+def decide(snapshot: Snapshot, now: datetime) -> Plan:
+    """What to do now for one pool."""
+    actions: list[Action] = []
+    surplus, deadlines = scaling.surplus(snapshot, now)
+    wiped = _caches_to_wipe(snapshot)
+    actions += [WipeCache(slot) for slot in wiped]
+    for worker in snapshot.workers:
+        if worker.slot in snapshot.busy or worker.slot in wiped:
+            continue
+        if worker in surplus:
+            actions.append(RemoveWorker(worker))
+            continue
+        seen = snapshot.observed.get(worker.slot)
+        lease = worker.lease
+        step = _idle(worker, seen, now) if lease is None else _leased(worker, lease, seen, snapshot.pool, now)
+        if isinstance(step, datetime):
+            deadlines.append(step)
+        elif step is not None:
+            actions.append(step)
+    actions += [CreateWorker(slot) for slot in scaling.missing(snapshot, wiped)]
+    return Plan(tuple(actions), min(deadlines, default=None))
+
+
+def stray_slots(observed: Iterable[Slot], workers: Iterable[Worker], busy: Iterable[Slot]) -> list[Slot]:
+    """Slots in which something runs although they have no worker: the worker object was deleted."""
+    return sorted(set(observed) - {w.slot for w in workers} - set(busy))
+
+
+def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
+    """With reuse `never`: the slots without a lease whose cache was used. They are wiped before anything else."""
+    if snapshot.pool.spec.reuse is not Reuse.NEVER:
+        return []
+    seen = {slot: snapshot.observed[slot].cache_owner for slot in snapshot.observed}
+    used = {slot for slot, owner in {**snapshot.caches, **seen}.items() if owner is not None}
+    leased = {worker.slot for worker in snapshot.workers if worker.lease is not None}
+    of_pool = {slot for slot in used if (slot.namespace, slot.pool) == snapshot.pool.key}
+    return sorted(of_pool - leased - snapshot.busy)
+
+
+def _idle(worker: Worker, seen: Observation | None, now: datetime) -> Action | datetime | None:
+    """The next step for a worker without a lease."""
+    up = ready_observation(worker, seen)
+    if up is None:
+        return _start(worker, seen, None, now)
+    if up.protected:
+        return SetProtection(worker, protected=False)
+    return _status(worker, up, Phase.IDLE, now, worker.status.failures)
+
+
+def _leased(
+    worker: Worker, lease: Lease, seen: Observation | None, pool: Pool, now: datetime
+) -> Action | datetime | None:
+    """The next step for a worker with a lease."""
+    over = lease.ended(now)
+    if over is not None:
+        return lease_end.wind_up(worker, lease, over, seen, now)
+    if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
+        deleted = "pool" if pool.metadata.deletion_timestamp else "worker"
+        return LoseLease(worker, f"the {deleted} was deleted")
+    token_deadline = None if lease.token_sha256 else lease.allocated_at + TOKEN_TIMEOUT
+    if token_deadline is not None and now >= token_deadline:
+        return LoseLease(worker, "it was never answered")
+    up = ready_observation(worker, seen)
+    if up is None:
+        if worker.status.failures >= MAX_FAILURES:
+            return LoseLease(worker, worker.status.message)
+        return _start(worker, seen, lease.owner, now)
+    failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
+    step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
+    return step or token_deadline or lease.expires_at
+
+
+def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action | None:
+    """What is missing until the cache belongs to the lease's owner and the worker is protected; None: nothing."""
+    if up.cache_owner is None:
+        return SetCacheOwner(worker, owner)
+    if up.cache_owner != owner:
+        return StartDaemon(worker, owner)
+    return SetProtection(worker, protected=True) if up.protected is False else None
+
+
+def _start(worker: Worker, seen: Observation | None, owner: str | None, now: datetime) -> Action | datetime:
+    """Starts buildkitd where it does not run: at once after a reboot, after a growing pause where it failed."""
+    if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
+        message = failure_message(worker, seen.message, seen.log_tail)
+        return WriteStatus(failed_worker(worker, message, now))
+    pause_ends = retry_at(worker)
+    if pause_ends is not None and now < pause_ends:
+        return pause_ends
+    return StartDaemon(worker, owner)
+
+
+def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, failures: int) -> WriteStatus | None:
+    """A status to write, if the stored one differs from what is seen."""
+    status = worker.status
+    wanted = {
+        "phase": phase,
+        "endpoint": seen.endpoint,
+        "cache_owner": seen.cache_owner,
+        "ephemeral_cache": seen.ephemeral_cache,
+        "pod_name": seen.pod_name,
+        "pod_ip": seen.pod_ip,
+    }
+    if all(getattr(status, field) == value for field, value in wanted.items()):
+        return None
+    ready_at = status.ready_at if status.endpoint is not None else now
+    return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message=""))

@@ -1,0 +1,65 @@
+"""A worker whose buildkitd failed: what is written about it, and when it is started again.
+
+The caller supplies the time and stores the result.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from bkpool.core.worker import Phase, Worker
+
+MAX_FAILURES = 5
+"""Failures in a row after which a lease is lost (rule 4, docs/rules.md#r4)."""
+STABLE = timedelta(minutes=1)
+"""A worker that was ready for this long starts to count its failures from the beginning."""
+BACKOFF = timedelta(milliseconds=500)
+"""The pause after the first failure. It doubles with each further one."""
+BACKOFF_MAX = timedelta(minutes=2)
+_COUNTED_FAILURES = 20
+"""The count stops here: the pause has long reached its maximum."""
+
+
+def failure_message(worker: Worker, message: str, log_tail: str) -> str:
+    """Composes the text about a failure that is written on the worker, where everybody with access to it reads it.
+
+    The log tail may tell of the build of the last holder. While they hold the worker, they read it. After their lease
+    it is left out. A worker whose cache was never used has no build to tell of, so its log tail is shown as well.
+
+    Args:
+        worker: The worker as it is stored.
+        message: What happened, without text from buildkitd's log.
+        log_tail: The last lines of buildkitd's log; empty if there are none.
+    """
+    used_by_an_earlier_holder = worker.lease is None and worker.status.cache_owner is not None
+    if not log_tail or used_by_an_earlier_holder:
+        return message
+    return f"{message}\nThe end of its log:\n{log_tail}"
+
+
+def failed_worker(worker: Worker, message: str, now: datetime) -> Worker:
+    """The worker with one failure more.
+
+    Args:
+        worker: The worker as it is stored.
+        message: The text from `failure_message`.
+        now: The time.
+    """
+    ready_at = worker.status.ready_at
+    was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
+    return worker.with_status(
+        phase=Phase.FAILED if worker.lease is None else Phase.PROVISIONING,
+        endpoint=None,
+        pod_ip=None,
+        failures=1 if was_stable else min(worker.status.failures + 1, _COUNTED_FAILURES),
+        failed_at=now,
+        message=message,
+    )
+
+
+def retry_at(worker: Worker) -> datetime | None:
+    """When a failed worker may be started again; None if it has not failed since it was last stable."""
+    status = worker.status
+    if status.failed_at is None or not status.failures:
+        return None
+    return status.failed_at + min(BACKOFF * (1 << (status.failures - 1)), BACKOFF_MAX)

@@ -1,0 +1,81 @@
+"""The end of a lease: when it may leave its worker, and what the worker remembers of it.
+
+A lease that has ended stays on its worker while a gateway may still have connections of it.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from bkpool.core.observation import DaemonState, Observation, ready_observation
+from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, WriteStatus
+from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
+
+REMEMBERED_LEASES = 16
+"""Ended leases that a worker remembers, so that a client that comes too late learns why its lease ended."""
+
+
+def wind_up(
+    worker: Worker, lease: Lease, reason: EndReason, seen: Observation | None, now: datetime
+) -> Action | datetime:
+    """The next step for a lease that has ended.
+
+    Args:
+        worker: The worker that the lease is on.
+        lease: The lease.
+        reason: Why it ended.
+        seen: What the runtime sees in the worker's slot.
+        now: The time.
+
+    Returns:
+        An action, or the time at which the last gateway registration expires.
+    """
+    if _used_without_owner(worker, seen):
+        # The holder did not have to wait for this mark. The next holder needs it: their cache must be another one.
+        return SetCacheOwner(worker, lease.owner)
+    registered = [entry for entry in worker.live_registrations(now) if entry.allocation_id == lease.id]
+    if not registered:
+        return _finish(worker, lease, reason, ready_observation(worker, seen))
+    if worker.status.phase is not Phase.DRAINING:
+        message = f"the lease is {reason}; builds may finish"
+        return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message))
+    return min(entry.expires_at for entry in registered)
+
+
+def _finish(worker: Worker, lease: Lease, reason: EndReason, up: Observation | None) -> FinishLease:
+    if up:
+        # Write cache_owner together with the lease's end. Otherwise the next lease could be routed here before the
+        # owner is known.
+        worker = worker.with_status(cache_owner=up.cache_owner)
+    ended = EndedLease(
+        token_sha256=lease.token_sha256,
+        ended_at=lease.over_since(),
+        reason=reason,
+        message=lease.end_message,
+    )
+    down = Phase.FAILED if worker.status.failures else Phase.PENDING
+    return FinishLease(worker, ended, Phase.IDLE if up else down)
+
+
+def _used_without_owner(worker: Worker, seen: Observation | None) -> bool:
+    """Whether the worker has a cache that may have been used but has no owner yet. It need not be ready now."""
+    if seen is None or seen.worker_uid != worker.uid or seen.state is DaemonState.EXITED:
+        return False
+    return seen.ephemeral_cache and seen.cache_owner is None
+
+
+def with_lease_remembered(action: FinishLease, now: datetime) -> Worker:
+    """The worker with the ended lease in its status. The lease is still in its spec, to be taken off afterwards.
+
+    It is idempotent: a crash between the two writes repeats this one.
+    """
+    status = action.worker.status
+    known = any(past.token_sha256 == action.ended.token_sha256 for past in status.ended)
+    return action.worker.with_status(
+        phase=action.phase,
+        last_activity_at=now,
+        allocation_count=status.allocation_count + (not known),
+        gateways=(),
+        ended=status.ended if known else (*status.ended, action.ended)[-REMEMBERED_LEASES:],
+        message="",
+    )

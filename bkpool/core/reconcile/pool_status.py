@@ -1,0 +1,84 @@
+"""The status of a pool: how many workers it has, what is wrong, and which fields of its spec have no effect.
+
+It composes the status; the controller writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from bkpool.core.observation import WorkerCapacity
+from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.resource import Condition, condition
+from bkpool.core.worker import Phase, Worker
+
+AS_WANTED = "AsWanted"
+"""The reason of a condition with which nothing is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatusInputs:
+    """What a pool's status shows besides its workers."""
+
+    endpoint: str
+    """Where clients reach the pool's gateway."""
+    ignored: Sequence[str] = ()
+    """Paths below `spec` of the fields that are set and have no effect here."""
+    capacity: WorkerCapacity | None = None
+    """How many workers can run here; None: there is no fixed limit."""
+    gateway_problem: str = ""
+    """What is wrong with the pool's gateway; empty if nothing is."""
+
+
+def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs, now: datetime) -> PoolStatus:
+    """The status to write. It equals the stored one where nothing has changed."""
+    workers = tuple(workers)
+    failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
+    problem = f"{failed.key.name}: {failed.status.message}" if failed else inputs.gateway_problem
+    ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
+    conditions = [
+        _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored),
+        _condition(pool, now, "Ready", good="True", reason="NotAsWanted", message=problem),
+    ]
+    if inputs.capacity is not None:
+        too_many = _beyond_capacity(pool, inputs.capacity)
+        conditions.append(
+            _condition(pool, now, "Capacity", good="True", reason=inputs.capacity.reason, message=too_many)
+        )
+    return pool.status.but(
+        phase="Degraded" if problem else "Ready",
+        observed_generation=pool.metadata.generation,
+        endpoint=inputs.endpoint,
+        conditions=tuple(conditions),
+        connections=sum(entry.connections for worker in workers for entry in worker.live_registrations(now)),
+        **worker_counts(workers),
+    )
+
+
+def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:
+    """How many workers there are in all, and how many of them are ready, idle and leased."""
+    workers = tuple(workers)
+    return {
+        "workers": len(workers),
+        "ready": sum(w.status.endpoint is not None for w in workers),
+        "idle": sum(w.lease is None and w.status.phase is Phase.IDLE for w in workers),
+        "allocated": sum(w.lease is not None for w in workers),
+    }
+
+
+def _beyond_capacity(pool: Pool, capacity: WorkerCapacity) -> str:
+    wanted = pool.spec.scaling.max
+    return f"spec.scaling.max is {wanted}, and {capacity.limit}" if wanted > capacity.workers else ""
+
+
+def _condition(
+    pool: Pool, now: datetime, kind: str, *, good: Literal["True", "False"], reason: str, message: str
+) -> Condition:
+    """A condition that has its good value while the message is empty."""
+    bad: Literal["True", "False"] = "False" if good == "True" else "True"
+    status = bad if message else good
+    why = reason if message else AS_WANTED
+    return condition(pool.status.conditions, kind, status, reason=why, message=message, now=now)

@@ -1,0 +1,34 @@
+"""Which fields of a pool's spec nothing reads, depending on where workers and gateways run.
+
+Each set has paths below `spec`; everything below a path counts as well.
+"""
+
+from __future__ import annotations
+
+_POOL_GATEWAY_FIELDS = (
+    "gatewayImage",
+    "networking.serviceType",
+    "networking.port",
+    "networking.annotations",
+    "networking.allowedCIDRs",
+    "networking.external",
+    "gateway.replicas",
+    "gateway.resources",
+    "gateway.serviceType",
+    "gateway.port",
+    "gateway.nodePort",
+    "gateway.loadBalancerClass",
+)
+"""These need gateways that run as pods."""
+
+IGNORED_IN_CLUSTER = frozenset({"auth.methods[].token.file"})
+"""Workers are pods, and each pool has gateways that run as pods. A user who may create a pool in the cluster may not
+name files on the appliance's machine."""
+
+IGNORED_WITH_HOST_GATEWAY = frozenset((*IGNORED_IN_CLUSTER, *_POOL_GATEWAY_FIELDS))
+"""Workers are pods, and the gateway runs outside the cluster."""
+
+IGNORED_BY_PROCESSES = frozenset(
+    (*_POOL_GATEWAY_FIELDS, "resources", "buildkitImage", "auth.methods[].token.secretRef", "networking.egress")
+)
+"""Workers are processes. A local cache (`cache.backends`) is not in this set: every slot keeps its cache anyway."""
