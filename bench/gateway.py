@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from bench.certificates import WORKER_UID
-from bkpool.appliance.entry import configure_logging
-from bkpool.appliance.lifetime import SWITCH_INTERVAL
+from bkpool.appliance.logs import configure_logging
+from bkpool.appliance.shutdown import SWITCH_INTERVAL
 from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway, new_loop

@@ -52,7 +52,7 @@ def kind_of(engine: Engine, home: Path) -> Kind:
         Toolchain(default_cache()).ensure(Tool.KIND),
         engine,
         home,
-        lambda told: print(told["progress"], file=sys.stderr),
+        lambda text: print(text, file=sys.stderr),
     )
 
 

@@ -1,10 +1,11 @@
-"""The composition root: what starts in which order, and what drains in which order.
+"""The composition root: opens the other rooms in order, and closes them in order.
 
-One process holds all three roles (controller, api, gateway) on the process backend. It wires the rooms together; it
-decides nothing about leases or workers.
+`entry.run` starts a process. It has the roles API, controller and gateway, or some of them in a cluster; `roles`
+opens each. This room decides nothing about leases or workers.
 """
 
-from bkpool.appliance.entry import purge, run, sweep
+from bkpool.appliance.cleanup import purge, stop_leftover_workers
+from bkpool.appliance.entry import run
 from bkpool.appliance.settings import Settings
 
-__all__ = ["Settings", "purge", "run", "sweep"]
+__all__ = ["Settings", "purge", "run", "stop_leftover_workers"]

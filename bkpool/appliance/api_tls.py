@@ -1,7 +1,7 @@
-"""The API's certificate: from our own authority, or from files that somebody else keeps up to date.
+"""The API's certificate: issued by the appliance's own CA, or read from files that another program renews.
 
-A new one serves the next handshake, without a restart and without touching open connections. A file that cannot be
-used is logged and the certificate of before stays; only at the start it is an error.
+A new certificate is used from the next handshake on, without a restart, and open connections are not touched. A file
+that cannot be used is logged, and the former certificate stays in use; at the start it is an error.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import structlog
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bkpool.appliance.parts import running
 from bkpool.appliance.settings import Settings
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
@@ -32,67 +30,55 @@ from bkpool.pki.names import CertificateNames, gateway_names
 
 log = structlog.get_logger(__name__)
 
-LOOK_AGAIN = 10.0
-"""Seconds between two looks at the files: a certificate is renewed days before its end, so any of them would do."""
-_ANYWHERE = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - addresses that are no name
+FILE_CHECK_SECONDS = 10.0
+"""Time between two checks of the files. Certificates are renewed days before they expire, so this is not critical."""
+_ALL_INTERFACES = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - addresses that are not a name
 _HINT = "Give a PEM certificate (with its chain) and its key, without a passphrase."
 
 
-def open_api_tls(settings: Settings, authority: Authority, now: Callable[[], datetime]) -> ApiTls | None:
-    """The API's TLS as the settings want it; None where it is served in clear.
+def make_api_tls(settings: Settings, authority: Authority, now: Callable[[], datetime]) -> ApiTls | None:
+    """The API's TLS according to the settings; None if the API is served in clear.
+
+    The caller runs the returned object's `run` beside the server.
 
     Args:
-        settings: `api_tls`, or `api_cert` and `api_key`, which come first; and by which names the API is called.
-        authority: Signs the certificate where no files are given.
+        settings: `api_cert` and `api_key`, or else `api_tls`; and the names of the API.
+        authority: Signs the certificate if no files are given.
         now: The clock.
 
     Raises:
-        HostFault: `Unreadable`: the files cannot be used. `AuthorityExpired`.
+        HostFault: `Unreadable`: the files cannot be used. `AuthorityExpired`: the CA has expired.
     """
     if settings.api_cert is not None and settings.api_key is not None:
         return FileTls(settings.api_cert, settings.api_key)
-    return OwnTls(authority, api_names(settings), settings.home, now) if settings.api_tls else None
-
-
-async def enter_api_tls(
-    stack: AsyncExitStack,
-    settings: Settings,
-    authority: Authority,
-    now: Callable[[], datetime],
-    died: Callable[[BaseException], None],
-) -> ApiTls | None:
-    """The same, kept right until the stack is closed; see `parts.running` for `died`."""
-    tls = open_api_tls(settings, authority, now)
-    if tls is not None:
-        await stack.enter_async_context(running(tls.run(), died))
-    return tls
+    return IssuedTls(authority, api_names(settings), settings.home, now) if settings.api_tls else None
 
 
 def api_names(settings: Settings) -> CertificateNames:
-    """By which names the API is called: this machine's, the user's own for it, and its Service's in a cluster."""
+    """The names of the API: this machine's, those that the user gave, and that of its Service in a cluster."""
     host, _ = settings.api_address
-    extra = (*settings.gateway_hosts, *(() if host in _ANYWHERE else (host,)))
+    extra = (*settings.gateway_hosts, *(() if host in _ALL_INTERFACES else (host,)))
     return gateway_names(socket.gethostname(), [Key(settings.namespace, CONTROLLER)], extra)
 
 
 class ApiTls(ABC):
-    """A server's context whose certificate changes under it. `run` keeps it right; it is to run beside the server.
+    """A server context whose certificate can be replaced. `run`, beside the server, replaces it when it is due.
 
-    From TLS 1.2 on: unlike at the gateway no certificate of a client's, with a token in it, crosses the wire in the
-    handshake, and some HTTP clients and proxies know nothing newer.
+    It accepts TLS 1.2 and newer, because some HTTP clients and proxies know nothing newer. The gateway requires 1.3,
+    because there a client certificate that contains a token is sent in the handshake; here no client sends one.
     """
 
     def __init__(self) -> None:
         self.context = _server_context()
-        # One that is swapped as a whole: an SSLContext into which another is loaded keeps the old one, too, where
-        # their keys are of different kinds. Called for every handshake, also for one that names no server.
+        # The context is replaced as a whole: an SSLContext keeps its old certificate if one with another kind of key
+        # is loaded into it. OpenSSL calls this in every handshake, also if the client names no server.
         self._current = self.context
-        self.context.sni_callback = self._swap
+        self.context.sni_callback = self._use_current
         self.refresh()
 
     @abstractmethod
     def refresh(self) -> bool:
-        """Takes a new certificate if it is time for one; whether it did."""
+        """Replaces the certificate if it is due; returns whether it did."""
 
     @abstractmethod
     def pause(self) -> float:
@@ -100,11 +86,11 @@ class ApiTls(ABC):
 
     @property
     @abstractmethod
-    def described(self) -> dict[str, Any]:
-        """What `appliance.json` says of it, so that callers on this machine know whom to trust."""
+    def description(self) -> dict[str, Any]:
+        """What `appliance.json` says about it: what callers on this machine should trust."""
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Replaces the certificate whenever it is due, until cancelled."""
         while True:
             await asyncio.sleep(self.pause())
             self.refresh()
@@ -114,17 +100,17 @@ class ApiTls(ABC):
         load_chain(context, cert_pem, key_pem)
         self._current = context
 
-    def _swap(self, connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
+    def _use_current(self, connection: ssl.SSLObject, _name: str, _context: ssl.SSLContext) -> None:
         connection.context = self._current
 
 
-class OwnTls(ApiTls):
-    """A certificate of our own authority, in memory only: what callers trust is the authority.
+class IssuedTls(ApiTls):
+    """A certificate of the appliance's own CA, only in memory. Callers trust the CA.
 
     Args:
         authority: Signs it.
-        names: By which the API is called.
-        home: Where the authority's certificate is put for callers on this machine.
+        names: The names of the API.
+        home: Where the CA's certificate is written for callers on this machine.
         now: The clock.
     """
 
@@ -150,12 +136,12 @@ class OwnTls(ApiTls):
         return True
 
     def pause(self) -> float:
-        """A day at the most: a machine may have slept meanwhile, and what ends with the authority is due at once."""
+        """From an hour to a day: a machine may have slept, and a certificate that its CA caps is always due."""
         return min(86_400.0, max(3600.0, (self._due - self._now()).total_seconds()))
 
     @property
-    def described(self) -> dict[str, Any]:
-        """The authority's certificate. On the process backend it is there; elsewhere it is put there."""
+    def description(self) -> dict[str, Any]:
+        """The path of the CA's certificate, which is written here if the backend has not done so."""
         if not self._ca.exists() or self._ca.read_bytes() != self._authority.cert_pem:
             write_private(self._ca, self._authority.cert_pem)
         return {"apiCa": str(self._ca)}
@@ -165,8 +151,8 @@ class FileTls(ApiTls):
     """A certificate from files.
 
     Args:
-        cert: PEM, with its chain.
-        key: PEM, without a passphrase.
+        cert: The certificate with its chain, PEM.
+        key: Its key, PEM, without a passphrase.
     """
 
     def __init__(self, cert: Path, key: Path) -> None:
@@ -175,35 +161,35 @@ class FileTls(ApiTls):
         super().__init__()
 
     def refresh(self) -> bool:
-        """See ApiTls. At the start only it raises HostFault `Unreadable`."""
+        """See ApiTls. Raises HostFault `Unreadable` at the first call only."""
         first = self._read is None
         try:
             read = (self._files[0].read_bytes(), self._files[1].read_bytes())
             if read == self._read:
                 return False
             self._read = read
-            load_pem_private_key(read[1], password=None)  # OpenSSL itself would ask a terminal for the passphrase
+            load_pem_private_key(read[1], password=None)  # OpenSSL would ask on the terminal for a passphrase
             self._take(*read)
         except (OSError, ValueError, TypeError) as error:  # ssl.SSLError is an OSError
             fault = HostFault(
-                f"--api-cert {self._files[0]} and --api-key {self._files[1]} cannot be used: {_why(error)}",
+                f"--api-cert {self._files[0]} and --api-key {self._files[1]} cannot be used: {_reason(error)}",
                 hint=_HINT,
                 code="Unreadable",
             )
             if first:
                 raise fault from None
-            log.error("api.certificate_refused", reason=fault.message)  # noqa: TRY400 - the reason says it all
+            log.error("api.certificate_refused", reason=fault.message)  # noqa: TRY400 - the reason is complete
             return False
         log.info("api.certificate_read", file=str(self._files[0]))
         return True
 
     def pause(self) -> float:
-        """Time to look at the files again."""
-        return LOOK_AGAIN
+        """Seconds until the files are checked again."""
+        return FILE_CHECK_SECONDS
 
     @property
-    def described(self) -> dict[str, Any]:
-        """The certificate itself: a caller on this machine expects just this one, by whatever name it is called."""
+    def description(self) -> dict[str, Any]:
+        """The path of the certificate: a caller on this machine trusts exactly this one, whatever name they use."""
         return {"apiCert": str(self._files[0])}
 
 
@@ -213,10 +199,11 @@ def _server_context() -> ssl.SSLContext:
     return context
 
 
-def _why(error: Exception) -> str:
-    """What is wrong, without anything of a key."""
+def _reason(error: Exception) -> str:
+    """What is wrong, without any part of a key."""
     if isinstance(error, ssl.SSLError):
-        return "the key is not the certificate's" if error.reason == "KEY_VALUES_MISMATCH" else "no PEM certificate"
+        mismatch = error.reason == "KEY_VALUES_MISMATCH"
+        return "the key does not belong to the certificate" if mismatch else "not a PEM certificate"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}"
-    return "the key has a passphrase" if isinstance(error, TypeError) else "the key is no PEM private key"
+    return "the key has a passphrase" if isinstance(error, TypeError) else "the key is not a PEM private key"

@@ -1,6 +1,7 @@
-"""What an appliance stands on: a store, a runtime and the secrets, opened for one backend.
+"""Opens the parts that differ between backends: a store, a runtime and the secrets.
 
-Everything beyond this module is the same on every backend. What is opened is entered into the caller's exit stack.
+Everything outside of this module is the same on every backend. What is opened is entered into the caller's exit
+stack.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.allocation import Allocator, LeaseService
-from bkpool.appliance import cluster_secrets
-from bkpool.appliance.identities import Methods
-from bkpool.appliance.settings import Settings, Tell
+from bkpool.appliance import kube_secrets
+from bkpool.appliance.access_control import MakeAuthenticators
+from bkpool.appliance.reporting import StartupReporter
+from bkpool.appliance.settings import Settings
 from bkpool.controller import Controller
 from bkpool.core.errors import Conflict
 from bkpool.core.pool import Pool
@@ -45,8 +47,8 @@ from bkpool.workers.processes.sandbox import Binaries
 
 LEASE = "bkpool-controller"
 """The Lease whose holder runs the controller."""
-PROCESS_LIFE = timedelta(days=3650)
-"""Of a certificate that is in memory only: it ends with the process."""
+DIALLER_LIFE = timedelta(days=3650)
+"""The validity of the client certificate for workers. It is only in memory, so it ends with the process anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +58,25 @@ class Backend:
     store: Store
     runtime: Runtime
     authority: Authority
-    """Of the gateway's and the clients' certificates."""
+    """Signs the certificates of the gateway and of clients."""
     token_key: bytes
     dial: Dialler
     gateway: str
-    """The name under which this appliance's gateway registers: the same over all its lives."""
+    """The name under which this appliance's gateway registers: the same in every run."""
     recorder: Recorder
-    methods: Methods
-    """Ways of knowing a caller."""
+    authenticators: MakeAuthenticators
+    """Makes the authenticators that only this backend has."""
     only_files: bool = False
-    """Objects come from the user's files and nowhere else."""
+    """Whether objects come from the user's files and from nowhere else."""
     leadership: LeaderElection | None = None
-    """Where others might run a controller too."""
-    loops: tuple[Coroutine[Any, Any, None], ...] = ()
-    """What must run beside."""
+    """The election of the one controller; None if no other process can run one."""
+    background: tuple[Coroutine[Any, Any, None], ...] = ()
+    """What must run in the background while the backend is open."""
 
     def lease_service(self, mirror: Mirror, now: Callable[[], datetime]) -> tuple[Allocator, LeaseService]:
-        """What makes, changes and ends leases over these parts; the claims are to be closed."""
+        """What creates, changes and ends leases. The caller closes the allocator."""
         leases = LeaseService(store=self.store, mirror=mirror, now=now)
-        claims = Allocator(
+        allocator = Allocator(
             store=self.store,
             mirror=mirror,
             leases=leases,
@@ -83,12 +85,12 @@ class Backend:
             caches=self.runtime.caches,
             now=now,
         )
-        return claims, leases
+        return allocator, leases
 
     def controller(
         self, mirror: Mirror, status_inputs: Callable[[Pool], PoolStatusInputs], now: Callable[[], datetime]
     ) -> Controller:
-        """The controller over these parts."""
+        """What carries out the policy with this store and runtime."""
         return Controller(
             store=self.store,
             mirror=mirror,
@@ -99,11 +101,13 @@ class Backend:
         )
 
 
-async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Binaries, tell: Tell) -> Backend:
-    """Processes of buildkitd on this machine, and one SQLite file."""
+async def open_process_backend(
+    stack: AsyncExitStack, settings: Settings, binaries: Binaries, report: StartupReporter
+) -> Backend:
+    """Opens the process backend: buildkitd processes on this machine, and one SQLite file."""
     home = settings.home
     secrets = storage.load_or_create(home / "pki", datetime.now(UTC))
-    tell({"progress": "opening the store"})
+    report({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
     runtime = ProcessRuntime(home, binaries)
@@ -116,69 +120,74 @@ async def open_process(stack: AsyncExitStack, settings: Settings, binaries: Bina
         dial=PlainDial,
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
-        methods=lambda pools: (StaticTokenAuthenticator(FileTokenReader(), pools),),
+        authenticators=lambda pools: (StaticTokenAuthenticator(FileTokenReader(), pools),),
         only_files=True,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class InCluster:
-    """A backend of pods, and what stands behind it."""
+class ClusterBackend:
+    """A backend of pods, with the connection and the secrets that it uses."""
 
     api: KubeApi
     secrets: ClusterSecrets
     backend: Backend
 
 
-async def open_cluster(
-    stack: AsyncExitStack, settings: Settings, access: ClusterAccess, host_ports: tuple[int, ...] | None, tell: Tell
+async def open_pod_backend(
+    stack: AsyncExitStack,
+    settings: Settings,
+    access: ClusterAccess,
+    host_ports: tuple[int, ...] | None,
+    report: StartupReporter,
 ) -> Backend:
-    """Pods in a cluster and custom resources, for an appliance that runs beside the cluster, with every role.
+    """Opens the pod backend for an appliance outside of the cluster that has every role.
 
     Args:
-        stack: What closes it again.
+        stack: Closes what is opened.
         settings: How the appliance runs.
         access: The cluster.
         host_ports: On kind: the ports of this machine that lead to workers. None: pods are reached by their address.
-        tell: Told what is being done.
+        report: Receives what is being done.
     """
     api = await KubeApi.connect(access)
     stack.push_async_callback(api.close)
-    tell({"progress": "installing the custom resources"})
+    report({"progress": "installing the custom resources"})
     await crds.install(api)
     await _ensure_namespace(api, settings.namespace)
-    opened = await _opened(
-        stack, settings, api, _name_of(settings.home), ignored=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
+    name = _gateway_name(settings.home)
+    opened = await _open_pods(
+        stack, settings, api, name, ignored_fields=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
     )
     return opened.backend
 
 
-async def open_in_cluster(stack: AsyncExitStack, settings: Settings, name: str) -> InCluster:
-    """The same for a replica inside: the manifests have installed everything.
+async def open_replica_backend(stack: AsyncExitStack, settings: Settings, name: str) -> ClusterBackend:
+    """Opens the pod backend for a replica inside the cluster, where the manifests have installed everything.
 
     Args:
-        stack: What closes it again.
+        stack: Closes what is opened.
         settings: How the replica runs.
-        name: The replica's, unique among those that live.
+        name: The replica's name, unique among those that run.
     """
     api = await KubeApi.connect(settings.access)
     stack.push_async_callback(api.close)
-    return await _opened(stack, settings, api, name, ignored=IGNORED_IN_CLUSTER, host_ports=None)
+    return await _open_pods(stack, settings, api, name, ignored_fields=IGNORED_IN_CLUSTER, host_ports=None)
 
 
-async def _opened(
+async def _open_pods(
     stack: AsyncExitStack,
     settings: Settings,
     api: KubeApi,
     name: str,
     *,
-    ignored: Collection[str],
+    ignored_fields: Collection[str],
     host_ports: tuple[int, ...] | None,
-) -> InCluster:
+) -> ClusterBackend:
     store = KubernetesStore(api)
     now = datetime.now(UTC)
-    secrets = await cluster_secrets.load_or_create(api, settings.namespace, store, now)
-    leaf = secrets.backend.issue_dialler(name, now, now + PROCESS_LIFE)
+    secrets = await kube_secrets.load_or_create_authorities(api, settings.namespace, store, now)
+    leaf = secrets.backend.issue_dialler(name, now, now + DIALLER_LIFE)
     context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
     runtime = PodRuntime(
         api,
@@ -187,7 +196,7 @@ async def _opened(
         image=settings.buildkit_image,
         host_ports=host_ports,
         namespaces=settings.pool_namespaces or None,
-        ignored_spec_fields=ignored,
+        ignored_spec_fields=ignored_fields,
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)
@@ -199,14 +208,14 @@ async def _opened(
         dial=TlsDialler(context),
         gateway=name,
         recorder=recorder,
-        methods=lambda pools: (
+        authenticators=lambda pools: (
             StaticTokenAuthenticator(SecretTokenReader(api), pools),
             ServiceAccountAuthenticator(api),
         ),
         leadership=LeaderElection(api, settings.namespace, LEASE, name),
-        loops=(recorder.run(),),
+        background=(recorder.run(),),
     )
-    return InCluster(api, secrets, backend)
+    return ClusterBackend(api, secrets, backend)
 
 
 async def _ensure_namespace(api: KubeApi, name: str) -> None:
@@ -216,7 +225,7 @@ async def _ensure_namespace(api: KubeApi, name: str) -> None:
         return
 
 
-def _name_of(home: Path) -> str:
-    """One home is one appliance over all its lives; two homes against one cluster are two."""
+def _gateway_name(home: Path) -> str:
+    """The same name for every run of one home, and another name for another home against the same cluster."""
     place = f"{socket.gethostname()}\0{home.absolute()}"
     return f"host-{hashlib.sha256(place.encode()).hexdigest()[:12]}"

@@ -1,55 +1,46 @@
-"""The appliance with all its roles in one process: opens the rooms in order, serves, and closes them in reverse.
+"""The appliance on one machine: all three roles in one process.
 
-Each room is entered into one exit stack as soon as it is open, so that a failed start closes what was opened. Which
-backend it stands on it is told; nothing here asks.
+It opens the roles in order and closes them in the opposite order. Everything is entered into one exit stack as soon
+as it is open, so a failed start closes what was opened. It does not know which backend it runs on.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import structlog
 
 from bkpool import __version__
-from bkpool.api import Service, make_app
-from bkpool.appliance.api_tls import enter_api_tls
+from bkpool.appliance.access_control import open_issuers
 from bkpool.appliance.backend import Backend
-from bkpool.appliance.certifier import Certifier
+from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
-from bkpool.appliance.identities import access, open_issuers
-from bkpool.appliance.lifetime import Lifetime, live
-from bkpool.appliance.parts import apply, feed, in_url, led, metrics_app, running, serve, watched, withdraw_leftovers
-from bkpool.appliance.settings import Address, Settings, Tell
-from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.appliance.http import metrics_app, serve, url_host
+from bkpool.appliance.prepare import BackendOpener
+from bkpool.appliance.reporting import StartupReporter
+from bkpool.appliance.roles.api import ApiRole, ApiSources, open_api
+from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context
+from bkpool.appliance.roles.controller import open_controller
+from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
+from bkpool.appliance.seed import seed_objects, withdraw_old_registrations
+from bkpool.appliance.settings import Address, Settings
+from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
-from bkpool.core.errors import Unavailable
-from bkpool.core.ignored import IgnoredFields
 from bkpool.core.names import GATEWAY_PORT
-from bkpool.core.pool import Pool
-from bkpool.core.reconcile.pool_status import PoolStatusInputs
-from bkpool.gateway.control.registration import StoreRegistrar
-from bkpool.gateway.control.server import Gateway, default_threads
-from bkpool.gateway.session.metrics import GatewayMetrics
+from bkpool.gateway.control.server import default_threads
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
-from bkpool.identity.issuer_keys import IssuerKeys
-from bkpool.pki.authority import Authority
 from bkpool.store.mirror import Mirror
-from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
 
-GRACE = timedelta(seconds=1)
-"""After the last build of a drain: so long the API goes on answering, so that the lease can still be released."""
-
-Opening = Callable[[AsyncExitStack, Tell], Awaitable[Backend]]
+RELEASE_GRACE = timedelta(seconds=1)
+"""How long the API still answers after the last build of a drain, so that its client can release the lease."""
 
 
 class HostAppliance:
@@ -57,183 +48,135 @@ class HostAppliance:
 
     Args:
         settings: How it runs.
-        documents: What the user's files say.
-        backend: The name of what it stands on.
-        opening: Opens that.
+        documents: The objects of the user's files.
+        backend: The name of the backend.
+        open_backend: Opens the backend.
     """
 
-    def __init__(self, settings: Settings, documents: Documents, backend: str, opening: Opening) -> None:
+    def __init__(self, settings: Settings, documents: Documents, backend: str, open_backend: BackendOpener) -> None:
         self._settings = settings
         self._documents = documents
-        self._name = backend
-        self._opening = opening
+        self._backend_name = backend
+        self._open_backend = open_backend
 
-    async def run(self, tell: Tell) -> None:
-        """Starts everything, serves until told to stop, and ends it in the opposite order."""
-        await live(lambda stack, life: self._start(stack, life, tell))
+    async def run(self, report: StartupReporter) -> None:
+        """Starts everything, serves until it is stopped, and closes everything in the opposite order."""
+        await run_until_stopped(lambda stack, shutdown: self._start(stack, shutdown, report))
 
-    async def _start(self, stack: AsyncExitStack, life: Lifetime, tell: Tell) -> None:
-        self._life = life
-        home, died = self._settings.home, life.died
+    async def _start(self, stack: AsyncExitStack, shutdown: Shutdown, report: StartupReporter) -> None:
+        home = self._settings.home
         admin = AdminTokenAuthenticator(load_or_create(home))
-        metrics = GatewayMetrics()
-        watchdog = watched(stack, metrics.registry)
-        backend = await self._opening(stack, tell)
-        for loop in backend.loops:
-            await stack.enter_async_context(running(loop, died))
-        mirror = await self._follow(stack, backend)
-        tell({"progress": "looking for workers of an earlier run"})
-        await backend.runtime.adopt()
-        tell({"progress": "starting gateway, controller and API"})
-        gateway, endpoint = await self._open_gateway(stack, backend, mirror, metrics, watchdog=watchdog)
-
-        claims, leases = backend.lease_service(mirror, _now)
-        stack.push_async_callback(claims.close)
-        issuers = open_issuers(stack)
-        await stack.enter_async_context(running(self._control(backend, mirror, issuers, endpoint), died))
-        service = Service(
-            claims=claims,
-            leases=leases,
-            mirror=mirror,
-            access=access(
-                admin,
-                backend.methods,
-                issuers,
-                mirror,
-                namespace=self._settings.namespace,
-                also=await self._open_dev_issuer(stack),
-                now=_now,
-            ),
+        context = open_context(stack, self._settings, shutdown)
+        backend, mirror = await self._open_state(stack, context, report)
+        report({"progress": "starting gateway, controller and API"})
+        gateway, endpoint = await self._open_gateway(stack, context, backend, mirror)
+        state = ControlState(backend, mirror, open_issuers(stack))
+        # Opened before the API, so that it is closed after it: the controller ends the leases that are released last.
+        await open_controller(stack, context, state, endpoint=lambda _pool: endpoint)
+        dev_configs = await self._open_dev_issuer(stack, context)
+        stack.callback((home / "appliance.json").unlink, missing_ok=True)
+        sources = ApiSources(
             gateway_endpoint=lambda _pool: endpoint,
-            connections=lambda pool: metrics.active(pool.key.name),
-            trouble=lambda: "the appliance is stopping" if self._life.stopping.is_set() else mirror.trouble,
+            connections=lambda pool: gateway.metrics.active(pool.key.name),
+            unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
         )
-        described = await self._open_api(stack, service, metrics, backend.authority, endpoint)
-        stack.push_async_callback(self._drain, gateway, lambda: any(metrics.active(key.name) for key in mirror.pools))
-        stack.callback(claims.turn_away, Unavailable("the appliance is stopping", hint="Try again once it is up."))
-        write_private(home / "appliance.json", json.dumps(described).encode())
-        log.info("appliance.ready", **described)
-        tell(described)
+        api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
+        metrics = await serve(
+            stack, metrics_app(context.registry), self._settings.metrics_address, "--metrics-address"
+        )
+        # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
+        # finish while the API still answers and the controller still works.
+        stack.push_async_callback(self._drain, context, gateway, mirror)
+        stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
+        description = self._describe(context, api, endpoint, metrics)
+        write_private(home / "appliance.json", json.dumps(description).encode())
+        log.info("appliance.ready", **description)
+        report(description)
 
-    async def _follow(self, stack: AsyncExitStack, backend: Backend) -> Mirror:
-        """The pools as wanted, and a copy of everything that is kept up to date."""
-        given = bool(self._settings.pool_files)
-        await apply(backend.store, self._documents, only_source=backend.only_files and given)
-        await withdraw_leftovers(backend.store, backend.gateway)
+    async def _open_state(
+        self, stack: AsyncExitStack, context: RoleContext, report: StartupReporter
+    ) -> tuple[Backend, Mirror]:
+        """The backend with the user's objects in its store, the copy of it, and the workers of an earlier run."""
+        backend = await self._open_backend(stack, report)
+        for work in backend.background:
+            await context.run_in_background(stack, work)
+        files_given = bool(self._settings.pool_files)
+        await seed_objects(backend.store, self._documents, only_source=backend.only_files and files_given)
+        await withdraw_old_registrations(backend.store, backend.gateway)
         mirror = Mirror(backend.store, configs=True)
-        await stack.enter_async_context(running(mirror.run(), self._life.died))
-        await mirror.ready.wait()
-        return mirror
-
-    async def _control(self, backend: Backend, mirror: Mirror, issuers: IssuerKeys, endpoint: str) -> None:
-        """The controller, for as long as nobody else runs one."""
-        ignored = IgnoredFields(backend.runtime.ignored_spec_fields)
-
-        def status_inputs(pool: Pool) -> PoolStatusInputs:
-            return PoolStatusInputs(endpoint=endpoint, ignored=ignored.of(pool), capacity=backend.runtime.capacity)
-
-        async def work() -> None:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(backend.controller(mirror, status_inputs, _now).run())
-                tasks.create_task(ConfigKeeper(backend.store, mirror, issuers.probe, _now).run())
-
-        if backend.leadership is None:
-            await work()
-        else:
-            await led(backend.leadership, work)
+        await follow(stack, context, mirror)
+        report({"progress": "looking for workers of an earlier run"})
+        await backend.runtime.adopt()
+        return backend, mirror
 
     async def _open_gateway(
-        self,
-        stack: AsyncExitStack,
-        backend: Backend,
-        mirror: Mirror,
-        metrics: GatewayMetrics,
-        *,
-        watchdog: LoopWatchdog,
-    ) -> tuple[Gateway, str]:
-        """The gateway, and the endpoint that clients are told."""
+        self, stack: AsyncExitStack, context: RoleContext, backend: Backend, mirror: Mirror
+    ) -> tuple[GatewayRole, str]:
+        """The gateway, and the endpoint that callers get."""
         settings = self._settings
         private_directory(settings.home / "pki")
-        registrar = StoreRegistrar(backend.store, backend.gateway, _now, mirror.apply)
-        gateway = Gateway(
-            registrar,
-            now=_now,
-            metrics=metrics,
-            dial=backend.dial,
-            threads=default_threads(cores_each=2),  # clients and workers are on this machine, too
-            watchdog=watchdog,
-        )
-        certify = Certifier(
-            gateway,
+        certificate = CertificateRenewal(
             directory=settings.home / "pki",
             authority=backend.authority,
             mirror=mirror,
             hosts=settings.gateway_hosts,
-            now=_now,
+            now=context.now,
             recorder=backend.recorder,
         )
-        certify.renew()
-        [(_, port)] = await gateway.start([_gateway_address(settings)])
-        stack.push_async_callback(gateway.close)
-        stack.callback(feed(gateway, mirror))
-        await stack.enter_async_context(running(certify.run(), self._life.died))
-        host = settings.gateway_hosts[0] if settings.gateway_hosts else "localhost"
-        return gateway, f"tcp://{in_url(host)}:{port}"
-
-    async def _open_api(
-        self, stack: AsyncExitStack, service: Service, metrics: GatewayMetrics, authority: Authority, endpoint: str
-    ) -> dict[str, Any]:
-        """Opens the API and the metrics; returns what `appliance.json` says while they are open."""
-        settings = self._settings
-        stack.callback((settings.home / "appliance.json").unlink, missing_ok=True)
-        tls = await enter_api_tls(stack, settings, authority, _now, self._life.died)
-        api = await serve(
-            stack, make_app(service), settings.api_address, "--api-address", tls.context if tls else None
+        gateway = await open_gateway(
+            stack,
+            context,
+            backend.store,
+            mirror,
+            name=backend.gateway,
+            certificate=certificate,
+            dial=backend.dial,
+            address=_gateway_address(settings),
+            threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
-        scrape = await serve(stack, metrics_app(metrics.registry), settings.metrics_address, "--metrics-address")
-        return {
-            "pid": os.getpid(),
-            "backend": self._name,
-            "version": __version__,
-            "apiEndpoint": f"{settings.api_scheme}://{api}",
-            **(tls.described if tls else {}),
-            "gatewayEndpoint": endpoint,
-            "metricsEndpoint": f"http://{scrape}/metrics",
-            **({"devIssuer": settings.dev_issuer_url} if settings.dev_issuer_url else {}),
-            "startedAt": _now().isoformat(timespec="seconds"),
-        }
+        host = settings.gateway_hosts[0] if settings.gateway_hosts else "localhost"
+        return gateway, f"tcp://{url_host(host)}:{gateway.port}"
 
-    async def _open_dev_issuer(self, stack: AsyncExitStack) -> tuple[OIDCConfig, ...]:
-        """The development issuer, if asked for, and that it is believed: in no object, so only while it runs."""
+    async def _open_dev_issuer(self, stack: AsyncExitStack, context: RoleContext) -> tuple[OIDCConfig, ...]:
+        """The development issuer if the user asked for it, and the configuration that trusts it.
+
+        The configuration is in no object, so the issuer is trusted only while it runs.
+        """
         settings = self._settings
         if settings.dev_issuer_url is None:
             return ()
-        app = make_dev_issuer(settings.dev_issuer_url, _now)
+        app = make_dev_issuer(settings.dev_issuer_url, context.now)
         await serve(stack, app, settings.dev_issuer_address, "--dev-issuer-address")
         return (dev_config(settings.dev_issuer_url, settings.namespace),)
 
-    async def _drain(self, gateway: Gateway, busy: Callable[[], bool]) -> None:
-        """Nothing new comes in; open builds finish, or meet the deadline, or a second signal."""
-        was_busy = busy()
+    async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
+        """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
+        busy = any(gateway.metrics.active(key.name) for key in mirror.pools)
         seconds = self._settings.drain_timeout.total_seconds()
-        log.info("appliance.draining", seconds=seconds, busy=was_busy)
-        draining = asyncio.create_task(gateway.drain(seconds))
-        forced = asyncio.create_task(self._life.forced.wait())
-        await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
-        if self._life.forced.is_set():
-            log.warning("appliance.forced")
-            await gateway.drain(0)
-        elif was_busy:
-            await self._life.pause(GRACE.total_seconds())
-        forced.cancel()
-        await draining
+        log.info("appliance.draining", seconds=seconds, busy=busy)
+        await gateway.drain(seconds, context.shutdown)
+        if busy and not context.shutdown.forced.is_set():
+            await context.shutdown.pause(RELEASE_GRACE.total_seconds())
+
+    def _describe(self, context: RoleContext, api: ApiRole, endpoint: str, metrics: str) -> dict[str, Any]:
+        """What `appliance.json` says."""
+        settings = self._settings
+        return {
+            "pid": os.getpid(),
+            "backend": self._backend_name,
+            "version": __version__,
+            "apiEndpoint": f"{settings.api_scheme}://{api.address}",
+            **api.tls_description,
+            "gatewayEndpoint": endpoint,
+            "metricsEndpoint": f"http://{metrics}/metrics",
+            **({"devIssuer": settings.dev_issuer_url} if settings.dev_issuer_url else {}),
+            "startedAt": context.now().isoformat(timespec="seconds"),
+        }
 
 
 def _gateway_address(settings: Settings) -> Address:
+    """The given address; otherwise loopback, or every interface if a gateway host names this machine to others."""
     if settings.gateway_address is not None:
         return settings.gateway_address
-    return Address("0.0.0.0" if settings.gateway_hosts else "127.0.0.1", GATEWAY_PORT)  # noqa: S104 - mTLS, and asked for
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
+    host = "0.0.0.0" if settings.gateway_hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
+    return Address(host, GATEWAY_PORT)

@@ -5,21 +5,16 @@ Nothing is checked or opened here. What an operator can set, with its defaults, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from bkpool.core.names import Key
 from bkpool.kube import ClusterAccess
 from bkpool.settings import Address, Configuration, Role
 from bkpool.settings.model import ALL_ROLES
 
-__all__ = ["ALL_ROLES", "Address", "Role", "Settings", "Tell"]
-
-Tell = Callable[[dict[str, Any]], None]
-"""Called with {"progress": text} while the appliance starts, then once with the content of `appliance.json`."""
+__all__ = ["ALL_ROLES", "Address", "Role", "Settings"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,12 @@ def _sweep() -> int:
     """Ends what an appliance left behind that was killed."""
     if not (home.home() / "slots").exists():
         return 0
-    from bkpool.appliance import sweep  # noqa: PLC0415 - everything heavy hangs on it
+    from bkpool.appliance import stop_leftover_workers  # noqa: PLC0415 - everything heavy hangs on it
     from bkpool.cli import tools  # noqa: PLC0415
     from bkpool.toolchain import default_cache  # noqa: PLC0415
 
     tools.quiet()
-    return sweep(home.home(), default_cache())
+    return stop_leftover_workers(home.home(), default_cache())
 
 
 def _purge() -> None:

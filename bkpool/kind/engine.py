@@ -1,8 +1,8 @@
 """The container engine of this machine: whether it answers, and the node containers that kind keeps in it.
 
-The only importer of the docker SDK. It finds the engine as the docker CLI does, since kind calls that: DOCKER_HOST,
-else the CLI's current context, else the default socket. It starts a stopped node and runs small questions inside one;
-it never creates or removes anything.
+This is the only module that imports the docker SDK. It finds the engine in the same way as the docker CLI, because
+kind calls that: DOCKER_HOST, else the CLI's current context, else the default socket. It starts a stopped node and
+runs short commands inside one; it never creates or removes anything.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from docker.errors import DockerException, ImageNotFound
 
 from bkpool.core.errors import HostFault
 
-_PROBE_SECONDS = 2.0  # a local engine answers in milliseconds; one that hangs must not hold up `bkpool up`
-_LIMIT_SECONDS = 60.0  # the SDK's own default; stopping and starting a node takes a few seconds
-_CLUSTER = (
-    "io.x-k8s.kind.cluster"  # kind's labels on its containers (pkg/cluster/internal/providers/docker/constants.go)
-)
-_ROLE = "io.x-k8s.kind.role"
+_PROBE_SECONDS = 2.0  # a local engine answers in milliseconds; one that hangs must not delay `bkpool up`
+_TIMEOUT = 60.0  # the SDK's own default; stopping and starting a node takes a few seconds
+# The labels that kind puts on its containers (pkg/cluster/internal/providers/docker/constants.go).
+_CLUSTER_LABEL = "io.x-k8s.kind.cluster"
+_ROLE_LABEL = "io.x-k8s.kind.role"
 
 PortMappings = dict[int, tuple[str, int]]
-"""TCP port of a container to where the host has it: address and port."""
+"""Maps a TCP port of a container to the address and port on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ def engine_fault() -> str | None:
 
 
 def port_mappings(inspected: dict[str, Any]) -> PortMappings:
-    """The TCP ports that a container publishes, from what inspecting it says, running or not."""
+    """The TCP ports that a container publishes, read from its inspection; it need not run."""
     bindings = inspected["HostConfig"].get("PortBindings") or {}
     return {
         int(port.removesuffix("/tcp")): (places[0].get("HostIp", ""), int(places[0]["HostPort"]))
@@ -61,17 +60,20 @@ def port_mappings(inspected: dict[str, Any]) -> PortMappings:
 
 
 class Engine:
-    """A connection to the container engine; a context manager closes it. Blocks: not for the event loop."""
+    """A connection to the container engine; as a context manager it closes itself.
+
+    Every method blocks: do not call one in an event loop.
+    """
 
     def __init__(self, client: docker.DockerClient) -> None:
         self._client = client
 
     @classmethod
     def connect(cls) -> Self:
-        """Asks the engine for its version, within about two seconds.
+        """Connects and asks the engine for its version, within about two seconds.
 
         Raises:
-            HostFault: `NoEngine` (nothing answers), `Permission` (its socket is not for this user), `ToolMissing`
+            HostFault: `NoEngine` (nothing answers), `Permission` (this user may not use its socket), `ToolMissing`
                 (the CLI, which kind calls, is not on PATH).
         """
         program = os.environ.get("KIND_EXPERIMENTAL_PROVIDER") or "docker"
@@ -82,11 +84,11 @@ class Engine:
         if shutil.which(program) is None:
             client.close()
             raise HostFault(
-                f"the program {program}, through which kind reaches the container engine, is not on PATH",
-                hint=f"Install the {program} command line, or use --backend process.",
+                f"the program {program} is not on PATH, and kind needs it to reach the container engine",
+                hint=f"Install the {program} command line program, or use --backend process.",
                 code="ToolMissing",
             )
-        client.api.timeout = _LIMIT_SECONDS
+        client.api.timeout = _TIMEOUT
         return cls(client)
 
     def __enter__(self) -> Self:
@@ -103,43 +105,37 @@ class Engine:
         Raises:
             HostFault: The engine refuses, or no longer answers.
         """
-        with _told():
-            wanted = {"label": f"{_CLUSTER}={cluster}"}
+        with _as_host_fault():
+            wanted = {"label": f"{_CLUSTER_LABEL}={cluster}"}
             found = self._client.containers.list(all=True, filters=wanted, ignore_removed=True)
-            return sorted(
-                (
-                    Node(each.name, each.labels.get(_ROLE, ""), each.status == "running", port_mappings(each.attrs))
-                    for each in found
-                ),
-                key=lambda node: node.name,
-            )
+            return sorted((_node(container) for container in found), key=lambda node: node.name)
 
     def start(self, node: str) -> None:
         """Starts a stopped node.
 
         Raises:
-            HostFault: The engine refuses: a port of the node is taken, for one.
+            HostFault: The engine refuses, for example because a port of the node is in use.
         """
-        with _told():
+        with _as_host_fault():
             self._client.containers.get(node).start()
 
     def run(self, node: str, command: Sequence[str]) -> str | None:
-        """Runs a program in a node and gives its standard output; None if it failed.
+        """Runs a program in a node and returns its standard output; None if it failed.
 
         Raises:
             HostFault: The engine refuses.
         """
-        with _told():
+        with _as_host_fault():
             code, (out, _) = self._client.containers.get(node).exec_run(list(command), demux=True)
         return (out or b"").decode("utf-8", "replace") if code == 0 else None
 
     def has_image(self, reference: str) -> bool:
-        """Whether the engine itself has an image, so that it can be loaded into a cluster without a registry.
+        """Whether the engine has an image, so that it can be loaded into a cluster without a registry.
 
         Raises:
             HostFault: The engine refuses.
         """
-        with _told():
+        with _as_host_fault():
             try:
                 self._client.images.get(reference)
             except ImageNotFound:
@@ -147,11 +143,16 @@ class Engine:
             return True
 
 
+def _node(container: Any) -> Node:
+    running = container.status == "running"
+    return Node(container.name, container.labels.get(_ROLE_LABEL, ""), running, port_mappings(container.attrs))
+
+
 def _no_engine(error: BaseException) -> HostFault:
     cause = _system_error(error)
     if isinstance(cause, PermissionError):
         return HostFault(
-            "the container engine's socket is not for this user (permission denied)",
+            "this user may not use the container engine's socket (permission denied)",
             hint="Join its group and log in again (sudo usermod -aG docker $USER), or use --backend process.",
             code="Permission",
         )
@@ -164,7 +165,7 @@ def _no_engine(error: BaseException) -> HostFault:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """What the system said, deep inside: requests' own errors are OSErrors too, but without a number."""
+    """The system error that caused this one. Errors of `requests` are OSErrors too, but without a number."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -173,10 +174,10 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Turns what the SDK raises (requests' errors are OSErrors) into a fault of this host."""
+def _as_host_fault() -> Iterator[None]:
+    """Turns errors of the SDK into a HostFault. Errors of `requests` are OSErrors."""
     try:
         yield
     except (DockerException, OSError) as error:
-        said = getattr(error, "explanation", None) or str(error)
-        raise HostFault(f"the container engine: {said}", hint="Look at its own log, or restart it.") from None
+        reason = getattr(error, "explanation", None) or str(error)
+        raise HostFault(f"the container engine: {reason}", hint="Look at its log, or restart it.") from None

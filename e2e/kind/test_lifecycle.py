@@ -21,7 +21,8 @@ import pytest
 
 from bkpool.core.errors import HostFault
 from bkpool.kind.engine import Engine, engine_fault
-from bkpool.kind.lifecycle import CONFIG, Cluster, Kind, Marker
+from bkpool.kind.lifecycle import CONFIG, Cluster, Kind
+from bkpool.kind.marker import Marker
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from kind_cluster import IMAGE_ARCHIVES, NODE_IMAGE, Kubectl, kind_of, shifted
 

@@ -18,9 +18,9 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from bkpool.appliance import entry
-from bkpool.appliance.api_tls import api_names, open_api_tls
-from bkpool.appliance.parts import serve
+from bkpool.appliance.api_tls import api_names, make_api_tls
+from bkpool.appliance.http import serve
+from bkpool.appliance.preflight import check_settings
 from bkpool.appliance.settings import Settings
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.home.files import private_directory
@@ -75,7 +75,7 @@ async def served():
 
 async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, authority, served):
     given = settings(api={"tls": True}, gateway={"hosts": ("build.example.com",)})
-    seen = await served(open_api_tls(given, authority, lambda: NOW))
+    seen = await served(make_api_tls(given, authority, lambda: NOW))
     names = ("127.0.0.1", "localhost", "build.example.com", "buildkit-controller.buildkit-system.svc")
     serials = {(await seen(authority, name)).serial_number for name in names}
     assert len(serials) == 1
@@ -86,7 +86,7 @@ async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, a
 
 async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(settings, authority, served):
     now = NOW
-    tls = open_api_tls(settings(api={"tls": True}), authority, lambda: now)
+    tls = make_api_tls(settings(api={"tls": True}), authority, lambda: now)
     seen = await served(tls)
     first = await seen()
     assert not tls.refresh()
@@ -99,8 +99,8 @@ async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(setting
 
 
 def test_callers_on_this_machine_are_told_whom_to_trust(settings, authority, tmp_path):
-    tls = open_api_tls(settings(api={"tls": True}), authority, lambda: NOW)
-    assert tls.described == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
+    tls = make_api_tls(settings(api={"tls": True}), authority, lambda: NOW)
+    assert tls.description == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
     assert (tmp_path / "pki" / "ca.crt").read_bytes() == authority.cert_pem
 
 
@@ -112,7 +112,7 @@ def test_it_is_called_by_its_own_address_too(settings):
 
 
 def test_without_being_asked_for_there_is_none(settings, authority):
-    assert open_api_tls(settings(), authority, lambda: NOW) is None
+    assert make_api_tls(settings(), authority, lambda: NOW) is None
 
 
 def rsa_pair():
@@ -133,8 +133,8 @@ async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, auth
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     cert.write_bytes(leaf.cert_pem)
     key.write_bytes(leaf.key_pem)
-    tls = open_api_tls(settings(api={"cert": cert, "key": key}), authority, lambda: NOW)
-    assert tls.described == {"apiCert": str(cert)}
+    tls = make_api_tls(settings(api={"cert": cert, "key": key}), authority, lambda: NOW)
+    assert tls.description == {"apiCert": str(cert)}
     seen = await served(tls)
     first = await seen(authority, "localhost")
     own, own_key = rsa_pair()
@@ -161,9 +161,9 @@ async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, auth
     ("content", "why"),
     [
         (None, "No such file"),
-        (b"", "no PEM private key"),
-        (b"-----BEGIN PRIVATE KEY-----\nMA==\n-----END PRIVATE KEY-----\n", "no PEM private key"),
-        (pkcs8(ec.generate_private_key(ec.SECP256R1())), "not the certificate's"),
+        (b"", "not a PEM private key"),
+        (b"-----BEGIN PRIVATE KEY-----\nMA==\n-----END PRIVATE KEY-----\n", "not a PEM private key"),
+        (pkcs8(ec.generate_private_key(ec.SECP256R1())), "does not belong to the certificate"),
         (pkcs8(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"secret")), "passphrase"),
     ],
     ids=["missing", "empty", "damaged", "another", "encrypted"],
@@ -175,20 +175,20 @@ def test_at_the_start_a_bad_file_is_an_error(settings, authority, tmp_path, cont
         (tmp_path / "tls.key").write_bytes(content)
     given = settings(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
     with pytest.raises(HostFault, match=why) as caught:
-        open_api_tls(given, authority, lambda: NOW)
+        make_api_tls(given, authority, lambda: NOW)
     assert caught.value.code == "Unreadable"
 
 
 def test_beyond_this_machine_it_takes_tls_or_that_clear_text_is_asked_for(settings, tmp_path):
     beyond = {"address": ("192.0.2.1", 8082)}
     with pytest.raises(InvalidInput, match="in clear"):
-        entry._check_address(settings(api=beyond))
+        check_settings(settings(api=beyond))
     for given in ({"tls": True}, {"plain_http": True}, {"cert": tmp_path, "key": tmp_path}):
-        entry._check_address(settings(api={**beyond, **given}))
+        check_settings(settings(api={**beyond, **given}))
 
 
 @pytest.mark.parametrize(("given", "missing"), [("cert", "--api-key"), ("key", "--api-cert")])
 def test_one_file_alone_is_not_enough(settings, tmp_path, given, missing):
     with pytest.raises(InvalidInput, match=missing) as caught:
-        entry._check_address(settings(api={given: tmp_path}))
+        check_settings(settings(api={given: tmp_path}))
     assert caught.value.field == missing

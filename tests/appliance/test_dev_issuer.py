@@ -7,8 +7,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from bkpool.appliance import entry
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
+from bkpool.appliance.preflight import check_settings
 from bkpool.appliance.settings import Role, Settings
 from bkpool.core.errors import InvalidInput
 from bkpool.settings import Configuration
@@ -140,12 +140,12 @@ def _with_issuer(home, given):
 def test_nobody_beyond_this_machine_may_reach_it(tmp_path, given, field):
     settings = _with_issuer(tmp_path, given)
     with pytest.raises(InvalidInput, match=field) as caught:
-        entry._check_address(settings)
+        check_settings(settings)
     assert caught.value.field == field
 
 
 def test_it_has_a_name_only_where_there_is_one(tmp_path):
     settings = _with_issuer(tmp_path, {})
-    entry._check_address(settings)
+    check_settings(settings)
     assert settings.dev_issuer_url == URL
     assert Settings(home=tmp_path, cache=tmp_path).dev_issuer_url is None

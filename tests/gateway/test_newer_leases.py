@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bkpool.appliance.parts import feed
+from bkpool.appliance.roles.gateway import feed_leases
 from bkpool.core import tokens
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
@@ -30,7 +30,7 @@ async def test_a_replica_whose_watch_is_behind_serves_a_lease_that_it_has_not_he
     mirror = Mirror(store)  # never run: it is not told of anything
     registrar = StoreRegistrar(store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0))
     world = await new_world(registrar=registrar)
-    unsubscribe = feed(world.gateway, mirror)
+    unsubscribe = feed_leases(world.gateway, mirror)
     token = world.token("a")
     pool = await store.create(Pool(metadata=Metadata(name="p")))
     lease = allocation.but(token_sha256=tokens.digest(token))

@@ -7,9 +7,9 @@ import yaml
 from click.testing import CliRunner
 
 from bkpool.appliance.backend import LEASE
-from bkpool.appliance.cluster_secrets import ADMIN, PKI
+from bkpool.appliance.kube_secrets import ADMIN, PKI
 from bkpool.cli import program
-from bkpool.controller.pool_gateway_objects import Setting, pool_objects
+from bkpool.controller.pool_gateway_objects import GatewayDefaults, pool_objects
 from bkpool.core.errors import InvalidInput
 from bkpool.core.pool import Pool
 from bkpool.install.manifests import IMAGE, Install, render
@@ -131,7 +131,7 @@ def test_the_controller_holds_every_right_that_it_grants():
     docs = documents(pool_namespaces=("team",))
     held = [*rules(docs, "ClusterRole"), *rules(docs, "Role", "team")]
     pool = Pool.model_validate({"metadata": {"name": "p", "namespace": "team"}, "spec": {}})
-    (role,) = of_kind(pool_objects(pool, Setting(IMAGE, "buildkit-system", "buildkit-controller")), "Role")
+    (role,) = of_kind(pool_objects(pool, GatewayDefaults(IMAGE, "buildkit-system", "buildkit-controller")), "Role")
     for rule in role["rules"]:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:

@@ -1,4 +1,4 @@
-"""What a home does about its cluster, with a stand-in for kind and for the engine; e2e/kind has the real ones."""
+"""The cluster of a home, with a stand-in for kind and for the engine. e2e/kind uses the real ones."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ import yaml
 
 from bkpool.core.errors import BkpoolError, HostFault, InvalidInput
 from bkpool.kind import lifecycle
+from bkpool.kind.command import parse_stage
 from bkpool.kind.engine import Node, port_mappings
-from bkpool.kind.lifecycle import Kind, Marker, archive_images, stage, worker_ports
+from bkpool.kind.image_archive import archive_images
+from bkpool.kind.lifecycle import Kind
+from bkpool.kind.marker import Marker
+from bkpool.kind.ports import worker_ports
 
 ROOT = Path(__file__).parents[2]
 MAPPED = {6443: ("127.0.0.1", 37789), 12400: ("127.0.0.1", 12400), 12401: ("127.0.0.1", 12401)}
 
 
 class World:
-    """An engine with clusters in it, and a kind that does as it is told."""
+    """An engine with clusters in it, and a kind program that a test controls."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.clusters = directory / "clusters"
         self.clusters.mkdir()
         self.calls = directory / "calls"
-        self.says = directory / "says"
-        self.told: list[str] = []
+        self.failure_output = directory / "failure-output"
+        self.reported: list[str] = []
         self.started: list[str] = []
         self.ports = MAPPED
         self.stopped = False
@@ -63,7 +67,7 @@ echo "$1 $2" >>{self.calls}
 [ -z "$KUBECONFIG" ] || exit 9
 case "$1 $2" in
   "create cluster")
-    [ ! -e {self.says} ] || {{ cat {self.says}; exit 1; }}
+    [ ! -e {self.failure_output} ] || {{ cat {self.failure_output}; exit 1; }}
     [ ! -e {self.directory}/die ] || {{ kill -9 $PPID; read line <{self.directory}/go-on; }}
     echo " • Preparing nodes 📦   ..."
     touch {self.clusters}/$4 ;;
@@ -73,27 +77,27 @@ esac
 """
         )
         program.chmod(0o755)
-        return Kind(program, self, self.directory / home, lambda told: self.told.append(told["progress"]))
+        return Kind(program, self, self.directory / home, self.reported.append)
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("KUBECONFIG", "/the/users/own")
-    monkeypatch.setattr(lifecycle, "_await_api", lambda name, kubeconfig: None)
+    monkeypatch.setattr(lifecycle, "await_api_server", lambda name, kubeconfig: None)
     return World(tmp_path)
 
 
-def test_it_is_made_once_and_adopted_afterwards(world):
+def test_the_cluster_is_created_once_and_adopted_later(world):
     first = world.kind().ensure("bkpool")
     assert (first.made, first.worker_ports, first.node) == (True, (12400, 12401), "bkpool-control-plane")
-    assert "cluster bkpool: preparing nodes" in world.told
+    assert "cluster bkpool: preparing nodes" in world.reported
     assert first.kubeconfig.read_text() == "name: bkpool\n"
     assert stat.S_IMODE(first.kubeconfig.stat().st_mode) == 0o600
     assert world.kind().ensure("bkpool") == first
     assert world.called().count("create cluster") == 1
 
 
-def test_another_home_adopts_it_and_never_deletes_it(world):
+def test_another_home_adopts_the_cluster_and_never_deletes_it(world):
     world.kind("one").ensure("bkpool")
     assert not world.kind("two").ensure("bkpool").made
     assert world.kind("two").delete() is None
@@ -104,7 +108,7 @@ def test_another_home_adopts_it_and_never_deletes_it(world):
     assert world.kind("one").delete() is None
 
 
-def test_what_an_interrupted_start_left_is_removed_first(world):
+def test_the_rest_of_an_interrupted_start_is_removed_first(world):
     (world.directory / "home").mkdir(mode=0o700)
     Marker("bkpool", "creating", made=True).write(world.directory / "home")
     (world.clusters / "bkpool").touch()
@@ -112,14 +116,14 @@ def test_what_an_interrupted_start_left_is_removed_first(world):
     assert world.called()[:2] == ["delete cluster", "create cluster"]
 
 
-def test_a_cluster_that_somebody_deleted_is_made_again(world):
+def test_a_cluster_that_somebody_deleted_is_created_again(world):
     world.kind().ensure("bkpool")
     (world.clusters / "bkpool").unlink()
     assert world.kind().ensure("bkpool").made
     assert world.called().count("create cluster") == 2
 
 
-def test_a_home_keeps_to_its_cluster(world):
+def test_a_home_refuses_a_second_cluster(world):
     world.kind().ensure("bkpool")
     with pytest.raises(HostFault, match="has the cluster 'bkpool', not 'other'") as raised:
         world.kind().ensure("other")
@@ -133,7 +137,7 @@ def test_a_stopped_node_is_started(world):
     assert world.started == ["bkpool-control-plane"]
 
 
-def test_a_cluster_of_somebody_else_without_the_ports_is_named_and_left_alone(world):
+def test_a_foreign_cluster_without_worker_ports_is_refused_and_not_touched(world):
     (world.clusters / "bkpool").touch()
     world.ports = {6443: ("127.0.0.1", 37789), 80: ("127.0.0.1", 80)}
     with pytest.raises(HostFault, match="'bkpool' has no host ports for workers") as raised:
@@ -160,8 +164,8 @@ def test_a_cluster_of_somebody_else_without_the_ports_is_named_and_left_alone(wo
         ('ERROR: failed to pull image "kindest/node:v1"\nlast words', "HostFault", "kindest/node.*last words"),
     ],
 )
-def test_what_kind_says_becomes_a_fault_with_its_own_words(world, said, code, message):
-    world.says.write_text(said)
+def test_an_error_of_kind_shows_the_end_of_its_output(world, said, code, message):
+    world.failure_output.write_text(said)
     with pytest.raises(HostFault, match=message) as raised:
         world.kind().ensure("bkpool")
     assert raised.value.code == code
@@ -169,13 +173,13 @@ def test_what_kind_says_becomes_a_fault_with_its_own_words(world, said, code, me
 
 
 @pytest.mark.parametrize("name", ["", "-x", "UPPER", "a b", "a" * 51, "x;y"])
-def test_a_bad_name_is_refused_before_anything_is_done(world, name):
+def test_a_bad_name_is_refused_before_kind_is_called(world, name):
     with pytest.raises(InvalidInput, match="--cluster"):
         world.kind().ensure(name)
     assert world.called() == []
 
 
-def test_a_damaged_marker_is_no_reason_to_delete_anything(world):
+def test_nothing_is_deleted_if_the_marker_is_damaged(world):
     home = world.directory / "home"
     home.mkdir(mode=0o700)
     (home / "kind.json").write_text("{")
@@ -184,24 +188,24 @@ def test_a_damaged_marker_is_no_reason_to_delete_anything(world):
             act()
 
 
-def test_stages_are_told_without_their_pictures():
-    assert stage(" • Ensuring node image (kindest/node:v1.35.0) 🖼  ...\n", "b") == (
+def test_stages_are_reported_without_emoji():
+    assert parse_stage(" • Ensuring node image (kindest/node:v1.35.0) 🖼  ...\n", "b") == (
         "cluster b: ensuring node image (kindest/node:v1.35.0)"
     )
-    assert stage(" • Waiting ≤ 2m0s for control-plane = Ready ⏳  ...\n", "b") == (
+    assert parse_stage(" • Waiting ≤ 2m0s for control-plane = Ready ⏳  ...\n", "b") == (
         "cluster b: waiting ≤ 2m0s for control-plane = Ready"
     )
-    assert stage(" ✓ Preparing nodes 📦 \n", "b") is None
-    assert stage("Have a nice day! 👋\n", "b") is None
+    assert parse_stage(" ✓ Preparing nodes 📦 \n", "b") is None
+    assert parse_stage("Have a nice day! 👋\n", "b") is None
 
 
-def test_only_ports_of_the_range_that_are_the_same_on_both_sides_are_for_workers():
+def test_worker_ports_are_in_the_range_and_the_same_on_both_sides():
     assert worker_ports(
         {80: ("", 80), 12400: ("", 12401), 12403: ("127.0.0.1", 12403), 12402: ("127.0.0.1", 12402)}
     ) == (12402, 12403)
 
 
-def test_mappings_are_read_from_what_the_engine_tells():
+def test_port_mappings_are_read_from_an_inspection():
     bindings = {
         "12400/tcp": [{"HostIp": "127.0.0.1", "HostPort": "12400"}],
         "53/udp": [{"HostIp": "", "HostPort": "53"}],
@@ -215,7 +219,7 @@ def test_mappings_are_read_from_what_the_engine_tells():
     assert port_mappings({"HostConfig": {"PortBindings": None}}) == {}
 
 
-def test_the_configuration_is_the_one_at_the_top_and_binds_workers_to_loopback():
+def test_the_configuration_equals_the_one_of_the_checkout_and_binds_workers_to_loopback():
     assert lifecycle.CONFIG.read_bytes() == (ROOT / "kind-config.yaml").read_bytes()
     (node,) = yaml.safe_load(lifecycle.CONFIG.read_text())["nodes"]
     mappings = {
@@ -239,7 +243,7 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_an_archive_is_loaded_only_where_its_image_is_not_there_yet(world, archive):
+def test_an_archive_is_loaded_only_if_the_node_lacks_its_image(world, archive):
     cluster = world.kind().ensure("bkpool")
 
     def manifest(tag: str, config: str) -> Path:
@@ -254,7 +258,7 @@ def test_an_archive_is_loaded_only_where_its_image_is_not_there_yet(world, archi
     assert world.called().count("load image-archive") == 3
 
 
-def test_an_image_that_the_engine_lacks_is_left_to_the_node(world):
+def test_an_image_that_the_engine_lacks_is_not_loaded(world):
     cluster = world.kind().ensure("bkpool")
     assert not world.kind().load_image(cluster, "moby/buildkit:v9")
     assert world.kind().load_image(cluster, "there:1")
@@ -262,7 +266,7 @@ def test_an_image_that_the_engine_lacks_is_left_to_the_node(world):
 
 
 @pytest.mark.parametrize("content", [None, b"no archive"])
-def test_what_is_no_archive_is_named(tmp_path, content):
+def test_the_error_names_a_file_that_is_not_an_archive(tmp_path, content):
     path = tmp_path / "image.tar"
     if content:
         path.write_bytes(content)
@@ -270,8 +274,8 @@ def test_what_is_no_archive_is_named(tmp_path, content):
         archive_images(path)
 
 
-def test_who_comes_after_a_killed_appliance_waits_for_its_kind(world):
-    """The stand-in kills its parent, as the kernel might, and goes on for a while with the lock in its hands."""
+def test_a_start_after_a_killed_appliance_waits_for_its_kind(world):
+    """The stand-in kills its parent, as the kernel might, and continues for a while with the inherited lock."""
     (world.directory / "die").touch()
     go_on = world.directory / "go-on"
     subprocess.run(["mkfifo", go_on], check=True)
@@ -285,23 +289,23 @@ from pathlib import Path
 import test_kind
 world = object.__new__(test_kind.World)
 world.directory = Path({str(world.directory)!r}); world.clusters = world.directory / "clusters"
-test_kind.Kind(Path({str(program)!r}), world, world.directory / "home", lambda told: None).ensure("bkpool")
+test_kind.Kind(Path({str(program)!r}), world, world.directory / "home", lambda text: None).ensure("bkpool")
 """
     )
     assert subprocess.run([sys.executable, script], check=False).returncode == -9
     (world.directory / "die").unlink()
     assert Marker.read(world.directory / "home") == Marker("bkpool", "creating", made=True)
 
-    def told(what: dict) -> None:
-        world.told.append(what["progress"])
-        if "waiting for the kind" in what["progress"]:
+    def report(text: str) -> None:
+        world.reported.append(text)
+        if "waiting for the kind" in text:
             go_on.write_text("\n")
 
-    assert Kind(program, world, world.directory / "home", told).ensure("bkpool").made
-    assert "waiting for the kind of an earlier start to end" in world.told
+    assert Kind(program, world, world.directory / "home", report).ensure("bkpool").made
+    assert "waiting for the kind of an earlier start to end" in world.reported
     assert world.called() == ["create cluster", "delete cluster", "create cluster", "get kubeconfig"]
 
 
-def test_faults_are_faults(world):
+def test_a_missing_kind_program_is_a_bkpool_error(world):
     with pytest.raises(BkpoolError):
         Kind(world.directory / "no-such-kind", world, world.directory / "home", print).ensure("bkpool")

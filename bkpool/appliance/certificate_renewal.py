@@ -1,6 +1,7 @@
-"""The gateway's server certificate: issued, renewed before it ends, and right for the pools that there are.
+"""Renews the server certificate of a gateway that runs on the machine of its CA.
 
-It only says when; issuing is pki's, and the swap without losing a connection is the gateway's.
+It decides when a certificate is due: shortly before the old one expires, and when the set of pools changes. `pki`
+issues the certificate, and the gateway replaces it without closing connections.
 """
 
 from __future__ import annotations
@@ -21,22 +22,20 @@ from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
 
-class Certifier:
-    """Keeps the gateway's server certificate valid, and right for the pools that there are.
+class CertificateRenewal:
+    """Keeps the gateway's server certificate valid, with the names of all pools in it.
 
     Args:
-        gateway: Gets each new certificate.
-        directory: Where it is kept.
+        directory: Where the certificate is stored.
         authority: Signs it.
         mirror: Knows the pools, whose Services are among the names.
         hosts: Further names of the gateway.
         now: The clock.
-        recorder: Is told of a changed certificate, about each pool.
+        recorder: Records a changed certificate at each pool.
     """
 
     def __init__(
         self,
-        gateway: Gateway,
         *,
         directory: Path,
         authority: Authority,
@@ -45,7 +44,6 @@ class Certifier:
         now: Callable[[], datetime],
         recorder: Recorder,
     ) -> None:
-        self._gateway = gateway
         self._directory = directory
         self._authority = authority
         self._mirror = mirror
@@ -53,24 +51,24 @@ class Certifier:
         self._now = now
         self._recorder = recorder
         self._served: bytes | None = None
-        self._certified: tuple[Key, ...] | None = None
+        self._named_pools: tuple[Key, ...] | None = None
         self._due = self._now()
 
-    def renew(self) -> None:
-        """Issues the certificate if that is due, and hands it to the gateway: open connections go on."""
-        self._certified = tuple(sorted(self._mirror.pools))
-        names = gateway_names(socket.gethostname(), self._certified, self._hosts)
-        kept = storage.server_certificate(self._directory, self._authority, names, self._now())
-        self._due = kept.renew_at
-        certificate = kept.cert_file.read_bytes()
-        self._gateway.set_server_certificate(certificate, kept.key_file.read_bytes(), self._authority.cert_pem)
+    def install(self, gateway: Gateway) -> None:
+        """Hands the gateway its certificate, newly issued if that is due. Open connections continue."""
+        self._named_pools = tuple(sorted(self._mirror.pools))
+        names = gateway_names(socket.gethostname(), self._named_pools, self._hosts)
+        stored = storage.server_certificate(self._directory, self._authority, names, self._now())
+        self._due = stored.renew_at
+        certificate = stored.cert_file.read_bytes()
+        gateway.set_server_certificate(certificate, stored.key_file.read_bytes(), self._authority.cert_pem)
         if self._served not in {None, certificate}:
             for pool in self._mirror.pools.values():
-                self._recorder.record(pool, "CertificateRotated", "the gateway's certificate is issued anew")
+                self._recorder.record(pool, "CertificateRotated", "the gateway's certificate was issued again")
         self._served = certificate
 
-    async def run(self) -> None:
-        """Until cancelled."""
+    async def run(self, gateway: Gateway) -> None:
+        """Renews the certificate whenever it is due, until cancelled."""
         changed = asyncio.Event()
         unsubscribe = self._mirror.subscribe(lambda _pool: changed.set())
         try:
@@ -79,7 +77,7 @@ class Certifier:
                     async with asyncio.timeout(max(0.0, (self._due - self._now()).total_seconds())):
                         await changed.wait()
                 changed.clear()
-                if tuple(sorted(self._mirror.pools)) != self._certified or self._now() >= self._due:
-                    self.renew()
+                if tuple(sorted(self._mirror.pools)) != self._named_pools or self._now() >= self._due:
+                    self.install(gateway)
         finally:
             unsubscribe()

@@ -1,18 +1,14 @@
-"""The objects of the user's files in a real store; the watchdog's life."""
+"""The objects of the user's files are written into a real store."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import AsyncExitStack
-
 import pytest
 
-from bkpool.appliance.parts import apply, watched
+from bkpool.appliance.seed import seed_objects
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents, read_documents
 from bkpool.core.pool import Pool
 from bkpool.store.sqlite import SqliteStore
-from bkpool.telemetry.registry import new_registry
 
 HEAD = "apiVersion: buildkit.smrt-devops.net/v1alpha1\n"
 POOL = HEAD + "kind: BuildKitPool\nmetadata: {name: ci}\nspec: {scaling: {max: 3}}\n"
@@ -34,32 +30,22 @@ async def names(store, kind) -> list[str]:
     return sorted(obj.key.name for obj in (await store.list(kind)).items)
 
 
-async def test_what_the_files_say_is_made_so_and_again(store):
+async def test_objects_of_the_files_are_created_and_later_updated(store):
     for audience in ("a", "b"):
-        await apply(store, read(POOL, CONFIG % ("one", audience)), only_source=True)
+        await seed_objects(store, read(POOL, CONFIG % ("one", audience)), only_source=True)
         (config,) = (await store.list(OIDCConfig)).items
         assert (config.spec.audience, await names(store, Pool)) == (audience, ["ci"])
 
 
-async def test_without_any_pool_there_is_one(store):
-    await apply(store, Documents(), only_source=False)
+async def test_a_default_pool_is_created_if_there_is_none(store):
+    await seed_objects(store, Documents(), only_source=False)
     assert await names(store, Pool) == ["default"]
 
 
-async def test_an_issuer_that_the_files_no_longer_have_is_believed_no_more(store):
-    await apply(store, read(CONFIG % ("one", "a"), CONFIG % ("two", "a")), only_source=True)
-    await apply(store, read(POOL), only_source=False)
+async def test_an_issuer_that_was_removed_from_the_files_is_deleted(store):
+    await seed_objects(store, read(CONFIG % ("one", "a"), CONFIG % ("two", "a")), only_source=True)
+    await seed_objects(store, read(POOL), only_source=False)
     assert await names(store, OIDCConfig) == ["one", "two"]
-    await apply(store, read(CONFIG % ("two", "a")), only_source=True)
+    await seed_objects(store, read(CONFIG % ("two", "a")), only_source=True)
     assert await names(store, OIDCConfig) == ["two"]
     assert await names(store, Pool) == ["ci", "default"]
-
-
-async def test_the_loop_is_watched_until_the_stack_is_left():
-    def threads():
-        return {thread.name for thread in threading.enumerate()}
-
-    async with AsyncExitStack() as stack:
-        watched(stack, new_registry())
-        assert "watchdog" in threads()
-    assert "watchdog" not in threads()

@@ -1,4 +1,4 @@
-"""The gateway's certificate follows the pools and the time, without anybody restarting anything."""
+"""The gateway's certificate is renewed when pools change and before it expires, without a restart."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from cryptography import x509
 
-from bkpool.appliance.certifier import Certifier
+from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.home.files import private_directory
@@ -16,7 +16,7 @@ from bkpool.store.sqlite import SqliteStore
 
 
 class Gateway:
-    """Notes what it is given; the swap itself is tested with the real one (tests/gateway)."""
+    """Records the certificates that it gets. The replacement itself is tested in tests/gateway."""
 
     def __init__(self):
         self.given = []
@@ -54,8 +54,7 @@ async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_
     now = datetime.now(UTC)
     private_directory(tmp_path / "pki")
     mirror, gateway = Mirror(store), Gateway()
-    certifier = Certifier(
-        gateway,
+    renewal = CertificateRenewal(
         directory=tmp_path / "pki",
         authority=Authority.create(now),
         mirror=mirror,
@@ -65,10 +64,10 @@ async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_
     )
     tasks = [asyncio.create_task(mirror.run())]
     await mirror.ready.wait()
-    certifier.renew()
+    renewal.install(gateway)
     first = await gateway.next()
     assert "build.example.com" in names(first)
-    tasks.append(asyncio.create_task(certifier.run()))
+    tasks.append(asyncio.create_task(renewal.run(gateway)))
     await asyncio.sleep(0)
 
     pool = await store.create(Pool(metadata=Metadata(name="ci")))
@@ -76,7 +75,7 @@ async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_
     assert "ci.default.svc" in names(second)
 
     now += timedelta(days=336)  # a year's certificate is renewed 30 days before its end
-    await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # something stirs
+    await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # any change of a pool wakes it
     third = await gateway.next()
     assert third.not_valid_after_utc > second.not_valid_after_utc
     assert gateway.told == [("ci", "CertificateRotated")] * 2

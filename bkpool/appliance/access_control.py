@@ -1,6 +1,6 @@
-"""Who may speak to this appliance: the authenticators of its backend over the objects that there are.
+"""Who may call this appliance: the authenticators of its backend, over the pools and issuers of the store.
 
-It only puts them together. Who an issuer's caller is, and what he may do, is judged in `identity`.
+It only combines them. The `identity` room decides who a caller is and what they may do.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
 from bkpool.store.mirror import Mirror
 
-Methods = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
-"""The ways of knowing a caller that only one backend has, over the pools as of any moment."""
+MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
+"""Makes the authenticators that only one backend has. Its argument returns the pools of the moment."""
 
 
 def open_issuers(stack: AsyncExitStack) -> IssuerKeys:
-    """The keys of issuers, kept until the stack is closed."""
+    """A cache of the issuers' keys, closed with the stack."""
     issuers = IssuerKeys(clock=time.monotonic)
     stack.push_async_callback(issuers.close)
     return issuers
 
 
-def access(
+def make_access_control(
     admin: AdminTokenAuthenticator,
-    methods: Methods,
+    backend_authenticators: MakeAuthenticators,
     issuers: IssuerKeys,
     mirror: Mirror,
     *,
     namespace: str,
-    also: tuple[OIDCConfig, ...] = (),
+    extra_configs: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
 ) -> AccessControl:
-    """Everybody who can be known here, the cheapest way of knowing first.
+    """All authenticators of this appliance, the cheapest first.
 
     Args:
-        admin: Whose token opens everything.
-        methods: Of the backend.
-        issuers: Their keys.
+        admin: The admin token, which permits everything.
+        backend_authenticators: Makes the backend's own authenticators.
+        issuers: The keys of OIDC issuers.
         mirror: Knows pools and issuers.
-        namespace: The appliance's own: issuers configured there count for all pools.
-        also: Issuers that are configured in no object (the development issuer).
+        namespace: The appliance's namespace: issuers that are configured there count for all pools.
+        extra_configs: Issuers that are configured in no object (the development issuer).
         now: The clock.
     """
 
@@ -56,7 +56,7 @@ def access(
         return tuple(mirror.pools.values())
 
     def configs() -> tuple[OIDCConfig, ...]:
-        return (*mirror.configs.values(), *also)
+        return (*mirror.configs.values(), *extra_configs)
 
     oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now)
-    return AccessControl((admin, *methods(pools), oidc), pools, configs)
+    return AccessControl((admin, *backend_authenticators(pools), oidc), pools, configs)

@@ -1,0 +1,114 @@
+"""The certificates of one pool's gateway, from the Secret that the controller keeps for it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ssl
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Self
+
+import structlog
+
+from bkpool.core.errors import BkpoolError, HostFault
+from bkpool.core.names import Key
+from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.net.dial import TlsDialler
+from bkpool.gateway.net.tls_context import server_context
+from bkpool.kube import KubeApi, paths
+from bkpool.pki import bundle
+from bkpool.pki.worker_tls import worker_context
+
+log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 5.0
+"""Time between attempts to read a Secret that does not exist yet or cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Certificates:
+    """One valid version of the Secret."""
+
+    data: Mapping[str, bytes]
+    dialling: ssl.SSLContext
+
+    @classmethod
+    def of(cls, data: Mapping[str, bytes]) -> Self:
+        """Raises KeyError, ValueError, OSError or HostFault if something is missing or damaged."""
+        server_context(data[bundle.TLS_CERT], data[bundle.TLS_KEY], data[bundle.CA_CERT])
+        dialler = data[bundle.DIALLER_CERT], data[bundle.DIALLER_KEY], data[bundle.BACKEND_CA_CERT]
+        return cls(data, worker_context(*dialler))
+
+    def install(self, gateway: Gateway) -> None:
+        """Hands the gateway its server certificate."""
+        data = self.data
+        gateway.set_server_certificate(data[bundle.TLS_CERT], data[bundle.TLS_KEY], data[bundle.CA_CERT])
+
+
+class GatewaySecret:
+    """The certificates of one pool's gateway: its server certificate, and its client certificate for workers.
+
+    Create it with `open`, which waits until the Secret exists.
+    """
+
+    def __init__(self, api: KubeApi, pool: Key, current: _Certificates) -> None:
+        self._api = api
+        self._pool = pool
+        self._current = current
+        self.dial = TlsDialler(current.dialling)
+        """Reaches workers; `run` keeps its certificate up to date."""
+
+    @classmethod
+    async def open(cls, api: KubeApi, pool: Key) -> Self:
+        """Waits for a valid version of the Secret."""
+        async with aclosing(_valid_versions(api, pool)) as versions:
+            return cls(api, pool, await anext(versions))
+
+    def install(self, gateway: Gateway) -> None:
+        """Hands the gateway its server certificate."""
+        self._current.install(gateway)
+
+    async def run(self, gateway: Gateway) -> None:
+        """Uses every later version of the Secret, until cancelled. Open connections keep their certificate."""
+        async with aclosing(_valid_versions(self._api, self._pool)) as versions:
+            async for found in versions:
+                if found.data != self._current.data:
+                    found.install(gateway)
+                    self.dial.swap(found.dialling)
+                    self._current = found
+                    log.info("gateway.certificate_renewed")
+
+
+async def _valid_versions(api: KubeApi, pool: Key) -> AsyncGenerator[_Certificates, None]:
+    """Every valid version of the Secret. After an invalid one the caller goes on using the version before it."""
+    name = f"{pool.name}-gateway"
+    async with aclosing(_versions(api, pool.namespace, name)) as versions:
+        async for data in versions:
+            try:
+                yield _Certificates.of(data)
+            except (KeyError, ValueError, OSError, HostFault) as error:
+                log.warning("gateway.secret_not_usable", secret=name, reason=str(error))
+
+
+async def _versions(api: KubeApi, namespace: str, name: str) -> AsyncGenerator[Mapping[str, bytes], None]:
+    """The Secret as it is now, and again after each change. While it cannot be read, it is tried again."""
+    path, selector = paths.core("secrets", namespace), f"metadata.name={name}"
+    while True:
+        try:
+            items, since = await api.list(path, fieldSelector=selector)
+            for item in items:
+                yield _decoded(item)
+            async with aclosing(api.watch(path, since, fieldSelector=selector)) as events:
+                async for event in events:
+                    if event["type"] in {"ADDED", "MODIFIED"}:
+                        yield _decoded(event["object"])
+        except BkpoolError as error:
+            log.warning("gateway.secret_not_read", secret=f"{namespace}/{name}", reason=error.message)
+            await asyncio.sleep(_RETRY_SECONDS)
+
+
+def _decoded(secret: dict[str, object]) -> Mapping[str, bytes]:
+    data = secret.get("data")
+    return {key: base64.b64decode(value) for key, value in data.items()} if isinstance(data, dict) else {}

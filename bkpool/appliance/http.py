@@ -1,0 +1,92 @@
+"""Serves applications on addresses, and provides the two that every process has: metrics and probes.
+
+It knows no route of the API.
+"""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from bkpool.api import open_runner
+from bkpool.appliance.settings import Address
+from bkpool.core.errors import HostFault
+
+
+async def serve(
+    stack: AsyncExitStack,
+    app: web.Application,
+    address: Address,
+    option: str,
+    ssl_context: ssl.SSLContext | None = None,
+) -> str:
+    """Serves an application until the stack is closed. A caller who closes the connection cancels their request.
+
+    Args:
+        stack: Closes the server.
+        app: What is served.
+        address: Where; port 0 takes a free port.
+        option: The command line option that set the address, for error messages.
+        ssl_context: Serves over TLS if given.
+
+    Returns:
+        The address that is served, as host:port for a URL.
+
+    Raises:
+        HostFault: `PortTaken`, or the address cannot be used.
+    """
+    runner = await open_runner(stack, app, shutdown_timeout=2)
+    host, port = address
+    try:
+        await web.TCPSite(runner, host, port, backlog=512, ssl_context=ssl_context).start()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise HostFault(
+                f"{option}: port {port} on {host} is in use",
+                hint=f"Stop the program that `ss -ltnp 'sport = :{port}'` shows, or give another {option}.",
+                code="PortTaken",
+            ) from None
+        raise HostFault(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from None
+    bound = runner.addresses[0]
+    return f"{url_host(bound[0])}:{bound[1]}"
+
+
+def url_host(host: str) -> str:
+    """A host as it is written in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def metrics_app(registry: CollectorRegistry) -> web.Application:
+    """An application that Prometheus scrapes at /metrics."""
+
+    async def scrape(_request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    app = web.Application()
+    app.router.add_get("/metrics", scrape)
+    return app
+
+
+def add_probes(app: web.Application, not_ready_reason: Callable[[], str | None]) -> web.Application:
+    """Adds /health and /ready, which the kubelet calls.
+
+    Args:
+        app: Where they are added.
+        not_ready_reason: Why this replica should get no traffic; None if it should.
+    """
+
+    async def health(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def ready(_request: web.Request) -> web.Response:
+        reason = not_ready_reason()
+        return web.json_response({"status": reason or "ready"}, status=503 if reason else 200)
+
+    app.router.add_get("/health", health)
+    app.router.add_get("/ready", ready)
+    return app

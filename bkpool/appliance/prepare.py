@@ -1,0 +1,93 @@
+"""Prepares a backend before the event loop runs: the choice, the programs, the kind cluster.
+
+All of it blocks. It opens no store and starts no worker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+
+from bkpool.appliance import backend_choice
+from bkpool.appliance.backend import Backend, open_pod_backend, open_process_backend
+from bkpool.appliance.preflight import check_home_complete
+from bkpool.appliance.reporting import StartupReporter
+from bkpool.appliance.settings import Settings
+from bkpool.home.files import write_private
+from bkpool.kind.engine import Engine, engine_fault
+from bkpool.kind.lifecycle import Cluster, Kind
+from bkpool.kube import ClusterAccess
+from bkpool.toolchain import Tool, Toolchain
+from bkpool.workers.processes.sandbox import Binaries
+
+BackendOpener = Callable[[AsyncExitStack, StartupReporter], Awaitable[Backend]]
+"""Opens a prepared backend in the event loop; the stack closes it."""
+
+
+def choose_backend(settings: Settings) -> tuple[str, str]:
+    """The backend of this home, and the reason for the choice. The choice is recorded in the home.
+
+    Raises:
+        HostFault: `OtherBackend`: the home was created with another backend.
+    """
+    record = settings.home / "backend"
+    recorded = record.read_text("utf-8").strip() if record.exists() else None
+    backend, reason = backend_choice.choose_backend(settings.backend, recorded, engine_fault, settings.home)
+    if recorded is None:
+        write_private(record, f"{backend}\n".encode())
+    return backend, reason
+
+
+def prepare_backend(backend: str, settings: Settings, report: StartupReporter) -> BackendOpener:
+    """Gets what the backend needs on this machine.
+
+    Args:
+        backend: Which one, as `choose_backend` returned it.
+        settings: How the appliance runs.
+        report: Receives what is being done.
+
+    Returns:
+        What opens the backend.
+
+    Raises:
+        BkpoolError: A program cannot be found or built, or the cluster cannot be used.
+    """
+    match backend:
+        case backend_choice.PROCESS:
+            check_home_complete(settings.home)
+            binaries = _ensure_binaries(settings, report)
+            return lambda stack, report: open_process_backend(stack, settings, binaries, report)
+        case backend_choice.KIND:
+            cluster = _ensure_kind_cluster(settings, report)
+            access = ClusterAccess(cluster.kubeconfig)
+            return lambda stack, report: open_pod_backend(stack, settings, access, cluster.worker_ports, report)
+        case _:
+            return lambda stack, report: open_pod_backend(stack, settings, settings.access, None, report)
+
+
+def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster:
+    """The kind cluster of this home with the images of the settings in it, created if there is none."""
+    program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
+    with Engine.connect() as engine:
+        kind = Kind(program, engine, settings.home, lambda text: report({"progress": text}))
+        cluster = kind.ensure(settings.cluster, node_image=settings.node_image)
+        for archive in settings.image_archives:
+            kind.load_archive(cluster, archive)
+        if settings.buildkit_image is not None:
+            kind.load_image(cluster, settings.buildkit_image)
+    return cluster
+
+
+def _ensure_binaries(settings: Settings, report: StartupReporter) -> Binaries:
+    """The programs that workers need, fetched if they are missing. An ordinary user also needs rootlesskit."""
+    tools = [Tool.BUILDKITD, Tool.RUNC, Tool.BUILDX] + ([] if os.geteuid() == 0 else [Tool.ROOTLESSKIT])
+    found = _toolchain(settings, report).ensure_all(tools)
+    return Binaries(found[Tool.BUILDKITD], found[Tool.RUNC], found.get(Tool.ROOTLESSKIT))
+
+
+def _toolchain(settings: Settings, report: StartupReporter) -> Toolchain:
+    def progress(tool: Tool, text: str, fraction: float | None) -> None:  # noqa: ARG001 - a line of text shows no bar
+        report({"progress": f"{tool}: {text}"})
+
+    return Toolchain(settings.cache, progress=progress)

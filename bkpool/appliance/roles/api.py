@@ -1,0 +1,100 @@
+"""Opens the API role: the lease service and the HTTP server in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from bkpool.allocation import Allocator
+from bkpool.api import Service, make_app
+from bkpool.appliance.access_control import make_access_control
+from bkpool.appliance.api_tls import make_api_tls
+from bkpool.appliance.http import serve
+from bkpool.appliance.roles.context import ControlState, RoleContext
+from bkpool.core.auth import OIDCConfig
+from bkpool.core.errors import Unavailable
+from bkpool.core.pool import Pool
+from bkpool.identity.admin_token import AdminTokenAuthenticator
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSources:
+    """What the API asks other parts of the process."""
+
+    gateway_endpoint: Callable[[Pool], str]
+    """Where callers reach a pool's gateway."""
+    connections: Callable[[Pool], int]
+    """How many connections of a pool are open."""
+    unavailable_reason: Callable[[], str | None]
+    """Why nothing can be leased at the moment; None if leases are possible."""
+    not_ready_reason: Callable[[], str | None] = lambda: None
+    """Why this replica should get no new requests although it still answers them; None if it should."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRole:
+    """The open API."""
+
+    address: str
+    """host:port, as in a URL."""
+    tls_description: dict[str, Any]
+    """What `appliance.json` says about its certificate; empty without TLS."""
+    allocator: Allocator
+
+    def refuse_waiting(self, message: str, *, hint: str) -> None:
+        """Ends every allocate request that waits for a worker, with this error."""
+        self.allocator.turn_away(Unavailable(message, hint=hint))
+
+
+async def open_api(
+    stack: AsyncExitStack,
+    context: RoleContext,
+    state: ControlState,
+    *,
+    admin: AdminTokenAuthenticator,
+    sources: ApiSources,
+    extra_configs: tuple[OIDCConfig, ...] = (),
+) -> ApiRole:
+    """Serves the API until the stack is closed. Then the server ends first, and after it the lease service.
+
+    Args:
+        stack: Closes it.
+        context: Of this process.
+        state: Where leases and workers are.
+        admin: The admin token.
+        sources: What the API asks other parts of the process.
+        extra_configs: Trusted issuers that are configured in no object.
+
+    Raises:
+        HostFault: `PortTaken`, or the certificate cannot be used.
+    """
+    settings, backend, mirror = context.settings, state.backend, state.mirror
+    allocator, leases = backend.lease_service(mirror, context.now)
+    stack.push_async_callback(allocator.close)
+    access = make_access_control(
+        admin,
+        backend.authenticators,
+        state.issuers,
+        mirror,
+        namespace=settings.namespace,
+        extra_configs=extra_configs,
+        now=context.now,
+    )
+    service = Service(
+        claims=allocator,
+        leases=leases,
+        mirror=mirror,
+        access=access,
+        gateway_endpoint=sources.gateway_endpoint,
+        connections=sources.connections,
+        trouble=sources.unavailable_reason,
+        leaving=sources.not_ready_reason,
+    )
+    tls = make_api_tls(settings, backend.authority, context.now)
+    if tls is not None:
+        await context.run_in_background(stack, tls.run())
+    ssl_context = tls.context if tls else None
+    address = await serve(stack, make_app(service), settings.api_address, "--api-address", ssl_context)
+    return ApiRole(address, tls.description if tls else {}, allocator)

@@ -1,0 +1,79 @@
+"""What the roles of one process share: settings, shutdown, metrics registry and the copy of the store."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from bkpool.appliance.backend import Backend
+from bkpool.appliance.settings import Settings
+from bkpool.appliance.shutdown import Shutdown
+from bkpool.appliance.supervise import background_task
+from bkpool.identity.issuer_keys import IssuerKeys
+from bkpool.store.mirror import Mirror
+from bkpool.telemetry.loop_metrics import LoopMetrics
+from bkpool.telemetry.loop_watchdog import LoopWatchdog
+from bkpool.telemetry.registry import new_registry
+
+
+def utc_now() -> datetime:
+    """The clock of a process."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class RoleContext:
+    """What every role of a process gets."""
+
+    settings: Settings
+    shutdown: Shutdown
+    registry: CollectorRegistry
+    """The one registry of the process: each role registers its metrics in it."""
+    watchdog: LoopWatchdog
+    """Watches the main loop; a role that starts further loops adds them."""
+    now: Callable[[], datetime] = utc_now
+
+    async def run_in_background(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+        """Runs a coroutine until the stack is closed. If it fails, the process ends with its error."""
+        await stack.enter_async_context(background_task(work, self.shutdown.fail))
+
+
+def open_context(stack: AsyncExitStack, settings: Settings, shutdown: Shutdown) -> RoleContext:
+    """Creates the context and watches the running event loop until the stack is closed."""
+    registry = new_registry()
+    watchdog = LoopWatchdog(LoopMetrics(registry))
+    watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
+    watchdog.start()
+    stack.callback(watchdog.stop)
+    return RoleContext(settings, shutdown, registry, watchdog)
+
+
+@dataclass(frozen=True, slots=True)
+class ControlState:
+    """What API and controller work on."""
+
+    backend: Backend
+    mirror: Mirror
+    """The copy of the backend's store."""
+    issuers: IssuerKeys
+    """The keys of OIDC issuers."""
+
+
+async def follow(stack: AsyncExitStack, context: RoleContext, mirror: Mirror) -> None:
+    """Keeps the copy of the store up to date until the stack is closed; returns when it is complete."""
+    await context.run_in_background(stack, mirror.run())
+    await mirror.ready.wait()
+
+
+def replica_name() -> str:
+    """The pod's name, which no other pod has at the same time; outside of a pod the host's name."""
+    return os.environ.get("POD_NAME") or socket.gethostname()

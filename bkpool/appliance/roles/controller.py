@@ -1,0 +1,72 @@
+"""Opens the controller role: the loop that keeps workers, and beside it those that keep issuers and pool gateways."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+from bkpool.appliance.roles.context import ControlState, RoleContext
+from bkpool.appliance.supervise import run_while_leading
+from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.core.ignored import IgnoredFields
+from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+
+
+async def open_controller(
+    stack: AsyncExitStack,
+    context: RoleContext,
+    state: ControlState,
+    *,
+    endpoint: Callable[[Pool], str],
+    make_pool_gateways: Callable[[], PoolGateways] | None = None,
+) -> None:
+    """Runs the controller until the stack is closed.
+
+    Where other processes can run a controller too, it runs only while this one holds the Lease. Closing the stack
+    gives the Lease back.
+
+    Args:
+        stack: Ends it.
+        context: Of this process.
+        state: Where pools and workers are, and what runs workers.
+        endpoint: Where callers reach a pool's gateway, unless PoolGateways knows it better.
+        make_pool_gateways: Makes what keeps a gateway in the cluster for each pool; called each time this process
+            gets the Lease. None if this process has the gateway itself.
+    """
+    work = partial(_run, context, state, endpoint, make_pool_gateways)
+    leadership = state.backend.leadership
+    if leadership is None:
+        await context.run_in_background(stack, work())
+    else:
+        await context.run_in_background(stack, run_while_leading(leadership, work))
+
+
+async def _run(
+    context: RoleContext,
+    state: ControlState,
+    endpoint: Callable[[Pool], str],
+    make_pool_gateways: Callable[[], PoolGateways] | None,
+) -> None:
+    backend, mirror = state.backend, state.mirror
+    ignored = IgnoredFields(backend.runtime.ignored_spec_fields)
+    gateways = make_pool_gateways() if make_pool_gateways else None
+
+    def status_inputs(pool: Pool) -> PoolStatusInputs:
+        return PoolStatusInputs(
+            endpoint=(gateways.endpoints.get(pool.key) if gateways else None) or endpoint(pool),
+            ignored=ignored.of(pool),
+            capacity=backend.runtime.capacity,
+            gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
+        )
+
+    controller = backend.controller(mirror, status_inputs, context.now)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(controller.run())
+        tasks.create_task(ConfigKeeper(backend.store, mirror, state.issuers.probe, context.now).run())
+        if gateways is not None:
+            gateways.on_change(controller.look_again)
+            tasks.create_task(gateways.run())

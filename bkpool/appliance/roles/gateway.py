@@ -1,0 +1,130 @@
+"""Opens the gateway role: the gateway's threads, its certificate, and the table of leases that it gets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from bkpool.appliance.roles.context import RoleContext
+from bkpool.appliance.settings import Address
+from bkpool.appliance.shutdown import Shutdown
+from bkpool.core.names import Key
+from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.net.dial import Dialler
+from bkpool.gateway.session.lease_table import build
+from bkpool.gateway.session.metrics import GatewayMetrics
+from bkpool.store import Store
+from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+
+class CertificateSource(Protocol):
+    """Where a gateway gets its server certificate from."""
+
+    def install(self, gateway: Gateway) -> None:
+        """Hands the gateway the current certificate."""
+
+    async def run(self, gateway: Gateway) -> None:
+        """Hands the gateway every later certificate, until cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayRole:
+    """The open gateway."""
+
+    gateway: Gateway
+    metrics: GatewayMetrics
+    port: int
+
+    async def drain(self, seconds: float, shutdown: Shutdown) -> None:
+        """Accepts nothing new and lets open builds finish.
+
+        Returns after this many seconds at most. If the end is forced meanwhile, the connections are cut at once.
+        """
+        draining = asyncio.create_task(self.gateway.drain(seconds))
+        forced = asyncio.create_task(shutdown.forced.wait())
+        await asyncio.wait({draining, forced}, return_when=asyncio.FIRST_COMPLETED)
+        if shutdown.forced.is_set():
+            log.warning("gateway.drain_forced")
+            await self.gateway.drain(0)
+        forced.cancel()
+        await draining
+
+
+async def open_gateway(
+    stack: AsyncExitStack,
+    context: RoleContext,
+    store: Store,
+    mirror: Mirror,
+    *,
+    name: str,
+    certificate: CertificateSource,
+    dial: Dialler,
+    address: Address,
+    threads: int,
+    pool: Key | None = None,
+) -> GatewayRole:
+    """Serves connections until the stack is closed, which cuts those that are open. `GatewayRole.drain` goes before.
+
+    Args:
+        stack: Closes it.
+        context: Of this process.
+        store: Where the gateway registers itself on workers.
+        mirror: The copy of the store.
+        name: The name that it registers under, unique among gateways.
+        certificate: Provides its server certificate.
+        dial: How it reaches workers.
+        address: Where it listens.
+        threads: The number of event loops.
+        pool: The only pool that it serves; None serves all.
+
+    Raises:
+        HostFault: `PortTaken`, or the certificate cannot be used.
+    """
+    metrics = GatewayMetrics(context.registry)
+    gateway = Gateway(
+        StoreRegistrar(store, name, context.now, mirror.apply),
+        now=context.now,
+        metrics=metrics,
+        dial=dial,
+        pool=pool,
+        threads=threads,
+        watchdog=context.watchdog,
+    )
+    certificate.install(gateway)
+    [(_, port)] = await gateway.start([address])
+    stack.push_async_callback(gateway.close)
+    stack.callback(feed_leases(gateway, mirror))
+    await context.run_in_background(stack, certificate.run(gateway))
+    return GatewayRole(gateway, metrics, port)
+
+
+def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
+    """Hands the gateway a new table of leases after each change; a burst of changes gives one table.
+
+    Returns:
+        What ends it.
+    """
+    loop = asyncio.get_running_loop()
+    scheduled = False
+
+    def update() -> None:
+        nonlocal scheduled
+        scheduled = False
+        gateway.update(build(mirror.pools.values(), mirror.workers.values()))
+
+    def on_change(_pool: Key) -> None:
+        nonlocal scheduled
+        if not scheduled:
+            scheduled = True
+            loop.call_soon(update)
+
+    update()
+    return mirror.subscribe(on_change)

@@ -1,0 +1,81 @@
+"""What a starting appliance writes into the store: the objects of the user's files, and nothing left of its last run.
+
+It is called before anything follows the store. It decides nothing about leases or workers.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from bkpool.core.auth import OIDCConfig, OIDCConfigStatus
+from bkpool.core.documents import Documents
+from bkpool.core.errors import Conflict, NotFound
+from bkpool.core.names import DEFAULT_POOL
+from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.resource import Metadata, Resource
+from bkpool.core.worker import Worker
+from bkpool.store import Store
+
+P = TypeVar("P", Pool, OIDCConfig)
+
+
+async def seed_objects(store: Store, wanted: Documents, *, only_source: bool) -> None:
+    """Creates or updates the objects of the user's files. If there is no pool at all, creates one called `default`.
+
+    Args:
+        store: Where the objects are written.
+        wanted: The objects of the files.
+        only_source: Issuers come from the files and from nowhere else: one that is not in the files is deleted, and
+            so is no longer trusted.
+    """
+    pools = wanted.pools
+    if not pools and not (await store.list(Pool)).items:
+        pools = (Pool(metadata=Metadata(name=DEFAULT_POOL)),)
+    for pool in pools:
+        await _write(store, pool, pool.but(status=PoolStatus()))
+    for config in wanted.configs:
+        await _write(store, config, config.but(status=OIDCConfigStatus()))
+    if only_source:
+        in_files = {config.key for config in wanted.configs}
+        for config in (await store.list(OIDCConfig)).items:
+            if config.key not in in_files:
+                with suppress(NotFound):
+                    await store.delete(OIDCConfig, *config.key)
+
+
+async def withdraw_old_registrations(store: Store, gateway: str) -> None:
+    """Removes the registrations that an earlier run of this gateway left on workers.
+
+    The caller holds the home's lock, so that earlier run has ended.
+    """
+    for worker in (await store.list(Worker)).items:
+        others = tuple(entry for entry in worker.status.gateways if entry.gateway != gateway)
+        if others != worker.status.gateways:
+            with suppress(Conflict, NotFound):  # the registration then expires within a minute
+                await store.replace_status(worker.with_status(gateways=others))
+
+
+async def _write(store: Store, wanted: P, new: P) -> None:
+    while not await _try_write(store, wanted, new):
+        pass  # another writer was faster: read the object again
+
+
+async def _try_write(store: Store, wanted: P, new: P) -> bool:
+    """Tries once to create or update an object; returns False if another writer was faster."""
+    try:
+        try:
+            current = await store.get(type(wanted), *wanted.key)
+        except NotFound:
+            await store.create(new.but(metadata=Metadata(**_user_metadata(wanted))))
+            return True
+        metadata = current.metadata.but(labels=wanted.metadata.labels, annotations=wanted.metadata.annotations)
+        await store.replace(current.but(metadata=metadata, spec=wanted.spec))
+    except (Conflict, NotFound):
+        return False
+    return True
+
+
+def _user_metadata(obj: Resource) -> dict[str, Any]:
+    """The part of an object's metadata that the user may set."""
+    return obj.metadata.model_dump(include={"name", "namespace", "labels", "annotations"})

@@ -1,0 +1,53 @@
+"""Waits for the API server of a kind cluster."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from base64 import b64decode
+from http import HTTPStatus
+from http.client import HTTPException, HTTPSConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+from bkpool.core.errors import Unavailable
+
+_TIMEOUT = 90.0  # seconds: on two cores the API server of a restarted node is ready after about 15 s
+_RETRY_SECONDS = 0.2
+
+
+def await_api_server(name: str, kubeconfig: Path) -> None:
+    """Waits until the API server of a cluster is ready.
+
+    Args:
+        name: The cluster's name, for the message.
+        kubeconfig: Its kubeconfig.
+
+    Raises:
+        Unavailable: It is not ready after 90 s.
+    """
+    cluster = yaml.safe_load(kubeconfig.read_bytes())["clusters"][0]["cluster"]
+    trust = ssl.create_default_context(cadata=b64decode(cluster["certificate-authority-data"]).decode())
+    deadline = time.monotonic() + _TIMEOUT
+    while fault := _fault(urlsplit(cluster["server"]).netloc, trust):
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"the API server of the kind cluster {name!r} does not answer at {cluster['server']}: {fault}",
+                hint=f"`docker logs {name}-control-plane` shows its node; `bkpool down --purge` removes the cluster.",
+            )
+        time.sleep(_RETRY_SECONDS)
+
+
+def _fault(address: str, trust: ssl.SSLContext) -> str | None:
+    """Why an API server is not ready; None if it is. It is asked directly, without a configured proxy."""
+    connection = HTTPSConnection(address, context=trust, timeout=5)
+    try:
+        connection.request("GET", "/readyz")  # needs no credential: the cluster role system:public-info-viewer
+        response = connection.getresponse()
+        return None if response.status == HTTPStatus.OK else f"{response.status} {response.reason}"
+    except (OSError, HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()

@@ -1,0 +1,42 @@
+"""What the roles of a process share: the watched main loop, one registry, background tasks that end the process."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import AsyncExitStack
+
+import pytest
+
+from bkpool.appliance.roles.context import open_context
+from bkpool.appliance.settings import Settings
+from bkpool.appliance.shutdown import Shutdown, run_until_stopped
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+async def test_the_main_loop_is_watched_until_the_stack_is_closed(tmp_path):
+    async with AsyncExitStack() as stack:
+        open_context(stack, Settings(home=tmp_path, cache=tmp_path), Shutdown())
+        assert "watchdog" in threads()
+    assert "watchdog" not in threads()
+
+
+async def test_a_failed_background_task_ends_the_process_with_its_error(tmp_path):
+    closed = []
+
+    async def fail() -> None:
+        raise RuntimeError("a role failed")
+
+    async def start(stack: AsyncExitStack, shutdown: Shutdown) -> None:
+        stack.callback(closed.append, "opened first")
+        context = open_context(stack, Settings(home=tmp_path, cache=tmp_path), shutdown)
+        await context.run_in_background(stack, fail())
+        stack.callback(closed.append, "opened last")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(RuntimeError, match="a role failed"):
+            await run_until_stopped(start)
+    assert closed == ["opened last", "opened first"]

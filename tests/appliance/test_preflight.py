@@ -1,0 +1,31 @@
+"""Settings that would expose bearer tokens are refused before anything is opened."""
+
+import pytest
+
+from bkpool.appliance.preflight import check_home_complete, check_settings
+from bkpool.appliance.settings import Settings
+from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.settings import Address, Configuration
+from bkpool.settings.model import Api
+
+
+def everywhere(**api):
+    return Configuration(api=Api(address=Address("0.0.0.0", 8082), **api))
+
+
+def test_an_api_in_clear_beyond_this_machine_needs_plain_http(tmp_path):
+    beyond = Settings(home=tmp_path, cache=tmp_path, configuration=everywhere())
+    with pytest.raises(InvalidInput, match="served in clear"):
+        check_settings(beyond)
+    check_settings(Settings(home=tmp_path, cache=tmp_path, configuration=everywhere(plain_http=True)))
+    check_settings(Settings(home=tmp_path, cache=tmp_path))
+
+
+def test_a_home_with_leases_but_without_their_ca_is_refused(tmp_path):
+    check_home_complete(tmp_path)
+    (tmp_path / "state.db").touch()
+    with pytest.raises(HostFault, match="pki is missing") as caught:
+        check_home_complete(tmp_path)
+    assert caught.value.code == "Unreadable"
+    (tmp_path / "pki").mkdir()
+    check_home_complete(tmp_path)
