@@ -1,4 +1,4 @@
-// Leases a worker. What the post step needs is saved before anything is leased, so that it finds whatever there is.
+// Leases a worker. What the post step needs is saved before the lease is made, so that it always finds the lease.
 'use strict'
 
 const crypto = require('node:crypto')
@@ -15,7 +15,7 @@ async function main() {
     'allocate', '--json', '--out', directory,
     '--pool', input('pool') || 'default', '--namespace', input('namespace') || 'default',
     '--ttl', input('ttl') || '1h', '--wait', input('wait') || '5m',
-    '--job-id', `${run_id}-${job}-${mark}`, // legs of a matrix have one name, and want a worker each
+    '--job-id', `${run_id}-${job}-${mark}`, // the jobs of a matrix have the same name, and each needs its own worker
   ], environment(directory))
   if (code !== 0) throw new Error(`no worker was leased: bkpool ended with exit code ${code}`)
   const lease = JSON.parse(out)

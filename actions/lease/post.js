@@ -1,12 +1,12 @@
-// Gives the worker back and removes the builder and the keys. A job never fails for what is left undone here: a lease
-// ends by itself.
+// Releases the worker and removes the builder and the keys. A failure here never fails the job: the lease ends by
+// itself at its ttl.
 'use strict'
 
 const fs = require('node:fs')
 const path = require('node:path')
 const { environment, run, say } = require('./runner.js')
 
-const GONE = [5, 7] // bkpool's exit codes for a lease that nobody knows any more, or that has ended
+const GONE = [5, 7] // bkpool's exit codes for an unknown lease, and for one that has ended
 
 async function main() {
   const directory = process.env.STATE_directory
@@ -30,4 +30,4 @@ async function release(directory) {
   else throw new Error(`bkpool ended with exit code ${code}`)
 }
 
-main().catch((error) => say('warning', `the worker is not released, its lease runs out: ${error.message}`))
+main().catch((error) => say('warning', `the worker could not be released, so its lease lasts until its ttl ends: ${error.message}`))

@@ -1,5 +1,5 @@
-// What the two halves of the action share: the runner's protocol (docs.github.com, "Workflow commands for GitHub
-// Actions"), and running bkpool. No dependencies, so that what is reviewed is what runs.
+// Shared by main.js and post.js: the runner's protocol (docs.github.com, "Workflow commands for GitHub Actions"), and
+// running bkpool. It has no dependencies, so that the reviewed code is all that runs.
 'use strict'
 
 const { spawn } = require('node:child_process')
@@ -9,7 +9,7 @@ const path = require('node:path')
 
 const input = (name) => (process.env[`INPUT_${name.toUpperCase()}`] || '').trim()
 
-// Appends to one of the files by which the runner is told things; no value can end itself at a random delimiter.
+// Appends to one of the runner's files. The delimiter is random, so that no value can contain it.
 function tell(variable, name, value) {
   const end = `end-${crypto.randomUUID()}`
   fs.appendFileSync(process.env[variable], `${name}<<${end}\n${value}\n${end}\n`)
@@ -18,7 +18,7 @@ function tell(variable, name, value) {
 const escaped = (text) => text.replace(/%/g, '%25').replace(/\r/g, '%0D').replace(/\n/g, '%0A')
 const say = (command, text) => process.stdout.write(`::${command}::${escaped(text)}\n`)
 
-// How bkpool finds the appliance; whose the call is it finds by itself, in what the runner gives the job.
+// The environment in which bkpool finds the appliance. It finds the job's ID token by itself.
 function environment(directory) {
   const env = { ...process.env, BKCTL_ENDPOINT: input('endpoint'), BKCTL_AUDIENCE: input('audience') }
   const ca = input('ca-cert')
@@ -31,7 +31,7 @@ function environment(directory) {
   return env
 }
 
-// Runs a program and passes on the signals of a job that is cancelled; what it says on stderr is in the job's log.
+// Runs a program, and passes on the signals that cancel a job. Its stderr goes to the job's log.
 function run(program, args, env) {
   return new Promise((resolve, reject) => {
     const child = spawn(program, args, { env, stdio: ['ignore', 'pipe', 'inherit'] })
