@@ -30,4 +30,4 @@ async function release(directory) {
   else throw new Error(`bkpool ended with exit code ${code}`)
 }
 
-main().catch((error) => say('warning', `the worker could not be released, so its lease lasts until its ttl ends: ${error.message}`))
+main().catch((error) => say('warning', `the worker is not released; its lease lasts until its ttl ends: ${error.message}`))
