@@ -12,19 +12,20 @@ from typing import Self
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, HostFault
+from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import TlsDialler
 from bkpool.gateway.net.tls_context import server_context
-from bkpool.kube import KubeApi, paths
+from bkpool.kube import Doc, KubeApi
+from bkpool.kube.reflector import KubeCollection, Reflector
 from bkpool.pki import bundle
 from bkpool.pki.worker_tls import worker_context
 
 log = structlog.get_logger(__name__)
 
-_RETRY_SECONDS = 5.0
-"""Time between attempts to read a Secret that does not exist yet or cannot be read."""
+_LONGEST_PAUSE = 5.0
+"""Seconds between attempts to read the Secret while it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,32 +84,29 @@ class GatewaySecret:
 
 async def _valid_versions(api: KubeApi, pool: Key) -> AsyncGenerator[_Certificates, None]:
     """Every valid version of the Secret. After an invalid one the caller goes on using the version before it."""
-    name = f"{pool.name}-gateway"
-    async with aclosing(_versions(api, pool.namespace, name)) as versions:
-        async for data in versions:
+    secret = Key(pool.namespace, f"{pool.name}-gateway")
+    async with aclosing(_versions(api, secret)) as versions:
+        async for doc in versions:
             try:
-                yield _Certificates.of(data)
+                yield _Certificates.of(_decoded(doc))
             except (KeyError, ValueError, OSError, HostFault) as error:
-                log.warning("gateway.secret_not_usable", secret=name, reason=str(error))
+                log.warning("gateway.secret_not_usable", secret=str(secret), reason=str(error))
 
 
-async def _versions(api: KubeApi, namespace: str, name: str) -> AsyncGenerator[Mapping[str, bytes], None]:
+async def _versions(api: KubeApi, secret: Key) -> AsyncGenerator[Doc, None]:
     """The Secret as it is now, and again after each change. While it cannot be read, it is tried again."""
-    path, selector = paths.core("secrets", namespace), f"metadata.name={name}"
-    while True:
-        try:
-            items, since = await api.list(path, fieldSelector=selector)
-            for item in items:
-                yield _decoded(item)
-            async with aclosing(api.watch(path, since, fieldSelector=selector)) as events:
-                async for event in events:
-                    if event["type"] in {"ADDED", "MODIFIED"}:
-                        yield _decoded(event["object"])
-        except BkpoolError as error:
-            log.warning("gateway.secret_not_read", secret=f"{namespace}/{name}", reason=error.message)
-            await asyncio.sleep(_RETRY_SECONDS)
+    only = KubeCollection("v1", "secrets", field_selector=f"metadata.name={secret.name}")
+    reflector = Reflector(api, only, namespaces=[secret.namespace], longest_pause=_LONGEST_PAUSE)
+    following = asyncio.create_task(reflector.run())
+    try:
+        async with aclosing(reflector.versions(secret)) as versions:
+            async for doc in versions:
+                yield doc
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
 
 
-def _decoded(secret: dict[str, object]) -> Mapping[str, bytes]:
+def _decoded(secret: Doc) -> Mapping[str, bytes]:
     data = secret.get("data")
     return {key: base64.b64decode(value) for key, value in data.items()} if isinstance(data, dict) else {}

@@ -1,7 +1,8 @@
-"""Keeps every pool's gateway as pool_objects.py says, from whichever replica runs the controller.
+"""Keeps the gateway of every pool in the cluster as pool_gateway_objects.py describes it.
 
-Level-triggered: what a pool should have is applied where it differs from what was applied, or where the cluster says
-that somebody has changed it. One pool's errors never stop another's. It never touches a worker.
+It runs in the replica that is the controller, and is level-triggered: an object is applied where it differs from what
+was applied last, or where somebody else has changed or deleted it. An error of one pool never stops another. It never
+touches a worker.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import binascii
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 
 import structlog
@@ -31,10 +33,12 @@ from bkpool.controller.pool_gateway_objects import (
     secret,
     service_type,
 )
-from bkpool.core.errors import BkpoolError, Conflict, Forbidden, Gone, InvalidInput, NotFound, Unavailable
+from bkpool.core.backoff import Backoff
+from bkpool.core.errors import BkpoolError, Conflict, Forbidden, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
 from bkpool.core.pool import Pool, ServiceType
 from bkpool.kube import Doc, KubeApi, paths
+from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.pki.names import CertificateNames, gateway_names
 from bkpool.store.events import Recorder
@@ -42,30 +46,39 @@ from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
-_PAUSE, _LONGEST_PAUSE = timedelta(seconds=1), timedelta(minutes=1)
-_AT_ONCE = 4
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+"""Seconds until a pool whose gateway could not be applied is tried again; the longest also for a watch."""
+_CONCURRENCY = 4
 """Pools that are applied at the same time."""
-_OURS = f"{LABEL_MANAGED}={MANAGER},{LABEL_PURPOSE}={PURPOSE_GATEWAY}"
-_WATCHED = {"Service": ("v1", "services"), "Secret": ("v1", "secrets"), "Deployment": ("apps/v1", "deployments")}
-"""Whose change by others is noticed at once; the rest is put right when the controller starts."""
+_SELECTOR = f"{LABEL_MANAGED}={MANAGER},{LABEL_PURPOSE}={PURPOSE_GATEWAY}"
+_WATCHED = {
+    "Service": KubeCollection("v1", "services", _SELECTOR),
+    "Secret": KubeCollection("v1", "secrets", _SELECTOR),
+    "Deployment": KubeCollection("apps/v1", "deployments", _SELECTOR),
+}
+"""Changes of these by others are noticed at once. The other kinds are repaired when the controller starts."""
+_WITH_STATUS = ("Service", "Deployment")
+"""The kinds whose status becomes the pool's endpoint and trouble."""
 
 
 @dataclass(slots=True)
-class _Keeper:
-    """One pool's gateway in memory."""
+class _GatewayState:
+    """What is known of one pool's gateway."""
 
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     version: tuple[str, int | None] | None = None
-    """Which pool, and which spec of it, was looked at last."""
+    """The pool's uid and generation that were looked at last."""
     applied: dict[str, str] = field(default_factory=dict)
     """Digests of the documents that were applied, by path."""
-    given: dict[str, str] = field(default_factory=dict)
-    """Digests of what the cluster made of them."""
-    service: Doc | None = None
-    deployment: Doc | None = None
+    made: dict[str, str] = field(default_factory=dict)
+    """Digests of what the cluster made of them, by path."""
+    objects: dict[str, Doc] = field(default_factory=dict)
+    """The newest known object of each watched kind."""
     bundle: dict[str, bytes] | None = None
+    """The certificates in the Secret; None: they must be read."""
     node: str | None = None
+    """The address of a node that runs the gateway, for a NodePort."""
 
 
 class PoolGateways:
@@ -73,13 +86,13 @@ class PoolGateways:
 
     Args:
         api: The cluster.
-        mirror: Where the pools are.
-        secrets: Who issues the gateways' certificates.
+        mirror: Has the pools.
+        secrets: Issues the gateways' certificates.
         image: bkpool's own image, which the gateways run.
         controller: The name of the appliance's Deployment.
         namespace: The namespace of the appliance.
         now: The clock.
-        recorder: Is told of certificates that were changed.
+        recorder: Records that certificates were replaced.
     """
 
     def __init__(
@@ -97,167 +110,173 @@ class PoolGateways:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
-        self._setting = GatewayDefaults(image, namespace, controller)
+        self._defaults = GatewayDefaults(image, namespace, controller)
         self._now = now
         self._recorder = recorder
-        self._keepers: dict[Key, _Keeper] = {}
+        self._states: dict[Key, _GatewayState] = {}
+        self._reflectors: dict[str, dict[str, Reflector]] = {}
+        """By namespace and kind."""
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
         self._endpoints: dict[Key, str] = {}
         self._trouble: dict[Key, str] = {}
         self._callbacks: list[Callable[[], None]] = []
-        self._some = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_CONCURRENCY)
         self.endpoints: Mapping[Key, str] = MappingProxyType(self._endpoints)
-        """What callers of a pool are told; absent until its gateway has been applied."""
+        """The endpoint that callers of a pool get. It is missing until the gateway has been applied."""
         self.trouble: Mapping[Key, str] = MappingProxyType(self._trouble)
         """Why a pool's gateway is not as it should be."""
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, whenever endpoints or trouble have changed; returns what ends that."""
+        """Calls back, in the event loop, when `endpoints` or `trouble` have changed; returns what unsubscribes."""
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
     async def run(self) -> None:
-        """Runs until cancelled. Run again, it looks at everything anew."""
+        """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
         await self._mirror.ready.wait()
-        unsubscribe = self._mirror.subscribe(self._changed)
+        unsubscribe = self._mirror.subscribe(self._pool_changed)
         try:
             for key in tuple(self._mirror.pools):
-                self._changed(key)
+                self._pool_changed(key)
             await asyncio.Event().wait()
         finally:
             unsubscribe()
-            ended = [keeper.task for keeper in self._keepers.values() if keeper.task]
-            ended += [task for tasks in self._watches.values() for task in tasks]
-            self._keepers.clear()
+            tasks = [state.task for state in self._states.values() if state.task]
+            tasks += [task for watches in self._watches.values() for task in watches]
+            self._states.clear()
             self._watches.clear()
-            for task in ended:
+            self._reflectors.clear()
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*ended, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _changed(self, key: Key) -> None:
-        """A pool, or one of its workers: only a pool's spec, its coming and its going are anything to do with us."""
+    def _pool_changed(self, key: Key) -> None:
+        """Follows a pool's creation, deletion and spec. The mirror also reports its workers, which do not matter."""
         pool = self._mirror.pools.get(key)
         if pool is None or pool.metadata.deletion_timestamp is not None:
-            self._let_go(key)
+            self._forget(key)
             return
-        keeper = self._keepers.get(key)
-        if keeper is None:
-            keeper = self._keepers[key] = _Keeper()
-            keeper.task = asyncio.create_task(self._keep(key, keeper))
-            self._follow_all(key.namespace)
-        elif keeper.version != _version(pool):
-            keeper.wake.set()
+        state = self._states.get(key)
+        if state is None:
+            state = self._states[key] = _GatewayState()
+            self._watch(key.namespace)
+            state.task = asyncio.create_task(self._keep(key, state))
+        elif state.version != _version(pool):
+            state.wake.set()
 
-    def _let_go(self, key: Key) -> None:
-        """The pool is gone, and the cluster deletes what it owned."""
-        keeper = self._keepers.pop(key, None)
-        if keeper is not None and keeper.task is not None:
-            keeper.task.cancel()
-        if not any(other.namespace == key.namespace for other in self._keepers):
+    def _forget(self, key: Key) -> None:
+        """Stops work for a pool that was deleted. The cluster deletes the objects that it owned."""
+        state = self._states.pop(key, None)
+        if state is not None and state.task is not None:
+            state.task.cancel()
+        if not any(other.namespace == key.namespace for other in self._states):
+            self._reflectors.pop(key.namespace, None)
             for task in self._watches.pop(key.namespace, ()):
                 task.cancel()
-        self._tell(key, endpoint=None, trouble="")
+        self._publish(key, endpoint=None, trouble="")
 
-    def _tell(self, key: Key, *, endpoint: str | None, trouble: str) -> None:
+    def _publish(self, key: Key, *, endpoint: str | None, trouble: str) -> None:
         before = self._endpoints.get(key), self._trouble.get(key)
-        for told, value in ((self._endpoints, endpoint), (self._trouble, trouble)):
+        for published, value in ((self._endpoints, endpoint), (self._trouble, trouble)):
             if value:
-                told[key] = value
+                published[key] = value
             else:
-                told.pop(key, None)
+                published.pop(key, None)
         if before != (self._endpoints.get(key), self._trouble.get(key)):
             for callback in self._callbacks:
                 callback()
 
     # --- one pool ---------------------------------------------------------------------------------------------------
 
-    async def _keep(self, key: Key, keeper: _Keeper) -> None:
-        """Applies what the pool should have, again and again, whenever there is a reason to."""
-        failures = 0
+    async def _keep(self, key: Key, state: _GatewayState) -> None:
+        """Applies the pool's objects again and again, whenever there is a reason to."""
+        backoff = Backoff(_LONGEST_PAUSE, first=_FIRST_PAUSE)
         while pool := self._mirror.pools.get(key):
-            keeper.wake.clear()
-            keeper.version = _version(pool)
+            state.wake.clear()
+            state.version = _version(pool)
             try:
-                async with self._some:
-                    due = await self._apply(pool, keeper)
-            except Exception as error:  # noqa: BLE001 - whatever is wrong with one pool stays with it
-                due = self._now() + min(_PAUSE * 2 ** min(failures, 10), _LONGEST_PAUSE)
-                failures += 1
-                self._failed(key, error)
+                async with self._slots:
+                    due = await self._apply(pool, state)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with one pool must not stop the others
+                due = self._now() + timedelta(seconds=backoff.failed())
+                self._report_failure(key, error)
             else:
-                failures = 0
-                host = endpoint_of(pool, keeper.service, keeper.node)
-                self._tell(key, endpoint=host, trouble=_trouble_of(keeper.deployment))
+                backoff.succeeded()
+                endpoint = endpoint_of(pool, state.objects.get("Service"), state.node)
+                self._publish(key, endpoint=endpoint, trouble=_trouble_of(state.objects.get("Deployment")))
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, (due - self._now()).total_seconds())):
-                    await keeper.wake.wait()
+                    await state.wake.wait()
 
-    def _failed(self, key: Key, error: Exception) -> None:
+    def _report_failure(self, key: Key, error: Exception) -> None:
         endpoint, before = self._endpoints.get(key), self._trouble.get(key, "")
         if isinstance(error, Unavailable):
             log.warning("pool.gateway_not_applied", pool=str(key), reason=error.message)
             return
         if not isinstance(error, BkpoolError):
             log.error("pool.gateway_crashed", pool=str(key), exc_info=error)
-            trouble = "gateway: an internal error; the controller's log has it"
+            trouble = "gateway: an internal error; see the controller's log"
         else:
             trouble = f"gateway: {error.message}. {_hint(key, error)}".rstrip(". ") + "."
             if trouble != before:
                 log.warning("pool.gateway_not_applied", pool=str(key), reason=error.message)
-        self._tell(key, endpoint=endpoint, trouble=trouble)
+        self._publish(key, endpoint=endpoint, trouble=trouble)
 
-    async def _apply(self, pool: Pool, keeper: _Keeper) -> datetime:
-        """Brings the cluster to what this pool should have; returns when its certificates are due."""
-        service, *others = pool_objects(pool, self._setting)
-        keeper.service = await self._ensure(service, keeper) or keeper.service
+    async def _apply(self, pool: Pool, state: _GatewayState) -> datetime:
+        """Brings the cluster to what this pool should have; returns when its certificates are due for renewal."""
+        service, *others = pool_objects(pool, self._defaults)
+        await self._ensure(service, state)
         if service_type(pool) is ServiceType.NODE_PORT:
-            keeper.node = node_address(await self._gateway_pods(pool), keeper.node)
-        due = await self._ensure_certificates(pool, keeper)
+            state.node = node_address(await self._gateway_pods(pool), state.node)
+        due = await self._ensure_certificates(pool, state)
         for doc in others:
-            made = await self._ensure(doc, keeper)
-            if made is not None and doc["kind"] == "Deployment":
-                keeper.deployment = made
+            await self._ensure(doc, state)
         return due
 
-    async def _ensure(self, doc: Doc, keeper: _Keeper) -> Doc | None:
-        """Applies a document, unless it is as it was applied; returns what the cluster made of it."""
-        path, digest = path_of(doc), _digest(doc)
-        if keeper.applied.get(path) == digest:
-            return None
-        if path not in keeper.applied:
+    async def _ensure(self, doc: Doc, state: _GatewayState) -> None:
+        """Applies a document, unless it is as it was applied last."""
+        path, digest, kind = path_of(doc), _digest(doc), doc["kind"]
+        if state.applied.get(path) == digest:
+            return
+        if path not in state.applied:
             await self._refuse_foreign(path, doc)
         made = await self._api.apply(path, doc)
-        keeper.applied[path], keeper.given[path] = digest, _state(made)
-        return made
+        state.applied[path], state.made[path] = digest, _content_digest(made)
+        if kind in _WATCHED:
+            state.objects[kind] = made
+            if (reflectors := self._reflectors.get(doc["metadata"]["namespace"])) is not None:
+                reflectors[kind].apply(made)  # so that a later list can say that it was deleted
 
     async def _refuse_foreign(self, path: str, doc: Doc) -> None:
-        """Raises Conflict where somebody else's object has the name: applying would take it from him."""
+        """Raises Conflict where an object of this name is not bkpool's: applying would take it over."""
         try:
-            live = await self._api.get(path)
+            existing = await self._api.get(path)
         except NotFound:
             return
-        if not is_of_a_pool(live):
+        if not is_of_a_pool(existing):
             name = f"{doc['kind']} {doc['metadata']['namespace']}/{doc['metadata']['name']}"
-            raise Conflict(f"{name} is somebody else's", hint="Give the pool another name, or delete that object.")
+            raise Conflict(
+                f"{name} exists and was not made by bkpool", hint="Give the pool another name, or delete that object."
+            )
 
     async def _gateway_pods(self, pool: Pool) -> Sequence[Doc]:
         selector = f"{LABEL_POOL}={pool.key.name},{LABEL_PURPOSE}={PURPOSE_GATEWAY}"
         items, _ = await self._api.list(paths.core("pods", pool.key.namespace), labelSelector=selector)
         return items
 
-    async def _ensure_certificates(self, pool: Pool, keeper: _Keeper) -> datetime:
-        """Issues the gateway's certificates where there are none that can be used."""
-        names = _names(pool, outside_hosts(pool, keeper.service, keeper.node))
-        found = keeper.bundle if keeper.bundle is not None else await self._stored_bundle(pool)
+    async def _ensure_certificates(self, pool: Pool, state: _GatewayState) -> datetime:
+        """Issues the gateway's certificates where the stored ones cannot be used; returns when they are due."""
+        names = _names(pool, outside_hosts(pool, state.objects.get("Service"), state.node))
+        found = state.bundle if state.bundle is not None else await self._stored_bundle(pool)
         if not bundle_fits(found, self._secrets, names, self._now()):
             name = f"{gateway_name(pool)}.{pool.key.namespace}"
             if found:
-                self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued anew")
+                self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued again")
             found = gateway_bundle(self._secrets, names, name, self._now())
             log.info("pool.gateway_certificate_issued", pool=str(pool.key), names=[*names.dns, *map(str, names.ips)])
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}
-        await self._ensure(secret(pool, encoded), keeper)
-        keeper.bundle = found
+        await self._ensure(secret(pool, encoded), state)
+        state.bundle = found
         return bundle_renew_at(found)
 
     async def _stored_bundle(self, pool: Pool) -> dict[str, bytes]:
@@ -270,76 +289,46 @@ class PoolGateways:
         except binascii.Error:
             return {}
 
-    # --- the cluster's side -----------------------------------------------------------------------------------------
+    # --- what others do to the objects ------------------------------------------------------------------------------
 
-    def _follow_all(self, namespace: str) -> None:
-        if namespace not in self._watches:
-            self._watches[namespace] = [asyncio.create_task(self._follow(namespace, kind)) for kind in _WATCHED]
-
-    async def _follow(self, namespace: str, kind: str) -> None:
-        """Notices what becomes of the objects of one kind that we made in one namespace."""
-        api_version, plural = _WATCHED[kind]
-        path = paths.core(plural, namespace) if api_version == "v1" else paths.group(api_version, plural, namespace)
-        failures = 0
-        while True:
-            try:
-                items, since = await self._api.list(path, labelSelector=_OURS)
-                self._missed(namespace, plural, {item["metadata"]["name"] for item in items})
-                for item in items:
-                    self._noticed({**item, "kind": kind}, gone=False)
-                failures = 0
-                async with aclosing(self._api.watch(path, since, labelSelector=_OURS)) as events:
-                    async for event in events:
-                        if event["type"] != "BOOKMARK":
-                            self._noticed({**event["object"], "kind": kind}, gone=event["type"] == "DELETED")
-            except Gone:
-                continue
-            except Exception as error:  # noqa: BLE001 - whatever it is, not watching for good would be worse
-                pause = min(_PAUSE * 2 ** min(failures, 10), _LONGEST_PAUSE)
-                failures += 1
-                log.warning("pool.gateways_not_watched", namespace=namespace, kind=kind, reason=str(error))
-                await asyncio.sleep(pause.total_seconds())
-
-    def _missed(self, namespace: str, plural: str, there: set[str]) -> None:
-        """Has made anew what was deleted while nobody looked."""
-        for key, keeper in self._keepers.items():
-            if key.namespace != namespace:
-                continue
-            for path in [path for path in keeper.applied if f"/{plural}/" in path]:
-                if path.rsplit("/", 1)[1] not in there:
-                    self._lost(keeper, path)
-
-    def _noticed(self, doc: Doc, *, gone: bool) -> None:
-        metadata = doc["metadata"]
-        key = Key(metadata["namespace"], metadata.get("labels", {}).get(LABEL_POOL, ""))
-        keeper, pool = self._keepers.get(key), self._mirror.pools.get(key)
-        if keeper is None or pool is None:
+    def _watch(self, namespace: str) -> None:
+        """Starts to follow the gateways' objects in a namespace, unless that runs already."""
+        if namespace in self._reflectors:
             return
-        api_version, _ = _WATCHED[doc["kind"]]
-        path = path_of({**doc, "apiVersion": api_version})
-        if gone or ("deletionTimestamp" not in metadata and keeper.given.get(path, _state(doc)) != _state(doc)):
-            self._lost(keeper, path)
-        if gone:
-            return
-        match doc["kind"]:
-            case "Service":
-                moved = keeper.service is None or keeper.service.get("status") != doc.get("status")
-                keeper.service = doc
-            case "Deployment":
-                moved = keeper.deployment is None or keeper.deployment.get("status") != doc.get("status")
-                keeper.deployment = doc
-            case _:
-                moved = False
-        if moved:
-            keeper.wake.set()
+        reflectors = {
+            kind: Reflector(
+                self._api,
+                collection,
+                partial(self._object_changed, kind),
+                namespaces=[namespace],
+                longest_pause=_LONGEST_PAUSE,
+            )
+            for kind, collection in _WATCHED.items()
+        }
+        self._reflectors[namespace] = reflectors
+        self._watches[namespace] = [asyncio.create_task(reflector.run()) for reflector in reflectors.values()]
 
-    def _lost(self, keeper: _Keeper, path: str) -> None:
-        """Somebody has changed or deleted what we applied there: it is applied again."""
-        keeper.applied.pop(path, None)
-        keeper.given.pop(path, None)
-        if "/secrets/" in path:
-            keeper.bundle = None
-        keeper.wake.set()
+    def _object_changed(self, kind: str, change: Change) -> None:
+        """Has an object applied again that somebody else changed or deleted, and takes over its status."""
+        metadata = change.doc["metadata"]
+        state = self._states.get(Key(change.key.namespace, metadata.get("labels", {}).get(LABEL_POOL, "")))
+        if state is None:
+            return
+        path = f"{_WATCHED[kind].path(change.key.namespace)}/{change.key.name}"
+        content = _content_digest(change.doc)
+        differs = "deletionTimestamp" not in metadata and state.made.get(path, content) != content
+        if change.deleted or differs:
+            state.applied.pop(path, None)
+            state.made.pop(path, None)
+            if kind == "Secret":
+                state.bundle = None
+            state.wake.set()
+        if change.deleted:
+            return
+        before = state.objects.get(kind)
+        state.objects[kind] = change.doc
+        if kind in _WITH_STATUS and (before is None or before.get("status") != change.doc.get("status")):
+            state.wake.set()
 
 
 def _version(pool: Pool) -> tuple[str, int | None]:
@@ -357,23 +346,23 @@ def _names(pool: Pool, hosts: Sequence[str]) -> CertificateNames:
         return gateway_names("localhost", [pool.key], hosts)
     except InvalidInput as error:
         field = "spec.networking.external.hostname"
-        told = error.message.replace(error.field or "", field)
-        raise InvalidInput(told, hint=error.hint, field=field) from None
+        message = error.message.replace(error.field or "", field)
+        raise InvalidInput(message, hint=error.hint, field=field) from None
 
 
 def _trouble_of(deployment: Doc | None) -> str:
-    """Why the gateway's pods do not come up, where the cluster says so."""
+    """Why the gateway's pods do not start, where the Deployment's status says so; else empty."""
     conditions = (deployment or {}).get("status", {}).get("conditions", ())
     bad = {("ReplicaFailure", "True"), ("Progressing", "False")}
-    found = next((told for told in conditions if (told["type"], told["status"]) in bad), None)
+    found = next((one for one in conditions if (one["type"], one["status"]) in bad), None)
     if deployment is None or found is None:
         return ""
     look = f"kubectl -n {deployment['metadata']['namespace']} describe pods -l {LABEL_PURPOSE}={PURPOSE_GATEWAY}"
     return f"gateway: {found.get('message') or found.get('reason')} See: {look}"
 
 
-def _state(doc: Doc) -> str:
-    """What of an object in the cluster is ours to keep."""
+def _content_digest(doc: Doc) -> str:
+    """A digest of the parts of an object that only bkpool should change."""
     return _digest({part: doc.get(part) for part in ("spec", "data")})
 
 

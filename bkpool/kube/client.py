@@ -29,12 +29,12 @@ Doc = dict[str, Any]
 FIELD_MANAGER = "bkpool"
 PAGE = 500
 """Objects in one page of a list, as in client-go's reflector."""
-TIMEOUT = 15.0
+REQUEST_TIMEOUT = 15.0
 """Seconds for one request. The API server itself gives up after 60, but a lease waits for this."""
-SILENCE = 100.0
+SILENCE_TIMEOUT = 100.0
 """Seconds without a byte after which a watch counts as frozen: a server sends a bookmark about every minute
 (Kubernetes API concepts, "watch bookmarks")."""
-IDLE = 60.0
+IDLE_TIMEOUT = 60.0
 """Seconds that an idle connection is kept: a TLS handshake costs a lease some 5 ms. The server's own limit is 90."""
 HTTP_ERROR, TOO_MANY = 400, 429
 _REFUSED_TRIES = 4
@@ -163,7 +163,7 @@ class KubeApi:
             Unavailable: The server is away, or has been silent for too long.
         """
         asked = {**params, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": since}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=SILENCE)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=SILENCE_TIMEOUT)
         try:
             async with self._session.get(
                 path, params=asked, headers=await self._headers(), timeout=timeout
@@ -241,8 +241,8 @@ def _session(configuration: Configuration) -> aiohttp.ClientSession:
         context.verify_mode = ssl.CERT_NONE
     return aiohttp.ClientSession(
         base_url=configuration.host.rstrip("/") + "/",
-        connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=IDLE),
-        timeout=aiohttp.ClientTimeout(total=TIMEOUT, sock_connect=5),
+        connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=IDLE_TIMEOUT),
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT, sock_connect=5),
         headers={"User-Agent": "bkpool", "Accept": "application/json"},
         proxy=configuration.proxy,
     )

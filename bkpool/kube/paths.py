@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bkpool.core.names import API_VERSION
+from typing import Any
+
+from bkpool.core.names import API_VERSION, Key
 
 
 def core(plural: str, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
@@ -20,6 +22,11 @@ def group(
 def custom(plural: str, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
     """Where one of bkpool's own objects is."""
     return group(API_VERSION, plural, namespace, name, sub)
+
+
+def key_of(doc: dict[str, Any]) -> Key:
+    """The namespace and name of an object."""
+    return Key(doc["metadata"]["namespace"], doc["metadata"]["name"])
 
 
 def _path(base: str, plural: str, namespace: str | None, name: str | None, sub: str | None) -> str:

@@ -6,7 +6,6 @@ one) is left out and reported; it never hides or delays another.
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -17,16 +16,12 @@ from bkpool.core.errors import BkpoolError, Conflict, Gone, HostFault, InvalidIn
 from bkpool.core.names import API_VERSION, Key
 from bkpool.core.resource import R, Resource
 from bkpool.kube import Doc, KubeApi, paths
+from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.reading import read
 
 log = structlog.get_logger(__name__)
 
-WATCH_SECONDS = 240
-"""How long the server is asked to keep a watch open, and up to a quarter more, so that the watches of many replicas
-do not all begin again at once. An API server's own default is 30 minutes; balancers between often cut at 5."""
-SHORTEST_WATCH = 1.0
-"""Seconds. A watch that the server ends sooner, and without a word, is a fault: as in client-go's reflector."""
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
 """The metadata that is ours to write; the rest is the server's."""
 
@@ -69,8 +64,8 @@ class KubernetesStore(Store):
         params = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
         docs, version = await self._api.list(paths.custom(kind.PLURAL, scope), **params)
         if not labels and scope == self._namespace:
-            self._forget_all_but(kind, {_key(doc) for doc in docs})
-        found = [(_key(doc), self._readable(kind, doc)) for doc in docs]
+            self._forget_all_but(kind, {paths.key_of(doc) for doc in docs})
+        found = [(paths.key_of(doc), self._readable(kind, doc)) for doc in docs]
         return Listing(
             tuple(obj for _, obj in found if obj is not None),
             version,
@@ -81,18 +76,11 @@ class KubernetesStore(Store):
         """See Store. It begins again by itself where the server has ended it in good order."""
         if not since.isdecimal() or int(since) == 0:  # 0 is "anything will do" to Kubernetes
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
-        clock = asyncio.get_running_loop().time
         path = paths.custom(kind.PLURAL, self._namespace)
-        while True:
-            begun, before = clock(), since
-            seconds = round(WATCH_SECONDS * (1 + self._jitter() / 4))
-            async with aclosing(self._api.watch(path, since, timeoutSeconds=str(seconds))) as events:
-                async for event in events:
-                    since = event["object"]["metadata"]["resourceVersion"]
-                    if event["type"] != "BOOKMARK" and (known := self._event(kind, event)):
-                        yield known
-            if since == before and clock() - begun < SHORTEST_WATCH:
-                raise Unavailable(f"Kubernetes: watch {path}: the server ends it at once", hint="It is tried again.")
+        async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter)) as events:
+            async for event in events:
+                if event["type"] != "BOOKMARK" and (known := self._event(kind, event)):
+                    yield known
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -170,16 +158,18 @@ class KubernetesStore(Store):
 
     def _event(self, kind: type[R], event: Doc) -> WatchEvent[R] | None:
         doc = event["object"]
-        obj = self._readable(kind, doc)
+        key, obj = paths.key_of(doc), self._readable(kind, doc)
         if event["type"] == "DELETED":
-            self._unreadable.pop((kind.KIND, _key(doc)), None)
+            self._unreadable.pop((kind.KIND, key), None)
             if obj is None:
                 # Somebody may hold it as it was when it could be read; only a list can tell him that it is gone.
-                raise Gone(f"{kind.KIND} {_key(doc)} was deleted in a state that cannot be read", hint="List again.")
+                raise Gone(
+                    f"{kind.KIND} {paths.key_of(doc)} was deleted in a state that cannot be read", hint="List again."
+                )
         return None if obj is None else WatchEvent(event["type"], obj)
 
     def _readable(self, kind: type[R], doc: Doc) -> R | None:
-        where, version = (kind.KIND, _key(doc)), doc["metadata"]["resourceVersion"]
+        where, version = (kind.KIND, paths.key_of(doc)), doc["metadata"]["resourceVersion"]
         try:
             obj = _read(kind, doc)
         except HostFault as error:
@@ -198,10 +188,6 @@ class KubernetesStore(Store):
 def _read(kind: type[R], doc: Doc) -> R:
     doc["metadata"].pop("managedFields", None)  # who wrote which field: long, and nobody here asks
     return read(kind, doc)
-
-
-def _key(doc: Doc) -> Key:
-    return Key(doc["metadata"]["namespace"], doc["metadata"]["name"])
 
 
 def _given(doc: Doc) -> Doc:

@@ -12,21 +12,21 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from types import MappingProxyType
-from typing import Generic
 
 import structlog
 
 from bkpool.core.auth import OIDCConfig
+from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
+from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
-from bkpool.store import Listing, Store, WatchEvent
+from bkpool.store import Store
 
 log = structlog.get_logger(__name__)
 
-_FIRST_PAUSE = 0.1  # seconds
 _LONGEST_PAUSE = 5.0  # seconds: who waits for a worker waits for this too when the store has come back
 _PASSING = (Gone, Unavailable)
 _PASSING_ONCE_LISTED = (*_PASSING, Forbidden, Unauthenticated, NotFound)
@@ -34,45 +34,8 @@ _PASSING_ONCE_LISTED = (*_PASSING, Forbidden, Unauthenticated, NotFound)
 _UNLISTED = "The store has not been read yet"
 
 
-def _version_of(obj: Resource) -> int:
-    return int(obj.metadata.resource_version or 0)
-
-
-class _Copy(Generic[R]):
-    """The objects of one kind. Every method returns the objects that have changed, as they are or last were."""
-
-    def __init__(self) -> None:
-        self.items: dict[Key, R] = {}
-        self._seen = 0
-        """Up to this version everything is known: what is older and not here has been deleted."""
-
-    def listed(self, listing: Listing[R]) -> list[R]:
-        self._seen = int(listing.resource_version)
-        listed = {obj.key: obj for obj in listing.items}
-        there = listed.keys() | listing.unreadable  # what can be read no more is kept as it was when it could
-        ended = [obj for key, obj in self.items.items() if key not in there and _version_of(obj) <= self._seen]
-        for obj in ended:
-            del self.items[obj.key]
-        return ended + [obj for obj in listed.values() if self._put(obj)]
-
-    def followed(self, event: WatchEvent[R]) -> list[R]:
-        self._seen = max(self._seen, _version_of(event.object))
-        if event.type != "DELETED":
-            return [event.object] if self._put(event.object) else []
-        held = self.items.get(event.object.key)
-        if held is None or _version_of(held) > _version_of(event.object):
-            return []
-        return [self.items.pop(event.object.key)]
-
-    def applied(self, obj: R) -> list[R]:
-        return [obj] if _version_of(obj) > self._seen and self._put(obj) else []
-
-    def _put(self, obj: R) -> bool:
-        held = self.items.get(obj.key)
-        if held is not None and _version_of(held) >= _version_of(obj):
-            return False
-        self.items[obj.key] = obj
-        return True
+def _cache() -> VersionedCache[Key, R]:
+    return VersionedCache(lambda obj: obj.key, lambda obj: int(obj.metadata.resource_version or 0))
 
 
 class Mirror:
@@ -96,9 +59,9 @@ class Mirror:
         self._store = store
         self._pause = pause
         self._jitter = jitter
-        self._pools: _Copy[Pool] = _Copy()
-        self._workers: _Copy[Worker] = _Copy()
-        self._configs: _Copy[OIDCConfig] = _Copy()
+        self._pools: VersionedCache[Key, Pool] = _cache()
+        self._workers: VersionedCache[Key, Worker] = _cache()
+        self._configs: VersionedCache[Key, OIDCConfig] = _cache()
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
         self._callbacks: dict[object, Callable[[Key], None]] = {}
         self._on_config: dict[object, Callable[[], None]] = {}
@@ -159,23 +122,22 @@ class Mirror:
 
         return unsubscribe
 
-    async def _follow(self, kind: type[R], copy: _Copy[R], changed: Callable[[list[R]], None]) -> None:
-        failures, listed = 0, False
+    async def _follow(self, kind: type[R], cache: VersionedCache[Key, R], changed: Callable[[list[R]], None]) -> None:
+        backoff, listed = Backoff(_LONGEST_PAUSE, jitter=self._jitter), False
         while True:
             try:
                 listing = await self._store.list(kind)
-                changed(copy.listed(listing))
+                changed(cache.listed(listing.items, int(listing.resource_version), listing.unreadable))
                 listed = True
                 self._note_listed(kind)
                 async with aclosing(self._store.watch(kind, listing.resource_version)) as events:
                     async for event in events:
-                        failures = 0  # not before: a store that lists but cannot be followed is spared too
-                        changed(copy.followed(event))
+                        backoff.succeeded()  # only now: a store that can be listed but not watched is spared, too
+                        changed(cache.event(event.type, event.object))
             except _PASSING_ONCE_LISTED as error:
                 if not listed and not isinstance(error, _PASSING):
                     raise
-                seconds = self._jitter() * min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 10))
-                failures += 1
+                seconds = backoff.failed()
                 self._note_trouble(kind, error, seconds)
                 await self._pause(seconds)
 

@@ -16,9 +16,8 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker
 from bkpool.kind.lifecycle import Cluster
-from bkpool.kube import ClusterAccess, KubeApi
+from bkpool.kube import ClusterAccess, KubeApi, watching
 from bkpool.kube import client as kube_client
-from bkpool.store import kubernetes
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
@@ -112,7 +111,7 @@ async def test_a_watch_whose_history_is_lost_is_gone(store, proxy, behind):
 
 
 async def test_a_frozen_watch_is_noticed_and_begun_again(store, proxy, behind, monkeypatch):
-    monkeypatch.setattr(kube_client, "SILENCE", 0.3)
+    monkeypatch.setattr(kube_client, "SILENCE_TIMEOUT", 0.3)
     proxy.frozen = True
     mirror = Mirror(behind)
     task = asyncio.create_task(mirror.run())
@@ -128,16 +127,16 @@ async def test_a_frozen_watch_is_noticed_and_begun_again(store, proxy, behind, m
 
 
 async def test_a_watch_that_the_server_ends_in_good_order_goes_on_where_it_was(store, proxy, behind, monkeypatch):
-    monkeypatch.setattr(kubernetes, "WATCH_SECONDS", 1)
+    monkeypatch.setattr(watching, "WATCH_SECONDS", 1)
     pool = await store.create(a_pool())
     since = pool.metadata.resource_version
-    watching = asyncio.create_task(seen(behind, Pool, since, lambda e: e.object.spec.scaling.max == 4))
+    task = asyncio.create_task(seen(behind, Pool, since, lambda e: e.object.spec.scaling.max == 4))
     await eventually(lambda: proxy.watches == 1, "the watch is open")
     pool = await store.replace(scaled(pool, 3))
     await eventually(lambda: sum("watch=true" in line for line in proxy.seen) > 1, "it has been opened again")
     await store.replace(scaled(pool, 4))
 
-    assert [e.object.spec.scaling.max for e in await watching] == [3, 4]
+    assert [e.object.spec.scaling.max for e in await task] == [3, 4]
     assert not any("limit=" in line for line in proxy.seen), "without listing"
 
 

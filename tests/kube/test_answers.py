@@ -196,7 +196,7 @@ async def test_a_deletion_that_cannot_be_read_asks_for_a_new_list(server, store)
 
 
 async def test_silence_is_a_frozen_watch(server, store, monkeypatch):
-    monkeypatch.setattr(client, "SILENCE", 0.05)
+    monkeypatch.setattr(client, "SILENCE_TIMEOUT", 0.05)
     server.plays = [streams(event("ADDED", a_pool(6)), then="silence")]
     with pytest.raises(Unavailable, match="does not answer"):
         await taken(store, 2)

@@ -173,7 +173,7 @@ async def test_a_late_event_does_not_remove_what_was_made_again_and_applied(stor
 
     async with aclosing(store.watch(Pool, made.metadata.resource_version)) as watch:
         deleted = await anext(watch)
-    mirror._pools_changed(mirror._pools.followed(deleted))
+    mirror._pools_changed(mirror._pools.event(deleted.type, deleted.object))
 
     assert deleted.type == "DELETED"
     assert mirror.pools == {P: again}
@@ -185,7 +185,7 @@ async def test_what_was_applied_survives_a_list_that_was_older(store):
     mirror = Mirror(store)
     mirror.apply(pool)
 
-    mirror._pools_changed(mirror._pools.listed(listing))
+    mirror._pools_changed(mirror._pools.listed(listing.items, int(listing.resource_version), listing.unreadable))
 
     assert mirror.pools == {P: pool}
 
@@ -308,12 +308,13 @@ async def test_refusals_are_told_at_first_and_waited_for_once_it_has_listed(stor
 async def test_what_a_list_cannot_read_is_kept_as_it_was(store):
     pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
     mirror = Mirror(store)
-    mirror._pools_changed(mirror._pools.listed(await store.list(Pool)))
+    for known in (pool, other):
+        mirror.apply(known)
     await store.delete(Pool, *Q)
     newer = await store.replace(scaled(pool, 3))
 
     listing = Listing((), newer.metadata.resource_version, frozenset({P}))
-    mirror._pools_changed(mirror._pools.listed(listing))
+    mirror._pools_changed(mirror._pools.listed(listing.items, int(listing.resource_version), listing.unreadable))
 
     assert mirror.pools == {P: pool}
     assert other.key not in mirror.pools

@@ -302,8 +302,3 @@ def labelled(key: Key, pool: Pool, **more: str) -> Doc:
             {"apiVersion": API_VERSION, "kind": pool.kind, "name": pool.key.name, "uid": pool.uid}
         ]
     return metadata
-
-
-def key_of(doc: Doc) -> Key:
-    """Namespace and name of a document."""
-    return Key(doc["metadata"]["namespace"], doc["metadata"]["name"])

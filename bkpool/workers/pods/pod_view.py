@@ -19,8 +19,8 @@ from bkpool.core.names import (
     Slot,
     slot_of,
 )
-from bkpool.kube import Doc
-from bkpool.workers.pods.pod_spec import CACHE_VOLUME, key_of
+from bkpool.kube import Doc, paths
+from bkpool.workers.pods.pod_spec import CACHE_VOLUME
 
 _LONGEST = 400  # characters of somebody else's message
 _PULL = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}
@@ -79,7 +79,7 @@ def slot_called(key: Key) -> Slot | None:
 
 def slot_in(doc: Doc) -> Slot | None:
     """The slot of a pod or claim; None if it is in none, whatever its labels say."""
-    slot = slot_called(key_of(doc))
+    slot = slot_called(paths.key_of(doc))
     return slot if slot and doc["metadata"].get("labels", {}).get(LABEL_POOL) == slot.pool else None
 
 
@@ -154,7 +154,7 @@ def look(pod: Doc) -> View:
 
 def ending(pod: Doc) -> Ending:
     """How an ended pod ended."""
-    status, name = pod.get("status", {}), key_of(pod).name
+    status, name = pod.get("status", {}), paths.key_of(pod).name
     reason, said = status.get("reason", ""), _short(status.get("message", ""))
     if reason == "Evicted":
         return Ending(f"the pod {name} was evicted: {said}", hint="Give its node, or the pool's pods, more of that.")

@@ -32,7 +32,7 @@ class PodWords:
 
     async def log_tail(self, pod: Doc) -> str:
         """The last lines of buildkitd's log that are worth showing; empty if there are none."""
-        path = paths.core("pods", *pod_spec.key_of(pod), "log")
+        path = paths.core("pods", *paths.key_of(pod), "log")
         lines: list[str] = []
         with suppress(BkpoolError, TimeoutError):
             async with asyncio.timeout(_PATIENCE):

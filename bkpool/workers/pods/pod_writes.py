@@ -15,11 +15,11 @@ from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, Work
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Key, Slot
 from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc, KubeApi, paths
+from bkpool.kube.reflector import Reflector
 from bkpool.pki.authority import Authority
 from bkpool.workers.config import render
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.egress import egress_key, egress_policy
-from bkpool.workers.pods.kept import Kept
 
 PODS, CLAIMS = "pods", "persistentvolumeclaims"
 _GRACE = 5  # seconds for buildkitd to end: it has no build any more
@@ -32,8 +32,8 @@ class PodWrites:
     Args:
         api: The cluster.
         backend: Issues the workers' certificates.
-        pods: The copy of the pods.
-        claims: The copy of the volume claims.
+        pods: The pods of workers.
+        claims: The volume claims of workers.
         now: The clock.
         ending: Seconds until what is being deleted must be gone.
     """
@@ -43,8 +43,8 @@ class PodWrites:
         api: KubeApi,
         backend: Authority,
         *,
-        pods: Kept,
-        claims: Kept,
+        pods: Reflector,
+        claims: Reflector,
         now: Callable[[], datetime],
         ending: float,
     ) -> None:
@@ -115,7 +115,7 @@ class PodWrites:
 
         def change(current: Doc) -> Doc | None:
             if pod_view.uid(current) != pod_view.uid(pod):
-                raise Conflict(f"the pod {claim or pod_spec.key_of(pod)} is another one by now")
+                raise Conflict(f"the pod {claim or paths.key_of(pod)} is another one by now")
             owning = None if claim else _owning(current, owner)
             if owning is None and pod_view.held(current):
                 return None
@@ -123,14 +123,14 @@ class PodWrites:
             metadata["annotations"] |= (owning or {}).get("annotations", {})
             return metadata
 
-        await self._mark(self._pods, PODS, pod_spec.key_of(pod), change)
+        await self._mark(self._pods, PODS, paths.key_of(pod), change)
 
     async def protect(self, pod: Doc, *, held: bool) -> None:
         """Asks others to leave the pod alone, or no longer. Raises NotFound."""
         await self._mark(
             self._pods,
             PODS,
-            pod_spec.key_of(pod),
+            paths.key_of(pod),
             lambda current: None if pod_view.held(current) is held else pod_spec.protection(held=held),
         )
 
@@ -200,56 +200,56 @@ class PodWrites:
             await self._api.apply(paths.core("configmaps", slot.namespace, name), pod_spec.config(slot, pool, toml))
         self._configured[_pool_of(slot)] = mark
 
-    async def _create(self, kept: Kept, plural: str, doc: Doc) -> Doc | None:
+    async def _create(self, reflector: Reflector, plural: str, doc: Doc) -> Doc | None:
         """Creates it; None: its name is taken, by what is then known of."""
-        key = pod_spec.key_of(doc)
+        key = paths.key_of(doc)
         try:
             made = await self._api.create(paths.core(plural, key.namespace), doc)
         except Conflict:
-            await self._read(kept, plural, key)
+            await self._read(reflector, plural, key)
             return None
-        kept.apply(made)
+        reflector.apply(made)
         return made
 
-    async def _mark(self, kept: Kept, plural: str, key: Key, change: Callable[[Doc], Doc | None]) -> None:
+    async def _mark(self, reflector: Reflector, plural: str, key: Key, change: Callable[[Doc], Doc | None]) -> None:
         """Changes metadata, if nobody else has meanwhile; else looks again.
 
         Args:
-            kept: The copy to begin from.
+            reflector: Has the object as it is known.
             plural: The kind.
             key: The object.
             change: What to change of a document's metadata; None: nothing. It may raise.
         """
-        doc = kept.get(key)
+        doc = reflector.get(key)
         for _ in range(_TRIES):
-            doc = doc or await self._read(kept, plural, key)
+            doc = doc or await self._read(reflector, plural, key)
             metadata = change(doc)
             if metadata is None:
                 return
             metadata["resourceVersion"] = doc["metadata"]["resourceVersion"]
             try:
-                kept.apply(await self._api.patch(paths.core(plural, *key), {"metadata": metadata}))
+                reflector.apply(await self._api.patch(paths.core(plural, *key), {"metadata": metadata}))
                 return
             except Conflict:
                 doc = None
         raise Conflict(f"{plural} {key}: it is being changed by somebody else all the time")
 
-    async def _delete(self, kept: Kept, plural: str, doc: Doc, *, grace: int | None = None) -> None:
+    async def _delete(self, reflector: Reflector, plural: str, doc: Doc, *, grace: int | None = None) -> None:
         """Asks for the end of exactly this one."""
-        key = pod_spec.key_of(doc)
+        key = paths.key_of(doc)
         try:
             await self._api.delete(paths.core(plural, *key), uid=pod_view.uid(doc), grace=grace)
         except NotFound:
-            return  # the copy will be told
+            return  # the watch reports it
         except Conflict:  # another one of this name
             with suppress(NotFound):
-                await self._read(kept, plural, key)
+                await self._read(reflector, plural, key)
 
-    async def _gone(self, kept: Kept, what: str, doc: Doc) -> None:
-        key, uid = pod_spec.key_of(doc), pod_view.uid(doc)
+    async def _gone(self, reflector: Reflector, what: str, doc: Doc) -> None:
+        key, uid = paths.key_of(doc), pod_view.uid(doc)
         try:
             async with asyncio.timeout(self._ending):
-                await kept.until(key, lambda current: current is None or pod_view.uid(current) != uid)
+                await reflector.until(key, lambda current: current is None or pod_view.uid(current) != uid)
         except TimeoutError:
             node = doc["spec"].get("nodeName")
             held = ", ".join(doc["metadata"].get("finalizers") or ())
@@ -260,10 +260,10 @@ class PodWrites:
                 else f"Check what holds it: {held or 'nothing that it names'}.",
             ) from None
 
-    async def _read(self, kept: Kept, plural: str, key: Key) -> Doc:
+    async def _read(self, reflector: Reflector, plural: str, key: Key) -> Doc:
         """Reads it from the cluster. Raises WorkerFailed if it is somebody else's, NotFound."""
         doc = await self._api.get(paths.core(plural, *key))
-        kept.apply(_ours(plural, key, doc))
+        reflector.apply(_ours(plural, key, doc))
         return doc
 
 
@@ -285,7 +285,7 @@ def _owning(doc: Doc, owner: str) -> Doc | None:
     holder = pod_view.cache_owner(doc)
     if foreign(holder, owner):
         raise Conflict(
-            f"the cache of {pod_spec.key_of(doc)} belongs to another identity", hint="It must be wiped first."
+            f"the cache of {paths.key_of(doc)} belongs to another identity", hint="It must be wiped first."
         )
     return None if holder == owner else {"annotations": {ANNOTATION_CACHE_OWNER: owner}}
 

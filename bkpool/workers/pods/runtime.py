@@ -19,16 +19,16 @@ from operator import is_not
 import structlog
 
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
-from bkpool.core.names import WORKER_PORT, Key, Slot
+from bkpool.core.names import WORKER_PORT, Slot
 from bkpool.core.pool import Pool
-from bkpool.kube import Doc, KubeApi
+from bkpool.kube import Doc, KubeApi, paths
+from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.authority import Authority
 from bkpool.workers import DaemonState, Observation, Told, WorkerCapacity
 from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
-from bkpool.workers.pods import pod_spec, pod_view
+from bkpool.workers.pods import pod_view
 from bkpool.workers.pods.host_ports import HostPorts
-from bkpool.workers.pods.kept import Kept
-from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, Wanted, isolation
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, SELECTOR, Isolation, Wanted, isolation
 from bkpool.workers.pods.pod_view import Stage, View
 from bkpool.workers.pods.pod_words import PodWords
 from bkpool.workers.pods.pod_writes import CLAIMS, PODS, PodWrites, foreign
@@ -101,8 +101,12 @@ class PodRuntime:
         self._ports = None if host_ports is None else HostPorts(host_ports)
         self._host = host
         self._deadlines = deadlines or Deadlines()
-        self._pods = Kept(api, PODS, namespaces, self._pod_changed)
-        self._claims = Kept(api, CLAIMS, namespaces, self._claim_changed)
+        self._pods = Reflector(
+            api, KubeCollection("v1", PODS, SELECTOR), self._pod_changed, namespaces=namespaces, fail_fast=True
+        )
+        self._claims = Reflector(
+            api, KubeCollection("v1", CLAIMS, SELECTOR), self._claim_changed, namespaces=namespaces, fail_fast=True
+        )
         self._writes = PodWrites(
             api, backend, pods=self._pods, claims=self._claims, now=now, ending=self._deadlines.ending
         )
@@ -119,7 +123,7 @@ class PodRuntime:
         Raises:
             Forbidden: The rights to look are missing.
         """
-        runs = [self._spawn(kept.run(), "watch") for kept in (self._pods, self._claims)]
+        runs = [self._spawn(reflector.run(), "watch") for reflector in (self._pods, self._claims)]
         ready = self._spawn(self._both_ready(), "first lists")
         await asyncio.wait([*runs, ready], return_when=asyncio.FIRST_COMPLETED)
         for run in runs:
@@ -280,7 +284,7 @@ class PodRuntime:
 
     async def _on_its_way(self, pod: Doc | None, made: Doc, said: str, patience: StartDeadline, told: Told) -> View:
         """How far the pod has come that was made. Raises WorkerFailed if it will not come any further."""
-        key = pod_spec.key_of(made)
+        key = paths.key_of(made)
         if pod is None or pod_view.uid(pod) != pod_view.uid(made) or self._being_ended(pod):
             raise WorkerFailed(f"the pod {key} was deleted while it started", hint="It is made again.")
         if pod_view.ended(pod):
@@ -326,13 +330,13 @@ class PodRuntime:
 
     # --- what is seen -----------------------------------------------------------------------------------------------
 
-    def _pod_changed(self, key: Key) -> None:
-        slot = pod_view.slot_called(key)
+    def _pod_changed(self, change: Change) -> None:
+        slot = pod_view.slot_called(change.key)
         if slot is not None:
             self._look(slot)
 
-    def _claim_changed(self, key: Key) -> None:
-        self._pod_changed(key)
+    def _claim_changed(self, change: Change) -> None:
+        self._pod_changed(change)
         self._changed()
 
     def _look(self, slot: Slot) -> None:
@@ -371,7 +375,7 @@ class PodRuntime:
             log_tail,
             ephemeral_cache=pod_view.claim_of(pod) is None,
             protected=pod_view.held(pod),
-            pod_name=pod_spec.key_of(pod).name,
+            pod_name=paths.key_of(pod).name,
             pod_ip=pod_view.address(pod),
         )
 
