@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from support.hellos import HELLOS, hello
+from support.hellos import FIRST_BYTES, client_hello
 from support.records import Records
 
 THOUSAND = 1000
@@ -45,7 +45,7 @@ def closed_by_now(many):
 # --- handshakes that are never finished -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", HELLOS.values(), ids=HELLOS)
+@pytest.mark.parametrize("said", FIRST_BYTES.values(), ids=FIRST_BYTES)
 async def test_a_good_client_is_served_within_a_second_beside_a_thousand(attacked, said):
     with flood(attacked.served.port, THOUSAND, said):
         await attacked.served_soon()
@@ -53,7 +53,7 @@ async def test_a_good_client_is_served_within_a_second_beside_a_thousand(attacke
 
 
 async def test_a_good_client_is_served_within_a_second_beside_a_thousand_that_send_a_byte_a_second(attacked):
-    whole = hello()
+    whole = client_hello()
     with flood(attacked.served.port, THOUSAND) as many:
         for second in range(4):
             for sock in many:
@@ -65,8 +65,8 @@ async def test_a_good_client_is_served_within_a_second_beside_a_thousand_that_se
 async def test_a_thousand_that_stay_are_all_gone_when_their_time_is_over(attacked):
     """10 s for a handshake, and 2 s to read an alert; then nothing is left of them, though they never went."""
     with contextlib.ExitStack() as stack:
-        each = THOUSAND // len(HELLOS)
-        floods = [stack.enter_context(flood(attacked.served.port, each, said)) for said in HELLOS.values()]
+        each = THOUSAND // len(FIRST_BYTES)
+        floods = [stack.enter_context(flood(attacked.served.port, each, said)) for said in FIRST_BYTES.values()]
         many = [sock for those in floods for sock in those]
         await attacked.served_soon()
         await attacked.until(lambda: closed_by_now(many) == len(many))
@@ -84,7 +84,7 @@ async def test_of_more_than_there_is_room_for_the_oldest_go(attacked):
 
 async def test_connections_that_are_reset_at_once_leave_nothing(attacked):
     for _ in range(5):
-        with flood(attacked.served.port, THOUSAND, hello()) as many:
+        with flood(attacked.served.port, THOUSAND, client_hello()) as many:
             for sock in many:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         await attacked.served_soon()

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 from gateway.cables import Cable, Machine, inside
 
-import tests.gateway.conftest
-from bkpool.gateway.control.server import Gateway, new_loop
-from support.ways import BOTH, Backend, Where, drink, flood, in_threads, running_way
-from tests.gateway.conftest import _libuv, ca, new_world  # noqa: F401 - fixtures
+from bkpool.gateway.control.server import new_loop
+from support.certificates import CertificateFactory
+from support.data_path import FEWEST_DATA_PATHS, Hosts, WorkerCertificates, running_data_path
+from support.gateway_world import gateway_worlds
+from support.loops import open_libuv_pipe
+from support.peers import in_threads, read_to_end, send_until_closed
 
 MEGABYTE, GIGABYTE = 2**20, 10**9
 SOAKING = bool(os.environ.get("BKPOOL_SOAK"))
@@ -30,33 +32,40 @@ WORKER_GONE, CLIENT_GONE = 25.0, 45.0
 HICCUP = 8.0  # seconds
 
 
+@pytest.fixture
+async def new_world(tmp_path):
+    open_libuv_pipe()
+    async with gateway_worlds(CertificateFactory(tmp_path), tmp_path) as make:
+        yield make
+
+
 @pytest.fixture(scope="module")
-def backend():
-    return Backend()
+def worker_certificates():
+    return WorkerCertificates()
 
 
-@pytest.fixture(params=BOTH)
-async def way(request, new_world, backend, tmp_path):  # noqa: F811
-    async with running_way(request.param, new_world, backend, tmp_path) as way:
-        yield way
+@pytest.fixture(params=FEWEST_DATA_PATHS)
+async def data_path(request, new_world, worker_certificates, tmp_path):
+    async with running_data_path(request.param, new_world, worker_certificates, tmp_path) as data_path:
+        yield data_path
 
 
 # --- large and many -------------------------------------------------------------------------------------------------
 
 
-async def pump(way, tmp_path, **task):
+async def pump(data_path, tmp_path, **task):
     """Both ends as processes; returns what each of them sent and heard."""
-    cert, key = way.world.identity(way.world.lease(endpoint=way.endpoint)).files
-    client = {"connect": ("127.0.0.1", way.world.port)}
-    client["tls"] = {"cert": cert, "key": key, "ca": str(way.world.ca.file)}
-    worker = {"listener": way.listener.fileno()}
-    if way.backend:
-        leaf = way.backend.authority.issue_worker("uid", way.world.now())
+    cert, key = data_path.world.certificate(data_path.world.lease(endpoint=data_path.endpoint)).files
+    client = {"connect": ("127.0.0.1", data_path.world.port)}
+    client["tls"] = {"cert": cert, "key": key, "ca": str(data_path.world.ca.file)}
+    worker = {"listener": data_path.listener.fileno()}
+    if data_path.worker_certificates:
+        leaf = data_path.worker_certificates.authority.issue_worker("uid", data_path.world.now())
         worker["tls"] = {"cert": str(tmp_path / "cert"), "key": str(tmp_path / "key")}
         (tmp_path / "cert").write_bytes(leaf.cert_pem)
         (tmp_path / "key").write_bytes(leaf.key_pem)
-    way.listener.setblocking(True)
-    return await asyncio.gather(process(worker | task, way.listener.fileno()), process(client | task))
+    data_path.listener.setblocking(True)
+    return await asyncio.gather(process(worker | task, data_path.listener.fileno()), process(client | task))
 
 
 async def process(task, *descriptors):
@@ -73,12 +82,12 @@ async def process(task, *descriptors):
     [pytest.param(1, (5 if SOAKING else 1) * GIGABYTE, id="one"), pytest.param(64, 2 * MEGABYTE, id="64")],
 )
 async def test_every_byte_of_large_and_of_many_streams_both_ways_at_once_arrives_as_it_was_sent(
-    way, tmp_path, count, length
+    data_path, tmp_path, count, length
 ):
-    worker, client = await pump(way, tmp_path, count=count, length=length)
+    worker, client = await pump(data_path, tmp_path, count=count, length=length)
     assert client["sent"] == worker["heard"]
     assert worker["sent"] == client["heard"]
-    await way.over()
+    await data_path.wait_idle()
 
 
 def resident():
@@ -87,21 +96,21 @@ def resident():
 
 
 @pytest.mark.parametrize("writer", ["client", "worker"])
-async def test_many_fast_writers_that_nobody_reads_cost_little_memory_and_lose_nothing(way, writer):
-    pairs = [await way.joined() for _ in range(STUCK)]
+async def test_many_fast_writers_that_nobody_reads_cost_little_memory_and_lose_nothing(data_path, writer):
+    pairs = [await data_path.connected_pair() for _ in range(STUCK)]
     before = resident()
     fast = [pair[writer == "worker"] for pair in pairs]
     slow = [pair[writer == "client"] for pair in pairs]
-    floods = [await way.fill(one) for one in fast]
+    floods = [await data_path.fill(one) for one in fast]
     grown = resident() - before
     assert sum(one.length for one in floods) > STUCK * PER_STUCK_STREAM, "so it was not held anywhere"
     assert grown < STUCK * PER_STUCK_STREAM
     for written, one in zip(floods, slow, strict=True):
-        heard, _ = await in_threads((one.receive, written.length), (written.finish,))
-        assert written.is_all(heard)
+        heard, _ = await in_threads((one.receive, written.length), (written.write_rest,))
+        assert written.matches(heard)
 
 
-async def test_hundreds_of_short_connections_all_get_through_while_the_certificate_changes(new_world):  # noqa: F811
+async def test_hundreds_of_short_connections_all_get_through_while_the_certificate_changes(new_world):
     world = await new_world(make_loop=new_loop)
     token = world.lease()
     certificates = [world.ca.server() for _ in range(4)]
@@ -118,10 +127,10 @@ async def test_hundreds_of_short_connections_all_get_through_while_the_certifica
     while not all(task.done() for task in coming):
         for one in certificates:
             world.gateway.set_server_certificate(one.cert, one.key, world.ca.pem)
-            await world.settled()
+            await world.settle()
     await asyncio.gather(*coming)
     assert seen >= {one.der for one in certificates}
-    assert world.count("refusals_total") == 0
+    assert world.metric("refusals_total") == 0
 
 
 # --- cut cables -----------------------------------------------------------------------------------------------------
@@ -138,61 +147,55 @@ def machines():
 
 
 @pytest.fixture
-async def laboratory(machines, new_world, backend, tmp_path, monkeypatch):  # noqa: F811
+async def laboratory(machines, new_world, worker_certificates, tmp_path):
     """The gateway is in one machine, its client and its worker in another, each of them on a cable of its own."""
     here, there = machines
     client, worker = Cable(here, there, 1), Cable(here, there, 2)
-
-    class Reachable(Gateway):
-        async def start(self, _addresses):
-            return await super().start([(client.near, 0)])
-
-    monkeypatch.setattr(tests.gateway.conftest, "Gateway", Reachable)
-    where = Where(gateway=client.near, worker=worker.far, do=there.do)
+    hosts = Hosts(gateway=client.near, worker=worker.far, call=there.do)
     with inside(here):  # and so are the gateway's thread and its sockets
-        async with running_way("tls-uvloop", new_world, backend, tmp_path, where) as way:
-            yield way, client, worker
+        async with running_data_path("tls-uvloop", new_world, worker_certificates, tmp_path, hosts) as data_path:
+            yield data_path, client, worker
 
 
-async def cut(way, cable, *, left):
+async def cut(data_path, cable, *, left):
     """Three streams (one silent, one being sent to, one being heard), and then one machine is gone.
 
     Returns after how many seconds those who are left (0 the clients, 1 the workers) knew it of every stream.
     """
-    silent, sending, hearing = pairs = [await way.joined() for _ in range(3)]
+    silent, sending, hearing = pairs = [await data_path.connected_pair() for _ in range(3)]
     for pair in pairs:
         pair[left].sock.settimeout(2 * CLIENT_GONE)
     hearing[1 - left].send(bytes(MEGABYTE))
     cable.cut()
     began = time.monotonic()
-    flooding = asyncio.create_task(asyncio.to_thread(flood, sending[left]))
-    await in_threads(*((drink, pair[left]) for pair in (silent, hearing)))
+    flooding = asyncio.create_task(asyncio.to_thread(send_until_closed, sending[left]))
+    await in_threads(*((read_to_end, pair[left]) for pair in (silent, hearing)))
     await flooding
     seconds = time.monotonic() - began
     for pair in pairs:
         pair[left].close()
-    await way.over()
+    await data_path.wait_idle()
     return seconds
 
 
 async def test_a_worker_that_vanishes_without_a_word_is_known_to_every_client_in_seconds(laboratory):
     """A cable is cut: no packet says so. Silent streams learn it as well as those with bytes under way."""
-    way, _, cable = laboratory
-    assert await cut(way, cable, left=0) < WORKER_GONE
+    data_path, _, cable = laboratory
+    assert await cut(data_path, cable, left=0) < WORKER_GONE
 
 
 async def test_a_client_that_vanishes_without_a_word_gives_its_slots_and_its_worker_back_in_seconds(laboratory):
-    way, cable, _ = laboratory
-    assert await cut(way, cable, left=1) < CLIENT_GONE
+    data_path, cable, _ = laboratory
+    assert await cut(data_path, cable, left=1) < CLIENT_GONE
 
 
-@pytest.mark.parametrize("way", ["tls-uvloop"], indirect=True)
+@pytest.mark.parametrize("data_path", ["tls-uvloop"], indirect=True)
 @pytest.mark.parametrize("who", ["client", "worker"])
-async def test_who_stands_still_for_a_moment_with_bytes_under_way_loses_none(way, who):
+async def test_who_stands_still_for_a_moment_with_bytes_under_way_loses_none(data_path, who):
     """A page fault, a busy disk: it answers the kernel's probes all the while, so it has not vanished."""
-    client, worker = await way.joined()
+    client, worker = await data_path.connected_pair()
     still, other = (client, worker) if who == "client" else (worker, client)
-    written = await way.fill(other)
+    written = await data_path.fill(other)
     await asyncio.to_thread(select.select, [], [], [], HICCUP)
-    heard, _ = await in_threads((still.receive, written.length), (written.finish,))
-    assert written.is_all(heard)
+    heard, _ = await in_threads((still.receive, written.length), (written.write_rest,))
+    assert written.matches(heard)

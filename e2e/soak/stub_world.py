@@ -16,12 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import structlog
-from gateway.conftest import Authority, World
 from prometheus_client import generate_latest
 from soak.census import census
 
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.server import new_loop
+from support.certificates import CertificateFactory
+from support.gateway_world import GatewayWorld
 
 HANDSHAKE = 2.0
 """Seconds for a handshake, instead of 10: many here never end, and the soak waits for the last of them."""
@@ -29,7 +30,7 @@ HANDSHAKE = 2.0
 
 async def main(directory: Path) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    world = World(Authority(directory), directory)
+    world = GatewayWorld(CertificateFactory(directory), directory)
     await world.start(new_loop, handshake=HANDSHAKE, refusal=HANDSHAKE)
     server = world.server  # of the stub worker: its writers are not the gateway's, and must not be kept
     print(json.dumps({"port": world.port, "ca": str(world.ca.file)}), flush=True)
@@ -38,39 +39,35 @@ async def main(directory: Path) -> None:
     while line := await stdin.readline():
         print(json.dumps(_do(world, json.loads(line))), flush=True)
         if not json.loads(line).get("keep"):
-            world.workers[:] = [writer for writer in world.workers if not writer.is_closing()]
+            world.worker_writers[:] = [writer for writer in world.worker_writers if not writer.is_closing()]
     server.close()
     await world.stop()
 
 
-def _do(world: World, command: dict[str, Any]) -> dict[str, Any]:
+def _do(world: GatewayWorld, command: dict[str, Any]) -> dict[str, Any]:
     match command["do"]:
         case "lease":
             token = world.lease(
                 command["name"], **({} if command["open"] else {"endpoint": None, "waiting": "it is"})
             )
             if command["over"]:
-                world.over(command["name"], EndReason.RELEASED)
-            cert, key = world.identity(token).files
+                world.end_lease(command["name"], EndReason.RELEASED)
+            cert, key = world.certificate(token).files
             return {"cert": cert, "key": key}
         case "forget":
-            token = world.token(command["name"])
-            world.over(command["name"], EndReason.RELEASED)
-            world._past.clear()
-            world._update()
-            world._identities.pop(token, None)
+            world.forget_lease(command["name"])
             return {}
         case _:
-            world.book.entries.clear()
-            world.book.connections.clear()
-            world.book.sought.clear()
+            world.registrar.calls.clear()
+            world.registrar.connections.clear()
+            world.registrar.lookups.clear()
             return {
                 **census(),
                 "series": len(
                     [line for line in generate_latest(world.metrics.registry).splitlines() if line[:1] != b"#"]
                 ),
-                "active connections": world.count("active_connections"),
-                "faults in the loop": len(world.faults),
+                "active connections": world.metric("active_connections"),
+                "faults in the loop": len(world.loop_errors),
             }
 
 

@@ -42,19 +42,19 @@ async def test_of_the_streams_of_an_ended_lease_the_silent_are_cut_and_the_busy_
         await streams.echo(b"x")
     await lease_ends(world, how)
     leaving.writer.close()
-    await world.until(lambda: world.count("active_connections") == 2)
+    await world.wait_until(lambda: world.metric("active_connections") == 2)
     for _ in range(4):
         await world.advance(MINUTE - 10)
         if speaker == "client":
             await busy.echo(b"still building")
         else:
-            world.workers[0].write(b"still building")
+            world.worker_writers[0].write(b"still building")
             assert await busy.reader.readexactly(14) == b"still building"
-    assert await silent.ended() == b""
+    assert await silent.read_to_end() == b""
     assert (await (await world.connect(token)).call())[0] == 16
-    assert "withdraw" not in dict(world.book.entries)
+    assert "withdraw" not in dict(world.registrar.calls)
     busy.writer.close()
-    await world.book.seen("withdraw")
+    await world.registrar.wait_for("withdraw")
 
 
 @pytest.mark.parametrize("how", ["release", "expiry"])
@@ -64,10 +64,10 @@ async def test_who_waits_for_a_worker_when_its_lease_ends_is_told_and_who_is_rel
     await relayed.echo(b"x")
     world.lease(endpoint=None, waiting="it is being started")
     waiting = await world.connect(token)
-    waiting.begin()
-    await world.until(world.waiting)
+    waiting.start_call()
+    await world.wait_until(world.holds_client)
     await lease_ends(world, how)
-    code, sentence = await waiting.outcome()
+    code, sentence = await waiting.call_result()
     assert code == 16
     assert "Run `bkpool allocate` again." in sentence
     await relayed.echo(b"still building")
@@ -105,7 +105,7 @@ async def builds(world, count=BUSY):
 async def moved(world, made):
     """Every one of them has got further."""
     rounds = [build.rounds for build in made]
-    await world.until(lambda: all(build.rounds > before for build, before in zip(made, rounds, strict=True)))
+    await world.wait_until(lambda: all(build.rounds > before for build, before in zip(made, rounds, strict=True)))
 
 
 @pytest.fixture(params=[new_loop, asyncio.SelectorEventLoop], ids=["uvloop", "asyncio"])
@@ -127,7 +127,7 @@ async def test_a_drain_under_load_takes_no_byte_from_any_stream_and_ends_with_th
     made[0].enough = True
     await asyncio.gather(*tasks)
     await drained
-    await busy_world.book.seen("withdraw")
+    await busy_world.registrar.wait_for("withdraw")
 
 
 async def test_the_deadline_of_a_drain_ends_busy_streams_too(busy_world):
@@ -136,7 +136,7 @@ async def test_the_deadline_of_a_drain_ends_busy_streams_too(busy_world):
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(end, (asyncio.IncompleteReadError, ConnectionError)) for end in ends), ends
     await drained
-    assert busy_world.count("active_connections") == 0
+    assert busy_world.metric("active_connections") == 0
 
 
 # --- certificates ---------------------------------------------------------------------------------------------------
@@ -161,15 +161,15 @@ async def test_no_connection_fails_while_the_certificate_is_changed_again_and_ag
         one = certificates[swaps % 2]
         world.gateway.set_server_certificate(one.cert, one.key, world.ca.pem)
         swaps += 1
-        await world.settled()
+        await world.settle()
     await asyncio.gather(*coming)
     assert seen >= {one.der for one in certificates}
     await moved(world, made)
     for build in made:
         build.enough = True
     await asyncio.gather(*tasks)
-    assert world.count("refusals_total", reason="TlsFailed") == world.count("refusals_total") == 0
-    assert world.count("connections_total", status="success") == 2 + AT_ONCE * EACH
+    assert world.metric("refusals_total", reason="TlsFailed") == world.metric("refusals_total") == 0
+    assert world.metric("connections_total", status="success") == 2 + AT_ONCE * EACH
 
 
 async def test_a_certificate_may_change_during_a_drain_which_ends_as_it_would_have(busy_world):

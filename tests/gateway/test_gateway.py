@@ -30,9 +30,9 @@ async def test_a_client_with_a_lease_reaches_its_worker_and_h2_is_selected(world
     assert streams.writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
     assert streams.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     await streams.echo(b"hello")
-    assert world.book.entries == [("register", "allocation-a")]
-    assert world.count("connections_total", status="success") == 1
-    assert world.count("active_connections") == 1
+    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.metric("connections_total", status="success") == 1
+    assert world.metric("active_connections") == 1
 
 
 async def test_a_client_that_offers_no_alpn_is_served_too(world):
@@ -49,20 +49,20 @@ async def test_no_session_is_offered_for_resumption(world):
 
 async def test_a_foreign_client_certificate_fails_in_tls(world, foreign_ca):
     world.lease()
-    streams = await world.connect(identity=foreign_ca.client(world.token("a")))
+    streams = await world.connect(certificate=foreign_ca.client(world.token("a")))
     with pytest.raises(ssl.SSLError, match=r"(?i)unknown.ca|signature"):
         await streams.reader.read()
-    await world.until(lambda: world.count("refusals_total", pool="", reason="TlsFailed") == 1)
+    await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="TlsFailed") == 1)
 
 
 async def test_a_certificate_for_servers_fails_in_tls(world):
-    streams = await world.connect(identity=world.ca.server())
+    streams = await world.connect(certificate=world.ca.server())
     with pytest.raises(ssl.SSLError, match=r"(?i)unsupported.certificate"):
         await streams.reader.read()
 
 
 async def test_tls_1_2_is_refused(world):
-    context = world.ca.client_context(world.identity(world.lease()))
+    context = world.ca.client_context(world.certificate(world.lease()))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError, match=r"(?i)protocol.version"):
         await asyncio.open_connection("127.0.0.1", world.port, ssl=context, server_hostname="localhost")
@@ -85,13 +85,13 @@ async def test_tls_1_2_is_refused(world):
 )
 async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, code, sentence):
     world.lease()
-    streams = await world.connect(identity=make(world))
+    streams = await world.connect(certificate=make(world))
     told = await streams.call()
     assert told[0] == code
     assert sentence in told[1]
     assert streams.goaway
-    assert world.dialled == 0
-    assert world.book.entries == []
+    assert world.worker_connections == 0
+    assert world.registrar.calls == []
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, 
 )
 async def test_a_late_caller_is_told_how_its_lease_ended(world, reason, code, sentence):
     world.lease()
-    world.over("a", reason, "out of memory – 5 times" if reason is EndReason.LOST else "")
+    world.end_lease("a", reason, "out of memory – 5 times" if reason is EndReason.LOST else "")
     streams = await world.connect(world.token("a"))
     assert await streams.call() == (code, sentence)
-    assert world.dialled == 0
+    assert world.worker_connections == 0
 
 
 async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
@@ -124,24 +124,24 @@ async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
 
 
 async def test_the_worker_is_dialled_only_when_the_registration_is_written(world):
-    world.book.answers.clear()
+    world.registrar.may_answer.clear()
     streams = await world.connect(world.lease())
     streams.writer.write(b"early")
-    await world.settled()
-    assert world.dialled == 0
-    world.book.answers.set()
+    await world.settle()
+    assert world.worker_connections == 0
+    world.registrar.may_answer.set()
     assert await streams.reader.readexactly(5) == b"early"
-    assert world.book.entries == [("register", "allocation-a")]
+    assert world.registrar.calls == [("register", "allocation-a")]
 
 
 async def test_two_clients_of_a_lease_share_its_registration(world):
-    world.book.answers.clear()
+    world.registrar.may_answer.clear()
     token = world.lease()
     pair = [await world.connect(token), await world.connect(token)]
-    world.book.answers.set()
+    world.registrar.may_answer.set()
     for streams in [*pair, await world.connect(token)]:
         await streams.echo(b"x")
-    assert world.book.entries == [("register", "allocation-a")]
+    assert world.registrar.calls == [("register", "allocation-a")]
 
 
 @pytest.mark.parametrize(
@@ -153,26 +153,26 @@ async def test_two_clients_of_a_lease_share_its_registration(world):
     ],
 )
 async def test_a_failed_registration_is_told_and_the_worker_not_dialled(world, error, code, sentence):
-    world.book.refuses = error
+    world.registrar.error = error
     told = await (await world.connect(world.lease())).call()
     assert told[0] == code
     assert sentence in told[1]
-    assert world.dialled == 0
+    assert world.worker_connections == 0
 
 
 async def test_a_silent_store_does_not_hold_a_client_for_long(new_world):
     world = await new_world(register=0.05)
-    world.book.answers.clear()
+    world.registrar.may_answer.clear()
     code, sentence = await (await world.connect(world.lease())).call()
     assert code == 9
     assert "its store does not answer" in sentence
-    world.book.answers.set()
+    world.registrar.may_answer.set()
 
 
 async def test_a_registered_lease_goes_on_without_the_store_and_is_not_trusted_for_ever(world):
     token = world.lease()
     await (await world.connect(token)).echo(b"x")
-    world.book.refuses = Unavailable("the store is away", hint="Wait.")
+    world.registrar.error = Unavailable("the store is away", hint="Wait.")
     await world.advance(45)
     again = await world.connect(token)
     await again.echo(b"from memory")
@@ -187,34 +187,34 @@ async def test_a_registration_is_renewed_while_in_use_and_withdrawn_with_the_las
     streams = await world.connect(token)
     await streams.echo(b"x")
     await world.advance(20)
-    await world.book.seen("renew")
+    await world.registrar.wait_for("renew")
     await streams.echo(b"x")
     await world.advance(20)
-    await world.book.seen("renew", 2)
+    await world.registrar.wait_for("renew", 2)
     world.lease(ended=EndReason.RELEASED)
     await streams.echo(b"draining")
     streams.writer.close()
-    await world.book.seen("withdraw")
-    assert [what for what, _ in world.book.entries] == ["register", "renew", "renew", "withdraw"]
+    await world.registrar.wait_for("withdraw")
+    assert [what for what, _ in world.registrar.calls] == ["register", "renew", "renew", "withdraw"]
 
 
 async def test_a_registration_without_connections_is_withdrawn_when_the_lease_ends(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     streams.writer.close()
-    await world.until(lambda: world.count("active_connections") == 0)
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
     await world.advance(30)
-    assert world.book.entries == [("register", "allocation-a")]
-    world.over("a", EndReason.RELEASED)
-    await world.book.seen("withdraw")
+    assert world.registrar.calls == [("register", "allocation-a")]
+    world.end_lease("a", EndReason.RELEASED)
+    await world.registrar.wait_for("withdraw")
 
 
 async def test_a_worker_that_is_anothers_is_cut_off_at_once(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
-    world.book.refuses = Gone("the worker is another's", hint="")
+    world.registrar.error = Gone("the worker is another's", hint="")
     await world.advance(20)
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 async def test_an_ended_lease_drains_and_admits_nobody(world):
@@ -227,7 +227,7 @@ async def test_an_ended_lease_drains_and_admits_nobody(world):
         await world.advance(59)
         await streams.echo(b"still building")
     await world.advance(61)
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 async def test_draining_ends_at_the_drain_timeout(world):
@@ -237,7 +237,7 @@ async def test_draining_ends_at_the_drain_timeout(world):
     await world.advance(59)
     await streams.echo(b"x")
     await world.advance(42)
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 async def test_draining_ends_at_the_maximum_life_of_the_lease(world):
@@ -246,7 +246,7 @@ async def test_draining_ends_at_the_maximum_life_of_the_lease(world):
     await world.advance(3600)
     await streams.echo(b"draining")
     await world.advance(31)
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 async def test_a_renewed_lease_does_not_drain(world):
@@ -271,9 +271,9 @@ async def test_a_lease_whose_renewal_came_late_to_us_stops_draining(world):
 async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_comes(world):
     streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
     streams.writer.write(b"preface")
-    await world.until(lambda: world.book.entries != [])
+    await world.wait_until(lambda: world.registrar.calls != [])
     await world.advance(14)
-    assert world.dialled == 0
+    assert world.worker_connections == 0
     world.lease(endpoint=world.endpoint)
     assert await streams.reader.readexactly(7) == b"preface"
 
@@ -282,7 +282,7 @@ async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world)
     streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
     data = os.urandom(1_000_000)
     streams.writer.write(data)
-    await world.until(lambda: world.book.entries != [])
+    await world.wait_until(lambda: world.registrar.calls != [])
     world.lease(endpoint=world.endpoint)
     assert await streams.reader.readexactly(len(data)) == data
 
@@ -290,28 +290,28 @@ async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world)
 async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_the_cause(world):
     token = world.lease(endpoint=None, waiting="buildkitd: disk full")
     first = await world.connect(token)
-    first.begin()
-    await world.until(lambda: world.book.entries != [])
-    await world.settled()
+    first.start_call()
+    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.settle()
     await world.advance(15)
-    code, sentence = await first.outcome()
+    code, sentence = await first.call_result()
     assert code == 14
     assert first.goaway
     assert "p-worker-0 is on its way: buildkitd: disk full" in sentence
 
     second = await world.connect(token)
-    second.begin()
-    await world.settled()
+    second.start_call()
+    await world.settle()
     await world.advance(12)
-    code, sentence = await second.outcome()
+    code, sentence = await second.call_result()
     assert code == 9
     assert "did not come up in time: buildkitd: disk full" in sentence
 
     third = await world.connect(token)
-    third.begin()
-    await world.settled()
+    third.start_call()
+    await world.settle()
     await world.advance(2)
-    assert (await third.outcome())[0] == 9
+    assert (await third.call_result())[0] == 9
 
 
 @pytest.mark.parametrize("reason", ["the worker was reached", "it is long ago"])
@@ -319,10 +319,10 @@ async def test_a_wait_is_a_first_one_again_when(world, reason):
     token = world.lease(endpoint=None, waiting="buildkitd: disk full")
     for _ in range(2):
         streams = await world.connect(token)
-        streams.begin()
-        await world.settled()
+        streams.start_call()
+        await world.settle()
         await world.advance(15)
-        assert (await streams.outcome())[0] == 14
+        assert (await streams.call_result())[0] == 14
         if reason == "it is long ago":
             await world.advance(60)
         else:
@@ -333,10 +333,10 @@ async def test_a_wait_is_a_first_one_again_when(world, reason):
 
 async def test_a_client_held_when_the_lease_ends_is_refused_at_once(world):
     streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
-    streams.begin()
-    await world.until(lambda: world.book.entries != [])
-    world.over("a", EndReason.LOST, "5 failures")
-    code, sentence = await streams.outcome()
+    streams.start_call()
+    await world.wait_until(lambda: world.registrar.calls != [])
+    world.end_lease("a", EndReason.LOST, "5 failures")
+    code, sentence = await streams.call_result()
     assert code == 9
     assert "5 failures" in sentence
 
@@ -345,8 +345,8 @@ async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
     late = tmp_path / "late"
     streams = await world.connect(world.lease(endpoint=f"unix://{late}"))
     streams.writer.write(b"hello")
-    await world.until(lambda: world.book.entries != [])
-    await world.settled()
+    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.settle()
     (tmp_path / "w").rename(late)
     await world.advance(0.5)
     assert await streams.reader.readexactly(5) == b"hello"
@@ -354,11 +354,11 @@ async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
 
 async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path):
     streams = await world.connect(world.lease(endpoint=f"unix://{tmp_path}/none"))
-    streams.begin()
-    await world.until(lambda: world.book.entries != [])
+    streams.start_call()
+    await world.wait_until(lambda: world.registrar.calls != [])
     for _ in range(40):
         await world.advance(0.5)
-    code, sentence = await streams.outcome()
+    code, sentence = await streams.call_result()
     assert code == 14
     assert "could not be reached (No such file or directory)" in sentence
 
@@ -366,8 +366,8 @@ async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path
 async def test_the_death_of_a_worker_reaches_the_client_at_once(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
-    world.workers[0].transport.abort()
-    assert await streams.ended() == b""
+    world.worker_writers[0].transport.abort()
+    assert await streams.read_to_end() == b""
 
 
 async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_world):
@@ -380,7 +380,7 @@ async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_worl
     assert code == 8
     assert "2 connections open already. Run fewer builds" in sentence
     pair[0].writer.close()
-    await world.until(lambda: world.count("active_connections") == 1)
+    await world.wait_until(lambda: world.metric("active_connections") == 1)
     await (await world.connect(token)).echo(b"x")
 
 
@@ -390,7 +390,7 @@ async def test_connections_in_all_are_bounded(new_world):
     await first.echo(b"x")
     assert (await (await world.connect(world.lease("b"))).call())[0] == 8
     first.writer.close()
-    await world.until(lambda: world.count("active_connections") == 0)
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
     await (await world.connect(world.lease("b"))).echo(b"x")
 
 
@@ -412,7 +412,7 @@ async def test_a_handshake_has_a_deadline(world):
     with socket.create_connection(("127.0.0.1", world.port)) as sock:
         sock.setblocking(False)
         sock.send(b"\x16\x03")
-        await world.settled()
+        await world.settle()
         await world.advance(10)
         assert await asyncio.get_running_loop().sock_recv(sock, 10) == b""
 
@@ -432,14 +432,14 @@ async def test_what_is_not_tls_is_dropped(world, said):
 async def test_what_is_refused_and_is_not_http2_is_closed(world):
     streams = await world.connect(world.token("nobody's"))
     streams.writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
-    await streams.ended()
+    await streams.read_to_end()
 
 
 async def test_a_refused_client_that_calls_nothing_is_sent_away(world):
     streams = await world.connect(world.token("nobody's"))
-    await world.until(lambda: world.count("refusals_total", pool="", reason="UnknownLease") == 1)
+    await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="UnknownLease") == 1)
     await world.advance(10)
-    heard = await streams.ended()
+    heard = await streams.read_to_end()
     assert heard.startswith(b"\x00")  # SETTINGS, then GOAWAY
 
 
@@ -464,7 +464,7 @@ async def test_a_key_of_another_certificate_is_refused_before_it_is_used(world):
 
 
 async def test_a_taken_port_is_one_sentence_with_the_fix(world):
-    second = Gateway(world.book, now=world.now, metrics=world.metrics)
+    second = Gateway(world.registrar, now=world.now, metrics=world.metrics)
     server = world.ca.server()
     second.set_server_certificate(server.cert, server.key, world.ca.pem)
     with pytest.raises(HostFault) as caught:
@@ -480,34 +480,34 @@ async def test_a_drain_lets_builds_finish_and_nobody_in(world):
     streams = await world.connect(token)
     await streams.echo(b"x")
     drained = asyncio.create_task(world.gateway.drain(600))
-    assert await held.ended() == b""
+    assert await held.read_to_end() == b""
     with pytest.raises(ConnectionRefusedError):
         await world.connect(token)
     await streams.echo(b"building")
     assert not drained.done()
     streams.writer.close()
     await drained
-    await world.book.seen("withdraw")
+    await world.registrar.wait_for("withdraw")
 
 
 async def test_a_drain_has_a_deadline(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     drained = asyncio.create_task(world.gateway.drain(600))
-    await world.settled()
+    await world.settle()
     await world.advance(600)
     await drained
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 async def test_a_second_drain_forces(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     first = asyncio.create_task(world.gateway.drain(600))
-    await world.settled()
+    await world.settle()
     await world.gateway.drain(0)
     await first
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
 
 
 @pytest.mark.parametrize("make_loop", [new_loop, asyncio.SelectorEventLoop])
@@ -522,7 +522,7 @@ async def test_many_builds_at_once_keep_their_bytes(new_world, make_loop):
         assert await streams.reader.readexactly(len(data)) == data
 
     await asyncio.gather(*(build(seed) for seed in range(12)))
-    world.workers[0].transport.abort()
+    world.worker_writers[0].transport.abort()
     assert (await (await world.connect(world.token("nobody's"))).call())[0] == 16
 
 
@@ -532,36 +532,36 @@ async def test_a_lease_that_is_newer_than_the_table_is_looked_up_and_served(worl
     def find():
         world.lease()  # the registrar hands a newer table over, and answers behind it
 
-    world.book.finds = find
+    world.registrar.on_find = find
     streams = await world.connect(token)
     await streams.echo(b"x")
-    assert world.book.sought == [hashlib.sha256(token.encode()).hexdigest()]
+    assert world.registrar.lookups == [hashlib.sha256(token.encode()).hexdigest()]
     await (await world.connect(token)).echo(b"x")
-    assert len(world.book.sought) == 1, "what is known is not looked for"
+    assert len(world.registrar.lookups) == 1, "what is known is not looked for"
 
 
 async def test_what_is_known_to_be_over_is_not_looked_for(world):
     world.lease()
-    world.over("a", EndReason.RELEASED)
+    world.end_lease("a", EndReason.RELEASED)
     assert (await (await world.connect(world.token("a"))).call())[0] == 16
-    assert world.book.sought == []
+    assert world.registrar.lookups == []
 
 
 async def test_a_client_that_leaves_while_its_lease_is_looked_for_leaves_nothing_behind(world):
-    world.book.answers.clear()
-    world.book.finds = world.lease
+    world.registrar.may_answer.clear()
+    world.registrar.on_find = world.lease
     streams = await world.connect(world.token("a"))
-    await world.until(lambda: world.book.sought != [])
+    await world.wait_until(lambda: world.registrar.lookups != [])
     streams.writer.close()
     await world.gateway.drain(0)
-    world.book.answers.set()
-    await world.settled()
-    assert world.book.entries == []
-    assert world.dialled == 0
+    world.registrar.may_answer.set()
+    await world.settle()
+    assert world.registrar.calls == []
+    assert world.worker_connections == 0
 
 
 async def test_a_store_that_cannot_be_asked_for_a_lease_is_said_to_be_so(world):
-    world.book.refuses = Forbidden("pods is forbidden: User cannot list", hint="")
+    world.registrar.error = Forbidden("pods is forbidden: User cannot list", hint="")
     code, sentence = await (await world.connect(world.token("a"))).call()
     assert code == 9
     assert sentence.startswith("the gateway cannot confirm this lease, because its store does not answer")
@@ -575,8 +575,8 @@ async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_in_words(new_w
     assert sentence.startswith(
         "this is the gateway of pool default/p; the certificate is for a lease of pool team/q."
     )
-    assert world.count("refusals_total", pool="q", reason="WrongPool") == 1
-    assert world.dialled == 1
+    assert world.metric("refusals_total", pool="q", reason="WrongPool") == 1
+    assert world.worker_connections == 1
 
 
 async def test_a_registration_says_how_many_connections_there_are(world):
@@ -584,8 +584,8 @@ async def test_a_registration_says_how_many_connections_there_are(world):
     for _ in range(3):
         await (await world.connect(token)).echo(b"x")
     await world.advance(20)
-    await world.book.seen("renew")
-    assert world.book.connections == [1, 3]
+    await world.registrar.wait_for("renew")
+    assert world.registrar.connections == [1, 3]
 
 
 async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world, allocation, now, tmp_path):
@@ -602,14 +602,14 @@ async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world,
         streams = await world.connect(token)
         await streams.echo(b"ours")
         streams.writer.close()
-        await world.until(lambda: world.count("active_connections") == 0)
+        await world.wait_until(lambda: world.metric("active_connections") == 0)
         await world.advance(61)  # the registration has run out, here and for all others
         worker = await store.get(Worker, "default", "p-worker-0")
         await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another's")))
         code, sentence = await (await world.connect(token)).call()
         assert code == 16
         assert sentence.startswith("the lease is over: worker default/p-worker-0 is not held by it any more")
-        assert world.dialled == 1
+        assert world.worker_connections == 1
     finally:
         await world.gateway.close()
         await store.close()

@@ -1,7 +1,7 @@
 """Certificates that nobody should have, each shown to a gateway that others are using.
 
 Whatever comes is answered with a TLS alert or a sentence, reaches no worker, and leaves nothing behind: that is what
-`support.siege` holds after each. What is told to those without a certificate, with one of a foreign CA, of another
+`support.attack` holds after each. What is told to those without a certificate, with one of a foreign CA, of another
 time, of servers or of another pool stands in test_gateway and test_tenants.
 """
 
@@ -24,10 +24,9 @@ from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from support import forged
+from support.attack import attacked_gateway
+from support.certificates import NOW
 from support.forged import attribute, der, subject
-from support.siege import besieged
-
-from .conftest import NOW, Streams
 
 VICTIM = tokens.derive(b"key", "uid", "a")
 """The token of a lease that is alive: a certificate that were taken for its own would reach a worker."""
@@ -40,9 +39,9 @@ WEAK = "ALL:@SECLEVEL=0"
 
 @pytest.fixture
 async def world(new_world, capfd):
-    async with besieged(new_world, capfd) as siege:
-        siege.world.lease("a")
-        yield siege.world
+    async with attacked_gateway(new_world, capfd) as attacked:
+        attacked.world.lease("a")
+        yield attacked.world
 
 
 async def knock(world, identity):
@@ -50,9 +49,7 @@ async def knock(world, identity):
     context = world.ca.client_context()
     context.set_ciphers(WEAK)
     context.load_cert_chain(*identity.files)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port, ssl=context, server_hostname="localhost")
-    world._streams.append(Streams(reader, writer))
-    return world._streams[-1]
+    return await world.connect_with(context)
 
 
 async def alert(world, identity):
@@ -144,7 +141,7 @@ async def test_a_chain_of_more_than_100_kb_ends_in_an_alert(world):
     with pytest.raises((ssl.SSLError, ConnectionError)):  # the reset may overtake the alert: it reads no further
         async with asyncio.timeout(10):
             await streams.reader.read()
-    await world.until(lambda: world.count("refusals_total", pool="", reason="TlsFailed") == 1)
+    await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="TlsFailed") == 1)
 
 
 async def test_a_chain_of_nearly_100_kb_is_worth_what_its_first_certificate_is(world):
@@ -193,7 +190,7 @@ async def test_a_name_that_is_not_exactly_a_leases_is_answered_in_words(world, n
     assert sentence.startswith("the client certificate is not one of a lease: ")
     assert sentence.endswith("Run `bkpool allocate` and use the certificate that it gives.")
     assert VICTIM not in sentence
-    assert world.count("refusals_total", pool="", reason="WrongCertificate") == 1
+    assert world.metric("refusals_total", pool="", reason="WrongCertificate") == 1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +225,7 @@ async def test_a_lease_that_is_no_longer_or_not_here_leaves_no_slot_taken(world,
     """Ten in a row: each gets its sentence, and the room for two connections is still there."""
     match how:
         case "released":
-            world.over("a", EndReason.RELEASED)
+            world.end_lease("a", EndReason.RELEASED)
         case "expired":
             world.lease("a", expires_at=NOW.timestamp())
         case "forgotten":

@@ -1,7 +1,7 @@
 """Clients that begin a handshake and do not mean it, and clients that, once shaken hands with, break TLS's rules.
 
 Whatever they do, a good client comes in meanwhile, and at the end they are gone with everything that was theirs: that
-is what `support.siege` holds after each. The thousands of them are in e2e/gateway/test_floods.py.
+is what `support.attack` holds after each. The thousands of them are in e2e/gateway/test_floods.py.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.server import new_loop
 from support import records
-from support.hellos import HELLOS, hello
+from support.attack import attacked_gateway
+from support.hellos import FIRST_BYTES, client_hello
+from support.loops import LOOPS, SkewedLoop
 from support.records import Records
-from support.siege import besieged
 
-from .conftest import SkewedLoop
-
-LOOPS = pytest.mark.parametrize("make_loop", [new_loop, SkewedLoop], ids=["uvloop", "asyncio"])
+on_each_loop = pytest.mark.parametrize("make_loop", LOOPS.values(), ids=LOOPS)
 ALERT = {"unexpected message": 10, "bad record mac": 20, "record overflow": 22, "illegal parameter": 47}
 ALERT |= {"protocol version": 70}  # RFC 8446 section 6
 
@@ -33,9 +32,9 @@ def make_loop():
 
 
 @pytest.fixture
-async def siege(new_world, capfd, make_loop):
-    async with besieged(new_world, capfd, make_loop=make_loop) as siege:
-        yield siege
+async def attacked(new_world, capfd, make_loop):
+    async with attacked_gateway(new_world, capfd, make_loop=make_loop) as attacked:
+        yield attacked
 
 
 @contextlib.contextmanager
@@ -59,22 +58,22 @@ async def heard(sock):
 # --- handshakes that are never finished -----------------------------------------------------------------------------
 
 
-@LOOPS
-async def test_a_good_client_comes_in_beside_those_that_never_finish(siege):
-    with visitors(siege.world.port, 5 * len(HELLOS)) as many:
-        for sock, said in zip(many, 5 * list(HELLOS.values()), strict=True):
+@on_each_loop
+async def test_a_good_client_comes_in_beside_those_that_never_finish(attacked):
+    with visitors(attacked.world.port, 5 * len(FIRST_BYTES)) as many:
+        for sock, said in zip(many, 5 * list(FIRST_BYTES.values()), strict=True):
             sock.sendall(said)
-        await siege.good_client()
+        await attacked.serve_good_client()
 
 
 @pytest.mark.parametrize("make_loop", [SkewedLoop], ids=["asyncio"])
-async def test_those_that_never_finish_are_gone_at_the_deadline(siege):
+async def test_those_that_never_finish_are_gone_at_the_deadline(attacked):
     """Also those that send a byte a second: the deadline is for the whole handshake."""
-    world, whole = siege.world, hello()
-    with visitors(world.port, len(HELLOS)) as silent, visitors(world.port, 3) as slow:
-        for sock, said in zip(silent, HELLOS.values(), strict=True):
+    world, whole = attacked.world, client_hello()
+    with visitors(world.port, len(FIRST_BYTES)) as silent, visitors(world.port, 3) as slow:
+        for sock, said in zip(silent, FIRST_BYTES.values(), strict=True):
             sock.sendall(said)
-        await world.settled()
+        await world.settle()
         for second in range(9):
             for sock in slow:
                 sock.sendall(whole[second : second + 1])
@@ -85,11 +84,11 @@ async def test_those_that_never_finish_are_gone_at_the_deadline(siege):
         await world.advance(1)
         for sock in (*silent, *slow):
             await heard(sock)
-    no_tls = [name for name in HELLOS if name.startswith("no TLS")]
-    assert world.count("refusals_total", pool="", reason="TlsFailed") == len(no_tls)
+    no_tls = [name for name in FIRST_BYTES if name.startswith("no TLS")]
+    assert world.metric("refusals_total", pool="", reason="TlsFailed") == len(no_tls)
 
 
-@LOOPS
+@on_each_loop
 @pytest.mark.parametrize(
     ("said", "alert"),
     [
@@ -98,18 +97,18 @@ async def test_those_that_never_finish_are_gone_at_the_deadline(siege):
         ("no TLS: data before the handshake", "unexpected message"),
     ],
 )
-async def test_what_can_be_no_handshake_is_told_so_at_once(siege, said, alert):
-    with visitors(siege.world.port, 1) as [sock]:
-        sock.sendall(HELLOS[said])
+async def test_what_can_be_no_handshake_is_told_so_at_once(attacked, said, alert):
+    with visitors(attacked.world.port, 1) as [sock]:
+        sock.sendall(FIRST_BYTES[said])
         assert await heard(sock) == b"\x15\3\3\0\2\2" + bytes([ALERT[alert]])
-    assert siege.world.count("refusals_total", pool="", reason="TlsFailed") == 1
+    assert attacked.world.metric("refusals_total", pool="", reason="TlsFailed") == 1
 
 
-@LOOPS
+@on_each_loop
 @pytest.mark.parametrize("how", ["fin", "reset"])
-async def test_clients_that_leave_in_mid_handshake_leave_nothing(siege, how):
-    whole = hello()
-    with visitors(siege.world.port, 30) as many:
+async def test_clients_that_leave_in_mid_handshake_leave_nothing(attacked, how):
+    whole = client_hello()
+    with visitors(attacked.world.port, 30) as many:
         for number, sock in enumerate(many):
             sock.sendall(whole[: (0, 1, 5, 100, None)[number % 5]])
             if how == "reset":
@@ -126,16 +125,16 @@ async def test_clients_that_leave_in_mid_handshake_leave_nothing(siege, how):
 
 def shaken_hands(world, name, tmp_path):
     """A client with the certificate of this lease, whether that is one or not."""
-    context = world.ca.client_context(world.identity(world.token(name)))
+    context = world.ca.client_context(world.certificate(world.token(name)))
     return asyncio.to_thread(Records, world.port, context, tmp_path / f"keylog-{name}")
 
 
 @pytest.fixture
-async def attacker(siege, tmp_path):
+async def attacker(attacked, tmp_path):
     """It has a lease of its own, and the second of the two places."""
-    siege.world.lease("a")
-    siege.dialled += 1
-    attacker = await shaken_hands(siege.world, "a", tmp_path)
+    attacked.world.lease("a")
+    attacked.allowed_connections += 1
+    attacker = await shaken_hands(attacked.world, "a", tmp_path)
     await asyncio.to_thread(attacker.echo, b"like any other")
     yield attacker
     attacker.close()
@@ -151,7 +150,7 @@ def tampered(out):
 
 
 FORBIDDEN = {
-    "renegotiation": (lambda out: out.seal(records.HANDSHAKE, hello()[5:]), "unexpected message"),
+    "renegotiation": (lambda out: out.seal(records.HANDSHAKE, client_hello()[5:]), "unexpected message"),
     "a certificate unasked": (sealed(records.HANDSHAKE, b"\x0b\0\0\4\0\0\0\0"), "unexpected message"),
     "Finished twice": (sealed(records.HANDSHAKE, b"\x14\0\0\x30" + bytes(48)), "unexpected message"),
     "a ticket from a client": (sealed(records.HANDSHAKE, b"\4\0\0\5" + bytes(5)), "unexpected message"),
@@ -187,7 +186,7 @@ async def test_a_fatal_alert_ends_the_connection_and_the_workers(attacker):
         pass
 
 
-@LOOPS
+@on_each_loop
 async def test_new_keys_are_taken_and_given(attacker):
     """What RFC 8446 section 4.6.3 allows, a client may do: one after gigabytes, and a few at once."""
     for count in (1, 1, 5):
@@ -207,21 +206,23 @@ async def test_keys_that_are_renewed_without_asking_for_any_are_taken(attacker):
 # --- a KeyUpdate storm ----------------------------------------------------------------------------------------------
 
 
-@LOOPS
+@on_each_loop
 @pytest.mark.parametrize("whose", ["relayed", "held", "refused"])
 async def test_a_storm_of_key_updates_harms_nobody_else(new_world, capfd, make_loop, tmp_path, whose):
     """Of a client that reads none of the answers. To be cut for it is fine, and so is to be served."""
-    async with besieged(new_world, capfd, make_loop=make_loop, connections=3) as siege:
+    async with attacked_gateway(new_world, capfd, make_loop=make_loop, connections=3) as attacked:
         if whose != "refused":
-            siege.world.lease("a", **({} if whose == "relayed" else {"endpoint": None, "waiting": "it is starting"}))
-        attacker = await shaken_hands(siege.world, "a", tmp_path)
+            attacked.world.lease(
+                "a", **({} if whose == "relayed" else {"endpoint": None, "waiting": "it is starting"})
+            )
+        attacker = await shaken_hands(attacked.world, "a", tmp_path)
         if whose == "relayed":
             await asyncio.to_thread(attacker.echo, b"like any other")
-            siege.dialled += 1
+            attacked.allowed_connections += 1
         with contextlib.closing(attacker), contextlib.suppress(ConnectionError):
             for _ in range(3):
                 await asyncio.to_thread(attacker.sock.sendall, attacker.storm(1000))
-                await siege.good_client()
+                await attacked.serve_good_client()
 
 
 # --- caps: a slot is somebody's, or free ----------------------------------------------------------------------------
@@ -236,7 +237,7 @@ async def test_those_refused_for_the_cap_of_a_lease_take_nobodys_place(new_world
     for name in "bc":
         await (await world.connect(world.lease(name))).echo(b"there is room in all")
     first.writer.transport.abort()
-    await world.until(lambda: world.count("active_connections") == 2)
+    await world.wait_until(lambda: world.metric("active_connections") == 2)
     await (await world.connect(world.token("a"))).echo(b"one place, and one only")
     assert (await (await world.connect(world.token("a"))).call())[0] == 8
 
@@ -253,12 +254,12 @@ async def test_connections_of_one_pool_are_bounded_and_other_pools_have_their_ow
         assert code == 8
         assert "default/p" in sentence
         assert "2 connections" in sentence
-    assert world.count("refusals_total", reason="NoCapacity") == 3
+    assert world.metric("refusals_total", reason="NoCapacity") == 3
     for name in "de":
         await (await world.connect(world.lease(name, pool=other))).echo(b"of another pool")
     assert (await (await world.connect(world.lease("f", pool=other))).call())[0] == 8
     first.writer.transport.abort()
-    await world.until(lambda: world.count("active_connections") == 1)
+    await world.wait_until(lambda: world.metric("active_connections") == 1)
     await (await world.connect(world.lease("c"))).echo(b"in the place of the first")
     assert (await (await world.connect(world.lease("a"))).call())[0] == 8
 
@@ -269,7 +270,7 @@ async def test_the_place_of_a_client_comes_back_however_it_ends(new_world, bound
     world = await new_world(**{bound: 1})
     held = "held" in how
     last = await world.connect(world.lease("a", **({"endpoint": None, "waiting": "it is starting"} if held else {})))
-    await world.until(lambda: world.book.entries != [])
+    await world.wait_until(lambda: world.registrar.calls != [])
     if not held:
         await last.echo(b"x")
     assert (await (await world.connect(world.token("a"))).call())[0] == 8, "there is one place"
@@ -277,11 +278,11 @@ async def test_the_place_of_a_client_comes_back_however_it_ends(new_world, bound
         case "left while it was held":
             last.writer.transport.abort()
         case "its lease ended while it was held":
-            last.begin()
-            world.over("a", EndReason.RELEASED)
-            assert (await last.outcome())[0] == 16
+            last.start_call()
+            world.end_lease("a", EndReason.RELEASED)
+            assert (await last.call_result())[0] == 16
         case "its worker died":
-            world.workers[0].transport.abort()
-            await last.ended()
-    await world.settled()
+            world.worker_writers[0].transport.abort()
+            await last.read_to_end()
+    await world.settle()
     await (await world.connect(world.lease("a", endpoint=world.endpoint))).echo(b"it is free")

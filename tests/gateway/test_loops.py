@@ -22,8 +22,8 @@ from bkpool.gateway.control.server import new_loop
 from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.limits import GatewayLimits
-
-from .conftest import Peer, SkewedLoop
+from support.loops import SkewedLoop
+from support.peers import Peer
 
 LOOPS = 2
 P, Q = Key("default", "p"), Key("team", "q")
@@ -67,8 +67,8 @@ def places(world):
 
 async def empty(world):
     """Nobody is inside any more, and no place is taken."""
-    await world.settled()  # somebody may be on the way, and in no count
-    await world.until(lambda: (guests(world), places(world)) == (0, (0, {})))
+    await world.settle()  # somebody may be on the way, and in no count
+    await world.wait_until(lambda: (guests(world), places(world)) == (0, (0, {})))
 
 
 def tenants(world):
@@ -123,12 +123,12 @@ class Raw:
     """A client that chooses what it says in one breath."""
 
     def __init__(self, world, token):
-        context = world.ca.client_context(world.identity(token))
+        context = world.ca.client_context(world.certificate(token))
         self._tls = TlsStream(context, server_side=False, server_hostname="localhost")
         self._sock = socket.create_connection(("127.0.0.1", world.port))
         self.peer = Peer(self._sock, self._tls)
 
-    def shake(self, data=b"", *, end=False):
+    def handshake(self, data=b"", *, end=False):
         """With the last words of the handshake come these, and the end of all."""
         heard = memoryview(b"")
         while not self._tls.handshake(heard):
@@ -159,8 +159,8 @@ async def test_the_connections_of_a_lease_have_one_home_whichever_loop_accepts_t
     expected = [Counter(), Counter(), Counter()]
     expected[home_of(world, token)]["allocation-a"] = 6
     assert tenants(world) == expected
-    assert world.book.entries == [("register", "allocation-a")]
-    assert world.book.connections == [1]
+    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.registrar.connections == [1]
 
 
 async def test_leases_are_spread_over_the_loops(new_gateway):
@@ -179,7 +179,7 @@ async def test_clients_are_dealt_out_to_all_loops_before_anyone_knows_whose_they
     with contextlib.ExitStack() as silent:
         for _ in range(2 * LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
-        await world.until(lambda: guests(world) == 2 * LOOPS)
+        await world.wait_until(lambda: guests(world) == 2 * LOOPS)
         assert [len(thread.gate._guests) for thread in threads_of(world)] == [2] * LOOPS
 
 
@@ -188,7 +188,7 @@ async def test_a_lease_that_is_newer_than_the_table_is_looked_up_by_its_home(new
     world = await new_gateway()
     for home in range(LOOPS):
         [name] = names_at(world, home)
-        world.book.finds = lambda name=name: world.lease(name)
+        world.registrar.on_find = lambda name=name: world.lease(name)
         await (await world.connect(world.token(name))).echo(b"hello")
         assert tenants(world)[home] == {f"allocation-{name}": 1}
 
@@ -212,7 +212,7 @@ async def test_silent_clients_in_all_loops_keep_no_good_one_out(new_gateway):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
         await (await world.connect(token)).echo(b"hello")
         assert 0 < guests(world) <= 2 * LOOPS
-    await world.until(lambda: guests(world) == 0)
+    await world.wait_until(lambda: guests(world) == 0)
 
 
 # --- on the way from one loop to another ----------------------------------------------------------------------------
@@ -230,14 +230,14 @@ async def test_what_a_client_says_before_at_and_after_its_move_reaches_the_worke
     _, token = await moving(world)
     async with raw(world, token) as client:
         async with standing_still(world, 1):
-            await asyncio.to_thread(client.shake, b"with the handshake, ")
+            await asyncio.to_thread(client.handshake, b"with the handshake, ")
             await on_its_way(world)
             await asyncio.to_thread(client.peer.send, b"on the way, ")
         await asyncio.to_thread(client.peer.send, b"and at home")
-        await asyncio.to_thread(client.peer.say_end)
+        await asyncio.to_thread(client.peer.close_notify)
         heard = await asyncio.to_thread(client.peer.receive)
         assert heard == b"with the handshake, on the way, and at home"
-        assert client.peer.ended_well
+        assert client.peer.close_notify_received
     await empty(world)
 
 
@@ -246,11 +246,11 @@ async def test_a_client_that_says_everything_in_one_breath_hears_the_whole_answe
     world = await new_gateway()
     _, token = await moving(world)
     async with raw(world, token) as client:
-        await asyncio.to_thread(client.shake, b"hello" * 1000, end=True)
+        await asyncio.to_thread(client.handshake, b"hello" * 1000, end=True)
         if fin:
             client.peer.fin()
         assert await asyncio.to_thread(client.peer.receive) == b"hello" * 1000
-        assert client.peer.ended_well
+        assert client.peer.close_notify_received
     await empty(world)
 
 
@@ -262,10 +262,10 @@ async def test_a_client_that_has_said_its_end_with_the_handshake_is_not_held_for
     [name] = names_at(world, home)
     token = world.lease(name, endpoint=None, waiting="it is being started")
     async with raw(world, token) as client:
-        await asyncio.to_thread(client.shake, b"hello", end=True)
+        await asyncio.to_thread(client.handshake, b"hello", end=True)
         assert await asyncio.to_thread(client.peer.receive) == b""
     await empty(world)
-    assert world.count("refusals_total", reason="Waited") == 0
+    assert world.metric("refusals_total", reason="Waited") == 0
 
 
 @pytest.mark.parametrize("first", ["the end", "the connection"])
@@ -282,7 +282,7 @@ async def test_a_lease_that_ends_while_its_connection_is_on_the_way_is_over_for_
             world.lease(name, ended=EndReason.RELEASED)
     code, sentence = await streams.call()
     assert (code, sentence) == (16, "the lease was released. Run `bkpool allocate` again.")
-    assert world.dialled == 0
+    assert world.worker_connections == 0
     await empty(world)
 
 
@@ -293,7 +293,7 @@ async def test_a_client_that_leaves_on_the_way_leaves_nothing_behind(new_gateway
     _, token = await moving(world, endpoint=None, waiting="it is being started")
     async with raw(world, token) as client:
         async with standing_still(world, 1):
-            await asyncio.to_thread(client.shake)
+            await asyncio.to_thread(client.handshake)
             await on_its_way(world)
             (client.peer.reset if how == "reset" else client.peer.fin)()
             await turned(threads_of(world)[0].loop)
@@ -307,11 +307,11 @@ async def test_who_comes_home_to_a_loop_that_drains_is_closed_and_not_registered
     world = await new_gateway()
     _, token = await moving(world)
     await threads_of(world)[1].drained(600)
-    assert await (await world.connect(token)).ended() == b""
+    assert await (await world.connect(token)).read_to_end() == b""
     await empty(world)
     await world.gateway.close()
-    assert world.book.entries == []
-    assert world.dialled == 0
+    assert world.registrar.calls == []
+    assert world.worker_connections == 0
 
 
 async def test_who_is_on_the_way_when_the_gateway_closes_is_closed_too(new_gateway):
@@ -322,10 +322,10 @@ async def test_who_is_on_the_way_when_the_gateway_closes_is_closed_too(new_gatew
         await on_its_way(world)
         closed = asyncio.create_task(world.gateway.close())
         await asyncio.sleep(0)
-    assert await streams.ended() == b""
+    assert await streams.read_to_end() == b""
     await closed
     assert guests(world) == 0
-    assert world.dialled == 0
+    assert world.worker_connections == 0
 
 
 # --- places ---------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gate
         assert code == 8
         assert sentence.startswith("this lease has 2 connections open already")
     pair[0].writer.close()
-    await world.until(lambda: places(world) == (1, {P: 1}))
+    await world.wait_until(lambda: places(world) == (1, {P: 1}))
     await (await world.connect(token)).echo(b"hello")
 
 
@@ -367,7 +367,7 @@ async def test_places_are_counted_over_all_loops(new_gateway, limits, sentence):
         assert code == 8
         assert told == f"{sentence}. Try again later."
     inside[0].writer.close()
-    await world.until(lambda: places(world) == (2, {P: 1, Q: 1}))
+    await world.wait_until(lambda: places(world) == (2, {P: 1, Q: 1}))
     await (await world.connect(world.lease(names_at(world, 1, 4)[3]))).echo(b"hello")
 
 
@@ -382,7 +382,7 @@ async def reset(world, inside):
 
 
 async def lose_their_workers(world, inside):
-    for worker in world.workers:
+    for worker in world.worker_writers:
         worker.transport.abort()
 
 
@@ -391,7 +391,7 @@ async def are_cut_because_the_worker_is_anothers(world, inside):
         for lease in list(leases._leases.values()):
             lease.registration._request(leases.registry.renew)
 
-    world.book.refuses = Gone("the worker is another's", hint="")
+    world.registrar.error = Gone("the worker is another's", hint="")
     for thread in threads_of(world):
         thread.call(renew, thread.gate.leases)
 
@@ -414,14 +414,14 @@ async def test_every_place_comes_back_however_joined_connections_end(new_gateway
         *(leave, reset, lose_their_workers, are_cut_because_the_worker_is_anothers),
         are_closed_with_the_gateway,
     ):
-        world.book.refuses = None
+        world.registrar.error = None
         inside = [await world.connect(token) for token in leases]
         for streams in inside:
             await streams.echo(b"hello")
         assert places(world) == (len(inside), {P: len(inside)})
         await they(world, inside)
         await empty(world)
-        assert world.count("active_connections") == 0
+        assert world.metric("active_connections") == 0
 
 
 async def test_every_place_comes_back_however_the_wait_for_a_worker_ends(new_gateway):
@@ -430,10 +430,10 @@ async def test_every_place_comes_back_however_the_wait_for_a_worker_ends(new_gat
     for they in (leave, reset, are_refused, are_closed_with_the_gateway):
         leases = [world.lease(name, endpoint=None, waiting="soon", ended=None) for name in names]
         inside = [await world.connect(token) for token in leases]
-        await world.until(lambda: places(world) == (4, {P: 4}))
+        await world.wait_until(lambda: places(world) == (4, {P: 4}))
         await they(world, inside)
         await empty(world)
-    assert world.dialled == 0
+    assert world.worker_connections == 0
 
 
 async def test_no_place_is_taken_by_those_that_vanish_in_their_handshake(new_gateway):
@@ -444,7 +444,7 @@ async def test_no_place_is_taken_by_those_that_vanish_in_their_handshake(new_gat
             for peer in peers:
                 stack.enter_context(contextlib.closing(peer))
                 peer.send(b"\x16\x03\x01\x02\x00")
-            await world.until(lambda: guests(world) == 2 * LOOPS)
+            await world.wait_until(lambda: guests(world) == 2 * LOOPS)
             assert places(world) == (0, {})
             for peer in peers:
                 they(peer)
@@ -465,20 +465,20 @@ async def test_the_end_of_the_gateway_ends_connections_in_all_loops_and_the_thre
         await ends[-1].echo(b"hello")
         ends.append(await world.connect(world.lease(waits, endpoint=None, waiting="soon")))
         ends.append(await world.connect(world.token(f"nobody's-{home}")))
-    await world.until(lambda: world.book.entries.count(("register", f"allocation-{waits}")) == 1)
+    await world.wait_until(lambda: world.registrar.calls.count(("register", f"allocation-{waits}")) == 1)
     refused = "UnknownLease"
-    await world.until(lambda: world.count("refusals_total", pool="", reason=refused) == LOOPS)
+    await world.wait_until(lambda: world.metric("refusals_total", pool="", reason=refused) == LOOPS)
     with contextlib.ExitStack() as silent:
         for _ in range(LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
-        await world.until(lambda: guests(world) == 2 * LOOPS)
+        await world.wait_until(lambda: guests(world) == 2 * LOOPS)
         await world.gateway.close()
     for streams in ends:
-        await streams.ended()
+        await streams.read_to_end()
     assert guests(world) == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gateway")]
     assert all(loop.is_closed() for loop in loops)
-    entries = Counter(what for what, _ in world.book.entries)
+    entries = Counter(what for what, _ in world.registrar.calls)
     assert entries["register"] == entries["withdraw"] == 2 * LOOPS
 
 
@@ -489,7 +489,7 @@ async def test_a_drain_waits_for_the_connections_of_every_loop(new_gateway):
         await streams.echo(b"hello")
     drained = asyncio.create_task(world.gateway.drain(600))
     for streams in inside:
-        await world.settled()
+        await world.settle()
         assert not drained.done()
         await streams.echo(b"still building")
         streams.writer.close()
@@ -518,21 +518,21 @@ async def test_the_loops_count_into_one_set_of_metrics(new_gateway):
         await streams.echo(b"x" * 10**number)
 
     def sizes():
-        return [world.count("bytes_total", direction=direction) for direction in ("up", "down")]
+        return [world.metric("bytes_total", direction=direction) for direction in ("up", "down")]
 
-    assert world.count("active_connections") == 4
-    assert world.count("open_connections", worker="p-worker-0") == 4
+    assert world.metric("active_connections") == 4
+    assert world.metric("open_connections", worker="p-worker-0") == 4
     assert sizes() == [1111, 1111]
     for streams in inside[:3]:
         streams.writer.close()
-    await world.until(lambda: world.count("active_connections") == 1)
+    await world.wait_until(lambda: world.metric("active_connections") == 1)
     assert sizes() == [1111, 1111]
-    assert world.count("connections_total", status="success") == 4
-    assert world.count("dial_seconds_count", outcome="reached") == 4
+    assert world.metric("connections_total", status="success") == 4
+    assert world.metric("dial_seconds_count", outcome="reached") == 4
     assert shaken(world) == 4
     inside[3].writer.close()
     await empty(world)
-    assert world.count("connection_duration_seconds_count") == 4
+    assert world.metric("connection_duration_seconds_count") == 4
 
 
 # --- Capacity -------------------------------------------------------------------------------------------------------

@@ -160,13 +160,13 @@ async def test_a_connections_bytes_handshake_and_dial_are_counted_while_it_is_op
     """Through the real gateway; afterwards nothing is counted as open."""
     streams = await world.connect(world.lease())
     await streams.echo(b"x" * 1000)
-    assert world.count("bytes_total", direction="up") == world.count("bytes_total", direction="down") == 1000
-    assert world.count("open_connections", worker="p-worker-0") == world.count("active_connections") == 1
-    assert world.count("dial_seconds_count", outcome="reached") == 1
+    assert world.metric("bytes_total", direction="up") == world.metric("bytes_total", direction="down") == 1000
+    assert world.metric("open_connections", worker="p-worker-0") == world.metric("active_connections") == 1
+    assert world.metric("dial_seconds_count", outcome="reached") == 1
     assert world.metrics.registry.get_sample_value("buildkit_gateway_handshake_seconds_count", {"outcome": "ok"}) == 1
     streams.writer.close()
-    await world.until(lambda: world.count("active_connections") == 0)
-    assert world.count("bytes_total", direction="up") == 1000
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
+    assert world.metric("bytes_total", direction="up") == 1000
     assert _series(world.metrics, "open_connections") == {}
     assert _series(world.metrics, "pending_connections") == {(): 0}
 
@@ -178,8 +178,8 @@ async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
     await reader.read()
     writer.close()
     count = world.metrics.registry.get_sample_value
-    await world.until(lambda: count("buildkit_gateway_handshake_seconds_count", {"outcome": "failed"}) == 1)
-    await world.until(lambda: count("buildkit_gateway_pending_connections") == 0)
+    await world.wait_until(lambda: count("buildkit_gateway_handshake_seconds_count", {"outcome": "failed"}) == 1)
+    await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 0)
     assert world.metrics.registry.get_sample_value(
         "buildkit_gateway_refusals_total", {"pool": "", "reason": "TlsFailed"}
     )
@@ -190,11 +190,11 @@ async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_wa
     _, probe = await asyncio.open_connection("127.0.0.1", world.port)
     _, silent = await asyncio.open_connection("127.0.0.1", world.port)
     count = world.metrics.registry.get_sample_value
-    await world.until(lambda: count("buildkit_gateway_pending_connections") == 2)
+    await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 2)
     probe.close()
-    await world.until(lambda: count("buildkit_gateway_pending_connections") == 1)
+    await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 1)
     assert _series(world.metrics, "handshake_seconds_count") == {}
     await world.advance(GatewayLimits().handshake)
-    await world.until(lambda: count("buildkit_gateway_pending_connections") == 0)
+    await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 0)
     silent.close()
     assert _series(world.metrics, "handshake_seconds_count") == {("failed",): 1}

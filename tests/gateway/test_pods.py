@@ -57,16 +57,16 @@ def pod(backend, uid="uid"):
 
 def called(world, number=-1):
     """What a worker sees of who has dialled it."""
-    return world.workers[number].get_extra_info("ssl_object")
+    return world.worker_writers[number].get_extra_info("ssl_object")
 
 
 async def served(world, handle):
-    world.pods.append(await asyncio.start_server(handle, "127.0.0.1", 0))
-    return f"tcp://127.0.0.1:{world.pods[-1].sockets[0].getsockname()[1]}"
+    world.tls_workers.append(await asyncio.start_server(handle, "127.0.0.1", 0))
+    return f"tcp://127.0.0.1:{world.tls_workers[-1].sockets[0].getsockname()[1]}"
 
 
 async def test_the_worker_of_the_lease_is_reached_over_tls(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.pod(pod(backend))))
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
     await streams.echo(b"hello")
     await streams.echo(os.urandom(300_000))
     assert called(world).version() == "TLSv1.3"
@@ -75,11 +75,11 @@ async def test_the_worker_of_the_lease_is_reached_over_tls(world, backend):
 
 
 async def test_an_end_of_the_worker_reaches_the_client(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.pod(pod(backend))))
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
     await streams.echo(b"x")
-    world.workers[0].write(b"goodbye")
-    world.workers[0].close()
-    assert await streams.ended() == b"goodbye"
+    world.worker_writers[0].write(b"goodbye")
+    world.worker_writers[0].close()
+    assert await streams.read_to_end() == b"goodbye"
 
 
 @pytest.mark.parametrize("who", ["another worker", "a foreign CA's", "a dialler", "a lease", "the gateway itself"])
@@ -92,28 +92,30 @@ async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of
         "a lease": lambda: backend.issue_client("T" * 43, NOW, NOW + 10 * YEAR),
         "the gateway itself": lambda: backend.issue_server(["localhost"], [], NOW, NOW + 10 * YEAR),
     }[who]()
-    endpoint = await world.pod(serving(leaf, backend))
+    endpoint = await world.start_tls_worker(serving(leaf, backend))
     with capture_logs() as logs:
         streams = await world.connect(world.lease(endpoint=endpoint))
-        streams.begin()
+        streams.start_call()
         for _ in range(3):  # the table might learn better
-            await world.until(lambda: world.waiting() or world.count("refusals_total", reason="WrongWorker"))
+            await world.wait_until(
+                lambda: world.holds_client() or world.metric("refusals_total", reason="WrongWorker")
+            )
             await world.advance(1)
-        code, sentence = await streams.outcome()
+        code, sentence = await streams.call_result()
     assert code == 9
     assert "what answers at the address of worker default/p-worker-0 is not that worker" in sentence
-    assert world.workers == []
+    assert world.worker_writers == []
     [entry] = [entry for entry in logs if entry["event"] == "connection.wrong-worker"]
     assert (entry["log_level"], entry["worker"], entry["endpoint"]) == ("warning", "default/p-worker-0", endpoint)
 
 
 async def test_a_stranger_at_an_old_address_does_no_harm_once_the_new_one_is_known(world, backend):
-    stranger, right = await world.pod(pod(backend, "uid-2")), await world.pod(pod(backend))
+    stranger, right = await world.start_tls_worker(pod(backend, "uid-2")), await world.start_tls_worker(pod(backend))
     streams = await world.connect(world.lease(endpoint=stranger))
     streams.writer.write(b"hello")
-    await world.until(world.waiting)
+    await world.wait_until(world.holds_client)
     world.lease(endpoint=None)  # it is seen to be gone, and is started again elsewhere
-    await world.settled()
+    await world.settle()
     await world.advance(10)
     world.lease(endpoint=right)
     assert await streams.reader.readexactly(5) == b"hello"
@@ -129,12 +131,12 @@ async def test_what_is_no_tls_or_refuses_the_handshake_is_a_stranger(world, said
         writer.close()
 
     streams = await world.connect(world.lease(endpoint=await served(world, speak)))
-    streams.begin()
-    await world.until(world.waiting)
+    streams.start_call()
+    await world.wait_until(world.holds_client)
     await world.advance(2)
-    await world.until(lambda: world.waiting() or world.count("refusals_total", reason="WrongWorker"))
+    await world.wait_until(lambda: world.holds_client() or world.metric("refusals_total", reason="WrongWorker"))
     await world.advance(2)
-    code, sentence = await streams.outcome()
+    code, sentence = await streams.call_result()
     assert code == 9
     assert "is not that worker" in sentence
 
@@ -152,9 +154,9 @@ async def test_a_proxy_that_hangs_up_is_a_worker_that_is_not_there_yet(world, ba
     streams = await world.connect(world.lease(endpoint=await served(world, hang_up)))
     streams.writer.write(b"hello")
     for tries in range(1, 4):
-        await world.until(lambda tries=tries: hung_up == tries and world.waiting())
+        await world.wait_until(lambda tries=tries: hung_up == tries and world.holds_client())
         await world.advance(0.5)
-    world.lease(endpoint=await world.pod(pod(backend)))
+    world.lease(endpoint=await world.start_tls_worker(pod(backend)))
     assert await streams.reader.readexactly(5) == b"hello"
 
 
@@ -165,12 +167,12 @@ async def test_a_worker_that_accepts_and_says_nothing_is_given_up_in_time(world)
         silent.append(writer)
 
     streams = await world.connect(world.lease(endpoint=await served(world, accept)))
-    streams.begin()
+    streams.start_call()
     for tries in range(1, 5):
-        await world.until(lambda tries=tries: len(silent) == tries)
+        await world.wait_until(lambda tries=tries: len(silent) == tries)
         await world.advance(5)  # for the dial
         await world.advance(0.5)  # for the next one
-    code, sentence = await streams.outcome()
+    code, sentence = await streams.call_result()
     assert code == 14
     assert "it could not be reached (no TLS handshake within 5 s)" in sentence
     for writer in silent:
@@ -185,8 +187,8 @@ async def test_a_dial_of_an_old_address_is_given_up_for_the_new_one(world, backe
 
     streams = await world.connect(world.lease(endpoint=await served(world, accept)))
     streams.writer.write(b"hello")
-    await world.until(lambda: silent != [])
-    world.lease(endpoint=await world.pod(pod(backend)))
+    await world.wait_until(lambda: silent != [])
+    world.lease(endpoint=await world.start_tls_worker(pod(backend)))
     async with asyncio.timeout(2):  # of the 5 s that a dial may take
         assert await streams.reader.readexactly(5) == b"hello"
     silent[0].transport.abort()
@@ -200,7 +202,7 @@ async def test_a_lease_that_ends_while_its_worker_is_dialled_leaves_nothing_behi
         silent.append(writer)
 
     streams = await world.connect(world.lease(endpoint=await served(world, accept)))
-    await world.until(lambda: silent != [])
+    await world.wait_until(lambda: silent != [])
     world.lease(ended=EndReason.RELEASED)
     code, _ = await streams.call()
     assert code == 16
@@ -208,7 +210,7 @@ async def test_a_lease_that_ends_while_its_worker_is_dialled_leaves_nothing_behi
 
 
 async def test_a_new_certificate_is_used_for_new_dials_while_old_ones_go_on(world, backend, dialler):
-    token = world.lease(endpoint=await world.pod(pod(backend)))
+    token = world.lease(endpoint=await world.start_tls_worker(pod(backend)))
     old = await world.connect(token)
     await old.echo(b"x")
     dialler.swap(settings(backend, "two"))
@@ -232,15 +234,15 @@ async def test_a_worker_that_does_not_take_our_certificate_ends_the_connection_a
     endpoint = await served(world, refuse)
     with capture_logs() as logs:
         streams = await world.connect(world.lease(endpoint=endpoint))
-        assert await streams.ended() == b""
-        await world.until(lambda: world.count("active_connections") == 0)
+        assert await streams.read_to_end() == b""
+        await world.wait_until(lambda: world.metric("active_connections") == 0)
     [closed] = [entry for entry in logs if entry["event"] == "connection.closed"]
     assert closed["reason"].startswith("worker: TLS failed: TLSV1_ALERT_UNKNOWN_CA")
 
 
 async def test_a_drained_gateway_says_goodbye_to_the_worker_too(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.pod(pod(backend))))
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
     await streams.echo(b"x")
     await world.gateway.drain(0)
-    assert await streams.ended() == b""
-    await world.until(world.workers[0].is_closing)
+    assert await streams.read_to_end() == b""
+    await world.wait_until(world.worker_writers[0].is_closing)

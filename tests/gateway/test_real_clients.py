@@ -25,8 +25,8 @@ async def run(*command, **environment):
 @pytest.fixture
 def released(world):
     world.lease()
-    world.over("a", EndReason.RELEASED)
-    return world.identity(world.token("a")).files
+    world.end_lease("a", EndReason.RELEASED)
+    return world.certificate(world.token("a")).files
 
 
 async def test_buildx_shows_the_sentence_at_once(world, released, buildx, tmp_path):

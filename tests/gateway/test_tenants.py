@@ -34,9 +34,9 @@ async def test_who_comes_under_the_name_of_another_pool_is_refused_in_words(worl
     assert code == 7
     assert sentence.startswith("this connection is for pool team/q, by the name ")
     assert "; the certificate is for a lease of pool default/p." in sentence
-    assert world.count("refusals_total", pool="p", reason="WrongPool") == 1
-    assert world.dialled == 0
-    assert world.book.entries == []
+    assert world.metric("refusals_total", pool="p", reason="WrongPool") == 1
+    assert world.worker_connections == 0
+    assert world.registrar.calls == []
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ async def test_a_pool_that_is_new_is_known_by_its_name(world):
 
 async def test_a_late_caller_is_told_of_the_wrong_pool_before_its_end(world):
     world.lease()
-    world.over("a", EndReason.RELEASED)
+    world.end_lease("a", EndReason.RELEASED)
     assert (await (await world.connect(world.token("a"), name="q.team.svc")).call())[0] == 7
 
 
@@ -109,10 +109,10 @@ async def test_what_we_issue_to_others_lets_no_client_in(world, clients, backend
     world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
     world.lease()
     leaf = make(clients, backend)
-    streams = await world.connect(identity=world.ca.stored(leaf.cert_pem, leaf.key_pem))
+    streams = await world.connect(certificate=world.ca.stored(leaf.cert_pem, leaf.key_pem))
     with pytest.raises(ssl.SSLError, match=told):
         await streams.reader.read()
-    assert world.dialled == 0
+    assert world.worker_connections == 0
 
 
 @pytest.mark.parametrize("name", ["default/p", f"alloc:{'T' * 43}"])
@@ -120,7 +120,7 @@ async def test_a_diallers_certificate_of_the_clients_own_ca_is_no_leases(world, 
     gateway = world.ca.server()
     world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
     leaf = clients.issue_dialler(name, NOW, LATER)
-    code, sentence = await (await world.connect(identity=world.ca.stored(leaf.cert_pem, leaf.key_pem))).call()
+    code, sentence = await (await world.connect(certificate=world.ca.stored(leaf.cert_pem, leaf.key_pem))).call()
     assert code == 16
     assert "its subject names no lease" in sentence
 
@@ -163,14 +163,14 @@ def shaken(world, context, session=None):
 
 
 async def test_a_session_is_not_taken_up_again_after_the_release(world):
-    context = world.ca.client_context(world.identity(world.lease()))
+    context = world.ca.client_context(world.certificate(world.lease()))
     with await asyncio.to_thread(shaken, world, context) as first:
         session = first.session
-    world.over("a", EndReason.RELEASED)
+    world.end_lease("a", EndReason.RELEASED)
     with await asyncio.to_thread(shaken, world, context, session) as second:
         assert not second.session_reused
-    await world.until(lambda: world.count("refusals_total", reason="LeaseReleased") == 1)
-    assert world.dialled == 1
+    await world.wait_until(lambda: world.metric("refusals_total", reason="LeaseReleased") == 1)
+    assert world.worker_connections == 1
 
 
 async def s_client(port, *options, session=None):
@@ -215,14 +215,14 @@ async def test_early_data_and_the_session_of_a_twin_are_not_accepted(world, tmp_
             pass
         await s_client(port, "-sess_out", session, session=session)
         assert "Early data was accepted" in await s_client(port, *offer)
-    lease = world.identity(world.lease())
+    lease = world.certificate(world.lease())
     said = await s_client(world.port, *offer, "-cert", lease.files[0], "-key", lease.files[1])
     assert "Early data was rejected" in said
     assert "New, TLSv1.3" in said
     assert "Reused" not in said
-    await world.until(lambda: world.count("connections_total", status="success") == 1)
-    await world.until(lambda: world.count("active_connections") == 0)
-    assert world.count("bytes_total", direction="up") == 0, "what came early is not the worker's to hear"
+    await world.wait_until(lambda: world.metric("connections_total", status="success") == 1)
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
+    assert world.metric("bytes_total", direction="up") == 0, "what came early is not the worker's to hear"
 
 
 def _free_port():

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from support.ways import A_SECOND, BOTH, Backend, drink, flood, in_threads, running_way
+from support.data_path import FEWEST_DATA_PATHS, PASS_ON_WITHIN, WorkerCertificates, running_data_path
+from support.peers import in_threads, read_to_end, send_until_closed
 
-PATIENT_WAYS = ["unix-asyncio", "tls-asyncio"]  # whose loop's clock can be put forward
+SKEWED_PATHS = ["unix-asyncio", "tls-asyncio"]  # whose loop's clock can be put forward
 WORKER_LEG, CLIENT_LEG = 20, 40
 """Seconds in which a leg must notice that its peer has vanished: about 15 and 30, and what timers add."""
 
@@ -40,84 +41,84 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def backend():
-    return Backend()
+def worker_certificates():
+    return WorkerCertificates()
 
 
-@pytest.fixture(params=BOTH)
-async def way(request, new_world, backend, tmp_path):
-    async with running_way(request.param, new_world, backend, tmp_path) as way:
-        yield way
+@pytest.fixture(params=FEWEST_DATA_PATHS)
+async def data_path(request, new_world, worker_certificates, tmp_path):
+    async with running_data_path(request.param, new_world, worker_certificates, tmp_path) as data_path:
+        yield data_path
 
 
-async def redialled(way):
+async def redialled(data_path):
     """A client is held, and the worker is dialled once more."""
-    await way.world.until(way.world.waiting)
-    assert way.world.count("refusals_total") == 0
-    await way.world.advance(0.5)
+    await data_path.world.wait_until(data_path.world.holds_client)
+    assert data_path.world.metric("refusals_total") == 0
+    await data_path.world.advance(0.5)
 
 
 # --- not there yet --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
-async def test_a_worker_that_flaps_holds_its_clients_and_gets_each_of_them_when_it_is_up(way):
+@pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
+async def test_a_worker_that_flaps_holds_its_clients_and_gets_each_of_them_when_it_is_up(data_path):
     """Nobody is told anything while it refuses, and what was said early is said first."""
     for number in range(3):
-        way.down()
-        client = await way.client()
+        data_path.stop_worker()
+        client = await data_path.client()
         client.send(b"early %d" % number)
         for _ in range(3):
-            await redialled(way)
-        way.up()
-        accepting = asyncio.create_task(way.accept())
-        await redialled(way)
+            await redialled(data_path)
+        data_path.start_worker()
+        accepting = asyncio.create_task(data_path.accept())
+        await redialled(data_path)
         worker = await accepting
         assert await asyncio.to_thread(worker.receive, 7) == b"early %d" % number
         worker.send(b"well")
         assert await asyncio.to_thread(client.receive, 4) == b"well"
         client.close()
-        await asyncio.to_thread(drink, worker)  # who comes as a worker ends a connection is not held
+        await asyncio.to_thread(read_to_end, worker)  # who comes as a worker ends a connection is not held
         worker.close()
-        await way.over()
-    assert way.world.count("refusals_total") == 0
+        await data_path.wait_idle()
+    assert data_path.world.metric("refusals_total") == 0
 
 
-@pytest.mark.parametrize("way", ["tls-asyncio"], indirect=True)
-async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(way):
+@pytest.mark.parametrize("data_path", ["tls-asyncio"], indirect=True)
+async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(data_path):
     """Its client is held for as long as a first wait lasts, told why, and holds nothing afterwards."""
-    way.listener.listen(0)
-    with contextlib.closing(socket.create_connection(way.listener.getsockname())):  # fills the line
-        streams = await way.world.connect(way.world.lease(endpoint=way.endpoint))
-        streams.begin()
-        await way.world.until(lambda: way.world.book.entries != [])
+    data_path.listener.listen(0)
+    with contextlib.closing(socket.create_connection(data_path.listener.getsockname())):  # fills the line
+        streams = await data_path.world.connect(data_path.world.lease(endpoint=data_path.endpoint))
+        streams.start_call()
+        await data_path.world.wait_until(lambda: data_path.world.registrar.calls != [])
         for _ in range(4):  # 15 s from the end of the first dial
-            assert way.world.count("refusals_total") == 0
-            await way.world.settled()
-            await way.world.advance(5)  # for the dial
-            await way.world.advance(0.5)  # until the next one
-        code, sentence = await streams.outcome()
+            assert data_path.world.metric("refusals_total") == 0
+            await data_path.world.settle()
+            await data_path.world.advance(5)  # for the dial
+            await data_path.world.advance(0.5)  # until the next one
+        code, sentence = await streams.call_result()
     assert code == 14
     assert "it could not be reached (no answer within 5 s)" in sentence
 
 
-@pytest.mark.parametrize("way", ["unix-asyncio"], indirect=True)
-async def test_a_local_worker_with_a_full_line_is_awaited(way):
-    way.listener.listen(0)
+@pytest.mark.parametrize("data_path", ["unix-asyncio"], indirect=True)
+async def test_a_local_worker_with_a_full_line_is_awaited(data_path):
+    data_path.listener.listen(0)
     filling = []
     with contextlib.suppress(BlockingIOError):
         while True:
             filling.append(socket.socket(socket.AF_UNIX))
             filling[-1].setblocking(False)
-            filling[-1].connect(way.listener.getsockname())
-    client = await way.client()
+            filling[-1].connect(data_path.listener.getsockname())
+    client = await data_path.client()
     client.send(b"preface")
     for _ in range(3):
-        await redialled(way)
+        await redialled(data_path)
     for _ in filling[:-1]:
-        (await way.accept()).close()
-    accepting = asyncio.create_task(way.accept())
-    await redialled(way)
+        (await data_path.accept()).close()
+    accepting = asyncio.create_task(data_path.accept())
+    await redialled(data_path)
     worker = await accepting
     assert await asyncio.to_thread(worker.receive, 7) == b"preface"
     for sock in filling:
@@ -127,104 +128,104 @@ async def test_a_local_worker_with_a_full_line_is_awaited(way):
 # --- not there any more ---------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_that_accepts_and_then_hangs_up_ends_its_client_within_a_second(way):
+async def test_a_worker_that_accepts_and_then_hangs_up_ends_its_client_within_a_second(data_path):
     """It has been reached, so there is nobody to wait for: what the client said may have been acted on."""
-    client, worker = await asyncio.gather(way.client(), way.accept())
+    client, worker = await asyncio.gather(data_path.client(), data_path.accept())
     began = time.monotonic()
     worker.reset()
-    await asyncio.to_thread(drink, client)
-    assert time.monotonic() - began < A_SECOND
+    await asyncio.to_thread(read_to_end, client)
+    assert time.monotonic() - began < PASS_ON_WITHIN
     client.close()
-    await way.over()
+    await data_path.wait_idle()
 
 
 @contextlib.contextmanager
-def mortal(way, directory):
-    """The way's worker, in a process of its own."""
-    argv = [sys.executable, "-c", MORTAL, str(way.listener.fileno())]
-    if way.tls:
-        leaf = way.backend.authority.issue_worker("uid", way.world.now())
+def mortal(data_path, directory):
+    """The data_path's worker, in a process of its own."""
+    argv = [sys.executable, "-c", MORTAL, str(data_path.listener.fileno())]
+    if data_path.tls:
+        leaf = data_path.worker_certificates.authority.issue_worker("uid", data_path.world.now())
         (directory / "pem").write_bytes(leaf.key_pem + leaf.cert_pem)
         argv.append(str(directory / "pem"))
-    way.listener.setblocking(True)
-    with subprocess.Popen(argv, pass_fds=[way.listener.fileno()]) as process:
+    data_path.listener.setblocking(True)
+    with subprocess.Popen(argv, pass_fds=[data_path.listener.fileno()]) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-async def test_the_clients_of_a_killed_worker_know_within_a_second(way, tmp_path):
+async def test_the_clients_of_a_killed_worker_know_within_a_second(data_path, tmp_path):
     """Whatever they were doing: waiting for it in silence, or sending to it while it did not read."""
-    with mortal(way, tmp_path) as process:
-        clients = [await way.client() for _ in range(3)]
+    with mortal(data_path, tmp_path) as process:
+        clients = [await data_path.client() for _ in range(3)]
         for client in clients:
             client.send(b"?")
             assert await asyncio.to_thread(client.receive, 1) == b"?"
-        flooding = asyncio.create_task(asyncio.to_thread(flood, clients[0]))
-        await way.fill(clients[1])
+        flooding = asyncio.create_task(asyncio.to_thread(send_until_closed, clients[0]))
+        await data_path.fill(clients[1])
         began = time.monotonic()
         process.kill()
-        await in_threads(*((drink, client) for client in clients[1:]))
+        await in_threads(*((read_to_end, client) for client in clients[1:]))
         await flooding
-        assert time.monotonic() - began < A_SECOND
+        assert time.monotonic() - began < PASS_ON_WITHIN
         for client in clients:
             client.close()
-        await way.over()
+        await data_path.wait_idle()
 
 
-@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
+@pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
 @pytest.mark.parametrize("how", ["FIN", "RST", "words unread"])
-async def test_who_waits_or_comes_back_as_the_worker_ends_is_told_at_once_and_who_comes_later_is_held(way, how):
+async def test_who_waits_or_comes_back_as_the_worker_ends_is_told_at_once_and_who_comes_later_is_held(data_path, how):
     """A build that was cut ends only once its next connection, made within milliseconds, is answered."""
-    world = way.world
-    client = await way.client()
-    worker = await way.accept()
-    way.down()
-    await way.client()
-    await world.until(world.waiting)
+    world = data_path.world
+    client = await data_path.client()
+    worker = await data_path.accept()
+    data_path.stop_worker()
+    await data_path.client()
+    await world.wait_until(world.holds_client)
     if how == "words unread":  # of a Unix socket both directions then end at once
         client.send(b"?")
         await asyncio.to_thread(worker.sock.recv, 1, socket.MSG_PEEK)
     worker.reset() if how == "RST" else worker.close()
-    await asyncio.to_thread(drink, client)
+    await asyncio.to_thread(read_to_end, client)
     client.close()
-    await world.until(lambda: not world.waiting() and world.count("refusals_total", reason="Waited") == 1)
-    await way.client()
-    await world.until(lambda: world.count("refusals_total", reason="Waited") == 2)
+    await world.wait_until(lambda: not world.holds_client() and world.metric("refusals_total", reason="Waited") == 1)
+    await data_path.client()
+    await world.wait_until(lambda: world.metric("refusals_total", reason="Waited") == 2)
     await world.advance(0.5)
-    await way.client()
-    await world.until(world.waiting)
-    assert world.count("refusals_total", reason="Waited") == 2
+    await data_path.client()
+    await world.wait_until(world.holds_client)
+    assert world.metric("refusals_total", reason="Waited") == 2
 
 
-@pytest.mark.parametrize("way", PATIENT_WAYS, indirect=True)
-async def test_a_client_that_has_ended_by_itself_leaves_nobody_behind(way):
+@pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
+async def test_a_client_that_has_ended_by_itself_leaves_nobody_behind(data_path):
     """Who comes after it is held, however soon."""
-    client = await way.client()
-    worker = await way.accept()
-    way.down()
+    client = await data_path.client()
+    worker = await data_path.accept()
+    data_path.stop_worker()
     client.close()
-    await asyncio.to_thread(drink, worker)
+    await asyncio.to_thread(read_to_end, worker)
     worker.close()
-    await way.over()
-    await way.client()
-    await way.world.until(way.world.waiting)
-    assert way.world.count("refusals_total", reason="Waited") == 0
+    await data_path.wait_idle()
+    await data_path.client()
+    await data_path.world.wait_until(data_path.world.holds_client)
+    assert data_path.world.metric("refusals_total", reason="Waited") == 0
 
 
 # --- vanished without a word ----------------------------------------------------------------------------------------
 
 
-def of_the_gateway(way):
+def of_the_gateway(data_path):
     """The patience of the gateway's own ends of its two legs, found among the descriptors of this process."""
     legs = {}
     for sock in sockets():
         with contextlib.suppress(OSError):  # not connected
             far, near = sock.getpeername(), sock.getsockname()
-            if far == way.listener.getsockname():
+            if far == data_path.listener.getsockname():
                 legs["worker"] = patience(sock)
-            elif near[1:2] == (way.world.port,):
+            elif near[1:2] == (data_path.world.port,):
                 legs["client"] = patience(sock)
     return legs
 
@@ -260,10 +261,10 @@ def patience(sock):
     return silent, timeout
 
 
-@pytest.mark.parametrize("way", ["tls-uvloop"], indirect=True)
-async def test_both_legs_give_up_a_peer_that_has_vanished_in_bounded_time(way):
+@pytest.mark.parametrize("data_path", ["tls-uvloop"], indirect=True)
+async def test_both_legs_give_up_a_peer_that_has_vanished_in_bounded_time(data_path):
     """What the kernel is told; that it does so is shown with cut cables in e2e/gateway/test_streams_heavy.py."""
-    await way.joined()
-    legs = of_the_gateway(way)
-    assert max(legs["worker"]) <= WORKER_LEG, f"silent, under way: {legs['worker']} s"
-    assert max(legs["client"]) <= CLIENT_LEG, f"silent, under way: {legs['client']} s"
+    await data_path.connected_pair()
+    legs = of_the_gateway(data_path)
+    assert max(legs["worker"]) <= WORKER_LEG, f"silent, under data_path: {legs['worker']} s"
+    assert max(legs["client"]) <= CLIENT_LEG, f"silent, under data_path: {legs['client']} s"
