@@ -28,6 +28,7 @@ from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe
 from harness import Appliance, oidc_config, pool
 from support.issuer import AUDIENCE, Issuer
+from worlds import Processes
 
 CONTEXT_MB = 200
 AT_ONCE = 20
@@ -40,7 +41,7 @@ def percentile(values: list[float], share: float) -> float:
 @contextmanager
 def appliance(tools: dict[str, Path], spec: dict[str, Any]) -> Iterator[Appliance]:
     base = Path(tempfile.mkdtemp(prefix="bkpool-bench-"))
-    made = Appliance(base, tools)
+    made = Appliance(base, tools, Processes())
     try:
         made.up_with(spec)
         yield made
@@ -250,7 +251,7 @@ def who_is_calling(tools: dict[str, Path], runs: int) -> dict[str, Any]:
     auth = {"rbac": {"rules": [{"users": ["alice"]}]}}
     known: dict[str, list[float]] = {"admin": [], "alice": []}
     with Issuer() as issuer, tempfile.TemporaryDirectory(prefix="bkpool-bench-") as base:
-        running = Appliance(Path(base), tools)
+        running = Appliance(Path(base), tools, Processes())
         objects = [oidc_config("ci", issuer=issuer.url, **believed), pool("default", scaling={"max": 2}, auth=auth)]
         running.up_from(objects + [pool(f"other-{n}", auth=auth) for n in range(99)])
         try:

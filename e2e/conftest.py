@@ -13,9 +13,9 @@ import pytest
 
 from bkpool.kind.engine import engine_fault
 from bkpool.toolchain import Tool, Toolchain, default_cache
-from harness import HERE, Appliance, Context, registry
+from harness import HERE, Appliance, Context, World, registry
 from kind_cluster import E2eCluster, Kubectl, e2e_cluster
-from worlds import Pods, Processes, World
+from worlds import Pods, Processes
 
 BACKEND = os.environ.get("BKPOOL_E2E_BACKEND", "process")
 """On which backend the tests run that do not say for which they are."""

@@ -22,21 +22,52 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 from support.secrets import secrets_in
-from worlds import Processes, World
+
+if TYPE_CHECKING:
+    from bkpool.pki.authority import Authority
 
 HERE = Path(__file__).parent
+
+
+class World(Protocol):
+    """Where the workers of an appliance are: what differs between the backends. `worlds` has one for each."""
+
+    name: str
+    registry_address: str
+    """The address of this machine at which the workers reach a registry."""
+
+    def options(self) -> list[str]:
+        """The options of `up`."""
+
+    def workers(self, appliance: Appliance) -> list[Any]:
+        """What runs buildkitd now. The same process or pod compares equal, another does not."""
+
+    def kill_worker(self, worker: Any) -> None:
+        """Ends its buildkitd with kill -9."""
+
+    def trusting(self, registry: str) -> dict[str, Any]:
+        """What a pool's spec needs so that its workers speak plain HTTP to this registry."""
+
+    def authority(self, appliance: Appliance) -> Authority:
+        """The authority of the client certificates."""
+
+    def clean(self, appliance: Appliance) -> None:
+        """Removes, after `down`, what the next test must not find. Fails if something was left running."""
+
+
 PATIENCE = 60.0  # seconds: how long a test waits for a condition before it says that it never came
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def eventually(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
@@ -134,9 +165,9 @@ class Appliance:
 
     base: Path
     tools: dict[str, Path]
+    world: World
     program: list[str] = field(default_factory=lambda: [sys.executable, "-m", "bkpool"])
     extra_env: dict[str, str] = field(default_factory=dict)
-    world: World = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         self.home = self.base / "home"
@@ -174,7 +205,8 @@ class Appliance:
 
     def up(self, *options: str) -> dict[str, Any]:
         addresses = [part for name, port in self.ports.items() for part in (f"--{name}-address", f"127.0.0.1:{port}")]
-        return self.cli("up", "-d", *self.world.options(), *addresses, *options).ok().json
+        described: dict[str, Any] = self.cli("up", "-d", *self.world.options(), *addresses, *options).ok().json
+        return described
 
     def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
         """Up, with one pool of this spec."""
@@ -191,7 +223,8 @@ class Appliance:
 
     @property
     def described(self) -> dict[str, Any]:
-        return json.loads((self.home / "appliance.json").read_text())
+        described: dict[str, Any] = json.loads((self.home / "appliance.json").read_text())
+        return described
 
     def kill(self) -> None:
         """kill -9, and waits until it is gone."""
@@ -263,9 +296,10 @@ class Appliance:
         return [found for path in logs for found in secrets_in(path.read_text(errors="replace"))]
 
     def pool(self, name: str = "default") -> dict[str, Any]:
-        status, told = self.http("GET", f"/api/v1/pools/{name}")
-        assert status == 200, told
-        return told
+        pool: dict[str, Any]
+        status, pool = self.http("GET", f"/api/v1/pools/{name}")
+        assert status == HTTPStatus.OK, pool
+        return pool
 
     def all_idle(self) -> None:
         """Waits until every worker stands idle, and at least one does."""

@@ -104,7 +104,7 @@ def _gateway_of(node: str) -> str:
     client = docker.from_env()
     (network,) = client.containers.get(node).attrs["NetworkSettings"]["Networks"].values()
     client.close()
-    return network["Gateway"]
+    return str(network["Gateway"])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""What differs between the backends for whoever tests an appliance from outside; everything else is the same.
+"""The backends as the end-to-end tests see them: one `harness.World` for processes and one for pods.
 
-A test that asks for more than this is about one backend, and says so with a mark (`only("process", why)`).
+A test that needs more than `World` offers is about one backend and is marked so (`only("process", why)`).
 """
 
 from __future__ import annotations
@@ -14,43 +14,14 @@ import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
-from kind_cluster import Kubectl
-
-if TYPE_CHECKING:
-    from harness import Appliance
-    from kind_cluster import E2eCluster
+from harness import Appliance
+from kind_cluster import E2eCluster, Kubectl
 
 SYSTEM = "buildkit-system"
-
-
-class World(Protocol):
-    """Where the workers of an appliance are."""
-
-    name: str
-    registry_address: str
-    """The address of this machine at which its workers reach a registry."""
-
-    def options(self) -> list[str]:
-        """What `up` is told."""
-
-    def workers(self, appliance: Appliance) -> list[Any]:
-        """What runs buildkitd now; the same thing is equal, another is not."""
-
-    def kill_worker(self, worker: Any) -> None:
-        """kill -9 of its buildkitd."""
-
-    def trusting(self, registry: str) -> dict[str, Any]:
-        """What a pool's spec needs so that its workers speak plain HTTP to this registry."""
-
-    def authority(self, appliance: Appliance) -> Authority:
-        """The authority of the client certificates."""
-
-    def clean(self, appliance: Appliance) -> None:
-        """After `down`: what a test must not leave, or must not find left."""
 
 
 class Processes:
@@ -96,7 +67,8 @@ class Pods:
         return ["--backend", "kind", "--cluster", self.cluster.name, *self.image]
 
     def objects(self, *what: str) -> list[dict[str, Any]]:
-        return json.loads(self.kubectl("get", *what, "-o", "json"))["items"]
+        items: list[dict[str, Any]] = json.loads(self.kubectl("get", *what, "-o", "json"))["items"]
+        return items
 
     def pods(self) -> list[dict[str, Any]]:
         return self.objects("pods", "-A", "-l", "buildkit.smrt-devops.net/purpose=worker")

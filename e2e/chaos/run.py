@@ -35,6 +35,7 @@ from chaos.timeline import draw
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import Appliance, eventually, oidc_config, pool
 from support.issuer import AUDIENCE, Issuer
+from worlds import Processes
 
 PROGRAM = Path(__file__).parents[1] / "program"
 CLIENTS = ("ann.1", "ann.2", "bob.1", "bob.2")
@@ -98,7 +99,7 @@ def world(
 
             appliance, damage = stack.enter_context(kind_world(base, tools))
         else:
-            appliance = Appliance(base / "appliance", tools, extra_env=dict(env or {}))
+            appliance = Appliance(base / "appliance", tools, Processes(), extra_env=dict(env or {}))
             damage = ProcessDamage(appliance, WORKERS)
             stack.callback(appliance.down, "--now", "--purge")
         appliance.up_from(objects)

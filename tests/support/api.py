@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, web
+from multidict import CIMultiDictProxy
 
 from bkpool.api import Service, make_app, open_runner
 from bkpool.identity import Identity, Verdict
@@ -27,7 +28,7 @@ class Bearers:
         self.known: dict[str, tuple[Identity, ...]] = {}
         self.refused: dict[str, str] = {}
 
-    async def authenticate(self, bearer):
+    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         if bearer in self.refused:
             return (Verdict("stub", refusal=self.refused[bearer]),)
         return tuple(Verdict(one.source, one) for one in self.known.get(bearer, ()))
@@ -43,7 +44,16 @@ class Api:
         self.bearers = Bearers()
         self.trouble: str | None = None
 
-    async def __call__(self, method, path, body=None, *, data=None, headers=None, bearer=ADMIN):
+    async def __call__(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        data: Any = None,
+        headers: Mapping[str, str] | None = None,
+        bearer: str | None = ADMIN,
+    ) -> tuple[int, Any, CIMultiDictProxy[str]]:
         if headers is None:
             headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         url = f"http://{self.host}:{self.port}{path}"

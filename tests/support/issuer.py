@@ -59,7 +59,11 @@ def signing_key(kid: str | None = "key-1", alg: str = "RS256", bits: int = 2048)
     """The same key whenever it is asked for by the same name: making one takes its time."""
     if alg.startswith("RS"):
         return SigningKey(kid, alg, rsa.generate_private_key(65537, bits))
-    curves = {"ES256": ec.SECP256R1, "ES384": ec.SECP384R1, "ES256K": ec.SECP256K1}
+    curves: dict[str, type[ec.SECP256R1 | ec.SECP384R1 | ec.SECP256K1]] = {
+        "ES256": ec.SECP256R1,
+        "ES384": ec.SECP384R1,
+        "ES256K": ec.SECP256K1,
+    }
     if alg in curves:
         return SigningKey(kid, alg, ec.generate_private_key(curves[alg]()))
     return SigningKey(kid, alg, ed25519.Ed25519PrivateKey.generate())

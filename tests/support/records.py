@@ -82,7 +82,9 @@ class Records:
             header = self._exactly(5)  # no record more than OpenSSL needs: what follows is for us
             incoming.write(header + self._exactly(int.from_bytes(header[3:])))
         self.sock.sendall(outgoing.read())
-        assert tls.cipher()[0] == SUITE
+        cipher = tls.cipher()
+        assert cipher is not None
+        assert cipher[0] == SUITE
         secrets = dict(line.split()[::2] for line in keylog.read_text().splitlines() if not line.startswith("#"))
         self.out = Direction(bytes.fromhex(secrets["CLIENT_TRAFFIC_SECRET_0"]))
         self._in = Direction(bytes.fromhex(secrets["SERVER_TRAFFIC_SECRET_0"]))
