@@ -3,6 +3,7 @@
 import string
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ VALUES = {
 
 
 @st.composite
-def any_value(draw):
+def any_value(draw: st.DrawFn) -> tuple[Any, Any]:
     """A setting, and a value that it allows."""
     one = draw(st.sampled_from(list(settings().values())))
     if one.kind in VALUES:
@@ -37,6 +38,6 @@ def any_value(draw):
     return one, draw(milliseconds.map(lambda number: timedelta(milliseconds=number)))
 
 
-def bounds(one):
+def bounds(one: Any) -> tuple[Any, Any]:
     metadata = one._info.metadata
     return (next(m.ge for m in metadata if hasattr(m, "ge")), next(m.le for m in metadata if hasattr(m, "le")))
