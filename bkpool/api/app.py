@@ -1,7 +1,7 @@
-"""The application: its routes with what surrounds each request, and the one place where errors become answers.
+"""The application: its routes, what happens around each request, and the one place where errors become responses.
 
-Each request has an id, which its log lines and its answer carry, and a trail for the audit. No write time-out of ours
-ends an allocate that waits; a caller who hangs up cancels it.
+Each request has an id, which its log lines and its response contain, and an audit trail. bkpool has no write time-out
+that would end a waiting allocate request. A caller who closes the connection cancels their request.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from http import HTTPStatus
 import structlog
 from aiohttp import web
 
-from bkpool.api.answers import error_answer, internal_error
 from bkpool.api.audit import audited
+from bkpool.api.error_responses import error_response, internal_error
+from bkpool.api.metrics import ApiMetrics
 from bkpool.api.openapi import ApiRoute, document
 from bkpool.api.service import Service
 from bkpool.core.errors import BkpoolError
@@ -22,27 +23,33 @@ from bkpool.core.errors import BkpoolError
 log = structlog.get_logger(__name__)
 
 MAX_BODY = 64 * 1024
-"""Bytes of a request body: many times what a CSR and 64 pieces of metadata take."""
+"""Bytes of a request body: many times the size of a CSR and 64 metadata entries."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(service: Service) -> web.Application:
-    """The application, ready to be given to `open_runner`."""
-    app = web.Application(client_max_size=MAX_BODY, middlewares=[_named, _errors])
+def make_app(service: Service, metrics: ApiMetrics) -> web.Application:
+    """The application; serve it with `open_runner`.
+
+    Args:
+        service: The handlers of the routes.
+        metrics: Counts the requests.
+    """
+    middlewares = [metrics.middleware(), _request_id, _errors]
+    app = web.Application(client_max_size=MAX_BODY, middlewares=middlewares)
     routes = service.routes()
     for route in routes:
-        app.router.add_route(route.method, route.path, _answering(route), expect_handler=_go_on)
-    described = document(routes)
+        app.router.add_route(route.method, route.path, _handler(route), expect_handler=_continue)
+    description = document(routes)
 
     async def openapi(_request: web.Request) -> web.StreamResponse:
-        return web.json_response(described)
+        return web.json_response(description)
 
     app.router.add_get("/openapi.json", openapi)
     return app
 
 
-def _answering(route: ApiRoute) -> Handler:
+def _handler(route: ApiRoute) -> Handler:
     async def respond(request: web.Request) -> web.StreamResponse:
         with audited(route.action, request.remote) as trail:
             answer = await route.handler(request, trail)
@@ -51,14 +58,14 @@ def _answering(route: ApiRoute) -> Handler:
     return respond
 
 
-async def _go_on(request: web.Request) -> None:
-    """Lets a caller send the body which he announces (curl does so with a large one); knows no other expectation."""
+async def _continue(request: web.Request) -> None:
+    """Lets a caller send the body that they announced (curl announces a large one). Ignores other expectations."""
     if request.headers.get("Expect", "").lower() == "100-continue":
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 @web.middleware
-async def _named(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request an id, for its log lines and its caller."""
     request_id = secrets.token_hex(6)
     with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -69,22 +76,31 @@ async def _named(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 @web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every error into a response."""
     try:
         return await handler(request)
     except BkpoolError as error:
-        return error_answer(error)
+        return error_response(error)
     except web.HTTPException as error:
-        told = {
-            HTTPStatus.NOT_FOUND: (f"there is nothing at {request.path}", "/openapi.json lists what there is."),
-            HTTPStatus.METHOD_NOT_ALLOWED: (f"{request.method} is not for {request.path}", "See /openapi.json."),
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (f"body: larger than {MAX_BODY} bytes", "Send less metadata."),
-        }.get(HTTPStatus(error.status), (error.reason, ""))
-        fault = BkpoolError(told[0], hint=told[1], code=HTTPStatus(error.status).phrase.replace(" ", ""))
-        return error_answer(fault, status=error.status, headers=_kept(error))
+        return _aiohttp_error(request, error)
     except Exception:
         log.exception("api.crashed", path=request.path)
-        return error_answer(internal_error())
+        return error_response(internal_error())
 
 
-def _kept(error: web.HTTPException) -> dict[str, str]:
-    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+def _aiohttp_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The response for an error of aiohttp: a path or method without a route, or a body that is too large."""
+    message, hint = {
+        HTTPStatus.NOT_FOUND: (f"there is nothing at {request.path}", "/openapi.json lists all paths."),
+        HTTPStatus.METHOD_NOT_ALLOWED: (
+            f"{request.path} does not support the method {request.method}",
+            "/openapi.json lists the methods of each path.",
+        ),
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (
+            f"the request body is larger than {MAX_BODY} bytes",
+            "Send less metadata.",
+        ),
+    }.get(HTTPStatus(error.status), (error.reason, ""))
+    fault = BkpoolError(message, hint=hint, code=HTTPStatus(error.status).phrase.replace(" ", ""))
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    return error_response(fault, status=error.status, headers=headers)

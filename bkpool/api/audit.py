@@ -1,6 +1,6 @@
-"""The audit trail: who asked for what, what was decided, and why; one line a decision.
+"""The audit trail: one log line for each decision, with who asked for what, what was decided, and why.
 
-Reasons come from decisions and from errors, which hold no secret; a credential never gets here.
+Reasons come from decisions and from errors, which contain no secret. A credential never reaches this module.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from bkpool.identity import Identity
 log = structlog.get_logger(__name__)
 
 _DENIALS = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.GONE})
-"""Statuses of errors that are decisions, where none was made before."""
+"""Statuses of errors that deny a request about which nothing was decided before."""
 
 
 class Trail:
-    """What is known so far of one request.
+    """What is known so far about one request.
 
     Args:
-        action: What is asked for; empty: nothing that is decided about.
+        action: What is asked for; empty if the route decides nothing.
         remote: The address that the request comes from.
     """
 
@@ -35,20 +35,20 @@ class Trail:
         self._reason = ""
 
     def of(self, identity: Identity | None) -> None:
-        """Who asks, or is asked about."""
+        """Adds who asks, or who is asked about."""
         if identity is not None:
             self.about(identity=identity.name, authority=identity.authority, source=identity.source)
 
     def about(self, **facts: str) -> None:
-        """What it is about: pool, worker, allocation."""
+        """Adds what the request is about: pool, worker, allocation."""
         self._facts |= facts
 
     def decided(self, *, allowed: bool, reason: str) -> None:
-        """What was decided. An allowed request may still fail, and then the line tells with what."""
+        """Records what was decided. An allowed request may still fail; then the line names the failure."""
         self._allowed, self._reason = allowed, reason
 
     def write(self, error: BaseException | None = None) -> None:
-        """Writes the line, if something was decided."""
+        """Writes the log line if something was decided."""
         if isinstance(error, BkpoolError) and self._denies(error):
             self.decided(allowed=False, reason=error.message)
         elif error is not None:
@@ -64,7 +64,7 @@ class Trail:
 
 @contextmanager
 def audited(action: str, remote: str | None) -> Iterator[Trail]:
-    """The trail of one request, written when it ends: answered, failed, or given up by its caller."""
+    """The trail of one request. It is written when the request ends: answered, failed, or cancelled by its caller."""
     trail = Trail(action, remote)
     try:
         yield trail

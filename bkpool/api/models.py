@@ -1,6 +1,7 @@
-"""What goes over the wire: the request and answer bodies of the contract (DESIGN section 2).
+"""The request and response bodies of the API.
 
-They say what is allowed and are the source of `/openapi.json`; they know nothing of HTTP.
+They define what is valid and are the source of `/openapi.json`. They do not know about HTTP. Their names and fields
+are part of the contract with clients.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from bkpool.identity.rules import AccessDecision
 MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64
 
-
 NAME_PATTERN = f"^{DNS_LABEL}$"
 ObjectName = Annotated[Name, Field(json_schema_extra={"pattern": NAME_PATTERN})]
 Namespace = Annotated[
@@ -34,13 +34,13 @@ Namespace = Annotated[
     BeforeValidator(lambda given: DEFAULT_NAMESPACE if given == "" else given),
     Field(json_schema_extra={"pattern": f"^$|{NAME_PATTERN}"}),
 ]
-"""Empty: the default one."""
+"""A namespace; an empty one means the default namespace."""
 Text = Annotated[StrictStr, Field(max_length=256)]
 Token = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 
 
 class Body(BaseModel):
-    """The habits of all bodies: camelCase, and a misspelt field is an error rather than silently dropped."""
+    """The base of all bodies: fields are in camelCase, and an unknown field is an error."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
 
@@ -57,7 +57,7 @@ class AllocateBody(Body):
     metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
     def request(self) -> AllocationRequest:
-        """The same, as the lease service takes it."""
+        """The request in the form that the lease service takes."""
         return AllocationRequest(
             pool=Key(self.namespace, self.pool_name),
             wait=self.wait,
@@ -69,7 +69,7 @@ class AllocateBody(Body):
 
 
 class AllocateAnswer(Body):
-    """A lease with everything needed to use it. clientKey is absent where the caller sent a CSR."""
+    """A lease with everything that is needed to use it. clientKey is absent if the caller sent a CSR."""
 
     worker_name: str
     token: str
@@ -82,7 +82,7 @@ class AllocateAnswer(Body):
 
     @classmethod
     def of(cls, grant: Grant, gateway_endpoint: str) -> AllocateAnswer:
-        """The answer for a lease that was just made."""
+        """The response for a new lease."""
         return cls(
             worker_name=grant.worker.key.name,
             token=grant.token,
@@ -96,50 +96,52 @@ class AllocateAnswer(Body):
 
 
 class TokenBody(Body):
-    """A token; having it is the right to ask."""
+    """A lease's token. Who has it may ask."""
 
     token: Token
 
 
 class LeaseBody(Body):
-    """A lease: its token, or, for who made it, the worker that it is on."""
+    """A lease: its token, or the name of its worker if the caller allocated it."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["token"]}, {"required": ["workerName"]}]})
 
     token: Token = ""
     worker_name: ObjectName = ""
     namespace: Namespace = DEFAULT_NAMESPACE
-    """The worker's, and its pool's."""
+    """The namespace of the worker and its pool."""
 
     @property
     def worker(self) -> Key | None:
-        """The worker, where it is that which names the lease.
+        """The worker, if the body names the lease by it; None if it names the lease by its token.
 
         Raises:
-            InvalidInput: Not exactly one of the two is given.
+            InvalidInput: Both or neither of the two are given.
         """
         if bool(self.token) == bool(self.worker_name):
             raise InvalidInput(
-                "token: give either the lease's token or workerName", hint="Give exactly one.", field="token"
+                "the request must name the lease in exactly one way",
+                hint="Give either token or workerName.",
+                field="token",
             )
         return Key(self.namespace, self.worker_name) if self.worker_name else None
 
 
 class RenewBody(LeaseBody):
-    """A lease and how long it shall run from now; without ttl the pool's default."""
+    """A lease, and how long it should last from now on. Without ttl: the pool's default."""
 
     ttl: Duration | None = None
 
 
 class RenewAnswer(Body):
-    """When the lease ends now."""
+    """The new end of the lease."""
 
     worker_name: str
     expires_at: AwareDatetime
 
 
 class LookupAnswer(Body):
-    """Where a lease leads."""
+    """The worker of a lease."""
 
     worker_endpoint: str
     worker_name: str
@@ -147,13 +149,13 @@ class LookupAnswer(Body):
 
 
 class StatusAnswer(Body):
-    """One word."""
+    """A status in one word."""
 
     status: str
 
 
 class WorkerView(Body):
-    """A worker as people want to see it. Whose it is not sees its name and phase only."""
+    """A worker. Callers who do not own its lease see only its name and phase."""
 
     name: str
     phase: str
@@ -172,7 +174,7 @@ class WorkerView(Body):
 
         Args:
             worker: The worker.
-            whole: Whether more than name and phase may be seen.
+            whole: Whether the caller may see more than name and phase.
         """
         name, phase = worker.key.name, worker.status.phase.value
         if not whole:
@@ -193,7 +195,7 @@ class WorkerView(Body):
 
 
 class PoolView(Body):
-    """A pool as people want to see it."""
+    """A pool with its counts."""
 
     name: str
     namespace: str
@@ -211,7 +213,7 @@ class PoolView(Body):
 
     @classmethod
     def of(cls, pool: Pool, **live: Any) -> Self:
-        """The view of a pool; `live` is what changes too fast for its stored status."""
+        """The view of a pool; `live` are the values that change too fast to be in its stored status."""
         return cls(
             name=pool.key.name,
             namespace=pool.key.namespace,
@@ -224,19 +226,19 @@ class PoolView(Body):
 
 
 class PoolsAnswer(Body):
-    """All pools that the caller may see."""
+    """All pools that the caller may use."""
 
     pools: tuple[PoolView, ...]
 
 
 class PoolAnswer(PoolView):
-    """One pool, with its workers one by one."""
+    """One pool with its workers."""
 
     members: tuple[WorkerView, ...]
 
 
 class CheckBody(Body):
-    """Somebody's bearer token, and the pool that it is about; having the token is the right to ask."""
+    """A bearer token and a pool. Who has the token may ask."""
 
     token: Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_BEARER, pattern=r"^[A-Za-z0-9._~+/-]+=*$")]
     pool_name: ObjectName
@@ -244,7 +246,7 @@ class CheckBody(Body):
 
 
 class IdentityView(Body):
-    """Whom a token stands for."""
+    """The identity that a token proves."""
 
     name: str
     authority: str
@@ -267,7 +269,7 @@ class IdentityView(Body):
 
 
 class VerdictView(Body):
-    """What one way of knowing a caller says of the token."""
+    """What one authenticator says about the token."""
 
     source: str
     known: bool
@@ -284,7 +286,7 @@ class CheckAnswer(Body):
 
     @classmethod
     def of(cls, decision: AccessDecision, caller: Caller, *, all_verdicts: bool) -> CheckAnswer:
-        """The answer for a decision about a caller."""
+        """The response for a decision about a caller."""
         verdicts = tuple(
             VerdictView(source=one.source, known=one.identity is not None, reason=one.refusal)
             for one in caller.verdicts
@@ -298,7 +300,7 @@ class CheckAnswer(Body):
 
 
 class IssuerView(Body):
-    """A BuildKitOIDCConfig as people want to see it."""
+    """A BuildKitOIDCConfig and whether it works."""
 
     name: str
     namespace: str
@@ -330,7 +332,7 @@ class IssuersAnswer(Body):
 
 
 class ErrorDetail(Body):
-    """What is wrong and what to do."""
+    """What is wrong, and what to do."""
 
     code: str
     message: str

@@ -1,6 +1,6 @@
-"""`/openapi.json`, made from the same table of routes that the application is made from.
+"""`/openapi.json`, made from the same table of routes as the application.
 
-It describes; it checks nothing.
+It describes the routes and checks nothing.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from bkpool import __version__
 from bkpool.api.audit import Trail
 from bkpool.api.models import NAME_PATTERN, ErrorAnswer
 
-_TOLD = {
-    HTTPStatus.BAD_REQUEST: "The request is not as it should be; the error names the field",
-    HTTPStatus.UNAUTHORIZED: "There is not exactly one bearer token, or nobody here knows it; the error says why",
-    HTTPStatus.FORBIDDEN: "The caller may not use this pool, or there is none; the error says why",
-    HTTPStatus.NOT_FOUND: "There is no such pool, or no such lease, or it is not the caller's",
+_STATUS_DESCRIPTIONS = {
+    HTTPStatus.BAD_REQUEST: "The request is not valid; the error names the field",
+    HTTPStatus.UNAUTHORIZED: "There is not exactly one bearer token, or it is not accepted; the error says why",
+    HTTPStatus.FORBIDDEN: "The caller may not use this pool, or the pool does not exist; the error says why",
+    HTTPStatus.NOT_FOUND: "There is no such pool or lease, or the lease is not the caller's",
     HTTPStatus.GONE: "The lease has ended; the error says how",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
     HTTPStatus.TOO_MANY_REQUESTS: "A limit of the pool is reached (spec.auth.limits); the error names it",
     HTTPStatus.BAD_GATEWAY: "The worker does not come up; the error has the end of buildkitd's log",
-    HTTPStatus.SERVICE_UNAVAILABLE: "No worker came free in time, or something that is needed is away",
+    HTTPStatus.SERVICE_UNAVAILABLE: "No worker became free in time, or the store does not answer",
 }
 _RETRY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
 class Bearer(Enum):
-    """Whether a route wants an Authorization header."""
+    """Whether a route needs an Authorization header."""
 
     REQUIRED = "required"
     OPTIONAL = "optional"
-    """A token in the body may be the right to ask."""
+    """A lease's token in the body can take its place."""
     NONE = "none"
 
     @property
     def security(self) -> list[dict[str, list[str]]]:
-        """As OpenAPI has it."""
+        """The `security` of an OpenAPI operation."""
         bearer: dict[str, list[str]] = {"bearer": []}
         return {Bearer.REQUIRED: [bearer], Bearer.OPTIONAL: [{}, bearer], Bearer.NONE: []}[self]
 
 
 @dataclass(frozen=True, slots=True)
 class ApiRoute:
-    """One route: its handler's docstring is its summary."""
+    """One route. The docstring of its handler is its summary in `/openapi.json`."""
 
     method: str
     path: str
@@ -60,13 +60,13 @@ class ApiRoute:
     answer: type[BaseModel]
     bearer: Bearer = Bearer.REQUIRED
     action: str = ""
-    """What the audit trail calls it; empty: nothing is decided there."""
+    """Its name in the audit trail; empty if the route decides nothing."""
     errors: tuple[int, ...] = ()
-    """Statuses of its errors, beside those that its body and bearer bring."""
+    """Statuses of its errors, without those that follow from its body and bearer."""
 
     @property
     def all_errors(self) -> list[HTTPStatus]:
-        """Every status of its errors that a client should know."""
+        """Every error status that a client should handle."""
         found = set(self.errors)
         found |= {400, 413} if self.body else set()
         found |= {401, 503} if self.bearer is Bearer.REQUIRED else set()
@@ -124,11 +124,11 @@ def _operation(route: ApiRoute) -> dict[str, Any]:
 
 
 def _error(status: HTTPStatus) -> dict[str, Any]:
-    told = _content(_TOLD[status], ErrorAnswer)
+    response = _content(_STATUS_DESCRIPTIONS[status], ErrorAnswer)
     if status in _RETRY:
-        when = {"description": "Seconds after which a new try makes sense", "schema": {"type": "integer"}}
-        told["headers"] = {"Retry-After": when}
-    return told
+        when = {"description": "Seconds to wait before a new attempt", "schema": {"type": "integer"}}
+        response["headers"] = {"Retry-After": when}
+    return response
 
 
 def _content(description: str, model: type[BaseModel]) -> dict[str, Any]:

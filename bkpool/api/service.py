@@ -1,6 +1,6 @@
-"""The routes: each reads its body, asks who is calling and whether they may, and hands on to the lease service.
+"""The routes: each reads its body, asks who is calling and what they may do, and calls the lease service.
 
-What a caller may not know is not told here: pools they may not use, and leases that others made.
+A response never reveals pools that the caller may not use, or leases of others.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bkpool.allocation import Allocator, LeaseService, OwnLease
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.audit import Trail
+from bkpool.api.bodies import read_body
 from bkpool.api.openapi import ApiRoute, Bearer
-from bkpool.api.reading import read
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
@@ -30,23 +30,23 @@ from bkpool.store.mirror import Mirror
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the routes need, and the routes."""
+    """The routes, and what they need."""
 
-    claims: Allocator
+    allocator: Allocator
     leases: LeaseService
     mirror: Mirror
     access: AccessControl
     gateway_endpoint: Callable[[Pool], str]
-    """Where a caller reaches the gateway of a pool."""
+    """Where callers reach the gateway of a pool."""
     connections: Callable[[Pool], int]
-    """Open connections of a pool."""
-    trouble: Callable[[], str | None]
-    """Why the appliance can't lease anything now; None when it can."""
-    leaving: Callable[[], str | None] = lambda: None
-    """Why no more should be sent here, although it is still served."""
+    """The number of open connections of a pool."""
+    unavailable_reason: Callable[[], str | None]
+    """Why nothing can be leased at the moment; None if leases are possible."""
+    not_ready_reason: Callable[[], str | None] = lambda: None
+    """Why this replica should get no new requests although it still answers them; None if it should."""
 
     def routes(self) -> list[ApiRoute]:
-        """Every route, with what goes in and out, and what the audit trail calls it."""
+        """Every route, with its bodies, its errors and its name in the audit trail."""
         v1, workers, either, nothing = "/api/v1", "/api/v1/workers", Bearer.OPTIONAL, Bearer.NONE
         status = models.StatusAnswer
         return [
@@ -88,43 +88,43 @@ class Service:
         """Lease a worker; waits until one is ready."""
         caller = await self._caller(request, trail)
         self._check_ready()
-        wanted = (await read(request, models.AllocateBody)).request()
+        wanted = (await read_body(request, models.AllocateBody)).request()
         pool, identity = self._admit(caller, wanted.pool, trail)
-        grant = await self.claims.allocate(identity, wanted)
-        _note(trail, grant.worker)
+        grant = await self.allocator.allocate(identity, wanted)
+        _add_lease(trail, grant.worker)
         return models.AllocateAnswer.of(grant, self.gateway_endpoint(self.mirror.pools.get(pool.key, pool)))
 
     async def renew(self, request: web.Request, trail: Trail) -> models.RenewAnswer:
-        """Let a lease run longer."""
-        body = await read(request, models.RenewBody)
+        """Extend a lease."""
+        body = await read_body(request, models.RenewBody)
         lease = await self._lease(request, body, trail)
         worker = await self.leases.renew(lease, body.ttl)
-        _let(trail, lease, worker)
+        _add_allowed(trail, lease, worker)
         return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.held_lease.expires_at)
 
     async def lookup(self, request: web.Request, trail: Trail) -> models.LookupAnswer:
-        """Where a lease leads."""
-        token = (await read(request, models.TokenBody)).token
+        """Get the worker of a lease."""
+        token = (await read_body(request, models.TokenBody)).token
         worker = await self.leases.lookup(token)
-        _let(trail, token, worker)
+        _add_allowed(trail, token, worker)
         return models.LookupAnswer(
             worker_endpoint=worker.status.endpoint or "", worker_name=worker.key.name, pool_name=worker.pool.name
         )
 
     async def release(self, request: web.Request, trail: Trail) -> models.StatusAnswer:
         """End a lease."""
-        lease = await self._lease(request, await read(request, models.LeaseBody), trail)
-        _let(trail, lease, await self.leases.release(lease))
+        lease = await self._lease(request, await read_body(request, models.LeaseBody), trail)
+        _add_allowed(trail, lease, await self.leases.release(lease))
         return models.StatusAnswer(status="released")
 
     async def check(self, request: web.Request, trail: Trail) -> models.CheckAnswer:
-        """Whether the holder of a bearer token may use a pool, and why."""
-        body = await read(request, models.CheckBody)
+        """Check whether a bearer token may use a pool, and why."""
+        body = await read_body(request, models.CheckBody)
         admin = await self._is_admin(request)
         caller = await self.access.known(body.token)
         pool = Key(body.namespace, body.pool_name)
         trail.about(pool=str(pool))
-        decision = self._decide(caller.identities, pool, tell=admin)
+        decision = self._decide(caller.identities, pool, reveal=admin)
         if not caller.identities:
             decision = AccessDecision(allowed=False, reason=refusal(caller))
         trail.of(decision.identity)
@@ -132,9 +132,9 @@ class Service:
         return models.CheckAnswer.of(decision, caller, all_verdicts=admin)
 
     async def pools(self, request: web.Request, trail: Trail) -> models.PoolsAnswer:
-        """The pools that the caller may use."""
+        """List the pools that the caller may use."""
         caller = await self._caller(request, trail)
-        open_to_all = self.access.open_to_all  # looks at all pools: once is enough
+        open_to_all = self.access.open_to_all  # computed once, because it looks at all pools
         usable = [
             pool
             for _, pool in sorted(self.mirror.pools.items())
@@ -144,7 +144,7 @@ class Service:
         return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool)) for pool in usable))
 
     async def pool(self, request: web.Request, trail: Trail) -> models.PoolAnswer:
-        """One pool and its workers."""
+        """Get one pool and its workers."""
         caller = await self._caller(request, trail)
         namespace = check_name(request.query.get("namespace") or DEFAULT_NAMESPACE, field="namespace")
         pool, _ = self._admit(caller, Key(namespace, check_name(request.match_info["name"], field="name")), trail)
@@ -153,23 +153,23 @@ class Service:
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
 
     async def issuers(self, request: web.Request, trail: Trail) -> models.IssuersAnswer:
-        """The issuers of callers' tokens that are configured in objects of their own, and whether each works."""
+        """List the BuildKitOIDCConfigs, and whether each works."""
         identity = (await self._caller(request, trail)).identities[0]
         if not identity.admin:
-            raise Forbidden(f"{identity.name} may not see how callers are known", hint="Only the admin may.")
+            raise Forbidden(f"{identity.name} may not list issuers", hint="Use the admin's token.")
         trail.decided(allowed=True, reason="the admin may")
         configs = (config for _, config in sorted(self.mirror.configs.items()))
         return models.IssuersAnswer(issuers=tuple(map(models.IssuerView.of, configs)))
 
     async def health(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
-        """Whether the process lives."""
+        """Check whether the process runs."""
         return models.StatusAnswer(status="ok")
 
     async def ready(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
-        """Whether requests should be sent here."""
+        """Check whether this replica should get requests."""
         self._check_ready()
-        if why := self.leaving():
-            raise Unavailable(why, hint="Another replica serves.", retry_after=2)
+        if reason := self.not_ready_reason():
+            raise Unavailable(reason, hint="Another replica serves.", retry_after=2)
         return models.StatusAnswer(status="ready")
 
     # --- who may what -----------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Service:
         return caller
 
     async def _is_admin(self, request: web.Request) -> bool:
-        """Whether the request's own credential, if it has a good one, is the admin's."""
+        """Whether the request has a valid credential of the admin."""
         try:
             caller = await self.access.caller(request.headers.getall("Authorization", []))
         except (Unauthenticated, Forbidden):
@@ -188,7 +188,12 @@ class Service:
         return any(identity.admin for identity in caller.identities)
 
     def _admit(self, caller: Caller, key: Key, trail: Trail) -> tuple[Pool, Identity]:
-        """The pool, and whom the caller is there. Raises Forbidden, or NotFound where the caller may know that."""
+        """The pool, and the identity by which the caller may use it.
+
+        Raises:
+            Forbidden: They may not use it.
+            NotFound: It does not exist, and they may know that.
+        """
         trail.about(pool=str(key))
         decision = self._decide(caller.identities, key)
         trail.of(decision.identity)
@@ -197,27 +202,28 @@ class Service:
         trail.decided(allowed=True, reason=decision.reason)
         return find_pool(self.mirror, key), decision.identity
 
-    def _decide(self, identities: tuple[Identity, ...], key: Key, *, tell: bool = False) -> AccessDecision:
-        """Whether one of them may use the pool.
+    def _decide(self, identities: tuple[Identity, ...], key: Key, *, reveal: bool = False) -> AccessDecision:
+        """Whether one of the identities may use the pool.
 
         Args:
-            identities: Whom the caller may be.
-            key: The pool's name, of which there may be none.
-            tell: Whether it may be told that there is none, whoever they are.
+            identities: The identities of the caller.
+            key: The name of a pool, which need not exist.
+            reveal: Whether the caller may learn that it does not exist, whatever their identities are.
 
         Raises:
-            NotFound: There is none, and they may know it: the admin, or everybody while all pools are open to all.
+            NotFound: It does not exist, and the caller may know that: the admin, or anybody while all pools are open
+                to all.
         """
         pool = self.mirror.pools.get(key)
         if pool is not None:
             return self.access.decide(identities, pool)
-        if tell or any(one.admin for one in identities) or (identities and self.access.open_to_all):
+        if reveal or any(one.admin for one in identities) or (identities and self.access.open_to_all):
             find_pool(self.mirror, key)
         first = identities[0] if identities else None
         return AccessDecision(allowed=False, reason="there is no pool of this name that they may use", identity=first)
 
     async def _lease(self, request: web.Request, body: models.LeaseBody, trail: Trail) -> str | OwnLease:
-        """The lease that is meant: its token is the right to it, else its maker's credential."""
+        """The lease that the body names: by its token, or by its worker together with the caller's own credential."""
         worker = body.worker
         if worker is None:
             return body.token
@@ -225,38 +231,38 @@ class Service:
         return OwnLease(worker, (await self._caller(request, trail)).identities)
 
     def _check_ready(self) -> None:
-        trouble = self.trouble()
-        if trouble is not None:
-            raise Unavailable(trouble, hint="Try again in a moment.", retry_after=2)
+        reason = self.unavailable_reason()
+        if reason is not None:
+            raise Unavailable(reason, hint="Try again in a moment.", retry_after=2)
 
     def _live(self, pool: Pool) -> dict[str, Any]:
         return {
             **worker_counts(self.mirror.workers_of(pool.key)),
-            "waiting": self.claims.waiting(pool.key),
+            "waiting": self.allocator.waiting(pool.key),
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint(pool),
         }
 
 
 def _is_theirs(caller: Caller, worker: Worker) -> bool:
-    """Whether more of the worker may be shown than that it is there: what it did for others is theirs."""
+    """Whether the caller may see more of the worker than its name and phase: only those who hold its lease may."""
     return is_theirs(worker.pool, caller.identities, worker.lease.holder if worker.lease else "")
 
 
-def _note(trail: Trail, worker: Worker) -> None:
+def _add_lease(trail: Trail, worker: Worker) -> None:
     trail.about(pool=str(worker.pool), worker=str(worker.key), allocation=worker.held_lease.id)
 
 
-def _let(trail: Trail, lease: str | OwnLease, worker: Worker | None) -> None:
-    """Notes that somebody might do with this lease what he asked for; None: it has ended before."""
+def _add_allowed(trail: Trail, lease: str | OwnLease, worker: Worker | None) -> None:
+    """Records that the caller may do this with the lease. The worker is None if the lease has ended before."""
     if worker is not None:
-        _note(trail, worker)
+        _add_lease(trail, worker)
     if isinstance(lease, str):
         trail.decided(allowed=True, reason="the caller has the lease's token")
         if worker is not None:
             trail.about(identity=worker.held_lease.requested_by)
         return
     admin = next((one for one in lease.identities if one.admin), None)
-    maker = next((one for one in lease.identities if worker and one.digest == worker.held_lease.holder), None)
-    trail.of(admin or maker)
-    trail.decided(allowed=True, reason="the admin may" if admin else "the caller made this lease")
+    owner = next((one for one in lease.identities if worker and one.digest == worker.held_lease.holder), None)
+    trail.of(admin or owner)
+    trail.decided(allowed=True, reason="the admin may" if admin else "the caller allocated this lease")

@@ -21,6 +21,7 @@ from bkpool.appliance.access_control import MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.settings import Settings
 from bkpool.controller import Controller
+from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
@@ -88,7 +89,11 @@ class Backend:
         return allocator, leases
 
     def controller(
-        self, mirror: Mirror, status_inputs: Callable[[Pool], PoolStatusInputs], now: Callable[[], datetime]
+        self,
+        mirror: Mirror,
+        status_inputs: Callable[[Pool], PoolStatusInputs],
+        metrics: ControllerMetrics,
+        now: Callable[[], datetime],
     ) -> Controller:
         """What carries out the policy with this store and runtime."""
         return Controller(
@@ -98,6 +103,7 @@ class Backend:
             now=now,
             status_inputs=status_inputs,
             recorder=self.recorder,
+            metrics=metrics,
         )
 
 

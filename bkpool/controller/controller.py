@@ -13,6 +13,7 @@ from datetime import datetime
 import structlog
 
 from bkpool.allocation.leases import facts
+from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.observation import Snapshot
@@ -39,6 +40,7 @@ from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.registry import new_registry
 from bkpool.workers import Runtime
 
 log = structlog.get_logger(__name__)
@@ -57,6 +59,7 @@ class Controller:
         now: The clock.
         status_inputs: What a pool's status tells beside its workers.
         recorder: Is told what a person would ask about.
+        metrics: Counts decisions and actions; counted nowhere if None.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Controller:
         now: Callable[[], datetime],
         status_inputs: Callable[[Pool], PoolStatusInputs],
         recorder: Recorder,
+        metrics: ControllerMetrics | None = None,
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -75,23 +79,29 @@ class Controller:
         self._now = now
         self._status_inputs = status_inputs
         self._recorder = recorder
+        self._metrics = metrics or ControllerMetrics(new_registry())
         self._ended: dict[Key, Pool] = {}
         """Pools that are known to be gone although workers of theirs are not yet."""
         self._followed: dict[Key, tuple[str, int | None]] = {}
         """Which spec of each pool its workers were brought to last."""
         self._wake = asyncio.Event()
+        self._changed_at: float | None = None
+        """When the first change after the last decision became known, in the event loop's time."""
         self._acting: dict[Slot, asyncio.Task[None]] = {}
         self._telling: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Runs until cancelled; then the actions under way are cancelled too, and finished by the next start."""
         await self._mirror.ready.wait()
-        self._runtime.on_change(self._wake.set)
-        unsubscribe = self._mirror.subscribe(lambda _pool: self._wake.set())
+        self._runtime.on_change(self.look_again)
+        unsubscribe = self._mirror.subscribe(lambda _pool: self.look_again())
         try:
             while True:
                 self._wake.clear()
+                changed_at, self._changed_at = self._changed_at, None
                 wake_at = self._look()
+                if changed_at is not None:
+                    self._metrics.lagged(asyncio.get_running_loop().time() - changed_at)
                 pause = None if wake_at is None else max(0.0, (wake_at - self._now()).total_seconds())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(pause):
@@ -104,7 +114,9 @@ class Controller:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def look_again(self) -> None:
-        """Says that something has changed which neither the mirror nor the runtime tells of."""
+        """Makes the controller decide again, because something has changed."""
+        if self._changed_at is None:
+            self._changed_at = asyncio.get_running_loop().time()
         self._wake.set()
 
     def _look(self) -> datetime | None:
@@ -112,7 +124,8 @@ class Controller:
         now = self._now()
         deadlines: list[datetime] = []
         observed, caches = self._runtime.observe(), self._runtime.caches()
-        for pool in [*self._mirror.pools.values(), *self._ended_pools()]:
+        pools = [*self._mirror.pools.values(), *self._ended_pools()]
+        for pool in pools:
             snapshot = Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
@@ -122,13 +135,14 @@ class Controller:
             )
             decision = decide(snapshot, now)
             for action in decision.actions:
-                self._begin(slot_of_action(action), self._carry_out(action, pool))
+                self._begin(slot_of_action(action), type(action), self._carry_out(action, pool))
             if decision.wake_at is not None:
                 deadlines.append(decision.wake_at)
             if pool.key in self._mirror.pools:
                 self._tell(pool, snapshot.workers, now)
         for slot in stray_slots(observed, self._mirror.workers.values(), self._acting):
-            self._begin(slot, self._stop_stray(slot))
+            self._begin(slot, None, self._stop_stray(slot))
+        self._metrics.decided(len(pools))
         return min(deadlines, default=None)
 
     def _ended_pools(self) -> list[Pool]:
@@ -149,34 +163,38 @@ class Controller:
             log.warning("pool.not_read", pool=str(key), error=error.message)
             await asyncio.sleep(PAUSE)
 
-    def _begin(self, slot: Slot, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(self._guarded(slot, work))
+    def _begin(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
+        task = asyncio.create_task(self._guarded(slot, kind, work))
         self._acting[slot] = task
 
         def ended(_task: asyncio.Task[None]) -> None:
             del self._acting[slot]
-            self._wake.set()
+            self.look_again()
 
         task.add_done_callback(ended)
 
-    async def _guarded(self, slot: Slot, work: Coroutine[None, None, None]) -> None:
-        """Whatever goes wrong with one slot stays with it: it is left alone for a moment, and looked at again."""
+    async def _guarded(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
+        """Carries out one action. An error leaves only this slot alone for a moment; then it is decided again."""
         try:
-            await work
+            self._metrics.ended(kind, await work)
         except (Conflict, NotFound):
-            # Somebody else wrote first. The mirror will bring it; ask the store so that the next look sees it surely.
+            # Another writer was faster. Read the worker now, so that the next decision certainly sees that write.
+            self._metrics.ended(kind, Result.CONFLICT)
             with suppress(BkpoolError):
                 self._mirror.apply(await self._store.get(Worker, *slot.worker))
         except BkpoolError as error:
+            self._metrics.ended(kind, Result.FAILED)
             log.warning("action.failed", slot=str(slot.worker), error=error.message)
             await asyncio.sleep(PAUSE)
         except Exception:
+            self._metrics.ended(kind, Result.CRASHED)
             log.exception("action.crashed", slot=str(slot.worker))
             await asyncio.sleep(PAUSE)
 
-    async def _stop_stray(self, slot: Slot) -> None:
+    async def _stop_stray(self, slot: Slot) -> Result:
         log.warning("worker.stray", slot=str(slot.worker))
         await self._runtime.stop(slot)
+        return Result.DONE
 
     async def _report_failure(self, worker: Worker, error: WorkerFailed | HostFault) -> None:
         log_tail = error.log_tail if isinstance(error, WorkerFailed) else ""
@@ -186,13 +204,13 @@ class Controller:
         self._recorder.record(current, "Failed", message, warning=True)
         self._mirror.apply(await self._store.replace_status(failed_worker(current, message, self._now())))
 
-    async def _carry_out(self, action: Action, pool: Pool) -> None:
+    async def _carry_out(self, action: Action, pool: Pool) -> Result:
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
                 self._recorder.record(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
             case StartDaemon(worker, owner):
-                await self._start(worker, owner, pool)
+                return await self._start(worker, owner, pool)
             case SetCacheOwner(worker, owner):
                 await self._runtime.own(worker.slot, owner)
             case SetProtection(worker, held):
@@ -207,8 +225,9 @@ class Controller:
                 await self._finish(action)
             case RemoveWorker(worker):
                 await self._remove(worker)
+        return Result.DONE
 
-    async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> None:
+    async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> Result:
         async def told(message: str) -> None:
             """What it is waiting for; on the worker, so that whoever waits for it is told as well."""
             with suppress(BkpoolError):  # it is said again when it changes
@@ -219,6 +238,8 @@ class Controller:
             await self._runtime.start(worker.slot, worker.uid, owner, pool, told)
         except (WorkerFailed, HostFault) as error:
             await self._report_failure(worker, error)
+            return Result.FAILED
+        return Result.DONE
 
     async def _report(self, worker: Worker) -> None:
         before = self._mirror.workers.get(worker.key)
@@ -275,7 +296,7 @@ class Controller:
 
         def told(_task: asyncio.Task[None]) -> None:
             del self._telling[pool]
-            self._wake.set()
+            self.look_again()
 
         task.add_done_callback(told)
 

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from bkpool.api import reading
+from bkpool.api import bodies
 from bkpool.identity import Identity, Scope
 from bkpool.identity.access import LONGEST_BEARER
 from support.api import ALLOCATE, running_api
@@ -345,11 +345,11 @@ async def test_a_body_may_be_announced(api):
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch):
-    monkeypatch.setattr(reading, "PATIENCE", 0.05)
+    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.05)
     head = b"POST " + CHECK.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{"
     answer = await api.raw(head, until=b"}}")  # aiohttp keeps the connection a while, for what may still come
     clean(answer)
-    assert b"broken or too slow" in answer
+    assert b"malformed or arrives too slowly" in answer
 
 
 async def test_a_packed_body_is_not_unpacked(api):

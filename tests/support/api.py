@@ -11,10 +11,11 @@ from typing import Any
 from aiohttp import ClientSession, web
 from multidict import CIMultiDictProxy
 
-from bkpool.api import Service, make_app, open_runner
+from bkpool.api import ApiMetrics, Service, make_app, open_runner
 from bkpool.identity import Identity, Verdict
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
+from bkpool.telemetry.registry import new_registry
 from support.world import World, running_world
 
 ADMIN = "a" * 43
@@ -43,6 +44,7 @@ class Api:
         self.session = session
         self.bearers = Bearers()
         self.trouble: str | None = None
+        self.registry = new_registry()
 
     async def __call__(
         self,
@@ -82,7 +84,7 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
         service = Service(
-            claims=replica.claims,
+            allocator=replica.claims,
             leases=replica.leases,
             mirror=replica.mirror,
             access=AccessControl(
@@ -92,9 +94,15 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
             ),
             gateway_endpoint=lambda _pool: "tcp://localhost:1235",
             connections=lambda _pool: 0,
-            trouble=lambda: api.trouble,
+            unavailable_reason=lambda: api.trouble,
         )
-        runner = await open_runner(stack, make_app(service), shutdown_timeout=0)
+        metrics = ApiMetrics(
+            api.registry,
+            waiting=replica.claims.waiting,
+            pools=replica.mirror.pools,
+            workers=replica.mirror.workers,
+        )
+        runner = await open_runner(stack, make_app(service, metrics), shutdown_timeout=0)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         api.port = runner.addresses[0][1]
         yield api

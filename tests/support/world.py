@@ -15,6 +15,7 @@ from typing import Any
 
 from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Grant, LeaseService
 from bkpool.controller import Controller
+from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
@@ -28,6 +29,7 @@ from bkpool.pki.authority import Authority
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
+from bkpool.telemetry.registry import new_registry
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 
 ANN, BOB = Identity("ann"), Identity("bob")
@@ -121,6 +123,7 @@ class World:
         self.runtime = MemoryRuntime()
         self.authority = Authority.create(datetime.now(UTC))
         self.replicas: list[Replica] = []
+        self.registry = new_registry()
 
     async def pool(self, name: str = "p", **spec: Any) -> Pool:
         pool = await self.store.create(Pool(metadata=Metadata(name=name), spec=PoolSpec.model_validate(spec)))
@@ -204,6 +207,7 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
             "tcp://localhost:1235", ignored_fields(pool.spec, world.runtime.ignored_spec_fields)
         ),
         recorder=LogRecorder(),
+        metrics=ControllerMetrics(world.registry),
     )
     tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]
     await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bkpool.allocation import Allocator
-from bkpool.api import Service, make_app
+from bkpool.api import ApiMetrics, Service, make_app
 from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
 from bkpool.appliance.http import serve
@@ -83,18 +83,19 @@ async def open_api(
         now=context.now,
     )
     service = Service(
-        claims=allocator,
+        allocator=allocator,
         leases=leases,
         mirror=mirror,
         access=access,
         gateway_endpoint=sources.gateway_endpoint,
         connections=sources.connections,
-        trouble=sources.unavailable_reason,
-        leaving=sources.not_ready_reason,
+        unavailable_reason=sources.unavailable_reason,
+        not_ready_reason=sources.not_ready_reason,
     )
+    metrics = ApiMetrics(context.registry, waiting=allocator.waiting, pools=mirror.pools, workers=mirror.workers)
     tls = make_api_tls(settings, backend.authority, context.now)
     if tls is not None:
         await context.run_in_background(stack, tls.run())
     ssl_context = tls.context if tls else None
-    address = await serve(stack, make_app(service), settings.api_address, "--api-address", ssl_context)
+    address = await serve(stack, make_app(service, metrics), settings.api_address, "--api-address", ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)

@@ -9,6 +9,7 @@ from functools import partial
 
 from bkpool.appliance.roles.context import ControlState, RoleContext
 from bkpool.appliance.supervise import run_while_leading
+from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.ignored import IgnoredFields
@@ -37,7 +38,8 @@ async def open_controller(
         make_pool_gateways: Makes what keeps a gateway in the cluster for each pool; called each time this process
             gets the Lease. None if this process has the gateway itself.
     """
-    work = partial(_run, context, state, endpoint, make_pool_gateways)
+    metrics = ControllerMetrics(context.registry)
+    work = partial(_run, context, state, metrics, endpoint, make_pool_gateways)
     leadership = state.backend.leadership
     if leadership is None:
         await context.run_in_background(stack, work())
@@ -48,6 +50,7 @@ async def open_controller(
 async def _run(
     context: RoleContext,
     state: ControlState,
+    metrics: ControllerMetrics,
     endpoint: Callable[[Pool], str],
     make_pool_gateways: Callable[[], PoolGateways] | None,
 ) -> None:
@@ -63,7 +66,7 @@ async def _run(
             gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
         )
 
-    controller = backend.controller(mirror, status_inputs, context.now)
+    controller = backend.controller(mirror, status_inputs, metrics, context.now)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(controller.run())
         tasks.create_task(ConfigKeeper(backend.store, mirror, state.issuers.probe, context.now).run())

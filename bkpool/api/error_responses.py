@@ -1,4 +1,4 @@
-"""What is answered when something is wrong: one shape for all errors, as JSON."""
+"""Turns an error into a response: every error of the API has the same JSON shape."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from bkpool.api import models
 from bkpool.core.errors import BkpoolError
 
 
-def error_answer(
+def error_response(
     error: BkpoolError, *, status: int | None = None, headers: dict[str, str] | None = None
 ) -> web.Response:
-    """The answer that tells of an error.
+    """The response for an error.
 
     Args:
         error: What is wrong.
-        status: Instead of the error's own.
-        headers: Further ones.
+        status: The HTTP status instead of the error's own.
+        headers: Further headers.
     """
     detail = models.ErrorDetail(code=error.code, message=error.message, hint=error.hint, field=error.field)
     headers = dict(headers or {})
@@ -34,5 +34,5 @@ def error_answer(
 
 
 def internal_error() -> BkpoolError:
-    """What a caller is told of a fault of ours."""
-    return BkpoolError("an internal error", hint="`bkpool logs` has the details; please report it.")
+    """What a caller sees of a defect of bkpool: no detail of it."""
+    return BkpoolError("an internal error", hint="`bkpool logs` shows the details; please report it.")

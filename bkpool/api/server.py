@@ -1,6 +1,6 @@
-"""How requests come in: aiohttp's server, with answers of our own to what is not HTTP.
+"""Serves HTTP with aiohttp, and answers requests that are not valid HTTP.
 
-aiohttp itself would log such a request and send it back, with whatever credential is in it.
+aiohttp itself would log such a request and send it back, including a credential in it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from bkpool.api.answers import error_answer, internal_error
+from bkpool.api.error_responses import error_response, internal_error
 from bkpool.core.errors import BkpoolError, InvalidInput
 from bkpool.identity.access import LONGEST_BEARER
 
 log = structlog.get_logger(__name__)
 
 MAX_FIELD = LONGEST_BEARER + 1024
-"""Bytes of one header: the longest bearer token, and what is around it."""
+"""Bytes of one header: the longest bearer token, and the rest of its line."""
 
 _SETTINGS: dict[str, Any] = {
     "access_log": None,
     "max_field_size": MAX_FIELD,
-    "auto_decompress": False,  # a body is as it came: nothing small unpacks into something large
+    "auto_decompress": False,  # a body is used as it was sent, so a small one cannot unpack into a large one
 }
 
 
@@ -34,19 +34,19 @@ class _Protocol(web.RequestHandler):
         request: web.BaseRequest,
         status: int = 500,
         exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - has parts of the request in it
+        message: str | None = None,  # noqa: ARG002 - contains parts of the request
     ) -> web.StreamResponse:
-        """Answers what no route has seen. Neither the log nor the answer has anything of the request."""
-        if isinstance(exc, UnicodeError):  # of an answer that would repeat bytes of the request which are no text
+        """Answers a request that reached no route. Neither the log nor the response contains any part of it."""
+        if isinstance(exc, UnicodeError):  # aiohttp would have sent bytes of the request back that are not text
             status = web.HTTPBadRequest.status_code
-        log.info("api.unreadable", remote=request.remote, status=status, reason=type(exc).__name__)
+        log.info("api.request_malformed", remote=request.remote, status=status, reason=type(exc).__name__)
         if status < web.HTTPInternalServerError.status_code:
             error: BkpoolError = InvalidInput(
-                "this is not an HTTP request that can be read", hint=f"A header has at most {MAX_FIELD} bytes."
+                "the request is not valid HTTP", hint=f"A header may have at most {MAX_FIELD} bytes."
             )
         else:
             error = internal_error()
-        response = error_answer(error, status=status)
+        response = error_response(error, status=status)
         response.force_close()
         return response
 
@@ -57,18 +57,18 @@ class _Server(web.Server):
 
 
 async def open_runner(stack: AsyncExitStack, app: web.Application, *, shutdown_timeout: float) -> web.BaseRunner:
-    """A runner of this application, to give addresses to. A caller who hangs up cancels his request.
+    """A runner for this application, without addresses yet. A caller who closes the connection cancels their request.
 
     Args:
-        stack: Ends it.
-        app: What answers.
-        shutdown_timeout: Seconds that a request under way gets when it ends.
+        stack: Closes it.
+        app: What is served.
+        shutdown_timeout: Seconds that running requests get when it closes.
     """
     routes = web.AppRunner(app)
     await routes.setup()
     stack.push_async_callback(routes.cleanup)
     if routes.server is None:
-        raise RuntimeError("aiohttp has set up an application without a server")
+        raise RuntimeError("aiohttp set up an application without a server")
     server = _Server(
         routes.server.request_handler, request_factory=routes.server.request_factory, handler_cancellation=True
     )
