@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY
+from bkpool.api import ApiMetrics
+from bkpool.controller.metrics import ControllerMetrics
+from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY, Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 from bkpool.telemetry.loop_metrics import LoopMetrics
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "observability"
 TARGET = {"job", "instance", "namespace"}  # what a scrape adds
 
-_METRIC = re.compile(r"((?:buildkit_gateway|bkpool)_\w+)(?:\{([^}]*)\})?")
+_METRIC = re.compile(r"((?:buildkit|bkpool)_\w+)(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')
 _GROUPING = re.compile(r"\b(?:by|on)\s*\(([^)]*)\)")
 
@@ -54,6 +56,11 @@ def samples():
     loops = LoopMetrics(metrics.registry)
     loops.heartbeat("main", 0.1)
     loops.blocked("main")
+    api = ApiMetrics(metrics.registry, waiting=lambda _pool: 1, pools=[Key("default", "p")], workers={})
+    api.ended("/health", "GET", "200", 0.1)
+    controller = ControllerMetrics(metrics.registry)
+    controller.decided(1)
+    controller.lagged(0.1)
     families = list(metrics.registry.collect())
     assert all(family.samples for family in families), "something was not counted"
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}

@@ -72,6 +72,11 @@ class ApiMetrics:
         )
         registry.register(_PoolGauges(waiting, pools, workers))
 
+    def ended(self, route: str, method: str, code: str, seconds: float) -> None:
+        """Counts a request that has ended. Every label must be from a bounded set."""
+        self._requests[route, method, code].inc()
+        self._durations[route].observe(seconds)
+
     def middleware(self) -> Middleware:
         """A middleware that counts every request. It must be the outermost, so that errors are responses already."""
 
@@ -85,8 +90,7 @@ class ApiMetrics:
                 resource = request.match_info.route.resource
                 route = resource.canonical if resource else UNMATCHED
                 method = request.method if request.method in _METHODS else OTHER
-                self._requests[route, method, code].inc()
-                self._durations[route].observe(time.perf_counter() - began)
+                self.ended(route, method, code, time.perf_counter() - began)
             return response
 
         return count
