@@ -32,9 +32,13 @@ WORKER_GONE, CLIENT_GONE = 25.0, 45.0
 HICCUP = 8.0  # seconds
 
 
-@pytest.fixture
-async def new_world(tmp_path):
+@pytest.fixture(scope="module")
+def _libuv():
     open_libuv_pipe()
+
+
+@pytest.fixture
+async def new_world(_libuv, tmp_path):
     async with gateway_worlds(CertificateFactory(tmp_path), tmp_path) as make:
         yield make
 
