@@ -114,3 +114,10 @@ def lock(session: nox.Session) -> None:
     session.run(*common, "-o", "requirements.lock", external=True)
     session.run(*common, "--group", "build", "-o", "requirements-install.lock", external=True)
     session.run(*common, "--group", "build", "--group", "dev", "-o", "requirements-dev.lock", external=True)
+
+
+@nox.session
+def stubs(session: nox.Session) -> None:
+    """Generates bkpool/buildkit/stubs from its control.proto. tests/buildkit compares what is committed with it."""
+    outputs = [f"--{kind}_out=." for kind in ("python", "pyi", "grpclib_python")]
+    session.run("python", "-m", "grpc_tools.protoc", "-I.", *outputs, "bkpool/buildkit/stubs/control.proto")

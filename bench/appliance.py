@@ -24,6 +24,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench.table import spread
+from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe
 from harness import Appliance, oidc_config, pool
@@ -174,7 +175,7 @@ def _bare_buildkitd(tools: dict[str, Path]) -> float:
 
 async def _answered(socket: str) -> None:
     while True:
-        with suppress(OSError, ConnectionError, EOFError):
+        with suppress(Unavailable, WorkerFailed):
             await probe(Path(socket))
             return
         await asyncio.sleep(0.005)

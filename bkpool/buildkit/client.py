@@ -15,11 +15,11 @@ from grpclib.client import UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from h2.exceptions import ProtocolError
 
-from bkpool.buildkit.connection import Connection, WorkerTls, describe, open_connection
+from bkpool.buildkit.connection import Connection, WorkerTls, open_connection
 from bkpool.buildkit.records import BuildEvent, BuildkitVersion, UsageRecord, WorkerRecord
 from bkpool.buildkit.stubs import control_pb2 as pb
 from bkpool.buildkit.stubs.control_grpc import ControlStub
-from bkpool.core.errors import Unavailable, WorkerFailed
+from bkpool.core.errors import BkpoolError, Unavailable, WorkerFailed
 
 _NANOSECONDS = 1_000  # in a microsecond, the unit of timedelta
 _QUOTED = 200  # characters of a reason that HTTP/2 gives for the end of a call
@@ -211,17 +211,20 @@ class ControlClient:
             status = f"{error.status.value} ({error.status.name})"
             raise WorkerFailed(f"buildkitd answered {call} with grpc-status {status}") from error
         except StreamTerminatedError as error:
-            if str(error) == "Protocol error":
-                raise WorkerFailed(f"what listens on {endpoint} does not speak HTTP/2") from error
-            raise Unavailable(f"{endpoint} broke off the call {call}: {str(error)[:_QUOTED]}") from error
+            raise self._lost(call, str(error)[:_QUOTED]) from error
         except TimeoutError:
             raise Unavailable(f"{endpoint} did not answer {call} within {seconds:g} s") from None
         except (OSError, ProtocolError) as error:
-            reason = describe(error) if isinstance(error, OSError) else "the connection was lost"
-            raise Unavailable(f"{endpoint} broke off the call {call}: {reason}") from error
+            raise self._lost(call, "the connection was lost") from error
         except (DecodeError, NotImplementedError, AssertionError, ValueError, OverflowError) as error:
             # grpclib raises the second for a compressed message, the third for one that ends too early.
             raise WorkerFailed(f"{endpoint} answered {call} with something else than BuildKit's API has") from error
+
+    def _lost(self, call: str, reason: str) -> BkpoolError:
+        endpoint, violation = self._connection.endpoint, self._connection.violation
+        if violation is not None:
+            return WorkerFailed(f"what listens on {endpoint} does not speak HTTP/2: {str(violation)[:_QUOTED]}")
+        return Unavailable(f"{endpoint} broke off the call {call}: {self._connection.lost_because or reason}")
 
 
 def _name(method: str) -> str:

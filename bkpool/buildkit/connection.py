@@ -1,7 +1,7 @@
 """One HTTP/2 connection to one worker whose identity has been checked.
 
-When a connection is lost, grpclib would connect again by itself. This never does: somebody else may listen at the same
-address by then. It bounds what a worker can make us hold in memory.
+When a connection is lost, grpclib would connect again by itself. This never does: another worker may listen at the
+same address by then. It bounds what a worker can make us hold in memory.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from grpclib.client import Channel, Handler
 from grpclib.config import Configuration
 from grpclib.protocol import H2Protocol, Stream
 from grpclib.utils import Wrapper
+from h2.events import Event
+from h2.exceptions import ProtocolError
 
 from bkpool.core.errors import Unavailable, WorkerFailed
-from bkpool.pki.backend import check_worker
+from bkpool.pki.worker_tls import check_worker
 
 MAX_MESSAGE = 16 * 2**20
 """Bytes of one message: what BuildKit's own client takes (util/grpcutil, DefaultMaxRecvMsgSize)."""
@@ -38,7 +40,7 @@ class WorkerTls:
     """What is needed to reach a worker over mutual TLS, and to know that it is the right one."""
 
     context: ssl.SSLContext
-    """Of `pki.backend.worker_context`."""
+    """Of `pki.worker_tls.worker_context`."""
     worker_uid: str
     """The uid that the worker's certificate must have."""
 
@@ -66,6 +68,17 @@ class Connection:
         """
         tls: ssl.SSLObject = self._protocol.transport.get_extra_info("ssl_object")
         check_worker(tls.getpeercert(binary_form=True), worker_uid)
+
+    @property
+    def violation(self) -> ProtocolError | None:
+        """The breach of HTTP/2 that ended the connection."""
+        return self._protocol.violation
+
+    @property
+    def lost_because(self) -> str:
+        """Why the connection was lost, as far as the system or TLS says; empty: nothing is known, or it is open."""
+        error = self._protocol.error
+        return describe(error) if isinstance(error, OSError) else ""
 
     async def close(self) -> None:
         """Ends the connection at once, without TLS's closing handshake: a peer that hangs would delay it by 30 s."""
@@ -141,21 +154,35 @@ class _Protocol(H2Protocol):
     """Adds what grpclib has no setting for: bounded messages, probes of a silent peer, an event at the end."""
 
     transport: asyncio.Transport
+    error: BaseException | None = None
+    """With which the connection ended."""
+    violation: ProtocolError | None = None
+    """The breach of HTTP/2 that ended it. grpclib does not keep it, and does not tell a call that comes later."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.transport = cast("asyncio.Transport", transport)
         self.closed = asyncio.Event()
+        self._h2_connection = self.connection._connection  # noqa: SLF001 - for the two methods that are replaced
         _probe_silent_peer(transport.get_extra_info("socket"))
         self.connection.create_stream = self._bounded_stream  # type: ignore[method-assign]
+        self.connection.feed = self._feed  # type: ignore[method-assign]
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        self.error = exc
         super().connection_lost(exc)
         self.closed.set()
 
+    def _feed(self, data: bytes) -> list[Event]:
+        try:
+            return self._h2_connection.receive_data(data)
+        except ProtocolError as error:
+            self.violation = error
+            raise
+
     def _bounded_stream(self, *, stream_id: int | None = None, wrapper: Wrapper | None = None) -> Stream:
-        h2_connection = self.connection._connection  # noqa: SLF001 - grpclib's own create_stream does the same
-        return _BoundedStream(self.connection, h2_connection, self.transport, stream_id=stream_id, wrapper=wrapper)
+        parts = (self.connection, self._h2_connection, self.transport)
+        return _BoundedStream(*parts, stream_id=stream_id, wrapper=wrapper)
 
 
 class _BoundedStream(Stream):

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from bkpool.core.errors import Conflict, WorkerFailed
+from bkpool.core.errors import Conflict, Unavailable, WorkerFailed
 from bkpool.core.names import (
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_ISOLATION,
@@ -351,7 +351,7 @@ async def test_nobody_but_a_dialler_gets_in_and_no_other_worker_is_taken_for_thi
         worker_context(worker.cert_pem, worker.key_pem, BACKEND.cert_pem),
     ]
     for stranger in strangers:
-        with pytest.raises(OSError, match=r"(?i)alert|certificate"):
+        with pytest.raises(Unavailable, match=r"(?i)alert|certificate"):
             await probe_tls(*place, stranger, "uid-1")
     with pytest.raises(WorkerFailed, match="not the worker with uid uid-2") as wrong:
         await probe_tls(*place, dialler(), "uid-2")
@@ -365,7 +365,7 @@ import asyncio, json, os, pathlib, signal, sys
 from datetime import UTC, datetime, timedelta
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
-from bkpool.kube import Access, KubeApi
+from bkpool.kube import ClusterAccess, KubeApi
 from bkpool.pki.authority import Authority
 from bkpool.pki.worker_tls import worker_context
 from bkpool.workers.pods.runtime import PodRuntime
@@ -388,7 +388,7 @@ async def untold(message):
 async def main():
     global left
     KubeApi._request = deadly
-    api = await KubeApi.connect(Access(pathlib.Path(given["kubeconfig"])))
+    api = await KubeApi.connect(ClusterAccess(pathlib.Path(given["kubeconfig"])))
     backend, now = Authority(given["cert"].encode(), given["key"].encode()), datetime.now(UTC)
     leaf = backend.issue_dialler("victim", now, now + timedelta(hours=1))
     context = worker_context(leaf.cert_pem, leaf.key_pem, backend.cert_pem)

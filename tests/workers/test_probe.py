@@ -15,7 +15,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import RequestReceived, StreamEnded
 
-from bkpool.core.errors import WorkerFailed
+from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.pki.authority import Authority
 from bkpool.pki.worker_tls import worker_context
 from bkpool.workers.probe import probe, probe_tls
@@ -51,7 +51,9 @@ def grpc(*trailers: tuple[str, str], body: bytes = b"\0\0\0\0\0"):
                 if isinstance(event, RequestReceived):
                     assert dict(event.headers)[":path"] == "/moby.buildkit.v1.Control/ListWorkers"
                 if isinstance(event, StreamEnded):
-                    connection.send_headers(event.stream_id, [(":status", "200")])
+                    connection.send_headers(
+                        event.stream_id, [(":status", "200"), ("content-type", "application/grpc")]
+                    )
                     connection.send_data(event.stream_id, body)
                     connection.send_headers(event.stream_id, list(trailers), end_stream=True)
             writer.write(connection.data_to_send())
@@ -72,8 +74,8 @@ async def test_any_other_status_is_not_ready(socket, status):
             await probe(socket)
 
 
-async def test_nobody_there_is_an_os_error(socket):
-    with pytest.raises(FileNotFoundError):
+async def test_nobody_there_is_told_apart_from_a_worker_that_fails(socket):
+    with pytest.raises(Unavailable, match="No such file"):
         await probe(socket)
 
 
@@ -82,7 +84,7 @@ async def test_one_that_hangs_up_is_not_ready(socket):
         await reader.read(1)
 
     async with listening(socket, hang_up):
-        with pytest.raises((WorkerFailed, OSError)):
+        with pytest.raises(Unavailable):
             await probe(socket)
 
 
@@ -141,13 +143,13 @@ async def test_another_worker_on_that_port_is_not_taken_for_this_one(tmp_path):
 
 async def test_a_refused_dialler_and_a_closed_port_are_no_answer(tmp_path):
     async with worker(tmp_path, grpc(("grpc-status", "0"))) as port:
-        with pytest.raises((OSError, WorkerFailed)):
+        with pytest.raises(Unavailable):
             await probe_tls("127.0.0.1", port, dialler(Authority.create(NOW)), "uid-1")
-    with pytest.raises(OSError):
+    with pytest.raises(Unavailable):
         await probe_tls("127.0.0.1", port, dialler(), "uid-1")
 
 
-async def test_a_proxy_that_takes_the_connection_and_hangs_up_is_an_os_error():
+async def test_a_proxy_that_takes_the_connection_and_hangs_up_is_unavailable():
     """Docker's, while nothing listens behind it."""
 
     async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -155,5 +157,5 @@ async def test_a_proxy_that_takes_the_connection_and_hangs_up_is_an_os_error():
 
     server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
     async with server:
-        with pytest.raises(OSError):
+        with pytest.raises(Unavailable):
             await probe_tls("127.0.0.1", server.sockets[0].getsockname()[1], dialler(), "uid-1")

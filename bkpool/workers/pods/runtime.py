@@ -18,7 +18,7 @@ from operator import is_not
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import WORKER_PORT, Slot
 from bkpool.core.pool import Pool
 from bkpool.kube import Doc, KubeApi, paths
@@ -33,7 +33,7 @@ from bkpool.workers.pods.pod_view import Stage, View
 from bkpool.workers.pods.pod_words import PodWords
 from bkpool.workers.pods.pod_writes import CLAIMS, PODS, PodWrites, foreign
 from bkpool.workers.pods.start_deadline import Deadlines, StartDeadline
-from bkpool.workers.probe import probe_tls
+from bkpool.workers.probe import probe_tls, tcp_endpoint
 
 __all__ = ["Deadlines", "PodRuntime"]
 
@@ -268,14 +268,12 @@ class PodRuntime:
                         await probe_tls(*address, self._context, uid)
                 except TimeoutError:
                     limit, said = min(limit * 2, _LONGEST_PATIENCE), "it does not answer"
-                except WorkerFailed as error:
+                except (Unavailable, WorkerFailed) as error:
                     said = error.message
-                except OSError as error:
-                    said = error.strerror or str(error) or type(error).__name__
                 else:
                     if patience.look(View(Stage.RUNNING), clock()) is not None:
                         await told("")
-                    return self._answered(slot, this, _url(*address))
+                    return self._answered(slot, this, tcp_endpoint(*address))
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause if address is not None else patience.left(clock())):
                     await self._pods.until(slot.worker, partial(is_not, seen))
@@ -423,12 +421,12 @@ class PodRuntime:
             return
         async with limit:
             if await self._reaches(pod):
-                self._answered(slot, pod_view.uid(pod), _url(*address))
+                self._answered(slot, pod_view.uid(pod), tcp_endpoint(*address))
                 log.info("worker.adopted", worker=str(slot.worker))
 
     async def _reaches(self, pod: Doc) -> bool:
         address = self._address(pod)
-        with suppress(OSError, WorkerFailed):  # TimeoutError is an OSError
+        with suppress(TimeoutError, Unavailable, WorkerFailed):
             if address is not None:
                 async with asyncio.timeout(_GREETING):
                     await probe_tls(*address, self._context, pod_view.worker_uid(pod))
@@ -478,7 +476,3 @@ class PodRuntime:
 def _capacity(host_ports: int) -> WorkerCapacity:
     limit = f"this cluster has host ports for {host_ports} workers (kind-config.yaml)"
     return WorkerCapacity(host_ports, limit, reason="TooFewHostPorts")
-
-
-def _url(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

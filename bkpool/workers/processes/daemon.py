@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bkpool.core.errors import HostFault, WorkerFailed
+from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.workers.last_words import telling
 from bkpool.workers.probe import probe
 from bkpool.workers.processes import process_table
@@ -84,7 +84,7 @@ class Daemon:
         if record.boot_id != process_table.boot_id() or record.pid is None or record.socket is None:
             return None
         socket = Path(record.socket)
-        with contextlib.suppress(OSError, WorkerFailed):
+        with contextlib.suppress(OSError, Unavailable, WorkerFailed):
             async with asyncio.timeout(_ADOPTION_DEADLINE):
                 peer = await probe(socket)
             if peer == record.pid:
@@ -186,7 +186,7 @@ async def _first_answer(launch: Launch, wrapper: _Wrapper, deadline: float) -> D
             while not wrapper.exited.is_set():
                 try:
                     pid = await probe(launch.socket)
-                except OSError:
+                except Unavailable:
                     pass  # not bound yet: there is no event to wait for but the wrapper's end
                 except WorkerFailed as error:
                     said = error.message
