@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from grpclib.server import Server, Stream
 
@@ -41,34 +42,34 @@ class StubControl(ControlBase):
     transports: list[asyncio.Transport] = field(default_factory=list)
     """Of each call, so that a test can break its connection."""
 
-    async def Info(self, stream: Stream) -> None:
+    async def Info(self, stream: Stream[pb.InfoRequest, pb.InfoResponse]) -> None:
         await self._receive(stream)
         await self._stall()
         await stream.send_message(pb.InfoResponse(buildkitVersion=self.version))
 
-    async def ListWorkers(self, stream: Stream) -> None:
+    async def ListWorkers(self, stream: Stream[pb.ListWorkersRequest, pb.ListWorkersResponse]) -> None:
         await self._receive(stream)
         await self._stall()
         await stream.send_message(pb.ListWorkersResponse(record=self.workers))
 
-    async def DiskUsage(self, stream: Stream) -> None:
+    async def DiskUsage(self, stream: Stream[pb.DiskUsageRequest, pb.DiskUsageResponse]) -> None:
         await self._receive(stream)
         await self._stall()
         await stream.send_message(pb.DiskUsageResponse(record=self.usage))
 
-    async def Prune(self, stream: Stream) -> None:
+    async def Prune(self, stream: Stream[pb.PruneRequest, pb.UsageRecord]) -> None:
         await self._receive(stream)
         for record in self.usage:
             await stream.send_message(record)
         await self._stall()
 
-    async def ListenBuildHistory(self, stream: Stream) -> None:
+    async def ListenBuildHistory(self, stream: Stream[pb.BuildHistoryRequest, pb.BuildHistoryEvent]) -> None:
         await self._receive(stream)
         for event in self.events:
             await stream.send_message(event)
         await self._stall()
 
-    async def _receive(self, stream: Stream) -> None:
+    async def _receive(self, stream: Stream[Any, Any]) -> None:
         self.requests.append(await stream.recv_message())
         self.transports.append(stream._stream._transport)
         self.called.set()
@@ -85,7 +86,7 @@ class StubControl(ControlBase):
 
 
 @contextlib.asynccontextmanager
-async def serve(control: ControlBase, **where: object) -> AsyncIterator[Server]:
+async def serve(control: ControlBase, **where: Any) -> AsyncIterator[Server]:
     """A server; afterwards all its connections are closed."""
     server = Server([control])
     await server.start(**where)
@@ -99,7 +100,7 @@ async def serve(control: ControlBase, **where: object) -> AsyncIterator[Server]:
 def server_context(directory: Path) -> ssl.SSLContext:
     """The TLS settings of a worker with uid uid-1, which lets in those whom the backend's authority issued."""
     leaf = BACKEND.issue_worker("uid-1", NOW)
-    (directory / "both.pem").write_bytes(leaf.key_pem + leaf.cert_pem)
+    (directory / "both.pem").write_bytes((leaf.key_pem or b"") + leaf.cert_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "both.pem")
     context.verify_mode = ssl.CERT_REQUIRED
@@ -110,4 +111,4 @@ def server_context(directory: Path) -> ssl.SSLContext:
 
 def tls(worker_uid: str = "uid-1", authority: Authority = BACKEND) -> WorkerTls:
     leaf = authority.issue_dialler("test", NOW, NOW + timedelta(hours=1))
-    return WorkerTls(worker_context(leaf.cert_pem, leaf.key_pem, BACKEND.cert_pem), worker_uid)
+    return WorkerTls(worker_context(leaf.cert_pem, leaf.key_pem or b"", BACKEND.cert_pem), worker_uid)
