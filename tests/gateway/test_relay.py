@@ -1,4 +1,4 @@
-"""Two real peers and a relay between them: every byte arrives, and every kind of end is passed on."""
+"""A relay between two real peers: every byte arrives, and every kind of end is passed on."""
 
 from __future__ import annotations
 
@@ -12,34 +12,31 @@ import ssl
 import pytest
 
 from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
+from support.peers import in_threads
 
 MEGABYTE = 1024 * 1024
-
-
-async def in_threads(*calls):
-    return await asyncio.gather(*(asyncio.to_thread(*call) for call in calls))
 
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
-async def test_bytes_pass_both_ways_at_once_unchanged(new_relay):
+async def test_bytes_pass_unchanged_in_both_directions_at_the_same_time(new_relay):
     relayed = await new_relay()
     up, down = os.urandom(12 * MEGABYTE), os.urandom(12 * MEGABYTE)
-    *_, heard_down, heard_up = await in_threads(
+    *_, received_down, received_up = await in_threads(
         (relayed.client.send, up),
         (relayed.worker.send, down),
         (relayed.client.receive, len(down)),
         (relayed.worker.receive, len(up)),
     )
-    assert digest(heard_up) == digest(up)
-    assert digest(heard_down) == digest(down)
+    assert digest(received_up) == digest(up)
+    assert digest(received_down) == digest(down)
     client = relayed.endpoints[0].stream
     assert (client.bytes_in, client.bytes_out) == (len(up), len(down))
 
 
-async def test_what_the_client_said_before_is_said_first(new_relay):
+async def test_bytes_that_the_client_sent_before_the_relay_started_are_sent_first(new_relay):
     relayed = await new_relay(first_bytes=b"early, ")
     relayed.client.send(b"and late")
     assert await asyncio.to_thread(relayed.worker.receive, 15) == b"early, and late"
@@ -55,63 +52,63 @@ async def test_single_bytes_pass_without_delay(new_relay):
 
 
 @pytest.mark.parametrize("writer", ["client", "worker"])
-async def test_a_slow_reader_stops_the_writer_and_memory_stays_bounded(new_relay, writer):
+async def test_a_slow_reader_stops_the_writer_and_the_relay_keeps_few_bytes(new_relay, writer):
     relayed = await new_relay()
     fast, slow = (relayed.client, relayed.worker) if writer == "client" else (relayed.worker, relayed.client)
     data = os.urandom(PLAINTEXT_CHUNK)
-    said, turns_without_progress = hashlib.sha256(), 0
+    sent, attempts_without_progress = hashlib.sha256(), 0
     total, rest = 0, b""
     fast.sock.setblocking(False)
-    while turns_without_progress < 50:
+    while attempts_without_progress < 50:
         if not rest:
-            said.update(data)
+            sent.update(data)
             total += len(data)
             if fast.tls:
                 fast.tls.encrypt(memoryview(data))
             rest = fast.tls.take() if fast.tls else data
         try:
             rest = rest[fast.sock.send(rest) :]
-            turns_without_progress = 0
+            attempts_without_progress = 0
         except BlockingIOError:
-            turns_without_progress += 1
+            attempts_without_progress += 1
         await asyncio.sleep(0)
     assert sum(len(endpoint.stream.unsent) for endpoint in relayed.endpoints) <= 2 * PLAINTEXT_CHUNK
     fast.sock.settimeout(20)
-    heard, _ = await in_threads((slow.receive, total), (fast.sock.sendall, rest))
-    assert digest(heard) == said.hexdigest()
+    received, _ = await in_threads((slow.receive, total), (fast.sock.sendall, rest))
+    assert digest(received) == sent.hexdigest()
 
 
-async def test_a_client_that_has_ended_still_gets_everything(new_relay):
+async def test_a_client_that_has_closed_its_direction_still_gets_everything(new_relay):
     relayed = await new_relay()
     up, down = os.urandom(MEGABYTE), os.urandom(3 * MEGABYTE)
-    *_, heard = await in_threads((relayed.client.send, up), (relayed.worker.receive, len(up)))
-    assert heard == up
+    *_, received = await in_threads((relayed.client.send, up), (relayed.worker.receive, len(up)))
+    assert received == up
     relayed.client.close_notify()
     assert await asyncio.to_thread(relayed.worker.receive) == b""
-    *_, heard = await in_threads((relayed.worker.send, down), (relayed.client.receive, len(down)))
-    assert heard == down
+    *_, received = await in_threads((relayed.worker.send, down), (relayed.client.receive, len(down)))
+    assert received == down
     relayed.worker.close_notify()
     relayed.worker.fin()
     assert await asyncio.to_thread(relayed.client.receive) == b""
     assert await relayed.closed == "ended"
 
 
-async def test_a_worker_that_has_ended_still_gets_everything(new_relay):
+async def test_a_worker_that_has_closed_its_direction_still_gets_everything(new_relay):
     relayed = await new_relay()
     relayed.worker.send(b"that was all")
     relayed.worker.close_notify()
     if relayed.worker.tls is None:
-        relayed.worker.fin()  # of TLS, close_notify alone is an end
+        relayed.worker.fin()  # with TLS, close_notify alone ends the direction
     assert await asyncio.to_thread(relayed.client.receive) == b"that was all"
     up = os.urandom(3 * MEGABYTE)
-    *_, heard = await in_threads((relayed.client.send, up), (relayed.worker.receive, len(up)))
-    assert heard == up
+    *_, received = await in_threads((relayed.client.send, up), (relayed.worker.receive, len(up)))
+    assert received == up
     relayed.client.close_notify()
     assert await asyncio.to_thread(relayed.worker.receive) == b""
     assert await relayed.closed == "ended"
 
 
-async def test_a_fin_without_close_notify_is_an_end_too(new_relay):
+async def test_a_fin_without_close_notify_also_ends_the_direction(new_relay):
     relayed = await new_relay()
     relayed.client.send(b"and gone")
     relayed.client.fin()
@@ -122,7 +119,7 @@ async def test_a_fin_without_close_notify_is_an_end_too(new_relay):
     assert await relayed.closed == "ended"
 
 
-async def test_what_follows_a_close_notify_is_ignored(new_relay):
+async def test_bytes_after_close_notify_are_ignored(new_relay):
     relayed = await new_relay()
     relayed.client.close_notify()
     relayed.client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
@@ -131,7 +128,7 @@ async def test_what_follows_a_close_notify_is_ignored(new_relay):
     assert await relayed.closed == "ended"
 
 
-async def test_a_half_open_connection_does_not_live_for_ever(new_relay):
+async def test_a_half_open_connection_is_closed_after_the_timeout(new_relay):
     relayed = await new_relay(half_open_timeout=0.05)
     relayed.client.close_notify()
     assert await relayed.closed == "half-open for too long"
@@ -157,12 +154,12 @@ async def test_a_reset_of_the_worker_reaches_the_client(new_relay):
         await asyncio.to_thread(relayed.client.receive)
 
 
-@pytest.mark.parametrize("worker_family", ["unix"], indirect=True)  # a reset takes unread words with it
-async def test_the_last_words_of_a_worker_that_listens_no_more_are_delivered(new_relay):
+@pytest.mark.parametrize("worker_family", ["unix"], indirect=True)  # a reset discards unread bytes
+async def test_the_last_bytes_of_a_worker_that_no_longer_reads_are_delivered(new_relay):
     relayed = await new_relay()
     relayed.worker.sock.shutdown(socket.SHUT_RD)
     relayed.client.send(b"are you there?")
-    while not relayed.endpoints[1].stream.write_closed:  # noqa: ASYNC110 - a relay tells nobody of this
+    while not relayed.endpoints[1].stream.write_closed:  # noqa: ASYNC110 - a relay does not report this
         await asyncio.sleep(0)
     relayed.worker.send(b"I am dying")
     relayed.worker.close()
@@ -170,7 +167,7 @@ async def test_the_last_words_of_a_worker_that_listens_no_more_are_delivered(new
     assert await relayed.closed == "ended"
 
 
-async def test_a_broken_record_is_answered_with_an_alert_and_ends_both(new_relay):
+async def test_a_broken_record_is_answered_with_an_alert_and_both_connections_end(new_relay):
     relayed = await new_relay()
     relayed.client.sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
     assert (await relayed.closed).startswith("client: TLS failed")
@@ -180,7 +177,7 @@ async def test_a_broken_record_is_answered_with_an_alert_and_ends_both(new_relay
         assert await asyncio.to_thread(relayed.worker.receive) == b""
 
 
-async def test_a_stopped_relay_says_goodbye(new_relay):
+async def test_a_stopped_relay_sends_close_notify(new_relay):
     relayed = await new_relay()
     relayed.relay.stop("drained")
     for peer in (relayed.client, relayed.worker):
@@ -189,26 +186,26 @@ async def test_a_stopped_relay_says_goodbye(new_relay):
     assert await relayed.closed == "drained"
 
 
-async def test_a_fault_of_our_own_closes_both_sockets_and_is_told_to_the_loop(new_relay, monkeypatch):
+async def test_an_internal_error_closes_both_sockets_and_reaches_the_loops_exception_handler(new_relay, monkeypatch):
     relayed = await new_relay()
-    told = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: told.append(context["exception"]))
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context["exception"]))
 
-    def broken(*_given):
+    def fail(*_arguments):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("bkpool.gateway.net.duplex.DuplexRelay.received", broken)
+    monkeypatch.setattr("bkpool.gateway.net.duplex.DuplexRelay.received", fail)
     relayed.client.send(b"x")
     assert await relayed.closed == "an internal fault"
-    assert isinstance(told[0], ZeroDivisionError)
+    assert isinstance(errors[0], ZeroDivisionError)
 
 
 @pytest.mark.parametrize("worker_family", ["tls"], indirect=True)
-async def test_the_ends_of_tls_are_said_to_both_sides(new_relay):
+async def test_close_notify_is_passed_on_in_both_directions(new_relay):
     relayed = await new_relay()
     relayed.client.close_notify()
     assert await asyncio.to_thread(relayed.worker.receive) == b""
-    assert relayed.worker.close_notify_received, "the end was a close_notify"
+    assert relayed.worker.close_notify_received, "the direction ended with close_notify"
     relayed.worker.close_notify()
     assert await asyncio.to_thread(relayed.client.receive) == b""
     assert relayed.client.close_notify_received
