@@ -1,4 +1,4 @@
-"""The gateway as the rest of bkpool sees it: its server, its registrations, and the bridge between event loops.
+"""The gateway as the rest of bkpool sees it: its server, its lease registry, and the bridge between event loops.
 
-It runs in the main loop. It relays no bytes itself.
+It runs in the main loop and relays no bytes.
 """

@@ -1,6 +1,6 @@
-"""The way between a gateway's loop and the main loop: requests for the registrar go out, their answers come back.
+"""Carries requests from a gateway's loop to the lease registry in the main loop, and the answers back.
 
-Nothing but immutable routes, digests and errors passes.
+Only immutable routes, digests and errors cross between the loops.
 """
 
 from __future__ import annotations
@@ -13,92 +13,90 @@ from functools import partial
 import structlog
 
 from bkpool.core.errors import BkpoolError, Gone, Unavailable
-from bkpool.gateway.control.registration import Registrar
+from bkpool.gateway.control.lease_registry import LeaseRegistry
+from bkpool.gateway.session.lease_registration import OnDone
 from bkpool.gateway.session.lease_table import LeaseRoute
-from bkpool.gateway.session.shard_leases import Told
 
 log = structlog.get_logger(__name__)
 
 
 class LoopBridge:
-    """Takes requests for the registrar from one of the gateway's loops to the main loop, and the answers back.
-
-    A `leases.Registry` for that loop.
+    """The lease registry for one of the gateway's loops: a `lease_registration.CallbackLeaseRegistry`.
 
     Args:
-        main: Where the registrar lives.
-        gateway: The loop that asks.
-        registrar: Answers.
-        timeout: Seconds after which the asker is told that the store is silent.
+        main: The loop of the registry.
+        gateway: The loop that calls.
+        registry: Answers the requests.
+        timeout: Seconds after which a request fails because the store does not answer.
     """
 
     def __init__(
         self,
         main: asyncio.AbstractEventLoop,
         gateway: asyncio.AbstractEventLoop,
-        registrar: Registrar,
+        registry: LeaseRegistry,
         timeout: float,
     ) -> None:
         self._main = main
         self._gateway = gateway
-        self._registrar = registrar
+        self._registry = registry
         self._timeout = timeout
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def register(self, route: LeaseRoute, connections: int, told: Told) -> None:
-        """See `leases.Registry`."""
-        self._ask(partial(self._registrar.register, route, connections), told)
+    def register(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.register, route, connections), on_done)
 
-    def renew(self, route: LeaseRoute, connections: int, told: Told) -> None:
-        """See `leases.Registry`."""
-        self._ask(partial(self._registrar.renew, route, connections), told)
+    def renew(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.renew, route, connections), on_done)
 
-    def withdraw(self, route: LeaseRoute, told: Told) -> None:
-        """See `leases.Registry`."""
-        self._ask(partial(self._registrar.withdraw, route), told)
+    def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.withdraw, route), on_done)
 
-    def find(self, token_sha256: str, told: Told) -> None:
-        """See `leases.Registry`."""
-        self._ask(partial(self._registrar.find, token_sha256), told)
+    def find(self, token_sha256: str, on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.find, token_sha256), on_done)
 
     async def settle(self) -> None:
-        """Waits for what has been asked, in the main loop, and for what its answers lead to."""
+        """Waits for all running requests and for the requests that follow from them. Called in the main loop."""
         while self._tasks:
             await asyncio.wait(self._tasks)
             answered = asyncio.Event()
             self._gateway.call_soon_threadsafe(self._main.call_soon_threadsafe, answered.set)
             await answered.wait()
 
-    def _ask(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
-        with suppress(RuntimeError):  # the main loop is closed: so is the process
-            self._main.call_soon_threadsafe(self._begin, call, told)
+    def _request(self, call: Callable[[], Awaitable[None]], on_done: OnDone) -> None:
+        with suppress(RuntimeError):  # the main loop is closed, because the process ends
+            self._main.call_soon_threadsafe(self._start, call, on_done)
 
-    def _begin(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
-        task = self._main.create_task(self._do(call, told))
+    def _start(self, call: Callable[[], Awaitable[None]], on_done: OnDone) -> None:
+        task = self._main.create_task(self._run(call, on_done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, call: Callable[[], Awaitable[None]], told: Told) -> None:
+    async def _run(self, call: Callable[[], Awaitable[None]], on_done: OnDone) -> None:
         error: BkpoolError | None = None
         try:
             async with asyncio.timeout(self._timeout):
                 await call()
         except (Gone, Unavailable) as raised:
             error = raised
-        except BkpoolError as raised:  # what the store holds against us is none of the client's doing
-            log.warning("gateway.registrar-refused", reason=raised.message)
-            error = _silent_store()
+        except BkpoolError as raised:  # the store refuses this gateway; the client cannot change that
+            log.warning("gateway.registry_refused", reason=raised.message)
+            error = _store_unavailable()
         except TimeoutError:
-            error = _silent_store()
+            error = _store_unavailable()
         except Exception:
-            log.exception("gateway.registrar-failed")
-            error = _silent_store()
-        with suppress(RuntimeError):  # the gateway's loop is closed: nobody waits for this
-            self._gateway.call_soon_threadsafe(told, error)
+            log.exception("gateway.registry_failed")
+            error = _store_unavailable()
+        with suppress(RuntimeError):  # the gateway's loop is closed, so nothing waits for the answer
+            self._gateway.call_soon_threadsafe(on_done, error)
 
 
-def _silent_store() -> Unavailable:
+def _store_unavailable() -> Unavailable:
     return Unavailable(
         "the gateway cannot confirm this lease, because its store does not answer",
-        hint="Try again in a moment; `bkpool status` says more.",
+        hint="Try again in a moment. `bkpool status` shows details.",
     )

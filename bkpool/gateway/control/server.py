@@ -1,6 +1,7 @@
-"""The gateway as the rest of bkpool sees it: threads with an event loop each, and the doors to them.
+"""The gateway as the rest of bkpool sees it: its threads, each with an event loop, and the bridges to them.
 
-Every method is called in the main loop. What crosses over is immutable: tables, TLS contexts, routes, errors.
+Every method is called in the main loop. Only immutable objects cross between loops: tables, TLS contexts, routes and
+errors.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import structlog
 
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
+from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.loop_bridge import LoopBridge
-from bkpool.gateway.control.registration import Registrar
 from bkpool.gateway.net.accept import Acceptor, Address, listen
 from bkpool.gateway.net.dial import Dialler, PlainDial
 from bkpool.gateway.net.tls_context import server_context
@@ -32,17 +33,21 @@ from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
 
-MOST_THREADS = 4
-"""More wait for each other: what is not TLS or the kernel's is done under Python's one lock (docs/benchmarks.md)."""
+MAX_THREADS = 4
+"""With more threads each waits for the others: everything except TLS and system calls holds Python's one lock
+(docs/benchmarks.md)."""
 
 
 def default_threads(*, cores_each: int = 1) -> int:
-    """One for every so many cores that we may use, up to MOST_THREADS."""
-    return min(MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // cores_each))
+    """Returns a number of threads for this process: one for every `cores_each` usable cores, at most MAX_THREADS."""
+    return min(MAX_THREADS, max(1, len(os.sched_getaffinity(0)) // cores_each))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """A loop of uvloop where it is installed; the relay is as fast on asyncio, but its timers and polls are not."""
+    """Returns a uvloop if it is installed, otherwise an asyncio loop.
+
+    The relay is as fast on asyncio, but the timers and polls of asyncio are slower.
+    """
     try:
         import uvloop  # noqa: PLC0415 - optional
     except ImportError:
@@ -54,20 +59,20 @@ class Gateway:
     """The gateway of one replica.
 
     Args:
-        registrar: Registers leases; lives in the main loop.
-        now: The time by which leases and certificates are judged; called in all threads.
-        metrics: What is counted.
-        limits: The bounds.
-        dial: How a worker is reached.
+        registry: Registers leases at their workers. It runs in the main loop.
+        now: Returns the time against which leases and certificates are checked. It is called in all threads.
+        metrics: Counts what happens.
+        limits: The gateway's limits.
+        dial: Dials a worker.
         pool: The only pool that is served; None serves all.
-        threads: How many loops there are; a lease lives in one of them.
-        watchdog: Is told of the loops; it says when one does not turn.
+        threads: How many threads there are. Each lease is owned by one of them.
+        watchdog: Watches the loops; None if nothing does.
         loop_factory: Makes the event loop of a thread.
     """
 
     def __init__(
         self,
-        registrar: Registrar,
+        registry: LeaseRegistry,
         *,
         now: Callable[[], datetime],
         metrics: GatewayMetrics,
@@ -78,90 +83,106 @@ class Gateway:
         watchdog: LoopWatchdog | None = None,
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_loop,
     ) -> None:
-        self._registrar = registrar
+        self._registry = registry
         self._now = now
         self._metrics = metrics
         self._limits = limits
         self._dial = dial
         self._pool = pool
-        self._threads = threads
+        self._thread_count = threads
         self._watchdog = watchdog
         self._loop_factory = loop_factory
         self._context: ssl.SSLContext | None = None
-        self._running: list[_Thread] = []
-        self._porter: Acceptor | None = None
+        self._threads: list[_GatewayThread] = []
+        self._acceptor: Acceptor | None = None
 
     def set_server_certificate(self, cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> None:
-        """Sets what new connections see; open ones go on. To be called before `start`, and whenever it is renewed.
+        """Sets the certificate for new connections. Open connections stay.
+
+        Must be called before `start`, and again after each renewal.
+
+        Args:
+            cert_pem: The gateway's certificate, with its chain if it has one.
+            key_pem: The certificate's key.
+            ca_pem: The CA of the clients' certificates.
 
         Raises:
-            HostFault: The certificate, its key and the CA do not make sense together.
+            HostFault: One of them is unreadable, or they do not belong together.
         """
         try:
             self._context = server_context(cert_pem, key_pem, ca_pem)
         except (ssl.SSLError, ValueError) as error:
             raise HostFault(
                 f"the gateway's certificate cannot be used: {error}",
-                hint="Restore its certificate and key from a backup; they belong together.",
+                hint="Restore the certificate and its key from the same backup.",
                 code="Unreadable",
             ) from None
-        for thread in self._running:
-            thread.call(thread.gate.swap, self._context)
+        for thread in self._threads:
+            thread.call(thread.shard.set_tls_context, self._context)
 
     async def start(self, addresses: Sequence[Address]) -> list[Address]:
-        """Listens on these addresses (port 0 takes a free one) and returns those that it got.
+        """Listens on these addresses.
+
+        Args:
+            addresses: Hosts and ports. Port 0 takes a free port.
+
+        Returns:
+            The addresses with the real ports.
 
         Raises:
-            HostFault: An address is taken (code PortTaken), or not allowed or not there (code Permission, HostFault).
+            HostFault: An address is in use (code PortTaken), forbidden (code Permission) or not of this machine (code
+                HostFault).
         """
         if self._context is None:
-            raise RuntimeError("set_server_certificate comes before start")
+            raise RuntimeError("call set_server_certificate before start")
         listeners = listen(addresses)
         bound: list[Address] = [listener.getsockname()[:2] for listener in listeners]
         capacity = Capacity(self._limits)
-        self._running = threads = [self._thread(number, capacity, self._context) for number in range(self._threads)]
-        homes = tuple(thread.gate for thread in threads)
+        self._threads = threads = [
+            self._start_thread(number, capacity, self._context) for number in range(self._thread_count)
+        ]
+        shards = tuple(thread.shard for thread in threads)
         for thread in threads:
-            thread.gate.homes = homes  # before any of them has a client
+            thread.shard.shards = shards  # before any of them has a client
         first = threads[0]
-        self._porter = Acceptor(first.loop, listeners, self._limits.accept_pause, _dealer(threads))
-        first.call(self._porter.start)
-        self._metrics.draining(False)
+        self._acceptor = Acceptor(first.loop, listeners, self._limits.accept_pause, _distribute(threads))
+        first.call(self._acceptor.start)
+        self._metrics.set_draining(False)
         log.info("gateway.listening", addresses=[f"{host}:{port}" for host, port in bound], threads=len(threads))
         return bound
 
     def update(self, table: LeaseTable) -> None:
-        """Hands over a newer table of leases; what is asked of the registrar is answered behind it."""
-        for thread in self._running:
-            thread.call(thread.gate.leases.update, table)
+        """Gives the loops a newer table of leases. They get it before the registry's answers that come later."""
+        for thread in self._threads:
+            thread.call(thread.shard.leases.update, table)
 
     async def drain(self, seconds: float) -> None:
-        """Accepts nothing more and returns when no connection is left, after so many seconds at most.
+        """Closes the ports and returns when no connection is left, after so many seconds at most.
 
-        Another call while one is waiting sets a new deadline for both: 0 cuts everything now.
+        A second call while the first waits sets a new deadline for both. 0 cuts all connections now.
         """
-        if not self._running or self._porter is None:
+        if not self._threads or self._acceptor is None:
             return
-        self._metrics.draining(True)
-        self._running[0].call(self._porter.stop)
-        await asyncio.gather(*(thread.drained(seconds) for thread in self._running))
+        self._metrics.set_draining(True)
+        self._threads[0].call(self._acceptor.stop)
+        await asyncio.gather(*(thread.drain(seconds) for thread in self._threads))
 
     async def close(self) -> None:
-        """Cuts what is open, withdraws its registrations and ends the threads. Closed already: does nothing."""
+        """Cuts all connections, withdraws their registrations and ends the threads. Does nothing if it is closed."""
         await self.drain(0)
-        running, self._running = self._running, []
-        for thread in running:
-            await thread.door.settle()
-        for thread in running:
-            thread.end()
+        threads, self._threads = self._threads, []
+        for thread in threads:
+            await thread.bridge.settle()
+        for thread in threads:
+            thread.stop()
 
-    def _thread(self, number: int, capacity: Capacity, context: ssl.SSLContext) -> _Thread:
+    def _start_thread(self, number: int, capacity: Capacity, context: ssl.SSLContext) -> _GatewayThread:
         loop = self._loop_factory()
-        door = LoopBridge(asyncio.get_running_loop(), loop, self._registrar, self._limits.register)
-        gate = LoopShard(
+        bridge = LoopBridge(asyncio.get_running_loop(), loop, self._registry, self._limits.register_timeout)
+        shard = LoopShard(
             loop,
             context,
-            registry=door,
+            registry=bridge,
             now=self._now,
             limits=self._limits,
             capacity=capacity,
@@ -169,57 +190,57 @@ class Gateway:
             dial=self._dial,
             pool=self._pool,
         )
-        thread = _Thread(f"gateway-{number}", loop, gate, door)
+        thread = _GatewayThread(f"gateway-{number}", loop, shard, bridge)
         if self._watchdog is not None:
             self._watchdog.watch(thread.name, loop, thread.ident)
         return thread
 
 
-def _dealer(threads: list[_Thread]) -> Callable[[socket.socket, str], None]:
-    """Deals accepted sockets out in turn; called in the first thread."""
+def _distribute(threads: list[_GatewayThread]) -> Callable[[socket.socket, str], None]:
+    """Returns a function that gives accepted sockets to the threads in turn. It is called in the first thread."""
     if len(threads) == 1:
-        return threads[0].gate.receive
+        return threads[0].shard.accept
     turn = itertools.cycle(threads)
 
-    def deal(sock: socket.socket, peer: str) -> None:
+    def distribute(sock: socket.socket, peer: str) -> None:
         thread = next(turn)
-        thread.call(thread.gate.receive, sock, peer)
+        thread.call(thread.shard.accept, sock, peer)
 
-    return deal
+    return distribute
 
 
-class _Thread:
-    """One of the gateway's threads, and what lives in its loop."""
+class _GatewayThread:
+    """One of the gateway's threads with its event loop."""
 
-    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, gate: LoopShard, door: LoopBridge) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, shard: LoopShard, bridge: LoopBridge) -> None:
         self.name = name
         self.loop = loop
-        self.gate = gate
-        self.door = door
+        self.shard = shard
+        self.bridge = bridge
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def ident(self) -> int:
-        """As threading.get_ident() has it."""
+        """The thread's number, as threading.get_ident() returns it."""
         return self._thread.ident or 0
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
         self.loop.call_soon_threadsafe(function, *arguments)
 
-    async def drained(self, seconds: float) -> None:
+    async def drain(self, seconds: float) -> None:
         main = asyncio.get_running_loop()
         empty = asyncio.Event()
-        self.call(self.gate.drain, seconds, lambda: main.call_soon_threadsafe(empty.set))
+        self.call(self.shard.drain, seconds, lambda: main.call_soon_threadsafe(empty.set))
         await empty.wait()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()  # nothing is left in it that could take time
+        self._thread.join()  # the loop is empty, so this takes no time
 
     def _run(self) -> None:
         try:
             self.loop.run_forever()
         finally:
-            self.gate.error_watcher.close()
+            self.shard.error_watcher.close()
             self.loop.close()

@@ -1,4 +1,4 @@
-"""One client connection from accept to close, and everything that one event loop of the gateway keeps.
+"""One client connection from accept to close, and everything that one event loop of the gateway owns.
 
-It uses `net` to move bytes. It never touches the store and does not import `control`.
+It uses `net` to move bytes. It never calls the store and does not import `control`.
 """

@@ -1,6 +1,6 @@
-"""How many connections hold a lease, in each pool and in all: one count for all loops of the gateway.
+"""The number of connections with a lease, in each pool and in all: one count for all loops of the gateway.
 
-It knows no connection; whoever takes a place gives it back.
+It knows no connection. A caller that takes a place must give it back.
 """
 
 from __future__ import annotations
@@ -14,37 +14,41 @@ from bkpool.gateway.session.limits import GatewayLimits
 
 
 class Capacity:
-    """The places of a gateway. Safe to use from any thread.
+    """The connections that a gateway may have. Safe to use from any thread.
 
     Args:
-        limits: The bounds.
+        limits: The gateway's limits.
     """
 
     def __init__(self, limits: GatewayLimits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._taken: Counter[Key] = Counter()
-        self._all = 0
+        self._by_pool: Counter[Key] = Counter()
+        self._total = 0
 
     def take(self, pool: Key) -> None:
-        """Takes a place. Raises NoCapacity: there is none."""
+        """Takes a place of this pool.
+
+        Raises:
+            NoCapacity: The pool or the gateway has no place left.
+        """
         limits = self._limits
         with self._lock:
-            if self._all >= limits.connections:
-                raise _full(f"the gateway has {limits.connections} connections open already")
-            if self._taken[pool] >= limits.per_pool:
-                raise _full(f"pool {pool} has {limits.per_pool} connections open already")
-            self._taken[pool] += 1
-            self._all += 1
+            if self._total >= limits.connections:
+                raise _full(f"the gateway already has {limits.connections} open connections")
+            if self._by_pool[pool] >= limits.connections_per_pool:
+                raise _full(f"pool {pool} already has {limits.connections_per_pool} open connections")
+            self._by_pool[pool] += 1
+            self._total += 1
 
     def give_back(self, pool: Key) -> None:
-        """Gives back a place that was taken."""
+        """Gives a place back that was taken."""
         with self._lock:
-            self._all -= 1
-            self._taken[pool] -= 1
-            if not self._taken[pool]:
-                del self._taken[pool]
+            self._total -= 1
+            self._by_pool[pool] -= 1
+            if not self._by_pool[pool]:
+                del self._by_pool[pool]
 
 
 def _full(message: str) -> NoCapacity:
-    return NoCapacity(message, hint="Try again later.")
+    return NoCapacity(message, hint="Try again when other builds have ended.")

@@ -1,7 +1,7 @@
-"""What a client's certificate says: the token of its lease, if the certificate is one that we issue for clients.
+"""Reads the token of a lease from a client certificate, if bkpool issued the certificate for a client.
 
-TLS has verified its chain before; the dates and everything else are judged here. Nothing here knows which leases
-there are.
+TLS has verified the certificate's chain before. The dates and everything else are checked here. Nothing here knows
+which leases exist.
 """
 
 from __future__ import annotations
@@ -17,27 +17,32 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from bkpool.core import tokens
 from bkpool.core.errors import BkpoolError, Unauthenticated
 
-_ALLOCATE = "Run `bkpool allocate` and use the certificate that it gives."
+_ALLOCATE = "Run `bkpool allocate` and use the certificate that it returns."
 _SUBJECT = "alloc:"
 _URI = "buildkit://allocation/"
-_REMEMBERED = 1024  # certificates: buildx makes a connection for every command, and parsing takes a tenth of it
+_CACHED_CERTIFICATES = 1024
+"""buildx makes a connection for every command, and to parse the certificate takes a tenth of its time."""
 
-# A common name of a wrong length is only warned of; no certificate of ours has one, and the log is not for it.
+# For a common name of a wrong length, cryptography only warns. None of our certificates has one, so it is an error.
 warnings.filterwarnings("error", message="Attribute's length must be")
 
 
 @dataclass(frozen=True, slots=True)
 class _Credential:
     token_sha256: str
-    begins: datetime
-    ends: datetime
+    not_before: datetime
+    not_after: datetime
 
 
-def credential_of(der: bytes | None, now: datetime) -> str:
-    """The SHA-256 of the token in a client's certificate.
+def token_digest(der: bytes | None, now: datetime) -> str:
+    """Returns the SHA-256 of the token in a client's certificate.
+
+    Args:
+        der: The certificate, already verified by TLS; None if the client sent none.
+        now: The time against which its dates are checked.
 
     Raises:
-        Unauthenticated: There is no certificate, or it is not one of ours for a client at this time.
+        Unauthenticated: There is no certificate, it is not valid now, or bkpool did not issue it for a client.
     """
     if der is None:
         raise Unauthenticated("this gateway needs a client certificate", hint=_ALLOCATE, code="NoCertificate")
@@ -46,7 +51,7 @@ def credential_of(der: bytes | None, now: datetime) -> str:
     return credential.token_sha256
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(_CACHED_CERTIFICATES)
 def _read(der: bytes) -> _Credential:
     try:
         certificate = x509.load_der_x509_certificate(der)
@@ -55,7 +60,7 @@ def _read(der: bytes) -> _Credential:
         return _Credential(digest, certificate.not_valid_before_utc, certificate.not_valid_after_utc)
     except BkpoolError:
         raise
-    except Exception as error:  # whatever cryptography makes of it, early or late: it parses lazily
+    except Exception as error:  # cryptography parses lazily and raises many kinds of errors
         raise _wrong("it cannot be read") from error
 
 
@@ -72,38 +77,38 @@ def _token_in(certificate: x509.Certificate) -> str:
     names = [str(name.value) for name in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     token = token_in_name(names[0]) if names else None
     if token is None or certificate.subject.public_bytes() != _subject(names[0]):
-        raise _wrong("its subject names no lease")
+        raise _wrong("its subject contains no lease token")
     try:
         others = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return token
     if any(uri != _URI + token for uri in others.get_values_for_type(x509.UniformResourceIdentifier)):
-        raise _wrong("its subject and its alternative name are of different leases")
+        raise _wrong("its subject and its alternative name contain different tokens")
     return token
 
 
 def _subject(common_name: str) -> bytes:
-    """As our CA writes it: with this name alone, and of DER's dozen kinds of strings in ours."""
+    """Returns the subject as bkpool's CA encodes it: this common name only, in one of DER's many string types."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]).public_bytes()
 
 
 def token_in_name(common_name: str) -> str | None:
-    """The token in a subject's CN `alloc:<token>`, or None if that is not what it is."""
+    """Returns the token of a common name `alloc:<token>`, or None if the name has another form."""
     token = common_name.removeprefix(_SUBJECT)
     return token if token != common_name and tokens.well_formed(token) else None
 
 
 def _check_dates(credential: _Credential, now: datetime) -> None:
-    begins, ends = credential.begins, credential.ends
-    if now < begins:
+    not_before, not_after = credential.not_before, credential.not_after
+    if now < not_before:
         raise Unauthenticated(
-            f"the client certificate is not valid before {begins:%Y-%m-%d %H:%M:%S} UTC",
-            hint="Correct the clock of this machine or of the gateway's.",
+            f"the client certificate is not valid before {not_before:%Y-%m-%d %H:%M:%S} UTC",
+            hint="Set the clock of this machine or of the gateway's machine.",
             code="CertificateNotYetValid",
         )
-    if now > ends:
+    if now > not_after:
         raise Unauthenticated(
-            f"the client certificate expired at {ends:%Y-%m-%d %H:%M:%S} UTC",
+            f"the client certificate expired at {not_after:%Y-%m-%d %H:%M:%S} UTC",
             hint="Run `bkpool allocate` again.",
             code="CertificateExpired",
         )
@@ -111,5 +116,7 @@ def _check_dates(credential: _Credential, now: datetime) -> None:
 
 def _wrong(why: str) -> Unauthenticated:
     return Unauthenticated(
-        f"the client certificate is not one of a lease: {why}", hint=_ALLOCATE, code="WrongCertificate"
+        f"the client certificate is not one that bkpool issued for a lease: {why}",
+        hint=_ALLOCATE,
+        code="WrongCertificate",
     )

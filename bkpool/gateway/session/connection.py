@@ -1,14 +1,13 @@
-"""One accepted socket: carries out what its `life` says, in the gateway's loop, and tells it what came of that.
+"""One accepted connection in its loop: carries out the commands of its state machine and reports the results.
 
-It decides nothing: it moves bytes until there is a worker or a refusal, and then hands the socket to a `Relay` or a
-`Farewell`. Whatever it was given it gives back.
+It decides nothing. It owns the client's socket until there is a worker or a refusal, and then hands the socket to a
+`SocketRelay` or a `RefusalResponder`. It gives back everything that it takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
@@ -18,18 +17,14 @@ from typing import Protocol, assert_never
 import structlog
 
 from bkpool.core.errors import BkpoolError, WorkerFailed
-from bkpool.gateway.net.buffers import LoopBuffers
 from bkpool.gateway.net.dial import DialAttempt, Dialler, DialTarget
-from bkpool.gateway.net.duplex import PeerStream
-from bkpool.gateway.net.endpoint import CLIENT_PEER_TIMEOUT, SocketEndpoint
+from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.relay import SocketRelay
-from bkpool.gateway.net.socket_errors import SocketErrorWatcher
-from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session import machine
-from bkpool.gateway.session.certificate import credential_of
+from bkpool.gateway.session.certificate import token_digest
+from bkpool.gateway.session.client_socket import ClientSocket, SocketHost
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
 from bkpool.gateway.session.lease_table import LeaseRoute
-from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import State
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 from bkpool.gateway.session.refusal import Refusal
@@ -40,401 +35,351 @@ from bkpool.pki.worker_tls import check_worker
 log = structlog.get_logger(__name__)
 
 
-class ConnectionHost(Protocol):
-    """What a connection needs of the loop that it lives in."""
+class ConnectionHost(SocketHost, Protocol):
+    """The loop shard of a connection, as the connection sees it."""
 
-    loop: asyncio.AbstractEventLoop
-    context: ssl.SSLContext
-    buffers: LoopBuffers
-    error_watcher: SocketErrorWatcher
     leases: ShardLeases
-    limits: GatewayLimits
     metrics: GatewayMetrics
     dial: Dialler
     now: Callable[[], datetime]
 
-    def lead_home(self, connection: Connection, token_sha256: str) -> bool:
-        """Whether this lease's home is another loop; then the connection is on its way there, and not ours."""
+    def hand_over(self, connection: Connection, token_sha256: str) -> bool:
+        """Moves the connection to the loop that owns its lease.
+
+        Returns:
+            Whether that is another loop. Then the connection must not be touched in this loop any more.
+        """
 
     def admitted(self, connection: Connection) -> None:
-        """It holds a lease now."""
+        """The connection has a lease now."""
 
     def refused(self, connection: Connection) -> None:
-        """It holds no lease any more, and will soon be closed."""
+        """The connection has no lease any more, and will soon be closed."""
 
     def closed(self, connection: Connection) -> None:
-        """Its sockets are closed."""
+        """The connection's sockets are closed."""
 
 
 class Connection:
-    """One accepted socket and what becomes of it.
+    """One accepted connection, from accept to close.
 
     Args:
-        host: The loop's shared things.
+        host: The connection's loop.
         sock: Accepted and non-blocking.
-        peer: Where it comes from, for the log.
+        peer: The client's address, for the log.
+
+    Raises:
+        OSError: The client has closed the connection already.
     """
 
     def __init__(self, host: ConnectionHost, sock: socket.socket, peer: str) -> None:
         self._host = host
-        self._about = {"peer": peer, "pool": ""}
-        self._begun_at = host.loop.time()
-        self._life = machine.ConnectionMachine(host.limits, self._begun_at)
-        self._todo: deque[machine.Command] = deque()
-        self._doing = False
+        self._log_fields = {"peer": peer, "pool": ""}
+        self._accepted_at = host.loop.time()
+        self._machine = machine.ConnectionMachine(host.limits, self._accepted_at)
+        self._commands: deque[machine.Command] = deque()
+        self._executing = False
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._tls = TlsStream(host.context)
-        self._client = SocketEndpoint(host.loop, sock, PeerStream(self._tls), peer_timeout=CLIENT_PEER_TIMEOUT)
-        self._shaking = False
-        self._first = bytearray()
+        self._handshake_running = False
         self._lease: ShardLease | None = None
-        self._attempt: DialAttempt | None = None
+        self._dial_attempt: DialAttempt | None = None
         self._dialled_at = 0.0
         self._worker: SocketEndpoint | None = None
         self._relay: SocketRelay | None = None
-        self._successor: SocketRelay | RefusalResponder | None = None
+        self._relay_or_refusal: SocketRelay | RefusalResponder | None = None
         self._meter: Meter | None = None
-        self._settle_in()
+        self._client = ClientSocket(host, sock, self)
+        self._update_timer()
 
     @property
     def state(self) -> State:
-        """Where it is in its life."""
-        return self._life.state
+        """What the connection is doing."""
+        return self._machine.state
 
     @property
     def relaying(self) -> bool:
-        """The client is connected to its worker."""
+        """Whether the client is connected to its worker."""
         return self._relay is not None
 
     # --- its loop ---------------------------------------------------------------------------------------------------
 
-    def _settle_in(self) -> None:
-        self._client.set_callbacks(self._readable, self._writable)
-        self._client.watch(read=True, write=False)
-        self._client.watch_errors(self._host.error_watcher, self._broken)
-        self._await_deadline()
-
-    def move_out(self, host: ConnectionHost) -> None:
-        """Leaves its loop for another's: nothing of it is left there, and nothing calls it until it moves in."""
-        self._client.watch(read=False, write=False)
-        self._client.move_to_loop(host.loop)
+    def leave_loop(self, host: ConnectionHost) -> None:
+        """Leaves its loop for another one. Nothing calls it until `enter_loop` is called in the other loop."""
+        self._client.leave_loop(host)
         if self._timer is not None:
             self._timer.cancel()
         self._deadline = self._timer = None
         self._host = host
 
-    def move_in(self, token_sha256: str) -> None:
-        """Goes on in the loop that is home to its lease."""
-        self._settle_in()
+    def enter_loop(self, token_sha256: str) -> None:
+        """Continues in the loop that owns its lease."""
+        self._client.enter_loop()
+        self._update_timer()
         self._authenticated(token_sha256)
 
-    # --- the client's socket ----------------------------------------------------------------------------------------
+    # --- events of the client's socket (client_socket.ClientSocketEvents) -------------------------------------------
 
-    def _readable(self) -> None:
+    def first_bytes_received(self) -> None:
+        """The client has sent bytes of its handshake."""
+        self._handshake_running = True
+        self._execute(self._machine.first_bytes_received())
+
+    def handshake_complete(self) -> None:
+        """The TLS handshake is complete."""
+        self._handshake_running = False
+        self._host.metrics.handshake_done(self._age(), ok=True)
+
+    def certificate_received(self, der: bytes | None) -> None:
+        """Checks the client's certificate, and moves the connection to the loop that owns its lease."""
         try:
-            data = self._client.receive(self._host.buffers.received[: self._room()])
-            if data is None:
-                return
-            if self.state in machine.GREETING:
-                self._shake(data)
-            else:
-                self._hold(data)
-        except ssl.SSLError as error:
-            log.info("connection.tls-failed", **self._about, reason=error.reason)
-            self._tell(self._life.tls_failed())
-        except OSError as error:
-            self._tell(self._life.over(f"client: {error.strerror}"))
-        except Exception:
-            self._fail()
-            raise
-
-    def _writable(self) -> None:
-        try:
-            self._flush()
-        except OSError as error:
-            self._tell(self._life.over(f"client: {error.strerror}"))
-
-    def _broken(self) -> None:
-        """The client has broken off, with or without bytes before that, which nobody needs any more."""
-        reason = f"client: {self._client.take_error()}"
-        if self._successor is not None:
-            self._successor.stop(reason)
-        else:
-            self._tell(self._life.over(reason))
-
-    def _flush(self) -> None:
-        """Sends what can be sent, and watches for what can happen next."""
-        if self._successor is not None or self.state is State.CLOSED:
-            return
-        stream = self._client.stream
-        self._client.flush()
-        self._client.watch(read=not stream.eof_received and self._room() > 0, write=bool(stream.unsent))
-
-    def _room(self) -> int:
-        """How much may be read now."""
-        limits = self._host.limits
-        return limits.first_bytes - len(self._first) if self.state in machine.HOLDING else limits.first_bytes
-
-    def _shake(self, data: memoryview) -> None:
-        self._tell(self._life.spoke() if data else self._life.client_ended())
-        if not data:
-            return
-        self._shaking = True
-        try:
-            complete = self._tls.handshake(data)
-        finally:
-            self._client.stream.queue(self._tls.take())
-        if complete:
-            self._shaken()
-        else:
-            self._flush()
-
-    def _shaken(self) -> None:
-        self._shaking = False
-        self._host.metrics.shaken(self._age(), ok=True)
-        self._keep(memoryview(b""))  # what came with the last of the handshake
-        try:
-            token_sha256 = credential_of(self._tls.peer_certificate(), self._host.now())
+            token_sha256 = token_digest(der, self._host.now())
         except BkpoolError as error:
-            self._tell(self._life.unfit(error))
+            self._execute(self._machine.certificate_rejected(error))
             return
-        if not self._host.lead_home(self, token_sha256):  # else it is another thread's now
+        if not self._host.hand_over(self, token_sha256):
             self._authenticated(token_sha256)
 
-    def _authenticated(self, token_sha256: str) -> None:
-        self._tell(self._life.shaken(token_sha256))
-        if self._client.stream.eof_received:  # with the last of the handshake
-            self._tell(self._life.client_ended())
-        self._writable()
+    def client_sent_eof(self) -> None:
+        """The client sends nothing more."""
+        self._execute(self._machine.client_sent_eof())
 
-    def _hold(self, data: memoryview) -> None:
-        stream = self._client.stream
-        if data:
-            self._keep(data)
+    def tls_failed(self, reason: str) -> None:
+        """The client broke the TLS protocol."""
+        log.info("connection.tls_failed", **self._log_fields, reason=reason)
+        self._execute(self._machine.tls_failed())
+
+    def socket_failed(self, reason: str) -> None:
+        """The client's socket has failed."""
+        if self._relay_or_refusal is not None:
+            self._relay_or_refusal.stop(f"client: {reason}")
         else:
-            stream.eof_received = True
-        if stream.eof_received:
-            self._tell(self._life.client_ended())
-        self._flush()
+            self._connection_ended(f"client: {reason}")
 
-    def _keep(self, data: memoryview) -> None:
-        self._first += self._client.stream.decode(data, self._host.buffers.plaintext)
+    def internal_error(self) -> None:
+        """Ends the connection after an unexpected exception, so that its slot is given back."""
+        if self._relay_or_refusal is not None:
+            self._relay_or_refusal.stop("an internal error")
+        self._connection_ended("an internal error")
 
-    # --- what its lease tells (leases.Member) -----------------------------------------------------------------------
+    def _authenticated(self, token_sha256: str) -> None:
+        self._execute(self._machine.handshake_done(token_sha256))
+        if self._client.eof_received:  # it came together with the end of the handshake
+            self._execute(self._machine.client_sent_eof())
+        self._client.flush()
 
-    def rerouted(self, route: LeaseRoute) -> None:
-        """The lease's worker came or went, or the lease has a new end."""
-        self._tell(self._life.rerouted(self._host.loop.time(), route))
+    # --- events of its lease (shard_leases.LeaseMember) -------------------------------------------------------------
 
-    def parted(self) -> None:
-        """The worker has ended another connection of the lease, before its client did."""
-        self._tell(self._life.parted())
+    def route_changed(self, route: LeaseRoute) -> None:
+        """The worker has started or ended, or the lease has a new expiry."""
+        self._execute(self._machine.route_changed(self._host.loop.time(), route))
 
-    def lease_ended(self, why: BkpoolError, cut_in: float) -> None:
-        """The lease is over: an open connection drains, any other is refused."""
-        self._tell(self._life.lease_ended(self._host.loop.time(), why, cut_in))
+    def worker_closed_sibling(self) -> None:
+        """The worker closed another connection of the lease before its client did."""
+        self._execute(self._machine.worker_closed_sibling())
+
+    def lease_ended(self, error: BkpoolError, cut_in: float) -> None:
+        """The lease has ended: a relayed connection drains, a held one is refused."""
+        self._execute(self._machine.lease_ended(self._host.loop.time(), error, cut_in))
         if self.state is State.DRAINING:
-            log.info("connection.draining", **self._about, reason=why.code, seconds=round(cut_in))
+            log.info("connection.draining", **self._log_fields, reason=error.code, seconds=round(cut_in))
 
     def lease_resumed(self) -> None:
-        """The lease was renewed after all."""
-        self._tell(self._life.lease_resumed())
+        """The lease was renewed before it ended; this gateway learns of it only now."""
+        self._execute(self._machine.lease_resumed())
 
     def cut(self, reason: str) -> None:
-        """Ends the connection now, whatever it is doing."""
-        self._tell(self._life.cut(reason))
+        """Ends the connection now, in whatever state it is."""
+        self._execute(self._machine.cut(reason))
 
-    # --- what is to be done -----------------------------------------------------------------------------------------
+    # --- commands ---------------------------------------------------------------------------------------------------
 
-    def _tell(self, todo: machine.Commands) -> None:
-        """Does what is to be done, and what follows from it when that is known at once."""
-        self._todo.extend(todo)
-        if self._doing:
+    def _execute(self, commands: machine.Commands) -> None:
+        """Carries out these commands, and those that follow from their immediate results."""
+        self._commands.extend(commands)
+        if self._executing:
             return
-        self._doing = True
+        self._executing = True
         try:
-            while self._todo:
-                self._do(self._todo.popleft())
+            while self._commands:
+                self._execute_one(self._commands.popleft())
         except Exception:
-            self._todo.clear()
-            self._doing = False
-            self._fail()
+            self._commands.clear()
+            self._executing = False
+            self.internal_error()
             raise
-        self._doing = False
-        self._await_deadline()
+        self._executing = False
+        self._update_timer()
 
-    def _fail(self) -> None:
-        """A fault of our own: no slot is leaked, and the loop's handler logs the rest."""
-        if self._successor is not None:
-            self._successor.stop("an internal fault")
-        self._tell(self._life.over("an internal fault"))
-
-    def _do(self, what: machine.Command) -> None:  # noqa: C901 - a line a command
-        match what:
-            case machine.Seek(token_sha256):
-                self._seek(token_sha256)
-            case machine.Admit(token_sha256):
-                self._admit(token_sha256)
+    def _execute_one(self, command: machine.Command) -> None:  # noqa: C901 - one case for each command
+        match command:
+            case machine.FindLease(token_sha256):
+                self._find_lease(token_sha256)
+            case machine.TakeSlot(token_sha256):
+                self._take_slot(token_sha256)
             case machine.Register():
                 self._register()
             case machine.DialWorker():
-                self._dial()
-            case machine.GiveUpDial():
-                self._give_up_dial()
-            case machine.Join():
-                self._join()
+                self._dial_worker()
+            case machine.CancelDial():
+                self._cancel_dial()
+            case machine.StartRelay():
+                self._start_relay()
             case machine.Refuse(status, refusal):
                 self._refuse(status, refusal)
-            case machine.Stop(reason):
-                if self._successor is not None:
-                    self._successor.stop(reason)
-            case machine.Leave():
-                self._leave()
-            case machine.Close(reason):
+            case machine.StopRelayOrRefusal(reason):
+                if self._relay_or_refusal is not None:
+                    self._relay_or_refusal.stop(reason)
+            case machine.ReturnSlot():
+                self._return_slot()
+            case machine.CloseClient(reason):
                 self._close(reason)
             case _:
-                assert_never(what)
+                assert_never(command)
 
-    def _await_deadline(self) -> None:
-        if self._life.deadline == self._deadline:
+    def _update_timer(self) -> None:
+        if self._machine.deadline == self._deadline:
             return
-        self._deadline = at = self._life.deadline
+        self._deadline = at = self._machine.deadline
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if at is None else self._host.loop.call_at(at, self._time_is_up)
+        self._timer = None if at is None else self._host.loop.call_at(at, self._deadline_reached)
 
-    def _time_is_up(self) -> None:
+    def _deadline_reached(self) -> None:
         self._deadline = self._timer = None
-        self._shaking = self._shaking or self.state is State.ACCEPTED  # who says nothing for so long has failed, too
+        if self.state is State.ACCEPTED:  # a client that sent nothing until the deadline counts as a failed handshake
+            self._handshake_running = True
         active_at = self._relay.active_at if self._relay is not None else 0.0
-        self._tell(self._life.time_is_up(self._host.loop.time(), active_at))
+        self._execute(self._machine.deadline_reached(self._host.loop.time(), active_at))
 
-    def _seek(self, token_sha256: str) -> None:
+    def _find_lease(self, token_sha256: str) -> None:
         if self._host.leases.knows(token_sha256):
-            self._tell(self._life.found())
+            self._execute(self._machine.lease_search_done())
         else:
-            self._host.leases.registry.find(token_sha256, lambda error: self._tell(self._life.found(error)))
+            self._host.leases.registry.find(
+                token_sha256, lambda error: self._execute(self._machine.lease_search_done(error))
+            )
 
-    def _admit(self, token_sha256: str) -> None:
+    def _take_slot(self, token_sha256: str) -> None:
         leases = self._host.leases
         try:
-            self._lease = lease = leases.admit(token_sha256, self, self._tls.server_name)
+            self._lease = lease = leases.take_slot(token_sha256, self, self._client.server_name)
         except BkpoolError as error:
-            self._about["pool"] = leases.pool_of(token_sha256)
-            self._tell(self._life.denied(error))
+            self._log_fields["pool"] = leases.pool_name(token_sha256)
+            self._execute(self._machine.slot_denied(error))
             return
         route = lease.route
-        self._about |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.allocation_id}
+        self._log_fields |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.allocation_id}
         self._host.admitted(self)
-        self._tell(self._life.admitted(route, lease.patience))
+        self._execute(self._machine.slot_taken(route, lease.hold_budget))
 
     def _register(self) -> None:
         if self._lease is not None:
             self._lease.registration.ensure(
-                lambda error: self._tell(self._life.registered(self._host.loop.time(), error))
+                lambda error: self._execute(self._machine.registration_done(self._host.loop.time(), error))
             )
 
-    def _dial(self) -> None:
+    def _dial_worker(self) -> None:
         if self._lease is None:
             return
         host = self._host
         self._dialled_at = host.loop.time()
         route = self._lease.route
         target = DialTarget(route.endpoint or "", partial(check_worker, worker_uid=route.worker_uid))
-        attempt = host.dial(host.loop, target, host.limits.dial, self._dialled)
+        attempt = host.dial(host.loop, target, host.limits.dial_timeout, self._dial_done)
         if self.state is State.DIALLING:
-            self._attempt = attempt
+            self._dial_attempt = attempt
 
-    def _dialled(self, outcome: SocketEndpoint | OSError | WorkerFailed) -> None:
-        self._attempt = None
+    def _dial_done(self, outcome: SocketEndpoint | OSError | WorkerFailed) -> None:
+        self._dial_attempt = None
         now = self._host.loop.time()
-        dialled = partial(self._host.metrics.dialled, self._about["pool"], now - self._dialled_at)
+        count = partial(self._host.metrics.dial_done, self._log_fields["pool"], now - self._dialled_at)
         if isinstance(outcome, SocketEndpoint):
-            dialled("reached")
+            count("reached")
             self._worker = outcome
-            self._tell(self._life.dialled())
+            self._execute(self._machine.worker_reached())
         elif isinstance(outcome, WorkerFailed):
-            dialled("stranger")
-            if not self._life.distrusts:
-                self._log_stranger(outcome)
-            self._tell(self._life.met_a_stranger(now))
+            count("stranger")
+            if not self._machine.wrong_peer_seen:
+                endpoint = self._lease.route.endpoint if self._lease else None
+                log.warning("connection.wrong_worker", **self._log_fields, endpoint=endpoint, reason=outcome.message)
+            self._execute(self._machine.wrong_peer(now))
         else:
-            dialled("failed")
-            self._tell(self._life.unreached(now, outcome.strerror or str(outcome)))
+            count("failed")
+            self._execute(self._machine.dial_failed(now, outcome.strerror or str(outcome)))
 
-    def _log_stranger(self, why: WorkerFailed) -> None:
-        endpoint = self._lease.route.endpoint if self._lease else None
-        log.warning("connection.wrong-worker", **self._about, endpoint=endpoint, reason=why.message)
+    def _cancel_dial(self) -> None:
+        if self._dial_attempt is not None:
+            self._dial_attempt.cancel()
+            self._dial_attempt = None
 
-    def _give_up_dial(self) -> None:
-        if self._attempt is not None:
-            self._attempt.cancel()
-            self._attempt = None
-
-    def _join(self) -> None:
+    def _start_relay(self) -> None:
         host = self._host
-        assert self._lease is not None and self._worker is not None  # noqa: S101, PT018 - it has just been dialled
-        self._meter = Meter(self._about["pool"], self._lease.route.worker.name, self._client.stream)
-        host.metrics.opened(self._meter)
+        assert self._lease is not None and self._worker is not None  # noqa: S101, PT018 - the dial has just succeeded
+        self._meter = Meter(self._log_fields["pool"], self._lease.route.worker.name, self._client.endpoint.stream)
+        host.metrics.relay_started(self._meter)
         relay = SocketRelay(
             host.loop,
             host.buffers,
             host.error_watcher,
-            self._client,
+            self._client.endpoint,
             self._worker,
-            half_open_timeout=host.limits.half_open,
-            on_closed=self._over,
+            half_open_timeout=host.limits.half_open_timeout,
+            on_closed=self._connection_ended,
         )
-        self._relay = self._successor = relay
-        relay.start(self._first_bytes())
+        self._relay = self._relay_or_refusal = relay
+        relay.start(self._client.release())
 
-    def _over(self, reason: str) -> None:
-        self._tell(self._life.over(reason))
+    def _connection_ended(self, reason: str) -> None:
+        self._execute(self._machine.connection_ended(reason))
 
     def _refuse(self, status: str, refusal: Refusal | None) -> None:
         host = self._host
-        self._count_handshake_that_failed()
-        log.info("connection.refused", **self._about, reason=status)
-        host.metrics.refused(self._about["pool"], status)
+        self._count_failed_handshake()
+        log.info("connection.refused", **self._log_fields, reason=status)
+        host.metrics.refused(self._log_fields["pool"], status)
         host.refused(self)
-        farewell = RefusalResponder(host.loop, host.buffers, self._client, host.limits, self._over)
-        self._successor = farewell
-        farewell.start(None if refusal is None else GrpcAnswer(refusal), self._first_bytes())
+        responder = RefusalResponder(
+            host.loop, host.buffers, self._client.endpoint, host.limits, self._connection_ended
+        )
+        self._relay_or_refusal = responder
+        responder.start(None if refusal is None else GrpcAnswer(refusal), self._client.release())
 
-    def _leave(self) -> None:
+    def _return_slot(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            self._host.leases.leave(lease, self)
+            self._host.leases.return_slot(lease, self)
             if self._relay is not None and self._relay.worker_closed_first:
-                lease.parted()
+                lease.worker_closed_connection()
 
     def _close(self, reason: str) -> None:
-        self._count_handshake_that_failed()
+        self._count_failed_handshake()
         if self._meter is not None:
-            self._host.metrics.closed(self._meter, self._age())
+            self._host.metrics.relay_ended(self._meter, self._age())
             self._log_closed(reason, self._meter)
         else:
-            log.debug("connection.closed", **self._about, reason=reason)
+            log.debug("connection.closed", **self._log_fields, reason=reason)
         self._client.close()
         if self._worker is not None:
             self._worker.close()
         self._host.closed(self)
 
-    def _count_handshake_that_failed(self) -> None:
-        """Whoever said nothing, as a health probe does, has not failed."""
-        if self._shaking:
-            self._shaking = False
-            self._host.metrics.shaken(self._age(), ok=False)
-
-    def _first_bytes(self) -> bytes:
-        first, self._first = bytes(self._first), bytearray()
-        return first
+    def _count_failed_handshake(self) -> None:
+        """Counts a handshake that did not complete. A client that sent nothing, such as a probe, is not counted."""
+        if self._handshake_running:
+            self._handshake_running = False
+            self._host.metrics.handshake_done(self._age(), ok=False)
 
     def _age(self) -> float:
-        return self._host.loop.time() - self._begun_at
+        return self._host.loop.time() - self._accepted_at
 
     def _log_closed(self, reason: str, meter: Meter) -> None:
-        up, down = meter.end.bytes_in, meter.end.bytes_out
-        seconds = round(self._age())
-        log.info("connection.closed", **self._about, reason=reason, up=up, down=down, seconds=seconds)
+        stream, seconds = meter.stream, round(self._age())
+        log.info(
+            "connection.closed",
+            **self._log_fields,
+            reason=reason,
+            up=stream.bytes_in,
+            down=stream.bytes_out,
+            seconds=seconds,
+        )

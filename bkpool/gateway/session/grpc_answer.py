@@ -1,6 +1,6 @@
-"""The server's side of an HTTP/2 connection that gives one gRPC status to every call, and then goes away.
+"""The server's side of an HTTP/2 connection that answers every call with one gRPC status, and then ends.
 
-Bytes in, bytes out. It is not a gRPC server: it reads no message and answers with trailers only.
+Bytes go in and bytes come out. It is not a gRPC server: it reads no message and sends no body, only trailers.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ from h2.exceptions import ProtocolError
 
 from bkpool.gateway.session.refusal import Refusal
 
-# grpc-message: printable ASCII but % stays as it is (https://grpc.github.io/grpc/core/md_doc__p_r_o_t_o_c_o_l-_h_t_t_p2.html)
-_PLAIN = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
+# grpc-message: printable ASCII except % is not escaped (https://grpc.github.io/grpc/core/md_doc__p_r_o_t_o_c_o_l-_h_t_t_p2.html)
+_NOT_ESCAPED = "".join(chr(code) for code in range(0x20, 0x7F) if chr(code) != "%")
 
 
 class GrpcAnswer:
-    """Says a refusal to whatever is called first, then GOAWAY, so that a client polls nothing on this connection."""
+    """Answers the first call with a refusal and then sends GOAWAY, so that a client makes no more calls.
+
+    Args:
+        refusal: The answer.
+    """
 
     def __init__(self, refusal: Refusal) -> None:
         self._headers = [
             (":status", "200"),
             ("content-type", "application/grpc"),
             ("grpc-status", str(int(refusal.code))),
-            ("grpc-message", quote(refusal.sentence, safe=_PLAIN)),
+            ("grpc-message", quote(refusal.sentence, safe=_NOT_ESCAPED)),
         ]
         self._http = H2Connection(H2Configuration(client_side=False))
         self._http.initiate_connection()
         self.finished = False
-        """Everything has been said; what the client sends is of no interest any more."""
+        """Whether the answer is complete. Later bytes of the client are not needed any more."""
 
     def receive(self, data: bytes) -> bytes:
-        """Takes what the client says, returns what it is to be sent."""
+        """Takes bytes of the client and returns the bytes to send to it."""
         try:
             for event in self._http.receive_data(data):
                 if isinstance(event, RequestReceived):
@@ -43,14 +47,14 @@ class GrpcAnswer:
                     self.finished = True
                 elif isinstance(event, ConnectionTerminated):
                     self.finished = True
-        except ProtocolError:  # not HTTP/2; h2 has its GOAWAY ready
+        except ProtocolError:  # it is not HTTP/2; h2 has queued a GOAWAY
             self.finished = True
             return self._http.data_to_send()
-        return self.goodbye() if self.finished else self._http.data_to_send()
+        return self.goaway() if self.finished else self._http.data_to_send()
 
-    def goodbye(self) -> bytes:
-        """GOAWAY, behind all that is not sent yet."""
+    def goaway(self) -> bytes:
+        """Ends the connection. Returns all unsent bytes with GOAWAY at their end."""
         self.finished = True
-        with suppress(ProtocolError):  # the client has said GOAWAY first
+        with suppress(ProtocolError):  # the client has sent GOAWAY first
             self._http.close_connection()
         return self._http.data_to_send()

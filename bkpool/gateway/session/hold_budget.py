@@ -1,6 +1,6 @@
-"""How long the clients of one lease are held for its worker, from what became of those before them.
+"""How long a client is held until its worker is reachable, from the earlier connections of the same lease.
 
-Pure: it is told the time, and holds nobody itself.
+Pure: it has no clock, and it holds no client itself.
 """
 
 from __future__ import annotations
@@ -11,35 +11,46 @@ from bkpool.gateway.session.limits import GatewayLimits
 
 
 class HoldBudget:
-    """How long the clients of one lease may wait for its worker: less when waiting was in vain before (DESIGN 3)."""
+    """How long the clients of one lease may wait for its worker.
+
+    Each failed wait makes the next one shorter (docs/clients.md#waiting). Times are seconds of one monotonic clock.
+
+    Args:
+        limits: The gateway's limits.
+    """
 
     def __init__(self, limits: GatewayLimits) -> None:
         self._limits = limits
-        self._in_vain = 0
-        self._at = 0.0
-        self._parted_at = -inf
+        self._failed_waits = 0
+        self._last_failure_at = 0.0
+        self._last_cut_at = -inf
 
-    def now(self, now: float) -> tuple[int, float]:
-        """How many waits were in vain before this one, and for how many seconds this one may last."""
+    def allowance(self, now: float) -> tuple[int, float]:
+        """Returns the number of failed waits before this one, and the seconds that this one may last."""
         limits = self._limits
-        if now >= self._at + limits.forget_waits:
-            self._in_vain = 0
+        if now >= self._last_failure_at + limits.failed_wait_memory:
+            self._failed_waits = 0
         waits = (limits.first_wait, limits.second_wait, limits.later_wait)
-        return self._in_vain, waits[min(self._in_vain, 2)]
+        return self._failed_waits, waits[min(self._failed_waits, 2)]
 
-    def in_vain(self, now: float, before: int) -> None:
-        """A wait has ended without the worker, after so many before it; those at the same time count as one."""
-        self._in_vain = max(self._in_vain, before + 1)
-        self._at = now
+    def wait_failed(self, now: float, failed_before: int) -> None:
+        """A wait ended without the worker. Waits that ran at the same time count as one.
 
-    def reached(self) -> None:
-        """The worker was reached: the next wait is a first one."""
-        self._in_vain = 0
+        Args:
+            now: The time.
+            failed_before: What `allowance` returned when this wait began.
+        """
+        self._failed_waits = max(self._failed_waits, failed_before + 1)
+        self._last_failure_at = now
 
-    def parted(self, now: float) -> None:
-        """The worker has ended a connection of the lease, before its client did."""
-        self._parted_at = now
+    def worker_reached(self) -> None:
+        """A dial succeeded, so the next wait is a first one again."""
+        self._failed_waits = 0
 
-    def bereaved(self, accepted_at: float) -> bool:
-        """Whether a client who came then may be the rest of a build that was cut with that connection."""
-        return accepted_at < self._parted_at + self._limits.bereaved
+    def worker_closed_connection(self, now: float) -> None:
+        """The worker closed a connection of the lease before the client did."""
+        self._last_cut_at = now
+
+    def follows_a_cut(self, accepted_at: float) -> bool:
+        """Whether a client accepted at this time may be a retry of the build that the worker's close cut."""
+        return accepted_at < self._last_cut_at + self._limits.cut_retry_window

@@ -1,6 +1,7 @@
-"""Which token leads where: the leases as the gateway's loop needs them, built once a change from pools and workers.
+"""All leases as the gateway's loops need them: which token leads to which worker.
 
-Immutable, so that it can be handed from thread to thread; no I/O and no clock: whoever asks brings the time.
+A table is built from pools and workers after each change. It is immutable, so threads can share it. Nothing here does
+I/O or has a clock; the caller passes the time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolGateway
 from bkpool.core.worker import EndReason, Lease, Worker
 
-_AGAIN = "Run `bkpool allocate` again."
+_ALLOCATE_AGAIN = "Run `bkpool allocate` again."
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseRoute:
-    """One lease and the way to its worker. Times are seconds since the epoch, durations seconds."""
+    """One lease and the address of its worker. Times are seconds since the epoch, durations are seconds."""
 
     token_sha256: str
     allocation_id: str
@@ -28,50 +29,49 @@ class LeaseRoute:
     worker_uid: str
     pool: Key
     endpoint: str | None
-    """Where to dial; None while the worker is on its way."""
-    waiting: str
+    """The address to dial; None while the worker is not ready."""
+    wait_reason: str
     """Why there is no endpoint."""
     expires_at: float
     not_after: float
     drain_timeout: float
-    ended: EndReason | None = None
-    ended_message: str = ""
+    end_reason: EndReason | None = None
+    end_message: str = ""
 
-    def over(self, now: float) -> BkpoolError | None:
-        """Why new connections of this lease are refused at this time; None while it lives."""
-        if self.ended is not None:
-            return _over(self.ended, self.ended_message)
+    def end_error(self, now: float) -> BkpoolError | None:
+        """Returns the error for new connections after the lease's end; None while the lease is valid."""
+        if self.end_reason is not None:
+            return _end_error(self.end_reason, self.end_message)
         if now >= self.expires_at:
-            return _over(
-                EndReason.EXPIRED, f"it ran until {datetime.fromtimestamp(self.expires_at, UTC):%H:%M:%S} UTC"
-            )
+            expired_at = datetime.fromtimestamp(self.expires_at, UTC)
+            return _end_error(EndReason.EXPIRED, f"it was valid until {expired_at:%H:%M:%S} UTC")
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class PastLease:
-    """A lease that is over and whose worker may be another's by now."""
+    """A lease that has ended and no longer holds its worker, which may have another lease by now."""
 
     pool: Key
-    reason: EndReason
-    message: str
+    end_reason: EndReason
+    end_message: str
 
-    def over(self) -> BkpoolError:
-        """Why connections of this lease are refused."""
-        return _over(self.reason, self.message)
+    def end_error(self) -> BkpoolError:
+        """Returns the error for new connections."""
+        return _end_error(self.end_reason, self.end_message)
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseTable:
-    """All leases that a gateway may be asked for, by the SHA-256 of their token, and the pools that there are."""
+    """All known leases by the SHA-256 of their token, and the existing pools."""
 
     routes: Mapping[str, LeaseRoute] = field(default_factory=lambda: MappingProxyType({}))
     past: Mapping[str, PastLease] = field(default_factory=lambda: MappingProxyType({}))
     pools: frozenset[Key] = frozenset()
 
 
-def build(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
-    """The table for these pools and workers."""
+def build_lease_table(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
+    """Returns the table for these pools and workers."""
     gateways = {pool.key: pool.spec.gateway for pool in pools}
     routes: dict[str, LeaseRoute] = {}
     past: dict[str, PastLease] = {}
@@ -85,8 +85,10 @@ def build(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
 
 
 def unknown_lease() -> BkpoolError:
-    """Why a token that nobody knows is refused."""
-    return Unauthenticated("no lease has the token of this client certificate", hint=_AGAIN, code="UnknownLease")
+    """Returns the error for a token that no lease has."""
+    return Unauthenticated(
+        "no lease has the token of this client certificate", hint=_ALLOCATE_AGAIN, code="UnknownLease"
+    )
 
 
 def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
@@ -98,18 +100,20 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         worker_uid=worker.uid,
         pool=worker.pool,
         endpoint=endpoint,
-        waiting="" if endpoint else worker.status.message or "its BuildKit daemon is being started",
+        wait_reason="" if endpoint else worker.status.message or "its BuildKit daemon is being started",
         expires_at=lease.expires_at.timestamp(),
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
-        ended=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
-        ended_message=lease.end_message,
+        end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
+        end_message=lease.end_message,
     )
 
 
-def _over(reason: EndReason, message: str) -> BkpoolError:
-    told = f": {message}" if message else ""
+def _end_error(reason: EndReason, message: str) -> BkpoolError:
+    detail = f": {message}" if message else ""
     if reason is EndReason.LOST:
-        return WorkerFailed(f"the lease was lost with its worker{told}", hint=_AGAIN, code="LeaseLost")
-    verb = {EndReason.EXPIRED: "has expired", EndReason.RELEASED: "was released"}.get(reason, "was given up")
-    return Gone(f"the lease {verb}{told}", hint=_AGAIN, code=f"Lease{reason.value.capitalize()}")
+        return WorkerFailed(
+            f"the lease ended because its worker failed{detail}", hint=_ALLOCATE_AGAIN, code="LeaseLost"
+        )
+    verb = {EndReason.EXPIRED: "has expired", EndReason.RELEASED: "was released"}.get(reason, "was abandoned")
+    return Gone(f"the lease {verb}{detail}", hint=_ALLOCATE_AGAIN, code=f"Lease{reason.value.capitalize()}")

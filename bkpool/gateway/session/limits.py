@@ -1,6 +1,6 @@
-"""How long and how much the gateway bears (DESIGN rule 11); tests shorten it.
+"""The gateway's limits of time and size (rule 11, docs/rules.md#r11).
 
-Times are in seconds, sizes in bytes.
+Times are in seconds, sizes in bytes. Nothing here enforces a limit.
 """
 
 from __future__ import annotations
@@ -10,52 +10,55 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
-    """The bounds of everything in the gateway."""
+    """All limits of a gateway. Tests use shorter ones."""
 
-    handshake: float = 10.0
+    handshake_timeout: float = 10.0
     """From accept to the end of the TLS handshake."""
-    register: float = 5.0
-    """For the store to take a registration, or to be looked through for a lease."""
-    dial: float = 5.0
-    """For the worker's socket to accept and, where it speaks TLS, to shake hands."""
-    redial: float = 0.5
-    """Between a dial that failed and the next one."""
+    register_timeout: float = 5.0
+    """For the store to write a registration or to search for a lease."""
+    dial_timeout: float = 5.0
+    """For the worker to accept a connection and, if it uses TLS, to complete the handshake."""
+    redial_interval: float = 0.5
+    """Between a failed dial and the next one."""
     first_wait: float = 15.0
-    """A client may wait for its worker: under the 20 s for which buildx polls (DESIGN 3)."""
+    """How long a client is held until its worker is reachable. It is less than the 20 s for which buildx polls
+    (docs/clients.md#waiting)."""
     second_wait: float = 12.0
-    """The same, when a client of this lease has waited in vain before."""
+    """The same, after one failed wait of the same lease."""
     later_wait: float = 2.0
-    """The same, when the user has been told: buildx makes two more connections before it ends. Also for the table to
-    learn of a worker's new address when another answers at the one it has."""
-    bereaved: float = 0.5
-    """Who comes so soon after the worker has ended a connection of his lease is told so instead of being held: it is
-    the rest of a build that was cut, which ends only once this is answered. gRPC comes again within milliseconds; a
-    command that was started after such a build comes later, and buildx then only waits a second longer."""
-    forget_waits: float = 60.0
-    """After so long without a wait in vain, the next one is a first one again."""
-    first_bytes: int = 16 * 1024
-    """Kept of a client that waits."""
-    refusal: float = 10.0
+    """The same, after two failed waits. The user has seen the reason then, but buildx makes two more connections
+    before it ends. Also how long a connection waits for the worker's new address, after another peer answered at the
+    old one."""
+    cut_retry_window: float = 0.5
+    """Refuse, instead of holding, connections that arrive this soon after the worker closed one of the same lease:
+    they are retries of the cut build, which ends only when they are answered. gRPC retries within milliseconds. A
+    command that is started after such a build arrives later; if not, buildx only waits a second longer."""
+    failed_wait_memory: float = 60.0
+    """After this time without a failed wait, the next wait is a first one again."""
+    max_held_bytes: int = 16 * 1024
+    """Most bytes kept of a client that is held."""
+    refusal_timeout: float = 10.0
     """From a refusal to the client's first call, which is answered with the reason."""
-    linger: float = 2.0
-    """For the client to read the answer and go."""
-    refusal_bytes: int = 256 * 1024
-    """Read from a client that is refused: more than HTTP/2 lets it send unasked."""
-    half_open: float = 60.0
-    """One direction of a connection may outlive the other."""
-    idle_in_drain: float = 60.0
-    """A connection whose lease has ended may be silent (DESIGN rule 8)."""
-    renew: float = 20.0
-    """Between renewals of a registration in use."""
-    registered: float = 50.0
-    """A registration is trusted here; others trust it for 60 s (worker.REGISTRATION_LIFE), so clocks may differ."""
-    guests: int = 1024
-    """Connections that hold no lease: in handshake or being refused. One more and the oldest goes."""
+    linger_timeout: float = 2.0
+    """For the client to read the answer and to close."""
+    max_refusal_bytes: int = 256 * 1024
+    """Most bytes read from a refused client. HTTP/2 lets a client send less than this before it is answered."""
+    half_open_timeout: float = 60.0
+    """How long one direction of a connection may stay open after the other has ended."""
+    drain_idle_timeout: float = 60.0
+    """How long a connection may be silent after its lease has ended (rule 8, docs/rules.md#r8)."""
+    renew_interval: float = 20.0
+    """Between two renewals of a registration that is in use."""
+    registration_trust: float = 50.0
+    """How long this gateway relies on its own registration. The controller relies on it for REGISTRATION_LIFE (60 s,
+    core.observation); the difference allows for clocks that differ."""
+    pending_connections: int = 1024
+    """Most connections without a lease: in the handshake, or being refused. One more closes the oldest."""
     connections: int = 10_000
-    """Connections that hold a lease."""
-    per_pool: int = 5_000
-    """The same, of one pool: none keeps all the others out."""
-    per_lease: int = 256
-    """The same, of one lease."""
+    """Most connections with a lease."""
+    connections_per_pool: int = 5_000
+    """Most connections with a lease of one pool, so that one pool cannot take all of them."""
+    connections_per_lease: int = 256
+    """Most connections of one lease."""
     accept_pause: float = 0.5
-    """Before accepting goes on when the system had no descriptor or memory left."""
+    """Before accepting continues, after the system had no file descriptor or memory left."""

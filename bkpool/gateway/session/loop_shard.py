@@ -1,7 +1,8 @@
-"""What of the gateway lives in one event loop: the connections in it, and the leases that it is home to.
+"""The part of the gateway that lives in one event loop: its connections, and the leases that it owns.
 
-Everything about a lease happens in its home, so nothing of it is shared: a connection that was accepted elsewhere
-goes there once its certificate is read. What comes from other threads comes through the loop's call_soon_threadsafe.
+Each lease is owned by one loop, and everything about it happens there, so no lease is shared between threads. A
+connection that another loop accepted moves to the owner once its certificate is read. Other threads call a shard only
+through its loop's call_soon_threadsafe.
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ from bkpool.gateway.net.dial import Dialler
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.connection import Connection
+from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics
-from bkpool.gateway.session.shard_leases import Registry, ShardLeases
+from bkpool.gateway.session.shard_leases import ShardLeases
+
+_CLOSING = "the gateway is closing"
 
 
 class LoopShard:
-    """Lets each connection of its loop live its life, and keeps count of who is inside.
+    """Runs the connections of its loop and keeps count of them.
 
     Args:
-        loop: Its loop. Everything but the constructor is called in it.
-        context: The TLS settings of new connections; replaced while others go on.
-        registry: Where leases are registered.
-        now: The time by which leases and certificates are judged.
-        limits: The bounds.
-        capacity: The places of the whole gateway.
-        metrics: What is counted.
-        dial: How a worker is reached.
+        loop: The shard's loop. Everything but the constructor is called in it.
+        context: The TLS settings of new connections.
+        registry: Registers leases at their workers.
+        now: Returns the time against which leases and certificates are checked.
+        limits: The gateway's limits.
+        capacity: Counts the connections of the whole gateway.
+        metrics: Counts what happens.
+        dial: Dials a worker.
         pool: The only pool that is served; None serves all.
     """
 
@@ -43,7 +47,7 @@ class LoopShard:
         loop: asyncio.AbstractEventLoop,
         context: ssl.SSLContext,
         *,
-        registry: Registry,
+        registry: CallbackLeaseRegistry,
         now: Callable[[], datetime],
         limits: GatewayLimits,
         capacity: Capacity,
@@ -60,104 +64,115 @@ class LoopShard:
         self.buffers = LoopBuffers()
         self.error_watcher = SocketErrorWatcher(loop)
         self.leases = ShardLeases(loop, registry, now, limits, capacity, pool=pool)
-        self.homes: tuple[LoopShard, ...] = (self,)
-        """The gates of all loops. A lease's home is the one that its token's digest falls on."""
-        self._guests: dict[Connection, None] = {}  # hold no lease; the oldest first
-        self._tenants: dict[Connection, None] = {}
+        self.shards: tuple[LoopShard, ...] = (self,)
+        """The shards of all loops. The digest of a lease's token decides which of them owns the lease."""
+        self._pending: dict[Connection, None] = {}  # without a lease; the oldest first
+        self._admitted: dict[Connection, None] = {}  # with a lease
         self._draining = False
-        self._empty: list[Callable[[], None]] = []
-        self._deadline: asyncio.TimerHandle | None = None
+        self._on_empty: list[Callable[[], None]] = []
+        self._drain_deadline: asyncio.TimerHandle | None = None
 
-    def receive(self, sock: socket.socket, peer: str) -> None:
-        """A client has been accepted."""
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        """Starts the connection of a client that was accepted.
+
+        Args:
+            sock: Accepted and non-blocking.
+            peer: The client's address, for the log.
+        """
         if self._draining:
             sock.close()
             return
         try:
-            self._welcome(Connection(self, sock, peer))
-        except OSError:  # reset since
+            self._add_pending(Connection(self, sock, peer))
+        except OSError:  # the client has closed the connection already
             sock.close()
 
-    def swap(self, context: ssl.SSLContext) -> None:
-        """New connections get these TLS settings."""
+    def set_tls_context(self, context: ssl.SSLContext) -> None:
+        """Uses these TLS settings for new connections. Open ones stay."""
         self.context = context
 
-    def drain(self, seconds: float, empty: Callable[[], None]) -> None:
-        """Takes nobody in any more, and cuts what is still open after so many seconds; again: the last call decides.
+    def drain(self, seconds: float, on_empty: Callable[[], None]) -> None:
+        """Accepts no client any more, and cuts connections that are still open after so many seconds.
+
+        May be called again; then the last call decides about the time.
 
         Args:
-            seconds: What relayed connections have left. Those that are not relayed yet are closed at once: their
-                clients come again by themselves, to whoever listens then.
-            empty: Called when no connection is left.
+            seconds: For relayed connections. Others are closed at once: their clients connect again by themselves, to
+                another gateway.
+            on_empty: Called when no connection is left.
         """
         self._draining = True
-        self._empty.append(empty)
-        for connection in [*self._guests, *self._tenants]:
+        self._on_empty.append(on_empty)
+        for connection in [*self._pending, *self._admitted]:
             if not connection.relaying:
-                connection.cut("the gateway is closing")
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._deadline = self.loop.call_later(seconds, self._cut_all)
-        self._tell_if_empty()
+                connection.cut(_CLOSING)
+        if self._drain_deadline is not None:
+            self._drain_deadline.cancel()
+        self._drain_deadline = self.loop.call_later(seconds, self._cut_all)
+        self._report_if_empty()
 
-    # --- what connections tell (connection.Host) --------------------------------------------------------------------
+    # --- called by connections (connection.ConnectionHost) ----------------------------------------------------------
 
-    def lead_home(self, connection: Connection, token_sha256: str) -> bool:
-        """Whether this lease's home is another loop; then the connection is on its way there, and not ours."""
-        home = self.homes[int(token_sha256[:8], 16) % len(self.homes)]
-        if home is self:
+    def hand_over(self, connection: Connection, token_sha256: str) -> bool:
+        """Moves the connection to the loop that owns its lease; returns whether that is another loop."""
+        owner = self.shards[int(token_sha256[:8], 16) % len(self.shards)]
+        if owner is self:
             return False
-        connection.move_out(home)
-        # First there, then gone from here: a drain that finds us empty is behind it in the other loop too.
-        home.loop.call_soon_threadsafe(home._take_over, connection, token_sha256)  # noqa: SLF001 - another of our kind
+        connection.leave_loop(owner)
+        # Post it to the owner before it is removed here: if a drain finds this shard empty, the drain's call to the
+        # owner comes after the connection.
+        owner.loop.call_soon_threadsafe(owner._take_over, connection, token_sha256)  # noqa: SLF001 - the same class
         self.closed(connection)
         return True
 
     def admitted(self, connection: Connection) -> None:
-        """It holds a lease now."""
-        del self._guests[connection]
-        self.metrics.pending(-1)
-        self._tenants[connection] = None
+        """The connection has a lease now."""
+        del self._pending[connection]
+        self.metrics.count_pending(-1)
+        self._admitted[connection] = None
 
     def refused(self, connection: Connection) -> None:
-        """It holds no lease any more, and will soon be closed."""
-        if connection in self._tenants:
-            del self._tenants[connection]
-            self._welcome(connection)
+        """The connection has no lease any more, and will soon be closed."""
+        if connection in self._admitted:
+            del self._admitted[connection]
+            self._add_pending(connection)
 
     def closed(self, connection: Connection) -> None:
-        """Its sockets are closed."""
-        if connection in self._guests:
-            del self._guests[connection]
-            self.metrics.pending(-1)
-        self._tenants.pop(connection, None)
-        self._tell_if_empty()
+        """The connection's sockets are closed."""
+        if connection in self._pending:
+            del self._pending[connection]
+            self.metrics.count_pending(-1)
+        self._admitted.pop(connection, None)
+        self._report_if_empty()
 
-    # --- inside -----------------------------------------------------------------------------------------------------
+    # --- internal ---------------------------------------------------------------------------------------------------
 
     def _take_over(self, connection: Connection, token_sha256: str) -> None:
-        self._welcome(connection)
-        if self._draining:  # and may have told already that it is empty: no lease is joined any more
-            connection.cut("the gateway is closing")
+        self._add_pending(connection)
+        if self._draining:  # this shard may have reported already that it is empty, so it must not use a lease again
+            connection.cut(_CLOSING)
         else:
-            connection.move_in(token_sha256)
+            connection.enter_loop(token_sha256)
 
-    def _welcome(self, guest: Connection) -> None:
-        """So many that never finish a handshake cannot keep a good client out: the oldest goes."""
-        self._guests[guest] = None
-        self.metrics.pending(+1)
-        if len(self._guests) > self.limits.guests / len(self.homes):
-            next(iter(self._guests)).cut("too many connections without a lease")
+    def _add_pending(self, connection: Connection) -> None:
+        """Adds a connection without a lease. If there are too many, the oldest is closed.
+
+        So clients that never complete a handshake cannot keep others out.
+        """
+        self._pending[connection] = None
+        self.metrics.count_pending(+1)
+        if len(self._pending) > self.limits.pending_connections / len(self.shards):
+            next(iter(self._pending)).cut("too many connections without a lease")
 
     def _cut_all(self) -> None:
-        for connection in [*self._guests, *self._tenants]:
-            connection.cut("the gateway is closing")
+        for connection in [*self._pending, *self._admitted]:
+            connection.cut(_CLOSING)
 
-    def _tell_if_empty(self) -> None:
-        if self._empty and not self._guests and not self._tenants:
+    def _report_if_empty(self) -> None:
+        if self._on_empty and not self._pending and not self._admitted:
             self.leases.withdraw_all()
-            told, self._empty = self._empty, []
-            if self._deadline is not None:
-                self._deadline.cancel()
-            for empty in told:
-                empty()
+            callbacks, self._on_empty = self._on_empty, []
+            if self._drain_deadline is not None:
+                self._drain_deadline.cancel()
+            for on_empty in callbacks:
+                on_empty()

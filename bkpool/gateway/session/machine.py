@@ -1,10 +1,10 @@
-"""The life of one connection as a conversation: what has happened goes in, what is to be done comes out.
+"""The state of one connection: events go in, commands come out.
 
-It decides everything and does nothing: it has no socket, no timer and no lease, and is told the time. `connection`
-carries out what it says and tells it what came of that.
+It makes every decision about a connection and carries out none of them. It has no socket, no timer, no lease and no
+clock. `connection` carries out the commands and reports their results as events.
 
     accepted -> handshaking -> authenticated -> dialling (<-> waiting) -> relaying (<-> draining) -> closed
-    any of these before relaying -> refused -> closed
+    any state before relaying -> refused -> closed
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bkpool.core.errors import BkpoolError
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.gateway.session.limits import GatewayLimits
-from bkpool.gateway.session.refusal import Refusal, strange, waited_again, waited_first
+from bkpool.gateway.session.refusal import Refusal, wait_failed_again, worker_not_ready, wrong_worker
 
 
 class State(StrEnum):
-    """Where a connection is in its life."""
+    """What a connection is doing."""
 
     ACCEPTED = "accepted"
     HANDSHAKING = "handshaking"
@@ -33,205 +33,222 @@ class State(StrEnum):
     CLOSED = "closed"
 
 
-GREETING = frozenset({State.ACCEPTED, State.HANDSHAKING})
-HOLDING = frozenset({State.AUTHENTICATED, State.WAITING, State.DIALLING})
-JOINED = frozenset({State.RELAYING, State.DRAINING})
+UNAUTHENTICATED = frozenset({State.ACCEPTED, State.HANDSHAKING})
+"""The TLS handshake is not complete."""
+HELD = frozenset({State.AUTHENTICATED, State.WAITING, State.DIALLING})
+"""The client has a valid certificate and waits for its worker."""
+CONNECTED = frozenset({State.RELAYING, State.DRAINING})
+"""Bytes are relayed between client and worker."""
 
 
 @dataclass(frozen=True, slots=True)
-class Seek:
-    """Find the lease, in the store if need be: `found`."""
+class FindLease:
+    """Look for the lease, in the store if the table does not have it. Answered by `lease_search_done`."""
 
     token_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
-class Admit:
-    """Take a slot of the lease: `admitted` or `denied`."""
+class TakeSlot:
+    """Take a slot of the lease. Answered by `slot_taken` or `slot_denied`."""
 
     token_sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """See that this gateway is entered at the worker: `registered`."""
+    """Make sure that this gateway is registered at the worker. Answered by `registration_done`."""
 
 
 @dataclass(frozen=True, slots=True)
 class DialWorker:
-    """Dial the worker: `dialled`, `unreached` or `met_a_stranger`."""
+    """Dial the worker. Answered by `worker_reached`, `dial_failed` or `wrong_peer`."""
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUpDial:
-    """Stop dialling; nothing more comes of it."""
+class CancelDial:
+    """Cancel the dial. No answer to it will come."""
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
-    """Relay between client and worker: `over`."""
+class StartRelay:
+    """Relay bytes between client and worker. Answered by `connection_ended`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """See the client off, with this answer or with the alert that TLS has ready: `over`."""
+    """Send the client this refusal, or only the pending TLS alert if it is None. Answered by `connection_ended`."""
 
     status: str
     refusal: Refusal | None
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
-    """End the relay or the refusal that is under way: `over`."""
+class StopRelayOrRefusal:
+    """End the relay or the refusal that is running. Answered by `connection_ended`."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
-    """Give back the slot of the lease."""
+class ReturnSlot:
+    """Give the slot of the lease back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Close:
-    """Close the client's socket. It is the last thing that is to be done."""
+class CloseClient:
+    """Close the client's socket. No command follows this one."""
 
     reason: str
 
 
-Command = Seek | Admit | Register | DialWorker | GiveUpDial | Join | Refuse | Stop | Leave | Close
+Command = (
+    FindLease
+    | TakeSlot
+    | Register
+    | DialWorker
+    | CancelDial
+    | StartRelay
+    | Refuse
+    | StopRelayOrRefusal
+    | ReturnSlot
+    | CloseClient
+)
 Commands = tuple[Command, ...]
 
 NOTHING: Commands = ()
 
 
 class ConnectionMachine:
-    """One connection, from accept to close.
+    """The state machine of one connection, from accept to close.
 
-    Every method tells what has happened and returns what is to be done, in that order; what is told too late, or
-    twice, changes nothing. Times are seconds of one clock that never goes back.
+    Every method reports an event and returns the commands that follow from it, in order. An event that comes too late
+    or twice changes nothing. Times are seconds of one monotonic clock.
 
     Args:
-        limits: The bounds.
-        now: When it was accepted.
+        limits: The gateway's limits.
+        now: When the connection was accepted.
     """
 
     def __init__(self, limits: GatewayLimits, now: float) -> None:
         self.state = State.ACCEPTED
-        self.deadline: float | None = now + limits.handshake
-        """When `time_is_up` is to be told, unless it changes before."""
+        self.deadline: float | None = now + limits.handshake_timeout
+        """When `deadline_reached` must be called, unless the deadline changes before; None for never."""
         self._limits = limits
         self._accepted_at = now
         self._token_sha256 = ""
-        self._asked: type[Command] | None = None  # of an authenticated one: what is not answered yet
+        self._open_question: type[Command] | None = None  # while authenticated: the command that has no answer yet
         self._route: LeaseRoute | None = None
-        self._patience: HoldBudget | None = None
+        self._hold_budget: HoldBudget | None = None
         self._has_slot = False
-        self._waits_before = 0
-        self._patience_ends: float | None = None
-        self._strange_until: float | None = None
-        self._trouble = ""
-        self._client_ended = False
-        self._drains_since = self._cut_at = 0.0
+        self._failed_waits = 0
+        self._hold_ends_at: float | None = None
+        self._wrong_peer_until: float | None = None
+        self._dial_failure = ""
+        self._client_sent_eof = False
+        self._draining_since = self._cut_at = 0.0
 
     @property
-    def distrusts(self) -> bool:
-        """Another answered at the worker's address, and no better one is known yet."""
-        return self._strange_until is not None
+    def wrong_peer_seen(self) -> bool:
+        """Whether another peer than the worker answered at the worker's address, and no newer address is known."""
+        return self._wrong_peer_until is not None
 
     # --- handshake and lease ----------------------------------------------------------------------------------------
 
-    def spoke(self) -> Commands:
-        """The client's first bytes are here."""
+    def first_bytes_received(self) -> Commands:
+        """The client has sent its first bytes."""
         if self.state is State.ACCEPTED:
             self.state = State.HANDSHAKING
         return NOTHING
 
-    def shaken(self, token_sha256: str) -> Commands:
-        """The handshake is complete, and the client's certificate is of this token."""
-        if self.state not in GREETING:
+    def handshake_done(self, token_sha256: str) -> Commands:
+        """The TLS handshake is complete, and the client's certificate holds the token with this digest."""
+        if self.state not in UNAUTHENTICATED:
             return NOTHING
-        self._enter(State.AUTHENTICATED)  # the registry answers in bounded time
+        self._enter(State.AUTHENTICATED)  # no deadline: the registry answers in bounded time
         self._token_sha256 = token_sha256
-        return self._ask(Seek(token_sha256))
+        return self._ask(FindLease(token_sha256))
 
-    def unfit(self, why: BkpoolError) -> Commands:
-        """The handshake is complete, but the client's certificate is of no lease."""
-        return self._refuse(Refusal.of(why)) if self.state in GREETING else NOTHING
+    def certificate_rejected(self, error: BkpoolError) -> Commands:
+        """The TLS handshake is complete, but the client's certificate is not a valid one of a lease."""
+        return self._refuse(Refusal.of(error)) if self.state in UNAUTHENTICATED else NOTHING
 
     def tls_failed(self) -> Commands:
-        """The client broke the rules of TLS before it was joined."""
-        return self._part("TlsFailed", None) if self.state in GREETING | HOLDING else NOTHING
+        """The client broke the TLS protocol before it was connected to its worker."""
+        return self._start_refusal("TlsFailed", None) if self.state in UNAUTHENTICATED | HELD else NOTHING
 
-    def found(self, error: BkpoolError | None = None) -> Commands:
-        """The lease is known as far as it can be; or cannot be looked for."""
-        if not self._awaits(Seek):
+    def lease_search_done(self, error: BkpoolError | None = None) -> Commands:
+        """The table of leases is as new as it can be; or the search failed with this error."""
+        if not self._awaits(FindLease):
             return NOTHING
-        return self._ask(Admit(self._token_sha256)) if error is None else self._refuse(Refusal.of(error))
+        return self._ask(TakeSlot(self._token_sha256)) if error is None else self._refuse(Refusal.of(error))
 
-    def admitted(self, route: LeaseRoute, patience: HoldBudget) -> Commands:
-        """A slot of the lease is taken."""
-        if not self._awaits(Admit):
-            return (Leave(),)
-        self._route, self._patience, self._has_slot = route, patience, True
+    def slot_taken(self, route: LeaseRoute, hold_budget: HoldBudget) -> Commands:
+        """The connection has a slot of the lease."""
+        if not self._awaits(TakeSlot):
+            return (ReturnSlot(),)
+        self._route, self._hold_budget, self._has_slot = route, hold_budget, True
         return self._ask(Register())
 
-    def denied(self, why: BkpoolError) -> Commands:
-        """There is no slot for it."""
-        return self._refuse(Refusal.of(why)) if self._awaits(Admit) else NOTHING
+    def slot_denied(self, error: BkpoolError) -> Commands:
+        """The connection gets no slot of the lease."""
+        return self._refuse(Refusal.of(error)) if self._awaits(TakeSlot) else NOTHING
 
-    def registered(self, now: float, error: BkpoolError | None = None) -> Commands:
-        """This gateway is entered at the worker; or cannot be."""
+    def registration_done(self, now: float, error: BkpoolError | None = None) -> Commands:
+        """This gateway is registered at the worker; or the registration failed with this error."""
         if not self._awaits(Register):
             return NOTHING
-        return self._go(now) if error is None else self._refuse(Refusal.of(error))
+        return self._dial_or_wait(now) if error is None else self._refuse(Refusal.of(error))
 
     # --- held: the worker is dialled or awaited ---------------------------------------------------------------------
 
-    def dialled(self) -> Commands:
-        """The worker is there."""
+    def worker_reached(self) -> Commands:
+        """The dial succeeded."""
         if self.state is not State.DIALLING:
             return NOTHING
-        if self._patience is not None:
-            self._patience.reached()
+        if self._hold_budget is not None:
+            self._hold_budget.worker_reached()
         self._enter(State.RELAYING)
-        return (Join(),)
+        return (StartRelay(),)
 
-    def unreached(self, now: float, why: str) -> Commands:
-        """Nobody answers at the worker's address."""
+    def dial_failed(self, now: float, reason: str) -> Commands:
+        """Nothing answers at the worker's address."""
         if self.state is not State.DIALLING:
             return NOTHING
-        self._strange_until = None
-        self._trouble = f"it could not be reached ({why})"
+        self._wrong_peer_until = None
+        self._dial_failure = f"it could not be reached ({reason})"
         return self._wait(now)
 
-    def met_a_stranger(self, now: float) -> Commands:
-        """Another answers at the worker's address. The table may learn of a better one at any moment, or never."""
+    def wrong_peer(self, now: float) -> Commands:
+        """Another peer than the worker answers at the worker's address.
+
+        The table of leases may get the new address at any moment, so the connection waits for a short time.
+        """
         if self.state is not State.DIALLING:
             return NOTHING
-        if self._strange_until is None:
-            self._strange_until = now + self._limits.later_wait
+        if self._wrong_peer_until is None:
+            self._wrong_peer_until = now + self._limits.later_wait
         return self._wait(now)
 
-    def rerouted(self, now: float, route: LeaseRoute) -> Commands:
-        """The lease's worker came or went, or the lease has a new end."""
+    def route_changed(self, now: float, route: LeaseRoute) -> Commands:
+        """The lease's worker has started or ended, or the lease has a new expiry."""
         moved = self._route is not None and route.endpoint != self._route.endpoint
         self._route = route
         if not moved or self.state not in {State.WAITING, State.DIALLING}:
             return NOTHING
-        self._strange_until = None
-        # Nobody may be left at the old address to refuse a dial that is under way.
-        given_up: Commands = (GiveUpDial(),) if self.state is State.DIALLING else NOTHING
-        return given_up + self._go(now)
+        self._wrong_peer_until = None
+        # The old address may have no host any more, so a dial to it may not even be refused.
+        cancelled: Commands = (CancelDial(),) if self.state is State.DIALLING else NOTHING
+        return cancelled + self._dial_or_wait(now)
 
-    def parted(self) -> Commands:
-        """The worker has ended another connection of the lease: who waits may be the rest of a build that was cut."""
-        return self._not_held() if self.state is State.WAITING and not self.distrusts else NOTHING
+    def worker_closed_sibling(self) -> Commands:
+        """The worker closed another connection of the lease, so this one may belong to the build that was cut."""
+        return self._refuse_now() if self.state is State.WAITING and not self.wrong_peer_seen else NOTHING
 
-    def client_ended(self) -> Commands:
-        """The client sends nothing more, and may still listen."""
-        self._client_ended = True
-        if self.state in GREETING:
+    def client_sent_eof(self) -> Commands:
+        """The client sends nothing more. It may still read."""
+        self._client_sent_eof = True
+        if self.state in UNAUTHENTICATED:
             return self._close("the client left during the handshake")
         if self.state is State.WAITING:
             return self._close("the client left while it was held")
@@ -239,129 +256,131 @@ class ConnectionMachine:
 
     # --- the lease's end --------------------------------------------------------------------------------------------
 
-    def lease_ended(self, now: float, why: BkpoolError, cut_in: float) -> Commands:
-        """The lease is over: a joined connection drains, for so many seconds at most; any other is refused."""
+    def lease_ended(self, now: float, error: BkpoolError, cut_in: float) -> Commands:
+        """The lease has ended. A relayed connection drains for at most `cut_in` seconds; a held one is refused."""
         if self.state is State.RELAYING:
-            self._drains_since, self._cut_at = now, now + cut_in
-            self._enter(State.DRAINING, min(self._cut_at, now + self._limits.idle_in_drain))
+            self._draining_since, self._cut_at = now, now + cut_in
+            self._enter(State.DRAINING, min(self._cut_at, now + self._limits.drain_idle_timeout))
             return NOTHING
-        return self._refuse(Refusal.of(why)) if self.state in HOLDING else NOTHING
+        return self._refuse(Refusal.of(error)) if self.state in HELD else NOTHING
 
     def lease_resumed(self) -> Commands:
-        """The lease was renewed after all."""
+        """The lease was renewed before it ended; this gateway learns of it only now."""
         if self.state is State.DRAINING:
             self._enter(State.RELAYING)
         return NOTHING
 
-    # --- the end ----------------------------------------------------------------------------------------------------
+    # --- the connection's end ---------------------------------------------------------------------------------------
 
-    def time_is_up(self, now: float, active_at: float = 0.0) -> Commands:
-        """The deadline has come.
+    def deadline_reached(self, now: float, active_at: float = 0.0) -> Commands:
+        """The time of `deadline` has come.
 
         Args:
             now: The time.
-            active_at: When bytes last moved, of a joined connection.
+            active_at: When bytes last moved; only used for a relayed connection.
         """
         match self.state:
             case State.ACCEPTED | State.HANDSHAKING:
                 return self._close("the handshake took too long")
             case State.WAITING:
-                return self._waited(now)
+                return self._redial_or_refuse(now)
             case State.DRAINING:
-                return self._drain(now, active_at)
+                return self._continue_or_end_drain(now, active_at)
         return NOTHING
 
     def cut(self, reason: str) -> Commands:
-        """It is to end now, whatever it is doing."""
-        if self.state in JOINED or self.state is State.REFUSED:
-            return (Stop(reason),)
+        """The connection must end now, in whatever state it is."""
+        if self.state in CONNECTED or self.state is State.REFUSED:
+            return (StopRelayOrRefusal(reason),)
         return self._close(reason)
 
-    def over(self, reason: str) -> Commands:
+    def connection_ended(self, reason: str) -> Commands:
         """The relay, the refusal or the client's socket has ended."""
         return self._close(reason)
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
     def _ask(self, question: Command) -> Commands:
-        self._asked = type(question)
+        self._open_question = type(question)
         return (question,)
 
     def _awaits(self, question: type[Command]) -> bool:
-        return self.state is State.AUTHENTICATED and self._asked is question
+        return self.state is State.AUTHENTICATED and self._open_question is question
 
-    def _go(self, now: float) -> Commands:
-        """Dials the worker, or waits for it."""
+    def _dial_or_wait(self, now: float) -> Commands:
         if self._route is None or self._route.endpoint is None:
             return self._wait(now)
-        self._enter(State.DIALLING)  # the dial has a deadline of its own
+        self._enter(State.DIALLING)  # no deadline: the dial has its own
         return (DialWorker(),)
 
     def _wait(self, now: float) -> Commands:
-        self._enter(State.WAITING)  # no dial is under way any more
-        if self._client_ended:
+        self._enter(State.WAITING)  # no dial is running any more
+        if self._client_sent_eof:
             return self._close("the client left while it was held")
-        if self._patience is not None and self._patience.bereaved(self._accepted_at) and not self.distrusts:
-            return self._not_held()
-        if self._patience_ends is None and self._patience is not None:
-            self._waits_before, seconds = self._patience.now(now)
-            self._patience_ends = now + seconds
-        ends = self._end_of_wait(now)
-        again = now + self._limits.redial
-        reachable = self._route is not None and self._route.endpoint is not None
-        self.deadline = again if reachable and again < ends else max(now, ends)
+        if self._follows_a_cut() and not self.wrong_peer_seen:
+            return self._refuse_now()
+        if self._hold_ends_at is None and self._hold_budget is not None:
+            self._failed_waits, seconds = self._hold_budget.allowance(now)
+            self._hold_ends_at = now + seconds
+        wait_ends_at = self._wait_ends_at(now)
+        redial_at = now + self._limits.redial_interval
+        has_endpoint = self._route is not None and self._route.endpoint is not None
+        self.deadline = redial_at if has_endpoint and redial_at < wait_ends_at else max(now, wait_ends_at)
         return NOTHING
 
-    def _waited(self, now: float) -> Commands:
-        """Dials again while there is time, and tells the client when there is none."""
-        if now < self._end_of_wait(now):
-            return self._go(now)
-        if self._route is None or self._patience is None:
+    def _follows_a_cut(self) -> bool:
+        return self._hold_budget is not None and self._hold_budget.follows_a_cut(self._accepted_at)
+
+    def _redial_or_refuse(self, now: float) -> Commands:
+        """Dials again while there is time left, and refuses the client when there is none."""
+        if now < self._wait_ends_at(now):
+            return self._dial_or_wait(now)
+        if self._route is None or self._hold_budget is None:
             return NOTHING
-        if self._strange_until is not None:
-            return self._refuse(strange(self._route.worker))
-        self._patience.in_vain(now, self._waits_before)
-        waited = waited_again if self._waits_before else waited_first
-        return self._refuse(waited(self._route.worker, self._route.waiting or self._trouble))
+        if self._wrong_peer_until is not None:
+            return self._refuse(wrong_worker(self._route.worker))
+        self._hold_budget.wait_failed(now, self._failed_waits)
+        refusal = wait_failed_again if self._failed_waits else worker_not_ready
+        return self._refuse(refusal(self._route.worker, self._route.wait_reason or self._dial_failure))
 
-    def _not_held(self) -> Commands:
-        """Whoever polls, as buildx does when it begins, comes again and is held then; whatever else fails at once."""
-        assert self._route is not None  # noqa: S101 - it has a lease
-        return self._refuse(waited_first(self._route.worker, self._route.waiting or self._trouble))
+    def _refuse_now(self) -> Commands:
+        """Refuses without a wait. A client that polls, such as a new buildx, tries again and is held then."""
+        assert self._route is not None  # noqa: S101 - it has a slot, so it has a route
+        return self._refuse(worker_not_ready(self._route.worker, self._route.wait_reason or self._dial_failure))
 
-    def _end_of_wait(self, now: float) -> float:
-        ends = now if self._patience_ends is None else self._patience_ends
-        return ends if self._strange_until is None else min(ends, self._strange_until)
+    def _wait_ends_at(self, now: float) -> float:
+        ends_at = now if self._hold_ends_at is None else self._hold_ends_at
+        return ends_at if self._wrong_peer_until is None else min(ends_at, self._wrong_peer_until)
 
-    def _drain(self, now: float, active_at: float) -> Commands:
-        """Cuts it at its end or after too long a silence, and otherwise looks again then."""
-        silent_at = max(active_at, self._drains_since) + self._limits.idle_in_drain
+    def _continue_or_end_drain(self, now: float, active_at: float) -> Commands:
+        """Cuts a draining connection at its end or after too long a silence; otherwise sets the next deadline."""
+        idle_at = max(active_at, self._draining_since) + self._limits.drain_idle_timeout
         if now >= self._cut_at:
             return self.cut("its lease has ended, and so has the time to drain")
-        if now >= silent_at:
+        if now >= idle_at:
             return self.cut("its lease has ended, and it was silent")
-        self.deadline = min(self._cut_at, silent_at)
+        self.deadline = min(self._cut_at, idle_at)
         return NOTHING
 
     def _refuse(self, refusal: Refusal) -> Commands:
-        return self._part(refusal.status, refusal)
+        return self._start_refusal(refusal.status, refusal)
 
-    def _part(self, status: str, refusal: Refusal | None) -> Commands:
-        given_back = self._given_back()
+    def _start_refusal(self, status: str, refusal: Refusal | None) -> Commands:
+        released = self._release()
         self._enter(State.REFUSED)
-        return (*given_back, Refuse(status, refusal))
+        return (*released, Refuse(status, refusal))
 
     def _close(self, reason: str) -> Commands:
         if self.state is State.CLOSED:
             return NOTHING
-        given_back = self._given_back()
+        released = self._release()
         self._enter(State.CLOSED)
-        return (*given_back, Close(reason))
+        return (*released, CloseClient(reason))
 
-    def _given_back(self) -> Commands:
-        """What it holds and will not need any more."""
-        dial: Commands = (GiveUpDial(),) if self.state is State.DIALLING else NOTHING
-        slot: Commands = (Leave(),) if self._has_slot else NOTHING
+    def _release(self) -> Commands:
+        """Cancels the dial and gives the slot back, if the connection has them."""
+        dial: Commands = (CancelDial(),) if self.state is State.DIALLING else NOTHING
+        slot: Commands = (ReturnSlot(),) if self._has_slot else NOTHING
         self._has_slot = False
         return dial + slot
 

@@ -1,8 +1,8 @@
-"""What the gateway counts, under the names that other people's dashboards use (DESIGN 2; docs/observability).
+"""The gateway's metrics, under the names that dashboards of others use (docs/observability/README.md).
 
-To count costs a connection some microseconds, and a byte nothing: bytes are added up when somebody asks, from the
-counts that the connections keep anyway. Labels are names of pools, workers, loops and codes: bounded, and nothing of
-a client.
+To count a connection costs some microseconds. To count a byte costs nothing: each connection counts its own bytes,
+and they are added up when Prometheus asks. Labels are names of pools, workers and codes, so they are bounded. They
+contain no data of a client.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from bkpool.gateway.net.duplex import PeerStream
 from bkpool.telemetry.registry import LATENCY_BUCKETS, CachedSeries, new_registry
 
 OTHER = "other"
-"""The label of the workers that have no series of their own."""
+"""The label of all workers that have no series of their own."""
 
-_WORKERS = 200  # with a series of their own
+_MAX_WORKER_SERIES = 200
 _MINUTE, _HOUR = 60, 3600
-_DURATIONS = (0.1, 1, 5, 15, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 4 * _HOUR)
+_DURATION_BUCKETS = (0.1, 1, 5, 15, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 4 * _HOUR)
 
 
 @dataclass(eq=False, slots=True)
 class Meter:
-    """One relayed connection, and where its bytes are counted."""
+    """One relayed connection, and the labels under which its bytes are counted."""
 
     pool: str
     worker: str
-    end: PeerStream
-    """The client's: what it has said goes up, what it was told came down."""
+    stream: PeerStream
+    """The client's stream: its `bytes_in` go up to the worker, its `bytes_out` came down."""
 
 
 class GatewayMetrics:
@@ -46,92 +46,94 @@ class GatewayMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.registry = new_registry() if registry is None else registry
-        self._connections = CachedSeries(
-            prometheus_client.Counter(
-                "buildkit_gateway_connections",
-                "Connections that reached a worker (success) and those that were refused (error).",
-                ["pool", "status"],
-                registry=self.registry,
-            )
+        self.registry = registry = new_registry() if registry is None else registry
+        self._connections = _counter(
+            registry,
+            "buildkit_gateway_connections",
+            "Connections that reached a worker (success) and those that were refused (error).",
+            ["pool", "status"],
         )
-        self._refusals = CachedSeries(
-            prometheus_client.Counter(
-                "buildkit_gateway_refusals",
-                "Refused connections by their reason; the pool is empty where it is not known.",
-                ["pool", "reason"],
-                registry=self.registry,
-            )
+        self._refusals = _counter(
+            registry,
+            "buildkit_gateway_refusals",
+            "Refused connections by reason. The pool is empty if the client had no lease.",
+            ["pool", "reason"],
         )
-        self._durations = CachedSeries(
-            Histogram(
-                "buildkit_gateway_connection_duration_seconds",
-                "How long relayed connections lasted.",
-                ["pool"],
-                buckets=_DURATIONS,
-                registry=self.registry,
-            )
+        self._durations = _histogram(
+            registry,
+            "buildkit_gateway_connection_duration_seconds",
+            "Duration of relayed connections.",
+            ["pool"],
+            _DURATION_BUCKETS,
         )
-        self._handshakes = CachedSeries(
-            Histogram(
-                "buildkit_gateway_handshake_seconds",
-                "From accept to the end of the TLS handshake, or to its failure.",
-                ["outcome"],
-                buckets=LATENCY_BUCKETS,
-                registry=self.registry,
-            )
+        self._handshakes = _histogram(
+            registry,
+            "buildkit_gateway_handshake_seconds",
+            "Time from accept to the end of the TLS handshake, or to its failure.",
+            ["outcome"],
+            LATENCY_BUCKETS,
         )
-        self._dials = CachedSeries(
-            Histogram(
-                "buildkit_gateway_dial_seconds",
-                "Dials of workers: reached, failed, or answered by something that is not the worker (stranger).",
-                ["pool", "outcome"],
-                buckets=LATENCY_BUCKETS,
-                registry=self.registry,
-            )
+        self._dials = _histogram(
+            registry,
+            "buildkit_gateway_dial_seconds",
+            "Dials of workers: reached, failed, or answered by another peer than the worker (stranger).",
+            ["pool", "outcome"],
+            LATENCY_BUCKETS,
         )
-        self._now = _Now()
-        self.registry.register(self._now)
+        self._current = _Current()
+        registry.register(self._current)
 
-    def shaken(self, seconds: float, *, ok: bool) -> None:
-        """A TLS handshake has ended, so long after its connection was accepted."""
+    def handshake_done(self, seconds: float, *, ok: bool) -> None:
+        """Counts a TLS handshake that ended so many seconds after its connection was accepted."""
         self._handshakes["ok" if ok else "failed"].observe(seconds)
 
-    def dialled(self, pool: str, seconds: float, outcome: str) -> None:
-        """A dial of a worker has ended: "reached", "failed" or "stranger"."""
+    def dial_done(self, pool: str, seconds: float, outcome: str) -> None:
+        """Counts a dial of a worker. The outcome is "reached", "failed" or "stranger"."""
         self._dials[pool, outcome].observe(seconds)
 
-    def opened(self, meter: Meter) -> None:
-        """A connection is being relayed from now on."""
-        self._now.opened(meter)
+    def relay_started(self, meter: Meter) -> None:
+        """Counts a connection that is relayed from now on."""
+        self._current.add(meter)
         self._connections[meter.pool, "success"].inc()
 
-    def closed(self, meter: Meter, seconds: float) -> None:
-        """A relayed connection has ended, after so long, and its bytes count no further."""
-        self._now.closed(meter)
+    def relay_ended(self, meter: Meter, seconds: float) -> None:
+        """Counts a relayed connection that has ended after so many seconds."""
+        self._current.remove(meter)
         self._durations[meter.pool].observe(seconds)
 
     def refused(self, pool: str, reason: str) -> None:
-        """A connection was refused; the reason is an error's code, and bounded like those."""
+        """Counts a refused connection. The reason is the code of an error, from a bounded set."""
         self._connections[pool, "error"].inc()
         self._refusals[pool, reason].inc()
 
-    def draining(self, yes: bool) -> None:
-        """The gateway accepts (no), or waits for what is open to end (yes). Until it is said there is no series."""
-        self._now.draining = yes
+    def set_draining(self, draining: bool) -> None:
+        """Reports whether the gateway waits for its open connections to end. There is no series before this call."""
+        self._current.draining = draining
 
-    def pending(self, change: int) -> None:
-        """So many connections without a lease have come, or gone."""
-        self._now.count_pending(change)
+    def count_pending(self, change: int) -> None:
+        """Changes the number of connections without a lease by so many."""
+        self._current.count_pending(change)
 
     def active(self, pool: str) -> int:
-        """How many connections of this pool are being relayed now."""
-        return self._now.active(pool)
+        """Returns how many connections of this pool are relayed now."""
+        return self._current.active(pool)
+
+
+def _counter(
+    registry: CollectorRegistry, name: str, text: str, labels: list[str]
+) -> CachedSeries[prometheus_client.Counter]:
+    return CachedSeries(prometheus_client.Counter(name, text, labels, registry=registry))
+
+
+def _histogram(
+    registry: CollectorRegistry, name: str, text: str, labels: list[str], buckets: tuple[float, ...]
+) -> CachedSeries[Histogram]:
+    return CachedSeries(Histogram(name, text, labels, buckets=buckets, registry=registry))
 
 
 @dataclass(slots=True)
-class _Pool:
-    """What a pool has open, and the bytes of what it had."""
+class _PoolCounts:
+    """The relayed connections of a pool, and the bytes of those that have ended."""
 
     active: int = 0
     up: int = 0
@@ -139,31 +141,31 @@ class _Pool:
 
 
 @dataclass(eq=False, slots=True)
-class _Now(Collector):
-    """What is open, and what has moved until now.
+class _Current(Collector):
+    """What is open now, and the bytes that have been relayed so far.
 
-    Bytes of a connection are read from its own counts while it is open, and added to its pool's when it is closed: in
-    one step for whoever asks, so that none counts twice and no total ever goes back.
+    While a connection is open, its bytes are read from its own counts. When it ends, they are added to its pool's
+    counts. Both happen under one lock, so no byte counts twice and no total ever decreases.
     """
 
     draining: bool | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: int = 0
     _open: set[Meter] = field(default_factory=set)
-    _pools: dict[str, _Pool] = field(default_factory=dict)
+    _pools: dict[str, _PoolCounts] = field(default_factory=dict)
 
-    def opened(self, meter: Meter) -> None:
+    def add(self, meter: Meter) -> None:
         with self._lock:
             self._open.add(meter)
-            self._pools.setdefault(meter.pool, _Pool()).active += 1
+            self._pools.setdefault(meter.pool, _PoolCounts()).active += 1
 
-    def closed(self, meter: Meter) -> None:
+    def remove(self, meter: Meter) -> None:
         with self._lock:
             self._open.remove(meter)
             pool = self._pools[meter.pool]
             pool.active -= 1
-            pool.up += meter.end.bytes_in
-            pool.down += meter.end.bytes_out
+            pool.up += meter.stream.bytes_in
+            pool.down += meter.stream.bytes_out
 
     def count_pending(self, change: int) -> None:
         with self._lock:
@@ -174,45 +176,45 @@ class _Now(Collector):
         return pool.active if pool else 0
 
     def collect(self) -> Iterable[Metric]:
-        with self._lock:  # held for a copy only: the gateway's loops want it too
+        with self._lock:  # only for the copy, because the gateway's loops need the lock too
             meters = list(self._open)
-            pools = {name: _Pool(pool.active, pool.up, pool.down) for name, pool in self._pools.items()}
+            pools = {name: _PoolCounts(pool.active, pool.up, pool.down) for name, pool in self._pools.items()}
             pending = self._pending
         for meter in meters:
-            pools[meter.pool].up += meter.end.bytes_in
-            pools[meter.pool].down += meter.end.bytes_out
+            pools[meter.pool].up += meter.stream.bytes_in
+            pools[meter.pool].down += meter.stream.bytes_out
         active = GaugeMetricFamily(
-            "buildkit_gateway_active_connections", "Connections that are being relayed now.", labels=["pool"]
+            "buildkit_gateway_active_connections", "Connections that are relayed now.", labels=["pool"]
         )
-        moved = CounterMetricFamily(
+        relayed = CounterMetricFamily(
             "buildkit_gateway_bytes",
-            "Bytes of plaintext relayed to workers (up) and to clients (down), open connections included.",
+            "Bytes of plaintext relayed to workers (up) and to clients (down), including open connections.",
             labels=["pool", "direction"],
         )
         for name, pool in pools.items():
             active.add_metric([name], pool.active)
-            moved.add_metric([name, "up"], pool.up)
-            moved.add_metric([name, "down"], pool.down)
-        yield from (active, moved, _by_worker(meters))
-        yield GaugeMetricFamily("buildkit_gateway_pending_connections", "Connections that hold no lease.", pending)
+            relayed.add_metric([name, "up"], pool.up)
+            relayed.add_metric([name, "down"], pool.down)
+        yield from (active, relayed, _by_worker(meters))
+        yield GaugeMetricFamily("buildkit_gateway_pending_connections", "Connections without a lease.", pending)
         yield GaugeMetricFamily(
             "buildkit_gateway_draining",
-            "0 while the gateway accepts connections, 1 while it only lets open ones end.",
+            "0 while the gateway accepts connections, 1 while it waits for open ones to end.",
             None if self.draining is None else int(self.draining),
         )
 
 
 def _by_worker(meters: Iterable[Meter]) -> Metric:
-    """Open connections by worker, and so by lease: a worker has one at a time. Only the busiest have a series."""
+    """Counts open connections by worker, which is by lease: a worker has one lease at a time."""
     ranked = Counter((meter.pool, meter.worker) for meter in meters).most_common()
     rest: Counter[tuple[str, str]] = Counter()
-    for (pool, _), count in ranked[_WORKERS:]:
+    for (pool, _), count in ranked[_MAX_WORKER_SERIES:]:
         rest[pool, OTHER] += count
     family = GaugeMetricFamily(
         "buildkit_gateway_open_connections",
-        f"Connections that are being relayed now, of the {_WORKERS} busiest leases by the worker that each holds.",
+        f"Connections that are relayed now, by worker. The {_MAX_WORKER_SERIES} workers with the most have a series.",
         labels=["pool", "worker"],
     )
-    for labels, count in [*ranked[:_WORKERS], *rest.items()]:
+    for labels, count in [*ranked[:_MAX_WORKER_SERIES], *rest.items()]:
         family.add_metric(labels, count)
     return family

@@ -1,6 +1,7 @@
-"""Why a client is turned away: a gRPC code that it does not wait on, and a sentence that it can act on.
+"""Why a client is refused: a gRPC code on which it does not wait, and a sentence on which the user can act.
 
-buildx shows every code at once but UNAVAILABLE, which it polls on for 20 s (DESIGN 3); so that one has one use only.
+buildx shows every code at once except UNAVAILABLE, after which it polls for 20 s (docs/clients.md#refusals). So
+UNAVAILABLE is only used where the client should try again by itself.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity, Unauthe
 from bkpool.core.names import Key
 
 
-class Grpc(IntEnum):
-    """The codes in use (https://grpc.io/docs/guides/status-codes/)."""
+class GrpcCode(IntEnum):
+    """The gRPC codes in use (https://grpc.io/docs/guides/status-codes/)."""
 
     PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
@@ -25,47 +26,50 @@ class Grpc(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a client is told instead of being connected."""
+    """The answer to a client that is not connected to its worker."""
 
-    code: Grpc
+    code: GrpcCode
     status: str
-    """Its name in the metrics and the log."""
+    """The name of the reason in metrics and logs."""
     sentence: str
+    """Shown to the user: what is wrong, and what to do."""
 
     @classmethod
     def of(cls, error: BkpoolError) -> Self:
-        """The refusal for an error; a worker or a store in trouble are preconditions that failed."""
+        """Returns the refusal for an error. A failed worker or store is a failed precondition."""
         match error:
             case Unauthenticated() | Gone():
-                code = Grpc.UNAUTHENTICATED
+                code = GrpcCode.UNAUTHENTICATED
             case Forbidden():
-                code = Grpc.PERMISSION_DENIED
+                code = GrpcCode.PERMISSION_DENIED
             case NoCapacity():
-                code = Grpc.RESOURCE_EXHAUSTED
+                code = GrpcCode.RESOURCE_EXHAUSTED
             case _:
-                code = Grpc.FAILED_PRECONDITION
+                code = GrpcCode.FAILED_PRECONDITION
         return cls(code, error.code, f"{error.message}. {error.hint}".strip())
 
 
-def strange(worker: Key) -> Refusal:
-    """At the worker's address is something else, which is told nothing and whose answers nobody gets."""
+def wrong_worker(worker: Key) -> Refusal:
+    """Another peer than the worker answers at the worker's address. It gets no byte of the client."""
     return Refusal(
-        Grpc.FAILED_PRECONDITION,
+        GrpcCode.FAILED_PRECONDITION,
         "WrongWorker",
-        f"what answers at the address of worker {worker} is not that worker, so nothing was sent to it. "
-        "Try again in a moment; if it stays so, release the lease and allocate another.",
+        f"another server than worker {worker} answers at the worker's address, so nothing was sent to it. "
+        "Try again in a moment. If this error stays, release the lease and run `bkpool allocate` again.",
     )
 
 
-def waited_first(worker: Key, cause: str) -> Refusal:
-    """The client's patience is at its end, or it is not held at all; it will come again by itself."""
-    return Refusal(Grpc.UNAVAILABLE, "Waited", f"worker {worker} is on its way: {cause}. Try again in a moment.")
-
-
-def waited_again(worker: Key, cause: str) -> Refusal:
-    """The same lease has waited before: the user should know by now."""
+def worker_not_ready(worker: Key, cause: str) -> Refusal:
+    """The worker is not reachable yet. The client tries again by itself."""
     return Refusal(
-        Grpc.FAILED_PRECONDITION,
+        GrpcCode.UNAVAILABLE, "Waited", f"worker {worker} is not ready yet: {cause}. Try again in a moment."
+    )
+
+
+def wait_failed_again(worker: Key, cause: str) -> Refusal:
+    """A later client of the lease also waited until its time was over, so the user is told the cause."""
+    return Refusal(
+        GrpcCode.FAILED_PRECONDITION,
         "WaitedAgain",
-        f"worker {worker} did not come up in time: {cause}. `bkpool logs {worker.name}` says more.",
+        f"worker {worker} did not become ready in time: {cause}. `bkpool logs {worker.name}` shows the reason.",
     )

@@ -1,0 +1,206 @@
+"""Registers a gateway at workers in the store, and searches the store for leases that the gateway does not know yet.
+
+While a gateway is registered for a lease, its worker is not stopped, wiped or leased again (rule 10,
+docs/rules.md#r10). It runs in the main loop. The gateway's own loops never call it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from functools import partial
+from typing import Protocol
+
+from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
+from bkpool.core.worker import GatewayRegistration, Worker
+from bkpool.gateway.session.lease_table import LeaseRoute
+from bkpool.store import Store
+
+_LIST_INTERVAL = 1.0
+"""Seconds between two lists of all workers, so that many old certificates cannot load the API server."""
+_REMEMBERED_TOKENS = 4096
+"""Tokens that were searched for, and are not searched for again."""
+_MAX_ATTEMPTS = 10
+"""Attempts of a compare-and-swap. More are only needed if another program writes the worker's status all the time."""
+
+
+class LeaseRegistry(Protocol):
+    """What the gateway needs from the store. All methods run in the main loop."""
+
+    async def register(self, route: LeaseRoute, connections: int) -> None:
+        """Registers this gateway for a lease.
+
+        Args:
+            route: The lease.
+            connections: How many connections of the lease the gateway has.
+
+        Raises:
+            Gone: The lease has ended, or does not hold the worker.
+            Unavailable: The store does not answer, or the worker changes too often.
+        """
+
+    async def renew(self, route: LeaseRoute, connections: int) -> None:
+        """Renews the registration, also of a lease that has ended.
+
+        Args:
+            route: The lease.
+            connections: How many connections the gateway has now. A reader sees a number that is up to
+                `GatewayLimits.renew_interval` old (20 s).
+
+        Raises:
+            Gone: The lease does not hold the worker any more.
+            Unavailable: The store does not answer, or the worker changes too often.
+        """
+
+    async def withdraw(self, route: LeaseRoute) -> None:
+        """Removes the registration, if there is one.
+
+        Raises:
+            Unavailable: The store does not answer, or the worker changes too often.
+        """
+
+    async def find(self, token_sha256: str) -> None:
+        """Searches the store itself, not a copy of it, for the lease with this token.
+
+        When it returns, the gateway has got a table with the lease in it, if the lease exists.
+
+        Raises:
+            Unavailable: The store does not answer.
+        """
+
+
+class StoreLeaseRegistry:
+    """The lease registry over the store.
+
+    Args:
+        store: The store with the workers.
+        gateway: This gateway's name, unique among the replicas.
+        now: Returns the time that is written and compared.
+        on_worker: Called with every worker that was written or found (mirror.apply). The gateway's new table must
+            follow from it in the loop's next iteration at the latest (Gateway.update).
+        pause: Waits so many seconds before the workers are listed again.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        gateway: str,
+        now: Callable[[], datetime],
+        on_worker: Callable[[Worker], None],
+        *,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._store = store
+        self._gateway = gateway
+        self._now = now
+        self._on_worker = on_worker
+        self._pause = pause
+        self._list_lock = asyncio.Lock()
+        self._lists_started = 0
+        self._last_complete_list = 0  # the number of the last list that succeeded
+        self._list_started_at = -_LIST_INTERVAL
+        self._searched_tokens: dict[str, None] = {}  # the oldest first
+
+    async def register(self, route: LeaseRoute, connections: int) -> None:
+        """See LeaseRegistry."""
+        await self._change_worker(route, partial(self._registered, connections))
+
+    async def renew(self, route: LeaseRoute, connections: int) -> None:
+        """See LeaseRegistry."""
+        await self._change_worker(route, partial(self._renewed, connections))
+
+    async def withdraw(self, route: LeaseRoute) -> None:
+        """See LeaseRegistry."""
+        await self._change_worker(route, self._withdrawn)
+
+    async def find(self, token_sha256: str) -> None:
+        """See LeaseRegistry.
+
+        It lists the workers at most once a second. Searches that wait share the next list. Each token is searched for
+        only once: a client gets its token after the lease is in the store, so a lease that is not there now will not
+        be there later.
+        """
+        if token_sha256 in self._searched_tokens:
+            return
+        lists_started = self._lists_started
+        async with self._list_lock:
+            if self._last_complete_list <= lists_started:  # else a list that started after this call has succeeded
+                await self._list_workers()
+        self._searched_tokens[token_sha256] = None
+        if len(self._searched_tokens) > _REMEMBERED_TOKENS:
+            del self._searched_tokens[next(iter(self._searched_tokens))]
+
+    async def _list_workers(self) -> None:
+        time = asyncio.get_running_loop().time
+        # Also with 0 seconds: the searches that start in this iteration of the loop share this list.
+        await self._pause(max(0.0, self._list_started_at + _LIST_INTERVAL - time()))
+        self._lists_started += 1
+        self._list_started_at = time()
+        for worker in (await self._store.list(Worker)).items:
+            self._on_worker(worker)
+        await asyncio.sleep(0)  # in this iteration the gateway gets the new table, before the searches return
+        self._last_complete_list = self._lists_started
+
+    async def _change_worker(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> None:
+        for _ in range(_MAX_ATTEMPTS):
+            try:
+                worker = await self._store.get(Worker, route.worker.namespace, route.worker.name)
+                changed = change(worker, route)
+                if changed is not None:
+                    self._on_worker(await self._store.replace_status(changed))
+            except Conflict:
+                continue
+            except NotFound:
+                if change == self._withdrawn:
+                    return
+                raise _not_held(route) from None
+            return
+        raise Unavailable(
+            f"worker {route.worker} changes too often to register a connection",
+            hint="Try again in a moment. `bkpool status` shows details.",
+        )
+
+    def _registered(self, connections: int, worker: Worker, route: LeaseRoute) -> Worker:
+        self._check_holder(worker, route)
+        end_reason = worker.lease.ended(self._now()) if worker.lease else None
+        if end_reason is not None:
+            raise Gone(
+                f"the lease has ended: it was {end_reason}", hint="Run `bkpool allocate` again.", code="LeaseOver"
+            )
+        return self._with_registration(connections, worker, route)
+
+    def _renewed(self, connections: int, worker: Worker, route: LeaseRoute) -> Worker:
+        self._check_holder(worker, route)
+        return self._with_registration(connections, worker, route)
+
+    def _with_registration(self, connections: int, worker: Worker, route: LeaseRoute) -> Worker:
+        registration = GatewayRegistration(
+            gateway=self._gateway,
+            allocation_id=route.allocation_id,
+            renewed_at=self._now(),
+            connections=connections,
+        )
+        others = (other for other in worker.status.gateways if other.gateway != self._gateway)
+        return worker.with_status(gateways=(*others, registration))
+
+    def _withdrawn(self, worker: Worker, route: LeaseRoute) -> Worker | None:
+        others = tuple(
+            other
+            for other in worker.status.gateways
+            if (other.gateway, other.allocation_id) != (self._gateway, route.allocation_id)
+        )
+        return worker.with_status(gateways=others) if others != worker.status.gateways else None
+
+    def _check_holder(self, worker: Worker, route: LeaseRoute) -> None:
+        lease = worker.lease
+        if lease is None or lease.id != route.allocation_id or worker.uid != route.worker_uid:
+            raise _not_held(route)
+
+
+def _not_held(route: LeaseRoute) -> Gone:
+    return Gone(
+        f"the lease has ended: it does not hold worker {route.worker} any more",
+        hint="Run `bkpool allocate` again.",
+        code="LeaseOver",
+    )

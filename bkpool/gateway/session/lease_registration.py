@@ -1,0 +1,149 @@
+"""The registration of one lease as its loop knows it: when to register, to renew and to withdraw.
+
+A gateway registers at the worker before it dials it for the first time (rule 10, docs/rules.md#r10). Nothing here
+does I/O: a `CallbackLeaseRegistry` carries out the requests. Everything runs in the lease's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+from bkpool.core.errors import BkpoolError, Gone
+from bkpool.gateway.session.lease_table import LeaseRoute
+from bkpool.gateway.session.limits import GatewayLimits
+
+OnDone = Callable[[BkpoolError | None], None]
+"""Called once in the lease's loop, with None after success, otherwise with the error."""
+
+
+class CallbackLeaseRegistry(Protocol):
+    """The lease registry (`control.registration.LeaseRegistry`) as the gateway's loops use it.
+
+    Each call returns at once. The answer comes to `on_done`, in bounded time.
+    """
+
+    def register(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
+        """Registers this gateway with so many connections. Gone: the lease does not hold the worker, or has ended."""
+
+    def renew(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
+        """Renews the registration with so many connections. Gone: the lease does not hold the worker."""
+
+    def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
+        """Removes the registration."""
+
+    def find(self, token_sha256: str, on_done: OnDone) -> None:
+        """Searches the store for the lease with this token. If it exists, it is in the table before `on_done`."""
+
+
+class RegisteredLease(Protocol):
+    """The lease that is registered."""
+
+    route: LeaseRoute
+
+    @property
+    def connections(self) -> int:
+        """How many connections of the lease this loop has."""
+
+    def end(self, error: BkpoolError) -> None:
+        """Ends the lease, with the error for its new connections."""
+
+    def worker_lost(self, error: Gone) -> None:
+        """Ends the lease and cuts its connections: another lease holds the worker."""
+
+
+class LeaseRegistration:
+    """This gateway's registration for one lease. Only one request runs at a time.
+
+    Args:
+        loop: The lease's loop.
+        registry: Carries out the requests.
+        limits: The gateway's limits.
+        lease: The lease.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        registry: CallbackLeaseRegistry,
+        limits: GatewayLimits,
+        lease: RegisteredLease,
+    ) -> None:
+        self._loop = loop
+        self._registry = registry
+        self._limits = limits
+        self._lease = lease
+        self._callers: list[OnDone] = []
+        self._request_running = False
+        self._withdrawn = False
+        self._renewal: asyncio.TimerHandle | None = None
+        self._renew_at = 0.0
+        self._trusted_until = 0.0
+
+    def ensure(self, on_done: OnDone) -> None:
+        """Calls back once this gateway is registered (at once if it is already), or with the error."""
+        if self._loop.time() < self._trusted_until:
+            on_done(None)
+            self.schedule_renewal()
+            return
+        self._callers.append(on_done)
+        if not self._request_running:
+            self._request(self._registry.register)
+
+    def schedule_renewal(self) -> None:
+        """Renews the registration in time while there are connections, and lets it expire when there are none."""
+        needed = bool(self._lease.connections and self._trusted_until and not self._request_running)
+        if needed and self._renewal is None:
+            self._renewal = self._loop.call_at(self._renew_at, self._request, self._registry.renew)
+        elif not needed:
+            self._cancel_renewal()
+
+    def withdraw(self) -> None:
+        """Removes the registration now, or after the running request, which would write it again."""
+        self._withdrawn = True
+        if not self._request_running and self._trusted_until:
+            self._trusted_until = 0.0
+            self._registry.withdraw(self._lease.route, _ignore_result)
+
+    def _cancel_renewal(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+
+    def _request(self, request: Callable[[LeaseRoute, int, OnDone], None]) -> None:
+        self._cancel_renewal()
+        self._request_running = True
+        requested_at = self._loop.time()
+        renewing = request == self._registry.renew
+        request(
+            self._lease.route, self._lease.connections, lambda error: self._answered(requested_at, renewing, error)
+        )
+
+    def _answered(self, requested_at: float, renewing: bool, error: BkpoolError | None) -> None:
+        self._request_running = False
+        if error is None:
+            self._trusted_until = requested_at + self._limits.registration_trust
+            self._renew_at = requested_at + self._limits.renew_interval
+        else:
+            self._renew_at = self._loop.time() + self._limits.renew_interval / 4
+        callers, self._callers = self._callers, []
+        for on_done in callers:
+            on_done(error)
+        if isinstance(error, Gone):
+            self._lease_gone(error, renewing)
+        if self._withdrawn:
+            self.withdraw()
+        else:
+            self.schedule_renewal()
+
+    def _lease_gone(self, error: Gone, renewing: bool) -> None:
+        if renewing:  # an ended lease may still renew, so Gone means that another lease holds the worker
+            self._trusted_until = 0.0
+            self._lease.worker_lost(error)
+        else:
+            self._lease.end(error)
+
+
+def _ignore_result(error: BkpoolError | None) -> None:
+    """A failed withdrawal needs no action: the registration expires by itself."""
