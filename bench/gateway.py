@@ -1,4 +1,4 @@
-"""The real gateway in a process of its own, with leases that are there from the start and a registrar that agrees.
+"""The real gateway in a process of its own, with leases that are there from the start and a registry that agrees.
 
 usage: python -m bench.gateway CONFIG.json     It listens until it is killed; the tokens are in the file, not here.
 """
@@ -37,7 +37,7 @@ def has_threads() -> bool:
 
 
 class Agrees:
-    """A registrar without a store."""
+    """A registry without a store."""
 
     async def register(self, route: LeaseRoute, connections: int) -> None:
         """Agrees."""
@@ -65,7 +65,7 @@ def _table(config: dict[str, Any]) -> LeaseTable:
             worker_uid=WORKER_UID,
             pool=pool,
             endpoint=config["endpoint"],
-            waiting="",
+            wait_reason="",
             expires_at=now + _HOUR,
             not_after=now + _HOUR,
             drain_timeout=_HOUR,
@@ -83,7 +83,9 @@ async def serve(config: dict[str, Any]) -> None:
         Agrees(),
         now=lambda: datetime.now(UTC),
         metrics=GatewayMetrics(),
-        limits=replace(GatewayLimits(), per_lease=config["connections"], connections=config["connections"]),
+        limits=replace(
+            GatewayLimits(), connections_per_lease=config["connections"], connections=config["connections"]
+        ),
         dial=dial,
         loop_factory=new_loop if config["loop"] == "uvloop" else asyncio.new_event_loop,
         **({"threads": config["threads"]} if has_threads() else {}),

@@ -143,7 +143,7 @@ def test_clients_are_told_as_soon_as_their_worker_is_given_up(make_appliance, co
     _kill_worker(appliance)
     built = appliance.build(builder, context.dockerfile("say never"))
     assert built.code != 0
-    assert "the lease was lost with its worker" in built.text
+    assert "the lease ended because its worker failed" in built.text
     assert "the disk has gone" in built.text
     assert "bkpool allocate" in built.text
     assert built.seconds < FIRST, built.text
@@ -185,14 +185,14 @@ def test_nothing_is_sent_to_a_held_client_until_its_time_is_over_and_then_code_g
     assert LATER <= later.silence < LATER + SLACK
     assert [told.code for told in waits.calls] == [UNAVAILABLE, FAILED_PRECONDITION, FAILED_PRECONDITION]
     assert all(told.goaway and CAUSE in told.message for told in waits.calls)
-    assert "is on its way" in first.message
-    assert "did not come up in time" in second.message
+    assert "is not ready yet" in first.message
+    assert "did not become ready in time" in second.message
 
 
 def test_buildx_shows_the_cause_well_under_a_minute(waits):
     """It waits twice by itself: the first refusal tells it to come again."""
     assert waits.buildx.code != 0
-    assert "did not come up in time" in waits.buildx.text
+    assert "did not become ready in time" in waits.buildx.text
     assert CAUSE in waits.buildx.text
     assert "bkpool logs default-worker-0" in waits.buildx.text
     assert FIRST + SECOND <= waits.buildx.seconds < WELL_UNDER_A_MINUTE, waits.buildx.text
@@ -202,8 +202,8 @@ def test_buildctl_shows_the_refusal_of_its_first_wait(waits):
     """It calls once, and then waits again to send its traces before it shows the answer: 15 s + 12 s, 2 s + 2 s."""
     first, second, later = waits.buildctl
     assert all(answer.code != 0 and CAUSE in answer.err for answer in waits.buildctl)
-    assert "Unavailable: worker default/default-worker-0 is on its way" in first.err
+    assert "Unavailable: worker default/default-worker-0 is not ready yet" in first.err
     assert FIRST <= first.seconds < WELL_UNDER_A_MINUTE, first.err
     for answer in (second, later):
-        assert "FailedPrecondition: worker default/default-worker-0 did not come up in time" in answer.err
+        assert "FailedPrecondition: worker default/default-worker-0 did not become ready in time" in answer.err
         assert LATER <= answer.seconds < FIRST, answer.err

@@ -34,7 +34,7 @@ TOKEN = tokens.derive(b"k" * 32, UID, "lease")
 SECRETS = bundle.ClusterSecrets.create(NOW)
 
 
-class Registrar:
+class AgreeingRegistry:
     """Everything is as the table says."""
 
     async def register(self, route, connections):
@@ -108,7 +108,9 @@ async def test_no_client_and_no_worker_is_let_in(port, leaf, says):
 async def test_a_build_passes_through_the_gateway_over_tls_on_both_legs(port, tools, tmp_path):
     given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
     dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
-    gateway = Gateway(Registrar(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL)
+    gateway = Gateway(
+        AgreeingRegistry(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL
+    )
     gateway.set_server_certificate(given["tls.crt"], given["tls.key"], given["ca.crt"])
     [(_, entrance)] = await gateway.start([("127.0.0.1", 0)])
     digest = tokens.digest(TOKEN)
@@ -119,7 +121,7 @@ async def test_a_build_passes_through_the_gateway_over_tls_on_both_legs(port, to
         worker_uid=UID,
         pool=POOL,
         endpoint=f"tcp://127.0.0.1:{port}",
-        waiting="",
+        wait_reason="",
         expires_at=(NOW + DAY).timestamp(),
         not_after=(NOW + DAY).timestamp(),
         drain_timeout=60.0,

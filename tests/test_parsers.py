@@ -26,9 +26,9 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata, parse_object
 from bkpool.core.worker import Worker, new_worker
-from bkpool.gateway.session.certificate import credential_of
+from bkpool.gateway.session.certificate import token_digest
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
-from bkpool.gateway.session.refusal import Grpc, Refusal
+from bkpool.gateway.session.refusal import GrpcCode, Refusal
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.names import parse_host, pool_named
 from bkpool.workers.pods import pod_spec, pod_view
@@ -118,7 +118,7 @@ CONFIG = {
 @given(st.binary(max_size=300) | damaged(CERTIFICATE))
 def test_a_clients_certificate(der):
     with suppress(BkpoolError):
-        assert credential_of(der, NOW) == tokens.digest("T" * 43)
+        assert token_digest(der, NOW) == tokens.digest("T" * 43)
 
 
 @some
@@ -214,10 +214,10 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
 @some
 @given(st.lists(st.binary(max_size=80), max_size=4), st.booleans())
 def test_what_a_refused_client_says(parts, begins_well):
-    answer = GrpcAnswer(Refusal(Grpc.UNAUTHENTICATED, "Code", "words – and 100 %"))
+    answer = GrpcAnswer(Refusal(GrpcCode.UNAUTHENTICATED, "Code", "words – and 100 %"))
     for part in [PREFACE, *parts] if begins_well else parts:
         assert isinstance(answer.receive(part), bytes)
-    assert isinstance(answer.goodbye(), bytes)
+    assert isinstance(answer.goaway(), bytes)
 
 
 READINGS = (

@@ -29,7 +29,7 @@ POOL = Key("default", "p")
 
 
 class Agrees:
-    """A registrar without a store."""
+    """A registry without a store."""
 
     async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
@@ -53,7 +53,7 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
             worker_uid=f"uid-{number}",
             pool=POOL,
             endpoint=endpoint,
-            waiting="" if endpoint else "it is being started",
+            wait_reason="" if endpoint else "it is being started",
             expires_at=now + HOUR,
             not_after=now + HOUR,
             drain_timeout=HOUR,

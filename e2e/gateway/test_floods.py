@@ -73,7 +73,7 @@ async def test_a_thousand_that_stay_are_all_gone_when_their_time_is_over(attacke
         await attacked.until(lambda: attacked.served.descriptors == attacked.descriptors)
 
 
-@pytest.mark.parametrize("limits", [{"handshake": 600.0}], ids=["no deadline helps"])
+@pytest.mark.parametrize("limits", [{"handshake_timeout": 600.0}], ids=["no deadline helps"])
 async def test_of_more_than_there_is_room_for_the_oldest_go(attacked):
     """So a flood cannot keep a good client out for as long as a handshake may take."""
     with flood(attacked.served.port, 4 * THOUSAND) as many:
@@ -111,7 +111,7 @@ async def test_a_flood_to_the_last_descriptor_stops_accepting_and_nothing_else(a
         (await attacked.served_client()).leave()
 
 
-@pytest.mark.parametrize("limits", [{"handshake": 1.0}], ids=["a second for a handshake"])
+@pytest.mark.parametrize("limits", [{"handshake_timeout": 1.0}], ids=["a second for a handshake"])
 async def test_a_flood_that_stays_at_the_last_descriptor_keeps_nobody_out_for_long(attacked):
     """The first are gone at their deadline; the others had been waiting in the kernel, and so had the good one."""
     attacked.served.allow(50)

@@ -31,7 +31,7 @@ HANDSHAKE = 2.0
 async def main(directory: Path) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     world = GatewayWorld(CertificateFactory(directory), directory)
-    await world.start(new_loop, handshake=HANDSHAKE, refusal=HANDSHAKE)
+    await world.start(new_loop, handshake_timeout=HANDSHAKE, refusal_timeout=HANDSHAKE)
     server = world.server  # of the stub worker: its writers are not the gateway's, and must not be kept
     print(json.dumps({"port": world.port, "ca": str(world.ca.file)}), flush=True)
     stdin = asyncio.StreamReader()
@@ -58,9 +58,9 @@ def _do(world: GatewayWorld, command: dict[str, Any]) -> dict[str, Any]:
             world.forget_lease(command["name"])
             return {}
         case _:
-            world.registrar.calls.clear()
-            world.registrar.connections.clear()
-            world.registrar.lookups.clear()
+            world.registry.calls.clear()
+            world.registry.connections.clear()
+            world.registry.lookups.clear()
             return {
                 **census(),
                 "series": len(

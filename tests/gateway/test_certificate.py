@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bkpool.core import tokens
 from bkpool.core.errors import Unauthenticated
-from bkpool.gateway.session.certificate import credential_of, token_in_name
+from bkpool.gateway.session.certificate import token_digest, token_in_name
 
 TOKEN = tokens.derive(b"key", "uid", "allocation")
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
@@ -55,20 +55,18 @@ def test_names_that_only_look_like_ours_are_none(name):
 
 
 def test_the_token_of_a_certificate_is_read(ca, now):
-    assert credential_of(ca.client(TOKEN).der, now) == tokens.digest(TOKEN)
-    assert credential_of(ca.client(TOKEN, alternative=(uri(TOKEN),)).der, now) == tokens.digest(TOKEN)
-    assert credential_of(ca.client(TOKEN, alternative=(x509.DNSName("job.example"),)).der, now) == tokens.digest(
-        TOKEN
-    )
+    assert token_digest(ca.client(TOKEN).der, now) == tokens.digest(TOKEN)
+    assert token_digest(ca.client(TOKEN, alternative=(uri(TOKEN),)).der, now) == tokens.digest(TOKEN)
+    assert token_digest(ca.client(TOKEN, alternative=(x509.DNSName("job.example"),)).der, now) == tokens.digest(TOKEN)
 
 
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda ca: ca.issue(), "its subject names no lease"),
-        (lambda ca: ca.issue(f"alloc:{TOKEN}", f"alloc:{TOKEN}"), "its subject names no lease"),
-        (lambda ca: ca.client(TOKEN, alternative=(uri("x" * 43),)), "of different leases"),
-        (lambda ca: ca.client(TOKEN, alternative=(uri(TOKEN), uri("x" * 43))), "of different leases"),
+        (lambda ca: ca.issue(), "its subject contains no lease token"),
+        (lambda ca: ca.issue(f"alloc:{TOKEN}", f"alloc:{TOKEN}"), "its subject contains no lease token"),
+        (lambda ca: ca.client(TOKEN, alternative=(uri("x" * 43),)), "contain different tokens"),
+        (lambda ca: ca.client(TOKEN, alternative=(uri(TOKEN), uri("x" * 43))), "contain different tokens"),
         (lambda ca: ca.client(TOKEN, usage=None), "it is not for TLS clients"),
         (lambda ca: ca.client(TOKEN, usage=ExtendedKeyUsageOID.SERVER_AUTH), "it is not for TLS clients"),
         (lambda ca: ca.client(TOKEN, usage=ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE), "it is not for TLS"),
@@ -76,7 +74,7 @@ def test_the_token_of_a_certificate_is_read(ca, now):
 )
 def test_a_certificate_of_our_ca_for_something_else_is_refused(ca, now, make, told):
     with pytest.raises(Unauthenticated) as caught:
-        credential_of(make(ca).der, now)
+        token_digest(make(ca).der, now)
     assert told in caught.value.message
     assert caught.value.code == "WrongCertificate"
     assert TOKEN not in caught.value.message
@@ -85,18 +83,18 @@ def test_a_certificate_of_our_ca_for_something_else_is_refused(ca, now, make, to
 @given(st.binary(max_size=200))
 def test_what_is_no_certificate_is_refused(data):
     with pytest.raises(Unauthenticated):
-        credential_of(data, datetime(2026, 1, 1, tzinfo=UTC))
+        token_digest(data, datetime(2026, 1, 1, tzinfo=UTC))
 
 
 def test_the_dates_hold_to_the_second(ca, now):
     der = ca.client(TOKEN, begins=now, ends=now + timedelta(hours=1)).der
     second = timedelta(seconds=1)
-    assert credential_of(der, now) == tokens.digest(TOKEN)
-    assert credential_of(der, now + timedelta(hours=1)) == tokens.digest(TOKEN)
+    assert token_digest(der, now) == tokens.digest(TOKEN)
+    assert token_digest(der, now + timedelta(hours=1)) == tokens.digest(TOKEN)
     for moment, code in [
         (now - second, "CertificateNotYetValid"),
         (now + timedelta(hours=1, seconds=1), "CertificateExpired"),
     ]:
         with pytest.raises(Unauthenticated) as caught:
-            credential_of(der, moment)
+            token_digest(der, moment)
         assert caught.value.code == code

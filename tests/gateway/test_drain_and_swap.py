@@ -22,7 +22,7 @@ BUSY, AT_ONCE, EACH = 8, 4, 6
 def lease_ends(world, how):
     """Releases the only lease, or lets it expire by the clock."""
     if how == "release":
-        world.lease(ended=EndReason.RELEASED)
+        world.lease(end_reason=EndReason.RELEASED)
     return world.advance(SOON if how == "expiry" else 0)
 
 
@@ -52,9 +52,9 @@ async def test_of_the_streams_of_an_ended_lease_the_silent_are_cut_and_the_busy_
             assert await busy.reader.readexactly(14) == b"still building"
     assert await silent.read_to_end() == b""
     assert (await (await world.connect(token)).call())[0] == 16
-    assert "withdraw" not in dict(world.registrar.calls)
+    assert "withdraw" not in dict(world.registry.calls)
     busy.writer.close()
-    await world.registrar.wait_for("withdraw")
+    await world.registry.wait_for("withdraw")
 
 
 @pytest.mark.parametrize("how", ["release", "expiry"])
@@ -62,7 +62,7 @@ async def test_who_waits_for_a_worker_when_its_lease_ends_is_told_and_who_is_rel
     token = world.lease(expires_at=world.now().timestamp() + SOON)
     relayed = await world.connect(token)
     await relayed.echo(b"x")
-    world.lease(endpoint=None, waiting="it is being started")
+    world.lease(endpoint=None, wait_reason="it is being started")
     waiting = await world.connect(token)
     waiting.start_call()
     await world.wait_until(world.holds_client)
@@ -127,7 +127,7 @@ async def test_a_drain_under_load_takes_no_byte_from_any_stream_and_ends_with_th
     made[0].enough = True
     await asyncio.gather(*tasks)
     await drained
-    await busy_world.registrar.wait_for("withdraw")
+    await busy_world.registry.wait_for("withdraw")
 
 
 async def test_the_deadline_of_a_drain_ends_busy_streams_too(busy_world):

@@ -18,7 +18,7 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Worker, new_worker
-from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway, new_loop
 from bkpool.store.sqlite import SqliteStore
 
@@ -30,7 +30,7 @@ async def test_a_client_with_a_lease_reaches_its_worker_and_h2_is_selected(world
     assert streams.writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
     assert streams.writer.get_extra_info("ssl_object").version() == "TLSv1.3"
     await streams.echo(b"hello")
-    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.registry.calls == [("register", "allocation-a")]
     assert world.metric("connections_total", status="success") == 1
     assert world.metric("active_connections") == 1
 
@@ -73,8 +73,12 @@ async def test_tls_1_2_is_refused(world):
     [
         (lambda w: None, 16, "this gateway needs a client certificate. Run `bkpool allocate` and use"),
         (lambda w: w.ca.client(w.token("nobody's")), 16, "no lease has the token of this client certificate. Run"),
-        (lambda w: w.ca.client(w.token("a"), usage=None), 16, "is not one of a lease: it is not for TLS clients"),
-        (lambda w: w.ca.issue("alloc:short"), 16, "is not one of a lease: its subject names no lease"),
+        (
+            lambda w: w.ca.client(w.token("a"), usage=None),
+            16,
+            "does not belong to a lease: it is not for TLS clients",
+        ),
+        (lambda w: w.ca.issue("alloc:short"), 16, "does not belong to a lease: its subject contains no lease token"),
         (lambda w: w.ca.client(w.token("a"), ends=w.now() - MINUTE), 16, "expired at 2026-01-01 11:59:00 UTC. Run"),
         (
             lambda w: w.ca.client(w.token("a"), begins=w.now() + MINUTE),
@@ -91,7 +95,7 @@ async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, 
     assert sentence in told[1]
     assert streams.goaway
     assert world.worker_connections == 0
-    assert world.registrar.calls == []
+    assert world.registry.calls == []
 
 
 @pytest.mark.parametrize(
@@ -99,11 +103,11 @@ async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, 
     [
         (EndReason.RELEASED, 16, "the lease was released. Run `bkpool allocate` again."),
         (EndReason.EXPIRED, 16, "the lease has expired. Run `bkpool allocate` again."),
-        (EndReason.ABANDONED, 16, "the lease was given up. Run `bkpool allocate` again."),
+        (EndReason.ABANDONED, 16, "the lease was abandoned. Run `bkpool allocate` again."),
         (
             EndReason.LOST,
             9,
-            "the lease was lost with its worker: out of memory – 5 times. Run `bkpool allocate` again.",
+            "the lease ended because its worker failed: out of memory – 5 times. Run `bkpool allocate` again.",
         ),
     ],
 )
@@ -120,28 +124,28 @@ async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
     await world.advance(3600)
     code, sentence = await (await world.connect(token)).call()
     assert code == 16
-    assert sentence == "the lease has expired: it ran until 13:00:00 UTC. Run `bkpool allocate` again."
+    assert sentence == "the lease has expired: it was valid until 13:00:00 UTC. Run `bkpool allocate` again."
 
 
 async def test_the_worker_is_dialled_only_when_the_registration_is_written(world):
-    world.registrar.may_answer.clear()
+    world.registry.may_answer.clear()
     streams = await world.connect(world.lease())
     streams.writer.write(b"early")
     await world.settle()
     assert world.worker_connections == 0
-    world.registrar.may_answer.set()
+    world.registry.may_answer.set()
     assert await streams.reader.readexactly(5) == b"early"
-    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.registry.calls == [("register", "allocation-a")]
 
 
 async def test_two_clients_of_a_lease_share_its_registration(world):
-    world.registrar.may_answer.clear()
+    world.registry.may_answer.clear()
     token = world.lease()
     pair = [await world.connect(token), await world.connect(token)]
-    world.registrar.may_answer.set()
+    world.registry.may_answer.set()
     for streams in [*pair, await world.connect(token)]:
         await streams.echo(b"x")
-    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.registry.calls == [("register", "allocation-a")]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ async def test_two_clients_of_a_lease_share_its_registration(world):
     ],
 )
 async def test_a_failed_registration_is_told_and_the_worker_not_dialled(world, error, code, sentence):
-    world.registrar.error = error
+    world.registry.error = error
     told = await (await world.connect(world.lease())).call()
     assert told[0] == code
     assert sentence in told[1]
@@ -161,18 +165,18 @@ async def test_a_failed_registration_is_told_and_the_worker_not_dialled(world, e
 
 
 async def test_a_silent_store_does_not_hold_a_client_for_long(new_world):
-    world = await new_world(register=0.05)
-    world.registrar.may_answer.clear()
+    world = await new_world(register_timeout=0.05)
+    world.registry.may_answer.clear()
     code, sentence = await (await world.connect(world.lease())).call()
     assert code == 9
     assert "its store does not answer" in sentence
-    world.registrar.may_answer.set()
+    world.registry.may_answer.set()
 
 
 async def test_a_registered_lease_goes_on_without_the_store_and_is_not_trusted_for_ever(world):
     token = world.lease()
     await (await world.connect(token)).echo(b"x")
-    world.registrar.error = Unavailable("the store is away", hint="Wait.")
+    world.registry.error = Unavailable("the store is away", hint="Wait.")
     await world.advance(45)
     again = await world.connect(token)
     await again.echo(b"from memory")
@@ -187,15 +191,15 @@ async def test_a_registration_is_renewed_while_in_use_and_withdrawn_with_the_las
     streams = await world.connect(token)
     await streams.echo(b"x")
     await world.advance(20)
-    await world.registrar.wait_for("renew")
+    await world.registry.wait_for("renew")
     await streams.echo(b"x")
     await world.advance(20)
-    await world.registrar.wait_for("renew", 2)
-    world.lease(ended=EndReason.RELEASED)
+    await world.registry.wait_for("renew", 2)
+    world.lease(end_reason=EndReason.RELEASED)
     await streams.echo(b"draining")
     streams.writer.close()
-    await world.registrar.wait_for("withdraw")
-    assert [what for what, _ in world.registrar.calls] == ["register", "renew", "renew", "withdraw"]
+    await world.registry.wait_for("withdraw")
+    assert [what for what, _ in world.registry.calls] == ["register", "renew", "renew", "withdraw"]
 
 
 async def test_a_registration_without_connections_is_withdrawn_when_the_lease_ends(world):
@@ -204,15 +208,15 @@ async def test_a_registration_without_connections_is_withdrawn_when_the_lease_en
     streams.writer.close()
     await world.wait_until(lambda: world.metric("active_connections") == 0)
     await world.advance(30)
-    assert world.registrar.calls == [("register", "allocation-a")]
+    assert world.registry.calls == [("register", "allocation-a")]
     world.end_lease("a", EndReason.RELEASED)
-    await world.registrar.wait_for("withdraw")
+    await world.registry.wait_for("withdraw")
 
 
 async def test_a_worker_that_is_anothers_is_cut_off_at_once(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
-    world.registrar.error = Gone("the worker is another's", hint="")
+    world.registry.error = Gone("the worker is another's", hint="")
     await world.advance(20)
     assert await streams.read_to_end() == b""
 
@@ -221,7 +225,7 @@ async def test_an_ended_lease_drains_and_admits_nobody(world):
     token = world.lease()
     streams = await world.connect(token)
     await streams.echo(b"x")
-    world.lease(ended=EndReason.RELEASED)
+    world.lease(end_reason=EndReason.RELEASED)
     assert (await (await world.connect(token)).call())[0] == 16
     for _ in range(3):
         await world.advance(59)
@@ -233,7 +237,7 @@ async def test_an_ended_lease_drains_and_admits_nobody(world):
 async def test_draining_ends_at_the_drain_timeout(world):
     streams = await world.connect(world.lease(drain_timeout=100.0))
     await streams.echo(b"x")
-    world.lease(ended=EndReason.RELEASED)
+    world.lease(end_reason=EndReason.RELEASED)
     await world.advance(59)
     await streams.echo(b"x")
     await world.advance(42)
@@ -269,9 +273,9 @@ async def test_a_lease_whose_renewal_came_late_to_us_stops_draining(world):
 
 
 async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_comes(world):
-    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    streams = await world.connect(world.lease(endpoint=None, wait_reason="it is being started"))
     streams.writer.write(b"preface")
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     await world.advance(14)
     assert world.worker_connections == 0
     world.lease(endpoint=world.endpoint)
@@ -279,25 +283,25 @@ async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_com
 
 
 async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world):
-    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    streams = await world.connect(world.lease(endpoint=None, wait_reason="it is being started"))
     data = os.urandom(1_000_000)
     streams.writer.write(data)
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     world.lease(endpoint=world.endpoint)
     assert await streams.reader.readexactly(len(data)) == data
 
 
 async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_the_cause(world):
-    token = world.lease(endpoint=None, waiting="buildkitd: disk full")
+    token = world.lease(endpoint=None, wait_reason="buildkitd: disk full")
     first = await world.connect(token)
     first.start_call()
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     await world.settle()
     await world.advance(15)
     code, sentence = await first.call_result()
     assert code == 14
     assert first.goaway
-    assert "p-worker-0 is on its way: buildkitd: disk full" in sentence
+    assert "p-worker-0 is not ready yet: buildkitd: disk full" in sentence
 
     second = await world.connect(token)
     second.start_call()
@@ -305,7 +309,7 @@ async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_t
     await world.advance(12)
     code, sentence = await second.call_result()
     assert code == 9
-    assert "did not come up in time: buildkitd: disk full" in sentence
+    assert "did not become ready in time: buildkitd: disk full" in sentence
 
     third = await world.connect(token)
     third.start_call()
@@ -316,7 +320,7 @@ async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_t
 
 @pytest.mark.parametrize("reason", ["the worker was reached", "it is long ago"])
 async def test_a_wait_is_a_first_one_again_when(world, reason):
-    token = world.lease(endpoint=None, waiting="buildkitd: disk full")
+    token = world.lease(endpoint=None, wait_reason="buildkitd: disk full")
     for _ in range(2):
         streams = await world.connect(token)
         streams.start_call()
@@ -332,9 +336,9 @@ async def test_a_wait_is_a_first_one_again_when(world, reason):
 
 
 async def test_a_client_held_when_the_lease_ends_is_refused_at_once(world):
-    streams = await world.connect(world.lease(endpoint=None, waiting="it is being started"))
+    streams = await world.connect(world.lease(endpoint=None, wait_reason="it is being started"))
     streams.start_call()
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     world.end_lease("a", EndReason.LOST, "5 failures")
     code, sentence = await streams.call_result()
     assert code == 9
@@ -345,7 +349,7 @@ async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
     late = tmp_path / "late"
     streams = await world.connect(world.lease(endpoint=f"unix://{late}"))
     streams.writer.write(b"hello")
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     await world.settle()
     (tmp_path / "w").rename(late)
     await world.advance(0.5)
@@ -355,7 +359,7 @@ async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
 async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path):
     streams = await world.connect(world.lease(endpoint=f"unix://{tmp_path}/none"))
     streams.start_call()
-    await world.wait_until(lambda: world.registrar.calls != [])
+    await world.wait_until(lambda: world.registry.calls != [])
     for _ in range(40):
         await world.advance(0.5)
     code, sentence = await streams.call_result()
@@ -371,14 +375,14 @@ async def test_the_death_of_a_worker_reaches_the_client_at_once(world):
 
 
 async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_world):
-    world = await new_world(per_lease=2)
+    world = await new_world(connections_per_lease=2)
     token = world.lease()
     pair = [await world.connect(token) for _ in range(2)]
     for streams in pair:
         await streams.echo(b"x")
     code, sentence = await (await world.connect(token)).call()
     assert code == 8
-    assert "2 connections open already. Run fewer builds" in sentence
+    assert "already has 2 open connections. Run fewer builds" in sentence
     pair[0].writer.close()
     await world.wait_until(lambda: world.metric("active_connections") == 1)
     await (await world.connect(token)).echo(b"x")
@@ -395,7 +399,7 @@ async def test_connections_in_all_are_bounded(new_world):
 
 
 async def test_clients_that_never_shake_hands_do_not_keep_a_good_one_out(new_world):
-    world = await new_world(guests=8)
+    world = await new_world(pending_connections=8)
     token = world.lease()
     silent = [socket.create_connection(("127.0.0.1", world.port)) for _ in range(40)]
     try:
@@ -464,7 +468,7 @@ async def test_a_key_of_another_certificate_is_refused_before_it_is_used(world):
 
 
 async def test_a_taken_port_is_one_sentence_with_the_fix(world):
-    second = Gateway(world.registrar, now=world.now, metrics=world.metrics)
+    second = Gateway(world.registry, now=world.now, metrics=world.metrics)
     server = world.ca.server()
     second.set_server_certificate(server.cert, server.key, world.ca.pem)
     with pytest.raises(HostFault) as caught:
@@ -476,7 +480,7 @@ async def test_a_taken_port_is_one_sentence_with_the_fix(world):
 
 async def test_a_drain_lets_builds_finish_and_nobody_in(world):
     token = world.lease()
-    held = await world.connect(world.lease("b", endpoint=None, waiting="it is being started"))
+    held = await world.connect(world.lease("b", endpoint=None, wait_reason="it is being started"))
     streams = await world.connect(token)
     await streams.echo(b"x")
     drained = asyncio.create_task(world.gateway.drain(600))
@@ -487,7 +491,7 @@ async def test_a_drain_lets_builds_finish_and_nobody_in(world):
     assert not drained.done()
     streams.writer.close()
     await drained
-    await world.registrar.wait_for("withdraw")
+    await world.registry.wait_for("withdraw")
 
 
 async def test_a_drain_has_a_deadline(world):
@@ -530,38 +534,38 @@ async def test_a_lease_that_is_newer_than_the_table_is_looked_up_and_served(worl
     token = world.token("a")
 
     def find():
-        world.lease()  # the registrar hands a newer table over, and answers behind it
+        world.lease()  # the registry hands a newer table over, and answers behind it
 
-    world.registrar.on_find = find
+    world.registry.on_find = find
     streams = await world.connect(token)
     await streams.echo(b"x")
-    assert world.registrar.lookups == [hashlib.sha256(token.encode()).hexdigest()]
+    assert world.registry.lookups == [hashlib.sha256(token.encode()).hexdigest()]
     await (await world.connect(token)).echo(b"x")
-    assert len(world.registrar.lookups) == 1, "what is known is not looked for"
+    assert len(world.registry.lookups) == 1, "what is known is not looked for"
 
 
 async def test_what_is_known_to_be_over_is_not_looked_for(world):
     world.lease()
     world.end_lease("a", EndReason.RELEASED)
     assert (await (await world.connect(world.token("a"))).call())[0] == 16
-    assert world.registrar.lookups == []
+    assert world.registry.lookups == []
 
 
 async def test_a_client_that_leaves_while_its_lease_is_looked_for_leaves_nothing_behind(world):
-    world.registrar.may_answer.clear()
-    world.registrar.on_find = world.lease
+    world.registry.may_answer.clear()
+    world.registry.on_find = world.lease
     streams = await world.connect(world.token("a"))
-    await world.wait_until(lambda: world.registrar.lookups != [])
+    await world.wait_until(lambda: world.registry.lookups != [])
     streams.writer.close()
     await world.gateway.drain(0)
-    world.registrar.may_answer.set()
+    world.registry.may_answer.set()
     await world.settle()
-    assert world.registrar.calls == []
+    assert world.registry.calls == []
     assert world.worker_connections == 0
 
 
 async def test_a_store_that_cannot_be_asked_for_a_lease_is_said_to_be_so(world):
-    world.registrar.error = Forbidden("pods is forbidden: User cannot list", hint="")
+    world.registry.error = Forbidden("pods is forbidden: User cannot list", hint="")
     code, sentence = await (await world.connect(world.token("a"))).call()
     assert code == 9
     assert sentence.startswith("the gateway cannot confirm this lease, because its store does not answer")
@@ -573,7 +577,7 @@ async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_in_words(new_w
     code, sentence = await (await world.connect(world.lease("b", pool=Key("team", "q")))).call()
     assert code == 7
     assert sentence.startswith(
-        "this is the gateway of pool default/p; the certificate is for a lease of pool team/q."
+        "this is the gateway of pool default/p, but the client certificate is for a lease of pool team/q."
     )
     assert world.metric("refusals_total", pool="q", reason="WrongPool") == 1
     assert world.worker_connections == 1
@@ -584,16 +588,16 @@ async def test_a_registration_says_how_many_connections_there_are(world):
     for _ in range(3):
         await (await world.connect(token)).echo(b"x")
     await world.advance(20)
-    await world.registrar.wait_for("renew")
-    assert world.registrar.connections == [1, 3]
+    await world.registry.wait_for("renew")
+    assert world.registry.connections == [1, 3]
 
 
 async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world, allocation, now, tmp_path):
-    """DESIGN rule 10, with the real registrar: this gateway is never told of anything after its table."""
+    """DESIGN rule 10, with the real registry: this gateway is never told of anything after its table."""
     store = await SqliteStore.open(tmp_path / "state.db")
     try:
-        registrar = StoreRegistrar(store, "gateway-1", lambda: now, lambda _: None)
-        world = await new_world(registrar=registrar)
+        registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, lambda _: None)
+        world = await new_world(registry=registry)
         token = world.token("a")
         pool = await store.create(Pool(metadata=Metadata(name="p")))
         ours = allocation.but(id="allocation-a", token_sha256=tokens.digest(token))
@@ -608,7 +612,7 @@ async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world,
         await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another's")))
         code, sentence = await (await world.connect(token)).call()
         assert code == 16
-        assert sentence.startswith("the lease is over: worker default/p-worker-0 is not held by it any more")
+        assert sentence.startswith("the lease has ended: it does not hold worker default/p-worker-0 any more")
         assert world.worker_connections == 1
     finally:
         await world.gateway.close()

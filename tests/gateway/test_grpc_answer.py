@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
-from bkpool.gateway.session.refusal import Grpc, Refusal
+from bkpool.gateway.session.refusal import GrpcCode, Refusal
 
 
 class Client:
@@ -40,7 +40,7 @@ def client():
 
 @pytest.fixture
 def answer():
-    return GrpcAnswer(Refusal(Grpc.UNAUTHENTICATED, "X", "100 % refused – sorry"))
+    return GrpcAnswer(Refusal(GrpcCode.UNAUTHENTICATED, "X", "100 % refused – sorry"))
 
 
 def test_the_first_call_is_answered_and_then_the_server_goes_away(client, answer):
@@ -73,7 +73,7 @@ def test_bytes_may_come_one_by_one(client, answer):
 
 
 def test_a_goodbye_without_a_call_is_a_goaway(client, answer):
-    client.hear(answer.receive(b"") + answer.goodbye())
+    client.hear(answer.receive(b"") + answer.goaway())
     assert client.goaway
 
 
@@ -85,7 +85,7 @@ def test_a_client_that_goes_away_first_is_let_go(client, answer):
 
 @given(st.lists(st.binary(max_size=100), max_size=5))
 def test_no_bytes_are_too_strange(chunks):
-    answer = GrpcAnswer(Refusal(Grpc.UNAUTHENTICATED, "X", "no"))
+    answer = GrpcAnswer(Refusal(GrpcCode.UNAUTHENTICATED, "X", "no"))
     for chunk in chunks:
         if not answer.finished:
             answer.receive(chunk)
@@ -93,7 +93,7 @@ def test_no_bytes_are_too_strange(chunks):
 
 @given(st.text().map(lambda text: text.strip(" ")))  # which HTTP does not carry, and no sentence of ours has
 def test_every_sentence_arrives_as_it_is(sentence):
-    client, answer = Client(), GrpcAnswer(Refusal(Grpc.FAILED_PRECONDITION, "X", sentence))
+    client, answer = Client(), GrpcAnswer(Refusal(GrpcCode.FAILED_PRECONDITION, "X", sentence))
     client.call(1)
     client.hear(answer.receive(client.http.data_to_send()))
     assert unquote(client.answers[1]["grpc-message"]) == sentence

@@ -187,8 +187,8 @@ async def test_a_name_that_is_not_exactly_a_leases_is_answered_in_words(world, n
     """Signed by our CA, which would never write it: no reading of it is the victim's lease."""
     code, sentence = await (await knock(world, renamed(world.ca, name))).call()
     assert code == 16
-    assert sentence.startswith("the client certificate is not one of a lease: ")
-    assert sentence.endswith("Run `bkpool allocate` and use the certificate that it gives.")
+    assert sentence.startswith("the client certificate does not belong to a lease: ")
+    assert sentence.endswith("Run `bkpool allocate` and use the certificate that it returns.")
     assert VICTIM not in sentence
     assert world.metric("refusals_total", pool="", reason="WrongCertificate") == 1
 
@@ -213,7 +213,7 @@ async def test_an_extension_twice_is_answered_in_words(world):
     again = x509.load_der_x509_certificate(changed)
     code, sentence = await (await knock(world, identity_of(world.ca, again, key))).call()
     assert code == 16
-    assert sentence.startswith("the client certificate is not one of a lease: ")
+    assert sentence.startswith("the client certificate does not belong to a lease: ")
 
 
 def _oid(last):

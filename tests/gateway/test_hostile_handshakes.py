@@ -213,7 +213,7 @@ async def test_a_storm_of_key_updates_harms_nobody_else(new_world, capfd, make_l
     async with attacked_gateway(new_world, capfd, make_loop=make_loop, connections=3) as attacked:
         if whose != "refused":
             attacked.world.lease(
-                "a", **({} if whose == "relayed" else {"endpoint": None, "waiting": "it is starting"})
+                "a", **({} if whose == "relayed" else {"endpoint": None, "wait_reason": "it is starting"})
             )
         attacker = await shaken_hands(attacked.world, "a", tmp_path)
         if whose == "relayed":
@@ -229,7 +229,7 @@ async def test_a_storm_of_key_updates_harms_nobody_else(new_world, capfd, make_l
 
 
 async def test_those_refused_for_the_cap_of_a_lease_take_nobodys_place(new_world):
-    world = await new_world(per_lease=1, connections=3)
+    world = await new_world(connections_per_lease=1, connections=3)
     first = await world.connect(world.lease("a"))
     await first.echo(b"x")
     for _ in range(5):
@@ -244,7 +244,7 @@ async def test_those_refused_for_the_cap_of_a_lease_take_nobodys_place(new_world
 
 async def test_connections_of_one_pool_are_bounded_and_other_pools_have_their_own(new_world):
     """However many leases of the pool they are of; and the place comes back."""
-    world = await new_world(per_pool=2)
+    world = await new_world(connections_per_pool=2)
     other = Key("team", "q")
     first = await world.connect(world.lease("a"))
     for streams in (first, await world.connect(world.lease("b"))):
@@ -253,7 +253,7 @@ async def test_connections_of_one_pool_are_bounded_and_other_pools_have_their_ow
         code, sentence = await (await world.connect(world.lease(name))).call()
         assert code == 8
         assert "default/p" in sentence
-        assert "2 connections" in sentence
+        assert "2 open connections" in sentence
     assert world.metric("refusals_total", reason="NoCapacity") == 3
     for name in "de":
         await (await world.connect(world.lease(name, pool=other))).echo(b"of another pool")
@@ -264,13 +264,15 @@ async def test_connections_of_one_pool_are_bounded_and_other_pools_have_their_ow
     assert (await (await world.connect(world.lease("a"))).call())[0] == 8
 
 
-@pytest.mark.parametrize("bound", ["per_lease", "per_pool", "connections"])
+@pytest.mark.parametrize("bound", ["connections_per_lease", "connections_per_pool", "connections"])
 @pytest.mark.parametrize("how", ["left while it was held", "its lease ended while it was held", "its worker died"])
 async def test_the_place_of_a_client_comes_back_however_it_ends(new_world, bound, how):
     world = await new_world(**{bound: 1})
     held = "held" in how
-    last = await world.connect(world.lease("a", **({"endpoint": None, "waiting": "it is starting"} if held else {})))
-    await world.wait_until(lambda: world.registrar.calls != [])
+    last = await world.connect(
+        world.lease("a", **({"endpoint": None, "wait_reason": "it is starting"} if held else {}))
+    )
+    await world.wait_until(lambda: world.registry.calls != [])
     if not held:
         await last.echo(b"x")
     assert (await (await world.connect(world.token("a"))).call())[0] == 8, "there is one place"

@@ -11,7 +11,7 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolGateway, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndedLease, EndReason, Phase, new_worker
-from bkpool.gateway.session.lease_table import build
+from bkpool.gateway.session.lease_table import build_lease_table
 
 POOL = Pool(
     metadata=Metadata(name="p", uid="pool-uid"),
@@ -27,7 +27,7 @@ def worker(allocation):
 
 
 def route_of(worker, pools=(POOL,)):
-    [route] = build(pools, [worker]).routes.values()
+    [route] = build_lease_table(pools, [worker]).routes.values()
     return route
 
 
@@ -39,8 +39,8 @@ def test_a_ready_worker_is_routed(worker, now):
     assert route.pool == Key("default", "p")
     assert route.expires_at == (now + timedelta(hours=1)).timestamp()
     assert route.drain_timeout == 300
-    assert route.over(route.expires_at - 0.001) is None
-    assert isinstance(route.over(route.expires_at), Gone)
+    assert route.end_error(route.expires_at - 0.001) is None
+    assert isinstance(route.end_error(route.expires_at), Gone)
 
 
 @pytest.mark.parametrize(
@@ -58,26 +58,26 @@ def test_a_ready_worker_is_routed(worker, now):
 def test_a_worker_that_is_not_ready_for_this_owner_is_awaited(worker, changes):
     route = route_of(worker.with_status(**changes))
     assert route.endpoint is None
-    assert route.waiting == "its BuildKit daemon is being started"
+    assert route.wait_reason == "its BuildKit daemon is being started"
 
 
 def test_the_worker_says_why_it_is_not_ready(worker):
-    assert route_of(worker.with_status(endpoint=None, message="disk full")).waiting == "disk full"
+    assert route_of(worker.with_status(endpoint=None, message="disk full")).wait_reason == "disk full"
 
 
 def test_a_released_lease_is_over_at_any_time(worker, allocation, now):
     ended = allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
     route = route_of(worker.with_lease(ended).with_status(phase=Phase.DRAINING))
-    assert route.over(0.0).code == "LeaseReleased"
+    assert route.end_error(0.0).code == "LeaseReleased"
 
 
 def test_a_lease_that_was_taken_off_its_worker_is_remembered(worker, now):
     ended = EndedLease(token_sha256="d", ended_at=now, reason=EndReason.LOST, message="it died")
-    table = build([POOL], [worker.with_lease(None).with_status(ended=(ended,))])
+    table = build_lease_table([POOL], [worker.with_lease(None).with_status(ended=(ended,))])
     assert not table.routes
-    over = table.past["d"].over()
-    assert isinstance(over, WorkerFailed)
-    assert over.message == "the lease was lost with its worker: it died"
+    error = table.past["d"].end_error()
+    assert isinstance(error, WorkerFailed)
+    assert error.message == "the lease ended because its worker failed: it died"
 
 
 def test_a_worker_whose_pool_is_gone_keeps_its_lease(worker):
@@ -85,11 +85,11 @@ def test_a_worker_whose_pool_is_gone_keeps_its_lease(worker):
 
 
 def test_the_table_cannot_be_changed(worker):
-    table = build([POOL], [worker])
+    table = build_lease_table([POOL], [worker])
     with pytest.raises(TypeError):
         table.routes["x"] = None
 
 
 def test_the_pools_are_known_by_their_names(worker):
-    assert build([POOL], [worker]).pools == {Key("default", "p")}
-    assert build([], [worker]).pools == frozenset()
+    assert build_lease_table([POOL], [worker]).pools == {Key("default", "p")}
+    assert build_lease_table([], [worker]).pools == frozenset()

@@ -40,7 +40,7 @@ def new_gateway(request, new_world):
 
 
 def threads_of(world):
-    return world.gateway._running
+    return world.gateway._threads
 
 
 def home_of(world, token):
@@ -61,8 +61,8 @@ def guests(world):
 
 def places(world):
     """How many are taken, in all and in each pool."""
-    capacity = threads_of(world)[0].gate.leases._capacity
-    return capacity._all, dict(capacity._taken)
+    capacity = threads_of(world)[0].shard.leases._capacity
+    return capacity._total, dict(capacity._by_pool)
 
 
 async def empty(world):
@@ -74,7 +74,7 @@ async def empty(world):
 def tenants(world):
     """Whose connections each loop has."""
     return [
-        Counter(connection._about["allocation"] for connection in thread.gate._tenants)
+        Counter(connection._log_fields["allocation"] for connection in thread.shard._admitted)
         for thread in threads_of(world)
     ]
 
@@ -159,8 +159,8 @@ async def test_the_connections_of_a_lease_have_one_home_whichever_loop_accepts_t
     expected = [Counter(), Counter(), Counter()]
     expected[home_of(world, token)]["allocation-a"] = 6
     assert tenants(world) == expected
-    assert world.registrar.calls == [("register", "allocation-a")]
-    assert world.registrar.connections == [1]
+    assert world.registry.calls == [("register", "allocation-a")]
+    assert world.registry.connections == [1]
 
 
 async def test_leases_are_spread_over_the_loops(new_gateway):
@@ -180,7 +180,7 @@ async def test_clients_are_dealt_out_to_all_loops_before_anyone_knows_whose_they
         for _ in range(2 * LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
         await world.wait_until(lambda: guests(world) == 2 * LOOPS)
-        assert [len(thread.gate._guests) for thread in threads_of(world)] == [2] * LOOPS
+        assert [len(thread.shard._pending) for thread in threads_of(world)] == [2] * LOOPS
 
 
 async def test_a_lease_that_is_newer_than_the_table_is_looked_up_by_its_home(new_gateway):
@@ -188,7 +188,7 @@ async def test_a_lease_that_is_newer_than_the_table_is_looked_up_by_its_home(new
     world = await new_gateway()
     for home in range(LOOPS):
         [name] = names_at(world, home)
-        world.registrar.on_find = lambda name=name: world.lease(name)
+        world.registry.on_find = lambda name=name: world.lease(name)
         await (await world.connect(world.token(name))).echo(b"hello")
         assert tenants(world)[home] == {f"allocation-{name}": 1}
 
@@ -205,7 +205,7 @@ async def test_who_has_no_lease_is_told_so_by_whichever_loop(new_gateway):
 
 
 async def test_silent_clients_in_all_loops_keep_no_good_one_out(new_gateway):
-    world = await new_gateway(guests=2 * LOOPS)
+    world = await new_gateway(pending_connections=2 * LOOPS)
     token = world.lease("a")
     with contextlib.ExitStack() as silent:
         for _ in range(8 * LOOPS):
@@ -260,7 +260,7 @@ async def test_a_client_that_has_said_its_end_with_the_handshake_is_not_held_for
 ):
     world = await new_gateway()
     [name] = names_at(world, home)
-    token = world.lease(name, endpoint=None, waiting="it is being started")
+    token = world.lease(name, endpoint=None, wait_reason="it is being started")
     async with raw(world, token) as client:
         await asyncio.to_thread(client.handshake, b"hello", end=True)
         assert await asyncio.to_thread(client.peer.receive) == b""
@@ -275,11 +275,11 @@ async def test_a_lease_that_ends_while_its_connection_is_on_the_way_is_over_for_
     name, token = await moving(world)
     async with standing_still(world, 1):
         if first == "the end":
-            world.lease(name, ended=EndReason.RELEASED)
+            world.lease(name, end_reason=EndReason.RELEASED)
         streams = await world.connect(token)
         await on_its_way(world)
         if first == "the connection":
-            world.lease(name, ended=EndReason.RELEASED)
+            world.lease(name, end_reason=EndReason.RELEASED)
     code, sentence = await streams.call()
     assert (code, sentence) == (16, "the lease was released. Run `bkpool allocate` again.")
     assert world.worker_connections == 0
@@ -290,7 +290,7 @@ async def test_a_lease_that_ends_while_its_connection_is_on_the_way_is_over_for_
 async def test_a_client_that_leaves_on_the_way_leaves_nothing_behind(new_gateway, how):
     """The loop that it has left must not hear of it any more: it is another thread's."""
     world = await new_gateway()
-    _, token = await moving(world, endpoint=None, waiting="it is being started")
+    _, token = await moving(world, endpoint=None, wait_reason="it is being started")
     async with raw(world, token) as client:
         async with standing_still(world, 1):
             await asyncio.to_thread(client.handshake)
@@ -306,11 +306,11 @@ async def test_who_comes_home_to_a_loop_that_drains_is_closed_and_not_registered
     """The loop may have told already that it is empty, and nobody would take the registration out again."""
     world = await new_gateway()
     _, token = await moving(world)
-    await threads_of(world)[1].drained(600)
+    await threads_of(world)[1].drain(600)
     assert await (await world.connect(token)).read_to_end() == b""
     await empty(world)
     await world.gateway.close()
-    assert world.registrar.calls == []
+    assert world.registry.calls == []
     assert world.worker_connections == 0
 
 
@@ -332,7 +332,7 @@ async def test_who_is_on_the_way_when_the_gateway_closes_is_closed_too(new_gatew
 
 
 async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gateway):
-    world = await new_gateway(per_lease=2)
+    world = await new_gateway(connections_per_lease=2)
     token = world.lease("a")
     pair = [await world.connect(token) for _ in range(2)]
     for streams in pair:
@@ -340,7 +340,7 @@ async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gate
     for _ in range(LOOPS):
         code, sentence = await (await world.connect(token)).call()
         assert code == 8
-        assert sentence.startswith("this lease has 2 connections open already")
+        assert sentence.startswith("this lease already has 2 open connections")
     pair[0].writer.close()
     await world.wait_until(lambda: places(world) == (1, {P: 1}))
     await (await world.connect(token)).echo(b"hello")
@@ -349,8 +349,8 @@ async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gate
 @pytest.mark.parametrize(
     ("limits", "sentence"),
     [
-        ({"per_pool": 2}, "pool default/p has 2 connections open already"),
-        ({"connections": 3}, "the gateway has 3 connections open already"),
+        ({"connections_per_pool": 2}, "pool default/p already has 2 open connections"),
+        ({"connections": 3}, "the gateway already has 3 open connections"),
     ],
     ids=["of a pool", "in all"],
 )
@@ -365,7 +365,7 @@ async def test_places_are_counted_over_all_loops(new_gateway, limits, sentence):
         name = names_at(world, home, 3)[2]
         code, told = await (await world.connect(world.lease(name))).call()
         assert code == 8
-        assert told == f"{sentence}. Try again later."
+        assert told == f"{sentence}. Try again when other builds have ended."
     inside[0].writer.close()
     await world.wait_until(lambda: places(world) == (2, {P: 1, Q: 1}))
     await (await world.connect(world.lease(names_at(world, 1, 4)[3]))).echo(b"hello")
@@ -391,15 +391,15 @@ async def are_cut_because_the_worker_is_anothers(world, inside):
         for lease in list(leases._leases.values()):
             lease.registration._request(leases.registry.renew)
 
-    world.registrar.error = Gone("the worker is another's", hint="")
+    world.registry.error = Gone("the worker is another's", hint="")
     for thread in threads_of(world):
-        thread.call(renew, thread.gate.leases)
+        thread.call(renew, thread.shard.leases)
 
 
 async def are_refused(world, inside):
     for home in range(LOOPS):
         for name in names_at(world, home, 2):
-            world.lease(name, ended=EndReason.RELEASED)
+            world.lease(name, end_reason=EndReason.RELEASED)
     assert [(await streams.call())[0] for streams in inside] == [16] * len(inside)
 
 
@@ -414,7 +414,7 @@ async def test_every_place_comes_back_however_joined_connections_end(new_gateway
         *(leave, reset, lose_their_workers, are_cut_because_the_worker_is_anothers),
         are_closed_with_the_gateway,
     ):
-        world.registrar.error = None
+        world.registry.error = None
         inside = [await world.connect(token) for token in leases]
         for streams in inside:
             await streams.echo(b"hello")
@@ -428,7 +428,7 @@ async def test_every_place_comes_back_however_the_wait_for_a_worker_ends(new_gat
     world = await new_gateway()
     names = [name for home in range(LOOPS) for name in names_at(world, home, 2)]
     for they in (leave, reset, are_refused, are_closed_with_the_gateway):
-        leases = [world.lease(name, endpoint=None, waiting="soon", ended=None) for name in names]
+        leases = [world.lease(name, endpoint=None, wait_reason="soon", end_reason=None) for name in names]
         inside = [await world.connect(token) for token in leases]
         await world.wait_until(lambda: places(world) == (4, {P: 4}))
         await they(world, inside)
@@ -463,9 +463,9 @@ async def test_the_end_of_the_gateway_ends_connections_in_all_loops_and_the_thre
         joined, waits = names_at(world, home, 2)
         ends.append(await world.connect(world.lease(joined)))
         await ends[-1].echo(b"hello")
-        ends.append(await world.connect(world.lease(waits, endpoint=None, waiting="soon")))
+        ends.append(await world.connect(world.lease(waits, endpoint=None, wait_reason="soon")))
         ends.append(await world.connect(world.token(f"nobody's-{home}")))
-    await world.wait_until(lambda: world.registrar.calls.count(("register", f"allocation-{waits}")) == 1)
+    await world.wait_until(lambda: world.registry.calls.count(("register", f"allocation-{waits}")) == 1)
     refused = "UnknownLease"
     await world.wait_until(lambda: world.metric("refusals_total", pool="", reason=refused) == LOOPS)
     with contextlib.ExitStack() as silent:
@@ -478,7 +478,7 @@ async def test_the_end_of_the_gateway_ends_connections_in_all_loops_and_the_thre
     assert guests(world) == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gateway")]
     assert all(loop.is_closed() for loop in loops)
-    entries = Counter(what for what, _ in world.registrar.calls)
+    entries = Counter(what for what, _ in world.registry.calls)
     assert entries["register"] == entries["withdraw"] == 2 * LOOPS
 
 
@@ -539,10 +539,10 @@ async def test_the_loops_count_into_one_set_of_metrics(new_gateway):
 
 
 def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
-    capacity = Capacity(GatewayLimits(connections=3, per_pool=2))
+    capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=2))
     capacity.take(P)
     capacity.take(P)
-    with pytest.raises(NoCapacity, match=r"^pool default/p has 2 connections open already$"):
+    with pytest.raises(NoCapacity, match=r"^pool default/p already has 2 open connections$"):
         capacity.take(P)
     capacity.take(Q)
     capacity.give_back(P)
@@ -550,26 +550,26 @@ def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
 
 
 def test_the_gateway_has_so_many_places():
-    capacity = Capacity(GatewayLimits(connections=3, per_pool=2))
+    capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=2))
     for pool in (P, Q, Q):
         capacity.take(pool)
-    with pytest.raises(NoCapacity, match=r"^the gateway has 3 connections open already$"):
+    with pytest.raises(NoCapacity, match=r"^the gateway already has 3 open connections$"):
         capacity.take(P)
     capacity.give_back(Q)
     capacity.take(P)
 
 
 def test_who_is_refused_has_taken_nothing_and_a_pool_that_is_left_is_forgotten():
-    capacity = Capacity(GatewayLimits(connections=3, per_pool=1))
+    capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=1))
     capacity.take(P)
     for _ in range(3):
         with pytest.raises(NoCapacity):
             capacity.take(P)
     capacity.take(Q)
-    assert (capacity._all, dict(capacity._taken)) == (2, {P: 1, Q: 1})
+    assert (capacity._total, dict(capacity._by_pool)) == (2, {P: 1, Q: 1})
     capacity.give_back(P)
     capacity.give_back(Q)
-    assert (capacity._all, dict(capacity._taken)) == (0, {})
+    assert (capacity._total, dict(capacity._by_pool)) == (0, {})
 
 
 class Bound(int):
@@ -582,7 +582,7 @@ class Bound(int):
 
 
 def test_threads_at_once_take_no_more_places_than_there_are():
-    capacity = Capacity(GatewayLimits(connections=Bound(3), per_pool=Bound(2)))
+    capacity = Capacity(GatewayLimits(connections=Bound(3), connections_per_pool=Bound(2)))
     begin, inside = threading.Barrier(6), []
 
     def come(pool):
@@ -600,4 +600,4 @@ def test_threads_at_once_take_no_more_places_than_there_are():
     assert set(inside) == {P, Q}, "nobody has more than two"
     for pool in inside:
         capacity.give_back(pool)
-    assert (capacity._all, dict(capacity._taken)) == (0, {})
+    assert (capacity._total, dict(capacity._by_pool)) == (0, {})

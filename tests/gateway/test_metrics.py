@@ -43,18 +43,18 @@ def _meter(pool="p", worker="p-worker-0", up=0, down=0):
 
 def test_bytes_are_current_while_the_connection_is_open_and_counted_once_when_it_is_closed(metrics, value):
     meter = _meter()
-    metrics.opened(meter)
+    metrics.relay_started(meter)
     seen = []
     for up, down in ((0, 0), (10, 1), (10, 1), (25, 3)):
-        meter.end.bytes_in, meter.end.bytes_out = up, down
+        meter.stream.bytes_in, meter.stream.bytes_out = up, down
         seen.append(
             (value("bytes_total", pool="p", direction="up"), value("bytes_total", pool="p", direction="down"))
         )
-    meter.end.bytes_in = 30
-    metrics.closed(meter, 1.0)
+    meter.stream.bytes_in = 30
+    metrics.relay_ended(meter, 1.0)
     assert seen == [(0, 0), (10, 1), (10, 1), (25, 3)]
     assert _series(metrics, "bytes_total") == {("p", "up"): 30, ("p", "down"): 3}
-    metrics.opened(_meter(up=5))
+    metrics.relay_started(_meter(up=5))
     assert value("bytes_total", pool="p", direction="up") == 35
 
 
@@ -64,11 +64,11 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
     def work():
         for _ in range(200):
             meter = _meter()
-            metrics.pending(+1)
-            metrics.opened(meter)
-            metrics.pending(-1)
-            meter.end.bytes_in += 7
-            metrics.closed(meter, 0.1)
+            metrics.count_pending(+1)
+            metrics.relay_started(meter)
+            metrics.count_pending(-1)
+            meter.stream.bytes_in += 7
+            metrics.relay_ended(meter, 0.1)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -88,10 +88,10 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
 def test_active_counts_what_is_open_by_pool(metrics, value):
     first, second = _meter(), _meter(pool="q")
     assert metrics.active("p") == 0
-    metrics.opened(first)
-    metrics.opened(second)
+    metrics.relay_started(first)
+    metrics.relay_started(second)
     assert metrics.active("p") == value("active_connections", pool="p") == 1
-    metrics.closed(first, 1.0)
+    metrics.relay_ended(first, 1.0)
     assert metrics.active("p") == value("active_connections", pool="p") == 0
     assert metrics.active("q") == 1
 
@@ -99,22 +99,22 @@ def test_active_counts_what_is_open_by_pool(metrics, value):
 def test_the_series_of_a_lease_goes_when_nothing_of_it_is_open(metrics):
     meters = [_meter(worker="w-0"), _meter(worker="w-0"), _meter(worker="w-1")]
     for meter in meters:
-        metrics.opened(meter)
+        metrics.relay_started(meter)
     assert _series(metrics, "open_connections") == {("p", "w-0"): 2, ("p", "w-1"): 1}
-    metrics.closed(meters[2], 1.0)
+    metrics.relay_ended(meters[2], 1.0)
     assert _series(metrics, "open_connections") == {("p", "w-0"): 2}
     for meter in meters[:2]:
-        metrics.closed(meter, 1.0)
+        metrics.relay_ended(meter, 1.0)
     assert _series(metrics, "open_connections") == {}
 
 
 def test_two_hundred_leases_have_series_of_their_own_and_the_rest_is_one(metrics):
     """The busiest have their own, and the sum stays right."""
     for number in range(300):
-        metrics.opened(_meter(worker=f"w-{number}"))
+        metrics.relay_started(_meter(worker=f"w-{number}"))
     busy = [f"w-{number}" for number in range(250, 300)]
     for worker in busy:
-        metrics.opened(_meter(worker=worker))
+        metrics.relay_started(_meter(worker=worker))
     series = _series(metrics, "open_connections")
     assert len(series) == 201
     assert series["p", "other"] == 100
@@ -132,11 +132,11 @@ def test_a_refusal_is_an_error_of_its_pool_with_a_reason(metrics, value):
 
 
 def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
-    metrics.shaken(0.004, ok=True)
-    metrics.shaken(9.0, ok=False)
-    metrics.dialled("p", 0.0002, "reached")
-    metrics.dialled("p", 5.0, "failed")
-    metrics.dialled("p", 0.003, "stranger")
+    metrics.handshake_done(0.004, ok=True)
+    metrics.handshake_done(9.0, ok=False)
+    metrics.dial_done("p", 0.0002, "reached")
+    metrics.dial_done("p", 5.0, "failed")
+    metrics.dial_done("p", 0.003, "stranger")
     assert value("handshake_seconds_bucket", outcome="ok", le="0.005") == 1
     assert value("handshake_seconds_bucket", outcome="failed", le="5.0") == 0
     assert value("handshake_seconds_bucket", outcome="failed", le="10.0") == 1
@@ -148,11 +148,11 @@ def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
 def test_draining_and_guests_are_said_as_they_are_now(metrics, value):
     """A process without a gateway says nothing of draining."""
     assert (value("draining"), value("pending_connections")) == (None, 0)
-    metrics.draining(True)
-    metrics.pending(+3)
-    metrics.pending(-1)
+    metrics.set_draining(True)
+    metrics.count_pending(+3)
+    metrics.count_pending(-1)
     assert (value("draining"), value("pending_connections")) == (1, 2)
-    metrics.draining(False)
+    metrics.set_draining(False)
     assert value("draining") == 0
 
 
@@ -194,7 +194,7 @@ async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_wa
     probe.close()
     await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 1)
     assert _series(world.metrics, "handshake_seconds_count") == {}
-    await world.advance(GatewayLimits().handshake)
+    await world.advance(GatewayLimits().handshake_timeout)
     await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 0)
     silent.close()
     assert _series(world.metrics, "handshake_seconds_count") == {("failed",): 1}

@@ -12,7 +12,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
-from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 
@@ -28,8 +28,10 @@ async def test_a_replica_whose_watch_is_behind_serves_a_lease_that_it_has_not_he
     store, new_world, allocation, now
 ):
     mirror = Mirror(store)  # never run: it is not told of anything
-    registrar = StoreRegistrar(store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0))
-    world = await new_world(registrar=registrar)
+    registry = StoreLeaseRegistry(
+        store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0)
+    )
+    world = await new_world(registry=registry)
     unsubscribe = feed_leases(world.gateway, mirror)
     token = world.token("a")
     pool = await store.create(Pool(metadata=Metadata(name="p")))

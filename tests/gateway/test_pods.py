@@ -103,9 +103,9 @@ async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of
             await world.advance(1)
         code, sentence = await streams.call_result()
     assert code == 9
-    assert "what answers at the address of worker default/p-worker-0 is not that worker" in sentence
+    assert "another server than worker default/p-worker-0 answers at the worker's address" in sentence
     assert world.worker_writers == []
-    [entry] = [entry for entry in logs if entry["event"] == "connection.wrong-worker"]
+    [entry] = [entry for entry in logs if entry["event"] == "connection.wrong_worker"]
     assert (entry["log_level"], entry["worker"], entry["endpoint"]) == ("warning", "default/p-worker-0", endpoint)
 
 
@@ -138,7 +138,7 @@ async def test_what_is_no_tls_or_refuses_the_handshake_is_a_stranger(world, said
     await world.advance(2)
     code, sentence = await streams.call_result()
     assert code == 9
-    assert "is not that worker" in sentence
+    assert "another server than worker" in sentence
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
@@ -203,7 +203,7 @@ async def test_a_lease_that_ends_while_its_worker_is_dialled_leaves_nothing_behi
 
     streams = await world.connect(world.lease(endpoint=await served(world, accept)))
     await world.wait_until(lambda: silent != [])
-    world.lease(ended=EndReason.RELEASED)
+    world.lease(end_reason=EndReason.RELEASED)
     code, _ = await streams.call()
     assert code == 16
     silent[0].transport.abort()

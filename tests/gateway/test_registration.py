@@ -1,4 +1,4 @@
-"""The registrar over a real store: written before use, only for the lease that holds the worker."""
+"""The registry over a real store: written before use, only for the lease that holds the worker."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker, new_worker
-from bkpool.gateway.control.registration import StoreRegistrar
-from bkpool.gateway.session.lease_table import build
+from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
+from bkpool.gateway.session.lease_table import build_lease_table
 from bkpool.store.sqlite import SqliteStore
 
 
@@ -32,7 +32,7 @@ async def worker(store, allocation):
 
 @pytest.fixture
 def route(worker):
-    [route] = build([], [worker]).routes.values()
+    [route] = build_lease_table([], [worker]).routes.values()
     return route
 
 
@@ -42,16 +42,16 @@ def written():
 
 
 @pytest.fixture
-def registrar(store, now, written):
-    return StoreRegistrar(store, "gateway-1", lambda: now, written.append)
+def registry(store, now, written):
+    return StoreLeaseRegistry(store, "gateway-1", lambda: now, written.append)
 
 
 async def gateways(store):
     return (await store.get(Worker, "default", "p-worker-0")).status.gateways
 
 
-async def test_a_registration_is_in_the_workers_status_and_handed_on(store, registrar, route, written, now):
-    await registrar.register(route, 3)
+async def test_a_registration_is_in_the_workers_status_and_handed_on(store, registry, route, written, now):
+    await registry.register(route, 3)
     entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now, connections=3)
     assert await gateways(store) == (entry,)
     assert [worker.status.gateways for worker in written] == [(entry,)]
@@ -59,71 +59,71 @@ async def test_a_registration_is_in_the_workers_status_and_handed_on(store, regi
 
 async def test_a_renewal_replaces_the_entry(store, route, now):
     times = iter([now, now, now + timedelta(seconds=20), now + timedelta(seconds=20)])
-    registrar = StoreRegistrar(store, "gateway-1", lambda: next(times), lambda _: None)
-    await registrar.register(route, 1)
-    await registrar.renew(route, 7)
+    registry = StoreLeaseRegistry(store, "gateway-1", lambda: next(times), lambda _: None)
+    await registry.register(route, 1)
+    await registry.renew(route, 7)
     [entry] = await gateways(store)
     assert (entry.renewed_at, entry.connections) == (now + timedelta(seconds=20), 7)
 
 
-async def test_a_withdrawal_leaves_the_entries_of_others(store, registrar, route, now):
-    other = StoreRegistrar(store, "gateway-2", lambda: now, lambda _: None)
-    await registrar.register(route, 1)
+async def test_a_withdrawal_leaves_the_entries_of_others(store, registry, route, now):
+    other = StoreLeaseRegistry(store, "gateway-2", lambda: now, lambda _: None)
+    await registry.register(route, 1)
     await other.register(route, 1)
-    await registrar.withdraw(route)
+    await registry.withdraw(route)
     assert [entry.gateway for entry in await gateways(store)] == ["gateway-2"]
-    await registrar.withdraw(route)
+    await registry.withdraw(route)
 
 
 async def test_replicas_that_register_at_once_all_get_in(store, route, now):
-    replicas = [StoreRegistrar(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
+    replicas = [StoreLeaseRegistry(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
     await asyncio.gather(*(replica.register(route, 1) for replica in replicas))
     assert len(await gateways(store)) == 5
 
 
 async def test_a_lease_that_ended_is_not_registered_but_its_registration_is_renewed(
-    store, registrar, route, worker, now
+    store, registry, route, worker, now
 ):
-    await registrar.register(route, 1)
+    await registry.register(route, 1)
     current = await store.get(Worker, "default", "p-worker-0")
     ended = current.lease.but(ended_at=now, end_reason=EndReason.RELEASED)
     await store.replace(current.with_lease(ended))
     with pytest.raises(Gone, match="it was released"):
-        await registrar.register(route, 1)
-    await registrar.renew(route, 1)
+        await registry.register(route, 1)
+    await registry.renew(route, 1)
 
 
 async def test_an_expired_lease_is_not_registered(store, route, now):
-    late = StoreRegistrar(store, "gateway-1", lambda: now + timedelta(hours=1), lambda _: None)
+    late = StoreLeaseRegistry(store, "gateway-1", lambda: now + timedelta(hours=1), lambda _: None)
     with pytest.raises(Gone, match="it was expired"):
         await late.register(route, 1)
     assert await gateways(store) == ()
 
 
-async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registrar, route, worker, allocation):
+async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registry, route, worker, allocation):
     await store.replace(worker.with_lease(allocation.but(id="allocation-2")))
-    for ask in (registrar.register, registrar.renew):
-        with pytest.raises(Gone, match="not held by it any more"):
+    for ask in (registry.register, registry.renew):
+        with pytest.raises(Gone, match="does not hold worker default/p-worker-0 any more"):
             await ask(route, 1)
-    await registrar.withdraw(route)
+    await registry.withdraw(route)
     assert await gateways(store) == ()
 
 
 async def test_a_worker_that_is_gone_is_refused_and_one_of_the_same_name_too(
-    store, registrar, route, worker, allocation
+    store, registry, route, worker, allocation
 ):
     await store.delete(Worker, "default", "p-worker-0")
     deleted = await store.get(Worker, "default", "p-worker-0")
     await store.replace(deleted.but(metadata=deleted.metadata.but(finalizers=())))  # by force: it is leased
     with pytest.raises(Gone):
-        await registrar.register(route, 1)
-    await registrar.withdraw(route)
+        await registry.register(route, 1)
+    await registry.withdraw(route)
     await store.create(worker.but(metadata=worker.metadata.but(uid=None, resource_version=None)))
     with pytest.raises(Gone):
-        await registrar.register(route, 1)
+        await registry.register(route, 1)
 
 
-async def test_endless_conflicts_are_an_error(store, registrar, route, monkeypatch):
+async def test_endless_conflicts_are_an_error(store, registry, route, monkeypatch):
     get = store.get
 
     async def outrun(kind, namespace, name):
@@ -132,8 +132,8 @@ async def test_endless_conflicts_are_an_error(store, registrar, route, monkeypat
         return found
 
     monkeypatch.setattr(store, "get", outrun)
-    with pytest.raises(Unavailable, match="changes too fast"):
-        await registrar.register(route, 1)
+    with pytest.raises(Unavailable, match="changes too often"):
+        await registry.register(route, 1)
 
 
 # --- leases that the table does not know ----------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def finder(counted, now, written, pauses):
         pauses.append(seconds)
         await asyncio.sleep(0)
 
-    return StoreRegistrar(counted, "gateway-1", lambda: now, written.append, pause=pause)
+    return StoreLeaseRegistry(counted, "gateway-1", lambda: now, written.append, pause=pause)
 
 
 async def turns():

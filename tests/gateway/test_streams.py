@@ -105,7 +105,7 @@ async def test_a_reset_of_the_worker_is_heard_though_the_client_reads_nothing(da
 @pytest.mark.parametrize("data_path", DATA_PATHS, indirect=True)
 async def test_a_reset_of_a_client_that_is_held_and_has_said_all_that_is_kept_ends_its_wait(data_path):
     """Its first 16 KiB are kept and nothing more is read, so its reader is off the loop here too."""
-    client = await data_path.client(endpoint=None, waiting="it is being started")
+    client = await data_path.client(endpoint=None, wait_reason="it is being started")
     await data_path.fill(client)
     client.reset()
     began = time.monotonic()

@@ -32,11 +32,11 @@ LATER = NOW + timedelta(days=3650)
 async def test_who_comes_under_the_name_of_another_pool_is_refused_in_words(world, name):
     code, sentence = await (await world.connect(world.lease(), name=name)).call()
     assert code == 7
-    assert sentence.startswith("this connection is for pool team/q, by the name ")
-    assert "; the certificate is for a lease of pool default/p." in sentence
+    assert sentence.startswith(f"the name {name} is that of pool team/q, ")
+    assert "but the client certificate is for a lease of pool default/p." in sentence
     assert world.metric("refusals_total", pool="p", reason="WrongPool") == 1
     assert world.worker_connections == 0
-    assert world.registrar.calls == []
+    assert world.registry.calls == []
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ async def test_a_diallers_certificate_of_the_clients_own_ca_is_no_leases(world, 
     leaf = clients.issue_dialler(name, NOW, LATER)
     code, sentence = await (await world.connect(certificate=world.ca.stored(leaf.cert_pem, leaf.key_pem))).call()
     assert code == 16
-    assert "its subject names no lease" in sentence
+    assert "its subject contains no lease token" in sentence
 
 
 def test_a_leases_certificate_makes_no_api_for_the_cli(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(da
     with contextlib.closing(socket.create_connection(data_path.listener.getsockname())):  # fills the line
         streams = await data_path.world.connect(data_path.world.lease(endpoint=data_path.endpoint))
         streams.start_call()
-        await data_path.world.wait_until(lambda: data_path.world.registrar.calls != [])
+        await data_path.world.wait_until(lambda: data_path.world.registry.calls != [])
         for _ in range(4):  # 15 s from the end of the first dial
             assert data_path.world.metric("refusals_total") == 0
             await data_path.world.settle()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
-from bkpool.gateway.control.registration import Registrar
+from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.accept import Address
 from bkpool.gateway.net.dial import Dialler, PlainDial
@@ -31,7 +31,7 @@ from bkpool.gateway.session.metrics import GatewayMetrics
 from support.certificates import HOUR, NOW, CertificateFactory, IssuedCertificate
 from support.gateway_client import GatewayClient
 from support.loops import SkewedLoop
-from support.recording_registrar import RecordingRegistrar
+from support.recording_registry import RecordingRegistry
 
 _WAIT = 10.0
 """Seconds that `wait_until` waits before the test fails."""
@@ -49,7 +49,7 @@ class GatewayWorld:
 
     def __init__(self, ca: CertificateFactory, directory: Path) -> None:
         self.ca = ca
-        self.registrar = RecordingRegistrar()
+        self.registry = RecordingRegistry()
         self.metrics = GatewayMetrics()
         self.skew = timedelta(0)
         self.endpoint = f"unix://{directory}/w"
@@ -79,7 +79,7 @@ class GatewayWorld:
         *,
         address: Address = ("127.0.0.1", 0),
         dial: Dialler = PlainDial,
-        registrar: Registrar | None = None,
+        registry: LeaseRegistry | None = None,
         pool: Key | None = None,
         threads: int = 1,
         **limits: Any,
@@ -90,7 +90,7 @@ class GatewayWorld:
             make_loop: Makes each of the gateway's loops.
             address: Where the gateway listens.
             dial: How it connects to a worker.
-            registrar: Takes its registrations; by default `self.registrar`.
+            registry: Takes its registrations; by default `self.registry`.
             pool: The only pool that it serves.
             threads: How many loops it has.
             limits: Fields of GatewayLimits.
@@ -103,7 +103,7 @@ class GatewayWorld:
 
         self.server = await asyncio.start_unix_server(self._echo, f"{self._directory}/w")
         self.gateway = Gateway(
-            registrar or self.registrar,
+            registry or self.registry,
             now=self.now,
             metrics=self.metrics,
             limits=replace(GatewayLimits(), **limits),
@@ -187,7 +187,7 @@ class GatewayWorld:
             worker_uid="uid",
             pool=Key("default", "p"),
             endpoint=self.endpoint,
-            waiting="",
+            wait_reason="",
             expires_at=(NOW + HOUR).timestamp(),
             not_after=(NOW + 24 * HOUR).timestamp(),
             drain_timeout=HOUR.total_seconds(),
@@ -260,8 +260,8 @@ class GatewayWorld:
 
     def holds_client(self) -> bool:
         """Returns whether a client is held until its worker is dialled again."""
-        gates = [thread.gate for thread in self.gateway._running]
-        return any(tenant.state is State.WAITING for gate in gates for tenant in list(gate._tenants))
+        shards = [thread.shard for thread in self.gateway._threads]
+        return any(connection.state is State.WAITING for shard in shards for connection in list(shard._admitted))
 
     def metric(self, name: str, **labels: str) -> float:
         """Returns a metric of the gateway, by default of pool p."""

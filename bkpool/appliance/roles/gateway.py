@@ -14,10 +14,10 @@ from bkpool.appliance.roles.context import RoleContext
 from bkpool.appliance.settings import Address
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.core.names import Key
-from bkpool.gateway.control.registration import StoreRegistrar
+from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import Dialler
-from bkpool.gateway.session.lease_table import build
+from bkpool.gateway.session.lease_table import build_lease_table
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
@@ -90,7 +90,7 @@ async def open_gateway(
     """
     metrics = GatewayMetrics(context.registry)
     gateway = Gateway(
-        StoreRegistrar(store, name, context.now, mirror.apply),
+        StoreLeaseRegistry(store, name, context.now, mirror.apply),
         now=context.now,
         metrics=metrics,
         dial=dial,
@@ -118,7 +118,7 @@ def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
     def update() -> None:
         nonlocal scheduled
         scheduled = False
-        gateway.update(build(mirror.pools.values(), mirror.workers.values()))
+        gateway.update(build_lease_table(mirror.pools.values(), mirror.workers.values()))
 
     def on_change(_pool: Key) -> None:
         nonlocal scheduled

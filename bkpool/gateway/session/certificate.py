@@ -116,7 +116,7 @@ def _check_dates(credential: _Credential, now: datetime) -> None:
 
 def _wrong(why: str) -> Unauthenticated:
     return Unauthenticated(
-        f"the client certificate is not one that bkpool issued for a lease: {why}",
+        f"the client certificate does not belong to a lease: {why}",
         hint=_ALLOCATE,
         code="WrongCertificate",
     )

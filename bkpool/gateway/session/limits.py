@@ -51,7 +51,7 @@ class GatewayLimits:
     """Between two renewals of a registration that is in use."""
     registration_trust: float = 50.0
     """How long this gateway relies on its own registration. The controller relies on it for REGISTRATION_LIFE (60 s,
-    core.observation); the difference allows for clocks that differ."""
+    core.worker); the difference allows for clocks that differ."""
     pending_connections: int = 1024
     """Most connections without a lease: in the handshake, or being refused. One more closes the oldest."""
     connections: int = 10_000

@@ -1,4 +1,4 @@
-"""A registrar of a gateway that records the calls it gets, and answers as a test says."""
+"""A lease registry of a gateway that records the calls it gets, and answers as a test says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WAIT = 10.0
 """Seconds that `wait_for` waits before the test fails."""
 
 
-class RecordingRegistrar:
+class RecordingRegistry:
     """Registers nothing anywhere."""
 
     def __init__(self) -> None:
