@@ -1,7 +1,7 @@
-"""The command line: `bkpool`, and `bkctl` as it was called before.
+"""The command line: `bkpool`, and `bkctl`, its older name.
 
-Each command is a module of its own, imported only when it runs: a script's `allocate` waits for nothing that it does
-not use. Nothing heavier than click is imported here.
+Each command is a module that is imported only when the command runs, so that a command in a script starts fast.
+Nothing heavier than click is imported here.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ COMMANDS = {
     "status": "Show the pools, or one pool with its workers.",
     "build": "Lease a worker, run `buildx build` on it, release it.",
     "allocate": "Lease a worker and get the certificates for it.",
-    "renew": "Let a lease run longer.",
-    "release": "Give a leased worker back.",
+    "renew": "Extend a lease.",
+    "release": "End a lease and give its worker back.",
     "config": "Show the settings of `up` and where each comes from.",
     "logs": "Show the log of the appliance or of a worker.",
-    "kubeconfig": "Say how kubectl reaches the cluster of this home.",
+    "kubeconfig": "Show how kubectl reaches the cluster of this home.",
     "manifests": "Print the manifests of an appliance in a cluster.",
-    "toolchain": "Get the tools that bkpool runs, and say where they are.",
+    "toolchain": "Get the tools that bkpool runs, and show where they are.",
     "doctor": "Check whether this machine has what bkpool needs.",
     "version": "Show the version.",
-    "auth": "Explain who may use a pool, and who is believed.",
+    "auth": "Explain who may use a pool, and which issuers are trusted.",
     "oidc-token": "Get a token from the development issuer.",
 }
-"""Every command with its summary, in the order of the help. Its module has its name and a click command `command`."""
+"""Every command with its summary, in the order of the help. The module has the same name and a click `command`."""
 
 
 _HELP = """A pool of BuildKit workers for docker buildx.
@@ -45,16 +45,16 @@ bkpool down                        stop it
 
 Environment: BKCTL_ENDPOINT (default: the appliance running here, else http://localhost:8082), BKCTL_TOKEN,
 BKCTL_TOKEN_FILE, BKCTL_AUDIENCE, BKCTL_OIDC_ISSUER, BKCTL_NAMESPACE, BKCTL_GATEWAY_ENDPOINT, BKCTL_TLS_CA_CERT,
-BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN, BKPOOL_HOME, BKPOOL_CACHE. In GitHub Actions, GitLab CI and pods the
-platform's own token is found.
+BKCTL_TLS_SKIP_VERIFY, BKPOOL_LEASE_TOKEN, BKPOOL_HOME, BKPOOL_CACHE. In GitHub Actions, GitLab CI and pods, bkpool
+finds the token of the platform. `bkpool config` lists the variables that set up an appliance.
 """  # \b keeps click from filling the paragraph
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by name and imports the one that is asked for."""
+    """A group that knows its commands by name and imports only the one that runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """The names, as the help lists them."""
+        """The names, in the order of the help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
@@ -75,12 +75,12 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def program() -> None:
-    """The program; its help is _HELP."""
+    """The program. Its help is _HELP."""
 
 
 def main() -> NoReturn:
-    """Runs the program under the name it was called by and ends the process with its exit code."""
-    from bkpool.cli.errors import guarded  # noqa: PLC0415 - after the names above, which it shows
+    """Runs the program under the name with which it was called, and ends the process with its exit code."""
+    from bkpool.cli.errors import guarded  # noqa: PLC0415 - `bkpool --help` does not need it
 
     called = Path(sys.argv[0]).name
     name = "bkpool" if called == "__main__.py" else called

@@ -1,4 +1,4 @@
-"""`bkpool allocate`: one worker for one job, with the certificates that lead to it."""
+"""`bkpool allocate`: leases one worker for one job and gets the certificates to connect to it."""
 
 from __future__ import annotations
 
@@ -17,49 +17,58 @@ from bkpool.core.names import DEFAULT_POOL
 
 
 @click.command(short_help="Lease a worker and get the certificates for it.")
-@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool to take it from.")
+@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool of the worker.")
 @options.namespace
-@click.option("--ttl", default="1h", show_default=True, callback=options.duration, help="How long, as 30m or 1h30m.")
-@click.option("--job-id", default="", help="Your job's name: asked for twice, it is the same lease.")
+@click.option(
+    "--ttl",
+    default="1h",
+    show_default=True,
+    callback=options.duration,
+    help="How long the lease lasts, such as 30m or 1h30m.",
+)
+@click.option(
+    "--job-id", default="", help="The name of your job. A second allocate with the same name returns the same lease."
+)
 @click.option(
     "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write ca.crt, client.crt, client.key and lease.json there (0600) and print the `buildx create` command.",
+    help="Write ca.crt, client.crt, client.key and lease.json into this directory (mode 0600) and print the `buildx "
+    "create` command.",
 )
 @options.as_json
 @options.older_identity
 def command(*, pool: str, namespace: str, ttl: str, job_id: str, wait: str, out: Path | None, as_json: bool) -> None:
     """Lease a worker and get the certificates for it.
 
-    The answer is JSON (workerName, token, endpoint, gatewayEndpoint, expiresAt, and caCert, clientCert, clientKey in
-    base64) when stdout is no terminal. On a terminal the certificates are written to a private directory, and the
-    command is shown that makes a builder of them. The key is made on this machine and is sent to nobody.
+    If stdout is not a terminal, the answer is JSON: workerName, token, endpoint, gatewayEndpoint, expiresAt, and
+    caCert, clientCert, clientKey in base64. On a terminal, the certificates are written to a private directory, and
+    the command that makes a builder is shown. The key is made on this machine and is never sent.
     """
-    directory = leases.prepared(out) if out else None
-    client = Client(asked=options.asked())
+    directory = leases.prepare_directory(out) if out else None
+    client = Client(claims=options.claims())
     request = {"poolName": pool, "namespace": namespace, "jobId": job_id, "ttl": ttl, "wait": wait}
     with console.Progress(f"waiting for a worker of pool {pool}"):
-        lease = leases.allocated(client, request)
-    people = sys.stdout.isatty() and not as_json
+        lease = leases.allocate(client, request)
+    for_person = sys.stdout.isatty() and not as_json
     try:
-        if people and directory is None:
-            directory = leases.prepared(home.home() / "leases" / namespace / lease["workerName"])
+        if for_person and directory is None:
+            directory = leases.prepare_directory(home.home() / "leases" / namespace / lease["workerName"])
         if directory is not None:
             leases.save(lease, directory, token=True)
     except BkpoolError:
         client.release(lease["token"])
         raise
     create = leases.create_line(lease, directory) if directory else ""
-    if create and not people:
+    if create and not for_person:
         console.note(create)
     console.answer(lease, as_json=as_json, show=lambda: _shown(lease, directory, create))
 
 
 def _shown(lease: dict[str, Any], directory: Path | None, create: str) -> str:
-    """Plain lines, which no terminal's width cuts: the commands are there to be copied."""
+    """Plain lines, which a narrow terminal does not break: users copy the commands."""
     return (
         f"worker        {lease['workerName']}\n"
         f"gateway       {lease['gatewayEndpoint']}\n"

@@ -1,6 +1,6 @@
-"""`bkpool auth`: whether a token's holder may use a pool, and why; and which issuers are believed.
+"""`bkpool auth`: whether the caller with a token may use a pool, and why; and which issuers are trusted.
 
-The token is read from a file or stdin, and shown nowhere.
+The token is read from a file or stdin. It is never shown.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-@click.group(short_help="Explain who may use a pool, and who is believed.")
+@click.group(short_help="Explain who may use a pool, and which issuers are trusted.")
 def command() -> None:
-    """Explain who may use a pool, and who is believed."""
+    """Explain who may use a pool, and which issuers are trusted."""
 
 
-@command.command(short_help="Ask whether a token's holder may use a pool, and why.")
-@click.option("--token-file", required=True, metavar="FILE", help="Where the bearer token is; `-` is stdin.")
-@click.option("-p", "--pool", required=True, help="The pool it is about.")
+@command.command(short_help="Check whether the caller with a token may use a pool.")
+@click.option("--token-file", required=True, metavar="FILE", help="The file with the bearer token; `-` is stdin.")
+@click.option("-p", "--pool", required=True, help="The pool to check.")
 @options.namespace
 @options.as_json
 def check(*, token_file: str, pool: str, namespace: str, as_json: bool) -> int:
-    """Ask whether the holder of a bearer token may use a pool, and why.
+    """Check whether the caller with a bearer token may use a pool, and why.
 
-    The exit code is 0 if so, 4 if not, and 3 if the token is nobody's here.
+    The exit code is 0 if they may, 4 if they may not, and 3 if this appliance does not know the token.
     """
-    told = Client().check(_token(token_file), pool, namespace)
-    console.answer(told, as_json=as_json, show=lambda: _shown(told))
-    if told.get("allowed"):
+    answer = Client().check(_token(token_file), pool, namespace)
+    console.answer(answer, as_json=as_json, show=lambda: _explanation(answer))
+    if answer.get("allowed"):
         return 0
-    return Forbidden.default_exit if told.get("identity") else Unauthenticated.default_exit
+    return Forbidden.default_exit if answer.get("identity") else Unauthenticated.default_exit
 
 
 @command.command(short_help="List the configured issuers, and whether each works.")
 @options.as_json
 def issuers(*, as_json: bool) -> None:
-    """List the issuers of callers' tokens that are configured here, and whether each works. For the admin."""
-    told = Client().issuers()
-    console.answer(told, as_json=as_json, show=lambda: _listed(told.get("issuers") or []))
+    """List the configured issuers of tokens, and whether each works. Only the admin may ask this."""
+    answer = Client().issuers()
+    console.answer(answer, as_json=as_json, show=lambda: _issuer_table(answer.get("issuers") or []))
 
 
-def _listed(issuers: list[dict[str, Any]]) -> RenderableType:
+def _issuer_table(issuers: list[dict[str, Any]]) -> RenderableType:
     from rich.console import Group  # noqa: PLC0415 - on a terminal only
     from rich.text import Text  # noqa: PLC0415
 
@@ -59,7 +59,7 @@ def _listed(issuers: list[dict[str, Any]]) -> RenderableType:
         for name, one in zip(names, issuers, strict=True)
     )
     remarks = (
-        Text(f"{name}: {one.get('message') or 'not looked at yet'}", style="yellow")
+        Text(f"{name}: {one.get('message') or 'not checked yet'}", style="yellow")
         for name, one in zip(names, issuers, strict=True)
         if not one.get("ready")
     )
@@ -69,29 +69,29 @@ def _listed(issuers: list[dict[str, Any]]) -> RenderableType:
 def _token(file: str) -> str:
     source = "--token-file"
     if file == "-":
-        return credentials.checked(sys.stdin.read(credentials.LONGEST + 2).strip(), source)
+        return credentials.checked(sys.stdin.read(credentials.MAX_TOKEN_LENGTH + 2).strip(), source)
     return credentials.checked(credentials.read(Path(file), source), source)
 
 
-def _shown(told: dict[str, Any]) -> RenderableType:
+def _explanation(answer: dict[str, Any]) -> RenderableType:
     from rich.console import Group  # noqa: PLC0415 - on a terminal only
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    allowed = bool(told.get("allowed"))
+    allowed = bool(answer.get("allowed"))
     head = Text("allowed" if allowed else "denied", style="green" if allowed else "red")
     table = Table.grid(padding=(0, 2))
-    for row in _rows(told):
-        table.add_row(*map(Text, row))  # Text, so that nothing in a claim is taken for rich's markup
-    return Group(head.append(f": {told.get('reason')}", style="default"), table)
+    for row in _rows(answer):
+        table.add_row(*map(Text, row))  # Text, so that rich takes nothing in a claim for markup
+    return Group(head.append(f": {answer.get('reason')}", style="default"), table)
 
 
-def _rows(told: dict[str, Any]) -> list[tuple[str, str]]:
-    identity = told.get("identity") or {}
+def _rows(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    identity = answer.get("identity") or {}
     named = [(name, identity.get(name)) for name in ("name", "authority", "source", "groups", "pools", "tenant")]
     rows = [(name, ", ".join(value) if isinstance(value, list) else str(value)) for name, value in named if value]
-    judged = [
+    verdicts = [
         (str(verdict.get("source")), str(verdict.get("reason") or ("known" if verdict.get("known") else "not known")))
-        for verdict in told.get("verdicts") or ()
+        for verdict in answer.get("verdicts") or ()
     ]
-    return rows + judged
+    return rows + verdicts

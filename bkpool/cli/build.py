@@ -1,7 +1,7 @@
 """`bkpool build`: a lease, a private builder, `buildx build` on it, and nothing left behind.
 
-buildx has the terminal, the signals and the exit code; ours is only what comes before and after. The lease's token
-stands in no argv and in no file.
+buildx has the terminal, the signals and the exit code. bkpool does only what comes before and after. The lease's
+token is in no command line and in no file.
 """
 
 from __future__ import annotations
@@ -27,52 +27,52 @@ from bkpool.core.errors import BkpoolError, Gone, HostFault, InvalidInput, NotFo
 from bkpool.core.names import DEFAULT_POOL
 
 BUILDER = "bkpool"
-SHORTEST_PAUSE = 0.5
-"""Seconds between two renewals at least, however short the lease."""
+MIN_RENEW_INTERVAL = 0.5
+"""Seconds between two renewals at least, however short the lease is."""
 
 
-class Splitting(click.Command):
-    """Takes its own options from anywhere before `--`; the rest is buildx's, untouched.
+class SplittingCommand(click.Command):
+    """Takes the options of `bkpool build` from anywhere before `--`; buildx gets all others unchanged.
 
-    click itself would look for `-p` within `-tpool`, too.
+    click itself would also find `-p` in `-tpool`.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses our part; buildx's part is left in `ctx.obj`."""
-        takes_value = {name: not option.is_flag for option in self._own(ctx) for name in option.opts}
+        """Parses the options of this command; those of buildx are left in `ctx.obj`."""
+        takes_value = {name: not option.is_flag for option in self._options(ctx) for name in option.opts}
         ours: list[str] = []
-        theirs: list[str] = []
+        for_buildx: list[str] = []
         rest = iter(args)
         for arg in rest:
             name, equals, _ = arg.partition("=")
             if arg == "--":
-                theirs += rest
+                for_buildx += rest
             elif name in takes_value and (name.startswith("--") or not equals):
                 ours.append(arg)
                 if takes_value[name] and not equals:
                     ours += [value for value in [next(rest, None)] if value is not None]
             else:
-                theirs.append(arg)
-        ctx.obj = theirs
+                for_buildx.append(arg)
+        ctx.obj = for_buildx
         return super().parse_args(ctx, ours)
 
-    def _own(self, ctx: click.Context) -> Iterator[click.Option]:
+    def _options(self, ctx: click.Context) -> Iterator[click.Option]:
         return (param for param in self.get_params(ctx) if isinstance(param, click.Option))
 
 
 @click.command(
-    cls=Splitting,
+    cls=SplittingCommand,
     short_help="Lease a worker, run `buildx build` on it, release it.",
     options_metavar="[OPTIONS] [--] BUILDX-ARGUMENTS...",
 )
-@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool to take the worker from.")
+@click.option("-p", "--pool", default=DEFAULT_POOL, show_default=True, help="The pool of the worker.")
 @options.namespace
 @click.option(
     "--ttl",
     default="10m",
     show_default=True,
     callback=options.duration,
-    help="For how long the lease outlives a bkpool that was killed; while it runs it renews the lease.",
+    help="How long the lease remains if bkpool is killed; bkpool renews it while running.",
 )
 @click.option(
     "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
@@ -80,26 +80,26 @@ class Splitting(click.Command):
 @options.older_identity
 @click.pass_obj
 def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: str) -> int:
-    """Lease a worker, run `buildx build` on it with the arguments given, and release it.
+    """Lease a worker, run `buildx build` on it with these arguments, and release it.
 
     \b
     bkpool build -t app:1 .
     bkpool build --pool arm -- --push -t registry.example/app:1 .
 
-    The exit code is buildx's own. Registry logins are those of docker (DOCKER_CONFIG).
+    The exit code is that of buildx. buildx uses the registry logins of docker (DOCKER_CONFIG).
     """
     if any(arg == "--builder" or arg.startswith("--builder=") for arg in args):
         raise InvalidInput(
             "--builder: the builder is the leased worker",
-            hint="Leave it out, or use docker buildx.",
+            hint="Leave this option out, or use `docker buildx build` with your own builder.",
             field="--builder",
         )
-    from bkpool.cli import tools  # noqa: PLC0415 - after the arguments have been looked at
+    from bkpool.cli import tools  # noqa: PLC0415 - only after the arguments were checked
     from bkpool.toolchain import Tool  # noqa: PLC0415
 
     buildx = str(tools.ensure([Tool.BUILDX])[Tool.BUILDX])
     request = {"poolName": pool, "namespace": namespace, "jobId": uuid.uuid4().hex, "ttl": ttl, "wait": wait}
-    with Signals() as signals, _leased(Client(asked=options.asked()), request, signals) as lease:
+    with Signals() as signals, _leased(Client(claims=options.claims()), request, signals) as lease:
         if lease is not None:
             with _builder(buildx, lease, signals) as environment:
                 return _run([buildx, "build", "--builder", BUILDER, *args], environment, signals)
@@ -108,29 +108,29 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
 
 @contextmanager
 def _leased(client: Client, request: dict[str, Any], signals: Signals) -> Iterator[dict[str, Any] | None]:
-    """A lease, kept renewed until the end of the block and then released; None if a signal came first."""
+    """A lease that is renewed until the end of the block and then released; None if a signal arrived first."""
     lease = _allocate(client, request, signals)
     if lease is None:
         yield None
         return
-    over = Event()
-    Thread(target=_keep, args=(client, lease["token"], request["ttl"], over), daemon=True).start()
+    released = Event()
+    Thread(target=_renew_until, args=(released, client, lease["token"], request["ttl"]), daemon=True).start()
     try:
         yield lease
     finally:
-        over.set()
+        released.set()
         _release(client, lease["token"])
 
 
 def _allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict[str, Any] | None:
     def stop(number: int) -> None:
         if not client.hang_up():
-            raise SystemExit(128 + number)  # nothing was asked yet, so nothing can be lost
+            raise SystemExit(128 + number)  # no request was sent yet, so there is no lease to lose
 
     signals.act(stop)
     try:
         with console.Progress(f"waiting for a worker of pool {request['poolName']}"):
-            return leases.allocated(client, request)
+            return leases.allocate(client, request)
     except BkpoolError:
         if signals.received is None:
             raise
@@ -139,18 +139,18 @@ def _allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict
         signals.act(None)
 
 
-def _keep(client: Client, token: str, ttl: str, over: Event) -> None:
-    pause = half = max(durations.parse(ttl).total_seconds() / 2, SHORTEST_PAUSE)
-    while not over.wait(pause):
+def _renew_until(released: Event, client: Client, token: str, ttl: str) -> None:
+    pause = half = max(durations.parse(ttl).total_seconds() / 2, MIN_RENEW_INTERVAL)
+    while not released.wait(pause):
         try:
             client.renew(token, ttl)
             pause = half
         except (Gone, NotFound, Unauthenticated) as error:
-            if not over.is_set():
+            if not released.is_set():
                 console.note(f"warning: the lease is lost: {error.message}")
             return
         except BkpoolError:
-            pause = half / 4  # three more tries before it runs out
+            pause = half / 4  # three more attempts before the lease expires
 
 
 def _release(client: Client, token: str) -> None:
@@ -159,12 +159,12 @@ def _release(client: Client, token: str) -> None:
     except (Gone, NotFound):
         return
     except BkpoolError as error:
-        console.note(f"warning: the worker is not released, its lease runs out by itself: {error.message}")
+        console.note(f"warning: the worker was not released, and its lease will expire by itself: {error.message}")
 
 
 @contextmanager
 def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[dict[str, str]]:
-    """A builder of the lease in a private configuration; yields the environment in which buildx finds it."""
+    """A builder for the lease in a private configuration. Yields the environment in which buildx finds it."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     parent = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else None
     with tempfile.TemporaryDirectory(prefix="bkpool-build-", dir=parent) as private:
@@ -177,27 +177,30 @@ def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[d
 
 def _create(command: list[str], environment: dict[str, str], signals: Signals) -> None:
     try:
-        made = subprocess.run(
+        done = subprocess.run(
             command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise HostFault(f"{command[0]} cannot be run: {error.strerror}", hint="`bkpool doctor` checks it.") from None
-    if made.returncode and signals.received is None:
-        said = (made.stderr.strip() or f"exit code {made.returncode}").splitlines()[-1]
-        raise HostFault(f"buildx could not make a builder: {said}", hint="`bkpool doctor` checks buildx.")
+        raise HostFault(
+            f"{command[0]} cannot be run: {error.strerror}", hint="`bkpool doctor` checks buildx."
+        ) from None
+    if done.returncode and signals.received is None:
+        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise HostFault(f"buildx could not create a builder: {reason}", hint="`bkpool doctor` checks buildx.")
 
 
 def _run(command: list[str], environment: dict[str, str], signals: Signals) -> int:
     if signals.received is not None:
         return 128 + signals.received
     with subprocess.Popen(command, env=environment) as child:
-        signals.act(_passing_on(child))
-        code = child.wait()
+        signals.act(_pass_on_to(child))
+        signals.wait_for(child.pid)
         signals.act(None)
+        code = child.wait()
     return 128 - code if code < 0 else code
 
 
-def _passing_on(child: subprocess.Popen[bytes]) -> Callable[[int], None]:
+def _pass_on_to(child: subprocess.Popen[bytes]) -> Callable[[int], None]:
     def send(number: int) -> None:
         if not typed_at_terminal(number):
             child.send_signal(number)

@@ -1,7 +1,7 @@
 """The API's client, on the standard library alone so that a command starts fast.
 
-It follows no redirect and uses no proxy: the bearer token goes where the user pointed and nowhere else. Which token
-that is, is said in credentials.py.
+It follows no redirect and uses no proxy: the bearer token goes to the endpoint of the user and nowhere else.
+credentials.py chooses the token.
 """
 
 from __future__ import annotations
@@ -11,62 +11,60 @@ import json
 import os
 import socket
 import ssl
+from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
-from bkpool.cli import console, credentials, home
+from bkpool.cli import api_errors, console, credentials, home
 from bkpool.core import errors
-from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
+from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.names import API_PORT
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 30.0
-"""Seconds beyond any time that a call may wait by its own nature."""
-_LONGEST = 16 << 20
-"""Bytes of an answer that are read at most: a thousand workers take one or two MiB."""
+"""Seconds, in addition to the time for which a call may wait by its nature."""
+_MAX_ANSWER = 16 << 20  # bytes: an answer about a thousand workers has one or two MiB
 
 
 class NamedLease(NamedTuple):
-    """A lease by its worker, for its holder. The fields are the API's."""
+    """A lease named by its worker, for the caller who made it. The fields have the names of the API."""
 
     workerName: str  # noqa: N815
     namespace: str
 
 
-Lease = str | NamedLease
-"""By its token, or by its worker."""
+LeaseReference = str | NamedLease
+"""A lease by its token, or by its worker."""
 
 
 class Client:
-    """One caller of one appliance; each call is a connection of its own.
+    """One caller of one appliance. Each call uses a new connection.
 
     Args:
-        endpoint: Which appliance; by default the environment decides, else the one that runs here.
-        asked: Who the caller wants to be, where there is a development issuer.
+        endpoint: The appliance; by default $BKCTL_ENDPOINT, else the appliance that runs here.
+        claims: Who the caller wants to be, where there is a development issuer.
     """
 
-    def __init__(self, endpoint: str = "", asked: credentials.Asked | None = None) -> None:
-        """Finds the endpoint and the credential: environment first, then the appliance that runs here.
+    def __init__(self, endpoint: str = "", claims: credentials.RequestedClaims | None = None) -> None:
+        """Finds the endpoint and the credential: first in the environment, then from the appliance that runs here.
 
         Raises:
-            InvalidInput: A variable of the environment is no good; the message names it.
+            InvalidInput: An environment variable is not valid; the message names it.
         """
         appliance = home.running()
         given = endpoint or os.environ.get("BKCTL_ENDPOINT", "")
         self.endpoint = given or (appliance.api if appliance else f"http://localhost:{API_PORT}")
         self._url = _parsed(self.endpoint)
-        self._own = appliance is not None and appliance.is_at(self._url)
-        self._credential = credentials.find(appliance, asked, own=self._own)
-        self._tls = _tls_context(appliance if self._own else None) if self._url.scheme == "https" else None
+        self._is_local = appliance is not None and appliance.is_at(self._url)
+        self._credential = credentials.find(appliance, claims, local=self._is_local)
+        self._tls = _tls_context(appliance if self._is_local else None) if self._url.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
-        self._asked = False
+        self._request_sent = False
         if os.environ.get("BKCTL_ALLOW_NO_AUTH"):
-            console.note(
-                "note: BKCTL_ALLOW_NO_AUTH is not needed any more: the local admin token is found by itself."
-            )
+            console.note("note: BKCTL_ALLOW_NO_AUTH is no longer needed: bkpool finds the local admin token itself.")
 
     def allocate(self, request: dict[str, Any], *, wait: float) -> dict[str, Any]:
         """Leases a worker; returns when it is ready, or fails after `wait` seconds."""
@@ -77,18 +75,20 @@ class Client:
             lease["gatewayEndpoint"] = gateway
         return lease
 
-    def renew(self, lease: Lease, ttl: str) -> dict[str, Any]:
-        """Lets a lease run for `ttl` (a Go duration) from now."""
+    def renew(self, lease: LeaseReference, ttl: str) -> dict[str, Any]:
+        """Sets the end of a lease to `ttl` (a Go duration) from now."""
         return self._change("renew", lease, {"ttl": ttl})
 
-    def release(self, lease: Lease) -> dict[str, Any]:
-        """Gives a worker back."""
+    def release(self, lease: LeaseReference) -> dict[str, Any]:
+        """Ends a lease."""
         return self._change("release", lease, {})
 
     def check(self, token: str, pool: str, namespace: str) -> dict[str, Any]:
-        """Whether the bearer of a token may use a pool, and why; this machine's admin is told more than others."""
+        """Whether the bearer of a token may use a pool, and why. The admin of this machine gets more details."""
         body = {"token": token, "poolName": pool, "namespace": namespace}
-        return self._call("POST", "/api/v1/auth/check", body, credentials.admin() if self._own else None)
+        options = {**api_errors.OPTIONS, "token": "--token-file"}
+        admin = credentials.admin() if self._is_local else None
+        return self._call("POST", "/api/v1/auth/check", body, admin, options=options)
 
     def pools(self) -> dict[str, Any]:
         """All pools."""
@@ -104,19 +104,19 @@ class Client:
         return self._call("GET", path, None, self._credential)
 
     def hang_up(self) -> bool:
-        """Tells the server that nobody waits any more; for a signal handler. False: nothing was asked yet.
+        """Tells the server that nobody waits any more; for a signal handler. Returns whether a request was sent.
 
-        Only our direction is closed: an answer that is under way already still arrives, so that a lease in it can be
-        released, instead of being left to run out.
+        Only the direction to the server is closed. An answer that is already on its way still arrives, so that a
+        lease in it can be released and does not remain until it expires.
         """
         sock = self._connection.sock if self._connection else None
         if sock is not None:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
-        return self._asked
+        return self._request_sent
 
-    def _change(self, verb: str, lease: Lease, more: dict[str, Any]) -> dict[str, Any]:
-        """A lease's token is itself the right to change it: who has it is asked for no other."""
+    def _change(self, verb: str, lease: LeaseReference, more: dict[str, Any]) -> dict[str, Any]:
+        """Renews or releases. With the token of the lease no other credential is needed."""
         path = f"/api/v1/workers/{verb}"
         if isinstance(lease, str):
             return self._call("POST", path, {"token": lease, **more}, None)
@@ -130,21 +130,28 @@ class Client:
         credential: credentials.Credential | None,
         *,
         timeout: float = ANSWER_TIMEOUT,
+        options: Mapping[str, str] = api_errors.OPTIONS,
     ) -> dict[str, Any]:
-        """One call. Where the credential is refused and there is a newer one, the call is made again, once."""
+        """One call. If the credential is refused and there is a newer one, the call is repeated once."""
         token = credential.bearer() if credential else None
         try:
-            return self._exchange(method, path, body, timeout, token)
+            return self._exchange(method, path, body, timeout, token, options)
         except errors.Unauthenticated as error:
-            newer = credential.bearer(anew=True) if credential else None
+            newer = credential.bearer(fresh=True) if credential else None
             if newer != token:
-                return self._exchange(method, path, body, timeout, newer)
+                return self._exchange(method, path, body, timeout, newer, options)
             if credential:
-                error.hint = f"{error.hint} The token was that of {credential.name}.".lstrip()
+                error.hint = f"{error.hint} The token came from {credential.name}.".lstrip()
             raise
 
-    def _exchange(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout: float, token: str | None
+    def _exchange(  # noqa: PLR0917 - private, and called in one place
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        timeout: float,
+        token: str | None,
+        options: Mapping[str, str],
     ) -> dict[str, Any]:
         headers = {"Accept": "application/json", "Connection": "close"}
         if token:
@@ -154,16 +161,16 @@ class Client:
         connection = self._connection = self._connect()
         try:
             connection.connect()
-            self._asked = True
+            self._request_sent = True
             connection.sock.settimeout(timeout)
             connection.request(
                 method, self._url.path.rstrip("/") + path, json.dumps(body) if body is not None else None, headers
             )
             response = connection.getresponse()
-            answer = response.read(_LONGEST)
-            if response.length:  # read(n) is content with less
+            answer = response.read(_MAX_ANSWER)
+            if response.length:  # read(n) may return less without an error
                 raise http.client.IncompleteRead(answer, response.length)
-            return self._read(response.status, answer)
+            return self._read(response.status, answer, options)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         finally:
@@ -177,49 +184,32 @@ class Client:
             host, port or http.client.HTTPS_PORT, timeout=CONNECT_TIMEOUT, context=self._tls
         )
 
-    def _read(self, status: int, body: bytes) -> dict[str, Any]:
+    def _read(self, status: int, body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
         try:
-            told = json.loads(body)
+            answer = json.loads(body)
         except ValueError:
-            told = None
-        if status == HTTPStatus.OK and isinstance(told, dict):
-            return told
-        why = told.get("error") if isinstance(told, dict) else None
+            answer = None
+        if status == HTTPStatus.OK and isinstance(answer, dict):
+            return answer
+        why = answer.get("error") if isinstance(answer, dict) else None
         if isinstance(why, dict) and isinstance(why.get("message"), str):
-            raise self._error(status, why)
+            error = api_errors.error_of(status, why, options)
+            if isinstance(error, errors.Unauthenticated) and not self._credential:
+                error.hint = credentials.hint_without_credential(os.environ)
+            raise error
         raise Unavailable(
-            f"{self.endpoint} answered HTTP {status} in a form that bkpool's API does not have",
-            hint="Does BKCTL_ENDPOINT point to a bkpool appliance, or to a proxy before it?",
-        )
-
-    def _error(self, status: int, why: dict[str, Any]) -> BkpoolError:
-        """The error that the server raised, of the same class."""
-        classes = {kind.__name__: kind for kind in BkpoolError.__subclasses__()}
-        by_status: dict[int, type[BkpoolError]] = {
-            kind.status: kind for kind in classes.values() if kind is not errors.HostFault
-        }
-        code = str(why.get("code") or "")
-        kind = classes.get(code) or by_status.get(status, BkpoolError)
-        hint = str(why.get("hint") or "")
-        if kind is errors.Unauthenticated and not self._credential:
-            hint = credentials.without_one(os.environ)
-        return kind(
-            why["message"],
-            hint=hint,
-            code=code or None,
-            exit_code=errors.EXIT.get(code),
-            field=why.get("field"),
-            retry_after=why.get("retryAfter"),
+            f"{self.endpoint} answered HTTP {status} in a form that is not that of bkpool's API",
+            hint="Check that BKCTL_ENDPOINT names a bkpool appliance, and no proxy in front of it.",
         )
 
     def _unreachable(self, error: Exception) -> Unavailable:
         if isinstance(error, ssl.SSLError):
             return Unavailable(
                 f"no TLS connection to {self.endpoint}: {getattr(error, 'verify_message', '') or error.reason}",
-                hint="BKCTL_TLS_CA_CERT names the file with the CA to trust.",
+                hint="Name the file with the CA to trust in BKCTL_TLS_CA_CERT.",
             )
         if isinstance(error, TimeoutError):
-            return Unavailable(f"{self.endpoint} did not answer in time", hint="Look at its log: `bkpool logs`.")
+            return Unavailable(f"{self.endpoint} did not answer in time", hint="`bkpool logs` shows its log.")
         if isinstance(error, socket.gaierror):
             return Unavailable(f"{self.endpoint}: there is no host of this name", hint="Check BKCTL_ENDPOINT.")
         if isinstance(error, ConnectionRefusedError):
@@ -230,7 +220,7 @@ class Client:
         if isinstance(error, ConnectionError | http.client.HTTPException):
             return Unavailable(
                 f"{self.endpoint} closed the connection without a full answer",
-                hint="`bkpool status` shows whether the appliance still runs, `bkpool logs` what it did.",
+                hint="`bkpool status` shows whether the appliance is running, `bkpool logs` what it did.",
             )
         return Unavailable(f"{self.endpoint} cannot be reached: {getattr(error, 'strerror', None) or error}")
 
@@ -245,22 +235,24 @@ def _parsed(endpoint: str) -> SplitResult:
     if valid and (
         url.username is not None or url.query or url.fragment or not endpoint.isprintable() or " " in endpoint
     ):
-        # The endpoint is shown in messages: a password must not stand in it.
+        # Messages show the endpoint, so it must not have a password in it.
         raise InvalidInput(
-            "BKCTL_ENDPOINT: has more in it than scheme, host, port and path",
-            hint="Write http://host:port; the credential belongs into BKCTL_TOKEN.",
+            "BKCTL_ENDPOINT: has more than scheme, host, port and path",
+            hint="Write http://host:port, and put the credential into BKCTL_TOKEN.",
             field="BKCTL_ENDPOINT",
         )
     if not valid:
-        raise InvalidInput(f"BKCTL_ENDPOINT: {endpoint[:80]!r} {problem}", hint="Correct it.", field="BKCTL_ENDPOINT")
+        raise InvalidInput(
+            f"BKCTL_ENDPOINT: {endpoint[:80]!r} {problem}", hint="Write http://host:port.", field="BKCTL_ENDPOINT"
+        )
     return url
 
 
 def _tls_context(own: home.Appliance | None) -> ssl.SSLContext:
-    """Who must prove to be the appliance: one of this home says by itself whom to trust."""
-    told = own.described if own else {}
-    given, pinned = os.environ.get("BKCTL_TLS_CA_CERT"), told.get("apiCert")
-    ca = given or told.get("apiCa")
+    """The TLS settings of calls. An appliance of this home has recorded which certificate or CA to trust."""
+    described = own.described if own else {}
+    given, pinned = os.environ.get("BKCTL_TLS_CA_CERT"), described.get("apiCert")
+    ca = given or described.get("apiCa")
     try:
         context = _pinned(Path(pinned)) if pinned and not given else ssl.create_default_context(cafile=ca or None)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
@@ -272,14 +264,14 @@ def _tls_context(own: home.Appliance | None) -> ssl.SSLContext:
             field=source,
         ) from None
     if _flag("BKCTL_TLS_SKIP_VERIFY"):
-        console.note("note: BKCTL_TLS_SKIP_VERIFY is set: whoever answers is believed to be the appliance.")
+        console.note("note: BKCTL_TLS_SKIP_VERIFY is set: any server that answers is taken for the appliance.")
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
 
 
 def _pinned(file: Path) -> ssl.SSLContext:
-    """Only the very certificate that the appliance here was given, by whatever name it is called."""
+    """Trusts only the certificate that the appliance here was given, under any name."""
     first, end, _ = file.read_text("ascii", "replace").partition("-----END CERTIFICATE-----")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False

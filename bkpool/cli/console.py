@@ -1,6 +1,6 @@
-"""What a user sees: answers on stdout (JSON when that is no terminal), everything else on stderr.
+"""The output of commands: answers on stdout (as JSON if stdout is not a terminal), everything else on stderr.
 
-rich is imported only where something is really drawn. Nothing here decides an exit code.
+rich is imported only where something is drawn. Nothing here decides an exit code.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ if TYPE_CHECKING:
     from rich.status import Status
     from rich.table import Table
 
-PATIENCE = 1.0
-"""Seconds that pass before a wait is worth a word."""
-SIGN_OF_LIFE = 10.0
-"""Seconds after which a plain line says again what is being waited for."""
+PROGRESS_DELAY = 1.0
+"""Seconds: a shorter wait is not shown."""
+REPEAT_INTERVAL = 10.0
+"""Seconds between two plain lines about the same wait."""
 
 
 def table(
-    heads: Iterable[str], rows: Iterable[Sequence[RenderableType]], *, long: Collection[str] = frozenset()
+    headers: Iterable[str], rows: Iterable[Sequence[RenderableType]], *, long: Collection[str] = frozenset()
 ) -> Table:
-    """A table for a terminal; only the columns named in `long` are broken into lines."""
+    """A table for a terminal. Only the columns named in `long` are broken into several lines."""
     from rich.table import Table  # noqa: PLC0415 - on a terminal only
     from rich.text import Text  # noqa: PLC0415
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in heads:
-        table.add_column(head, overflow="fold", no_wrap=head not in long)
+    for header in headers:
+        table.add_column(header, overflow="fold", no_wrap=header not in long)
     for row in rows:
-        # Text, so that nothing in a name is taken for rich's markup.
+        # Text, so that rich takes nothing in a name for markup.
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
 def note(text: str) -> None:
-    """Tells the user something beside the answer."""
+    """Writes a line beside the answer."""
     click.echo(text, err=True)
 
 
 def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], RenderableType | str]) -> None:
-    """Writes a command's answer.
+    """Writes the answer of a command.
 
     Args:
-        data: The answer for programs, written when `as_json` is set or stdout is no terminal.
-        as_json: The user asked for JSON.
-        show: Makes the answer for people: a string, or something that rich draws.
+        data: The answer for programs, written if `as_json` is set or stdout is not a terminal.
+        as_json: Whether the user asked for JSON.
+        show: Makes the answer for people: a string, or an object that rich draws.
     """
     if as_json or not sys.stdout.isatty():
         click.echo(json.dumps(data, indent=2))
@@ -62,25 +62,25 @@ def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], Rendera
     if isinstance(shown, str):
         click.echo(shown)
         return
-    from rich.console import Console  # noqa: PLC0415 - see above
+    from rich.console import Console  # noqa: PLC0415 - only where rich draws
 
     Console().print(shown)
 
 
 class Progress:
-    """Says on stderr what is being waited for, once the wait has lasted a second.
+    """Shows on stderr what the command waits for, once the wait has lasted a second.
 
-    On a terminal it is one line with a spinner, which disappears. Elsewhere it is a plain line for each new subject
-    (what stands before the colon), and a sign of life now and then: a log of CI must stay readable.
+    On a terminal it is one line with a spinner, which disappears at the end. Elsewhere it is a plain line for each
+    new subject (the text before the colon) and one every ten seconds, so that the log of a CI job stays readable.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._lock = Lock()
-        self._open = False
-        self._noted = 0.0
-        self._drawn: Status | None = None
-        self._timer = Timer(PATIENCE, self._show)
+        self._visible = False
+        self._last_note = 0.0
+        self._spinner: Status | None = None
+        self._timer = Timer(PROGRESS_DELAY, self._show)
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
@@ -88,42 +88,42 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._timer.cancel()
         with self._lock:
-            self._open = False
-            if self._drawn is not None:
-                self._drawn.stop()
+            self._visible = False
+            if self._spinner is not None:
+                self._spinner.stop()
         self._timer.join()
 
     def update(self, text: str, fraction: float | None = None) -> None:
-        """Says something new from now on; how much of it is done (0 to 1) is shown on a terminal only."""
+        """Changes the text. Only a terminal shows the fraction that is done (0 to 1)."""
         with self._lock:
-            if self._drawn is not None:
-                self._drawn.update(text if fraction is None else f"{text} ({fraction:.0%})")
-            elif self._open and self._worth_a_line(text):
+            if self._spinner is not None:
+                self._spinner.update(text if fraction is None else f"{text} ({fraction:.0%})")
+            elif self._visible and self._needs_line(text):
                 self._note(text)
             self._text = text
 
-    def _worth_a_line(self, text: str) -> bool:
+    def _needs_line(self, text: str) -> bool:
         if text.partition(":")[0] != self._text.partition(":")[0]:
             return True
-        return text != self._text and monotonic() - self._noted >= SIGN_OF_LIFE
+        return text != self._text and monotonic() - self._last_note >= REPEAT_INTERVAL
 
     def _note(self, text: str) -> None:
-        self._noted = monotonic()
+        self._last_note = monotonic()
         note(text)
 
     def _show(self) -> None:
         with self._lock:
             if self._timer.finished.is_set():
                 return
-            self._open = True
+            self._visible = True
             if not sys.stderr.isatty():
                 self._note(self._text)
                 return
             from rich.console import Console  # noqa: PLC0415 - a short wait never needs it
 
-            self._drawn = Console(stderr=True, markup=False).status(self._text)
-            self._drawn.start()
+            self._spinner = Console(stderr=True, markup=False).status(self._text)
+            self._spinner.start()

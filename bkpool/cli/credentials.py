@@ -1,6 +1,6 @@
-"""Which bearer token goes to which appliance: what the user says, else what the place we run in gives.
+"""Which bearer token goes to which appliance: the one that the user gives, else the one of the platform.
 
-The admin's token goes to the appliance of this home and to nobody else. A token is never shown, and never in argv.
+The token of the admin goes to the appliance of this home only. A token is never shown and never in a command line.
 """
 
 from __future__ import annotations
@@ -19,169 +19,177 @@ from bkpool.cli import console, home
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import AUDIENCE
 
-GIVEN = ("BKCTL_TOKEN", "BKCTL_TOKEN_FILE")
+EXPLICIT_VARIABLES = ("BKCTL_TOKEN", "BKCTL_TOKEN_FILE")
 GITHUB_URL, GITHUB_TOKEN = "ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"
 GITLAB = "BKPOOL_ID_TOKEN"
-"""The name that our snippet for GitLab gives its token (`id_tokens`)."""
-POD = Path("/var/run/secrets/bkpool/token")
-"""Where a pod has a token of its ServiceAccount for our audience projected to."""
-ENDS_SOON = 30.0
-"""Seconds of life below which a token is not used for another call."""
-LONGEST = 16_384
+"""The name that docs/ci.md gives the token in GitLab (`id_tokens`)."""
+POD_TOKEN_FILE = Path("/var/run/secrets/bkpool/token")
+"""Where a pod has the projected token of its ServiceAccount, for the audience of bkpool."""
+MIN_REMAINING_LIFE = 30.0
+"""Seconds: a token that expires sooner is not used for another call."""
+MAX_TOKEN_LENGTH = 16_384
 """Characters of a token; the API reads no more."""
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 2.1
-_FIX = "It must hold the token alone, without quotes or line ends."
+_FIX = "It must hold only the token, without quotes or line ends."
 
 
 def audience() -> str:
-    """For whom tokens are asked: $BKCTL_AUDIENCE, else what an appliance expects where nothing else is set."""
+    """The audience of the tokens that are requested: $BKCTL_AUDIENCE, else the default of an appliance."""
     return os.environ.get("BKCTL_AUDIENCE") or AUDIENCE
 
 
 class Credential:
-    """A bearer token that is always one to use now.
+    """A source of bearer tokens that can be used now.
 
     Args:
-        name: Where it comes from, for errors.
-        fetch: Gets it.
-        kept: Whether it is used again until it ends, since getting one is work; else it is got for every call.
+        name: Where the token comes from, for errors.
+        fetch: Gets a token.
+        cached: Whether a token is used until it expires, because fetching is slow; else each call fetches it.
     """
 
-    def __init__(self, name: str, fetch: Callable[[], str], *, kept: bool = False) -> None:
+    def __init__(self, name: str, fetch: Callable[[], str], *, cached: bool = False) -> None:
         self.name = name
         self._fetch = fetch
-        self._kept = kept
+        self._cached = cached
         self._token: str | None = None
 
-    def bearer(self, *, anew: bool = False) -> str:
-        """The token; with `anew`, after a refusal, not one that was there before, if there can be another.
+    def bearer(self, *, fresh: bool = False) -> str:
+        """The token. With `fresh`, which is for after a refusal, it is fetched again.
 
         Raises:
-            InvalidInput: It cannot be read, or is none; the message names where it should be.
-            Unavailable: Whoever issues it does not answer.
+            InvalidInput: It cannot be read or is not a token; the message names its source.
+            Unavailable: The issuer does not answer.
         """
-        if self._token is None or anew or not self._kept or ends_soon(self._token, time()):
+        if self._token is None or fresh or not self._cached or expires_soon(self._token, time()):
             self._token = checked(self._fetch(), self.name)
         return self._token
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """Who a caller wants to be for a development issuer, as the older bkctl's options say it."""
+class RequestedClaims:
+    """Who a caller wants to be for a development issuer, from the options of the older bkctl."""
 
     actor: str | None = None
     repository: str | None = None
     subject: str | None = None
 
     def options(self) -> list[str]:
-        """Those that were given."""
+        """The options that were given."""
         return [f"--oidc-{name}" for name in ("actor", "repository", "subject") if getattr(self, name)]
 
     def request(self, **more: Any) -> dict[str, Any]:
-        """The body of the issuer's POST /token; its subject is what is given, else as a job on GitHub has it."""
+        """The body of POST /token of the issuer. Without a subject it has the one of a job on GitHub."""
         job = f"repo:{self.repository}:ref:refs/heads/main" if self.repository else None
         claims = {"actor": self.actor or self.subject or _login(), "repository": self.repository}
         given = {name: value for name, value in claims.items() if value}
         return {"sub": self.subject or job or given["actor"], "aud": audience(), "claims": given, **more}
 
 
-def find(appliance: home.Appliance | None, asked: Asked | None = None, *, own: bool) -> Credential | None:
+def find(
+    appliance: home.Appliance | None, claims: RequestedClaims | None = None, *, local: bool
+) -> Credential | None:
     """The credential for a call.
 
     Args:
-        appliance: What runs from this home.
-        asked: Who the caller wants to be.
-        own: Whether that appliance is whom the call goes to.
+        appliance: The appliance that runs from this home.
+        claims: Who the caller wants to be.
+        local: Whether the call goes to that appliance.
 
     Raises:
-        InvalidInput: A variable of the environment is no good; the message names it.
+        InvalidInput: An environment variable is not valid; the message names it.
     """
-    given = _given()
-    if asked and asked.options():
-        issuer = os.environ.get("BKCTL_OIDC_ISSUER") or (appliance.dev_issuer if appliance and own else None)
+    given = _explicit()
+    if claims and claims.options():
+        issuer = os.environ.get("BKCTL_OIDC_ISSUER") or (appliance.dev_issuer if appliance and local else None)
         if given is None and issuer:
-            return _minted(issuer, asked)
-        _explain(asked)
+            return _from_dev_issuer(issuer, claims)
+        _note_without_effect(claims)
     if given is not None:
         return given
-    return (admin() if own else None) or _of_surroundings()
+    return (admin() if local else None) or _from_platform()
 
 
 def admin() -> Credential | None:
-    """The admin's token of this home, for its own appliance alone; None where this user may not read it."""
+    """The admin token of this home, for its appliance only; None where this user may not read it."""
     token = home.admin_token()
     return Credential("admin.token", lambda: token) if token else None
 
 
-def ends_soon(token: str, now: float) -> bool:
-    """Whether a JWT says that it has ended or is about to; what is no JWT never does. Nothing is verified."""
+def expires_soon(token: str, now: float) -> bool:
+    """Whether a JWT has expired or is about to; False for any other token. Nothing is verified."""
     try:
         part = token.split(".")[1]
-        ends = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))["exp"]
-        return bool(ends < now + ENDS_SOON)
+        expires = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))["exp"]
+        return bool(expires < now + MIN_REMAINING_LIFE)
     except (IndexError, KeyError, TypeError, ValueError):
         return False
 
 
 def read(path: Path, variable: str) -> str:
-    """What is in a file that should hold a token. Raises InvalidInput, which names the variable (or option)."""
+    """The content of a file with a token. Raises InvalidInput, which names the variable (or option)."""
     try:
         with path.open(encoding="ascii") as file:
-            return file.read(LONGEST + 2).strip()
+            return file.read(MAX_TOKEN_LENGTH + 2).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "is not a text"
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InvalidInput(f"{variable}: {path} cannot be read: {why}", hint=_FIX, field=variable) from None
 
 
 def checked(token: str, variable: str) -> str:
-    """The token, if it could be one. Raises InvalidInput, which does not quote it."""
-    if len(token) <= LONGEST and _TOKEN.fullmatch(token):
+    """The token, if it has the form of one. Raises InvalidInput, which does not quote it."""
+    if len(token) <= MAX_TOKEN_LENGTH and _TOKEN.fullmatch(token):
         return token
-    problem = "is longer than any token" if len(token) > LONGEST else "has characters that no bearer token has"
+    problem = (
+        "is longer than a token may be"
+        if len(token) > MAX_TOKEN_LENGTH
+        else "has characters that a bearer token cannot have"
+    )
     raise InvalidInput(f"{variable}: {problem if token else 'holds no token'}", hint=_FIX, field=variable)
 
 
-def _given() -> Credential | None:
-    """What the user says himself, before everything else."""
-    if token := os.environ.get(GIVEN[0], "").strip():
-        checked(token, GIVEN[0])
-        return Credential(GIVEN[0], lambda: token)
-    if file := os.environ.get(GIVEN[1]):
-        return Credential(GIVEN[1], lambda: read(Path(file), GIVEN[1]))
+def _explicit() -> Credential | None:
+    """The token that the user gives; it comes before all others."""
+    if token := os.environ.get(EXPLICIT_VARIABLES[0], "").strip():
+        checked(token, EXPLICIT_VARIABLES[0])
+        return Credential(EXPLICIT_VARIABLES[0], lambda: token)
+    if file := os.environ.get(EXPLICIT_VARIABLES[1]):
+        return Credential(EXPLICIT_VARIABLES[1], lambda: read(Path(file), EXPLICIT_VARIABLES[1]))
     return None
 
 
-def _of_surroundings() -> Credential | None:
-    """The token that the platform gives a job: GitHub Actions, GitLab CI, or a pod."""
+def _from_platform() -> Credential | None:
+    """The token that GitHub Actions, GitLab CI or Kubernetes gives to a job or pod."""
     if url := os.environ.get(GITHUB_URL):
-        return Credential(GITHUB_URL, lambda: _github(url), kept=True)
+        return Credential(GITHUB_URL, lambda: _github(url), cached=True)
     if token := os.environ.get(GITLAB, "").strip():
         return Credential(GITLAB, lambda: token)
-    if POD.exists():
-        return Credential(str(POD), lambda: read(POD, str(POD)))
+    if POD_TOKEN_FILE.exists():
+        return Credential(str(POD_TOKEN_FILE), lambda: read(POD_TOKEN_FILE, str(POD_TOKEN_FILE)))
     return None
 
 
 def _github(url: str) -> str:
-    from bkpool.cli import issuers  # noqa: PLC0415 - only there
+    from bkpool.cli import issuers  # noqa: PLC0415 - only in GitHub Actions
 
     token = os.environ.get(GITHUB_TOKEN, "").strip()
     if not token:
         raise InvalidInput(
-            f"{GITHUB_TOKEN}: is not set, and {GITHUB_URL} is", hint="GitHub's runner sets both.", field=GITHUB_TOKEN
+            f"{GITHUB_TOKEN}: is not set, although {GITHUB_URL} is",
+            hint="The runner of GitHub sets both.",
+            field=GITHUB_TOKEN,
         )
     return issuers.github(url, checked(token, GITHUB_TOKEN), audience())
 
 
-def _minted(issuer: str, asked: Asked) -> Credential:
+def _from_dev_issuer(issuer: str, claims: RequestedClaims) -> Credential:
     from bkpool.cli import issuers  # noqa: PLC0415 - only for trying things out
 
-    return Credential(issuer, lambda: str(issuers.mint(issuer, asked.request())["token"]), kept=True)
+    return Credential(issuer, lambda: str(issuers.mint(issuer, claims.request())["token"]), cached=True)
 
 
-def _explain(asked: Asked) -> None:
-    for option in asked.options():
-        console.note(f"note: {option} has no effect here: who calls is what the bearer token (BKCTL_TOKEN) says.")
+def _note_without_effect(claims: RequestedClaims) -> None:
+    for option in claims.options():
+        console.note(f"note: {option} has no effect here: the bearer token (BKCTL_TOKEN) says who the caller is.")
 
 
 def _login() -> str:
@@ -193,8 +201,8 @@ def _login() -> str:
         return "developer"
 
 
-def without_one(environment: Mapping[str, str]) -> str:
-    """The hint for a caller who has none."""
+def hint_without_credential(environment: Mapping[str, str]) -> str:
+    """The hint for a caller without a credential."""
     if environment.get("GITHUB_ACTIONS") == "true":
         return "Give the job `permissions: id-token: write`, or set BKCTL_TOKEN."
-    return "Set BKCTL_TOKEN; only the appliance of this machine is called without it."
+    return "Set BKCTL_TOKEN. Only the appliance of this machine can be called without it."

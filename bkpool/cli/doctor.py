@@ -1,4 +1,4 @@
-"""`bkpool doctor`: what this machine has and lacks, one line a check, each failure with its fix."""
+"""`bkpool doctor`: checks this machine, with one line for each check and a fix for each failure."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ _MARKS = {True: ("✓", "green"), None: ("!", "yellow"), False: ("✗", "red")}
 def command(as_json: bool) -> int:
     """Check whether this machine has what bkpool needs.
 
-    Nothing is changed. The exit code is 1 if a check failed.
+    It changes nothing. The exit code is 1 if a check failed.
     """
-    from bkpool.cli import tools  # noqa: PLC0415 - the toolchain takes its time to import
+    from bkpool.cli import tools  # noqa: PLC0415 - the toolchain is slow to import
     from bkpool.toolchain import Toolchain, default_cache, doctor  # noqa: PLC0415
 
-    tools.quiet()
+    tools.quiet_logging()
     ports = {"API": API_PORT, "gateway": GATEWAY_PORT, "metrics": METRICS_PORT}
-    with console.Progress("looking around"):
-        found = list(doctor.checks(home.home(), Toolchain(default_cache()), ports, ours=_ours()))
+    with console.Progress("checking this machine"):
+        found = list(doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports()))
     failed = any(check.ok is False for check in found)
-    told: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
-    console.answer(told, as_json=as_json, show=lambda: _shown(found))
+    answer: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
+    console.answer(answer, as_json=as_json, show=lambda: _table(found))
     return int(failed)
 
 
-def _ours() -> frozenset[int]:
+def _own_ports() -> frozenset[int]:
     """The ports of the appliance that runs from this home."""
     appliance = home.running()
     if appliance is None:
@@ -49,7 +49,7 @@ def _ours() -> frozenset[int]:
     return frozenset(port for endpoint in endpoints if (port := urlsplit(endpoint).port))
 
 
-def _shown(checks: Iterable[Check]) -> RenderableType:
+def _table(checks: Iterable[Check]) -> RenderableType:
     from rich.table import Table  # noqa: PLC0415 - on a terminal only
     from rich.text import Text  # noqa: PLC0415
 

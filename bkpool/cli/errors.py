@@ -1,7 +1,7 @@
-"""The one place where whatever goes wrong becomes one line on stderr and an exit code.
+"""The one place where an error becomes one line on stderr and an exit code.
 
-A user never sees a traceback: that of an unexpected error goes to `<home>/logs/crash.log`, or to stderr with
-BKPOOL_DEBUG=1.
+A user does not see a traceback. The traceback of an unexpected error goes to `<home>/logs/crash.log`, or with
+BKPOOL_DEBUG=1 to stderr.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ INTERNAL = 70
 
 
 def guarded(call: Callable[[], Any], name: str = "bkpool") -> int:
-    """Runs a click program and returns its exit code, having told the user what went wrong.
+    """Runs a click program, shows its error if there is one, and returns the exit code.
 
     Args:
         call: Runs click with `standalone_mode=False`; an int that it returns is the exit code.
-        name: What the program was called as.
+        name: The name under which the program was called.
     """
     try:
         result = call()
     except BkpoolError as error:
-        tell(error)
+        show_error(error)
         return error.exit_code
     except click.ClickException as error:
-        _say(_of_click(error, name))
+        _print(_of_click(error, name))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last resort is what this function is for
-        _say(f"error: internal error ({type(error).__name__}); please report it{_kept(error)}")
+    except Exception as error:  # noqa: BLE001 - this is the last resort
+        _print(f"error: internal error ({type(error).__name__}); please report it{_save_traceback(error)}")
         return INTERNAL
     return result if isinstance(result, int) else 0
 
 
-def tell(error: BkpoolError) -> None:
+def show_error(error: BkpoolError) -> None:
     """Writes an error and its hint to stderr."""
-    _say(f"error: {error.message}")
+    _print(f"error: {error.message}")
     if error.hint:
-        _say(f"hint: {error.hint}")
+        _print(f"hint: {error.hint}")
 
 
-def _say(text: str) -> None:
-    """Control characters are dropped: a message may quote what a server or a file said."""
+def _print(text: str) -> None:
+    """Writes to stderr without control characters: a message may quote a server or a file."""
     shown = "".join(char for char in text if char.isprintable() or char in "\n\t")
     click.echo(shown.rstrip(), err=True)
 
@@ -63,17 +63,17 @@ def _of_click(error: click.ClickException, name: str) -> str:
     return f"error: {text[:1].lower()}{text[1:].removesuffix('.')}\nhint: See `{command} --help`."
 
 
-def _kept(error: Exception) -> str:
+def _save_traceback(error: Exception) -> str:
     import traceback  # noqa: PLC0415 - only a crash needs it
 
-    told = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error))
     if os.environ.get("BKPOOL_DEBUG"):
-        return f"\n{told}"
+        return f"\n{text}"
     path = home.home() / "logs" / "crash.log"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
-            file.write(told)
+            file.write(text)
     except OSError:
-        return "; BKPOOL_DEBUG=1 shows where"
+        return "; BKPOOL_DEBUG=1 shows the traceback"
     return f" with {path}"

@@ -1,6 +1,6 @@
 """Where bkpool keeps its state on this machine, and which appliance runs from there.
 
-Only reads, and imports nothing heavy: every command asks here first.
+It only reads, and imports nothing heavy: every command uses it first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bkpool.home.lock import holder
 
 
 def home() -> Path:
-    """The directory of the state: $BKPOOL_HOME, else `bkpool` in the XDG state directory. Always absolute."""
+    """The directory of the state: $BKPOOL_HOME, else `bkpool` in the XDG state directory. The path is absolute."""
     if given := os.environ.get("BKPOOL_HOME"):
         return Path(given).absolute()
     state = os.environ.get("XDG_STATE_HOME", "")
@@ -41,26 +41,30 @@ class Appliance:
         return self.described.get("devIssuer")
 
     def is_at(self, url: SplitResult) -> bool:
-        """Whether this URL leads to it."""
+        """Whether this URL is the API of this appliance."""
         own = urlsplit(self.api)
         same = url.port == own.port and url.scheme == own.scheme
         return same and (url.hostname == own.hostname or {url.hostname, own.hostname} <= LOOPBACK)
 
 
 def running() -> Appliance | None:
-    """The appliance of this home; None if there is none, it is not ready yet, or it died without a word."""
+    """The appliance of this home; None if there is none, or it is not ready yet, or it was killed."""
     try:
-        told = json.loads((home() / "appliance.json").read_bytes())
+        described = json.loads((home() / "appliance.json").read_bytes())
         found = Appliance(
-            int(told["pid"]), _reached(told["apiEndpoint"]), told["gatewayEndpoint"], told["backend"], told
+            int(described["pid"]),
+            _reachable(described["apiEndpoint"]),
+            described["gatewayEndpoint"],
+            described["backend"],
+            described,
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if holder(home()) == found.pid else None
 
 
-def _reached(endpoint: str) -> str:
-    """How an endpoint is reached from here that listens on every interface."""
+def _reachable(endpoint: str) -> str:
+    """The endpoint with an address that can be dialled, where it listens on every interface."""
     return endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
 

@@ -1,7 +1,7 @@
-"""Getting a token from whoever issues it: GitHub's runner for its job, or a development issuer for anybody.
+"""Gets a token from its issuer: from the runner of GitHub for its job, or from a development issuer.
 
-Answers are bounded in bytes and time, and no redirect is followed: what is sent goes to the named host alone. A token
-never stands in an error.
+Answers are bounded in bytes and time. No redirect is followed, so a request goes to the named host only. An error
+never quotes a token.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from urllib.parse import quote, urlsplit
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
 from bkpool.core.names import LOOPBACK
 
-PATIENCE = 15.0
-"""Seconds for one answer, from the name's look-up to its last byte."""
-PAUSES = (1.0, 3.0)
-"""Seconds before a further try at GitHub, whose own client tries ten times (@actions/core, oidc-utils)."""
-_LONGEST = 64 * 1024
+ANSWER_TIMEOUT = 15.0
+"""Seconds for one answer, from the look-up of the name to the last byte."""
+RETRY_PAUSES = (1.0, 3.0)
+"""Seconds before each new attempt at GitHub, whose own client makes ten attempts (@actions/core, oidc-utils)."""
+_MAX_ANSWER = 64 * 1024  # bytes
 
 
 def github(url: str, request_token: str, audience: str) -> str:
-    """The ID token of the job that this runs in.
+    """The ID token of the job in which this runs.
 
     Args:
         url: $ACTIONS_ID_TOKEN_REQUEST_URL.
         request_token: $ACTIONS_ID_TOKEN_REQUEST_TOKEN.
-        audience: For whom the token is to be.
+        audience: The audience of the token.
 
     Raises:
-        InvalidInput: The URL is none that a secret may be sent to.
-        Unavailable: There was no answer, or none with a token.
+        InvalidInput: A secret must not be sent to this URL.
+        Unavailable: There was no answer, or an answer without a token.
     """
     variable = "ACTIONS_ID_TOKEN_REQUEST_URL"
     _check(url, variable)
     separator = "&" if urlsplit(url).query else "?"
-    asked = f"{url}{separator}audience={quote(audience, safe='')}"
+    target = f"{url}{separator}audience={quote(audience, safe='')}"
     headers = {"Authorization": f"Bearer {request_token}", "Accept": "application/json"}
-    hint = "Does the job have `permissions: id-token: write`, and is it still running?"
-    for pause in PAUSES:
+    hint = "Check that the job has `permissions: id-token: write` and is still running."
+    for pause in RETRY_PAUSES:
         with suppress(Unavailable):
-            return _text(_ask(asked, headers, None, variable, hint), "value", variable)
+            return _text(_request(target, headers, None, variable, hint), "value", variable)
         sleep(pause)
-    return _text(_ask(asked, headers, None, variable, hint), "value", variable)
+    return _text(_request(target, headers, None, variable, hint), "value", variable)
 
 
 def mint(issuer: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,19 +55,19 @@ def mint(issuer: str, body: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         issuer: Its URL.
-        body: What POST /token takes.
+        body: The body of POST /token.
 
     Raises:
-        InvalidInput: The URL is not an issuer's, or the issuer says what is wrong with the request.
-        Unavailable: Nobody answers there.
+        InvalidInput: The URL is not allowed, or the issuer refuses the request; the message has the reason.
+        Unavailable: The issuer does not answer.
     """
     _check(issuer, "--issuer (or BKCTL_OIDC_ISSUER)")
     variable = f"the issuer {issuer}"
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     hint = "Start one with `bkpool up --dev-issuer`."
-    told = _ask(f"{issuer.rstrip('/')}/token", headers, json.dumps(body).encode(), variable, hint)
-    _text(told, "token", variable)
-    return told
+    answer = _request(f"{issuer.rstrip('/')}/token", headers, json.dumps(body).encode(), variable, hint)
+    _text(answer, "token", variable)
+    return answer
 
 
 def _check(url: str, variable: str) -> None:
@@ -82,58 +82,58 @@ def _check(url: str, variable: str) -> None:
     if not valid:
         raise InvalidInput(
             f"{variable}: is not a URL with https:// (http:// only on this machine)",
-            hint="Tokens are not asked for in clear.",
+            hint="Give a URL with https://, so that nobody on the way can read the token.",
             field=variable,
         )
 
 
-def _ask(url: str, headers: Mapping[str, str], body: bytes | None, variable: str, hint: str) -> dict[str, Any]:
-    status, answer = _in_time(lambda: _exchange(url, headers, body), variable, hint)
+def _request(url: str, headers: Mapping[str, str], body: bytes | None, variable: str, hint: str) -> dict[str, Any]:
+    status, content = _within_timeout(lambda: _exchange(url, headers, body), variable, hint)
     try:
-        told = json.loads(answer)
+        answer = json.loads(content)
     except ValueError:
-        told = None
-    if status == 200 and isinstance(told, dict):  # noqa: PLR2004 - HTTP's own number
-        return told
-    why = told.get("error") if isinstance(told, dict) else None
+        answer = None
+    if status == 200 and isinstance(answer, dict):  # noqa: PLR2004 - the number of HTTP
+        return answer
+    why = answer.get("error") if isinstance(answer, dict) else None
     if status == 400 and isinstance(why, dict) and isinstance(why.get("message"), str):  # noqa: PLR2004
         raise InvalidInput(why["message"], hint=str(why.get("hint") or ""), field=why.get("field"))
-    raise Unavailable(f"{variable}: it gave no token (HTTP {status})", hint=hint)
+    raise Unavailable(f"{variable}: the answer has no token (HTTP {status})", hint=hint)
 
 
 def _exchange(url: str, headers: Mapping[str, str], body: bytes | None) -> tuple[int, bytes]:
-    """One request; through the proxy of the environment, if there is one, but to this machine never."""
-    from urllib import error, request  # noqa: PLC0415 - only who asks an issuer needs it
+    """One request, through the proxy of the environment; a request to this machine uses no proxy."""
+    from urllib import error, request  # noqa: PLC0415 - only for requests to an issuer
 
     class NoRedirect(request.HTTPRedirectHandler):
         def redirect_request(self, *_: Any) -> None:
-            """The answer that redirects is the answer."""
+            """Does not follow; the redirect itself is the answer."""
 
     direct = [request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
     opener = request.build_opener(NoRedirect, *direct)
-    asked = request.Request(url, body, dict(headers))  # noqa: S310 - _check has seen the scheme
+    prepared = request.Request(url, body, dict(headers))  # noqa: S310 - _check has checked the scheme
     try:
-        with opener.open(asked, timeout=PATIENCE) as answer:
-            return answer.status, answer.read(_LONGEST)
-    except error.HTTPError as refused:
-        with refused:
-            return refused.code, refused.read(_LONGEST)
+        with opener.open(prepared, timeout=ANSWER_TIMEOUT) as answer:
+            return answer.status, answer.read(_MAX_ANSWER)
+    except error.HTTPError as refusal:
+        with refusal:
+            return refusal.code, refusal.read(_MAX_ANSWER)
 
 
-def _in_time(work: Callable[[], tuple[int, bytes]], variable: str, hint: str) -> tuple[int, bytes]:
-    """The work's result, also where a server sends a byte a minute: no time-out of a socket ends that."""
+def _within_timeout(work: Callable[[], tuple[int, bytes]], variable: str, hint: str) -> tuple[int, bytes]:
+    """The result of the work. The time-out of a socket does not end an answer that sends one byte a minute."""
     results: list[tuple[int, bytes]] = []
     faults: list[Exception] = []
 
     def run() -> None:
         try:
             results.append(work())
-        except Exception as fault:  # noqa: BLE001 - what it is is judged in the caller's thread
+        except Exception as fault:  # noqa: BLE001 - the thread of the caller raises it
             faults.append(fault)
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(ANSWER_TIMEOUT)
     if results:
         return results[0]
     fault = faults[0] if faults else TimeoutError()
@@ -143,16 +143,16 @@ def _in_time(work: Callable[[], tuple[int, bytes]], variable: str, hint: str) ->
 
 
 def _reason(fault: Exception) -> str:
-    cause = getattr(fault, "reason", fault)  # urllib wraps what the socket said
+    cause = getattr(fault, "reason", fault)  # urllib wraps the error of the socket
     if isinstance(cause, TimeoutError):
-        return f"not within {PATIENCE:g} s"
+        return f"not within {ANSWER_TIMEOUT:g} s"
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"TLS: {cause.verify_message}"
     return getattr(cause, "strerror", None) or type(cause).__name__
 
 
-def _text(told: Mapping[str, Any], name: str, variable: str) -> str:
-    value = told.get(name)
+def _text(answer: Mapping[str, Any], name: str, variable: str) -> str:
+    value = answer.get(name)
     if isinstance(value, str) and value:
         return value
-    raise Unavailable(f"{variable}: the answer has no {name}", hint="Is that an issuer?")
+    raise Unavailable(f"{variable}: the answer has no {name}", hint="Check that this is the URL of an issuer.")

@@ -1,17 +1,17 @@
-"""A client's key, and the request that has it certified: the key never leaves this machine.
+"""Makes the key of a client and the request for its certificate. The key never leaves this machine.
 
-cryptography is imported only when a key is made: most commands need none.
+cryptography is imported only when a key is made: most commands need no key.
 """
 
 from __future__ import annotations
 
 
 def make() -> tuple[bytes, str]:
-    """A fresh P-256 key (PKCS #8), and its certificate request; both PEM.
+    """A new P-256 key (PKCS #8) and its certificate request, both in PEM.
 
-    The request names nobody, since the API takes only the key from it.
+    The request has an empty subject, because the API uses only its key.
     """
-    from cryptography import x509  # noqa: PLC0415 - see above
+    from cryptography import x509  # noqa: PLC0415 - only when a key is made
     from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
-"""`bkpool kubeconfig`: where the kubeconfig of this home's kind cluster is, so that the user's own stays as it is.
+"""`bkpool kubeconfig`: shows the kubeconfig of the kind cluster of this home. The kubeconfig of the user is separate.
 
-It reads that one file and changes nothing.
+It reads one file and changes nothing.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from bkpool.core.errors import NotFound
 from bkpool.home.files import read_private
 
 
-@click.command(short_help="Say how kubectl reaches the cluster of this home.")
+@click.command(short_help="Show how kubectl reaches the cluster of this home.")
 @click.option("--raw", is_flag=True, help="Print the kubeconfig itself.")
 @options.as_json
 def command(raw: bool, as_json: bool) -> None:
-    """Say how kubectl reaches the kind cluster of this home.
+    """Show how kubectl reaches the kind cluster of this home.
 
-    It has a kubeconfig of its own; your ~/.kube/config and its current context are left alone.
+    The cluster has a separate kubeconfig. bkpool does not change your ~/.kube/config or its current context.
     """
     path = home.home() / "kubeconfig"
     if not path.is_file():
         raise NotFound(
-            f"there is no kubeconfig in {home.home()}: no kind cluster was made from there",
-            hint="`bkpool up --backend kind` makes one. The backend `kubernetes` uses your own kubeconfig.",
+            f"there is no kubeconfig in {home.home()}: this home has no kind cluster",
+            hint="`bkpool up --backend kind` makes a cluster. The backend `kubernetes` uses your kubeconfig.",
         )
     if raw:
         click.echo(read_private(path), nl=False)

@@ -1,6 +1,6 @@
-"""A lease in the hands of its holder: its certificates on disk, and the buildx command that uses them.
+"""A lease for its caller: its certificates on disk, and the buildx command that uses them.
 
-Keys are made here, written 0600, and never leave the directory that they were asked into.
+Keys are made here and written with mode 0600. They never leave the directory that the caller named.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from bkpool.cli.options import LEASE_FILE
 from bkpool.core import durations
 from bkpool.core.errors import HostFault, Unavailable
 
-FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
-"""File name to field of the allocation's answer, each base64 of PEM."""
-_WITHOUT_KEY = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
+CERTIFICATE_FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
+"""File name to field of the answer of allocate; each field is PEM in base64."""
+_LEASE_FIELDS = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
 
 
-def allocated(client: Client, request: dict[str, Any]) -> dict[str, Any]:
-    """Leases a worker with a key of our own; the answer has it as `clientKey`, as the contract has one.
+def allocate(client: Client, request: dict[str, Any]) -> dict[str, Any]:
+    """Leases a worker with a key that is made here. The answer has it as `clientKey`, as if the API had made it.
 
     Args:
-        client: Who asks.
+        client: Makes the call.
         request: The body of the call, without `csr`.
     """
     key, csr = keys.make()
@@ -36,8 +36,8 @@ def allocated(client: Client, request: dict[str, Any]) -> dict[str, Any]:
     return lease | {"clientKey": base64.b64encode(key).decode()}
 
 
-def prepared(directory: Path) -> Path:
-    """The directory, made 0700 if it was missing, and known to be writable; absolute.
+def prepare_directory(directory: Path) -> Path:
+    """The directory as an absolute path; made with mode 0700 if it is missing, and checked to be writable.
 
     Raises:
         HostFault: It cannot be made or written.
@@ -50,37 +50,39 @@ def prepared(directory: Path) -> Path:
     except OSError as error:
         raise HostFault(
             f"the certificates cannot be written to {directory}: {error.strerror}",
-            hint="Give a directory that you may write.",
+            hint="Give a directory that you may write to.",
             code="Permission",
         ) from None
 
 
 def save(lease: dict[str, Any], directory: Path, *, token: bool) -> None:
-    """Writes ca.crt, client.crt and client.key, and with `token` lease.json, which `release --token` reads.
+    """Writes ca.crt, client.crt and client.key; with `token` also lease.json, which `release --token` reads.
 
     Raises:
         HostFault: A file cannot be written.
-        Unavailable: The answer holds no certificates.
+        Unavailable: The answer has no certificates.
     """
     try:
-        contents = {name: base64.b64decode(lease[field], validate=True) for name, field in FILES.items()}
+        contents = {name: base64.b64decode(lease[field], validate=True) for name, field in CERTIFICATE_FILES.items()}
         if token:
-            contents[LEASE_FILE] = json.dumps({field: lease[field] for field in _WITHOUT_KEY}, indent=2).encode()
+            contents[LEASE_FILE] = json.dumps({field: lease[field] for field in _LEASE_FIELDS}, indent=2).encode()
     except (KeyError, ValueError, TypeError):
         raise Unavailable(
-            "the appliance's answer holds no certificates", hint="Compare `bkpool version` there."
+            "the answer of the appliance has no certificates",
+            hint="Check with `bkpool version` that both have the same version.",
         ) from None
     try:
         for name, content in contents.items():
             _write(directory / name, content)
     except OSError as error:
         raise HostFault(
-            f"the certificates cannot be written to {directory}: {error.strerror}", hint="Make room there."
+            f"the certificates cannot be written to {directory}: {error.strerror}",
+            hint="Free some space in that directory.",
         ) from None
 
 
 def create_arguments(lease: dict[str, Any], directory: Path, builder: str) -> list[str]:
-    """The arguments of buildx that make a builder of this lease. Paths are absolute: buildx wants them so."""
+    """The arguments with which buildx makes a builder for this lease. buildx needs absolute paths."""
     gateway = str(lease["gatewayEndpoint"])
     url = gateway if "://" in gateway else f"tcp://{gateway}"
     options = ",".join(
@@ -91,17 +93,17 @@ def create_arguments(lease: dict[str, Any], directory: Path, builder: str) -> li
 
 
 def create_line(lease: dict[str, Any], directory: Path) -> str:
-    """The command for a person to copy."""
+    """The command `buildx create`, for the user to copy."""
     return shlex.join(["docker", "buildx", *create_arguments(lease, directory, lease["workerName"])])
 
 
 def _csv(field: str) -> str:
-    """A field as buildx reads the options: one line of CSV (RFC 4180)."""
+    """One field of the options, which buildx reads as a line of CSV (RFC 4180)."""
     return '"' + field.replace('"', '""') + '"' if {",", '"'} & set(field) else field
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Replaces the file at once, so that it is whole and 0600 from its first moment."""
+    """Replaces the file in one step, so that it is always complete and has mode 0600."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:

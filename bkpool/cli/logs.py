@@ -1,4 +1,4 @@
-"""`bkpool logs`: hands over to tail(1), which follows a file better than a loop of ours would."""
+"""`bkpool logs`: replaces itself by tail(1), which already follows files well."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bkpool.core.errors import HostFault, NotFound
 
 @click.command(short_help="Show the log of the appliance or of a worker.")
 @click.argument("worker", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on with what is written from now on; Ctrl-C ends it.")
-@click.option("-l", "--lines", type=click.IntRange(min=0), help="Only so many of the last lines.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new lines until Ctrl-C.")
+@click.option("-l", "--lines", type=click.IntRange(min=0), help="Show only this many of the last lines.")
 @options.namespace
 def command(worker: str | None, follow: bool, lines: int | None, namespace: str) -> None:
     """Show the log of the appliance, or of WORKER (such as default-worker-0) of this machine."""
@@ -21,18 +21,18 @@ def command(worker: str | None, follow: bool, lines: int | None, namespace: str)
     path = logs / (f"{namespace}.{worker}.log" if worker else "appliance.log")
     if worker and not path.is_file() and (kubeconfig := home.home() / "kubeconfig").is_file():
         raise NotFound(
-            f"{worker} has no log here: workers of this home are pods",
+            f"{worker} has no log here: the workers of this home are pods",
             hint=f"kubectl --kubeconfig {kubeconfig} -n {namespace} logs {worker}",
         )
     if not path.is_file() or path.parent != logs:
         known = sorted(file.name.removesuffix(".log").partition(".")[2] for file in logs.glob("*.*.log"))
         raise NotFound(
             f"there is no log of {worker or 'an appliance in the background'} in {logs}",
-            hint=f"There are logs of: {', '.join(known)}." if worker and known else "`bkpool up -d` begins one.",
+            hint=f"There are logs of: {', '.join(known)}." if worker and known else "`bkpool up -d` writes one.",
         )
     command_line = ["tail", "-n", "+1" if lines is None else str(lines), *(["-F"] if follow else []), "--", str(path)]
     try:
-        os.execvp(command_line[0], command_line)  # noqa: S606 - tail is this command from here on
+        os.execvp(command_line[0], command_line)  # noqa: S606 - tail takes over this process
     except OSError as error:
         raise HostFault(
             f"tail(1) cannot be run: {error.strerror}",

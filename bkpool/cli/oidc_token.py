@@ -1,4 +1,4 @@
-"""`bkpool oidc-token`: a token of the development issuer, as a CI platform would give one to a job."""
+"""`bkpool oidc-token`: gets a token from the development issuer, like the token that a CI platform gives a job."""
 
 from __future__ import annotations
 
@@ -13,15 +13,31 @@ from bkpool.core.names import DEV_ISSUER_PORT
 
 
 @click.command(short_help="Get a token from the development issuer.")
-@click.option("--issuer", metavar="URL", help="[default: $BKCTL_OIDC_ISSUER, else the one that runs here]")
-@click.option("--actor", "--oidc-actor", help="Who it is for.  [default: you]")
-@click.option("--repository", "--oidc-repository", metavar="OWNER/NAME", help="Whose job it is.")
-@click.option("--subject", "--oidc-subject", help="The claim `sub`.  [default: as GitHub's, else the actor]")
-@click.option("--audience", help="[default: $BKCTL_AUDIENCE, else buildkit-controller]")
 @click.option(
-    "--claim", "claims", metavar="NAME=VALUE", multiple=True, help="A further one; JSON or text. Repeatable."
+    "--issuer",
+    metavar="URL",
+    help="The URL of the issuer.  [default: $BKCTL_OIDC_ISSUER, else the issuer that runs here]",
 )
-@click.option("--duration", default="1h", show_default=True, callback=options.duration, help="At most 24h.")
+@click.option("--actor", "--oidc-actor", help="The user of the token.  [default: your user name]")
+@click.option("--repository", "--oidc-repository", metavar="OWNER/NAME", help="The repository of the job.")
+@click.option(
+    "--subject", "--oidc-subject", help="The claim `sub`.  [default: in the form of GitHub, else the actor]"
+)
+@click.option("--audience", help="The audience of the token.  [default: $BKCTL_AUDIENCE, else buildkit-controller]")
+@click.option(
+    "--claim",
+    "claims",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="One more claim; the value is JSON or text. Repeatable.",
+)
+@click.option(
+    "--duration",
+    default="1h",
+    show_default=True,
+    callback=options.duration,
+    help="How long the token is valid; at most 24h.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON: token and expiresIn.")
 def command(
     *,
@@ -34,24 +50,26 @@ def command(
     duration: str,
     as_json: bool,
 ) -> None:
-    """Get a token from the development issuer of `bkpool up --dev-issuer`, bare, also on a terminal.
+    """Get a token from the development issuer of `bkpool up --dev-issuer`.
+
+    Only the token is printed, also on a terminal.
 
     As in: export BKCTL_TOKEN=$(bkctl oidc-token --actor me --repository org/app)
     """
-    from bkpool.cli import issuers  # noqa: PLC0415 - only who asks an issuer needs it
+    from bkpool.cli import issuers  # noqa: PLC0415 - only here
 
-    request = credentials.Asked(actor, repository, subject).request(duration=duration)
+    request = credentials.RequestedClaims(actor, repository, subject).request(duration=duration)
     request["claims"] |= dict(_claim(text) for text in claims)
     request["aud"] = audience or request["aud"]
-    told = issuers.mint(issuer or _known(), request)
+    answer = issuers.mint(issuer or _default_issuer(), request)
     if as_json:
-        console.answer(told, as_json=True, show=str)
+        console.answer(answer, as_json=True, show=str)
     else:
-        click.echo(told["token"])
+        click.echo(answer["token"])
 
 
-def _known() -> str:
-    """The issuer where none is named."""
+def _default_issuer() -> str:
+    """The issuer, where the user names none."""
     running = home.running()
     here = running.dev_issuer if running else None
     return os.environ.get("BKCTL_OIDC_ISSUER") or here or f"http://localhost:{DEV_ISSUER_PORT}"
@@ -61,7 +79,9 @@ def _claim(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise InvalidInput(
-            f"--claim: {text[:80]!r} is not of the form NAME=VALUE", hint="As ref=refs/heads/main.", field="--claim"
+            f"--claim: {text[:80]!r} is not of the form NAME=VALUE",
+            hint="Write for example ref=refs/heads/main.",
+            field="--claim",
         )
     try:
         return name, json.loads(value)

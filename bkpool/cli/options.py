@@ -1,4 +1,4 @@
-"""The options that several commands share, and how a token is given without standing in argv."""
+"""The options that several commands share, and the ways to give a token without writing it in a command line."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import click
 
-from bkpool.cli.client import Lease, NamedLease
-from bkpool.cli.credentials import Asked
+from bkpool.cli.client import LeaseReference, NamedLease
+from bkpool.cli.credentials import RequestedClaims
 from bkpool.core import durations, tokens
 from bkpool.core.errors import InvalidInput, NotFound
 from bkpool.core.names import DEFAULT_NAMESPACE
@@ -22,9 +22,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 LEASE_TOKEN = "BKPOOL_LEASE_TOKEN"  # noqa: S105 - the name of a variable
 LEASE_FILE = "lease.json"
-"""In the directory of `allocate --out`: the lease without its key."""
-_LONGEST_FILE = 1 << 20
-_ASKED = "bkpool.asked"
+"""The lease without its key, in the directory of `allocate --out`."""
+_MAX_FILE = 1 << 20  # bytes
+_CLAIMS = "bkpool.claims"
 
 namespace = click.option(
     "-n",
@@ -36,19 +36,21 @@ namespace = click.option(
     help="The pool's namespace.",
 )
 as_json = click.option(
-    "--json", "as_json", is_flag=True, help="Answer in JSON, as always when stdout is no terminal."
+    "--json", "as_json", is_flag=True, help="Answer in JSON. This is the default if stdout is not a terminal."
 )
 token = click.option(
     "-t",
     "--token",
     metavar="FROM",
     envvar=LEASE_TOKEN,
-    help=f"Where the lease's token is: `-` (stdin), a file with the token or with the JSON of `allocate`, the "
-    f"directory of `allocate --out`, or the token itself, which others on this machine can then see. Without it: "
-    f"${LEASE_TOKEN}.",
+    help=f"Where the token of the lease is: `-` (stdin), a file with the token or with the JSON of `allocate`, the "
+    f"directory of `allocate --out`, or the token itself (other users of this machine can then see it).  "
+    f"[default: ${LEASE_TOKEN}]",
 )
 worker = click.option(
-    "--worker", metavar="NAME", help="The lease by its worker's name instead, for whoever made it; with --namespace."
+    "--worker",
+    metavar="NAME",
+    help="The worker of the lease, instead of --token; only for the caller who made the lease. With --namespace.",
 )
 
 
@@ -56,37 +58,39 @@ def duration(_ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A callback of click for a Go duration.
 
     Raises:
-        InvalidInput: It is none; the message names the option.
+        InvalidInput: It is not a duration; the message names the option.
     """
     durations.parse(value, field=param.opts[0])
     return value
 
 
 def older_identity(command: F) -> F:
-    """The options by which the older bkctl said who is calling: a development issuer then makes a token of them."""
+    """Options of the older bkctl that name the caller. A development issuer makes a token from them."""
     flags = ("--oidc-actor", "--oidc-repository", "--oidc-subject")
     return reduce(
-        lambda made, flag: click.option(flag, hidden=True, expose_value=False, callback=_remember)(made),
+        lambda made, flag: click.option(flag, hidden=True, expose_value=False, callback=_collect)(made),
         flags,
         command,
     )
 
 
-def asked() -> Asked:
-    """What the options of `older_identity` said in the command that runs."""
-    return Asked(**click.get_current_context().meta.get(_ASKED, {}))
+def claims() -> RequestedClaims:
+    """The values of the options of `older_identity` in the command that runs."""
+    return RequestedClaims(**click.get_current_context().meta.get(_CLAIMS, {}))
 
 
-def _remember(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    ctx.meta.setdefault(_ASKED, {})[str(param.name).removeprefix("oidc_")] = value
+def _collect(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    ctx.meta.setdefault(_CLAIMS, {})[str(param.name).removeprefix("oidc_")] = value
 
 
-def lease(given: str | None, worker: str | None, namespace: str) -> Lease:
-    """The lease that `--worker`, or else `--token`, names. Raises as lease_token does."""
+def lease(given: str | None, worker: str | None, namespace: str) -> LeaseReference:
+    """The lease that `--worker`, or else `--token`, names. Raises the same errors as `lease_token`."""
     if worker is None:
         return lease_token(given)
     if _from_argv("token"):
-        raise InvalidInput("--worker: --token names a lease, too", hint="Give one of them.", field="--worker")
+        raise InvalidInput(
+            "--worker: --token names a lease as well", hint="Give only one of the two.", field="--worker"
+        )
     return NamedLease(worker, namespace)
 
 
@@ -99,9 +103,9 @@ def lease_token(given: str | None) -> str:
     """The token that `--token` points to.
 
     Raises:
-        InvalidInput: Nothing is given, or there is no token where it points to. The message never quotes it: it might
-            be a token with a typing error.
-        NotFound: It looks like a file and there is none.
+        InvalidInput: No lease is named, or there is no token at that place. The message never quotes the value: it
+            might be a mistyped token.
+        NotFound: The value has the form of a path, and there is no such file.
     """
     if not given:
         raise InvalidInput(
@@ -110,14 +114,14 @@ def lease_token(given: str | None) -> str:
             field="--token",
         )
     if given == "-":
-        return _token_in(sys.stdin.read(_LONGEST_FILE), "stdin")
+        return _token_in(sys.stdin.read(_MAX_FILE), "stdin")
     if tokens.well_formed(given) and not given.startswith("@"):
         return given
     path = Path(given.removeprefix("@"))
     path = path / LEASE_FILE if path.is_dir() else path
     try:
         with path.open(encoding="utf-8") as file:
-            return _token_in(file.read(_LONGEST_FILE), str(path))
+            return _token_in(file.read(_MAX_FILE), str(path))
     except FileNotFoundError:
         if given.startswith("@") or os.sep in given:
             raise NotFound(
@@ -126,8 +130,8 @@ def lease_token(given: str | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"--token: {path} cannot be read ({error})", field="--token") from None
     raise InvalidInput(
-        "--token: is neither a token nor a file",
-        hint="A token has 43 characters; a file may hold it, or the JSON that `allocate` wrote.",
+        "--token: this is neither a token nor a file",
+        hint="A token has 43 characters. A file must have the token, or the JSON that `allocate` wrote.",
         field="--token",
     )
 
@@ -143,6 +147,6 @@ def _token_in(text: str, source: str) -> str:
         return token
     raise InvalidInput(
         f"--token: there is no token in {source}",
-        hint="It is the 43 characters of the field `token` that `allocate` answers with, or that whole JSON.",
+        hint="Give the 43 characters of the field `token` in the answer of `allocate`, or that whole JSON.",
         field="--token",
     )

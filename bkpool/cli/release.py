@@ -1,4 +1,4 @@
-"""`bkpool release`: gives a worker back. The lease's token is itself the right to ask, and so is having made it."""
+"""`bkpool release`: ends a lease. The token of the lease is enough; so is having made the lease."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from bkpool.cli import console, options
 from bkpool.cli.client import Client
 
 
-@click.command(short_help="Give a leased worker back.")
+@click.command(short_help="End a lease and give its worker back.")
 @options.token
 @options.worker
 @options.namespace
 @options.as_json
 @options.older_identity
 def command(*, token: str | None, worker: str | None, namespace: str, as_json: bool) -> None:
-    """Give a leased worker back.
+    """End a lease and give its worker back.
 
-    New connections are refused from now on; a build that still runs may finish.
+    The gateway refuses new connections from now on. A running build may finish.
     """
-    told = Client(asked=options.asked()).release(options.lease(token, worker, namespace))
-    console.answer(told, as_json=as_json, show=lambda: str(told.get("status", "released")))
+    answer = Client(claims=options.claims()).release(options.lease(token, worker, namespace))
+    console.answer(answer, as_json=as_json, show=lambda: str(answer.get("status", "released")))

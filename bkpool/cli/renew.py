@@ -1,4 +1,4 @@
-"""`bkpool renew`: lets a lease run longer. The lease's token is itself the right to ask, and so is having made it."""
+"""`bkpool renew`: extends a lease. The token of the lease is enough; so is having made the lease."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from bkpool.cli import console, options
 from bkpool.cli.client import Client
 
 
-@click.command(short_help="Let a lease run longer.")
+@click.command(short_help="Extend a lease.")
 @options.token
 @options.worker
 @options.namespace
-@click.option("--ttl", default="1h", show_default=True, callback=options.duration, help="From now, as 30m or 1h30m.")
+@click.option(
+    "--ttl",
+    default="1h",
+    show_default=True,
+    callback=options.duration,
+    help="New length of the lease, from now, such as 30m or 1h30m.",
+)
 @options.as_json
 def command(*, token: str | None, worker: str | None, namespace: str, ttl: str, as_json: bool) -> None:
-    """Let a lease run for another while, counted from now.
+    """Set a new end of a lease, counted from now.
 
-    The certificates stay the same; beyond the pool's longest life of a lease nothing is renewed.
+    The certificates stay valid. A lease cannot last longer than its pool allows (maxTokenTTL).
     """
-    told = Client().renew(options.lease(token, worker, namespace), ttl)
+    answer = Client().renew(options.lease(token, worker, namespace), ttl)
     console.answer(
-        told, as_json=as_json, show=lambda: f"{told.get('workerName')} is yours until {told.get('expiresAt')}"
+        answer, as_json=as_json, show=lambda: f"{answer.get('workerName')} is yours until {answer.get('expiresAt')}"
     )

@@ -1,4 +1,4 @@
-"""`bkpool status`: the pools, or one pool with its workers, as the API tells them."""
+"""`bkpool status`: shows the pools, or one pool with its workers, as the API reports them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _STYLES = {"Idle": "green", "Allocated": "cyan", "Failed": "red", "Draining": "y
 
 
 @click.command(short_help="Show the pools, or one pool with its workers.")
-@click.option("-p", "--pool", help="Only this pool, with its workers.")
+@click.option("-p", "--pool", help="Show only this pool, with its workers.")
 @options.namespace
 @options.as_json
 @options.older_identity
 def command(pool: str | None, namespace: str, as_json: bool) -> None:
     """Show the pools, or one pool with its workers."""
-    client = Client(asked=options.asked())
+    client = Client(claims=options.claims())
     if pool is None:
-        told = client.pools()
-        console.answer(told, as_json=as_json, show=lambda: _pools(told.get("pools", [])))
+        answer = client.pools()
+        console.answer(answer, as_json=as_json, show=lambda: _pools(answer.get("pools", [])))
         return
-    told = client.pool(pool, namespace)
-    console.answer(told, as_json=as_json, show=lambda: _one(told))
+    answer = client.pool(pool, namespace)
+    console.answer(answer, as_json=as_json, show=lambda: _pool_with_workers(answer))
 
 
-def _one(pool: dict[str, Any]) -> RenderableType:
+def _pool_with_workers(pool: dict[str, Any]) -> RenderableType:
     from rich.console import Group  # noqa: PLC0415 - on a terminal only
 
     return Group(_pools([pool]), "", _workers(pool.get("members", [])))
@@ -52,7 +52,7 @@ def _pools(pools: Sequence[dict[str, Any]]) -> RenderableType:
         )
         for pool in pools
     ]
-    heads = ("pool", "workers", "ready", "idle", "allocated", "waiting", "connections")
+    headers = ("pool", "workers", "ready", "idle", "allocated", "waiting", "connections")
     remarks = [
         Text(f"{pool.get('name')}: {condition['message']}", style="yellow")
         for pool in pools
@@ -61,7 +61,7 @@ def _pools(pools: Sequence[dict[str, Any]]) -> RenderableType:
     ]
     gateways = dict.fromkeys(str(pool.get("gatewayEndpoint")) for pool in pools)
     return Group(
-        console.table(heads, rows, long=_LONG),
+        console.table(headers, rows, long=_LONG),
         *(Text(f"gateway {gateway}", style="dim") for gateway in gateways),
         *remarks,
     )
@@ -91,4 +91,4 @@ def _from_now(moment: str | None) -> str:
         left = int((datetime.fromisoformat(moment) - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError):
         return moment
-    return f"in {left // 3600}h{left % 3600 // 60:02}m" if left > 0 else "over"
+    return f"in {left // 3600}h{left % 3600 // 60:02}m" if left > 0 else "expired"

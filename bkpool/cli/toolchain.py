@@ -1,4 +1,4 @@
-"""`bkpool toolchain`: gets the tools that bkpool runs, ahead of time, and says where they are."""
+"""`bkpool toolchain`: gets the tools that bkpool runs, before they are needed, and shows their paths."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import click
 from bkpool.cli import console, options
 
 
-@click.command(short_help="Get the tools that bkpool runs, and say where they are.")
+@click.command(short_help="Get the tools that bkpool runs, and show where they are.")
 @click.argument("names", metavar="[TOOL]...", nargs=-1)
 @options.as_json
 def command(names: tuple[str, ...], as_json: bool) -> None:
-    """Get the tools that bkpool runs, where this machine lacks them, and say where they are.
+    """Get the tools that bkpool runs and this machine does not have, and show where they are.
 
-    With the names of tools only their paths are printed, one a line, also when stdout is no terminal.
+    With names of tools, only their paths are printed, one on each line, also if stdout is not a terminal.
     """
-    from bkpool.cli import tools  # noqa: PLC0415 - the toolchain takes its time to import
+    from bkpool.cli import tools  # noqa: PLC0415 - the toolchain is slow to import
     from bkpool.core.errors import InvalidInput  # noqa: PLC0415
     from bkpool.toolchain import Tool  # noqa: PLC0415
 
     unknown = [name for name in names if name not in set(Tool)]
     if unknown:
         raise InvalidInput(
-            f"TOOL: there is no tool {unknown[0]!r}", hint=f"There are {', '.join(Tool)}.", field="TOOL"
+            f"TOOL: there is no tool {unknown[0]!r}", hint=f"The tools are {', '.join(Tool)}.", field="TOOL"
         )
     wanted = [Tool(name) for name in names] or [tool for tool in Tool if tool is not Tool.KIND]
     paths = {str(tool): str(path) for tool, path in tools.ensure(wanted).items()}

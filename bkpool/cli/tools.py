@@ -1,4 +1,4 @@
-"""The tools of this machine for a command, with their progress shown to the user."""
+"""Gets tools for a command and shows the progress to the user."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bkpool.cli import console
 from bkpool.toolchain import Tool, Toolchain, default_cache
 
 
-def quiet() -> None:
-    """Keeps log lines out of a command's answer: warnings and worse go to stderr, the rest nowhere."""
+def quiet_logging() -> None:
+    """Keeps log lines out of the answer of a command: warnings and errors go to stderr, others are dropped."""
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
@@ -22,15 +22,15 @@ def quiet() -> None:
 
 
 def ensure(wanted: Sequence[Tool]) -> dict[Tool, Path]:
-    """These tools, got first where this machine lacks them.
+    """The paths of these tools. Gets those that this machine does not have.
 
     Raises:
-        HostFault: One cannot be got; the message says why.
+        HostFault: A tool cannot be got; the message has the reason.
     """
-    quiet()
+    quiet_logging()
     with console.Progress("looking for tools") as progress:
 
-        def tell(tool: Tool, text: str, fraction: float | None) -> None:
+        def report(tool: Tool, text: str, fraction: float | None) -> None:
             progress.update(f"{tool}: {text}", fraction)
 
-        return Toolchain(default_cache(), progress=tell).ensure_all(wanted)
+        return Toolchain(default_cache(), progress=report).ensure_all(wanted)

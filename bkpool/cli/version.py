@@ -1,4 +1,4 @@
-"""`bkpool version`: what this is, and with --verbose what it runs on."""
+"""`bkpool version`: shows the version, and with --verbose the platform."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from bkpool.cli import console, options
 
 
 @click.command(short_help="Show the version.")
-@click.option("-v", "--verbose", is_flag=True, help="Also what it runs on, and where its files are.")
+@click.option("-v", "--verbose", is_flag=True, help="Also show the platform and where the program is.")
 @options.as_json
 def command(verbose: bool, as_json: bool) -> None:
     """Show the version."""
-    told = {"version": __version__}
+    answer = {"version": __version__}
     if verbose:
-        told |= {
+        answer |= {
             "python": platform.python_version(),
             "platform": f"{platform.system()} {platform.machine()}",
             "libc": " ".join(platform.libc_ver()) or "unknown",
             "program": os.environ.get("PEX") or sys.argv[0],
             "zipappSupports": os.environ.get("BKPOOL_ZIPAPP_SUPPORTS", "not run from the zipapp"),
         }
-    rows = [f"bkpool {__version__}", *(f"  {name}: {value}" for name, value in told.items() if name != "version")]
-    console.answer(told, as_json=as_json, show=lambda: "\n".join(rows))
+    rows = [f"bkpool {__version__}", *(f"  {name}: {value}" for name, value in answer.items() if name != "version")]
+    console.answer(answer, as_json=as_json, show=lambda: "\n".join(rows))

@@ -31,7 +31,7 @@ def checks(
     toolchain: Toolchain,
     ports: Mapping[str, int],
     *,
-    ours: AbstractSet[int] = frozenset(),
+    own_ports: AbstractSet[int] = frozenset(),
     host: HostFacts | None = None,
 ) -> Iterator[Check]:
     """All findings about this machine, as they are made.
@@ -40,7 +40,7 @@ def checks(
         home: BKPOOL_HOME, whether it exists or not.
         toolchain: Whose tools, and whose cache.
         ports: The ports that the appliance wants, by what they are for ("API": 8082).
-        ours: The ports that an appliance of this home has already.
+        own_ports: The ports that the appliance of this home uses already.
         host: The machine and user; by default this one.
     """
     host = host or HostFacts()
@@ -49,7 +49,7 @@ def checks(
         yield _tool(toolchain, tool)
     yield from kernel.checks(host, home)
     for purpose, port in ports.items():
-        yield _port(purpose, port, ours)
+        yield _port(purpose, port, own_ports)
     yield _disk(home)
     yield _home(home, host)
     yield _cache(toolchain.cache)
@@ -75,9 +75,9 @@ def _tool(toolchain: Toolchain, tool: Tool) -> Check:
     return Check(tool, None, detail + passed_over, lacking.hint)
 
 
-def _port(purpose: str, port: int, ours: AbstractSet[int]) -> Check:
+def _port(purpose: str, port: int, own_ports: AbstractSet[int]) -> Check:
     name = f"port {port}"
-    if port in ours:
+    if port in own_ports:
         return Check(name, True, f"{purpose}: served by this bkpool")
     with socket.socket() as probe:
         # As asyncio's servers do: what a closed connection leaves for a minute (TIME_WAIT) is no hindrance.

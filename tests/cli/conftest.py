@@ -21,7 +21,7 @@ from bkpool.home.lock import HomeLock
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "t0ken-" + "A" * 37
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
 def pem(name):
@@ -67,7 +67,7 @@ class Api(ThreadingHTTPServer):
 
     def next(self, end=""):
         """The next call, which must be to a path that ends so."""
-        call = self.calls.get(timeout=PATIENCE)
+        call = self.calls.get(timeout=TIMEOUT)
         assert call.path.endswith(end)
         return call
 
@@ -147,7 +147,7 @@ def forget_surroundings(monkeypatch):
     """No credential and no setting of wherever the tests run."""
     for name in [name for name in os.environ if name.startswith(("BKCTL_", "BKPOOL_", "ACTIONS_", "GITHUB_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(credentials, "POD", Path("/nonexistent"))
+    monkeypatch.setattr(credentials, "POD_TOKEN_FILE", Path("/nonexistent"))
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def on_terminal(environment, tmp_path):
             pass
         finally:
             os.close(mine)
-        return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+        return process.wait(TIMEOUT), shown.decode().replace("\r\n", "\n")
 
     return run
 

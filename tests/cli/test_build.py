@@ -14,7 +14,7 @@ from bkpool.cli import lease
 from bkpool.cli.build import command as build_command
 
 TOKEN = "t0ken-" + "A" * 37
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 BUILDX = """#!{python} -ES
 import json, os, signal, sys
@@ -99,7 +99,7 @@ def test_a_signal_reaches_buildx_whose_end_is_ours(started, api, appliance, numb
     process = started("build", ".", CATCHES=catches)
     told = json.loads(process.stdout.readline())
     process.send_signal(number)
-    assert process.wait(PATIENCE) == (40 if catches else 128) + number
+    assert process.wait(TIMEOUT) == (40 if catches else 128) + number
     api.next("allocate")
     assert api.next("release").body == {"token": TOKEN}
     assert not Path(told["private"]).exists()
@@ -113,7 +113,7 @@ def test_a_signal_while_the_lease_is_waited_for_leaves_nothing(started, api, app
 
     api.before_answer["allocate"] = wait
     process = started("build", ".")
-    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
     assert process.stdout.read() == ""
     api.next("allocate")
     assert api.calls.empty()
@@ -126,7 +126,7 @@ def test_a_lease_that_arrives_after_the_signal_is_released(started, api, applian
 
     api.before_answer["allocate"] = answer_all_the_same
     process = started("build", ".")
-    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert process.wait(TIMEOUT) == 128 + signal.SIGTERM
     assert process.stdout.read() == ""
     api.next("allocate")
     assert api.next("release").body == {"token": TOKEN}
@@ -136,7 +136,7 @@ def test_the_lease_is_renewed_while_the_build_runs(started, api, appliance):
     process = started("build", "--ttl", "1s", ".")
     api.next("allocate")
     assert api.next("renew").body == {"token": TOKEN, "ttl": "1s"}
-    process.communicate("", timeout=PATIENCE)
+    process.communicate("", timeout=TIMEOUT)
     assert process.returncode == 0
 
 
@@ -144,14 +144,14 @@ def test_a_lost_lease_is_said_and_the_build_goes_on(started, api, appliance):
     api.answers["renew"] = (410, {"error": {"code": "Gone", "message": "the worker was lost"}})
     process = started("build", "--ttl", "1s", ".")
     assert process.stderr.readline() == "warning: the lease is lost: the worker was lost\n"
-    process.communicate("", timeout=PATIENCE)
+    process.communicate("", timeout=TIMEOUT)
     assert process.returncode == 0
 
 
 def test_a_builder_that_cannot_be_made_is_one_line_and_the_lease_is_released(bkpool, api, appliance):
     done = bkpool("build", ".", CREATE_FAILS="1")
     assert done.returncode == 71
-    assert done.stderr.startswith("error: buildx could not make a builder: ERROR: no such driver\nhint: ")
+    assert done.stderr.startswith("error: buildx could not create a builder: ERROR: no such driver\nhint: ")
     api.next("allocate")
     assert api.next("release").body == {"token": TOKEN}
 
@@ -168,7 +168,7 @@ def test_a_release_that_fails_does_not_change_the_builds_exit_code(bkpool, api, 
     api.answers["release"] = (503, {"error": {"code": "Unavailable", "message": "stopping"}})
     done = bkpool("build", ".", CODE="0")
     assert done.returncode == 0
-    assert "the worker is not released, its lease runs out by itself: stopping" in done.stderr
+    assert "the worker was not released, and its lease will expire by itself: stopping" in done.stderr
 
 
 @pytest.mark.parametrize(

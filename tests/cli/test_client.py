@@ -82,9 +82,11 @@ def test_an_error_of_the_server_is_the_same_error_here(api, appliance, status, c
     with pytest.raises(kind) as caught:
         Client().pools()
     error = caught.value
-    source = " The token was that of admin.token." if status == 401 else ""
-    assert (error.message, error.hint, error.code, error.exit_code) == ("what", f"how{source}", code, exit_code)
-    assert (error.field, error.retry_after) == ("ttl", 3)
+    source = " The token came from admin.token." if status == 401 else ""
+    assert (error.message, error.hint, error.code, error.exit_code) == (
+        *("--ttl: what", f"how{source}", code, exit_code),
+    )
+    assert (error.field, error.retry_after) == ("--ttl", 3)
 
 
 def test_a_caller_without_credential_is_told_where_one_comes_from(api, monkeypatch):

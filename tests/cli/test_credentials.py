@@ -10,7 +10,7 @@ import pytest
 
 from bkpool.cli import credentials, issuers
 from bkpool.cli.client import Client
-from bkpool.cli.credentials import Asked, ends_soon
+from bkpool.cli.credentials import RequestedClaims, expires_soon
 from bkpool.core.errors import InvalidInput, Unauthenticated, Unavailable
 
 from .conftest import forget_surroundings
@@ -20,7 +20,7 @@ from .conftest import forget_surroundings
 def alone(monkeypatch, home):
     forget_surroundings(monkeypatch)
     monkeypatch.setenv("BKPOOL_HOME", str(home))
-    monkeypatch.setattr(issuers, "PAUSES", ())
+    monkeypatch.setattr(issuers, "RETRY_PAUSES", ())
 
 
 def token_of(life, mark="", now=None):
@@ -60,7 +60,7 @@ def sources(tmp_path, monkeypatch, api):
         "file": lambda: (in_file(file), monkeypatch.setenv("BKCTL_TOKEN_FILE", str(file))),
         "github": github,
         "gitlab": lambda: monkeypatch.setenv("BKPOOL_ID_TOKEN", "of-gitlab"),
-        "pod": lambda: (in_file(pod), monkeypatch.setattr(credentials, "POD", pod)),
+        "pod": lambda: (in_file(pod), monkeypatch.setattr(credentials, "POD_TOKEN_FILE", pod)),
     }
 
 
@@ -77,7 +77,7 @@ NAMES = ("variable", "file", "github", "gitlab", "pod")
 def test_the_first_source_that_there_is_counts(api, sources, monkeypatch, first, second):
     for name in {first, second}:
         sources[name]()
-    found = credentials.find(None, own=False)
+    found = credentials.find(None, local=False)
     assert found.bearer() == f"of-{first}"
 
 
@@ -85,8 +85,8 @@ def test_the_first_source_that_there_is_counts(api, sources, monkeypatch, first,
 def test_the_admins_token_comes_before_what_the_platform_gives_but_not_elsewhere(sources, appliance, name):
     sources[name]()
     from_user = name in {"variable", "file"}
-    assert (credentials.find(None, own=True).bearer() == "admin-secret") is not from_user
-    assert credentials.find(None, own=False).bearer() != "admin-secret"
+    assert (credentials.find(None, local=True).bearer() == "admin-secret") is not from_user
+    assert credentials.find(None, local=False).bearer() != "admin-secret"
 
 
 def test_without_any_there_is_none(there):
@@ -149,7 +149,7 @@ def test_what_cannot_change_is_not_tried_again(api, there, sources, name):
     with pytest.raises(Unauthenticated) as caught:
         Client().pools()
     assert len(calls_to(api, "pools")) == 1
-    assert "The token was that of" in caught.value.hint
+    assert "The token came from" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -204,15 +204,15 @@ def test_a_redirect_is_not_followed_with_the_runners_token(api, there, sources):
 
 def test_github_is_given_another_chance(api, there, sources, monkeypatch):
     sources["github"]()
-    monkeypatch.setattr(issuers, "PAUSES", (0.0,))
+    monkeypatch.setattr(issuers, "RETRY_PAUSES", (0.0,))
     answers = iter([(503, {}), (200, {"value": "at-last"})])
     api.before_answer["token"] = lambda *_: api.answers.update(token=next(answers))
-    assert credentials.find(None, own=False).bearer() == "at-last"
+    assert credentials.find(None, local=False).bearer() == "at-last"
 
 
 def test_a_runner_that_never_ends_its_answer_is_waited_for_no_longer_than_that(api, there, sources, monkeypatch):
     sources["github"]()
-    monkeypatch.setattr(issuers, "PATIENCE", 0.2)
+    monkeypatch.setattr(issuers, "ANSWER_TIMEOUT", 0.2)
     over = threading.Event()
 
     def drip(_call, connection):
@@ -244,16 +244,16 @@ def test_a_runner_that_never_ends_its_answer_is_waited_for_no_longer_than_that(a
     ids=["half a minute", "over", "a minute", "opaque", "no JSON", "null", "no number"],
 )
 def test_only_a_jwt_says_when_it_ends(token, soon):
-    assert ends_soon(token, 0) is soon
+    assert expires_soon(token, 0) is soon
 
 
 @pytest.mark.parametrize(
     ("asked", "subject", "actor"),
     [
-        (Asked("me", "o/r", None), "repo:o/r:ref:refs/heads/main", "me"),
-        (Asked("me", None, None), "me", "me"),
-        (Asked(None, None, "s"), "s", "s"),
-        (Asked("me", "o/r", "s"), "s", "me"),
+        (RequestedClaims("me", "o/r", None), "repo:o/r:ref:refs/heads/main", "me"),
+        (RequestedClaims("me", None, None), "me", "me"),
+        (RequestedClaims(None, None, "s"), "s", "s"),
+        (RequestedClaims("me", "o/r", "s"), "s", "me"),
     ],
 )
 def test_what_a_development_issuer_is_asked_for(asked, subject, actor):

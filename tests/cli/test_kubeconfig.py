@@ -8,7 +8,7 @@ CONFIG = "apiVersion: v1\nkind: Config\n"
 def test_a_home_without_a_cluster_says_what_makes_one(called):
     code, out, err = called("kubeconfig")
     assert (code, out) == (5, "")
-    assert "no kind cluster was made from there" in err
+    assert "this home has no kind cluster" in err
     assert "bkpool up --backend kind" in err
 
 

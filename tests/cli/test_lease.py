@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 TOKEN = "t0ken-" + "A" * 37
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 
 def test_allocate_in_a_pipe_answers_with_the_contracts_json_and_nothing_else(bkpool, api, appliance):
@@ -85,7 +85,7 @@ def test_on_a_terminal_a_person_gets_files_and_commands_instead_of_keys(on_termi
 
 def test_a_long_wait_is_announced(started, api, appliance):
     go_on = threading.Event()
-    api.before_answer["allocate"] = lambda *_: go_on.wait(PATIENCE)
+    api.before_answer["allocate"] = lambda *_: go_on.wait(TIMEOUT)
     process = started("allocate")
     assert process.stderr.readline() == "waiting for a worker of pool default\n"
     go_on.set()
@@ -102,8 +102,8 @@ def test_ctrl_c_while_waiting_hangs_up(started, api, appliance):
 
     api.before_answer["allocate"] = wait
     process = started("allocate")
-    assert process.wait(PATIENCE) == 130
-    assert hung_up.wait(PATIENCE)
+    assert process.wait(TIMEOUT) == 130
+    assert hung_up.wait(TIMEOUT)
     assert "Traceback" not in process.stderr.read()
 
 
@@ -240,7 +240,7 @@ def test_a_reader_that_goes_away_is_no_error(started, api, appliance):
     process = started("status")
     process.stdout.read(1)
     process.stdout.close()
-    assert process.wait(PATIENCE) == 1
+    assert process.wait(TIMEOUT) == 1
     assert process.stderr.read() == ""
 
 

@@ -69,7 +69,7 @@ def test_where_no_crash_can_be_kept_that_is_said(capsys, monkeypatch):
     monkeypatch.delenv("BKPOOL_DEBUG", raising=False)
     assert guarded(lambda: 1 / 0) == 70
     assert capsys.readouterr().err == (
-        "error: internal error (ZeroDivisionError); please report it; BKPOOL_DEBUG=1 shows where\n"
+        "error: internal error (ZeroDivisionError); please report it; BKPOOL_DEBUG=1 shows the traceback\n"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 
 APPLIANCE = """
 import json, os, signal, sys, types
@@ -91,7 +91,7 @@ def up(bkpool, home):
     for process in running:
         if not _ended(process, 0):
             signal.pidfd_send_signal(process, signal.SIGKILL)
-            assert _ended(process, PATIENCE)
+            assert _ended(process, TIMEOUT)
         os.close(process)
 
 
@@ -99,6 +99,11 @@ def _ended(process, seconds):
     poll = select.poll()
     poll.register(process, select.POLLIN)
     return bool(poll.poll(seconds * 1000))
+
+
+def _settled(stderr):
+    """What stays on the screen, without the progress that a slow machine shows meanwhile."""
+    return "".join(line for line in stderr.splitlines(True) if line not in {"starting\n", "getting buildkitd\n"})
 
 
 def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
@@ -122,7 +127,7 @@ def test_which_backend_it_took_is_said(bkpool, up):
     up()
     bkpool("down")
     again = bkpool("up", "-d")
-    assert again.stderr.startswith("backend: process (as asked)\nbkpool is up (backend process, pid ")
+    assert _settled(again.stderr).startswith("backend: process (as asked)\nbkpool is up (backend process, pid ")
     assert bkpool("down").returncode == 0
 
 
@@ -178,13 +183,13 @@ def test_pool_files_that_come_too_late_are_said(up, bkpool, tmp_path):
 def test_what_the_appliance_dies_of_is_what_up_says(bkpool, detach):
     done = bkpool("up", *detach, DO="fail")
     assert (done.returncode, done.stdout) == (72, "")
-    assert done.stderr == "error: port 8082 is taken\nhint: Free it.\n"
+    assert _settled(done.stderr) == "error: port 8082 is taken\nhint: Free it.\n"
 
 
 def test_an_appliance_that_dies_without_a_word_is_told_by_its_log(bkpool, home):
     done = bkpool("up", "-d", DO="die")
     assert done.returncode == 71
-    assert done.stderr.startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
+    assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])
@@ -210,7 +215,7 @@ def test_up_in_the_foreground_runs_until_its_signal(started, home):
         shown += process.stdout.readline()
     assert json.loads(shown)["backend"] == "process"
     process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE) == 0
+    assert process.wait(TIMEOUT) == 0
     assert json.loads((home / "got").read_text()) == [signal.SIGINT]
 
 
@@ -225,7 +230,7 @@ def test_down_waits_for_the_draining_and_ctrl_c_leaves_it_draining(up, started, 
     process = started("down")
     assert process.stderr.readline() == "waiting for the appliance to end\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(PATIENCE) == 130
+    assert process.wait(TIMEOUT) == 130
     assert "goes on draining" in process.stderr.read()
     assert Path(f"/proc/{told['pid']}").exists()
 
@@ -251,3 +256,67 @@ def test_a_home_that_cannot_be_made_is_one_line(bkpool, tmp_path, detach):
     done = bkpool("up", *detach, BKPOOL_HOME=str(tmp_path / "file" / "home"))
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
+
+
+def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool, home, tmp_path):
+    (tmp_path / "pool.yaml").touch()
+    up("-f", "pool.yaml", "--api-address", "127.0.0.1:1", "--gateway-host", "a", "--gateway-host", "b", "--api-tls")
+    assert (home / "remembered.toml").stat().st_mode & 0o777 == 0o600
+    bkpool("down")
+    done = bkpool("up", "-d", "--api-address", "127.0.0.1:2")
+    assert done.stderr.splitlines()[0] == (
+        "remembered from an earlier up: --api-tls --gateway-host a --gateway-host b "
+        "(`bkpool config unset --all` forgets)"
+    )
+    settings = json.loads(done.stdout)["settings"]
+    assert settings["gateway.hosts"] == "('a', 'b')"
+    assert settings["api.address"] == "127.0.0.1:2"
+    assert settings["pool_files"] == "()"
+    bkpool("down")
+    told = up("--no-api-tls", BKPOOL_GATEWAY_HOSTS="c")
+    assert (told["settings"]["api.tls"], told["settings"]["gateway.hosts"]) == ("False", "('c',)")
+    assert told["settings"]["api.address"] == "127.0.0.1:2"
+    bkpool("down")
+    assert json.loads(bkpool("config", "unset", "gateway.hosts").stdout)["forgotten"] is True
+    told = up()
+    assert (told["settings"]["api.tls"], told["settings"]["gateway.hosts"]) == ("False", "()")
+    bkpool("down")
+    assert json.loads(bkpool("config", "unset", "--all").stdout)["forgotten"] is True
+    assert up()["settings"]["api.address"] == "127.0.0.1:8082"
+
+
+def test_an_up_that_fails_is_not_remembered(bkpool, home):
+    assert bkpool("up", "-d", "--api-address", "127.0.0.1:1", DO="fail").returncode == 72
+    assert not (home / "remembered.toml").exists()
+
+
+def test_the_file_and_the_environment_reach_the_appliance_in_the_background(up, home, tmp_path):
+    (home / "config.toml").write_text('[api]\nkey = "api.key"\n\n[controller]\nmax_failures = 7\n')
+    (home / "api.key").touch()
+    (tmp_path / "api.crt").touch()
+    settings = up(BKPOOL_API_CERT="api.crt", BKPOOL_GATEWAY_FIRST_WAIT="3s")["settings"]
+    assert settings["controller.max_failures"] == "7"
+    assert settings["gateway.first_wait"] == "0:00:03"
+    assert settings["api.cert"] == str(tmp_path / "api.crt")
+    assert settings["api.key"] == str(home / "api.key")
+
+
+@pytest.mark.parametrize("detach", [(), ("-d",)])
+def test_a_fault_in_the_file_is_one_line_and_nothing_starts(bkpool, home, detach):
+    (home / "config.toml").write_text("[gateway]\nconections = 5\n")
+    done = bkpool("up", *detach)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"error: {home}/config.toml: [gateway] conections: there is no such field\nhint: Did you mean connections?\n"
+    )
+
+
+def test_a_remembered_file_that_is_gone_says_how_to_forget_it(up, bkpool, tmp_path):
+    for name in ("api.crt", "api.key"):
+        (tmp_path / name).touch()
+    up("--api-cert", "api.crt", "--api-key", "api.key")
+    bkpool("down")
+    (tmp_path / "api.crt").unlink()
+    done = bkpool("up", "-d")
+    assert done.returncode == 2
+    assert "hint: Give --api-cert again, or forget it: `bkpool config unset api.cert`.\n" in done.stderr

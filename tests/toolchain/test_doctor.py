@@ -45,9 +45,9 @@ def examine(machine, tmp_path, releases, no_go):
     home = tmp_path / "home"
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
 
-    def _examine(uid: int = 0, ports=None, ours=frozenset(), home: Path = home, **changes):
+    def _examine(uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, **changes):
         host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"))
-        found = checks(home, chain, ports or {}, ours=ours, host=dataclasses.replace(host, **changes))
+        found = checks(home, chain, ports or {}, own_ports=own_ports, host=dataclasses.replace(host, **changes))
         return {check.name: check for check in found}
 
     return _examine
@@ -152,7 +152,7 @@ def test_a_port_is_free_or_ours_or_taken(examine):
         check = examine(ports={"API": port})[f"port {port}"]
         assert (check.ok, check.detail) == (False, "API: taken by another program")
         assert f":{port}" in check.fix
-        assert examine(ports={"API": port}, ours={port})[f"port {port}"].detail == "API: served by this bkpool"
+        assert examine(ports={"API": port}, own_ports={port})[f"port {port}"].detail == "API: served by this bkpool"
     assert examine(ports={"API": port})[f"port {port}"].detail == "API: free"
 
 
