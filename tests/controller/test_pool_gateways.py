@@ -1,0 +1,250 @@
+"""The gateways of pools against a cluster in memory: what is applied, and what happens when others change it.
+
+The same against a real API server: e2e/kind/test_pool_gateways.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from bkpool.controller import pool_gateways
+from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.core.errors import Forbidden, NotFound, Unavailable
+from bkpool.core.names import Key
+from bkpool.core.pool import Pool
+from bkpool.core.resource import Metadata
+from bkpool.pki.bundle import ClusterSecrets
+from bkpool.store.events import LogRecorder
+from bkpool.store.mirror import Mirror
+
+Doc = dict[str, Any]
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+SECRETS = ClusterSecrets.create(NOW)
+P = Key("team", "p")
+SERVICE = "/api/v1/namespaces/team/services/p"
+SECRET = "/api/v1/namespaces/team/secrets/p-gateway"
+DEPLOYMENT = "/apis/apps/v1/namespaces/team/deployments/p-gateway"
+
+
+class Cluster:
+    """An API server in memory. A watch can be cut, and then opens again only when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Doc] = {}
+        self.version = 10
+        self.applied: list[str] = []
+        self.errors: dict[str, Exception] = {}
+        self.reachable = asyncio.Event()
+        self.reachable.set()
+        self._watches: defaultdict[str, set[asyncio.Queue[Doc | None]]] = defaultdict(set)
+
+    async def get(self, path: str) -> Doc:
+        if path not in self.objects:
+            raise NotFound(path)
+        return self.objects[path]
+
+    async def apply(self, path: str, body: Doc) -> Doc:
+        self.applied.append(path)
+        if path in self.errors:
+            raise self.errors[path]
+        return self.put(path, {**self.objects.get(path, {}), **body})
+
+    async def list(self, path: str, **_params: str) -> tuple[list[Doc], str]:
+        await self.reachable.wait()
+        return [doc for where, doc in self.objects.items() if where.rpartition("/")[0] == path], str(self.version)
+
+    async def watch(self, path: str, since: str, **_params: str) -> AsyncGenerator[Doc, None]:
+        queue: asyncio.Queue[Doc | None] = asyncio.Queue()
+        self._watches[path].add(queue)
+        try:
+            while (event := await queue.get()) is not None:
+                if int(event["object"]["metadata"]["resourceVersion"]) > int(since):
+                    yield event
+        finally:
+            self._watches[path].discard(queue)
+        raise Unavailable("the watch was cut")
+
+    def put(self, path: str, doc: Doc) -> Doc:
+        self.version += 1
+        kind = "MODIFIED" if path in self.objects else "ADDED"
+        self.objects[path] = {**doc, "metadata": {**doc["metadata"], "resourceVersion": str(self.version)}}
+        self._send(path, {"type": kind, "object": self.objects[path]})
+        return self.objects[path]
+
+    def change(self, path: str, **parts: object) -> None:
+        self.put(path, {**self.objects[path], **parts})
+
+    def remove(self, path: str) -> None:
+        self.version += 1
+        doc = self.objects.pop(path)
+        gone = {**doc, "metadata": {**doc["metadata"], "resourceVersion": str(self.version)}}
+        self._send(path, {"type": "DELETED", "object": gone})
+
+    def cut(self) -> None:
+        """Ends all watches, and answers no list until `reachable` is set."""
+        self.reachable.clear()
+        for queues in self._watches.values():
+            for queue in queues:
+                queue.put_nowait(None)
+
+    def _send(self, path: str, event: Doc) -> None:
+        for queue in self._watches[path.rpartition("/")[0]]:
+            queue.put_nowait(event)
+
+    @property
+    def watched(self) -> int:
+        return sum(map(len, self._watches.values()))
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 - several things may make it true
+                await asyncio.sleep(0.005)
+
+
+@pytest.fixture
+def cluster() -> Cluster:
+    return Cluster()
+
+
+@pytest.fixture
+def mirror(monkeypatch) -> Mirror:
+    monkeypatch.setattr(pool_gateways, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(pool_gateways, "_LONGEST_PAUSE", 0.05)
+    found = Mirror(None)
+    found.ready.set()
+    return found
+
+
+def a_pool(name: str = "p", version: int = 1, generation: int = 1) -> Pool:
+    metadata = Metadata(
+        name=name, namespace="team", uid=f"uid-{name}", resource_version=str(version), generation=generation
+    )
+    return Pool(metadata=metadata)
+
+
+@asynccontextmanager
+async def running(cluster: Cluster, mirror: Mirror) -> AsyncIterator[PoolGateways]:
+    gateways = PoolGateways(
+        cluster,
+        mirror,
+        SECRETS,
+        image="bkpool:1",
+        controller="buildkit-controller",
+        namespace="system",
+        now=lambda: NOW,
+        recorder=LogRecorder(),
+    )
+    task = asyncio.create_task(gateways.run())
+    yield gateways
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def settled(cluster: Cluster, gateways: PoolGateways, pool: Key = P) -> None:
+    """Waits until the pool's gateway has been applied and the watches are open, then forgets what was applied."""
+    await cluster.until(lambda: pool in gateways.endpoints and cluster.watched == 3)
+    await asyncio.sleep(0.02)
+    cluster.applied.clear()
+
+
+async def test_a_pool_gets_its_objects_once_and_its_endpoint(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: P in gateways.endpoints)
+        assert {SERVICE, SECRET, DEPLOYMENT} <= set(cluster.objects)
+        assert gateways.endpoints[P] == "tcp://p.team.svc:1235"
+        await asyncio.sleep(0.05)
+        assert len(cluster.applied) == len(set(cluster.applied)), "its own writes are no reason to write again"
+
+
+@pytest.mark.parametrize("path", [SERVICE, SECRET, DEPLOYMENT])
+async def test_a_deleted_object_is_applied_again(cluster, mirror, path):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        cluster.remove(path)
+        await cluster.until(lambda: path in cluster.objects)
+        assert set(cluster.applied) == {path}
+
+
+@pytest.mark.parametrize("path", [SERVICE, SECRET, DEPLOYMENT])
+async def test_an_object_that_was_deleted_while_no_watch_was_open_is_applied_again(cluster, mirror, path):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        cluster.cut()
+        await cluster.until(lambda: cluster.watched == 0)
+        cluster.remove(path)
+        cluster.reachable.set()
+        await cluster.until(lambda: path in cluster.objects)
+        assert set(cluster.applied) == {path}
+
+
+async def test_an_object_that_was_made_and_deleted_while_no_watch_was_open_is_applied_again(cluster, mirror):
+    mirror.apply(a_pool())
+    cluster.cut()
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: P in gateways.endpoints)
+        cluster.applied.clear()
+        cluster.remove(DEPLOYMENT)
+        cluster.reachable.set()
+        await cluster.until(lambda: DEPLOYMENT in cluster.objects)
+        assert set(cluster.applied) == {DEPLOYMENT}
+
+
+async def test_certificates_that_somebody_changed_are_replaced(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        before = cluster.objects[SECRET]["data"]
+        cluster.change(SECRET, data={**before, "tls.crt": "bm9uZQ=="})
+        await cluster.until(lambda: cluster.objects[SECRET]["data"].keys() == before.keys() and cluster.applied)
+        await cluster.until(lambda: cluster.objects[SECRET]["data"]["tls.crt"] != "bm9uZQ==")
+        assert cluster.objects[SECRET]["data"]["ca.crt"] == before["ca.crt"]
+
+
+async def test_a_status_of_the_deployment_becomes_the_trouble_of_the_pool_and_nothing_is_written(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        bad = {"type": "Progressing", "status": "False", "message": "it has timed out progressing."}
+        cluster.change(DEPLOYMENT, status={"conditions": [bad]})
+        await cluster.until(lambda: P in gateways.trouble)
+        assert gateways.trouble[P].startswith("gateway: it has timed out progressing. See: kubectl -n team")
+        assert cluster.applied == []
+
+
+async def test_an_error_of_one_pool_stays_with_it_and_names_what_to_do(cluster, mirror):
+    cluster.errors["/api/v1/namespaces/team/serviceaccounts/q-gateway"] = Forbidden("no right", hint="")
+    mirror.apply(a_pool("q"))
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: P in gateways.endpoints and Key("team", "q") in gateways.trouble)
+        assert "--pool-namespace team" in gateways.trouble[Key("team", "q")]
+        cluster.errors.clear()
+        await cluster.until(lambda: Key("team", "q") in gateways.endpoints and not gateways.trouble)
+
+
+async def test_a_service_of_this_name_that_is_not_bkpools_is_left_alone(cluster, mirror):
+    cluster.put(SERVICE, {"kind": "Service", "metadata": {"name": "p", "namespace": "team"}, "spec": {"mine": True}})
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: P in gateways.trouble)
+        assert "Service team/p exists and was not made by bkpool" in gateways.trouble[P]
+        assert cluster.objects[SERVICE]["spec"] == {"mine": True}
+
+
+async def test_with_the_last_pool_of_a_namespace_its_watches_end(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        mirror._pools_changed(mirror._pools.event("DELETED", a_pool(version=9)))
+        await cluster.until(lambda: cluster.watched == 0)
+        assert dict(gateways.endpoints) == {}
