@@ -1,7 +1,7 @@
-"""The Kubernetes API as plain documents: where to find the server, how to ask it, and what its errors mean.
+"""A client of the Kubernetes API that works with plain documents: requests, watches, a reflector, leader election.
 
-The only room that imports the package `kubernetes`, of which it takes the reading of kubeconfig and of a pod's own
-credentials. It knows nothing of pools, workers or pods.
+It is the only package that imports `kubernetes`, and only to read a kubeconfig and a pod's own credentials. It knows
+nothing about pools, workers or pods.
 """
 
 from bkpool.kube.client import ClusterAccess, Doc, KubeApi

@@ -1,7 +1,7 @@
 """One HTTP session to one API server, with documents in and documents out.
 
-It reads access as kubectl does, asks, and turns answers into bkpool's errors. It keeps no copy of anything and tries
-again only what the server has refused to begin (429), a few times and briefly.
+It finds the server and the credentials as kubectl does, and turns error responses into bkpool's errors. It caches
+nothing. It retries only a request that the server refused to start (429), a few times and briefly.
 """
 
 from __future__ import annotations
@@ -30,34 +30,38 @@ FIELD_MANAGER = "bkpool"
 PAGE = 500
 """Objects in one page of a list, as in client-go's reflector."""
 REQUEST_TIMEOUT = 15.0
-"""Seconds for one request. The API server itself gives up after 60, but a lease waits for this."""
+"""Seconds for one request. The API server gives up after 60, but a caller who wants a lease waits for the answer."""
 SILENCE_TIMEOUT = 100.0
-"""Seconds without a byte after which a watch counts as frozen: a server sends a bookmark about every minute
+"""Seconds without a byte after which a watch counts as frozen. A server sends a bookmark about every minute
 (Kubernetes API concepts, "watch bookmarks")."""
 IDLE_TIMEOUT = 60.0
-"""Seconds that an idle connection is kept: a TLS handshake costs a lease some 5 ms. The server's own limit is 90."""
+"""Seconds that an idle connection is kept, because a TLS handshake adds some 5 ms to a lease. The server's limit is
+90 seconds."""
 HTTP_ERROR, TOO_MANY = 400, 429
-_REFUSED_TRIES = 4
-_LONGEST_PAUSE = 2.0
-_LARGEST_EVENT = 8 << 20  # bytes: etcd takes objects of 1.5 MiB, and JSON may write six characters for one
+_MOST_ATTEMPTS = 4  # of a request that the server refuses with 429
+_LONGEST_PAUSE = 2.0  # seconds between them, whatever Retry-After says
+_LARGEST_EVENT = 8 << 20  # bytes: etcd takes objects of up to 1.5 MiB; JSON may write six bytes for one character
 _IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterAccess:
-    """Which cluster, and as whom. Nothing given: this pod's own cluster, else the user's default kubeconfig."""
+    """Which cluster to use, and with which credentials.
+
+    Without arguments: the cluster that this pod runs in, else the user's default kubeconfig.
+    """
 
     kubeconfig: Path | None = None
     context: str | None = None
 
 
 class KubeApi:
-    """The API of one cluster. Every method may raise Unavailable, and Forbidden where a right is missing.
+    """The API of one cluster. Every method may raise Unavailable, and Forbidden if a right is missing.
 
     Args:
-        session: With the server as base URL and its TLS.
-        configuration: Whence the bearer token comes; it renews it.
-        namespace: The namespace of the access: the context's, or this pod's.
+        session: Has the server as base URL, and its TLS settings.
+        configuration: Gives the bearer token, and renews it.
+        namespace: The default namespace: that of the kubeconfig's context, or this pod's.
     """
 
     def __init__(self, session: aiohttp.ClientSession, configuration: Configuration, namespace: str) -> None:
@@ -67,10 +71,10 @@ class KubeApi:
 
     @classmethod
     async def connect(cls, access: ClusterAccess) -> Self:
-        """Reads the access; asks the server nothing yet.
+        """Reads the kubeconfig or the pod's credentials. Sends nothing to the server yet.
 
         Raises:
-            HostFault: There is no access, or it cannot be read.
+            HostFault: There is no kubeconfig, or it cannot be read.
         """
         configuration, namespace = await _configuration(access)
         try:
@@ -78,12 +82,12 @@ class KubeApi:
         except (OSError, ssl.SSLError, ValueError) as error:
             raise HostFault(
                 f"kubeconfig: the certificates for {configuration.host} cannot be used: {error}",
-                hint="Write the kubeconfig again (kind: `bkpool down`, `bkpool up`).",
+                hint="Create the kubeconfig again (with kind: `bkpool down`, then `bkpool up`).",
             ) from None
         return cls(session, configuration, namespace)
 
     async def close(self) -> None:
-        """Ends the session."""
+        """Closes the session."""
         await self._session.close()
 
     @property
@@ -94,37 +98,37 @@ class KubeApi:
     # --- one object -------------------------------------------------------------------------------------------------
 
     async def get(self, path: str, **params: str) -> Doc:
-        """Reads. Raises NotFound."""
-        return await self._ask("GET", path, params)
+        """Reads one object. Raises NotFound."""
+        return await self._request_json("GET", path, params)
 
     async def create(self, path: str, body: Doc) -> Doc:
-        """Posts to a collection. Raises Conflict if the name is taken, InvalidInput."""
-        return await self._ask("POST", path, {"fieldManager": FIELD_MANAGER}, body)
+        """Creates an object in a collection. Raises Conflict if the name is taken, or InvalidInput."""
+        return await self._request_json("POST", path, {"fieldManager": FIELD_MANAGER}, body)
 
     async def replace(self, path: str, body: Doc) -> Doc:
-        """Puts. Raises Conflict (another resourceVersion), NotFound, InvalidInput."""
-        return await self._ask("PUT", path, {"fieldManager": FIELD_MANAGER}, body)
+        """Replaces an object. Raises Conflict (its resourceVersion has changed), NotFound or InvalidInput."""
+        return await self._request_json("PUT", path, {"fieldManager": FIELD_MANAGER}, body)
 
     async def patch(self, path: str, body: Doc | list[Doc]) -> Doc:
-        """Patches: a dict is a merge patch (RFC 7386), a list a JSON patch (RFC 6902). Raises NotFound."""
+        """Patches an object: a dict is a merge patch (RFC 7386), a list a JSON patch (RFC 6902). Raises NotFound."""
         kind = "application/json-patch+json" if isinstance(body, list) else "application/merge-patch+json"
-        return await self._ask("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, content_type=kind)
+        return await self._request_json("PATCH", path, {"fieldManager": FIELD_MANAGER}, body, content_type=kind)
 
     async def apply(self, path: str, body: Doc) -> Doc:
-        """Applies on the server's side: what this body names is so afterwards, the rest stays."""
+        """Applies on the server's side: the fields in this body get these values, all other fields stay."""
         params = {"fieldManager": FIELD_MANAGER, "force": "true"}
-        return await self._ask("PATCH", path, params, body, content_type="application/apply-patch+yaml")
+        return await self._request_json("PATCH", path, params, body, content_type="application/apply-patch+yaml")
 
     async def delete(
         self, path: str, *, uid: str | None = None, resource_version: str | None = None, grace: int | None = None
     ) -> None:
-        """Deletes; what it owns follows in the background.
+        """Deletes an object. The cluster then deletes, in the background, what it owned.
 
         Args:
-            path: Of the object.
-            uid: It must have this uid. Another: Conflict.
-            resource_version: It must have this version. Another: Conflict.
-            grace: Seconds; for pods.
+            path: The object's path.
+            uid: The uid that it must have; otherwise Conflict is raised.
+            resource_version: The version that it must have; otherwise Conflict is raised.
+            grace: Seconds that a pod gets to stop.
         """
         body: Doc = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"}
         if conditions := {
@@ -133,40 +137,40 @@ class KubeApi:
             body["preconditions"] = conditions
         if grace is not None:
             body["gracePeriodSeconds"] = grace
-        await self._ask("DELETE", path, {}, body)
+        await self._request_json("DELETE", path, {}, body)
 
     async def text(self, path: str, **params: str) -> str:
-        """Reads what is no JSON, such as the log of a pod."""
+        """Reads something that is not JSON, such as the log of a pod."""
         return (await self._request("GET", path, params, None, "")).decode(errors="replace")
 
     # --- many -------------------------------------------------------------------------------------------------------
 
     async def list(self, path: str, **params: str) -> tuple[list[Doc], str]:
-        """All of a collection as it was at one moment, read in pages; and the version to watch from."""
+        """All objects of a collection at one moment, read in pages, and the version from which to watch."""
         items: list[Doc] = []
         page = {**params, "limit": str(PAGE)}
         while True:
-            told = await self._ask("GET", path, page)
-            # Items of a list carry no kind of their own.
-            kind, version = str(told.get("kind", "")).removesuffix("List"), told.get("apiVersion")
-            items += [{"apiVersion": version, "kind": kind, **item} for item in told.get("items") or []]
-            metadata = told["metadata"]
+            listing = await self._request_json("GET", path, page)
+            # The items of a list do not carry their kind.
+            kind, version = str(listing.get("kind", "")).removesuffix("List"), listing.get("apiVersion")
+            items += [{"apiVersion": version, "kind": kind, **item} for item in listing.get("items") or []]
+            metadata = listing["metadata"]
             if not metadata.get("continue"):
                 return items, metadata["resourceVersion"]
             page["continue"] = metadata["continue"]
 
     async def watch(self, path: str, since: str, **params: str) -> AsyncGenerator[Doc, None]:
-        """Every event after `since`, with bookmarks, until the server ends the watch, as it does every few minutes.
+        """Every event after `since`, bookmarks included, until the server ends the watch (every few minutes).
 
         Raises:
             Gone: `since` is too long ago.
-            Unavailable: The server is away, or has been silent for too long.
+            Unavailable: The server cannot be reached, or has sent nothing for SILENCE_TIMEOUT.
         """
-        asked = {**params, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": since}
+        query = {**params, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": since}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=SILENCE_TIMEOUT)
         try:
             async with self._session.get(
-                path, params=asked, headers=await self._headers(), timeout=timeout
+                path, params=query, headers=await self._headers(), timeout=timeout
             ) as answer:
                 if answer.status >= HTTP_ERROR:
                     raise error_of(answer.status, await answer.read(), what=f"watch {path}")
@@ -174,31 +178,31 @@ class KubeApi:
                     while line := await answer.content.readline(max_line_length=_LARGEST_EVENT):
                         event: Doc = json.loads(line)
                         if event["type"] == "ERROR":
-                            told = event["object"]
-                            raise error_of(told.get("code", 500), json.dumps(told).encode(), what=f"watch {path}")
+                            status = event["object"]
+                            raise error_of(status.get("code", 500), json.dumps(status).encode(), what=f"watch {path}")
                         yield event
                 finally:
-                    # Left in the middle, as a rule: TLS's own goodbye would outlive the loop.
+                    # A watch is mostly closed in the middle. An orderly TLS shutdown would outlive the event loop.
                     if answer.connection is not None and answer.connection.transport is not None:
                         answer.connection.transport.abort()
         except (aiohttp.ClientError, HttpProcessingError, TimeoutError, OSError, ValueError) as error:
-            raise _away(f"watch {path}", error) from None
+            raise _unreachable(f"watch {path}", error) from None
 
-    # --- asking -----------------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------------------------
 
-    async def _ask(
+    async def _request_json(
         self, method: str, path: str, params: Mapping[str, str], body: object = None, *, content_type: str = ""
     ) -> Doc:
         raw = await self._request(method, path, params, body, content_type or "application/json")
-        told: Doc = json.loads(raw)
-        return told
+        doc: Doc = json.loads(raw)
+        return doc
 
     async def _request(
         self, method: str, path: str, params: Mapping[str, str], body: object, content_type: str
     ) -> bytes:
         what = f"{method} {path}"
         data = None if body is None else json.dumps(body).encode()
-        for last in (*[False] * (_REFUSED_TRIES - 1), True):
+        for last in (*[False] * (_MOST_ATTEMPTS - 1), True):
             headers = await self._headers()
             if data is not None:
                 headers["Content-Type"] = content_type
@@ -206,26 +210,26 @@ class KubeApi:
                 async with self._session.request(method, path, params=params, data=data, headers=headers) as answer:
                     raw = await answer.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                raise _away(what, error) from None
+                raise _unreachable(what, error) from None
             if answer.status < HTTP_ERROR:
                 return raw
             refused = error_of(answer.status, raw, what=what, retry_after=answer.headers.get("Retry-After"))
             if answer.status != TOO_MANY or last:
                 raise refused
             await asyncio.sleep(min(refused.retry_after or _LONGEST_PAUSE, _LONGEST_PAUSE))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     async def _headers(self) -> dict[str, str]:
-        """The bearer token, which a service account's file or an exec plug-in may have renewed."""
+        """The bearer token, which the ServiceAccount's file or an exec plug-in may have renewed meanwhile."""
         settings = await self._configuration.auth_settings()
         token = settings.get("BearerToken", {}).get("value")
         return {"Authorization": str(token)} if token else {}
 
 
-def _away(what: str, error: Exception) -> Unavailable:
-    told = str(error) or type(error).__name__
+def _unreachable(what: str, error: Exception) -> Unavailable:
+    reason = str(error) or type(error).__name__
     return Unavailable(
-        f"Kubernetes: {what}: the API server does not answer ({told})",
+        f"Kubernetes: {what}: the API server does not answer ({reason})",
         hint="Check that the cluster is up: `kubectl get nodes`, or `docker ps` for kind.",
         retry_after=5,
     )
@@ -233,7 +237,7 @@ def _away(what: str, error: Exception) -> Unavailable:
 
 def _session(configuration: Configuration) -> aiohttp.ClientSession:
     context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # authorities of many clusters lack a key identifier
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the CA of many clusters has no key identifier
     if configuration.cert_file:
         context.load_cert_chain(configuration.cert_file, configuration.key_file)
     if not configuration.verify_ssl:
@@ -249,7 +253,7 @@ def _session(configuration: Configuration) -> aiohttp.ClientSession:
 
 
 async def _configuration(access: ClusterAccess) -> tuple[Configuration, str]:
-    from kubernetes.aio import config  # noqa: PLC0415 - a second to import, and only clusters need it
+    from kubernetes.aio import config  # noqa: PLC0415 - takes a second; only clusters need it
     from kubernetes.aio.client import Configuration as Settings  # noqa: PLC0415
 
     settings = Settings()

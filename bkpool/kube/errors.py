@@ -1,6 +1,6 @@
-"""What an answer of the Kubernetes API means in bkpool's own errors.
+"""Turns an error response of the Kubernetes API into one of bkpool's errors.
 
-A pure function of the answer; it decides nothing about trying again.
+A pure function of the response. It does not decide whether to try again.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from bkpool.core.errors import (
     Unavailable,
 )
 
-_LONGEST = 600  # characters of a server's message: it may quote a whole object
+_LONGEST_MESSAGE = 600  # characters: the server may quote a whole object
 
-_MEANING: dict[int, tuple[Callable[..., BkpoolError], str]] = {
-    HTTPStatus.BAD_REQUEST: (InvalidInput, "Correct the field that is named."),
-    HTTPStatus.UNPROCESSABLE_ENTITY: (InvalidInput, "Correct the field that is named."),
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (InvalidInput, "The object is too large: remove what is not needed."),
-    HTTPStatus.UNAUTHORIZED: (Unauthenticated, "The credentials in the kubeconfig are not valid, or no longer."),
-    HTTPStatus.FORBIDDEN: (Forbidden, "Give bkpool this right; `bkpool manifests` prints the rights that it needs."),
+_ERRORS: dict[int, tuple[Callable[..., BkpoolError], str]] = {
+    HTTPStatus.BAD_REQUEST: (InvalidInput, "Correct the field that the message names."),
+    HTTPStatus.UNPROCESSABLE_ENTITY: (InvalidInput, "Correct the field that the message names."),
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (
+        InvalidInput,
+        "The object is too large: remove the parts that you do not need.",
+    ),
+    HTTPStatus.UNAUTHORIZED: (Unauthenticated, "The credentials in the kubeconfig are not valid, or have expired."),
+    HTTPStatus.FORBIDDEN: (Forbidden, "Grant bkpool this right; `bkpool manifests` prints the rights that it needs."),
     HTTPStatus.NOT_FOUND: (NotFound, ""),
     HTTPStatus.CONFLICT: (Conflict, "Read it again and repeat the change."),
     HTTPStatus.GONE: (Gone, "List again."),
@@ -35,34 +38,33 @@ _MEANING: dict[int, tuple[Callable[..., BkpoolError], str]] = {
 
 
 def error_of(status: int, body: bytes, *, what: str, retry_after: str | None = None) -> BkpoolError:
-    """The error that an answer is.
+    """The error that a response stands for.
 
     Args:
-        status: The HTTP status, 400 or more (or the code of an ERROR event of a watch).
-        body: The answer; a Status object where the API server itself wrote it.
+        status: The HTTP status, 400 or more, or the code of a watch's ERROR event.
+        body: The response; a Status object if the API server itself wrote it.
         what: Method and path, for the message.
-        retry_after: The header of that name.
+        retry_after: The Retry-After header.
     """
-    message = f"Kubernetes: {what}: {_said(body) or f'HTTP {status}'}"
-    made = _MEANING.get(status)
-    if made is None:
+    message = f"Kubernetes: {what}: {_message(body) or f'HTTP {status}'}"
+    known = _ERRORS.get(status)
+    if known is None:
         seconds = int(retry_after) if retry_after and retry_after.isdigit() else None
-        hint = "The Kubernetes API server is overloaded or away; it is asked again."
+        hint = "The Kubernetes API server is overloaded or cannot be reached; bkpool tries again."
         return Unavailable(message, hint=hint, retry_after=seconds)
-    kind, hint = made
+    kind, hint = known
     return kind(message, hint=hint, field=_field(body))
 
 
-def _said(body: bytes) -> str:
+def _message(body: bytes) -> str:
     try:
-        told = json.loads(body)
-        return str(told["message"])[:_LONGEST]
+        return str(json.loads(body)["message"])[:_LONGEST_MESSAGE]
     except (ValueError, KeyError, TypeError):
-        return body[:_LONGEST].decode(errors="replace").strip()
+        return body[:_LONGEST_MESSAGE].decode(errors="replace").strip()
 
 
 def _field(body: bytes) -> str | None:
-    """The first field that the server found wrong, where it names one."""
+    """The first field that the server rejects, if it names one."""
     try:
         return str(json.loads(body)["details"]["causes"][0]["field"])
     except (ValueError, KeyError, TypeError, IndexError):

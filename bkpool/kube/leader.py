@@ -1,7 +1,8 @@
-"""Which of several replicas works: the holder of one Lease object, by compare-and-swap on it.
+"""Leader election: of several replicas, only the one that holds a Lease object does the work.
 
-Another's Lease counts as over only when this replica has seen no change of it for its whole duration by its own
-monotonic clock; clocks of other machines are never compared. Whoever cannot renew in time stops first.
+A replica takes over another's Lease only after it has seen no change of it for the Lease's whole duration, measured
+with its own monotonic clock. It never compares its clock with another machine's. A leader that cannot renew in time
+stops before its Lease expires.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from bkpool.kube.times import micro
 log = structlog.get_logger(__name__)
 
 DURATION, RENEW, RETRY = 15.0, 5.0, 2.0
-"""Seconds: a silent holder's Lease is over after DURATION; it is renewed every RENEW, and tried for every RETRY. The
-first and the last are client-go's defaults for controllers."""
-_GIVE_UP = 2 / 3
-"""The part of DURATION after which a holder that cannot renew stops, as client-go's 10 of 15 s: the rest is for its
-work to end before another begins."""
-FAREWELL = 3.0
-"""Seconds that a release may take: beyond it, waiting for the Lease to run out is hardly slower."""
+"""Seconds. A Lease that is not renewed expires after DURATION. Its holder renews it every RENEW; the other replicas
+try to get it every RETRY. DURATION and RETRY are client-go's defaults for controllers."""
+_RENEW_DEADLINE = 2 / 3
+"""The part of DURATION after which a leader that could not renew stops, as in client-go (10 of 15 s). Its work ends
+in the remaining time, before another replica begins."""
+RELEASE_TIMEOUT = 3.0
+"""Seconds that a release may take. To wait until the Lease expires is hardly slower."""
 _API = "coordination.k8s.io/v1"
 
 
 class LeaderElection:
-    """One replica's part in the election.
+    """Takes part in the election for one replica.
 
     Args:
-        api: The cluster. Whoever made it closes it.
-        namespace: Where the Lease is.
-        name: Of the Lease.
-        identity: This replica's name; no two that live at once may share it.
-        clock: Seconds that only go forward.
-        sleep: Waits that many of them.
-        now: The time that is written for people to read.
-        duration: Seconds; the same at all replicas.
+        api: The cluster. Its creator closes it.
+        namespace: The namespace of the Lease.
+        name: The name of the Lease.
+        identity: This replica's name. Two replicas that run at the same time must have different names.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds.
+        now: The wall clock. It is only written into the Lease, for people to read.
+        duration: Seconds until a Lease that is not renewed expires; the same for all replicas.
         renew: Seconds between renewals.
-        retry: Seconds between attempts, to get it and to renew it after a failure.
+        retry: Seconds between attempts to get the Lease, or to renew it after a failure.
     """
 
     def __init__(
@@ -71,61 +72,62 @@ class LeaderElection:
         self._duration = duration
         self._renew = renew
         self._retry = retry
-        self._other = ""
-        """Who else holds it, as of the last look."""
+        self._other_holder = ""
+        """The other replica that held the Lease when it was last read; empty: none."""
         self._version = ""
         self._version_since = 0.0
         self._renewed = 0.0
         self._trouble = ""
         self.leading = False
-        """Whether the work runs here."""
+        """Whether the work runs in this replica."""
 
     async def lead(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Runs the work whenever this replica holds the Lease, until cancelled.
+        """Runs the work while this replica holds the Lease, again and again until cancelled.
 
-        A lost Lease cancels the work at once. Returns, or raises, when the work does so by itself.
+        If the Lease is lost, the work is cancelled at once. If the work itself returns or raises, so does this.
         """
         while True:
             while not await self._attempt():
                 await self._sleep(self._retry)
             log.info("leader.elected", lease=self._name, identity=self._identity)
-            if await self._work(work):
+            if await self._run_while_held(work):
                 return
             log.warning("leader.lost", lease=self._name, identity=self._identity)
 
     async def release(self) -> None:
-        """Gives the Lease up, so that another can take it at once. Call it when `lead` has ended.
+        """Gives up the Lease, so that another replica can take it at once. Call it after `lead` has ended.
 
         Raises:
             RuntimeError: The work still runs.
-            Unavailable: The Lease could not be written; it runs out by itself.
+            Unavailable: The Lease could not be written. It expires by itself.
         """
         if self.leading:
-            raise RuntimeError("the Lease is given up only after the work has ended")
+            raise RuntimeError("the Lease must not be given up while the work runs")
         try:
-            async with asyncio.timeout(FAREWELL):
-                await self._give_up()
+            async with asyncio.timeout(RELEASE_TIMEOUT):
+                await self._clear_holder()
         except (NotFound, Conflict):
-            return  # it is another's already, or nobody's
+            return  # another replica holds it already, or it was deleted
         except TimeoutError:
             raise Unavailable(
-                f"Kubernetes: Lease {self._name} could not be given up within {FAREWELL:g} s", hint="It runs out."
+                f"Kubernetes: Lease {self._name} could not be given up within {RELEASE_TIMEOUT:g} s",
+                hint="It expires by itself.",
             ) from None
 
-    async def _give_up(self) -> None:
+    async def _clear_holder(self) -> None:
         lease = await self._api.get(self._path)
         if lease.get("spec", {}).get("holderIdentity") == self._identity:
             lease["spec"] |= {"holderIdentity": "", "renewTime": micro(self._now()), "leaseDurationSeconds": 1}
             await self._api.replace(self._path, lease)
             log.info("leader.released", lease=self._name, identity=self._identity)
 
-    async def _work(self, work: Callable[[], Awaitable[None]]) -> bool:
-        """Runs the work as long as the Lease is held; whether it ended by itself."""
+    async def _run_while_held(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Runs the work while the Lease is held; returns whether the work ended by itself."""
         working = asyncio.ensure_future(work())
         tasks: list[asyncio.Future[None]] = [
             working,
-            asyncio.create_task(self._renewing()),
-            asyncio.create_task(self._running_out()),
+            asyncio.create_task(self._renew_until_lost()),
+            asyncio.create_task(self._wait_for_deadline()),
         ]
         self.leading = True
         try:
@@ -140,61 +142,61 @@ class LeaderElection:
             await working
         return by_itself
 
-    async def _renewing(self) -> None:
-        """Renews; returns when the Lease is seen in another's hand."""
+    async def _renew_until_lost(self) -> None:
+        """Renews the Lease; returns when another replica is seen to hold it."""
         pause = self._renew
         while True:
             await self._sleep(pause)
             held = await self._attempt()
-            if not held and self._other:
+            if not held and self._other_holder:
                 return
             pause = self._renew if held else self._retry
 
-    async def _running_out(self) -> None:
-        """Returns when the last renewal is too long ago, whatever the server does meanwhile."""
-        while (left := self._renewed + self._duration * _GIVE_UP - self._clock()) > 0:
+    async def _wait_for_deadline(self) -> None:
+        """Returns when the last renewal is too long ago, even if a request is still waiting for its response."""
+        while (left := self._renewed + self._duration * _RENEW_DEADLINE - self._clock()) > 0:
             await self._sleep(left)
 
     async def _attempt(self) -> bool:
-        """One try to get or to renew the Lease; whether this replica holds it now."""
-        asked = self._clock()
+        """Tries once to get or renew the Lease; returns whether this replica holds it now."""
+        started = self._clock()
         try:
             held = await self._take()
         except Conflict:
-            return False  # another was faster: the next look shows whom
+            return False  # another replica was faster; the next attempt shows which
         except BkpoolError as error:
             if self._trouble != error.message:
-                log.warning("leader.cannot_ask", lease=self._name, reason=error.message)
+                log.warning("leader.request_failed", lease=self._name, reason=error.message)
             self._trouble = error.message
             return False
         self._trouble = ""
         if held:
-            self._renewed = asked  # not when it was answered: the server's count began earlier
+            self._renewed = started  # not when the response arrived: the Lease was written before that
         return held
 
     async def _take(self) -> bool:
         try:
             lease = await self._api.get(self._path)
         except NotFound:
-            await self._api.create(self._collection, self._lease({"metadata": {"name": self._name}}))
+            await self._api.create(self._collection, self._with_holder({"metadata": {"name": self._name}}))
             return True
         holder = lease.get("spec", {}).get("holderIdentity") or ""
-        self._other = "" if holder == self._identity else holder
-        if self._other and not self._over(lease):
+        self._other_holder = "" if holder == self._identity else holder
+        if self._other_holder and not self._expired(lease):
             return False
-        await self._api.replace(self._path, self._lease(lease))
-        self._other = ""
+        await self._api.replace(self._path, self._with_holder(lease))
+        self._other_holder = ""
         return True
 
-    def _over(self, lease: Doc) -> bool:
-        """Whether another's Lease has not changed for its whole duration, as seen from here."""
+    def _expired(self, lease: Doc) -> bool:
+        """Whether this replica has seen no change of another's Lease for the Lease's whole duration."""
         version = lease["metadata"]["resourceVersion"]
         if version != self._version:
             self._version, self._version_since = version, self._clock()
         return self._clock() - self._version_since >= (lease["spec"].get("leaseDurationSeconds") or self._duration)
 
-    def _lease(self, lease: Doc) -> Doc:
-        """The Lease with this replica as its holder."""
+    def _with_holder(self, lease: Doc) -> Doc:
+        """The Lease, with this replica as its holder."""
         spec, now = lease.get("spec") or {}, micro(self._now())
         changed = spec.get("holderIdentity") != self._identity
         times = {"acquireTime": now} if changed else {}

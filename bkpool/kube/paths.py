@@ -1,4 +1,4 @@
-"""Where things are in the Kubernetes API: pure string work, so that no path is spelt in two places."""
+"""The paths of objects in the Kubernetes API, built in this one place. Pure string work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from bkpool.core.names import API_VERSION, Key
 
 
 def core(plural: str, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
-    """Where a thing of the core group is: plural "pods", namespace, name, and sub-resource such as "log"."""
+    """The path of an object of the core group: plural ("pods"), namespace, name, and sub-resource ("log")."""
     return _path("/api/v1", plural, namespace, name, sub)
 
 
 def group(
     api_version: str, plural: str, namespace: str | None = None, name: str | None = None, sub: str | None = None
 ) -> str:
-    """Where a thing of another group is, such as "apps/v1" and "deployments"."""
+    """The path of an object of another group, such as "apps/v1" and "deployments"."""
     return _path(f"/apis/{api_version}", plural, namespace, name, sub)
 
 
 def custom(plural: str, namespace: str | None = None, name: str | None = None, sub: str | None = None) -> str:
-    """Where one of bkpool's own objects is."""
+    """The path of one of bkpool's own objects."""
     return group(API_VERSION, plural, namespace, name, sub)
 
 

@@ -1,4 +1,4 @@
-"""Moments as the Kubernetes API writes them: pure string work."""
+"""Times in the format of the Kubernetes API. Pure string work."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from datetime import UTC, datetime
 
 
 def micro(at: datetime) -> str:
-    """A MicroTime: UTC with six digits of a second, as Leases and Events have it."""
+    """A MicroTime: UTC with microseconds, as Lease and Event objects have it."""
     return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

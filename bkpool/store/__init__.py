@@ -1,7 +1,7 @@
-"""The one truth: what the rest of bkpool may ask of a store, whatever keeps it.
+"""The protocol of the store, which is the only source of truth, for every implementation.
 
-The semantics are those of the Kubernetes API; one contract suite (tests/store) holds every implementation to them.
-Nothing here knows what a lease is.
+The semantics are those of the Kubernetes API. One suite of contract tests (tests/store) runs against every
+implementation. Nothing here knows what a lease is.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from bkpool.core.resource import R
 
 @dataclass(frozen=True, slots=True)
 class Listing(Generic[R]):
-    """Objects as they were at one moment, and where a watch goes on from there."""
+    """Objects as they were at one moment, and the version from which a watch continues."""
 
     items: tuple[R, ...]
     resource_version: str
     unreadable: frozenset[Key] = frozenset()
-    """What is there too, but cannot be read: not in `items`, and not gone either."""
+    """Objects that exist but cannot be read. They are not in `items`, and they were not deleted."""
 
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent(Generic[R]):
-    """One change. A deleted object is given as it last was."""
+    """One change. For a deletion, `object` is the object as it was last."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED"]
     object: R
@@ -39,21 +39,21 @@ class Store(Protocol):
     """
 
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
-        """The object now. Raises NotFound."""
+        """Reads one object. Raises NotFound."""
 
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
     ) -> Listing[R]:
-        """All objects of a kind, read live; `labels` must all be equal."""
+        """Reads all objects of a kind. With `labels`, only those that have all of them with these values."""
 
     async def create(self, obj: R) -> R:
-        """Stores a new object; its status is kept as given. Raises Conflict if the name is taken."""
+        """Stores a new object with its status. Raises Conflict if the name is taken."""
 
     async def replace(self, obj: R) -> R:
-        """Replaces metadata and spec if the resourceVersion is unchanged; status is left as it is.
+        """Replaces metadata and spec if the resourceVersion is unchanged. The status stays as it is.
 
-        `generation` moves when spec changes. Removing the last finalizer of an object that is being deleted deletes
-        it. Raises Conflict (changed since it was read) or NotFound.
+        `generation` grows when the spec changes. When the last finalizer is removed from an object that is being
+        deleted, the object is deleted. Raises Conflict (it has changed since it was read) or NotFound.
         """
 
     async def replace_status(self, obj: R) -> R:
@@ -68,14 +68,14 @@ class Store(Protocol):
         uid: str | None = None,
         resource_version: str | None = None,
     ) -> None:
-        """Deletes the object, or with finalizers only sets deletionTimestamp; owned objects follow.
+        """Deletes the object and then the objects that it owned. With finalizers, it only sets deletionTimestamp.
 
-        Raises NotFound, or Conflict if uid or resource_version are given and are not the object's.
+        Raises NotFound, or Conflict if uid or resource_version is given and is not the object's.
         """
 
     def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
-        """Every change after `since`, in order, without end; close it (contextlib.aclosing) when done.
+        """Every change after `since`, in order, without end. Close it (contextlib.aclosing) when done.
 
-        A change into something unreadable is left out: whoever holds the object as it was before keeps it.
-        Raises Gone when `since`, or where a slow reader has got to, is too long ago: list again.
+        A change that makes an object unreadable is left out: readers keep the object as it was before.
+        Raises Gone if `since`, or the position of a slow reader, is too long ago: list again.
         """

@@ -1,6 +1,6 @@
-"""The SQLite file: made whole or not at all, opened only if it is ours and intact.
+"""The SQLite file: created completely or not at all, and opened only if bkpool created it and it is intact.
 
-Nothing here knows what is in the tables' rows, and nothing ever replaces a file that cannot be read.
+Nothing here knows what the rows contain, and nothing ever replaces a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from bkpool.core.errors import BkpoolError, HostFault, Unavailable
 from bkpool.home.files import sync_directory, unreadable
 
 SCHEMA_VERSION = 1
-_APPLICATION_ID = 0x626B706C  # "bkpl": tells our file from any other SQLite file (PRAGMA application_id)
-_BUSY_SECONDS = 5.0  # a person with the sqlite3 shell may hold the file for a moment
+_APPLICATION_ID = 0x626B706C  # "bkpl": marks a file as bkpool's (PRAGMA application_id)
+_BUSY_SECONDS = 5.0  # someone with the sqlite3 shell may lock the file for a moment
 
-# `events` is the log that watches read; its last version is the store's resourceVersion. `compacted` says up to where
-# the log of a kind has been forgotten. `terms` is the index of labels and owners.
+# `events` is the log that watches read; its last version is the store's resourceVersion. `compacted` has, for each
+# kind, the version up to which events were removed from the log. `terms` is the index of labels and owners.
 _SCHEMA = f"""
 CREATE TABLE objects (
     uid TEXT PRIMARY KEY,
@@ -37,10 +37,11 @@ PRAGMA user_version = {SCHEMA_VERSION};
 
 
 def prepare(path: Path) -> None:
-    """Makes the database if there is none, and checks the one there is.
+    """Creates the database if there is none, and checks it.
 
     Raises:
-        HostFault: `Unreadable` (no database, damaged, another program's, a newer bkpool's), `DiskFull`, `Permission`.
+        HostFault: `Unreadable` (not a database, damaged, of another program or a newer bkpool), `DiskFull`,
+            `Permission`.
     """
     try:
         if not path.exists():
@@ -57,7 +58,7 @@ def prepare(path: Path) -> None:
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """A connection for one thread, with no transactions but the explicit ones."""
+    """A connection for one thread. Transactions are only those that are opened explicitly."""
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",
         uri=True,
@@ -66,25 +67,26 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         check_same_thread=False,
     )
     db.execute("PRAGMA synchronous = FULL")
-    # Some 32 MB of log before a writer must fold it in at its own cost (50 ms here): quiet moments do it (thread.py).
+    # Only at some 32 MB of log must a writer copy it into the file itself (50 ms here). Mostly that is done in pauses
+    # (thread.py).
     db.execute("PRAGMA wal_autocheckpoint = 8000")
     db.execute(f"PRAGMA query_only = {int(read_only)}")
     return db
 
 
 def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
-    """What to tell a user about an error of SQLite's (https://www.sqlite.org/rescode.html)."""
+    """The error for the user that stands for one of SQLite (https://www.sqlite.org/rescode.html)."""
     match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:
         case sqlite3.SQLITE_FULL:
             return HostFault(
                 f"{path}: the disk is full",
-                hint="Free some disk space; nothing is lost, and writing goes on by itself.",
+                hint="Free some disk space. Nothing is lost; bkpool continues by itself.",
                 code="DiskFull",
             )
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return unreadable(path, f"is not a database or is damaged ({error})", hint=_RESTORE.format(path=path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return Unavailable(f"{path} is locked by another program", hint="Close whatever has it open.")
+            return Unavailable(f"{path} is locked by another program", hint="Close the program that has it open.")
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_READONLY:
             return HostFault(
                 f"{path}: {error}",
@@ -99,9 +101,9 @@ _RESTORE = "Restore {path} from a backup, or, to start without the leases in it:
 
 
 def _create(path: Path) -> None:
-    """Builds the file beside its place, so that a crash never leaves one that is half made."""
+    """Creates the file under another name and renames it, so that a crash never leaves an incomplete one."""
     if path.with_name(f"{path.name}-wal").exists():
-        raise unreadable(path, "is missing, though its log (-wal) is there", hint=_RESTORE.format(path=f"{path}*"))
+        raise unreadable(path, "is missing, although its log (-wal) exists", hint=_RESTORE.format(path=f"{path}*"))
     draft = path.with_name(f"{path.name}.new")
     draft.unlink(missing_ok=True)
     draft.touch(mode=0o600)
@@ -118,13 +120,13 @@ def _check(path: Path, db: sqlite3.Connection) -> None:
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application != _APPLICATION_ID:
-        raise unreadable(path, "is not a database of bkpool's", hint=_RESTORE.format(path=path))
+        raise unreadable(path, "is not a database of bkpool", hint=_RESTORE.format(path=path))
     if version > SCHEMA_VERSION:
         raise unreadable(
             path,
-            f"was written by a newer bkpool (schema {version}, this one knows {SCHEMA_VERSION})",
+            f"was written by a newer bkpool (schema {version}; this version knows {SCHEMA_VERSION})",
             hint="Use that version of bkpool.",
         )
-    (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
-    if verdict != "ok":
-        raise unreadable(path, f"is damaged ({verdict})", hint=_RESTORE.format(path=path))
+    (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if result != "ok":
+        raise unreadable(path, f"is damaged ({result})", hint=_RESTORE.format(path=path))

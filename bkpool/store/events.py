@@ -1,6 +1,6 @@
-"""What a person would ask about, told beside the object it concerns: in the log, and in a cluster as Events.
+"""Records for people what happened to an object: in the log, and in a cluster as Event objects.
 
-Telling never waits, never fails and never decides anything; an Event that cannot be written is a line in the log.
+Recording never waits and never fails, and nothing depends on it. If an Event cannot be written, the log says so.
 """
 
 from __future__ import annotations
@@ -23,43 +23,44 @@ from bkpool.kube.times import micro
 log = structlog.get_logger(__name__)
 
 CONTROLLER = f"{GROUP}/bkpool"
-"""Who reports, in every Event (reportingController)."""
-WAITING = 1000
-"""Events that wait to be written; beyond this the oldest are dropped. At 5 ms each, five seconds of writing."""
-FOLDED = timedelta(minutes=10)
-"""What is told again within this time is counted in the Event that is there, as client-go's correlator does."""
-REMEMBERED = 1000
-"""Events that can be counted on; the longest unheard of is forgotten first."""
-FAREWELL = 2.0
-"""Seconds that `close` gives to what still waits."""
+"""The reportingController of every Event."""
+QUEUE_SIZE = 1000
+"""Events that may wait to be written; beyond this the oldest are dropped. At 5 ms each, five seconds of writing."""
+SERIES_TIME = timedelta(minutes=10)
+"""An event that is repeated within this time only raises the count of the Event object that exists already, as in
+client-go's correlator."""
+SERIES_REMEMBERED = 1000
+"""Event objects whose count can be raised. The one that was used the longest ago is forgotten first."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds in which `close` writes what still waits."""
 _LONGEST_NOTE, _LONGEST_REASON = 1024, 128  # characters: the API's own limits (events.k8s.io/v1)
 _API = "events.k8s.io/v1"
 
 
 class Recorder(Protocol):
-    """Whom the rooms tell what happened to an object."""
+    """Takes from all rooms what happened to an object."""
 
     def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
-        """Passes it on in the background; returns at once and never raises.
+        """Records an event in the background; returns at once and never raises.
 
         Args:
             about: The object, as stored (it has a uid).
             reason: One word in CamelCase, for programs.
-            message: One sentence, for people; no secret.
-            warning: Whether somebody should look at it.
+            message: One sentence, for people, without any secret.
+            warning: Whether a person should look into it.
         """
 
 
 class LogRecorder(Recorder):
-    """Tells the log alone."""
+    """Writes to the log only."""
 
     def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """See Recorder."""
-        say = log.warning if warning else log.info
-        say("object.event", kind=about.KIND, object=str(about.key), reason=reason, message=message)
+        write = log.warning if warning else log.info
+        write("object.event", kind=about.KIND, object=str(about.key), reason=reason, message=message)
 
 
-class _Told(NamedTuple):
+class _Pending(NamedTuple):
     about: Resource
     reason: str
     message: str
@@ -67,21 +68,21 @@ class _Told(NamedTuple):
     at: datetime
 
     @property
-    def same(self) -> tuple[str, str, str]:
+    def series_key(self) -> tuple[str, str, str]:
         return (self.about.uid, self.reason, self.message)
 
 
-class _Written(NamedTuple):
+class _Series(NamedTuple):
     path: str
     times: int
     since: datetime
 
 
 class KubernetesRecorder(Recorder):
-    """Writes Events beside the objects; `kubectl describe` shows them.
+    """Writes Event objects about the objects; `kubectl describe` shows them.
 
     Args:
-        api: The cluster. Whoever made it closes it.
+        api: The cluster. Its creator closes it.
         reporter: This replica's name (reportingInstance).
         now: The clock.
     """
@@ -92,80 +93,82 @@ class KubernetesRecorder(Recorder):
         self._api = api
         self._reporter = reporter[:_LONGEST_REASON]
         self._now = now
-        self._waiting: deque[_Told] = deque(maxlen=WAITING)
-        self._written: OrderedDict[tuple[str, str, str], _Written] = OrderedDict()
+        self._queue: deque[_Pending] = deque(maxlen=QUEUE_SIZE)
+        self._series: OrderedDict[tuple[str, str, str], _Series] = OrderedDict()
         self._overflowing = False
-        self._told = asyncio.Event()
+        self._queued = asyncio.Event()
 
     def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """See Recorder."""
-        if len(self._waiting) == WAITING and not self._overflowing:
+        if len(self._queue) == QUEUE_SIZE and not self._overflowing:
             self._overflowing = True
-            log.warning("events.dropped", waiting=WAITING)
-        self._waiting.append(_Told(about, reason, message, warning, self._now()))
-        self._told.set()
+            log.warning("events.dropped", waiting=QUEUE_SIZE)
+        self._queue.append(_Pending(about, reason, message, warning, self._now()))
+        self._queued.set()
 
     async def run(self) -> None:
-        """Writes what is told, one at a time, until cancelled; and then what still waits, as `close` does."""
+        """Writes what is recorded, one event at a time, until cancelled; then does what `close` does."""
         try:
             while True:
-                await self._told.wait()
-                await self._write_waiting()
+                await self._queued.wait()
+                await self._write_queued()
         finally:
             await self.close()
 
     async def close(self) -> None:
-        """Writes what still waits, as far as it goes in FAREWELL."""
+        """Writes what still waits, within CLOSE_TIMEOUT."""
         try:
-            async with asyncio.timeout(FAREWELL):
-                await self._write_waiting()
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self._write_queued()
         except TimeoutError:
-            log.warning("events.dropped", waiting=len(self._waiting))
+            log.warning("events.dropped", waiting=len(self._queue))
 
-    async def _write_waiting(self) -> None:
-        self._told.clear()
-        while self._waiting:
-            told = self._waiting.popleft()
+    async def _write_queued(self) -> None:
+        self._queued.clear()
+        while self._queue:
+            event = self._queue.popleft()
             try:
-                await self._write(told)
+                await self._write(event)
             except BkpoolError as error:
-                log.warning("events.not_written", object=str(told.about.key), reason=told.reason, error=error.message)
+                log.warning(
+                    "events.not_written", object=str(event.about.key), reason=event.reason, error=error.message
+                )
         self._overflowing = False
 
-    async def _write(self, told: _Told) -> None:
-        before = self._written.pop(told.same, None)
-        if before is None or told.at - before.since > FOLDED or not await self._count(before, told):
-            path = paths.group(_API, "events", told.about.key.namespace)
-            made = await self._api.create(path, self._event(told))
-            self._remember(told, _Written(f"{path}/{made['metadata']['name']}", 1, told.at))
+    async def _write(self, event: _Pending) -> None:
+        before = self._series.pop(event.series_key, None)
+        if before is None or event.at - before.since > SERIES_TIME or not await self._raise_count(before, event):
+            path = paths.group(_API, "events", event.about.key.namespace)
+            created = await self._api.create(path, self._event(event))
+            self._remember(event, _Series(f"{path}/{created['metadata']['name']}", 1, event.at))
 
-    async def _count(self, before: _Written, told: _Told) -> bool:
-        """Counts it in the Event that is there; False if that has gone."""
-        series = {"count": before.times + 1, "lastObservedTime": micro(told.at)}
+    async def _raise_count(self, before: _Series, event: _Pending) -> bool:
+        """Raises the count of the Event object that exists; returns False if it has been deleted."""
+        series = {"count": before.times + 1, "lastObservedTime": micro(event.at)}
         try:
             await self._api.patch(before.path, {"series": series})
         except NotFound:
             return False
-        self._remember(told, before._replace(times=before.times + 1))
+        self._remember(event, before._replace(times=before.times + 1))
         return True
 
-    def _remember(self, told: _Told, written: _Written) -> None:
-        self._written[told.same] = written
-        if len(self._written) > REMEMBERED:
-            self._written.popitem(last=False)
+    def _remember(self, event: _Pending, series: _Series) -> None:
+        self._series[event.series_key] = series
+        if len(self._series) > SERIES_REMEMBERED:
+            self._series.popitem(last=False)
 
-    def _event(self, told: _Told) -> Doc:
-        about, reason = told.about, told.reason[:_LONGEST_REASON]
+    def _event(self, event: _Pending) -> Doc:
+        about, reason = event.about, event.reason[:_LONGEST_REASON]
         namespace, name = about.key
         return {
             "apiVersion": _API,
             "kind": "Event",
             "metadata": {"name": f"{name}.{uuid4().hex[:16]}", "namespace": namespace},
-            "eventTime": micro(told.at),
-            "type": "Warning" if told.warning else "Normal",
+            "eventTime": micro(event.at),
+            "type": "Warning" if event.warning else "Normal",
             "reason": reason,
             "action": reason,
-            "note": told.message[:_LONGEST_NOTE],
+            "note": event.message[:_LONGEST_NOTE],
             "regarding": {
                 "apiVersion": API_VERSION,
                 "kind": about.KIND,

@@ -1,7 +1,7 @@
-"""The Store as custom resources of a Kubernetes cluster, so that several replicas and kubectl share one truth.
+"""The Store as custom resources of a Kubernetes cluster, shared by several replicas and kubectl.
 
-It sends only what is bkpool's to say and keeps no copy. One object that cannot be read (an older client's, an absurd
-one) is left out and reported; it never hides or delays another.
+It writes only the fields that bkpool owns, and caches nothing. An object that cannot be read (written by another
+version, or wrong) is left out and reported; it never hides or delays another object.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from bkpool.store.reading import read
 log = structlog.get_logger(__name__)
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
-"""The metadata that is ours to write; the rest is the server's."""
+"""The metadata fields that bkpool writes. The server sets the others."""
 
 
 class KubernetesStore(Store):
     """A Store for one event loop.
 
     Args:
-        api: The cluster. Whoever made it closes it.
-        namespace: The only one that is listed and watched; None: all of them.
-        jitter: A number from 0 to 1.
+        api: The cluster. Its creator closes it.
+        namespace: The only namespace that is listed and watched; None: all of them.
+        jitter: Returns a number from 0 to 1, to spread the lengths of watches.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class KubernetesStore(Store):
 
     @property
     def unreadable(self) -> Mapping[tuple[str, Key], str]:
-        """Why objects cannot be read, by kind and key, as of the last list or watch that met them."""
+        """Why objects cannot be read, by kind and key, as the last list or watch found them."""
         return {where: reason for where, (_, reason) in self._unreadable.items()}
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
-        """See Store. Raises HostFault (`Unreadable`) for what cannot be read."""
+        """See Store. Raises HostFault (`Unreadable`) if the object cannot be read."""
         key = Key(namespace, name)
-        with _about(kind, key):
+        with _errors_about(kind, key):
             return _read(kind, await self._api.get(_path(kind, key)))
 
     async def list(
@@ -73,8 +73,8 @@ class KubernetesStore(Store):
         )
 
     async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
-        """See Store. It begins again by itself where the server has ended it in good order."""
-        if not since.isdecimal() or int(since) == 0:  # 0 is "anything will do" to Kubernetes
+        """See Store."""
+        if not since.isdecimal() or int(since) == 0:  # to Kubernetes, 0 means "any version"
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
         path = paths.custom(kind.PLURAL, self._namespace)
         async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter)) as events:
@@ -85,11 +85,11 @@ class KubernetesStore(Store):
     # --- writing ----------------------------------------------------------------------------------------------------
 
     async def create(self, obj: R) -> R:
-        """See Store. A status other than the default costs a second write, as Kubernetes takes none in the first."""
+        """See Store. A status that is not the default needs a second write: Kubernetes ignores it in the first."""
         doc = obj.to_json()
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
         try:
-            made = _read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
+            created = _read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
         except Conflict:
             raise Conflict(f"{obj.KIND} {obj.key} exists already") from None
         except InvalidInput as error:
@@ -98,10 +98,10 @@ class KubernetesStore(Store):
             found = await self._written(obj, "metadata", "spec")
             if found is None:
                 raise
-            made = found
-        if made.to_json()["status"] == doc["status"]:
-            return made
-        return await self.replace_status(obj.but(metadata=made.metadata))
+            created = found
+        if created.to_json()["status"] == doc["status"]:
+            return created
+        return await self.replace_status(obj.but(metadata=created.metadata))
 
     async def replace(self, obj: R) -> R:
         """See Store."""
@@ -122,15 +122,15 @@ class KubernetesStore(Store):
     ) -> None:
         """See Store."""
         key = Key(namespace, name)
-        with _about(kind, key):
+        with _errors_about(kind, key):
             await self._api.delete(_path(kind, key), uid=uid, resource_version=resource_version)
 
     async def _put(self, obj: R, sub: str | None, *parts: str) -> R:
-        """Writes those parts at the version that was read."""
+        """Writes these parts, if the object still has the version that was read."""
         doc = obj.to_json()
         metadata = _given(doc) | {"resourceVersion": obj.metadata.resource_version}
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
-        with _about(type(obj), obj.key):
+        with _errors_about(type(obj), obj.key):
             try:
                 return _read(type(obj), await self._api.replace(_path(type(obj), obj.key, sub), body))
             except InvalidInput as error:
@@ -142,19 +142,20 @@ class KubernetesStore(Store):
                 return written
 
     async def _written(self, obj: R, *parts: str, uid: str = "") -> R | None:
-        """What is stored, if it says what was to be written: then it was only the answer that got lost.
+        """The stored object, if it has what was to be written: then the write succeeded, and its response was lost.
 
-        That is so after a time-out. And the HTTP client repeats a PUT whose connection dies; the repetition then
-        conflicts with the first. A lease that was written so would else be nobody's until it expires.
+        That happens after a time-out. It also happens when a connection breaks during a PUT: the HTTP client repeats
+        the request, which then conflicts with the first one. Without this check, a lease that was written in this way
+        would stay unused until it expires.
         """
         try:
             current = await self.get(type(obj), *obj.key)
         except BkpoolError:
             return None
-        same = uid in {"", current.uid} and _said(current, parts) == _said(obj, parts)
+        same = uid in {"", current.uid} and _content(current, parts) == _content(obj, parts)
         return current if same else None
 
-    # --- what cannot be read ----------------------------------------------------------------------------------------
+    # --- unreadable objects -----------------------------------------------------------------------------------------
 
     def _event(self, kind: type[R], event: Doc) -> WatchEvent[R] | None:
         doc = event["object"]
@@ -186,7 +187,7 @@ class KubernetesStore(Store):
 
 
 def _read(kind: type[R], doc: Doc) -> R:
-    doc["metadata"].pop("managedFields", None)  # who wrote which field: long, and nobody here asks
+    doc["metadata"].pop("managedFields", None)  # which client wrote which field: long, and not used here
     return read(kind, doc)
 
 
@@ -194,7 +195,7 @@ def _given(doc: Doc) -> Doc:
     return {field: doc["metadata"][field] for field in _GIVEN}
 
 
-def _said(obj: Resource, parts: tuple[str, ...]) -> Doc:
+def _content(obj: Resource, parts: tuple[str, ...]) -> Doc:
     doc = obj.to_json()
     return {part: _given(doc) if part == "metadata" else doc[part] for part in parts}
 
@@ -204,8 +205,8 @@ def _path(kind: type[Resource], key: Key, sub: str | None = None) -> str:
 
 
 @contextmanager
-def _about(kind: type[Resource], key: Key) -> Iterator[None]:
-    """The server's answers in the words of the Store."""
+def _errors_about(kind: type[Resource], key: Key) -> Iterator[None]:
+    """Turns errors of the API server into those of the Store, which name the object."""
     try:
         yield
     except NotFound:

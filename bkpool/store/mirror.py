@@ -1,7 +1,6 @@
-"""A copy of pools, workers and issuers in memory, kept up by list and watch: nothing else reads the store to look.
+"""A copy of pools, workers and issuers in memory, kept up to date by list and watch. All other code reads this copy.
 
-It never writes, and it only ever moves forward: what a writer has just written can be taken over at once, and nothing
-older comes back.
+It never writes to the store. A writer may put in what it has just written, and an older version never replaces it.
 """
 
 from __future__ import annotations
@@ -27,10 +26,11 @@ from bkpool.store import Store
 
 log = structlog.get_logger(__name__)
 
-_LONGEST_PAUSE = 5.0  # seconds: who waits for a worker waits for this too when the store has come back
-_PASSING = (Gone, Unavailable)
-_PASSING_ONCE_LISTED = (*_PASSING, Forbidden, Unauthenticated, NotFound)
-"""An API server that has just come back may refuse, or not know bkpool's kinds, until it has read its own rules."""
+_LONGEST_PAUSE = 5.0  # seconds: when the store is back, callers that wait for a worker wait for this pause, too
+_TRANSIENT = (Gone, Unavailable)
+_TRANSIENT_ONCE_LISTED = (*_TRANSIENT, Forbidden, Unauthenticated, NotFound)
+"""An API server that has just restarted may refuse requests, or not know bkpool's kinds, until it has loaded its
+roles and custom resource definitions."""
 _UNLISTED = "The store has not been read yet"
 
 
@@ -39,13 +39,14 @@ def _cache() -> VersionedCache[Key, R]:
 
 
 class Mirror:
-    """Pools and workers as of a moment ago.
+    """Pools, workers and issuers as they were a moment ago.
 
     Args:
-        store: Where they come from.
-        configs: Whether issuers are followed too; a gateway needs none, and may not see them.
+        store: Has the objects.
+        configs: Whether to follow issuers, too. A gateway does not need them, and has no right to read them.
         pause: Waits that many seconds before the store is asked again.
-        jitter: A number from 0 to 1: how much of the longest allowed pause is taken, so that replicas spread out.
+        jitter: Returns a number from 0 to 1: how much of the longest allowed pause is waited, so that replicas spread
+            out.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Mirror:
 
     @property
     def trouble(self) -> str | None:
-        """Why the copy may be behind the store: not listed yet, or cut off from it. None while it is followed."""
+        """Why the copy may be out of date: not listed yet, or the store cannot be reached. None: it is up to date."""
         return next(iter(self._troubles.values()), None)
 
     async def run(self) -> None:
-        """Keeps the copy up to date until cancelled; an unreachable store is asked again, ever more slowly."""
+        """Keeps the copy up to date until cancelled. While the store is away, it is tried ever more slowly."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._follow(Pool, self._pools, self._pools_changed))
             tasks.create_task(self._follow(Worker, self._workers, self._workers_changed))
@@ -92,7 +93,7 @@ class Mirror:
         return list(self._members[pool].values()) if pool in self._members else []
 
     def apply(self, obj: Pool | Worker) -> None:
-        """Takes over what has just been written; does nothing if it is older than what is known, or deleted since."""
+        """Takes over what has just been written. Does nothing if it is older than the copy, or was deleted since."""
         if isinstance(obj, Pool):
             self._pools_changed(self._pools.applied(obj))
         else:
@@ -102,7 +103,7 @@ class Mirror:
         """Calls back with a pool's key, in the event loop, whenever the pool or one of its workers has changed.
 
         Returns:
-            What ends the subscription.
+            A function that unsubscribes.
         """
         token = object()
         self._callbacks[token] = callback
@@ -113,7 +114,7 @@ class Mirror:
         return unsubscribe
 
     def on_config(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, whenever a configured issuer has changed. Returns what ends it."""
+        """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
         token = object()
         self._on_config[token] = callback
 
@@ -134,8 +135,8 @@ class Mirror:
                     async for event in events:
                         backoff.succeeded()  # only now: a store that can be listed but not watched is spared, too
                         changed(cache.event(event.type, event.object))
-            except _PASSING_ONCE_LISTED as error:
-                if not listed and not isinstance(error, _PASSING):
+            except _TRANSIENT_ONCE_LISTED as error:
+                if not listed and not isinstance(error, _TRANSIENT):
                     raise
                 seconds = backoff.failed()
                 self._note_trouble(kind, error, seconds)
@@ -153,7 +154,7 @@ class Mirror:
 
     def _pools_changed(self, pools: list[Pool]) -> None:
         for pool in pools:
-            self._tell(pool.key)
+            self._notify(pool.key)
 
     def _configs_changed(self, configs: list[OIDCConfig]) -> None:
         if configs:
@@ -167,8 +168,8 @@ class Mirror:
                 members[worker.key] = worker
             else:
                 members.pop(worker.key, None)
-            self._tell(worker.pool)
+            self._notify(worker.pool)
 
-    def _tell(self, pool: Key) -> None:
+    def _notify(self, pool: Key) -> None:
         for callback in tuple(self._callbacks.values()):
             callback(pool)

@@ -1,6 +1,6 @@
-"""From a stored document to an object, for every implementation of the store.
+"""Turns a stored document into an object, for every implementation of the store.
 
-What cannot be read is an error that names the object and the field; nothing is guessed or repaired.
+A document that cannot be read is an error, which names the object and the field. Nothing is guessed or repaired.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ Doc = dict[str, Any]
 
 
 def read(kind: type[R], doc: Doc) -> R:
-    """The object in a document.
+    """The object that a document describes.
 
     Raises:
-        HostFault: `Unreadable`: a field is not what this version understands.
+        HostFault: `Unreadable`: this version does not understand a field.
     """
     try:
         return kind.model_validate(doc)
@@ -27,6 +27,6 @@ def read(kind: type[R], doc: Doc) -> R:
         metadata = doc["metadata"]
         raise HostFault(
             f"{kind.KIND} {metadata['namespace']}/{metadata['name']} cannot be read: {explain(error).message}",
-            hint="Correct that field, or delete the object; if a newer bkpool has written it, use that version.",
+            hint="Correct that field, or delete the object. If a newer bkpool wrote it, use that version.",
             code="Unreadable",
         ) from None

@@ -1,7 +1,7 @@
 """The Store in one SQLite file, for a machine without a cluster.
 
-One thread writes, one reads; the event loop never touches the file. A watch reads the event log itself, so replay and
-live changes are one path: no gap, no queue that a slow reader could fill, and no polling.
+One thread writes and one reads; the event loop never touches the file. A watch reads the event log from the file, for
+old and new changes alike. So there is no gap between them, no queue that a slow reader could fill, and no polling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bkpool.store.tables import Tables
 from bkpool.store.thread import SqlThread
 
 HISTORY = 10_000
-"""Events that the log keeps: some 20 MB, and at fifty changes a second more than three minutes of absence."""
+"""Events that the log keeps, some 20 MB. At fifty changes a second, a reader may be away for over three minutes."""
 
 
 def _utc() -> datetime:
@@ -30,7 +30,7 @@ def _utc() -> datetime:
 
 
 class SqliteStore(Store):
-    """A Store for one event loop; open it with `open`, once (see lock.HomeLock)."""
+    """A Store for one event loop. Open it with `open`, and only once for a file (see home.lock.HomeLock)."""
 
     def __init__(self, path: Path, *, now: Callable[[], datetime], history: int) -> None:
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
@@ -44,21 +44,21 @@ class SqliteStore(Store):
 
     @classmethod
     async def open(cls, path: Path, *, now: Callable[[], datetime] = _utc, history: int = HISTORY) -> Self:
-        """Opens the store, making it if there is no file.
+        """Opens the store, and creates it if there is no file.
 
         Args:
             path: The database file; its directory exists.
             now: The clock for creation and deletion timestamps.
-            history: How many events are kept for watches.
+            history: How many events the log keeps for watches.
 
         Raises:
-            HostFault: `Unreadable` (damaged, not ours, a newer bkpool's), `DiskFull` or `Permission`.
+            HostFault: `Unreadable` (damaged, of another program, of a newer bkpool), `DiskFull` or `Permission`.
         """
         await asyncio.to_thread(database.prepare, path)
         return cls(path, now=now, history=history)
 
     async def close(self) -> None:
-        """Finishes what was asked and lets go of the file. Whoever still watches gets Unavailable."""
+        """Finishes what was started and closes the file. A watch that is still open raises Unavailable."""
         await self._reader.close()
         await self._writer.close()
         self._wake(self._watches.keys())

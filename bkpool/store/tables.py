@@ -1,7 +1,7 @@
-"""The rules of the Kubernetes API over SQLite tables: versions, generations, finalizers, owners, the event log.
+"""The rules of the Kubernetes API on SQLite tables: versions, generations, finalizers, owners, the event log.
 
-Each method is one command and runs inside a transaction that its caller opens. Nothing here knows threads, asyncio or
-when a commit happens.
+Each method is one command and runs inside a transaction that its caller opens. Nothing here knows about threads,
+asyncio or commits.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from bkpool.store.reading import Doc, read
 
 log = structlog.get_logger(__name__)
 
-_READ_AT_ONCE = 256  # events in one reading of the log: bounds what a slow watch holds in memory
-_OURS = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
+_PAGE_SIZE = 256  # events that are read from the log at once: a limit for the memory of a slow watch
+_SET_BY_STORE = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
 
 
-class Page(NamedTuple):
-    """A stretch of the event log."""
+class LogPage(NamedTuple):
+    """Consecutive events of the log."""
 
     events: list[WatchEvent[Any]]
     reached: int
     """The version up to which the log has been read."""
     complete: bool
-    """Whether that was the end of the log."""
+    """Whether that is the end of the log."""
 
 
 class Tables:
-    """The tables behind one connection.
+    """The tables of one connection.
 
     Args:
         db: A connection in autocommit mode.
@@ -52,7 +52,7 @@ class Tables:
         self._history = history
         self._reported: set[str] = set()
         self.touched: set[str] = set()
-        """The kinds that have been written to; whoever commits empties it."""
+        """The kinds that were written in this transaction. The code that commits empties it."""
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ class Tables:
         return read(kind, self._find(kind, key))
 
     def list(self, kind: type[R], namespace: str | None, labels: Mapping[str, str]) -> Listing[R]:
-        """See Store.list. Objects that this version cannot read are left out, with a log line."""
+        """See Store.list. Objects that this version cannot read are left out, and logged."""
         terms = _label_terms(labels)
         conditions = ["kind = ?"] + ["namespace = ?"] * (namespace is not None)
         conditions += ["uid IN (SELECT uid FROM terms WHERE term = ?)"] * len(terms)
@@ -71,21 +71,21 @@ class Tables:
         )
         return Listing(tuple(self._readable(kind, (data for (data,) in rows))), str(self._version()))
 
-    def events_after(self, kind: type[R], version: int) -> Page:
-        """The next events of a kind. Raises Gone if some of them have been forgotten, or none can be known."""
+    def events_after(self, kind: type[R], version: int) -> LogPage:
+        """The next events of a kind. Raises Gone if some were removed from the log, or the version is of no use."""
         newest = self._version()
-        forgotten = self._db.execute("SELECT version FROM compacted WHERE kind = ?", [kind.KIND]).fetchone()
-        if version > newest or (forgotten and version < forgotten[0]):
+        compacted = self._db.execute("SELECT version FROM compacted WHERE kind = ?", [kind.KIND]).fetchone()
+        if version > newest or (compacted and version < compacted[0]):
             raise Gone(
-                f"The changes of {kind.KIND} since version {version} are not known any more", hint="List again."
+                f"The changes of {kind.KIND} since version {version} are no longer in the log", hint="List again."
             )
         rows = self._db.execute(
             "SELECT version, type, data FROM events WHERE kind = ? AND version > ? ORDER BY version LIMIT ?",
-            [kind.KIND, version, _READ_AT_ONCE],
+            [kind.KIND, version, _PAGE_SIZE],
         ).fetchall()
-        complete = len(rows) < _READ_AT_ONCE
+        complete = len(rows) < _PAGE_SIZE
         events = [WatchEvent(type_, obj) for _, type_, data in rows for obj in self._readable(kind, [data])]
-        return Page(events, newest if complete else rows[-1][0], complete)
+        return LogPage(events, newest if complete else rows[-1][0], complete)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -100,23 +100,23 @@ class Tables:
         self._put("ADDED", doc)
         self._index(doc)
         if self._orphaned(doc):
-            self._end(doc)
+            self._delete_or_mark(doc)
         return read(type(obj), doc)
 
     def replace(self, obj: R) -> R:
         """See Store.replace."""
         current = self._unchanged(obj)
         doc = obj.to_json() | {"status": current["status"]}
-        metadata, kept = doc["metadata"], current["metadata"]
-        for field in _OURS:
+        metadata, stored = doc["metadata"], current["metadata"]
+        for field in _SET_BY_STORE:
             metadata.pop(field, None)
-        metadata.update({field: kept[field] for field in _OURS if field in kept})
+        metadata.update({field: stored[field] for field in _SET_BY_STORE if field in stored})
         if doc == current:
             return read(type(obj), doc)
         if doc["spec"] != current["spec"]:
             metadata["generation"] += 1
         if "deletionTimestamp" in metadata:
-            _refuse_new_finalizers(obj, kept)
+            _refuse_new_finalizers(obj, stored)
         if "deletionTimestamp" in metadata and not metadata["finalizers"]:
             self._remove(doc)
         else:
@@ -138,10 +138,10 @@ class Tables:
         metadata = doc["metadata"]
         if uid not in {None, metadata["uid"]} or version not in {None, metadata["resourceVersion"]}:
             raise _changed(kind, key)
-        self._end(doc)
+        self._delete_or_mark(doc)
 
     def compact(self) -> None:
-        """Forgets the events beyond the history that is kept."""
+        """Removes the events that are older than the history that the log keeps."""
         limit = self._version() - self._history
         if not self._db.execute("SELECT 1 FROM events WHERE version <= ? LIMIT 1", [limit]).fetchone():
             return
@@ -153,8 +153,11 @@ class Tables:
 
     # --- the rules --------------------------------------------------------------------------------------------------
 
-    def _end(self, doc: Doc) -> None:
-        """Deletes an object, or marks it while it has finalizers; the mark moves the generation, as in Kubernetes."""
+    def _delete_or_mark(self, doc: Doc) -> None:
+        """Deletes an object, or only marks it as deleted while it has finalizers.
+
+        The mark raises the generation, as in Kubernetes.
+        """
         metadata = doc["metadata"]
         if not metadata["finalizers"]:
             self._remove(doc)
@@ -164,16 +167,16 @@ class Tables:
             self._put("MODIFIED", doc)
 
     def _remove(self, doc: Doc) -> None:
-        """Takes an object away, then what only it owned ("background" deletion in the words of Kubernetes)."""
+        """Removes an object, then the objects that only it owned ("background" deletion in Kubernetes)."""
         uid = doc["metadata"]["uid"]
         self._db.execute("DELETE FROM objects WHERE uid = ?", [uid])
         self._db.execute("DELETE FROM terms WHERE uid = ?", [uid])
-        self._record("DELETED", doc)
+        self._log_event("DELETED", doc)
         owned = self._db.execute("SELECT uid FROM terms WHERE term = ?", [f"owner:{uid}"]).fetchall()
         for (dependent,) in owned:
             row = self._db.execute("SELECT data FROM objects WHERE uid = ?", [dependent]).fetchone()
             if row and self._orphaned(other := json.loads(row[0])):
-                self._end(other)
+                self._delete_or_mark(other)
 
     def _orphaned(self, doc: Doc) -> bool:
         owners = [owner["uid"] for owner in doc["metadata"]["ownerReferences"]]
@@ -196,7 +199,7 @@ class Tables:
         return current
 
     def _put(self, event: str, doc: Doc) -> None:
-        self._record(event, doc)
+        self._log_event(event, doc)
         metadata = doc["metadata"]
         self._db.execute(
             "INSERT INTO objects (uid, kind, namespace, name, data) VALUES (?, ?, ?, ?, ?)"
@@ -204,8 +207,8 @@ class Tables:
             [metadata["uid"], doc["kind"], metadata["namespace"], metadata["name"], json.dumps(doc)],
         )
 
-    def _record(self, event: str, doc: Doc) -> None:
-        """Gives the object the next version, in the log and in itself."""
+    def _log_event(self, event: str, doc: Doc) -> None:
+        """Gives the object the next version, and writes the event to the log."""
         version = self._version() + 1
         doc["metadata"]["resourceVersion"] = str(version)
         self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, json.dumps(doc)])
@@ -226,7 +229,7 @@ class Tables:
         return version
 
     def _timestamp(self) -> str:
-        """Whole seconds, as Kubernetes writes them: nobody may come to depend on more."""
+        """Whole seconds, as in Kubernetes, so that no code relies on a finer time."""
         return self._now().replace(microsecond=0).isoformat().replace("+00:00", "Z")
 
     def _readable(self, kind: type[R], rows: Iterable[str]) -> Iterator[R]:
@@ -248,10 +251,10 @@ def _changed(kind: type[Resource], key: Key) -> Conflict:
     return Conflict(f"{kind.KIND} {key} has changed since it was read", hint="Read it again and repeat the change.")
 
 
-def _refuse_new_finalizers(obj: Resource, kept: Doc) -> None:
-    if not set(obj.metadata.finalizers) <= set(kept["finalizers"]):
+def _refuse_new_finalizers(obj: Resource, stored: Doc) -> None:
+    if not set(obj.metadata.finalizers) <= set(stored["finalizers"]):
         raise InvalidInput(
-            f"metadata.finalizers: {obj.KIND} {obj.key} is being deleted and takes no new finalizers",
+            f"metadata.finalizers: {obj.KIND} {obj.key} is being deleted, so it cannot get new finalizers",
             field="metadata.finalizers",
         )
 

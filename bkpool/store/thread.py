@@ -1,7 +1,7 @@
-"""A thread that owns one SQLite connection and runs whatever has queued up as one transaction: group commit.
+"""A thread that owns one SQLite connection and runs all queued commands as one transaction (group commit).
 
-Twenty claims at once cost one fsync. An answer is given only after the commit it depends on; a command that fails
-undoes itself alone (a savepoint), a disk that fails undoes them all.
+Twenty claims at once cost one fsync. A command is answered only after its commit. A command that fails is undone
+alone (savepoint); an error of the disk undoes the whole transaction.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from bkpool.store.tables import Tables
 
 log = structlog.get_logger(__name__)
 
-QUIET = 0.5
-"""Seconds without a command after which the write-ahead log is folded into the file."""
+CHECKPOINT_DELAY = 0.5
+"""Seconds without a command after which the write-ahead log is copied into the database file."""
 
 T = TypeVar("T")
 Command = Callable[[Tables], T]
@@ -42,14 +42,15 @@ class _Outcome(NamedTuple):
 
 
 class SqlThread:
-    """Runs commands for the event loop that made it.
+    """Runs commands for the event loop that created it.
 
     Args:
         path: The database.
-        tables: What the commands are given.
-        db: The connection behind `tables`; closed with the thread.
-        begin: How a transaction opens: "BEGIN" to read, "BEGIN IMMEDIATE" to write.
-        on_commit: Called in the loop after each commit, before its commands are answered, with the kinds written to.
+        tables: The argument of every command.
+        db: The connection of `tables`; closed with the thread.
+        begin: The statement that opens a transaction: "BEGIN" to read, "BEGIN IMMEDIATE" to write.
+        on_commit: Called in the loop after each commit, before its commands are answered, with the kinds that were
+            written.
     """
 
     def __init__(
@@ -73,20 +74,20 @@ class SqlThread:
         self._thread.start()
 
     async def run(self, command: Command[T]) -> T:
-        """Runs a command and returns when it is durable.
+        """Runs a command and returns when its result is durable.
 
         Raises:
             Unavailable: The thread has been closed.
-            BkpoolError: Whatever the command raises, or what is wrong with the file or the disk.
+            BkpoolError: What the command raises, or an error of the file or the disk.
         """
         if self._closed:
-            raise Unavailable("The store is closed", hint="The appliance is shutting down: try again when it is up.")
+            raise Unavailable("The store is closed", hint="The appliance is stopping: try again when it runs.")
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put(_Job(command, future))
         return await future
 
     async def close(self) -> None:
-        """Finishes what is queued, then ends the thread and closes the connection."""
+        """Finishes the queued commands, then ends the thread and closes the connection."""
         if not self._closed:
             self._closed = True
             self._queue.put(None)
@@ -102,25 +103,25 @@ class SqlThread:
             closing = None in queued
             outcomes = self._transaction([job for job in queued if job is not None])
             touched, self._tables.touched = self._tables.touched, set()
-            with suppress(RuntimeError):  # the loop is gone, and with it whoever asked
-                self._loop.call_soon_threadsafe(self._answer, outcomes, touched)
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits for the results
+                self._loop.call_soon_threadsafe(self._resolve, outcomes, touched)
         self._db.close()
 
     def _next(self) -> _Job | None:
-        """The next job. In the first quiet moment after writes the log is folded in, while nobody waits for it."""
+        """The next job. In the first pause after writes, it copies the log into the file, while no command waits."""
         if self._written:
             try:
-                return self._queue.get(timeout=QUIET)
+                return self._queue.get(timeout=CHECKPOINT_DELAY)
             except queue.Empty:
                 self._written = False
-                with suppress(sqlite3.Error):  # SQLite does it by itself when the log has grown
+                with suppress(sqlite3.Error):  # SQLite does it itself when the log has grown
                     self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return self._queue.get()
 
     def _transaction(self, jobs: list[_Job]) -> list[_Outcome]:
         try:
             self._db.execute(self._begin)
-            outcomes = [self._attempt(job) for job in jobs]
+            outcomes = [self._run_in_savepoint(job) for job in jobs]
             if self._tables.touched:
                 self._written = True
                 self._tables.compact()
@@ -132,19 +133,19 @@ class SqlThread:
             return [_Outcome(job.future, error=database.fault(error, self._path)) for job in jobs]
         return outcomes
 
-    def _attempt(self, job: _Job) -> _Outcome:
+    def _run_in_savepoint(self, job: _Job) -> _Outcome:
         self._db.execute("SAVEPOINT command")
         try:
             outcome = _Outcome(job.future, job.command(self._tables))
         except sqlite3.Error:
             raise
-        except Exception as error:  # noqa: BLE001 - it is the caller's, who gets it
+        except Exception as error:  # noqa: BLE001 - the caller gets it
             self._db.execute("ROLLBACK TO command")
             outcome = _Outcome(job.future, error=error)
         self._db.execute("RELEASE command")
         return outcome
 
-    def _answer(self, outcomes: list[_Outcome], touched: Collection[str]) -> None:
+    def _resolve(self, outcomes: list[_Outcome], touched: Collection[str]) -> None:
         if touched:
             self._on_commit(touched)
         for future, value, error in outcomes:

@@ -207,7 +207,9 @@ async def test_certificates_that_somebody_changed_are_replaced(cluster, mirror):
         cluster.change(SECRET, data={**before, "tls.crt": "bm9uZQ=="})
         await cluster.until(lambda: cluster.objects[SECRET]["data"].keys() == before.keys() and cluster.applied)
         await cluster.until(lambda: cluster.objects[SECRET]["data"]["tls.crt"] != "bm9uZQ==")
-        assert cluster.objects[SECRET]["data"]["ca.crt"] == before["ca.crt"]
+        after = cluster.objects[SECRET]["data"]
+        assert after["tls.crt"] != before["tls.crt"], "issued again: somebody may have read the key, too"
+        assert after["ca.crt"] == before["ca.crt"]
 
 
 async def test_a_status_of_the_deployment_becomes_the_trouble_of_the_pool_and_nothing_is_written(cluster, mirror):

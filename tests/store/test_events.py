@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from bkpool.core.errors import NotFound, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
-from bkpool.store.events import REMEMBERED, WAITING, KubernetesRecorder, LogRecorder
+from bkpool.store.events import QUEUE_SIZE, SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
 
 POOL = Pool(metadata=Metadata(name="p", uid="u", resource_version="7"))
 
@@ -121,15 +121,15 @@ async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(
 
 async def test_of_a_flood_the_newest_are_kept_and_it_is_said_once(api, recorder):
     with capture_logs() as logs:
-        for number in range(WAITING + 50):
+        for number in range(QUEUE_SIZE + 50):
             recorder.record(POOL, "Flood", str(number))
     await recorder.close()
 
     assert [line["event"] for line in logs] == ["events.dropped"]
-    assert [note for note, _ in api.told] == [str(number) for number in range(50, WAITING + 50)]
+    assert [note for note, _ in api.told] == [str(number) for number in range(50, QUEUE_SIZE + 50)]
     recorder.record(POOL, "Calm", "one more")
     await recorder.close()
-    assert len(recorder._written) == REMEMBERED
+    assert len(recorder._series) == SERIES_REMEMBERED
 
 
 async def test_the_limits_of_the_api_are_kept(api, recorder):

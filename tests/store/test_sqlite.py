@@ -238,12 +238,12 @@ def damaged(data: bytes) -> bytes:
     ("spoil", "says"),
     [
         (lambda path: path.write_bytes(b"not a database, for sure" * 100), "not a database"),
-        (lambda path: path.write_bytes(b""), "not a database of bkpool's"),
+        (lambda path: path.write_bytes(b""), "not a database of bkpool"),
         (lambda path: path.write_bytes(damaged(path.read_bytes())), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
-        (lambda path: alter(path, "PRAGMA application_id = 7"), "not a database of bkpool's"),
-        (lambda path: alter(path, "PRAGMA user_version = 999"), r"newer bkpool \(schema 999, this one knows 1\)"),
-        (lambda path: path.rename(path.with_name("state.db-wal")), "is missing, though its log"),
+        (lambda path: alter(path, "PRAGMA application_id = 7"), "not a database of bkpool"),
+        (lambda path: alter(path, "PRAGMA user_version = 999"), r"newer bkpool \(schema 999; this version knows 1\)"),
+        (lambda path: path.rename(path.with_name("state.db-wal")), "is missing, although its log"),
     ],
 )
 async def test_a_file_that_cannot_be_read_is_an_error_and_is_never_replaced(tmp_path, spoil, says):
