@@ -1,6 +1,6 @@
-"""Which backend an `up` gets: pure, so that the rule is in one place and can be read off its tests.
+"""The rule that chooses the backend of an `up`. It is a pure function, so its tests show the whole rule.
 
-Nothing is asked of this machine here but through the function that is handed in, and that only where it matters.
+The only fact about this machine comes from a function that the caller passes in, which is called only if it matters.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ AUTO, PROCESS, KIND, KUBERNETES = "auto", "process", "kind", "kubernetes"
 def choose_backend(
     asked: str, recorded: str | None, engine_fault: Callable[[], str | None], home: Path
 ) -> tuple[str, str]:
-    """The backend of a home: the first `up` decides, and later ones never silently change worlds.
+    """The backend of a home. The first `up` chooses it; a later one never changes it silently.
 
     Args:
-        asked: What the command line says; `auto` leaves it to us.
-        recorded: What this home was made with; None for a new one.
-        engine_fault: Says why no container engine can be used, or None; called only where that decides.
+        asked: What the user asked for; `auto` leaves the choice to bkpool.
+        recorded: The backend that this home was created with; None for a new one.
+        engine_fault: Returns why no container engine can be used, or None. Called only if that matters.
         home: The home, for the message.
 
     Returns:
-        The backend, and why it is that one, for one line to the user.
+        The backend, and the reason for it as text for the user.
 
     Raises:
-        HostFault: `OtherBackend`: this home was made with another one.
+        HostFault: `OtherBackend`: this home was created with another one.
     """
     if recorded is None:
         return (asked, "as asked") if asked != AUTO else _first(engine_fault())
     if asked not in {AUTO, recorded}:
         raise HostFault(
-            f"--backend: {home} holds a world of backend {recorded!r}, not {asked!r}",
-            hint=f"Use --backend {recorded}, another BKPOOL_HOME, or `bkpool down --purge` to begin anew.",
+            f"--backend: {home} was created with the backend {recorded!r}, not {asked!r}",
+            hint=f"Use --backend {recorded} or another BKPOOL_HOME, or start again after `bkpool down --purge`.",
             code="OtherBackend",
         )
-    return recorded, "as asked" if asked == recorded else "what this home was made with"
+    return recorded, "as asked" if asked == recorded else "this home was created with it"
 
 
 def _first(engine_fault: str | None) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""An OIDC issuer for trying things out: it makes a token for whoever asks, as a CI platform would for a job.
+"""An OIDC issuer for development: it makes a token for anybody, as a CI platform does for a job.
 
-Its key is in memory only, so its tokens end with the appliance. It is never served beyond this machine, and answers
-no request that a web page of elsewhere could make.
+Its key is only in memory, so its tokens become invalid when the appliance ends. It is never served beyond this
+machine, and it refuses requests that a web page of another site could send.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from bkpool.core.resource import Duration, Metadata, explain
 log = structlog.get_logger(__name__)
 
 LONGEST = timedelta(hours=24)
-"""Life of a token at most: as long as a lease may be."""
+"""The longest life of a token: the same as that of a lease."""
 ACTIONS_LIFE = timedelta(minutes=5)
-"""Of GitHub's ID tokens (docs.github.com, "OpenID Connect reference": `exp` is five minutes after `iat`)."""
-_OURS = ("iss", "sub", "aud", "exp", "iat", "nbf", "jti")
-_MAX_BODY = 16 * 1024  # bytes: a token with as much in it would fit into no header
+"""The life of GitHub's ID tokens (docs.github.com, "OpenID Connect reference": `exp` is five minutes after `iat`)."""
+_ISSUER_CLAIMS = ("iss", "sub", "aud", "exp", "iat", "nbf", "jti")
+_MAX_BODY = 16 * 1024  # bytes: a token of that size fits into no header
 
 Text = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 
 
 class MintBody(BaseModel):
-    """What POST /token takes."""
+    """The body of POST /token."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,21 +49,21 @@ class MintBody(BaseModel):
 
 
 def dev_config(url: str, namespace: str = SYSTEM_NAMESPACE) -> OIDCConfig:
-    """That the appliance believes this issuer: its tokens' `actor` is the user, for every pool without rules.
+    """The configuration that trusts this issuer: `actor` of its tokens is the user, for every pool without rules.
 
     Args:
-        url: As make_dev_issuer was given it.
-        namespace: The appliance's own.
+        url: The same as for make_dev_issuer.
+        namespace: The appliance's own namespace.
     """
     spec = OIDCConfigSpec(issuer=url, audience=AUDIENCE, claims_mapping=ClaimsMapping(user="actor"), pools=("*",))
     return OIDCConfig(metadata=Metadata(name="dev-issuer", namespace=namespace), spec=spec)
 
 
 def make_dev_issuer(url: str, now: Callable[[], datetime]) -> web.Application:
-    """The issuer as an application, with a fresh key.
+    """The issuer as an application, with a new key.
 
     Args:
-        url: Where it is served: what its tokens say as `iss`.
+        url: Where it is served, and the `iss` of its tokens.
         now: The clock.
     """
     issuer = _Issuer(url, now)
@@ -72,7 +72,7 @@ def make_dev_issuer(url: str, now: Callable[[], datetime]) -> web.Application:
     app.router.add_get("/.well-known/jwks.json", issuer.keys)
     app.router.add_post("/token", issuer.token)
     app.router.add_get("/actions/token", issuer.actions_token)
-    log.warning("dev_issuer.made", issuer=url, believes="whoever asks on this machine")
+    log.warning("dev_issuer.opened", issuer=url, note="it makes a token for anybody on this machine")
     return app
 
 
@@ -102,28 +102,30 @@ class _Issuer:
         return web.json_response({"keys": [{**key, "kid": self._key_id, "use": "sig", "alg": "RS256"}]})
 
     async def token(self, request: web.Request) -> web.Response:
-        """A token as asked for."""
+        """A token with the requested claims."""
         body = await _body(request)
         token = self._signed(body.sub, body.aud, body.duration, {"actor": body.sub, **body.claims})
         return web.json_response({"token": token, "expiresIn": int(body.duration.total_seconds())})
 
     async def actions_token(self, request: web.Request) -> web.Response:
-        """As GitHub has it at ACTIONS_ID_TOKEN_REQUEST_URL; the query may also say `actor`, `repository`, `ref`."""
+        """Answers like GitHub's ACTIONS_ID_TOKEN_REQUEST_URL. The query may set `actor`, `repository` and `ref`."""
         if not request.headers.get("Authorization", "").lower().startswith("bearer "):
-            raise Unauthenticated("Authorization: there is no bearer token", hint="Any will do here.")
-        claims = _of_a_job(request.query)
+            raise Unauthenticated(
+                "Authorization: there is no bearer token", hint="Send any; this issuer does not check it."
+            )
+        claims = _job_claims(request.query)
         audience = request.query.get("audience") or f"https://github.com/{claims['repository_owner']}"
         return web.json_response({"value": self._signed(claims.pop("sub"), audience, ACTIONS_LIFE, claims)})
 
     def _signed(self, subject: str, audience: str, life: timedelta, claims: Mapping[str, Any]) -> str:
         now = self._now()
-        ours = {"iss": self._url, "sub": subject, "aud": audience, "jti": secrets.token_hex(16)}
+        issued = {"iss": self._url, "sub": subject, "aud": audience, "jti": secrets.token_hex(16)}
         times = {"iat": int(now.timestamp()), "exp": int((now + life).timestamp())}
-        return jwt.encode({**claims, **ours, **times}, self._key, "RS256", headers={"kid": self._key_id})
+        return jwt.encode({**claims, **issued, **times}, self._key, "RS256", headers={"kid": self._key_id})
 
 
-def _of_a_job(query: Mapping[str, str]) -> dict[str, str]:
-    """Claims as GitHub's tokens have them."""
+def _job_claims(query: Mapping[str, str]) -> dict[str, str]:
+    """The claims of GitHub's tokens."""
     repository, ref = query.get("repository", "octo-org/octo-repo"), query.get("ref", "refs/heads/main")
     return {
         "sub": f"repo:{repository}:ref:{ref}",
@@ -139,23 +141,25 @@ def _of_a_job(query: Mapping[str, str]) -> dict[str, str]:
 
 async def _body(request: web.Request) -> MintBody:
     """The body of POST /token. Raises InvalidInput."""
-    if request.content_type != "application/json":  # a page of another origin would first have to ask whether it may
-        raise InvalidInput("Content-Type: it is not application/json", hint="Send JSON.", field="Content-Type")
+    if (
+        request.content_type != "application/json"
+    ):  # a web page of another origin needs a CORS preflight for this type
+        raise InvalidInput("Content-Type: must be application/json", hint="Send JSON.", field="Content-Type")
     try:
         body = MintBody.model_validate(json.loads(await request.read()))
     except ValidationError as error:
         raise explain(error) from None
     except (ValueError, RecursionError):
-        raise InvalidInput("body: it is not JSON", hint="Send a JSON object.", field="body") from None
-    for name in _OURS:
+        raise InvalidInput("the request body is not JSON", hint="Send a JSON object.", field="body") from None
+    for name in _ISSUER_CLAIMS:
         if name in body.claims:
             raise InvalidInput(
-                f"claims.{name}: is the issuer's to say",
-                hint="Use sub, aud and duration beside claims.",
+                f"claims.{name}: only the issuer sets this claim",
+                hint="Use the fields sub, aud and duration of the body.",
                 field=f"claims.{name}",
             )
     if not timedelta(seconds=1) <= body.duration <= LONGEST:
-        raise InvalidInput("duration: must be from 1s to 24h", hint="Such as 1h.", field="duration")
+        raise InvalidInput("duration: must be between 1s and 24h", hint="For example 1h.", field="duration")
     return body
 
 
@@ -167,19 +171,22 @@ async def _guarded(
         _check_host(request.host)
         return await handler(request)
     except BkpoolError as error:
-        told = {"code": error.code, "message": error.message, "hint": error.hint}
+        detail = {"code": error.code, "message": error.message, "hint": error.hint}
         field = {"field": error.field} if error.field else {}
-        return web.json_response({"error": told | field}, status=error.status)
+        return web.json_response({"error": detail | field}, status=error.status)
     except web.HTTPException as error:
-        told = {"code": error.reason.replace(" ", ""), "message": f"{request.method} {request.path}: {error.reason}"}
-        return web.json_response({"error": told}, status=error.status)
+        detail = {
+            "code": error.reason.replace(" ", ""),
+            "message": f"{request.method} {request.path}: {error.reason}",
+        }
+        return web.json_response({"error": detail}, status=error.status)
 
 
 def _check_host(host: str) -> None:
-    """A page whose name was made to lead here (DNS rebinding) still says that name. Raises Forbidden."""
+    """Refuses the requests of a web page whose name was pointed at this machine (DNS rebinding). Raises Forbidden."""
     try:
         name = urlsplit(f"//{host}").hostname
     except ValueError:
         name = None
     if name not in LOOPBACK:
-        raise Forbidden("Host: the development issuer is called localhost", hint="Ask it by http://localhost:PORT.")
+        raise Forbidden("Host: the development issuer only answers to localhost", hint="Use http://localhost:PORT.")

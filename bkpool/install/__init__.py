@@ -1,4 +1,4 @@
 """What a cluster needs before bkpool can run in it: custom resource definitions and manifests.
 
-It renders and applies documents. It starts nothing and keeps no state.
+This room renders and applies documents. It starts nothing and stores no state.
 """

@@ -1,6 +1,6 @@
-"""The custom resource definitions: the YAML files beside this module, and how a cluster gets them.
+"""The custom resource definitions: the YAML files beside this module, and their installation in a cluster.
 
-The files are the one source: `bkpool manifests` prints them as they are. Nothing is generated.
+The files are the only source: `bkpool manifests` prints them unchanged. Nothing is generated.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from bkpool.kube.paths import group
 
 _FILES = ("buildkitpools.yaml", "buildkitworkers.yaml", "buildkitoidcconfigs.yaml")
 _API, _PLURAL = "apiextensions.k8s.io/v1", "customresourcedefinitions"
-_PATIENCE = 30.0
-"""Seconds until a definition must be served; it takes the API server well under one."""
+_TIMEOUT = 30.0
+"""Seconds until a definition must be served. The API server takes well under one."""
 
 
 def texts() -> tuple[str, ...]:
-    """The definitions as they are written, one YAML document each, with their comments."""
+    """The text of the definitions with their comments, one YAML document each."""
     directory = files("bkpool.install") / "crds"
     return tuple((directory / name).read_text("utf-8") for name in _FILES)
 
 
 def definitions() -> tuple[Doc, ...]:
-    """The definitions as documents."""
+    """The parsed definitions."""
     return tuple(yaml.safe_load(text) for text in texts())
 
 
@@ -36,15 +36,15 @@ async def install(api: KubeApi) -> None:
     """Applies the definitions and returns when the API server serves them. Fields that others have set stay.
 
     Raises:
-        Forbidden: A right is missing.
-        Unavailable: The API server is away, or does not come to serve them.
+        Forbidden: The user of the kubeconfig lacks a right.
+        Unavailable: The API server does not answer, or does not serve them within 30 s.
     """
     for definition in definitions():
         name = definition["metadata"]["name"]
         applied = await api.apply(group(_API, _PLURAL, name=name), definition)
         try:
-            async with asyncio.timeout(_PATIENCE):
-                await _served(api, name, applied)
+            async with asyncio.timeout(_TIMEOUT):
+                await _wait_until_served(api, name, applied)
         except TimeoutError:
             raise Unavailable(
                 f"Kubernetes: {name} was applied but is not served",
@@ -52,7 +52,7 @@ async def install(api: KubeApi) -> None:
             ) from None
 
 
-async def _served(api: KubeApi, name: str, seen: Doc) -> None:
+async def _wait_until_served(api: KubeApi, name: str, seen: Doc) -> None:
     while not _established(seen):
         since = seen["metadata"]["resourceVersion"]
         watch = api.watch(group(_API, _PLURAL), since, fieldSelector=f"metadata.name={name}")
@@ -64,5 +64,7 @@ async def _served(api: KubeApi, name: str, seen: Doc) -> None:
 
 
 def _established(definition: Doc) -> bool:
-    conditions = (definition.get("status") or {}).get("conditions") or ()  # null in what has just been made
+    conditions = (definition.get("status") or {}).get(
+        "conditions"
+    ) or ()  # null in a definition that was just created
     return any(found["type"] == "Established" and found["status"] == "True" for found in conditions)

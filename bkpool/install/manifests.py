@@ -1,7 +1,7 @@
-"""What `bkpool manifests` prints: everything that the appliance needs in a cluster, as YAML for people.
+"""Renders what `bkpool manifests` prints: everything that the appliance needs in a cluster, as readable YAML.
 
-The text is in install/ and crds/, beside this module; here only names are filled in. The same options give the same
-text, to the letter.
+The text is in templates/ and crds/, beside this module, which only fills in names. The same options always give
+exactly the same text.
 """
 
 from __future__ import annotations
@@ -18,44 +18,47 @@ from bkpool.core.names import DEFAULT_NAMESPACE, SYSTEM_NAMESPACE, check_name
 from bkpool.install import crds
 
 IMAGE = f"ghcr.io/smrt-devops/bkpool:{__version__}"
-"""bkpool's own image, of this version: the Containerfile makes it."""
+"""bkpool's own image in this version, built from the Containerfile."""
 CONTROLLER = "buildkit-controller"
-"""The name of the appliance's Deployment, Service and ServiceAccount, and of its pods' label."""
-MOST_REPLICAS = 100
+"""The name of the appliance's Deployment, Service and ServiceAccount, and the value of its pods' name label."""
+MAX_REPLICAS = 100
 
 _SELECTOR = f"{{app.kubernetes.io/name: {CONTROLLER}}}"
 _LABELS = f"{{app.kubernetes.io/name: {CONTROLLER}, app.kubernetes.io/part-of: bkpool}}"
 _CLEAR = """\
-            # The API is served without TLS: whoever can read the traffic between pods can read bearer tokens, and
-            # keys of clients that sent no csr. The NetworkPolicy below limits who may connect. Where the network is
-            # not to be trusted: `bkpool manifests --api-tls`.
+            # The API is served without TLS: anyone who can read the traffic between pods can read bearer tokens, and
+            # the keys of clients that sent no csr. The NetworkPolicy below limits who may connect. If you do not
+            # trust the network, use `bkpool manifests --api-tls`.
             - --plain-http
 """
 _TLS = """\
-            # Certified by bkpool's CA: ca.crt in the Secret bkpool-pki is what callers trust (BKCTL_TLS_CA_CERT).
+            # The certificate is signed by bkpool's CA. Callers trust ca.crt of the Secret bkpool-pki
+            # (BKCTL_TLS_CA_CERT).
             - --api-tls
 """
-_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")  # what may stand in an image's name, and needs no quotes
+_IMAGE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}"
+)  # the characters of an image's name; none of them needs quotes in YAML
 
 
 @dataclass(frozen=True, slots=True)
 class Install:
-    """How the appliance is to run in a cluster."""
+    """How the appliance should run in a cluster."""
 
     namespace: str = SYSTEM_NAMESPACE
     replicas: int = 2
     image: str = IMAGE
     pool_namespaces: tuple[str, ...] = (DEFAULT_NAMESPACE,)
-    """Where pools may be; the controller has no rights to make workers elsewhere."""
+    """The namespaces that may contain pools. The controller has no right to create workers elsewhere."""
     api_tls: bool = False
-    """The API is served over TLS, with certificates of bkpool's own CA."""
+    """Whether the API is served over TLS, with a certificate of bkpool's own CA."""
 
 
 def render(install: Install) -> str:
     """The manifests, one YAML stream.
 
     Raises:
-        InvalidInput: A name is none, or the replicas are too many or none; `field` is the option.
+        InvalidInput: A name or the number of replicas is not valid; `field` is the option.
     """
     _check(install)
     namespaces = tuple(dict.fromkeys(install.pool_namespaces))
@@ -86,7 +89,7 @@ def _stream(documents: Sequence[str]) -> str:
 
 
 def _options(install: Install) -> str:
-    """The command line that gives this, for whoever finds the file later."""
+    """The command line that gives this text, for a reader who finds the file later."""
     pools = [f"--pool-namespace {name}" for name in install.pool_namespaces]
     parts = [f"--namespace {install.namespace}", f"--replicas {install.replicas}", f"--image {install.image}", *pools]
     return " ".join([*parts, *(["--api-tls"] if install.api_tls else [])])
@@ -96,15 +99,15 @@ def _check(install: Install) -> None:
     check_name(install.namespace, field="--namespace")
     for name in install.pool_namespaces:
         check_name(name, field="--pool-namespace")
-    if not 1 <= install.replicas <= MOST_REPLICAS:
+    if not 1 <= install.replicas <= MAX_REPLICAS:
         raise InvalidInput(
-            f"--replicas: {install.replicas} is not from 1 to {MOST_REPLICAS}",
-            hint="Two replicas survive the loss of a node.",
+            f"--replicas: {install.replicas} is not between 1 and {MAX_REPLICAS}",
+            hint="Use 2: two replicas survive the loss of a node.",
             field="--replicas",
         )
     if _IMAGE.fullmatch(install.image) is None:
         raise InvalidInput(
-            f"--image: {install.image[:80]!r} is no name of an image",
+            f"--image: {install.image[:80]!r} is not a valid image name",
             hint=f"Write it as {IMAGE}.",
             field="--image",
         )

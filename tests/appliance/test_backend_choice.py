@@ -19,7 +19,7 @@ def never() -> str | None:
     [
         ("auto", None, lambda: None, "kind", "a container engine answers"),
         ("auto", None, lambda: "none answers", "process", "it needs no container engine, and none answers"),
-        ("auto", "process", never, "process", "what this home was made with"),
+        ("auto", "process", never, "process", "this home was created with it"),
         ("kind", None, never, "kind", "as asked"),
         ("kubernetes", "kubernetes", never, "kubernetes", "as asked"),
     ],
@@ -29,6 +29,6 @@ def test_the_first_up_decides(asked, recorded, engine, backend, why):
 
 
 def test_a_home_is_not_moved_to_another_world():
-    with pytest.raises(HostFault, match="holds a world of backend 'process', not 'kind'") as raised:
+    with pytest.raises(HostFault, match="was created with the backend 'process', not 'kind'") as raised:
         choose_backend("kind", "process", never, HOME)
     assert raised.value.code == "OtherBackend"
