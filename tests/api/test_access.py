@@ -1,4 +1,4 @@
-"""Who may do what over HTTP, with two tenants that must not learn of each other, and what the audit trail says."""
+"""Who may do what over HTTP: two tenants must not learn about each other, and the audit trail names each decision."""
 
 import asyncio
 import gzip
@@ -23,7 +23,7 @@ RULES = {"rbac": {"rules": [{"users": ["ann", "group:dev"]}]}}
 
 @pytest.fixture
 async def api(tmp_path):
-    """Pool p of both tenants, pool a of ann alone."""
+    """Both tenants may use pool p, only ann may use pool a."""
     async with running_api(tmp_path) as api:
         authority = {"authority": "https://issuer", "source": "stub"}
         api.bearers.known = {
@@ -48,7 +48,7 @@ async def lease_of(api, bearer, **more):
     return lease
 
 
-async def test_one_tenant_can_not_touch_or_see_the_others_lease(api):
+async def test_a_tenant_cannot_change_or_see_the_lease_of_another(api):
     lease = await lease_of(api, BOB, jobId="secret-job")
     name = lease["workerName"]
     nothing = {"workerName": "p-worker-3"}
@@ -84,12 +84,12 @@ async def test_the_admin_may_end_a_lease_by_its_worker(api):
 @pytest.mark.parametrize(
     "body", [{}, {"token": "x" * 43, "workerName": "p-worker-0"}, {"workerName": "../p"}, {"workerName": None}]
 )
-async def test_a_lease_is_named_in_one_way(api, body):
+async def test_a_request_must_name_the_lease_in_exactly_one_way(api, body):
     for path in ("renew", "release"):
         assert (await api("POST", f"{WORKERS}/{path}", body, bearer=ANN))[0] == 400
 
 
-async def test_pools_that_a_caller_may_not_use_are_not_there_for_him(api):
+async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api):
     for bearer, names in ((ANN, ["a", "p"]), (BOB, ["p"])):
         pools = (await api("GET", "/api/v1/pools", bearer=bearer))[1]["pools"]
         assert [pool["name"] for pool in pools] == names
@@ -106,7 +106,7 @@ async def test_pools_that_a_caller_may_not_use_are_not_there_for_him(api):
     assert not api.world.held()
 
 
-async def test_while_nothing_is_configured_everybody_known_may_use_everything(tmp_path):
+async def test_without_configured_access_every_authenticated_caller_may_use_all_pools(tmp_path):
     async with running_api(tmp_path) as api:
         api.bearers.known = {BOB: (Identity("bob"),)}
         await api.world.pool()
@@ -116,7 +116,7 @@ async def test_while_nothing_is_configured_everybody_known_may_use_everything(tm
         assert (await api("POST", CHECK, {"token": "unknown", "poolName": "nope"}, bearer=None))[0] == 200
 
 
-async def test_the_identity_that_may_is_taken_of_several(api):
+async def test_of_several_identities_the_one_with_access_is_used(api):
     api.bearers.known["both"] = (
         Identity("ann", source="elsewhere", scope=Scope("other")),
         Identity("bob", source="here"),
@@ -134,7 +134,7 @@ async def test_jobs_are_per_identity_and_not_per_name(api):
     assert (await api("POST", f"{WORKERS}/release", body, bearer="other-bob"))[0] == 404
 
 
-async def test_limits_are_told_with_when_to_try_again(api, audit):
+async def test_a_refusal_by_a_limit_says_when_to_try_again(api, audit):
     await api.world.pool(
         "few", auth={"limits": {"identity": {"perMinute": 2, "leases": 5}}, "rbac": {"enabled": False}}
     )
@@ -152,7 +152,7 @@ async def test_limits_are_told_with_when_to_try_again(api, audit):
     assert (await api("POST", ALLOCATE, body, bearer=ANN))[0] == 200
 
 
-async def test_the_header(api):
+async def test_the_authorization_header(api):
     for scheme in ("bearer", "BEARER", "Bearer  "):
         assert (await api("GET", "/api/v1/pools", headers={"Authorization": f"{scheme} {ANN}"}))[0] == 200
     two = [("Authorization", f"Bearer {ANN}"), ("Authorization", f"Bearer {BOB}")]
@@ -171,7 +171,7 @@ async def test_the_header(api):
 @pytest.mark.parametrize(
     "header", [b"Bearer " + b"sesame" * 200_000, b"Bearer sesame\0", b"Bearer \xffsesame", b"sesame" * 4000]
 )
-async def test_a_header_that_can_not_be_read_is_a_clean_answer_and_in_no_log(api, header, capfd, caplog):
+async def test_a_malformed_header_gets_a_clean_response_and_is_not_logged(api, header, capfd, caplog):
     request = b"GET /api/v1/pools HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + header + b"\r\n\r\n"
     answer = await api.raw(request)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -181,7 +181,7 @@ async def test_a_header_that_can_not_be_read_is_a_clean_answer_and_in_no_log(api
     assert "sesame" not in f"{answer}{told.out}{told.err}{caplog.text}"
 
 
-async def test_a_decision_is_explained(api, audit):
+async def test_auth_check_explains_its_decision(api, audit):
     async def explained(token, pool="a", bearer=None):
         status, told, _ = await api("POST", CHECK, {"token": token, "poolName": pool}, bearer=bearer)
         assert status == 200
@@ -266,7 +266,7 @@ async def test_the_audit_trail(api, audit):
         assert secret not in json.dumps(lines)
 
 
-async def test_a_caller_who_hangs_up_while_he_waits_is_in_the_audit_trail(api, audit):
+async def test_a_caller_who_closes_the_connection_while_waiting_is_in_the_audit_trail(api, audit):
     api.world.runtime.gate.clear()
     asking = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "a"}, bearer=ANN))
     await api.world.until(api.world.held)
@@ -291,7 +291,7 @@ PATHS = st.sampled_from([ALLOCATE, f"{WORKERS}/renew", f"{WORKERS}/release", f"{
 
 
 def clean(answer: bytes) -> None:
-    """One answer, which is no fault of ours."""
+    """Asserts one response that is not an internal error."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert 400 <= int(head.split()[1]) < 500, answer
     assert "error" in json.loads(body)
@@ -299,7 +299,7 @@ def clean(answer: bytes) -> None:
 
 @ANYTHING
 @given(path=PATHS, body=st.binary(max_size=200) | st.dictionaries(FIELDS, JSON, max_size=5).map(json.dumps))
-async def test_any_body_is_answered(api, path, body):
+async def test_every_body_gets_a_response(api, path, body):
     data = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
     status, told, _ = await api("POST", path, data=data, bearer=ANN)
     assert 400 <= status < 500
@@ -312,7 +312,7 @@ HEADERS = [b"Authorization", b"Content-Encoding", b"Content-Type", b"Expect", b"
 
 @ANYTHING
 @given(value=LINE, name=st.sampled_from(HEADERS))
-async def test_any_header_is_answered(api, name, value):
+async def test_every_header_gets_a_response(api, name, value):
     head = b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
     authorization = b"" if name == b"Authorization" else b"Authorization: Bearer " + ANN.encode() + b"\r\n"
     clean(await api.raw(head + authorization + name + b": " + value + b"\r\n\r\n{}"))
@@ -320,7 +320,7 @@ async def test_any_header_is_answered(api, name, value):
 
 @ANYTHING
 @given(path=LINE)
-async def test_any_path_is_answered(api, path):
+async def test_every_path_gets_a_response(api, path):
     head = b"Host: x\r\nConnection: close\r\nAuthorization: Bearer " + ANN.encode() + b"\r\n\r\n"
     for prefix in (b"/nowhere/", b"/api/v1/pools/x", b"/api/v1/pools/a?namespace=x"):
         clean(await api.raw(b"GET " + prefix + path + b" HTTP/1.1\r\n" + head))
@@ -328,14 +328,14 @@ async def test_any_path_is_answered(api, path):
 
 @ANYTHING
 @given(junk=st.binary(max_size=200), tail=st.sampled_from([b"", b"\r\n0\r\n\r\n"]))
-async def test_any_chunks_are_answered(api, junk, tail):
+async def test_every_chunked_body_gets_a_response(api, junk, tail):
     head = b"Host: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\nAuthorization: Bearer " + ANN.encode()
     answer = await api.raw(b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\n" + head + b"\r\n\r\n" + junk + tail, 0.1)
     if answer:  # else there are chunks to come
         clean(answer)
 
 
-async def test_a_body_may_be_announced(api):
+async def test_a_body_may_be_announced_with_expect(api):
     head = b"POST " + ALLOCATE.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
     going_on, _, answer = (await api.raw(head + b"Expect: 100-continue\r\n\r\n{}")).partition(b"\r\n\r\n")
     assert going_on == b"HTTP/1.1 100 Continue"
@@ -344,7 +344,7 @@ async def test_a_body_may_be_announced(api):
     clean(nowhere)
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch):
+async def test_a_body_that_does_not_arrive_is_refused_in_time(api, monkeypatch):
     monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.05)
     head = b"POST " + CHECK.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{"
     answer = await api.raw(head, until=b"}}")  # aiohttp keeps the connection a while, for what may still come
@@ -352,7 +352,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(api, monkeypatch):
     assert b"malformed or arrives too slowly" in answer
 
 
-async def test_a_packed_body_is_not_unpacked(api):
+async def test_a_compressed_body_is_not_decompressed(api):
     body = gzip.compress(json.dumps({"poolName": "p", "metadata": {"a": "b" * 10_000_000}}).encode())
     headers = {"Authorization": f"Bearer {ANN}", "Content-Encoding": "gzip"}
     status, told, _ = await api("POST", ALLOCATE, data=body, headers=headers)

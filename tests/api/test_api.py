@@ -1,4 +1,4 @@
-"""The API over HTTP: what it answers, and that every bad input is named."""
+"""The API over HTTP: its responses, and errors that name every bad field."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ async def api(tmp_path):
         yield api
 
 
-async def test_the_answer_is_the_contracts(api):
+async def test_responses_are_those_of_the_contract(api):
     status, lease, _ = await api(
         "POST", ALLOCATE, {"poolName": "p", "namespace": "default", "ttl": "1h", "metadata": {"a": "b"}}
     )
@@ -39,7 +39,7 @@ async def test_the_answer_is_the_contracts(api):
     assert (status, told) == (200, {"status": "released"})
 
 
-async def test_with_a_csr_no_key_is_made(api):
+async def test_with_a_csr_no_key_is_created(api):
     key = ec.generate_private_key(ec.SECP256R1())
     csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
     pem = csr.public_bytes(serialization.Encoding.PEM).decode()
@@ -78,12 +78,12 @@ async def test_with_a_csr_no_key_is_made(api):
         ({"poolName": "p", "jobid": "x"}, 400, "jobid"),
     ],
 )
-async def test_a_bad_request_names_the_field(api, body, status, field):
+async def test_an_error_names_the_bad_field(api, body, status, field):
     got, told, _ = await api("POST", ALLOCATE, body)
     assert (got, told["error"]["field"]) == (status, field)
     assert told["error"]["message"]
     assert told["error"]["hint"]
-    assert not api.world.held(), "nothing is half-done"
+    assert not api.world.held(), "no lease is left"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ async def test_a_bad_request_names_the_field(api, body, status, field):
         (json.dumps({"poolName": "x" * 1_000_000}).encode(), 413, None),
     ],
 )
-async def test_a_body_that_is_no_request(api, data, status, code):
+async def test_a_body_that_is_not_a_request_is_refused(api, data, status, code):
     got, told, _ = await api("POST", ALLOCATE, data=data)
     assert got == status
     assert code is None or told["error"]["code"] == code
@@ -106,7 +106,7 @@ async def test_a_body_that_is_no_request(api, data, status, code):
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer x", f"Basic {ADMIN}", f"Bearer {ADMIN} x", "Bearer " + "x" * 5000]
 )
-async def test_who_is_not_known_is_told_how_to_be(api, header):
+async def test_an_unauthenticated_caller_gets_401_with_the_scheme(api, header):
     for method, path in (("POST", ALLOCATE), ("GET", "/api/v1/pools"), ("GET", "/api/v1/pools/p")):
         headers = {} if header is None else {"Authorization": header}
         status, told, answer = await api(
@@ -117,7 +117,7 @@ async def test_who_is_not_known_is_told_how_to_be(api, header):
         assert ADMIN not in json.dumps(told)
 
 
-async def test_pools_are_shown_with_their_workers_and_ignored_fields(api):
+async def test_a_pool_is_shown_with_its_workers_and_ignored_fields(api):
     await api("POST", ALLOCATE, {"poolName": "p", "jobId": "job-1"})
     status, told, _ = await api("GET", "/api/v1/pools/p?namespace=default")
     assert status == 200
@@ -128,7 +128,7 @@ async def test_pools_are_shown_with_their_workers_and_ignored_fields(api):
     assert (await api("GET", "/api/v1/pools/nope"))[0] == 404
 
 
-async def test_tokens_of_no_lease(api):
+async def test_tokens_without_a_lease_are_refused(api):
     for path in ("lookup", "renew", "release"):
         status, told, _ = await api("POST", f"/api/v1/workers/{path}", {"token": "x" * 43}, headers={})
         assert (status, told["error"]["code"]) == (404, "NoSuchLease")
@@ -146,14 +146,14 @@ async def test_health_and_readiness(api):
     assert (await api("POST", ALLOCATE, {"poolName": "p"}))[0] == 503
 
 
-async def test_what_is_not_there(api):
+async def test_unknown_paths_and_methods_are_refused(api):
     assert (await api("GET", "/nowhere"))[1]["error"]["code"] == "NotFound"
     status, told, headers = await api("GET", ALLOCATE)
     assert (status, headers["Allow"]) == (405, "POST")
     assert told["error"]["code"] == "MethodNotAllowed"
 
 
-async def test_a_crash_is_one_sentence_and_no_traceback(api, monkeypatch):
+async def test_a_crash_gives_one_sentence_and_no_traceback(api, monkeypatch):
     def boom(*_args, **_more):
         raise RuntimeError("secret detail")
 
@@ -163,7 +163,7 @@ async def test_a_crash_is_one_sentence_and_no_traceback(api, monkeypatch):
     assert "secret detail" not in json.dumps(told)
 
 
-async def test_the_description_has_every_route_and_resolves(api):
+async def test_openapi_has_every_route_and_every_reference_resolves(api):
     status, document, _ = await api("GET", "/openapi.json", headers={})
     assert status == 200
     assert {"/api/v1/workers/allocate", "/api/v1/workers/renew", "/api/v1/pools/{name}", "/ready"} <= set(

@@ -1,4 +1,4 @@
-"""The API's TLS on a real socket: whom a caller sees, and that a new certificate needs no restart."""
+"""The API's TLS on a real socket: which certificate a caller gets, and that a new one needs no restart."""
 
 import asyncio
 import ssl
@@ -47,7 +47,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 async def served():
-    """Serves over this TLS; returns what gives the certificate that a new caller sees."""
+    """Serves with this TLS; returns a function that returns the certificate which a new caller gets."""
     async with AsyncExitStack() as stack:
 
         async def start(tls):
@@ -73,7 +73,7 @@ async def served():
         yield start
 
 
-async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, authority, served):
+async def test_a_caller_that_trusts_the_ca_can_use_every_name_of_the_api(settings, authority, served):
     given = settings(api={"tls": True}, gateway={"hosts": ("build.example.com",)})
     seen = await served(make_api_tls(given, authority, lambda: NOW))
     names = ("127.0.0.1", "localhost", "build.example.com", "buildkit-controller.buildkit-system.svc")
@@ -84,7 +84,7 @@ async def test_whoever_trusts_the_authority_reaches_it_by_every_name(settings, a
         await seen(authority, "elsewhere.example.com")
 
 
-async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(settings, authority, served):
+async def test_the_certificate_is_renewed_in_time_and_open_connections_continue(settings, authority, served):
     now = NOW
     tls = make_api_tls(settings(api={"tls": True}), authority, lambda: now)
     seen = await served(tls)
@@ -98,20 +98,20 @@ async def test_it_is_issued_anew_before_its_end_and_what_is_open_goes_on(setting
     assert not tls.refresh()
 
 
-def test_callers_on_this_machine_are_told_whom_to_trust(settings, authority, tmp_path):
+def test_the_description_names_the_ca_that_callers_trust(settings, authority, tmp_path):
     tls = make_api_tls(settings(api={"tls": True}), authority, lambda: NOW)
     assert tls.description == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
     assert (tmp_path / "pki" / "ca.crt").read_bytes() == authority.cert_pem
 
 
-def test_it_is_called_by_its_own_address_too(settings):
+def test_the_api_address_is_one_of_its_names(settings):
     names = api_names(settings(api={"address": ("192.0.2.7", 8082)}, kubernetes={"namespace": "ci"}))
     assert ip_address("192.0.2.7") in names.ips
     assert "buildkit-controller.ci.svc.cluster.local" in names.dns
     assert ip_address("0.0.0.0") not in api_names(settings(api={"address": ("0.0.0.0", 8082)})).ips
 
 
-def test_without_being_asked_for_there_is_none(settings, authority):
+def test_there_is_no_tls_unless_the_user_asked_for_it(settings, authority):
     assert make_api_tls(settings(), authority, lambda: NOW) is None
 
 
@@ -127,8 +127,8 @@ def pkcs8(key, encryption=None):
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
 
 
-async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, authority, served, tmp_path):
-    """From an elliptic key to RSA: OpenSSL alone would go on serving the old one beside the new one."""
+async def test_changed_files_are_used_and_a_bad_file_changes_nothing(settings, authority, served, tmp_path):
+    """The key changes from elliptic to RSA: a single OpenSSL context would then keep both certificates."""
     cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     cert.write_bytes(leaf.cert_pem)
@@ -168,7 +168,7 @@ async def test_files_are_read_again_and_a_bad_one_changes_nothing(settings, auth
     ],
     ids=["missing", "empty", "damaged", "another", "encrypted"],
 )
-def test_at_the_start_a_bad_file_is_an_error(settings, authority, tmp_path, content, why):
+def test_a_bad_file_is_an_error_at_the_start(settings, authority, tmp_path, content, why):
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     (tmp_path / "tls.crt").write_bytes(leaf.cert_pem)
     if content is not None:
@@ -179,7 +179,7 @@ def test_at_the_start_a_bad_file_is_an_error(settings, authority, tmp_path, cont
     assert caught.value.code == "Unreadable"
 
 
-def test_beyond_this_machine_it_takes_tls_or_that_clear_text_is_asked_for(settings, tmp_path):
+def test_beyond_this_machine_the_api_needs_tls_or_plain_http(settings, tmp_path):
     beyond = {"address": ("192.0.2.1", 8082)}
     with pytest.raises(InvalidInput, match="in clear"):
         check_settings(settings(api=beyond))
@@ -188,7 +188,7 @@ def test_beyond_this_machine_it_takes_tls_or_that_clear_text_is_asked_for(settin
 
 
 @pytest.mark.parametrize(("given", "missing"), [("cert", "--api-key"), ("key", "--api-cert")])
-def test_one_file_alone_is_not_enough(settings, tmp_path, given, missing):
+def test_certificate_and_key_must_both_be_given(settings, tmp_path, given, missing):
     with pytest.raises(InvalidInput, match=missing) as caught:
         check_settings(settings(api={given: tmp_path}))
     assert caught.value.field == missing

@@ -1,4 +1,4 @@
-"""Which backend an `up` gets."""
+"""Which backend an `up` chooses."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ def never() -> str | None:
         ("kubernetes", "kubernetes", never, "kubernetes", "as asked"),
     ],
 )
-def test_the_first_up_decides(asked, recorded, engine, backend, why):
+def test_the_first_up_chooses_and_later_ones_follow(asked, recorded, engine, backend, why):
     assert choose_backend(asked, recorded, engine, HOME) == (backend, why)
 
 
-def test_a_home_is_not_moved_to_another_world():
+def test_a_home_does_not_change_its_backend():
     with pytest.raises(HostFault, match="was created with the backend 'process', not 'kind'") as raised:
         choose_backend("kind", "process", never, HOME)
     assert raised.value.code == "OtherBackend"

@@ -50,7 +50,7 @@ async def store(tmp_path):
     await store.close()
 
 
-async def test_a_new_pool_is_named_and_an_old_certificate_is_renewed(store, tmp_path):
+async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(store, tmp_path):
     now = datetime.now(UTC)
     private_directory(tmp_path / "pki")
     mirror, gateway = Mirror(store), Gateway()

@@ -1,4 +1,4 @@
-"""The development issuer by HTTP: what its tokens say, that they verify by its own documents, and what it refuses."""
+"""The development issuer over HTTP: its tokens can be verified with its documents, and it refuses bad requests."""
 
 from datetime import UTC, datetime
 
@@ -30,7 +30,7 @@ async def issuer(key, monkeypatch):
 
 
 async def claims_of(issuer, token, audience="buildkit-controller"):
-    """What the token says, verified as anybody would: from the discovery document on."""
+    """The claims of the token, verified in the usual way: from the discovery document on."""
     document = await (await issuer.get("/.well-known/openid-configuration")).json()
     assert document["issuer"] == URL
     path = document["jwks_uri"].removeprefix(URL)
@@ -39,7 +39,7 @@ async def claims_of(issuer, token, audience="buildkit-controller"):
     return jwt.decode(token, key, algorithms=["RS256"], audience=audience, issuer=URL)
 
 
-async def test_a_token_says_what_was_asked_for(issuer):
+async def test_a_token_contains_the_requested_claims(issuer):
     asked = {"sub": "me", "aud": "x", "claims": {"groups": ["a"], "repository": "o/r"}, "duration": "2h"}
     told = await (await issuer.post("/token", json=asked)).json()
     claims = await claims_of(issuer, told["token"], "x")
@@ -54,7 +54,7 @@ async def test_a_token_says_what_was_asked_for(issuer):
     assert claims["iat"] == int(NOW.timestamp())
 
 
-async def test_an_actor_is_the_subject_only_where_none_is_given(issuer):
+async def test_the_actor_is_the_subject_unless_the_request_gives_one(issuer):
     told = await (await issuer.post("/token", json={"sub": "me", "claims": {"actor": "you"}})).json()
     assert (await claims_of(issuer, told["token"]))["actor"] == "you"
 
@@ -76,7 +76,7 @@ async def test_an_actor_is_the_subject_only_where_none_is_given(issuer):
         ({"sub": "a", "more": 1}, "more"),
     ],
 )
-async def test_what_is_wrong_is_named(issuer, asked, field):
+async def test_the_error_names_the_wrong_field(issuer, asked, field):
     answer = await issuer.post("/token", json=asked)
     assert answer.status == 400
     error = (await answer.json())["error"]
@@ -84,7 +84,7 @@ async def test_what_is_wrong_is_named(issuer, asked, field):
     assert field in error["message"]
 
 
-async def test_what_is_no_json_is_said_and_a_page_of_another_origin_gets_nothing(issuer):
+async def test_invalid_json_and_requests_of_web_pages_are_refused(issuer):
     answer = await issuer.post("/token", data=b"{", headers={"Content-Type": "application/json"})
     assert (answer.status, (await answer.json())["error"]["field"]) == (400, "body")
     answer = await issuer.post("/token", data=b'{"sub": "a"}', headers={"Content-Type": "text/plain"})
@@ -95,7 +95,7 @@ async def test_what_is_no_json_is_said_and_a_page_of_another_origin_gets_nothing
     assert (answer.status, (await answer.json())["error"]["code"]) == (404, "NotFound")
 
 
-async def test_it_answers_as_githubs_runners_are_answered(issuer):
+async def test_it_answers_like_githubs_token_url(issuer):
     headers = {"Authorization": "bearer any"}
     query = "api-version=2.0&repository=o/r&ref=refs/tags/1&actor=me&audience=buildkit-controller"
     told = await (await issuer.get(f"/actions/token?{query}", headers=headers)).json()
@@ -113,7 +113,7 @@ async def test_it_answers_as_githubs_runners_are_answered(issuer):
     assert (await issuer.get("/actions/token?audience=x")).status == 401
 
 
-def test_its_config_believes_it_for_every_pool():
+def test_its_configuration_trusts_it_for_every_pool():
     config = dev_config(URL)
     assert (str(config.key), config.spec.issuer, config.spec.audience) == (
         *("buildkit-system/dev-issuer", URL, "buildkit-controller"),
@@ -137,14 +137,14 @@ def _with_issuer(home, given):
         ({"appliance": {"roles": frozenset({Role.API})}}, "--dev-issuer"),
     ],
 )
-def test_nobody_beyond_this_machine_may_reach_it(tmp_path, given, field):
+def test_addresses_that_other_machines_reach_are_refused(tmp_path, given, field):
     settings = _with_issuer(tmp_path, given)
     with pytest.raises(InvalidInput, match=field) as caught:
         check_settings(settings)
     assert caught.value.field == field
 
 
-def test_it_has_a_name_only_where_there_is_one(tmp_path):
+def test_it_has_a_url_only_if_it_is_enabled(tmp_path):
     settings = _with_issuer(tmp_path, {})
     check_settings(settings)
     assert settings.dev_issuer_url == URL

@@ -1,4 +1,4 @@
-"""The definitions that users see, held to the models that bkpool reads.
+"""The definitions in the cluster must agree with the models that bkpool reads.
 
 What the API server makes of them is in e2e/kind/test_crds.py.
 """
@@ -28,7 +28,7 @@ def schema(kind):
 
 
 def leaves(node, path=""):
-    """Every node of a structural schema below this one, with its path; `[]`: items of a list, `{}`: of a map."""
+    """Every node of a structural schema, with its path. `[]`: items of a list, `{}`: values of a map."""
     yield path, node
     for name, child in node.get("properties", {}).items():
         yield from leaves(child, f"{path}.{name}")
@@ -39,7 +39,7 @@ def leaves(node, path=""):
 
 
 def modelled(model):
-    """The same of a model: what pydantic says of it, with references followed and None left out."""
+    """The same for a model: its JSON schema by pydantic, with references resolved and without None."""
     told = model.model_json_schema(by_alias=True)
 
     def walk(node, path):
@@ -65,7 +65,7 @@ def _plain(node, told):
 
 
 def defaulted(node, value):
-    """What the API server makes of a value: absent fields with a default get it, from the outside in."""
+    """What the API server turns a value into: it sets the defaults of absent fields, from the outside in."""
     if isinstance(value, dict):
         for name, child in node.get("properties", {}).items():
             if name not in value and "default" in child:
@@ -75,7 +75,7 @@ def defaulted(node, value):
     return value
 
 
-def test_the_names_are_the_contracts():
+def test_the_names_are_those_of_the_contract():
     names = {doc["spec"]["names"]["plural"]: doc["spec"]["names"] for doc in DEFINITIONS}
     assert set(names) == {"buildkitpools", "buildkitworkers", "buildkitoidcconfigs"}
     assert names["buildkitpools"]["shortNames"] == ["bkpool"]
@@ -123,7 +123,7 @@ def test_every_field_that_bkpool_reads_or_writes_is_in_the_schema_with_its_bound
     ("kind", "model", "least"),
     [(Pool, PoolSpec, {}), (OIDCConfig, OIDCConfigSpec, {"issuer": "https://i.example.com", "audience": "a"})],
 )
-def test_what_the_api_server_fills_in_is_what_bkpool_would(kind, model, least):
+def test_the_api_server_sets_the_same_defaults_as_bkpool(kind, model, least):
     filled = defaulted(schema(kind), {"spec": dict(least)})["spec"]
     assert model.model_validate(filled).model_dump() == model.model_validate(least).model_dump()
     ours = {path for path, field in modelled(model).items() if _has_default(field)}
@@ -131,13 +131,13 @@ def test_what_the_api_server_fills_in_is_what_bkpool_would(kind, model, least):
     assert theirs == ours
 
 
-def test_an_issuers_schema_has_nothing_that_bkpool_does_not_read_but_the_secret():
+def test_bkpool_reads_every_field_of_an_issuer_except_the_secret():
     known = {path for path, _ in leaves(schema(OIDCConfig)["properties"]["spec"])}
     unread = {path for path in known - set(modelled(OIDCConfigSpec)) if not path.startswith(".clientSecretRef.")}
     assert unread == {".clientSecretRef"}
 
 
-def test_a_pools_own_issuer_is_written_as_one_for_many():
+def test_an_issuer_in_a_pool_has_the_fields_of_a_buildkitoidcconfig():
     (own,) = (node for path, node in leaves(schema(Pool)) if path == ".spec.auth.methods[].oidc")
     many = schema(OIDCConfig)["properties"]["spec"]
     alone = {"enabled", "pools", "clientSecretRef"}
@@ -181,7 +181,7 @@ def _has_default(node):
     return "properties" not in node and node.get("default") not in (None, [], {})
 
 
-def test_durations_are_gos():
+def test_durations_have_gos_format():
     nodes = [node for _, node in leaves(schema(Pool)) if "ms|s|m|h" in str(node.get("pattern"))]
     assert len(nodes) == 7
     (pattern,) = {node["pattern"] for node in nodes}
@@ -195,7 +195,7 @@ def test_durations_are_gos():
             durations.validate_python(bad)
 
 
-def test_the_contracts_fields_are_all_there():
+def test_the_fields_of_the_contract_all_exist():
     known = {path.removeprefix(".spec.") for path, _ in leaves(schema(Pool))}
     contract = """
         scaling{mode,min,max,scaleDownDelay,scaleDownSchedule,targetCPUUtilization,targetMemoryUtilization,
@@ -227,20 +227,20 @@ def _paths(text):
     yield ".".join([*stems, name])
 
 
-def test_a_worker_of_ours_is_what_the_schema_says():
+def test_a_worker_fits_its_schema():
     for model, part in ((WorkerSpec, "spec"), (WorkerStatus, "status")):
         known = {path for path, _ in leaves(schema(Worker)["properties"][part])}
         assert set(modelled(model)) <= known
 
 
-def test_the_go_controllers_status_is_no_obstacle():
+def test_a_status_of_the_go_controller_is_accepted():
     left = {"phase": "Running", "workers": {"total": 3, "ready": 1}, "connections": {"active": 2}}
     pool = Pool.model_validate({"metadata": {"name": "p"}, "spec": {}, "status": left})
     assert (pool.status.workers, pool.status.model_extra) == (0, {})
 
 
 def rows():
-    """Field to the backends on which it works, as the page for users has it."""
+    """Each field with the backends on which it works, from the page for users."""
     page = (Path(__file__).parents[2] / "docs" / "pool-spec.md").read_text()
     return dict(re.findall(r"^\| `([^`]+)` \|[^|]*\| ([a-z ]+) \|", page, flags=re.MULTILINE))
 

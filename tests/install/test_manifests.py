@@ -1,4 +1,4 @@
-"""What `bkpool manifests` prints: complete, the same each time, and with no right too many."""
+"""What `bkpool manifests` prints: complete, the same each time, and without superfluous rights."""
 
 from functools import cache
 
@@ -39,7 +39,7 @@ def allows(granted, group, resource, verb, name=None):
     )
 
 
-def test_it_is_all_there():
+def test_the_manifests_are_complete():
     kinds = [doc["kind"] for doc in documents(pool_namespaces=("a", "b"))]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "Namespace": 1,
@@ -61,7 +61,7 @@ def test_the_same_options_give_the_same_text():
     assert "${" not in render(Install())
 
 
-def test_every_option_is_heeded():
+def test_every_option_has_an_effect():
     docs = documents(
         namespace="bk", replicas=3, image="registry.example.com:5000/bkpool@sha256:ab", pool_namespaces=("a",)
     )
@@ -81,13 +81,13 @@ def test_every_option_is_heeded():
         assert [subject["namespace"] for subject in binding["subjects"]] == ["bk"]
 
 
-def test_what_is_told_about_plain_http_stands_above_it():
+def test_the_warning_about_plain_http_is_above_the_option():
     lines = [line.strip() for line in render(Install()).splitlines()]
     assert lines[lines.index("- --plain-http") - 1].startswith("#")
 
 
 @pytest.mark.parametrize(("tls", "option", "scheme"), [(False, "--plain-http", None), (True, "--api-tls", "HTTPS")])
-def test_the_api_is_in_clear_or_over_tls_and_the_kubelet_asks_it_so(tls, option, scheme):
+def test_the_kubelet_probes_with_the_scheme_of_the_api(tls, option, scheme):
     (deployment,) = of_kind(documents(api_tls=tls), "Deployment")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert {"--plain-http", "--api-tls"} & set(container["args"]) == {option}
@@ -114,7 +114,7 @@ def test_no_right_reaches_secrets_of_the_whole_cluster():
         assert "*" not in [*rule["apiGroups"], *rule["resources"], *rule["verbs"]]
 
 
-def test_it_may_read_who_may_use_what_and_say_whether_that_works():
+def test_the_controller_may_read_issuers_and_write_their_status():
     everywhere = rules(documents(), "ClusterRole")
     for verb in ("get", "list", "watch"):
         assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb)
@@ -127,7 +127,7 @@ def test_it_may_read_who_may_use_what_and_say_whether_that_works():
 
 
 def test_the_controller_holds_every_right_that_it_grants():
-    """Otherwise the API server refuses the gateways' Roles: nobody may grant what he does not have."""
+    """Otherwise the API server refuses the gateways' Roles: a subject can grant only rights that it has."""
     docs = documents(pool_namespaces=("team",))
     held = [*rules(docs, "ClusterRole"), *rules(docs, "Role", "team")]
     pool = Pool.model_validate({"metadata": {"name": "p", "namespace": "team"}, "spec": {}})
@@ -139,7 +139,7 @@ def test_the_controller_holds_every_right_that_it_grants():
                     assert allows(held, group, resource, verb), (resource, verb)
 
 
-def test_pods_are_admitted_where_only_restricted_ones_are():
+def test_pods_fit_the_restricted_security_standard():
     (deployment,) = of_kind(documents(), "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -162,13 +162,13 @@ def test_pods_are_admitted_where_only_restricted_ones_are():
         ({"image": ""}, "--image"),
     ],
 )
-def test_what_would_break_the_yaml_is_refused(options, field):
+def test_values_that_would_break_the_yaml_are_refused(options, field):
     with pytest.raises(InvalidInput) as caught:
         render(Install(**options))
     assert caught.value.field == field
 
 
-def test_the_command_prints_what_is_applied_and_nothing_else():
+def test_the_command_prints_only_the_manifests():
     told = CliRunner().invoke(program, ["manifests", "--pool-namespace", "a", "--pool-namespace", "b"])
     assert told.exit_code == 0
     assert told.stdout == render(Install(pool_namespaces=("a", "b")))

@@ -1,4 +1,4 @@
-"""Whether a container engine answers, and why not."""
+"""Whether a container engine answers, and the reason if not."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def left_by_the_sdk() -> Iterator[None]:
-    """It leaves a socket open where it could not connect; that is told here, not in somebody else's test."""
+    """The SDK leaves a socket open if it could not connect. This collects it, so no other test gets the warning."""
     yield
     gc.collect()
 
 
 @pytest.fixture
 def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """An engine's socket with nobody behind it, as a hanging engine has."""
+    """A socket that nothing accepts on, like that of an engine that hangs."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "engine.sock"))
         listening.listen()
@@ -41,19 +41,19 @@ def listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket
         yield listening
 
 
-def test_where_no_engine_is_the_reason_is_told(tmp_path, monkeypatch):
+def test_the_reason_is_given_if_there_is_no_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     assert engine_fault() == "no container engine answers (No such file or directory)"
 
 
-def test_one_that_hangs_is_not_waited_for(listener, monkeypatch):
+def test_an_engine_that_hangs_is_given_up_soon(listener, monkeypatch):
     monkeypatch.setattr(engine, "_PROBE_SECONDS", 0.2)
     began = time.monotonic()
     assert "no container engine answers" in (engine_fault() or "")
     assert time.monotonic() - began < 2
 
 
-def test_the_current_context_of_the_cli_is_followed(tmp_path, monkeypatch):
+def test_the_current_context_of_the_cli_is_used(tmp_path, monkeypatch):
     for name in ("DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
@@ -68,7 +68,7 @@ def test_the_current_context_of_the_cli_is_followed(tmp_path, monkeypatch):
     assert "corrupted meta file for context mine" in (engine_fault() or "")
 
 
-def test_a_socket_of_others_is_a_permission_with_the_way_to_get_it(monkeypatch):
+def test_a_denied_socket_is_a_permission_fault_with_a_hint(monkeypatch):
     refused = ConnectionError("Connection aborted.")
     refused.__cause__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     fault = engine._no_engine(refused)
@@ -76,7 +76,7 @@ def test_a_socket_of_others_is_a_permission_with_the_way_to_get_it(monkeypatch):
     assert "usermod -aG docker" in fault.hint
 
 
-def test_an_engine_without_the_command_line_is_of_no_use_to_kind(monkeypatch):
+def test_an_engine_without_its_command_line_program_is_refused(monkeypatch):
     class Client:
         closed = False
 
