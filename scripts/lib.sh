@@ -16,7 +16,7 @@ find_python() {
   die "no Python 3.11 or later with venv was found" "Install one (Debian: apt-get install python3 python3-venv) or set BKPOOL_PYTHON."
 }
 
-# use_environment LOCK: .venv holds what LOCK pins, and bkpool from this checkout. Done already: takes no time.
+# use_environment LOCK: makes .venv with what LOCK pins, and bkpool from this checkout. If it is made already, this is fast.
 use_environment() {
   local lock=$1 wanted
   wanted=$(cat "$lock" pyproject.toml scripts/lib.sh | sha256sum | cut -d' ' -f1)
@@ -29,8 +29,8 @@ use_environment() {
   echo "$wanted" >".venv/.made-from-$lock"
 }
 
-# Debian packages that are missing, where we may install them; elsewhere `bkpool doctor` names what is missing.
-# usage: system_packages FILE_THAT_SHOWS_IT:PACKAGE...
+# Installs Debian packages that are missing, if this user may. Elsewhere `bkpool doctor` names what is missing.
+# usage: system_packages FILE_OF_THE_PACKAGE:PACKAGE...
 system_packages() {
   local pair need=()
   for pair in "$@"; do [ -e "${pair%%:*}" ] || need+=("${pair#*:}"); done
@@ -40,13 +40,12 @@ system_packages() {
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${need[@]}" >/dev/null
 }
 
-# What runc is built with, where neither PATH nor a release has it.
+# What is needed to build runc, if neither PATH nor a release has it.
 runc_needs() {
   system_packages /usr/include/seccomp.h:libseccomp-dev /usr/bin/pkg-config:pkg-config /usr/bin/gcc:gcc /usr/include/stdlib.h:libc6-dev
 }
 
-# The proxies that `nox -s bench` compares the gateway with. Debian's packages start them as services, which nobody has
-# asked for here.
+# The proxies that `nox -s bench` compares the gateway with. Debian's packages start them as services; this stops them.
 bench_peers() {
   local peer new=()
   for peer in nginx haproxy; do [ -e "/usr/sbin/$peer" ] || new+=("$peer"); done
@@ -54,16 +53,16 @@ bench_peers() {
   if [ "$(id -u)" = 0 ] && [ -d /run/systemd/system ] && [ ${#new[@]} -gt 0 ]; then systemctl disable --quiet --now "${new[@]}"; fi
 }
 
-# promtool checks docs/observability. Debian has it in the package of a daemon, which is not installed: this one program
-# is taken out of it. Elsewhere it is taken from PATH.
+# promtool checks docs/observability. On Debian it is in the package of a daemon: only this program is unpacked, and the
+# package is not installed. Elsewhere promtool is taken from PATH.
 promtool_alone() {
   local target draft
   target=$(.venv/bin/python -c 'from bkpool.toolchain import default_cache; print(default_cache() / "e2e" / "promtool")')
   if [ -x "$target" ] || command -v promtool >/dev/null || ! command -v apt-get >/dev/null; then return 0; fi
-  say "promtool, out of Debian's package prometheus"
+  say "promtool, from Debian's package prometheus"
   draft=$(mktemp -d)
   [ "$(id -u)" != 0 ] || apt-get update -qq
   (cd "$draft" && apt-get -o APT::Sandbox::User=root -qq download prometheus && dpkg-deb -x prometheus_*.deb .) &&
-    install -D "$draft/usr/bin/promtool" "$target" || say "it could not be had"
+    install -D "$draft/usr/bin/promtool" "$target" || say "promtool could not be downloaded"
   rm -rf "$draft"
 }

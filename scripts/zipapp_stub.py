@@ -1,6 +1,6 @@
-"""Runs first in bkpool.pyz: says in one sentence why it cannot run here, before pex's own code would fail.
+"""Runs first in bkpool.pyz: if it cannot run here, it says why in one sentence, before pex's own code would fail.
 
-It must be parsed by any Python there is, 2.7 included, so it is written in what all of them have in common.
+Every Python must be able to parse it, also 2.7, so it uses only what all of them have in common.
 """
 
 # ruff: noqa: ANN001, ANN202, PTH100, PTH103, PTH107, PTH111, PTH117, PTH118, PTH123, PTH207, PTH208, RUF005, UP031 - see above
@@ -12,7 +12,7 @@ import zlib
 
 SUPPORTS = {"pythons": ["3.11", "3.12", "3.13"], "machine": "x86_64", "glibc": "2.28"}
 BUILD = "a random name"
-NEEDS = 300 * 2**20  # bytes: what is unpacked once, and some room
+NEEDS = 300 * 2**20  # bytes: what is unpacked once, and some reserve
 OS_FAULT = 71  # bkpool.core.errors.HostFault
 NOT_PERMITTED = 77
 
@@ -24,7 +24,7 @@ def _wrong_python():
     if here in SUPPORTS["pythons"] and kind == "CPython" and not free_threaded:
         return None
     wanted = ", ".join(SUPPORTS["pythons"])
-    return "bkpool needs Python 3.11 or newer: this file holds it for CPython %s, and this is %s %s%s (%s)." % (
+    return "bkpool needs Python 3.11 or newer: this file is for CPython %s, and this is %s %s%s (%s)." % (
         wanted,
         kind,
         platform.python_version(),
@@ -70,7 +70,7 @@ def _numbers(version):
 
 
 def _cache():
-    """Where pex unpacks: a place for each Python and each build, so that what is there is surely ours."""
+    """The directory into which pex unpacks: a different one for each Python and each build, so nothing else is in it."""
     cache = os.environ.get("BKPOOL_CACHE")
     if not cache:
         base = os.environ.get("XDG_CACHE_HOME", "")
@@ -100,9 +100,9 @@ def _check():
 
 
 def _run_unpacked():
-    """Goes straight to what pex unpacked before, which takes pex itself a tenth of a second to find out.
+    """Runs what pex unpacked before. pex itself needs a tenth of a second to find it.
 
-    The layout is pex's (`venvs/*/*/*/pex`, made in one rename); where it is not exactly so, pex does it all.
+    The layout is pex's (`venvs/*/*/*/pex`, made in one rename). If it is different, pex does everything.
     """
     found = glob.glob(os.path.join(os.environ["PEX_ROOT"], "venvs", "*", "*", "*", "pex"))
     if len(found) != 1 or os.environ.get("PEX_TOOLS") or os.environ.get("PEX_INTERPRETER"):
