@@ -70,7 +70,7 @@ def _numbers(version):
 
 
 def _cache():
-    """The directory into which pex unpacks: a different one for each Python and each build, so nothing else is in it."""
+    """The directory into which pex unpacks: one for each Python and each build, so nothing else is in it."""
     cache = os.environ.get("BKPOOL_CACHE")
     if not cache:
         base = os.environ.get("XDG_CACHE_HOME", "")

@@ -89,7 +89,7 @@ def test_an_older_python_is_one_sentence(program):
 
 
 def test_a_newer_python_than_the_file_has_wheels_for_is_one_sentence(program):
-    assert "this file holds it for CPython 3.0" in refusal(run(sys.executable, program(pythons=["3.0"])), 71)
+    assert "this file is for CPython 3.0" in refusal(run(sys.executable, program(pythons=["3.0"])), 71)
 
 
 def test_another_machine_is_one_sentence(program):
