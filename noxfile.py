@@ -5,15 +5,35 @@ They run in the environment that `scripts/test` made from the lock (`.venv`): wh
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 import nox
 
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tests"))
+from support.pythons import SUPPORTED, interpreters  # noqa: E402 - the tests' own module
+
 nox.options.default_venv_backend = "none"
-nox.options.sessions = ["lint", "types", "imports", "tests", "e2e", "kind", "zipapp", "soak", "chaos", "chaos_kind"]
+nox.options.sessions = [
+    "lint",
+    "types",
+    "imports",
+    "tests",
+    "pythons",
+    "e2e",
+    "kind",
+    "zipapp",
+    "soak",
+    "chaos",
+    "chaos_kind",
+]
 nox.options.stop_on_first_error = False
+
+# As a part of all checks (scripts/test) the fast suite measures coverage, which takes it about half as long again.
+COVERAGE = ["--cov", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
 
 BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
@@ -37,8 +57,38 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The fast suite: everything that needs no build. With `-- network` also what asks a package registry."""
-    session.run("pytest", "tests", "--numprocesses", "auto", *session.posargs)
+    """The fast suite: everything that needs no build. As a part of all checks it also measures coverage."""
+    session.run("pytest", "tests", "--numprocesses", "auto", *COVERAGE, *session.posargs)
+
+
+@nox.session
+def pythons(session: nox.Session) -> None:
+    """The fast suite on every other supported Python of this machine, each in an environment made from the lock."""
+    this = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = interpreters(version for version in SUPPORTED if version != this)
+    missing = [version for version in SUPPORTED if version != this and version not in found]
+    session.log(f"session `tests` runs on Python {this}; found besides: {', '.join(found) or 'none'}")
+    if missing:
+        session.log(f"not on this machine, so not tested: {', '.join(missing)}")
+    for version, interpreter in found.items():
+        python = _environment(session, version, interpreter)
+        session.run(python, "-m", "pytest", "tests", "--numprocesses", "auto", *session.posargs, external=True)
+
+
+def _environment(session: nox.Session, version: str, interpreter: str) -> str:
+    """An environment of this Python with what the development lock pins; made anew when the lock changed."""
+    directory = ROOT / ".nox" / f"python-{version}"
+    python = str(directory / "bin" / "python")
+    stamp = directory / "made-from"
+    lock = ROOT / "requirements-dev.lock"
+    wanted = hashlib.sha256(lock.read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        session.run(interpreter, "-m", "venv", "--clear", str(directory), external=True)
+        pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        session.run(*pip, "--require-hashes", "-r", str(lock), external=True)
+        session.run(*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT), external=True)
+        stamp.write_text(wanted)
+    return python
 
 
 @nox.session

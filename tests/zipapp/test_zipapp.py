@@ -18,28 +18,23 @@ from pathlib import Path
 import pytest
 
 from bkpool.toolchain import default_cache
+from support.pythons import SUPPORTED, interpreters
 
 STUB = Path(__file__).parents[2] / "scripts" / "zipapp_stub.py"
 ZIPAPP = os.environ.get("BKPOOL_ZIPAPP")
-TOO_OLD = ["python2.7", "python3.6", "python3.9", "python3.10"]
-SUPPORTED = ["python3.11", "python3.12", "python3.13"]
+TOO_OLD = ["2.7", "3.6", "3.9", "3.10"]
 
 whole = pytest.mark.skipif(
     not ZIPAPP, reason="BKPOOL_ZIPAPP names no bkpool.pyz; `nox -s zipapp` makes and tests one"
 )
 
 
-def interpreters(names):
-    """Those of these Pythons that this machine has: on PATH, or behind pyenv's shims. At least one, or a skip."""
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    found = {}
-    for name in names:
-        for candidate in (shutil.which(name), *pyenv.glob(f"versions/*/bin/{name}")):
-            if candidate and subprocess.run([candidate, "-c", ""], capture_output=True, check=False).returncode == 0:
-                found[name] = candidate
-    if not found:
-        pytest.skip(f"this machine has none of {', '.join(names)}")
-    return found
+def found(versions):
+    """The interpreters of these versions that this machine has: at least one, or a skip."""
+    interpreters_here = interpreters(versions)
+    if not interpreters_here:
+        pytest.skip(f"this machine has none of {', '.join(f'python{version}' for version in versions)}")
+    return interpreters_here
 
 
 def supports():
@@ -84,7 +79,7 @@ def test_the_stub_hands_over_where_everything_fits(program, tmp_path):
 
 
 def test_an_older_python_is_one_sentence(program):
-    for interpreter in interpreters(TOO_OLD).values():
+    for interpreter in found(TOO_OLD).values():
         assert "bkpool needs Python 3.11 or newer" in refusal(run(interpreter, program()), 71)
 
 
@@ -116,16 +111,16 @@ def test_the_stub_can_be_parsed_by_any_python():
 
 @whole
 def test_the_whole_file_refuses_an_older_python():
-    for interpreter in interpreters(TOO_OLD).values():
+    for interpreter in found(TOO_OLD).values():
         refusal(run(interpreter, ZIPAPP, "version"), 71)
 
 
 @whole
 def test_the_whole_file_runs_with_each_python_that_it_is_for(tmp_path):
     here = {"BKPOOL_CACHE": str(tmp_path / "cache"), "BKPOOL_HOME": str(tmp_path / "home")}
-    for name, interpreter in interpreters(SUPPORTED).items():
+    for version, interpreter in found(SUPPORTED).items():
         done = run(interpreter, ZIPAPP, "version", "--verbose", **here)
-        assert f'"python": "{name.removeprefix("python")}.' in done.stdout
+        assert f'"python": "{version}.' in done.stdout
         assert "CPython 3.11, 3.12, 3.13 on Linux" in done.stdout
         # Nothing is there to be purged, but the appliance is imported, and with it all that has compiled parts.
         purge = run(interpreter, ZIPAPP, "down", "--purge", **here)
