@@ -1,4 +1,4 @@
-"""Workers behind TLS: the lease's own is reached, no other is told a byte, and whoever is not there is awaited."""
+"""Workers with TLS: only the worker of the lease gets bytes, and a client waits for a worker that does not answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import ssl
-from datetime import UTC, datetime, timedelta
 
 import pytest
 from structlog.testing import capture_logs
@@ -17,9 +16,7 @@ from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 from bkpool.pki.worker_tls import worker_context
-
-NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-YEAR = timedelta(days=365)
+from support.certificates import NOW, YEAR
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +26,7 @@ def backend():
 
 @pytest.fixture
 def dialler(backend):
-    return TlsDialler(settings(backend, "one"))
+    return TlsDialler(dialler_context(backend, "one"))
 
 
 @pytest.fixture
@@ -37,12 +34,12 @@ async def world(new_world, dialler):
     return await new_world(dial=dialler)
 
 
-def settings(backend, name):
+def dialler_context(backend, name):
     leaf = backend.issue_dialler(name, NOW, NOW + 10 * YEAR)
     return worker_context(leaf.cert_pem, leaf.key_pem, backend.cert_pem)
 
 
-def serving(leaf, clients):
+def server_context(leaf, clients):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["h2"])
@@ -51,31 +48,31 @@ def serving(leaf, clients):
     return context
 
 
-def pod(backend, uid="uid"):
-    return serving(backend.issue_worker(uid, NOW), backend)
+def worker_server(backend, uid="uid"):
+    return server_context(backend.issue_worker(uid, NOW), backend)
 
 
-def called(world, number=-1):
-    """What a worker sees of who has dialled it."""
+def connection_at_worker(world, number=-1):
+    """Returns the TLS connection as the worker sees it."""
     return world.worker_writers[number].get_extra_info("ssl_object")
 
 
-async def served(world, handle):
+async def start_server(world, handle):
     world.tls_workers.append(await asyncio.start_server(handle, "127.0.0.1", 0))
     return f"tcp://127.0.0.1:{world.tls_workers[-1].sockets[0].getsockname()[1]}"
 
 
 async def test_the_worker_of_the_lease_is_reached_over_tls(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(backend))))
     await streams.echo(b"hello")
     await streams.echo(os.urandom(300_000))
-    assert called(world).version() == "TLSv1.3"
-    assert called(world).selected_alpn_protocol() == "h2"
-    assert called(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/one"),)
+    assert connection_at_worker(world).version() == "TLSv1.3"
+    assert connection_at_worker(world).selected_alpn_protocol() == "h2"
+    assert connection_at_worker(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/one"),)
 
 
-async def test_an_end_of_the_worker_reaches_the_client(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
+async def test_the_end_of_the_workers_direction_reaches_the_client(world, backend):
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(backend))))
     await streams.echo(b"x")
     world.worker_writers[0].write(b"goodbye")
     world.worker_writers[0].close()
@@ -83,7 +80,7 @@ async def test_an_end_of_the_worker_reaches_the_client(world, backend):
 
 
 @pytest.mark.parametrize("who", ["another worker", "a foreign CA's", "a dialler", "a lease", "the gateway itself"])
-async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of_it(world, backend, who):
+async def test_another_server_gets_no_bytes_and_the_client_and_the_log_name_it(world, backend, who):
     other = Authority.create(NOW)
     leaf = {
         "another worker": lambda: backend.issue_worker("uid-2", NOW),
@@ -92,11 +89,11 @@ async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of
         "a lease": lambda: backend.issue_client("T" * 43, NOW, NOW + 10 * YEAR),
         "the gateway itself": lambda: backend.issue_server(["localhost"], [], NOW, NOW + 10 * YEAR),
     }[who]()
-    endpoint = await world.start_tls_worker(serving(leaf, backend))
+    endpoint = await world.start_tls_worker(server_context(leaf, backend))
     with capture_logs() as logs:
         streams = await world.connect(world.lease(endpoint=endpoint))
         streams.start_call()
-        for _ in range(3):  # the table might learn better
+        for _ in range(3):  # a newer table may have another endpoint
             await world.wait_until(
                 lambda: world.holds_client() or world.metric("refusals_total", reason="WrongWorker")
             )
@@ -109,28 +106,31 @@ async def test_a_stranger_is_told_nothing_and_the_client_and_the_log_are_told_of
     assert (entry["log_level"], entry["worker"], entry["endpoint"]) == ("warning", "default/p-worker-0", endpoint)
 
 
-async def test_a_stranger_at_an_old_address_does_no_harm_once_the_new_one_is_known(world, backend):
-    stranger, right = await world.start_tls_worker(pod(backend, "uid-2")), await world.start_tls_worker(pod(backend))
-    streams = await world.connect(world.lease(endpoint=stranger))
+async def test_a_client_is_served_at_the_new_address_when_another_server_has_the_old_one(world, backend):
+    wrong, right = (
+        await world.start_tls_worker(worker_server(backend, "uid-2")),
+        await world.start_tls_worker(worker_server(backend)),
+    )
+    streams = await world.connect(world.lease(endpoint=wrong))
     streams.writer.write(b"hello")
     await world.wait_until(world.holds_client)
-    world.lease(endpoint=None)  # it is seen to be gone, and is started again elsewhere
+    world.lease(endpoint=None)  # the worker is started again at another address
     await world.settle()
     await world.advance(10)
     world.lease(endpoint=right)
     assert await streams.reader.readexactly(5) == b"hello"
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x28"])
-async def test_what_is_no_tls_or_refuses_the_handshake_is_a_stranger(world, said):
-    async def speak(_reader, writer):
-        writer.write(said)
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x15\x03\x03\x00\x02\x02\x28"])
+async def test_a_server_without_tls_or_that_refuses_the_handshake_is_not_the_worker(world, answer):
+    async def reply(reader, writer):
+        writer.write(answer)
         await writer.drain()
         with contextlib.suppress(ConnectionError):
-            await _reader.read()
+            await reader.read()
         writer.close()
 
-    streams = await world.connect(world.lease(endpoint=await served(world, speak)))
+    streams = await world.connect(world.lease(endpoint=await start_server(world, reply)))
     streams.start_call()
     await world.wait_until(world.holds_client)
     await world.advance(2)
@@ -142,31 +142,31 @@ async def test_what_is_no_tls_or_refuses_the_handshake_is_a_stranger(world, said
 
 
 @pytest.mark.parametrize("how", ["closed", "reset"])
-async def test_a_proxy_that_hangs_up_is_a_worker_that_is_not_there_yet(world, backend, how):
-    """As docker's for a host port behind which nobody listens yet."""
-    hung_up = 0
+async def test_a_client_waits_for_a_worker_whose_proxy_closes_connections(world, backend, how):
+    """Docker's proxy for a host port does that while nothing listens behind it."""
+    closed = 0
 
-    async def hang_up(_reader, writer):
-        nonlocal hung_up
-        hung_up += 1
+    async def close(_reader, writer):
+        nonlocal closed
+        closed += 1
         writer.transport.abort() if how == "reset" else writer.close()
 
-    streams = await world.connect(world.lease(endpoint=await served(world, hang_up)))
+    streams = await world.connect(world.lease(endpoint=await start_server(world, close)))
     streams.writer.write(b"hello")
     for tries in range(1, 4):
-        await world.wait_until(lambda tries=tries: hung_up == tries and world.holds_client())
+        await world.wait_until(lambda tries=tries: closed == tries and world.holds_client())
         await world.advance(0.5)
-    world.lease(endpoint=await world.start_tls_worker(pod(backend)))
+    world.lease(endpoint=await world.start_tls_worker(worker_server(backend)))
     assert await streams.reader.readexactly(5) == b"hello"
 
 
-async def test_a_worker_that_accepts_and_says_nothing_is_given_up_in_time(world):
+async def test_a_worker_that_accepts_and_sends_nothing_is_given_up_in_time(world):
     silent = []
 
     async def accept(_reader, writer):
         silent.append(writer)
 
-    streams = await world.connect(world.lease(endpoint=await served(world, accept)))
+    streams = await world.connect(world.lease(endpoint=await start_server(world, accept)))
     streams.start_call()
     for tries in range(1, 5):
         await world.wait_until(lambda tries=tries: len(silent) == tries)
@@ -179,29 +179,29 @@ async def test_a_worker_that_accepts_and_says_nothing_is_given_up_in_time(world)
         writer.transport.abort()
 
 
-async def test_a_dial_of_an_old_address_is_given_up_for_the_new_one(world, backend):
+async def test_a_dial_of_an_old_address_is_cancelled_for_the_new_one(world, backend):
     silent = []
 
     async def accept(_reader, writer):
         silent.append(writer)
 
-    streams = await world.connect(world.lease(endpoint=await served(world, accept)))
+    streams = await world.connect(world.lease(endpoint=await start_server(world, accept)))
     streams.writer.write(b"hello")
     await world.wait_until(lambda: silent != [])
-    world.lease(endpoint=await world.start_tls_worker(pod(backend)))
-    async with asyncio.timeout(2):  # of the 5 s that a dial may take
+    world.lease(endpoint=await world.start_tls_worker(worker_server(backend)))
+    async with asyncio.timeout(2):  # a dial may take 5 s
         assert await streams.reader.readexactly(5) == b"hello"
     silent[0].transport.abort()
 
 
-async def test_a_lease_that_ends_while_its_worker_is_dialled_leaves_nothing_behind(world):
+async def test_a_lease_that_ends_while_its_worker_is_dialled_frees_everything(world):
     silent = []
 
     async def accept(reader, writer):
         assert (await reader.read(1)) == b"\x16"  # a ClientHello
         silent.append(writer)
 
-    streams = await world.connect(world.lease(endpoint=await served(world, accept)))
+    streams = await world.connect(world.lease(endpoint=await start_server(world, accept)))
     await world.wait_until(lambda: silent != [])
     world.lease(end_reason=EndReason.RELEASED)
     code, _ = await streams.call()
@@ -209,29 +209,29 @@ async def test_a_lease_that_ends_while_its_worker_is_dialled_leaves_nothing_behi
     silent[0].transport.abort()
 
 
-async def test_a_new_certificate_is_used_for_new_dials_while_old_ones_go_on(world, backend, dialler):
-    token = world.lease(endpoint=await world.start_tls_worker(pod(backend)))
+async def test_a_new_certificate_is_used_for_new_dials_and_open_connections_stay(world, backend, dialler):
+    token = world.lease(endpoint=await world.start_tls_worker(worker_server(backend)))
     old = await world.connect(token)
     await old.echo(b"x")
-    dialler.swap(settings(backend, "two"))
+    dialler.swap(dialler_context(backend, "two"))
     new = await world.connect(token)
     await new.echo(b"x")
-    assert called(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/two"),)
+    assert connection_at_worker(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/two"),)
     await old.echo(b"x")
 
 
-async def test_a_worker_that_does_not_take_our_certificate_ends_the_connection_and_the_log_says_why(world, backend):
-    context = serving(backend.issue_worker("uid", NOW), Authority.create(NOW))
+async def test_a_worker_that_refuses_our_certificate_ends_the_connection_and_the_log_says_why(world, backend):
+    context = server_context(backend.issue_worker("uid", NOW), Authority.create(NOW))
 
     async def refuse(reader, writer):
         tls = TlsStream(context)
         with contextlib.suppress(ssl.SSLError):
             while not tls.handshake(memoryview(await reader.read(4096))):
                 writer.write(tls.take())
-        writer.write(tls.take())  # the alert, which asyncio's own TLS would not send
+        writer.write(tls.take())  # the alert; asyncio's TLS would not send it
         writer.close()
 
-    endpoint = await served(world, refuse)
+    endpoint = await start_server(world, refuse)
     with capture_logs() as logs:
         streams = await world.connect(world.lease(endpoint=endpoint))
         assert await streams.read_to_end() == b""
@@ -240,8 +240,8 @@ async def test_a_worker_that_does_not_take_our_certificate_ends_the_connection_a
     assert closed["reason"].startswith("worker: TLS failed: TLSV1_ALERT_UNKNOWN_CA")
 
 
-async def test_a_drained_gateway_says_goodbye_to_the_worker_too(world, backend):
-    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(pod(backend))))
+async def test_a_drained_gateway_also_closes_the_connection_to_the_worker(world, backend):
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(backend))))
     await streams.echo(b"x")
     await world.gateway.drain(0)
     assert await streams.read_to_end() == b""

@@ -1,7 +1,6 @@
-"""Workers that are not there, not yet or not any more: the client is held, told or ended in bounded time.
+"""Workers that do not answer, not yet or not any more: their clients wait, are refused or are closed in bounded time.
 
-Which strangers are refused, and what a dial over TLS bears, is in test_pods.py; here is the rest of what can go wrong
-between the gateway and a worker's address.
+test_pods.py tests dials with TLS and servers that are not the worker.
 """
 
 from __future__ import annotations
@@ -20,24 +19,25 @@ import pytest
 from support.data_path import FEWEST_DATA_PATHS, PASS_ON_WITHIN, WorkerCertificates, running_data_path
 from support.peers import in_threads, read_to_end, send_until_closed
 
-SKEWED_PATHS = ["unix-asyncio", "tls-asyncio"]  # whose loop's clock can be put forward
-WORKER_LEG, CLIENT_LEG = 20, 40
-"""Seconds in which a leg must notice that its peer has vanished: about 15 and 30, and what timers add."""
+SKEWED_PATHS = ["unix-asyncio", "tls-asyncio"]
+"""The clock of their loop can be advanced."""
+WORKER_LOST_WITHIN, CLIENT_LOST_WITHIN = 20, 40
+"""Seconds within which a lost peer must be noticed: about 15 and 30, and what the kernel's timers add."""
 
-MORTAL = """
+WORKER_PROGRAM = """
 import socket, ssl, sys
 listener, context = socket.socket(fileno=int(sys.argv[1])), None
 if len(sys.argv) > 2:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["h2"])
     context.load_cert_chain(sys.argv[2])
-held = []
+socks = []
 while True:
     sock = listener.accept()[0]
-    held.append(context.wrap_socket(sock, server_side=True) if context else sock)
-    held[-1].sendall(held[-1].recv(1))
+    socks.append(context.wrap_socket(sock, server_side=True) if context else sock)
+    socks[-1].sendall(socks[-1].recv(1))
 """
-"""A worker to be killed: gives the first byte of each connection back, and then only holds it."""
+"""A worker to be killed. It sends the first byte of each connection back, and then does nothing more with it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,44 +51,46 @@ async def data_path(request, new_world, worker_certificates, tmp_path):
         yield data_path
 
 
-async def redialled(data_path):
-    """A client is held, and the worker is dialled once more."""
+async def redial(data_path):
+    """Waits until a client is held, and lets the gateway dial the worker once more."""
     await data_path.world.wait_until(data_path.world.holds_client)
     assert data_path.world.metric("refusals_total") == 0
     await data_path.world.advance(0.5)
 
 
-# --- not there yet --------------------------------------------------------------------------------------------------
+# --- not yet reachable ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
-async def test_a_worker_that_flaps_holds_its_clients_and_gets_each_of_them_when_it_is_up(data_path):
-    """Nobody is told anything while it refuses, and what was said early is said first."""
+async def test_clients_of_a_worker_that_starts_and_stops_wait_until_it_is_up(data_path):
+    """No client is refused meanwhile, and the bytes that it sent early arrive first."""
     for number in range(3):
         data_path.stop_worker()
         client = await data_path.client()
         client.send(b"early %d" % number)
         for _ in range(3):
-            await redialled(data_path)
+            await redial(data_path)
         data_path.start_worker()
         accepting = asyncio.create_task(data_path.accept())
-        await redialled(data_path)
+        await redial(data_path)
         worker = await accepting
         assert await asyncio.to_thread(worker.receive, 7) == b"early %d" % number
         worker.send(b"well")
         assert await asyncio.to_thread(client.receive, 4) == b"well"
         client.close()
-        await asyncio.to_thread(read_to_end, worker)  # who comes as a worker ends a connection is not held
+        await asyncio.to_thread(
+            read_to_end, worker
+        )  # a client that arrives when the worker ends a connection is not held
         worker.close()
         await data_path.wait_idle()
     assert data_path.world.metric("refusals_total") == 0
 
 
 @pytest.mark.parametrize("data_path", ["tls-asyncio"], indirect=True)
-async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(data_path):
-    """Its client is held for as long as a first wait lasts, told why, and holds nothing afterwards."""
+async def test_a_worker_that_answers_no_syn_is_given_up_in_time_and_the_client_is_told(data_path):
+    """Its client is held for the time of a first wait, and then gets the reason and frees its slot."""
     data_path.listener.listen(0)
-    with contextlib.closing(socket.create_connection(data_path.listener.getsockname())):  # fills the line
+    with contextlib.closing(socket.create_connection(data_path.listener.getsockname())):  # fills the backlog
         streams = await data_path.world.connect(data_path.world.lease(endpoint=data_path.endpoint))
         streams.start_call()
         await data_path.world.wait_until(lambda: data_path.world.registry.calls != [])
@@ -103,7 +105,7 @@ async def test_a_worker_that_swallows_every_syn_is_given_up_in_time_and_named(da
 
 
 @pytest.mark.parametrize("data_path", ["unix-asyncio"], indirect=True)
-async def test_a_local_worker_with_a_full_line_is_awaited(data_path):
+async def test_a_client_waits_for_a_local_worker_whose_backlog_is_full(data_path):
     data_path.listener.listen(0)
     filling = []
     with contextlib.suppress(BlockingIOError):
@@ -114,22 +116,22 @@ async def test_a_local_worker_with_a_full_line_is_awaited(data_path):
     client = await data_path.client()
     client.send(b"preface")
     for _ in range(3):
-        await redialled(data_path)
+        await redial(data_path)
     for _ in filling[:-1]:
         (await data_path.accept()).close()
     accepting = asyncio.create_task(data_path.accept())
-    await redialled(data_path)
+    await redial(data_path)
     worker = await accepting
     assert await asyncio.to_thread(worker.receive, 7) == b"preface"
     for sock in filling:
         sock.close()
 
 
-# --- not there any more ---------------------------------------------------------------------------------------------
+# --- no longer reachable --------------------------------------------------------------------------------------------
 
 
-async def test_a_worker_that_accepts_and_then_hangs_up_ends_its_client_within_a_second(data_path):
-    """It has been reached, so there is nobody to wait for: what the client said may have been acted on."""
+async def test_a_client_of_a_worker_that_accepts_and_then_resets_is_closed_within_a_second(data_path):
+    """The client does not wait for it: it was reached, and may have acted on what the client sent."""
     client, worker = await asyncio.gather(data_path.client(), data_path.accept())
     began = time.monotonic()
     worker.reset()
@@ -140,9 +142,9 @@ async def test_a_worker_that_accepts_and_then_hangs_up_ends_its_client_within_a_
 
 
 @contextlib.contextmanager
-def mortal(data_path, directory):
-    """The data_path's worker, in a process of its own."""
-    argv = [sys.executable, "-c", MORTAL, str(data_path.listener.fileno())]
+def worker_process(data_path, directory):
+    """Runs the worker of this data path in another process."""
+    argv = [sys.executable, "-c", WORKER_PROGRAM, str(data_path.listener.fileno())]
     if data_path.tls:
         leaf = data_path.worker_certificates.authority.issue_worker("uid", data_path.world.now())
         (directory / "pem").write_bytes(leaf.key_pem + leaf.cert_pem)
@@ -155,19 +157,19 @@ def mortal(data_path, directory):
             process.kill()
 
 
-async def test_the_clients_of_a_killed_worker_know_within_a_second(data_path, tmp_path):
-    """Whatever they were doing: waiting for it in silence, or sending to it while it did not read."""
-    with mortal(data_path, tmp_path) as process:
+async def test_the_clients_of_a_killed_worker_are_closed_within_a_second(data_path, tmp_path):
+    """Also those that only wait for its answer, and those that send while it does not read."""
+    with worker_process(data_path, tmp_path) as process:
         clients = [await data_path.client() for _ in range(3)]
         for client in clients:
             client.send(b"?")
             assert await asyncio.to_thread(client.receive, 1) == b"?"
-        flooding = asyncio.create_task(asyncio.to_thread(send_until_closed, clients[0]))
+        sending = asyncio.create_task(asyncio.to_thread(send_until_closed, clients[0]))
         await data_path.fill(clients[1])
         began = time.monotonic()
         process.kill()
         await in_threads(*((read_to_end, client) for client in clients[1:]))
-        await flooding
+        await sending
         assert time.monotonic() - began < PASS_ON_WITHIN
         for client in clients:
             client.close()
@@ -175,16 +177,18 @@ async def test_the_clients_of_a_killed_worker_know_within_a_second(data_path, tm
 
 
 @pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
-@pytest.mark.parametrize("how", ["FIN", "RST", "words unread"])
-async def test_who_waits_or_comes_back_as_the_worker_ends_is_told_at_once_and_who_comes_later_is_held(data_path, how):
-    """A build that was cut ends only once its next connection, made within milliseconds, is answered."""
+@pytest.mark.parametrize("how", ["FIN", "RST", "bytes unread"])
+async def test_clients_that_wait_or_arrive_when_the_worker_ends_are_refused_at_once_and_later_ones_wait(
+    data_path, how
+):
+    """A cut build makes another connection within milliseconds, and ends only when that is answered."""
     world = data_path.world
     client = await data_path.client()
     worker = await data_path.accept()
     data_path.stop_worker()
     await data_path.client()
     await world.wait_until(world.holds_client)
-    if how == "words unread":  # of a Unix socket both directions then end at once
+    if how == "bytes unread":  # both directions of a Unix socket then end at once
         client.send(b"?")
         await asyncio.to_thread(worker.sock.recv, 1, socket.MSG_PEEK)
     worker.reset() if how == "RST" else worker.close()
@@ -200,8 +204,8 @@ async def test_who_waits_or_comes_back_as_the_worker_ends_is_told_at_once_and_wh
 
 
 @pytest.mark.parametrize("data_path", SKEWED_PATHS, indirect=True)
-async def test_a_client_that_has_ended_by_itself_leaves_nobody_behind(data_path):
-    """Who comes after it is held, however soon."""
+async def test_a_client_that_ends_its_connection_itself_does_not_get_later_clients_refused(data_path):
+    """A client that arrives after it waits, however soon it arrives."""
     client = await data_path.client()
     worker = await data_path.accept()
     data_path.stop_worker()
@@ -214,20 +218,20 @@ async def test_a_client_that_has_ended_by_itself_leaves_nobody_behind(data_path)
     assert data_path.world.metric("refusals_total", reason="Waited") == 0
 
 
-# --- vanished without a word ----------------------------------------------------------------------------------------
+# --- lost without a packet ------------------------------------------------------------------------------------------
 
 
-def of_the_gateway(data_path):
-    """The patience of the gateway's own ends of its two legs, found among the descriptors of this process."""
-    legs = {}
+def peer_timeouts(data_path):
+    """Returns the peer timeouts of the gateway's two sockets, found among the file descriptors of this process."""
+    timeouts = {}
     for sock in sockets():
         with contextlib.suppress(OSError):  # not connected
             far, near = sock.getpeername(), sock.getsockname()
             if far == data_path.listener.getsockname():
-                legs["worker"] = patience(sock)
+                timeouts["worker"] = peer_timeout(sock)
             elif near[1:2] == (data_path.world.port,):
-                legs["client"] = patience(sock)
-    return legs
+                timeouts["client"] = peer_timeout(sock)
+    return timeouts
 
 
 def sockets():
@@ -241,10 +245,10 @@ def sockets():
                 os.close(number)
 
 
-def patience(sock):
-    """After how many seconds this socket gives a vanished peer up: when it is silent, and when bytes are under way.
+def peer_timeout(sock):
+    """Returns the seconds after which this socket gives up a lost peer: without bytes to send, and with.
 
-    tcp(7): keepalive counts probes, but where a user timeout is set that alone decides, at the next probe.
+    tcp(7): keepalive counts probes. If a user timeout is set, it alone decides, at the next probe.
     """
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
         return float("inf"), float("inf")
@@ -262,9 +266,9 @@ def patience(sock):
 
 
 @pytest.mark.parametrize("data_path", ["tls-uvloop"], indirect=True)
-async def test_both_legs_give_up_a_peer_that_has_vanished_in_bounded_time(data_path):
-    """What the kernel is told; that it does so is shown with cut cables in e2e/gateway/test_streams_heavy.py."""
+async def test_both_sockets_give_up_a_lost_peer_in_bounded_time(data_path):
+    """Checks the options of the sockets. e2e/gateway/test_streams_heavy.py cuts cables to show that they work."""
     await data_path.connected_pair()
-    legs = of_the_gateway(data_path)
-    assert max(legs["worker"]) <= WORKER_LEG, f"silent, under data_path: {legs['worker']} s"
-    assert max(legs["client"]) <= CLIENT_LEG, f"silent, under data_path: {legs['client']} s"
+    timeouts = peer_timeouts(data_path)
+    assert max(timeouts["worker"]) <= WORKER_LOST_WITHIN, f"silent, under data_path: {timeouts['worker']} s"
+    assert max(timeouts["client"]) <= CLIENT_LOST_WITHIN, f"silent, under data_path: {timeouts['client']} s"
