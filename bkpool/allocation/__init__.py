@@ -1,7 +1,8 @@
-"""Leases: claiming a worker, waiting for it, renewing, releasing.
+"""Leases: wait for a worker, claim it, renew the lease, release it.
 
 A lease is `spec.allocation` of a worker and changes by compare-and-swap only, so any number of replicas may do this
-at once. What brings workers up and ends leases by time is the controller; nothing here starts or stops one.
+at the same time. Who is served next is decided in `core.queueing`. The controller starts workers and removes leases
+that have ended; this room does not.
 """
 
 from bkpool.allocation.allocator import AllocationRequest, Allocator, Grant

@@ -1,7 +1,7 @@
-"""Making a lease: choose, claim by compare-and-swap, wait until the worker is ready, answer.
+"""Leases a worker to a caller: wait in the queue, claim the worker, wait until it is ready, answer.
 
-Nothing of it is kept in memory but who waits and which answers are still owed, so that a caller who goes away leaves
-nothing behind. It never starts a worker: that is the controller's, who sees the claim in the store.
+In memory it keeps only who waits and which requests are open, so a caller who goes away leaves nothing behind. It
+never starts a worker: the controller does, when it sees the claim in the store.
 """
 
 from __future__ import annotations
@@ -9,30 +9,26 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
-
-import structlog
 
 from bkpool.allocation.caller_limits import CallerLimits
-from bkpool.allocation.leases import LeaseService, facts, find_pool, lifetime, living
+from bkpool.allocation.claiming import Claimer
+from bkpool.allocation.leases import LeaseService, find_pool, lease_duration
+from bkpool.allocation.open_requests import OpenRequests
 from bkpool.allocation.wait_queue import Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.durations import render
-from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, WorkerFailed
-from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.placement import choose
+from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
-from bkpool.core.worker import EndReason, Lease, Worker, new_worker
+from bkpool.core.queueing import Target
+from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,7 @@ class AllocationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease as its holder gets it. The token and the key are here and in the answer, and nowhere else."""
+    """A lease as its holder gets it. The token and the key are in this object and in the answer, and nowhere else."""
 
     worker: Worker
     token: str
@@ -59,15 +55,34 @@ class Grant:
     ca_pem: bytes
     certificate_pem: bytes
     key_pem: bytes | None
-    """None where the caller brought a CSR."""
+    """None if the caller sent a CSR."""
 
 
-@dataclass(slots=True)
-class _Owed:
-    """Answers still owed for one lease; with the last one gone unanswered, nobody knows the lease."""
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A request that has been checked."""
 
-    requests: int = 0
-    answered: bool = False
+    caller: Identity
+    pool: Pool
+    ttl: timedelta
+    request: AllocationRequest
+    request_key: str | None
+    """Digest of the caller and their jobId; None without a jobId."""
+
+    def lease(self, lease_id: str, owner: str, now: datetime) -> Lease:
+        """The lease that this request asks for, without its token's digest."""
+        return Lease(
+            id=lease_id,
+            job_id=self.request.job_id,
+            token_sha256="",
+            requested_by=self.caller.name,
+            holder=self.caller.digest,
+            owner=owner,
+            allocated_at=now,
+            expires_at=now + self.ttl,
+            not_after=now + self.pool.spec.gateway.max_token_ttl,
+            metadata=dict(self.request.metadata),
+        )
 
 
 class Allocator:
@@ -75,13 +90,13 @@ class Allocator:
 
     Args:
         store: Where the workers are.
-        mirror: The copy in memory that choices are made from; a stale one costs a conflict, never a double lease.
-        leases: Changes a lease once it is made.
+        mirror: The copy in memory from which workers are chosen. A stale copy costs a conflict, never a double lease.
+        leases: Changes and ends a lease once it is stored.
         authority: Signs the client certificates.
-        token_key: Key of the tokens' HMAC.
-        caches: The caches that exist, with their owners (a runtime's `caches`).
+        token_key: Key of the HMAC of lease tokens.
+        caches: Returns the caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
-        limits: Counts what each caller asks for; None: an account of its own.
+        limits: Counts what each caller asks for; None: a counter of its own.
     """
 
     def __init__(
@@ -96,219 +111,155 @@ class Allocator:
         now: Callable[[], datetime],
         limits: CallerLimits | None = None,
     ) -> None:
-        self._store = store
         self._mirror = mirror
-        self._leases = leases
         self._authority = authority
-        self._token_key = token_key
         self._caches = caches
         self._now = now
         self._limits = limits or CallerLimits()
-        self._lines: dict[Key, WaitQueue] = {}
-        self._owed: dict[str, _Owed] = {}
+        self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
+        self._queues: dict[Key, WaitQueue] = {}
+        self._open_requests = OpenRequests()
         self._changed: dict[Key, asyncio.Event] = {}
-        self._undoing: set[asyncio.Future[Any]] = set()
-        """Claims whose caller has gone, and their undoing."""
         self._unsubscribe = mirror.subscribe(self._on_change)
 
     async def close(self) -> None:
-        """Stops listening and finishes undoing what callers left behind."""
+        """Stops listening, and waits until everything that callers left behind is undone."""
         self._unsubscribe()
-        while self._undoing:
-            await asyncio.gather(*self._undoing, return_exceptions=True)
+        await self._claimer.close()
 
-    def turn_away(self, error: BkpoolError) -> None:
-        """Sends everybody in line away: this appliance is ending."""
-        for line in self._lines.values():
-            line.dismiss(error)
+    def refuse_all(self, error: BkpoolError) -> None:
+        """Fails every request that waits, because this process is about to end."""
+        for queue in self._queues.values():
+            queue.refuse_all(error)
 
     def waiting(self, pool: Key) -> int:
-        """How many requests wait for this pool here."""
-        line = self._lines.get(pool)
-        return len(line) if line else 0
+        """How many requests wait for this pool at this replica."""
+        queue = self._queues.get(pool)
+        return len(queue) if queue else 0
 
     async def allocate(self, caller: Identity, request: AllocationRequest) -> Grant:
-        """Leases a worker, waiting for one if need be. The same caller and job get the same lease.
+        """Leases a worker, and waits for one if necessary. The same caller and jobId get the same lease.
 
         Raises:
-            NotFound: No such pool.
-            InvalidInput: The ttl is beyond the pool's maximum, or the CSR is unusable.
-            NoCapacity: No worker was ready within `request.wait`, too many wait, or a limit of the pool is reached
-                (`LimitReached`).
-            WorkerFailed: The worker does not come up; the message says why.
+            NotFound: There is no such pool.
+            InvalidInput: The ttl is above the pool's maximum, or the CSR cannot be used.
+            NoCapacity: No worker was ready within `request.wait`, too many requests wait, or a limit of the pool is
+                reached (`LimitReached`).
+            WorkerFailed: The worker does not start; the message has the reason.
         """
         pool = find_pool(self._mirror, request.pool)
-        ttl = lifetime(pool, request.ttl)
+        ttl = lease_duration(pool, request.ttl)
         if request.csr_pem is not None:
-            key_of_request(request.csr_pem)  # a bad one is told before anything is leased
+            key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
+        request_key = tokens.request_key(caller.digest, request.job_id) if request.job_id else None
+        order = _Order(caller, pool, ttl, request, request_key)
         worker: Worker | None = None
         try:
             async with asyncio.timeout(request.wait.total_seconds()):
                 while True:
-                    worker = await self._obtain(caller, pool, ttl, request)
-                    ready = await self._ready(worker)
+                    worker = await self._find_or_make_lease(order)
+                    ready = await self._until_ready(worker)
                     if ready is not None:
-                        break
-                    self._settle(worker)
+                        return self._grant(ready, request.csr_pem)
+                    self._finish_request(worker)
                     worker = None
-            return self._grant(ready, request.csr_pem)
         except TimeoutError:
-            raise self._too_long(request, worker) from None
+            raise self._timed_out(request, worker) from None
         finally:
             if worker is not None:
-                self._settle(worker)
+                self._finish_request(worker)
 
-    async def _obtain(self, caller: Identity, pool: Pool, ttl: timedelta, request: AllocationRequest) -> Worker:
-        """A worker with a lease for this request, made now or before; an answer is owed for it from here on."""
-        request_key = tokens.request_key(caller.digest, request.job_id) if request.job_id else None
-        if request_key is not None:
-            earlier = await self._held(pool, request_key)
-            if earlier is not None:
-                return self._owe(earlier, answered=True)
-        held = [w.held_lease for w in living(self._mirror.workers_of(pool.key), self._now())]
-        with self._limits.one_more(pool, caller, request_key or object(), held) as claiming:
-            claimed = await self._claim(caller, pool, ttl, request, request_key, claiming=claiming)
-        if request_key is None:
+    # --- a lease for a request --------------------------------------------------------------------------------------
+
+    async def _find_or_make_lease(self, order: _Order) -> Worker:
+        """A worker with a lease for this request, made now or before. `_finish_request` must be called for it."""
+        pool, key = order.pool, order.request_key
+        earlier = await self._claimer.existing(pool, key, self._now()) if key else None
+        if earlier is not None:
+            return self._begin_request(earlier, known=True)
+        held = [w.held_lease for w in with_live_lease(self._mirror.workers_of(pool.key), self._now())]
+        with self._limits.one_more(pool, order.caller, key or object(), held) as about_to_claim:
+            claimed = await self._claim_in_turn(order, about_to_claim)
+        if key is None:
             return claimed
-        # Another replica may have claimed for the same job at the same moment: the oldest lease wins everywhere.
+        # Another replica may have claimed for the same job at the same moment. Every replica keeps the oldest lease.
         try:
-            oldest = await self._held(pool, request_key)
+            oldest = await self._claimer.existing(pool, key, self._now())
         except BaseException:
-            self._settle(claimed)
+            self._finish_request(claimed)
             raise
         if oldest is None or oldest.uid == claimed.uid:
             return claimed
-        self._settle(claimed)
-        return self._owe(oldest, answered=True)
+        self._finish_request(claimed)
+        return self._begin_request(oldest, known=True)
 
-    async def _held(self, pool: Pool, request_key: str) -> Worker | None:
-        """The oldest living lease of that request, read live."""
-        listing = await self._store.list(Worker, namespace=pool.key.namespace, labels={LABEL_REQUEST: request_key})
-        found = [w for w in living(listing.items, self._now()) if w.pool == pool.key]
-        if not found:
-            return None
-        oldest = min(found, key=lambda worker: (worker.held_lease.allocated_at, worker.key.name))
-        self._mirror.apply(oldest)
-        if oldest.held_lease.token_sha256:
-            return oldest
-        # Whoever created it was killed, or is just about to write its token: the same one, so both may.
-        try:
-            return await self._leases.change(oldest, lambda lease: self._signed(oldest, lease))
-        except (Gone, NotFound):
-            return None
+    async def _claim_in_turn(self, order: _Order, about_to_claim: Callable[[str], None]) -> Worker:
+        """Waits for a turn and claims what it brings; if another replica is faster, waits again at the front.
 
-    async def _claim(
-        self,
-        caller: Identity,
-        pool: Pool,
-        ttl: timedelta,
-        request: AllocationRequest,
-        request_key: str | None,
-        *,
-        claiming: Callable[[str], None],
-    ) -> Worker:
-        """Waits in line for a place and takes it by compare-and-swap; when another was faster, waits at the front."""
-        line = self._line(pool.key)
-        first = False
+        Args:
+            order: The request.
+            about_to_claim: Gets the id of each lease before it may be stored, so that it is not counted twice.
+        """
+        pool = order.pool
+        queue = self._queues.setdefault(pool.key, WaitQueue())
+        lost_claim = False
         while True:
-            allocation_id = str(uuid.uuid4())
-            claiming(allocation_id)
-            owner = cache_owner_digest(pool.spec.reuse, caller.tenant, pool.uid, allocation_id)
-            spot = await self._stand(line, pool.key, Waiter(owner, request_key), first=first)
-            if isinstance(spot, Worker) and spot.lease is not None:
-                return self._owe(spot, answered=True)  # the lease of the same job, made while this request waited
-            now = self._now()
-            allocation = Lease(
-                id=allocation_id,
-                job_id=request.job_id,
-                token_sha256="",
-                requested_by=caller.name,
-                holder=caller.digest,
-                owner=owner,
-                allocated_at=now,
-                expires_at=now + ttl,
-                not_after=now + pool.spec.gateway.max_token_ttl,
-                metadata=dict(request.metadata),
-            )
+            lease_id = str(uuid.uuid4())
+            about_to_claim(lease_id)
+            owner = cache_owner_digest(pool.spec.reuse, order.caller.tenant, pool.uid, lease_id)
+            target = await self._wait_for_turn(queue, pool.key, Waiter(owner, order.request_key), first=lost_claim)
+            if isinstance(target, Worker) and target.lease is not None:
+                return self._begin_request(target, known=True)  # the same job's lease, made while this one waited
             try:
-                return self._owe(await self._take(pool, spot, allocation, request_key))
+                lease = order.lease(lease_id, owner, self._now())
+                claimed = await self._claimer.claim(pool, target, lease, order.request_key)
+                return self._begin_request(claimed, known=False)
             except (Conflict, NotFound):
-                first = True
-                await self._refresh(spot)
+                lost_claim = True
+                await self._claimer.refresh(target)
             finally:
-                line.claimed(spot)
+                queue.claim_ended(target)
 
-    async def _stand(self, line: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Worker | Slot:
-        line.join(waiter, first=first)
+    async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target:
+        queue.join(waiter, first=first)
         self._serve(pool)
         try:
             return await waiter.served
         except asyncio.CancelledError:
-            line.leave(waiter)
+            queue.leave(waiter)
             self._serve(pool)
             raise
 
-    async def _refresh(self, spot: Worker | Slot) -> None:
-        """After a lost claim: look at the store itself, so as not to choose the same again."""
-        key = spot.worker if isinstance(spot, Slot) else spot.key
-        with suppress(NotFound):
-            self._mirror.apply(await self._store.get(Worker, *key))
-
-    async def _take(self, pool: Pool, spot: Worker | Slot, allocation: Lease, request_key: str | None) -> Worker:
-        """The claim itself. A caller who goes away does not stop it: it is finished, and then undone."""
-        labels = {LABEL_REQUEST: request_key} if request_key else {}
-        writing = asyncio.ensure_future(
-            self._create(pool, spot, allocation, labels)
-            if isinstance(spot, Slot)
-            else self._replace(spot, allocation, labels)
-        )
-        try:
-            worker = await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            self._undoing.add(writing)
-            writing.add_done_callback(self._undo)
-            raise
-        self._mirror.apply(worker)
-        log.info("lease.claimed", **facts(worker))
+    def _begin_request(self, worker: Worker, *, known: bool) -> Worker:
+        """Counts one more request for the worker's lease, and returns the worker."""
+        self._open_requests.add(worker.held_lease.id, known=known)
         return worker
 
-    async def _replace(self, worker: Worker, allocation: Lease, labels: Mapping[str, str]) -> Worker:
-        metadata = worker.metadata.but(labels={**worker.metadata.labels, **labels})
-        return await self._store.replace(worker.but(metadata=metadata).with_lease(self._signed(worker, allocation)))
+    def _finish_request(self, worker: Worker) -> None:
+        """Counts one request fewer. If nobody knows the lease now, it ends."""
+        if self._open_requests.remove(worker.held_lease.id):
+            self._claimer.abandon(worker)
 
-    async def _create(self, pool: Pool, slot: Slot, allocation: Lease, labels: Mapping[str, str]) -> Worker:
-        """Creation is the claim. The token is made of the uid, which is the store's to give: hence a second write."""
-        worker = await self._store.create(new_worker(slot, pool, allocation, labels))
-        try:
-            return await self._leases.change(worker, lambda lease: self._signed(worker, lease))
-        except BaseException:
-            self._abandon(worker)
-            raise
+    # --- the answer -------------------------------------------------------------------------------------------------
 
-    def _signed(self, worker: Worker, allocation: Lease) -> Lease:
-        token = tokens.derive(self._token_key, worker.uid, allocation.id)
-        return allocation.but(token_sha256=tokens.digest(token))
-
-    def _undo(self, writing: asyncio.Future[Worker]) -> None:
-        self._undoing.discard(writing)
-        if not writing.cancelled() and writing.exception() is None:
-            self._abandon(writing.result())
-
-    async def _ready(self, worker: Worker) -> Worker | None:
-        """Waits until the leased worker is up: one that stood idle is at once, else the controller brings it up.
+    async def _until_ready(self, worker: Worker) -> Worker | None:
+        """Waits until the leased worker is ready. An idle one is ready at once; the controller starts any other.
 
         Returns:
-            The worker; None if this was another request's lease, of the same job, and that one gave it up.
+            The worker; None if the lease was made by another request of the same job, which gave it up.
+
+        Raises:
+            WorkerFailed: The lease has ended.
         """
         while True:
             event = self._changed.setdefault(worker.pool, asyncio.Event())
             current = self._mirror.workers.get(worker.key)
-            over = _outcome(current, worker.held_lease)
-            if over is not None:
-                if over.end_reason is EndReason.ABANDONED:
+            ended = _ended_lease(current, worker.held_lease)
+            if ended is not None:
+                if ended.end_reason is EndReason.ABANDONED:
                     return None
                 raise WorkerFailed(
-                    f"{worker.key.name} did not come up: {over.end_message or 'its lease has ended before'}",
+                    f"{worker.key.name} did not start: {ended.end_message or 'its lease ended before it was ready'}",
                     hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
                 )
             if current and current.routable_endpoint is not None:
@@ -317,70 +268,40 @@ class Allocator:
 
     def _grant(self, worker: Worker, csr_pem: bytes | None) -> Grant:
         lease = worker.held_lease
-        token = tokens.derive(self._token_key, worker.uid, lease.id)
+        token = self._claimer.token(worker)
         leaf = self._authority.issue_client(
             token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
         )
-        self._owed[lease.id].answered = True
+        self._open_requests.answered(lease.id)
         return Grant(worker, token, lease.expires_at, self._authority.cert_pem, leaf.cert_pem, leaf.key_pem)
 
-    def _too_long(self, request: AllocationRequest, worker: Worker | None) -> NoCapacity:
-        """Why nothing came in time: the full pool, or the worker that did not get ready."""
+    def _timed_out(self, request: AllocationRequest, worker: Worker | None) -> NoCapacity:
+        """The error for a request that waited too long: the pool is full, or the worker did not become ready."""
         where = f"pool {request.pool.name!r}"
         if worker is not None:
             current = self._mirror.workers.get(worker.key, worker)
             why = current.status.message or f"it is {current.status.phase.value}"
             message = f"{worker.key.name} of {where} was not ready within {render(request.wait)}: {why}"
         else:
-            message = f"no worker of {where} came free within {render(request.wait)}"
+            message = f"no worker of {where} became free within {render(request.wait)}"
         return NoCapacity(
-            message, hint="Wait longer (`wait`), or raise spec.scaling.max of the pool.", retry_after=30
+            message,
+            hint="Wait longer (option --wait; in the HTTP API: `wait`), or raise spec.scaling.max of the pool.",
+            retry_after=30,
         )
 
-    # --- answers owed -----------------------------------------------------------------------------------------------
+    # --- the queue --------------------------------------------------------------------------------------------------
 
-    def _owe(self, worker: Worker, *, answered: bool = False) -> Worker:
-        """One more answer is owed. `answered`: the lease was not made just now, so somebody may have it already."""
-        owed = self._owed.setdefault(worker.held_lease.id, _Owed(answered=answered))
-        owed.requests += 1
-        return worker
-
-    def _settle(self, worker: Worker) -> None:
-        """One answer fewer is owed. If it was the last and nobody ever got one, nobody knows the lease: it ends."""
-        owed = self._owed[worker.held_lease.id]
-        owed.requests -= 1
-        if owed.requests:
+    def _serve(self, pool_key: Key) -> None:
+        queue = self._queues.get(pool_key)
+        if not queue:
             return
-        del self._owed[worker.held_lease.id]
-        if not owed.answered:
-            self._abandon(worker)
-
-    def _abandon(self, worker: Worker) -> None:
-        task = asyncio.get_running_loop().create_task(self._leases.abandon(worker))
-        self._undoing.add(task)
-        task.add_done_callback(self._undoing.discard)
-
-    # --- the line ---------------------------------------------------------------------------------------------------
-
-    def _line(self, pool: Key) -> WaitQueue:
-        if pool not in self._lines:
-            self._lines[pool] = WaitQueue(lambda waiter, taken: self._choose(pool, waiter, taken))
-        return self._lines[pool]
-
-    def _choose(self, pool: Key, waiter: Waiter, taken: frozenset[Slot]) -> Worker | Slot | None:
-        current = self._mirror.pools.get(pool)
-        if current is None:
-            return None
-        return choose(current, self._mirror.workers_of(pool), self._caches(), waiter.owner, taken)
-
-    def _serve(self, pool: Key) -> None:
-        line = self._lines.get(pool)
-        if not line:
+        pool = self._mirror.pools.get(pool_key)
+        if pool is None:
+            message = f"pool {pool_key.name!r} was deleted"
+            queue.refuse_all(NotFound(message, hint="`bkpool status` lists the pools."))
             return
-        if pool not in self._mirror.pools:
-            line.dismiss(NotFound(f"pool {pool.name!r} was deleted", hint="`bkpool status` lists the pools."))
-            return
-        line.serve(self._mirror.workers_of(pool), self._now())
+        queue.serve(pool, self._mirror.workers_of(pool_key), self._caches(), self._now())
 
     def _on_change(self, pool: Key) -> None:
         event = self._changed.pop(pool, None)
@@ -389,8 +310,8 @@ class Allocator:
         self._serve(pool)
 
 
-def _outcome(worker: Worker | None, lease: Lease) -> Lease | None:
-    """How a lease ended, from the worker it stood on; None while it stands."""
+def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:
+    """The lease with the reason for its end, as its worker remembers it; None while it runs."""
     if worker is None:
         return lease.but(end_message="the worker was removed while it was being prepared")
     if worker.lease is not None and worker.lease.id == lease.id:

@@ -1,7 +1,7 @@
-"""What may be done with a lease: renew, look up, release; and the one way a lease is changed.
+"""What can be done with a lease that exists: renew it, look it up, release it.
 
-Every change is a compare-and-swap on the worker that the lease stands on. The right to ask is the token itself
-(DESIGN rule 8), or to be who made the lease. Nothing here makes a lease or remembers one.
+Every change is a compare-and-swap on the worker that has the lease. A caller may change a lease if they have its
+token (rule 8, docs/rules.md#r8), or if they asked for it. This module creates no lease and keeps none in memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from bkpool.store.mirror import Mirror
 log = structlog.get_logger(__name__)
 
 MAX_CONFLICTS = 20
-"""Tries of one compare-and-swap: more than any sane number of writers of one worker at once."""
+"""Attempts of one compare-and-swap: more than the writers that one worker ever has at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class OwnLease:
-    """The living lease on a worker, named by who made it instead of by its token."""
+    """Names a lease by its worker, for the caller who asked for it and does not give its token."""
 
     worker: Key
     identities: tuple[Identity, ...]
-    """Whom the caller may be."""
+    """The identities that the caller may act as."""
 
 
 class LeaseService:
@@ -45,7 +45,7 @@ class LeaseService:
 
     Args:
         store: Where the workers are.
-        mirror: The copy in memory; where it is stale the store's answer decides.
+        mirror: The copy in memory. Where it is stale, the store decides.
         now: The clock.
     """
 
@@ -55,57 +55,57 @@ class LeaseService:
         self._now = now
 
     async def renew(self, lease: str | OwnLease, ttl: timedelta | None) -> Worker:
-        """Lets the lease run for `ttl` from now, at most to the end of its certificate.
+        """Makes the lease end `ttl` from now, at most when its certificate expires.
 
         Args:
-            lease: Its token, or what names it to its maker.
+            lease: Its token, or its worker.
             ttl: None: the pool's tokenTTL.
 
         Returns:
             The worker with the lease as it is now.
 
         Raises:
-            NotFound: No such lease, or not the caller's.
+            NotFound: There is no such lease, or it is not the caller's.
             Gone: It has ended.
-            InvalidInput: The ttl is beyond the pool's maximum, or the lease has had that already.
+            InvalidInput: The ttl is above the pool's maximum, or the lease has already run for that long.
         """
         worker = await self._find(lease)
         pool = find_pool(self._mirror, worker.pool)
-        wanted = lifetime(pool, ttl)
+        wanted = lease_duration(pool, ttl)
         now = self._now()
 
         def renewed(lease: Lease) -> Lease:
             over = lease.ended(now)
             if over:
                 raise _gone(over, lease.end_message)
-            return lease.but(expires_at=min(now + wanted, _end_of_life(lease, pool, now)))
+            return lease.but(expires_at=min(now + wanted, _latest_end(lease, pool, now)))
 
         worker = await self.change(worker, renewed)
-        log.info("lease.renewed", **facts(worker), expires_at=worker.held_lease.expires_at.isoformat())
+        log.info("lease.renewed", **lease_facts(worker), expires_at=worker.held_lease.expires_at.isoformat())
         return worker
 
     async def release(self, lease: str | OwnLease) -> Worker | None:
-        """Ends the lease. Released already, or expired: nothing to do, and no error.
+        """Ends the lease. A lease that was released before or has expired is no error.
 
         Args:
-            lease: Its token, or what names it to its maker.
+            lease: Its token, or its worker.
 
         Returns:
-            The worker with the ended lease; None where there was nothing to do.
+            The worker with the ended lease; None if it had ended before.
 
         Raises:
-            NotFound: No such lease, or not the caller's.
+            NotFound: There is no such lease, or it is not the caller's.
         """
         try:
             worker = await self._find(lease)
             worker = await self.change(worker, lambda lease: self._ended(lease, EndReason.RELEASED))
         except Gone:
             return None
-        log.info("lease.released", **facts(worker))
+        log.info("lease.released", **lease_facts(worker))
         return worker
 
     async def lookup(self, token: str) -> Worker:
-        """The worker of a living lease. Raises NotFound or Gone."""
+        """The worker of a live lease. Raises NotFound or Gone."""
         worker = await self._by_token(token)
         lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
@@ -114,10 +114,10 @@ class LeaseService:
         return worker
 
     async def abandon(self, worker: Worker) -> None:
-        """Ends a lease that nobody was ever told of. Ended or gone already: nothing to do."""
+        """Ends a lease that no caller knows of. It is no error if it has ended already."""
         with suppress(Gone, NotFound):
             await self.change(worker, lambda lease: self._ended(lease, EndReason.ABANDONED))
-        log.info("lease.abandoned", **facts(worker))
+        log.info("lease.abandoned", **lease_facts(worker))
 
     def _ended(self, lease: Lease, reason: EndReason) -> Lease:
         if lease.ended_at is not None:
@@ -128,47 +128,51 @@ class LeaseService:
         return await (self._own(lease) if isinstance(lease, OwnLease) else self._by_token(lease))
 
     async def _own(self, named: OwnLease) -> Worker:
-        """The worker with that lease. Whose it is not learns no more than if there were none. Raises NotFound."""
-        with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself has no rights in that namespace
+        """The worker with the caller's lease. Non-owners get the same NotFound as for a missing lease."""
+        with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself may not read workers in that namespace
             worker = await self._store.get(Worker, *named.worker)
             if worker.lease and is_theirs(worker.pool, named.identities, worker.lease.holder):
                 return worker
         raise NotFound(
-            f"workerName: there is no lease of yours on {named.worker.name}",
-            hint="`bkpool allocate` makes a new lease.",
+            f"there is no lease of yours on worker {named.worker.name!r} in namespace {named.worker.namespace!r}",
+            hint="Get a new lease with `bkpool allocate`.",
             code="NoSuchLease",
             field="workerName",
         )
 
     async def _by_token(self, token: str) -> Worker:
-        """The worker that this token leases. Raises NotFound, or Gone with the reason."""
+        """The worker whose lease has this token. Raises NotFound, or Gone with the reason for its end."""
         digest = tokens.digest(token)
         if tokens.well_formed(token):
             found = _by_digest(self._mirror.workers.values(), digest)
-            if found is None:  # made by another replica a moment ago?
+            if found is None:  # another replica may have created it a moment ago
                 found = _by_digest((await self._store.list(Worker)).items, digest)
             if isinstance(found, EndedLease):
                 raise _gone(found.reason, found.message)
             if found is not None:
                 return found
         raise NotFound(
-            "token: no lease has this token",
-            hint="`bkpool allocate` makes a new lease.",
+            "no lease has this token",
+            hint="Get a new lease with `bkpool allocate`.",
             code="NoSuchLease",
             field="token",
         )
 
     async def change(self, worker: Worker, change: Callable[[Lease], Lease]) -> Worker:
-        """Changes this worker's lease by compare-and-swap, on the worker as it is now if another writer was faster.
+        """Changes this worker's lease by compare-and-swap, and retries if another writer was faster.
+
+        Args:
+            worker: The worker with the lease, perhaps stale.
+            change: Returns the changed lease. It may be called several times.
 
         Raises:
-            Gone: The lease is no longer this worker's.
-            NotFound: The worker is gone.
-            Conflict: Others kept changing it.
+            Gone: The worker does not have this lease any more.
+            NotFound: The worker was deleted.
+            Conflict: Others changed it at each of `MAX_CONFLICTS` attempts.
         """
-        allocation_id = worker.lease.id if worker.lease else ""
+        lease_id = worker.lease.id if worker.lease else ""
         for _ in range(MAX_CONFLICTS):
-            if worker.lease is None or worker.lease.id != allocation_id:
+            if worker.lease is None or worker.lease.id != lease_id:
                 raise _gone(EndReason.RELEASED, "")
             try:
                 changed = await self._store.replace(worker.with_lease(change(worker.lease)))
@@ -177,42 +181,47 @@ class LeaseService:
                 continue
             self._mirror.apply(changed)
             return changed
-        raise Conflict(f"{worker.key.name} is being changed by too many at once", hint="Try again.", retry_after=1)
+        raise Conflict(f"too many requests change {worker.key.name} at once", hint="Try again.", retry_after=1)
 
 
-def facts(worker: Worker) -> dict[str, str]:
-    """What a log line about a worker's lease says of it."""
+def lease_facts(worker: Worker) -> dict[str, str]:
+    """The fields of a log line about a worker's lease."""
     lease = worker.lease
     about = {"worker": str(worker.key), "pool": str(worker.pool)}
     return about | ({"allocation": lease.id, "identity": lease.requested_by} if lease else {})
 
 
-def living(workers: Iterable[Worker], now: datetime) -> list[Worker]:
-    """Those of the workers that have a living lease."""
-    return [worker for worker in workers if worker.lease and not worker.lease.ended(now)]
-
-
 def find_pool(mirror: Mirror, key: Key) -> Pool:
-    """The pool of that name. Raises NotFound."""
+    """The pool with that name. Raises NotFound."""
     pool = mirror.pools.get(key)
     if pool is None:
         raise NotFound(
-            f"poolName: there is no pool {key.name!r} in namespace {key.namespace!r}",
+            f"there is no pool {key.name!r} in namespace {key.namespace!r}",
             hint="`bkpool status` lists the pools.",
             field="poolName",
         )
     return pool
 
 
-def lifetime(pool: Pool, wanted: timedelta | None) -> timedelta:
-    """How long a lease of this pool runs. Raises InvalidInput beyond the pool's maximum."""
+def lease_duration(pool: Pool, wanted: timedelta | None) -> timedelta:
+    """How long a lease of this pool runs.
+
+    Args:
+        pool: The pool.
+        wanted: What the caller asked for; None: the pool's tokenTTL.
+
+    Raises:
+        InvalidInput: It is not above 0, or it is above the pool's maximum.
+    """
     gateway = pool.spec.gateway
     if wanted is None:
         return gateway.token_ttl
     if not timedelta(0) < wanted <= gateway.max_token_ttl:
+        longest = render(gateway.max_token_ttl)
         raise InvalidInput(
-            f"ttl: {render(wanted)} is not between 0 and this pool's maximum of {render(gateway.max_token_ttl)}",
-            hint="Ask for less, or raise spec.gateway.maxTokenTTL of the pool.",
+            f"ttl: a lease of pool {pool.key.name!r} can run for more than 0s and up to {longest}, "
+            f"not for {render(wanted)}",
+            hint="Ask for a shorter time, or raise spec.gateway.maxTokenTTL of the pool.",
             field="ttl",
         )
     return wanted
@@ -231,13 +240,13 @@ def _same(stored: str, digest: str) -> bool:
     return hmac.compare_digest(stored.encode(), digest.encode())
 
 
-def _end_of_life(lease: Lease, pool: Pool, now: datetime) -> datetime:
-    """The latest end of a lease. The pool's maximum may have been lowered since the lease was made."""
+def _latest_end(lease: Lease, pool: Pool, now: datetime) -> datetime:
+    """The latest possible end of a lease. The pool's maximum may have been lowered since the lease was created."""
     end = min(lease.not_after, lease.allocated_at + pool.spec.gateway.max_token_ttl)
     if end <= now:
         raise InvalidInput(
-            f"ttl: this lease has run for the pool's maximum of {render(pool.spec.gateway.max_token_ttl)} already",
-            hint=f"It ends at {lease.expires_at:%H:%M:%S} UTC; `bkpool allocate` makes a new lease.",
+            f"this lease has already run for the pool's maximum of {render(pool.spec.gateway.max_token_ttl)}",
+            hint=f"It ends at {lease.expires_at:%H:%M:%S} UTC. Get a new lease with `bkpool allocate`.",
             field="ttl",
         )
     return end
@@ -247,6 +256,6 @@ def _gone(reason: EndReason, message: str) -> Gone:
     detail = f": {message}" if message else ""
     return Gone(
         f"this lease has ended ({reason.value}){detail}",
-        hint="`bkpool allocate` makes a new lease.",
+        hint="Get a new lease with `bkpool allocate`.",
         code="LeaseEnded",
     )

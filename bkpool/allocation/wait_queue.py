@@ -1,43 +1,41 @@
-"""The line before a pool: who is served next when a worker comes free.
+"""The waiting room of a pool: the requests that wait, and the slots that served requests are claiming.
 
-One synchronous function looks at the pool and serves the line, first come first served; the callers do the I/O. It
-knows nothing of stores or tokens.
+`core.queueing.assign` decides who is served. This module only keeps the queue and wakes the requests that are served.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from bkpool.allocation.leases import living
 from bkpool.core.errors import NoCapacity
-from bkpool.core.names import LABEL_REQUEST, Slot
+from bkpool.core.names import Slot
+from bkpool.core.pool import Pool
+from bkpool.core.queueing import Target, assign, slot_of_target
 from bkpool.core.worker import Worker
 
 MAX_WAITERS = 1000
-"""Requests that may wait for one pool at once; one more is refused (DESIGN rule 11)."""
+"""Requests that may wait for one pool at once; one more is refused (rule 11, docs/rules.md#r11)."""
 
 
 @dataclass(eq=False, slots=True)
 class Waiter:
-    """One request in the line."""
+    """One request that waits; a `queueing.QueuedRequest`."""
 
     owner: str
-    """Digest of whose cache would suit it."""
     request_key: str | None
-    """Key of (identity, job): a lease that carries it already is this request's too."""
-    served: asyncio.Future[Worker | Slot] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    served: asyncio.Future[Target] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Gets the worker or slot that the request was given."""
 
 
 class WaitQueue:
-    """The waiters of one pool, and the slots that they are claiming at this moment."""
+    """The requests that wait for one pool at this replica."""
 
-    def __init__(self, choose: Callable[[Waiter, frozenset[Slot]], Worker | Slot | None]) -> None:
-        self._choose = choose
+    def __init__(self) -> None:
         self._waiting: deque[Waiter] = deque()
         self._claiming: set[Slot] = set()
 
@@ -45,14 +43,14 @@ class WaitQueue:
         return len(self._waiting)
 
     def join(self, waiter: Waiter, *, first: bool = False) -> None:
-        """Stands at the end; or at the front, after a claim that another replica won.
+        """Puts a request at the end of the queue, or at the front after another replica was faster to claim.
 
         Raises:
-            NoCapacity: The line is full.
+            NoCapacity: The queue is full.
         """
         if len(self._waiting) >= MAX_WAITERS:
             raise NoCapacity(
-                f"{len(self._waiting)} requests wait for this pool already",
+                f"{len(self._waiting)} requests already wait for this pool",
                 hint="Raise spec.scaling.max of the pool, or try again later.",
                 code="TooManyWaiters",
                 retry_after=30,
@@ -60,38 +58,35 @@ class WaitQueue:
         (self._waiting.appendleft if first else self._waiting.append)(waiter)
 
     def leave(self, waiter: Waiter) -> None:
-        """Gives up waiting; a place that was already assigned goes back."""
+        """Removes a request that no longer waits. What it was given already becomes free again."""
         with suppress(ValueError):
             self._waiting.remove(waiter)
         if waiter.served.done() and not waiter.served.cancelled() and not waiter.served.exception():
-            self.claimed(waiter.served.result())
+            self.claim_ended(waiter.served.result())
         waiter.served.cancel()
 
-    def claimed(self, spot: Worker | Slot) -> None:
-        """The claim was made, or was lost: the store knows, so the slot need not be kept apart any more."""
-        self._claiming.discard(_slot(spot))
+    def claim_ended(self, target: Target) -> None:
+        """Notes that a claim succeeded or failed: the store has the result, so the slot need not be kept apart."""
+        self._claiming.discard(slot_of_target(target))
 
-    def dismiss(self, error: Exception) -> None:
-        """Sends everybody away: the pool is gone."""
+    def refuse_all(self, error: Exception) -> None:
+        """Fails every request that waits: the pool was deleted, or the appliance stops."""
         while self._waiting:
             self._waiting.popleft().served.set_exception(error)
 
-    def serve(self, workers: Collection[Worker], now: datetime) -> None:
-        """Gives places to waiters, in order, until there are none left to give.
-
-        A waiter whose job got a lease meanwhile (a repeated request) is given that one, wherever it stands.
-        """
-        held = {key: w for w in living(workers, now) if (key := w.metadata.labels.get(LABEL_REQUEST))}
-        for waiter in [w for w in self._waiting if w.request_key in held]:
-            self._waiting.remove(waiter)
-            waiter.served.set_result(held[waiter.request_key or ""])
-        while self._waiting:
-            spot = self._choose(self._waiting[0], frozenset(self._claiming))
-            if spot is None:
-                return
-            self._claiming.add(_slot(spot))
-            self._waiting.popleft().served.set_result(spot)
+    def serve(
+        self, pool: Pool, workers: Collection[Worker], caches: Mapping[Slot, str | None], now: datetime
+    ) -> None:
+        """Serves the requests that `queueing.assign` gives something to."""
+        if not self._waiting:
+            return
+        for given in assign(tuple(self._waiting), pool, workers, caches, claiming=self._claiming, now=now):
+            self._waiting.remove(given.waiter)
+            if not _is_leased(given.target):
+                self._claiming.add(slot_of_target(given.target))
+            given.waiter.served.set_result(given.target)
 
 
-def _slot(spot: Worker | Slot) -> Slot:
-    return spot.slot if isinstance(spot, Worker) else spot
+def _is_leased(target: Target) -> bool:
+    """Whether the request has this worker already, so that there is nothing to claim."""
+    return isinstance(target, Worker) and target.lease is not None

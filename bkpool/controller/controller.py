@@ -12,7 +12,7 @@ from datetime import datetime
 
 import structlog
 
-from bkpool.allocation.leases import facts
+from bkpool.allocation.leases import lease_facts
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
@@ -253,7 +253,7 @@ class Controller:
 
     async def _lose(self, worker: Worker, message: str) -> None:
         lease = worker.held_lease
-        log.error("lease.lost", **facts(worker), reason=message)
+        log.error("lease.lost", **lease_facts(worker), reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
 
@@ -265,7 +265,7 @@ class Controller:
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)
         self._mirror.apply(await self._store.replace(worker))
         reason = action.ended.reason
-        log.info("lease.ended", **facts(action.worker), reason=reason.value)
+        log.info("lease.ended", **lease_facts(action.worker), reason=reason.value)
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
         self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 

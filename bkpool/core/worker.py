@@ -5,7 +5,7 @@ A lease is the `allocation` in a worker's spec. It is created, changed and ended
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -214,6 +214,11 @@ class Worker(Resource):
     def with_status(self, **changes: Any) -> Worker:
         """A copy with these fields of its status changed."""
         return self.but(status=self.status.but(**changes))
+
+
+def with_live_lease(workers: Iterable[Worker], now: datetime) -> list[Worker]:
+    """Those of the workers that have a lease which has not ended."""
+    return [worker for worker in workers if worker.lease and not worker.lease.ended(now)]
 
 
 def new_worker(slot: Slot, pool: Pool, lease: Lease | None, labels: Mapping[str, str]) -> Worker:

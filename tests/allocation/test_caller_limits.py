@@ -143,12 +143,12 @@ async def test_waiters_are_counted_before_they_have_a_lease(world):
     api = world.replicas[0]
     held = await api.allocate(BOB)
     waiting = asyncio.create_task(api.allocate(ANN))
-    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    await world.until(lambda: api.allocator.waiting(POOL) == 1)
     with pytest.raises(NoCapacity, match="ann may have 1"):
         await api.allocate(ANN)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     again = asyncio.create_task(api.allocate(ANN))
-    await world.until(lambda: api.claims.waiting(POOL) == 1)
+    await world.until(lambda: api.allocator.waiting(POOL) == 1)
     await api.leases.release(held.token)
     await again

@@ -54,7 +54,7 @@ async def test_waiting_callers_and_leases_are_counted_by_pool(api: Api) -> None:
     assert (gauge(api, "buildkit_api_waiters"), gauge(api, "buildkit_api_leases")) == (0, 0)
     _, lease, _ = await api("POST", ALLOCATE, {"poolName": "p"})
     second = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "p", "jobId": "second"}))
-    await api.world.until(lambda: api.world.replicas[0].claims.waiting(POOL) == 1)
+    await api.world.until(lambda: api.world.replicas[0].allocator.waiting(POOL) == 1)
     assert (gauge(api, "buildkit_api_waiters"), gauge(api, "buildkit_api_leases")) == (1, 1)
 
     await api("POST", "/api/v1/workers/release", {"token": lease["token"]})
@@ -66,7 +66,7 @@ async def test_waiting_callers_and_leases_are_counted_by_pool(api: Api) -> None:
 async def test_a_caller_who_closes_the_connection_is_counted_as_499(api: Api) -> None:
     await api("POST", ALLOCATE, {"poolName": "p"})
     waiting = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "p", "jobId": "second"}))
-    await api.world.until(lambda: api.world.replicas[0].claims.waiting(POOL) == 1)
+    await api.world.until(lambda: api.world.replicas[0].allocator.waiting(POOL) == 1)
     waiting.cancel()
     await api.world.until(lambda: requests(api, ALLOCATE, "POST", "499") == 1)
     assert gauge(api, "buildkit_api_waiters") == 0

@@ -84,7 +84,7 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
         service = Service(
-            allocator=replica.claims,
+            allocator=replica.allocator,
             leases=replica.leases,
             mirror=replica.mirror,
             access=AccessControl(
@@ -98,7 +98,7 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
         )
         metrics = ApiMetrics(
             api.registry,
-            waiting=replica.claims.waiting,
+            waiting=replica.allocator.waiting,
             pools=replica.mirror.pools,
             workers=replica.mirror.workers,
         )

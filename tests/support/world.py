@@ -157,7 +157,7 @@ class Replica:
     def __init__(self, world: World) -> None:
         self.mirror = Mirror(world.store)
         self.leases = LeaseService(store=world.store, mirror=self.mirror, now=world.clock)
-        self.claims = Allocator(
+        self.allocator = Allocator(
             store=world.store,
             mirror=self.mirror,
             leases=self.leases,
@@ -169,7 +169,7 @@ class Replica:
         )
 
     async def allocate(self, caller: Identity = ANN, *, wait: float = 5, **request: Any) -> Grant:
-        return await self.claims.allocate(caller, AllocationRequest(POOL, timedelta(seconds=wait), **request))
+        return await self.allocator.allocate(caller, AllocationRequest(POOL, timedelta(seconds=wait), **request))
 
 
 class Clock:
@@ -215,7 +215,7 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
         yield world
     finally:
         for replica in world.replicas:
-            await replica.claims.close()
+            await replica.allocator.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -45,7 +45,7 @@ class ApiRole:
 
     def refuse_waiting(self, message: str, *, hint: str) -> None:
         """Ends every allocate request that waits for a worker, with this error."""
-        self.allocator.turn_away(Unavailable(message, hint=hint))
+        self.allocator.refuse_all(Unavailable(message, hint=hint))
 
 
 async def open_api(

@@ -1,0 +1,140 @@
+"""Claims a worker for a lease by compare-and-swap, and ends leases that nobody knows of.
+
+A claim that has begun is finished even if its caller goes away, and is undone afterwards. It never chooses a worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+import structlog
+
+from bkpool.allocation.leases import LeaseService, lease_facts
+from bkpool.core import tokens
+from bkpool.core.errors import Gone, NotFound
+from bkpool.core.names import LABEL_REQUEST, Slot
+from bkpool.core.pool import Pool
+from bkpool.core.queueing import Target
+from bkpool.core.worker import Lease, Worker, new_worker, with_live_lease
+from bkpool.store import Store
+from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+
+class Claimer:
+    """Writes leases to workers.
+
+    Args:
+        store: Where the workers are.
+        mirror: Gets what was written.
+        leases: Changes and ends a lease once it is stored.
+        token_key: Key of the HMAC of lease tokens.
+    """
+
+    def __init__(self, *, store: Store, mirror: Mirror, leases: LeaseService, token_key: bytes) -> None:
+        self._store = store
+        self._mirror = mirror
+        self._leases = leases
+        self._token_key = token_key
+        self._cleanups: set[asyncio.Future[Any]] = set()
+        """Claims whose caller has gone, and abandoned leases that are being ended."""
+
+    async def close(self) -> None:
+        """Waits until everything that callers left behind is undone."""
+        while self._cleanups:
+            await asyncio.gather(*self._cleanups, return_exceptions=True)
+
+    def token(self, worker: Worker) -> str:
+        """The token of the worker's lease."""
+        return tokens.derive(self._token_key, worker.uid, worker.held_lease.id)
+
+    async def claim(self, pool: Pool, target: Target, lease: Lease, request_key: str | None) -> Worker:
+        """Puts the lease on the worker, or creates a worker with the lease in the slot.
+
+        Args:
+            pool: The worker's pool.
+            target: The worker or slot that the request was given.
+            lease: The new lease, without its token's digest.
+            request_key: Digest of the caller and their jobId, if they gave one.
+
+        Raises:
+            Conflict: Somebody else was faster.
+            NotFound: The worker was deleted.
+        """
+        labels = {LABEL_REQUEST: request_key} if request_key else {}
+        writing = asyncio.ensure_future(
+            self._create_worker(pool, target, lease, labels)
+            if isinstance(target, Slot)
+            else self._claim_worker(target, lease, labels)
+        )
+        try:
+            worker = await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            self._cleanups.add(writing)
+            writing.add_done_callback(self._undo)
+            raise
+        self._mirror.apply(worker)
+        log.info("lease.claimed", **lease_facts(worker))
+        return worker
+
+    async def existing(self, pool: Pool, request_key: str, now: datetime) -> Worker | None:
+        """The worker with the oldest live lease of a request, read from the store; None if there is none.
+
+        Args:
+            pool: The pool that the request names.
+            request_key: Digest of the caller and their jobId.
+            now: The time.
+        """
+        listing = await self._store.list(Worker, namespace=pool.key.namespace, labels={LABEL_REQUEST: request_key})
+        found = [w for w in with_live_lease(listing.items, now) if w.pool == pool.key]
+        if not found:
+            return None
+        oldest = min(found, key=lambda worker: (worker.held_lease.allocated_at, worker.key.name))
+        self._mirror.apply(oldest)
+        if oldest.held_lease.token_sha256:
+            return oldest
+        # The process that created it was killed, or is about to write the digest of the token. Both would write the
+        # same digest, so it may be written here as well.
+        try:
+            return await self._leases.change(oldest, lambda lease: self._with_digest(oldest, lease))
+        except (Gone, NotFound):
+            return None
+
+    async def refresh(self, target: Target) -> None:
+        """Reads a worker from the store after a lost claim, so that the same choice is not made again."""
+        key = target.worker if isinstance(target, Slot) else target.key
+        with suppress(NotFound):
+            self._mirror.apply(await self._store.get(Worker, *key))
+
+    def abandon(self, worker: Worker) -> None:
+        """Ends the worker's lease in the background, because no caller knows of it."""
+        task = asyncio.get_running_loop().create_task(self._leases.abandon(worker))
+        self._cleanups.add(task)
+        task.add_done_callback(self._cleanups.discard)
+
+    async def _claim_worker(self, worker: Worker, lease: Lease, labels: Mapping[str, str]) -> Worker:
+        metadata = worker.metadata.but(labels={**worker.metadata.labels, **labels})
+        return await self._store.replace(worker.but(metadata=metadata).with_lease(self._with_digest(worker, lease)))
+
+    async def _create_worker(self, pool: Pool, slot: Slot, lease: Lease, labels: Mapping[str, str]) -> Worker:
+        """The creation is the claim. The token needs the uid, which the store assigns, so it takes a second write."""
+        worker = await self._store.create(new_worker(slot, pool, lease, labels))
+        try:
+            return await self._leases.change(worker, lambda lease: self._with_digest(worker, lease))
+        except BaseException:
+            self.abandon(worker)
+            raise
+
+    def _with_digest(self, worker: Worker, lease: Lease) -> Lease:
+        token = tokens.derive(self._token_key, worker.uid, lease.id)
+        return lease.but(token_sha256=tokens.digest(token))
+
+    def _undo(self, writing: asyncio.Future[Worker]) -> None:
+        self._cleanups.discard(writing)
+        if not writing.cancelled() and writing.exception() is None:
+            self.abandon(writing.result())
