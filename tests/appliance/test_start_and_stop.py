@@ -1,0 +1,186 @@
+"""The order in which a process opens its roles, and in which it closes them again.
+
+The store, the gateway and the API are real; the runtime is in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+
+from bkpool.appliance import control_replica, host
+from bkpool.appliance.backend import Backend, ClusterBackend
+from bkpool.appliance.control_replica import ControlReplica
+from bkpool.appliance.host import HostAppliance
+from bkpool.appliance.roles.gateway import GatewayRole
+from bkpool.appliance.settings import Settings
+from bkpool.core.documents import Documents
+from bkpool.core.pool import Pool
+from bkpool.core.resource import Metadata
+from bkpool.gateway.net.dial import PlainDial
+from bkpool.home.files import private_directory
+from bkpool.pki.authority import Authority
+from bkpool.settings import Configuration
+from bkpool.store.events import LogRecorder
+from bkpool.store.sqlite import SqliteStore
+from support.world import TOKEN_KEY, MemoryRuntime
+
+ADMIN = "a" * 43
+FREE = ("127.0.0.1", 0)
+
+
+class StubElection:
+    """An election that this replica never wins; it notes when the Lease is given back."""
+
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    async def lead(self, _work: Callable[[], Any]) -> None:
+        await asyncio.Event().wait()
+
+    async def release(self) -> None:
+        self._events.append("Lease given back")
+
+
+async def open_backend(stack: AsyncExitStack, home: Path, election: StubElection | None = None) -> Backend:
+    store = await SqliteStore.open(home / "state.db")
+    stack.push_async_callback(store.close)
+    return Backend(
+        store=store,
+        runtime=MemoryRuntime(),
+        authority=Authority.create(datetime.now(UTC)),
+        token_key=TOKEN_KEY,
+        dial=PlainDial,
+        gateway="local",
+        recorder=LogRecorder(),
+        authenticators=lambda _pools: (),
+        leadership=election,  # type: ignore[arg-type] # the two methods that are called
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    private_directory(tmp_path)
+    sections = {"api": {"address": FREE}, "gateway": {"address": FREE}, "metrics": {"address": FREE}}
+    return Settings(home=tmp_path, cache=tmp_path, configuration=Configuration.model_validate(sections))
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happened, in order: roles are noted after they are opened and after they are closed."""
+    events: list[str] = []
+
+    def noted(module: Any, role: str) -> None:
+        opener = getattr(module, f"open_{role}")
+
+        async def wrapped(stack: AsyncExitStack, *arguments: Any, **more: Any) -> Any:
+            stack.callback(events.append, f"{role} closed")
+            opened = await opener(stack, *arguments, **more)
+            events.append(f"{role} opened")
+            return opened
+
+        monkeypatch.setattr(module, f"open_{role}", wrapped)
+
+    for role in ("api", "controller", "gateway"):
+        noted(host, role)
+    for role in ("api", "controller"):
+        noted(control_replica, role)
+    return events
+
+
+async def status_of(url: str) -> int:
+    async with ClientSession() as session, session.get(url) as response:
+        return response.status
+
+
+async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
+    settings: Settings, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: dict[str, Any] = {}
+    drain = GatewayRole.drain
+
+    async def noted_drain(role: GatewayRole, *arguments: Any) -> None:
+        events.append(f"drain: /health {await status_of(described['apiEndpoint'] + '/health')}")
+        events.append(f"drain: /ready {await status_of(described['apiEndpoint'] + '/ready')}")
+        await drain(role, *arguments)
+
+    monkeypatch.setattr(GatewayRole, "drain", noted_drain)
+
+    def report(told: dict[str, Any]) -> None:
+        if "apiEndpoint" in told:
+            described.update(told)
+            assert (settings.home / "appliance.json").exists()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    appliance = HostAppliance(
+        settings, Documents(), "process", lambda stack, _report: open_backend(stack, settings.home)
+    )
+    async with asyncio.timeout(20):
+        await appliance.run(report)
+    assert events == [
+        "gateway opened",
+        "controller opened",
+        "api opened",
+        "drain: /health 200",
+        "drain: /ready 503",
+        "api closed",
+        "controller closed",
+        "gateway closed",
+    ]
+    assert not (settings.home / "appliance.json").exists()
+
+
+async def test_a_control_replica_gives_the_lease_back_before_anything_else(
+    settings: Settings, events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[ClusterBackend] = []
+
+    async def open_replica_backend(stack: AsyncExitStack, *_more: Any) -> ClusterBackend:
+        backend = await open_backend(stack, settings.home, StubElection(events))
+        await backend.store.create(Pool(metadata=Metadata(name="p")))
+        opened.append(ClusterBackend(None, None, backend))  # type: ignore[arg-type] # used by the leader only
+        return opened[0]
+
+    async def admin_token(*_arguments: Any) -> str:
+        return ADMIN
+
+    async def pause(_shutdown: Any, seconds: float) -> None:
+        events.append(f"pause of {seconds:g} s: /ready {await status_of(f'http://{addresses[0]}/ready')}")
+
+    addresses: list[str] = []
+    opener = control_replica.open_api
+
+    async def open_api(*arguments: Any, **more: Any) -> Any:
+        role = await opener(*arguments, **more)
+        addresses.append(role.address)
+        return role
+
+    monkeypatch.setattr(control_replica, "open_api", open_api)
+    monkeypatch.setattr(control_replica, "open_replica_backend", open_replica_backend)
+    monkeypatch.setattr(control_replica.kube_secrets, "load_or_create_admin_token", admin_token)
+    monkeypatch.setattr("bkpool.appliance.shutdown.Shutdown.pause", pause)
+
+    running = asyncio.create_task(ControlReplica(settings).run())
+    async with asyncio.timeout(20):
+        while "controller opened" not in events:  # noqa: ASYNC110 - the replica announces it in its log only
+            await asyncio.sleep(0.01)
+        assert await status_of(f"http://{addresses[0]}/ready") == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+    assert events == [
+        "api opened",
+        "controller opened",
+        "Lease given back",
+        "controller closed",
+        "pause of 5 s: /ready 503",
+        "api closed",
+    ]
