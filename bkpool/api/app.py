@@ -25,18 +25,22 @@ log = structlog.get_logger(__name__)
 MAX_BODY = 64 * 1024
 """Bytes of a request body: many times the size of a CSR and 64 metadata entries."""
 
+_MAX_BODY = web.AppKey("max_body", int)
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(service: Service, metrics: ApiMetrics) -> web.Application:
+def make_app(service: Service, metrics: ApiMetrics, *, max_body: int = MAX_BODY) -> web.Application:
     """The application; serve it with `open_runner`.
 
     Args:
         service: The handlers of the routes.
         metrics: Counts the requests.
+        max_body: Bytes of a request body that are read at most.
     """
     middlewares = [metrics.middleware(), _request_id, _errors]
-    app = web.Application(client_max_size=MAX_BODY, middlewares=middlewares)
+    app = web.Application(client_max_size=max_body, middlewares=middlewares)
+    app[_MAX_BODY] = max_body
     routes = service.routes()
     for route in routes:
         app.router.add_route(route.method, route.path, _handler(route), expect_handler=_continue)
@@ -97,7 +101,7 @@ def _aiohttp_error(request: web.Request, error: web.HTTPException) -> web.Respon
             "/openapi.json lists the methods of each path.",
         ),
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (
-            f"the request body is larger than {MAX_BODY} bytes",
+            f"the request body is larger than {request.app[_MAX_BODY]} bytes",
             "Send less metadata.",
         ),
     }.get(HTTPStatus(error.status), (error.reason, ""))

@@ -17,15 +17,21 @@ from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
+from bkpool.settings.model import Identity
 from bkpool.store.mirror import Mirror
 
 MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
 """Makes the authenticators that only one backend has. Its argument returns the pools of the moment."""
 
 
-def open_issuers(stack: AsyncExitStack) -> IssuerKeys:
+def open_issuers(stack: AsyncExitStack, settings: Identity) -> IssuerKeys:
     """A cache of the issuers' keys, closed with the stack."""
-    issuers = IssuerKeys(clock=time.monotonic)
+    issuers = IssuerKeys(
+        clock=time.monotonic,
+        timeout=settings.issuer_timeout.total_seconds(),
+        fresh=settings.keys_fresh.total_seconds(),
+        stale=settings.keys_stale.total_seconds(),
+    )
     stack.push_async_callback(issuers.close)
     return issuers
 

@@ -24,6 +24,7 @@ from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
@@ -94,6 +95,7 @@ class Backend:
         status_inputs: Callable[[Pool], PoolStatusInputs],
         metrics: ControllerMetrics,
         now: Callable[[], datetime],
+        failure_limits: FailureLimits,
     ) -> Controller:
         """What carries out the policy with this store and runtime."""
         return Controller(
@@ -104,6 +106,7 @@ class Backend:
             status_inputs=status_inputs,
             recorder=self.recorder,
             metrics=metrics,
+            failure_limits=failure_limits,
         )
 
 
@@ -190,6 +193,7 @@ async def _open_pods(
     ignored_fields: Collection[str],
     host_ports: tuple[int, ...] | None,
 ) -> ClusterBackend:
+    identity = settings.configuration.identity
     store = KubernetesStore(api)
     now = datetime.now(UTC)
     secrets = await kube_secrets.load_or_create_authorities(api, settings.namespace, store, now)
@@ -215,8 +219,8 @@ async def _open_pods(
         gateway=name,
         recorder=recorder,
         authenticators=lambda pools: (
-            StaticTokenAuthenticator(SecretTokenReader(api), pools),
-            ServiceAccountAuthenticator(api),
+            StaticTokenAuthenticator(SecretTokenReader(api, fresh=identity.secret_fresh.total_seconds()), pools),
+            ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),
         ),
         leadership=LeaderElection(api, settings.namespace, LEASE, name),
         background=(recorder.run(),),

@@ -18,7 +18,8 @@ from bkpool.appliance.roles.api import ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context, replica_name
 from bkpool.appliance.roles.controller import open_controller
 from bkpool.appliance.settings import Role, Settings
-from bkpool.appliance.shutdown import ENDPOINT_REMOVAL_SECONDS, Shutdown, run_until_stopped
+from bkpool.appliance.shutdown import Shutdown, run_until_stopped
+from bkpool.appliance.tuning import gateway_variables
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.pool import Pool
@@ -54,7 +55,7 @@ class ControlReplica:
         mirror = Mirror(backend.store, configs=True)
         await follow(stack, context, mirror)
         await backend.runtime.adopt()
-        state = ControlState(backend, mirror, open_issuers(stack))
+        state = ControlState(backend, mirror, open_issuers(stack, self._settings.configuration.identity))
 
         def not_ready_reason() -> str | None:
             return "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
@@ -69,7 +70,8 @@ class ControlReplica:
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
         await serve(stack, app, settings.metrics_address, "--metrics-address")
-        stack.push_async_callback(shutdown.pause, ENDPOINT_REMOVAL_SECONDS)
+        delay = self._settings.configuration.appliance.endpoint_removal_delay
+        stack.push_async_callback(shutdown.pause, delay.total_seconds())
         if Role.CONTROLLER in settings.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.
             await open_controller(
@@ -105,6 +107,7 @@ class ControlReplica:
             namespace=self._settings.namespace,
             now=context.now,
             recorder=cluster.backend.recorder,
+            gateway_variables=gateway_variables(self._settings.configuration),
         )
 
 

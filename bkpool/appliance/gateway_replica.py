@@ -15,7 +15,7 @@ from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.context import follow, open_context, replica_name
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
 from bkpool.appliance.settings import Address, Settings
-from bkpool.appliance.shutdown import ENDPOINT_REMOVAL_SECONDS, Shutdown, run_until_stopped
+from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.names import GATEWAY_PORT, Key
 from bkpool.core.pool import PoolGateway
 from bkpool.gateway.control.server import default_threads
@@ -77,7 +77,7 @@ class GatewayReplica:
         log.info("replica.ready", roles=["gateway"], pool=str(self._pool), name=replica_name())
 
     async def _drain(self, gateway: GatewayRole, mirror: Mirror, shutdown: Shutdown) -> None:
-        await shutdown.pause(ENDPOINT_REMOVAL_SECONDS)
+        await shutdown.pause(self._settings.configuration.appliance.endpoint_removal_delay.total_seconds())
         pool = mirror.pools.get(self._pool)
         bounds = pool.spec.gateway if pool else PoolGateway()  # builds of a deleted pool may finish too
         await gateway.drain(bounds.drain_timeout.total_seconds(), shutdown)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AsyncExitStack
-from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -39,9 +38,6 @@ from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
-RELEASE_GRACE = timedelta(seconds=1)
-"""How long the API still answers after the last build of a drain, so that its client can release the lease."""
-
 
 class HostAppliance:
     """One run of the appliance on this machine.
@@ -70,7 +66,7 @@ class HostAppliance:
         backend, mirror = await self._open_state(stack, context, report)
         report({"progress": "starting gateway, controller and API"})
         gateway, endpoint = await self._open_gateway(stack, context, backend, mirror)
-        state = ControlState(backend, mirror, open_issuers(stack))
+        state = ControlState(backend, mirror, open_issuers(stack, self._settings.configuration.identity))
         # Opened before the API, so that it is closed after it: the controller ends the leases that are released last.
         await open_controller(stack, context, state, endpoint=lambda _pool: endpoint)
         dev_configs = await self._open_dev_issuer(stack, context)
@@ -156,7 +152,7 @@ class HostAppliance:
         log.info("appliance.draining", seconds=seconds, busy=busy)
         await gateway.drain(seconds, context.shutdown)
         if busy and not context.shutdown.forced.is_set():
-            await context.shutdown.pause(RELEASE_GRACE.total_seconds())
+            await context.shutdown.pause(self._settings.configuration.appliance.release_grace.total_seconds())
 
     def _describe(self, context: RoleContext, api: ApiRole, endpoint: str, metrics: str) -> dict[str, Any]:
         """What `appliance.json` says."""

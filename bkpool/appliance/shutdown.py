@@ -17,10 +17,6 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-ENDPOINT_REMOVAL_SECONDS = 5.0
-"""How long a replica goes on accepting after SIGTERM. In a cluster of some size it takes about as long until every
-kube-proxy has removed the replica from its endpoints."""
-
 SWITCH_INTERVAL = 0.0005
 """Seconds that one thread may keep the others from running Python while it computes. With the default, 5 ms, a busy
 main loop delays every byte through the gateway's loops: a round trip took ten times as long (docs/benchmarks.md)."""

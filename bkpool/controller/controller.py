@@ -32,7 +32,7 @@ from bkpool.core.reconcile.actions import (
     slot_of_action,
 )
 from bkpool.core.reconcile.decide import decide, stray_slots
-from bkpool.core.reconcile.failures import failed_worker, failure_message
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, failure_message
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.resource import Metadata
@@ -60,6 +60,7 @@ class Controller:
         status_inputs: What a pool's status tells beside its workers.
         recorder: Is told what a person would ask about.
         metrics: Counts decisions and actions; counted nowhere if None.
+        failure_limits: How often, and after which pauses, a worker that failed is started again.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Controller:
         status_inputs: Callable[[Pool], PoolStatusInputs],
         recorder: Recorder,
         metrics: ControllerMetrics | None = None,
+        failure_limits: FailureLimits = DEFAULT_LIMITS,
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -79,6 +81,7 @@ class Controller:
         self._now = now
         self._status_inputs = status_inputs
         self._recorder = recorder
+        self._failure_limits = failure_limits
         self._metrics = metrics or ControllerMetrics(new_registry())
         self._ended: dict[Key, Pool] = {}
         """Pools that are known to be gone although workers of theirs are not yet."""
@@ -133,7 +136,7 @@ class Controller:
                 caches=caches,
                 busy=frozenset(slot for slot in self._acting if (slot.namespace, slot.pool) == pool.key),
             )
-            decision = decide(snapshot, now)
+            decision = decide(snapshot, now, self._failure_limits)
             for action in decision.actions:
                 self._begin(slot_of_action(action), type(action), self._carry_out(action, pool))
             if decision.wake_at is not None:
@@ -202,7 +205,9 @@ class Controller:
         current = await self._store.get(Worker, *worker.key)
         message = failure_message(current, error.message_and_hint, log_tail)
         self._recorder.record(current, "Failed", message, warning=True)
-        self._mirror.apply(await self._store.replace_status(failed_worker(current, message, self._now())))
+        self._mirror.apply(
+            await self._store.replace_status(failed_worker(current, message, self._now(), self._failure_limits))
+        )
 
     async def _carry_out(self, action: Action, pool: Pool) -> Result:
         match action:

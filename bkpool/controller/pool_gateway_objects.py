@@ -7,7 +7,7 @@ nothing is ever left over from an earlier spec.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +61,8 @@ class GatewayDefaults:
     """Of the appliance."""
     appliance: str
     """The app.kubernetes.io/name of its pods."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Further environment variables of the gateways: settings that are not the default."""
 
 
 def gateway_name(pool: Pool) -> str:
@@ -248,6 +250,7 @@ def _container(pool: Pool, setting: GatewayDefaults) -> Doc:
             {"name": "HOME", "value": _MOUNT},
             {"name": "TMPDIR", "value": _MOUNT},
             {"name": "BKPOOL_HOME", "value": f"{_MOUNT}/state"},
+            *({"name": name, "value": value} for name, value in setting.variables.items()),
         ],
         "ports": [
             {"name": "gateway", "containerPort": GATEWAY_PORT, "protocol": "TCP"},

@@ -93,6 +93,7 @@ class PoolGateways:
         namespace: The namespace of the appliance.
         now: The clock.
         recorder: Records that certificates were replaced.
+        gateway_variables: Environment variables of the gateways: the settings that are not the default.
     """
 
     def __init__(
@@ -106,11 +107,12 @@ class PoolGateways:
         namespace: str,
         now: Callable[[], datetime],
         recorder: Recorder,
+        gateway_variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
-        self._defaults = GatewayDefaults(image, namespace, controller)
+        self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
         self._now = now
         self._recorder = recorder
         self._states: dict[Key, _GatewayState] = {}

@@ -57,11 +57,17 @@ class IssuerKeys:
     Args:
         clock: Monotonic seconds.
         timeout: Seconds that an issuer has to answer.
+        fresh: Seconds for which keys are used before the issuer is asked again.
+        stale: Seconds for which they are used while the issuer does not answer.
     """
 
-    def __init__(self, *, clock: Callable[[], float], timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float], timeout: float = _TIMEOUT, fresh: float = FRESH, stale: float = STALE
+    ) -> None:
         self._clock = clock
         self._timeout = timeout
+        self._fresh = fresh
+        self._stale = stale
         self._kept: dict[str, _CachedKeys] = {}
         self._flights: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
@@ -115,9 +121,9 @@ class IssuerKeys:
         self._kept[issuer] = kept  # the last one used is the last one forgotten
         while len(self._kept) > _MOST_ISSUERS:
             del self._kept[next(iter(self._kept))]
-        if self._clock() - kept.had >= FRESH:
+        if self._clock() - kept.had >= self._fresh:
             await self._ask(issuer, kept)
-        if self._clock() - kept.had >= STALE:
+        if self._clock() - kept.had >= self._stale:
             raise _unavailable(issuer, kept)
         return kept
 

@@ -21,7 +21,7 @@ log = structlog.get_logger(__name__)
 
 AT_ONCE = 16
 """Questions to the API server at a time: whoever reaches the API can cause one, and must not flood the cluster."""
-PATIENCE = 10.0
+REVIEW_TIMEOUT = 10.0
 """Seconds for an answer, the wait for one's turn included."""
 
 _SOURCE = "ServiceAccount token"
@@ -36,9 +36,11 @@ class ServiceAccountAuthenticator:
     Args:
         api: The cluster; bkpool may create `tokenreviews` there.
         audience: For whom the tokens must be made.
+        timeout: Seconds for an answer, including the wait for a free slot.
     """
 
-    def __init__(self, api: KubeApi, audience: str = AUDIENCE) -> None:
+    def __init__(self, api: KubeApi, audience: str = AUDIENCE, timeout: float = REVIEW_TIMEOUT) -> None:
+        self._timeout = timeout
         self._api = api
         self._audience = audience
         self._turns = asyncio.Semaphore(AT_ONCE)
@@ -66,10 +68,10 @@ class ServiceAccountAuthenticator:
             retry_after=5,
         )
         try:
-            async with asyncio.timeout(PATIENCE), self._turns:
+            async with asyncio.timeout(self._timeout), self._turns:
                 return await self._api.create(paths.group(api_version, plural), review)
         except TimeoutError:
-            log.warning("service_accounts.not_checked", reason=f"no answer within {PATIENCE:g} s")
+            log.warning("service_accounts.not_checked", reason=f"no answer within {self._timeout:g} s")
         except BkpoolError as error:  # also a right that is missing: it is no fault of the caller's
             log.warning("service_accounts.not_checked", reason=_without(bearer, error.message))
         raise away

@@ -104,9 +104,11 @@ class SecretTokenReader:
     Args:
         api: The cluster.
         clock: Seconds, as time.monotonic has them.
+        fresh: Seconds for which a Secret is not read again.
     """
 
-    def __init__(self, api: KubeApi, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, api: KubeApi, clock: Callable[[], float] = time.monotonic, fresh: float = FRESH) -> None:
+        self._fresh = fresh
         self._api = api
         self._clock = clock
         self._kept: dict[Key, _CachedSecret] = {}
@@ -140,7 +142,7 @@ class SecretTokenReader:
             if version != kept.version:
                 # In a thread: long YAML of one namespace is no reason for all others to wait.
                 kept.version, kept.tokens = version, await asyncio.to_thread(parse_static_tokens, _data(found))
-        kept.until = self._clock() + FRESH
+        kept.until = self._clock() + self._fresh
 
 
 def _data(secret: Doc) -> dict[str, object]:

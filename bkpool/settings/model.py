@@ -311,9 +311,10 @@ class Appliance(Section):
         "How long the API still answers after the last build of a drain, so that its lease can be released.",
         between=(_s(0), _s(60)),
     )
-    unroute_delay: Duration = setting(
+    endpoint_removal_delay: Duration = setting(
         _s(5),
-        "How long a replica in a cluster still accepts connections after SIGTERM, until no Service routes to it.",
+        "How long a replica in a cluster still accepts connections after SIGTERM. In a large cluster, every "
+        "kube-proxy has removed the replica after about 5s.",
         between=(_s(0), _s(120)),
     )
 

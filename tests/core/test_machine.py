@@ -28,7 +28,7 @@ from bkpool.core.reconcile.actions import (
     slot_of_action,
 )
 from bkpool.core.reconcile.decide import decide, stray_slots
-from bkpool.core.reconcile.failures import BACKOFF_MAX, failed_worker
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
@@ -319,7 +319,7 @@ class PoolMachine(RuleBasedStateMachine):
         for _ in range(40):
             self.catch_up()
             self._control()
-            self.now += BACKOFF_MAX
+            self.now += DEFAULT_LIMITS.backoff_max
         for worker in self.store.workers.values():
             if worker.lease and not worker.lease.ended(self.now):
                 assert worker.status.phase is Phase.ALLOCATED

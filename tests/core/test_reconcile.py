@@ -17,7 +17,7 @@ from bkpool.core.reconcile.actions import (
     WriteStatus,
 )
 from bkpool.core.reconcile.decide import TOKEN_TIMEOUT, decide, stray_slots
-from bkpool.core.reconcile.failures import MAX_FAILURES, STABLE, failed_worker
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.worker import REGISTRATION_LIFE, EndReason, GatewayRegistration, Phase
@@ -102,12 +102,12 @@ def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_t
             ]
             starts += 1
             held = held.with_status(endpoint="unix:///0", phase=Phase.ALLOCATED)
-    assert starts == MAX_FAILURES - 1
+    assert starts == DEFAULT_LIMITS.max_failures - 1
     assert action.message == "killed"
 
 
 def test_a_worker_that_was_stable_counts_from_the_beginning():
-    steady = worker(0, ready_at=NOW - STABLE, failures=4)
+    steady = worker(0, ready_at=NOW - DEFAULT_LIMITS.stable_after, failures=4)
     assert failed_worker(steady, "x", NOW).status.failures == 1
     shaky = worker(0, ready_at=NOW, failures=4)
     assert failed_worker(shaky, "x", NOW).status.failures == 5

@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE
 from bkpool.identity import Identity, Verdict
-from bkpool.identity import service_accounts as module
 from bkpool.identity.service_accounts import AT_ONCE, ServiceAccountAuthenticator, judge
 
 CI = "system:serviceaccount:team:ci"
@@ -172,7 +171,7 @@ async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
         assert part not in f"{entry}{raised.value.message}{raised.value.hint}"
 
 
-async def test_questions_are_bounded_in_number_and_in_time(monkeypatch):
+async def test_questions_are_bounded_in_number_and_in_time():
     cluster = Cluster(status())
     cluster.gate.clear()
     accounts = ServiceAccountAuthenticator(cluster)
@@ -183,8 +182,7 @@ async def test_questions_are_bounded_in_number_and_in_time(monkeypatch):
     assert all(verdict.identity for (verdict,) in answers)
     assert cluster.most_at_once == AT_ONCE
 
-    monkeypatch.setattr(module, "PATIENCE", 0.01)
     cluster.gate.clear()
     with pytest.raises(Unavailable):
-        await accounts.authenticate(token())
+        await ServiceAccountAuthenticator(cluster, timeout=0.01).authenticate(token())
     assert cluster.at_once == 0

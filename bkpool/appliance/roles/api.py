@@ -96,6 +96,7 @@ async def open_api(
     tls = make_api_tls(settings, backend.authority, context.now)
     if tls is not None:
         await context.run_in_background(stack, tls.run())
+    app = make_app(service, metrics, max_body=settings.configuration.api.max_body)
     ssl_context = tls.context if tls else None
-    address = await serve(stack, make_app(service, metrics), settings.api_address, "--api-address", ssl_context)
+    address = await serve(stack, app, settings.api_address, "--api-address", ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)

@@ -9,6 +9,7 @@ from functools import partial
 
 from bkpool.appliance.roles.context import ControlState, RoleContext
 from bkpool.appliance.supervise import run_while_leading
+from bkpool.appliance.tuning import failure_limits
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import ConfigKeeper
 from bkpool.controller.pool_gateways import PoolGateways
@@ -66,7 +67,8 @@ async def _run(
             gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
         )
 
-    controller = backend.controller(mirror, status_inputs, metrics, context.now)
+    limits = failure_limits(context.settings.configuration)
+    controller = backend.controller(mirror, status_inputs, metrics, context.now, limits)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(controller.run())
         tasks.create_task(ConfigKeeper(backend.store, mirror, state.issuers.probe, context.now).run())

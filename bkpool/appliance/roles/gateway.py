@@ -13,6 +13,7 @@ import structlog
 from bkpool.appliance.roles.context import RoleContext
 from bkpool.appliance.settings import Address
 from bkpool.appliance.shutdown import Shutdown
+from bkpool.appliance.tuning import gateway_limits
 from bkpool.core.names import Key
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
@@ -93,6 +94,7 @@ async def open_gateway(
         StoreLeaseRegistry(store, name, context.now, mirror.apply),
         now=context.now,
         metrics=metrics,
+        limits=gateway_limits(context.settings.configuration),
         dial=dial,
         pool=pool,
         threads=threads,

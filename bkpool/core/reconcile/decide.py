@@ -25,15 +25,15 @@ from bkpool.core.reconcile.actions import (
     WipeCache,
     WriteStatus,
 )
-from bkpool.core.reconcile.failures import MAX_FAILURES, failed_worker, failure_message, retry_at
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, failure_message, retry_at
 from bkpool.core.worker import Lease, Phase, Worker
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
 """A lease without a token after this time never gets one: the process that was creating it was killed."""
 
 
-def decide(snapshot: Snapshot, now: datetime) -> Plan:
-    """What to do now for one pool."""
+def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Plan:
+    """What to do now for one pool. The limits apply to workers that fail."""
     actions: list[Action] = []
     surplus, deadlines = scaling.surplus(snapshot, now)
     wiped = _caches_to_wipe(snapshot)
@@ -46,7 +46,10 @@ def decide(snapshot: Snapshot, now: datetime) -> Plan:
             continue
         seen = snapshot.observed.get(worker.slot)
         lease = worker.lease
-        step = _idle(worker, seen, now) if lease is None else _leased(worker, lease, seen, snapshot.pool, now)
+        if lease is None:
+            step = _idle(worker, seen, now, limits)
+        else:
+            step = _leased(worker, lease, seen, snapshot.pool, now, limits=limits)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
@@ -71,18 +74,18 @@ def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
     return sorted(of_pool - leased - snapshot.busy)
 
 
-def _idle(worker: Worker, seen: Observation | None, now: datetime) -> Action | datetime | None:
+def _idle(worker: Worker, seen: Observation | None, now: datetime, limits: FailureLimits) -> Action | datetime | None:
     """The next step for a worker without a lease."""
     up = ready_observation(worker, seen)
     if up is None:
-        return _start(worker, seen, None, now)
+        return _start(worker, seen, None, now, limits)
     if up.protected:
         return SetProtection(worker, protected=False)
     return _status(worker, up, Phase.IDLE, now, worker.status.failures)
 
 
 def _leased(
-    worker: Worker, lease: Lease, seen: Observation | None, pool: Pool, now: datetime
+    worker: Worker, lease: Lease, seen: Observation | None, pool: Pool, now: datetime, *, limits: FailureLimits
 ) -> Action | datetime | None:
     """The next step for a worker with a lease."""
     over = lease.ended(now)
@@ -96,9 +99,9 @@ def _leased(
         return LoseLease(worker, "it was never answered")
     up = ready_observation(worker, seen)
     if up is None:
-        if worker.status.failures >= MAX_FAILURES:
+        if worker.status.failures >= limits.max_failures:
             return LoseLease(worker, worker.status.message)
-        return _start(worker, seen, lease.owner, now)
+        return _start(worker, seen, lease.owner, now, limits)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
     return step or token_deadline or lease.expires_at
@@ -113,12 +116,14 @@ def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action |
     return SetProtection(worker, protected=True) if up.protected is False else None
 
 
-def _start(worker: Worker, seen: Observation | None, owner: str | None, now: datetime) -> Action | datetime:
+def _start(
+    worker: Worker, seen: Observation | None, owner: str | None, now: datetime, limits: FailureLimits
+) -> Action | datetime:
     """Starts buildkitd where it does not run: at once after a reboot, after a growing pause where it failed."""
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
         message = failure_message(worker, seen.message, seen.log_tail)
-        return WriteStatus(failed_worker(worker, message, now))
-    pause_ends = retry_at(worker)
+        return WriteStatus(failed_worker(worker, message, now, limits))
+    pause_ends = retry_at(worker, limits)
     if pause_ends is not None and now < pause_ends:
         return pause_ends
     return StartDaemon(worker, owner)

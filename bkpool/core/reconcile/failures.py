@@ -5,19 +5,29 @@ The caller supplies the time and stores the result.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from bkpool.core.worker import Phase, Worker
 
-MAX_FAILURES = 5
-"""Failures in a row after which a lease is lost (rule 4, docs/rules.md#r4)."""
-STABLE = timedelta(minutes=1)
-"""A worker that was ready for this long starts to count its failures from the beginning."""
-BACKOFF = timedelta(milliseconds=500)
-"""The pause after the first failure. It doubles with each further one."""
-BACKOFF_MAX = timedelta(minutes=2)
 _COUNTED_FAILURES = 20
 """The count stops here: the pause has long reached its maximum."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailureLimits:
+    """How often, and after which pauses, a worker that failed is started again."""
+
+    max_failures: int = 5
+    """Failures in a row after which a lease is lost (rule 4, docs/rules.md#r4)."""
+    stable_after: timedelta = timedelta(minutes=1)
+    """A worker that was ready for this long starts to count its failures from the beginning."""
+    backoff: timedelta = timedelta(milliseconds=500)
+    """The pause after the first failure. It doubles with each further one."""
+    backoff_max: timedelta = timedelta(minutes=2)
+
+
+DEFAULT_LIMITS = FailureLimits()
 
 
 def failure_message(worker: Worker, message: str, log_tail: str) -> str:
@@ -37,16 +47,17 @@ def failure_message(worker: Worker, message: str, log_tail: str) -> str:
     return f"{message}\nThe end of its log:\n{log_tail}"
 
 
-def failed_worker(worker: Worker, message: str, now: datetime) -> Worker:
+def failed_worker(worker: Worker, message: str, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Worker:
     """The worker with one failure more.
 
     Args:
         worker: The worker as it is stored.
         message: The text from `failure_message`.
         now: The time.
+        limits: Say when a worker was stable.
     """
     ready_at = worker.status.ready_at
-    was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= STABLE
+    was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= limits.stable_after
     return worker.with_status(
         phase=Phase.FAILED if worker.lease is None else Phase.PROVISIONING,
         endpoint=None,
@@ -57,9 +68,9 @@ def failed_worker(worker: Worker, message: str, now: datetime) -> Worker:
     )
 
 
-def retry_at(worker: Worker) -> datetime | None:
+def retry_at(worker: Worker, limits: FailureLimits = DEFAULT_LIMITS) -> datetime | None:
     """When a failed worker may be started again; None if it has not failed since it was last stable."""
     status = worker.status
     if status.failed_at is None or not status.failures:
         return None
-    return status.failed_at + min(BACKOFF * (1 << (status.failures - 1)), BACKOFF_MAX)
+    return status.failed_at + min(limits.backoff * (1 << (status.failures - 1)), limits.backoff_max)

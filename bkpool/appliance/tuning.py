@@ -1,0 +1,46 @@
+"""Turns settings into what other rooms take as arguments. The only place that knows both names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bkpool.core.reconcile.failures import FailureLimits
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.settings import Configuration
+from bkpool.settings.catalogue import settings
+from bkpool.settings.kinds import COUNT, DURATION
+
+
+def gateway_limits(configuration: Configuration) -> GatewayLimits:
+    """The limits of a gateway. Those that no setting changes keep their default."""
+    values = configuration.gateway
+    return GatewayLimits(
+        handshake_timeout=values.handshake_timeout.total_seconds(),
+        register_timeout=values.register_timeout.total_seconds(),
+        dial_timeout=values.dial_timeout.total_seconds(),
+        first_wait=values.first_wait.total_seconds(),
+        second_wait=values.second_wait.total_seconds(),
+        half_open_timeout=values.half_open_timeout.total_seconds(),
+        drain_idle_timeout=values.drain_idle_timeout.total_seconds(),
+        pending_connections=values.pending_connections,
+        connections=values.connections,
+        connections_per_pool=values.connections_per_pool,
+        connections_per_lease=values.connections_per_lease,
+    )
+
+
+def failure_limits(configuration: Configuration) -> FailureLimits:
+    """How often and after which pauses the controller starts a worker that failed."""
+    values = configuration.controller
+    return FailureLimits(values.max_failures, values.stable_after, values.backoff, values.backoff_max)
+
+
+def gateway_variables(configuration: Configuration) -> Mapping[str, str]:
+    """Environment variables that give the gateways of pools in a cluster the same limits as this process has."""
+    variables = {}
+    for one in settings().values():
+        if one.section == "gateway" and one.kind in {COUNT, DURATION}:
+            value = getattr(configuration.gateway, one.field)
+            if value != one.default:  # others stay out, so that a Deployment changes only when it must
+                variables[one.variable] = one.text(value)
+    return variables
