@@ -163,7 +163,7 @@ async def open_pod_backend(
     stack.push_async_callback(api.close)
     report({"progress": "installing the custom resources"})
     await crds.install(api)
-    await _ensure_namespace(api, settings.namespace)
+    await _ensure_namespace(api, settings.configuration.kubernetes.namespace)
     name = _gateway_name(settings.home)
     opened = await _open_pods(
         stack, settings, api, name, ignored_fields=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
@@ -196,16 +196,18 @@ async def _open_pods(
     identity = settings.configuration.identity
     store = KubernetesStore(api)
     now = datetime.now(UTC)
-    secrets = await kube_secrets.load_or_create_authorities(api, settings.namespace, store, now)
+    secrets = await kube_secrets.load_or_create_authorities(
+        api, settings.configuration.kubernetes.namespace, store, now
+    )
     leaf = secrets.backend.issue_dialler(name, now, now + DIALLER_LIFE)
     context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
     runtime = PodRuntime(
         api,
         backend=secrets.backend,
         context=context,
-        image=settings.buildkit_image,
+        image=settings.configuration.workers.buildkit_image,
         host_ports=host_ports,
-        namespaces=settings.pool_namespaces or None,
+        namespaces=settings.configuration.kubernetes.pool_namespaces or None,
         ignored_spec_fields=ignored_fields,
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
@@ -222,7 +224,7 @@ async def _open_pods(
             StaticTokenAuthenticator(SecretTokenReader(api, fresh=identity.secret_fresh.total_seconds()), pools),
             ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),
         ),
-        leadership=LeaderElection(api, settings.namespace, LEASE, name),
+        leadership=LeaderElection(api, settings.configuration.kubernetes.namespace, LEASE, name),
         background=(recorder.run(),),
     )
     return ClusterBackend(api, secrets, backend)

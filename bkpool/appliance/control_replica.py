@@ -60,7 +60,7 @@ class ControlReplica:
         def not_ready_reason() -> str | None:
             return "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
 
-        if Role.API in settings.roles:
+        if Role.API in settings.configuration.appliance.roles:
             sources = ApiSources(
                 gateway_endpoint=endpoint_of,
                 connections=lambda pool: pool.status.connections,
@@ -69,10 +69,10 @@ class ControlReplica:
             )
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, settings.metrics_address, "--metrics-address")
+        await serve(stack, app, settings.configuration.metrics.address, "--metrics-address")
         delay = self._settings.configuration.appliance.endpoint_removal_delay
         stack.push_async_callback(shutdown.pause, delay.total_seconds())
-        if Role.CONTROLLER in settings.roles:
+        if Role.CONTROLLER in settings.configuration.appliance.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.
             await open_controller(
                 stack,
@@ -81,7 +81,7 @@ class ControlReplica:
                 endpoint=endpoint_of,
                 make_pool_gateways=lambda: self._pool_gateways(context, cluster, mirror),
             )
-        log.info("replica.ready", roles=sorted(settings.roles), name=name)
+        log.info("replica.ready", roles=sorted(settings.configuration.appliance.roles), name=name)
 
     async def _open_api(
         self,
@@ -91,7 +91,9 @@ class ControlReplica:
         kube: KubeApi,
         sources: ApiSources,
     ) -> None:
-        admin = AdminTokenAuthenticator(await kube_secrets.load_or_create_admin_token(kube, self._settings.namespace))
+        admin = AdminTokenAuthenticator(
+            await kube_secrets.load_or_create_admin_token(kube, self._settings.configuration.kubernetes.namespace)
+        )
         api = await open_api(stack, context, state, admin=admin, sources=sources)
         # Before the server is closed: who waits for a worker is sent to another replica.
         stack.callback(api.refuse_waiting, "this replica is stopping", hint="Try again: other replicas serve.")
@@ -102,9 +104,9 @@ class ControlReplica:
             cluster.api,
             mirror,
             cluster.secrets,
-            image=self._settings.image or IMAGE,
+            image=self._settings.configuration.kubernetes.image or IMAGE,
             controller=CONTROLLER,
-            namespace=self._settings.namespace,
+            namespace=self._settings.configuration.kubernetes.namespace,
             now=context.now,
             recorder=cluster.backend.recorder,
             gateway_variables=gateway_variables(self._settings.configuration),

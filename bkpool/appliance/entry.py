@@ -38,7 +38,7 @@ def run(settings: Settings, report: StartupReporter) -> int:
     """
     configure_logging()
     check_settings(settings)
-    if settings.roles != ALL_ROLES:
+    if settings.configuration.appliance.roles != ALL_ROLES:
         _run_loop(make_replica(settings).run())
         return 0
     documents = _read_documents(settings.pool_files)

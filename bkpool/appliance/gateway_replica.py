@@ -56,7 +56,7 @@ class GatewayReplica:
 
         # Served first: the kubelet asks while the replica waits for the store and its Secret.
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, settings.metrics_address, "--metrics-address")
+        await serve(stack, app, settings.configuration.metrics.address, "--metrics-address")
         await follow(stack, context, mirror)
         secret = await GatewaySecret.open(api, self._pool)
         gateway = await open_gateway(
@@ -67,7 +67,7 @@ class GatewayReplica:
             name=replica_name(),
             certificate=secret,
             dial=secret.dial,
-            address=settings.gateway_address or Address("0.0.0.0", GATEWAY_PORT),  # noqa: S104 - mTLS, in its own pod
+            address=settings.configuration.gateway.address or Address("0.0.0.0", GATEWAY_PORT),  # noqa: S104 - mTLS, in its own pod
             threads=default_threads(),
             pool=self._pool,
         )

@@ -78,7 +78,7 @@ class HostAppliance:
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
         metrics = await serve(
-            stack, metrics_app(context.registry), self._settings.metrics_address, "--metrics-address"
+            stack, metrics_app(context.registry), self._settings.configuration.metrics.address, "--metrics-address"
         )
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
@@ -115,7 +115,7 @@ class HostAppliance:
             directory=settings.home / "pki",
             authority=backend.authority,
             mirror=mirror,
-            hosts=settings.gateway_hosts,
+            hosts=settings.configuration.gateway.hosts,
             now=context.now,
             recorder=backend.recorder,
         )
@@ -130,7 +130,7 @@ class HostAppliance:
             address=_gateway_address(settings),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
-        host = settings.gateway_hosts[0] if settings.gateway_hosts else "localhost"
+        host = settings.configuration.gateway.hosts[0] if settings.configuration.gateway.hosts else "localhost"
         return gateway, f"tcp://{url_host(host)}:{gateway.port}"
 
     async def _open_dev_issuer(self, stack: AsyncExitStack, context: RoleContext) -> tuple[OIDCConfig, ...]:
@@ -142,13 +142,13 @@ class HostAppliance:
         if settings.dev_issuer_url is None:
             return ()
         app = make_dev_issuer(settings.dev_issuer_url, context.now)
-        await serve(stack, app, settings.dev_issuer_address, "--dev-issuer-address")
-        return (dev_config(settings.dev_issuer_url, settings.namespace),)
+        await serve(stack, app, settings.configuration.dev_issuer.address, "--dev-issuer-address")
+        return (dev_config(settings.dev_issuer_url, settings.configuration.kubernetes.namespace),)
 
     async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
         """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
         busy = any(gateway.metrics.active(key.name) for key in mirror.pools)
-        seconds = self._settings.drain_timeout.total_seconds()
+        seconds = self._settings.configuration.appliance.drain_timeout.total_seconds()
         log.info("appliance.draining", seconds=seconds, busy=busy)
         await gateway.drain(seconds, context.shutdown)
         if busy and not context.shutdown.forced.is_set():
@@ -172,7 +172,7 @@ class HostAppliance:
 
 def _gateway_address(settings: Settings) -> Address:
     """The given address; otherwise loopback, or every interface if a gateway host names this machine to others."""
-    if settings.gateway_address is not None:
-        return settings.gateway_address
-    host = "0.0.0.0" if settings.gateway_hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
+    if settings.configuration.gateway.address is not None:
+        return settings.configuration.gateway.address
+    host = "0.0.0.0" if settings.configuration.gateway.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
     return Address(host, GATEWAY_PORT)

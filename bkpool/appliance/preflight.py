@@ -16,17 +16,19 @@ def check_settings(settings: Settings) -> None:
         InvalidInput: The API would be served in clear beyond this machine, only one of its two certificate files is
             given, or the development issuer could be reached from another machine.
     """
-    if (settings.api_cert is None) != (settings.api_key is None):
-        given, missing = ("--api-cert", "--api-key") if settings.api_cert else ("--api-key", "--api-cert")
+    if (settings.configuration.api.cert is None) != (settings.configuration.api.key is None):
+        given, missing = (
+            ("--api-cert", "--api-key") if settings.configuration.api.cert else ("--api-key", "--api-cert")
+        )
         raise InvalidInput(f"{given}: {missing} is missing", hint="Give both files, or neither.", field=missing)
-    host, _ = settings.api_address
-    if host not in LOOPBACK and settings.api_scheme == "http" and not settings.plain_http:
+    host, _ = settings.configuration.api.address
+    if host not in LOOPBACK and settings.api_scheme == "http" and not settings.configuration.api.plain_http:
         raise InvalidInput(
             f"--api-address: other machines can reach {host}, and the API would be served in clear",
             hint="Add --api-tls (or --api-cert and --api-key), use 127.0.0.1, or add --plain-http.",
             field="--api-address",
         )
-    if settings.dev_issuer:
+    if settings.configuration.dev_issuer.enabled:
         _check_dev_issuer(settings)
 
 
@@ -37,8 +39,8 @@ def _check_dev_issuer(settings: Settings) -> None:
         InvalidInput: Another machine could reach the issuer, or the API that trusts it.
     """
     for option, (host, _) in (
-        ("--dev-issuer-address", settings.dev_issuer_address),
-        ("--api-address", settings.api_address),
+        ("--dev-issuer-address", settings.configuration.dev_issuer.address),
+        ("--api-address", settings.configuration.api.address),
     ):
         if host not in LOOPBACK:
             raise InvalidInput(
@@ -46,13 +48,13 @@ def _check_dev_issuer(settings: Settings) -> None:
                 hint="Use 127.0.0.1 for both addresses, or leave --dev-issuer out and configure a real issuer.",
                 field=option,
             )
-    if settings.dev_issuer_address[1] == 0:
+    if settings.configuration.dev_issuer.address[1] == 0:
         raise InvalidInput(
             "--dev-issuer-address: the port must not be 0",
             hint="Give a fixed port: it is part of the issuer's name in every token.",
             field="--dev-issuer-address",
         )
-    if settings.roles != ALL_ROLES:
+    if settings.configuration.appliance.roles != ALL_ROLES:
         raise InvalidInput(
             "--dev-issuer: cannot be used together with --roles",
             hint="Configure the cluster's own issuer, or another real one.",

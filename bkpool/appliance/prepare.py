@@ -71,11 +71,11 @@ def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster
     program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
     with Engine.connect() as engine:
         kind = Kind(program, engine, settings.home, lambda text: report({"progress": text}))
-        cluster = kind.ensure(settings.cluster, node_image=settings.node_image)
-        for archive in settings.image_archives:
+        cluster = kind.ensure(settings.configuration.kind.cluster, node_image=settings.configuration.kind.node_image)
+        for archive in settings.configuration.kind.image_archives:
             kind.load_archive(cluster, archive)
-        if settings.buildkit_image is not None:
-            kind.load_image(cluster, settings.buildkit_image)
+        if settings.configuration.workers.buildkit_image is not None:
+            kind.load_image(cluster, settings.configuration.workers.buildkit_image)
     return cluster
 
 

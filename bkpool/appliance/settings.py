@@ -1,4 +1,4 @@
-"""How one run of an appliance was asked for: its directories, its backend, its pool files, and its configuration.
+"""What one run of an appliance was given: its directories, its backend, its pool files and its configuration.
 
 Nothing is checked or opened here. What an operator can set, with its defaults, is in `bkpool.settings`.
 """
@@ -6,10 +6,8 @@ Nothing is checked or opened here. What an operator can set, with its defaults, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
-from bkpool.core.names import Key
 from bkpool.kube import ClusterAccess
 from bkpool.settings import Address, Configuration, Role
 from bkpool.settings.model import ALL_ROLES
@@ -34,106 +32,6 @@ class Settings:
     backend: str = "auto"
     pool_files: tuple[Path, ...] = ()
     configuration: Configuration = Configuration()  # noqa: RUF009 - immutable
-
-    @property
-    def api_address(self) -> Address:
-        """See `bkpool.settings.model`."""
-        return self.configuration.api.address
-
-    @property
-    def gateway_address(self) -> Address | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.gateway.address
-
-    @property
-    def metrics_address(self) -> Address:
-        """See `bkpool.settings.model`."""
-        return self.configuration.metrics.address
-
-    @property
-    def gateway_hosts(self) -> tuple[str, ...]:
-        """See `bkpool.settings.model`."""
-        return self.configuration.gateway.hosts
-
-    @property
-    def drain_timeout(self) -> timedelta:
-        """See `bkpool.settings.model`."""
-        return self.configuration.appliance.drain_timeout
-
-    @property
-    def plain_http(self) -> bool:
-        """See `bkpool.settings.model`."""
-        return self.configuration.api.plain_http
-
-    @property
-    def api_tls(self) -> bool:
-        """See `bkpool.settings.model`."""
-        return self.configuration.api.tls
-
-    @property
-    def api_cert(self) -> Path | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.api.cert
-
-    @property
-    def api_key(self) -> Path | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.api.key
-
-    @property
-    def dev_issuer(self) -> bool:
-        """See `bkpool.settings.model`."""
-        return self.configuration.dev_issuer.enabled
-
-    @property
-    def dev_issuer_address(self) -> Address:
-        """See `bkpool.settings.model`."""
-        return self.configuration.dev_issuer.address
-
-    @property
-    def cluster(self) -> str:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kind.cluster
-
-    @property
-    def node_image(self) -> str | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kind.node_image
-
-    @property
-    def buildkit_image(self) -> str | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.workers.buildkit_image
-
-    @property
-    def image_archives(self) -> tuple[Path, ...]:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kind.image_archives
-
-    @property
-    def namespace(self) -> str:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kubernetes.namespace
-
-    @property
-    def roles(self) -> frozenset[Role]:
-        """See `bkpool.settings.model`."""
-        return self.configuration.appliance.roles
-
-    @property
-    def pool(self) -> Key | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.gateway.pool
-
-    @property
-    def pool_namespaces(self) -> tuple[str, ...]:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kubernetes.pool_namespaces
-
-    @property
-    def image(self) -> str | None:
-        """See `bkpool.settings.model`."""
-        return self.configuration.kubernetes.image
 
     @property
     def api_scheme(self) -> str:

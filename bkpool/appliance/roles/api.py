@@ -78,7 +78,7 @@ async def open_api(
         backend.authenticators,
         state.issuers,
         mirror,
-        namespace=settings.namespace,
+        namespace=settings.configuration.kubernetes.namespace,
         extra_configs=extra_configs,
         now=context.now,
     )
@@ -98,5 +98,5 @@ async def open_api(
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics, max_body=settings.configuration.api.max_body)
     ssl_context = tls.context if tls else None
-    address = await serve(stack, app, settings.api_address, "--api-address", ssl_context)
+    address = await serve(stack, app, settings.configuration.api.address, "--api-address", ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)
