@@ -1,4 +1,4 @@
-"""Clients, a gateway in its thread, and a worker: what passes, and what is refused with which words."""
+"""Clients, a gateway in its thread and a worker: what is relayed, and what is refused with which sentence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def test_a_client_with_a_lease_reaches_its_worker_and_h2_is_selected(world
     assert world.metric("active_connections") == 1
 
 
-async def test_a_client_that_offers_no_alpn_is_served_too(world):
+async def test_a_client_without_alpn_is_served_too(world):
     streams = await world.connect(world.lease(), alpn=False)
     assert streams.writer.get_extra_info("ssl_object").selected_alpn_protocol() is None
     await streams.echo(b"hello")
@@ -72,7 +72,7 @@ async def test_tls_1_2_is_refused(world):
     ("make", "code", "sentence"),
     [
         (lambda w: None, 16, "this gateway needs a client certificate. Run `bkpool allocate` and use"),
-        (lambda w: w.ca.client(w.token("nobody's")), 16, "no lease has the token of this client certificate. Run"),
+        (lambda w: w.ca.client(w.token("unknown")), 16, "no lease has the token of this client certificate. Run"),
         (
             lambda w: w.ca.client(w.token("a"), usage=None),
             16,
@@ -87,12 +87,12 @@ async def test_tls_1_2_is_refused(world):
         ),
     ],
 )
-async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, code, sentence):
+async def test_an_unusable_certificate_is_refused_with_a_sentence(world, make, code, sentence):
     world.lease()
     streams = await world.connect(certificate=make(world))
-    told = await streams.call()
-    assert told[0] == code
-    assert sentence in told[1]
+    answer = await streams.call()
+    assert answer[0] == code
+    assert sentence in answer[1]
     assert streams.goaway
     assert world.worker_connections == 0
     assert world.registry.calls == []
@@ -111,7 +111,7 @@ async def test_a_certificate_that_will_not_do_is_answered_in_words(world, make, 
         ),
     ],
 )
-async def test_a_late_caller_is_told_how_its_lease_ended(world, reason, code, sentence):
+async def test_a_client_of_an_ended_lease_gets_the_reason(world, reason, code, sentence):
     world.lease()
     world.end_lease("a", reason, "out of memory – 5 times" if reason is EndReason.LOST else "")
     streams = await world.connect(world.token("a"))
@@ -119,7 +119,7 @@ async def test_a_late_caller_is_told_how_its_lease_ended(world, reason, code, se
     assert world.worker_connections == 0
 
 
-async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
+async def test_a_lease_expires_by_the_gateways_own_clock(world):
     token = world.lease()
     await world.advance(3600)
     code, sentence = await (await world.connect(token)).call()
@@ -127,7 +127,7 @@ async def test_a_lease_expires_by_the_clock_though_nobody_said_so(world):
     assert sentence == "the lease has expired: it was valid until 13:00:00 UTC. Run `bkpool allocate` again."
 
 
-async def test_the_worker_is_dialled_only_when_the_registration_is_written(world):
+async def test_the_worker_is_dialled_only_after_the_registration(world):
     world.registry.may_answer.clear()
     streams = await world.connect(world.lease())
     streams.writer.write(b"early")
@@ -138,7 +138,7 @@ async def test_the_worker_is_dialled_only_when_the_registration_is_written(world
     assert world.registry.calls == [("register", "allocation-a")]
 
 
-async def test_two_clients_of_a_lease_share_its_registration(world):
+async def test_the_clients_of_a_lease_share_its_registration(world):
     world.registry.may_answer.clear()
     token = world.lease()
     pair = [await world.connect(token), await world.connect(token)]
@@ -151,20 +151,24 @@ async def test_two_clients_of_a_lease_share_its_registration(world):
 @pytest.mark.parametrize(
     ("error", "code", "sentence"),
     [
-        (Gone("the lease is over: it is another's", hint="Do."), 16, "the lease is over: it is another's. Do."),
+        (
+            Gone("the lease has ended: another lease holds the worker", hint="Do."),
+            16,
+            "the lease has ended: another lease holds the worker. Do.",
+        ),
         (Unavailable("the store does not answer", hint="Wait."), 9, "the store does not answer. Wait."),
-        (RuntimeError("a fault of ours"), 9, "its store does not answer. Try again in a moment"),
+        (RuntimeError("an internal error"), 9, "its store does not answer. Try again in a moment"),
     ],
 )
-async def test_a_failed_registration_is_told_and_the_worker_not_dialled(world, error, code, sentence):
+async def test_a_failed_registration_refuses_the_client_and_the_worker_is_not_dialled(world, error, code, sentence):
     world.registry.error = error
-    told = await (await world.connect(world.lease())).call()
-    assert told[0] == code
-    assert sentence in told[1]
+    answer = await (await world.connect(world.lease())).call()
+    assert answer[0] == code
+    assert sentence in answer[1]
     assert world.worker_connections == 0
 
 
-async def test_a_silent_store_does_not_hold_a_client_for_long(new_world):
+async def test_a_store_that_does_not_answer_delays_a_client_only_for_the_timeout(new_world):
     world = await new_world(register_timeout=0.05)
     world.registry.may_answer.clear()
     code, sentence = await (await world.connect(world.lease())).call()
@@ -173,7 +177,7 @@ async def test_a_silent_store_does_not_hold_a_client_for_long(new_world):
     world.registry.may_answer.set()
 
 
-async def test_a_registered_lease_goes_on_without_the_store_and_is_not_trusted_for_ever(world):
+async def test_a_registered_lease_works_without_the_store_until_its_registration_is_too_old(world):
     token = world.lease()
     await (await world.connect(token)).echo(b"x")
     world.registry.error = Unavailable("the store is away", hint="Wait.")
@@ -186,7 +190,7 @@ async def test_a_registered_lease_goes_on_without_the_store_and_is_not_trusted_f
     await again.echo(b"still open")
 
 
-async def test_a_registration_is_renewed_while_in_use_and_withdrawn_with_the_last_connection(world):
+async def test_a_registration_is_renewed_while_in_use_and_withdrawn_after_the_last_connection(world):
     token = world.lease()
     streams = await world.connect(token)
     await streams.echo(b"x")
@@ -213,15 +217,15 @@ async def test_a_registration_without_connections_is_withdrawn_when_the_lease_en
     await world.registry.wait_for("withdraw")
 
 
-async def test_a_worker_that_is_anothers_is_cut_off_at_once(world):
+async def test_connections_are_cut_at_once_when_another_lease_holds_the_worker(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
-    world.registry.error = Gone("the worker is another's", hint="")
+    world.registry.error = Gone("another lease holds the worker", hint="")
     await world.advance(20)
     assert await streams.read_to_end() == b""
 
 
-async def test_an_ended_lease_drains_and_admits_nobody(world):
+async def test_an_ended_lease_drains_and_refuses_new_connections(world):
     token = world.lease()
     streams = await world.connect(token)
     await streams.echo(b"x")
@@ -234,7 +238,7 @@ async def test_an_ended_lease_drains_and_admits_nobody(world):
     assert await streams.read_to_end() == b""
 
 
-async def test_draining_ends_at_the_drain_timeout(world):
+async def test_a_drain_ends_at_the_drain_timeout(world):
     streams = await world.connect(world.lease(drain_timeout=100.0))
     await streams.echo(b"x")
     world.lease(end_reason=EndReason.RELEASED)
@@ -244,7 +248,7 @@ async def test_draining_ends_at_the_drain_timeout(world):
     assert await streams.read_to_end() == b""
 
 
-async def test_draining_ends_at_the_maximum_life_of_the_lease(world):
+async def test_a_drain_ends_at_the_maximum_life_of_the_lease(world):
     streams = await world.connect(world.lease(not_after=world.now().timestamp() + 3600 + 30))
     await streams.echo(b"x")
     await world.advance(3600)
@@ -263,7 +267,7 @@ async def test_a_renewed_lease_does_not_drain(world):
     await streams.echo(b"still there")
 
 
-async def test_a_lease_whose_renewal_came_late_to_us_stops_draining(world):
+async def test_a_drain_stops_when_a_renewal_arrives_late(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     await world.advance(3601)
@@ -272,7 +276,7 @@ async def test_a_lease_whose_renewal_came_late_to_us_stops_draining(world):
     await streams.echo(b"still there")
 
 
-async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_comes(world):
+async def test_a_held_client_gets_no_byte_and_is_relayed_when_the_worker_is_ready(world):
     streams = await world.connect(world.lease(endpoint=None, wait_reason="it is being started"))
     streams.writer.write(b"preface")
     await world.wait_until(lambda: world.registry.calls != [])
@@ -282,7 +286,7 @@ async def test_a_held_client_is_told_nothing_and_relayed_raw_when_the_worker_com
     assert await streams.reader.readexactly(7) == b"preface"
 
 
-async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world):
+async def test_a_held_client_may_send_more_than_is_kept_and_loses_no_byte(world):
     streams = await world.connect(world.lease(endpoint=None, wait_reason="it is being started"))
     data = os.urandom(1_000_000)
     streams.writer.write(data)
@@ -291,7 +295,7 @@ async def test_a_held_client_may_send_more_than_is_kept_and_loses_nothing(world)
     assert await streams.reader.readexactly(len(data)) == data
 
 
-async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_the_cause(world):
+async def test_the_first_wait_ends_with_unavailable_and_the_second_earlier_with_the_cause(world):
     token = world.lease(endpoint=None, wait_reason="buildkitd: disk full")
     first = await world.connect(token)
     first.start_call()
@@ -318,8 +322,8 @@ async def test_the_first_wait_ends_with_unavailable_and_the_second_sooner_with_t
     assert (await third.call_result())[0] == 9
 
 
-@pytest.mark.parametrize("reason", ["the worker was reached", "it is long ago"])
-async def test_a_wait_is_a_first_one_again_when(world, reason):
+@pytest.mark.parametrize("reason", ["the worker was reached", "a minute"])
+async def test_a_wait_is_a_first_one_again_after(world, reason):
     token = world.lease(endpoint=None, wait_reason="buildkitd: disk full")
     for _ in range(2):
         streams = await world.connect(token)
@@ -327,7 +331,7 @@ async def test_a_wait_is_a_first_one_again_when(world, reason):
         await world.settle()
         await world.advance(15)
         assert (await streams.call_result())[0] == 14
-        if reason == "it is long ago":
+        if reason == "a minute":
             await world.advance(60)
         else:
             world.lease(endpoint=world.endpoint)
@@ -356,7 +360,7 @@ async def test_a_worker_that_does_not_accept_is_dialled_again(world, tmp_path):
     assert await streams.reader.readexactly(5) == b"hello"
 
 
-async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path):
+async def test_the_refusal_after_a_wait_names_the_failed_dial(world, tmp_path):
     streams = await world.connect(world.lease(endpoint=f"unix://{tmp_path}/none"))
     streams.start_call()
     await world.wait_until(lambda: world.registry.calls != [])
@@ -367,14 +371,14 @@ async def test_a_worker_that_never_accepts_is_named_as_the_cause(world, tmp_path
     assert "could not be reached (No such file or directory)" in sentence
 
 
-async def test_the_death_of_a_worker_reaches_the_client_at_once(world):
+async def test_the_end_of_a_worker_reaches_the_client_at_once(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     world.worker_writers[0].transport.abort()
     assert await streams.read_to_end() == b""
 
 
-async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_world):
+async def test_connections_of_one_lease_are_limited_and_slots_are_returned(new_world):
     world = await new_world(connections_per_lease=2)
     token = world.lease()
     pair = [await world.connect(token) for _ in range(2)]
@@ -388,7 +392,7 @@ async def test_connections_of_one_lease_are_bounded_and_slots_come_back(new_worl
     await (await world.connect(token)).echo(b"x")
 
 
-async def test_connections_in_all_are_bounded(new_world):
+async def test_all_connections_together_are_limited(new_world):
     world = await new_world(connections=1)
     first = await world.connect(world.lease("a"))
     await first.echo(b"x")
@@ -398,7 +402,7 @@ async def test_connections_in_all_are_bounded(new_world):
     await (await world.connect(world.lease("b"))).echo(b"x")
 
 
-async def test_clients_that_never_shake_hands_do_not_keep_a_good_one_out(new_world):
+async def test_clients_that_never_complete_a_handshake_do_not_keep_others_out(new_world):
     world = await new_world(pending_connections=8)
     token = world.lease()
     silent = [socket.create_connection(("127.0.0.1", world.port)) for _ in range(40)]
@@ -421,33 +425,33 @@ async def test_a_handshake_has_a_deadline(world):
         assert await asyncio.get_running_loop().sock_recv(sock, 10) == b""
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 5000, b"\x16\x03\x01\xff\xff" + b"x" * 70_000])
-async def test_what_is_not_tls_is_dropped(world, said):
+@pytest.mark.parametrize("sent", [b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 5000, b"\x16\x03\x01\xff\xff" + b"x" * 70_000])
+async def test_a_client_without_tls_is_closed(world, sent):
     with socket.create_connection(("127.0.0.1", world.port)) as sock:
-        sock.sendall(said)
+        sock.sendall(sent)
         sock.shutdown(socket.SHUT_WR)
         sock.setblocking(False)
-        heard = [b"?"]
+        received = [b"?"]
         with contextlib.suppress(ConnectionResetError):
-            while heard[-1]:
-                heard.append(await asyncio.get_running_loop().sock_recv(sock, 4096))
+            while received[-1]:
+                received.append(await asyncio.get_running_loop().sock_recv(sock, 4096))
 
 
-async def test_what_is_refused_and_is_not_http2_is_closed(world):
-    streams = await world.connect(world.token("nobody's"))
+async def test_a_refused_client_without_http2_is_closed(world):
+    streams = await world.connect(world.token("unknown"))
     streams.writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
     await streams.read_to_end()
 
 
-async def test_a_refused_client_that_calls_nothing_is_sent_away(world):
-    streams = await world.connect(world.token("nobody's"))
+async def test_a_refused_client_that_makes_no_call_gets_goaway(world):
+    streams = await world.connect(world.token("unknown"))
     await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="UnknownLease") == 1)
     await world.advance(10)
-    heard = await streams.read_to_end()
-    assert heard.startswith(b"\x00")  # SETTINGS, then GOAWAY
+    received = await streams.read_to_end()
+    assert received.startswith(b"\x00")  # SETTINGS, then GOAWAY
 
 
-async def test_a_new_certificate_is_seen_by_new_connections_only(world, foreign_ca):
+async def test_only_new_connections_get_a_new_certificate(world, foreign_ca):
     token = world.lease()
     old = await world.connect(token)
     await old.echo(b"x")
@@ -459,7 +463,7 @@ async def test_a_new_certificate_is_seen_by_new_connections_only(world, foreign_
     await old.echo(b"x")
 
 
-async def test_a_key_of_another_certificate_is_refused_before_it_is_used(world):
+async def test_a_key_of_another_certificate_is_an_error_and_the_old_one_stays(world):
     one, other = world.ca.server(), world.ca.server()
     with pytest.raises(HostFault) as caught:
         world.gateway.set_server_certificate(one.cert, other.key, world.ca.pem)
@@ -467,7 +471,7 @@ async def test_a_key_of_another_certificate_is_refused_before_it_is_used(world):
     await (await world.connect(world.lease())).echo(b"x")
 
 
-async def test_a_taken_port_is_one_sentence_with_the_fix(world):
+async def test_a_port_in_use_is_an_error_that_says_what_to_do(world):
     second = Gateway(world.registry, now=world.now, metrics=world.metrics)
     server = world.ca.server()
     second.set_server_certificate(server.cert, server.key, world.ca.pem)
@@ -478,7 +482,7 @@ async def test_a_taken_port_is_one_sentence_with_the_fix(world):
     assert f"port {world.port} on 127.0.0.1 is in use" in caught.value.message
 
 
-async def test_a_drain_lets_builds_finish_and_nobody_in(world):
+async def test_a_drain_lets_builds_finish_and_accepts_no_client(world):
     token = world.lease()
     held = await world.connect(world.lease("b", endpoint=None, wait_reason="it is being started"))
     streams = await world.connect(token)
@@ -504,7 +508,7 @@ async def test_a_drain_has_a_deadline(world):
     assert await streams.read_to_end() == b""
 
 
-async def test_a_second_drain_forces(world):
+async def test_a_second_drain_can_cut_at_once(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
     first = asyncio.create_task(world.gateway.drain(600))
@@ -515,7 +519,7 @@ async def test_a_second_drain_forces(world):
 
 
 @pytest.mark.parametrize("make_loop", [new_loop, asyncio.SelectorEventLoop])
-async def test_many_builds_at_once_keep_their_bytes(new_world, make_loop):
+async def test_many_simultaneous_builds_keep_their_bytes(new_world, make_loop):
     world = await new_world(make_loop=make_loop)
     token = world.lease()
 
@@ -527,31 +531,31 @@ async def test_many_builds_at_once_keep_their_bytes(new_world, make_loop):
 
     await asyncio.gather(*(build(seed) for seed in range(12)))
     world.worker_writers[0].transport.abort()
-    assert (await (await world.connect(world.token("nobody's"))).call())[0] == 16
+    assert (await (await world.connect(world.token("unknown"))).call())[0] == 16
 
 
-async def test_a_lease_that_is_newer_than_the_table_is_looked_up_and_served(world):
+async def test_a_lease_that_is_newer_than_the_table_is_found_and_served(world):
     token = world.token("a")
 
     def find():
-        world.lease()  # the registry hands a newer table over, and answers behind it
+        world.lease()  # the gateway gets a newer table before the answer
 
     world.registry.on_find = find
     streams = await world.connect(token)
     await streams.echo(b"x")
     assert world.registry.lookups == [hashlib.sha256(token.encode()).hexdigest()]
     await (await world.connect(token)).echo(b"x")
-    assert len(world.registry.lookups) == 1, "what is known is not looked for"
+    assert len(world.registry.lookups) == 1, "a known lease is not searched for"
 
 
-async def test_what_is_known_to_be_over_is_not_looked_for(world):
+async def test_a_lease_that_is_known_to_have_ended_is_not_searched_for(world):
     world.lease()
     world.end_lease("a", EndReason.RELEASED)
     assert (await (await world.connect(world.token("a"))).call())[0] == 16
     assert world.registry.lookups == []
 
 
-async def test_a_client_that_leaves_while_its_lease_is_looked_for_leaves_nothing_behind(world):
+async def test_a_client_that_leaves_while_its_lease_is_searched_for_leaves_nothing_behind(world):
     world.registry.may_answer.clear()
     world.registry.on_find = world.lease
     streams = await world.connect(world.token("a"))
@@ -564,14 +568,14 @@ async def test_a_client_that_leaves_while_its_lease_is_looked_for_leaves_nothing
     assert world.worker_connections == 0
 
 
-async def test_a_store_that_cannot_be_asked_for_a_lease_is_said_to_be_so(world):
+async def test_a_store_that_refuses_the_search_is_reported_to_the_client(world):
     world.registry.error = Forbidden("pods is forbidden: User cannot list", hint="")
     code, sentence = await (await world.connect(world.token("a"))).call()
     assert code == 9
     assert sentence.startswith("the gateway cannot confirm this lease, because its store does not answer")
 
 
-async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_in_words(new_world):
+async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_with_a_sentence(new_world):
     world = await new_world(pool=Key("default", "p"))
     await (await world.connect(world.lease())).echo(b"x")
     code, sentence = await (await world.connect(world.lease("b", pool=Key("team", "q")))).call()
@@ -583,7 +587,7 @@ async def test_a_gateway_of_one_pool_refuses_the_leases_of_others_in_words(new_w
     assert world.worker_connections == 1
 
 
-async def test_a_registration_says_how_many_connections_there_are(world):
+async def test_a_registration_contains_the_number_of_connections(world):
     token = world.lease()
     for _ in range(3):
         await (await world.connect(token)).echo(b"x")
@@ -592,8 +596,8 @@ async def test_a_registration_says_how_many_connections_there_are(world):
     assert world.registry.connections == [1, 3]
 
 
-async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world, allocation, now, tmp_path):
-    """DESIGN rule 10, with the real registry: this gateway is never told of anything after its table."""
+async def test_an_outdated_table_never_leads_to_a_worker_of_the_next_lease(new_world, allocation, now, tmp_path):
+    """Rule 10 (docs/rules.md#r10) with the real registry. The gateway gets no newer table."""
     store = await SqliteStore.open(tmp_path / "state.db")
     try:
         registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, lambda _: None)
@@ -607,9 +611,9 @@ async def test_a_frozen_table_leads_nobody_to_the_next_tenants_worker(new_world,
         await streams.echo(b"ours")
         streams.writer.close()
         await world.wait_until(lambda: world.metric("active_connections") == 0)
-        await world.advance(61)  # the registration has run out, here and for all others
+        await world.advance(61)  # the registration has expired, here and for all others
         worker = await store.get(Worker, "default", "p-worker-0")
-        await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another's")))
+        await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another")))
         code, sentence = await (await world.connect(token)).call()
         assert code == 16
         assert sentence.startswith("the lease has ended: it does not hold worker default/p-worker-0 any more")

@@ -1,4 +1,4 @@
-"""From pools and workers to the table: who is routed, who is held, who is over."""
+"""The table that is built from pools and workers: which leases have an endpoint, wait, or have ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def route_of(worker, pools=(POOL,)):
     return route
 
 
-def test_a_ready_worker_is_routed(worker, now):
+def test_a_ready_worker_has_an_endpoint(worker, now):
     route = route_of(worker)
     assert route.endpoint == "unix:///run/w"
     assert route.worker == Key("default", "p-worker-0")
@@ -55,23 +55,23 @@ def test_a_ready_worker_is_routed(worker, now):
         {"cache_owner": "another"},
     ],
 )
-def test_a_worker_that_is_not_ready_for_this_owner_is_awaited(worker, changes):
+def test_a_worker_that_is_not_ready_for_this_owner_has_no_endpoint(worker, changes):
     route = route_of(worker.with_status(**changes))
     assert route.endpoint is None
     assert route.wait_reason == "its BuildKit daemon is being started"
 
 
-def test_the_worker_says_why_it_is_not_ready(worker):
+def test_the_wait_reason_is_the_workers_message(worker):
     assert route_of(worker.with_status(endpoint=None, message="disk full")).wait_reason == "disk full"
 
 
-def test_a_released_lease_is_over_at_any_time(worker, allocation, now):
+def test_a_released_lease_has_ended_at_any_time(worker, allocation, now):
     ended = allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
     route = route_of(worker.with_lease(ended).with_status(phase=Phase.DRAINING))
     assert route.end_error(0.0).code == "LeaseReleased"
 
 
-def test_a_lease_that_was_taken_off_its_worker_is_remembered(worker, now):
+def test_a_lease_that_no_longer_holds_its_worker_is_remembered(worker, now):
     ended = EndedLease(token_sha256="d", ended_at=now, reason=EndReason.LOST, message="it died")
     table = build_lease_table([POOL], [worker.with_lease(None).with_status(ended=(ended,))])
     assert not table.routes
@@ -80,7 +80,7 @@ def test_a_lease_that_was_taken_off_its_worker_is_remembered(worker, now):
     assert error.message == "the lease ended because its worker failed: it died"
 
 
-def test_a_worker_whose_pool_is_gone_keeps_its_lease(worker):
+def test_a_worker_of_a_deleted_pool_keeps_its_lease(worker):
     assert route_of(worker, pools=()).drain_timeout == 3600
 
 
@@ -90,6 +90,6 @@ def test_the_table_cannot_be_changed(worker):
         table.routes["x"] = None
 
 
-def test_the_pools_are_known_by_their_names(worker):
+def test_the_table_has_the_names_of_the_pools(worker):
     assert build_lease_table([POOL], [worker]).pools == {Key("default", "p")}
     assert build_lease_table([], [worker]).pools == frozenset()

@@ -1,6 +1,6 @@
-"""A gateway with several loops: whose a lease is, how a client comes there, and that all of them together keep count.
+"""A gateway with several loops: which loop owns a lease, how a client gets there, and that all loops count together.
 
-That each does for a client what one loop does is shown by the other files, which have one.
+The other files test what one loop does for a client.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ P, Q = Key("default", "p"), Key("team", "q")
 
 @pytest.fixture(params=[new_loop, SkewedLoop], ids=["uvloop", "asyncio"])
 def new_gateway(request, new_world):
-    """Makes a world whose gateway has several loops, of either kind."""
+    """Makes a world whose gateway has several loops, of both kinds in turn."""
 
     async def make(threads=LOOPS, **limits):
         return await new_world(make_loop=request.param, threads=threads, **limits)
@@ -43,44 +43,44 @@ def threads_of(world):
     return world.gateway._threads
 
 
-def home_of(world, token):
-    """The number of the loop that a lease lives in: so says its digest, and nothing else."""
+def owner_of(world, token):
+    """Returns the number of the loop that owns a lease. Only the token's digest decides that."""
     return int(tokens.digest(token)[:8], 16) % len(threads_of(world))
 
 
-def names_at(world, home, count=1):
-    """Names of leases that live in this loop."""
+def names_owned_by(world, owner, count=1):
+    """Returns names of leases that this loop owns."""
     names = (f"lease-{number}" for number in range(1000))
-    at_home = (name for name in names if home_of(world, world.token(name)) == home)
-    return [next(at_home) for _ in range(count)]
+    owned = (name for name in names if owner_of(world, world.token(name)) == owner)
+    return [next(owned) for _ in range(count)]
 
 
-def guests(world):
+def pending(world):
     return world.metrics.registry.get_sample_value("buildkit_gateway_pending_connections")
 
 
-def places(world):
-    """How many are taken, in all and in each pool."""
+def taken_places(world):
+    """Returns how many places are taken, in all and in each pool."""
     capacity = threads_of(world)[0].shard.leases._capacity
     return capacity._total, dict(capacity._by_pool)
 
 
-async def empty(world):
-    """Nobody is inside any more, and no place is taken."""
-    await world.settle()  # somebody may be on the way, and in no count
-    await world.wait_until(lambda: (guests(world), places(world)) == (0, (0, {})))
+async def wait_until_empty(world):
+    """Waits until no connection is left and no place is taken."""
+    await world.settle()  # a connection that moves between loops is not counted
+    await world.wait_until(lambda: (pending(world), taken_places(world)) == (0, (0, {})))
 
 
-def tenants(world):
-    """Whose connections each loop has."""
+def connections_by_loop(world):
+    """Returns for each loop the leases of its connections."""
     return [
         Counter(connection._log_fields["allocation"] for connection in thread.shard._admitted)
         for thread in threads_of(world)
     ]
 
 
-async def turned(loop):
-    """What has been posted to this loop, and the events that it had, are done; and what follows from them."""
+async def run_callbacks(loop):
+    """Waits until this loop has handled all callbacks and events, and those that follow from them."""
     main = asyncio.get_running_loop()
     for _ in range(3):
         seen = asyncio.Event()
@@ -89,38 +89,38 @@ async def turned(loop):
 
 
 @contextlib.asynccontextmanager
-async def standing_still(world, number):
-    """This loop does nothing meanwhile."""
-    stands, goes_on = asyncio.Event(), threading.Event()
+async def stopped_loop(world, number):
+    """Blocks this loop meanwhile."""
+    stopped, resume = asyncio.Event(), threading.Event()
     main = asyncio.get_running_loop()
 
-    def stand():
-        main.call_soon_threadsafe(stands.set)
-        goes_on.wait(20)
+    def block():
+        main.call_soon_threadsafe(stopped.set)
+        resume.wait(20)
 
-    threads_of(world)[number].loop.call_soon_threadsafe(stand)
-    await stands.wait()
+    threads_of(world)[number].loop.call_soon_threadsafe(block)
+    await stopped.wait()
     try:
         yield
     finally:
-        goes_on.set()
+        resume.set()
 
 
-async def on_its_way(world, accepted_by=0, handshakes=1):
-    """The next connection has left the loop that has accepted it."""
+async def wait_until_moving(world, accepted_by=0, handshakes=1):
+    """Waits until the next connection has left the loop that accepted it."""
     async with asyncio.timeout(10):
-        while shaken(world) < handshakes:
-            await turned(threads_of(world)[accepted_by].loop)
-        await turned(threads_of(world)[accepted_by].loop)
+        while handshakes_done(world) < handshakes:
+            await run_callbacks(threads_of(world)[accepted_by].loop)
+        await run_callbacks(threads_of(world)[accepted_by].loop)
 
 
-def shaken(world):
+def handshakes_done(world):
     labels = {"outcome": "ok"}
     return world.metrics.registry.get_sample_value("buildkit_gateway_handshake_seconds_count", labels) or 0
 
 
-class Raw:
-    """A client that chooses what it says in one breath."""
+class RawClient:
+    """A client that can send bytes together with the end of its handshake."""
 
     def __init__(self, world, token):
         context = world.ca.client_context(world.certificate(token))
@@ -129,11 +129,11 @@ class Raw:
         self.peer = Peer(self._sock, self._tls)
 
     def handshake(self, data=b"", *, end=False):
-        """With the last words of the handshake come these, and the end of all."""
-        heard = memoryview(b"")
-        while not self._tls.handshake(heard):
+        """Sends this data, and close_notify if wanted, together with the end of the handshake."""
+        received = memoryview(b"")
+        while not self._tls.handshake(received):
             self._sock.sendall(self._tls.take())
-            heard = memoryview(self._sock.recv(16384))
+            received = memoryview(self._sock.recv(16384))
         self._tls.encrypt(memoryview(data))
         if end:
             self._tls.close_notify()
@@ -141,197 +141,195 @@ class Raw:
 
 
 @contextlib.asynccontextmanager
-async def raw(world, token):
-    client = await asyncio.to_thread(Raw, world, token)
+async def raw_client(world, token):
+    client = await asyncio.to_thread(RawClient, world, token)
     with contextlib.closing(client.peer):
         yield client
 
 
-# --- homes ----------------------------------------------------------------------------------------------------------
+# --- owner loops ----------------------------------------------------------------------------------------------------
 
 
-async def test_the_connections_of_a_lease_have_one_home_whichever_loop_accepts_them(new_gateway):
-    """And so one registration, and one count."""
+async def test_one_loop_owns_all_connections_of_a_lease(new_gateway):
+    """So there is one registration and one count."""
     world = await new_gateway(threads=3)
     token = world.lease("a")
-    for _ in range(6):  # dealt out in turn: two to each loop
+    for _ in range(6):  # each loop accepts two of them
         await (await world.connect(token)).echo(b"hello")
     expected = [Counter(), Counter(), Counter()]
-    expected[home_of(world, token)]["allocation-a"] = 6
-    assert tenants(world) == expected
+    expected[owner_of(world, token)]["allocation-a"] = 6
+    assert connections_by_loop(world) == expected
     assert world.registry.calls == [("register", "allocation-a")]
     assert world.registry.connections == [1]
 
 
-async def test_leases_are_spread_over_the_loops(new_gateway):
+async def test_leases_are_spread_over_all_loops(new_gateway):
     world = await new_gateway(threads=3)
     leases = {f"{number}": world.lease(f"{number}") for number in range(9)}
     for token in leases.values():
         await (await world.connect(token)).echo(b"hello")
-    at = tenants(world)
-    assert all(at[home_of(world, token)][f"allocation-{name}"] == 1 for name, token in leases.items())
+    at = connections_by_loop(world)
+    assert all(at[owner_of(world, token)][f"allocation-{name}"] == 1 for name, token in leases.items())
     assert sum(sum(each.values()) for each in at) == 9
-    assert all(at), "a loop has none"
+    assert all(at), "a loop owns no lease"
 
 
-async def test_clients_are_dealt_out_to_all_loops_before_anyone_knows_whose_they_are(new_gateway):
+async def test_accepted_clients_are_given_to_all_loops_in_turn(new_gateway):
     world = await new_gateway()
     with contextlib.ExitStack() as silent:
         for _ in range(2 * LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
-        await world.wait_until(lambda: guests(world) == 2 * LOOPS)
+        await world.wait_until(lambda: pending(world) == 2 * LOOPS)
         assert [len(thread.shard._pending) for thread in threads_of(world)] == [2] * LOOPS
 
 
-async def test_a_lease_that_is_newer_than_the_table_is_looked_up_by_its_home(new_gateway):
-    """The answer comes behind the table that has it, in that loop."""
+async def test_the_owner_loop_finds_a_lease_that_is_newer_than_the_table(new_gateway):
+    """The answer comes to that loop after the table with the lease."""
     world = await new_gateway()
-    for home in range(LOOPS):
-        [name] = names_at(world, home)
+    for owner in range(LOOPS):
+        [name] = names_owned_by(world, owner)
         world.registry.on_find = lambda name=name: world.lease(name)
         await (await world.connect(world.token(name))).echo(b"hello")
-        assert tenants(world)[home] == {f"allocation-{name}": 1}
+        assert connections_by_loop(world)[owner] == {f"allocation-{name}": 1}
 
 
-async def test_who_has_no_lease_is_told_so_by_whichever_loop(new_gateway):
+async def test_every_loop_refuses_clients_without_a_lease(new_gateway):
     world = await new_gateway()
     for _ in range(LOOPS):
-        assert (await (await world.connect(world.token("nobody's"))).call())[0] == 16
+        assert (await (await world.connect(world.token("unknown"))).call())[0] == 16
         assert (await (await world.connect()).call())[0] == 16
-    await empty(world)
+    await wait_until_empty(world)
     assert world.metrics.registry.get_sample_value(
         "buildkit_gateway_refusals_total", {"pool": "", "reason": "UnknownLease"}
     ) == float(LOOPS)
 
 
-async def test_silent_clients_in_all_loops_keep_no_good_one_out(new_gateway):
+async def test_silent_clients_in_all_loops_do_not_keep_others_out(new_gateway):
     world = await new_gateway(pending_connections=2 * LOOPS)
     token = world.lease("a")
     with contextlib.ExitStack() as silent:
         for _ in range(8 * LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
         await (await world.connect(token)).echo(b"hello")
-        assert 0 < guests(world) <= 2 * LOOPS
-    await world.wait_until(lambda: guests(world) == 0)
+        assert 0 < pending(world) <= 2 * LOOPS
+    await world.wait_until(lambda: pending(world) == 0)
 
 
-# --- on the way from one loop to another ----------------------------------------------------------------------------
+# --- moving from one loop to another --------------------------------------------------------------------------------
 
 
-async def moving(world, **changes):
-    """A lease whose next connection is accepted by the first loop and lives in the second."""
-    [name] = names_at(world, 1)
+async def moving_lease(world, **changes):
+    """Returns a lease whose next connection is accepted by the first loop and owned by the second."""
+    [name] = names_owned_by(world, 1)
     return name, world.lease(name, **changes)
 
 
-async def test_what_a_client_says_before_at_and_after_its_move_reaches_the_worker_in_order(new_gateway):
-    """And both ends are passed on: the client's, after which the worker still speaks, and the worker's."""
+async def test_bytes_sent_before_during_and_after_the_move_reach_the_worker_in_order(new_gateway):
+    """Both EOFs are passed on too: the client's, after which the worker still sends, and the worker's."""
     world = await new_gateway()
-    _, token = await moving(world)
-    async with raw(world, token) as client:
-        async with standing_still(world, 1):
+    _, token = await moving_lease(world)
+    async with raw_client(world, token) as client:
+        async with stopped_loop(world, 1):
             await asyncio.to_thread(client.handshake, b"with the handshake, ")
-            await on_its_way(world)
-            await asyncio.to_thread(client.peer.send, b"on the way, ")
-        await asyncio.to_thread(client.peer.send, b"and at home")
+            await wait_until_moving(world)
+            await asyncio.to_thread(client.peer.send, b"during the move, ")
+        await asyncio.to_thread(client.peer.send, b"and after it")
         await asyncio.to_thread(client.peer.close_notify)
-        heard = await asyncio.to_thread(client.peer.receive)
-        assert heard == b"with the handshake, on the way, and at home"
+        received = await asyncio.to_thread(client.peer.receive)
+        assert received == b"with the handshake, during the move, and after it"
         assert client.peer.close_notify_received
-    await empty(world)
+    await wait_until_empty(world)
 
 
 @pytest.mark.parametrize("fin", [False, True], ids=["close_notify", "FIN too"])
-async def test_a_client_that_says_everything_in_one_breath_hears_the_whole_answer(new_gateway, fin):
+async def test_a_client_that_sends_everything_with_the_handshake_gets_the_whole_answer(new_gateway, fin):
     world = await new_gateway()
-    _, token = await moving(world)
-    async with raw(world, token) as client:
+    _, token = await moving_lease(world)
+    async with raw_client(world, token) as client:
         await asyncio.to_thread(client.handshake, b"hello" * 1000, end=True)
         if fin:
             client.peer.fin()
         assert await asyncio.to_thread(client.peer.receive) == b"hello" * 1000
         assert client.peer.close_notify_received
-    await empty(world)
+    await wait_until_empty(world)
 
 
-@pytest.mark.parametrize("home", range(LOOPS))
-async def test_a_client_that_has_said_its_end_with_the_handshake_is_not_held_for_a_worker_on_its_way(
-    new_gateway, home
-):
+@pytest.mark.parametrize("owner", range(LOOPS))
+async def test_a_client_that_sent_eof_with_the_handshake_is_not_held(new_gateway, owner):
     world = await new_gateway()
-    [name] = names_at(world, home)
+    [name] = names_owned_by(world, owner)
     token = world.lease(name, endpoint=None, wait_reason="it is being started")
-    async with raw(world, token) as client:
+    async with raw_client(world, token) as client:
         await asyncio.to_thread(client.handshake, b"hello", end=True)
         assert await asyncio.to_thread(client.peer.receive) == b""
-    await empty(world)
+    await wait_until_empty(world)
     assert world.metric("refusals_total", reason="Waited") == 0
 
 
 @pytest.mark.parametrize("first", ["the end", "the connection"])
-async def test_a_lease_that_ends_while_its_connection_is_on_the_way_is_over_for_it(new_gateway, first):
-    """Whichever comes home first."""
+async def test_a_lease_that_ends_while_its_connection_moves_is_refused(new_gateway, first):
+    """Whichever of the two reaches the owner loop first."""
     world = await new_gateway()
-    name, token = await moving(world)
-    async with standing_still(world, 1):
+    name, token = await moving_lease(world)
+    async with stopped_loop(world, 1):
         if first == "the end":
             world.lease(name, end_reason=EndReason.RELEASED)
         streams = await world.connect(token)
-        await on_its_way(world)
+        await wait_until_moving(world)
         if first == "the connection":
             world.lease(name, end_reason=EndReason.RELEASED)
     code, sentence = await streams.call()
     assert (code, sentence) == (16, "the lease was released. Run `bkpool allocate` again.")
     assert world.worker_connections == 0
-    await empty(world)
+    await wait_until_empty(world)
 
 
 @pytest.mark.parametrize("how", ["reset", "fin"])
-async def test_a_client_that_leaves_on_the_way_leaves_nothing_behind(new_gateway, how):
-    """The loop that it has left must not hear of it any more: it is another thread's."""
+async def test_a_client_that_leaves_during_the_move_leaves_nothing_behind(new_gateway, how):
+    """The loop that it has left must get no event of it any more, because another thread owns it."""
     world = await new_gateway()
-    _, token = await moving(world, endpoint=None, wait_reason="it is being started")
-    async with raw(world, token) as client:
-        async with standing_still(world, 1):
+    _, token = await moving_lease(world, endpoint=None, wait_reason="it is being started")
+    async with raw_client(world, token) as client:
+        async with stopped_loop(world, 1):
             await asyncio.to_thread(client.handshake)
-            await on_its_way(world)
+            await wait_until_moving(world)
             (client.peer.reset if how == "reset" else client.peer.fin)()
-            await turned(threads_of(world)[0].loop)
-            assert guests(world) == 0, "it is nobody's guest"
-        await empty(world)
+            await run_callbacks(threads_of(world)[0].loop)
+            assert pending(world) == 0, "no loop counts it as pending"
+        await wait_until_empty(world)
     await (await world.connect(world.lease("another"))).echo(b"hello")
 
 
-async def test_who_comes_home_to_a_loop_that_drains_is_closed_and_not_registered(new_gateway):
-    """The loop may have told already that it is empty, and nobody would take the registration out again."""
+async def test_a_connection_that_moves_to_a_draining_loop_is_closed_and_not_registered(new_gateway):
+    """The loop may have reported already that it is empty. Then nothing would withdraw the registration."""
     world = await new_gateway()
-    _, token = await moving(world)
+    _, token = await moving_lease(world)
     await threads_of(world)[1].drain(600)
     assert await (await world.connect(token)).read_to_end() == b""
-    await empty(world)
+    await wait_until_empty(world)
     await world.gateway.close()
     assert world.registry.calls == []
     assert world.worker_connections == 0
 
 
-async def test_who_is_on_the_way_when_the_gateway_closes_is_closed_too(new_gateway):
+async def test_a_connection_that_moves_when_the_gateway_closes_is_closed_too(new_gateway):
     world = await new_gateway()
-    _, token = await moving(world)
-    async with standing_still(world, 1):
+    _, token = await moving_lease(world)
+    async with stopped_loop(world, 1):
         streams = await world.connect(token)
-        await on_its_way(world)
+        await wait_until_moving(world)
         closed = asyncio.create_task(world.gateway.close())
         await asyncio.sleep(0)
     assert await streams.read_to_end() == b""
     await closed
-    assert guests(world) == 0
+    assert pending(world) == 0
     assert world.worker_connections == 0
 
 
-# --- places ---------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------------------------
 
 
-async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gateway):
+async def test_the_connections_of_a_lease_are_limited_whichever_loop_accepts_them(new_gateway):
     world = await new_gateway(connections_per_lease=2)
     token = world.lease("a")
     pair = [await world.connect(token) for _ in range(2)]
@@ -342,7 +340,7 @@ async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gate
         assert code == 8
         assert sentence.startswith("this lease already has 2 open connections")
     pair[0].writer.close()
-    await world.wait_until(lambda: places(world) == (1, {P: 1}))
+    await world.wait_until(lambda: taken_places(world) == (1, {P: 1}))
     await (await world.connect(token)).echo(b"hello")
 
 
@@ -354,128 +352,128 @@ async def test_the_places_of_a_lease_are_counted_whichever_loop_accepts(new_gate
     ],
     ids=["of a pool", "in all"],
 )
-async def test_places_are_counted_over_all_loops(new_gateway, limits, sentence):
+async def test_connections_are_limited_over_all_loops(new_gateway, limits, sentence):
     world = await new_gateway(**limits)
-    inside = [await world.connect(world.lease(names_at(world, home)[0])) for home in range(LOOPS)]
-    inside.append(await world.connect(world.lease(names_at(world, 0, 2)[1], pool=Q)))
-    for streams in inside:
+    clients = [await world.connect(world.lease(names_owned_by(world, owner)[0])) for owner in range(LOOPS)]
+    clients.append(await world.connect(world.lease(names_owned_by(world, 0, 2)[1], pool=Q)))
+    for streams in clients:
         await streams.echo(b"hello")
-    assert places(world) == (3, {P: 2, Q: 1})
-    for home in range(LOOPS):
-        name = names_at(world, home, 3)[2]
-        code, told = await (await world.connect(world.lease(name))).call()
+    assert taken_places(world) == (3, {P: 2, Q: 1})
+    for owner in range(LOOPS):
+        name = names_owned_by(world, owner, 3)[2]
+        code, message = await (await world.connect(world.lease(name))).call()
         assert code == 8
-        assert told == f"{sentence}. Try again when other builds have ended."
-    inside[0].writer.close()
-    await world.wait_until(lambda: places(world) == (2, {P: 1, Q: 1}))
-    await (await world.connect(world.lease(names_at(world, 1, 4)[3]))).echo(b"hello")
+        assert message == f"{sentence}. Try again when other builds have ended."
+    clients[0].writer.close()
+    await world.wait_until(lambda: taken_places(world) == (2, {P: 1, Q: 1}))
+    await (await world.connect(world.lease(names_owned_by(world, 1, 4)[3]))).echo(b"hello")
 
 
-async def leave(world, inside):
-    for streams in inside:
+async def leave(world, clients):
+    for streams in clients:
         streams.writer.close()
 
 
-async def reset(world, inside):
-    for streams in inside:
+async def reset(world, clients):
+    for streams in clients:
         streams.writer.transport.abort()
 
 
-async def lose_their_workers(world, inside):
+async def lose_their_workers(world, clients):
     for worker in world.worker_writers:
         worker.transport.abort()
 
 
-async def are_cut_because_the_worker_is_anothers(world, inside):
+async def are_cut_because_another_lease_holds_the_worker(world, clients):
     def renew(leases):
         for lease in list(leases._leases.values()):
             lease.registration._request(leases.registry.renew)
 
-    world.registry.error = Gone("the worker is another's", hint="")
+    world.registry.error = Gone("another lease holds the worker", hint="")
     for thread in threads_of(world):
         thread.call(renew, thread.shard.leases)
 
 
-async def are_refused(world, inside):
-    for home in range(LOOPS):
-        for name in names_at(world, home, 2):
+async def are_refused(world, clients):
+    for owner in range(LOOPS):
+        for name in names_owned_by(world, owner, 2):
             world.lease(name, end_reason=EndReason.RELEASED)
-    assert [(await streams.call())[0] for streams in inside] == [16] * len(inside)
+    assert [(await streams.call())[0] for streams in clients] == [16] * len(clients)
 
 
-async def are_closed_with_the_gateway(world, inside):
+async def are_closed_with_the_gateway(world, clients):
     await world.gateway.drain(0)
 
 
-async def test_every_place_comes_back_however_joined_connections_end(new_gateway):
+async def test_every_place_is_given_back_however_relayed_connections_end(new_gateway):
     world = await new_gateway()
-    leases = [world.lease(name) for home in range(LOOPS) for name in names_at(world, home, 2)]
-    for they in (
-        *(leave, reset, lose_their_workers, are_cut_because_the_worker_is_anothers),
+    leases = [world.lease(name) for owner in range(LOOPS) for name in names_owned_by(world, owner, 2)]
+    for end_them in (
+        *(leave, reset, lose_their_workers, are_cut_because_another_lease_holds_the_worker),
         are_closed_with_the_gateway,
     ):
         world.registry.error = None
-        inside = [await world.connect(token) for token in leases]
-        for streams in inside:
+        clients = [await world.connect(token) for token in leases]
+        for streams in clients:
             await streams.echo(b"hello")
-        assert places(world) == (len(inside), {P: len(inside)})
-        await they(world, inside)
-        await empty(world)
+        assert taken_places(world) == (len(clients), {P: len(clients)})
+        await end_them(world, clients)
+        await wait_until_empty(world)
         assert world.metric("active_connections") == 0
 
 
-async def test_every_place_comes_back_however_the_wait_for_a_worker_ends(new_gateway):
+async def test_every_place_is_given_back_however_the_wait_for_a_worker_ends(new_gateway):
     world = await new_gateway()
-    names = [name for home in range(LOOPS) for name in names_at(world, home, 2)]
-    for they in (leave, reset, are_refused, are_closed_with_the_gateway):
+    names = [name for owner in range(LOOPS) for name in names_owned_by(world, owner, 2)]
+    for end_them in (leave, reset, are_refused, are_closed_with_the_gateway):
         leases = [world.lease(name, endpoint=None, wait_reason="soon", end_reason=None) for name in names]
-        inside = [await world.connect(token) for token in leases]
-        await world.wait_until(lambda: places(world) == (4, {P: 4}))
-        await they(world, inside)
-        await empty(world)
+        clients = [await world.connect(token) for token in leases]
+        await world.wait_until(lambda: taken_places(world) == (4, {P: 4}))
+        await end_them(world, clients)
+        await wait_until_empty(world)
     assert world.worker_connections == 0
 
 
-async def test_no_place_is_taken_by_those_that_vanish_in_their_handshake(new_gateway):
+async def test_clients_that_vanish_during_the_handshake_take_no_place(new_gateway):
     world = await new_gateway()
-    for they in (Peer.reset, Peer.fin):
+    for end_them in (Peer.reset, Peer.fin):
         with contextlib.ExitStack() as stack:
             peers = [Peer(socket.create_connection(("127.0.0.1", world.port))) for _ in range(2 * LOOPS)]
             for peer in peers:
                 stack.enter_context(contextlib.closing(peer))
                 peer.send(b"\x16\x03\x01\x02\x00")
-            await world.wait_until(lambda: guests(world) == 2 * LOOPS)
-            assert places(world) == (0, {})
+            await world.wait_until(lambda: pending(world) == 2 * LOOPS)
+            assert taken_places(world) == (0, {})
             for peer in peers:
-                they(peer)
-            await empty(world)
+                end_them(peer)
+            await wait_until_empty(world)
 
 
-# --- the gateway as one ---------------------------------------------------------------------------------------------
+# --- all loops together ---------------------------------------------------------------------------------------------
 
 
-async def test_the_end_of_the_gateway_ends_connections_in_all_loops_and_the_threads(new_gateway):
-    """The joined, the waiting, the refused and those in their handshake."""
+async def test_closing_the_gateway_ends_the_connections_of_all_loops_and_the_threads(new_gateway):
+    """The relayed, the held and the refused connections, and those in the handshake."""
     world = await new_gateway()
     loops = [thread.loop for thread in threads_of(world)]
     ends = []
-    for home in range(LOOPS):
-        joined, waits = names_at(world, home, 2)
+    for owner in range(LOOPS):
+        joined, waits = names_owned_by(world, owner, 2)
         ends.append(await world.connect(world.lease(joined)))
         await ends[-1].echo(b"hello")
         ends.append(await world.connect(world.lease(waits, endpoint=None, wait_reason="soon")))
-        ends.append(await world.connect(world.token(f"nobody's-{home}")))
+        ends.append(await world.connect(world.token(f"unknown-{owner}")))
     await world.wait_until(lambda: world.registry.calls.count(("register", f"allocation-{waits}")) == 1)
     refused = "UnknownLease"
     await world.wait_until(lambda: world.metric("refusals_total", pool="", reason=refused) == LOOPS)
     with contextlib.ExitStack() as silent:
         for _ in range(LOOPS):
             silent.enter_context(socket.create_connection(("127.0.0.1", world.port)))
-        await world.wait_until(lambda: guests(world) == 2 * LOOPS)
+        await world.wait_until(lambda: pending(world) == 2 * LOOPS)
         await world.gateway.close()
     for streams in ends:
         await streams.read_to_end()
-    assert guests(world) == 0
+    assert pending(world) == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("gateway")]
     assert all(loop.is_closed() for loop in loops)
     entries = Counter(what for what, _ in world.registry.calls)
@@ -484,11 +482,11 @@ async def test_the_end_of_the_gateway_ends_connections_in_all_loops_and_the_thre
 
 async def test_a_drain_waits_for_the_connections_of_every_loop(new_gateway):
     world = await new_gateway()
-    inside = [await world.connect(world.lease(names_at(world, home)[0])) for home in range(LOOPS)]
-    for streams in inside:
+    clients = [await world.connect(world.lease(names_owned_by(world, owner)[0])) for owner in range(LOOPS)]
+    for streams in clients:
         await streams.echo(b"hello")
     drained = asyncio.create_task(world.gateway.drain(600))
-    for streams in inside:
+    for streams in clients:
         await world.settle()
         assert not drained.done()
         await streams.echo(b"still building")
@@ -496,9 +494,9 @@ async def test_a_drain_waits_for_the_connections_of_every_loop(new_gateway):
     await drained
 
 
-async def test_a_new_certificate_is_seen_in_every_loop_and_open_connections_go_on(new_gateway):
+async def test_every_loop_uses_a_new_certificate_and_open_connections_stay(new_gateway):
     world = await new_gateway()
-    leases = [world.lease(names_at(world, home)[0]) for home in range(LOOPS)]
+    leases = [world.lease(names_owned_by(world, owner)[0]) for owner in range(LOOPS)]
     old = [await world.connect(token) for token in leases]
     other = world.ca.server()
     world.gateway.set_server_certificate(other.cert, other.key, world.ca.pem)
@@ -510,11 +508,11 @@ async def test_a_new_certificate_is_seen_in_every_loop_and_open_connections_go_o
         await streams.echo(b"hello")
 
 
-async def test_the_loops_count_into_one_set_of_metrics(new_gateway):
+async def test_all_loops_count_into_the_same_metrics(new_gateway):
     world = await new_gateway()
-    leases = [world.lease(names_at(world, home)[0]) for home in range(LOOPS)]
-    inside = [await world.connect(token) for token in leases * 2]
-    for number, streams in enumerate(inside):
+    leases = [world.lease(names_owned_by(world, owner)[0]) for owner in range(LOOPS)]
+    clients = [await world.connect(token) for token in leases * 2]
+    for number, streams in enumerate(clients):
         await streams.echo(b"x" * 10**number)
 
     def sizes():
@@ -523,22 +521,22 @@ async def test_the_loops_count_into_one_set_of_metrics(new_gateway):
     assert world.metric("active_connections") == 4
     assert world.metric("open_connections", worker="p-worker-0") == 4
     assert sizes() == [1111, 1111]
-    for streams in inside[:3]:
+    for streams in clients[:3]:
         streams.writer.close()
     await world.wait_until(lambda: world.metric("active_connections") == 1)
     assert sizes() == [1111, 1111]
     assert world.metric("connections_total", status="success") == 4
     assert world.metric("dial_seconds_count", outcome="reached") == 4
-    assert shaken(world) == 4
-    inside[3].writer.close()
-    await empty(world)
+    assert handshakes_done(world) == 4
+    clients[3].writer.close()
+    await wait_until_empty(world)
     assert world.metric("connection_duration_seconds_count") == 4
 
 
 # --- Capacity -------------------------------------------------------------------------------------------------------
 
 
-def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
+def test_a_pool_is_limited_and_takes_no_place_of_another_pool():
     capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=2))
     capacity.take(P)
     capacity.take(P)
@@ -549,7 +547,7 @@ def test_a_pool_has_so_many_places_and_no_pool_takes_those_of_another():
     capacity.take(P)
 
 
-def test_the_gateway_has_so_many_places():
+def test_the_gateway_is_limited():
     capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=2))
     for pool in (P, Q, Q):
         capacity.take(pool)
@@ -559,7 +557,7 @@ def test_the_gateway_has_so_many_places():
     capacity.take(P)
 
 
-def test_who_is_refused_has_taken_nothing_and_a_pool_that_is_left_is_forgotten():
+def test_a_refused_take_counts_nothing_and_an_empty_pool_is_forgotten():
     capacity = Capacity(GatewayLimits(connections=3, connections_per_pool=1))
     capacity.take(P)
     for _ in range(3):
@@ -572,32 +570,32 @@ def test_who_is_refused_has_taken_nothing_and_a_pool_that_is_left_is_forgotten()
     assert (capacity._total, dict(capacity._by_pool)) == (0, {})
 
 
-class Bound(int):
-    """Lets the other threads go on between a comparison and what follows from it."""
+class SlowLimit(int):
+    """A limit that lets other threads run between the comparison and what follows from it."""
 
     def __le__(self, other):
         reached = int(self) <= other
-        time.sleep(1e-6)  # 0 would most often have no other thread run
+        time.sleep(1e-6)  # with 0 mostly no other thread runs
         return reached
 
 
-def test_threads_at_once_take_no_more_places_than_there_are():
-    capacity = Capacity(GatewayLimits(connections=Bound(3), connections_per_pool=Bound(2)))
-    begin, inside = threading.Barrier(6), []
+def test_simultaneous_threads_take_no_more_places_than_exist():
+    capacity = Capacity(GatewayLimits(connections=SlowLimit(3), connections_per_pool=SlowLimit(2)))
+    barrier, clients = threading.Barrier(6), []
 
-    def come(pool):
-        begin.wait()
+    def take_place(pool):
+        barrier.wait()
         with contextlib.suppress(NoCapacity):
             capacity.take(pool)
-            inside.append(pool)
+            clients.append(pool)
 
-    threads = [threading.Thread(target=come, args=(pool,)) for pool in (P, P, P, Q, Q, Q)]
+    threads = [threading.Thread(target=take_place, args=(pool,)) for pool in (P, P, P, Q, Q, Q)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(inside) == 3
-    assert set(inside) == {P, Q}, "nobody has more than two"
-    for pool in inside:
+    assert len(clients) == 3
+    assert set(clients) == {P, Q}, "no pool has more than two"
+    for pool in clients:
         capacity.give_back(pool)
     assert (capacity._total, dict(capacity._by_pool)) == (0, {})

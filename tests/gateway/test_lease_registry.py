@@ -1,4 +1,4 @@
-"""The registry over a real store: written before use, only for the lease that holds the worker."""
+"""The lease registry over a real store. It only registers for the lease that holds the worker."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def route(worker):
 
 
 @pytest.fixture
-def written():
+def seen_workers():
     return []
 
 
 @pytest.fixture
-def registry(store, now, written):
-    return StoreLeaseRegistry(store, "gateway-1", lambda: now, written.append)
+def registry(store, now, seen_workers):
+    return StoreLeaseRegistry(store, "gateway-1", lambda: now, seen_workers.append)
 
 
 async def gateways(store):
     return (await store.get(Worker, "default", "p-worker-0")).status.gateways
 
 
-async def test_a_registration_is_in_the_workers_status_and_handed_on(store, registry, route, written, now):
+async def test_a_registration_is_in_the_workers_status_and_is_reported(store, registry, route, seen_workers, now):
     await registry.register(route, 3)
     entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now, connections=3)
     assert await gateways(store) == (entry,)
-    assert [worker.status.gateways for worker in written] == [(entry,)]
+    assert [worker.status.gateways for worker in seen_workers] == [(entry,)]
 
 
-async def test_a_renewal_replaces_the_entry(store, route, now):
+async def test_a_renewal_replaces_the_registration(store, route, now):
     times = iter([now, now, now + timedelta(seconds=20), now + timedelta(seconds=20)])
     registry = StoreLeaseRegistry(store, "gateway-1", lambda: next(times), lambda _: None)
     await registry.register(route, 1)
@@ -66,7 +66,7 @@ async def test_a_renewal_replaces_the_entry(store, route, now):
     assert (entry.renewed_at, entry.connections) == (now + timedelta(seconds=20), 7)
 
 
-async def test_a_withdrawal_leaves_the_entries_of_others(store, registry, route, now):
+async def test_a_withdrawal_keeps_the_registrations_of_others(store, registry, route, now):
     other = StoreLeaseRegistry(store, "gateway-2", lambda: now, lambda _: None)
     await registry.register(route, 1)
     await other.register(route, 1)
@@ -75,13 +75,13 @@ async def test_a_withdrawal_leaves_the_entries_of_others(store, registry, route,
     await registry.withdraw(route)
 
 
-async def test_replicas_that_register_at_once_all_get_in(store, route, now):
+async def test_replicas_that_register_simultaneously_all_succeed(store, route, now):
     replicas = [StoreLeaseRegistry(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
     await asyncio.gather(*(replica.register(route, 1) for replica in replicas))
     assert len(await gateways(store)) == 5
 
 
-async def test_a_lease_that_ended_is_not_registered_but_its_registration_is_renewed(
+async def test_an_ended_lease_is_not_registered_but_an_existing_registration_is_renewed(
     store, registry, route, worker, now
 ):
     await registry.register(route, 1)
@@ -100,21 +100,21 @@ async def test_an_expired_lease_is_not_registered(store, route, now):
     assert await gateways(store) == ()
 
 
-async def test_a_worker_that_the_next_tenant_holds_is_refused(store, registry, route, worker, allocation):
+async def test_a_worker_of_the_next_lease_is_refused(store, registry, route, worker, allocation):
     await store.replace(worker.with_lease(allocation.but(id="allocation-2")))
-    for ask in (registry.register, registry.renew):
+    for request in (registry.register, registry.renew):
         with pytest.raises(Gone, match="does not hold worker default/p-worker-0 any more"):
-            await ask(route, 1)
+            await request(route, 1)
     await registry.withdraw(route)
     assert await gateways(store) == ()
 
 
-async def test_a_worker_that_is_gone_is_refused_and_one_of_the_same_name_too(
+async def test_a_deleted_worker_is_refused_and_a_new_one_of_the_same_name_too(
     store, registry, route, worker, allocation
 ):
     await store.delete(Worker, "default", "p-worker-0")
     deleted = await store.get(Worker, "default", "p-worker-0")
-    await store.replace(deleted.but(metadata=deleted.metadata.but(finalizers=())))  # by force: it is leased
+    await store.replace(deleted.but(metadata=deleted.metadata.but(finalizers=())))  # by force, because it has a lease
     with pytest.raises(Gone):
         await registry.register(route, 1)
     await registry.withdraw(route)
@@ -136,30 +136,30 @@ async def test_endless_conflicts_are_an_error(store, registry, route, monkeypatc
         await registry.register(route, 1)
 
 
-# --- leases that the table does not know ----------------------------------------------------------------------------
+# --- leases that the table does not have ----------------------------------------------------------------------------
 
 
 class CountedStore:
-    """The real store; each listing waits until it is let go."""
+    """The real store. It counts lists, and each waits until it may continue."""
 
     def __init__(self, store):
         self._store = store
-        self.listings = 0
-        self.begun = asyncio.Event()
-        self.go = asyncio.Event()
-        self.fault = None
+        self.lists = 0
+        self.started = asyncio.Event()
+        self.may_continue = asyncio.Event()
+        self.error = None
 
     async def list(self, kind):
-        self.listings += 1
-        self.begun.set()
-        await self.go.wait()
-        if self.fault is not None:
-            raise self.fault
+        self.lists += 1
+        self.started.set()
+        await self.may_continue.wait()
+        if self.error is not None:
+            raise self.error
         return await self._store.list(kind)
 
 
 @pytest.fixture
-def counted(store):
+def counted_store(store):
     return CountedStore(store)
 
 
@@ -169,56 +169,56 @@ def pauses():
 
 
 @pytest.fixture
-def finder(counted, now, written, pauses):
+def finder(counted_store, now, seen_workers, pauses):
     async def pause(seconds):
         pauses.append(seconds)
         await asyncio.sleep(0)
 
-    return StoreLeaseRegistry(counted, "gateway-1", lambda: now, written.append, pause=pause)
+    return StoreLeaseRegistry(counted_store, "gateway-1", lambda: now, seen_workers.append, pause=pause)
 
 
-async def turns():
+async def run_loop():
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-async def test_many_who_ask_at_once_share_one_listing(finder, counted, worker, written):
-    counted.go.set()
+async def test_simultaneous_searches_share_one_list(finder, counted_store, worker, seen_workers):
+    counted_store.may_continue.set()
     await asyncio.gather(*(finder.find(f"token-{n}") for n in range(100)))
-    assert counted.listings == 1
-    assert len(written) == 1
+    assert counted_store.lists == 1
+    assert len(seen_workers) == 1
 
 
-async def test_who_asks_during_a_listing_gets_the_next_one_and_that_not_within_a_second(
-    finder, counted, worker, pauses
+async def test_a_search_during_a_list_gets_the_next_one_and_not_within_a_second(
+    finder, counted_store, worker, pauses
 ):
     first = asyncio.create_task(finder.find("old"))
-    await counted.begun.wait()
+    await counted_store.started.wait()
     later = [asyncio.create_task(finder.find(f"newer-{n}")) for n in range(20)]
-    await turns()
-    assert counted.listings == 1
-    counted.go.set()
+    await run_loop()
+    assert counted_store.lists == 1
+    counted_store.may_continue.set()
     await asyncio.gather(first, *later)
-    assert counted.listings == 2
+    assert counted_store.lists == 2
     assert pauses[0] == 0
     assert 0.5 < pauses[1] <= 1
 
 
-async def test_a_listing_that_fails_or_is_given_up_is_not_taken_for_one(finder, counted, worker):
-    counted.fault = Unavailable("the store is away", hint="")
-    asking = [asyncio.create_task(finder.find("token")) for _ in range(2)]
-    await counted.begun.wait()
-    counted.go.set()
+async def test_a_list_that_fails_or_is_cancelled_does_not_count(finder, counted_store, worker):
+    counted_store.error = Unavailable("the store is away", hint="")
+    searches = [asyncio.create_task(finder.find("token")) for _ in range(2)]
+    await counted_store.started.wait()
+    counted_store.may_continue.set()
     with pytest.raises(Unavailable):
-        await asking[0]
-    counted.fault = None
-    counted.go.clear()
-    counted.begun.clear()
+        await searches[0]
+    counted_store.error = None
+    counted_store.may_continue.clear()
+    counted_store.started.clear()
     async with asyncio.timeout(10):
-        await counted.begun.wait()
+        await counted_store.started.wait()
     third = asyncio.create_task(finder.find("token"))
-    await turns()
-    asking[1].cancel()
-    counted.go.set()
+    await run_loop()
+    searches[1].cancel()
+    counted_store.may_continue.set()
     await third
-    assert counted.listings == 3
+    assert counted_store.lists == 3
