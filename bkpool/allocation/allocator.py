@@ -16,7 +16,7 @@ from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
 from bkpool.allocation.leases import LeaseService, find_pool, lease_duration
 from bkpool.allocation.open_requests import OpenRequests
-from bkpool.allocation.wait_queue import Waiter, WaitQueue
+from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.durations import render
@@ -97,6 +97,7 @@ class Allocator:
         caches: Returns the caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
         limits: Counts what each caller asks for; None: a counter of its own.
+        max_waiters: Requests that may wait for one pool at once.
     """
 
     def __init__(
@@ -110,12 +111,14 @@ class Allocator:
         caches: Callable[[], Mapping[Slot, str | None]],
         now: Callable[[], datetime],
         limits: CallerLimits | None = None,
+        max_waiters: int = MAX_WAITERS,
     ) -> None:
         self._mirror = mirror
         self._authority = authority
         self._caches = caches
         self._now = now
         self._limits = limits or CallerLimits()
+        self._max_waiters = max_waiters
         self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
         self._queues: dict[Key, WaitQueue] = {}
         self._open_requests = OpenRequests()
@@ -201,7 +204,7 @@ class Allocator:
             about_to_claim: Gets the id of each lease before it may be stored, so that it is not counted twice.
         """
         pool = order.pool
-        queue = self._queues.setdefault(pool.key, WaitQueue())
+        queue = self._queues.setdefault(pool.key, WaitQueue(self._max_waiters))
         lost_claim = False
         while True:
             lease_id = str(uuid.uuid4())

@@ -33,9 +33,14 @@ class Waiter:
 
 
 class WaitQueue:
-    """The requests that wait for one pool at this replica."""
+    """The requests that wait for one pool at this replica.
 
-    def __init__(self) -> None:
+    Args:
+        max_waiters: Requests that may wait at once.
+    """
+
+    def __init__(self, max_waiters: int = MAX_WAITERS) -> None:
+        self._max_waiters = max_waiters
         self._waiting: deque[Waiter] = deque()
         self._claiming: set[Slot] = set()
 
@@ -48,7 +53,7 @@ class WaitQueue:
         Raises:
             NoCapacity: The queue is full.
         """
-        if len(self._waiting) >= MAX_WAITERS:
+        if len(self._waiting) >= self._max_waiters:
             raise NoCapacity(
                 f"{len(self._waiting)} requests already wait for this pool",
                 hint="Raise spec.scaling.max of the pool, or try again later.",

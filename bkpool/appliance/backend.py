@@ -75,7 +75,9 @@ class Backend:
     background: tuple[Coroutine[Any, Any, None], ...] = ()
     """What must run in the background while the backend is open."""
 
-    def lease_service(self, mirror: Mirror, now: Callable[[], datetime]) -> tuple[Allocator, LeaseService]:
+    def lease_service(
+        self, mirror: Mirror, now: Callable[[], datetime], max_waiters: int
+    ) -> tuple[Allocator, LeaseService]:
         """What creates, changes and ends leases. The caller closes the allocator."""
         leases = LeaseService(store=self.store, mirror=mirror, now=now)
         allocator = Allocator(
@@ -86,6 +88,7 @@ class Backend:
             token_key=self.token_key,
             caches=self.runtime.caches,
             now=now,
+            max_waiters=max_waiters,
         )
         return allocator, leases
 

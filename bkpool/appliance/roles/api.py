@@ -71,7 +71,7 @@ async def open_api(
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
     settings, backend, mirror = context.settings, state.backend, state.mirror
-    allocator, leases = backend.lease_service(mirror, context.now)
+    allocator, leases = backend.lease_service(mirror, context.now, settings.configuration.allocation.max_waiters)
     stack.push_async_callback(allocator.close)
     access = make_access_control(
         admin,
