@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from support.hellos import FIRST_BYTES, client_hello
-from support.records import Records
+from support.records import RecordClient
 
 THOUSAND = 1000
 MEGABYTE = 1024 * 1024
@@ -160,11 +160,11 @@ async def storm(served, lease, directory, *, reads):
     context = served.context
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2 * ATTACKERS) as pool:
         attackers = [
-            Records(served.port, context(lease), directory / f"keys-{number}") for number in range(ATTACKERS)
+            RecordClient(served.port, context(lease), directory / f"keys-{number}") for number in range(ATTACKERS)
         ]
         for attacker in attackers:
             stack.callback(attacker.close)
-        storms = [attacker.storm(UPDATES) for attacker in attackers]
+        storms = [attacker.key_updates(UPDATES) for attacker in attackers]
         try:
             for attacker, updates in zip(attackers, storms, strict=True):
                 pool.submit(blow, attacker.sock, updates)

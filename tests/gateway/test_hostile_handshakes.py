@@ -19,7 +19,7 @@ from support import records
 from support.attack import attacked_gateway
 from support.hellos import FIRST_BYTES, client_hello
 from support.loops import LOOPS, SkewedLoop
-from support.records import Records
+from support.records import RecordClient
 
 on_each_loop = pytest.mark.parametrize("make_loop", LOOPS.values(), ids=LOOPS)
 ALERT = {"unexpected message": 10, "bad record mac": 20, "record overflow": 22, "illegal parameter": 47}
@@ -126,7 +126,7 @@ async def test_nothing_is_left_of_clients_that_leave_during_the_handshake(attack
 def connect_raw(world, name, tmp_path):
     """Connects a client with the certificate of this lease, whether the lease exists or not."""
     context = world.ca.client_context(world.certificate(world.token(name)))
-    return asyncio.to_thread(Records, world.port, context, tmp_path / f"keylog-{name}")
+    return asyncio.to_thread(RecordClient, world.port, context, tmp_path / f"keylog-{name}")
 
 
 @pytest.fixture
@@ -140,33 +140,36 @@ async def attacker(attacked, tmp_path):
     attacker.close()
 
 
-def sealed(kind, data, padding=0):
-    return lambda out: out.seal(kind, data, padding)
+def encrypted(kind, data, padding=0):
+    return lambda out: out.encrypt(kind, data, padding)
 
 
 def tampered(out):
-    record = out.seal(records.APPLICATION_DATA, b"as it was sent")
+    record = out.encrypt(records.APPLICATION_DATA, b"as it was sent")
     return record[:-1] + bytes([record[-1] ^ 1])
 
 
 FORBIDDEN = {
-    "renegotiation": (lambda out: out.seal(records.HANDSHAKE, client_hello()[5:]), "unexpected message"),
-    "a certificate that was not requested": (sealed(records.HANDSHAKE, b"\x0b\0\0\4\0\0\0\0"), "unexpected message"),
-    "Finished twice": (sealed(records.HANDSHAKE, b"\x14\0\0\x30" + bytes(48)), "unexpected message"),
-    "a ticket from a client": (sealed(records.HANDSHAKE, b"\4\0\0\5" + bytes(5)), "unexpected message"),
-    "a KeyUpdate of an unknown kind": (sealed(records.HANDSHAKE, b"\x18\0\0\1\2"), "illegal parameter"),
-    "a KeyUpdate too long": (sealed(records.HANDSHAKE, b"\x18\0\0\2\1\1"), "illegal parameter"),
-    "two KeyUpdates in a record": (sealed(records.HANDSHAKE, records.KEY_UPDATE * 2), "unexpected message"),
-    "a record that has only padding": (sealed(0, b"", 20), "unexpected message"),
+    "renegotiation": (lambda out: out.encrypt(records.HANDSHAKE, client_hello()[5:]), "unexpected message"),
+    "a certificate that was not requested": (
+        encrypted(records.HANDSHAKE, b"\x0b\0\0\4\0\0\0\0"),
+        "unexpected message",
+    ),
+    "Finished twice": (encrypted(records.HANDSHAKE, b"\x14\0\0\x30" + bytes(48)), "unexpected message"),
+    "a ticket from a client": (encrypted(records.HANDSHAKE, b"\4\0\0\5" + bytes(5)), "unexpected message"),
+    "a KeyUpdate of an unknown kind": (encrypted(records.HANDSHAKE, b"\x18\0\0\1\2"), "illegal parameter"),
+    "a KeyUpdate too long": (encrypted(records.HANDSHAKE, b"\x18\0\0\2\1\1"), "illegal parameter"),
+    "two KeyUpdates in a record": (encrypted(records.HANDSHAKE, records.KEY_UPDATE * 2), "unexpected message"),
+    "a record that has only padding": (encrypted(0, b"", 20), "unexpected message"),
     "a record tampered with": (tampered, "bad record mac"),
-    "a record sent twice": (lambda out: (one := out.seal(records.HANDSHAKE, b"")) + one, None),
+    "a record sent twice": (lambda out: (one := out.encrypt(records.HANDSHAKE, b"")) + one, None),
     "an oversized record": (lambda out: b"\x17\3\3\x42\0" + bytes(0x4200), "record overflow"),
-    "too much data in a record": (sealed(records.APPLICATION_DATA, bytes(16385)), "record overflow"),
+    "too much data in a record": (encrypted(records.APPLICATION_DATA, bytes(16385)), "record overflow"),
     "data without encryption": (lambda out: b"\x17\3\3\0\x20" + bytes(32), "bad record mac"),
     "ChangeCipherSpec": (lambda out: b"\x14\3\3\0\1\1", "unexpected message"),
-    "an alert of an unknown kind": (sealed(records.ALERT, b"\7\7\7"), None),
-    "many warnings": (lambda out: b"".join(out.seal(records.ALERT, b"\1\x5a") for _ in range(10)), None),
-    "many empty records": (lambda out: b"".join(out.seal(23, b"") for _ in range(100)), None),
+    "an alert of an unknown kind": (encrypted(records.ALERT, b"\7\7\7"), None),
+    "many warnings": (lambda out: b"".join(out.encrypt(records.ALERT, b"\1\x5a") for _ in range(10)), None),
+    "many empty records": (lambda out: b"".join(out.encrypt(23, b"") for _ in range(100)), None),
 }
 """What is sent, and the alert that answers it; None if any alert may."""
 
@@ -174,15 +177,15 @@ FORBIDDEN = {
 @pytest.mark.parametrize(("make", "alert"), FORBIDDEN.values(), ids=FORBIDDEN)
 async def test_a_violation_of_tls_ends_the_connection_with_an_alert(attacker, make, alert):
     attacker.sock.sendall(make(attacker.out))
-    kind, alert_bytes = await asyncio.to_thread(attacker.hear)
+    kind, alert_bytes = await asyncio.to_thread(attacker.receive)
     assert (kind, alert_bytes[:1]) == (records.ALERT, b"\2")
     assert alert is None or alert_bytes[1] == ALERT[alert]
-    assert await asyncio.to_thread(attacker.hear) == (0, b"")
+    assert await asyncio.to_thread(attacker.receive) == (0, b"")
 
 
 async def test_a_fatal_alert_of_the_client_ends_both_connections(attacker):
-    attacker.sock.sendall(attacker.out.seal(records.ALERT, b"\2\x2a"))
-    while (await asyncio.to_thread(attacker.hear))[0]:
+    attacker.sock.sendall(attacker.out.encrypt(records.ALERT, b"\2\x2a"))
+    while (await asyncio.to_thread(attacker.receive))[0]:
         pass
 
 
@@ -190,14 +193,14 @@ async def test_a_fatal_alert_of_the_client_ends_both_connections(attacker):
 async def test_key_updates_are_accepted_and_answered(attacker):
     """A client may send what RFC 8446 section 4.6.3 allows: single KeyUpdates, and a few at once."""
     for count in (1, 1, 5):
-        attacker.sock.sendall(attacker.storm(count))
+        attacker.sock.sendall(attacker.key_updates(count))
         await asyncio.to_thread(attacker.echo, b"with new keys")
     assert attacker.updates == 7
 
 
 async def test_key_updates_that_request_none_are_accepted(attacker):
     for _ in range(3):
-        attacker.sock.sendall(attacker.out.seal(records.HANDSHAKE, records.KEY_UPDATE))
+        attacker.sock.sendall(attacker.out.encrypt(records.HANDSHAKE, records.KEY_UPDATE))
         attacker.out.update()
         await asyncio.to_thread(attacker.echo, b"with new keys")
     assert attacker.updates == 0
@@ -221,7 +224,7 @@ async def test_thousands_of_key_updates_disturb_no_other_client(new_world, capfd
             attacked.allowed_connections += 1
         with contextlib.closing(attacker), contextlib.suppress(ConnectionError):
             for _ in range(3):
-                await asyncio.to_thread(attacker.sock.sendall, attacker.storm(1000))
+                await asyncio.to_thread(attacker.sock.sendall, attacker.key_updates(1000))
                 await attacked.serve_good_client()
 
 

@@ -1,7 +1,7 @@
-"""A client's side of TLS 1.3 from its records up, so that it can say what no library says (RFC 8446 section 5).
+"""A client of TLS 1.3 that makes its own records, so that it can send what no TLS library sends (RFC 8446 section 5).
 
-The handshake is OpenSSL's; afterwards this takes the connection over, with the secrets that OpenSSL has written into
-a key log. For tests alone: it knows one cipher suite, and forgives nothing.
+OpenSSL does the handshake. Afterwards this module takes the connection over, with the secrets that OpenSSL wrote to a
+key log. For tests only: it knows one cipher suite, and any error raises an exception.
 """
 
 from __future__ import annotations
@@ -30,30 +30,34 @@ def expand(secret: bytes, label: str, length: int) -> bytes:
     return HKDFExpand(SHA384(), length, info).derive(secret)
 
 
-class Direction:
-    """What protects the records of one direction."""
+class RecordProtection:
+    """The keys of one direction.
+
+    Args:
+        secret: The traffic secret (section 7.1).
+    """
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
-        self._begin()
+        self._derive_keys()
 
     def update(self) -> None:
-        """The keys after a KeyUpdate (section 7.2)."""
+        """Changes to the keys after a KeyUpdate (section 7.2)."""
         self._secret = expand(self._secret, "traffic upd", len(self._secret))
-        self._begin()
+        self._derive_keys()
 
-    def seal(self, kind: int, data: bytes, padding: int = 0) -> bytes:
-        """One record."""
+    def encrypt(self, kind: int, data: bytes, padding: int = 0) -> bytes:
+        """Returns one encrypted record."""
         inner = data + bytes([kind]) + bytes(padding)
         header = b"\x17\3\3" + (len(inner) + _TAG).to_bytes(2)
         return header + self._aead.encrypt(self._nonce(), inner, header)
 
-    def open(self, record: bytes) -> tuple[int, bytes]:
-        """The content type and the content of one record."""
+    def decrypt(self, record: bytes) -> tuple[int, bytes]:
+        """Returns the content type and the content of one record."""
         inner = self._aead.decrypt(self._nonce(), record[5:], record[:5]).rstrip(b"\0")
         return inner[-1], inner[:-1]
 
-    def _begin(self) -> None:
+    def _derive_keys(self) -> None:
         self._aead = AESGCM(expand(self._secret, "key", 32))
         self._iv = int.from_bytes(expand(self._secret, "iv", 12))
         self._count = 0
@@ -63,13 +67,13 @@ class Direction:
         return (self._iv ^ (self._count - 1)).to_bytes(12)
 
 
-class Records:
-    """A blocking client of the gateway, shaken hands with.
+class RecordClient:
+    """A blocking client of the gateway, after its handshake.
 
     Args:
-        port: Where it listens, on the loopback.
-        context: The client's TLS settings, used for nothing else.
-        keylog: A file that is not there yet.
+        port: The gateway's port on 127.0.0.1.
+        context: The client's TLS settings. Nothing else may use them.
+        keylog: Path of a file that does not exist yet.
     """
 
     def __init__(self, port: int, context: ssl.SSLContext, keylog: Path) -> None:
@@ -77,74 +81,77 @@ class Records:
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        while not _shaken(tls):
+        while not _handshake_complete(tls):
             self.sock.sendall(outgoing.read())
-            header = self._exactly(5)  # no record more than OpenSSL needs: what follows is for us
-            incoming.write(header + self._exactly(int.from_bytes(header[3:])))
+            header = self._read_exactly(5)  # reads no more than OpenSSL needs: later records are for us
+            incoming.write(header + self._read_exactly(int.from_bytes(header[3:])))
         self.sock.sendall(outgoing.read())
         cipher = tls.cipher()
         assert cipher is not None
         assert cipher[0] == SUITE
         secrets = dict(line.split()[::2] for line in keylog.read_text().splitlines() if not line.startswith("#"))
-        self.out = Direction(bytes.fromhex(secrets["CLIENT_TRAFFIC_SECRET_0"]))
-        self._in = Direction(bytes.fromhex(secrets["SERVER_TRAFFIC_SECRET_0"]))
-        self._heard = bytearray()
+        self.out = RecordProtection(bytes.fromhex(secrets["CLIENT_TRAFFIC_SECRET_0"]))
+        self._in = RecordProtection(bytes.fromhex(secrets["SERVER_TRAFFIC_SECRET_0"]))
+        self._received = bytearray()
         self.updates = 0
-        """How many KeyUpdates came."""
+        """The number of KeyUpdates received."""
 
-    def say(self, data: bytes) -> None:
-        """Application data."""
-        self.sock.sendall(self.out.seal(APPLICATION_DATA, data))
+    def send(self, data: bytes) -> None:
+        """Sends application data."""
+        self.sock.sendall(self.out.encrypt(APPLICATION_DATA, data))
 
-    def storm(self, count: int) -> bytes:
-        """So many KeyUpdates that ask for one in return, to be sent before any later record."""
-        storm = bytearray()
+    def key_updates(self, count: int) -> bytes:
+        """Returns so many KeyUpdates that each request one. They must be sent before any later record."""
+        updates = bytearray()
         for _ in range(count):
-            storm += self.out.seal(HANDSHAKE, KEY_UPDATE_REQUESTED)
+            updates += self.out.encrypt(HANDSHAKE, KEY_UPDATE_REQUESTED)
             self.out.update()
-        return bytes(storm)
+        return bytes(updates)
 
-    def hear(self) -> tuple[int, bytes]:
-        """The next record that is no KeyUpdate; (0, b"") at the end of the connection."""
+    def receive(self) -> tuple[int, bytes]:
+        """Returns the next record that is not a KeyUpdate; (0, b"") at the end of the connection."""
         while True:
-            if not self._fill(5) or not self._fill(length := 5 + int.from_bytes(self._heard[3:5])):
+            if not self._receive_at_least(5):
                 return 0, b""
-            kind, data = self._in.open(bytes(self._heard[:length]))
-            del self._heard[:length]
+            length = 5 + int.from_bytes(self._received[3:5])
+            if not self._receive_at_least(length):
+                return 0, b""
+            kind, data = self._in.decrypt(bytes(self._received[:length]))
+            del self._received[:length]
             if (kind, data[:1]) != (HANDSHAKE, KEY_UPDATE[:1]):
                 return kind, data
             self.updates += 1
             self._in.update()
 
     def echo(self, data: bytes) -> None:
-        """Says something to a worker that echoes it."""
-        self.say(data)
-        heard = bytearray()
-        while len(heard) < len(data):
-            kind, more = self.hear()
+        """Sends this to a worker that echoes it, and expects it back."""
+        self.send(data)
+        received = bytearray()
+        while len(received) < len(data):
+            kind, more = self.receive()
             assert kind == APPLICATION_DATA, (kind, more)
-            heard += more
-        assert heard == data
+            received += more
+        assert received == data
 
     def close(self) -> None:
         self.sock.close()
 
-    def _exactly(self, length: int) -> bytes:
+    def _read_exactly(self, length: int) -> bytes:
         return self.sock.recv(length, socket.MSG_WAITALL)
 
-    def _fill(self, length: int) -> bool:
-        while len(self._heard) < length:
+    def _receive_at_least(self, length: int) -> bool:
+        while len(self._received) < length:
             try:
                 data = self.sock.recv(65536)
             except ConnectionResetError:
                 data = b""
             if not data:
                 return False
-            self._heard += data
+            self._received += data
         return True
 
 
-def _shaken(tls: ssl.SSLObject) -> bool:
+def _handshake_complete(tls: ssl.SSLObject) -> bool:
     try:
         tls.do_handshake()
     except ssl.SSLWantReadError:
