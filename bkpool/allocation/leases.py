@@ -219,7 +219,7 @@ def lease_duration(pool: Pool, wanted: timedelta | None) -> timedelta:
     if not timedelta(0) < wanted <= gateway.max_token_ttl:
         longest = render(gateway.max_token_ttl)
         raise InvalidInput(
-            f"ttl: a lease of pool {pool.key.name!r} can run for more than 0s and up to {longest}, "
+            f"a lease of pool {pool.key.name!r} can run for more than 0s and up to {longest}, "
             f"not for {render(wanted)}",
             hint="Ask for a shorter time, or raise spec.gateway.maxTokenTTL of the pool.",
             field="ttl",
