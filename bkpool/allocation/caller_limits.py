@@ -1,7 +1,7 @@
-"""How much of a pool one caller, and all together, may ask for: `spec.auth.limits`.
+"""How many leases and requests one caller, and all callers of a pool, may have: `spec.auth.limits`.
 
-Counted by each replica for itself: the leases are everybody's, but requests under way and requests of the last minute
-are those that came here. It refuses; it never waits, and what it refused does not count.
+Leases are counted over all replicas. Open requests and requests of the last minute are counted by each replica for
+itself. A refused request does not count. This module never waits.
 """
 
 from __future__ import annotations
@@ -21,112 +21,112 @@ from bkpool.core.worker import Lease
 from bkpool.identity import Identity
 
 _WINDOW = 60.0  # seconds: "per minute"
-_TRY_AGAIN = 10  # seconds: when a lease ends nobody knows
+_RETRY_AFTER = 10  # seconds: nobody knows when a lease will end
 
 
 @dataclass(slots=True)
 class _Account:
-    """What one caller, or all callers of a pool, asked for here."""
+    """What one caller, or all callers of a pool, asked this replica for."""
 
-    asked: deque[float] = field(default_factory=deque)
-    """When, within the window; at most as many as are allowed."""
-    under_way: Counter[Hashable] = field(default_factory=Counter)
-    """Requests that have no lease yet; repeated ones are one."""
+    times: deque[float] = field(default_factory=deque)
+    """The times of requests within the window: at most as many as are allowed."""
+    open_requests: Counter[Hashable] = field(default_factory=Counter)
+    """Requests without a lease so far. A request and its repetitions count as one."""
 
     def check(self, allowed: Allowance, limit: str, who: str, leases: int, now: float) -> None:
         """Raises NoCapacity if one more would be too many."""
-        have = leases + len(self.under_way)
+        have = leases + len(self.open_requests)
         if allowed.leases is not None and have >= allowed.leases:
             raise _reached(
                 f"{limit}.leases: {who} may have {allowed.leases} leases at once, and has or waits for {have}",
-                "Release one",
-                _TRY_AGAIN,
+                "Release a lease",
+                _RETRY_AFTER,
             )
         self._forget(now)
-        if allowed.per_minute is not None and len(self.asked) >= allowed.per_minute:
-            room_at = self.asked[len(self.asked) - allowed.per_minute] + _WINDOW  # it may have been lowered meanwhile
+        if allowed.per_minute is not None and len(self.times) >= allowed.per_minute:
+            free_at = self.times[len(self.times) - allowed.per_minute] + _WINDOW  # the limit may be lower than before
             raise _reached(
-                f"{limit}.perMinute: {who} may ask {allowed.per_minute} times a minute, and did",
+                f"{limit}.perMinute: {who} may ask {allowed.per_minute} times a minute, and did so already",
                 "Ask less often",
-                max(1, math.ceil(room_at - now)),
+                max(1, math.ceil(free_at - now)),
             )
 
     def enter(self, allowed: Allowance, request: Hashable, now: float) -> None:
-        self.under_way[request] += 1
-        if allowed.per_minute is not None and self.under_way[request] == 1:
-            self.asked.append(now)
+        self.open_requests[request] += 1
+        if allowed.per_minute is not None and self.open_requests[request] == 1:
+            self.times.append(now)
 
     def leave(self, request: Hashable) -> None:
-        self.under_way[request] -= 1
-        if not self.under_way[request]:
-            del self.under_way[request]
+        self.open_requests[request] -= 1
+        if not self.open_requests[request]:
+            del self.open_requests[request]
 
     def idle(self, now: float) -> bool:
         self._forget(now)
-        return not self.asked and not self.under_way
+        return not self.times and not self.open_requests
 
     def _forget(self, now: float) -> None:
-        while self.asked and self.asked[0] <= now - _WINDOW:
-            self.asked.popleft()
+        while self.times and self.times[0] <= now - _WINDOW:
+            self.times.popleft()
 
 
 class CallerLimits:
     """Counts requests for leases and refuses what is too much.
 
     Args:
-        clock: Seconds, never going back.
+        clock: Seconds that never go back.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._accounts: dict[tuple[Key, str], _Account] = {}
-        """By pool and caller's digest (empty: all of them). One without anything in it is dropped within minutes."""
+        """By pool and the caller's digest (empty: all callers). Empty accounts are dropped within minutes."""
         self._swept = clock()
         self._claiming: set[str] = set()
-        """Leases of requests under way, which may be stored already."""
+        """The ids of leases that open requests are claiming. They may be stored already."""
 
     @contextmanager
     def one_more(
         self, pool: Pool, caller: Identity, request: Hashable, held: Collection[Lease]
     ) -> Iterator[Callable[[str], None]]:
-        """Lets a request for a lease through; it is under way until the block ends.
+        """Admits one request for a lease, which is open until the block ends.
 
-        What is entered is to be told the id of each lease that the request is about to claim: between its being
-        stored and the end of the block it would be counted twice.
+        The block gets a function, to be called with the id of each lease that the request is about to claim. Without
+        it, a lease would be counted twice between its creation and the end of the block.
 
         Args:
-            pool: Whose limits they are.
-            caller: Who asks.
-            request: Equal to that of a request which this one repeats.
-            held: The living leases of the pool.
+            pool: The pool that has the limits.
+            caller: The caller.
+            request: Identifies the request; equal for a request that repeats another one.
+            held: The live leases of the pool.
 
         Raises:
-            NoCapacity: `LimitReached`; the message names the limit's field and its number.
+            NoCapacity: `LimitReached`. The message names the limit's field and its value.
         """
         now, limits = self._clock(), pool.spec.auth.limits
         self._sweep(now)
-        mine = self._accounts.setdefault((pool.key, caller.digest), _Account())
-        everybodys = self._accounts.setdefault((pool.key, ""), _Account())
-        if request not in mine.under_way:
+        of_caller = self._accounts.setdefault((pool.key, caller.digest), _Account())
+        of_all = self._accounts.setdefault((pool.key, ""), _Account())
+        if request not in of_caller.open_requests:
             holders = [lease.holder for lease in held if lease.id not in self._claiming]
-            own = holders.count(caller.digest)
-            mine.check(limits.identity, "spec.auth.limits.identity", caller.name, own, now)
+            own_leases = holders.count(caller.digest)
+            of_caller.check(limits.identity, "spec.auth.limits.identity", caller.name, own_leases, now)
             who = f"all callers of {pool.key.name} together"
-            everybodys.check(limits.pool, "spec.auth.limits.pool", who, len(holders), now)
-        mine.enter(limits.identity, request, now)
-        everybodys.enter(limits.pool, request, now)
+            of_all.check(limits.pool, "spec.auth.limits.pool", who, len(holders), now)
+        of_caller.enter(limits.identity, request, now)
+        of_all.enter(limits.pool, request, now)
         claims: list[str] = []
 
-        def claiming(allocation_id: str) -> None:
-            claims.append(allocation_id)
-            self._claiming.add(allocation_id)
+        def about_to_claim(lease_id: str) -> None:
+            claims.append(lease_id)
+            self._claiming.add(lease_id)
 
         try:
-            yield claiming
+            yield about_to_claim
         finally:
             self._claiming.difference_update(claims)
-            mine.leave(request)
-            everybodys.leave(request)
+            of_caller.leave(request)
+            of_all.leave(request)
 
     def _sweep(self, now: float) -> None:
         if now - self._swept >= _WINDOW:
@@ -137,7 +137,7 @@ class CallerLimits:
 def _reached(message: str, hint: str, retry_after: int) -> NoCapacity:
     return NoCapacity(
         message,
-        hint=f"{hint}, or have whoever runs the appliance raise the pool's limit.",
+        hint=f"{hint}, or ask the operator of the appliance to raise this limit of the pool.",
         code="LimitReached",
         field=message.partition(":")[0],
         retry_after=retry_after,

@@ -1,6 +1,7 @@
-"""The control loop: look, decide, act; one action a slot at a time, slots beside one another.
+"""The control loop: it decides for every pool and starts the actions, at most one for each slot at a time.
 
-What an action could not do (a conflict, a failed start) is left for the next look. It never waits for an action.
+What an action could not do (a conflict, a failed start) is decided again in the next round. The loop never waits for
+an action, and slots do not wait for one another.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from bkpool.workers import Runtime
 log = structlog.get_logger(__name__)
 
 PAUSE = 2.0
-"""Seconds for which a slot is left alone after an action that failed unexpectedly (the store away, a bug)."""
+"""Seconds for which a slot is left alone after an action that failed unexpectedly (no store, or a bug)."""
 
 
 class Controller:
@@ -57,8 +58,8 @@ class Controller:
         mirror: The copy in memory to decide from.
         runtime: Runs buildkitd.
         now: The clock.
-        status_inputs: What a pool's status tells beside its workers.
-        recorder: Is told what a person would ask about.
+        status_inputs: What a pool's status shows besides its workers.
+        recorder: Gets the events that a person would ask about.
         metrics: Counts decisions and actions; counted nowhere if None.
         failure_limits: How often, and after which pauses, a worker that failed is started again.
     """
@@ -83,18 +84,18 @@ class Controller:
         self._recorder = recorder
         self._failure_limits = failure_limits
         self._metrics = metrics or ControllerMetrics(new_registry())
-        self._ended: dict[Key, Pool] = {}
-        """Pools that are known to be gone although workers of theirs are not yet."""
-        self._followed: dict[Key, tuple[str, int | None]] = {}
-        """Which spec of each pool its workers were brought to last."""
+        self._deleted_pools: dict[Key, Pool] = {}
+        """Pools that are deleted in the store and still have workers, as objects that are being deleted."""
+        self._applied: dict[Key, tuple[str, int | None]] = {}
+        """The version of each pool's spec that was applied to what its workers share."""
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
-        """When the first change after the last decision became known, in the event loop's time."""
-        self._acting: dict[Slot, asyncio.Task[None]] = {}
-        self._telling: dict[Key, asyncio.Task[None]] = {}
+        """When the first change after the last plan became known, in the event loop's time."""
+        self._actions: dict[Slot, asyncio.Task[None]] = {}
+        self._pool_tasks: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Runs until cancelled; then the actions under way are cancelled too, and finished by the next start."""
+        """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
         await self._mirror.ready.wait()
         self._runtime.on_change(self.look_again)
         unsubscribe = self._mirror.subscribe(lambda _pool: self.look_again())
@@ -102,7 +103,7 @@ class Controller:
             while True:
                 self._wake.clear()
                 changed_at, self._changed_at = self._changed_at, None
-                wake_at = self._look()
+                wake_at = self._decide_all()
                 if changed_at is not None:
                     self._metrics.lagged(asyncio.get_running_loop().time() - changed_at)
                 pause = None if wake_at is None else max(0.0, (wake_at - self._now()).total_seconds())
@@ -111,7 +112,7 @@ class Controller:
                         await self._wake.wait()
         finally:
             unsubscribe()
-            tasks = [*self._acting.values(), *self._telling.values()]
+            tasks = [*self._actions.values(), *self._pool_tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,66 +123,66 @@ class Controller:
             self._changed_at = asyncio.get_running_loop().time()
         self._wake.set()
 
-    def _look(self) -> datetime | None:
-        """Decides for every pool and begins the actions; returns when to look again if nothing changes."""
+    def _decide_all(self) -> datetime | None:
+        """Decides for every pool and starts the actions. Returns when to decide again if nothing changes before."""
         now = self._now()
         deadlines: list[datetime] = []
         observed, caches = self._runtime.observe(), self._runtime.caches()
-        pools = [*self._mirror.pools.values(), *self._ended_pools()]
+        pools = [*self._mirror.pools.values(), *self._pools_with_leftovers()]
         for pool in pools:
             snapshot = Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
                 observed=observed,
                 caches=caches,
-                busy=frozenset(slot for slot in self._acting if (slot.namespace, slot.pool) == pool.key),
+                busy=frozenset(slot for slot in self._actions if (slot.namespace, slot.pool) == pool.key),
             )
-            decision = decide(snapshot, now, self._failure_limits)
-            for action in decision.actions:
-                self._begin(slot_of_action(action), type(action), self._carry_out(action, pool))
-            if decision.wake_at is not None:
-                deadlines.append(decision.wake_at)
+            plan = decide(snapshot, now, self._failure_limits)
+            for action in plan.actions:
+                self._start_action(slot_of_action(action), type(action), self._carry_out(action, pool))
+            if plan.wake_at is not None:
+                deadlines.append(plan.wake_at)
             if pool.key in self._mirror.pools:
-                self._tell(pool, snapshot.workers, now)
-        for slot in stray_slots(observed, self._mirror.workers.values(), self._acting):
-            self._begin(slot, None, self._stop_stray(slot))
+                self._update_pool(pool, snapshot.workers, now)
+        for slot in stray_slots(observed, self._mirror.workers.values(), self._actions):
+            self._start_action(slot, None, self._stop_stray(slot))
         self._metrics.decided(len(pools))
         return min(deadlines, default=None)
 
-    def _ended_pools(self) -> list[Pool]:
-        """The pools of workers that have none any more. One that is only not seen yet is asked for first."""
-        without = {worker.pool for worker in self._mirror.workers.values()} - set(self._mirror.pools)
-        self._ended = {key: pool for key, pool in self._ended.items() if key in without}
-        for key in without - set(self._ended) - set(self._telling):
-            self._beside(key, self._ask_for(key))
-        return list(self._ended.values())
+    def _pools_with_leftovers(self) -> list[Pool]:
+        """The deleted pools that still have workers. A pool that is only missing in the mirror is read first."""
+        missing = {worker.pool for worker in self._mirror.workers.values()} - set(self._mirror.pools)
+        self._deleted_pools = {key: pool for key, pool in self._deleted_pools.items() if key in missing}
+        for key in missing - set(self._deleted_pools) - set(self._pool_tasks):
+            self._run_for_pool(key, self._check_deleted(key))
+        return list(self._deleted_pools.values())
 
-    async def _ask_for(self, key: Key) -> None:
+    async def _check_deleted(self, key: Key) -> None:
         try:
             self._mirror.apply(await self._store.get(Pool, *key))
         except NotFound:
             metadata = Metadata(name=key.name, namespace=key.namespace, deletion_timestamp=self._now())
-            self._ended[key] = Pool(metadata=metadata)
+            self._deleted_pools[key] = Pool(metadata=metadata)
         except BkpoolError as error:
             log.warning("pool.not_read", pool=str(key), error=error.message)
             await asyncio.sleep(PAUSE)
 
-    def _begin(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
-        task = asyncio.create_task(self._guarded(slot, kind, work))
-        self._acting[slot] = task
+    def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
+        task = asyncio.create_task(self._run_action(slot, kind, work))
+        self._actions[slot] = task
 
         def ended(_task: asyncio.Task[None]) -> None:
-            del self._acting[slot]
+            del self._actions[slot]
             self.look_again()
 
         task.add_done_callback(ended)
 
-    async def _guarded(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
+    async def _run_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
         """Carries out one action. An error leaves only this slot alone for a moment; then it is decided again."""
         try:
             self._metrics.ended(kind, await work)
         except (Conflict, NotFound):
-            # Another writer was faster. Read the worker now, so that the next decision certainly sees that write.
+            # Another writer was faster. Read the worker now, so that the next plan certainly sees that write.
             self._metrics.ended(kind, Result.CONFLICT)
             with suppress(BkpoolError):
                 self._mirror.apply(await self._store.get(Worker, *slot.worker))
@@ -199,7 +200,7 @@ class Controller:
         await self._runtime.stop(slot)
         return Result.DONE
 
-    async def _report_failure(self, worker: Worker, error: WorkerFailed | HostFault) -> None:
+    async def _write_failure(self, worker: Worker, error: WorkerFailed | HostFault) -> None:
         log_tail = error.log_tail if isinstance(error, WorkerFailed) else ""
         log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
@@ -213,40 +214,40 @@ class Controller:
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
-                self._recorder.record(pool, "ScaledUp", f"{slot.worker.name} is made, to stand ready")
+                self._recorder.record(pool, "ScaledUp", f"created {slot.worker.name}, to have enough idle workers")
             case StartDaemon(worker, owner):
-                return await self._start(worker, owner, pool)
+                return await self._start_daemon(worker, owner, pool)
             case SetCacheOwner(worker, owner):
                 await self._runtime.own(worker.slot, owner)
-            case SetProtection(worker, held):
-                await self._runtime.protect(worker.slot, held=held)
+            case SetProtection(worker, protected):
+                await self._runtime.protect(worker.slot, held=protected)
             case WipeCache(slot):
                 await self._runtime.wipe(slot)
             case WriteStatus(worker):
-                await self._report(worker)
+                await self._write_status(worker)
             case LoseLease(worker, message):
-                await self._lose(worker, message)
+                await self._lose_lease(worker, message)
             case FinishLease():
-                await self._finish(action)
+                await self._finish_lease(action)
             case RemoveWorker(worker):
-                await self._remove(worker)
+                await self._remove_worker(worker)
         return Result.DONE
 
-    async def _start(self, worker: Worker, owner: str | None, pool: Pool) -> Result:
-        async def told(message: str) -> None:
-            """What it is waiting for; on the worker, so that whoever waits for it is told as well."""
-            with suppress(BkpoolError):  # it is said again when it changes
+    async def _start_daemon(self, worker: Worker, owner: str | None, pool: Pool) -> Result:
+        async def report_progress(message: str) -> None:
+            """Writes on the worker what its start waits for, so that the callers who wait can read it."""
+            with suppress(BkpoolError):  # it is written again when it changes
                 current = await self._store.get(Worker, *worker.key)
                 self._mirror.apply(await self._store.replace_status(current.with_status(message=message)))
 
         try:
-            await self._runtime.start(worker.slot, worker.uid, owner, pool, told)
+            await self._runtime.start(worker.slot, worker.uid, owner, pool, report_progress)
         except (WorkerFailed, HostFault) as error:
-            await self._report_failure(worker, error)
+            await self._write_failure(worker, error)
             return Result.FAILED
         return Result.DONE
 
-    async def _report(self, worker: Worker) -> None:
+    async def _write_status(self, worker: Worker) -> None:
         before = self._mirror.workers.get(worker.key)
         self._mirror.apply(await self._store.replace_status(worker))
         if worker.status.phase is Phase.ALLOCATED and (before is None or before.status.phase is not Phase.ALLOCATED):
@@ -256,14 +257,14 @@ class Controller:
                 worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}"
             )
 
-    async def _lose(self, worker: Worker, message: str) -> None:
+    async def _lose_lease(self, worker: Worker, message: str) -> None:
         lease = worker.held_lease
         log.error("lease.lost", **lease_facts(worker), reason=message)
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
 
-    async def _finish(self, action: FinishLease) -> None:
-        """Remembers the lease in the status first: a crash in between repeats this, and forgets nothing."""
+    async def _finish_lease(self, action: FinishLease) -> None:
+        """Remembers the lease in the status first, so that a crash before the second write loses nothing."""
         lease = action.worker.held_lease
         worker = await self._store.replace_status(with_lease_remembered(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
@@ -274,47 +275,47 @@ class Controller:
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
         self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
-    async def _remove(self, worker: Worker) -> None:
-        """Deletes the object first, at the version that was judged: a claim made meanwhile wins and is not hurt."""
+    async def _remove_worker(self, worker: Worker) -> None:
+        """Deletes the object first, at the version that was decided on: a claim made in the meantime wins."""
         await self._store.delete(
             Worker, *worker.key, uid=worker.uid, resource_version=worker.metadata.resource_version
         )
         await self._runtime.stop(worker.slot)
         log.info("worker.removed", worker=str(worker.key))
         if pool := self._mirror.pools.get(worker.pool):
-            self._recorder.record(pool, "ScaledDown", f"{worker.key.name} is removed")
+            self._recorder.record(pool, "ScaledDown", f"removed {worker.key.name}")
 
-    def _tell(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
-        """Writes the pool's status if it changed; one write at a time, so that a burst of leases costs few."""
-        if pool.key in self._telling:
+    def _update_pool(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
+        """Writes the pool's status if it changed, one write at a time: many leases at once then cost few writes."""
+        if pool.key in self._pool_tasks:
             return
         status = pool_status(pool, workers, self._status_inputs(pool), now)
         if status != pool.status:
-            self._beside(pool.key, self._write_pool(pool.but(status=status)))
-        elif self._followed.get(pool.key) != _version(pool):
-            self._beside(pool.key, self._follow(pool))
+            self._run_for_pool(pool.key, self._write_pool_status(pool.but(status=status)))
+        elif self._applied.get(pool.key) != _version(pool):
+            self._run_for_pool(pool.key, self._apply_spec(pool))
 
-    def _beside(self, pool: Key, work: Coroutine[None, None, None]) -> None:
-        """Does something about a pool while everything else goes on."""
+    def _run_for_pool(self, pool: Key, work: Coroutine[None, None, None]) -> None:
+        """Runs work for one pool in the background. Until it ends, nothing else is started for that pool."""
         task = asyncio.create_task(work)
-        self._telling[pool] = task
+        self._pool_tasks[pool] = task
 
-        def told(_task: asyncio.Task[None]) -> None:
-            del self._telling[pool]
+        def done(_task: asyncio.Task[None]) -> None:
+            del self._pool_tasks[pool]
             self.look_again()
 
-        task.add_done_callback(told)
+        task.add_done_callback(done)
 
-    async def _follow(self, pool: Pool) -> None:
-        """Lets the workers there are follow a changed spec."""
+    async def _apply_spec(self, pool: Pool) -> None:
+        """Applies a changed spec to what the pool's workers share."""
         try:
             await self._runtime.follow(pool)
-            self._followed[pool.key] = _version(pool)
+            self._applied[pool.key] = _version(pool)
         except BkpoolError as error:
-            log.warning("pool.not_followed", pool=str(pool.key), error=error.message)
+            log.warning("pool.not_applied", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
 
-    async def _write_pool(self, pool: Pool) -> None:
+    async def _write_pool_status(self, pool: Pool) -> None:
         try:
             self._mirror.apply(await self._store.replace_status(pool))
         except (Conflict, NotFound):

@@ -1,6 +1,6 @@
-"""Keeps the status of each BuildKitOIDCConfig: whether its issuer's tokens are believed, and why not.
+"""Keeps the status of each BuildKitOIDCConfig: whether tokens of its issuer are accepted, and why not.
 
-It judges no token. Each issuer is looked at by itself, so that one that is slow or down delays no other.
+It never checks a token. Each issuer is checked in a task of its own, so a slow one does not delay the others.
 """
 
 from __future__ import annotations
@@ -18,41 +18,38 @@ from bkpool.core.auth import OIDCConfig, OIDCConfigStatus
 from bkpool.core.errors import BkpoolError, Conflict, NotFound
 from bkpool.core.ignored import ignored_in_config
 from bkpool.core.names import Key
-from bkpool.core.resource import Condition
+from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
-EVERY = timedelta(minutes=10)
-"""How often an issuer is looked at although its configuration has not changed."""
-AGAIN = timedelta(minutes=1)
-"""The same while it cannot be reached, or what was found could not be written."""
-PATIENCE = 30.0
-"""Seconds for one look at an issuer."""
+CHECK_INTERVAL = timedelta(minutes=10)
+"""How often an issuer is checked while its configuration does not change."""
+RETRY_INTERVAL = timedelta(minutes=1)
+"""The same while the issuer cannot be reached, or the status could not be written."""
+CHECK_TIMEOUT = 30.0
+"""Seconds for one check of an issuer."""
 
-# --- what to tell: pure ---------------------------------------------------------------------------------------------
-
-
-_GOOD = "AsWanted"
+# --- the status: pure -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a look at an issuer has brought."""
+    """The result of a check."""
 
     reason: str
-    """What is wrong, in one word; `_GOOD` where nothing is."""
+    """What is wrong, in one CamelCase word; `AS_WANTED` if nothing is."""
     message: str
 
     @property
     def ready(self) -> bool:
-        """Whether its tokens are believed."""
-        return self.reason == _GOOD
+        """Whether tokens of the issuer are accepted."""
+        return self.reason == AS_WANTED
 
 
-def without_looking(config: OIDCConfig) -> Finding | None:
-    """What can be told of a configuration without asking its issuer; None where it must be asked."""
+def finding_without_check(config: OIDCConfig) -> Finding | None:
+    """What the configuration alone says; None if the issuer must be asked."""
     if not config.spec.enabled:
         return Finding("Disabled", "disabled")
     if config.spec.refusal is not None:
@@ -61,22 +58,22 @@ def without_looking(config: OIDCConfig) -> Finding | None:
 
 
 def found_keys(count: int) -> Finding:
-    """The issuer has answered."""
-    return Finding(_GOOD, f"{count} key{'s' * (count != 1)}")
+    """The finding for an issuer that answered with its keys."""
+    return Finding(AS_WANTED, f"{count} key{'s' * (count != 1)}")
 
 
 def unreachable(message: str) -> Finding:
-    """The issuer has not answered as it should."""
+    """The finding for an issuer that did not answer with keys."""
     return Finding("IssuerUnreachable", message)
 
 
 def status_of(config: OIDCConfig, finding: Finding, now: datetime) -> OIDCConfigStatus:
-    """The status to write. It differs from the one that is there only where there is something new to tell."""
+    """The status to write. It equals the stored one if nothing has changed."""
     ignored = ", ".join(f"spec.{name}" for name in ignored_in_config(config.spec))
-    unread = Finding("NotImplemented" if ignored else _GOOD, ignored)
+    unread = Finding("NotImplemented" if ignored else AS_WANTED, ignored)
     conditions = (
-        _condition(config, now, "IgnoredFields", "True" if ignored else "False", unread),
-        _condition(config, now, "Ready", "True" if finding.ready else "False", finding),
+        _condition(config, now, "IgnoredFields", is_true=bool(ignored), finding=unread),
+        _condition(config, now, "Ready", is_true=finding.ready, finding=finding),
     )
     return config.status.but(
         ready=finding.ready,
@@ -86,91 +83,89 @@ def status_of(config: OIDCConfig, finding: Finding, now: datetime) -> OIDCConfig
     )
 
 
-def _condition(
-    config: OIDCConfig, now: datetime, kind: str, status: Literal["True", "False"], finding: Finding
-) -> Condition:
-    before = next((c for c in config.status.conditions if c.type == kind), None)
-    since = before.last_transition_time if before and before.status == status else now
-    return Condition(
-        type=kind, status=status, reason=finding.reason, message=finding.message, last_transition_time=since
-    )
+def _condition(config: OIDCConfig, now: datetime, kind: str, *, is_true: bool, finding: Finding) -> Condition:
+    status: Literal["True", "False"] = "True" if is_true else "False"
+    stored = config.status.conditions
+    return condition(stored, kind, status, reason=finding.reason, message=finding.message, now=now)
 
 
-# --- keeping it -----------------------------------------------------------------------------------------------------
+# --- writing it -----------------------------------------------------------------------------------------------------
 
 
-class ConfigKeeper:
-    """Looks at each configured issuer when its configuration changes, and every now and then.
+class OIDCConfigController:
+    """Checks each configured issuer when its configuration changes, and at regular intervals.
 
     Args:
         store: Where the configurations are.
-        mirror: Knows them (`configs=True`).
-        probe: Asks the issuer of this URL how many keys it has. Raises a BkpoolError where it does not tell.
+        mirror: The copy in memory, with configurations (`configs=True`).
+        count_keys: Asks the issuer with this URL how many keys it has. Raises BkpoolError if it does not answer so.
         now: The clock.
-        every: Between two looks.
+        interval: The time between two checks.
     """
 
     def __init__(
         self,
         store: Store,
         mirror: Mirror,
-        probe: Callable[[str], Awaitable[int]],
+        count_keys: Callable[[str], Awaitable[int]],
         now: Callable[[], datetime],
-        every: timedelta = EVERY,
+        interval: timedelta = CHECK_INTERVAL,
     ) -> None:
         self._store = store
         self._mirror = mirror
-        self._probe = probe
+        self._count_keys = count_keys
         self._now = now
-        self._every = every
-        self._followed: set[Key] = set()
+        self._interval = interval
+        self._watched: set[Key] = set()
         self._changed = asyncio.Event()
-        """Of this moment: it is set once and replaced, so that everybody who waits is woken."""
+        """Set once and then replaced, so that every task that waits is woken."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
         await self._mirror.ready.wait()
-        unsubscribe = self._mirror.on_config(self._tell)
+        unsubscribe = self._mirror.on_config(self._wake_all)
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    for key in self._mirror.configs.keys() - self._followed:
-                        self._followed.add(key)
-                        tasks.create_task(self._follow(key))
+                    for key in self._mirror.configs.keys() - self._watched:
+                        self._watched.add(key)
+                        tasks.create_task(self._watch(key))
                     await self._changed.wait()
         finally:
             unsubscribe()
-            self._followed.clear()
+            self._watched.clear()
 
-    def _tell(self) -> None:
+    def _wake_all(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def _follow(self, key: Key) -> None:
-        """Looks after one configuration while it is there."""
+    async def _watch(self, key: Key) -> None:
+        """Keeps the status of one configuration until it is deleted."""
         while (config := self._mirror.configs.get(key)) is not None:
-            finding = without_looking(config) or await self._look(config)
+            finding = finding_without_check(config) or await self._check(config)
             written = await self._write(config, finding)
             unsettled = not written or finding.reason == "IssuerUnreachable"
             with suppress(TimeoutError):
-                async with asyncio.timeout((min(AGAIN, self._every) if unsettled else self._every).total_seconds()):
-                    await self._until_another(config)
-        self._followed.discard(key)
+                async with asyncio.timeout(
+                    (min(RETRY_INTERVAL, self._interval) if unsettled else self._interval).total_seconds()
+                ):
+                    await self._until_changed(config)
+        self._watched.discard(key)
 
-    async def _look(self, config: OIDCConfig) -> Finding:
+    async def _check(self, config: OIDCConfig) -> Finding:
         try:
-            async with asyncio.timeout(PATIENCE):
-                return found_keys(await self._probe(config.spec.issuer))
+            async with asyncio.timeout(CHECK_TIMEOUT):
+                return found_keys(await self._count_keys(config.spec.issuer))
         except TimeoutError:
-            return unreachable(f"{config.spec.issuer} does not answer within {PATIENCE:g} s")
+            return unreachable(f"{config.spec.issuer} did not answer within {CHECK_TIMEOUT:g} s")
         except BkpoolError as error:
             return unreachable(error.message)
-        except Exception:  # of one issuer, and no reason to leave the others alone
-            log.exception("oidc_config.look_crashed", config=str(config.key))
-            return unreachable("it could not be looked at; the log says why")
+        except Exception:  # a bug that one issuer shows must not end the checks of the others
+            log.exception("oidc_config.check_crashed", config=str(config.key))
+            return unreachable("it could not be checked; the log says why")
 
     async def _write(self, config: OIDCConfig, finding: Finding) -> bool:
-        """Writes what was found of this configuration, unless it is another by now; False: to be tried again."""
+        """Writes the finding unless the configuration has changed since. Returns False if it must be tried again."""
         try:
             while True:
                 current = await self._store.get(OIDCConfig, *config.key)
@@ -179,7 +174,12 @@ class ConfigKeeper:
                     return True
                 with suppress(Conflict):
                     await self._store.replace_status(current.but(status=status))
-                    log.info("oidc_config.status", config=str(config.key), ready=status.ready, message=status.message)
+                    log.info(
+                        "oidc_config.status_changed",
+                        config=str(config.key),
+                        ready=status.ready,
+                        message=status.message,
+                    )
                     return True
         except NotFound:
             return True
@@ -187,12 +187,12 @@ class ConfigKeeper:
             log.warning("oidc_config.status_not_written", config=str(config.key), error=error.message)
             return False
 
-    async def _until_another(self, config: OIDCConfig) -> None:
-        """Waits until the configuration has changed or is gone."""
+    async def _until_changed(self, config: OIDCConfig) -> None:
+        """Waits until the configuration has changed or was deleted."""
         while (current := self._mirror.configs.get(config.key)) and _version(current) == _version(config):
             await self._changed.wait()
 
 
 def _version(config: OIDCConfig) -> tuple[str, int | None]:
-    """What changes with the configuration, and not with its status."""
+    """A value that changes with the configuration and not with its status."""
     return config.uid, config.metadata.generation

@@ -91,6 +91,10 @@ class Metadata(Model):
     owner_references: tuple[OwnerReference, ...] = ()
 
 
+AS_WANTED = "AsWanted"
+"""The reason of a condition with which nothing is wrong."""
+
+
 class Condition(Model):
     """One observation about an object, as Kubernetes writes them."""
 

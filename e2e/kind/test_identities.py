@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import AUDIENCE
@@ -246,7 +246,7 @@ async def test_the_status_of_an_issuer_is_what_kubectl_shows(api, kubectl, names
 
     store = KubernetesStore(api)
     mirror = Mirror(store, configs=True)
-    keeper = ConfigKeeper(store, mirror, probe, lambda: datetime.now(UTC))
+    keeper = OIDCConfigController(store, mirror, probe, lambda: datetime.now(UTC))
     specs = {
         "away": {**LEAST, "issuer": "https://away.example.com"},
         "good": {**LEAST, "clientSecretRef": {"name": "secret"}},

@@ -7,7 +7,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from structlog.testing import capture_logs
 
-from bkpool.controller.oidc_configs import ConfigKeeper, Finding, found_keys, status_of, unreachable, without_looking
+from bkpool.controller.oidc_configs import (
+    Finding,
+    OIDCConfigController,
+    finding_without_check,
+    found_keys,
+    status_of,
+    unreachable,
+)
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import Conflict, NotFound, Unavailable
 from bkpool.core.resource import Metadata
@@ -28,7 +35,7 @@ def conditions(config: OIDCConfig) -> dict[str, tuple[str, str]]:
     return {found.type: (found.status, found.reason) for found in config.status.conditions}
 
 
-# --- what to tell ---------------------------------------------------------------------------------------------------
+# --- the status ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -41,13 +48,13 @@ def conditions(config: OIDCConfig) -> dict[str, tuple[str, str]]:
         ({"issuer": GITHUB, "conditions": [{"claim": "repository_owner", "values": ["acme"]}]}, None),
     ],
 )
-def test_an_issuer_that_would_not_be_believed_is_not_asked(spec, reason):
-    told = without_looking(a_config(**spec))
+def test_an_issuer_whose_tokens_are_not_accepted_anyway_is_not_asked(spec, reason):
+    told = finding_without_check(a_config(**spec))
     assert (told.reason if told else None) == reason
     assert told is None or not told.ready
 
 
-def test_a_status_says_what_was_found():
+def test_a_status_has_the_finding_and_the_ignored_fields():
     status = status_of(a_config(), found_keys(2), NOW)
     assert (status.ready, status.message) == (True, "2 keys")
     assert found_keys(1).message == "1 key"
@@ -76,11 +83,11 @@ def test_the_time_of_a_condition_moves_only_with_its_status():
     assert [one.last_transition_time for one in worse.conditions] == [NOW, LATER]
 
 
-# --- keeping it -----------------------------------------------------------------------------------------------------
+# --- writing it -----------------------------------------------------------------------------------------------------
 
 
 class Issuers:
-    """What each issuer answers: a number of keys, an error, or nothing until told so."""
+    """What each issuer answers: a number of keys, an error, or (for an event) one key once the event is set."""
 
     def __init__(self) -> None:
         self.keys: dict[str, int | Exception | asyncio.Event] = {ISSUER: 2}
@@ -98,7 +105,7 @@ class Issuers:
 
 
 class Busy:
-    """A store in which others write too, or which is away, when a status is written."""
+    """A store whose writes of a status fail with the given errors first."""
 
     def __init__(self, store: SqliteStore) -> None:
         self.store = store
@@ -115,7 +122,7 @@ class Busy:
         return await self.store.replace_status(obj)
 
 
-class Kept:
+class RunningController:
     def __init__(self, store: SqliteStore, mirror: Mirror) -> None:
         self.store, self.mirror = store, mirror
         self.issuers, self.busy = Issuers(), Busy(store)
@@ -123,7 +130,7 @@ class Kept:
         self.task: asyncio.Task | None = None
 
     def start(self, every: timedelta = timedelta(minutes=10)) -> None:
-        keeper = ConfigKeeper(self.busy, self.mirror, self.issuers.probe, lambda: self.now, every)
+        keeper = OIDCConfigController(self.busy, self.mirror, self.issuers.probe, lambda: self.now, every)
         self.task = asyncio.create_task(keeper.run())
 
     async def change(self, name: str = "c", **spec: object) -> None:
@@ -131,7 +138,7 @@ class Kept:
         await self.store.replace(current.but(spec=a_config(**spec).spec))
 
     async def until(self, condition: Callable[[OIDCConfig], object], name: str = "c") -> OIDCConfig:
-        """The configuration, once it is as told; looked at after each change."""
+        """Waits until the condition holds and returns the configuration."""
         changed = asyncio.Event()
         unsubscribe = self.mirror.on_config(changed.set)
         key = a_config(name).key
@@ -146,12 +153,12 @@ class Kept:
 
 
 @pytest.fixture
-async def kept(tmp_path) -> AsyncIterator[Kept]:
+async def kept(tmp_path) -> AsyncIterator[RunningController]:
     store = await SqliteStore.open(tmp_path / "state.db")
     mirror = Mirror(store, configs=True)
     following = asyncio.create_task(mirror.run())
     await mirror.ready.wait()
-    world = Kept(store, mirror)
+    world = RunningController(store, mirror)
     yield world
     tasks = [following, *([world.task] if world.task else [])]
     for task in tasks:
@@ -161,7 +168,7 @@ async def kept(tmp_path) -> AsyncIterator[Kept]:
     await store.close()
 
 
-async def test_every_issuer_has_its_status_told_now_and_when_it_changes(kept):
+async def test_the_status_of_each_issuer_is_written_at_first_and_after_each_change(kept):
     await kept.store.create(a_config())
     kept.start()
     first = await kept.until(lambda config: config.status.ready)
@@ -175,13 +182,13 @@ async def test_every_issuer_has_its_status_told_now_and_when_it_changes(kept):
     await kept.change(enabled=False)
     disabled = await kept.until(lambda config: config.status.observed_generation == 3)
     assert (disabled.status.ready, disabled.status.message) == (False, "disabled")
-    assert kept.issuers.asked == [ISSUER], "nobody asks whom nobody believes"
+    assert kept.issuers.asked == [ISSUER], "an issuer whose tokens are not accepted is not asked"
 
     await kept.store.create(a_config("another"))
     await kept.until(lambda config: config.status.ready, "another")
 
 
-async def test_an_issuer_that_is_away_or_slow_delays_no_other(kept):
+async def test_an_unreachable_or_slow_issuer_does_not_delay_the_others(kept):
     answer = kept.issuers.keys["https://slow.example.com"] = asyncio.Event()
     kept.issuers.keys["https://away.example.com"] = Unavailable("away.example.com does not answer")
     kept.issuers.keys["https://odd.example.com"] = KeyError("a bug")
@@ -201,32 +208,32 @@ async def test_an_issuer_that_is_away_or_slow_delays_no_other(kept):
     await kept.until(lambda config: config.status.ready, "slow")
 
 
-async def test_it_looks_again_and_again_and_writes_only_what_is_new(kept):
+async def test_it_checks_at_intervals_and_writes_only_changes(kept):
     await kept.store.create(a_config())
     kept.start(every=timedelta(milliseconds=1))
     first = await kept.until(lambda config: config.status.ready)
-    kept.now, looks = LATER, len(kept.issuers.asked)
+    kept.now, checks = LATER, len(kept.issuers.asked)
     seen = asyncio.Event()
 
     async def probe(issuer: str, ask=kept.issuers.probe) -> int:
-        if len(kept.issuers.asked) > looks + 3:
+        if len(kept.issuers.asked) > checks + 3:
             seen.set()
         return await ask(issuer)
 
     kept.task.cancel()
     await asyncio.gather(kept.task, return_exceptions=True)
-    keeper = ConfigKeeper(kept.busy, kept.mirror, probe, lambda: kept.now, timedelta(milliseconds=1))
+    keeper = OIDCConfigController(kept.busy, kept.mirror, probe, lambda: kept.now, timedelta(milliseconds=1))
     kept.task = asyncio.create_task(keeper.run())
     async with asyncio.timeout(5):
         await seen.wait()
-    assert kept.busy.writes == 1, "a look that finds the same writes nothing, also not after a new start"
+    assert kept.busy.writes == 1, "a check with the same result writes nothing, even after a restart"
     kept.issuers.keys[ISSUER] = Unavailable("away")
     later = await kept.until(lambda config: not config.status.ready)
     assert int(later.metadata.resource_version) > int(first.metadata.resource_version)
     assert [one.last_transition_time for one in later.status.conditions] == [NOW, LATER]
 
 
-async def test_a_lost_race_is_run_again_and_a_store_that_is_away_is_asked_later(kept):
+async def test_a_conflict_is_retried_at_once_and_an_unavailable_store_later(kept):
     kept.busy.troubles = [Conflict("changed"), Conflict("changed"), Unavailable("away"), NotFound("gone")]
     await kept.store.create(a_config())
     kept.start(every=timedelta(milliseconds=1))
@@ -234,7 +241,7 @@ async def test_a_lost_race_is_run_again_and_a_store_that_is_away_is_asked_later(
     assert kept.busy.writes == 5
 
 
-async def test_what_was_found_of_an_older_configuration_is_not_written_of_a_newer(kept):
+async def test_a_finding_about_an_older_configuration_is_not_written_to_a_newer_one(kept):
     answer = kept.issuers.keys["https://slow.example.com"] = asyncio.Event()
     await kept.store.create(a_config(issuer="https://slow.example.com"))
     kept.start()
@@ -248,7 +255,7 @@ async def test_what_was_found_of_an_older_configuration_is_not_written_of_a_newe
     assert kept.busy.writes == 1
 
 
-async def test_one_that_is_deleted_and_made_again_is_looked_at_again(kept):
+async def test_a_configuration_that_is_deleted_and_created_again_is_checked_again(kept):
     await kept.store.create(a_config())
     kept.start()
     first = await kept.until(lambda config: config.status.ready)

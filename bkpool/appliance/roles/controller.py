@@ -11,7 +11,7 @@ from bkpool.appliance.roles.context import ControlState, RoleContext
 from bkpool.appliance.supervise import run_while_leading
 from bkpool.appliance.tuning import failure_limits
 from bkpool.controller.metrics import ControllerMetrics
-from bkpool.controller.oidc_configs import ConfigKeeper
+from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.pool import Pool
@@ -71,7 +71,7 @@ async def _run(
     controller = backend.controller(mirror, status_inputs, metrics, context.now, limits)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(controller.run())
-        tasks.create_task(ConfigKeeper(backend.store, mirror, state.issuers.probe, context.now).run())
+        tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
         if gateways is not None:
             gateways.on_change(controller.look_again)
             tasks.create_task(gateways.run())

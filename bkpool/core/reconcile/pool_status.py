@@ -12,11 +12,8 @@ from typing import Literal
 
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
-from bkpool.core.resource import Condition, condition
+from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.core.worker import Phase, Worker
-
-AS_WANTED = "AsWanted"
-"""The reason of a condition with which nothing is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
