@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -104,8 +105,24 @@ def kind(session: nox.Session) -> None:
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
-    # What is in e2e/gateway starts gateways of its own, the same on every backend.
-    session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
+    if not session.posargs:
+        session.run("python", "scripts/build-zipapp")
+        session.run("pytest", "e2e/adoption", *_pytest_kind(), env={"BKPOOL_E2E_BACKEND": "kind"})
+    # e2e/gateway starts gateways without an appliance. They are the same on every backend.
+    here = {"BKPOOL_E2E_BACKEND": "kind", "BKPOOL_ZIPAPP": "dist/bkpool.pyz"}
+    session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env=here)
+
+
+def _pytest_kind() -> list[str]:
+    """Loads pytest-kind's plugin with programs that are there already. It would download others, unverified."""
+    from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415 - as above
+
+    options = ["-p", "pytest_kind.plugin", "--keep-cluster", "--cluster-name", "bkpool-e2e"]
+    options += ["--kind-bin", str(Toolchain(default_cache()).ensure(Tool.KIND))]
+    options += ["--kind-kubectl-bin", shutil.which("kubectl") or "kubectl is missing"]
+    if image := os.environ.get("BKPOOL_E2E_NODE_IMAGE"):
+        options += ["--kind-image", image]
+    return options
 
 
 # As a part of all checks (scripts/test) each takes a minute, and chaos breaks the same things every time.

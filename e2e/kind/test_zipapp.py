@@ -1,0 +1,23 @@
+"""The one file `bkpool.pyz` does the main job on kind, as `python -m bkpool` does it in all the other tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import really_ran
+
+ZIPAPP = os.environ.get("BKPOOL_ZIPAPP")
+
+
+@pytest.mark.skipif(not ZIPAPP, reason="BKPOOL_ZIPAPP names no bkpool.pyz; `nox -s kind` makes one")
+def test_the_zipapp_does_the_main_job_on_kind(make_appliance, context):
+    appliance = make_appliance(program=[sys.executable, str(Path(ZIPAPP).resolve())])
+    appliance.up_with({"scaling": {"max": 1}})
+    certificates = appliance.allocate()
+    builder = appliance.builder(certificates, "zipapp")
+    assert really_ran(appliance.build(builder, context.dockerfile("say zipped")).ok(), "zipped")
+    appliance.release(certificates.lease).ok()
