@@ -49,16 +49,18 @@ def make_api_tls(settings: Settings, authority: Authority, now: Callable[[], dat
     Raises:
         HostFault: `Unreadable`: the files cannot be used. `AuthorityExpired`: the CA has expired.
     """
-    if settings.configuration.api.cert is not None and settings.configuration.api.key is not None:
-        return FileTls(settings.configuration.api.cert, settings.configuration.api.key)
-    return IssuedTls(authority, api_names(settings), settings.home, now) if settings.configuration.api.tls else None
+    api = settings.configuration.api
+    if api.cert is not None and api.key is not None:
+        return FileTls(api.cert, api.key)
+    return IssuedTls(authority, api_names(settings), settings.home, now) if api.tls else None
 
 
 def api_names(settings: Settings) -> CertificateNames:
     """The names of the API: this machine's, those that the user gave, and that of its Service in a cluster."""
-    host, _ = settings.configuration.api.address
-    extra = (*settings.configuration.gateway.hosts, *(() if host in _ALL_INTERFACES else (host,)))
-    return gateway_names(socket.gethostname(), [Key(settings.configuration.kubernetes.namespace, CONTROLLER)], extra)
+    configuration = settings.configuration
+    host, _ = configuration.api.address
+    extra = (*configuration.gateway.hosts, *(() if host in _ALL_INTERFACES else (host,)))
+    return gateway_names(socket.gethostname(), [Key(configuration.kubernetes.namespace, CONTROLLER)], extra)
 
 
 class ApiTls(ABC):

@@ -40,13 +40,14 @@ class ControlReplica:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._configuration = settings.configuration
 
     async def run(self) -> None:
         """Serves the API here. The controller runs in the replica that holds the Lease."""
         await run_until_stopped(self._start)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
-        settings, name = self._settings, replica_name()
+        settings, configuration, name = self._settings, self._configuration, replica_name()
         context = open_context(stack, settings, shutdown)
         cluster = await open_replica_backend(stack, settings, name)
         backend = cluster.backend
@@ -55,12 +56,12 @@ class ControlReplica:
         mirror = Mirror(backend.store, configs=True)
         await follow(stack, context, mirror)
         await backend.runtime.adopt()
-        state = ControlState(backend, mirror, open_issuers(stack, self._settings.configuration.identity))
+        state = ControlState(backend, mirror, open_issuers(stack, configuration.identity))
 
         def not_ready_reason() -> str | None:
             return "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
 
-        if Role.API in settings.configuration.appliance.roles:
+        if Role.API in configuration.appliance.roles:
             sources = ApiSources(
                 gateway_endpoint=endpoint_of,
                 connections=lambda pool: pool.status.connections,
@@ -69,10 +70,9 @@ class ControlReplica:
             )
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, settings.configuration.metrics.address, "--metrics-address")
-        delay = self._settings.configuration.appliance.endpoint_removal_delay
-        stack.push_async_callback(shutdown.pause, delay.total_seconds())
-        if Role.CONTROLLER in settings.configuration.appliance.roles:
+        await serve(stack, app, configuration.metrics.address, "--metrics-address")
+        stack.push_async_callback(shutdown.pause, configuration.appliance.endpoint_removal_delay.total_seconds())
+        if Role.CONTROLLER in configuration.appliance.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.
             await open_controller(
                 stack,
@@ -81,7 +81,7 @@ class ControlReplica:
                 endpoint=endpoint_of,
                 make_pool_gateways=lambda: self._pool_gateways(context, cluster, mirror),
             )
-        log.info("replica.ready", roles=sorted(settings.configuration.appliance.roles), name=name)
+        log.info("replica.ready", roles=sorted(configuration.appliance.roles), name=name)
 
     async def _open_api(
         self,
@@ -92,7 +92,7 @@ class ControlReplica:
         sources: ApiSources,
     ) -> None:
         admin = AdminTokenAuthenticator(
-            await kube_secrets.load_or_create_admin_token(kube, self._settings.configuration.kubernetes.namespace)
+            await kube_secrets.load_or_create_admin_token(kube, self._configuration.kubernetes.namespace)
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources)
         # Before the server is closed: who waits for a worker is sent to another replica.
@@ -104,12 +104,12 @@ class ControlReplica:
             cluster.api,
             mirror,
             cluster.secrets,
-            image=self._settings.configuration.kubernetes.image or IMAGE,
+            image=self._configuration.kubernetes.image or IMAGE,
             controller=CONTROLLER,
-            namespace=self._settings.configuration.kubernetes.namespace,
+            namespace=self._configuration.kubernetes.namespace,
             now=context.now,
             recorder=cluster.backend.recorder,
-            gateway_variables=gateway_variables(self._settings.configuration),
+            gateway_variables=gateway_variables(self._configuration),
         )
 
 

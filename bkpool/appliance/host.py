@@ -34,6 +34,7 @@ from bkpool.core.names import GATEWAY_PORT
 from bkpool.gateway.control.server import default_threads
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
+from bkpool.settings.model import Gateway as GatewaySettings
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -51,6 +52,7 @@ class HostAppliance:
 
     def __init__(self, settings: Settings, documents: Documents, backend: str, open_backend: BackendOpener) -> None:
         self._settings = settings
+        self._configuration = settings.configuration
         self._documents = documents
         self._backend_name = backend
         self._open_backend = open_backend
@@ -66,7 +68,7 @@ class HostAppliance:
         backend, mirror = await self._open_state(stack, context, report)
         report({"progress": "starting gateway, controller and API"})
         gateway, endpoint = await self._open_gateway(stack, context, backend, mirror)
-        state = ControlState(backend, mirror, open_issuers(stack, self._settings.configuration.identity))
+        state = ControlState(backend, mirror, open_issuers(stack, self._configuration.identity))
         # Opened before the API, so that it is closed after it: the controller ends the leases that are released last.
         await open_controller(stack, context, state, endpoint=lambda _pool: endpoint)
         dev_configs = await self._open_dev_issuer(stack, context)
@@ -78,7 +80,7 @@ class HostAppliance:
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
         metrics = await serve(
-            stack, metrics_app(context.registry), self._settings.configuration.metrics.address, "--metrics-address"
+            stack, metrics_app(context.registry), self._configuration.metrics.address, "--metrics-address"
         )
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
@@ -115,7 +117,7 @@ class HostAppliance:
             directory=settings.home / "pki",
             authority=backend.authority,
             mirror=mirror,
-            hosts=settings.configuration.gateway.hosts,
+            hosts=self._configuration.gateway.hosts,
             now=context.now,
             recorder=backend.recorder,
         )
@@ -127,10 +129,10 @@ class HostAppliance:
             name=backend.gateway,
             certificate=certificate,
             dial=backend.dial,
-            address=_gateway_address(settings),
+            address=_gateway_address(self._configuration.gateway),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
-        host = settings.configuration.gateway.hosts[0] if settings.configuration.gateway.hosts else "localhost"
+        host = next(iter(self._configuration.gateway.hosts), "localhost")
         return gateway, f"tcp://{url_host(host)}:{gateway.port}"
 
     async def _open_dev_issuer(self, stack: AsyncExitStack, context: RoleContext) -> tuple[OIDCConfig, ...]:
@@ -142,17 +144,17 @@ class HostAppliance:
         if settings.dev_issuer_url is None:
             return ()
         app = make_dev_issuer(settings.dev_issuer_url, context.now)
-        await serve(stack, app, settings.configuration.dev_issuer.address, "--dev-issuer-address")
-        return (dev_config(settings.dev_issuer_url, settings.configuration.kubernetes.namespace),)
+        await serve(stack, app, self._configuration.dev_issuer.address, "--dev-issuer-address")
+        return (dev_config(settings.dev_issuer_url, self._configuration.kubernetes.namespace),)
 
     async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
         """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
         busy = any(gateway.metrics.active(key.name) for key in mirror.pools)
-        seconds = self._settings.configuration.appliance.drain_timeout.total_seconds()
+        seconds = self._configuration.appliance.drain_timeout.total_seconds()
         log.info("appliance.draining", seconds=seconds, busy=busy)
         await gateway.drain(seconds, context.shutdown)
         if busy and not context.shutdown.forced.is_set():
-            await context.shutdown.pause(self._settings.configuration.appliance.release_grace.total_seconds())
+            await context.shutdown.pause(self._configuration.appliance.release_grace.total_seconds())
 
     def _describe(self, context: RoleContext, api: ApiRole, endpoint: str, metrics: str) -> dict[str, Any]:
         """What `appliance.json` says."""
@@ -170,9 +172,9 @@ class HostAppliance:
         }
 
 
-def _gateway_address(settings: Settings) -> Address:
+def _gateway_address(settings: GatewaySettings) -> Address:
     """The given address; otherwise loopback, or every interface if a gateway host names this machine to others."""
-    if settings.configuration.gateway.address is not None:
-        return settings.configuration.gateway.address
-    host = "0.0.0.0" if settings.configuration.gateway.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
+    if settings.address is not None:
+        return settings.address
+    host = "0.0.0.0" if settings.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
     return Address(host, GATEWAY_PORT)

@@ -68,14 +68,15 @@ def prepare_backend(backend: str, settings: Settings, report: StartupReporter) -
 
 def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster:
     """The kind cluster of this home with the images of the settings in it, created if there is none."""
+    configuration = settings.configuration
     program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
     with Engine.connect() as engine:
         kind = Kind(program, engine, settings.home, lambda text: report({"progress": text}))
-        cluster = kind.ensure(settings.configuration.kind.cluster, node_image=settings.configuration.kind.node_image)
-        for archive in settings.configuration.kind.image_archives:
+        cluster = kind.ensure(configuration.kind.cluster, node_image=configuration.kind.node_image)
+        for archive in configuration.kind.image_archives:
             kind.load_archive(cluster, archive)
-        if settings.configuration.workers.buildkit_image is not None:
-            kind.load_image(cluster, settings.configuration.workers.buildkit_image)
+        if configuration.workers.buildkit_image is not None:
+            kind.load_image(cluster, configuration.workers.buildkit_image)
     return cluster
 
 

@@ -33,15 +33,16 @@ def make_replica(settings: Settings) -> Replica:
             hint="Leave --roles out, or use --backend kubernetes.",
             field="--roles",
         )
-    if settings.configuration.appliance.roles == {Role.GATEWAY}:
-        if settings.configuration.gateway.pool is None:
+    roles, pool = settings.configuration.appliance.roles, settings.configuration.gateway.pool
+    if roles == {Role.GATEWAY}:
+        if pool is None:
             raise InvalidInput(
                 "--pool: missing; --roles gateway serves one pool",
                 hint="Give the pool: --pool NAMESPACE/NAME.",
                 field="--pool",
             )
-        return GatewayReplica(settings, settings.configuration.gateway.pool)
-    if Role.GATEWAY in settings.configuration.appliance.roles:
+        return GatewayReplica(settings, pool)
+    if Role.GATEWAY in roles:
         raise InvalidInput(
             "--roles: gateway runs alone, or together with both api and controller",
             hint="Use --roles gateway, or --roles api,controller.",
