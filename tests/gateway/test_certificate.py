@@ -1,4 +1,4 @@
-"""Whose certificate is it: only one of ours, for a client, with exactly one token."""
+"""The token of a client certificate: only bkpool's own client certificates with exactly one token are accepted."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def uri(token):
 
 
 @given(st.text(ALPHABET, min_size=43, max_size=43))
-def test_every_token_is_read_back(token):
+def test_every_token_in_a_name_is_read(token):
     assert token_in_name(f"alloc:{token}") == token
 
 
 @given(st.text(max_size=70) | st.text(max_size=70).map("alloc:".__add__))
-def test_nothing_else_is_a_token(name):
+def test_another_name_has_no_token(name):
     found = token_in_name(name)
     assert found is None or (name == f"alloc:{found}" and tokens.well_formed(found))
 
@@ -50,7 +50,7 @@ def test_nothing_else_is_a_token(name):
         f"alloc:{TOKEN[:-1]}é",
     ],
 )
-def test_names_that_only_look_like_ours_are_none(name):
+def test_a_name_that_only_looks_like_a_lease_has_no_token(name):
     assert token_in_name(name) is None
 
 
@@ -61,7 +61,7 @@ def test_the_token_of_a_certificate_is_read(ca, now):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda ca: ca.issue(), "its subject contains no lease token"),
         (lambda ca: ca.issue(f"alloc:{TOKEN}", f"alloc:{TOKEN}"), "its subject contains no lease token"),
@@ -72,21 +72,21 @@ def test_the_token_of_a_certificate_is_read(ca, now):
         (lambda ca: ca.client(TOKEN, usage=ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE), "it is not for TLS"),
     ],
 )
-def test_a_certificate_of_our_ca_for_something_else_is_refused(ca, now, make, told):
+def test_a_certificate_of_our_ca_for_another_purpose_is_refused(ca, now, make, message):
     with pytest.raises(Unauthenticated) as caught:
         token_digest(make(ca).der, now)
-    assert told in caught.value.message
+    assert message in caught.value.message
     assert caught.value.code == "WrongCertificate"
     assert TOKEN not in caught.value.message
 
 
 @given(st.binary(max_size=200))
-def test_what_is_no_certificate_is_refused(data):
+def test_bytes_that_are_not_a_certificate_are_refused(data):
     with pytest.raises(Unauthenticated):
         token_digest(data, datetime(2026, 1, 1, tzinfo=UTC))
 
 
-def test_the_dates_hold_to_the_second(ca, now):
+def test_the_dates_are_exact_to_the_second(ca, now):
     der = ca.client(TOKEN, begins=now, ends=now + timedelta(hours=1)).der
     second = timedelta(seconds=1)
     assert token_digest(der, now) == tokens.digest(TOKEN)

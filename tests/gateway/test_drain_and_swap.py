@@ -1,6 +1,6 @@
-"""The ends of leases and of the gateway, and changes of its certificate, while streams are open and busy.
+"""The end of leases and of the gateway, and changes of its certificate, while connections are open and busy.
 
-That each of them works for one quiet stream is in test_gateway.py; here many are open, and bytes are under way.
+test_gateway.py tests each of them with one idle connection. Here many are open, and bytes are being relayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KILOBYTE = 1024
 BUSY, AT_ONCE, EACH = 8, 4, 6
 
 
-def lease_ends(world, how):
+def end_lease(world, how):
     """Releases the only lease, or lets it expire by the clock."""
     if how == "release":
         world.lease(end_reason=EndReason.RELEASED)
@@ -30,22 +30,20 @@ def lease_ends(world, how):
 
 
 @pytest.mark.parametrize("how", ["release", "expiry"])
-@pytest.mark.parametrize("speaker", ["client", "worker"])
-async def test_of_the_streams_of_an_ended_lease_the_silent_are_cut_and_the_busy_go_on_to_the_last(
-    world, how, speaker
-):
-    """A byte a minute in one direction is enough; a stream that ended by itself holds nobody up; nobody is let in;
-    and the worker is given back with the last of them."""
+@pytest.mark.parametrize("sender", ["client", "worker"])
+async def test_silent_connections_of_an_ended_lease_are_cut_and_busy_ones_continue_to_their_end(world, how, sender):
+    """A byte a minute in one direction is enough. New connections are refused, and a connection that ended by itself
+    delays nothing. The registration is withdrawn after the last one."""
     token = world.lease(expires_at=world.now().timestamp() + SOON)
     busy, silent, leaving = [await world.connect(token) for _ in range(3)]
     for streams in (busy, silent, leaving):
         await streams.echo(b"x")
-    await lease_ends(world, how)
+    await end_lease(world, how)
     leaving.writer.close()
     await world.wait_until(lambda: world.metric("active_connections") == 2)
     for _ in range(4):
         await world.advance(MINUTE - 10)
-        if speaker == "client":
+        if sender == "client":
             await busy.echo(b"still building")
         else:
             world.worker_writers[0].write(b"still building")
@@ -58,7 +56,7 @@ async def test_of_the_streams_of_an_ended_lease_the_silent_are_cut_and_the_busy_
 
 
 @pytest.mark.parametrize("how", ["release", "expiry"])
-async def test_who_waits_for_a_worker_when_its_lease_ends_is_told_and_who_is_relayed_drains(world, how):
+async def test_at_the_end_of_a_lease_a_held_client_is_refused_and_a_relayed_one_drains(world, how):
     token = world.lease(expires_at=world.now().timestamp() + SOON)
     relayed = await world.connect(token)
     await relayed.echo(b"x")
@@ -66,7 +64,7 @@ async def test_who_waits_for_a_worker_when_its_lease_ends_is_told_and_who_is_rel
     waiting = await world.connect(token)
     waiting.start_call()
     await world.wait_until(world.holds_client)
-    await lease_ends(world, how)
+    await end_lease(world, how)
     code, sentence = await waiting.call_result()
     assert code == 16
     assert "Run `bkpool allocate` again." in sentence
@@ -77,35 +75,35 @@ async def test_who_waits_for_a_worker_when_its_lease_ends_is_told_and_who_is_rel
 
 
 class Build:
-    """A stream that sends and gets back, in pieces, until it is told that this is enough."""
+    """A connection that sends data and gets it back, again and again, until it is stopped."""
 
     def __init__(self, streams, seed):
         self._streams = streams
         self._data = hashlib.shake_256(bytes([seed])).digest(40 * KILOBYTE)
         self.rounds = 0
-        self.enough = False
+        self.stop = False
 
     async def run(self):
         async with asyncio.timeout(20):
-            while not self.enough:
+            while not self.stop:
                 await self._streams.echo(self._data)
                 self.rounds += 1
         self._streams.writer.close()
 
 
-async def builds(world, count=BUSY):
-    """So many busy streams, each of which has moved bytes."""
+async def start_builds(world, count=BUSY):
+    """Starts so many busy connections. Each has relayed bytes."""
     token = world.lease()
-    made = [Build(await world.connect(token), seed) for seed in range(count)]
-    tasks = [asyncio.create_task(build.run()) for build in made]
-    await moved(world, made)
-    return made, tasks
+    builds = [Build(await world.connect(token), seed) for seed in range(count)]
+    tasks = [asyncio.create_task(build.run()) for build in builds]
+    await wait_for_progress(world, builds)
+    return builds, tasks
 
 
-async def moved(world, made):
-    """Every one of them has got further."""
-    rounds = [build.rounds for build in made]
-    await world.wait_until(lambda: all(build.rounds > before for build, before in zip(made, rounds, strict=True)))
+async def wait_for_progress(world, builds):
+    """Waits until each of them has relayed more bytes."""
+    rounds = [build.rounds for build in builds]
+    await world.wait_until(lambda: all(build.rounds > before for build, before in zip(builds, rounds, strict=True)))
 
 
 @pytest.fixture(params=[new_loop, asyncio.SelectorEventLoop], ids=["uvloop", "asyncio"])
@@ -113,25 +111,25 @@ async def busy_world(request, new_world):
     return await new_world(make_loop=request.param)
 
 
-async def test_a_drain_under_load_takes_no_byte_from_any_stream_and_ends_with_the_last(busy_world):
-    made, tasks = await builds(busy_world)
+async def test_a_drain_under_load_loses_no_byte_and_ends_with_the_last_connection(busy_world):
+    builds, tasks = await start_builds(busy_world)
     drained = asyncio.create_task(busy_world.gateway.drain(600))
-    await moved(busy_world, made)
+    await wait_for_progress(busy_world, builds)
     with pytest.raises(ConnectionRefusedError):
         await busy_world.connect(busy_world.token("a"))
-    for build in made[1:]:
-        build.enough = True
+    for build in builds[1:]:
+        build.stop = True
     await asyncio.gather(*tasks[1:])
-    await moved(busy_world, made[:1])
+    await wait_for_progress(busy_world, builds[:1])
     assert not drained.done()
-    made[0].enough = True
+    builds[0].stop = True
     await asyncio.gather(*tasks)
     await drained
     await busy_world.registry.wait_for("withdraw")
 
 
-async def test_the_deadline_of_a_drain_ends_busy_streams_too(busy_world):
-    _, tasks = await builds(busy_world)
+async def test_the_deadline_of_a_drain_cuts_busy_connections_too(busy_world):
+    _, tasks = await start_builds(busy_world)
     drained = asyncio.create_task(busy_world.gateway.drain(0.05))
     ends = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(end, (asyncio.IncompleteReadError, ConnectionError)) for end in ends), ends
@@ -142,10 +140,10 @@ async def test_the_deadline_of_a_drain_ends_busy_streams_too(busy_world):
 # --- certificates ---------------------------------------------------------------------------------------------------
 
 
-async def test_no_connection_fails_while_the_certificate_is_changed_again_and_again(busy_world):
-    """New ones see the one or the other, verified; open streams never notice."""
+async def test_no_connection_fails_while_the_certificate_changes_again_and_again(busy_world):
+    """New connections get one of the two certificates and verify it. Open connections are not affected."""
     world = busy_world
-    made, tasks = await builds(world, 2)
+    builds, tasks = await start_builds(world, 2)
     certificates = [world.ca.server(), world.ca.server()]
     seen, swaps = set(), 0
 
@@ -164,24 +162,24 @@ async def test_no_connection_fails_while_the_certificate_is_changed_again_and_ag
         await world.settle()
     await asyncio.gather(*coming)
     assert seen >= {one.der for one in certificates}
-    await moved(world, made)
-    for build in made:
-        build.enough = True
+    await wait_for_progress(world, builds)
+    for build in builds:
+        build.stop = True
     await asyncio.gather(*tasks)
     assert world.metric("refusals_total", reason="TlsFailed") == world.metric("refusals_total") == 0
     assert world.metric("connections_total", status="success") == 2 + AT_ONCE * EACH
 
 
-async def test_a_certificate_may_change_during_a_drain_which_ends_as_it_would_have(busy_world):
-    made, tasks = await builds(busy_world, 2)
+async def test_a_certificate_may_change_during_a_drain(busy_world):
+    builds, tasks = await start_builds(busy_world, 2)
     drained = asyncio.create_task(busy_world.gateway.drain(600))
     for _ in range(3):
         one = busy_world.ca.server()
         busy_world.gateway.set_server_certificate(one.cert, one.key, busy_world.ca.pem)
-        await moved(busy_world, made)
+        await wait_for_progress(busy_world, builds)
     with pytest.raises(ConnectionRefusedError):
         await busy_world.connect(busy_world.token("a"))
-    for build in made:
-        build.enough = True
+    for build in builds:
+        build.stop = True
     await asyncio.gather(*tasks)
     await drained

@@ -1,4 +1,4 @@
-"""What the gateway counts: bytes while they flow, each once; series that are bounded and go with what they count."""
+"""The gateway's metrics: bytes are current and count once; the number of series is bounded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def value(metrics):
 
 
 def _series(metrics, name):
-    """The samples of a metric, by their labels."""
+    """Returns the samples of a metric, by their labels."""
     return {
         tuple(sample.labels.values()): sample.value
         for family in metrics.registry.collect()
@@ -41,7 +41,7 @@ def _meter(pool="p", worker="p-worker-0", up=0, down=0):
     return Meter(pool, worker, end)
 
 
-def test_bytes_are_current_while_the_connection_is_open_and_counted_once_when_it_is_closed(metrics, value):
+def test_bytes_are_current_while_the_connection_is_open_and_count_once_after_its_end(metrics, value):
     meter = _meter()
     metrics.relay_started(meter)
     seen = []
@@ -58,8 +58,8 @@ def test_bytes_are_current_while_the_connection_is_open_and_counted_once_when_it
     assert value("bytes_total", pool="p", direction="up") == 35
 
 
-def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metrics, value):
-    """Also the sum is right in the end, and the gauges are at zero."""
+def test_the_byte_total_never_decreases_while_connections_come_and_go_in_other_threads(metrics, value):
+    """The total is right at the end, and the gauges are zero."""
 
     def work():
         for _ in range(200):
@@ -85,7 +85,7 @@ def test_bytes_never_go_back_while_connections_come_and_go_in_other_threads(metr
     assert value("active_connections", pool="p") == value("pending_connections") == metrics.active("p") == 0
 
 
-def test_active_counts_what_is_open_by_pool(metrics, value):
+def test_active_counts_the_relayed_connections_of_a_pool(metrics, value):
     first, second = _meter(), _meter(pool="q")
     assert metrics.active("p") == 0
     metrics.relay_started(first)
@@ -96,7 +96,7 @@ def test_active_counts_what_is_open_by_pool(metrics, value):
     assert metrics.active("q") == 1
 
 
-def test_the_series_of_a_lease_goes_when_nothing_of_it_is_open(metrics):
+def test_the_series_of_a_worker_disappears_when_nothing_is_open(metrics):
     meters = [_meter(worker="w-0"), _meter(worker="w-0"), _meter(worker="w-1")]
     for meter in meters:
         metrics.relay_started(meter)
@@ -108,8 +108,8 @@ def test_the_series_of_a_lease_goes_when_nothing_of_it_is_open(metrics):
     assert _series(metrics, "open_connections") == {}
 
 
-def test_two_hundred_leases_have_series_of_their_own_and_the_rest_is_one(metrics):
-    """The busiest have their own, and the sum stays right."""
+def test_two_hundred_workers_have_a_series_each_and_the_others_share_one(metrics):
+    """The busiest workers have a series each, and the sum is right."""
     for number in range(300):
         metrics.relay_started(_meter(worker=f"w-{number}"))
     busy = [f"w-{number}" for number in range(250, 300)]
@@ -122,7 +122,7 @@ def test_two_hundred_leases_have_series_of_their_own_and_the_rest_is_one(metrics
     assert sum(series.values()) == 350
 
 
-def test_a_refusal_is_an_error_of_its_pool_with_a_reason(metrics, value):
+def test_a_refusal_counts_as_an_error_of_its_pool_with_a_reason(metrics, value):
     metrics.refused("", "TlsFailed")
     metrics.refused("p", "LeaseExpired")
     metrics.refused("p", "LeaseExpired")
@@ -131,7 +131,7 @@ def test_a_refusal_is_an_error_of_its_pool_with_a_reason(metrics, value):
     assert value("connections_total", pool="", status="error") == 1
 
 
-def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
+def test_handshakes_and_dials_are_counted_by_outcome(metrics, value):
     metrics.handshake_done(0.004, ok=True)
     metrics.handshake_done(9.0, ok=False)
     metrics.dial_done("p", 0.0002, "reached")
@@ -145,8 +145,8 @@ def test_handshakes_and_dials_are_told_apart_by_outcome(metrics, value):
     assert value("dial_seconds_count", pool="p", outcome="stranger") == 1
 
 
-def test_draining_and_guests_are_said_as_they_are_now(metrics, value):
-    """A process without a gateway says nothing of draining."""
+def test_draining_and_pending_connections_are_current(metrics, value):
+    """A process whose gateway does not listen yet has no series for draining."""
     assert (value("draining"), value("pending_connections")) == (None, 0)
     metrics.set_draining(True)
     metrics.count_pending(+3)
@@ -156,8 +156,8 @@ def test_draining_and_guests_are_said_as_they_are_now(metrics, value):
     assert value("draining") == 0
 
 
-async def test_a_connections_bytes_handshake_and_dial_are_counted_while_it_is_open(world):
-    """Through the real gateway; afterwards nothing is counted as open."""
+async def test_an_open_connection_is_counted_with_its_bytes_handshake_and_dial(world):
+    """With a real gateway. Afterwards nothing is counted as open."""
     streams = await world.connect(world.lease())
     await streams.echo(b"x" * 1000)
     assert world.metric("bytes_total", direction="up") == world.metric("bytes_total", direction="down") == 1000
@@ -171,8 +171,8 @@ async def test_a_connections_bytes_handshake_and_dial_are_counted_while_it_is_op
     assert _series(world.metrics, "pending_connections") == {(): 0}
 
 
-async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
-    """A client that speaks no TLS."""
+async def test_a_failed_handshake_is_counted_and_leaves_no_pending_connection(world):
+    """The handshake of a client without TLS."""
     reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
     writer.write(b"GET / HTTP/1.1\r\n\r\n")
     await reader.read()
@@ -185,8 +185,8 @@ async def test_a_handshake_that_fails_is_counted_and_leaves_no_guest(world):
     )
 
 
-async def test_a_handshake_that_is_never_finished_has_failed_and_a_mere_probe_was_none(world):
-    """Load balancers and kubelets open a port and close it again to see that somebody listens."""
+async def test_a_handshake_that_never_completes_counts_as_failed_and_a_probe_does_not_count(world):
+    """Load balancers and kubelets open a connection and close it again as a probe."""
     _, probe = await asyncio.open_connection("127.0.0.1", world.port)
     _, silent = await asyncio.open_connection("127.0.0.1", world.port)
     count = world.metrics.registry.get_sample_value

@@ -1,4 +1,4 @@
-"""A lease that another replica has made just now: the first connection here finds it, through all the real parts."""
+"""A lease that another replica has just made is found by the first connection here. All parts are real."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ async def store(tmp_path):
     await opened.close()
 
 
-async def test_a_replica_whose_watch_is_behind_serves_a_lease_that_it_has_not_heard_of(
-    store, new_world, allocation, now
-):
-    mirror = Mirror(store)  # never run: it is not told of anything
+async def test_a_replica_with_an_outdated_copy_serves_a_lease_that_is_newer(store, new_world, allocation, now):
+    mirror = Mirror(store)  # it does not run, so it stays outdated
     registry = StoreLeaseRegistry(
         store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0)
     )
@@ -40,10 +38,10 @@ async def test_a_replica_whose_watch_is_behind_serves_a_lease_that_it_has_not_he
     ready = worker.with_status(phase=Phase.ALLOCATED, endpoint=world.endpoint, cache_owner=lease.owner)
     await store.replace_status(ready)
 
-    await (await world.connect(token)).echo(b"at the first try")
-    code, sentence = await (await world.connect(world.token("nobody's"))).call()
+    await (await world.connect(token)).echo(b"at the first attempt")
+    code, sentence = await (await world.connect(world.token("unknown"))).call()
     assert code == 16
     assert sentence.startswith("no lease has the token of this client certificate")
 
     unsubscribe()
-    await world.gateway.close()  # withdraws, while the store is open
+    await world.gateway.close()  # it withdraws the registration, so the store must be open

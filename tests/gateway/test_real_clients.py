@@ -1,4 +1,4 @@
-"""The real buildx and buildctl: they show what a refusal says, and at once."""
+"""The real buildx and buildctl show the sentence of a refusal at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def released(world):
     return world.certificate(world.token("a")).files
 
 
-async def test_buildx_shows_the_sentence_at_once(world, released, buildx, tmp_path):
+async def test_buildx_shows_the_refusal_at_once(world, released, buildx, tmp_path):
     cert, key = released
     home = {"HOME": tmp_path, "BUILDX_CONFIG": tmp_path / "buildx", "DOCKER_CONFIG": tmp_path / "docker"}
     options = f"cacert={world.ca.file},cert={cert},key={key},servername=localhost"
@@ -46,7 +46,7 @@ async def test_buildx_shows_the_sentence_at_once(world, released, buildx, tmp_pa
     assert time.monotonic() - began < 2
 
 
-async def test_buildctl_shows_the_sentence_at_once(world, released, buildctl):
+async def test_buildctl_shows_the_refusal_at_once(world, released, buildctl):
     cert, key = released
     began = time.monotonic()
     tls = ["--tlscacert", world.ca.file, "--tlscert", cert, "--tlskey", key, "--tlsservername", "localhost"]
