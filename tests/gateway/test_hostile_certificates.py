@@ -1,8 +1,8 @@
-"""Certificates that nobody should have, each shown to a gateway that others are using.
+"""Malicious certificates, each sent to a gateway that other clients use.
 
-Whatever comes is answered with a TLS alert or a sentence, reaches no worker, and leaves nothing behind: that is what
-`support.attack` holds after each. What is told to those without a certificate, with one of a foreign CA, of another
-time, of servers or of another pool stands in test_gateway and test_tenants.
+Each gets a TLS alert or a sentence, reaches no worker, and leaves nothing behind: `support.attack` checks that after
+each test. test_gateway and test_rejected_access test clients without a certificate, or with one of a foreign CA, of
+another time, for servers or of another pool.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from support.certificates import NOW
 from support.forged import attribute, der, subject
 
 VICTIM = tokens.derive(b"key", "uid", "a")
-"""The token of a lease that is alive: a certificate that were taken for its own would reach a worker."""
+"""The token of a valid lease. A certificate that is accepted as that of this lease would reach a worker."""
 OURS = f"alloc:{VICTIM}"
 PRIVATE = "1.3.6.1.4.1.99999"
-"""Below it are extensions that nobody knows."""
+"""The object identifiers of unknown extensions are below it."""
 WEAK = "ALL:@SECLEVEL=0"
-"""With these ciphers OpenSSL lets a client show what it would itself refuse (SSL_CTX_set_security_level(3))."""
+"""With these ciphers OpenSSL lets a client send certificates that it would refuse (SSL_CTX_set_security_level(3))."""
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ async def world(new_world, capfd):
         yield attacked.world
 
 
-async def knock(world, identity):
-    """Connects with any certificate, also one that a client's OpenSSL would rather not show."""
+async def connect_with_certificate(world, identity):
+    """Connects with any certificate, also one that a client's OpenSSL would normally not send."""
     context = world.ca.client_context()
     context.set_ciphers(WEAK)
     context.load_cert_chain(*identity.files)
     return await world.connect_with(context)
 
 
-async def alert(world, identity):
-    """What TLS itself says to this certificate. In TLS 1.3 a client hears of it after its handshake."""
-    streams = await knock(world, identity)
+async def tls_alert(world, identity):
+    """Returns the TLS alert for this certificate. In TLS 1.3 a client gets it after its handshake."""
+    streams = await connect_with_certificate(world, identity)
     with pytest.raises(ssl.SSLError) as caught:
         async with asyncio.timeout(10):
             await streams.reader.read()
@@ -62,7 +62,7 @@ async def alert(world, identity):
 
 
 def issued(key, *, issuer_key, issuer="a CA of the tests", name=OURS, algorithm=None, more=()):
-    """A certificate for clients with everything right but what is asked to be wrong."""
+    """Returns a certificate for clients, correct except for what the arguments change."""
     builder = (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
@@ -84,75 +84,77 @@ def identity_of(ca, certificate, key):
 
 
 def renamed(ca, name):
-    """The victim's certificate with this subject instead, signed by our CA."""
+    """Returns the victim's certificate with this subject, signed by our CA."""
     identity = ca.client(VICTIM)
     certificate = x509.load_der_x509_certificate(identity.der)
     changed = forged.forged(certificate, ca._key, {forged.subject_of(certificate): name})
     return ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), identity.key)
 
 
-# --- what TLS refuses -----------------------------------------------------------------------------------------------
+# --- refused by TLS -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("issuer", [OURS, "a CA of the tests"], ids=["itself", "our CA, it says"])
-async def test_a_certificate_signed_by_itself_ends_in_an_alert(world, issuer):
-    """Also one that names our CA as its issuer: what counts is the signature."""
+@pytest.mark.parametrize("issuer", [OURS, "a CA of the tests"], ids=["names itself", "names our CA"])
+async def test_a_self_signed_certificate_gets_an_alert(world, issuer):
+    """Also if it names our CA as its issuer: only the signature counts."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = issued(key, issuer_key=key, issuer=issuer)
-    told = await alert(world, identity_of(world.ca, certificate, key))
+    told = await tls_alert(world, identity_of(world.ca, certificate, key))
     assert "unknown ca" in told or "decrypt error" in told
 
 
-async def test_a_signature_of_our_ca_that_was_tampered_with_ends_in_an_alert(world):
-    """A lease's own certificate in which one letter of the token is another."""
+async def test_a_changed_certificate_of_our_ca_gets_an_alert(world):
+    """A lease's certificate with one letter of the token changed."""
     mine = world.ca.client(world.token("attacker"))
     changed = mine.der.replace(world.token("attacker").encode(), VICTIM.encode())
     assert changed != mine.der
-    told = await alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), mine.key))
+    told = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), mine.key))
     assert "decrypt error" in told
 
 
-async def test_a_key_of_rsa_1024_ends_in_an_alert(world):
-    """Though our CA had signed it: somebody may have the key."""
+async def test_a_key_of_rsa_1024_gets_an_alert(world):
+    """Although our CA signed it: an attacker may have computed the key."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=1024)
     certificate = issued(key, issuer_key=world.ca._key)
-    assert "bad certificate" in await alert(world, identity_of(world.ca, certificate, key))
+    assert "bad certificate" in await tls_alert(world, identity_of(world.ca, certificate, key))
 
 
-async def test_a_signature_with_sha_1_ends_in_an_alert(world):
-    """Though it is our CA's: anybody may have found a second certificate for it."""
+async def test_a_signature_with_sha_1_gets_an_alert(world):
+    """Although our CA signed it: an attacker may have found a second certificate with the same signature."""
     mine = world.ca.client(VICTIM)
     weak = forged.forged(x509.load_der_x509_certificate(mine.der), world.ca._key, {}, algorithm=forged.ECDSA_SHA1)
-    told = await alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(weak).encode(), mine.key))
+    told = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(weak).encode(), mine.key))
     assert "bad certificate" in told
 
 
-def padded(ca, identity, count):
-    """The identity with so many certificates of 10 KB each behind it that have nothing to do with it."""
+def with_long_chain(ca, identity, count):
+    """Returns the certificate, followed by so many unrelated certificates of 10 KB each."""
     key = ec.generate_private_key(ec.SECP256R1())
     filling = x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{PRIVATE}.1"), os.urandom(10_000))
     chain = [issued(key, issuer_key=key, issuer="nobody", name="x", more=[filling]) for _ in range(count)]
     return replace(identity, cert=identity.cert + b"".join(each.public_bytes(Encoding.PEM) for each in chain))
 
 
-async def test_a_chain_of_more_than_100_kb_ends_in_an_alert(world):
-    """OpenSSL takes no more than 100 KiB (SSL_CTX_set_max_cert_list(3)) and looks at none of it."""
-    streams = await knock(world, padded(world.ca, world.ca.client(VICTIM), 11))
-    with pytest.raises((ssl.SSLError, ConnectionError)):  # the reset may overtake the alert: it reads no further
+async def test_a_chain_of_more_than_100_kb_gets_an_alert(world):
+    """OpenSSL accepts at most 100 KiB (SSL_CTX_set_max_cert_list(3)), and does not parse a longer chain."""
+    streams = await connect_with_certificate(world, with_long_chain(world.ca, world.ca.client(VICTIM), 11))
+    with pytest.raises(
+        (ssl.SSLError, ConnectionError)
+    ):  # the reset may overtake the alert, because OpenSSL stops reading
         async with asyncio.timeout(10):
             await streams.reader.read()
     await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="TlsFailed") == 1)
 
 
-async def test_a_chain_of_nearly_100_kb_is_worth_what_its_first_certificate_is(world):
-    """What stands behind it is ignored: an unknown lease is told so."""
-    stranger = world.ca.client(world.token("nobody's"))
-    code, sentence = await (await knock(world, padded(world.ca, stranger, 9))).call()
+async def test_of_a_chain_of_nearly_100_kb_only_the_first_certificate_counts(world):
+    """The other certificates are ignored: the client of an unknown lease gets its sentence."""
+    stranger = world.ca.client(world.token("unknown"))
+    code, sentence = await (await connect_with_certificate(world, with_long_chain(world.ca, stranger, 9))).call()
     assert code == 16
     assert sentence.startswith("no lease has the token of this client certificate.")
 
 
-# --- what the gateway refuses, in words -----------------------------------------------------------------------------
+# --- refused by the gateway with a sentence -------------------------------------------------------------------------
 
 NAMES = {
     "absent": subject(),
@@ -183,9 +185,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
-async def test_a_name_that_is_not_exactly_a_leases_is_answered_in_words(world, name):
-    """Signed by our CA, which would never write it: no reading of it is the victim's lease."""
-    code, sentence = await (await knock(world, renamed(world.ca, name))).call()
+async def test_a_name_that_is_not_exactly_that_of_a_lease_is_refused_with_a_sentence(world, name):
+    """Signed by our CA, which would never issue it. It is never read as the victim's name."""
+    code, sentence = await (await connect_with_certificate(world, renamed(world.ca, name))).call()
     assert code == 16
     assert sentence.startswith("the client certificate does not belong to a lease: ")
     assert sentence.endswith("Run `bkpool allocate` and use the certificate that it returns.")
@@ -196,22 +198,22 @@ async def test_a_name_that_is_not_exactly_a_leases_is_answered_in_words(world, n
 @pytest.mark.parametrize(
     "token", [VICTIM.swapcase(), "A" * 43, VICTIM[::-1]], ids=["in other case", "all one letter", "backwards"]
 )
-async def test_a_token_of_the_right_length_that_no_lease_has_is_answered_in_words(world, token):
-    code, sentence = await (await knock(world, world.ca.client(token))).call()
+async def test_an_unknown_token_of_the_right_length_is_refused_with_a_sentence(world, token):
+    code, sentence = await (await connect_with_certificate(world, world.ca.client(token))).call()
     assert (code, sentence) == (
         16,
         "no lease has the token of this client certificate. Run `bkpool allocate` again.",
     )
 
 
-async def test_an_extension_twice_is_answered_in_words(world):
-    """RFC 5280 section 4.2 forbids it; OpenSSL lets it pass, and cryptography has an error of its own for it."""
+async def test_a_duplicate_extension_is_refused_with_a_sentence(world):
+    """RFC 5280 section 4.2 forbids it. OpenSSL accepts it, and cryptography raises a special exception."""
     key = ec.generate_private_key(ec.SECP256R1())
     one, other = (x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{PRIVATE}.{last}"), b"\5\0") for last in (1, 2))
     certificate = issued(key, issuer_key=world.ca._key, more=[one, other])
     changed = forged.forged(certificate, world.ca._key, {_oid(2): _oid(1)})
     again = x509.load_der_x509_certificate(changed)
-    code, sentence = await (await knock(world, identity_of(world.ca, again, key))).call()
+    code, sentence = await (await connect_with_certificate(world, identity_of(world.ca, again, key))).call()
     assert code == 16
     assert sentence.startswith("the client certificate does not belong to a lease: ")
 
@@ -221,8 +223,8 @@ def _oid(last):
 
 
 @pytest.mark.parametrize("how", ["released", "expired", "forgotten", "another pool's"])
-async def test_a_lease_that_is_no_longer_or_not_here_leaves_no_slot_taken(world, how):
-    """Ten in a row: each gets its sentence, and the room for two connections is still there."""
+async def test_a_refused_lease_takes_no_slot(world, how):
+    """Ten in a row: each gets its sentence, and both slots stay free."""
     match how:
         case "released":
             world.end_lease("a", EndReason.RELEASED)

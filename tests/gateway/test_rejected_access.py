@@ -1,4 +1,4 @@
-"""What is not a lease's own way in: another pool's, a certificate that is no client's, a session of before."""
+"""Access that is refused: the name of another pool, a certificate for another purpose, an earlier TLS session."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(days=3650)
 
 
-# --- a name that is a pool's ----------------------------------------------------------------------------------------
+# --- server names of pools ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["q.team.svc", "q.team.svc.cluster.local", "Q.TEAM.Svc", "q.team.svc."])
-async def test_who_comes_under_the_name_of_another_pool_is_refused_in_words(world, name):
+async def test_the_server_name_of_another_pool_is_refused_with_a_sentence(world, name):
     code, sentence = await (await world.connect(world.lease(), name=name)).call()
     assert code == 7
     assert sentence.startswith(f"the name {name} is that of pool team/q, ")
@@ -46,25 +46,25 @@ async def test_who_comes_under_the_name_of_another_pool_is_refused_in_words(worl
         *("q", "q.team", "q.team.svc.example.com", "gateway.infra.svc", "x.q.team.svc", "_q.team.svc"),
     ],
 )
-async def test_every_other_name_leads_to_the_pool_of_the_lease(world, name):
+async def test_every_other_server_name_leads_to_the_pool_of_the_lease(world, name):
     await (await world.connect(world.lease(), name=name)).echo(b"x")
 
 
-async def test_a_pool_that_is_new_is_known_by_its_name(world):
+async def test_the_server_name_of_a_new_pool_is_recognized(world):
     world.pools.discard(Key("team", "q"))
     await (await world.connect(world.lease(), name="q.team.svc")).echo(b"x")
     world.pools.add(Key("team", "q"))
     assert (await (await world.connect(world.lease(), name="q.team.svc")).call())[0] == 7
 
 
-async def test_a_late_caller_is_told_of_the_wrong_pool_before_its_end(world):
+async def test_the_wrong_pool_is_reported_before_the_end_of_the_lease(world):
     world.lease()
     world.end_lease("a", EndReason.RELEASED)
     assert (await (await world.connect(world.token("a"), name="q.team.svc")).call())[0] == 7
 
 
 @pytest.mark.parametrize("name", [b"\xff\xfe\xfd", b"q\0t", b"\r\n\t", b"%s;", b"..."])
-async def test_a_hostile_name_harms_nobody_else(world, name, monkeypatch, capsys):
+async def test_an_invalid_server_name_does_not_affect_others(world, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "unraisablehook", ignore_invalid_server_names)
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = world.ca.client_context().wrap_bio(incoming, outgoing, server_hostname="n" * len(name))
@@ -75,12 +75,12 @@ async def test_a_hostile_name_harms_nobody_else(world, name, monkeypatch, capsys
     with closing(await asyncio.to_thread(socket.create_connection, ("127.0.0.1", world.port))) as sock:
         sock.setblocking(False)
         sock.send(hello)
-        assert await asyncio.get_running_loop().sock_recv(sock, 1)  # an alert, or its part of the handshake
+        assert await asyncio.get_running_loop().sock_recv(sock, 1)  # an alert, or the server's part of the handshake
     await (await world.connect(world.lease())).echo(b"x")
     assert capsys.readouterr().err == ""
 
 
-# --- certificates for something else --------------------------------------------------------------------------------
+# --- certificates for other purposes --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def backend():
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "alert"),
     [
         (lambda clients, backend: backend.issue_worker("uid", NOW), r"(?i)unknown.ca"),
         (lambda clients, backend: backend.issue_dialler("default/p", NOW, LATER), r"(?i)unknown.ca"),
@@ -104,19 +104,19 @@ def backend():
     ],
     ids=["a worker", "a dialler", "a token signed by the backend's CA", "the gateway's own", "a worker of our CA"],
 )
-async def test_what_we_issue_to_others_lets_no_client_in(world, clients, backend, make, told):
+async def test_certificates_for_other_purposes_are_not_accepted_from_clients(world, clients, backend, make, alert):
     gateway = world.ca.server()
     world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
     world.lease()
     leaf = make(clients, backend)
     streams = await world.connect(certificate=world.ca.stored(leaf.cert_pem, leaf.key_pem))
-    with pytest.raises(ssl.SSLError, match=told):
+    with pytest.raises(ssl.SSLError, match=alert):
         await streams.reader.read()
     assert world.worker_connections == 0
 
 
 @pytest.mark.parametrize("name", ["default/p", f"alloc:{'T' * 43}"])
-async def test_a_diallers_certificate_of_the_clients_own_ca_is_no_leases(world, clients, name):
+async def test_a_diallers_certificate_of_the_clients_ca_is_not_that_of_a_lease(world, clients, name):
     gateway = world.ca.server()
     world.gateway.set_server_certificate(gateway.cert, gateway.key, clients.cert_pem)
     leaf = clients.issue_dialler(name, NOW, LATER)
@@ -125,8 +125,8 @@ async def test_a_diallers_certificate_of_the_clients_own_ca_is_no_leases(world, 
     assert "its subject contains no lease token" in sentence
 
 
-def test_a_leases_certificate_makes_no_api_for_the_cli(tmp_path, monkeypatch):
-    """It is signed by the authority that a user of the API over TLS may have been told to trust."""
+def test_the_cli_does_not_accept_a_leases_certificate_as_that_of_an_api(tmp_path, monkeypatch):
+    """Its CA is one that a user of the API over TLS may trust."""
     now = datetime.now(UTC)
     authority = Authority.create(now)
     leaf = authority.issue_client("T" * 43, now, now + timedelta(hours=1))
@@ -150,11 +150,11 @@ def test_a_leases_certificate_makes_no_api_for_the_cli(tmp_path, monkeypatch):
         served.result()
 
 
-# --- sessions of before ---------------------------------------------------------------------------------------------
+# --- earlier TLS sessions -------------------------------------------------------------------------------------------
 
 
-def shaken(world, context, session=None):
-    """A client's TLS connection, as far as its first answer of the worker or a refusal."""
+def connect_with_session(world, context, session=None):
+    """Returns a client's TLS connection after the first byte of the worker or of a refusal."""
     sock = socket.create_connection(("127.0.0.1", world.port), timeout=10)
     tls = context.wrap_socket(sock, server_hostname="localhost", session=session)
     tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
@@ -162,31 +162,31 @@ def shaken(world, context, session=None):
     return tls
 
 
-async def test_a_session_is_not_taken_up_again_after_the_release(world):
+async def test_a_tls_session_is_not_resumed_after_the_release(world):
     context = world.ca.client_context(world.certificate(world.lease()))
-    with await asyncio.to_thread(shaken, world, context) as first:
+    with await asyncio.to_thread(connect_with_session, world, context) as first:
         session = first.session
     world.end_lease("a", EndReason.RELEASED)
-    with await asyncio.to_thread(shaken, world, context, session) as second:
+    with await asyncio.to_thread(connect_with_session, world, context, session) as second:
         assert not second.session_reused
     await world.wait_until(lambda: world.metric("refusals_total", reason="LeaseReleased") == 1)
     assert world.worker_connections == 1
 
 
 async def s_client(port, *options, session=None):
-    """What openssl's client says of its handshake; with `session` it stays until it has put a ticket there."""
+    """Returns what openssl's client prints about its handshake. With `session` it waits for a ticket in that file."""
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "localhost", "-tls1_3"]
     async with _running(*command, *options) as client, asyncio.timeout(10):
-        said = [await client.stdout.readline()]
-        while b"Early data was" not in said[-1]:
-            assert said[-1], b"".join(said)
-            said.append(await client.stdout.readline())
-        while session and not await asyncio.to_thread(_whole, session):
+        output = [await client.stdout.readline()]
+        while b"Early data was" not in output[-1]:
+            assert output[-1], b"".join(output)
+            output.append(await client.stdout.readline())
+        while session and not await asyncio.to_thread(_is_complete, session):
             pass
-    return b"".join(said).decode(errors="replace")
+    return b"".join(output).decode(errors="replace")
 
 
-def _whole(session):
+def _is_complete(session):
     return session.exists() and session.read_bytes().endswith(b"END SSL SESSION PARAMETERS-----\n")
 
 
@@ -202,27 +202,27 @@ async def _running(*command):
         await process.communicate()
 
 
-async def test_early_data_and_the_session_of_a_twin_are_not_accepted(world, tmp_path):
-    """A twin with the same certificate gives tickets and takes 0-RTT, so that there is something to offer."""
+async def test_early_data_and_the_session_of_another_server_are_not_accepted(world, tmp_path):
+    """Another server with the same certificate issues tickets and accepts 0-RTT, so the client has both to offer."""
     identity, port = world.ca.server(), _free_port()
     session, early = tmp_path / "session", tmp_path / "early"
     early.write_bytes(b"EARLY")
     server = ["-cert", identity.files[0], "-key", identity.files[1], "-early_data", "-num_tickets", "1"]
-    server.append("-no_anti_replay")  # which would forget the ticket of a client that hangs up
+    server.append("-no_anti_replay")  # otherwise the ticket is forgotten when the client disconnects
     offer = ["-sess_in", session, "-early_data", early]
-    async with _running("openssl", "s_server", "-accept", f"127.0.0.1:{port}", *server) as twin:
-        while b"ACCEPT" not in await twin.stdout.readline():
+    async with _running("openssl", "s_server", "-accept", f"127.0.0.1:{port}", *server) as other_server:
+        while b"ACCEPT" not in await other_server.stdout.readline():
             pass
         await s_client(port, "-sess_out", session, session=session)
         assert "Early data was accepted" in await s_client(port, *offer)
     lease = world.certificate(world.lease())
-    said = await s_client(world.port, *offer, "-cert", lease.files[0], "-key", lease.files[1])
-    assert "Early data was rejected" in said
-    assert "New, TLSv1.3" in said
-    assert "Reused" not in said
+    output = await s_client(world.port, *offer, "-cert", lease.files[0], "-key", lease.files[1])
+    assert "Early data was rejected" in output
+    assert "New, TLSv1.3" in output
+    assert "Reused" not in output
     await world.wait_until(lambda: world.metric("connections_total", status="success") == 1)
     await world.wait_until(lambda: world.metric("active_connections") == 0)
-    assert world.metric("bytes_total", direction="up") == 0, "what came early is not the worker's to hear"
+    assert world.metric("bytes_total", direction="up") == 0, "the worker must not get early data"
 
 
 def _free_port():
