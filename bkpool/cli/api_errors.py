@@ -25,6 +25,9 @@ OPTIONS: Mapping[str, str] = {
 """Field of a request to option. A field of the user's own file, such as spec.scaling.max, keeps its name."""
 
 
+_INVALID = "the request is not valid: "  # how the API begins; the user did not write the request
+
+
 def error_of(status: int, answer: Mapping[str, Any], options: Mapping[str, str] = OPTIONS) -> BkpoolError:
     """The error that the server raised, of the same class.
 
@@ -54,7 +57,7 @@ def _named(message: str, field: str, options: Mapping[str, str]) -> str:
     """The message with the option before it, in place of the field's name."""
     option = options.get(field)
     message = _translated(message, options)
-    return f"{option}: {message.removeprefix(f'{field}: ')}" if option else message
+    return f"{option}: {message.removeprefix(f'{field}: ').removeprefix(_INVALID)}" if option else message
 
 
 def _translated(text: str, options: Mapping[str, str]) -> str:

@@ -182,10 +182,13 @@ def explain(error: ValidationError, *, source: str = "", shown: bool = True) -> 
         source: Where the data came from.
         shown: Whether the sentence may have the value in it, which must not be a secret.
     """
-    found = error.errors(include_url=False, include_context=False, include_input=True)
+    found = error.errors(include_url=False, include_input=True)
     first = found[0]
     field = ".".join(str(part) for part in first["loc"]) or "the document"
     told = first["msg"].removeprefix("Value error, ")
+    longest = first.get("ctx", {}).get("le")
+    if isinstance(longest, timedelta):
+        told = f"must be at most {durations.render(longest)}"
     given = repr(first["input"]) if shown and isinstance(first["input"], str | int | float | bool) else ""
     told_value = f" (given: {given[:60]})" if given else ""
     more = f", and {len(found) - 1} more" if len(found) > 1 else ""

@@ -13,6 +13,14 @@ from bkpool.core.errors import InvalidInput
             {"field": "poolName", "message": "there is no pool default/x"},
             *("--pool: there is no pool default/x", "", "--pool"),
         ),
+        (
+            {
+                "field": "wait",
+                "message": "the request is not valid: must be at most 1h",
+                "hint": "Correct `wait` in the request.",
+            },
+            *("--wait: must be at most 1h", "Correct `--wait` in the request.", "--wait"),
+        ),
         ({"field": "ttl", "message": "ttl: '5' is not a duration"}, "--ttl: '5' is not a duration", "", "--ttl"),
         (
             {
