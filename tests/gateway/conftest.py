@@ -19,7 +19,7 @@ def now() -> datetime:
 
 
 @pytest.fixture
-def allocation() -> Lease:
+def worker_lease() -> Lease:
     return Lease(
         id="allocation-1",
         token_sha256="digest",

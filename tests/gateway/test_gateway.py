@@ -596,7 +596,7 @@ async def test_a_registration_contains_the_number_of_connections(world):
     assert world.registry.connections == [1, 3]
 
 
-async def test_an_outdated_table_never_leads_to_a_worker_of_the_next_lease(new_world, allocation, now, tmp_path):
+async def test_an_outdated_table_never_leads_to_a_worker_of_the_next_lease(new_world, worker_lease, now, tmp_path):
     """Rule 10 (docs/rules.md#r10) with the real registry. The gateway gets no newer table."""
     store = await SqliteStore.open(tmp_path / "state.db")
     try:
@@ -604,7 +604,7 @@ async def test_an_outdated_table_never_leads_to_a_worker_of_the_next_lease(new_w
         world = await new_world(registry=registry)
         token = world.token("a")
         pool = await store.create(Pool(metadata=Metadata(name="p")))
-        ours = allocation.but(id="allocation-a", token_sha256=tokens.digest(token))
+        ours = worker_lease.but(id="allocation-a", token_sha256=tokens.digest(token))
         worker = await store.create(new_worker(Slot("default", "p", 0), pool, ours, {}))
         world.lease(worker_uid=worker.uid)
         streams = await world.connect(token)
@@ -613,7 +613,7 @@ async def test_an_outdated_table_never_leads_to_a_worker_of_the_next_lease(new_w
         await world.wait_until(lambda: world.metric("active_connections") == 0)
         await world.advance(61)  # the registration has expired, here and for all others
         worker = await store.get(Worker, "default", "p-worker-0")
-        await store.replace(worker.with_lease(allocation.but(id="allocation-b", token_sha256="another")))
+        await store.replace(worker.with_lease(worker_lease.but(id="allocation-b", token_sha256="another")))
         code, sentence = await (await world.connect(token)).call()
         assert code == 16
         assert sentence.startswith("the lease has ended: it does not hold worker default/p-worker-0 any more")

@@ -25,9 +25,9 @@ async def store(tmp_path):
 
 
 @pytest.fixture
-async def worker(store, allocation):
+async def worker(store, worker_lease):
     pool = await store.create(Pool(metadata=Metadata(name="p")))
-    return await store.create(new_worker(Slot("default", "p", 0), pool, allocation, {}))
+    return await store.create(new_worker(Slot("default", "p", 0), pool, worker_lease, {}))
 
 
 @pytest.fixture
@@ -100,8 +100,8 @@ async def test_an_expired_lease_is_not_registered(store, route, now):
     assert await gateways(store) == ()
 
 
-async def test_a_worker_of_the_next_lease_is_refused(store, registry, route, worker, allocation):
-    await store.replace(worker.with_lease(allocation.but(id="allocation-2")))
+async def test_a_worker_of_the_next_lease_is_refused(store, registry, route, worker, worker_lease):
+    await store.replace(worker.with_lease(worker_lease.but(id="allocation-2")))
     for request in (registry.register, registry.renew):
         with pytest.raises(Gone, match="does not hold worker default/p-worker-0 any more"):
             await request(route, 1)
@@ -110,7 +110,7 @@ async def test_a_worker_of_the_next_lease_is_refused(store, registry, route, wor
 
 
 async def test_a_deleted_worker_is_refused_and_a_new_one_of_the_same_name_too(
-    store, registry, route, worker, allocation
+    store, registry, route, worker, worker_lease
 ):
     await store.delete(Worker, "default", "p-worker-0")
     deleted = await store.get(Worker, "default", "p-worker-0")

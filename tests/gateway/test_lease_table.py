@@ -20,10 +20,10 @@ POOL = Pool(
 
 
 @pytest.fixture
-def worker(allocation):
-    worker = new_worker(Slot("default", "p", 0), POOL, allocation, {})
+def worker(worker_lease):
+    worker = new_worker(Slot("default", "p", 0), POOL, worker_lease, {})
     worker = worker.but(metadata=worker.metadata.but(uid="worker-uid"))
-    return worker.with_status(phase=Phase.ALLOCATED, endpoint="unix:///run/w", cache_owner=allocation.owner)
+    return worker.with_status(phase=Phase.ALLOCATED, endpoint="unix:///run/w", cache_owner=worker_lease.owner)
 
 
 def route_of(worker, pools=(POOL,)):
@@ -65,8 +65,8 @@ def test_the_wait_reason_is_the_workers_message(worker):
     assert route_of(worker.with_status(endpoint=None, message="disk full")).wait_reason == "disk full"
 
 
-def test_a_released_lease_has_ended_at_any_time(worker, allocation, now):
-    ended = allocation.but(ended_at=now, end_reason=EndReason.RELEASED)
+def test_a_released_lease_has_ended_at_any_time(worker, worker_lease, now):
+    ended = worker_lease.but(ended_at=now, end_reason=EndReason.RELEASED)
     route = route_of(worker.with_lease(ended).with_status(phase=Phase.DRAINING))
     assert route.end_error(0.0).code == "LeaseReleased"
 

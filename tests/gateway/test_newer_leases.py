@@ -24,7 +24,7 @@ async def store(tmp_path):
     await opened.close()
 
 
-async def test_a_replica_with_an_outdated_copy_serves_a_lease_that_is_newer(store, new_world, allocation, now):
+async def test_a_replica_with_an_outdated_copy_serves_a_lease_that_is_newer(store, new_world, worker_lease, now):
     mirror = Mirror(store)  # it does not run, so it stays outdated
     registry = StoreLeaseRegistry(
         store, "gateway-1", lambda: now, mirror.apply, pause=lambda _seconds: asyncio.sleep(0)
@@ -33,7 +33,7 @@ async def test_a_replica_with_an_outdated_copy_serves_a_lease_that_is_newer(stor
     unsubscribe = feed_leases(world.gateway, mirror)
     token = world.token("a")
     pool = await store.create(Pool(metadata=Metadata(name="p")))
-    lease = allocation.but(token_sha256=tokens.digest(token))
+    lease = worker_lease.but(token_sha256=tokens.digest(token))
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, lease, {}))
     ready = worker.with_status(phase=Phase.ALLOCATED, endpoint=world.endpoint, cache_owner=lease.owner)
     await store.replace_status(ready)
