@@ -21,7 +21,7 @@ import docker
 import yaml
 
 from bkpool.kind.engine import Engine
-from bkpool.kind.lifecycle import CONFIG, Kind
+from bkpool.kind.lifecycle import CONFIG, HomeCluster
 from bkpool.toolchain import Tool, Toolchain, default_cache
 
 NAME = "bkpool-e2e"
@@ -46,9 +46,9 @@ def shifted(config: Path, directory: Path, by: int = SHIFT) -> Path:
     return made
 
 
-def kind_of(engine: Engine, home: Path) -> Kind:
+def kind_of(engine: Engine, home: Path) -> HomeCluster:
     """The life cycle under test, for one home; it says on stderr what it does."""
-    return Kind(
+    return HomeCluster(
         Toolchain(default_cache()).ensure(Tool.KIND),
         engine,
         home,

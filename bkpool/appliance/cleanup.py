@@ -12,7 +12,7 @@ from pathlib import Path
 from bkpool.home.files import as_host_fault
 from bkpool.home.lock import HomeLock
 from bkpool.kind.engine import Engine
-from bkpool.kind.lifecycle import Kind
+from bkpool.kind.lifecycle import HomeCluster
 from bkpool.kind.marker import Marker
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.processes.runtime import ProcessRuntime
@@ -72,7 +72,7 @@ def _delete_kind_cluster(home: Path, tools: Toolchain) -> str:
     if marker is None:
         return ""
     with Engine.connect() as engine:
-        deleted = Kind(tools.ensure(Tool.KIND), engine, home, lambda _text: None).delete()
+        deleted = HomeCluster(tools.ensure(Tool.KIND), engine, home, lambda _text: None).delete()
     return "" if deleted else f"The cluster {marker.name} was not created by this appliance, so it stays."
 
 

@@ -16,7 +16,7 @@ from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.settings import Settings
 from bkpool.home.files import write_private
 from bkpool.kind.engine import Engine, engine_fault
-from bkpool.kind.lifecycle import Cluster, Kind
+from bkpool.kind.lifecycle import Cluster, HomeCluster
 from bkpool.kube import ClusterAccess
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.processes.sandbox import Binaries
@@ -71,7 +71,7 @@ def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster
     configuration = settings.configuration
     program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
     with Engine.connect() as engine:
-        kind = Kind(program, engine, settings.home, lambda text: report({"progress": text}))
+        kind = HomeCluster(program, engine, settings.home, lambda text: report({"progress": text}))
         cluster = kind.ensure(configuration.kind.cluster, node_image=configuration.kind.node_image)
         for archive in configuration.kind.image_archives:
             kind.load_archive(cluster, archive)

@@ -47,7 +47,7 @@ class Cluster:
     """Whether this home created it. `delete` removes it then; an adopted one stays."""
 
 
-class Kind:
+class HomeCluster:
     """The cluster of one home. It blocks, for minutes while a cluster is created: do not call it in an event loop.
 
     Args:

@@ -21,7 +21,7 @@ import pytest
 
 from bkpool.core.errors import HostFault
 from bkpool.kind.engine import Engine, engine_fault
-from bkpool.kind.lifecycle import CONFIG, Cluster, Kind
+from bkpool.kind.lifecycle import CONFIG, Cluster, HomeCluster
 from bkpool.kind.marker import Marker
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from kind_cluster import IMAGE_ARCHIVES, NODE_IMAGE, Kubectl, kind_of, shifted
@@ -44,7 +44,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kind(engine: Engine, homes: Path) -> Iterator[Kind]:
+def kind(engine: Engine, homes: Path) -> Iterator[HomeCluster]:
     kind = kind_of(engine, homes / "one")
     yield kind
     kind.delete()
@@ -83,8 +83,8 @@ def wait(condition: Callable[[], object], what: str, seconds: float = 60.0) -> N
 def test_what_an_interrupted_start_left_is_cleared_away_and_the_cluster_made(engine, kind, config, homes):
     script = (
         "import sys; from pathlib import Path; from bkpool.kind.engine import Engine; "
-        "from bkpool.kind.lifecycle import Kind; program, home, name, config, image = sys.argv[1:]; "
-        "Kind(Path(program), Engine.connect(), Path(home), print).ensure("
+        "from bkpool.kind.lifecycle import HomeCluster; program, home, name, config, image = sys.argv[1:]; "
+        "HomeCluster(Path(program), Engine.connect(), Path(home), print).ensure("
         "name, config=Path(config), node_image=image or None)"
     )
     program = Toolchain(default_cache()).ensure(Tool.KIND)
@@ -105,7 +105,7 @@ def test_what_an_interrupted_start_left_is_cleared_away_and_the_cluster_made(eng
 
 
 @pytest.fixture
-def cluster(kind: Kind, config: Path) -> Cluster:
+def cluster(kind: HomeCluster, config: Path) -> Cluster:
     """There already, after the first test; made now, if a test is run by itself."""
     return kind.ensure(NAME, config=config, node_image=NODE_IMAGE)
 

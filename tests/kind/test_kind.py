@@ -19,7 +19,7 @@ from bkpool.kind import lifecycle
 from bkpool.kind.command import parse_stage
 from bkpool.kind.engine import Node, port_mappings
 from bkpool.kind.image_archive import archive_images
-from bkpool.kind.lifecycle import Kind
+from bkpool.kind.lifecycle import HomeCluster
 from bkpool.kind.marker import Marker
 from bkpool.kind.ports import worker_ports
 
@@ -59,7 +59,7 @@ class World:
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
-    def kind(self, home: str = "home") -> Kind:
+    def kind(self, home: str = "home") -> HomeCluster:
         program = self.directory / "kind"
         program.write_text(
             f"""#!/bin/sh
@@ -77,7 +77,7 @@ esac
 """
         )
         program.chmod(0o755)
-        return Kind(program, self, self.directory / home, self.reported.append)
+        return HomeCluster(program, self, self.directory / home, self.reported.append)
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ from pathlib import Path
 import test_kind
 world = object.__new__(test_kind.World)
 world.directory = Path({str(world.directory)!r}); world.clusters = world.directory / "clusters"
-test_kind.Kind(Path({str(program)!r}), world, world.directory / "home", lambda text: None).ensure("bkpool")
+test_kind.HomeCluster(Path({str(program)!r}), world, world.directory / "home", lambda text: None).ensure("bkpool")
 """
     )
     assert subprocess.run([sys.executable, script], check=False).returncode == -9
@@ -301,11 +301,11 @@ test_kind.Kind(Path({str(program)!r}), world, world.directory / "home", lambda t
         if "waiting for the kind" in text:
             go_on.write_text("\n")
 
-    assert Kind(program, world, world.directory / "home", report).ensure("bkpool").made
+    assert HomeCluster(program, world, world.directory / "home", report).ensure("bkpool").made
     assert "waiting for the kind of an earlier start to end" in world.reported
     assert world.called() == ["create cluster", "delete cluster", "create cluster", "get kubeconfig"]
 
 
 def test_a_missing_kind_program_is_a_bkpool_error(world):
     with pytest.raises(BkpoolError):
-        Kind(world.directory / "no-such-kind", world, world.directory / "home", print).ensure("bkpool")
+        HomeCluster(world.directory / "no-such-kind", world, world.directory / "home", print).ensure("bkpool")
