@@ -80,7 +80,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         for part in wanted:
             print(f"measuring: {(part.__doc__ or '').splitlines()[0]}", file=sys.stderr)
             document["figures"] |= part(tools, options.runs)
-    return document | {"notes": list(notes.said)}
+    return document | {"notes": list(notes.texts)}
 
 
 def _machine() -> dict[str, Any]:

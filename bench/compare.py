@@ -40,13 +40,13 @@ class Plan:
 class Notes:
     """What a reader of the table must know, each once, in the order in which it came up."""
 
-    said: dict[str, None] = field(default_factory=dict)
+    texts: dict[str, None] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
         """Adds one, unless it is there."""
-        if text not in self.said:
+        if text not in self.texts:
             print(f"note: {text}", file=sys.stderr)
-        self.said[text] = None
+        self.texts[text] = None
 
 
 def side_by_side(plan: Plan, notes: Notes) -> list[dict[str, Any]]:

@@ -176,12 +176,12 @@ class Ground:
             greeting = json.loads(client.hear())
             cpu, memory = proxy.cpu(), proxy.resident()
             client.say()
-            said = json.loads(client.hear())
+            result = json.loads(client.hear())
             return Sample(
-                seconds=said["seconds"],
-                moved=said["bytes"],
-                count=said["count"],
-                median=said["median"],
+                seconds=result["seconds"],
+                moved=result["bytes"],
+                count=result["count"],
+                median=result["median"],
                 cpu=proxy.cpu() - cpu,
                 memory=proxy.resident() - memory,
                 cipher=f"{greeting['cipher']} with {greeting['curve']}",

@@ -149,6 +149,6 @@ def _short(title: str) -> str:
     return title.partition(", each")[0].partition(", median")[0]
 
 
-def _text(x: float, y: float, said: str, kind: str = "", anchor: str = "start") -> str:
+def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
     name = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}"{name}>{escape(said)}</text>'
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}"{name}>{escape(text)}</text>'

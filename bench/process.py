@@ -62,12 +62,12 @@ class Program:
     ) -> None:
         self._log = log
         pinned = ["taskset", "--cpu-list", ",".join(map(str, sorted(on)))] if on else []
-        with log.open("ab") as said:
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*pinned, *command],
                 stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
-                stdout=subprocess.PIPE if talks else said,
-                stderr=said,
+                stdout=subprocess.PIPE if talks else output,
+                stderr=output,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
@@ -141,9 +141,9 @@ class Program:
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._session()) * _PAGE
 
     def fault(self, what: str) -> FaultError:
-        """An error that ends with what the program said last."""
-        said = self._log.read_text(errors="replace").strip().splitlines()
-        return FaultError(f"{what}: {said[-1]}" if said else what)
+        """An error that ends with what the program printed last."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return FaultError(f"{what}: {lines[-1]}" if lines else what)
 
     def _session(self) -> list[int]:
         """Its process and those that it started."""

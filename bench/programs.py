@@ -62,5 +62,5 @@ def _built(module: Path, package: str, name: str, *, cgo: bool) -> Path:
 
 def version(*command: str | Path) -> str:
     """The first line of what a program says of itself."""
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    return (said.stdout + said.stderr).strip().splitlines()[0]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stdout + done.stderr).strip().splitlines()[0]

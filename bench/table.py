@@ -15,7 +15,7 @@ _NGINX, _BKPOOL = "nginx", "bkpool"
 _NOT_TO_THE_FULL = {"pingpong", "idle", "messages"}
 """Loads that wait for answers."""
 COLUMNS = ("what", "nginx", "HAProxy ÷ nginx", "ghostunnel ÷ nginx", "bkpool ÷ nginx", "bkpool")
-Line = tuple[str, ...]
+TableRow = tuple[str, ...]
 """One line of the table, as long as COLUMNS; only the first cell: a heading."""
 
 
@@ -40,9 +40,9 @@ def ratios(row: Mapping[str, Any], peer: str) -> list[float]:
     return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
 
 
-def lines(document: Mapping[str, Any]) -> list[Line]:
+def lines(document: Mapping[str, Any]) -> list[TableRow]:
     """The table without its head."""
-    made: list[Line] = []
+    made: list[TableRow] = []
     rows = document.get("gateway", [])
     for leg, title in LEGS.items():
         of_leg = [_compared(row) for row in rows if row["leg"] == leg]
@@ -75,13 +75,13 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _used(table: Sequence[Line]) -> list[Line]:
+def _used(table: Sequence[TableRow]) -> list[TableRow]:
     """Without the columns that have nothing below their head."""
     used = [column for column in range(len(COLUMNS)) if any(line[column] for line in table[1:])]
     return [tuple(line[column] for column in used) for line in table]
 
 
-def _compared(row: Mapping[str, Any]) -> Line:
+def _compared(row: Mapping[str, Any]) -> TableRow:
     direction = "" if row["more_is_better"] else " (less is better)"
     ours = row["figures"].get(_BKPOOL, [])
     return (
@@ -92,7 +92,7 @@ def _compared(row: Mapping[str, Any]) -> Line:
     )
 
 
-def _scaled(row: Mapping[str, Any]) -> Line:
+def _scaled(row: Mapping[str, Any]) -> TableRow:
     def cell(peer: str) -> str:
         factors, busy = known(row["figures"].get(peer, [])), row["busy"].get(peer, [])
         return f"{spread(factors)}; {statistics.median(busy):.2f} cores" if factors else "–"
@@ -100,19 +100,19 @@ def _scaled(row: Mapping[str, Any]) -> Line:
     return (f"{row['title']}; {row['unit']}", cell(_NGINX), "", "", "", cell(_BKPOOL))
 
 
-def _heading(title: str) -> Line:
+def _heading(title: str) -> TableRow:
     return (title, *("" for _ in COLUMNS[1:]))
 
 
 def _below(document: Mapping[str, Any]) -> list[str]:
     machine = document["machine"]
     compared = "; ".join(f"{name}: {version}" for name, version in document.get("versions", {}).items())
-    said = [
+    notes = [
         f"{machine['what']}; load average before: {machine['load']:.1f}",
         f"runs: {document['runs']}; medians (min – max)",
     ]
     busy = _busy(document.get("gateway", []))
-    return [*said, *(line for line in (compared, busy) if line), *document.get("notes", [])]
+    return [*notes, *(line for line in (compared, busy) if line), *document.get("notes", [])]
 
 
 def _busy(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -346,9 +346,9 @@ def only(backend: str, why: str) -> Any:
     return pytest.mark.only(backend, why)
 
 
-def really_ran(answer: Answer, said: str) -> bool:
+def really_ran(answer: Answer, text: str) -> bool:
     """Whether a RUN step that says this really ran, instead of being taken from a cache."""
-    return re.search(rf"^#\d+ [\d.]+ {re.escape(said)}", answer.text, re.MULTILINE) is not None
+    return re.search(rf"^#\d+ [\d.]+ {re.escape(text)}", answer.text, re.MULTILINE) is not None
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:

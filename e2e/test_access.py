@@ -67,7 +67,7 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
 
 
 @pytest.mark.parametrize(
-    ("actor", "claims", "name", "status", "said"),
+    ("actor", "claims", "name", "status", "expected_message"),
     [
         ("alice", {}, "alices", 200, ""),
         ("carol", {"teams": ["others", "builders"]}, "alices", 200, ""),
@@ -94,14 +94,14 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
         ("alice", {"iss": "http://127.0.0.1:1"}, "alices", 401, "issuer|iss"),
     ],
 )
-def test_who_may_use_what(guarded, job, actor, claims, name, status, said):
+def test_who_may_use_what(guarded, job, actor, claims, name, status, expected_message):
     token = job(actor, **claims)
     got, told = guarded.http("POST", ALLOCATE, {"poolName": name, "wait": "60s"}, bearer=token)
     assert got == status, told
     if status == 200:
         guarded.release(told).ok()
     else:
-        assert any(part in told["error"]["message"] for part in said.split("|")), told
+        assert any(part in told["error"]["message"] for part in expected_message.split("|")), told
         assert "Traceback" not in json.dumps(told)
 
 

@@ -255,9 +255,9 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
     with process:
         eventually(lambda: pool(appliance)["waiting"] == 1, "the job waits in line")
         process.send_signal(signal.SIGINT)
-        said = process.stdout.read().decode()
-    assert process.returncode == 1, said
-    assert "bkpool ended with exit code 130" in said
+        output = process.stdout.read().decode()
+    assert process.returncode == 1, output
+    assert "bkpool ended with exit code 130" in output
     eventually(lambda: pool(appliance)["waiting"] == 0, "it does so no more")
     running.states.append((ROOT / "actions" / "lease", env, _pairs(state)))
     assert running.ends() == 0

@@ -83,8 +83,8 @@ def test_the_same_job_gets_the_same_lease(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})
     both = [appliance.start(*appliance.program, "allocate", "--job-id", "j") for _ in range(2)]
-    said = [process.communicate(timeout=60)[0] for process in both]
-    leases = [json.loads(text[text.index("{") :]) for text in said]  # after the note that it waits
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    leases = [json.loads(text[text.index("{") :]) for text in outputs]  # after the note that it waits
     assert leases[0]["token"] == leases[1]["token"]
     eventually(lambda: appliance.pool()["allocated"] == 1, "a second claim for the same job is undone")
     assert appliance.allocate("--job-id", "other").lease["token"] != leases[0]["token"]

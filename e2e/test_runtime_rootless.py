@@ -131,7 +131,7 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
 
 
 def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
-    said = as_user("""
+    output = as_user("""
 runtime = ProcessRuntime(home / "state", binaries)
 endpoint = await runtime.start(slot, "uid-1", "anna", pool, untold)
 print(await output(endpoint))
@@ -143,18 +143,18 @@ await runtime.wipe(slot)
 print("left", list((home / "state").glob("slots/*")), runtime.caches())
 await runtime.close(stop_workers=True)
 """)
-    assert "the step runs as 0" in said
-    assert "the step runs as 1000" in said
-    assert "CACHED" in said.partition("SECOND")[2]
-    assert "subordinate True" in said
-    assert "left [] {}" in said
+    assert "the step runs as 0" in output
+    assert "the step runs as 1000" in output
+    assert "CACHED" in output.partition("SECOND")[2]
+    assert "subordinate True" in output
+    assert "left [] {}" in output
     assert processes_of(user) == []
 
 
 def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runtime_adopts(as_user, user, home):
     dockerfile = home / "context" / "Dockerfile"
     dockerfile.write_text('FROM scratch\nCOPY step /step\nRUN ["/step", "4711"]\n')
-    said = as_user("""
+    output = as_user("""
 changed = asyncio.Event()
 first = ProcessRuntime(home / "state", binaries)
 first.on_change(changed.set)
@@ -180,9 +180,9 @@ print("ADOPTED", second.observe()[slot].state)
 await second.purge()
 await second.close(stop_workers=True)
 """)
-    assert said.startswith("exited") or "\nexited" in said
-    assert "signal: killed" in said
-    assert "ADOPTED ready" in said
+    assert output.startswith("exited") or "\nexited" in output
+    assert "signal: killed" in output
+    assert "ADOPTED ready" in output
     assert processes_of(user) == []
 
 

@@ -101,9 +101,9 @@ def _kill_worker(appliance):
 def _admitted(appliance):
     """How many connections have shaken hands, and have a lease or have ended."""
     told = appliance.metrics()
-    shaken = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', told, re.MULTILINE)
+    handshakes = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', told, re.MULTILINE)
     pending = re.search(r"^buildkit_gateway_pending_connections (\S+)", told, re.MULTILINE)
-    return float(shaken[1]) - float(pending[1])
+    return float(handshakes[1]) - float(pending[1])
 
 
 def _up(appliance):

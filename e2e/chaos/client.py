@@ -190,9 +190,9 @@ class Client:
                     connected = self.record.now()
         hung = not giving_up.is_alive()
         giving_up.cancel()
-        said = "".join(lines)
+        output = "".join(lines)
         ok = process.returncode == 0
-        over = "lease was lost" in said or "lease has" in said or "no lease has" in said
+        over = "lease was lost" in output or "lease has" in output or "no lease has" in output
         result = place / "out" / "result"
         self.record.note(
             self.name,
@@ -204,13 +204,13 @@ class Client:
             hung=hung,
             connected=connected,
             correct=ok and result.exists() and result.read_text() == name,
-            sentence="" if ok else sentence(said),
-            lost="lease was lost" in said,
-            before=_told(said, "before"),
-            beside=_told(said, "beside"),
+            sentence="" if ok else sentence(output),
+            lost="lease was lost" in output,
+            before=_told(output, "before"),
+            beside=_told(output, "beside"),
         )
         if not ok:
-            (self.directory / f"{name}.log").write_text(said)
+            (self.directory / f"{name}.log").write_text(output)
         shutil.rmtree(place)
         return ok, over
 
@@ -248,15 +248,15 @@ class Client:
         return [*docker, "build", *options, f"type=local,dest={place / 'out'}", str(context)]
 
 
-def sentence(said: str) -> str:
+def sentence(output: str) -> str:
     """What a failed build told its user in the end."""
-    errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
-    return errors[-1] if errors else "\n".join(said.splitlines()[-3:])
+    errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
+    return errors[-1] if errors else "\n".join(output.splitlines()[-3:])
 
 
-def _told(said: str, what: str) -> list[str]:
+def _told(output: str, what: str) -> list[str]:
     """What the step inside the worker has seen."""
-    found = re.search(rf"^#\d+ [\d.]+ witness {what}: ?(.*)$", said, re.MULTILINE)
+    found = re.search(rf"^#\d+ [\d.]+ witness {what}: ?(.*)$", output, re.MULTILINE)
     return found[1].split() if found else []
 
 

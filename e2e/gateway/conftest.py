@@ -117,10 +117,10 @@ class Served:
             self._process.wait()
             assert self._process.stdout is not None
             self._process.stdout.close()
-        said = self.log.read_text()
-        assert "Traceback" not in said
-        assert "[error" not in said
-        assert not [name for name in ("good", "bad", "held") if self.token(name) in said], "a token is in the log"
+        logged = self.log.read_text()
+        assert "Traceback" not in logged
+        assert "[error" not in logged
+        assert not [name for name in ("good", "bad", "held") if self.token(name) in logged], "a token is in the log"
 
     def _ask(self, line: str) -> str:
         assert self._process.stdin is not None

@@ -23,7 +23,7 @@ class Stream:
 
     def __init__(self, sock: socket.socket, length: int) -> None:
         self.sock = sock
-        self.sent, self.heard = hashlib.sha256(), hashlib.sha256()
+        self.sent, self.received = hashlib.sha256(), hashlib.sha256()
         self._to_send, self._to_hear = length, length
         self._block = bytearray(os.urandom(BLOCK))
         self._rest = memoryview(b"")
@@ -64,7 +64,7 @@ class Stream:
                 count = self.sock.recv_into(self._into[: self._to_hear])
                 if not count:
                     sys.exit(f"the stream ended {self._to_hear} bytes early")
-                self.heard.update(self._into[:count])
+                self.received.update(self._into[:count])
                 self._to_hear -= count
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
@@ -105,7 +105,7 @@ def main() -> None:
             if stream.done:
                 selector.unregister(stream.sock)
                 open_ones -= 1
-    print(json.dumps({end: sorted(getattr(s, end).hexdigest() for s in streams) for end in ("sent", "heard")}))
+    print(json.dumps({end: sorted(getattr(s, end).hexdigest() for s in streams) for end in ("sent", "received")}))
 
 
 main()

@@ -23,14 +23,14 @@ MEGABYTE = 1024 * 1024
 
 
 @contextlib.contextmanager
-def flood(port, count, said=b""):
+def flood(port, count, first_bytes=b""):
     """So many connections that have said this."""
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(count)]
         for sock in many:
             sock.setblocking(False)
             with contextlib.suppress(BlockingIOError, ConnectionError):  # it is refused already
-                sock.send(said)
+                sock.send(first_bytes)
         yield many
 
 
@@ -45,9 +45,9 @@ def closed_by_now(many):
 # --- handshakes that are never finished -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", FIRST_BYTES.values(), ids=FIRST_BYTES)
-async def test_a_good_client_is_served_within_a_second_beside_a_thousand(attacked, said):
-    with flood(attacked.served.port, THOUSAND, said):
+@pytest.mark.parametrize("first_bytes", FIRST_BYTES.values(), ids=FIRST_BYTES)
+async def test_a_good_client_is_served_within_a_second_beside_a_thousand(attacked, first_bytes):
+    with flood(attacked.served.port, THOUSAND, first_bytes):
         await attacked.served_soon()
         assert attacked.served.memory - attacked.memory < THOUSAND * 300 * 1024, "what one takes is bounded"
 
@@ -66,7 +66,10 @@ async def test_a_thousand_that_stay_are_all_gone_when_their_time_is_over(attacke
     """10 s for a handshake, and 2 s to read an alert; then nothing is left of them, though they never went."""
     with contextlib.ExitStack() as stack:
         each = THOUSAND // len(FIRST_BYTES)
-        floods = [stack.enter_context(flood(attacked.served.port, each, said)) for said in FIRST_BYTES.values()]
+        floods = [
+            stack.enter_context(flood(attacked.served.port, each, first_bytes))
+            for first_bytes in FIRST_BYTES.values()
+        ]
         many = [sock for those in floods for sock in those]
         await attacked.served_soon()
         await attacked.until(lambda: closed_by_now(many) == len(many))

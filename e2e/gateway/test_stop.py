@@ -40,11 +40,11 @@ class Stream:
     def lives(self):
         """Whether buildkitd answers on it: to a PING (RFC 9113 section 6.7)."""
         self._sock.sendall(b"\0\0\x08\6\0\0\0\0\0" + b"are-here")
-        heard = b""
+        received = b""
         with contextlib.suppress(ConnectionError):
-            while b"are-here" not in heard and (part := self._sock.recv(4096)):
-                heard += part
-        return b"are-here" in heard
+            while b"are-here" not in received and (part := self._sock.recv(4096)):
+                received += part
+        return b"are-here" in received
 
     def wait_for_its_end(self):
         with contextlib.suppress(ConnectionError):

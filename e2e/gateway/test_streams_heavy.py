@@ -89,8 +89,8 @@ async def test_every_byte_of_large_and_of_many_streams_both_ways_at_once_arrives
     data_path, tmp_path, count, length
 ):
     worker, client = await pump(data_path, tmp_path, count=count, length=length)
-    assert client["sent"] == worker["heard"]
-    assert worker["sent"] == client["heard"]
+    assert client["sent"] == worker["received"]
+    assert worker["sent"] == client["received"]
     await data_path.wait_idle()
 
 
@@ -110,8 +110,8 @@ async def test_many_fast_writers_that_nobody_reads_cost_little_memory_and_lose_n
     assert sum(one.length for one in floods) > STUCK * PER_STUCK_STREAM, "so it was not held anywhere"
     assert grown < STUCK * PER_STUCK_STREAM
     for written, one in zip(floods, slow, strict=True):
-        heard, _ = await in_threads((one.receive, written.length), (written.write_rest,))
-        assert written.matches(heard)
+        received, _ = await in_threads((one.receive, written.length), (written.write_rest,))
+        assert written.matches(received)
 
 
 async def test_hundreds_of_short_connections_all_get_through_while_the_certificate_changes(new_world):
@@ -201,5 +201,5 @@ async def test_who_stands_still_for_a_moment_with_bytes_under_way_loses_none(dat
     still, other = (client, worker) if who == "client" else (worker, client)
     written = await data_path.fill(other)
     await asyncio.to_thread(select.select, [], [], [], HICCUP)
-    heard, _ = await in_threads((still.receive, written.length), (written.write_rest,))
-    assert written.matches(heard)
+    received, _ = await in_threads((still.receive, written.length), (written.write_rest,))
+    assert written.matches(received)

@@ -345,7 +345,7 @@ def test_the_guides_troubleshooting(installed):
     gateway = installed.forward("default", installed.gateways()[0], 1235)
     d = certificates.directory
     files = ("-CAfile", d / "ca.crt", "-cert", d / "client.crt", "-key", d / "client.key")
-    shaken = run(
+    handshake = run(
         "openssl",
         "s_client",
         "-connect",
@@ -355,7 +355,7 @@ def test_the_guides_troubleshooting(installed):
         "-brief",
         env=dict(os.environ),
     )
-    assert "Verification: OK" in shaken.text
+    assert "Verification: OK" in handshake.text
     installed.release(port, lease)
     installed.all_free()
 

@@ -127,8 +127,8 @@ async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
         endpoint = await runtime.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), told)
         assert told == []
         await probe_tls(*address(endpoint), dialler(), "uid-1")
-        said = await in_pod(kubectl, place, BUILD)
-        assert "buildctl github.com/moby/buildkit" in said  # what the RUN step says
+        output = await in_pod(kubectl, place, BUILD)
+        assert "buildctl github.com/moby/buildkit" in output  # what the RUN step says
 
     await asyncio.gather(*(run(number, isolation) for number, isolation in enumerate(pod_spec.Isolation)))
 
@@ -218,10 +218,10 @@ async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_
     runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
 
     async def run(number: int, told: str, field: str | None, **spec: object) -> None:
-        heard = Told()
+        messages = Told()
         with pytest.raises(WorkerFailed, match=told) as failure:
-            await runtime.start(slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), heard)
-        assert re.match(told, heard[0])
+            await runtime.start(slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), messages)
+        assert re.match(told, messages[0])
         assert failure.value.field == field
 
     huge = {"buildkit": {"requests": {"cpu": "1000"}}}

@@ -81,7 +81,7 @@ class Gateway:
         return json.loads(line)
 
 
-class Guests:
+class ClientThread:
     """One thread's clients: connection after connection, each ended in the next of the ways."""
 
     def __init__(self, gateway: Gateway, name: str) -> None:
@@ -125,7 +125,7 @@ class Guests:
 
     def refused(self) -> None:
         """Has a lease that is over, and is told so."""
-        with self._shaken(self._over) as sock:
+        with self._handshaken(self._over) as sock:
             sock.sendall(_first_call())
             assert len(_to_the_end(sock)) > 40, "refused without a sentence"
 
@@ -145,7 +145,7 @@ class Guests:
 
     def held(self) -> None:
         """Waits for a worker that is on its way, and leaves."""
-        with self._shaken(self._held) as sock:
+        with self._handshaken(self._held) as sock:
             sock.sendall(_first_call()[:33])
 
     def _take_a_fresh_lease(self) -> None:
@@ -161,12 +161,12 @@ class Guests:
                 _to_the_end(sock)
 
     def _echoed(self) -> ssl.SSLSocket:
-        sock = self._shaken(self._open)
+        sock = self._handshaken(self._open)
         sock.sendall(b"hello")
         assert sock.recv(5) == b"hello", "the worker's echo"
         return sock
 
-    def _shaken(self, context: ssl.SSLContext) -> ssl.SSLSocket:
+    def _handshaken(self, context: ssl.SSLContext) -> ssl.SSLSocket:
         return context.wrap_socket(self._connected(), server_hostname="localhost")
 
     def _connected(self) -> socket.socket:
@@ -176,10 +176,10 @@ class Guests:
 def soak(directory: Path, connections: int, tell: Callable[[str], None]) -> list[Row]:
     """So many connections; returns what there was before and after them."""
     gateway = Gateway(directory)
-    guests = [Guests(gateway, f"t{number}") for number in range(THREADS)]
-    _connect(guests, WARM, tell, "warming up")
+    clients = [ClientThread(gateway, f"t{number}") for number in range(THREADS)]
+    _connect(clients, WARM, tell, "warming up")
     before = _rested(gateway)
-    _connect(guests, connections, tell, "connections")
+    _connect(clients, connections, tell, "connections")
     deadline = time.monotonic() + SETTLED
     while True:
         rows = compare(before, gateway.ask(do="count"), TOLERANCES)
@@ -187,22 +187,22 @@ def soak(directory: Path, connections: int, tell: Callable[[str], None]) -> list
             break
         time.sleep(0.5)
     gateway.end()
-    ends = sum((guest.ends for guest in guests), Counter())
+    ends = sum((client.ends for client in clients), Counter())
     tell(", ".join(f"{count} {end.replace('_', ' ')}" for end, count in ends.items()))
     return rows
 
 
-def _connect(guests: list[Guests], count: int, tell: Callable[[str], None], what: str) -> None:
+def _connect(clients: list[ClientThread], count: int, tell: Callable[[str], None], what: str) -> None:
     done = Counter()
     failed: list[BaseException] = []
 
-    def run(guest: Guests) -> None:
+    def run(client: ClientThread) -> None:
         try:
-            guest.run(count // len(guests), lambda: done.update([what]))
+            client.run(count // len(clients), lambda: done.update([what]))
         except BaseException as error:  # noqa: BLE001 - told by whoever waits
             failed.append(error)
 
-    threads = [threading.Thread(target=run, args=(guest,), daemon=True) for guest in guests]
+    threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -227,11 +227,11 @@ def _rested(gateway: Gateway) -> dict[str, Any]:
 
 
 def _to_the_end(sock: socket.socket) -> bytes:
-    heard = b""
+    received = b""
     with suppress(ConnectionError, ssl.SSLError):
         while data := sock.recv(16384):
-            heard += data
-    return heard
+            received += data
+    return received
 
 
 @cache

@@ -137,7 +137,7 @@ def test_what_is_read_of_a_pool():
 
 
 @pytest.mark.parametrize(
-    ("auth", "said"),
+    ("auth", "expected"),
     [
         ({}, False),
         ({"methods": ["mtls"]}, False),
@@ -147,8 +147,8 @@ def test_what_is_read_of_a_pool():
         ({"rbac": {"rules": [{"users": ["a"]}]}}, True),
     ],
 )
-def test_whether_somebody_has_thought_about_who_may_use_it(auth, said):
-    assert Auth.model_validate(auth).says_something is said
+def test_whether_somebody_has_thought_about_who_may_use_it(auth, expected):
+    assert Auth.model_validate(auth).says_something is expected
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [", "line 1, column"),
         ("", "has no document"),
@@ -82,8 +82,8 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
         ("x" * 1_000_001, "larger than"),
     ],
 )
-def test_a_file_that_is_no_list_of_pools_says_why(text, said):
-    with pytest.raises(InvalidInput, match=said):
+def test_a_file_that_is_no_list_of_pools_says_why(text, message):
+    with pytest.raises(InvalidInput, match=message):
         read_documents(text, source="pool.yaml")
 
 

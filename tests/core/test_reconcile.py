@@ -177,9 +177,9 @@ def test_reuse_never_wipes_before_the_worker_is_removed_and_where_none_runs_or_s
 
 
 def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
-    said = 'process "curl secret" did not complete'
-    whole = f"buildkitd was killed\nThe end of its log:\n{said}"
-    crashed = {0: replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail=said)}
+    log_tail = 'process "curl secret" did not complete'
+    whole = f"buildkitd was killed\nThe end of its log:\n{log_tail}"
+    crashed = {0: replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail=log_tail)}
     (told,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
     assert told.worker.status.message == "buildkitd was killed"
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")

@@ -112,11 +112,11 @@ def test_one_word_about_access_anywhere_ends_that():
     config = OIDCConfig(
         metadata=Metadata(name="c"), spec=OIDCConfigSpec(issuer="https://i.example.com", audience="a")
     )
-    said, unsaid = a_pool("said", **rules("alice")), a_pool()
+    with_rules, without_rules = a_pool("with-rules", **rules("alice")), a_pool()
     assert unconfigured([], [])
-    assert unconfigured([unsaid], [])
-    assert not unconfigured([unsaid, said], [])
-    assert not unconfigured([unsaid], [config])
+    assert unconfigured([without_rules], [])
+    assert not unconfigured([without_rules, with_rules], [])
+    assert not unconfigured([without_rules], [config])
 
 
 @pytest.mark.parametrize(

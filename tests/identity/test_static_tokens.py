@@ -274,11 +274,11 @@ def a_pool(name: str, *sources: dict) -> Pool:
 class Memory:
     """Tokens, or an error, by the name of the Secret."""
 
-    def __init__(self, **said: object) -> None:
-        self.said = said
+    def __init__(self, **secrets: object) -> None:
+        self.secrets = secrets
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
-        found = self.said[source.secret_ref]
+        found = self.secrets[source.secret_ref]
         if isinstance(found, Exception):
             raise found
         return parse_static_tokens(found)
@@ -349,10 +349,10 @@ async def test_what_is_wrong_is_logged_once_until_it_changes():
     with capture_logs() as logs:
         for _ in range(3):
             await tokens.authenticate(ALICE)
-        reader.said["a"] = Unavailable("away")
+        reader.secrets["a"] = Unavailable("away")
         for _ in range(3):
             await tokens.authenticate(ALICE)
-        reader.said["a"] = {"bob": BOB}
+        reader.secrets["a"] = {"bob": BOB}
         for _ in range(3):
             await tokens.authenticate(ALICE)
     assert [(entry["event"], entry.get("reason")) for entry in logs] == [

@@ -148,7 +148,7 @@ def test_a_foreign_cluster_without_worker_ports_is_refused_and_not_touched(world
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "message"),
+    ("output", "code", "message"),
     [
         (
             "ERROR: failed to create cluster\ndocker: Bind for 127.0.0.1:12407 failed: port is already allocated.",
@@ -164,8 +164,8 @@ def test_a_foreign_cluster_without_worker_ports_is_refused_and_not_touched(world
         ('ERROR: failed to pull image "kindest/node:v1"\nlast words', "HostFault", "kindest/node.*last words"),
     ],
 )
-def test_an_error_of_kind_shows_the_end_of_its_output(world, said, code, message):
-    world.failure_output.write_text(said)
+def test_an_error_of_kind_shows_the_end_of_its_output(world, output, code, message):
+    world.failure_output.write_text(output)
     with pytest.raises(HostFault, match=message) as raised:
         world.kind().ensure("bkpool")
     assert raised.value.code == code

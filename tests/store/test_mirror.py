@@ -34,7 +34,7 @@ class Cut:
     def __init__(self, store) -> None:
         self._store = store
         self.cut = False
-        self.deaf = False
+        self.silent = False
         self.refusal: Exception | None = None
         self.lists = 0
 
@@ -47,7 +47,7 @@ class Cut:
         return await self._store.list(kind, **narrowed)
 
     async def watch(self, kind, since):
-        if self.deaf:
+        if self.silent:
             raise Unavailable("nothing can be followed")
         async for event in self._store.watch(kind, since):
             if self.cut:
@@ -264,7 +264,7 @@ async def test_it_says_why_it_may_be_behind_until_it_has_listed_again(store):
 
 async def test_a_store_that_can_be_listed_but_not_followed_is_spared_too(store):
     wire = Cut(store)
-    wire.deaf = True
+    wire.silent = True
     pauses: list[float] = []
     enough = asyncio.Event()
 
@@ -272,7 +272,7 @@ async def test_a_store_that_can_be_listed_but_not_followed_is_spared_too(store):
         pauses.append(seconds)
         if len(pauses) == 24:
             enough.set()
-            wire.deaf = False
+            wire.silent = False
         await asyncio.sleep(0)
 
     async with running(wire, pause=pause, jitter=lambda: 1.0), asyncio.timeout(10):
