@@ -56,8 +56,8 @@ async def untold(message):
 async def main():
     pool = Pool(metadata=Metadata(name="default"))
     runtime = ProcessRuntime(pathlib.Path(home), binaries)
-    await runtime.start(Slot("default", "default", 0), "uid-1", "anna", pool, untold)
-    await runtime.wipe(Slot("default", "default", 0))
+    await runtime.daemons.start(Slot("default", "default", 0), "uid-1", "anna", pool, untold)
+    await runtime.caches.wipe(Slot("default", "default", 0))
 
 asyncio.run(main())
 """
@@ -108,11 +108,11 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
 
     runtime = ProcessRuntime(home, binaries)
     await runtime.adopt()
-    assert [seen.state for seen in runtime.observe().values()] == [DaemonState.READY] * survives
+    assert [seen.state for seen in runtime.daemons.observe().values()] == [DaemonState.READY] * survives
     assert len(daemons(home)) == survives
-    assert runtime.caches() == {SLOT: "anna"}
+    assert runtime.caches.owners() == {SLOT: "anna"}
 
-    await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     assert len(daemons(home)) == 1
     await runtime.purge()
     assert daemons(home) == []
@@ -136,12 +136,12 @@ async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binari
     runtime = ProcessRuntime(home, binaries)
     await runtime.adopt()
     wiped = where != "bkpool.workers.processes.daemon:Daemon.stop"
-    assert runtime.caches() == ({} if wiped else {SLOT: "anna"})
+    assert runtime.caches.owners() == ({} if wiped else {SLOT: "anna"})
     assert bool(list(home.rglob("root"))) is not wiped
     assert len(daemons(home)) == (0 if wiped else 1)
 
-    await runtime.start(SLOT, "uid-2", "bert", POOL, untold)
-    assert runtime.caches() == {SLOT: "bert"}
+    await runtime.daemons.start(SLOT, "uid-2", "bert", POOL, untold)
+    assert runtime.caches.owners() == {SLOT: "bert"}
     assert not list((home / "slots").rglob("wiped-*"))
     await runtime.purge()
     assert daemons(home) == []

@@ -133,14 +133,14 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
 def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
     output = as_user("""
 runtime = ProcessRuntime(home / "state", binaries)
-endpoint = await runtime.start(slot, "uid-1", "anna", pool, untold)
+endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool, untold)
 print(await output(endpoint))
-await runtime.stop(slot)
-print("SECOND", await output(await runtime.start(slot, "uid-1", "anna", pool, untold)))
+await runtime.daemons.stop(slot)
+print("SECOND", await output(await runtime.daemons.start(slot, "uid-1", "anna", pool, untold)))
 owned = (home / "state").glob("slots/*/*/*/root/*/snapshots/snapshots/*/fs/owned/step.c")
 print("subordinate", all(found.lstat().st_uid != os.getuid() for found in owned))
-await runtime.wipe(slot)
-print("left", list((home / "state").glob("slots/*")), runtime.caches())
+await runtime.caches.wipe(slot)
+print("left", list((home / "state").glob("slots/*")), runtime.caches.owners())
 await runtime.close(stop_workers=True)
 """)
     assert "the step runs as 0" in output
@@ -157,8 +157,8 @@ def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runt
     output = as_user("""
 changed = asyncio.Event()
 first = ProcessRuntime(home / "state", binaries)
-first.on_change(changed.set)
-endpoint = await first.start(slot, "uid-1", "anna", pool, untold)
+first.daemons.on_change(changed.set)
+endpoint = await first.daemons.start(slot, "uid-1", "anna", pool, untold)
 building = await build(endpoint)
 while b"the step runs" not in (line := await building.stdout.readline()):
     assert line
@@ -168,15 +168,15 @@ for entry in pathlib.Path("/proc").iterdir():
         if (entry / "cmdline").read_bytes().startswith(bytes(tools / "buildkitd")):
             os.kill(int(entry.name), signal.SIGKILL)
 await asyncio.wait_for(changed.wait(), 5)
-seen = first.observe()[slot]
+seen = first.daemons.observe()[slot]
 print(seen.state, seen.message, seen.log_tail)
 await building.communicate()
 
-await first.start(slot, "uid-1", "anna", pool, untold)
+await first.daemons.start(slot, "uid-1", "anna", pool, untold)
 await first.close(stop_workers=False)
 second = ProcessRuntime(home / "state", binaries)
 await second.adopt()
-print("ADOPTED", second.observe()[slot].state)
+print("ADOPTED", second.daemons.observe()[slot].state)
 await second.purge()
 await second.close(stop_workers=True)
 """)
@@ -190,7 +190,7 @@ def test_what_an_ordinary_user_lacks_is_named_with_its_fix(as_user):
     start = """
 try:
     runtime = ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}})
-    await runtime.start(slot, "uid-1", None, pool, untold)
+    await runtime.daemons.start(slot, "uid-1", None, pool, untold)
 except HostFault as fault:
     print(fault.message, "|", fault.hint)
 """

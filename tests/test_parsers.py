@@ -32,7 +32,7 @@ from bkpool.gateway.session.refusal import GrpcCode, Refusal
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.names import parse_host, pool_named
 from bkpool.workers.pods import pod_spec, pod_view
-from bkpool.workers.pods.pod_spec import Wanted
+from bkpool.workers.pods.pod_spec import PodRequest
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SLOT = Slot("default", "p", 0)
@@ -95,7 +95,7 @@ REQUEST = (
     .public_bytes(serialization.Encoding.PEM)
 )
 POOL = Pool(metadata=Metadata(name="p", uid="u", creation_timestamp=NOW))
-POD = pod_spec.pod(Wanted(SLOT, "uid", "ann", POOL, "an/image", host_port=12400))
+POD = pod_spec.pod(PodRequest(SLOT, "uid", "ann", POOL, "an/image", host_port=12400))
 POD["metadata"] |= {"uid": "1", "resourceVersion": "1"}
 POD["spec"]["nodeName"] = "node"
 POD["status"] = {
@@ -225,9 +225,9 @@ READINGS = (
     pod_view.worker_uid,
     pod_view.cache_owner,
     pod_view.claim_of,
-    pod_view.held,
+    pod_view.protected,
     pod_view.ended,
-    pod_view.doubtful,
+    pod_view.may_be_ending,
     pod_view.address,
     pod_view.host_port,
     pod_view.look,

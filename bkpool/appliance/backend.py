@@ -86,7 +86,7 @@ class Backend:
             leases=leases,
             authority=self.authority,
             token_key=self.token_key,
-            caches=self.runtime.caches,
+            caches=self.runtime.caches.owners,
             now=now,
             max_waiters=max_waiters,
         )
@@ -104,7 +104,8 @@ class Backend:
         return Controller(
             store=self.store,
             mirror=mirror,
-            runtime=self.runtime,
+            daemons=self.runtime.daemons,
+            caches=self.runtime.caches,
             now=now,
             status_inputs=status_inputs,
             recorder=self.recorder,

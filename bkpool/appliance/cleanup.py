@@ -85,6 +85,6 @@ async def _purge_workers(home: Path, tools: Toolchain) -> None:
 async def _stop_workers(home: Path, tools: Toolchain) -> int:
     runtime = ProcessRuntime(home, Binaries.found(tools.find))
     await runtime.adopt()
-    count = len(runtime.observe())
+    count = len(runtime.daemons.observe())
     await runtime.close(stop_workers=True)
     return count

@@ -42,7 +42,7 @@ from bkpool.store import Store
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.registry import new_registry
-from bkpool.workers import Runtime
+from bkpool.workers import Caches, Daemons
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +56,8 @@ class Controller:
     Args:
         store: Where pools and workers are.
         mirror: The copy in memory to decide from.
-        runtime: Runs buildkitd.
+        daemons: Starts and stops buildkitd.
+        caches: Assigns and wipes caches.
         now: The clock.
         status_inputs: What a pool's status shows besides its workers.
         recorder: Gets the events that a person would ask about.
@@ -69,7 +70,8 @@ class Controller:
         *,
         store: Store,
         mirror: Mirror,
-        runtime: Runtime,
+        daemons: Daemons,
+        caches: Caches,
         now: Callable[[], datetime],
         status_inputs: Callable[[Pool], PoolStatusInputs],
         recorder: Recorder,
@@ -78,7 +80,8 @@ class Controller:
     ) -> None:
         self._store = store
         self._mirror = mirror
-        self._runtime = runtime
+        self._daemons = daemons
+        self._caches = caches
         self._now = now
         self._status_inputs = status_inputs
         self._recorder = recorder
@@ -97,7 +100,8 @@ class Controller:
     async def run(self) -> None:
         """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
         await self._mirror.ready.wait()
-        self._runtime.on_change(self.look_again)
+        self._daemons.on_change(self.look_again)
+        self._caches.on_change(self.look_again)
         unsubscribe = self._mirror.subscribe(lambda _pool: self.look_again())
         try:
             while True:
@@ -127,7 +131,7 @@ class Controller:
         """Decides for every pool and starts the actions. Returns when to decide again if nothing changes before."""
         now = self._now()
         deadlines: list[datetime] = []
-        observed, caches = self._runtime.observe(), self._runtime.caches()
+        observed, caches = self._daemons.observe(), self._caches.owners()
         pools = [*self._mirror.pools.values(), *self._pools_with_leftovers()]
         for pool in pools:
             snapshot = Snapshot(
@@ -197,7 +201,7 @@ class Controller:
 
     async def _stop_stray(self, slot: Slot) -> Result:
         log.warning("worker.stray", slot=str(slot.worker))
-        await self._runtime.stop(slot)
+        await self._daemons.stop(slot)
         return Result.DONE
 
     async def _write_failure(self, worker: Worker, error: WorkerFailed | HostFault) -> None:
@@ -218,11 +222,11 @@ class Controller:
             case StartDaemon(worker, owner):
                 return await self._start_daemon(worker, owner, pool)
             case SetCacheOwner(worker, owner):
-                await self._runtime.own(worker.slot, owner)
+                await self._caches.own(worker.slot, owner)
             case SetProtection(worker, protected):
-                await self._runtime.protect(worker.slot, held=protected)
+                await self._daemons.protect(worker.slot, held=protected)
             case WipeCache(slot):
-                await self._runtime.wipe(slot)
+                await self._caches.wipe(slot)
             case WriteStatus(worker):
                 await self._write_status(worker)
             case LoseLease(worker, message):
@@ -241,7 +245,7 @@ class Controller:
                 self._mirror.apply(await self._store.replace_status(current.with_status(message=message)))
 
         try:
-            await self._runtime.start(worker.slot, worker.uid, owner, pool, report_progress)
+            await self._daemons.start(worker.slot, worker.uid, owner, pool, report_progress)
         except (WorkerFailed, HostFault) as error:
             await self._write_failure(worker, error)
             return Result.FAILED
@@ -280,7 +284,7 @@ class Controller:
         await self._store.delete(
             Worker, *worker.key, uid=worker.uid, resource_version=worker.metadata.resource_version
         )
-        await self._runtime.stop(worker.slot)
+        await self._daemons.stop(worker.slot)
         log.info("worker.removed", worker=str(worker.key))
         if pool := self._mirror.pools.get(worker.pool):
             self._recorder.record(pool, "ScaledDown", f"removed {worker.key.name}")
@@ -309,7 +313,7 @@ class Controller:
     async def _apply_spec(self, pool: Pool) -> None:
         """Applies a changed spec to what the pool's workers share."""
         try:
-            await self._runtime.follow(pool)
+            await self._daemons.follow(pool)
             self._applied[pool.key] = _version(pool)
         except BkpoolError as error:
             log.warning("pool.not_applied", pool=str(pool.key), error=error.message)

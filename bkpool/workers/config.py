@@ -1,7 +1,7 @@
-"""Writes buildkitd.toml for a pool.
+"""Renders buildkitd.toml for a pool. Pure.
 
-Sizes always carry a unit: buildkitd reads a bare number as bytes. What belongs to one slot (root, address, runc) is
-no part of the file but on the command line, where it also wins over a file that the user gave.
+Sizes always have a unit, because buildkitd reads a bare number as bytes. Settings of one slot (root, address, runc)
+are on the command line instead, where they also override a file that the user gave.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from bkpool.core import durations
 from bkpool.core.errors import WorkerFailed
 from bkpool.core.pool import CacheGC, PoolSpec
 
-_RESERVED = "1GB"  # never collected, so that a full disk leaves every worker its hottest layers
-_MAX_USED = "10GB"  # buildkitd's own default, up to 100 GB, is meant for one daemon on a machine, not for ten
+_RESERVED = "1GB"  # never collected, so that every worker keeps its most used layers when the disk is full
+_MAX_USED = "10GB"  # buildkitd's own default, up to 100 GB, is for one daemon on a machine, not for ten
 _MIN_FREE = "5GB"
 
 
 def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
-    """The configuration file of a worker: the user's own, or one made of `spec.cache.gc`.
+    """The configuration file of a worker: `spec.buildkitConfig` if that is given, else one with `spec.cache.gc`.
 
     Args:
-        spec: Of the pool.
+        spec: The pool's spec.
         cgroup_parent: The cgroup that holds the containers of this slot; None: buildkitd's own choice.
 
     Raises:
-        WorkerFailed: The user's file asks for what can't be on a worker.
+        WorkerFailed: `spec.buildkitConfig` has a setting that a worker can't have.
     """
     if spec.buildkit_config is not None:
         _check(spec.buildkit_config, untrusted=spec.untrusted)
@@ -45,7 +45,7 @@ def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
 def _collection(gc: CacheGC) -> list[str]:
     if not gc.enabled:
         return ["gc = false"]
-    reserved = gc.reserved_space or (None if gc.keep_storage else _RESERVED)  # it would win over a smaller maximum
+    reserved = gc.reserved_space or (None if gc.keep_storage else _RESERVED)  # it would override a smaller maximum
     sizes = [
         *([f'reservedSpace = "{_size(reserved)}"'] if reserved else []),
         f'maxUsedSpace = "{_size(gc.keep_storage or _MAX_USED)}"',
@@ -53,7 +53,7 @@ def _collection(gc: CacheGC) -> list[str]:
     ]
     if gc.keep_duration is None:
         return ["gc = true", *sizes]
-    # Policies of one's own replace buildkitd's: first by age, then by size, then by size with its internal records.
+    # These policies replace buildkitd's own: by age, then by size, then by size with buildkitd's internal records.
     policy = "[[worker.oci.gcpolicy]]"
     age = f'keepDuration = "{durations.render(gc.keep_duration)}"'
     return ["gc = true", "", policy, "all = true", age, "", policy, *sizes, "", policy, "all = true", *sizes]
@@ -64,9 +64,9 @@ def _size(text: str) -> str:
 
 
 def _check(text: str, *, untrusted: bool) -> None:
-    """Refuses what would keep buildkitd from ever answering, or let strangers out of it.
+    """Refuses settings with which buildkitd could never answer, or with which untrusted builds could escape.
 
-    Any other mistake buildkitd explains better itself. An address in it does no harm: the command line's wins.
+    buildkitd itself explains other mistakes better. An address does no harm: the command line overrides it.
     """
     try:
         given = tomllib.loads(text)
@@ -75,13 +75,13 @@ def _check(text: str, *, untrusted: bool) -> None:
     if untrusted and given.get("insecure-entitlements"):
         raise WorkerFailed(
             "spec.buildkitConfig: insecure-entitlements can't be set in an untrusted pool",
-            hint="Remove them, or spec.untrusted: with them a build may leave its sandbox.",
+            hint="Remove them, or spec.untrusted. With them a build can leave its sandbox.",
             field="spec.buildkitConfig",
         )
     grpc = given.get("grpc", {})
     if isinstance(grpc, dict) and "tls" in grpc:
         raise WorkerFailed(
             "spec.buildkitConfig: [grpc.tls] can't be set",
-            hint="Remove it: bkpool itself says how a worker is reached, and the gateway does the TLS.",
+            hint="Remove it. bkpool itself sets how a worker is reached, and the gateway does TLS.",
             field="spec.buildkitConfig",
         )

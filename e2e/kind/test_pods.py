@@ -51,7 +51,7 @@ def a_pool(namespace: str, isolation: str = "rootless", **spec: object) -> Pool:
     return Pool(metadata=metadata, spec=PoolSpec.model_validate(spec))
 
 
-class Told(list[str]):
+class WaitingReports(list[str]):
     async def __call__(self, message: str) -> None:
         self.append(message)
 
@@ -74,7 +74,7 @@ async def make_runtime(api: KubeApi, cluster: E2eCluster, namespace: str) -> Asy
 
     yield make
     if made:  # the ports are to be free for the next test
-        await asyncio.gather(*(made[-1].stop(slot) for slot in made[-1].observe()))
+        await asyncio.gather(*(made[-1].daemons.stop(slot) for slot in made[-1].daemons.observe()))
     for runtime in made:
         await runtime.close(stop_workers=True)
 
@@ -96,7 +96,7 @@ async def uids(api: KubeApi, namespace: str, plural: str = "pods") -> set[str]:
 async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 30) -> None:
     """Waits for a change after which it is so."""
     changed = asyncio.Event()
-    runtime.on_change(changed.set)
+    runtime.daemons.on_change(changed.set)
     async with asyncio.timeout(seconds):
         while not condition():
             await changed.wait()
@@ -123,8 +123,8 @@ buildctl build --progress plain --frontend dockerfile.v0 --local dockerfile=. --
 
 async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
     async def run(number: int, isolation: str) -> None:
-        place, told = slot._replace(number=number), Told()
-        endpoint = await runtime.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), told)
+        place, told = slot._replace(number=number), WaitingReports()
+        endpoint = await runtime.daemons.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), told)
         assert told == []
         await probe_tls(*address(endpoint), dialler(), "uid-1")
         output = await in_pod(kubectl, place, BUILD)
@@ -135,28 +135,28 @@ async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
 
 async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runtime, slot, api, namespace):
     pool = a_pool(namespace)
-    endpoint = await runtime.start(slot, "uid-1", "anna", pool, Told())
+    endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
     first = await uids(api, namespace)
-    assert await runtime.start(slot, "uid-1", "anna", pool, Told()) == endpoint
-    assert await runtime.start(slot, "uid-1", None, pool, Told()) == endpoint
+    assert await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports()) == endpoint
+    assert await runtime.daemons.start(slot, "uid-1", None, pool, WaitingReports()) == endpoint
     assert await uids(api, namespace) == first
-    observed = runtime.observe()[slot]
+    observed = runtime.daemons.observe()[slot]
     assert (observed.worker_uid, observed.state, observed.endpoint) == ("uid-1", DaemonState.READY, endpoint)
     assert (observed.cache_owner, observed.ephemeral, observed.protected) == ("anna", True, True)
-    assert (observed.pod_name, runtime.caches()) == (slot.worker.name, {})
+    assert (observed.pod_name, runtime.caches.owners()) == (slot.worker.name, {})
 
-    await runtime.stop(slot)
-    assert runtime.observe() == {}
+    await runtime.daemons.stop(slot)
+    assert runtime.daemons.observe() == {}
     assert await uids(api, namespace) == await uids(api, namespace, "secrets") == set()
-    await runtime.stop(slot)  # nothing there: nothing happens
+    await runtime.daemons.stop(slot)  # nothing there: nothing happens
 
 
 async def test_the_next_runtime_finds_it_ready(make_runtime, runtime, slot):
-    endpoint = await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told())
+    endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
     await runtime.close(stop_workers=True)
     after = await make_runtime()
-    assert after.observe()[slot] == runtime.observe()[slot]
-    assert after.observe()[slot].endpoint == endpoint
+    assert after.daemons.observe()[slot] == runtime.daemons.observe()[slot]
+    assert after.daemons.observe()[slot].endpoint == endpoint
 
 
 # --- whose cache ----------------------------------------------------------------------------------------------------
@@ -164,48 +164,48 @@ async def test_the_next_runtime_finds_it_ready(make_runtime, runtime, slot):
 
 async def test_a_pod_that_nobody_used_gets_an_owner_and_never_another(runtime, slot, api, namespace):
     pool = a_pool(namespace)
-    await runtime.start(slot, "uid-1", None, pool, Told())
-    assert (runtime.observe()[slot].cache_owner, runtime.observe()[slot].held) == (None, False)
-    await runtime.own(slot, "anna")
-    assert (runtime.observe()[slot].cache_owner, runtime.observe()[slot].held) == ("anna", True)
+    await runtime.daemons.start(slot, "uid-1", None, pool, WaitingReports())
+    assert (runtime.daemons.observe()[slot].cache_owner, runtime.daemons.observe()[slot].protected) == (None, False)
+    await runtime.caches.own(slot, "anna")
+    assert (runtime.daemons.observe()[slot].cache_owner, runtime.daemons.observe()[slot].protected) == ("anna", True)
     metadata = (await pod_of(api, slot))["metadata"]
     assert metadata["annotations"][ANNOTATION_CACHE_OWNER] == "anna"
     assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == "false"
     with pytest.raises(Conflict, match="another identity"):
-        await runtime.own(slot, "bert")
+        await runtime.caches.own(slot, "bert")
 
-    await runtime.start(slot, "uid-1", "bert", pool, Told())
+    await runtime.daemons.start(slot, "uid-1", "bert", pool, WaitingReports())
     after = (await pod_of(api, slot))["metadata"]
     assert after["uid"] != metadata["uid"]
-    assert after["annotations"][ANNOTATION_CACHE_OWNER] == runtime.observe()[slot].cache_owner == "bert"
+    assert after["annotations"][ANNOTATION_CACHE_OWNER] == runtime.daemons.observe()[slot].cache_owner == "bert"
 
 
 async def test_a_volume_outlives_its_pods_and_is_gone_for_another_owner(runtime, slot, api, namespace):
     pool = a_pool(namespace, cache=LOCAL)
-    await runtime.start(slot, "uid-1", None, pool, Told())
-    assert (runtime.caches(), runtime.observe()[slot].ephemeral) == ({slot: None}, False)
-    await runtime.own(slot, "anna")
-    assert runtime.caches() == {slot: "anna"}
+    await runtime.daemons.start(slot, "uid-1", None, pool, WaitingReports())
+    assert (runtime.caches.owners(), runtime.daemons.observe()[slot].ephemeral_cache) == ({slot: None}, False)
+    await runtime.caches.own(slot, "anna")
+    assert runtime.caches.owners() == {slot: "anna"}
     assert ANNOTATION_CACHE_OWNER not in (await pod_of(api, slot))["metadata"]["annotations"]
-    await runtime.stop(slot)
+    await runtime.daemons.stop(slot)
     first = await uids(api, namespace, "persistentvolumeclaims")
 
-    await runtime.start(slot, "uid-2", "anna", pool, Told())
+    await runtime.daemons.start(slot, "uid-2", "anna", pool, WaitingReports())
     assert await uids(api, namespace, "persistentvolumeclaims") == first
-    assert runtime.observe()[slot].cache_owner == "anna"
-    await runtime.start(slot, "uid-3", "bert", pool, Told())
+    assert runtime.daemons.observe()[slot].cache_owner == "anna"
+    await runtime.daemons.start(slot, "uid-3", "bert", pool, WaitingReports())
     assert not await uids(api, namespace, "persistentvolumeclaims") & first
-    assert runtime.caches() == {slot: "bert"}
-    await runtime.wipe(slot)
-    assert runtime.caches() == {}
+    assert runtime.caches.owners() == {slot: "bert"}
+    await runtime.caches.wipe(slot)
+    assert runtime.caches.owners() == {}
     assert await uids(api, namespace, "persistentvolumeclaims") == set()
 
 
 async def test_others_are_asked_to_leave_a_leased_worker_alone(runtime, slot, api):
-    await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     for held in (True, False):
-        await runtime.protect(slot, held=held)
-        assert runtime.observe()[slot].held is held
+        await runtime.daemons.protect(slot, held=held)
+        assert runtime.daemons.observe()[slot].protected is held
         metadata = (await pod_of(api, slot))["metadata"]
         assert metadata["labels"].get(LABEL_LEASED) == ("true" if held else None)
         assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == ("false" if held else "true")
@@ -218,9 +218,11 @@ async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_
     runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
 
     async def run(number: int, told: str, field: str | None, **spec: object) -> None:
-        messages = Told()
+        messages = WaitingReports()
         with pytest.raises(WorkerFailed, match=told) as failure:
-            await runtime.start(slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), messages)
+            await runtime.daemons.start(
+                slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), messages
+            )
         assert re.match(told, messages[0])
         assert failure.value.field == field
 
@@ -233,27 +235,31 @@ async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_
         run(1, unpulled, "spec.buildkitImage", buildkit_image="localhost:1/none:1"),
         run(2, unnamed, "spec.buildkitImage", buildkit_image="NO IMAGE"),
     )
-    await seen(runtime, lambda: not runtime.observe())
+    await seen(runtime, lambda: not runtime.daemons.observe())
 
 
 async def test_what_the_api_server_does_not_take_names_the_pools_field(runtime, slot, kubectl):
     limits = {"buildkit": {"limits": {"memory": "1Gi"}, "requests": {"memory": "2Gi"}}}
     with pytest.raises(WorkerFailed, match=r"^spec.resources.buildkit: the pod is not admitted") as failure:
-        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), Told())
+        await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), WaitingReports())
     assert "must be less than or equal to memory limit" in failure.value.message
     kubectl("label", "namespace", slot.namespace, "pod-security.kubernetes.io/enforce=baseline")
     with pytest.raises(WorkerFailed, match="violates PodSecurity") as failure:
-        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+        await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     assert ANNOTATION_ISOLATION in failure.value.hint
 
-    wanted = pod_spec.Wanted(slot, "uid-1", None, a_pool(slot.namespace, "baseline"), "an/image")
+    wanted = pod_spec.PodRequest(slot, "uid-1", None, a_pool(slot.namespace, "baseline"), "an/image")
     assert "created" in kubectl("apply", "--dry-run=server", "-f", "-", stdin=json.dumps(pod_spec.pod(wanted)))
 
 
 async def test_a_start_that_fails_reports_the_end_of_buildkitds_log(runtime, slot):
     with pytest.raises(WorkerFailed, match=r"exit code 1$") as failure:
-        await runtime.start(
-            slot, "uid-1", "anna", a_pool(slot.namespace, buildkit_config="[worker.oci]\nnonsense ="), Told()
+        await runtime.daemons.start(
+            slot,
+            "uid-1",
+            "anna",
+            a_pool(slot.namespace, buildkit_config="[worker.oci]\nnonsense ="),
+            WaitingReports(),
         )
     assert "toml" in failure.value.log_tail
 
@@ -261,7 +267,7 @@ async def test_a_start_that_fails_reports_the_end_of_buildkitds_log(runtime, slo
 async def test_too_little_memory_is_named(runtime, slot):
     limits = {"buildkit": {"limits": {"memory": "10Mi"}}}
     with pytest.raises(WorkerFailed, match=r"OOMKilled; the limit is 10Mi") as failure:
-        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), Told())
+        await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), WaitingReports())
     assert failure.value.field == "spec.resources.buildkit.limits.memory"
 
 
@@ -272,7 +278,7 @@ async def test_a_name_that_is_somebody_elses_is_left_alone(runtime, slot, api):
     }
     await api.create(paths.core("pods", slot.namespace), body)
     with pytest.raises(WorkerFailed, match="that is not bkpool's"):
-        await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+        await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     assert ANNOTATION_WORKER_UID not in (await pod_of(api, slot))["metadata"].get("annotations", {})
 
 
@@ -292,14 +298,14 @@ async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_miss
     await api.create(paths.core("pods", slot.namespace), blocker)
     runtime = await make_runtime(host_ports=(first, second))
     assert runtime.capacity.workers == 2
-    endpoint = await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    endpoint = await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     assert address(endpoint)[1] == second
 
     one = await make_runtime(host_ports=(second,))
     with pytest.raises(
         WorkerFailed, match=rf"all 1 host ports for workers \({second} to {second}\) are in use"
     ) as full:
-        await one.start(slot._replace(number=1), "uid-2", None, a_pool(slot.namespace), Told())
+        await one.daemons.start(slot._replace(number=1), "uid-2", None, a_pool(slot.namespace), WaitingReports())
     assert "kind-config.yaml" in full.value.hint
 
 
@@ -308,43 +314,43 @@ async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_miss
 
 async def test_one_that_ends_is_seen_with_its_reason_and_started_again(runtime, slot, kubectl, api):
     pool = a_pool(slot.namespace)
-    await runtime.start(slot, "uid-1", "anna", pool, Told())
+    await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
     before = (await pod_of(api, slot))["metadata"]["uid"]
     await in_pod(kubectl, slot, "kill -TERM 1")
-    await seen(runtime, lambda: runtime.observe()[slot].state is DaemonState.EXITED)
-    assert "buildkitd ended with exit code" in runtime.observe()[slot].message
-    await runtime.start(slot, "uid-1", "anna", pool, Told())
-    assert runtime.observe()[slot].state is DaemonState.READY
+    await seen(runtime, lambda: runtime.daemons.observe()[slot].state is DaemonState.EXITED)
+    assert "buildkitd ended with exit code" in runtime.daemons.observe()[slot].message
+    await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
+    assert runtime.daemons.observe()[slot].state is DaemonState.READY
     assert (await pod_of(api, slot))["metadata"]["uid"] != before
 
 
 async def test_one_that_is_deleted_by_hand_goes_and_is_started_again(runtime, slot, kubectl):
     pool = a_pool(slot.namespace)
-    await runtime.start(slot, "uid-1", "anna", pool, Told())
+    await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
-    await seen(runtime, lambda: not runtime.observe())
-    assert (await runtime.start(slot, "uid-1", "anna", pool, Told())).startswith("tcp://")
+    await seen(runtime, lambda: not runtime.daemons.observe())
+    assert (await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())).startswith("tcp://")
 
 
 async def test_one_that_is_deleted_waits_for_its_connections(runtime, slot, kubectl):
-    endpoint = await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told())
+    endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
     _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler())
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
     async with asyncio.timeout(30):
-        await runtime._pods.until(slot.worker, pod_view.deleted)
+        await runtime._slots.pods.until(slot.worker, pod_view.deleted)
     for _ in range(3):
         await probe_tls(*address(endpoint), dialler(), "uid-1")
         await in_pod(kubectl, slot, "sleep 1")  # longer than buildkitd takes to end
-    assert runtime.observe()[slot].state is DaemonState.READY
+    assert runtime.daemons.observe()[slot].state is DaemonState.READY
     writer.transport.abort()
-    await seen(runtime, lambda: not runtime.observe())
+    await seen(runtime, lambda: not runtime.daemons.observe())
 
 
 # --- who is who -----------------------------------------------------------------------------------------------------
 
 
 async def test_nobody_but_a_dialler_gets_in_and_no_other_worker_is_taken_for_this_one(runtime, slot):
-    place = address(await runtime.start(slot, "uid-1", "anna", a_pool(slot.namespace), Told()))
+    place = address(await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports()))
     clients, worker = Authority.create(NOW), BACKEND.issue_worker("uid-2", NOW)
     strangers = [
         dialler(clients),  # a lease's certificate is of that authority too
@@ -404,9 +410,9 @@ async def main():
     )
     await runtime.adopt()
     left = given["writes"] if given["what"] == "start" else 0
-    await runtime.start(slot, "uid-1", None if given["what"] == "own" else "anna", pool, untold)
+    await runtime.daemons.start(slot, "uid-1", None if given["what"] == "own" else "anna", pool, untold)
     left = given["writes"]
-    await (runtime.own(slot, "anna") if given["what"] == "own" else runtime.wipe(slot))
+    await (runtime.caches.own(slot, "anna") if given["what"] == "own" else runtime.caches.wipe(slot))
 
 asyncio.run(main())
 """
@@ -456,15 +462,15 @@ async def test_a_crash_after_any_write_is_mended(make_runtime, slot, api, cluste
 
     async def mend(dead: Slot, what: str) -> None:
         owner = "bert" if what == "wipe" else "anna"
-        await runtime.start(dead, "uid-1", owner, pool, Told())
-        observed = runtime.observe()[dead]
+        await runtime.daemons.start(dead, "uid-1", owner, pool, WaitingReports())
+        observed = runtime.daemons.observe()[dead]
         assert (observed.state, observed.cache_owner, observed.protected) == (DaemonState.READY, owner, True)
-        assert not cache or runtime.caches()[dead] == owner
+        assert not cache or runtime.caches.owners()[dead] == owner
 
     await asyncio.gather(*(mend(dead, what) for dead, what, _ in deaths))
     counts = {"pods": len(deaths), "secrets": len(deaths), "persistentvolumeclaims": len(deaths) if cache else 0}
     for plural, count in counts.items():
         assert len(await uids(api, slot.namespace, plural)) == count
-    await asyncio.gather(*(runtime.wipe(dead) for dead, _, _ in deaths))
+    await asyncio.gather(*(runtime.caches.wipe(dead) for dead, _, _ in deaths))
     for plural in counts:
         assert await uids(api, slot.namespace, plural) == set()

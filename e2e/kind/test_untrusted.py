@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from kind.test_pods import BUILD, Told, a_pool, in_pod, make_runtime, pod_of, runtime, slot  # noqa: F401 - fixtures
+from kind.test_pods import BUILD, WaitingReports, a_pool, in_pod, make_runtime, pod_of, runtime, slot  # noqa: F401 - fixtures
 
 from bkpool.core.errors import NotFound, WorkerFailed
 from bkpool.kube import paths
@@ -25,7 +25,7 @@ async def policy_of(api, pool):
 
 async def test_the_policy_is_there_before_the_pod_and_follows_the_spec(runtime, slot, api):  # noqa: F811
     untrusted = a_pool(slot.namespace, untrusted=True)
-    await runtime.start(slot, "uid-1", None, untrusted, Told())
+    await runtime.daemons.start(slot, "uid-1", None, untrusted, WaitingReports())
     made, pod = await policy_of(api, untrusted), await pod_of(api, slot)
     assert made["spec"] == egress_policy(untrusted)["spec"]
     assert int(made["metadata"]["resourceVersion"]) < int(pod["metadata"]["resourceVersion"])
@@ -36,13 +36,13 @@ async def test_the_policy_is_there_before_the_pod_and_follows_the_spec(runtime, 
     listed = a_pool(
         slot.namespace, untrusted=True, networking={"egress": {"policy": "listed", "allowedCIDRs": ["10.9.0.1/16"]}}
     )
-    await runtime.follow(listed)
+    await runtime.daemons.follow(listed)
     assert (await policy_of(api, listed))["spec"] == egress_policy(listed)["spec"]
     for _ in range(2):
-        await runtime.follow(a_pool(slot.namespace))
+        await runtime.daemons.follow(a_pool(slot.namespace))
         with pytest.raises(NotFound):
             await policy_of(api, listed)
-    await runtime.follow(listed)
+    await runtime.daemons.follow(listed)
     assert (await policy_of(api, listed))["metadata"]["labels"]
 
 
@@ -52,13 +52,13 @@ async def test_a_policy_that_is_somebody_elses_is_left_alone(runtime, slot, api)
     await api.create(paths.group(NETWORKING, "networkpolicies", slot.namespace), body)
     for other in (pool, a_pool(slot.namespace)):
         with pytest.raises(WorkerFailed, match=r"NetworkPolicy .* that is not bkpool's"):
-            await runtime.start(slot, "uid-1", None, other, Told())
+            await runtime.daemons.start(slot, "uid-1", None, other, WaitingReports())
     assert (await policy_of(api, pool))["spec"]["policyTypes"] == ["Ingress"]
-    assert runtime.observe() == {}
+    assert runtime.daemons.observe() == {}
 
 
 async def test_an_untrusted_pod_builds_and_has_nothing_of_the_clusters(runtime, slot, kubectl):  # noqa: F811
-    await runtime.start(slot, "uid-1", "lease", a_pool(slot.namespace, untrusted=True), Told())
+    await runtime.daemons.start(slot, "uid-1", "lease", a_pool(slot.namespace, untrusted=True), WaitingReports())
     assert "buildctl github.com/moby/buildkit" in await in_pod(kubectl, slot, BUILD)
     assert "absent" in await in_pod(kubectl, slot, "ls /var/run/secrets/kubernetes.io 2>&1 || echo absent")
 
@@ -68,9 +68,9 @@ async def test_what_is_private_is_out_of_reach_where_policies_are_enforced(runti
     server = json.loads(kubectl("get", "endpointslices", "-n", "default", "kubernetes", "-o", "json"))
     host, port = server["endpoints"][0]["addresses"][0], server["ports"][0]["port"]
     attempt = f"buildctl --timeout 5 --addr tcp://{host}:{port} debug workers 2>&1; true"
-    await runtime.start(slot, "uid-1", None, a_pool(slot.namespace), Told())
+    await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     opened = await in_pod(kubectl, slot, attempt)
-    await runtime.follow(a_pool(slot.namespace, untrusted=True))
+    await runtime.daemons.follow(a_pool(slot.namespace, untrusted=True))
     fenced = await in_pod(kubectl, slot, attempt)
     assert "connection refused" not in opened
     if enforced(kubectl):

@@ -105,7 +105,7 @@ async def test_idle_workers_go_after_their_delay_and_the_cache_stays(world, gran
     await world.until(lambda: not world.held())
     world.clock.advance(minutes=16)
     await world.until(lambda: not world.replicas[0].mirror.workers and not world.runtime.daemons)
-    assert world.runtime.owners[grant.worker.slot] == grant.worker.lease.owner
+    assert world.runtime.cache_owners[grant.worker.slot] == grant.worker.lease.owner
 
 
 async def test_the_pools_status_follows(world, grant):

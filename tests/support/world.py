@@ -1,7 +1,7 @@
 """A small world for the tests of leases: a real store, a real mirror, the real controller, and no daemons.
 
-The runtime is the one thing that is not real (the real one has its own tests and the end-to-end tests): it keeps a
-Runtime's promises in memory, and can be told to fail.
+Only the workers are not real (real ones have their own tests and the end-to-end tests): `MemoryWorkers` keeps the
+promises of Daemons and Caches in memory, and can be told to fail.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ POOL = Key("default", "p")
 TOKEN_KEY = b"k" * 32
 
 
-class MemoryRuntime:
-    """Implements Runtime without any process."""
+class MemoryWorkers:
+    """Implements Daemons and Caches in memory, without any process."""
 
     def __init__(self) -> None:
         self.daemons: dict[Slot, Observation] = {}
-        self.owners: dict[Slot, str | None] = {}
+        self.cache_owners: dict[Slot, str | None] = {}
         self.failure: str | None = None
         self.log_tail = ""
         self.gate = asyncio.Event()
@@ -50,17 +50,15 @@ class MemoryRuntime:
         self.wiped: list[Slot] = []
         self._callbacks: list[Callable[[], None]] = []
 
-    async def adopt(self) -> None:
-        pass
-
     def observe(self):
         return dict(self.daemons)
 
-    def caches(self):
-        return dict(self.owners)
+    def owners(self):
+        return dict(self.cache_owners)
 
     def on_change(self, callback):
-        self._callbacks.append(callback)
+        if callback not in self._callbacks:
+            self._callbacks.append(callback)
 
     def changed(self) -> None:
         for callback in self._callbacks:
@@ -69,23 +67,23 @@ class MemoryRuntime:
     capacity = None
     ignored_spec_fields = IGNORED_BY_PROCESSES
 
-    async def start(self, slot, worker_uid, owner, pool, told):
+    async def start(self, slot, worker_uid, owner, pool, report_waiting):
         await self.gate.wait()
         if self.failure is not None:
             raise WorkerFailed(self.failure, log_tail=self.log_tail)
-        held = self.owners.get(slot)
+        held = self.cache_owners.get(slot)
         if owner is not None and held not in {None, owner}:
             self.wiped.append(slot)
-        self.owners[slot] = held if owner is None else owner
+        self.cache_owners[slot] = held if owner is None else owner
         endpoint = f"unix:///{slot.number}"
-        self.daemons[slot] = Observation(worker_uid, DaemonState.READY, endpoint, self.owners[slot])
+        self.daemons[slot] = Observation(worker_uid, DaemonState.READY, endpoint, self.cache_owners[slot])
         self.changed()
         return endpoint
 
     async def own(self, slot, owner):
-        if self.owners.get(slot) not in {None, owner}:
+        if self.cache_owners.get(slot) not in {None, owner}:
             raise Conflict("another's")
-        self.owners[slot] = owner
+        self.cache_owners[slot] = owner
         was = self.daemons[slot]
         self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
         self.changed()
@@ -102,7 +100,7 @@ class MemoryRuntime:
 
     async def wipe(self, slot):
         self.wiped.append(slot)
-        self.owners[slot] = None
+        self.cache_owners[slot] = None
         await self.stop(slot)
 
     async def close(self, *, stop_workers):
@@ -120,7 +118,7 @@ class World:
     def __init__(self, store: SqliteStore, clock: Clock) -> None:
         self.store = store
         self.clock = clock
-        self.runtime = MemoryRuntime()
+        self.runtime = MemoryWorkers()
         self.authority = Authority.create(datetime.now(UTC))
         self.replicas: list[Replica] = []
         self.registry = new_registry()
@@ -163,7 +161,7 @@ class Replica:
             leases=self.leases,
             authority=world.authority,
             token_key=TOKEN_KEY,
-            caches=world.runtime.caches,
+            caches=world.runtime.owners,
             now=world.clock,
             limits=CallerLimits(world.clock.seconds),
         )
@@ -201,7 +199,8 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
     controller = Controller(
         store=store,
         mirror=mirrors[0],
-        runtime=world.runtime,
+        daemons=world.runtime,
+        caches=world.runtime,
         now=clock,
         status_inputs=lambda pool: PoolStatusInputs(
             "tcp://localhost:1235", ignored_fields(pool.spec, world.runtime.ignored_spec_fields)

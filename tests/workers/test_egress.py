@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE
 from bkpool.workers.pods.egress import egress_policy
-from bkpool.workers.pods.pod_spec import Wanted
+from bkpool.workers.pods.pod_spec import PodRequest
 from bkpool.workers.pods.pod_spec import pod as pod_of
 from support.objects import pool, slot
 
@@ -79,7 +79,7 @@ def test_what_is_listed_is_reached_and_names_are_resolved(policy):
 
 def test_it_selects_the_pools_pods_and_ends_with_the_pool():
     document = egress_policy(egress("listed"))
-    labels = pod_of(Wanted(slot(0), "uid", None, egress(), "an/image"))["metadata"]["labels"]
+    labels = pod_of(PodRequest(slot(0), "uid", None, egress(), "an/image"))["metadata"]["labels"]
     selected = document["spec"]["podSelector"]["matchLabels"]
     assert selected.items() <= labels.items()
     assert {LABEL_POOL, LABEL_PURPOSE} <= selected.keys()

@@ -18,7 +18,7 @@ from bkpool.core.pool import LocalCache, Pool
 from bkpool.core.resource import Metadata
 from bkpool.pki.authority import Leaf
 from bkpool.workers.pods import pod_spec
-from bkpool.workers.pods.pod_spec import ANNOTATION_EVICT, PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Wanted
+from bkpool.workers.pods.pod_spec import ANNOTATION_EVICT, PRIVILEGED_IMAGE, ROOTLESS_IMAGE, PodRequest
 from support.objects import pool, slot
 
 SLOT = slot(3)
@@ -29,7 +29,7 @@ def isolated(isolation: str) -> Pool:
 
 
 def pod(wanted_pool: Pool | None = None, owner: str | None = None, **more):
-    return pod_spec.pod(Wanted(SLOT, "uid-1", owner, wanted_pool or pool(), ROOTLESS_IMAGE, **more))
+    return pod_spec.pod(PodRequest(SLOT, "uid-1", owner, wanted_pool or pool(), ROOTLESS_IMAGE, **more))
 
 
 def container(document):
@@ -91,7 +91,7 @@ def test_a_privileged_pod_runs_buildkitd_itself_in_any_image():
 
 
 def test_another_isolation_is_refused_by_its_annotation():
-    with pytest.raises(WorkerFailed, match=r"isolation\]: 'none' is no isolation") as refused:
+    with pytest.raises(WorkerFailed, match=r"isolation\]: 'none' is not an isolation") as refused:
         pod(isolated("none"))
     assert "rootless, baseline, privileged" in refused.value.hint
 

@@ -11,7 +11,7 @@ from support.objects import pool, slot
 
 def pod(*, node: str | None = "node-1", phase: str = "Pending", state=None, conditions=(), **status):
     """As the builder makes it, with a status as the API server reports it."""
-    made = pod_spec.pod(pod_spec.Wanted(slot(0), "uid-1", None, pool(), "an/image:1", 12400))
+    made = pod_spec.pod(pod_spec.PodRequest(slot(0), "uid-1", None, pool(), "an/image:1", 12400))
     made["metadata"]["uid"] = "pod-uid"
     if node:
         made["spec"]["nodeName"] = node
@@ -40,11 +40,11 @@ def test_what_was_written_is_read_again():
         "10.0.0.9",
     )
     assert pod_view.claim_of(made) is None
-    assert not pod_view.held(made)
+    assert not pod_view.protected(made)
     local = pool(cache={"backends": [{"type": "local"}]})
-    with_volume = pod_spec.pod(pod_spec.Wanted(slot(0), "uid-1", "anna", local, "i"))
+    with_volume = pod_spec.pod(pod_spec.PodRequest(slot(0), "uid-1", "anna", local, "i"))
     assert pod_view.claim_of(with_volume) == Key("default", "p-worker-0")
-    assert pod_view.held(with_volume)
+    assert pod_view.protected(with_volume)
     claim = pod_spec.volume(slot(0), local, local.spec.cache.local, "anna")
     assert pod_view.cache_owner(claim) == "anna"
     claim["metadata"]["annotations"] = {ANNOTATION_CACHE_OWNER: ""}
@@ -115,9 +115,9 @@ def terminated(reason: str, code: int = 1, message: str = ""):
 
 
 @pytest.mark.parametrize(
-    ("document", "message", "spoke"),
+    ("document", "message", "has_log"),
     [
-        (terminated("OOMKilled", 137), "buildkitd was killed for want of memory (OOMKilled; the limit is 1Gi)", True),
+        (terminated("OOMKilled", 137), "buildkitd was killed: out of memory (OOMKilled; the limit is 1Gi)", True),
         (terminated("Error", 2), "buildkitd ended with exit code 2", True),
         (
             terminated("StartError", 128, "no such file"),
@@ -132,50 +132,50 @@ def terminated(reason: str, code: int = 1, message: str = ""):
         (pod(phase="Failed", reason="OutOfcpu", message="x"), "the pod p-worker-0 has failed (OutOfcpu): x", False),
     ],
 )
-def test_how_a_pod_ended(document, message, spoke):
+def test_how_a_pod_ended(document, message, has_log):
     document["spec"]["containers"][0]["resources"] = {"limits": {"memory": "1Gi"}}
     ending = pod_view.ending(document)
-    assert (ending.message, ending.spoke) == (message, spoke)
+    assert (ending.message, ending.has_log) == (message, has_log)
 
 
 def test_a_pod_is_doubtful_while_it_is_deleted_or_its_node_is_silent():
     lost = [{"type": "Ready", "status": "False"}]
-    assert not pod_view.doubtful(pod(phase="Running", state={"running": {}}))
-    assert pod_view.doubtful(pod(phase="Running", state={"running": {}}, conditions=lost))
-    assert not pod_view.doubtful(pod(conditions=lost))  # it has only just begun
+    assert not pod_view.may_be_ending(pod(phase="Running", state={"running": {}}))
+    assert pod_view.may_be_ending(pod(phase="Running", state={"running": {}}, conditions=lost))
+    assert not pod_view.may_be_ending(pod(conditions=lost))  # it has only just begun
     going = pod(phase="Running", state={"running": {}})
     going["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-    assert pod_view.doubtful(going)
+    assert pod_view.may_be_ending(going)
 
 
-# --- patience -------------------------------------------------------------------------------------------------------
+# --- deadline -------------------------------------------------------------------------------------------------------
 
 CREATING = View(Stage.CREATING, "waiting for its container")
 UNSCHEDULED = View(Stage.SCHEDULING, "no node", trouble=True)
 
 
 def test_trouble_is_told_at_once_and_its_end_too():
-    patience = StartDeadline(Deadlines())
-    assert patience.look(UNSCHEDULED, 0.0) == "no node"
-    assert patience.look(UNSCHEDULED, 1.0) is None
-    assert patience.look(CREATING, 2.0) == ""
-    assert patience.look(View(Stage.RUNNING), 3.0) is None
+    deadline = StartDeadline(Deadlines())
+    assert deadline.message_to_report(UNSCHEDULED, 0.0) == "no node"
+    assert deadline.message_to_report(UNSCHEDULED, 1.0) is None
+    assert deadline.message_to_report(CREATING, 2.0) == ""
+    assert deadline.message_to_report(View(Stage.RUNNING), 3.0) is None
 
 
 def test_an_ordinary_wait_is_told_only_when_it_is_long():
-    patience = StartDeadline(Deadlines())
-    assert patience.look(CREATING, 0.0) is None
-    assert patience.left(1.0) == 4.0
-    assert patience.look(CREATING, 5.0) == "waiting for its container"
-    assert patience.left(5.0) == Deadlines().creating - 5.0
+    deadline = StartDeadline(Deadlines())
+    assert deadline.message_to_report(CREATING, 0.0) is None
+    assert deadline.time_to_change(1.0) == 4.0
+    assert deadline.message_to_report(CREATING, 5.0) == "waiting for its container"
+    assert deadline.time_to_change(5.0) == Deadlines().creating - 5.0
 
 
 def test_each_stage_has_its_own_deadline():
-    patience = StartDeadline(Deadlines(scheduling=10, creating=20))
-    patience.look(UNSCHEDULED, 0.0)
-    assert not patience.ended(UNSCHEDULED, 9.9)
-    assert patience.ended(UNSCHEDULED, 10.0)
-    patience.look(CREATING, 100.0)
-    assert not patience.ended(CREATING, 119.0)
-    assert patience.ended(CREATING, 120.0)
-    assert patience.ended(View(Stage.CREATING, final=True), 100.0)
+    deadline = StartDeadline(Deadlines(scheduling=10, creating=20))
+    deadline.message_to_report(UNSCHEDULED, 0.0)
+    assert not deadline.has_passed(UNSCHEDULED, 9.9)
+    assert deadline.has_passed(UNSCHEDULED, 10.0)
+    deadline.message_to_report(CREATING, 100.0)
+    assert not deadline.has_passed(CREATING, 119.0)
+    assert deadline.has_passed(CREATING, 120.0)
+    assert deadline.has_passed(View(Stage.CREATING, final=True), 100.0)

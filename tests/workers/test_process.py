@@ -82,45 +82,45 @@ async def in_mid_step(build, seconds: str) -> asyncio.subprocess.Process:
 
 
 async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime, build):
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     assert "the step runs" in await output(build(endpoint))
-    await runtime.stop(SLOT)
-    assert runtime.observe() == {}
-    assert runtime.caches() == {SLOT: "anna"}
+    await runtime.daemons.stop(SLOT)
+    assert runtime.daemons.observe() == {}
+    assert runtime.caches.owners() == {SLOT: "anna"}
 
-    endpoint = await runtime.start(SLOT, "uid-2", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, untold)
     assert "CACHED" in await output(build(endpoint))
 
-    endpoint = await runtime.start(SLOT, "uid-3", "bert", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, untold)
     text = await output(build(endpoint))
     assert "the step runs" in text
     assert "CACHED" not in text
-    assert runtime.observe()[SLOT].cache_owner == "bert"
+    assert runtime.daemons.observe()[SLOT].cache_owner == "bert"
 
 
 async def test_what_a_daemon_leaves_beside_its_cache_goes_with_it(runtime, build, tmp_path):
-    await output(build(await runtime.start(SLOT, "uid-1", "anna", POOL, untold)))
+    await output(build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)))
     home, log = tmp_path / "home", SlotFiles(tmp_path / "home", SLOT).log
     assert temporary(record(home)["pid"]) == SlotFiles(home, SLOT).scratch
     (SlotFiles(home, SLOT).scratch / "of-anna").write_text("left by a kill")
-    await runtime.stop(SLOT)
-    await runtime.start(SLOT, "uid-2", "anna", POOL, untold)
+    await runtime.daemons.stop(SLOT)
+    await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, untold)
     assert not list(SlotFiles(home, SLOT).scratch.glob("of-*"))
     assert [file.exists() for file in (log, log.with_suffix(".log.1"))] == [True, True]
     with log.open("a") as file:
         file.write('process "of anna" did not complete')
 
-    await runtime.start(SLOT, "uid-3", "bert", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, untold)
     assert "of anna" not in log.read_text()
     assert not log.with_suffix(".log.1").exists()
-    await runtime.wipe(SLOT)
+    await runtime.caches.wipe(SLOT)
     assert not log.exists()
 
 
 async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):
     changed = asyncio.Event()
-    runtime.on_change(changed.set)
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    runtime.daemons.on_change(changed.set)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     building = await in_mid_step(build(endpoint, "4711"), "4711")
 
     changed.clear()
@@ -128,7 +128,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 5)
 
-    seen = runtime.observe()[SLOT]
+    seen = runtime.daemons.observe()[SLOT]
     assert seen.state is DaemonState.EXITED
     assert seen.worker_uid == "uid-1"
     assert "was killed by SIGKILL" in seen.message
@@ -137,17 +137,19 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     assert str(tmp_path) not in mounts()
     await building.communicate()
 
-    again = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
-    assert runtime.observe()[SLOT].state is DaemonState.READY
+    again = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    assert runtime.daemons.observe()[SLOT].state is DaemonState.READY
     assert "CACHED" in await output(build(again))
     assert container_cgroups(tmp_path / "home") == []
 
 
 async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries, stop_grace=0.1)
-    building = await in_mid_step(build(await runtime.start(SLOT, "uid-1", "anna", POOL, untold), "4712"), "4712")
+    building = await in_mid_step(
+        build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold), "4712"), "4712"
+    )
     assert processes_saying("/step 4712")
-    await runtime.stop(SLOT)
+    await runtime.daemons.stop(SLOT)
     assert processes_saying("/step 4712") == []
     assert processes_saying(str(tmp_path / "home/slots")) == []
     assert container_cgroups(tmp_path / "home") == []
@@ -156,71 +158,71 @@ async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, bin
 
 
 async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime, tmp_path, binaries):
-    endpoint = await runtime.start(SLOT, "uid-1", None, POOL, untold)
-    assert runtime.caches() == {SLOT: None}
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
+    assert runtime.caches.owners() == {SLOT: None}
     first = record(tmp_path / "home")
 
-    await runtime.own(SLOT, "anna")
-    assert runtime.observe()[SLOT].cache_owner == "anna"
-    assert await runtime.start(SLOT, "uid-1", "anna", POOL, untold) == endpoint
-    assert await runtime.start(SLOT, "uid-1", None, POOL, untold) == endpoint
+    await runtime.caches.own(SLOT, "anna")
+    assert runtime.daemons.observe()[SLOT].cache_owner == "anna"
+    assert await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold) == endpoint
+    assert await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold) == endpoint
     assert record(tmp_path / "home") == first
     with pytest.raises(Conflict, match="another identity"):
-        await runtime.own(SLOT, "bert")
+        await runtime.caches.own(SLOT, "bert")
 
     another = ProcessRuntime(tmp_path / "home", binaries)
     with pytest.raises(Conflict):
-        await another.own(SLOT, "bert")
+        await another.caches.own(SLOT, "bert")
 
 
 async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, binaries, build):
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
 
     after = ProcessRuntime(tmp_path / "home", binaries)
     changed = asyncio.Event()
-    after.on_change(changed.set)
+    after.daemons.on_change(changed.set)
     await after.adopt()
-    assert after.observe()[SLOT].endpoint == endpoint
-    assert after.observe()[SLOT].worker_uid == "uid-1"
-    assert after.observe()[SLOT].cache_owner == "anna"
+    assert after.daemons.observe()[SLOT].endpoint == endpoint
+    assert after.daemons.observe()[SLOT].worker_uid == "uid-1"
+    assert after.daemons.observe()[SLOT].cache_owner == "anna"
     assert "the step runs" in await output(build(endpoint))
 
     changed.clear()
     os.kill(pid, signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 5)
-    assert after.observe()[SLOT].state is DaemonState.EXITED
+    assert after.daemons.observe()[SLOT].state is DaemonState.EXITED
     await after.purge()
     await after.close(stop_workers=True)
 
 
 async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(runtime, tmp_path, binaries):
-    await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
     (tmp_path / "home" / "slots" / "default" / "default" / "0" / "process.json").write_text("{}")
 
     after = ProcessRuntime(tmp_path / "home", binaries)
     await after.adopt()
-    assert after.observe() == {}
+    assert after.daemons.observe() == {}
     assert not runs(pid)
-    assert after.caches() == {SLOT: "anna"}
+    assert after.caches.owners() == {SLOT: "anna"}
     await after.purge()
 
 
 async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(runtime, tmp_path):
     with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
-        await runtime.start(SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), untold)
+        await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), untold)
     assert "toml" in failure.value.log_tail
     assert "toml" not in failure.value.message
-    assert runtime.observe() == {}
+    assert runtime.daemons.observe() == {}
     assert processes_saying(str(tmp_path / "home")) == []
     assert not (tmp_path / "home/slots/default/default/0/process.json").exists()
 
 
 async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
-    starting = asyncio.create_task(runtime.start(SLOT, "uid-1", "anna", POOL, untold))
+    starting = asyncio.create_task(runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold))
     log = tmp_path / "home/logs/default.default-worker-0.log"
     while not processes_saying(str(tmp_path / "home/slots")):
         await asyncio.to_thread(log.exists)
@@ -228,16 +230,16 @@ async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert processes_saying(str(tmp_path / "home/slots")) == []
-    assert runtime.observe() == {}
+    assert runtime.daemons.observe() == {}
 
 
 async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, runc):
     mute = tmp_path / "mute"
     mute.write_text("#!/bin/sh\necho I say nothing; exec tail -f /dev/null\n")
     mute.chmod(0o755)
-    runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_deadline=0.2)
+    runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_timeout=0.2)
     with pytest.raises(WorkerFailed, match="not ready after 0 s: it does not listen") as failure:
-        await runtime.start(SLOT, "uid-1", None, POOL, untold)
+        await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
     assert failure.value.log_tail == "I say nothing"
     assert processes_saying(str(tmp_path / "home/slots")) == []
     await runtime.close(stop_workers=True)
@@ -253,7 +255,7 @@ async def test_a_wipe_that_a_crash_interrupted_is_finished_before_anything_else(
 
     runtime = ProcessRuntime(tmp_path / "home", binaries)
     await runtime.adopt()
-    assert runtime.caches() == {}
+    assert runtime.caches.owners() == {}
     assert not slot.exists()
     assert not other.exists()
 
@@ -262,33 +264,33 @@ async def test_the_cache_of_an_unknown_owner_is_not_given_to_anyone_even_without
     (tmp_path / "home/slots/default/default/0/root").mkdir(parents=True)
     runtime = ProcessRuntime(tmp_path / "home", binaries)
     with pytest.raises(Conflict):
-        await runtime.own(SLOT, "anna")
+        await runtime.caches.own(SLOT, "anna")
 
 
 async def test_a_very_long_home_is_fine_and_a_long_socket_directory_says_what_to_do(tmp_path, binaries):
     home = tmp_path.joinpath(*["a-rather-long-directory-name"] * 8)
     slot = Slot("n" * 63, "p" * 63, 10_000)
     runtime = ProcessRuntime(home, binaries)
-    endpoint = await runtime.start(slot, "uid-1", None, POOL, untold)
+    endpoint = await runtime.daemons.start(slot, "uid-1", None, POOL, untold)
     assert len(endpoint) < 108
     await runtime.purge()
     await runtime.close(stop_workers=True)
 
     with pytest.raises(HostFault, match="too deep for sockets") as fault:
-        await ProcessRuntime(home, binaries, runtime_dir=home).start(slot, "uid-1", None, POOL, untold)
+        await ProcessRuntime(home, binaries, runtime_dir=home).daemons.start(slot, "uid-1", None, POOL, untold)
     assert "XDG_RUNTIME_DIR" in fault.value.hint
 
 
 async def test_the_pools_own_configuration_is_used_but_not_its_root_and_address(runtime, tmp_path):
     own = f'root = "{tmp_path}/elsewhere"\n[grpc]\naddress = ["tcp://127.0.0.1:1"]\n[worker.oci]\nenabled = false\n'
-    await runtime.start(SLOT, "uid-1", None, a_pool(buildkit_config=own), untold)
+    await runtime.daemons.start(SLOT, "uid-1", None, a_pool(buildkit_config=own), untold)
     assert (tmp_path / "home/slots/default/default/0/root/buildkitd.lock").exists()
     assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl):
     gc = CacheGC(keep_storage="3GB", keep_duration="36h", reserved_space="1 GiB", min_free_space="10 %")
-    endpoint = await runtime.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), untold)
     told = await asyncio.create_subprocess_exec(
         buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
     )
@@ -311,11 +313,11 @@ async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, b
             starting -= 1
 
     monkeypatch.setattr(Daemon, "start", counted)
-    runtime = ProcessRuntime(tmp_path / "home", binaries, cold_starts=2)
+    runtime = ProcessRuntime(tmp_path / "home", binaries, concurrent_starts=2)
     slots = [Slot("default", "default", number) for number in range(3)]
-    await asyncio.gather(*(runtime.start(slot, "uid", None, POOL, untold) for slot in slots))
+    await asyncio.gather(*(runtime.daemons.start(slot, "uid", None, POOL, untold) for slot in slots))
     assert peak == 2
-    assert set(runtime.observe()) == set(slots)
+    assert set(runtime.daemons.observe()) == set(slots)
     await runtime.close(stop_workers=True)
     assert processes_saying(str(tmp_path / "home/slots")) == []
 
@@ -324,12 +326,12 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
     async def live() -> None:
         runtime = ProcessRuntime(tmp_path / "home", binaries)
         changed = asyncio.Event()
-        runtime.on_change(changed.set)
-        await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+        runtime.daemons.on_change(changed.set)
+        await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
         changed.clear()
         os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
         await asyncio.wait_for(changed.wait(), 5)
-        assert runtime.observe()[SLOT].state is DaemonState.EXITED
+        assert runtime.daemons.observe()[SLOT].state is DaemonState.EXITED
         await runtime.close(stop_workers=True)
 
     uvloop.run(live())
@@ -338,24 +340,24 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
 async def test_a_missing_buildkitd_is_named(tmp_path, runc):
     runtime = ProcessRuntime(tmp_path / "home", Binaries(tmp_path / "buildkitd", runc))
     with pytest.raises(HostFault, match="buildkitd is not there") as fault:
-        await runtime.start(SLOT, "uid-1", None, POOL, untold)
+        await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
     assert fault.value.code == "ToolMissing"
 
 
 async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries)
-    endpoint = await runtime.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
     building = await in_mid_step(build(endpoint, "4713"), "4713")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
-            await runtime.stop(SLOT)  # buildkitd waits for the build
-    assert runtime.observe()[SLOT].state is DaemonState.READY
+            await runtime.daemons.stop(SLOT)  # buildkitd waits for the build
+    assert runtime.daemons.observe()[SLOT].state is DaemonState.READY
 
     changed = asyncio.Event()
-    runtime.on_change(changed.set)
+    runtime.daemons.on_change(changed.set)
     os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 5)
-    assert runtime.observe()[SLOT].state is DaemonState.EXITED
+    assert runtime.daemons.observe()[SLOT].state is DaemonState.EXITED
     await building.communicate()
     await runtime.close(stop_workers=True)
 
@@ -370,10 +372,10 @@ async def test_a_write_that_was_given_up_never_comes_after_the_next(tmp_path, bi
 
     monkeypatch.setattr(SlotFiles, "write_cache", slow)
     runtime = ProcessRuntime(tmp_path / "home", binaries)
-    first = asyncio.create_task(runtime.own(SLOT, "anna"))
+    first = asyncio.create_task(runtime.caches.own(SLOT, "anna"))
     await asyncio.to_thread(writing.wait, 5)
     first.cancel()
-    second = asyncio.create_task(runtime.own(SLOT, "bert"))
+    second = asyncio.create_task(runtime.caches.own(SLOT, "bert"))
     for _ in range(10):
         await asyncio.sleep(0)  # a turn of the loop
     assert not first.done()
@@ -382,4 +384,4 @@ async def test_a_write_that_was_given_up_never_comes_after_the_next(tmp_path, bi
         await first
     await second
     assert SlotFiles(tmp_path / "home", SLOT).read_cache() == CacheRecord.of("bert")
-    assert runtime.caches() == {SLOT: "bert"}
+    assert runtime.caches.owners() == {SLOT: "bert"}

@@ -15,7 +15,7 @@ def files(tmp_path: Path) -> SlotFiles:
 
 
 @pytest.mark.parametrize(
-    ("record", "owner", "foreign"),
+    ("record", "owner", "must_wipe"),
     [
         (CacheRecord.of(None), None, False),
         (CacheRecord.of(None), "anna", False),
@@ -26,8 +26,8 @@ def files(tmp_path: Path) -> SlotFiles:
         (CacheRecord(CacheState.WIPING), "anna", True),
     ],
 )
-def test_a_cache_is_foreign_to_whoever_must_not_see_it(record, owner, foreign):
-    assert record.foreign_to(owner) is foreign
+def test_a_cache_must_be_wiped_before_another_owner_may_use_it(record, owner, must_wipe):
+    assert record.must_be_wiped_for(owner) is must_wipe
 
 
 def test_records_are_read_as_they_were_written(files):

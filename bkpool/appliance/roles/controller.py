@@ -56,14 +56,14 @@ async def _run(
     make_pool_gateways: Callable[[], PoolGateways] | None,
 ) -> None:
     backend, mirror = state.backend, state.mirror
-    ignored = IgnoredFields(backend.runtime.ignored_spec_fields)
+    ignored = IgnoredFields(backend.runtime.daemons.ignored_spec_fields)
     gateways = make_pool_gateways() if make_pool_gateways else None
 
     def status_inputs(pool: Pool) -> PoolStatusInputs:
         return PoolStatusInputs(
             endpoint=(gateways.endpoints.get(pool.key) if gateways else None) or endpoint(pool),
             ignored=ignored.of(pool),
-            capacity=backend.runtime.capacity,
+            capacity=backend.runtime.daemons.capacity,
             gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
         )
 

@@ -1,1 +1,1 @@
-"""Workers as pods of a cluster, reached over mutual TLS; what stands there is watched, never remembered."""
+"""Workers as pods of a cluster, reached over mutual TLS. What is in the cluster is watched, never remembered."""

@@ -1,7 +1,7 @@
-"""What the pods of a pool may reach: the NetworkPolicy that is made of `spec.networking.egress`.
+"""What the pods of a pool may reach: the NetworkPolicy for `spec.networking.egress`.
 
-Pure, as pod_spec. It holds only where the cluster's network plugin enforces NetworkPolicies, which nothing here can
-know. Policies add up: another one that selects the same pods may let them reach more, and never less.
+Pure, like pod_spec. It has an effect only if the cluster's network plugin enforces NetworkPolicies, which nothing
+here can know. Policies are additive: another policy for the same pods can allow more, never less.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from bkpool.core.pool import Egress, Pool
 from bkpool.kube import Doc
 from bkpool.workers.pods.pod_spec import labelled
 
-# What is not globally reachable by the IANA special-purpose address registries (RFC 6890), and multicast. NAT64's
-# 64:ff9b::/96 is not among it: it stands for public addresses only (RFC 6052 section 3.1).
+# Networks that are not globally reachable by the IANA special-purpose address registries (RFC 6890), and multicast.
+# NAT64's 64:ff9b::/96 is not one of them: it is for public addresses only (RFC 6052 section 3.1).
 _NOT_PUBLIC = {
     "0.0.0.0/0": (
         "0.0.0.0/8",
@@ -32,7 +32,7 @@ _NOT_PUBLIC = {
         "224.0.0.0/3",
     ),
     "::/0": (
-        "::/80",  # with what is mapped to IPv4, which the API server does not take for IPv6 by its own network
+        "::/80",  # with IPv4-mapped addresses: the API server refuses ::ffff:0:0/96 as an IPv6 network
         "64:ff9b:1::/48",
         "100::/64",
         "2001::/23",
@@ -45,8 +45,8 @@ _NOT_PUBLIC = {
     ),
 }
 
-# The cluster's DNS, as kubeadm, kind and the clouds label it; and the address at which NodeLocal DNSCache listens by
-# default, which is a node's own and so no pod: https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/
+# The cluster's DNS with the labels of kubeadm, kind and the clouds; and the default address of NodeLocal DNSCache,
+# which is on each node and not in a pod: https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/
 _DNS: Doc = {
     "to": [
         {
@@ -60,12 +60,12 @@ _DNS: Doc = {
 
 
 def egress_key(pool: Pool) -> Key:
-    """Where the pool's policy is."""
+    """The name of the pool's policy."""
     return Key(pool.key.namespace, f"{pool.key.name}-egress")
 
 
 def egress_policy(pool: Pool) -> Doc | None:
-    """The policy of the pool's workers; None: they may reach everything."""
+    """The policy for the pool's workers; None: they may reach everything."""
     policy = pool.spec.egress
     if policy is Egress.OPEN:
         return None

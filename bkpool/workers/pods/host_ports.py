@@ -1,6 +1,6 @@
-"""Which port of the host leads to which worker, where pods have no address that the host can reach (kind).
+"""Assigns ports of the host to workers, where the host can't reach the addresses of pods (kind).
 
-All pools share the ports. Nothing here asks whether a port is free on the machine: the cluster holds them all.
+All pools share the ports. Nothing here checks whether a port is free on the machine: the cluster has bound them all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _FIELD = "kind-config.yaml"
 
 
 class HostPorts:
-    """Hands out ports; whoever holds one already is told by the caller.
+    """Assigns ports. The caller says which ones pods use already.
 
     Args:
-        ports: All there are.
+        ports: All ports.
     """
 
     def __init__(self, ports: Sequence[int]) -> None:
@@ -30,21 +30,21 @@ class HostPorts:
 
     @contextmanager
     def reserved(self, used: Collection[int]) -> Iterator[int]:
-        """A port that nobody else is given meanwhile.
+        """Reserves a port while a pod with it is made.
 
         Args:
-            used: Those of the pods that there are, and those that are of no use.
+            used: Ports of existing pods, and ports that were found to be taken.
 
         Raises:
-            WorkerFailed: There is none.
+            WorkerFailed: No port is free.
         """
         free = self._free(used)
         if not free:
             raise WorkerFailed(
                 f"all {len(self._ports)} host ports for workers ({self._described()}) are in use",
-                hint=f"Lower the pools' spec.scaling.max, or map more ports in {_FIELD} and make the cluster anew.",
+                hint=f"Lower the pools' spec.scaling.max, or map more ports in {_FIELD} and recreate the cluster.",
             )
-        # In turn, not the lowest: what still comes for a port's former worker should not find another one there.
+        # In turn, not the lowest one: late connections for a port's former worker should not reach the next one.
         port = next((port for port in free if port >= self._next), free[0])
         self._next = port + 1
         self._reserved.add(port)
@@ -54,7 +54,7 @@ class HostPorts:
             self._reserved.discard(port)
 
     def any_free(self, used: Collection[int]) -> bool:
-        """Whether there is one."""
+        """Whether a port is free."""
         return bool(self._free(used))
 
     def _free(self, used: Collection[int]) -> list[int]:

@@ -1,6 +1,6 @@
-"""The documents that make a worker in a cluster: its pod, Secret, configuration and volume claim.
+"""The documents of a worker in a cluster: its pod, Secret, ConfigMap and volume claim.
 
-Pure functions of what is wanted. Nothing here asks a cluster, or decides when a document is written.
+Pure functions. Nothing here asks a cluster, or decides when a document is written.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ ROOTLESS_IMAGE, PRIVILEGED_IMAGE = f"{_IMAGE}-rootless", _IMAGE
 CONTAINER = "buildkitd"
 CACHE_VOLUME = "cache"
 SELECTOR = f"{LABEL_MANAGED}={MANAGER},{LABEL_PURPOSE}={PURPOSE_WORKER}"
-"""What is a worker's: the label selector of everything that is watched."""
+"""The label selector of all objects of workers."""
 ANNOTATION_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 
 _USER = 1000  # of the rootless image
 _TLS, _CONFIG = "/etc/bkpool/tls", "/etc/bkpool/config"
-_LAST_MINUTE = 30  # seconds beyond drainTimeout: for the hook to see the end, and buildkitd to end itself
+_GRACE_AFTER_DRAIN = 30  # seconds beyond drainTimeout: for the hook to notice the end, and for buildkitd to end
 
-# While a node is drained, or the pod deleted by hand, a build in it may go on: buildkitd itself dies at once on
-# SIGTERM. Established (01) connections to port 1234 (04D2), as proc(5) tells them of a network namespace. Shell
-# built-ins but for `sleep`: an image without it ends the wait, and does not spin.
+# The kubelet runs this before it sends SIGTERM. When a node is drained or the pod is deleted, running builds may
+# finish, and clients may still begin new ones on their open connections. After SIGTERM buildkitd 0.34.2 lets running
+# builds finish too, but accepts no new ones (docs/clients.md#stopping). Older versions, which a pool may name as its
+# image, ended at once.
+# The script looks for established connections (state 01) to the worker's port (04D2 is 1234) in proc(5)'s list of a
+# network namespace. Only `sleep` is not built into the shell. In an image without it the wait ends at once.
 _WAIT_FOR_BUILDS = f"""
 while :; do
   open=
@@ -64,7 +67,7 @@ done
 
 
 class Isolation(StrEnum):
-    """How far a pool's pods are kept from their node."""
+    """How strongly a pool's pods are isolated from their node."""
 
     ROOTLESS = "rootless"
     BASELINE = "baseline"
@@ -72,28 +75,28 @@ class Isolation(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A pod that is to be."""
+class PodRequest:
+    """What is needed to make a pod."""
 
     slot: Slot
     worker_uid: str
     owner: str | None
-    """Digest of whom its cache belongs to; None: nobody yet."""
+    """Digest of the owner of its cache; None: nobody yet."""
     pool: Pool
     image: str
-    """Where the pool names none."""
+    """Used if the pool names none."""
     host_port: int | None = None
 
-    def at(self, host_port: int) -> Wanted:
-        """The same, reached by a port of its node."""
+    def with_host_port(self, host_port: int) -> PodRequest:
+        """The same request, for a pod that is reached by a port of its node."""
         return replace(self, host_port=host_port)
 
 
 def isolation(pool: Pool) -> Isolation:
-    """What the pool's annotation asks for.
+    """The isolation in the pool's annotation, or the default.
 
     Raises:
-        WorkerFailed: It asks for something else, or for `privileged` in an untrusted pool: that would be the node.
+        WorkerFailed: The annotation has another value, or `privileged` in an untrusted pool.
     """
     field = f"metadata.annotations[{ANNOTATION_ISOLATION}]"
     given = pool.metadata.annotations.get(ANNOTATION_ISOLATION, Isolation.ROOTLESS)
@@ -101,7 +104,7 @@ def isolation(pool: Pool) -> Isolation:
         asked = Isolation(given)
     except ValueError:
         raise WorkerFailed(
-            f"{field}: {given[:40]!r} is no isolation", hint=f"Use one of: {', '.join(Isolation)}.", field=field
+            f"{field}: {given[:40]!r} is not an isolation", hint=f"Use one of: {', '.join(Isolation)}.", field=field
         ) from None
     if pool.spec.untrusted and asked is Isolation.PRIVILEGED:
         raise WorkerFailed(
@@ -112,34 +115,34 @@ def isolation(pool: Pool) -> Isolation:
     return asked
 
 
-def pod(wanted: Wanted) -> Doc:
+def pod(request: PodRequest) -> Doc:
     """The pod of a worker.
 
     Raises:
-        WorkerFailed: The pool asks for what cannot be; the message names the field.
+        WorkerFailed: The pool asks for what is not possible; the message names the field.
     """
-    pool, slot = wanted.pool, wanted.slot
-    kept = isolation(pool)
-    rootless = kept is not Isolation.PRIVILEGED
+    pool, slot = request.pool, request.slot
+    level = isolation(pool)
+    rootless = level is not Isolation.PRIVILEGED
     local = pool.spec.local_cache
     annotations = {
-        ANNOTATION_WORKER_UID: wanted.worker_uid,
-        ANNOTATION_EVICT: "false" if wanted.owner else "true",
-        **({ANNOTATION_CACHE_OWNER: wanted.owner} if wanted.owner and local is None else {}),
+        ANNOTATION_WORKER_UID: request.worker_uid,
+        ANNOTATION_EVICT: "false" if request.owner else "true",
+        **({ANNOTATION_CACHE_OWNER: request.owner} if request.owner and local is None else {}),
     }
-    leased = {LABEL_LEASED: "true"} if wanted.owner else {}
+    leased = {LABEL_LEASED: "true"} if request.owner else {}
     volumes = [
         {"name": "tls", "secret": {"secretName": slot.worker.name, "defaultMode": 0o440}},
         {"name": "config", "configMap": {"name": config_name(slot)}},
         {"name": CACHE_VOLUME, **_cache(slot, local)},
     ]
     spec: Doc = {
-        "restartPolicy": "Never",  # the controller starts it again, and counts
+        "restartPolicy": "Never",  # the controller makes another pod, and counts failures
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": int(pool.spec.gateway.drain_timeout.total_seconds()) + _LAST_MINUTE,
+        "terminationGracePeriodSeconds": int(pool.spec.gateway.drain_timeout.total_seconds()) + _GRACE_AFTER_DRAIN,
         "nodeSelector": {"kubernetes.io/os": "linux"},
-        "containers": [_container(wanted, kept)],
+        "containers": [_container(request, level)],
         "volumes": volumes,
     }
     if rootless:
@@ -150,7 +153,7 @@ def pod(wanted: Wanted) -> Doc:
 
 
 def secret(slot: Slot, pool: Pool, leaf: Leaf, ca_pem: bytes) -> Doc:
-    """The worker's identity, and whom it believes."""
+    """The worker's certificate and key, and the CA of those who may connect."""
     files = {"ca.crt": ca_pem, "tls.crt": leaf.cert_pem, "tls.key": leaf.key_pem or b""}
     return {
         "apiVersion": "v1",
@@ -177,7 +180,7 @@ def config_name(slot: Slot) -> str:
 
 
 def volume(slot: Slot, pool: Pool, local: LocalCache, owner: str | None) -> Doc:
-    """The claim of a slot's cache, which outlives its workers; it says whose the cache is."""
+    """The claim of a slot's cache. It outlives the workers of the slot, and has the owner of the cache."""
     metadata = _metadata(slot, slot.worker.name, pool, LABEL_WORKER)
     if owner:
         metadata["annotations"] = {ANNOTATION_CACHE_OWNER: owner}
@@ -188,7 +191,7 @@ def volume(slot: Slot, pool: Pool, local: LocalCache, owner: str | None) -> Doc:
 
 
 def protection(*, held: bool) -> Doc:
-    """The metadata by which an autoscaler and a PodDisruptionBudget know whether they may take the pod away."""
+    """Metadata that tells an autoscaler and a PodDisruptionBudget whether they may remove the pod."""
     return {
         "labels": {LABEL_LEASED: "true" if held else None},
         "annotations": {ANNOTATION_EVICT: "false" if held else "true"},
@@ -204,11 +207,11 @@ _FIELDS = (
     ("data", "spec.buildkitConfig"),
     ("spec.egress", "spec.networking.egress.allowedCIDRs"),
 )
-"""What is in our documents, and the pool's field that it came from; the first that fits."""
+"""A part of a field's path in our documents, and the pool's field that it came from. The first that fits counts."""
 
 
 def refusal(error: BkpoolError, what: str) -> WorkerFailed:
-    """What it means that the API server does not admit a document of ours.
+    """Turns a refusal of the API server into an error that names the pool's field.
 
     Args:
         error: InvalidInput or Forbidden.
@@ -218,29 +221,29 @@ def refusal(error: BkpoolError, what: str) -> WorkerFailed:
     named = f"{field}: " if field else ""
     hint = f"Correct {field} of the pool." if field else error.hint
     if "PodSecurity" in error.message:
-        hint = f"Set the pool's annotation {ANNOTATION_ISOLATION} to one that the namespace admits, or label it anew."
+        hint = f"Set the pool's annotation {ANNOTATION_ISOLATION} to what its namespace admits, or relabel that."
     return WorkerFailed(
         f"{named}the {what} is not admitted: {error.message.removeprefix('Kubernetes: ')}", hint=hint, field=field
     )
 
 
-def _container(wanted: Wanted, kept: Isolation) -> Doc:
-    spec = wanted.pool.spec
-    rootless = kept is not Isolation.PRIVILEGED
-    root = "/home/user/.local/share/buildkit" if rootless else "/var/lib/buildkit"  # as the images have them
+def _container(request: PodRequest, level: Isolation) -> Doc:
+    spec = request.pool.spec
+    rootless = level is not Isolation.PRIVILEGED
+    root = "/home/user/.local/share/buildkit" if rootless else "/var/lib/buildkit"  # as in the images
     socket = "unix:///run/user/1000/buildkit/buildkitd.sock" if rootless else "unix:///run/buildkit/buildkitd.sock"
     port: Doc = {"name": "buildkit", "containerPort": WORKER_PORT}
-    if wanted.host_port is not None:
-        port["hostPort"] = wanted.host_port
+    if request.host_port is not None:
+        port["hostPort"] = request.host_port
     container: Doc = {
         "name": CONTAINER,
-        "image": spec.buildkit_image or wanted.image,
+        "image": spec.buildkit_image or request.image,
         "imagePullPolicy": "IfNotPresent",
         "args": list(_arguments(socket, root, rootless=rootless)),
-        "env": [{"name": "BUILDKIT_HOST", "value": socket}],  # so that `kubectl exec … buildctl` finds it
+        "env": [{"name": "BUILDKIT_HOST", "value": socket}],  # for `kubectl exec … buildctl`
         "ports": [port],
         "resources": spec.resources.buildkit.model_dump(mode="json", by_alias=True),
-        "securityContext": _security(kept),
+        "securityContext": _security(level),
         "lifecycle": {"preStop": {"exec": {"command": ["sh", "-c", _WAIT_FOR_BUILDS]}}},
         "volumeMounts": [
             {"name": "tls", "mountPath": _TLS, "readOnly": True},
@@ -257,16 +260,16 @@ def _arguments(socket: str, root: str, *, rootless: bool) -> Iterator[str]:
     yield f"--config={_CONFIG}/buildkitd.toml"
     yield f"--root={root}"
     yield f"--addr={socket}"
-    yield f"--addr=tcp://0.0.0.0:{WORKER_PORT}"  # IPv6 as well: Go listens on every family then
+    yield f"--addr=tcp://0.0.0.0:{WORKER_PORT}"  # Go listens on IPv6 as well then
     yield f"--tlscacert={_TLS}/ca.crt"
     yield f"--tlscert={_TLS}/tls.crt"
     yield f"--tlskey={_TLS}/tls.key"
     if rootless:
-        yield "--oci-worker-no-process-sandbox"  # a pod may not mount a /proc of its own
+        yield "--oci-worker-no-process-sandbox"  # a pod may not mount its own /proc
 
 
-def _security(kept: Isolation) -> Doc:
-    if kept is Isolation.PRIVILEGED:
+def _security(level: Isolation) -> Doc:
+    if level is Isolation.PRIVILEGED:
         return {"privileged": True, "runAsUser": 0, "runAsGroup": 0}
     context: Doc = {
         "runAsUser": _USER,
@@ -274,7 +277,7 @@ def _security(kept: Isolation) -> Doc:
         "runAsNonRoot": True,
         "capabilities": {"drop": ["ALL"], "add": ["SETUID", "SETGID"]},  # newuidmap and newgidmap
     }
-    if kept is Isolation.ROOTLESS:
+    if level is Isolation.ROOTLESS:
         context |= {"seccompProfile": {"type": "Unconfined"}, "appArmorProfile": {"type": "Unconfined"}}
     return context
 
@@ -288,7 +291,7 @@ def _metadata(slot: Slot, name: str, pool: Pool, *more: str) -> Doc:
 
 
 def labelled(key: Key, pool: Pool, **more: str) -> Doc:
-    """The metadata of an object of this name that is a pool's workers', and ends with the pool."""
+    """The metadata of an object for the workers of a pool. The object is deleted with the pool."""
     labels = {
         LABEL_MANAGED: MANAGER,
         "app.kubernetes.io/name": "buildkit",
@@ -297,7 +300,7 @@ def labelled(key: Key, pool: Pool, **more: str) -> Doc:
         **more,
     }
     metadata: Doc = {"name": key.name, "namespace": key.namespace, "labels": labels}
-    if pool.uid:  # a pool that is gone owns nothing any more
+    if pool.uid:  # a pool that is gone can't own anything
         metadata["ownerReferences"] = [
             {"apiVersion": API_VERSION, "kind": pool.kind, "name": pool.key.name, "uid": pool.uid}
         ]

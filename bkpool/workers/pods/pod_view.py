@@ -1,6 +1,6 @@
-"""What a pod's document says about the worker in it, in words for a person.
+"""Reads from a pod's document how its worker is, as texts for a person.
 
-Pure reading. A pod that runs is not thereby ready: that is for buildkitd to say (DESIGN rule 9).
+Pure. A pod that runs is not ready: only buildkitd's own answer says so, rule 9 (docs/rules.md#r9).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bkpool.core.names import (
 from bkpool.kube import Doc, paths
 from bkpool.workers.pods.pod_spec import CACHE_VOLUME
 
-_LONGEST = 400  # characters of somebody else's message
+_LONGEST = 400  # characters of a message of Kubernetes
 _PULL = {"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable", "ImageInspectError", "SignatureValidationFailed"}
 _NEVER = {"InvalidImageName": "is not the name of an image", "ErrImageNeverPull": "is not on the node"}
 _UNMADE = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -32,7 +32,7 @@ _IMAGE_FIELD = "spec.buildkitImage"
 
 
 class Stage(StrEnum):
-    """How far a pod has come; each has a deadline of its own."""
+    """How far a pod has come. Each stage has its own deadline."""
 
     SCHEDULING = "scheduling"
     PULLING = "pulling"
@@ -43,34 +43,34 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A pod on its way."""
+    """A pod that starts."""
 
     stage: Stage
     message: str = ""
-    """What it waits for; empty where that is not worth a word."""
+    """What it waits for; empty if that is not worth a report."""
     trouble: bool = False
-    """It will hardly come up without somebody's help: to be told at once."""
+    """It will probably not start without help, so this is reported at once."""
     final: bool = False
-    """Nothing will ever come of it."""
+    """It can never start."""
     field: str | None = None
-    """The pool's field that is to blame."""
+    """The pool's field that has caused this."""
     port_taken: bool = False
-    """Its host port is somebody else's on every node."""
+    """Its host port is in use on every node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a pod's only container ended."""
+    """How the only container of a pod has ended."""
 
     message: str
     hint: str = ""
     field: str | None = None
-    spoke: bool = False
-    """Its log may say why."""
+    has_log: bool = False
+    """Its log may tell why."""
 
 
 def slot_called(key: Key) -> Slot | None:
-    """The slot that has this name; None if none can have."""
+    """The slot whose worker has this name; None if no slot can have it."""
     try:
         return slot_of(key)
     except InvalidInput:
@@ -78,7 +78,7 @@ def slot_called(key: Key) -> Slot | None:
 
 
 def slot_in(doc: Doc) -> Slot | None:
-    """The slot of a pod or claim; None if it is in none, whatever its labels say."""
+    """The slot of a pod or claim; None if its name and its labels do not fit."""
     slot = slot_called(paths.key_of(doc))
     return slot if slot and doc["metadata"].get("labels", {}).get(LABEL_POOL) == slot.pool else None
 
@@ -89,12 +89,12 @@ def uid(doc: Doc) -> str:
 
 
 def worker_uid(pod: Doc) -> str:
-    """For which worker the pod was made."""
+    """The uid of the worker that the pod was made for."""
     return str(_annotations(pod).get(ANNOTATION_WORKER_UID, ""))
 
 
 def cache_owner(doc: Doc) -> str | None:
-    """Whose the cache is that a claim, or a pod with a cache of its own, holds."""
+    """Digest of the owner of the cache in a claim, or in a pod whose cache ends with it; None: nobody has used it."""
     return _annotations(doc).get(ANNOTATION_CACHE_OWNER) or None
 
 
@@ -106,35 +106,35 @@ def claim_of(pod: Doc) -> Key | None:
     return None
 
 
-def held(pod: Doc) -> bool:
-    """Whether others are asked to leave it alone."""
+def protected(pod: Doc) -> bool:
+    """Whether the pod asks others to leave it alone, because its worker is leased."""
     return bool(pod["metadata"].get("labels", {}).get(LABEL_LEASED) == "true")
 
 
 def deleted(doc: Doc) -> bool:
-    """Whether somebody has asked for its end."""
+    """Whether it is being deleted."""
     return doc["metadata"].get("deletionTimestamp") is not None
 
 
 def ended(pod: Doc) -> bool:
-    """Whether its container has ended, or never will begin."""
+    """Whether its container has ended, or will never start."""
     return pod.get("status", {}).get("phase") in {"Failed", "Succeeded"} or "terminated" in _state(pod)
 
 
-def doubtful(pod: Doc) -> bool:
-    """Whether a pod that has answered may be about to end, or its node may be lost."""
+def may_be_ending(pod: Doc) -> bool:
+    """Whether a pod that has answered may stop doing so: it is being deleted, or its node may be lost."""
     conditions = pod.get("status", {}).get("conditions") or ()
     lost = "running" in _state(pod) and any(c["type"] == "Ready" and c["status"] != "True" for c in conditions)
     return deleted(pod) or lost
 
 
 def address(pod: Doc) -> str | None:
-    """The pod's own address, as soon as it has one."""
+    """The pod's own IP address; None: it has none yet."""
     return pod.get("status", {}).get("podIP") or None
 
 
 def host_port(pod: Doc) -> int | None:
-    """The port of its node that leads to it."""
+    """The port of its node that leads to it; None: there is none."""
     for container in pod["spec"].get("containers") or ():
         for port in container.get("ports") or ():
             if port.get("hostPort"):
@@ -143,7 +143,7 @@ def host_port(pod: Doc) -> int | None:
 
 
 def look(pod: Doc) -> View:
-    """How far the pod has come, and what it waits for."""
+    """How far a pod has come, and what it waits for."""
     if ended(pod):
         return View(Stage.ENDED)
     if not pod["spec"].get("nodeName"):
@@ -153,23 +153,25 @@ def look(pod: Doc) -> View:
 
 
 def ending(pod: Doc) -> Ending:
-    """How an ended pod ended."""
+    """How an ended pod has ended."""
     status, name = pod.get("status", {}), paths.key_of(pod).name
-    reason, said = status.get("reason", ""), _short(status.get("message", ""))
+    reason, text = status.get("reason", ""), _short(status.get("message", ""))
     if reason == "Evicted":
-        return Ending(f"the pod {name} was evicted: {said}", hint="Give its node, or the pool's pods, more of that.")
+        return Ending(
+            f"the pod {name} was evicted: {text}", hint="Give its node, or the pool's pods, more of what it lacked."
+        )
     state = _state(pod).get("terminated")
     if state is None:
-        return Ending(f"the pod {name} has failed ({reason or 'no reason was given'}): {said or 'no message'}")
+        return Ending(f"the pod {name} has failed ({reason or 'no reason was given'}): {text or 'no message'}")
     why, code = state.get("reason", ""), state.get("exitCode")
     if why == "OOMKilled":
         limit = pod["spec"]["containers"][0].get("resources", {}).get("limits", {}).get("memory")
         field = "spec.resources.buildkit.limits.memory"
         return Ending(
-            f"buildkitd was killed for want of memory (OOMKilled; the limit is {limit or 'the memory of its node'})",
+            f"buildkitd was killed: out of memory (OOMKilled; the limit is {limit or 'the memory of its node'})",
             hint=f"Raise {field} of the pool.",
             field=field,
-            spoke=True,
+            has_log=True,
         )
     if why in {"StartError", "ContainerCannotRun"}:
         return Ending(
@@ -178,32 +180,32 @@ def ending(pod: Doc) -> Ending:
             field=_IMAGE_FIELD,
         )
     other = f" ({why})" if why not in {"", "Error", "Completed"} else ""
-    return Ending(f"buildkitd ended with exit code {code}{other}", spoke=True)
+    return Ending(f"buildkitd ended with exit code {code}{other}", has_log=True)
 
 
 def _waiting(pod: Doc, waiting: Doc) -> View:
     node, image = pod["spec"]["nodeName"], pod["spec"]["containers"][0]["image"]
-    reason, said = waiting.get("reason", "ContainerCreating"), _short(waiting.get("message", ""))
+    reason, text = waiting.get("reason", "ContainerCreating"), _short(waiting.get("message", ""))
     if reason in _NEVER:
-        told = f"{_IMAGE_FIELD}: {image!r} {_NEVER[reason]}"
-        return View(Stage.PULLING, told, trouble=True, final=True, field=_IMAGE_FIELD)
+        message = f"{_IMAGE_FIELD}: {image!r} {_NEVER[reason]}"
+        return View(Stage.PULLING, message, trouble=True, final=True, field=_IMAGE_FIELD)
     if reason in _PULL:
-        cause = _BACK_OFF.sub("", said)
-        told = f"the image {image} can't be pulled on node {node}"
-        return View(Stage.PULLING, f"{told}: {cause}" if cause else told, trouble=True, field=_IMAGE_FIELD)
+        cause = _BACK_OFF.sub("", text)
+        message = f"the image {image} can't be pulled on node {node}"
+        return View(Stage.PULLING, f"{message}: {cause}" if cause else message, trouble=True, field=_IMAGE_FIELD)
     if reason in _UNMADE:
-        return View(Stage.CREATING, f"its container can't be made on node {node} ({reason}): {said}", trouble=True)
+        return View(Stage.CREATING, f"its container can't be made on node {node} ({reason}): {text}", trouble=True)
     return View(Stage.CREATING, f"waiting for its container on node {node} ({reason})")
 
 
 def _unscheduled(pod: Doc) -> View:
     for condition in pod.get("status", {}).get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] != "True":
-            said = condition.get("message", "")
-            # The scheduler goes on about preemption in further sentences.
-            told = _short(said.split(". ")[0].rstrip(".")) or condition.get("reason", "")
-            taken = _PORT_TAKEN in said
-            return View(Stage.SCHEDULING, f"waiting for a node: {told}", trouble=True, port_taken=taken)
+            text = condition.get("message", "")
+            # The scheduler's further sentences are about preemption.
+            message = _short(text.split(". ")[0].rstrip(".")) or condition.get("reason", "")
+            taken = _PORT_TAKEN in text
+            return View(Stage.SCHEDULING, f"waiting for a node: {message}", trouble=True, port_taken=taken)
     return View(Stage.SCHEDULING, "waiting for a node")
 
 

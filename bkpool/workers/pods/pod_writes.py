@@ -1,7 +1,8 @@
-"""Makes, marks and removes what a worker is in a cluster; a crash after any write is mended by the next start.
+"""Creates, marks and deletes the objects of workers in a cluster.
 
-The order is the rule: a cache has its owner before a pod can use it, a pod is gone before its volume goes, and both
-are gone before another's are made. Whether and when is for others to say.
+The order of the writes matters: a cache has its owner before a pod can use it, a pod is gone before its volume is
+deleted, and both are gone before those of another owner are created. After a crash between two writes the next start
+completes them. Nothing here decides whether or when.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.egress import egress_key, egress_policy
 
 PODS, CLAIMS = "pods", "persistentvolumeclaims"
-_GRACE = 5  # seconds for buildkitd to end: it has no build any more
-_TRIES = 5  # of a compare-and-swap: a kubelet writes a young pod's status a few times a second
+_GRACE = 5  # seconds for buildkitd to end: no build runs any more
+_TRIES = 5  # of a compare-and-swap: a kubelet writes the status of a new pod a few times a second
 
 
 class PodWrites:
-    """The writes.
+    """Writes to one cluster.
 
     Args:
         api: The cluster.
@@ -35,7 +36,7 @@ class PodWrites:
         pods: The pods of workers.
         claims: The volume claims of workers.
         now: The clock.
-        ending: Seconds until what is being deleted must be gone.
+        deletion_timeout: Seconds until an object that is being deleted must be gone.
     """
 
     def __init__(
@@ -46,92 +47,99 @@ class PodWrites:
         pods: Reflector,
         claims: Reflector,
         now: Callable[[], datetime],
-        ending: float,
+        deletion_timeout: float,
     ) -> None:
         self._api = api
         self._backend = backend
         self._pods = pods
         self._claims = claims
         self._now = now
-        self._ending = ending
+        self._deletion_timeout = deletion_timeout
         self._configured: dict[Key, tuple[str, str]] = {}
-        """What each pool's ConfigMap was last written for: the pool's uid, and the text."""
-        self._open: dict[Key, str] = {}
-        """The pools that are known to have no policy for their workers: its key, and the pool's uid."""
+        """What was last written to each pool's ConfigMap: the pool's uid, and the text."""
+        self._without_policy: dict[Key, str] = {}
+        """Pools that have no egress policy, as is known: the key that it would have, and the pool's uid."""
 
-    async def make(self, wanted: pod_spec.Wanted) -> Doc | None:
-        """Makes a pod with all that it needs; None: one was there already, and is known now.
+    async def make(self, request: pod_spec.PodRequest) -> Doc | None:
+        """Creates a pod with everything that it needs.
+
+        Returns:
+            The pod; None: there was one already, and it is known from now on.
 
         Raises:
-            WorkerFailed: The pool asks for what the cluster does not take; the message names the field.
+            WorkerFailed: The pool asks for what the cluster does not admit; the message names the field.
         """
-        slot, pool = wanted.slot, wanted.pool
-        pod, toml = pod_spec.pod(wanted), render(pool.spec, None)  # both may refuse: before anything is written
+        slot, pool = request.slot, request.pool
+        pod, toml = pod_spec.pod(request), render(pool.spec, None)  # both may raise, so before the first write
         if (local := pool.spec.local_cache) is not None:
-            await self._claim(slot, pool, local, wanted.owner)
-        await self.fence(pool)
-        await self._configure(slot, pool, toml)
-        leaf = self._backend.issue_worker(wanted.worker_uid, self._now())
+            await self._ensure_claim(slot, pool, local, request.owner)
+        await self.apply_egress(pool)
+        await self._write_config(slot, pool, toml)
+        leaf = self._backend.issue_worker(request.worker_uid, self._now())
         secret = pod_spec.secret(slot, pool, leaf, self._backend.cert_pem)
         with _admission("Secret"):
             await self._api.apply(paths.core("secrets", *slot.worker), secret)
         with _admission("pod"):
             return await self._create(self._pods, PODS, pod)
 
-    async def fence(self, pool: Pool) -> None:
-        """Lets the pool's workers reach what its spec says, and nothing else.
+    async def apply_egress(self, pool: Pool) -> None:
+        """Writes the NetworkPolicy that lets the pool's workers reach what its spec allows, and nothing else.
 
         Raises:
-            WorkerFailed: It cannot be said in this cluster, or somebody else's policy has the name.
+            WorkerFailed: The cluster does not admit it, or a policy of somebody else has its name.
         """
         key, policy = egress_key(pool), egress_policy(pool)
-        if policy is None and self._open.get(key) == pool.uid:
+        if policy is None and self._without_policy.get(key) == pool.uid:
             return
         path = paths.group("networking.k8s.io/v1", "networkpolicies", *key)
-        self._open.pop(key, None)
+        self._without_policy.pop(key, None)
         with _admission("NetworkPolicy"):
             try:
                 live = _ours("NetworkPolicy", key, await self._api.get(path))
             except NotFound:
                 live = None
-            if policy is not None:  # each time: whoever has removed it is not heard of
+            if policy is not None:  # every time, because nothing reports that somebody has removed it
                 await self._api.apply(path, policy)
                 return
             if live is not None:
                 with suppress(NotFound):
                     await self._api.delete(path, uid=pod_view.uid(live))
-        self._open[key] = pool.uid
+        self._without_policy[key] = pool.uid
 
     async def own(self, pod: Doc, owner: str) -> None:
-        """Writes whose the cache is, and that the worker is leased.
+        """Writes who owns the cache, and that the worker is leased.
 
         Raises:
-            Conflict: The cache is another's, or the pod another one.
+            Conflict: The cache has another owner, or another pod has this name by now.
             NotFound: The pod is gone.
         """
         claim = pod_view.claim_of(pod)
         if claim is not None:
-            await self._mark(self._claims, CLAIMS, claim, lambda doc: _owning(doc, owner))
+            await self._mark(self._claims, CLAIMS, claim, lambda doc: _owner_change(doc, owner))
 
         def change(current: Doc) -> Doc | None:
             if pod_view.uid(current) != pod_view.uid(pod):
                 raise Conflict(f"the pod {claim or paths.key_of(pod)} is another one by now")
-            owning = None if claim else _owning(current, owner)
-            if owning is None and pod_view.held(current):
+            new_owner = None if claim else _owner_change(current, owner)
+            if new_owner is None and pod_view.protected(current):
                 return None
             metadata = pod_spec.protection(held=True)
-            metadata["annotations"] |= (owning or {}).get("annotations", {})
+            metadata["annotations"] |= (new_owner or {}).get("annotations", {})
             return metadata
 
         await self._mark(self._pods, PODS, paths.key_of(pod), change)
 
     async def protect(self, pod: Doc, *, held: bool) -> None:
-        """Asks others to leave the pod alone, or no longer. Raises NotFound."""
+        """Asks others to leave the pod alone while its worker is leased.
+
+        Raises:
+            NotFound: The pod is gone.
+        """
         await self._mark(
             self._pods,
             PODS,
             paths.key_of(pod),
-            lambda current: None if pod_view.held(current) is held else pod_spec.protection(held=held),
+            lambda current: None if pod_view.protected(current) is held else pod_spec.protection(held=held),
         )
 
     async def end(self, slot: Slot, *, hurry: bool = True) -> None:
@@ -139,59 +147,63 @@ class PodWrites:
 
         Args:
             slot: Which slot.
-            hurry: Not as it would end by itself, but within seconds. A kubelet does not heed that any more once the
-                pod's hook waits for its connections to end (seen with 1.34).
+            hurry: It must end within seconds, without waiting for builds. A kubelet ignores that once the pod's hook
+                waits for its connections to end (seen with 1.34).
 
         Raises:
-            WorkerFailed: It does not go.
+            WorkerFailed: It is not gone in time.
         """
         while (pod := self._pods.get(slot.worker)) is not None:
             if hurry or not pod_view.deleted(pod):
                 await self._delete(self._pods, PODS, pod, grace=_GRACE if hurry else None)
-            await self._gone(self._pods, "pod", pod)
+            await self._wait_until_gone(self._pods, "pod", pod)
 
-    async def drop(self, pod: Doc) -> None:
-        """Asks for the end of a pod that is of no use, without waiting."""
+    async def discard(self, pod: Doc) -> None:
+        """Deletes a pod that has not started, without waiting for its end."""
         slot = pod_view.slot_in(pod)
         if slot is not None:
-            self._configured.pop(_pool_of(slot), None)  # whatever was wrong: it is written again
+            self._configured.pop(_pool_of(slot), None)  # its text may be what was wrong, so it is written again
         await self._delete(self._pods, PODS, pod, grace=_GRACE)
 
-    async def forget_secret(self, slot: Slot) -> None:
-        """Removes the worker's key."""
+    async def remove_secret(self, slot: Slot) -> None:
+        """Deletes the worker's key."""
         with suppress(NotFound):
             await self._api.delete(paths.core("secrets", *slot.worker))
 
     async def remove_claim(self, slot: Slot) -> None:
-        """Removes the cache of a slot without a pod and waits until it is gone. Raises WorkerFailed: it stays."""
+        """Deletes the cache of a slot without a pod, and waits until it is gone.
+
+        Raises:
+            WorkerFailed: It is not gone in time.
+        """
         while (claim := self._claims.get(slot.worker)) is not None:
             if not pod_view.deleted(claim):
                 await self._delete(self._claims, CLAIMS, claim)
-            await self._gone(self._claims, "volume claim", claim)
+            await self._wait_until_gone(self._claims, "volume claim", claim)
 
     # --- parts of these ---------------------------------------------------------------------------------------------
 
-    async def _claim(self, slot: Slot, pool: Pool, local: LocalCache, owner: str | None) -> None:
-        """Sees to it that the slot's volume claim is there, and clean or the owner's."""
+    async def _ensure_claim(self, slot: Slot, pool: Pool, local: LocalCache, owner: str | None) -> None:
+        """Makes sure that the slot has a volume claim that nobody else has used."""
         key = slot.worker
         for _ in range(_TRIES):
             claim = self._claims.get(key)
             if claim is None:
-                wanted = pod_spec.volume(slot, pool, local, owner)
+                new = pod_spec.volume(slot, pool, local, owner)
                 with _admission("volume claim"):
-                    if await self._create(self._claims, CLAIMS, wanted) is not None:
+                    if await self._create(self._claims, CLAIMS, new) is not None:
                         return
-            elif pod_view.deleted(claim) or foreign(pod_view.cache_owner(claim), owner):
+            elif pod_view.deleted(claim) or must_be_wiped(pod_view.cache_owner(claim), owner):
                 await self.remove_claim(slot)
             elif owner is None:
                 return
             else:
                 with suppress(NotFound):
-                    await self._mark(self._claims, CLAIMS, key, lambda doc: _owning(doc, owner))
+                    await self._mark(self._claims, CLAIMS, key, lambda doc: _owner_change(doc, owner))
                     return
         raise Conflict(f"the volume claim {key} is being changed by somebody else")
 
-    async def _configure(self, slot: Slot, pool: Pool, toml: str) -> None:
+    async def _write_config(self, slot: Slot, pool: Pool, toml: str) -> None:
         mark = (pool.uid, toml)
         if self._configured.get(_pool_of(slot)) == mark:
             return
@@ -201,7 +213,7 @@ class PodWrites:
         self._configured[_pool_of(slot)] = mark
 
     async def _create(self, reflector: Reflector, plural: str, doc: Doc) -> Doc | None:
-        """Creates it; None: its name is taken, by what is then known of."""
+        """Creates an object. Returns None if its name is taken; then the existing object is known."""
         key = paths.key_of(doc)
         try:
             made = await self._api.create(paths.core(plural, key.namespace), doc)
@@ -212,13 +224,13 @@ class PodWrites:
         return made
 
     async def _mark(self, reflector: Reflector, plural: str, key: Key, change: Callable[[Doc], Doc | None]) -> None:
-        """Changes metadata, if nobody else has meanwhile; else looks again.
+        """Changes metadata by compare-and-swap, and reads the object again after a conflict.
 
         Args:
             reflector: Has the object as it is known.
             plural: The kind.
             key: The object.
-            change: What to change of a document's metadata; None: nothing. It may raise.
+            change: Returns what to change in a document's metadata; None: nothing. It may raise.
         """
         doc = reflector.get(key)
         for _ in range(_TRIES):
@@ -235,33 +247,38 @@ class PodWrites:
         raise Conflict(f"{plural} {key}: it is being changed by somebody else all the time")
 
     async def _delete(self, reflector: Reflector, plural: str, doc: Doc, *, grace: int | None = None) -> None:
-        """Asks for the end of exactly this one."""
+        """Deletes exactly this object, not a later one of the same name."""
         key = paths.key_of(doc)
         try:
             await self._api.delete(paths.core(plural, *key), uid=pod_view.uid(doc), grace=grace)
         except NotFound:
             return  # the watch reports it
-        except Conflict:  # another one of this name
+        except Conflict:  # another object has this name
             with suppress(NotFound):
                 await self._read(reflector, plural, key)
 
-    async def _gone(self, reflector: Reflector, what: str, doc: Doc) -> None:
+    async def _wait_until_gone(self, reflector: Reflector, what: str, doc: Doc) -> None:
         key, uid = paths.key_of(doc), pod_view.uid(doc)
         try:
-            async with asyncio.timeout(self._ending):
+            async with asyncio.timeout(self._deletion_timeout):
                 await reflector.until(key, lambda current: current is None or pod_view.uid(current) != uid)
         except TimeoutError:
             node = doc["spec"].get("nodeName")
             held = ", ".join(doc["metadata"].get("finalizers") or ())
             raise WorkerFailed(
-                f"the {what} {key} is being deleted, but is not gone after {self._ending:.0f} s",
+                f"the {what} {key} is being deleted, but is not gone after {self._deletion_timeout:.0f} s",
                 hint=f"Check its node {node}."
                 if node
-                else f"Check what holds it: {held or 'nothing that it names'}.",
+                else f"Check what blocks its deletion: {held or 'it names no finalizer'}.",
             ) from None
 
     async def _read(self, reflector: Reflector, plural: str, key: Key) -> Doc:
-        """Reads it from the cluster. Raises WorkerFailed if it is somebody else's, NotFound."""
+        """Reads an object from the cluster.
+
+        Raises:
+            WorkerFailed: It is not bkpool's.
+            NotFound: There is none.
+        """
         doc = await self._api.get(paths.core(plural, *key))
         reflector.apply(_ours(plural, key, doc))
         return doc
@@ -270,20 +287,21 @@ class PodWrites:
 def _ours(what: str, key: Key, doc: Doc) -> Doc:
     if doc["metadata"].get("labels", {}).get(LABEL_MANAGED) != MANAGER:
         raise WorkerFailed(
-            f"{what} {key}: there is one of this name that is not bkpool's",
+            f"{what} {key}: another object has this name, and it is not bkpool's",
             hint="Delete or rename it, or give the pool another name.",
         )
     return doc
 
 
-def foreign(holder: str | None, owner: str | None) -> bool:
-    """Whether a cache must be wiped before this owner (None: nobody yet) may use it."""
+def must_be_wiped(holder: str | None, owner: str | None) -> bool:
+    """Whether the cache of `holder` must be wiped before `owner` may use it. None: nobody yet, for both."""
     return owner is not None and holder not in {None, owner}
 
 
-def _owning(doc: Doc, owner: str) -> Doc | None:
+def _owner_change(doc: Doc, owner: str) -> Doc | None:
+    """The change of metadata that gives a cache its owner; None if they have it. Raises Conflict."""
     holder = pod_view.cache_owner(doc)
-    if foreign(holder, owner):
+    if must_be_wiped(holder, owner):
         raise Conflict(
             f"the cache of {paths.key_of(doc)} belongs to another identity", hint="It must be wiped first."
         )

@@ -1,4 +1,4 @@
-"""How long a pod may take to come up, and when what it waits for is worth telling: pure, with time as an argument."""
+"""How long a pod may take to start, and when what it waits for is worth a report. Pure: the time is an argument."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 
 from bkpool.workers.pods.pod_view import Stage, View
 
-_UNTOLD = 5.0
-"""Seconds of an ordinary wait that nobody needs to hear of: a pod whose image is there is up in one or two."""
+_ORDINARY_WAIT = 5.0
+"""Seconds of waiting that are not reported: a pod whose image is on the node starts in one or two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds that a pod may stay in each stage, before its start has failed."""
+    """Seconds that a pod may stay in each stage before its start has failed."""
 
     scheduling: float = 600.0
-    """An autoscaler has this long to bring a node; theirs take one to five minutes."""
+    """For an autoscaler to bring a node; they take one to five minutes."""
     pulling: float = 120.0
-    """From the first refusal. The kubelet tries again after 10, 20 and 40 s: so long may a registry be away."""
+    """From the first refusal. The kubelet tries again after 10, 20 and 40 s, so a registry may be away that long."""
     creating: float = 600.0
-    """Volumes are attached and the image is being pulled: a few hundred MB over a slow line."""
+    """For volumes to be attached and the image to be pulled: a few hundred MB over a slow line."""
     answering: float = 60.0
-    """From its container's start until buildkitd answers; it takes half a second where nothing is wrong."""
+    """From the container's start until buildkitd answers; it takes half a second where nothing is wrong."""
     ending: float = 60.0
     """Until a pod or a volume that is being deleted is gone; a healthy node takes two seconds."""
 
@@ -32,30 +32,38 @@ class Deadlines:
 
 
 class StartDeadline:
-    """One start: in which stage it is since when, and what has been told of it."""
+    """One start: its stage, when that began, and what was reported last."""
 
     def __init__(self, deadlines: Deadlines) -> None:
         self._deadlines = deadlines
         self._stage: Stage | None = None
         self._since = 0.0
-        self._told = ""
+        self._reported = ""
 
-    def look(self, view: View, now: float) -> str | None:
-        """Takes note of a view, and returns what is to be told now; None: nothing new."""
+    def message_to_report(self, view: View, now: float) -> str | None:
+        """Takes note of a view.
+
+        Args:
+            view: How far the pod has come.
+            now: Seconds, of any clock that does not jump.
+
+        Returns:
+            What to report now; "" if nothing is waited for any more; None if there is nothing new.
+        """
         if view.stage is not self._stage:
             self._stage, self._since = view.stage, now
-        worth = view.message if view.trouble or now - self._since >= _UNTOLD else ""
-        if worth == self._told:
+        message = view.message if view.trouble or now - self._since >= _ORDINARY_WAIT else ""
+        if message == self._reported:
             return None
-        self._told = worth
-        return worth
+        self._reported = message
+        return message
 
-    def ended(self, view: View, now: float) -> bool:
-        """Whether it is of no use to wait any longer."""
+    def has_passed(self, view: View, now: float) -> bool:
+        """Whether the start has failed: for ever, or because the stage has taken too long."""
         return view.final or now - self._since >= self._deadlines.of(view.stage)
 
-    def left(self, now: float) -> float:
-        """Seconds until time alone changes something."""
+    def time_to_change(self, now: float) -> float:
+        """Seconds until the passing of time alone changes one of the two answers above."""
         past = now - self._since
         deadline = self._deadlines.of(self._stage or Stage.SCHEDULING)
-        return max(0.0, min(deadline, _UNTOLD if past < _UNTOLD else deadline) - past)
+        return max(0.0, min(deadline, _ORDINARY_WAIT if past < _ORDINARY_WAIT else deadline) - past)

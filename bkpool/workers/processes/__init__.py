@@ -1,1 +1,1 @@
-"""Workers as processes of this machine: each buildkitd in namespaces of its own, with a cache of its slot."""
+"""Workers as processes of this machine: each buildkitd runs in its own namespaces, on the cache of its slot."""

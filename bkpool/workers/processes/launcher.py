@@ -1,6 +1,6 @@
-"""What surrounds a daemon: its command line, environment, sockets and cgroup, made before it and removed after it.
+"""Prepares what a daemon needs (command line, environment, sockets, cgroup) and removes it when the daemon has ended.
 
-It starts nothing that lasts and keeps nothing in memory.
+It starts no daemon and keeps nothing in memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bkpool.workers.processes.slot_files import SlotFiles
 
 
 class Launcher:
-    """Prepares starts, and clears up after ends, for the slots of one home.
+    """Prepares starts and cleans up after exits, for the slots of one home.
 
     Args:
         home: BKPOOL_HOME.
         runtime_dir: For the sockets.
-        sandbox: How commands are wrapped.
+        sandbox: Puts commands into namespaces.
     """
 
     def __init__(self, home: Path, runtime_dir: Path, sandbox: Sandbox) -> None:
@@ -37,11 +37,11 @@ class Launcher:
         self._digest = socket_directory.home_digest(home)
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
-        """Makes everything ready for a start and says how to do it.
+        """Makes the files and directories for a start, and returns the command.
 
         Raises:
             HostFault: This machine, or this user on it, lacks something.
-            WorkerFailed: The pool's buildkitd.toml can't work.
+            WorkerFailed: The pool's buildkitd.toml has what a worker can't have.
         """
         self._sandbox.check()
         socket_directory.claim(self._runtime_dir)
@@ -49,9 +49,8 @@ class Launcher:
         sockets = self._sockets(files.slot)
         sockets.mkdir(mode=0o700)
         files.make_scratch()
-        temporary = (
-            sockets / "tmp"
-        )  # a link, since buildkitd makes sockets for ssh-agents in there: see socket_directory
+        # buildkitd makes sockets for ssh-agents in its TMPDIR, so that path must be short: see socket_directory.
+        temporary = sockets / "tmp"
         temporary.symlink_to(files.scratch)
         files.write_config(config.render(spec, self._cgroup(files.slot)))
         files.rotate_log()
@@ -62,9 +61,9 @@ class Launcher:
             f"--config={files.config}",
             f"--root={files.root}",
             f"--addr=unix://{socket}",
-            f"--otel-socket-path={sockets / 'otel.sock'}",  # by default all daemons of a machine share one
+            f"--otel-socket-path={sockets / 'otel.sock'}",  # the default is one for all daemons of a machine
             "--containerd-worker=false",
-            "--oci-worker=true",  # "auto" looks for runc on the PATH only
+            "--oci-worker=true",  # "auto" looks for runc on PATH only
             f"--oci-worker-binary={binaries.runc}",
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
@@ -73,24 +72,24 @@ class Launcher:
         return Launch(wrapped, self._sandbox.environment(**more), socket, files.log)
 
     def clear(self, slot: Slot) -> None:
-        """Removes what a daemon that has ended leaves outside of its cache."""
+        """Removes what an ended daemon leaves outside of its cache: sockets and cgroups."""
         shutil.rmtree(self._sockets(slot), ignore_errors=True)
         remove_cgroups(self._cgroup(slot))
 
     def close(self) -> None:
-        """Removes the directory of the sockets, unless there still are some."""
+        """Removes the directory of the sockets if it is empty."""
         with suppress(OSError):
             self._runtime_dir.rmdir()
 
     async def end_all_but(self, kept: set[Slot]) -> int:
-        """Kills what was started for other slots of this home than these; returns how many processes it was."""
+        """Kills everything that was started for other slots of this home. Returns the number of processes."""
         spared = {self._mark(slot) for slot in kept}
         return await process_table.kill_marked(
             MARK, lambda mark: mark.startswith(f"{self._digest}/") and mark not in spared
         )
 
     async def remove(self, slot: Slot, directories: Sequence[Path]) -> None:
-        """Removes caches, as the user who made them: for an ordinary user that means in the same user namespace.
+        """Removes directories of a cache. An ordinary user needs a user namespace for that, as for making them.
 
         Raises:
             HostFault: Something could not be removed.
@@ -105,12 +104,16 @@ class Launcher:
         environment = self._sandbox.environment()
         done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, check=False)
         if done.returncode != 0:
-            said = done.stderr.decode("utf-8", "replace").strip()[-500:]
+            output = done.stderr.decode("utf-8", "replace").strip()[-500:]
             raise HostFault(
-                f"the old cache of {slot.worker} can't be removed: {said}",
-                hint=f"Remove {directories[0]} by hand; until then the slot is not used.",
+                f"the old cache of {slot.worker} can't be removed: {output}",
+                hint=f"Remove {directories[0]} by hand. The slot is not used until it is gone.",
                 code="Permission",
             )
+
+    def advice(self) -> str:
+        """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
+        return self._sandbox.advice()
 
     def _sockets(self, slot: Slot) -> Path:
         return socket_directory.slot_directory(self._runtime_dir, slot)

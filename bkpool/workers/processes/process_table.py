@@ -1,6 +1,6 @@
-"""Processes of this machine: held by pidfd, told apart by start time and boot, found by a mark in their environment.
+"""Processes of this machine: opened as pidfd, identified by boot and start time, found by an environment variable.
 
-A process id alone says nothing after its process has ended; nothing here signals by number.
+A process id may belong to another process later, so nothing here sends a signal to a number.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from bkpool.core.errors import WorkerFailed
 
 _PROC = Path("/proc")
-_KILL_DEADLINE = 30.0  # seconds; only a process in uninterruptible I/O outlives SIGKILL for longer
+_KILL_TIMEOUT = 30.0  # seconds; only a process in uninterruptible I/O lives longer after SIGKILL
 
 
 class Process:
-    """A process held by a pidfd: as long as this is open, it can't be mistaken for a later one of the same number.
+    """A process with an open pidfd. While it is open, it can't be confused with a later one of the same number.
 
     Args:
-        pid: As this process's own PID namespace counts.
+        pid: Its number in this process's own PID namespace.
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -36,12 +36,12 @@ class Process:
         self._loop.add_reader(self._fd, self._on_exit)
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal; to one that has ended, none."""
+        """Sends a signal. Does nothing if the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._fd, number)
 
     def close(self) -> None:
-        """Lets go of it, whether it lives or not."""
+        """Closes the pidfd. The process is not changed."""
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
 
@@ -51,32 +51,32 @@ class Process:
 
 
 async def kill(processes: Iterable[Process]) -> None:
-    """Kills all of them and waits until they are gone.
+    """Kills processes and waits until they have ended.
 
     Raises:
-        WorkerFailed: One would not die.
+        WorkerFailed: One has not ended.
     """
     waiting = list(processes)
     for process in waiting:
         process.signal(signal.SIGKILL)
     for process in waiting:
         try:
-            async with asyncio.timeout(_KILL_DEADLINE):
+            async with asyncio.timeout(_KILL_TIMEOUT):
                 await process.exited.wait()
         except TimeoutError:
             raise WorkerFailed(
-                f"process {process.pid} has not ended {_KILL_DEADLINE:.0f} s after SIGKILL",
-                hint="It hangs in the kernel, most often on a disk; look at dmesg.",
+                f"process {process.pid} has not ended {_KILL_TIMEOUT:.0f} s after SIGKILL",
+                hint="It hangs in the kernel, usually on a disk. Look at dmesg.",
             ) from None
 
 
 async def kill_marked(name: str, chosen: Callable[[str], bool]) -> int:
-    """Kills every process whose environment variable `name` has a chosen value, and returns how many they were."""
+    """Kills every process whose environment variable `name` has a chosen value. Returns their number."""
     with contextlib.ExitStack() as stack:
         found = []
         for pid in _pids():
             with contextlib.suppress(OSError):
-                process = Process(pid)  # before the look: what is looked at is then what is killed
+                process = Process(pid)  # opened first, so that the process that is read is the one that is killed
                 stack.callback(process.close)
                 value = environment_value(pid, name)
                 if value is not None and chosen(value):
@@ -86,7 +86,7 @@ async def kill_marked(name: str, chosen: Callable[[str], bool]) -> int:
 
 
 def environment_value(pid: int, name: str) -> str | None:
-    """An environment variable of a process as it was at exec; None if it has none, or is not ours to look at."""
+    """An environment variable of a process at its exec; None if it is not set, or if we may not read it."""
     try:
         environment = (_PROC / str(pid) / "environ").read_bytes()
     except OSError:
@@ -99,12 +99,12 @@ def environment_value(pid: int, name: str) -> str | None:
 
 
 def boot_id() -> str:
-    """The kernel's name for the time since this boot: process ids mean nothing across two of them."""
+    """The kernel's id of this boot. After another boot, process ids mean other processes."""
     return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def start_time(pid: int) -> int:
-    """When a process began, in clock ticks since boot (field 22 of proc(5) stat).
+    """When a process was started, in clock ticks since boot (field 22 of proc(5) stat).
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -113,7 +113,7 @@ def start_time(pid: int) -> int:
 
 
 def parent(pid: int) -> int:
-    """The parent of a process (field 4 of proc(5) stat).
+    """The process id of the parent (field 4 of proc(5) stat).
 
     Raises:
         ProcessLookupError: There is no such process.
@@ -122,7 +122,7 @@ def parent(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields from the third on: the second, the name, may itself contain blanks and brackets."""
+    """The fields of stat from the third on. The second one, the name, may contain blanks and brackets."""
     try:
         return (_PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except FileNotFoundError:

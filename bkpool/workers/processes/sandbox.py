@@ -1,8 +1,8 @@
-"""How buildkitd is wrapped, so that nothing it started outlives it.
+"""Puts buildkitd into namespaces, so that nothing that it started outlives it.
 
-It runs in a PID and a mount namespace of its own: when the first process in there ends, the kernel ends every build
-container with it, and no mount of it is ever seen outside. Without that, build containers survive a killed buildkitd
-and its overlays stay mounted. As root util-linux's unshare makes the namespaces, for an ordinary user rootlesskit.
+Each buildkitd has its own PID and mount namespace. When the first process in there ends, the kernel ends all build
+containers, and no mount is seen outside. Without that, build containers survive a killed buildkitd, and its overlays
+stay mounted. For root, util-linux's unshare makes the namespaces; for an ordinary user, rootlesskit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ _CAP_SYS_ADMIN = 1 << 21  # capabilities(7): to make namespaces and mounts
 _CGROUPS = Path("/sys/fs/cgroup")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# runc keeps its state in /run/runc when it is root; on a tmpfs of the daemon's own it ends with the daemon. The shell
-# stays as the first process of the namespace: it reaps, and passes on how buildkitd ended.
+# runc as root keeps its state in /run/runc. Here that is a tmpfs in the mount namespace, so it ends with the daemon.
+# The shell stays as the first process of the PID namespace: it reaps, and passes buildkitd's exit code on.
 _AS_ROOT = 'mkdir -p /run/runc && mount -t tmpfs -o mode=700 bkpool /run/runc && "$0" "$@"; exit $?'
 
 _USER_NAMESPACES = {"user.max_user_namespaces": 15000, "kernel.unprivileged_userns_clone": 1}
-"""What must not be 0, and a value that is enough. The second one exists on Debian before 11 only."""
-_APPARMOR = "kernel.apparmor_restrict_unprivileged_userns"  # Ubuntu from 23.10; a profile may still allow rootlesskit
+"""Settings that must not be 0, with a value that is enough. The second exists only on Debian before 11."""
+_APPARMOR = (
+    "kernel.apparmor_restrict_unprivileged_userns"  # Ubuntu since 23.10; a profile may allow rootlesskit all the same
+)
 
 _PASSED_ON = (
     "PATH",
@@ -46,22 +48,22 @@ class Binaries:
     buildkitd: Path
     runc: Path
     rootlesskit: Path | None = None
-    """Needed by ordinary users only."""
+    """Only ordinary users need it."""
 
     @classmethod
     def found(cls, find: Callable[[Tool], Path | None]) -> Binaries:
-        """Those that are at hand, by a finder such as Toolchain.find; a missing one is told at the first start."""
+        """The programs that a function such as Toolchain.find finds. The first start reports one that is missing."""
         buildkitd = find(Tool.BUILDKITD) or Path("buildkitd")
         return cls(buildkitd, find(Tool.RUNC) or Path("runc"), find(Tool.ROOTLESSKIT))
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """Wraps commands into namespaces, by the means that this user has.
+    """Wraps commands into namespaces, with the program that this user can use.
 
     Args:
         binaries: Where the programs are.
-        environ: The environment to take PATH, proxies and certificate paths from.
+        environ: Has PATH, proxies and certificate paths.
     """
 
     binaries: Binaries
@@ -73,25 +75,25 @@ class Sandbox:
         return os.geteuid() != 0
 
     def check(self) -> None:
-        """Makes sure that this machine lets this user run workers.
+        """Checks that this user can run workers on this machine.
 
         Raises:
-            HostFault: It does not; says what is missing and how to get it.
+            HostFault: They can't. The error names what is missing and how to get it.
         """
         for binary in (self.binaries.buildkitd, self.binaries.runc):
             if not os.access(binary, os.X_OK):
-                raise _missing(f"{binary} is not there, or may not be run by this user", "Run bkpool doctor.")
+                raise _missing(f"{binary} is not there, or this user may not run it", "Run bkpool doctor.")
         if self.rootless:
             self._check_rootless()
         else:
             self._check_root()
 
     def wrap(self, command: Sequence[str], state: Path) -> list[str]:
-        """The command line that runs this one as root of namespaces of its own.
+        """The command line that runs a command as root of new namespaces.
 
         Args:
             command: The program and its arguments.
-            state: A directory that does not exist yet, for rootlesskit's own sockets.
+            state: A directory for rootlesskit's own sockets. It must not exist yet.
         """
         if self.rootless:
             rootlesskit = str(self.binaries.rootlesskit)
@@ -100,12 +102,12 @@ class Sandbox:
         return [*unshare, "sh", "-c", _AS_ROOT, *command]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """The environment of a worker: only what it needs to find programs, proxies and certificates, and `more`."""
+        """The environment of a worker: what it needs to find programs, proxies and certificates, and `more`."""
         passed = {name: self.environ[name] for name in _PASSED_ON if name in self.environ}
         return {"PATH": _PATH, **passed, **more}
 
     def advice(self) -> str:
-        """What to try where a worker did not come up though nothing is missing; empty where there is no guess."""
+        """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
         if self.rootless and _sysctl(_APPARMOR) == "1":
             return f"AppArmor may have refused the namespaces; as root: sysctl -w {_APPARMOR}=0"
         return ""
@@ -118,8 +120,8 @@ class Sandbox:
         capabilities = next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1]
         if not int(capabilities, 16) & _CAP_SYS_ADMIN:
             raise HostFault(
-                "this root may not mount (no CAP_SYS_ADMIN): it is that of an unprivileged container",
-                hint="Run the container with --privileged, or bkpool outside of it or as an ordinary user.",
+                "root may not mount here (no CAP_SYS_ADMIN): this is an unprivileged container",
+                hint="Run the container with --privileged, or run bkpool outside of it or as an ordinary user.",
                 code="Permission",
             )
 
@@ -138,7 +140,7 @@ class Sandbox:
         for setting, enough in _USER_NAMESPACES.items():
             if _sysctl(setting) == "0":
                 raise HostFault(
-                    f"this machine does not let ordinary users make user namespaces ({setting} is 0)",
+                    f"ordinary users can't make user namespaces on this machine ({setting} is 0)",
                     hint=f"As root: sysctl -w {setting}={enough}; or run bkpool as root.",
                     code="Permission",
                 )
@@ -153,12 +155,12 @@ class Sandbox:
 
 
 def remove_cgroups(parent: str) -> None:
-    """Removes the empty cgroups that build containers leave under `parent` when buildkitd did not end by itself."""
+    """Removes the empty cgroups that build containers leave under `parent` when buildkitd was killed."""
     for root in (_CGROUPS, *_CGROUPS.glob("*/")):
         top = root / parent.lstrip("/")
         folders = [Path(folder) for folder, _, _ in os.walk(top, topdown=False)]
         for folder in (*folders, top.parent):
-            with suppress(OSError):  # in use, or gone by itself
+            with suppress(OSError):  # in use, or gone already
                 folder.rmdir()
 
 
@@ -170,7 +172,7 @@ def _sysctl(name: str) -> str | None:
 
 
 def _has_range(file: Path, user: str) -> bool:
-    """Whether subuid(5) or subgid(5) gives the user a range; they may also come from elsewhere (nsswitch.conf(5))."""
+    """Whether the user has a range in subuid(5) or subgid(5), or nsswitch.conf(5) names another source of them."""
     with suppress(OSError):
         if "subid:" in Path("/etc/nsswitch.conf").read_text():
             return True

@@ -1,8 +1,8 @@
-"""What a slot keeps on disk: its cache, the record of whose cache it is, and the record of the daemon on it.
+"""What a slot keeps on disk: its cache, a record of the owner of the cache, and a record of its daemon.
 
-A record is on disk, durably, before what it speaks of happens: the owner before the first use, the intent before the
-start. So a crash leaves at worst a record of something that never came to be. Records that can't be read count as
-"somebody else's cache": it is wiped, never handed out.
+A record is durably on disk before what it announces happens: the owner before the first use of the cache, the daemon
+before its start. So a crash leaves at worst a record of something that never happened. A cache whose record can't be
+read is wiped and never handed out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bkpool.core.names import Slot, check_name
 
 
 class CacheState(StrEnum):
-    """Whose a cache is (DESIGN rule 3)."""
+    """Who may use a cache: rule 3 (docs/rules.md#r3)."""
 
     CLEAN = "clean"
     OWNED = "owned"
@@ -33,7 +33,7 @@ class CacheState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CacheRecord:
-    """Whose cache it is."""
+    """Who owns the cache of a slot."""
 
     state: CacheState
     owner: str | None = None
@@ -41,24 +41,24 @@ class CacheRecord:
 
     @classmethod
     def of(cls, owner: str | None) -> CacheRecord:
-        """The record of a cache that belongs to this owner, or to nobody."""
+        """The record of a cache that this owner has, or that nobody has used (None)."""
         return cls(CacheState.OWNED, owner) if owner else cls(CacheState.CLEAN)
 
-    def foreign_to(self, owner: str | None) -> bool:
-        """Whether this cache must be wiped before this owner (None: nobody yet) may use it."""
+    def must_be_wiped_for(self, owner: str | None) -> bool:
+        """Whether it must be wiped before this owner may use it. None, nobody yet, may have any usable cache."""
         return self.state is CacheState.WIPING or (owner is not None and self.owner not in {None, owner})
 
 
 @dataclass(frozen=True, slots=True)
 class DaemonRecord:
-    """The daemon on a slot: first the intent to start one, then also which process it is."""
+    """The daemon in a slot. It is written before the start, and again with the process once that has answered."""
 
     worker_uid: str
     boot_id: str
     pid: int | None = None
-    """Of buildkitd itself. None: it was never seen to answer."""
+    """The process id of buildkitd itself. None: it has not answered yet."""
     start_time: int | None = None
-    """In clock ticks since boot: with pid and boot id it names one process for ever."""
+    """In clock ticks since boot. Together with pid and boot id it identifies one process for ever."""
     socket: str | None = None
 
 
@@ -76,7 +76,7 @@ class SlotFiles:
 
     @property
     def directory(self) -> Path:
-        """Everything of the slot but its log and its sockets."""
+        """Everything of the slot except its log and its sockets."""
         return slots_directory(self.home) / self.slot.namespace / self.slot.pool / str(self.slot.number)
 
     @property
@@ -86,7 +86,7 @@ class SlotFiles:
 
     @property
     def scratch(self) -> Path:
-        """What is /tmp to buildkitd: what a killed one leaves there goes with the cache, at the latest."""
+        """The TMPDIR of buildkitd. What a killed one leaves here is removed with the cache, or before."""
         return self.root / "tmp"
 
     @property
@@ -96,11 +96,11 @@ class SlotFiles:
 
     @property
     def log(self) -> Path:
-        """What buildkitd says since its last start; the run before is beside it, with the suffix .1."""
+        """The log since its last start. The log of the run before is beside it, with the suffix .1."""
         return self.home / "logs" / f"{self.slot.namespace}.{self.slot.worker.name}.log"
 
     def read_cache(self) -> CacheRecord | None:
-        """Whose cache is here; None if there is none. One without a readable record must be wiped."""
+        """The record of the cache; None if there is no cache. Without a readable record its state is `wiping`."""
         data = _read(self._cache)
         try:
             return CacheRecord(CacheState(data["state"]), data["owner"])
@@ -108,7 +108,7 @@ class SlotFiles:
             return CacheRecord(CacheState.WIPING) if self.root.exists() or self._cache.exists() else None
 
     def write_cache(self, record: CacheRecord) -> None:
-        """Writes durably whose cache is here.
+        """Writes durably who owns the cache.
 
         Raises:
             HostFault: It can't be written.
@@ -116,14 +116,14 @@ class SlotFiles:
         _write(self._cache, asdict(record))
 
     def read_daemon(self) -> DaemonRecord | None:
-        """The daemon that was started here, if its record can be read."""
+        """The record of the daemon; None if there is none, or if it can't be read."""
         try:
             return DaemonRecord(**_read(self._daemon))
         except TypeError:
             return None
 
     def write_daemon(self, record: DaemonRecord) -> None:
-        """Writes durably which daemon is being, or has been, started here.
+        """Writes durably which daemon is started here.
 
         Raises:
             HostFault: It can't be written.
@@ -131,7 +131,7 @@ class SlotFiles:
         _write(self._daemon, asdict(record))
 
     def forget_daemon(self) -> None:
-        """Removes the record of the daemon: none of it is left."""
+        """Removes the record of a daemon that has ended."""
         self._daemon.unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
@@ -146,20 +146,20 @@ class SlotFiles:
             self.log.replace(self._older_log)
 
     def set_root_aside(self) -> list[Path]:
-        """Takes the cache out of use by a rename, and returns all that is still to be removed."""
+        """Renames the cache, so that nothing uses it any more. Returns all directories that must be removed."""
         if self.root.exists():
             self.root.rename(self.directory / f"wiped-{secrets.token_hex(4)}")
         return sorted(self.directory.glob("wiped-*"))
 
     def make_scratch(self) -> None:
-        """Makes the temporary directory, without what a daemon before has left in it."""
+        """Makes an empty temporary directory, and removes what an earlier daemon has left in it."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def remove(self) -> None:
-        """Removes the logs, the directory of a slot without a cache, and those above that are empty then.
+        """Removes the logs and the directory of a slot without a cache, and directories above that are empty then.
 
-        buildkitd logs the commands and the errors of builds: they are their tenant's, as the cache is.
+        buildkitd logs commands and errors of builds, which belong to the tenant like the cache.
         """
         for log in (self.log, self._older_log):
             log.unlink(missing_ok=True)
@@ -182,12 +182,12 @@ class SlotFiles:
 
 
 def slots_directory(home: Path) -> Path:
-    """Where all slots are."""
+    """The directory of all slots."""
     return home / "slots"
 
 
 def slots_on_disk(home: Path) -> Iterator[Slot]:
-    """The slots that have a directory; what is no slot of ours in there is left alone."""
+    """The slots that have a directory. Anything else in there is ignored."""
     for directory in slots_directory(home).glob("*/*/*"):
         namespace, pool, number = directory.parts[-3:]
         try:
@@ -208,7 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    """Replaces a file so that after a crash, also one of the machine, it is the old or the new one."""
+    """Replaces a file. After a crash, even of the machine, it is either the old or the new one."""
     fresh = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,7 +1,7 @@
 """The private directory of the workers' sockets.
 
-It is short, because a Unix socket's path ends at 108 bytes and a home directory may be deep, and it is ours alone:
-whoever can connect to a worker's socket can use the worker.
+Its path is short, because a Unix socket's path has at most 108 bytes and a home directory may be deep. Only this user
+may enter it, because everybody who can connect to a worker's socket can use the worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LONGEST = 103  # bytes: sun_path of unix(7) has 108 on Linux, 104 elsewhere, wi
 
 
 def home_digest(home: Path) -> str:
-    """What tells the workers of this home from those of another on the same machine."""
+    """A name for this home, so that workers of several homes on one machine are not confused."""
     return hashlib.sha256(bytes(home.resolve())).hexdigest()[:12]
 
 
@@ -28,14 +28,14 @@ def default_directory(home: Path, environ: Mapping[str, str]) -> Path:
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if runtime and os.access(runtime, os.W_OK | os.X_OK):
         return Path(runtime, f"bkpool-{home_digest(home)}")
-    return Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")  # noqa: S108 - claim() makes sure that it is ours
+    return Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")  # noqa: S108 - claim() checks that it is ours
 
 
 def claim(directory: Path) -> None:
-    """Makes the directory, or makes sure that the one there is ours alone.
+    """Makes the directory, or checks that the existing one belongs to this user alone.
 
     Raises:
-        HostFault: It is a link, another's, open to others, or can't be made.
+        HostFault: It is a link, belongs to another user, is open to others, or can't be made.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -49,17 +49,17 @@ def claim(directory: Path) -> None:
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
     if not private:
         raise HostFault(
-            f"{directory} is not a directory of this user with mode 0700; workers' sockets are not safe in there",
-            hint="Remove it, or set XDG_RUNTIME_DIR to a directory of your own.",
+            f"{directory} is not a directory of this user with mode 0700; the workers' sockets are not safe there",
+            hint="Remove it, or set XDG_RUNTIME_DIR to a directory that only you may enter.",
             code="Permission",
         )
 
 
 def slot_directory(directory: Path, slot: Slot) -> Path:
-    """Where the sockets of a slot are: readable for people as far as the length allows.
+    """Where the sockets of a slot are. People can read the name, as far as its length allows.
 
     Raises:
-        HostFault: The path of a socket in there would be too long.
+        HostFault: The paths of its sockets would be too long.
     """
     digest = hashlib.sha256(repr(tuple(slot)).encode()).hexdigest()[:6]
     path = directory / f"{slot.pool[:16]}-{slot.number}-{digest}"

@@ -1,0 +1,72 @@
+"""What the rest of bkpool may ask about the buildkitd daemons of workers: processes on this machine, or pods.
+
+Daemons never decide. They bring a slot to the state that they are told, and guarantee one thing by themselves: no
+daemon ever runs on the cache of another owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Protocol
+
+from bkpool.core.names import Slot
+from bkpool.core.observation import Observation, WorkerCapacity
+from bkpool.core.pool import Pool
+
+ReportWaiting = Callable[[str], Awaitable[None]]
+"""Called with what a start waits for, each time that this changes; with "" when it waits for nothing any more."""
+
+
+class Daemons(Protocol):
+    """At most one buildkitd in each slot. Slots are independent. Calls for one slot run one after another."""
+
+    @property
+    def capacity(self) -> WorkerCapacity | None:
+        """How many workers of all pools can run at once; None: as many as there are resources."""
+
+    @property
+    def ignored_spec_fields(self) -> Collection[str]:
+        """Paths below a pool's `spec` that nothing reads where these daemons run, with everything below them."""
+
+    def observe(self) -> Mapping[Slot, Observation]:
+        """What is known of each slot that is not empty. It comes from memory, without I/O."""
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback for the event loop, called whenever `observe()` may have changed."""
+
+    async def start(
+        self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
+    ) -> str:
+        """Starts buildkitd in a slot, and waits until it answers a call.
+
+        A cache of another owner is wiped before. If the daemon runs already, for this worker and owner, nothing is
+        started.
+
+        Args:
+            slot: Where to start it.
+            worker_uid: The uid of the worker that it is for.
+            owner: Digest of the owner of the cache. None: nobody holds the worker yet, and a cache that has an owner
+                keeps them.
+            pool: The worker's pool.
+            report_waiting: Told what the start waits for.
+
+        Returns:
+            The endpoint: `unix:///path` or `tcp://address:port`.
+
+        Raises:
+            WorkerFailed: It did not start; `log_tail` of the error has the end of buildkitd's log.
+            HostFault: This machine lacks something; the hint says what.
+        """
+
+    async def stop(self, slot: Slot) -> None:
+        """Ends the daemon in a slot. The cache stays. Does nothing if there is no daemon."""
+
+    async def protect(self, slot: Slot, *, held: bool) -> None:
+        """Asks others to leave a daemon alone while its worker is leased. `Observation.protected` shows it."""
+
+    async def follow(self, pool: Pool) -> None:
+        """Applies a changed spec to what the daemons of a pool share.
+
+        Raises:
+            WorkerFailed: It cannot be applied; the message names the field.
+        """

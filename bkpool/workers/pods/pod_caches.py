@@ -1,0 +1,51 @@
+"""The caches of a cluster: one volume claim for each slot, with its owner in an annotation.
+
+A pool without a volume has caches that end with their pod. They are not listed: nobody can come back to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from bkpool.core.errors import NotFound
+from bkpool.core.names import Slot
+from bkpool.workers.pods import pod_view
+from bkpool.workers.pods.pod_slots import PodSlots
+from bkpool.workers.pods.pod_writes import PodWrites
+
+
+class PodCaches:
+    """Implements `Caches` with volume claims.
+
+    Args:
+        slots: What is known of pods and claims.
+        writes: Changes the cluster.
+    """
+
+    def __init__(self, slots: PodSlots, writes: PodWrites) -> None:
+        self._slots = slots
+        self._writes = writes
+
+    def owners(self) -> Mapping[Slot, str | None]:
+        """Every volume claim, with its owner; see `Caches`."""
+        claims = [(pod_view.slot_in(claim), claim) for claim in self._slots.claims if not pod_view.deleted(claim)]
+        return {slot: pod_view.cache_owner(claim) for slot, claim in claims if slot}
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback for changes of `owners()`."""
+        self._slots.on_change(callback)
+
+    async def own(self, slot: Slot, owner: str) -> None:
+        """Writes who owns the cache in a slot, and that its worker is leased; see `Caches`."""
+        async with self._slots.get(slot).lock:
+            pod = self._slots.pods.get(slot.worker)
+            if pod is None:
+                raise NotFound(f"the pod {slot.worker} is gone")
+            await self._writes.own(pod, owner)
+
+    async def wipe(self, slot: Slot) -> None:
+        """Ends the pod and removes its volume; see `Caches`."""
+        async with self._slots.get(slot).lock:
+            await self._writes.end(slot)
+            await self._writes.remove_secret(slot)
+            await self._writes.remove_claim(slot)

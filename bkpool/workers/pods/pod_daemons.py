@@ -1,0 +1,186 @@
+"""Starts, stops and observes the pods of workers, one in each slot.
+
+A pod is probed from the moment it has an address; its own readiness is not waited for. Pods outlive the appliance.
+Nothing here knows of leases, of the size of pools or of the time of day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+
+import structlog
+
+from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
+from bkpool.core.names import Slot
+from bkpool.core.observation import Observation, WorkerCapacity
+from bkpool.core.pool import Pool
+from bkpool.kube import Doc
+from bkpool.workers.daemons import ReportWaiting
+from bkpool.workers.pods import pod_view
+from bkpool.workers.pods.host_ports import HostPorts
+from bkpool.workers.pods.pod_diagnosis import PodDiagnosis
+from bkpool.workers.pods.pod_probe import PodProbe
+from bkpool.workers.pods.pod_slots import PodSlots
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, PodRequest, isolation
+from bkpool.workers.pods.pod_start import PodStart
+from bkpool.workers.pods.pod_writes import PodWrites, must_be_wiped
+from bkpool.workers.pods.start_deadline import Deadlines
+
+log = structlog.get_logger(__name__)
+
+_TRIES = 5  # in one start: somebody else may make a pod meanwhile, or a host port may be taken
+
+
+class PodDaemons:
+    """Implements `Daemons` with pods.
+
+    Args:
+        slots: What is known of pods.
+        writes: Changes the cluster.
+        probe: Reaches pods.
+        diagnosis: Finds out why pods fail.
+        host_ports: The host ports for pods; None: pods are reached at their own address.
+        image: The image of a pool that names none; None: BuildKit's own, rootless unless the pool is `privileged`.
+        ignored_spec_fields: Fields of a pool's spec that nothing reads here.
+        deadlines: How long each stage of a start may take.
+    """
+
+    def __init__(
+        self,
+        slots: PodSlots,
+        writes: PodWrites,
+        probe: PodProbe,
+        diagnosis: PodDiagnosis,
+        *,
+        host_ports: HostPorts | None,
+        image: str | None,
+        ignored_spec_fields: Collection[str],
+        deadlines: Deadlines,
+    ) -> None:
+        self.capacity = None if host_ports is None else _capacity(len(host_ports))
+        self.ignored_spec_fields = ignored_spec_fields
+        self._slots = slots
+        self._writes = writes
+        self._probe = probe
+        self._diagnosis = diagnosis
+        self._ports = host_ports
+        self._image = image
+        self._deadlines = deadlines
+
+    def observe(self) -> Mapping[Slot, Observation]:
+        """The pod in each slot; see `Daemons`."""
+        return self._slots.observe()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback for changes of `observe()`."""
+        self._slots.on_change(callback)
+
+    async def start(
+        self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
+    ) -> str:
+        """Starts a pod in the slot with this owner's cache; see `Daemons`."""
+        entry = self._slots.get(slot)
+        async with entry.lock:
+            taken: set[int] = set()
+            for tries_left in reversed(range(_TRIES)):
+                pod = await self._find_usable(slot, worker_uid, owner)
+                made = pod is None
+                pod = pod or await self._make(slot, worker_uid, owner, pool, taken)
+                if pod is None:
+                    continue  # somebody else has made one meanwhile: it is examined like any other
+                if entry.endpoint is not None and entry.pod_uid == pod_view.uid(pod):
+                    return entry.endpoint
+                start = PodStart(
+                    slot,
+                    pod,
+                    slots=self._slots,
+                    probe=self._probe,
+                    diagnosis=self._diagnosis,
+                    deadlines=self._deadlines,
+                    report_waiting=report_waiting,
+                )
+                try:
+                    endpoint = await start.wait_for_answer(self._port_changer(taken) if tries_left else _keep_port)
+                except WorkerFailed:
+                    if made or owner is None:  # the builds of a holder may run in it, and only we can't reach it
+                        with suppress(BkpoolError):
+                            await self._writes.discard(pod)
+                    raise
+                if endpoint is not None:
+                    return endpoint
+                await self._writes.end(slot)
+            raise Conflict(f"the pod {slot.worker} is being changed by somebody else all the time")
+
+    async def stop(self, slot: Slot) -> None:
+        """Ends the pod and removes its key. A volume stays."""
+        async with self._slots.get(slot).lock:
+            await self._writes.end(slot)
+            await self._writes.remove_secret(slot)
+
+    async def protect(self, slot: Slot, *, held: bool) -> None:
+        """Tells autoscalers and disruption budgets whether they may remove the pod; see `Daemons`."""
+        async with self._slots.get(slot).lock:
+            pod = self._slots.pods.get(slot.worker)
+            if pod is not None:
+                with suppress(NotFound):
+                    await self._writes.protect(pod, held=held)
+
+    async def follow(self, pool: Pool) -> None:
+        """Changes what the pool's pods may reach. If there are none yet, their start does it; see `Daemons`."""
+        slots = [pod_view.slot_in(pod) for pod in self._slots.pods]
+        if any(slot and (slot.namespace, slot.pool) == pool.key for slot in slots):
+            await self._writes.apply_egress(pool)
+
+    # --- one slot, under its lock -----------------------------------------------------------------------------------
+
+    async def _find_usable(self, slot: Slot, worker_uid: str, owner: str | None) -> Doc | None:
+        """The pod in the slot, if it is this worker's and this owner may use its cache. Any other one is ended."""
+        pod = self._slots.pods.get(slot.worker)
+        if pod is None:
+            return None
+        same_worker = pod_view.worker_uid(pod) == worker_uid
+        fits = same_worker and not must_be_wiped(self._slots.cache_owner_of(pod), owner)
+        if fits and not pod_view.ended(pod) and not self._slots.is_lost(pod):
+            if owner is not None:
+                await self._writes.own(pod, owner)
+            return pod
+        # If somebody else has deleted the pod of the same holder, it may take its time: a build may be running in it.
+        await self._writes.end(slot, hurry=not (fits and owner is not None and pod_view.deleted(pod)))
+        return None
+
+    async def _make(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, taken: set[int]) -> Doc | None:
+        default = PRIVILEGED_IMAGE if isolation(pool) is Isolation.PRIVILEGED else ROOTLESS_IMAGE
+        request = PodRequest(slot, worker_uid, owner, pool, self._image or default)
+        if self._ports is None:
+            pod = await self._writes.make(request)
+        else:
+            with self._ports.reserved(self._used_ports() | taken) as port:
+                pod = await self._writes.make(request.with_host_port(port))
+        if pod is not None:
+            log.info("worker.pod_created", worker=str(slot.worker), pod=pod_view.uid(pod))
+        return pod
+
+    def _port_changer(self, taken: set[int]) -> Callable[[Doc], bool]:
+        """Notes the pod's port as taken, if there is another one to try."""
+
+        def change_port(pod: Doc) -> bool:
+            port = pod_view.host_port(pod)
+            if self._ports is None or port is None or not self._ports.any_free(self._used_ports() | taken | {port}):
+                return False
+            taken.add(port)
+            return True
+
+        return change_port
+
+    def _used_ports(self) -> set[int]:
+        return {port for pod in self._slots.pods if (port := pod_view.host_port(pod)) is not None}
+
+
+def _keep_port(_pod: Doc) -> bool:
+    return False
+
+
+def _capacity(host_ports: int) -> WorkerCapacity:
+    limit = f"this cluster has host ports for {host_ports} workers (kind-config.yaml)"
+    return WorkerCapacity(host_ports, limit, reason="TooFewHostPorts")

@@ -1,0 +1,52 @@
+"""The caches of this machine: one directory in each slot, with a record of its owner beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from bkpool.core.errors import Conflict
+from bkpool.core.names import Slot
+from bkpool.workers.processes.launcher import Launcher
+from bkpool.workers.processes.process_daemons import ProcessDaemons
+from bkpool.workers.processes.slot_cache import assign_owner, remove_cache
+from bkpool.workers.processes.slots import SlotTable
+
+
+class ProcessCaches:
+    """Implements `Caches` with directories.
+
+    Args:
+        table: The slots.
+        launcher: Removes directories as the user who made them.
+        daemons: Stops the daemon that uses a cache.
+    """
+
+    def __init__(self, table: SlotTable, launcher: Launcher, daemons: ProcessDaemons) -> None:
+        self._table = table
+        self._launcher = launcher
+        self._daemons = daemons
+
+    def owners(self) -> Mapping[Slot, str | None]:
+        """The caches that exist, with their owners; see `Caches`."""
+        return {slot.files.slot: slot.cache.owner for slot in self._table if slot.cache}
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback for changes of `owners()`."""
+        self._table.on_change(callback)
+
+    async def own(self, slot: Slot, owner: str) -> None:
+        """Writes durably who owns the cache in a slot; see `Caches`."""
+        entry = self._table.get(slot)
+        async with entry.lock:
+            if entry.cache and entry.cache.must_be_wiped_for(owner):
+                raise Conflict(
+                    f"the cache of {slot.worker} belongs to another identity", hint="It must be wiped first."
+                )
+            await assign_owner(self._table, entry, owner)
+
+    async def wipe(self, slot: Slot) -> None:
+        """Stops buildkitd in the slot and removes its cache; see `Caches`."""
+        entry = self._table.get(slot)
+        async with entry.lock:
+            await self._daemons.stop_locked(entry)
+            await remove_cache(self._table, entry, self._launcher)

@@ -1,0 +1,196 @@
+"""Starts, stops and observes the buildkitd processes of this machine, one in each slot.
+
+A record is on disk before a process is started, so that a killed appliance finds its daemons again. Nothing here
+knows of leases or of the size of pools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import structlog
+
+from bkpool.core.errors import WorkerFailed
+from bkpool.core.names import Slot
+from bkpool.core.observation import DaemonState, Observation
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.workers.daemons import ReportWaiting
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
+from bkpool.workers.processes import process_table
+from bkpool.workers.processes.daemon import Daemon
+from bkpool.workers.processes.launcher import Launcher
+from bkpool.workers.processes.slot_cache import assign_owner, remove_cache, run_in_thread
+from bkpool.workers.processes.slot_files import CacheState, DaemonRecord
+from bkpool.workers.processes.slots import ProcessSlot, SlotTable
+
+log = structlog.get_logger(__name__)
+
+
+class ProcessDaemons:
+    """Implements `Daemons` with processes.
+
+    Args:
+        table: The slots.
+        launcher: Prepares starts and removes what daemons leave.
+        concurrent_starts: How many daemons may be starting at once.
+        start_timeout: Seconds until a daemon must have answered; it takes less than one where nothing is wrong.
+        stop_grace: Seconds between SIGTERM and SIGKILL.
+    """
+
+    capacity = None
+    ignored_spec_fields = IGNORED_BY_PROCESSES
+
+    def __init__(
+        self,
+        table: SlotTable,
+        launcher: Launcher,
+        *,
+        concurrent_starts: int,
+        start_timeout: float,
+        stop_grace: float,
+    ) -> None:
+        self._table = table
+        self._launcher = launcher
+        self._starting = asyncio.Semaphore(concurrent_starts)
+        self._start_timeout = start_timeout
+        self._stop_grace = stop_grace
+
+    def observe(self) -> Mapping[Slot, Observation]:
+        """The daemon in each slot, also one that has exited."""
+        return {slot.files.slot: slot.observation for slot in self._table if slot.observation}
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback for changes of `observe()`."""
+        self._table.on_change(callback)
+
+    async def start(
+        self,
+        slot: Slot,
+        worker_uid: str,
+        owner: str | None,
+        pool: Pool,
+        report_waiting: ReportWaiting,  # noqa: ARG002 - a process waits for nothing outside this machine
+    ) -> str:
+        """Starts buildkitd on this owner's cache; see `Daemons`."""
+        entry = self._table.get(slot)
+        async with entry.lock:
+            must_wipe = entry.cache is not None and entry.cache.must_be_wiped_for(owner)
+            seen = entry.observation
+            if entry.daemon and seen and seen.worker_uid == worker_uid and not must_wipe:
+                await assign_owner(self._table, entry, owner)
+                return seen.endpoint
+            await self.stop_locked(entry)
+            if must_wipe:
+                await remove_cache(self._table, entry, self._launcher)
+            await assign_owner(self._table, entry, owner)
+            async with self._starting:
+                return await self._launch(entry, worker_uid, pool.spec)
+
+    async def stop(self, slot: Slot) -> None:
+        """Ends buildkitd in the slot; see `Daemons`."""
+        entry = self._table.get(slot)
+        async with entry.lock:
+            await self.stop_locked(entry)
+
+    async def protect(self, slot: Slot, *, held: bool) -> None:
+        """Does nothing: nobody else manages these processes."""
+
+    async def follow(self, pool: Pool) -> None:
+        """Does nothing: processes share nothing of a pool."""
+
+    # --- for the runtime and the caches: one slot, whose lock the caller holds --------------------------------------
+
+    async def stop_locked(self, slot: ProcessSlot) -> None:
+        """Ends the daemon in a slot and removes what it leaves outside of its cache.
+
+        Raises:
+            WorkerFailed: It does not end. It is watched as before.
+        """
+        await self._cancel_exit_watch(slot)
+        if daemon := slot.daemon:
+            try:
+                await daemon.stop(self._stop_grace)
+            except BaseException:  # cancelled, or in vain: the daemon is still there
+                self._watch_for_exit(slot, daemon)
+                raise
+            slot.daemon = None
+            slot.files.forget_daemon()
+            log.info("worker.stopped", worker=slot.name, pid=daemon.pid)
+        self._launcher.clear(slot.files.slot)
+        if slot.observation:
+            slot.observation = None
+            self._table.changed()
+
+    async def adopt(self, slot: ProcessSlot) -> None:
+        """Takes over the daemon that an earlier run has started, if it answers. Called before any start."""
+        record = slot.files.read_daemon()
+        if record and slot.cache and slot.cache.state is not CacheState.WIPING:
+            daemon = await Daemon.adopt(record, slot.files.log)
+            if daemon:
+                self._register(slot, daemon, record.worker_uid)
+                log.info("worker.adopted", worker=slot.name, pid=daemon.pid)
+
+    async def release(self, slot: ProcessSlot) -> None:
+        """Stops watching a daemon. It runs on."""
+        await self._cancel_exit_watch(slot)
+        if slot.daemon:
+            slot.daemon.release()
+
+    async def _launch(self, slot: ProcessSlot, worker_uid: str, spec: PoolSpec) -> str:
+        files = slot.files
+        launch = await run_in_thread(self._launcher.prepare, files, spec)
+        intent = DaemonRecord(worker_uid, process_table.boot_id())
+        await run_in_thread(files.write_daemon, intent)
+        try:
+            daemon = await Daemon.start(launch, self._start_timeout)
+        except BaseException as error:
+            files.forget_daemon()
+            self._launcher.clear(files.slot)
+            if isinstance(error, WorkerFailed):
+                error.hint = error.hint or self._launcher.advice()
+            raise
+        record = replace(intent, pid=daemon.pid, start_time=daemon.start_time, socket=str(daemon.socket))
+        self._register(slot, daemon, worker_uid)
+        await run_in_thread(files.write_daemon, record)
+        log.info("worker.started", worker=slot.name, pid=daemon.pid)
+        return _endpoint(daemon)
+
+    def _register(self, slot: ProcessSlot, daemon: Daemon, worker_uid: str) -> None:
+        owner = slot.cache.owner if slot.cache else None
+        slot.daemon = daemon
+        slot.observation = Observation(worker_uid, DaemonState.READY, _endpoint(daemon), owner)
+        self._watch_for_exit(slot, daemon)
+        self._table.changed()
+
+    def _watch_for_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
+        slot.exit_watch = asyncio.create_task(self._note_exit(slot, daemon), name=f"watch {slot.name}")
+
+    async def _note_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
+        failure = await daemon.wait_for_exit()
+        log.warning(
+            "worker.exited",
+            worker=slot.name,
+            pid=daemon.pid,
+            message=failure.message,
+            log_tail=failure.log_tail,
+            log=str(slot.files.log),
+        )
+        slot.daemon = slot.exit_watch = None
+        slot.files.forget_daemon()
+        if slot.observation:
+            slot.observation = replace(
+                slot.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
+            )
+        self._table.changed()
+
+    async def _cancel_exit_watch(self, slot: ProcessSlot) -> None:
+        if slot.exit_watch:
+            slot.exit_watch.cancel()
+            await asyncio.gather(slot.exit_watch, return_exceptions=True)
+            slot.exit_watch = None
+
+
+def _endpoint(daemon: Daemon) -> str:
+    return f"unix://{daemon.socket}"

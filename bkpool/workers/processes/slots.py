@@ -1,0 +1,72 @@
+"""The slots of one home, in memory: what is known of each, and who must be told of a change.
+
+Nothing here starts or removes anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bkpool.core.names import Slot
+from bkpool.core.observation import Observation
+from bkpool.workers.processes.daemon import Daemon
+from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
+
+
+@dataclass(slots=True)
+class ProcessSlot:
+    """A slot in memory. Whoever changes it holds its lock."""
+
+    files: SlotFiles
+    cache: CacheRecord | None = None
+    """None: there is no cache."""
+    daemon: Daemon | None = None
+    exit_watch: asyncio.Task[None] | None = None
+    """Waits for the daemon's exit."""
+    observation: Observation | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        """The worker's name, for the log."""
+        return str(self.files.slot.worker)
+
+
+class SlotTable:
+    """All slots that were used or found since the start.
+
+    Args:
+        home: BKPOOL_HOME.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self._slots: dict[Slot, ProcessSlot] = {}
+        self._callbacks: list[Callable[[], None]] = []
+
+    def get(self, slot: Slot) -> ProcessSlot:
+        """The slot; the first call reads from disk whose cache is in it."""
+        if slot not in self._slots:
+            files = SlotFiles(self.home, slot)
+            self._slots[slot] = ProcessSlot(files, files.read_cache())
+        return self._slots[slot]
+
+    def __iter__(self) -> Iterator[ProcessSlot]:
+        return iter(list(self._slots.values()))
+
+    def clear(self) -> None:
+        """Forgets all slots; nothing on disk changes."""
+        self._slots.clear()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Registers a callback, once, for every change of a slot."""
+        if callback not in self._callbacks:
+            self._callbacks.append(callback)
+
+    def changed(self) -> None:
+        """Calls the callbacks."""
+        for callback in self._callbacks:
+            callback()
