@@ -1,7 +1,7 @@
-"""Downloads a release, and believes it only by its digest.
+"""Downloads a release and verifies its digest.
 
-The digest comes from the package's own table, else from the release's file of digests; without one nothing is
-downloaded. Only https, or http on loopback; sizes, times and redirects are bounded; the proxy variables are honoured.
+The digest comes from the table in the package, else from the digests file of the release. Without a digest nothing is
+downloaded. Only https is used, or http on loopback. Sizes, times and redirects are bounded. Proxy variables apply.
 """
 
 from __future__ import annotations
@@ -26,63 +26,62 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.toolchain.progress import ReportStep
 from bkpool.toolchain.table import DIGESTS, Release, Tool
 
 GITHUB = "https://github.com"
 UNREACHABLE = "Unreachable"
-"""Code of the fault when no connection came about: asking the same host for the next file is of no use."""
+"""Code of the error if the host cannot be reached: then there is no point in asking it for the next file."""
 
-_MOST_ASSET = 512 << 20  # bytes: five times the largest asset of today (buildkit's archive)
-_MOST_SUMS = 16 << 20  # bytes: a provenance statement carries its whole build definition
-_MOST_REDIRECTS = 5  # GitHub needs one
-_SILENCE = 15.0  # seconds without a byte, connecting included
-_DEADLINE = 900.0  # seconds for one file: 100 MB at 1 Mbit/s
+_MAX_ASSET = 512 << 20  # bytes: five times the largest asset today (the archive of buildkit)
+_MAX_DIGESTS = 16 << 20  # bytes: a provenance statement contains its whole build definition
+_MAX_REDIRECTS = 5  # GitHub needs one
+_READ_TIMEOUT = 15.0  # seconds without a byte, including the connect
+_DOWNLOAD_TIMEOUT = 900.0  # seconds for one file: 100 MB at 1 Mbit/s
 _CHUNK = 256 << 10
 
-Report = Callable[[str, float | None], None]
 
-
-def fetch(release: Release, base: str, work: Path, report: Report) -> dict[Tool, Path]:
+def fetch(release: Release, base: str, work: Path, report: ReportStep) -> dict[Tool, Path]:
     """Downloads a release into a directory.
 
     Args:
-        release: Which.
-        base: The address before `/owner/name/releases/…`.
-        work: A directory of our own.
-        report: Told what is going on, and how much of it is done.
+        release: The release.
+        base: The part of the address before `/owner/name/releases/…`.
+        work: A private directory.
+        report: Called with each step and the fraction that is done.
 
     Returns:
         The binaries, verified and unpacked.
 
     Raises:
-        HostFault: It cannot be reached, or is not to be trusted; the message says which.
-        InvalidInput: The base is not an address that may be used.
+        HostFault: It cannot be reached, or its digest is wrong; the message says which.
+        InvalidInput: The base is not an allowed address.
     """
-    if not _allowed(base):
+    if not _is_allowed(base):
         raise InvalidInput(
             f"BKPOOL_MIRROR: {base!r} is neither an https address nor http on loopback",
-            hint="Give an https address that has the releases as https://github.com has them, or unset it.",
+            hint="Give an https address with the same paths as https://github.com, or unset the variable.",
             field="BKPOOL_MIRROR",
         )
     machine = os.uname().machine
-    asset, sums = release.fill(release.asset, machine), release.fill(release.sums, machine)
-    if asset is None or sums is None:
-        raise HostFault(f"there is no {release.name} release for {machine} that this bkpool knows")
+    asset, digests = release.fill(release.asset, machine), release.fill(release.digests_file, machine)
+    if asset is None or digests is None:
+        raise HostFault(f"bkpool knows no {release.name} release for {machine}")
     files = f"{base.rstrip('/')}/{release.repository}/releases/download/v{release.version}"
     report(f"asking for {release.name} {release.version} at {urllib.parse.urlsplit(base).hostname}", None)
-    wanted = DIGESTS.get(f"{release.name}/{asset}") or _published(f"{files}/{sums}", asset)
+    expected = DIGESTS.get(f"{release.name}/{asset}") or _published_digest(f"{files}/{digests}", asset)
     archive = work / "asset"
     with archive.open("wb") as out:
-        got = _get(f"{files}/{asset}", out, _MOST_ASSET, lambda done: report(f"downloading {asset}", done))
-    if got != wanted:
-        raise HostFault(f"{asset} as downloaded has the SHA-256 {got}, it should have {wanted}: not used")
+        digest = _download(f"{files}/{asset}", out, _MAX_ASSET, lambda done: report(f"downloading {asset}", done))
+    if digest != expected:
+        raise HostFault(f"the downloaded {asset} has the SHA-256 {digest} instead of {expected}; it is not used")
     return {tool: _unpack(archive, source.member, work / tool) for tool, source in release.tools.items()}
 
 
 def digest_in(text: bytes, asset: str) -> str | None:
-    """The SHA-256 of an asset by a file of digests: sha256sum's lines, or an in-toto statement's subjects.
+    """The SHA-256 of an asset in a digests file: lines of sha256sum, or subjects of an in-toto statement.
 
-    None if it does not name the asset, or names it with more than one digest.
+    None if the file does not name the asset, or names it with different digests.
     """
     found = {digest for name, digest in _entries(text) if PurePosixPath(name).name == asset}
     return found.pop() if len(found) == 1 else None
@@ -98,52 +97,52 @@ def _entries(text: bytes) -> list[tuple[str, str]]:
         return []
 
 
-def _published(url: str, asset: str) -> str:
+def _published_digest(url: str, asset: str) -> str:
     text = io.BytesIO()
-    _get(url, text, _MOST_SUMS, lambda _done: None)
+    _download(url, text, _MAX_DIGESTS, lambda _done: None)
     digest = digest_in(text.getvalue(), asset)
     if digest is None:
-        raise HostFault(f"{url} has no digest for {asset}: not downloaded")
+        raise HostFault(f"{url} has no digest for {asset}, so it is not downloaded")
     return digest
 
 
-def _get(url: str, out: BinaryIO, most: int, report: Callable[[float | None], None]) -> str:
-    """Writes what is at an address to a file and returns its SHA-256."""
+def _download(url: str, out: BinaryIO, max_bytes: int, report: Callable[[float | None], None]) -> str:
+    """Writes the content of an address to a file and returns its SHA-256."""
     try:
-        with _opener(url).open(url, timeout=_SILENCE) as answer:
-            return _copy(answer, url, out, most, report)
+        with _opener(url).open(url, timeout=_READ_TIMEOUT) as answer:
+            return _copy(answer, url, out, max_bytes, report)
     except urllib.error.HTTPError as error:
         error.close()
-        raise HostFault(f"{url} cannot be had: HTTP {error.code} {error.reason}", hint=_HINT) from None
+        raise HostFault(f"{url} cannot be downloaded: HTTP {error.code} {error.reason}", hint=_HINT) from None
     except urllib.error.URLError as error:
         raise HostFault(f"{url} cannot be reached: {error.reason}", hint=_HINT, code=UNREACHABLE) from None
     except (http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as error:
-        raise HostFault(f"{url} broke off: {str(error) or type(error).__name__}", hint=_HINT) from None
+        raise HostFault(f"the download of {url} was cut: {str(error) or type(error).__name__}", hint=_HINT) from None
 
 
-_HINT = "Point BKPOOL_MIRROR to a place that has the releases as https://github.com has them."
+_HINT = "Set BKPOOL_MIRROR to an address with the same paths as https://github.com."
 
 
 def _copy(
-    answer: http.client.HTTPResponse, url: str, out: BinaryIO, most: int, report: Callable[[float | None], None]
+    answer: http.client.HTTPResponse, url: str, out: BinaryIO, max_bytes: int, report: Callable[[float | None], None]
 ) -> str:
-    length = answer.length  # what Content-Length promised, if anything did
-    deadline = time.monotonic() + _DEADLINE
-    digest, size, told = hashlib.sha256(), 0, -1
+    length = answer.length  # from Content-Length, if there was one
+    deadline = time.monotonic() + _DOWNLOAD_TIMEOUT
+    digest, size, reported = hashlib.sha256(), 0, -1
     while chunk := answer.read1(_CHUNK):
         digest.update(chunk)
         out.write(chunk)
         size += len(chunk)
-        if size > most:
-            raise HostFault(f"{url} is larger than {most >> 20} MiB: not used")
+        if size > max_bytes:
+            raise HostFault(f"{url} is larger than {max_bytes >> 20} MiB; it is not used")
         if time.monotonic() > deadline:
-            raise HostFault(f"{url} took longer than {_DEADLINE:.0f} s: given up", hint=_HINT)
+            raise HostFault(f"the download of {url} took longer than {_DOWNLOAD_TIMEOUT:.0f} s", hint=_HINT)
         percent = 100 * size // length if length else 0
-        if percent != told:
-            told = percent
+        if percent != reported:
+            reported = percent
             report(size / length if length else None)
     if length is not None and size != length:
-        raise HostFault(f"{url} broke off after {size} of {length} bytes", hint=_HINT)
+        raise HostFault(f"the download of {url} was cut after {size} of {length} bytes", hint=_HINT)
     return digest.hexdigest()
 
 
@@ -154,8 +153,8 @@ def _unpack(archive: Path, member: str, target: Path) -> Path:
         with tarfile.open(archive, "r:gz") as tar:
             info = tar.getmember(member)
             source: IO[bytes] | None = tar.extractfile(info) if info.isreg() else None
-            if source is None or info.size > _MOST_ASSET:
-                raise HostFault(f"{member} in the downloaded archive is no file of a sensible size")
+            if source is None or info.size > _MAX_ASSET:
+                raise HostFault(f"{member} in the downloaded archive is not a file, or is too large")
             with source, target.open("wb") as out:
                 shutil.copyfileobj(source, out, _CHUNK)
     except (KeyError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -166,13 +165,13 @@ def _unpack(archive: Path, member: str, target: Path) -> Path:
 def _opener(url: str) -> urllib.request.OpenerDirector:
     loopback = _is_loopback(urllib.parse.urlsplit(url).hostname)
     proxies = [urllib.request.ProxyHandler({})] if loopback else []
-    opener = urllib.request.build_opener(_Redirects, *proxies)
+    opener = urllib.request.build_opener(_SafeRedirectHandler, *proxies)
     opener.addheaders = [("User-Agent", "bkpool")]
     return opener
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    max_redirections = _MOST_REDIRECTS
+class _SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
+    max_redirections = _MAX_REDIRECTS
 
     def redirect_request(  # noqa: PLR0917 - the standard library's signature
         self,
@@ -183,14 +182,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         headers: http.client.HTTPMessage,
         newurl: str,
     ) -> urllib.request.Request | None:
-        # Nothing that was asked for under TLS may come without it, not even from loopback.
-        if not _allowed(newurl) or (req.type == "https" and not newurl.startswith("https:")):
+        # A request over TLS must not be answered without TLS, not even from loopback.
+        if not _is_allowed(newurl) or (req.type == "https" and not newurl.startswith("https:")):
             fp.close()
-            raise HostFault(f"{req.full_url} redirects to {newurl}, which is not https: not followed")
+            raise HostFault(f"{req.full_url} redirects to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _allowed(url: str) -> bool:
+def _is_allowed(url: str) -> bool:
     try:
         parts = urllib.parse.urlsplit(url)
         host = parts.hostname

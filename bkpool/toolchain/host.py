@@ -1,6 +1,6 @@
-"""A finding about this machine, and what the findings are made from.
+"""A finding about this machine, and the facts from which findings are made.
 
-Everything that is read of the machine is an argument here, so that a test can show any machine. Nothing here judges.
+All facts are arguments, so that a test can describe any machine. Nothing here decides whether a fact is good.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ class Check:
 
     name: str
     ok: bool | None
-    """False: bkpool does not work so; None: it does, with what the detail says against it."""
+    """False: bkpool does not work. None: bkpool works with a restriction, which the detail describes."""
     detail: str
     fix: str = ""
-    """What to do about it; empty where nothing has to be done."""
+    """What to do; empty if nothing has to be done."""
 
 
 def _own_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's arbitrary user id
+    except KeyError:  # a container may have any user id
         return str(os.geteuid())
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """The machine and the user that are looked at; by default this one."""
+    """The machine and the user to check; by default this machine and user."""
 
     root: Path = Path("/")
-    """Where /proc, /sys and /etc are looked for."""
+    """The directory with /proc, /sys and /etc."""
     uid: int = field(default_factory=os.geteuid)
     user: str = field(default_factory=_own_name)
     machine: str = field(default_factory=lambda: os.uname().machine)
@@ -44,14 +44,14 @@ class HostFacts:
     python: tuple[int, int] = sys.version_info[:2]
 
     def read(self, path: str) -> str | None:
-        """The text of a file, given without the leading slash; None where there is none or it cannot be read."""
+        """The text of a file, named without the leading slash; None if it does not exist or cannot be read."""
         try:
             return (self.root / path).read_text(errors="replace")
         except OSError:
             return None
 
     def number(self, path: str) -> int | None:
-        """The number that a file of the kernel holds; None as for read, or where it holds something else."""
+        """The number in a file of the kernel; None if it cannot be read or is not a number."""
         try:
             return int(self.read(path) or "")
         except ValueError:

@@ -1,6 +1,6 @@
-"""What the kernel and the user's rights must give, so that buildkitd and runc can work: as root, or rootless.
+"""Checks the kernel and the rights of the user: what buildkitd and runc need, as root or rootless.
 
-It only reads: nothing is mounted, unshared or changed to find out.
+It only reads. It does not mount, unshare or change anything.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bkpool.toolchain.host import Check, HostFacts
 from bkpool.toolchain.table import ARCHITECTURES
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
-_SUBORDINATES = 65536  # ids that an image may use: all 16 bits of them, as every distribution allots
+_SUBORDINATES = 65536  # ids that an image may use: 16 bits, as every distribution assigns
 _NO_UPPER = {"overlay", "nfs", "nfs4", "vfat"}
-"""Filesystems that overlayfs cannot write its upper layer to (the kernel's filesystems/overlayfs.rst)."""
+"""Filesystems that cannot hold the upper layer of overlayfs (filesystems/overlayfs.rst in the kernel)."""
 
-# binfmt_misc's names, as qemu's own qemu-binfmt-conf.sh gives them, to BuildKit's platforms.
+# Names in binfmt_misc, from qemu-binfmt-conf.sh of qemu, to platforms of BuildKit.
 _EMULATED = {
     "qemu-aarch64": "linux/arm64",
     "qemu-arm": "linux/arm/v7",
@@ -54,7 +54,7 @@ def _privileges(host: HostFacts) -> Check:
     return Check(
         "privileges",
         False,
-        "root without CAP_SYS_ADMIN: runc can mount nothing here",
+        "root without CAP_SYS_ADMIN: runc cannot mount anything",
         "Give the container --privileged, or run bkpool as an ordinary user.",
     )
 
@@ -69,7 +69,7 @@ def _cgroups(host: HostFacts) -> Check:
     return Check(
         "cgroups",
         False,
-        f"{', '.join(closed)} cannot be written: runc starts no container",
+        f"{', '.join(closed)} cannot be written: runc cannot start a container",
         "Run as root: mount -o remount,rw /sys/fs/cgroup; in a container give it --privileged.",
     )
 
@@ -85,20 +85,20 @@ def _namespaces(host: HostFacts) -> Check:
             return Check(name, False, f"not for ordinary users ({key} is 0)", fix)
     restricted = "kernel.apparmor_restrict_unprivileged_userns"
     if host.number(f"proc/sys/{restricted.replace('.', '/')}") == 1:
-        detail = "AppArmor keeps programs from using them that have no profile of their own"
+        detail = "AppArmor allows them only for programs with a profile"
         return Check(name, None, detail, f"Run as root: sysctl -w {restricted}=0, or give rootlesskit a profile.")
-    return Check(name, True, "open to ordinary users")
+    return Check(name, True, "available to ordinary users")
 
 
 def _id_mappers(host: HostFacts) -> Check:
     found = {name: shutil.which(name, path=host.search_path) for name in ("newuidmap", "newgidmap")}
-    lacking = [name for name, path in found.items() if path is None]
-    if lacking:
-        return Check("id mapping", False, f"{' and '.join(lacking)} not found", packages.install("newuidmap"))
-    powerless = [path for path in found.values() if path and not _may_map(Path(path))]
-    if powerless:
-        fix = f"Run as root: chmod u+s {' '.join(powerless)}"
-        return Check("id mapping", False, f"{' and '.join(powerless)}: neither setuid nor with capabilities", fix)
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        return Check("id mapping", False, f"{' and '.join(missing)} not found", packages.install("newuidmap"))
+    denied = [path for path in found.values() if path and not _may_map(Path(path))]
+    if denied:
+        fix = f"Run as root: chmod u+s {' '.join(denied)}"
+        return Check("id mapping", False, f"{' and '.join(denied)}: neither setuid nor with capabilities", fix)
     return Check("id mapping", True, str(found["newuidmap"]))
 
 
@@ -119,24 +119,24 @@ def _subordinates(host: HostFacts, file: str) -> Check:
     return Check(
         file,
         False,
-        f"/etc/{file} gives {host.user} {most or 'no'} ids, an image needs {_SUBORDINATES}",
-        f"Run as root: usermod {option} 100000-165535 {host.user}  (a range that nobody else has)",
+        f"/etc/{file} gives {host.user} {most or 'no'} ids, but an image needs {_SUBORDINATES}",
+        f"Run as root: usermod {option} 100000-165535 {host.user}  (a range that no other user has)",
     )
 
 
 def _overlay(host: HostFacts, home: Path) -> Check:
-    slow = "layers are copied, which is slow and takes disk"
+    slow = "layers are copied, which is slow and needs disk space"
     if "\toverlay" not in (host.read("proc/filesystems") or ""):
         return Check("overlayfs", None, f"not loaded: {slow}", "Run as root: modprobe overlay")
     kind = _filesystem(host, home)
     if kind in _NO_UPPER:
         fix = "Set BKPOOL_HOME to a directory on ext4, xfs or btrfs."
-        return Check("overlayfs", None, f"{home} is on {kind}, where it cannot write: {slow}", fix)
-    return Check("overlayfs", True, f"there; {home} is on {kind}" if kind else "there")
+        return Check("overlayfs", None, f"{home} is on {kind}, which overlayfs cannot write to: {slow}", fix)
+    return Check("overlayfs", True, f"available; {home} is on {kind}" if kind else "available")
 
 
 def _filesystem(host: HostFacts, path: Path) -> str:
-    """The type of the filesystem that a path is, or would be, on (proc(5), mountinfo)."""
+    """The type of the filesystem of a path, which need not exist (proc(5), mountinfo)."""
     longest, kind = -1, ""
     for line in (host.read("proc/self/mountinfo") or "").splitlines():
         before, _, after = line.partition(" - ")
@@ -149,20 +149,20 @@ def _filesystem(host: HostFacts, path: Path) -> str:
 def _seccomp(host: HostFacts) -> Check:
     if host.read("proc/sys/kernel/seccomp/actions_avail"):
         return Check("seccomp", True, "filters available")
-    return Check("seccomp", None, "the kernel has no seccomp filters: builds run without", "Use another kernel.")
+    return Check("seccomp", None, "the kernel has no seccomp filters: builds run without them", "Use another kernel.")
 
 
 def _platforms(host: HostFacts) -> Check:
     native = f"linux/{ARCHITECTURES.get(host.machine, host.machine)}"
     registered = {name: host.read(f"proc/sys/fs/binfmt_misc/{name}") or "" for name in _EMULATED}
     enabled = {name: text for name, text in registered.items() if text.startswith("enabled")}
-    # Without the flag F the kernel looks for the emulator inside the build's own root, where it is not.
+    # Without the flag F the kernel looks for the emulator in the root of the build, where it does not exist.
     emulated = [_EMULATED[name] for name, text in enabled.items() if "F" in _flags(text)]
-    told = ", ".join([f"{native} (native)", *(f"{platform} (emulated)" for platform in emulated)])
+    text = ", ".join([f"{native} (native)", *(f"{platform} (emulated)" for platform in emulated)])
     if len(emulated) < len(enabled):
-        lost = ", ".join(name for name, text in enabled.items() if "F" not in _flags(text))
-        return Check("platforms", None, f"{told}; {lost} lacks the flag F", packages.install("qemu"))
-    return Check("platforms", True, told if emulated else f"{told}; others can be built as far as they RUN nothing")
+        without_flag = ", ".join(name for name, text in enabled.items() if "F" not in _flags(text))
+        return Check("platforms", None, f"{text}; {without_flag} does not have the flag F", packages.install("qemu"))
+    return Check("platforms", True, text if emulated else f"{text}; others can be built only without RUN")
 
 
 def _flags(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a missing thing is called by this machine's package manager, so that a hint can be pasted."""
+"""Package names for the package manager of this machine, so that a hint can be copied into a shell."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ _COMMANDS = {"apt-get": "apt-get install", "dnf": "dnf install", "apk": "apk add
 
 
 def install(*wanted: str) -> str:
-    """A command that installs these (names as in the table) here; Debian's where the package manager is unknown."""
+    """The command that installs these packages (keys of the table); for an unknown package manager that of Debian."""
     manager = next((name for name in _COMMANDS if shutil.which(name)), "apt-get")
     return f"Run as root: {_COMMANDS[manager]} {' '.join(_NAMES[manager][one] for one in wanted)}"

@@ -1,6 +1,6 @@
-"""Which tools bkpool uses, in which versions, and where each can be had.
+"""The tools that bkpool uses, their versions, and where each comes from.
 
-A change of version is made here and in gotools/go.mod together (a test holds them equal). Nothing here does I/O.
+Change a version here and in gotools/go.mod together; a test compares them. Nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -23,96 +23,96 @@ class Tool(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one tool is inside its release."""
+    """Where a tool is in its release."""
 
     package: str
-    """Go import path of its main package; the last part is the name of the binary."""
+    """Go import path of the main package; the last part is the name of the binary."""
     member: str = ""
     """Its path in the release archive; empty where the asset is the binary itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """One upstream release. Its tools are got together: they come in one archive, or share most of one build."""
+    """One upstream release. Its tools are got together: they are in one archive, or share most of a build."""
 
     name: str
     repository: str
     """owner/name on GitHub; releases are tagged `v<version>`."""
     version: str
-    oldest: str
-    """The oldest version on PATH that is used instead of this one."""
-    because: str
-    """What older ones lack."""
+    min_version: str
+    """The oldest version on PATH that is used instead of this release."""
+    min_version_reason: str
+    """Why older versions are not used."""
     tools: Mapping[Tool, Source]
     asset: str
     """File name in the release; {version}, {arch} (Go's name) and {machine} (uname's name) are filled in."""
-    sums: str
-    """The release's own file of digests: lines as sha256sum writes them, or an in-toto statement."""
+    digests_file: str
+    """File name of the digests in the release: lines of sha256sum, or an in-toto statement."""
     banner: str
-    """What stands before the version number in the tool's own words."""
+    """The text before the version number in the output of version_args."""
     version_args: tuple[str, ...] = ("--version",)
     feature: str = ""
-    """What the output of version_args must also contain for a binary to be of use."""
+    """Text that the output of version_args must also contain; without it the binary cannot be used."""
     tags: str = ""
     cgo_library: str = ""
-    """pkg-config name of the C library without which the build is of no use; empty: pure Go."""
-    stamp: str = ""
-    """The Go variable that --version prints, where the project's own build sets it; else its source has it."""
-    effort: str = "less than a minute"
-    """How long the build takes, cold, on two cores (measured)."""
+    """pkg-config name of the C library that the build needs; empty for pure Go."""
+    version_variable: str = ""
+    """The Go variable with the version, if the build of the project sets one; empty if the source has it."""
+    build_time: str = "less than a minute"
+    """Duration of a build without caches on two cores (measured)."""
 
     def fill(self, template: str, machine: str) -> str | None:
-        """A template of this table for a machine (uname's name); None if no release is made for that machine."""
+        """A template of this table for a machine (name from uname); None if there is no release for the machine."""
         arch = ARCHITECTURES.get(machine)
         return template.format(version=self.version, arch=arch, machine=machine) if arch else None
 
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-"""uname's machine to Go's architecture, for the machines whose release assets this table names. Others build."""
+"""Machine of uname to architecture of Go, for machines with release assets. On others bkpool builds."""
 
 RELEASES = (
     Release(
         name="buildkit",
         repository="moby/buildkit",
         version="0.34.2",
-        oldest="0.17.0",
-        because="reservedSpace, maxUsedSpace and minFreeSpace of its garbage collection came with 0.17.0",
+        min_version="0.17.0",
+        min_version_reason="reservedSpace, maxUsedSpace and minFreeSpace of its garbage collection are new in 0.17.0",
         tools={
             Tool.BUILDKITD: Source("github.com/moby/buildkit/cmd/buildkitd", "bin/buildkitd"),
             Tool.BUILDCTL: Source("github.com/moby/buildkit/cmd/buildctl", "bin/buildctl"),
         },
         asset="buildkit-v{version}.linux-{arch}.tar.gz",
-        sums="buildkit-v{version}.linux-{arch}.provenance.json",
+        digests_file="buildkit-v{version}.linux-{arch}.provenance.json",
         banner="github.com/moby/buildkit",
-        stamp="github.com/moby/buildkit/version.Version",
-        effort="about 2 minutes",
+        version_variable="github.com/moby/buildkit/version.Version",
+        build_time="about 2 minutes",
     ),
     Release(
         name="buildx",
         repository="docker/buildx",
         version="0.38.2",
-        oldest="0.13.0",
-        because="before 0.13.0 its remote driver waited for a worker without end (docker/buildx#2130)",
+        min_version="0.13.0",
+        min_version_reason="before 0.13.0 its remote driver waited for a worker for ever (docker/buildx#2130)",
         tools={Tool.BUILDX: Source("github.com/docker/buildx/cmd/buildx")},
         asset="buildx-v{version}.linux-{arch}",
-        sums="checksums.txt",
+        digests_file="checksums.txt",
         banner="github.com/docker/buildx",
         version_args=("version",),
-        stamp="github.com/docker/buildx/version.Version",
-        effort="about a minute",
+        version_variable="github.com/docker/buildx/version.Version",
+        build_time="about a minute",
     ),
     Release(
         name="runc",
         repository="opencontainers/runc",
         version="1.5.2",
-        oldest="1.3.3",
-        because="a build can break out of older ones (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881)",
+        min_version="1.3.3",
+        min_version_reason="a build can break out of older ones (CVE-2025-31133, CVE-2025-52565, CVE-2025-52881)",
         tools={Tool.RUNC: Source("github.com/opencontainers/runc")},
         asset="runc.{arch}",
-        sums="runc.sha256sum",
+        digests_file="runc.sha256sum",
         banner="runc version",
-        # buildkitd hands runc a seccomp profile wherever the kernel has seccomp; a runc built without it then fails
-        # every RUN with "seccomp: config provided but seccomp not supported".
+        # If the kernel has seccomp, buildkitd gives runc a seccomp profile. With a runc that was built without
+        # seccomp, every RUN fails with "seccomp: config provided but seccomp not supported".
         feature="libseccomp:",
         tags="seccomp",
         cgo_library="libseccomp",
@@ -121,37 +121,37 @@ RELEASES = (
         name="rootlesskit",
         repository="rootless-containers/rootlesskit",
         version="2.3.6",
-        oldest="1.1.0",
-        because="subordinate ids that do not stand in /etc/subuid are found since 1.1.0",
+        min_version="1.1.0",
+        min_version_reason="it finds subordinate ids that are not in /etc/subuid since 1.1.0",
         tools={
             Tool.ROOTLESSKIT: Source("github.com/rootless-containers/rootlesskit/v2/cmd/rootlesskit", "rootlesskit"),
         },
         asset="rootlesskit-{machine}.tar.gz",
-        sums="SHA256SUMS",
+        digests_file="SHA256SUMS",
         banner="rootlesskit version",
     ),
     Release(
         name="kind",
         repository="kubernetes-sigs/kind",
         version="0.33.0",
-        oldest="0.33.0",
-        because="a node image goes with the kind release that made it",
+        min_version="0.33.0",
+        min_version_reason="a node image works only with the kind release that made it",
         tools={Tool.KIND: Source("sigs.k8s.io/kind")},
         asset="kind-linux-{arch}",
-        sums="kind-linux-{arch}.sha256sum",
+        digests_file="kind-linux-{arch}.sha256sum",
         banner="kind version",
     ),
 )
 
 DIGESTS: Mapping[str, str] = {}
-"""SHA-256 of release assets, by `<release name>/<asset>`; what stands here is believed before the release's own file.
+"""SHA-256 of release assets, by `<release name>/<asset>`. A digest here comes before the digests file of the release.
 
-Empty so far: the releases could not be reached from where this table was written, and a digest that nobody checked
-is worse than none. Until it is filled a download is verified against the release's own file of digests, which shows
-that it is whole and as released, but trusts the host it comes from.
+It is empty: the releases could not be reached when this table was written, and an unchecked digest is worse than
+none. Until it is filled, a download is verified against the digests file of the release. That shows that the download
+is complete and as released, but it trusts the host of the release.
 """
 
 
 def release_of(tool: Tool) -> Release:
-    """The release that a tool comes with."""
+    """The release that contains a tool."""
     return next(release for release in RELEASES if tool in release.tools)

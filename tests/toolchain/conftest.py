@@ -51,7 +51,7 @@ class Releases:
         return self.path(release_of(tool), release_of(tool).asset)
 
     def sums(self, tool: Tool) -> str:
-        return self.path(release_of(tool), release_of(tool).sums)
+        return self.path(release_of(tool), release_of(tool).digests_file)
 
     def publish(self, release: Release, version: str = "") -> None:
         program = script(words(release, version or release.version))
@@ -65,9 +65,11 @@ class Releases:
             "subject": [{"name": name, "digest": {"sha256": digest}}],
         }
         listing = (
-            json.dumps(statement) if release.sums.endswith(".json") else f"{'0' * 64}  other\n{digest} *{name}\n"
+            json.dumps(statement)
+            if release.digests_file.endswith(".json")
+            else f"{'0' * 64}  other\n{digest} *{name}\n"
         )
-        self.files[self.path(release, release.sums)] = listing.encode()
+        self.files[self.path(release, release.digests_file)] = listing.encode()
 
     def close(self) -> None:
         self._server.shutdown()

@@ -143,21 +143,21 @@ def test_only_platforms_that_really_run_are_listed(examine, machine):
     (registered / "qemu-riscv64").write_text("enabled\ninterpreter /usr/bin/qemu-riscv64\nflags: OC\n")
     check = examine()["platforms"]
     assert check.ok is None
-    assert "qemu-riscv64 lacks the flag F" in check.detail
+    assert "qemu-riscv64 does not have the flag F" in check.detail
 
 
 def test_a_port_is_free_or_ours_or_taken(examine):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         check = examine(ports={"API": port})[f"port {port}"]
-        assert (check.ok, check.detail) == (False, "API: taken by another program")
+        assert (check.ok, check.detail) == (False, "API: used by another program")
         assert f":{port}" in check.fix
-        assert examine(ports={"API": port}, own_ports={port})[f"port {port}"].detail == "API: served by this bkpool"
+        assert examine(ports={"API": port}, own_ports={port})[f"port {port}"].detail == "API: used by this bkpool"
     assert examine(ports={"API": port})[f"port {port}"].detail == "API: free"
 
 
 def test_a_home_that_is_open_to_others_or_another_s_is_refused(examine, tmp_path):
-    assert examine()["home"].detail == f"{tmp_path}/home will be made"
+    assert examine()["home"].detail == f"{tmp_path}/home will be created"
     home = tmp_path / "home"
     home.mkdir(mode=0o755)
     assert (examine(os.geteuid())["home"].ok, examine(os.geteuid())["home"].fix) == (False, f"Run: chmod 700 {home}")

@@ -84,7 +84,7 @@ def test_a_release_comes_over_tls(releases, tmp_path):
 @pytest.mark.usefixtures("no_go")
 def test_what_was_asked_for_under_tls_never_comes_without_it_not_even_from_loopback(releases, tls, tmp_path):
     releases.redirects[releases.asset(Tool.RUNC)] = f"{tls}/plain"
-    with pytest.raises(HostFault, match="not https: not followed"):
+    with pytest.raises(HostFault, match="which is not https"):
         Toolchain(tmp_path, search_path="", mirror=releases.url).ensure(Tool.RUNC)
 
 

@@ -26,8 +26,8 @@ def test_an_old_one_is_passed_over_for_a_new_one_later_on_path_and_the_reason_is
     chain = Toolchain(tmp_path / "cache", search_path=path)
     assert chain.find(Tool.RUNC) == tmp_path / "new" / "runc"
     (old,) = chain.rejected(Tool.RUNC)
-    assert "1.1.5" in old.fault
-    assert "CVE-2025-31133" in old.fault
+    assert "1.1.5" in old.problem
+    assert "CVE-2025-31133" in old.problem
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_docker_s_buildx_plugin_is_found(tmp_path, put, monkeypatch):
 def test_a_program_that_hangs_is_not_waited_for(tmp_path, put, monkeypatch):
     where = put("runc", "")
     (where / "runc").write_text("#!/bin/sh\nexec sleep 600\n")
-    monkeypatch.setattr(versions, "_PATIENCE", 0.1)
+    monkeypatch.setattr(versions, "_VERSION_TIMEOUT", 0.1)
     assert Toolchain(tmp_path / "cache", search_path=str(where)).find(Tool.RUNC) is None
 
 
@@ -69,7 +69,7 @@ def test_a_program_that_cannot_run_and_a_relative_directory_are_passed_over(tmp_
     (where / "runc").write_bytes(b"\x7fELF of another machine")
     chain = Toolchain(tmp_path / "cache", search_path=str(where))
     assert chain.find(Tool.RUNC) is None
-    assert "cannot be run" in chain.rejected(Tool.RUNC)[0].fault
+    assert "cannot be run" in chain.rejected(Tool.RUNC)[0].problem
 
 
 def test_the_cache_directory_is_the_first_of_bkpool_cache_xdg_and_home(monkeypatch):

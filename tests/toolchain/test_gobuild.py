@@ -36,7 +36,7 @@ def go_that_says(directory, version: str, policy: str) -> str:
 )
 def test_a_go_that_is_too_old_is_named_with_the_one_to_install(tmp_path, monkeypatch, version, policy, enough):
     monkeypatch.setenv("PATH", go_that_says(tmp_path / "go", version, policy))
-    fault = gobuild.fault(release_of(Tool.BUILDX))
+    fault = gobuild.missing_for(release_of(Tool.BUILDX))
     assert (fault is None) == enough
     if fault:
         assert version.removeprefix("go") in fault.message
@@ -45,15 +45,15 @@ def test_a_go_that_is_too_old_is_named_with_the_one_to_install(tmp_path, monkeyp
 
 def test_without_the_headers_of_libseccomp_runc_is_not_built_and_the_fix_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PKG_CONFIG_LIBDIR", str(tmp_path))
-    fault = gobuild.fault(release_of(Tool.RUNC))
+    fault = gobuild.missing_for(release_of(Tool.RUNC))
     assert "libseccomp" in fault.message
     assert "libseccomp" in fault.hint.partition("install")[2] or "apk add" in fault.hint
 
 
 def test_without_a_c_compiler_runc_is_not_built_and_the_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -m64")
-    assert "no-such-compiler" in gobuild.fault(release_of(Tool.RUNC)).message
-    assert gobuild.fault(release_of(Tool.BUILDX)) is None
+    assert "no-such-compiler" in gobuild.missing_for(release_of(Tool.RUNC)).message
+    assert gobuild.missing_for(release_of(Tool.BUILDX)) is None
 
 
 def test_a_build_that_fails_is_told_in_go_s_own_words_and_leaves_nothing(tmp_path, monkeypatch):
