@@ -1,4 +1,4 @@
-"""Dashboard, alerts and their page speak of metrics, labels and reasons that there are, and of all of them."""
+"""The dashboard, the alerts and their page name metrics, labels and reasons that exist, and all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bkpool.telemetry.loop_metrics import LoopMetrics
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "observability"
-TARGET = {"job", "instance", "namespace"}  # what a scrape adds
+TARGET = {"job", "instance", "namespace"}  # labels that a scrape adds
 
 _METRIC = re.compile(r"((?:buildkit|bkpool)_\w+)(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"([^"]*)"')
@@ -43,7 +43,7 @@ EXPRESSIONS = {name: [rule["expr"]] for name, rule in RULES.items()} | {
 
 @pytest.fixture(scope="module")
 def samples():
-    """Every sample of a registry in which everything has happened once, with the names of its labels."""
+    """Every sample with the names of its labels, of a registry in which each event has happened once."""
     metrics, meter = GatewayMetrics(), Meter("p", "p-worker-0", PeerStream())
     metrics.relay_started(meter)
     metrics.relay_ended(meter, 1.0)
@@ -62,17 +62,17 @@ def samples():
     controller.decided(1)
     controller.lagged(0.1)
     families = list(metrics.registry.collect())
-    assert all(family.samples for family in families), "something was not counted"
+    assert all(family.samples for family in families), "a metric has no sample"
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 
 
 def _used(expression):
-    """The samples of an expression, each with its matchers."""
+    """Returns the samples of an expression, each with its matchers."""
     return [(name, dict(_MATCHER.findall(matchers))) for name, matchers in _METRIC.findall(expression)]
 
 
 @pytest.mark.parametrize("where", EXPRESSIONS)
-def test_what_is_asked_for_exists_with_its_labels(samples, where):
+def test_every_metric_and_label_of_an_expression_exists(samples, where):
     for expression in EXPRESSIONS[where]:
         used = _used(expression)
         assert used, expression
@@ -94,8 +94,8 @@ def test_every_metric_is_on_the_dashboard_and_on_the_page(samples):
     assert page == families
 
 
-def test_every_reason_of_an_alert_is_one_that_the_gateway_gives():
-    said = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py"))
+def test_every_reason_of_an_alert_is_one_of_the_gateway():
+    source = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py"))
     reasons = {
         reason
         for where in EXPRESSIONS
@@ -105,26 +105,26 @@ def test_every_reason_of_an_alert_is_one_that_the_gateway_gives():
         if reason
     }
     assert "WaitedAgain" in reasons
-    assert {reason for reason in reasons if f'"{reason}"' not in said and f"class {reason}(" not in said} == set()
+    assert {reason for reason in reasons if f'"{reason}"' not in source and f"class {reason}(" not in source} == set()
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_an_alert_says_what_is_wrong_with_labels_that_it_has(name):
+def test_the_text_of_an_alert_only_uses_its_own_labels(name):
     rule = RULES[name]
     assert rule["labels"]["severity"] in {"info", "warning", "critical"}
-    told = rule["annotations"]["summary"] + rule["annotations"]["description"]
+    text = rule["annotations"]["summary"] + rule["annotations"]["description"]
     kept = {label for labels in _GROUPING.findall(rule["expr"]) for label in re.split(r",\s*", labels)}
-    assert set(re.findall(r"\$labels\.(\w+)", told)) <= kept | {"instance"}
+    assert set(re.findall(r"\$labels\.(\w+)", text)) <= kept | {"instance"}
 
 
-def test_the_pod_monitor_selects_the_gateways_by_the_labels_that_they_have():
+def test_the_pod_monitor_selects_the_gateways_by_their_labels():
     spec = yaml.safe_load((DOCS / "podmonitor.yaml").read_text())["spec"]
     assert spec["selector"]["matchLabels"] == {LABEL_PURPOSE: PURPOSE_GATEWAY}
     assert spec["jobLabel"] == LABEL_POOL
 
 
-def test_the_dashboard_can_be_imported_anywhere():
-    """No panel names a data source of its own, no two share an id, and none lies on another."""
+def test_the_dashboard_can_be_imported_into_any_grafana():
+    """All panels use the data source variable, no two have the same id, and none overlaps another."""
     dashboard = _dashboard()
     (source,) = (variable for variable in dashboard["templating"]["list"] if variable["type"] == "datasource")
     parts = [*dashboard["panels"], *(variable for variable in dashboard["templating"]["list"] if variable != source)]
