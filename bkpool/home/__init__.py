@@ -1,4 +1,4 @@
-"""The directory of an appliance (BKPOOL_HOME): who holds it, and how secrets are kept in it.
+"""The directory of an appliance (BKPOOL_HOME): its lock, and how private files are written and read.
 
-It knows nothing of what the files mean.
+It knows nothing about the contents of the files.
 """

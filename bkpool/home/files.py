@@ -1,7 +1,7 @@
-"""Private files: written whole or not at all, and read only while nobody else can read them.
+"""Private files: written completely or not at all, and read only if no other user can read them.
 
-Keys, tokens and the home itself go through here. Nothing here ever repairs a permission: a secret that others could
-read has perhaps been read, and its owner must know.
+Keys, tokens and the home directory itself are handled here. Permissions are never repaired: another user may have
+read the secret already, and its owner must know that.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def private_directory(path: Path) -> None:
-    """Makes a directory of mode 0700, or checks that the one there is ours alone.
+    """Creates a directory of mode 0700, or checks that the existing one is private.
 
     Raises:
-        HostFault: `Permission` (another user's, or open to others), `DiskFull`, or it cannot be made.
+        HostFault: `Permission` (owned by another user, or open to others), `DiskFull`, or it cannot be created.
     """
     with as_host_fault(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,14 +37,14 @@ def private_directory(path: Path) -> None:
 
 
 def read_private(path: Path, *, hint: str = "") -> bytes:
-    """The content of a file that only its owner, us, can read.
+    """The content of a file that only this user can read.
 
     Args:
         path: The file.
-        hint: What to do where it is missing or damaged.
+        hint: What to do if it is missing or damaged.
 
     Raises:
-        HostFault: `Unreadable`: missing, not readable, another user's, or open to others.
+        HostFault: `Unreadable`: missing, not readable, owned by another user, or open to others.
     """
     try:
         with path.open("rb") as file:
@@ -55,10 +55,10 @@ def read_private(path: Path, *, hint: str = "") -> bytes:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Puts a file of mode 0600 in place of whatever was there: after a crash it is the old one or the new one.
+    """Writes a file of mode 0600, replacing an existing one. After a crash, the file is the old one or the new one.
 
     Raises:
-        HostFault: `DiskFull`, `Permission`, or what the system says.
+        HostFault: `DiskFull`, `Permission`, or another error of the system.
     """
     draft = path.with_name(path.name + ".new")
     with as_host_fault(path):
@@ -72,7 +72,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes what was created, renamed or removed in a directory survive a power cut."""
+    """Makes files that were created, renamed or removed in a directory survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -81,10 +81,10 @@ def sync_directory(path: Path) -> None:
 
 
 def unreadable(path: Path, why: str, *, hint: str = "") -> HostFault:
-    """The error for something kept that cannot be used, and is never made anew for that."""
+    """The error for a stored file that cannot be used. bkpool never replaces such a file."""
     return HostFault(
         f"{path}: {why}",
-        hint=hint or "Restore it from a backup; bkpool never replaces it by itself.",
+        hint=hint or "Restore it from a backup; bkpool never replaces it.",
         code="Unreadable",
     )
 
@@ -102,7 +102,7 @@ def _check(path: Path, status: os.stat_result, code: str) -> None:
 
 @contextmanager
 def as_host_fault(path: Path) -> Iterator[None]:
-    """Turns what the system says about a path (OSError) into a HostFault with a fix."""
+    """Turns an OSError about a path into a HostFault that says what to do."""
     try:
         yield
     except OSError as error:
@@ -112,7 +112,7 @@ def as_host_fault(path: Path) -> Iterator[None]:
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise HostFault(
                 where,
-                hint="Give your user write access there, or set BKPOOL_HOME to a directory of yours.",
+                hint="Give your user write access to it, or set BKPOOL_HOME to a directory of yours.",
                 code="Permission",
             ) from None
         raise HostFault(where, hint="Check that path.") from None

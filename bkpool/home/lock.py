@@ -1,7 +1,7 @@
-"""One appliance for one home: a lock that dies with its holder, and says who that is.
+"""The lock of a home, so that only one appliance uses it. It ends with the process that holds it, and tells its pid.
 
-It is an open-file-description lock (fcntl(2), F_OFD_SETLK): asking who holds it does not take it for a moment, as
-trying flock would, so `status` never makes an `up` fail. Nothing here ends anybody.
+It is an open-file-description lock (fcntl(2), F_OFD_SETLK). Unlike flock, it can be queried without being taken, so
+that `bkpool status` never makes `bkpool up` fail. Nothing here stops a process.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bkpool.home.files import as_host_fault, private_directory
 
 _FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length (0: all), pid
 _ALL = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-_PID_WIDTH = 20  # written in one piece over the last one, so that a reader never finds it half
+_PID_WIDTH = 20  # fixed width, written in one piece over the last pid, so that a reader never finds half of it
 
 
 class HomeLock:
     """Holds `<home>/lock` from `acquire` to `release`; a context manager does both.
 
     Args:
-        home: The directory; it is made (0700) if it is not there.
+        home: The directory. It is created (0700) if it does not exist.
     """
 
     def __init__(self, home: Path) -> None:
@@ -33,10 +33,10 @@ class HomeLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, with our pid inside.
+        """Takes the lock, and writes this process's pid into it.
 
         Raises:
-            HostFault: `AlreadyRunning`, naming the pid; `Permission` where the home is open to others.
+            HostFault: `AlreadyRunning`, with the pid; `Permission` if the home is open to other users.
         """
         private_directory(self._home)
         with as_host_fault(_file(self._home)):
@@ -47,15 +47,15 @@ class HomeLock:
             pid = _pid_in(descriptor)
             os.close(descriptor)
             raise HostFault(
-                f"bkpool is running already in {self._home} (pid {pid or 'not known yet'})",
-                hint="Use it, end it with bkpool down, or set BKPOOL_HOME to another directory.",
+                f"bkpool is already running in {self._home} (pid {pid or 'not known yet'})",
+                hint="Use it, stop it with `bkpool down`, or set BKPOOL_HOME to another directory.",
                 code="AlreadyRunning",
             ) from None
         os.pwrite(descriptor, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Gives the lock back; once is enough, twice does no harm."""
+        """Releases the lock. A second call does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -71,7 +71,7 @@ class HomeLock:
 
 
 def holder(home: Path) -> int | None:
-    """The pid of the living process that holds this home, or None. Takes nothing and makes nothing."""
+    """The pid of the process that holds this home, or None. It neither takes the lock nor creates a file."""
     try:
         descriptor = os.open(_file(home), os.O_RDWR)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The certificate authority, its leaves, and the private files they are kept in.
+"""The certificate authority (CA), the certificates that it issues, and where their keys are stored.
 
-Nothing here knows leases or pools, and nothing is ever made anew because it could not be read.
+Nothing here knows about leases or pools. A CA or key that cannot be read is an error; it is never replaced.
 """

@@ -1,7 +1,7 @@
-"""The certificate authority and its leaves, bytes in and bytes out (RFC 5280).
+"""The certificate authority (CA) and the leaf certificates that it issues, bytes in and bytes out (RFC 5280).
 
-It touches no file and reads no clock; where things are kept is keep.py's. A leaf never outlives its authority, and
-never has a use beyond the one it is for.
+It touches no file and reads no clock; storage.py stores the files. A leaf never expires after its CA, and it is valid
+for one use only (server or client).
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ from bkpool.pki.names import IP
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
 RENEW_BEFORE = timedelta(days=30)
-"""Server certificates live a year and are renewed a month before they end: the Go contract's defaults."""
+"""Server certificates are valid for a year and are renewed a month before they expire: the defaults of the Go
+controller."""
 
 BACK_DATED = timedelta(minutes=5)
-"""How much earlier than now a certificate is valid: the clocks of a CI runner and of the gateway may differ, and
-five minutes is what Kerberos has always allowed (RFC 4120 section 8.2)."""
+"""How long before now a certificate becomes valid, because the clocks of a CI runner and of the gateway may differ.
+Kerberos allows the same five minutes (RFC 4120 section 8.2)."""
 
-_SERIAL_BYTES = 16  # 128 random bits; RFC 5280 4.1.2.2 allows 20 octets, the DER sign octet included
-_LONGEST_NAME = 64  # characters of a common name (RFC 5280 appendix A, ub-common-name); a SAN has it whole
-_LONGEST_CSR = 16 * 1024  # bytes: an RSA-8192 request with every usual extension is under 4 KiB
-_RSA_BITS = range(2048, 8193)  # beyond, checking one signature takes milliseconds of everybody's time
+_SERIAL_BYTES = 16  # 128 random bits; RFC 5280 4.1.2.2 allows 20 bytes, including the sign byte of DER
+_LONGEST_NAME = 64  # characters of a common name (RFC 5280 appendix A, ub-common-name); longer ones are cut
+_LONGEST_CSR = 16 * 1024  # bytes: an RSA-8192 request with all usual extensions has less than 4 KiB
+_RSA_BITS = range(
+    2048, 8193
+)  # with a larger key, checking one signature takes milliseconds, in which all others wait
 
 E = TypeVar("E", bound=x509.ExtensionType)
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
@@ -47,21 +50,21 @@ PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublic
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A certificate, and its key in PKCS #8 unless the caller has kept that; both PEM."""
+    """A certificate and its key (PKCS #8), both in PEM. No key if the caller sent a certificate request."""
 
     cert_pem: bytes
     key_pem: bytes | None
 
 
 class Authority:
-    """A root that issues leaves directly.
+    """A root CA that issues leaf certificates directly.
 
     Args:
-        cert_pem: Its certificate.
-        key_pem: Its private key, unencrypted PKCS #8.
+        cert_pem: The CA's certificate.
+        key_pem: The CA's private key, unencrypted PKCS #8.
 
     Raises:
-        ValueError: One of them is not what it should be, or the two do not belong together.
+        ValueError: One of them is not readable, or the key does not belong to the certificate.
     """
 
     def __init__(self, cert_pem: bytes, key_pem: bytes) -> None:
@@ -73,16 +76,16 @@ class Authority:
             raise ValueError("the key does not belong to the certificate")
         constraints = _extension(self._cert, x509.BasicConstraints)
         if constraints is None or not constraints.ca:
-            raise ValueError("the certificate is not an authority's")
+            raise ValueError("the certificate is not a CA certificate")
         self._key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
 
     @classmethod
     def create(cls, now: datetime, *, name: str = "bkpool CA") -> Self:
-        """A new root with a fresh P-256 key, valid ten years; it can sign leaves, not other authorities.
+        """A new root with a new P-256 key, valid for ten years. It can sign leaf certificates, but no other CA.
 
         Args:
-            now: From when it is valid, less BACK_DATED.
-            name: What its subject begins with; eight random hex digits follow, so that two can be told apart.
+            now: The start of its validity, less BACK_DATED.
+            name: The beginning of its subject. Eight random hex digits follow, to distinguish two CAs.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = _subject(f"{name} {secrets.token_hex(4)}")
@@ -103,22 +106,22 @@ class Authority:
 
     @property
     def not_after(self) -> datetime:
-        """When the authority, and with it every leaf, ends."""
+        """When the CA expires. Every leaf expires then at the latest."""
         return self._cert.not_valid_after_utc
 
     def issue_client(
         self, token: str, not_before: datetime, not_after: datetime, csr_pem: bytes | None = None
     ) -> Leaf:
-        """The certificate of a lease: the token is in its subject and in a URI, for the gateway to route by.
+        """The client certificate of a lease. Its subject and its URI contain the token, by which the gateway routes.
 
         Args:
             token: The lease's token.
-            not_before: From when it must be valid; the certificate says somewhat earlier (BACK_DATED).
-            not_after: When it ends at the latest.
-            csr_pem: A PKCS #10 request whose public key is taken, and nothing else. Without it, a fresh P-256 key.
+            not_before: The start of its validity, less BACK_DATED.
+            not_after: When it expires at the latest.
+            csr_pem: A PKCS #10 request. Only its public key is used. Without a request, a new P-256 key is made.
 
         Raises:
-            InvalidInput: The request is not one, its signature is wrong, or its key too weak; `field` is "csr".
+            InvalidInput: The request is malformed, its signature is wrong, or its key is too weak; `field` is "csr".
             HostFault: `AuthorityExpired`.
         """
         key = None if csr_pem is not None else ec.generate_private_key(ec.SECP256R1())
@@ -131,7 +134,7 @@ class Authority:
     def issue_server(
         self, dns_names: Iterable[str], ips: Iterable[IP], not_before: datetime, not_after: datetime
     ) -> Leaf:
-        """The certificate of a gateway, for these names and addresses and no client's use.
+        """The server certificate of a gateway, for these names and addresses. It cannot be used as a client.
 
         Raises:
             HostFault: `AuthorityExpired`.
@@ -141,14 +144,14 @@ class Authority:
         return self._leaf("bkpool gateway", names, ExtendedKeyUsageOID.SERVER_AUTH, not_before, not_after)
 
     def issue_worker(self, worker_uid: str, now: datetime) -> Leaf:
-        """The certificate of a worker, by which its gateway knows it and no client is.
+        """The server certificate of a worker, by which its gateway recognizes it. It cannot be used as a client.
 
-        It runs to the authority's end: this identity ends with the uid, which nobody has a second time, and not with
-        time; so nothing in a running pod has to be renewed.
+        It is valid until the CA expires, so that nothing in a running pod must be renewed. That is safe, because it
+        names the worker's uid, and no two workers ever have the same uid.
 
         Args:
             worker_uid: The uid of the worker object, in the certificate's only alternative name (`worker_uri`).
-            now: From when it is valid, less BACK_DATED.
+            now: The start of its validity, less BACK_DATED.
 
         Raises:
             HostFault: `AuthorityExpired`.
@@ -157,12 +160,12 @@ class Authority:
         return self._leaf(f"bkpool worker {worker_uid}", names, ExtendedKeyUsageOID.SERVER_AUTH, now, self.not_after)
 
     def issue_dialler(self, name: str, now: datetime, not_after: datetime) -> Leaf:
-        """The certificate with which a gateway or a controller comes to a worker; it is no server's.
+        """The client certificate with which a gateway or a controller connects to a worker. No server can use it.
 
         Args:
-            name: Who dials, in ASCII; in the alternative name `buildkit://gateway/<name>`.
-            now: From when it is valid, less BACK_DATED.
-            not_after: When it ends at the latest.
+            name: The name of the gateway or controller, in ASCII; in the alternative name `buildkit://gateway/<name>`.
+            now: The start of its validity, less BACK_DATED.
+            not_after: When it expires at the latest.
 
         Raises:
             HostFault: `AuthorityExpired`.
@@ -171,10 +174,10 @@ class Authority:
         return self._leaf(f"bkpool dialler {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, not_after)
 
     def issued(self, cert_pem: bytes) -> bool:
-        """Whether this authority has signed that certificate."""
+        """Whether this CA has signed that certificate."""
         try:
             _certificate(cert_pem).verify_directly_issued_by(self._cert)
-        except Exception:  # noqa: BLE001 - whatever is wrong with it (format, issuer, signature), it is not ours
+        except Exception:  # noqa: BLE001 - whatever is wrong (format, issuer, signature), this CA did not sign it
             return False
         return True
 
@@ -204,8 +207,8 @@ class Authority:
         end = min(not_after, self.not_after)
         if not begin < end:
             raise HostFault(
-                f"The certificate authority has ended ({self.not_after:%Y-%m-%d %H:%M} UTC)",
-                hint="Stop the appliance, move its pki directory away and start again: clients then need new leases.",
+                f"The certificate authority expired at {self.not_after:%Y-%m-%d %H:%M} UTC",
+                hint="Stop the appliance, move its pki directory away and start again. Clients then need new leases.",
                 code="AuthorityExpired",
             )
         builder = (
@@ -227,12 +230,12 @@ class Authority:
 
 
 def worker_uri(worker_uid: str) -> str:
-    """The name of a worker in its certificate."""
+    """The URI that names a worker in its certificate."""
     return f"buildkit://worker/{worker_uid}"
 
 
 def key_of_request(csr_pem: bytes) -> PublicKey:
-    """The public key of a certificate request, whose sender has shown that the private one is his.
+    """The public key of a certificate request, after checking that the sender has the private key.
 
     Raises:
         InvalidInput: See Authority.issue_client.
@@ -251,37 +254,37 @@ def key_of_request(csr_pem: bytes) -> PublicKey:
 
 
 def key_belongs_to(cert_pem: bytes, key_pem: bytes) -> bool:
-    """Whether this is the certificate's key.
+    """Whether this is the certificate's private key.
 
     Raises:
-        ValueError: One of them is not what it should be.
+        ValueError: One of them is not readable.
     """
     return _private_key(key_pem).public_key() == _certificate(cert_pem).public_key()
 
 
 def expires_at(cert_pem: bytes) -> datetime:
-    """When a certificate ends.
+    """When a certificate expires.
 
     Raises:
-        ValueError: It is no certificate.
+        ValueError: It is not a certificate.
     """
     return _certificate(cert_pem).not_valid_after_utc
 
 
 def renew_at(cert_pem: bytes) -> datetime:
-    """When a server certificate is to be renewed.
+    """When a server certificate should be renewed.
 
     Raises:
-        ValueError: It is no certificate.
+        ValueError: It is not a certificate.
     """
     return expires_at(cert_pem) - RENEW_BEFORE
 
 
 def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:
-    """Whether a server certificate should be replaced: it ends soon, or is not for exactly these names.
+    """Whether a server certificate should be replaced: it expires soon, or is not for exactly these names.
 
     Raises:
-        ValueError: It is no certificate.
+        ValueError: It is not a certificate.
     """
     return now >= renew_at(cert_pem) or not is_for_names(cert_pem, dns_names, ips)
 
@@ -290,7 +293,7 @@ def is_for_names(cert_pem: bytes, dns_names: Iterable[str], ips: Iterable[IP]) -
     """Whether a server certificate is for exactly these names.
 
     Raises:
-        ValueError: It is no certificate.
+        ValueError: It is not a certificate.
     """
     held = _extension(_certificate(cert_pem), x509.SubjectAlternativeName)
     if held is None:
@@ -361,8 +364,8 @@ def _certificate(pem: bytes) -> x509.Certificate:
 def _private_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         key = load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it wants a password
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it needs a password
         raise ValueError("the key is not readable") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError("the key is not one of an elliptic curve")  # noqa: TRY004 - as any other key we cannot use
+        raise ValueError("the key is not an elliptic curve key")  # noqa: TRY004 - like any other unusable key
     return key

@@ -1,7 +1,7 @@
-"""What clusters keep of the pki in Secrets: the authorities of the appliance, and the certificates of a gateway.
+"""The contents of two Secrets in a cluster: the CAs of the appliance, and the certificates of a pool's gateway.
 
-Bytes in, bytes out: who reads and writes the Secrets is elsewhere. What is missing or damaged is an error, never a
-reason to make it anew (DESIGN rule 7); only a gateway's certificates may be issued again at any time.
+Bytes in, bytes out; other modules read and write the Secrets. A missing or damaged CA is an error and is never
+replaced (rule 7, docs/rules.md#r7). Only a gateway's certificates may be issued again at any time.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ DIALLER_CERT, DIALLER_KEY = "backend.crt", "backend.key"
 
 @dataclass(frozen=True, slots=True)
 class ClusterSecrets:
-    """What every certificate and token of an appliance in a cluster comes from."""
+    """The keys from which all certificates and tokens of an appliance in a cluster are made."""
 
     authority: Authority
-    """Of the gateways' server certificates and the leases' client certificates."""
+    """Issues the server certificates of gateways and the client certificates of leases."""
     token_key: bytes = field(repr=False)
     backend: Authority
-    """Between gateways and workers only, so that no lease's certificate opens a worker's port."""
+    """The backend CA: issues the certificates between gateways and workers. It is a separate CA, so that no client
+    certificate of a lease is accepted by a worker."""
 
     @classmethod
     def create(cls, now: datetime) -> Self:
-        """All of it, new."""
+        """Creates new CAs and a new key."""
         authority = Authority.create(now)
         return cls(authority, random.token_bytes(TOKEN_KEY_BYTES), Authority.create(now, name="bkpool backend CA"))
 
     def to_data(self) -> dict[str, bytes]:
-        """As the data of a Secret, not yet in base64."""
+        """The data of a Secret, before base64 encoding."""
         return {
             CA_CERT: self.authority.cert_pem,
             CA_KEY: self.authority.key_pem,
@@ -51,19 +52,21 @@ class ClusterSecrets:
 
     @classmethod
     def of_data(cls, data: Mapping[str, bytes], source: str = "Secret bkpool-pki") -> Self:
-        """What `to_data` gave.
+        """Reads what `to_data` returned.
 
         Args:
-            data: The data of the Secret, out of base64.
-            source: Where it is from, for the error.
+            data: The data of the Secret, decoded from base64.
+            source: The name of the Secret, for the error.
 
         Raises:
-            HostFault: `Unreadable`: something is missing, damaged, or does not belong together.
+            HostFault: `Unreadable`: something is missing or damaged, or a key does not belong to its certificate.
         """
         authority = _authority(data, CA_CERT, CA_KEY, source)
         backend = _authority(data, BACKEND_CA_CERT, BACKEND_CA_KEY, source)
         if key_belongs_to(authority.cert_pem, backend.key_pem):
-            raise _unusable(source, f"{CA_KEY} and {BACKEND_CA_KEY} are the same, so clients could pose as gateways")
+            raise _unusable(
+                source, f"{CA_KEY} and {BACKEND_CA_KEY} are the same key, so clients could act as gateways"
+            )
         token_key = _entry(data, TOKEN_KEY, source)
         if len(token_key) != TOKEN_KEY_BYTES:
             raise _unusable(source, f"{TOKEN_KEY} has {len(token_key)} bytes instead of {TOKEN_KEY_BYTES}")
@@ -73,13 +76,13 @@ class ClusterSecrets:
 def gateway_bundle(
     secrets: ClusterSecrets, names: CertificateNames, gateway_name: str, now: datetime
 ) -> dict[str, bytes]:
-    """All that a pool's gateways need to serve clients and to dial workers, as the data of their Secret.
+    """The certificates that a pool's gateway needs for its clients and for workers, as the data of its Secret.
 
     Args:
-        secrets: Who issues it.
-        names: What clients call the gateway.
-        gateway_name: What workers see of it; in ASCII.
-        now: From when it is valid; a year long (SERVER_LIFE).
+        secrets: The CAs.
+        names: The names and addresses by which clients reach the gateway.
+        gateway_name: The gateway's name in the certificate for workers, in ASCII.
+        now: The start of the validity, which lasts SERVER_LIFE (a year).
 
     Raises:
         HostFault: `AuthorityExpired`.
@@ -97,16 +100,19 @@ def gateway_bundle(
 
 
 def bundle_renew_at(data: Mapping[str, bytes]) -> datetime:
-    """When a gateway's bundle is to be issued again: at the earliest of its two certificates' times.
+    """When a gateway's certificates should be issued again: when the first of the two is due.
 
     Raises:
-        KeyError, ValueError: Something of it is missing, or no certificate.
+        KeyError, ValueError: A certificate is missing or not readable.
     """
     return min(_renew_at(data[TLS_CERT], data[CA_CERT]), _renew_at(data[DIALLER_CERT], data[BACKEND_CA_CERT]))
 
 
 def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: CertificateNames, now: datetime) -> bool:
-    """Whether a gateway's bundle can go on being used: whole, these authorities', for just these names, not due."""
+    """Whether a gateway's certificates can be used further.
+
+    They must be complete, issued by these CAs, for exactly these names, and not yet due for renewal.
+    """
     try:
         return (
             (data[CA_CERT], data[BACKEND_CA_CERT]) == (secrets.authority.cert_pem, secrets.backend.cert_pem)
@@ -122,7 +128,7 @@ def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: Certi
 
 
 def _renew_at(cert_pem: bytes, ca_pem: bytes) -> datetime:
-    """What ends with its authority cannot be had any longer: issuing it again sooner would be without end."""
+    """A certificate capped by its CA's expiry cannot be extended; renewing earlier would loop."""
     end = expires_at(cert_pem)
     return renew_at(cert_pem) if end < expires_at(ca_pem) else end
 
@@ -144,7 +150,7 @@ def _entry(data: Mapping[str, bytes], name: str, source: str) -> bytes:
 def _unusable(source: str, why: str) -> HostFault:
     return HostFault(
         f"{source}: {why}",
-        hint="Restore it from a backup. Only where that is lost: delete it and restart the appliance; every "
-        "certificate handed out so far then stops working.",
+        hint="Restore it from a backup. Only if there is none: delete it and restart the appliance; all certificates "
+        "that were issued before then stop working.",
         code="Unreadable",
     )

@@ -1,6 +1,6 @@
-"""Gives OpenSSL a certificate and its key, which it reads from paths only, without a file on any disk.
+"""Loads a certificate and its key into an SSLContext, which reads them from a path only, without a file on disk.
 
-It keeps nothing, and never writes a key where another process could find it.
+It never writes a key to a place where another process could read it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import ssl
 
 
 def load_chain(context: ssl.SSLContext, cert_pem: bytes, key_pem: bytes, ca_pem: bytes = b"") -> None:
-    """Has the context present this certificate.
+    """Makes the context present this certificate.
 
     Args:
-        context: A server's or a client's.
+        context: Of a server or a client.
         cert_pem: The certificate, with its chain if it has one.
         key_pem: The certificate's key.
-        ca_pem: What the context trusts, if the certificate may be of the same CA: it is presented too. Otherwise
-            OpenSSL looks for the rest of the chain there and verifies it, in every handshake and for a seventh of its
-            time (docs/benchmarks.md).
+        ca_pem: The CA that the context trusts, if it may have issued this certificate: it is presented, too. Without
+            it, OpenSSL builds the chain from the trusted CAs and verifies it in every handshake, which takes a seventh
+            of a handshake's time (docs/benchmarks.md).
 
     Raises:
-        ssl.SSLError: One of them is unreadable, or the key is not the certificate's.
+        ssl.SSLError: One of them is unreadable, or the key does not belong to the certificate.
     """
     memory = os.memfd_create("certificate", os.MFD_CLOEXEC)
     try:

@@ -1,6 +1,6 @@
-"""The names a gateway answers to, for its certificate.
+"""The names and addresses in the server certificate of a gateway.
 
-A pure function of what is known at start; nothing here asks a resolver.
+Pure functions of what is known at start; no DNS resolver is asked.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from bkpool.core.names import Key
 IP = IPv4Address | IPv6Address
 
 _LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-_DNS_NAME = re.compile(rf"(?=.{{1,253}}\Z)({_LABEL}\.)*(?!\d+\Z){_LABEL}")  # RFC 1123 2.1: the last is never a number
+_DNS_NAME = re.compile(
+    rf"(?=.{{1,253}}\Z)({_LABEL}\.)*(?!\d+\Z){_LABEL}"
+)  # RFC 1123 2.1: the last label is never a number
 _SERVICE = re.compile(rf"(?P<pool>{_LABEL})\.(?P<namespace>{_LABEL})\.svc(\.cluster\.local)?\.?")
 _FIELD = "--gateway-host"
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateNames:
-    """What goes into a server certificate."""
+    """The DNS names and IP addresses of a server certificate."""
 
     dns: tuple[str, ...]
     ips: tuple[IP, ...]
 
 
 def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()) -> CertificateNames:
-    """Loopback, this machine, the Services of the pools, and what the user adds.
+    """Loopback, this machine, the Services of the pools, and the names that the user adds.
 
     Args:
-        hostname: This machine's; left out where it is no DNS name, since no client could verify it.
-        pools: Every pool the gateway serves; its Service has its name.
+        hostname: This machine's name. It is left out if it is not a DNS name, since no client could verify it.
+        pools: All pools that the gateway serves. The Service of a pool has the pool's name.
         extra: DNS names and IP addresses that clients use (`--gateway-host`).
 
     Raises:
@@ -56,16 +58,16 @@ def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()
 
 
 def pool_named(host: str) -> Key | None:
-    """The pool that would have a Service of this name, in one of its full forms above; None: it is no such name."""
+    """The pool whose Service has this name: `pool.namespace.svc`, with or without `.cluster.local`. None: no pool."""
     match = _SERVICE.fullmatch(host.lower())
     return None if match is None else Key(match["namespace"], match["pool"])
 
 
 def parse_host(text: str) -> str | IP:
-    """Reads what a user gives as a host: a DNS name (lower-cased) or an IP address.
+    """Parses a host that a user has typed: a DNS name (returned in lower case) or an IP address.
 
     Raises:
-        InvalidInput: It is neither, or carries a port, a scheme, brackets or a zone.
+        InvalidInput: It is neither, or has a port, a scheme, brackets or a zone.
     """
     host = text.strip().lower()
     if _DNS_NAME.fullmatch(host):

@@ -1,7 +1,7 @@
-"""Where the authority and the token key are kept: one directory, made whole or not at all.
+"""Stores the CA and the token key in one directory, which is created completely or not at all.
 
-What cannot be read is an error, never a reason to make a new one: a new authority would silently end every lease
-(DESIGN rule 7). Only the gateway's own certificate may be issued again at any time.
+A CA or key that cannot be read is an error and is never replaced: a new CA would silently end every lease (rule 7,
+docs/rules.md#r7). Only the gateway's own certificate may be issued again at any time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVER_CERT, SERVER_KEY = "gateway.crt", "gateway.key"
 
 @dataclass(frozen=True, slots=True)
 class LocalSecrets:
-    """What every certificate and token comes from."""
+    """The keys from which all certificates and tokens are made."""
 
     authority: Authority
     token_key: bytes = field(repr=False)
@@ -44,7 +44,7 @@ class LocalSecrets:
 
 @dataclass(frozen=True, slots=True)
 class ServerCertificate:
-    """The gateway's certificate as files, since ssl.SSLContext.load_cert_chain reads nothing else."""
+    """The gateway's certificate as files, because ssl.SSLContext.load_cert_chain reads nothing else."""
 
     cert_file: Path
     key_file: Path
@@ -52,17 +52,18 @@ class ServerCertificate:
 
 
 def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
-    """Reads the secrets; makes them only where there is no directory at all. The caller holds the home's lock.
+    """Reads the secrets. Creates them only if the directory does not exist. The caller holds the lock of the home.
 
     Raises:
-        HostFault: `Unreadable` (a file is missing, damaged, open to others or another's), `Permission`, `DiskFull`.
+        HostFault: `Unreadable` (a file is missing, damaged, open to others or owned by another user), `Permission`,
+            `DiskFull`.
     """
     if not os.path.lexists(directory):
         _create(directory, now)
     private_directory(directory)
     hint = (
-        f"Restore it from a backup. Only where that is lost: bkpool down, then move {directory} away to begin anew; "
-        "every certificate handed out so far then stops working."
+        f"Restore it from a backup. Only if there is none: bkpool down, move {directory} away and start again; "
+        "all certificates that were issued before then stop working."
     )
     cert, key, token_key = (read_private(directory / name, hint=hint) for name in (CA_CERT, CA_KEY, TOKEN_KEY))
     if len(token_key) != TOKEN_KEY_BYTES:
@@ -76,25 +77,25 @@ def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
 def server_certificate(
     directory: Path, authority: Authority, names: CertificateNames, now: datetime
 ) -> ServerCertificate:
-    """The gateway's certificate for these names, as kept, or issued again where that is due or it cannot be used.
+    """The gateway's stored certificate, or a new one if that is due, not for these names, or not usable.
 
     Raises:
         HostFault: `AuthorityExpired`, `DiskFull`, `Permission`.
     """
     cert_file, key_file = directory / SERVER_CERT, directory / SERVER_KEY
-    kept = _kept(cert_file, key_file, authority, names, now)
-    if kept is not None:
-        return ServerCertificate(cert_file, key_file, renew_at(kept))
+    stored = _usable_certificate(cert_file, key_file, authority, names, now)
+    if stored is not None:
+        return ServerCertificate(cert_file, key_file, renew_at(stored))
     leaf = authority.issue_server(names.dns, names.ips, now, now + SERVER_LIFE)
     write_private(key_file, leaf.key_pem or b"")
     write_private(cert_file, leaf.cert_pem)
     log.info("pki.server_certificate_issued", file=str(cert_file), names=[*names.dns, *map(str, names.ips)])
-    # What ends with the authority may be due again at once: it is looked at daily, not without end.
+    # A certificate capped by its CA's expiry may be due again at once. It is then renewed daily, not in a loop.
     return ServerCertificate(cert_file, key_file, max(renew_at(leaf.cert_pem), now + timedelta(days=1)))
 
 
 def _create(directory: Path, now: datetime) -> None:
-    """Builds everything beside its place and moves it there in one step: a crash leaves all or nothing."""
+    """Creates everything in a temporary directory and renames it, so that a crash leaves all or nothing."""
     draft = directory.with_name(f"{directory.name}.new")
     with as_host_fault(draft):
         if draft.exists():
@@ -107,13 +108,13 @@ def _create(directory: Path, now: datetime) -> None:
     with as_host_fault(directory):
         draft.rename(directory)
         sync_directory(directory.parent)
-    log.info("pki.authority_created", directory=str(directory), ends=authority.not_after.isoformat())
+    log.info("pki.authority_created", directory=str(directory), expires=authority.not_after.isoformat())
 
 
-def _kept(
+def _usable_certificate(
     cert_file: Path, key_file: Path, authority: Authority, names: CertificateNames, now: datetime
 ) -> bytes | None:
-    """The certificate in these files if it can go on being used."""
+    """The certificate in these files, if it can be used further; else None."""
     try:
         cert, key = read_private(cert_file), read_private(key_file)
         usable = authority.issued(cert) and key_belongs_to(cert, key)

@@ -97,7 +97,7 @@ def test_what_is_not_an_authority_with_its_key_is_refused(ca):
     )
     for cert, key, says in (
         (ca.cert_pem, other.key_pem, "does not belong"),
-        (leaf.cert_pem, leaf.key_pem, "not an authority's"),
+        (leaf.cert_pem, leaf.key_pem, "not a CA certificate"),
         (b"", ca.key_pem, "the certificate is not readable"),
         (ca.cert_pem, b"-----BEGIN PRIVATE KEY-----", "the key is not readable"),
         (ca.cert_pem, encrypted, "the key is not readable"),
@@ -164,7 +164,7 @@ def test_no_leaf_outlives_its_authority(before, life):
     ca = _SHARED
     root = parsed(ca.cert_pem)
     if NOW + before - module.BACK_DATED >= ca.not_after or NOW + before + life <= root.not_valid_before_utc:
-        with pytest.raises(HostFault, match="authority has ended"):
+        with pytest.raises(HostFault, match="certificate authority expired"):
             ca.issue_client(TOKEN, NOW + before, NOW + before + life)
     else:
         cert = parsed(ca.issue_client(TOKEN, NOW + before, NOW + before + life).cert_pem)

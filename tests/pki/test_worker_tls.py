@@ -103,7 +103,7 @@ def test_nobody_else_can_pose_as_a_worker(ca, client_ca):
         with pytest.raises(ssl.SSLCertVerificationError, match=says):
             meet(as_buildkitd(leaf, ca), settings(ca))
     for leaf, says in (
-        (dialler, "not for servers"),
+        (dialler, "not for a server"),
         (ca.issue_server([UID], [], NOW, NOW + DAY), "is for no worker"),
         (ca.issue_worker(UID + "/x", NOW), "is for buildkit://worker/"),
     ):
@@ -153,6 +153,8 @@ def test_what_is_damaged_or_does_not_belong_together_is_refused(ca):
         (one.cert_pem, b"", ca.cert_pem),
         (one.cert_pem, one.key_pem, "\u00fc".encode()),
     ):
-        with pytest.raises(HostFault, match="the certificate for dialling workers cannot be used") as told:
+        with pytest.raises(
+            HostFault, match="the client certificate for connections to workers cannot be used"
+        ) as told:
             worker_context(cert, key, authority)
         assert told.value.code == "Unreadable"
