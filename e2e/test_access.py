@@ -74,18 +74,24 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
         ("bob", {}, "bobs", 200, ""),
         ("dave", {"may_use": ["unruled"]}, "unruled", 200, ""),
         ("dave", {"may_use": "default/unruled"}, "unruled", 200, ""),
-        ("dave", {"may_use": ["*"]}, "unruled", 403, "no rule of the pool and nothing in the credential grants it"),
-        ("dave", {"may_use": ["alices"]}, "alices", 403, "no rule of the pool names this caller"),
+        ("dave", {"may_use": ["*"]}, "unruled", 403, "neither the token nor its issuer grants this pool"),
+        (
+            "dave",
+            {"may_use": ["alices"]},
+            "alices",
+            403,
+            "no rule in spec.auth.rbac.rules of the pool names this caller",
+        ),
         ("bob", {}, "alices", 403, "bob may not use pool default/alices"),
         ("bobby", {}, "bobs", 403, "bobby may not use"),
-        ("alice", {}, "own", 403, "does not count for this pool|nothing in the credential"),
+        ("alice", {}, "own", 403, "is not valid for this pool|nor its issuer grants"),
         ("alice", {}, "nope", 403, "may not use|may use"),
         ("alice", {"repository_owner": "evil"}, "alices", 403, "repository_owner"),
         ("alice", {"repository_owner": None}, "alices", 403, "repository_owner"),
         ("alice", {"ref": "refs/pull/1/merge"}, "alices", 403, "ref"),
         ("system:admin", {}, "alices", 403, "system:"),
         ("alice", {"aud": "other"}, "own", 200, ""),
-        ("alice", {"aud": "other"}, "alices", 403, "does not count for this pool"),
+        ("alice", {"aud": "other"}, "alices", 403, "is not valid for this pool"),
         ("alice", {"aud": "off"}, "unruled", 401, "audience|aud"),
         ("alice", {"aud": "someone-else"}, "alices", 401, "audience|aud"),
         ("alice", {"exp": int(time.time()) - 60}, "alices", 401, "expired"),
@@ -158,7 +164,7 @@ def test_the_decision_is_explained(guarded, job, tmp_path):
         answer = guarded.cli("auth", "check", "--token-file", str(tmp_path / "token"), "--pool", name)
         assert answer.code == code, answer.text
         assert answer.json["allowed"] is (code == 0)
-    assert "no rule of the pool names" in answer.json["reason"]
+    assert "no rule in spec.auth.rbac.rules of the pool names" in answer.json["reason"]
 
 
 def test_decisions_and_leases_are_in_the_audit_log(guarded, job):

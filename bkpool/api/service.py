@@ -121,7 +121,7 @@ class Service:
         """Check whether a bearer token may use a pool, and why."""
         body = await read_body(request, models.CheckBody)
         admin = await self._is_admin(request)
-        caller = await self.access.known(body.token)
+        caller = await self.access.authenticate(body.token)
         pool = Key(body.namespace, body.pool_name)
         trail.about(pool=str(pool))
         decision = self._decide(caller.identities, pool, reveal=admin)

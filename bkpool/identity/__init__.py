@@ -1,8 +1,8 @@
-"""Who is calling, and what they may use.
+"""Authentication and authorization: who is calling, and which pools they may use.
 
-A credential may be known to several authenticators, or to several configurations of one, each with its own word on
-where the caller counts: hence a Caller with several identities, of which the pool in question chooses. Nothing here
-keeps a credential in clear longer than a call.
+Several authenticators, or several configurations of one, may accept the same credential, each for other pools. So a
+Caller has several identities, and for each pool one that is valid there is chosen. No credential is kept in plain
+text for longer than a call.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bkpool.core.names import Key
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Where an identity counts: everywhere, in one namespace, or at one pool."""
+    """Where an identity is valid: for all pools, for those of one namespace, or for one pool."""
 
     namespace: str | None = None
     pool: str | None = None
 
     def covers(self, pool: Key) -> bool:
-        """Whether the pool is within it."""
+        """Whether the pool is in this scope."""
         return self.namespace in {None, pool.namespace} and self.pool in {None, pool.name}
 
 
@@ -31,37 +31,37 @@ EVERYWHERE = Scope()
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller as one authenticator knows it."""
+    """A caller as one authenticator identifies them."""
 
     name: str
-    """As rules, audit lines and leases have it."""
+    """The name in rules, audit lines and leases."""
     authority: str = "local"
-    """Who vouches for the name: an issuer's URL, `kubernetes`, `local`, or a pool's tokens. Equal names of two
-    authorities are two callers."""
+    """What the name comes from: an issuer's URL, `kubernetes`, `local`, or a pool's tokens. The same name from two
+    authorities means two different callers."""
     claim: str = ""
-    """What of a token the name is: equal names out of two claims are two callers, too."""
+    """The claim that the name was taken from. The same name from two claims means two different callers, too."""
     source: str = ""
-    """What let it in, for people: `BuildKitOIDCConfig buildkit-system/github`."""
+    """What accepted the credential, for messages: `BuildKitOIDCConfig buildkit-system/github`."""
     tenant_name: str | None = None
-    """Whose caches this caller uses, where that is not the name."""
+    """The owner of the caches that this caller uses, if that is not the name."""
     tenant_claim: str = ""
-    """What of a token that is."""
+    """The claim that the tenant's name was taken from."""
     groups: tuple[str, ...] = ()
     pools: tuple[str, ...] = ()
-    """What the credential itself says of pools: literal names, never patterns."""
+    """Pools that the credential itself names: literal names, never patterns."""
     granted: tuple[str, ...] = ()
-    """Patterns of pools that whoever configured the authenticator lets all its callers use."""
+    """Patterns of pools that the authenticator's configuration grants to all its callers."""
     scope: Scope = EVERYWHERE
     admin: bool = False
 
     @property
     def digest(self) -> str:
-        """The same for the same caller, another for any other: what leases remember of their maker."""
+        """Identifies the caller: leases store it, to know who made them. Two callers never have the same."""
         return _digest("caller", self.authority, self.claim, self.name)
 
     @property
     def tenant(self) -> str:
-        """Whose cache it is that this caller's leases leave behind."""
+        """The owner of the caches that this caller's leases leave behind."""
         if self.tenant_name is None:
             return _digest("tenant", self.authority, self.claim, self.name)
         return _digest("tenant", self.authority, self.tenant_claim, self.tenant_name)
@@ -73,34 +73,34 @@ def _digest(*parts: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one authenticator, or one of its configurations, says of a credential."""
+    """The result of one authenticator, or of one of its configurations, for a credential."""
 
     source: str
     identity: Identity | None = None
     refusal: str = ""
-    """Why not, in words that hold no secret; empty where the credential is not of its kind at all."""
+    """Why it was refused, without any secret; empty if the credential is of another kind."""
     genuine: bool = False
-    """Of a refusal: the credential is what it says it is, and still its holder is not let in here."""
+    """For a refusal: the credential is genuine, but its holder has no access here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Everything that is known of a credential."""
+    """All results for one credential."""
 
     verdicts: tuple[Verdict, ...]
 
     @property
     def identities(self) -> tuple[Identity, ...]:
-        """Whom it may be, in the order of the authenticators."""
+        """The identities of the caller, in the order of the authenticators."""
         return tuple(verdict.identity for verdict in self.verdicts if verdict.identity is not None)
 
 
 class Authenticator(Protocol):
-    """One way of knowing a caller."""
+    """One way to identify a caller."""
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
-        """What it says of this bearer token; empty where the token is not of its kind.
+        """Its results for this bearer token; empty if the token is of another kind.
 
         Raises:
-            Unavailable: It cannot tell just now (an issuer or the API server is away).
+            Unavailable: It cannot decide now, because an issuer or the API server cannot be reached.
         """

@@ -1,6 +1,6 @@
-"""From a request's Authorization header to a Caller, and from a Caller to a decision about a pool.
+"""Turns a request's Authorization header into a Caller, and decides whether the caller may use a pool.
 
-A credential is never logged, kept or put into an error.
+A credential is never logged, stored or put into an error.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ LONGEST_BEARER = 16_384
 """Characters. GitHub's tokens have about 1,500, Azure's with many groups some thousands."""
 _BEARER = re.compile(r"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)")  # RFC 6750 2.1, with the b64token of RFC 7235
 _HINT = (
-    "Send Authorization: Bearer <token>: an ID token of an issuer that is configured here, or the admin's, which "
-    "bkpool finds by itself on the machine of the appliance; elsewhere set BKCTL_TOKEN."
+    "Set BKCTL_TOKEN (or send `Authorization: Bearer TOKEN`) to an ID token of a configured issuer, or to the admin "
+    "token. On the machine of the appliance, bkpool finds the admin token by itself."
 )
 
-_ASK = "Ask whoever runs this appliance; `bkpool auth check` explains a decision."
+_ASK_OPERATOR = "Ask the operator of this appliance for access. `bkpool auth check` explains a decision."
 
 
 class AccessControl:
-    """Who is calling, and may they.
+    """Identifies callers, and decides which pools they may use.
 
     Args:
-        authenticators: The ways of knowing a caller, in order.
-        pools: All pools as of now.
-        configs: All configured issuers as of now.
+        authenticators: The ways to identify a caller, in order.
+        pools: Returns all current pools.
+        configs: Returns all currently configured issuers.
     """
 
     def __init__(
@@ -45,63 +45,64 @@ class AccessControl:
         self._configs = configs
 
     async def caller(self, authorization: Sequence[str]) -> Caller:
-        """Whom a request comes from.
+        """Identifies the caller of a request.
 
         Args:
             authorization: Every Authorization header of the request (`headers.getall("Authorization", [])`).
 
         Raises:
-            Unauthenticated: There is not exactly one bearer token, or nobody here takes it; the message says why.
-            Forbidden: The token is genuine, and its holder is not let in: a stranger of a known issuer.
-            Unavailable: Whoever could tell is away.
+            Unauthenticated: There is not exactly one bearer token, or no authenticator accepts it; the message says
+                why.
+            Forbidden: The token is genuine, but its holder has no access, such as a stranger of a known issuer.
+            Unavailable: The authenticator that could decide cannot reach its issuer or API server.
         """
-        caller = await self.known(bearer_token(authorization))
+        caller = await self.authenticate(bearer_token(authorization))
         if caller.identities:
             return caller
         if any(verdict.genuine for verdict in caller.verdicts):
-            raise Forbidden(refusal(caller), hint=_ASK)
+            raise Forbidden(refusal(caller), hint=_ASK_OPERATOR)
         raise Unauthenticated(refusal(caller), hint=_HINT)
 
-    async def known(self, bearer: str) -> Caller:
-        """Everything that is known of a bearer token, also if it is nothing.
+    async def authenticate(self, bearer: str) -> Caller:
+        """Collects the results of all authenticators for a bearer token, even if none accepts it.
 
         Raises:
-            Unavailable: Somebody who could tell is away, and nobody else knows the token.
+            Unavailable: One authenticator cannot decide now, and no other accepts the token.
         """
         verdicts: list[Verdict] = []
-        away: Unavailable | None = None
+        unavailable: Unavailable | None = None
         for authenticator in self._authenticators:
             try:
                 verdicts += await authenticator.authenticate(bearer)
             except Unavailable as error:
-                away = away or error
+                unavailable = unavailable or error
         caller = Caller(tuple(verdicts))
-        if away is not None and not caller.identities:
-            raise away
+        if unavailable is not None and not caller.identities:
+            raise unavailable
         return caller
 
     def decide(self, identities: Iterable[Identity], pool: Pool) -> AccessDecision:
-        """Whether one of these may use the pool, and why."""
+        """Whether one of these identities may use the pool, and why."""
         return decide(identities, pool, open_to_all=self.open_to_all)
 
     @property
     def open_to_all(self) -> bool:
-        """Whether nobody has said yet who may use what."""
+        """Whether access is not configured yet, so that every authenticated caller may use every pool."""
         return unconfigured(self._pools(), self._configs())
 
 
 def refusal(caller: Caller) -> str:
-    """Why nobody takes a credential."""
+    """The message for a credential that no authenticator accepts."""
     reasons = dict.fromkeys(verdict.refusal for verdict in caller.verdicts if verdict.refusal)
     return f"The bearer token is refused: {'; '.join(reasons)}" if reasons else "The bearer token is not known here"
 
 
 def forbidden(decision: AccessDecision, pool: str) -> Forbidden:
-    """The error of a decision against a caller."""
+    """The error for a caller who may not use the pool."""
     name = decision.identity.name if decision.identity else "the caller"
     return Forbidden(
         f"{name} may not use pool {pool}: {decision.reason}",
-        hint=_ASK,
+        hint=_ASK_OPERATOR,
     )
 
 
@@ -114,7 +115,7 @@ def bearer_token(authorization: Sequence[str]) -> str:
     if not authorization:
         raise Unauthenticated("The request has no Authorization header", hint=_HINT)
     if len(authorization) > 1:
-        raise Unauthenticated("The request has more than one Authorization header", hint="Send one.")
+        raise Unauthenticated("The request has more than one Authorization header", hint="Send exactly one.")
     header = authorization[0].strip(" \t")
     match = _BEARER.fullmatch(header)
     if match is None or len(match[1]) > LONGEST_BEARER:

@@ -1,7 +1,7 @@
-"""The admin token of an appliance on one machine: whoever can read the file may do everything.
+"""The admin token of an appliance on one machine. A user who can read its file may do everything.
 
-The file is the only place where it stands in clear; the appliance itself keeps its digest. A token that cannot be
-read is an error, and is never replaced.
+Only the file has the token in plain text; the appliance keeps a digest. A token that cannot be read is an error and
+is never replaced.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from bkpool.identity import Identity, Verdict
 
 _BYTES = 32
 _CHARACTERS = 43  # 32 bytes in base64url without padding
-_HINT = "To have a new one, remove the file and restart the appliance: bkpool down, then bkpool up -d."
+_HINT = "To create a new one, remove the file and restart the appliance: bkpool down, then bkpool up -d."
 
 
 class AdminTokenAuthenticator:
-    """Knows the holder of the admin token."""
+    """Identifies the holder of the admin token."""
 
     def __init__(self, token: str) -> None:
         self._digest = _digest(token)
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
-        """See Authenticator. Takes the same time however much of the token is right."""
+        """See Authenticator. It takes the same time for every wrong token."""
         if not hmac.compare_digest(_digest(bearer), self._digest):
             return ()
         return (Verdict("the admin's token", Identity("admin", source="the admin's token", admin=True)),)
 
 
 def load_or_create(home: Path) -> str:
-    """The admin token of this home, made if there is none. The caller holds the home's lock.
+    """The admin token of this home, created if there is none. The caller holds the lock of the home.
 
     Raises:
-        HostFault: `Unreadable` (open to others, another user's, damaged), `Permission`, `DiskFull`.
+        HostFault: `Unreadable` (open to others, owned by another user, damaged), `Permission`, `DiskFull`.
     """
     path = _file(home)
     if not os.path.lexists(path):
@@ -50,7 +50,7 @@ def find(home: Path) -> str:
     """The admin token of this home, for a client on the same machine.
 
     Raises:
-        Unauthenticated: There is none: no appliance has run here.
+        Unauthenticated: There is none, because no appliance has run here.
         HostFault: `Unreadable`.
     """
     path = _file(home)

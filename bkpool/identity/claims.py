@@ -1,7 +1,7 @@
-"""From verified claims to an Identity, as a configuration maps and limits them.
+"""Turns verified claims into an Identity, as a configuration maps and restricts them.
 
-Pure, and strict about types: a number is never a name, and True never the number 1. What a claim has instead of what
-was required is shown, cut to a line.
+Pure, and strict about types: a number is never a name, and True is never 1. A message shows what a claim has instead
+of the required value, cut to one line.
 """
 
 from __future__ import annotations
@@ -29,32 +29,34 @@ def identify(
     scope: Scope = EVERYWHERE,
     granted: tuple[str, ...] = (),
 ) -> Identity:
-    """Whom these claims stand for.
+    """The identity that these claims describe.
 
     Args:
-        claims: Of a token whose signature, issuer, audience and times are checked.
-        settings: The issuer as configured.
-        source: What lets the caller in, for people.
-        scope: Where the identity counts.
+        claims: Those of a token whose signature, issuer, audience and times have been checked.
+        settings: The configuration of the issuer.
+        source: The name of the configuration, for messages.
+        scope: Where the identity is valid.
         granted: Patterns of pools that the configuration grants.
 
     Raises:
-        Unauthenticated: A condition does not hold, or a claim that is needed is missing or of no use; the message
-            names the claim.
+        Unauthenticated: A condition is not fulfilled, or a required claim is missing or unusable; the message names
+            the claim.
     """
     mapping = settings.claims_mapping
     for condition in settings.conditions:
-        _hold(claims, condition)
-    name = _name(claims, mapping.user, "user")
+        _check_condition(claims, condition)
+    name = _name(claims, mapping.user, "claimsMapping.user")
     if name.startswith(RESERVED):
-        raise Unauthenticated(f"claim {mapping.user} is {shown(name)}: no user may be called so")
+        raise Unauthenticated(
+            f"claim {mapping.user} is {shown(name)}: a user's name must not begin with {', '.join(RESERVED)}"
+        )
     tenant = settings.tenant_claim or default_tenant_claim(settings.issuer)
     return Identity(
         name=name,
         authority=settings.issuer,
         claim=mapping.user,
         source=source,
-        tenant_name=_name(claims, tenant, "tenant") if tenant else None,
+        tenant_name=_name(claims, tenant, "tenantClaim") if tenant else None,
         tenant_claim=tenant or "",
         groups=_names(claims, mapping.groups, _MOST_GROUPS),
         pools=_names(claims, mapping.pools, _MOST_POOLS),
@@ -64,16 +66,18 @@ def identify(
 
 
 def default_tenant_claim(issuer: str) -> str | None:
-    """Which claim says whose caches are whose, where a configuration does not say: all jobs of a repository share."""
-    if issuer == _GITHUB or issuer.startswith(f"{_GITHUB}/"):  # an enterprise's own issuer has its name behind
+    """The claim that names the owner of caches if `tenantClaim` is not set: all jobs of a repository share caches."""
+    if issuer == _GITHUB or issuer.startswith(
+        f"{_GITHUB}/"
+    ):  # the issuer of a GitHub enterprise has its name appended
         return "repository"
     return "project_path" if issuer == _GITLAB else None
 
 
 def find(claims: Mapping[str, object], path: str) -> object:
-    """The claim at a path; None if there is none, or null.
+    """The claim at a path; None if it is missing or null.
 
-    A dot may be a part of a name (`kubernetes.io`) or lead into a claim; the longest name that is there is taken.
+    A dot may be part of a name (`kubernetes.io`) or separate nested claims. The longest existing name is taken.
     """
     if path in claims:
         return claims[path]
@@ -85,13 +89,13 @@ def find(claims: Mapping[str, object], path: str) -> object:
     return None
 
 
-def _hold(claims: Mapping[str, object], condition: ClaimCondition) -> None:
+def _check_condition(claims: Mapping[str, object], condition: ClaimCondition) -> None:
     found = find(claims, condition.claim)
     if any(_fits(member, condition) for member in (found if isinstance(found, list) else [found])):
         return
     required = [*map(shown, condition.values[:5]), *(f"like {shown(pattern)}" for pattern in condition.patterns[:5])]
     is_now = "is missing" if found is None else f"is {shown(found)}"
-    raise Unauthenticated(f"claim {condition.claim} {is_now}; required is {' or '.join(required)}")
+    raise Unauthenticated(f"claim {condition.claim} {is_now}; conditions require {' or '.join(required)}")
 
 
 def _fits(value: object, condition: ClaimCondition) -> bool:
@@ -100,13 +104,13 @@ def _fits(value: object, condition: ClaimCondition) -> bool:
     return isinstance(value, str) and any_matches(condition.patterns, value)
 
 
-def _name(claims: Mapping[str, object], path: str, what: str) -> str:
+def _name(claims: Mapping[str, object], path: str, field: str) -> str:
     value = find(claims, path)
     if value is None:
-        raise Unauthenticated(f"claim {path}, the {what}, is missing")
+        raise Unauthenticated(f"claim {path} ({field}) is missing")
     if not is_name(value):
         raise Unauthenticated(
-            f"claim {path}, the {what}, is {shown(value)}: not a name of 1 to {LONGEST_NAME} letters"
+            f"claim {path} ({field}) is {shown(value)}: not a name of 1 to {LONGEST_NAME} printable characters"
         )
     return str(value)
 
@@ -118,13 +122,13 @@ def _names(claims: Mapping[str, object], path: str | None, most: int) -> tuple[s
         raise Unauthenticated(f"claim {path} has {len(several)} entries, more than {most}")
     if not all(map(is_name, several)):
         raise Unauthenticated(
-            f"claim {path} is neither a name nor a list of names, each of 1 to {LONGEST_NAME} letters"
+            f"claim {path} is neither a name nor a list of names, each of 1 to {LONGEST_NAME} printable characters"
         )
     return tuple(dict.fromkeys(map(str, several)))
 
 
 def is_name(value: object) -> bool:
-    """Whether it is a text that can stand for somebody: 1 to LONGEST_NAME printable characters."""
+    """Whether it can be a name: a text of 1 to LONGEST_NAME printable characters."""
     return (
         isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable() and value == value.strip()
     )

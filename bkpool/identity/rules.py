@@ -1,8 +1,8 @@
-"""What a known caller may use: pure judgement over objects, no I/O and no clock.
+"""Decides which pools an authenticated caller may use. Pure: no I/O and no clock.
 
-A pool's own rules, where it has any, decide alone. Else what lets the caller in may name the pool: the pool's own
-method, the configuration of an issuer, or the token's claim of pools. Else nobody but the admin may use it, unless
-nothing about access has been configured at all.
+If a pool has rules, they alone decide. Otherwise access is granted by the pool's own authentication method, by the
+configuration of an issuer, or by the pools that the token names. Otherwise only the admin may use the pool, unless no
+access is configured at all.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class AccessDecision:
     allowed: bool
     reason: str
     identity: Identity | None = None
-    """Who it is that may, or the first who may not."""
+    """The identity that may use the pool, or the first that may not."""
 
 
 def unconfigured(pools: Iterable[Pool], configs: Iterable[OIDCConfig]) -> bool:
-    """Whether nobody has said yet who may use what: then every known caller may use everything."""
+    """Whether access is not configured at all: then every authenticated caller may use every pool."""
     return not any(True for _ in configs) and not any(pool.spec.auth.says_something for pool in pools)
 
 
 def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> AccessDecision:
-    """Whether one of these identities may use the pool; the first that may is taken.
+    """Whether one of these identities may use the pool. The first that may is returned.
 
     Args:
-        identities: Whom the caller may be.
+        identities: The identities of the caller.
         pool: The pool.
-        open_to_all: From `unconfigured`.
+        open_to_all: The result of `unconfigured`.
     """
     refused: AccessDecision | None = None
     for identity in identities:
-        allowed, reason = _judged(identity, pool, open_to_all=open_to_all)
+        allowed, reason = _decide_one(identity, pool, open_to_all=open_to_all)
         decision = AccessDecision(allowed, reason, identity)
         if allowed:
             return decision
@@ -50,14 +50,14 @@ def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> 
     return refused or AccessDecision(allowed=False, reason="the caller is not known")
 
 
-def _judged(identity: Identity, pool: Pool, *, open_to_all: bool) -> tuple[bool, str]:
+def _decide_one(identity: Identity, pool: Pool, *, open_to_all: bool) -> tuple[bool, str]:
     rbac, key = pool.spec.auth.rbac, pool.key
     if identity.admin:
         return True, "the admin may use every pool"
     if not identity.scope.covers(key):
-        return False, f"{identity.source} does not count for this pool"
+        return False, f"{identity.source} is not valid for this pool"
     if not rbac.enabled:
-        return True, "spec.auth.rbac is off: whoever is known may use this pool"
+        return True, "spec.auth.rbac.enabled is false: every authenticated caller may use this pool"
     if rbac.rules:
         return _by_rules(identity, pool)
     return _by_credential(identity, key, open_to_all=open_to_all)
@@ -65,14 +65,20 @@ def _judged(identity: Identity, pool: Pool, *, open_to_all: bool) -> tuple[bool,
 
 def _by_credential(identity: Identity, key: Key, *, open_to_all: bool) -> tuple[bool, str]:
     if identity.scope.pool is not None:
-        return True, f"{identity.source} is the pool's own, and it has no rules"
+        return (
+            True,
+            f"{identity.source}, of the pool's own spec.auth.methods, accepts the caller; the pool has no rules",
+        )
     if any_matches(identity.granted, key.name) or any_matches(identity.granted, str(key)):
-        return True, f"{identity.source} grants it"
+        return True, f"{identity.source} grants this pool in spec.pools"
     if key.name in identity.pools or str(key) in identity.pools:
         return True, "the token names this pool"
     if open_to_all:
-        return True, "nothing says yet who may use what"
-    return False, "no rule of the pool and nothing in the credential grants it"
+        return True, "access is not configured yet, neither in a pool nor for an issuer"
+    return (
+        False,
+        "the pool has no rule in spec.auth.rbac.rules, and neither the token nor its issuer grants this pool",
+    )
 
 
 def _by_rules(identity: Identity, pool: Pool) -> tuple[bool, str]:
@@ -81,15 +87,15 @@ def _by_rules(identity: Identity, pool: Pool) -> tuple[bool, str]:
         here = any_matches(rule.pools, pool.key.name) or any_matches(rule.pools, str(pool.key))
         if here and any(any_matches(rule.users, subject) for subject in subjects):
             return True, f"spec.auth.rbac.rules[{number}] of the pool"
-    return False, "no rule of the pool names this caller"
+    return False, "no rule in spec.auth.rbac.rules of the pool names this caller"
 
 
 def _subjects(identity: Identity) -> tuple[str, ...]:
-    """What the `users` of a rule are compared with. No user can be called like a group: auth.RESERVED."""
+    """What is compared with the `users` of a rule. No user can have the name of a group (see auth.RESERVED)."""
     groups = (f"group:{name}" for name in identity.groups)
     return (identity.name, *groups, *(f"pool:{name}" for name in identity.pools))
 
 
 def is_theirs(pool: Key, identities: Iterable[Identity], holder: str) -> bool:
-    """Whether a lease is theirs to see, renew and end: they made it, or are the admin."""
+    """Whether these identities may see, renew and end a lease: they made it, or are the admin."""
     return any(one.admin or (holder and one.digest == holder and one.scope.covers(pool)) for one in identities)

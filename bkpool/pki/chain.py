@@ -17,8 +17,8 @@ def load_chain(context: ssl.SSLContext, cert_pem: bytes, key_pem: bytes, ca_pem:
         cert_pem: The certificate, with its chain if it has one.
         key_pem: The certificate's key.
         ca_pem: The CA that the context trusts, if it may have issued this certificate: it is presented, too. Without
-            it, OpenSSL builds the chain from the trusted CAs and verifies it in every handshake, which takes a seventh
-            of a handshake's time (docs/benchmarks.md).
+            it, OpenSSL builds the chain from the trusted CAs and verifies it, which takes a seventh of the time of
+            every handshake (docs/benchmarks.md).
 
     Raises:
         ssl.SSLError: One of them is unreadable, or the key does not belong to the certificate.

@@ -95,7 +95,10 @@ async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api
         assert [pool["name"] for pool in pools] == names
     status, told, _ = await api("POST", ALLOCATE, {"poolName": "a"}, bearer=BOB)
     assert (status, told["error"]["code"]) == (403, "Forbidden")
-    assert told["error"]["message"] == "bob may not use pool default/a: no rule of the pool names this caller"
+    assert (
+        told["error"]["message"]
+        == "bob may not use pool default/a: no rule in spec.auth.rbac.rules of the pool names this caller"
+    )
     assert (await api("GET", "/api/v1/pools/a", bearer=BOB))[0] == 403
     for name in ("nope", "claimed"):
         status, told, _ = await api("POST", ALLOCATE, {"poolName": name}, bearer=BOB)
@@ -202,7 +205,7 @@ async def test_auth_check_explains_its_decision(api, audit):
     }
     refused = await explained(BOB, bearer=ANN)
     assert (refused["allowed"], refused["identity"]["pools"]) == (False, ["claimed"])
-    assert "no rule of the pool names" in refused["reason"]
+    assert "no rule in spec.auth.rbac.rules of the pool names" in refused["reason"]
     assert "verdicts" not in refused, "only the admin sees what each configuration says"
     assert await explained("stale") == {"allowed": False, "reason": "The bearer token is refused: it has expired"}
     assert "no pool of this name" in (await explained(BOB, "nope"))["reason"]

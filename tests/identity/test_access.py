@@ -154,7 +154,7 @@ def test_while_nothing_is_configured_whoever_is_known_may():
         assert not decision.allowed
         assert not ways.open_to_all
         told = forbidden(decision, str(mine.key))
-        assert told.message.startswith("ci may not use pool team/amd64: no rule of the pool")
+        assert told.message.startswith("ci may not use pool team/amd64: the pool has no rule in spec.auth.rbac.rules")
         assert "bkpool auth check" in told.hint
         assert ways.decide([CI, Identity("admin", admin=True)], mine).allowed
 

@@ -99,7 +99,7 @@ def test_a_claim_is_found_by_its_path(path, value):
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        (None, "claim actor, the user, is missing"),
+        (None, "claim actor (claimsMapping.user) is missing"),
         ("", "is '': not a name"),
         (7, "is 7: not a name"),
         (True, "is True: not a name"),
@@ -110,10 +110,10 @@ def test_a_claim_is_found_by_its_path(path, value):
         ("ann\n", "not a name"),
         ("ann\x00", "not a name"),
         ("an\u202en", "not a name"),
-        ("system:serviceaccount:ci:runner", "no user may be called so"),
-        ("system:admin", "no user may be called so"),
-        ("group:ops", "no user may be called so"),
-        ("pool:amd64", "no user may be called so"),
+        ("system:serviceaccount:ci:runner", "must not begin with system:, group:, pool:"),
+        ("system:admin", "must not begin with system:, group:, pool:"),
+        ("group:ops", "must not begin with system:, group:, pool:"),
+        ("pool:amd64", "must not begin with system:, group:, pool:"),
     ],
     ids=repr,
 )
@@ -199,9 +199,9 @@ def test_a_condition_that_holds(condition):
     [
         (
             {"claim": "repository", "values": ["org/other"], "patterns": ["evil/*"]},
-            "claim repository is 'org/app'; required is 'org/other' or like 'evil/*'",
+            "claim repository is 'org/app'; conditions require 'org/other' or like 'evil/*'",
         ),
-        ({"claim": "missing", "values": ["x"]}, "claim missing is missing; required is 'x'"),
+        ({"claim": "missing", "values": ["x"]}, "claim missing is missing; conditions require 'x'"),
         ({"claim": "null", "values": ["None"]}, "claim null is missing"),
         ({"claim": "null", "patterns": ["*"]}, "claim null is missing"),
         ({"claim": "repository", "values": ["ORG/APP"]}, "claim repository is"),
@@ -209,10 +209,10 @@ def test_a_condition_that_holds(condition):
         ({"claim": "repository", "patterns": ["org"]}, "claim repository is"),
         ({"claim": "roles", "values": ["admin"]}, "claim roles is ['dev', 'ops']"),
         ({"claim": "roles", "values": ["['dev', 'ops']"]}, "claim roles is"),
-        ({"claim": "run_attempt", "values": ["1"]}, "claim run_attempt is 1; required is '1'"),
-        ({"claim": "run_attempt", "values": [True]}, "claim run_attempt is 1; required is True"),
+        ({"claim": "run_attempt", "values": ["1"]}, "claim run_attempt is 1; conditions require '1'"),
+        ({"claim": "run_attempt", "values": [True]}, "claim run_attempt is 1; conditions require True"),
         ({"claim": "run_attempt", "patterns": ["*"]}, "claim run_attempt is 1"),
-        ({"claim": "protected", "values": [1]}, "claim protected is True; required is 1"),
+        ({"claim": "protected", "values": [1]}, "claim protected is True; conditions require 1"),
         ({"claim": "protected", "values": ["true", "True"]}, "claim protected is True"),
         ({"claim": "realm_access", "values": ["builder"]}, "claim realm_access is"),
     ],
@@ -266,7 +266,7 @@ def test_who_shares_by_default(issuer, claim):
 
 @pytest.mark.parametrize("value", [None, "", 7, ["org/app"]])
 def test_a_tenant_that_is_needed_must_be_there(value):
-    assert "claim repository, the tenant, is" in refusal({**CLAIMS, "repository": value}, oidc(GITHUB))
+    assert "claim repository (tenantClaim) is" in refusal({**CLAIMS, "repository": value}, oidc(GITHUB))
 
 
 # --- whatever else --------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ async def test_each_configuration_judges_by_itself(issuer, judge):
     assert [(v.source.split("/")[1], v.identity and v.identity.name, v.refusal, v.genuine) for v in verdicts] == [
         ("all", "ann", "", False),
         ("other", None, "aud is 'buildkit-controller', not 'another'", False),
-        ("blue", None, "claim team is 'red'; required is 'blue'", True),
+        ("blue", None, "claim team is 'red'; conditions require 'blue'", True),
         ("p", "red", "", False),
     ]
     assert verdicts[-1].identity.scope == Scope("default", "p")
@@ -156,7 +156,7 @@ async def test_service_accounts_are_left_to_who_knows_them(issuer, judge):
     token = issuer.token(sub="system:serviceaccount:ci:runner")
     assert await judge(token, config("https://else.example")) == ()
     (verdict,) = await judge(token, config(issuer.url))
-    assert "no user may be called so" in verdict.refusal
+    assert "must not begin with system:, group:, pool:" in verdict.refusal
 
 
 @pytest.mark.parametrize("bearer", ["", "k" * 43, "a.b.c", "pool-token", "ey"])
