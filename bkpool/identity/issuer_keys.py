@@ -1,7 +1,7 @@
-"""The keys of issuers: fetched when they are wanted, kept for a while, and never asked for often.
+"""The public keys of OIDC issuers: fetched when they are needed, cached for a while, and never fetched often.
 
-Only configured issuers are asked, so nobody can make the appliance call an address of his choice. Everything they
-answer is bounded in time and size, and `jwks` judges it; no token ever comes here.
+Only configured issuers are asked, so a caller cannot make the appliance call an address of their choice. Time and
+size of every response are limited, and jwks.py checks its contents. No token ever comes here.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bkpool.identity.jwt import shown
 
 log = structlog.get_logger(__name__)
 
-FRESH = 600.0
-"""Seconds for which keys are taken without asking again."""
-STALE = 3600.0
-"""Seconds for which they are, while the issuer cannot be asked."""
-PAUSE = 10.0
-"""Seconds between two tries at an issuer that could not be asked, and between two for keys that were not there."""
+FRESH_SECONDS = 600.0
+"""For this long, cached keys are used without asking the issuer again."""
+STALE_SECONDS = 3600.0
+"""For this long, cached keys are used while the issuer cannot be reached."""
+RETRY_SECONDS = 10.0
+"""Time between two attempts to reach an issuer that failed, and between two searches for a key that was missing."""
 
 _TIMEOUT = 5.0  # seconds for both documents together, redirects included
-_MOST_BYTES = 512 << 10  # of one document: the largest known, with certificates, have some 30 KiB
+_MOST_BYTES = 512 << 10  # of one document; the largest known ones, with certificates, have some 30 KiB
 _MOST_REDIRECTS = 2
 _MOST_ISSUERS = 1000
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -38,17 +38,17 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 @dataclass(slots=True)
 class _CachedKeys:
-    """What is known of one issuer. Times are the clock's."""
+    """The cached keys of one issuer. Times are those of the clock."""
 
     keys: tuple[PublicKey, ...] = ()
-    had: float = -math.inf
-    """When the keys were answered."""
+    fetched_at: float = -math.inf
     failure: str = ""
-    """Why the last try brought none."""
-    failed: float = -math.inf
-    searched: float = -math.inf
-    """When it was last asked because a key was not there."""
-    flight: asyncio.Task[None] | None = None
+    """Why the last attempt failed; empty if it succeeded."""
+    failed_at: float = -math.inf
+    searched_at: float = -math.inf
+    """When the issuer was last asked because a key was missing."""
+    request: asyncio.Task[None] | None = None
+    """The request that is running now."""
 
 
 class IssuerKeys:
@@ -56,20 +56,25 @@ class IssuerKeys:
 
     Args:
         clock: Monotonic seconds.
-        timeout: Seconds that an issuer has to answer.
-        fresh: Seconds for which keys are used before the issuer is asked again.
-        stale: Seconds for which they are used while the issuer does not answer.
+        timeout: Seconds that an issuer has to respond.
+        fresh: For this many seconds, cached keys are used without asking the issuer again.
+        stale: For this many seconds, they are used while the issuer cannot be reached.
     """
 
     def __init__(
-        self, *, clock: Callable[[], float], timeout: float = _TIMEOUT, fresh: float = FRESH, stale: float = STALE
+        self,
+        *,
+        clock: Callable[[], float],
+        timeout: float = _TIMEOUT,
+        fresh: float = FRESH_SECONDS,
+        stale: float = STALE_SECONDS,
     ) -> None:
         self._clock = clock
         self._timeout = timeout
         self._fresh = fresh
         self._stale = stale
-        self._kept: dict[str, _CachedKeys] = {}
-        self._flights: set[asyncio.Task[None]] = set()
+        self._cache: dict[str, _CachedKeys] = {}
+        self._requests: set[asyncio.Task[None]] = set()
         self._session: aiohttp.ClientSession | None = None
 
     async def key(self, issuer: str, kid: str | None, alg: str) -> PyJWK:
@@ -77,75 +82,79 @@ class IssuerKeys:
 
         Raises:
             Unauthenticated: The issuer has no such key.
-            Unavailable: It cannot be asked, or what it answers is of no use.
+            Unavailable: It cannot be reached, or its response is not usable.
         """
-        kept = await self._current(issuer)
-        if (found := choose(kept.keys, kid, alg)) is not None:
+        cached = await self._usable(issuer)
+        if (found := choose(cached.keys, kid, alg)) is not None:
             return found
-        if self._clock() - kept.searched >= PAUSE:  # a key may be new; but whoever makes up names must not hammer it
-            kept.searched = self._clock()
-            await self._ask(issuer, kept)
-        elif kept.flight is not None:
-            await asyncio.shield(kept.flight)
-        if (found := choose(kept.keys, kid, alg)) is not None:
+        # The key may be new. But invented key names must not flood the issuer.
+        if self._clock() - cached.searched_at >= RETRY_SECONDS:
+            cached.searched_at = self._clock()
+            await self._refresh(issuer, cached)
+        elif cached.request is not None:
+            await asyncio.shield(cached.request)
+        if (found := choose(cached.keys, kid, alg)) is not None:
             return found
-        if kept.failure:
-            raise _unavailable(issuer, kept)
+        if cached.failure:
+            raise _unavailable(issuer, cached)
         which = "exactly one key" if kid is None else f"a key {shown(kid)}"
         raise Unauthenticated(f"{issuer} does not have {which} for {alg}")
 
     async def probe(self, issuer: str) -> int:
-        """How many usable keys an issuer has.
+        """The number of usable keys of an issuer.
 
         Raises:
-            Unavailable: The last try to ask it failed, even if keys are still known from before.
+            Unavailable: The last attempt to reach it failed, even if older keys are still cached.
         """
-        kept = await self._current(issuer)
-        if kept.failure:
-            await self._ask(issuer, kept)
-        if kept.failure:
-            raise _unavailable(issuer, kept)
-        return len(kept.keys)
+        cached = await self._usable(issuer)
+        if cached.failure:
+            await self._refresh(issuer, cached)
+        if cached.failure:
+            raise _unavailable(issuer, cached)
+        return len(cached.keys)
 
     async def close(self) -> None:
-        """Ends what is under way."""
-        for flight in self._flights:
-            flight.cancel()
-        await asyncio.gather(*self._flights, return_exceptions=True)
+        """Cancels running requests and closes the session."""
+        for request in self._requests:
+            request.cancel()
+        await asyncio.gather(*self._requests, return_exceptions=True)
         if self._session is not None:
             await self._session.close()
 
-    async def _current(self, issuer: str) -> _CachedKeys:
-        """What may be used of an issuer's keys now. Raises Unavailable."""
-        kept = self._kept.pop(issuer, None) or _CachedKeys()
-        self._kept[issuer] = kept  # the last one used is the last one forgotten
-        while len(self._kept) > _MOST_ISSUERS:
-            del self._kept[next(iter(self._kept))]
-        if self._clock() - kept.had >= self._fresh:
-            await self._ask(issuer, kept)
-        if self._clock() - kept.had >= self._stale:
-            raise _unavailable(issuer, kept)
-        return kept
+    async def _usable(self, issuer: str) -> _CachedKeys:
+        """The keys of an issuer that may be used now. Raises Unavailable."""
+        cached = self._cache.pop(issuer, None) or _CachedKeys()
+        self._cache[issuer] = cached  # moved to the end: the least recently used is removed first
+        while len(self._cache) > _MOST_ISSUERS:
+            del self._cache[next(iter(self._cache))]
+        if self._clock() - cached.fetched_at >= self._fresh:
+            await self._refresh(issuer, cached)
+        if self._clock() - cached.fetched_at >= self._stale:
+            raise _unavailable(issuer, cached)
+        return cached
 
-    async def _ask(self, issuer: str, kept: _CachedKeys) -> None:
-        """Asks the issuer, or waits for who is asking already; not if it failed a moment ago. Raises nothing."""
-        if kept.flight is None:
-            if self._clock() - kept.failed < PAUSE:
+    async def _refresh(self, issuer: str, cached: _CachedKeys) -> None:
+        """Asks the issuer, or waits for a request that runs already. Never raises.
+
+        It does nothing if a request failed a moment ago.
+        """
+        if cached.request is None:
+            if self._clock() - cached.failed_at < RETRY_SECONDS:
                 return
-            kept.flight = asyncio.create_task(self._fly(issuer, kept), name=f"keys of {issuer}")
-            self._flights.add(kept.flight)
-            kept.flight.add_done_callback(self._flights.discard)
-        await asyncio.shield(kept.flight)  # whoever gives up waiting must not take it from the others
+            cached.request = asyncio.create_task(self._request(issuer, cached), name=f"keys of {issuer}")
+            self._requests.add(cached.request)
+            cached.request.add_done_callback(self._requests.discard)
+        await asyncio.shield(cached.request)  # a cancelled caller must not cancel it for the others
 
-    async def _fly(self, issuer: str, kept: _CachedKeys) -> None:
+    async def _request(self, issuer: str, cached: _CachedKeys) -> None:
         try:
-            kept.keys = await self._fetch(issuer)
-            kept.had, kept.failure, kept.failed = self._clock(), "", -math.inf
+            cached.keys = await self._fetch(issuer)
+            cached.fetched_at, cached.failure, cached.failed_at = self._clock(), "", -math.inf
         except Unavailable as error:
-            kept.failure, kept.failed = error.message, self._clock()
+            cached.failure, cached.failed_at = error.message, self._clock()
             log.warning("issuer.unavailable", issuer=issuer, reason=error.message)
         finally:
-            kept.flight = None
+            cached.request = None
 
     async def _fetch(self, issuer: str) -> tuple[PublicKey, ...]:
         try:
@@ -153,27 +162,27 @@ class IssuerKeys:
                 discovery = await self._get(f"{issuer.rstrip('/')}/.well-known/openid-configuration")
                 return read_keys(await self._get(read_discovery(discovery, issuer)))
         except TimeoutError:
-            raise Unavailable(f"it does not answer within {self._timeout:g} s") from None
+            raise Unavailable(f"it does not respond within {self._timeout:g} s") from None
         except aiohttp.ClientConnectorError as error:
             raise Unavailable(str(error)[:300]) from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # their words may repeat what was answered
-            raise Unavailable(f"it is not to be understood ({type(error).__name__})") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # their messages may quote the response
+            raise Unavailable(f"its response cannot be read ({type(error).__name__})") from None
 
     async def _get(self, url: str) -> bytes:
-        """One document. Raises Unavailable and what aiohttp raises."""
+        """Fetches one document. Raises Unavailable, and the errors of aiohttp."""
         for _ in range(_MOST_REDIRECTS + 1):
-            async with self._opened().get(url, allow_redirects=False) as answer:
+            async with self._session_once().get(url, allow_redirects=False) as answer:
                 if answer.status in _REDIRECTS:
                     url = _redirected(url, answer.headers.get("Location", ""))
                     continue
                 if answer.status != 200:  # noqa: PLR2004 - HTTP's
-                    raise Unavailable(f"{url} answers with HTTP {answer.status}")
+                    raise Unavailable(f"{url} responds with HTTP {answer.status}")
                 if answer.headers.get("Content-Encoding", "identity") != "identity":
-                    raise Unavailable(f"{url} answers compressed, which was not asked for")
+                    raise Unavailable(f"{url} responds with compressed data, which was not requested")
                 return await _read(answer)
-        raise Unavailable(f"{url}, at last, redirects once more: {_MOST_REDIRECTS} times are followed")
+        raise Unavailable(f"{url} is a redirect too many: at most {_MOST_REDIRECTS} are followed")
 
-    def _opened(self) -> aiohttp.ClientSession:
+    def _session_once(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(force_close=True),
@@ -188,7 +197,7 @@ class IssuerKeys:
 def _redirected(url: str, location: str) -> str:
     target, asked = urljoin(url, location), urlsplit(url)
     if not location or not target.startswith(f"{asked.scheme}://{asked.netloc}/"):
-        raise Unavailable(f"{url} redirects to another host, port or scheme: not followed")
+        raise Unavailable(f"{url} redirects to another host, port or scheme, which is not allowed")
     return target
 
 
@@ -197,13 +206,13 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
     async for chunk in answer.content.iter_any():
         body += chunk
         if len(body) > _MOST_BYTES:
-            raise Unavailable(f"{answer.url} answers with more than {_MOST_BYTES >> 10} KiB")
+            raise Unavailable(f"{answer.url} responds with more than {_MOST_BYTES >> 10} KiB")
     return bytes(body)
 
 
-def _unavailable(issuer: str, kept: _CachedKeys) -> Unavailable:
+def _unavailable(issuer: str, cached: _CachedKeys) -> Unavailable:
     return Unavailable(
-        f"The issuer {issuer} cannot be asked for its keys: {kept.failure}",
-        hint="Try again; if it stays so, whoever runs this appliance looks at the issuer and the way to it.",
-        retry_after=round(PAUSE),
+        f"The keys of the issuer {issuer} cannot be fetched: {cached.failure}",
+        hint="Try again. If it goes on, the operator of this appliance should check `issuer` and the network.",
+        retry_after=round(RETRY_SECONDS),
     )

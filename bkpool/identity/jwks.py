@@ -1,7 +1,7 @@
-"""What an issuer publishes of itself: its discovery document and its keys, read strictly.
+"""Reads, strictly, what an issuer publishes: its discovery document and its keys.
 
-Pure: `keys` fetches the documents. Keys that are not for checking the signatures we take are skipped, since issuers
-publish them for others; a document that is not what it should be is an error.
+Pure; issuer_keys.py fetches the documents. Keys for other purposes or algorithms are skipped, since issuers publish
+such keys, too. A document that is not as specified is an error.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class PublicKey:
 
 
 def read_discovery(document: bytes, issuer: str) -> str:
-    """Where the keys are, by an issuer's discovery document (OIDC Discovery 4.2, 4.3).
+    """The URL of the keys, from an issuer's discovery document (OIDC Discovery 4.2, 4.3).
 
     Raises:
-        Unavailable: It is another issuer's, or of no use; the message says why.
+        Unavailable: The document is of another issuer, or not usable; the message says why.
     """
     try:
         found = read_object(document)
@@ -62,27 +62,29 @@ def read_keys(document: bytes) -> tuple[PublicKey, ...]:
     """The usable keys of a JWK set (RFC 7517 5); there may be none.
 
     Raises:
-        Unavailable: It is not a JWK set, or too large a one.
+        Unavailable: It is not a JWK set, or has too many keys.
     """
     try:
         keys = read_object(document).get("keys")
     except ValueError as error:
-        raise Unavailable(f"its set of keys {error}") from None
+        raise Unavailable(f"its JWK set {error}") from None
     if not isinstance(keys, list):
-        raise Unavailable("its set of keys has no list of keys")
+        raise Unavailable("its JWK set has no list `keys`")
     if len(keys) > _MOST_KEYS:
-        raise Unavailable(f"its set has {len(keys)} keys, more than {_MOST_KEYS}")
+        raise Unavailable(f"its JWK set has {len(keys)} keys, more than {_MOST_KEYS}")
     return tuple(key for key in map(_usable, keys) if key is not None)
 
 
 def choose(keys: Sequence[PublicKey], kid: str | None, alg: str) -> PyJWK | None:
-    """The key a token names; for one that names none, the only key for its algorithm."""
+    """The key that a token names. If it names none: the key for its algorithm, if there is only one."""
     fitting = [one.key for one in keys if one.alg == alg and kid in {None, one.kid}]
     return fitting[0] if len(fitting) == 1 or (fitting and kid is not None) else None
 
 
 def _usable(jwk: object) -> PublicKey | None:
-    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or "d" in jwk:  # d: a private key, known to all
+    if (
+        not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or "d" in jwk
+    ):  # d: a private key, which everybody could read
         return None
     operations = jwk.get("key_ops", ["verify"])
     if not isinstance(operations, list) or "verify" not in operations:

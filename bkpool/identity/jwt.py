@@ -1,7 +1,7 @@
-"""JSON Web Tokens: read strictly, and judged by rules of our own; of PyJWT only the signature's arithmetic is used.
+"""Parses JSON Web Tokens strictly and verifies them. PyJWT is used only for the arithmetic of signatures.
 
-Pure: keys and the time are passed in. A refusal is a sentence that never holds the token or its signature. What a
-token says of its own keys (`jwk`, `jku`, `x5u`) is never looked at.
+Pure: keys and the time are passed in. The message of a refusal never contains the token or its signature. Keys that a
+token itself brings or names (`jwk`, `jku`, `x5u`) are never used.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from bkpool.core.errors import Unauthenticated
 
 ALGORITHMS = ("RS256", "ES256", "EdDSA")
 LONGEST = 16_384
-"""Characters of a token, as of a whole Authorization header."""
+"""Characters of a token; the limit of an Authorization header is the same."""
 LONGEST_KID = 256
 LEEWAY = 30
 """Seconds that the clocks of an issuer and of this machine may differ."""
 
 _TYPES = frozenset({"JWT", "JOSE", "AT+JWT"})
-"""`typ`, where it is given (RFC 7519 5.1, RFC 9068 2.1): nothing that the issuer signs for another purpose, such as
-`logout+jwt` or `dpop+jwt` (RFC 8725 3.11)."""
+"""The allowed values of `typ` (RFC 7519 5.1, RFC 9068 2.1). They exclude what an issuer signs for other purposes,
+such as `logout+jwt` or `dpop+jwt` (RFC 8725 3.11)."""
 _DEEPEST = 16
-_LONGEST_INTEGER = 100  # digits: far more than any claim has, and far less than what takes time to convert
-_LAST_SECOND = 253_402_300_799  # of the year 9999: what a datetime can hold
-_RSA_BITS = range(
-    2048, 8193
-)  # NIST SP 800-131A; above it, checking a signature would take the issuer's word for long
+_LONGEST_INTEGER = 100  # digits: far more than any claim has, and few enough to be converted quickly
+_LAST_SECOND = 253_402_300_799  # of the year 9999, the last of a datetime
+_RSA_BITS = range(2048, 8193)
+"""The minimum is that of NIST SP 800-131A; above the maximum, checking a signature would take long."""
 _SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A well-formed token. Its claims are worth nothing until the signature is checked."""
+    """A well-formed token. Its claims must not be trusted before its signature is verified."""
 
     alg: str
     kid: str | None
@@ -51,40 +50,40 @@ class Token:
 
 
 def looks_like_one(bearer: str) -> bool:
-    """Whether a bearer token is meant to be a JWT: three segments, of which the first begins as an object in JSON."""
+    """Whether a bearer token looks like a JWT: three segments, and the first begins like a JSON object in base64."""
     return bearer.count(".") == 2 and bearer.startswith(("ey", "ew"))  # noqa: PLR2004 - header.claims.signature
 
 
 def shown(value: object) -> str:
-    """A claim's value for a message; cut when it is long."""
+    """A claim's value for a message; cut if it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- parsing --------------------------------------------------------------------------------------------------------
 
 
 def parse(text: str) -> Token:
-    """The token in this compact form (RFC 7515 7.1), not verified.
+    """Parses a token in compact form (RFC 7515 7.1). Verifies nothing.
 
     Raises:
-        Unauthenticated: It is not well-formed, or is of a kind that is not taken here; the message says which.
+        Unauthenticated: It is malformed, or of a kind that is not accepted; the message says why.
     """
     if len(text) > LONGEST:
         raise Unauthenticated(f"the token is longer than {LONGEST} characters")
     segments = text.split(".")
     if len(segments) != 3:  # noqa: PLR2004 - header.claims.signature
-        raise Unauthenticated("the token has not three segments")
+        raise Unauthenticated("the token does not have three segments")
     alg, kid = _header(_object(segments[0], "header"))
-    claims = _object(segments[1], "claims")
+    claims = _object(segments[1], "payload")
     return Token(alg, kid, claims, text.rpartition(".")[0].encode(), _decode(segments[2], "signature"))
 
 
 def read_object(document: bytes) -> dict[str, object]:
-    """A JSON object, taken strictly: UTF-8, no name twice, no number that is none, not nested without end.
+    """Parses a JSON object strictly: UTF-8, no name twice, no NaN or infinity, limited nesting.
 
     Raises:
-        ValueError: It is not one; the message says why and repeats nothing of it.
+        ValueError: It is not valid; the message says why, and quotes nothing of it.
     """
     try:
         value = json.loads(
@@ -107,18 +106,18 @@ def read_object(document: bytes) -> dict[str, object]:
 def _header(header: Mapping[str, object]) -> tuple[str, str | None]:
     alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ")
     if "crit" in header:
-        raise Unauthenticated("the token's header has crit: no extensions are known here")
+        raise Unauthenticated("the token's header has crit, and bkpool supports no extensions")
     if alg not in ALGORITHMS or not isinstance(alg, str):
         raise Unauthenticated(f"the token's alg is {shown(alg)}, not one of {', '.join(ALGORITHMS)}")
     if typ is not None and (not isinstance(typ, str) or typ.upper() not in _TYPES):
-        raise Unauthenticated(f"the token's typ is {shown(typ)}: not a token of an identity")
+        raise Unauthenticated(f"the token's typ is {shown(typ)}: it is not an ID token")
     if kid is not None and (not isinstance(kid, str) or len(kid) > LONGEST_KID):
         raise Unauthenticated(f"the token's kid is not a text of at most {LONGEST_KID} characters")
     return alg, kid
 
 
 def _decode(segment: str, part: str) -> bytes:
-    """Base64url, in the one way to write it: no padding, nothing between, no stray bits at the end."""
+    """Decodes base64url, only in its canonical form: no padding, no other characters, no extra bits at the end."""
     try:
         data = base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
         if segment and base64.urlsafe_b64encode(data).rstrip(b"=").decode() == segment:
@@ -143,7 +142,7 @@ def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _no_number(_text: str) -> object:
-    raise ValueError("has a number that is none")
+    raise ValueError("has NaN or infinity, which are not JSON")
 
 
 def _finite(text: str) -> float:
@@ -164,7 +163,7 @@ def _check(value: object, levels: int) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError("has half a character") from None  # a lone surrogate, written as \ud800
+            raise ValueError("has an incomplete character") from None  # a lone surrogate, written as \ud800
     elif isinstance(value, dict | list):
         if not levels:
             raise ValueError("is nested too deeply")
@@ -174,11 +173,11 @@ def _check(value: object, levels: int) -> None:
             _check(member, levels - 1)
 
 
-# --- judging --------------------------------------------------------------------------------------------------------
+# --- verifying ------------------------------------------------------------------------------------------------------
 
 
 def fits(key: PyJWK, alg: str) -> bool:
-    """Whether a key is a public one, of the kind and strength that the algorithm wants."""
+    """Whether a key is public, and has the type and strength that the algorithm requires."""
     public = key.key
     if key.algorithm_name != alg:
         return False
@@ -190,10 +189,10 @@ def fits(key: PyJWK, alg: str) -> bool:
 
 
 def verify_signature(token: Token, key: PyJWK) -> None:
-    """Checks that the holder of this key signed the token.
+    """Checks that the token was signed with this key.
 
     Raises:
-        Unauthenticated: He did not, or the key is not one for the token's algorithm.
+        Unauthenticated: It was not, or the key is not one for the token's algorithm.
     """
     if not fits(key, token.alg):
         raise Unauthenticated(f"the issuer's key is not one for {token.alg}")
@@ -204,14 +203,14 @@ def verify_signature(token: Token, key: PyJWK) -> None:
 def verify_claims(
     claims: Mapping[str, object], *, issuer: str, audience: str, client_id: str | None, now: datetime
 ) -> None:
-    """Checks who made the token by its own word, for whom, and for when (OIDC Core 3.1.3.7, RFC 7519 4.1).
+    """Checks the issuer, the audience and the times in the token (OIDC Core 3.1.3.7, RFC 7519 4.1).
 
     Args:
-        claims: The token's.
-        issuer: What `iss` must be, to the letter.
-        audience: What must be among `aud`.
-        client_id: What `azp` may be besides the audience.
-        now: The time.
+        claims: The claims of the token.
+        issuer: The exact value that `iss` must have.
+        audience: The value that must be in `aud`.
+        client_id: A value that `azp` may have besides the audience.
+        now: The current time.
 
     Raises:
         Unauthenticated: One of them is missing or wrong; the message names it.
@@ -219,7 +218,7 @@ def verify_claims(
     if claims.get("iss") != issuer:
         raise Unauthenticated(f"iss is {shown(claims.get('iss'))}, not {shown(issuer)}")
     if not isinstance(claims.get("sub"), str) or not claims["sub"]:
-        raise Unauthenticated("sub is missing, or not a text")
+        raise Unauthenticated("sub is missing or not a text")
     _check_audience(claims, audience, client_id)
     _check_times(claims, now.astimezone(UTC).timestamp())
 
@@ -236,7 +235,7 @@ def _check_audience(claims: Mapping[str, object], audience: str, client_id: str 
             raise Unauthenticated("azp is missing, and there are several audiences")
     elif not isinstance(azp, str) or azp not in {audience, client_id}:
         wanted = shown(audience) if client_id is None else f"{shown(audience)} or {shown(client_id)}"
-        raise Unauthenticated(f"azp is {shown(azp)}, not {wanted} (clientID allows another)")
+        raise Unauthenticated(f"azp is {shown(azp)}, not {wanted} (set clientID to allow another)")
 
 
 def _check_times(claims: Mapping[str, object], now: float) -> None:

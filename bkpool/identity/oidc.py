@@ -1,7 +1,7 @@
-"""Callers with a token of an OIDC issuer: which configurations believe it, and what each says of the caller.
+"""Authenticates callers with a token of an OIDC issuer.
 
-A token is judged by every configuration of its issuer by itself, since they may differ in audience, conditions and
-pools. Nothing of a token is kept, and none is ever sent anywhere.
+Every configuration of the token's issuer checks the token separately, since they may differ in audience, conditions
+and pools. No part of a token is stored or sent anywhere.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _SERVICE_ACCOUNT = "system:serviceaccount:"
 
 @dataclass(frozen=True, slots=True)
 class TrustedIssuer:
-    """One configuration of an issuer, and what it counts for."""
+    """One configuration of an issuer, and where its callers' identities are valid."""
 
     source: str
-    """Where it is written, for people: `BuildKitOIDCConfig buildkit-system/github`."""
+    """The object that has it, for messages: `BuildKitOIDCConfig buildkit-system/github`."""
     settings: OIDC
     scope: Scope = EVERYWHERE
     granted: tuple[str, ...] = ()
-    """Patterns of pools that all its callers may use."""
+    """Patterns of pools that it grants to all its callers."""
     refusal: str = ""
-    """Why it must not be believed as it is written."""
+    """Why its tokens must not be accepted; empty if they may."""
 
 
 def trusted_issuers(
     configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespace: str
 ) -> list[TrustedIssuer]:
-    """All configurations of issuers that are there, in objects of their own and in pools.
+    """All configurations of issuers: those in BuildKitOIDCConfig objects and those in pools.
 
     Args:
-        configs: Objects; those that are not enabled are left out.
+        configs: The objects. Those that are not enabled are left out.
         pools: All pools.
-        system_namespace: The appliance's own: what is configured there counts for every pool.
+        system_namespace: The appliance's namespace. A configuration there is valid for every pool.
     """
     found = [
         TrustedIssuer(
@@ -60,18 +60,18 @@ def trusted_issuers(
     found += [
         TrustedIssuer(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.refusal or "")
         for pool in pools
-        if pool.spec.auth.methods  # most have none, and this is asked with every request
+        if pool.spec.auth.methods  # a shortcut: most pools have none, and this runs for every request
         for own in pool.spec.auth.oidc
     ]
     return found
 
 
 class OidcAuthenticator:
-    """Knows the holders of ID tokens.
+    """Identifies the holders of ID tokens.
 
     Args:
-        issuers: Their keys.
-        trusted: The configurations as of any moment.
+        issuers: Has the issuers' keys.
+        trusted: Returns the current configurations.
         now: The clock.
     """
 
@@ -83,11 +83,11 @@ class OidcAuthenticator:
         self._now = now
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
-        """See Authenticator: a verdict of each configuration of the token's issuer.
+        """See Authenticator. Returns one verdict for each configuration of the token's issuer.
 
-        What needs no key is judged before the issuer is asked: it is not troubled for a token that has expired or is
-        not for us, and such a token is refused also while the issuer is away. Conditions are looked at, and told,
-        only when the signature is right.
+        Checks that need no key come first. So the issuer is not asked because of a token that has expired or is for
+        another audience, and such a token is refused even while the issuer cannot be reached. Conditions are checked,
+        and mentioned, only after the signature was verified.
         """
         if not looks_like_one(bearer):
             return ()
@@ -98,13 +98,13 @@ class OidcAuthenticator:
         asked = [one for one in self._trusted() if one.settings.issuer == token.claims.get("iss")]
         if not asked:
             return _unknown(token)
-        refusals = [one.refusal or self._unfit(token, one.settings) for one in asked]
+        refusals = [one.refusal or self._claims_refusal(token, one.settings) for one in asked]
         if not all(refusals):
-            forged = await self._forged(token, asked[0].settings.issuer)
-            refusals = [refusal or forged for refusal in refusals]
+            unsigned = await self._signature_refusal(token, asked[0].settings.issuer)
+            refusals = [refusal or unsigned for refusal in refusals]
         return tuple(_verdict(token, one, refusal) for one, refusal in zip(asked, refusals, strict=True))
 
-    def _unfit(self, token: Token, settings: OIDC) -> str:
+    def _claims_refusal(self, token: Token, settings: OIDC) -> str:
         try:
             verify_claims(
                 token.claims,
@@ -117,7 +117,7 @@ class OidcAuthenticator:
             return error.message
         return ""
 
-    async def _forged(self, token: Token, issuer: str) -> str:
+    async def _signature_refusal(self, token: Token, issuer: str) -> str:
         try:
             verify_signature(token, await self._issuers.key(issuer, token.kid, token.alg))
         except Unauthenticated as error:
@@ -128,8 +128,8 @@ class OidcAuthenticator:
 def _unknown(token: Token) -> tuple[Verdict, ...]:
     subject, issuer = token.claims.get("sub"), shown(token.claims.get("iss"))
     if isinstance(subject, str) and subject.startswith(_SERVICE_ACCOUNT):
-        return ()  # a Kubernetes cluster's: others here may know it
-    return (Verdict(_SOURCE, refusal=f"no issuer known here made this token (iss {issuer})"),)
+        return ()  # of a Kubernetes cluster: another authenticator may accept it
+    return (Verdict(_SOURCE, refusal=f"its issuer {issuer} (iss) is not configured here"),)
 
 
 def _verdict(token: Token, one: TrustedIssuer, refusal: str) -> Verdict:

@@ -1,7 +1,7 @@
-"""Kubernetes ServiceAccounts as callers: the API server says whose a token is (TokenReview).
+"""Authenticates Kubernetes ServiceAccounts by asking the API server (TokenReview).
 
-Only what claims to be a ServiceAccount's token is shown to it, with the audience that callers must have asked for. No
-answer is kept here; the API server itself remembers a good token for 10 s.
+Only tokens that claim to be a ServiceAccount's are sent to it, with the audience that they must have. No result is
+cached here; the API server itself caches a valid token for 10 s.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from bkpool.kube import Doc, KubeApi, paths
 
 log = structlog.get_logger(__name__)
 
-AT_ONCE = 16
-"""Questions to the API server at a time: whoever reaches the API can cause one, and must not flood the cluster."""
+MAX_CONCURRENT_REVIEWS = 16
+"""Requests to the API server at the same time. Anybody who reaches bkpool's API can cause one, but not a flood."""
 REVIEW_TIMEOUT = 10.0
-"""Seconds for an answer, the wait for one's turn included."""
+"""Seconds for a review, including the wait for other reviews."""
 
 _SOURCE = "ServiceAccount token"
 _PREFIX = "system:serviceaccount:"
 _REVIEWS = ("authentication.k8s.io/v1", "tokenreviews")
-_LONGEST = 200  # characters of a server's message
+_LONGEST_MESSAGE = 200  # characters of the server's message
 
 
 class ServiceAccountAuthenticator:
-    """Knows the ServiceAccounts of one cluster.
+    """Identifies the ServiceAccounts of one cluster.
 
     Args:
-        api: The cluster; bkpool may create `tokenreviews` there.
-        audience: For whom the tokens must be made.
-        timeout: Seconds for an answer, including the wait for a free slot.
+        api: The cluster. It must allow bkpool to create `tokenreviews`.
+        audience: The audience that tokens must have.
+        timeout: Seconds for a review, including the wait for other reviews.
     """
 
     def __init__(self, api: KubeApi, audience: str = AUDIENCE, timeout: float = REVIEW_TIMEOUT) -> None:
         self._timeout = timeout
         self._api = api
         self._audience = audience
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_REVIEWS)
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         """See Authenticator."""
@@ -62,50 +62,50 @@ class ServiceAccountAuthenticator:
             "kind": "TokenReview",
             "spec": {"token": bearer, "audiences": [self._audience]},
         }
-        away = Unavailable(
-            "ServiceAccount tokens cannot be checked just now",
-            hint="The Kubernetes API server does not answer the appliance, whose log says why; try again.",
+        unavailable = Unavailable(
+            "ServiceAccount tokens cannot be checked now",
+            hint="Try again. The appliance cannot reach the Kubernetes API server; its log says why.",
             retry_after=5,
         )
         try:
-            async with asyncio.timeout(self._timeout), self._turns:
+            async with asyncio.timeout(self._timeout), self._slots:
                 return await self._api.create(paths.group(api_version, plural), review)
         except TimeoutError:
             log.warning("service_accounts.not_checked", reason=f"no answer within {self._timeout:g} s")
-        except BkpoolError as error:  # also a right that is missing: it is no fault of the caller's
+        except BkpoolError as error:  # a missing right, too: the caller is not at fault
             log.warning("service_accounts.not_checked", reason=_without(bearer, error.message))
-        raise away
+        raise unavailable
 
 
 def judge(review: Doc, audience: str, claims: Mapping[str, object]) -> Identity | str:
-    """What the API server's answer means: who it is, or why nobody.
+    """Interprets a TokenReview: the identity, or the reason why there is none.
 
     Args:
         review: The TokenReview with its status.
-        audience: What was asked for.
-        claims: What the token says itself, unverified; they only explain a refusal.
+        audience: The audience that was requested.
+        claims: The unverified claims of the token. They are used only to explain a refusal.
     """
     status = _mapping(review.get("status"))
     user = _mapping(status.get("user"))
     name = user.get("username")
     if status.get("authenticated") is not True:
-        return _why_not(status, audience, claims)
-    if audience not in _texts(status.get("audiences")):  # of a server that does not know audiences
+        return _refusal_reason(status, audience, claims)
+    if audience not in _texts(status.get("audiences")):  # the server does not support audiences
         return f"the API server did not check that the ServiceAccount token is for {audience!r}"
     if not isinstance(name, str) or not name.startswith(_PREFIX):
         return "the token is not a ServiceAccount's"
     return Identity(name, authority="kubernetes", source=_SOURCE, groups=_texts(user.get("groups")))
 
 
-def _why_not(status: Doc, audience: str, claims: Mapping[str, object]) -> str:
+def _refusal_reason(status: Doc, audience: str, claims: Mapping[str, object]) -> str:
     made_for = claims.get("aud")
     made_for = _texts(made_for) if isinstance(made_for, list) else _texts([made_for])
     if audience not in made_for:
-        told = jwt.shown(claims.get("aud"))
-        return f"the ServiceAccount token is for {told}, not for {audience!r}: ask for one with that audience"
+        found = jwt.shown(claims.get("aud"))
+        return f"the ServiceAccount token is for {found}, not for {audience!r}: request one with that audience"
     error = status.get("error")
-    told = error[:_LONGEST] if isinstance(error, str) and error.isprintable() else ""
-    return f"Kubernetes does not take the ServiceAccount token{': ' * bool(told)}{told}"
+    reason = error[:_LONGEST_MESSAGE] if isinstance(error, str) and error.isprintable() else ""
+    return f"Kubernetes refuses the ServiceAccount token{': ' * bool(reason)}{reason}"
 
 
 def _mapping(value: object) -> Doc:
@@ -117,12 +117,16 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _without(bearer: str, text: str) -> str:
-    """The text, if no part of the token stands in it."""
-    return "no reason is told" if any(part in text for part in bearer.split(".") if part) else text
+    """The text, unless it contains a part of the token."""
+    return (
+        "the reason is not shown, because it contains a part of the token"
+        if any(part in text for part in bearer.split(".") if part)
+        else text
+    )
 
 
 def _unverified(bearer: str) -> Mapping[str, object]:
-    """The claims of a JWT, believed for nothing; empty where it is none."""
+    """The claims of a JWT, without any verification; empty if it is not a JWT."""
     if not jwt.looks_like_one(bearer):
         return {}
     claims = bearer.split(".")[1]

@@ -1,6 +1,6 @@
-"""The entries of a Secret or a file of fixed bearer tokens: who has which, and what is wrong with the others.
+"""Parses a Secret or a file of static bearer tokens: the users of the valid entries, and the faults of the others.
 
-Pure. Tokens are kept as digests only; a fault names an entry by its number, since its key may be the token.
+Pure. Only digests of tokens are kept. A fault names an entry by its number, because its key may be the token.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from bkpool.core.auth import RESERVED
 from bkpool.identity.claims import LONGEST_NAME, is_name
 
 SHORTEST_TOKEN = 16
-"""Characters: 96 bits where they are base64, beyond guessing over a network."""
+"""Characters. In base64 these are 96 bits, too many to guess over a network."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-"""What an Authorization header can carry (RFC 7235, token68). Nothing that is an object looks like it."""
+"""What an Authorization header can contain (RFC 7235, token68). No object in JSON or YAML matches it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticToken:
-    """Who has the token of this digest."""
+    """One valid entry: the user of the token with this digest."""
 
     digest: bytes
     user: str
     pools: tuple[str, ...] | None = None
-    """Patterns of the pools that it is for, where that is said."""
+    """Patterns of the pools that it is valid for; None: no restriction."""
 
 
 @dataclass(frozen=True, slots=True)
 class StaticTokens:
-    """What a file or a Secret says."""
+    """The contents of a file or a Secret."""
 
     entries: tuple[StaticToken, ...] = ()
     faults: tuple[str, ...] = ()
-    """What is wrong with the entries that are left out. No secret is in it."""
+    """What is wrong with the entries that are left out, without any secret."""
 
     def of(self, bearer: str) -> tuple[StaticToken, ...]:
-        """The entries of this token. All are compared, so that the time tells nothing of a digest."""
-        asked = _digest(bearer)
-        return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, asked)])
+        """The entries of this token. Every entry is compared, so that the time reveals nothing about a digest."""
+        digest = _digest(bearer)
+        return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, digest)])
 
 
 def parse_static_tokens(data: Mapping[Any, object]) -> StaticTokens:
-    """Reads the entries of a Secret or a file; what is wrong with one leaves the others as they are.
+    """Parses the entries of a Secret or a file. A fault in one entry does not affect the others.
 
     Args:
-        data: By key: the token, the key being the user's name; or an object `{user, pools, token}`, itself or as JSON
-            or YAML. Without `token` the key is the token, as the older Go controller has it; without `user` the key
-            is the user's name.
+        data: The entries by key. An entry is the token (and its key is the user's name), or an object
+            `{user, pools, token}`, as such or as text in JSON or YAML. Without `token`, the key is the token, as in
+            the older Go controller; without `user`, the key is the user's name.
     """
     entries: list[StaticToken] = []
     faults: list[str] = []
@@ -68,22 +68,22 @@ def parse_static_tokens(data: Mapping[Any, object]) -> StaticTokens:
 
 
 def _entry(key: object, value: object) -> StaticToken:
-    """Raises ValueError, in words that hold neither key nor value."""
-    told = _told(value)
-    token = told.get("token", key)
-    user = told.get("user", key if "token" in told else None)
-    pools = told.get("pools")
+    """Parses one entry. Raises ValueError, whose message contains neither key nor value."""
+    fields = _fields(value)
+    token = fields.get("token", key)
+    user = fields.get("user", key if "token" in fields else None)
+    pools = fields.get("pools")
     if not isinstance(token, str) or _TOKEN.fullmatch(token) is None:
-        raise ValueError("its token is not one that a request can carry: letters, digits and ._~+/-=")
+        raise ValueError("its token has a character other than letters, digits and ._~+/-=")
     if len(token) < SHORTEST_TOKEN:
         raise ValueError(f"its token is shorter than {SHORTEST_TOKEN} characters")
     if pools is not None and not (isinstance(pools, list) and all(isinstance(one, str) for one in pools)):
-        raise ValueError("its pools are not a list of names or patterns")
+        raise ValueError("its `pools` is not a list of names or patterns")
     return StaticToken(_digest(token), _name(user), None if pools is None else tuple(pools))
 
 
-def _told(value: object) -> dict[str, object]:
-    """The object that a value is, or stands for."""
+def _fields(value: object) -> dict[str, object]:
+    """The fields of an entry, which is an object or a text that contains one."""
     if isinstance(value, str):
         text = value.strip()
         value = {"token": text} if _TOKEN.fullmatch(text) else parse_document(text)
@@ -93,24 +93,24 @@ def _told(value: object) -> dict[str, object]:
 
 
 def parse_document(text: str) -> object:
-    """What JSON or YAML text stands for; None where it is neither."""
+    """Parses a text in JSON or YAML; None if it is neither."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # their messages quote the text
+    except (yaml.YAMLError, ValueError, RecursionError):  # not re-raised: their messages quote the text
         return None
 
 
 def _name(user: object) -> str:
     if not isinstance(user, str) or not user:
-        raise ValueError("it has no user")
+        raise ValueError("it has no `user`")
     if not is_name(user):
-        raise ValueError(f"its user is not a name of at most {LONGEST_NAME} printable characters")
+        raise ValueError(f"its `user` is not a name of at most {LONGEST_NAME} printable characters")
     if user.startswith(RESERVED):
-        raise ValueError(f"its user begins with one of {', '.join(RESERVED)}, which mean others")
+        raise ValueError(f"its `user` begins with {', '.join(RESERVED)}, which are reserved")
     return user
 
 

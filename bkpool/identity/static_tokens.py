@@ -1,6 +1,7 @@
-"""The fixed bearer tokens of a pool (`spec.auth.methods[type=token]`): for callers that have no issuer.
+"""Authenticates callers with a static bearer token of a pool (`spec.auth.methods`, type `token`).
 
-Tokens are read from a private file or a Secret, and kept as digests only. What they say is read in `entries`.
+Tokens are read from a private file or a Secret, and only their digests are cached.
+static_token_parser.py parses them.
 """
 
 from __future__ import annotations
@@ -29,67 +30,67 @@ from bkpool.kube import Doc, KubeApi, paths
 
 log = structlog.get_logger(__name__)
 
-LARGEST = 1 << 20
-"""Bytes of a file: as much as a Secret may have (Kubernetes documentation, "Secrets")."""
-FRESH = 10.0
-"""Seconds for which a Secret is not read again: how long a withdrawn token may still open the pool."""
-PATIENCE = 5.0
-"""Seconds for one reading of a Secret: every caller waits for it, also those with other credentials."""
+MAX_FILE_BYTES = 1 << 20
+"""The same limit as that of a Secret (Kubernetes documentation, "Secrets")."""
+FRESH_SECONDS = 10.0
+"""For this long, a Secret is not read again. So a removed token may still be accepted for this long."""
+READ_TIMEOUT = 5.0
+"""Seconds to read a Secret. Every caller waits for it, even those with other credentials."""
 
-_HINT = "Write a mapping: each user's name with his token (docs/access.md)."
+_HINT = "Write a mapping from each user's name to their token (docs/access.md)."
 
-# --- from where -----------------------------------------------------------------------------------------------------
+# --- sources --------------------------------------------------------------------------------------------------------
 
 
 class TokenReader(Protocol):
-    """Where tokens come from."""
+    """Reads the tokens of a source."""
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
-        """The tokens as they are now, or were a moment ago; none where the source is another backend's.
+        """The tokens as they are now, or were a moment ago. None if the source is for another backend.
 
         Args:
-            namespace: The pool's.
-            source: As the pool says it.
+            namespace: The pool's namespace.
+            source: The file or the Secret that the pool names.
 
         Raises:
-            BkpoolError: They cannot be read just now; the message holds none of them.
+            BkpoolError: They cannot be read now. The message contains no token.
         """
 
 
 class FileTokenReader:
-    """Private files of this machine (YAML or JSON), read again when they have changed."""
+    """Reads private files of this machine (YAML or JSON), again only when they have changed."""
 
     def __init__(self) -> None:
         self._read: dict[str, tuple[tuple[int, ...], StaticTokens]] = {}
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
-        """See TokenReader. A file that is missing, or that others can read, is an error: nobody is let in by it."""
-        del namespace  # a machine has none
-        return StaticTokens() if source.file is None else await asyncio.to_thread(self._file, source.file)
+        """See TokenReader. A missing file, or one that other users can read, is an error: no token is accepted."""
+        del namespace  # there are none on a machine
+        return StaticTokens() if source.file is None else await asyncio.to_thread(self._read_file, source.file)
 
-    def _file(self, name: str) -> StaticTokens:
+    def _read_file(self, name: str) -> StaticTokens:
         path = Path(name)
         try:
             found = path.stat()
         except OSError as error:
             raise unreadable(path, error.strerror or type(error).__name__, hint=_HINT) from None
-        mark = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
+        fingerprint = (found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
         before = self._read.get(name)
-        if before is not None and before[0] == mark:
+        if before is not None and before[0] == fingerprint:
             return before[1]
         self._read.pop(name, None)
-        if found.st_size > LARGEST:
-            raise unreadable(path, f"is larger than {LARGEST} bytes", hint=_HINT)
+        if found.st_size > MAX_FILE_BYTES:
+            raise unreadable(path, f"is larger than {MAX_FILE_BYTES} bytes", hint=_HINT)
         data = parse_document(read_private(path, hint=_HINT).decode("utf-8", "replace"))
         if not isinstance(data, dict):
             raise unreadable(path, "is not a mapping in YAML or JSON", hint=_HINT)
-        self._read[name] = (mark, tokens := parse_static_tokens(data))
+        self._read[name] = (fingerprint, tokens := parse_static_tokens(data))
         return tokens
 
 
 @dataclass(slots=True)
 class _CachedSecret:
-    """A Secret as of its last reading."""
+    """A Secret as it was read last."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     until: float = float("-inf")
@@ -99,50 +100,52 @@ class _CachedSecret:
 
 
 class SecretTokenReader:
-    """Secrets in the namespaces of the pools. One that is missing has no token.
+    """Reads Secrets in the namespaces of the pools. A missing Secret has no tokens.
 
     Args:
         api: The cluster.
-        clock: Seconds, as time.monotonic has them.
-        fresh: Seconds for which a Secret is not read again.
+        clock: Monotonic seconds.
+        fresh: For this many seconds, a Secret is not read again.
     """
 
-    def __init__(self, api: KubeApi, clock: Callable[[], float] = time.monotonic, fresh: float = FRESH) -> None:
+    def __init__(
+        self, api: KubeApi, clock: Callable[[], float] = time.monotonic, fresh: float = FRESH_SECONDS
+    ) -> None:
         self._fresh = fresh
         self._api = api
         self._clock = clock
-        self._kept: dict[Key, _CachedSecret] = {}
+        self._cache: dict[Key, _CachedSecret] = {}
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
-        """See TokenReader. One reading at a time and Secret; a failed one counts as long as a good one."""
+        """See TokenReader. Each Secret is read by one task at a time. A failure is cached as long as a success."""
         if source.secret_ref is None:
             return StaticTokens()
         secret = Key(namespace, source.secret_ref)
-        kept = self._kept.setdefault(secret, _CachedSecret())
-        async with kept.lock:
-            if self._clock() >= kept.until:
-                await self._renew(secret, kept)
-            if kept.failure is not None:
-                raise kept.failure
-            return kept.tokens
+        cached = self._cache.setdefault(secret, _CachedSecret())
+        async with cached.lock:
+            if self._clock() >= cached.until:
+                await self._refresh(secret, cached)
+            if cached.failure is not None:
+                raise cached.failure
+            return cached.tokens
 
-    async def _renew(self, secret: Key, kept: _CachedSecret) -> None:
-        kept.failure = None
+    async def _refresh(self, secret: Key, cached: _CachedSecret) -> None:
+        cached.failure = None
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(READ_TIMEOUT):
                 found = await self._api.get(paths.core("secrets", *secret))
         except NotFound:
-            kept.version, kept.tokens = None, StaticTokens()
+            cached.version, cached.tokens = None, StaticTokens()
         except TimeoutError:
-            kept.failure = Unavailable(f"Kubernetes: Secret {secret} is not told within {PATIENCE:g} s")
+            cached.failure = Unavailable(f"Kubernetes: Secret {secret} could not be read within {READ_TIMEOUT:g} s")
         except BkpoolError as error:
-            kept.failure = error
+            cached.failure = error
         else:
             version = found["metadata"]["resourceVersion"]
-            if version != kept.version:
-                # In a thread: long YAML of one namespace is no reason for all others to wait.
-                kept.version, kept.tokens = version, await asyncio.to_thread(parse_static_tokens, _data(found))
-        kept.until = self._clock() + self._fresh
+            if version != cached.version:
+                # In a thread, so that long YAML in one namespace does not make all others wait.
+                cached.version, cached.tokens = version, await asyncio.to_thread(parse_static_tokens, _data(found))
+        cached.until = self._clock() + self._fresh
 
 
 def _data(secret: Doc) -> dict[str, object]:
@@ -156,54 +159,54 @@ def _decoded(value: str) -> str | None:
         return None
 
 
-# --- who is calling -------------------------------------------------------------------------------------------------
+# --- authenticator --------------------------------------------------------------------------------------------------
 
 
 class StaticTokenAuthenticator:
-    """Knows the callers of pools that have tokens of their own; each counts at its pool only.
+    """Identifies the callers that have a static token of a pool. The identity is valid for that pool only.
 
-    Tokens that cannot be read let nobody in, and keep nobody out whom another authenticator knows: that is said in a
-    verdict rather than raised.
+    If tokens cannot be read, the result is a refusal instead of an error, so that callers whom another authenticator
+    accepts are not affected.
 
     Args:
-        reader: Where this backend has them.
-        pools: All pools as of now.
+        reader: Reads the tokens of this backend.
+        pools: Returns all current pools.
     """
 
     def __init__(self, reader: TokenReader, pools: Callable[[], Iterable[Pool]]) -> None:
         self._reader = reader
         self._pools = pools
-        self._said: dict[tuple[Key, int], str] = {}
+        self._reported: dict[tuple[Key, int], str] = {}
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         """See Authenticator. It never raises Unavailable."""
-        asked = [
-            self._judged(bearer, pool.key, number, source)
+        verdicts = [
+            self._verdicts(bearer, pool.key, number, source)
             for pool in self._pools()
             for number, source in enumerate(pool.spec.auth.tokens)
         ]
-        return tuple(chain.from_iterable(await asyncio.gather(*asked)))
+        return tuple(chain.from_iterable(await asyncio.gather(*verdicts)))
 
-    async def _judged(self, bearer: str, pool: Key, number: int, source: TokenFrom) -> list[Verdict]:
+    async def _verdicts(self, bearer: str, pool: Key, number: int, source: TokenFrom) -> list[Verdict]:
         name = f"BuildKitPool {pool} (token)"
         try:
             tokens = await self._reader.read(pool.namespace, source)
         except BkpoolError as error:
-            self._say(pool, number, error.message)
-            # Whoever reads this may be nobody: it does not name the pool.
-            return [Verdict(name, refusal="the tokens of a pool cannot be read just now")]
-        self._say(pool, number, "; ".join(tokens.faults))
+            self._report(pool, number, error.message)
+            # The caller may be a stranger: the message does not name the pool.
+            return [Verdict(name, refusal="the tokens of a pool cannot be read now")]
+        self._report(pool, number, "; ".join(tokens.faults))
         return [_verdict(name, pool, entry) for entry in tokens.of(bearer)]
 
-    def _say(self, pool: Key, number: int, fault: str) -> None:
-        """Logs what is wrong once, until it is something else."""
-        if fault == self._said.get((pool, number), ""):
+    def _report(self, pool: Key, number: int, fault: str) -> None:
+        """Logs a fault once, and again only when it changes."""
+        if fault == self._reported.get((pool, number), ""):
             return
-        self._said[pool, number] = fault
+        self._reported[pool, number] = fault
         if fault:
-            log.warning("tokens.faulty", pool=str(pool), reason=fault)
+            log.warning("static_tokens.faulty", pool=str(pool), reason=fault)
         else:
-            log.info("tokens.good_again", pool=str(pool))
+            log.info("static_tokens.repaired", pool=str(pool))
 
 
 def _verdict(source: str, pool: Key, entry: StaticToken) -> Verdict:

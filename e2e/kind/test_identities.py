@@ -19,7 +19,7 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
-from bkpool.identity.static_tokens import FRESH, SecretTokenReader, StaticTokenAuthenticator
+from bkpool.identity.static_tokens import FRESH_SECONDS, SecretTokenReader, StaticTokenAuthenticator
 from bkpool.install import crds
 from bkpool.kube import paths
 from bkpool.kube.client import ClusterAccess, KubeApi
@@ -63,7 +63,7 @@ async def test_a_deleted_serviceaccount_is_out_within_seconds(api, kubectl, name
     kubectl("delete", "serviceaccount", "ci", "-n", namespace)
 
     verdict = await refused(accounts, token)
-    assert verdict.refusal.startswith("Kubernetes does not take the ServiceAccount token")
+    assert verdict.refusal.startswith("Kubernetes refuses the ServiceAccount token")
 
     kubectl("create", "serviceaccount", "ci", "-n", namespace)
     (verdict,) = await accounts.authenticate(token)
@@ -143,7 +143,7 @@ async def test_tokens_of_a_secret_may_be_exchanged_while_it_runs(api, kubectl, n
     def apply(**data: str) -> None:
         secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "tokens", "namespace": namespace}}
         kubectl("apply", "-f", "-", stdin=json.dumps({**secret, "stringData": data}))
-        clock.now += FRESH
+        clock.now += FRESH_SECONDS
 
     assert await tokens.authenticate(ALICE) == ()
     apply(alice=f"{ALICE}\n", short="short")
@@ -156,7 +156,7 @@ async def test_tokens_of_a_secret_may_be_exchanged_while_it_runs(api, kubectl, n
     assert names(await tokens.authenticate(ALICE)) == []
     assert names(await tokens.authenticate(BOB)) == ["bob"]
     kubectl("delete", "secret", "tokens", "-n", namespace)
-    clock.now += FRESH
+    clock.now += FRESH_SECONDS
     assert await tokens.authenticate(BOB) == ()
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bkpool.core.errors import Unauthenticated, Unavailable
-from bkpool.identity.issuer_keys import FRESH, PAUSE, STALE, IssuerKeys
+from bkpool.identity.issuer_keys import FRESH_SECONDS, RETRY_SECONDS, STALE_SECONDS, IssuerKeys
 from bkpool.identity.jwks import choose, read_discovery, read_keys
 from bkpool.identity.jwt import ALGORITHMS
 from support.issuer import DISCOVERY, JWKS, Issuer, b64, signing_key
@@ -58,7 +58,7 @@ def same(key, jwk) -> bool:
 async def test_keys_are_asked_for_once_and_kept_for_a_while(issuer, issuers, clock):
     for _ in range(3):
         assert same(await issuers.key(issuer.url, "key-1", "RS256"), RSA)
-        clock.pass_(FRESH / 3)
+        clock.pass_(FRESH_SECONDS / 3)
     assert (issuer.count(DISCOVERY), issuer.count(JWKS)) == (1, 1)
     await issuers.key(issuer.url, "key-1", "RS256")
     assert issuer.count() == 2
@@ -70,7 +70,7 @@ async def test_the_request_says_nothing_of_us_and_keeps_no_cookie(issuer, issuer
     issuer.answer(DISCOVERY, issuer.discovery(), headers={"Set-Cookie": "a=b; Path=/"})
     for _ in range(2):
         await issuers.key(issuer.url, "key-1", "RS256")
-        clock.pass_(FRESH)
+        clock.pass_(FRESH_SECONDS)
     for request in issuer.requests:
         assert request.headers["Accept-Encoding"] == "identity"
         assert not {"Cookie", "Authorization"} & set(request.headers)
@@ -107,7 +107,7 @@ async def test_a_thousand_made_up_names_of_keys_ask_twice_at_most(issuer, issuer
         with pytest.raises(Unauthenticated, match="does not have a key "):
             await issuers.key(issuer.url, name, "RS256")
     assert issuer.count() == issuer.count(DISCOVERY) == 2
-    clock.pass_(PAUSE)
+    clock.pass_(RETRY_SECONDS)
     with pytest.raises(Unauthenticated):
         await issuers.key(issuer.url, "more", "RS256")
     assert issuer.count() == 3
@@ -143,24 +143,24 @@ async def test_a_key_that_is_new_while_the_old_ones_are_on_the_way_is_found(issu
 async def test_a_withdrawn_key_is_refused_when_the_keys_are_asked_for_again(issuer, issuers, clock):
     await issuers.key(issuer.url, "key-1", "RS256")
     issuer.keys = []
-    clock.pass_(FRESH)
+    clock.pass_(FRESH_SECONDS)
     with pytest.raises(Unauthenticated, match="'key-1'"):
         await issuers.key(issuer.url, "key-1", "RS256")
     assert await issuers.probe(issuer.url) == 0
 
 
-# --- an issuer that cannot be asked ---------------------------------------------------------------------------------
+# --- an issuer that cannot be reached -------------------------------------------------------------------------------
 
 
 async def test_an_issuer_that_is_down_is_not_hammered(issuer, issuers, clock):
     issuer.answer(DISCOVERY, b"", status=503)
     for _ in range(20):
-        with pytest.raises(Unavailable, match=rf"{issuer.url} cannot be asked .* HTTP 503") as refused:
+        with pytest.raises(Unavailable, match=rf"{issuer.url} cannot be fetched.* HTTP 503") as refused:
             await issuers.key(issuer.url, "key-1", "RS256")
-    assert refused.value.retry_after == PAUSE
+    assert refused.value.retry_after == RETRY_SECONDS
     assert len(issuer.requests) == 1
     issuer.answers.clear()
-    clock.pass_(PAUSE)
+    clock.pass_(RETRY_SECONDS)
     assert await issuers.key(issuer.url, "key-1", "RS256")
 
 
@@ -169,7 +169,7 @@ async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
     try:
         with Issuer() as issuer:
             await issuers.key(issuer.url, "key-1", "RS256")
-        clock.pass_(STALE - 1)
+        clock.pass_(STALE_SECONDS - 1)
         assert await issuers.key(issuer.url, "key-1", "RS256")
         with pytest.raises(Unavailable, match="Connect"):  # a key that is not known may be a new one
             await issuers.key(issuer.url, "key-2", "RS256")
@@ -179,7 +179,7 @@ async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
         with pytest.raises(Unavailable, match="Connect"):
             await issuers.key(issuer.url, "key-1", "RS256")
         with issuer:
-            clock.pass_(PAUSE)
+            clock.pass_(RETRY_SECONDS)
             assert await issuers.key(issuer.url, "key-1", "RS256")
             assert await issuers.probe(issuer.url) == 1
     finally:
@@ -189,13 +189,13 @@ async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
 async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issuer, issuers, clock):
     await issuers.key(issuer.url, "key-1", "RS256")
     issuer.answer(JWKS, b"<html>")
-    with pytest.raises(Unavailable, match="set of keys is not JSON"):
+    with pytest.raises(Unavailable, match="JWK set is not JSON"):
         await issuers.key(issuer.url, "key-2", "RS256")
-    with pytest.raises(Unavailable, match="set of keys is not JSON"):
+    with pytest.raises(Unavailable, match="JWK set is not JSON"):
         await issuers.probe(issuer.url)
     assert await issuers.key(issuer.url, "key-1", "RS256")
     issuer.answers.clear()
-    clock.pass_(PAUSE)
+    clock.pass_(RETRY_SECONDS)
     assert await issuers.probe(issuer.url) == 1
 
 
@@ -203,7 +203,7 @@ async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issu
 async def test_an_issuer_that_does_not_answer_in_time(issuer, clock, path):
     issuer.hang(path)
     issuers = IssuerKeys(clock=clock, timeout=0.05)
-    with pytest.raises(Unavailable, match=r"does not answer within 0\.05 s"):
+    with pytest.raises(Unavailable, match=r"does not respond within 0\.05 s"):
         await issuers.key(issuer.url, "key-1", "RS256")
     await issuers.close()
 
@@ -227,7 +227,7 @@ async def test_only_so_many_issuers_are_remembered(issuer, issuers, monkeypatch)
             await issuers.key(f"http://127.0.0.1:{port}", "key-1", "RS256")
     await issuers.key(issuer.url, "key-1", "RS256")
     assert issuer.count() == 2
-    assert len(issuers._kept) == 2
+    assert len(issuers._cache) == 2
 
 
 # --- answers that are not taken -------------------------------------------------------------------------------------
@@ -281,8 +281,8 @@ async def test_a_redirect_to_the_same_place_is_followed_twice(issuer, issuers, s
     issuer.answer("/2", issuer.discovery())
     assert await issuers.key(issuer.url, "key-1", "RS256")
     issuer.redirect("/2", "3", status)
-    clock.pass_(STALE)
-    assert "2 times are followed" in await why(issuers, issuer)
+    clock.pass_(STALE_SECONDS)
+    assert "at most 2 are followed" in await why(issuers, issuer)
 
 
 async def test_what_is_not_http_is_not_repeated(issuers):
@@ -295,7 +295,7 @@ async def test_what_is_not_http_is_not_repeated(issuers):
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(Unavailable, match="not to be understood") as refused:
+        with pytest.raises(Unavailable, match="its response cannot be read") as refused:
             await issuers.key(f"http://127.0.0.1:{port}", "key-1", "RS256")
     assert "SSH" not in refused.value.message
 
@@ -418,8 +418,8 @@ def test_a_key_that_is_of_no_use_is_skipped(jwk):
     ("document", "says"),
     [
         (b"", "is not JSON"),
-        (b"{}", "has no list of keys"),
-        (b'{"keys":{}}', "has no list of keys"),
+        (b"{}", "has no list .keys."),
+        (b'{"keys":{}}', "has no list .keys."),
         (b'{"keys":[],"keys":[]}', "has a name twice"),
         (json.dumps({"keys": [{}] * 101}).encode(), "101 keys, more than 100"),
     ],
@@ -495,4 +495,4 @@ async def test_headers_without_end_are_not_read(issuer, issuers):
         return web.Response(headers={f"X-{n}": "x" * 8000 for n in range(100)})
 
     issuer.answers[JWKS] = handler
-    assert "cannot be asked" in await why(issuers, issuer)
+    assert "cannot be fetched" in await why(issuers, issuer)

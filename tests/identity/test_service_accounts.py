@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE
 from bkpool.identity import Identity, Verdict
-from bkpool.identity.service_accounts import AT_ONCE, ServiceAccountAuthenticator, judge
+from bkpool.identity.service_accounts import MAX_CONCURRENT_REVIEWS, ServiceAccountAuthenticator, judge
 
 CI = "system:serviceaccount:team:ci"
 GROUPS = ["system:serviceaccounts", "system:serviceaccounts:team", "system:authenticated"]
@@ -45,7 +45,7 @@ class Cluster:
         self.asked.append((path, body))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
-        if self.at_once == AT_ONCE:
+        if self.at_once == MAX_CONCURRENT_REVIEWS:
             self.full.set()
         try:
             await self.gate.wait()
@@ -94,9 +94,9 @@ async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server
     ("bearer", "told", "says"),
     [
         (token(), {"error": "[invalid bearer token, expired]"}, "token: [invalid bearer token, expired]"),
-        (token(), {}, "does not take"),
-        (token(), {"authenticated": False, "user": {"username": CI}}, "does not take"),
-        (token(), status(authenticated="true"), "does not take"),
+        (token(), {}, "refuses"),
+        (token(), {"authenticated": False, "user": {"username": CI}}, "refuses"),
+        (token(), status(authenticated="true"), "refuses"),
         (token(aud=["https://k.svc"]), {}, f"is for ['https://k.svc'], not for '{AUDIENCE}'"),
         (token(aud="vault"), {}, "is for 'vault', not for"),
         (token(aud=None), {}, "is for None, not for"),
@@ -106,9 +106,9 @@ async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server
         (token(), status(audiences=AUDIENCE), "did not check"),
         (token(), status(user={"username": "alice", "groups": ["system:masters"]}), "not a ServiceAccount's"),
         (token(), status(user={}), "not a ServiceAccount's"),
-        (token(), {"error": f"what is {token()}"}, "no reason is told"),
-        (token(), {"error": "signature c2lnbmF0dXJl is bad"}, "no reason is told"),
-        (token(), {"error": "two\nlines"}, "does not take the ServiceAccount token"),
+        (token(), {"error": f"what is {token()}"}, "the reason is not shown"),
+        (token(), {"error": "signature c2lnbmF0dXJl is bad"}, "the reason is not shown"),
+        (token(), {"error": "two\nlines"}, "refuses the ServiceAccount token"),
     ],
 )  # fmt: skip
 async def test_whom_the_api_server_does_not_know_is_told_why(bearer, told, says):
@@ -175,12 +175,12 @@ async def test_questions_are_bounded_in_number_and_in_time():
     cluster = Cluster(status())
     cluster.gate.clear()
     accounts = ServiceAccountAuthenticator(cluster)
-    calls = [asyncio.create_task(accounts.authenticate(token())) for _ in range(3 * AT_ONCE)]
+    calls = [asyncio.create_task(accounts.authenticate(token())) for _ in range(3 * MAX_CONCURRENT_REVIEWS)]
     await cluster.full.wait()
     cluster.gate.set()
     answers = await asyncio.gather(*calls)
     assert all(verdict.identity for (verdict,) in answers)
-    assert cluster.most_at_once == AT_ONCE
+    assert cluster.most_at_once == MAX_CONCURRENT_REVIEWS
 
     cluster.gate.clear()
     with pytest.raises(Unavailable):
