@@ -20,7 +20,7 @@ POOL = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetad
         (["--ttl=-1h"], 2, "ttl"),
         (["--ttl", "100000h"], 2, "ttl"),
         (["--ttl", "0s"], 2, "ttl"),
-        (["--pool", "nope"], 5, "poolName"),
+        (["--pool", "nope"], 5, "--pool"),
         (["--pool", ""], 2, "pool"),
         (["--wait", "soon"], 2, "wait"),
         (["--nonsense"], 2, "--nonsense"),

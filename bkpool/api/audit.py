@@ -20,7 +20,7 @@ _DENIALS = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.
 """Statuses of errors that deny a request about which nothing was decided before."""
 
 
-class Trail:
+class AuditTrail:
     """What is known so far about one request.
 
     Args:
@@ -34,25 +34,25 @@ class Trail:
         self._allowed: bool | None = None
         self._reason = ""
 
-    def of(self, identity: Identity | None) -> None:
+    def add_identity(self, identity: Identity | None) -> None:
         """Adds who asks, or who is asked about."""
         if identity is not None:
-            self.about(identity=identity.name, authority=identity.authority, source=identity.source)
+            self.add_facts(identity=identity.name, authority=identity.authority, source=identity.source)
 
-    def about(self, **facts: str) -> None:
+    def add_facts(self, **facts: str) -> None:
         """Adds what the request is about: pool, worker, allocation."""
         self._facts |= facts
 
-    def decided(self, *, allowed: bool, reason: str) -> None:
+    def set_decision(self, *, allowed: bool, reason: str) -> None:
         """Records what was decided. An allowed request may still fail; then the line names the failure."""
         self._allowed, self._reason = allowed, reason
 
     def write(self, error: BaseException | None = None) -> None:
         """Writes the log line if something was decided."""
         if isinstance(error, BkpoolError) and self._denies(error):
-            self.decided(allowed=False, reason=error.message)
+            self.set_decision(allowed=False, reason=error.message)
         elif error is not None:
-            self.about(failure=error.code if isinstance(error, BkpoolError) else type(error).__name__)
+            self.add_facts(failure=error.code if isinstance(error, BkpoolError) else type(error).__name__)
         if self._action and self._allowed is not None:
             decision = "allowed" if self._allowed else "denied"
             log.info("audit.decision", action=self._action, decision=decision, reason=self._reason, **self._facts)
@@ -63,9 +63,9 @@ class Trail:
 
 
 @contextmanager
-def audited(action: str, remote: str | None) -> Iterator[Trail]:
+def audited(action: str, remote: str | None) -> Iterator[AuditTrail]:
     """The trail of one request. It is written when the request ends: answered, failed, or cancelled by its caller."""
-    trail = Trail(action, remote)
+    trail = AuditTrail(action, remote)
     try:
         yield trail
     except BaseException as error:

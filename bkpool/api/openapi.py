@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bkpool import __version__
-from bkpool.api.audit import Trail
+from bkpool.api.audit import AuditTrail
 from bkpool.api.models import NAME_PATTERN, ErrorAnswer
 
 _STATUS_DESCRIPTIONS = {
@@ -55,7 +55,7 @@ class ApiRoute:
 
     method: str
     path: str
-    handler: Callable[[web.Request, Trail], Awaitable[BaseModel]]
+    handler: Callable[[web.Request, AuditTrail], Awaitable[BaseModel]]
     body: type[BaseModel] | None
     answer: type[BaseModel]
     bearer: Bearer = Bearer.REQUIRED

@@ -14,7 +14,7 @@ from aiohttp import web
 from bkpool.allocation import Allocator, LeaseService, OwnLease
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
-from bkpool.api.audit import Trail
+from bkpool.api.audit import AuditTrail
 from bkpool.api.bodies import read_body
 from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
@@ -84,7 +84,7 @@ class Service:
             *(ApiRoute("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
         ]
 
-    async def allocate(self, request: web.Request, trail: Trail) -> models.AllocateAnswer:
+    async def allocate(self, request: web.Request, trail: AuditTrail) -> models.AllocateAnswer:
         """Lease a worker; waits until one is ready."""
         caller = await self._caller(request, trail)
         self._check_ready()
@@ -94,7 +94,7 @@ class Service:
         _add_lease(trail, grant.worker)
         return models.AllocateAnswer.of(grant, self.gateway_endpoint(self.mirror.pools.get(pool.key, pool)))
 
-    async def renew(self, request: web.Request, trail: Trail) -> models.RenewAnswer:
+    async def renew(self, request: web.Request, trail: AuditTrail) -> models.RenewAnswer:
         """Extend a lease."""
         body = await read_body(request, models.RenewBody)
         lease = await self._lease(request, body, trail)
@@ -102,7 +102,7 @@ class Service:
         _add_allowed(trail, lease, worker)
         return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.held_lease.expires_at)
 
-    async def lookup(self, request: web.Request, trail: Trail) -> models.LookupAnswer:
+    async def lookup(self, request: web.Request, trail: AuditTrail) -> models.LookupAnswer:
         """Get the worker of a lease."""
         token = (await read_body(request, models.TokenBody)).token
         worker = await self.leases.lookup(token)
@@ -111,27 +111,27 @@ class Service:
             worker_endpoint=worker.status.endpoint or "", worker_name=worker.key.name, pool_name=worker.pool.name
         )
 
-    async def release(self, request: web.Request, trail: Trail) -> models.StatusAnswer:
+    async def release(self, request: web.Request, trail: AuditTrail) -> models.StatusAnswer:
         """End a lease."""
         lease = await self._lease(request, await read_body(request, models.LeaseBody), trail)
         _add_allowed(trail, lease, await self.leases.release(lease))
         return models.StatusAnswer(status="released")
 
-    async def check(self, request: web.Request, trail: Trail) -> models.CheckAnswer:
+    async def check(self, request: web.Request, trail: AuditTrail) -> models.CheckAnswer:
         """Check whether a bearer token may use a pool, and why."""
         body = await read_body(request, models.CheckBody)
         admin = await self._is_admin(request)
         caller = await self.access.authenticate(body.token)
         pool = Key(body.namespace, body.pool_name)
-        trail.about(pool=str(pool))
+        trail.add_facts(pool=str(pool))
         decision = self._decide(caller.identities, pool, reveal=admin)
         if not caller.identities:
             decision = AccessDecision(allowed=False, reason=refusal(caller))
-        trail.of(decision.identity)
-        trail.decided(allowed=decision.allowed, reason=decision.reason)
+        trail.add_identity(decision.identity)
+        trail.set_decision(allowed=decision.allowed, reason=decision.reason)
         return models.CheckAnswer.of(decision, caller, all_verdicts=admin)
 
-    async def pools(self, request: web.Request, trail: Trail) -> models.PoolsAnswer:
+    async def pools(self, request: web.Request, trail: AuditTrail) -> models.PoolsAnswer:
         """List the pools that the caller may use."""
         caller = await self._caller(request, trail)
         open_to_all = self.access.open_to_all  # computed once, because it looks at all pools
@@ -140,10 +140,10 @@ class Service:
             for _, pool in sorted(self.mirror.pools.items())
             if decide(caller.identities, pool, open_to_all=open_to_all).allowed
         ]
-        trail.decided(allowed=True, reason=f"{len(usable)} of {len(self.mirror.pools)} pools may be used")
+        trail.set_decision(allowed=True, reason=f"{len(usable)} of {len(self.mirror.pools)} pools may be used")
         return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool)) for pool in usable))
 
-    async def pool(self, request: web.Request, trail: Trail) -> models.PoolAnswer:
+    async def pool(self, request: web.Request, trail: AuditTrail) -> models.PoolAnswer:
         """Get one pool and its workers."""
         caller = await self._caller(request, trail)
         namespace = check_name(request.query.get("namespace") or DEFAULT_NAMESPACE, field="namespace")
@@ -152,20 +152,20 @@ class Service:
         members = tuple(models.WorkerView.of(one, whole=_is_theirs(caller, one)) for one in workers)
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
 
-    async def issuers(self, request: web.Request, trail: Trail) -> models.IssuersAnswer:
+    async def issuers(self, request: web.Request, trail: AuditTrail) -> models.IssuersAnswer:
         """List the BuildKitOIDCConfigs, and whether each works."""
         identity = (await self._caller(request, trail)).identities[0]
         if not identity.admin:
             raise Forbidden(f"{identity.name} may not list issuers", hint="Use the admin's token.")
-        trail.decided(allowed=True, reason="the admin may")
+        trail.set_decision(allowed=True, reason="the admin may")
         configs = (config for _, config in sorted(self.mirror.configs.items()))
         return models.IssuersAnswer(issuers=tuple(map(models.IssuerView.of, configs)))
 
-    async def health(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
+    async def health(self, _request: web.Request, _trail: AuditTrail) -> models.StatusAnswer:
         """Check whether the process runs."""
         return models.StatusAnswer(status="ok")
 
-    async def ready(self, _request: web.Request, _trail: Trail) -> models.StatusAnswer:
+    async def ready(self, _request: web.Request, _trail: AuditTrail) -> models.StatusAnswer:
         """Check whether this replica should get requests."""
         self._check_ready()
         if reason := self.not_ready_reason():
@@ -174,9 +174,9 @@ class Service:
 
     # --- who may what -----------------------------------------------------------------------------------------------
 
-    async def _caller(self, request: web.Request, trail: Trail) -> Caller:
+    async def _caller(self, request: web.Request, trail: AuditTrail) -> Caller:
         caller = await self.access.caller(request.headers.getall("Authorization", []))
-        trail.of(caller.identities[0])
+        trail.add_identity(caller.identities[0])
         return caller
 
     async def _is_admin(self, request: web.Request) -> bool:
@@ -187,19 +187,19 @@ class Service:
             return False
         return any(identity.admin for identity in caller.identities)
 
-    def _admit(self, caller: Caller, key: Key, trail: Trail) -> tuple[Pool, Identity]:
+    def _admit(self, caller: Caller, key: Key, trail: AuditTrail) -> tuple[Pool, Identity]:
         """The pool, and the identity by which the caller may use it.
 
         Raises:
             Forbidden: They may not use it.
             NotFound: It does not exist, and they may know that.
         """
-        trail.about(pool=str(key))
+        trail.add_facts(pool=str(key))
         decision = self._decide(caller.identities, key)
-        trail.of(decision.identity)
+        trail.add_identity(decision.identity)
         if not decision.allowed or decision.identity is None:
             raise forbidden(decision, str(key))
-        trail.decided(allowed=True, reason=decision.reason)
+        trail.set_decision(allowed=True, reason=decision.reason)
         return find_pool(self.mirror, key), decision.identity
 
     def _decide(self, identities: tuple[Identity, ...], key: Key, *, reveal: bool = False) -> AccessDecision:
@@ -222,12 +222,12 @@ class Service:
         first = identities[0] if identities else None
         return AccessDecision(allowed=False, reason="there is no pool of this name that they may use", identity=first)
 
-    async def _lease(self, request: web.Request, body: models.LeaseBody, trail: Trail) -> str | OwnLease:
+    async def _lease(self, request: web.Request, body: models.LeaseBody, trail: AuditTrail) -> str | OwnLease:
         """The lease that the body names: by its token, or by its worker together with the caller's own credential."""
         worker = body.worker
         if worker is None:
             return body.token
-        trail.about(worker=str(worker))
+        trail.add_facts(worker=str(worker))
         return OwnLease(worker, (await self._caller(request, trail)).identities)
 
     def _check_ready(self) -> None:
@@ -249,20 +249,20 @@ def _is_theirs(caller: Caller, worker: Worker) -> bool:
     return is_theirs(worker.pool, caller.identities, worker.lease.holder if worker.lease else "")
 
 
-def _add_lease(trail: Trail, worker: Worker) -> None:
-    trail.about(pool=str(worker.pool), worker=str(worker.key), allocation=worker.held_lease.id)
+def _add_lease(trail: AuditTrail, worker: Worker) -> None:
+    trail.add_facts(pool=str(worker.pool), worker=str(worker.key), allocation=worker.held_lease.id)
 
 
-def _add_allowed(trail: Trail, lease: str | OwnLease, worker: Worker | None) -> None:
+def _add_allowed(trail: AuditTrail, lease: str | OwnLease, worker: Worker | None) -> None:
     """Records that the caller may do this with the lease. The worker is None if the lease has ended before."""
     if worker is not None:
         _add_lease(trail, worker)
     if isinstance(lease, str):
-        trail.decided(allowed=True, reason="the caller has the lease's token")
+        trail.set_decision(allowed=True, reason="the caller has the lease's token")
         if worker is not None:
-            trail.about(identity=worker.held_lease.requested_by)
+            trail.add_facts(identity=worker.held_lease.requested_by)
         return
     admin = next((one for one in lease.identities if one.admin), None)
     owner = next((one for one in lease.identities if worker and one.digest == worker.held_lease.holder), None)
-    trail.of(admin or owner)
-    trail.decided(allowed=True, reason="the admin may" if admin else "the caller allocated this lease")
+    trail.add_identity(admin or owner)
+    trail.set_decision(allowed=True, reason="the admin may" if admin else "the caller allocated this lease")
