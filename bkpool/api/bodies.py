@@ -44,7 +44,7 @@ async def read_body(request: web.Request, model: type[B]) -> B:
     try:
         return model.model_validate(data, by_alias=True, by_name=False)
     except ValidationError as error:
-        found = explain(error, shown=False)
+        found = explain(error, show_value=False)
         reason = found.message.removeprefix(f"{found.field}: ")
         raise InvalidInput(
             f"the request is not valid: {reason}",

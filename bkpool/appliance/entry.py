@@ -55,7 +55,7 @@ def _read_documents(files: Iterable[Path]) -> Documents:
     documents = Documents()
     for path in files:
         documents += read_documents(path.read_text("utf-8", "replace"), source=str(path))
-    documents.check_once()
+    documents.check_unique()
     return documents
 
 

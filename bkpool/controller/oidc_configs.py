@@ -52,8 +52,8 @@ def finding_without_check(config: OIDCConfig) -> Finding | None:
     """What the configuration alone says; None if the issuer must be asked."""
     if not config.spec.enabled:
         return Finding("Disabled", "disabled")
-    if config.spec.refusal is not None:
-        return Finding("NeedsCondition", config.spec.refusal)
+    if config.spec.rejection_reason is not None:
+        return Finding("NeedsCondition", config.spec.rejection_reason)
     return None
 
 

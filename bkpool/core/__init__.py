@@ -1,4 +1,4 @@
-"""The pure heart: objects, durations, tokens, errors, placement and policy.
+"""The pure part: objects, durations, tokens, errors, who gets a worker, and what the controller does next.
 
-Everything here is a function of its arguments. Nothing here does I/O, reads a clock or knows asyncio.
+Everything here is a function of its arguments. Nothing here does I/O, reads a clock or uses asyncio.
 """

@@ -1,6 +1,7 @@
-"""Who may use a pool, as objects say it: BuildKitOIDCConfig, and `spec.auth` of a pool.
+"""The objects that say who may use a pool: BuildKitOIDCConfig, and `spec.auth` of a pool.
 
-Only the shape and what is wrong with it; who a caller is and what he may do is judged in `identity`.
+This module has their fields and what is wrong with a value. Who a caller is and what they may do is decided in
+`identity`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictI
 
 from bkpool.core.names import LOOPBACK
 from bkpool.core.resource import Condition, Model, Resource
-from bkpool.core.wildcards import says_nothing
+from bkpool.core.wildcards import matches_everything
 
 PUBLIC_ISSUERS: frozenset[str] = frozenset(
     {
@@ -31,23 +32,23 @@ PUBLIC_ISSUERS: frozenset[str] = frozenset(
         "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0",
     }
 )
-"""Issuers that make tokens for the whole world, by their own documentation: an account there is enough."""
+"""Issuers that give tokens to everybody who has an account there, as their own documentation says."""
 
-RESERVED = ("system:", "group:", "pool:")
-"""What no user of an OIDC issuer may be called: rules and Kubernetes mean others by names that begin so."""
+RESERVED_PREFIXES = ("system:", "group:", "pool:")
+"""The name of an OIDC user may not begin with these, because in rules and in Kubernetes they mean other users."""
 
 _SAME_FOR_ALL = frozenset({"iss", "aud", "exp", "iat", "nbf", "azp", "jti"})
-"""Claims that tell nobody apart."""
+"""Claims that do not distinguish one caller of an issuer from another."""
 
 Pattern = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 ClaimName = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
 
 def check_url(url: str) -> str:
-    """The URL, if keys may be fetched from there: https, or http on loopback.
+    """Returns the URL if keys may be fetched from it: it is https, or http on loopback.
 
     Raises:
-        ValueError: It is not.
+        ValueError: They may not.
     """
     try:
         parts = urlsplit(url)
@@ -67,67 +68,67 @@ IssuerUrl = Annotated[StrictStr, Field(min_length=1, max_length=512), AfterValid
 
 
 class ClaimsMapping(Model):
-    """Which claims say what. A claim within others is written with dots (`kubernetes.io.namespace`)."""
+    """Which claims are read for what. A nested claim is written with dots (`kubernetes.io.namespace`)."""
 
     user: ClaimName = "sub"
     pools: ClaimName | None = None
-    """Names of pools, in a text or a list; taken literally."""
+    """The claim with names of pools, as a string or a list. Wildcards in it have no meaning."""
     groups: ClaimName | None = None
 
 
 class ClaimCondition(Model):
-    """What a claim must be: one of the values, or fit one of the patterns. A list must have such a member."""
+    """The claim must equal one of the values or match one of the patterns. In a list, one member must."""
 
     claim: ClaimName
     values: tuple[StrictStr | StrictBool | StrictInt, ...] = ()
     patterns: tuple[Pattern, ...] = ()
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _not_empty(self) -> Self:
         if not self.values and not self.patterns:
             raise ValueError("neither values nor patterns are given")
         return self
 
     @property
-    def singles_out(self) -> bool:
-        """Whether a token of somebody else's could ever fail it."""
-        return self.claim not in _SAME_FOR_ALL and not any(says_nothing(pattern) for pattern in self.patterns)
+    def is_selective(self) -> bool:
+        """Whether there are tokens of this issuer that do not meet it."""
+        return self.claim not in _SAME_FOR_ALL and not any(matches_everything(pattern) for pattern in self.patterns)
 
 
 class OIDC(Model):
-    """One issuer whose tokens are believed, and for whom."""
+    """One issuer whose tokens are accepted, and under which conditions."""
 
     issuer: IssuerUrl
     audience: Annotated[StrictStr, Field(min_length=1, max_length=512)]
     claims_mapping: ClaimsMapping = ClaimsMapping()
     conditions: tuple[ClaimCondition, ...] = ()
-    """All must hold."""
+    """A token must meet all of them."""
     tenant_claim: ClaimName | None = None
-    """Which claim says whose caches are whose; None: the mapped user."""
+    """The claim with the tenant, who owns the caches; None: the tenant is the user."""
     client_id: Annotated[StrictStr | None, Field(alias="clientID")] = None
-    """What `azp` may be, where it is not the audience."""
+    """The accepted value of the claim `azp`, if it is not the audience."""
 
     @property
-    def refusal(self) -> str | None:
-        """Why this must not be believed as it is written; None if it may."""
-        if self.issuer.rstrip("/") in PUBLIC_ISSUERS and not any(c.singles_out for c in self.conditions):
+    def rejection_reason(self) -> str | None:
+        """Why no token is accepted with these settings; None if tokens are accepted."""
+        if self.issuer.rstrip("/") in PUBLIC_ISSUERS and not any(c.is_selective for c in self.conditions):
             return (
-                f"{self.issuer} makes tokens for the whole world: without a condition that singles yours out, "
-                "everybody there would be let in"
+                f"{self.issuer} makes tokens for the whole world: without a condition that only yours meet, "
+                "everybody with an account there would be let in"
             )
         return None
 
 
 class OIDCConfigSpec(OIDC):
-    """An issuer for many pools."""
+    """An issuer whose tokens are accepted for many pools."""
 
     enabled: StrictBool = True
     pools: tuple[Pattern, ...] = ()
-    """Pools that every caller of this config may use, as `name` or `namespace/name`, where a pool has no rules."""
+    """Pools without rules that every caller with such a token may use, as `name` or `namespace/name`."""
 
 
 class OIDCConfigStatus(Model):
-    """Whether it works."""
+    """Whether tokens of the issuer are accepted."""
 
     ready: StrictBool = False
     message: StrictStr = ""
@@ -136,7 +137,7 @@ class OIDCConfigStatus(Model):
 
 
 class OIDCConfig(Resource):
-    """An issuer of callers' tokens: for all pools in the appliance's namespace, else for its namespace's."""
+    """An issuer of callers' tokens. In the appliance's namespace it is for all pools, else for those beside it."""
 
     KIND: ClassVar[str] = "BuildKitOIDCConfig"
     PLURAL: ClassVar[str] = "buildkitoidcconfigs"
@@ -150,7 +151,7 @@ class OIDCConfig(Resource):
 
 
 class MethodType(StrEnum):
-    """Ways of knowing a caller."""
+    """Ways to authenticate a caller."""
 
     MTLS = "mtls"
     TOKEN = "token"  # noqa: S105 - the name of a method
@@ -158,18 +159,18 @@ class MethodType(StrEnum):
 
 
 class MTLS(Model):
-    """The gateway always wants a certificate of the lease; there is nothing to set."""
+    """The gateway always requires the certificate of the lease, so there is nothing to set."""
 
     required: StrictBool = True
 
 
 class TokenFrom(Model):
-    """Where fixed bearer tokens are. Which of the two is read depends on the backend."""
+    """Where static bearer tokens are. Which of the two is read depends on where the appliance runs."""
 
     secret_ref: Annotated[StrictStr, Field(min_length=1, max_length=253)] | None = None
     """A Secret in the pool's namespace."""
     file: Annotated[StrictStr, Field(min_length=1, max_length=4096)] | None = None
-    """A private file of the appliance's machine; absolute."""
+    """A private file on the appliance's machine, as an absolute path."""
 
     @model_validator(mode="after")
     def _somewhere(self) -> Self:
@@ -181,7 +182,7 @@ class TokenFrom(Model):
 
 
 class AuthMethod(Model):
-    """One way of knowing a pool's callers."""
+    """One way to authenticate the callers of a pool."""
 
     type: MethodType
     mtls: MTLS | None = None
@@ -196,43 +197,43 @@ class AuthMethod(Model):
 
 
 def _read_method(value: object) -> object:
-    """Only a type's name stands for the method, as the older Go controller's examples have it."""
+    """A string stands for a method of that type, as in the examples of the older Go controller."""
     return {"type": value} if isinstance(value, str) else value
 
 
 class Rule(Model):
-    """These users may use these pools."""
+    """Lets these users use these pools."""
 
     users: tuple[Pattern, ...] = ()
-    """Names; `group:NAME`; `pool:NAME` for what the token says of pools. Patterns all."""
+    """Names, `group:NAME`, or `pool:NAME` for a pool that the token names. All may have wildcards."""
     pools: tuple[Pattern, ...] = ("*",)
-    """A rule counts for the pool it stands in, if its name (or namespace/name) is among these."""
+    """The rule has an effect only if its own pool's name (or namespace/name) matches one of these."""
 
 
 class RBAC(Model):
-    """Rules of one pool."""
+    """The rules of one pool."""
 
     enabled: StrictBool = True
-    """False: whoever is known may use the pool."""
+    """False: every authenticated caller may use the pool."""
     rules: tuple[Rule, ...] = ()
 
 
 class Allowance(Model):
-    """How much of a pool somebody may have."""
+    """How many leases and requests are allowed."""
 
     leases: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
-    """At once."""
+    """Leases at the same time."""
     per_minute: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
-    """Requests for a lease."""
+    """Requests for a lease in one minute."""
 
 
 class AuthLimits(Model):
-    """Bounds of requests for leases."""
+    """Limits of leases and of requests for them."""
 
     identity: Allowance = Allowance()
-    """For each caller."""
+    """For each caller alone."""
     pool: Allowance = Allowance()
-    """For all together."""
+    """For all callers together."""
 
 
 class Auth(Model):
@@ -249,10 +250,10 @@ class Auth(Model):
 
     @property
     def tokens(self) -> Iterator[TokenFrom]:
-        """Where the pool's own tokens are."""
+        """Where the pool's own static tokens are."""
         return (method.token for method in self.methods if method.type is MethodType.TOKEN and method.token)
 
     @property
-    def says_something(self) -> bool:
-        """Whether somebody has thought about who may use this pool: then nobody else may."""
+    def restricts_access(self) -> bool:
+        """Whether the pool says who may use it, so that nobody else may."""
         return bool(self.rbac.rules) or any(method.type is not MethodType.MTLS for method in self.methods)

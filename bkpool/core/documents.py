@@ -1,6 +1,6 @@
-"""Pools and issuers from YAML: one file, one or several documents, all of them right or none taken.
+"""Reads pools and issuers from YAML with one or several documents. If one of them is wrong, none is taken.
 
-Text in, objects out; it reads no file and stores nothing.
+It gets text and returns objects. It reads no file and stores nothing.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from bkpool.core.pool import Pool
 from bkpool.core.resource import Resource, parse_object
 
 MAX_CHARACTERS = 1_000_000
-"""A file beyond this is a mistake; it bounds the work on foreign input."""
+"""A larger file is a mistake. The limit also bounds the work on untrusted input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """What a file says."""
+    """The objects of a file."""
 
     pools: tuple[Pool, ...] = ()
     configs: tuple[OIDCConfig, ...] = ()
 
     def __add__(self, other: Documents) -> Documents:
-        """Both together."""
+        """The objects of both."""
         return Documents((*self.pools, *other.pools), (*self.configs, *other.configs))
 
-    def check_once(self) -> None:
-        """That nothing is there twice. Raises InvalidInput."""
+    def check_unique(self) -> None:
+        """Raises InvalidInput if an object is there more than once."""
         objects: list[Resource] = [*self.pools, *self.configs]
         counted = Counter((obj.KIND, obj.key) for obj in objects)
         for (kind, key), times in counted.items():
             if times > 1:
-                raise InvalidInput(f"{kind} {key} is there {times} times", hint="Keep one of them.")
+                raise InvalidInput(f"{kind} {key} is defined {times} times", hint="Keep one of them.")
 
 
 def read_documents(text: str, *, source: str) -> Documents:
@@ -44,31 +44,31 @@ def read_documents(text: str, *, source: str) -> Documents:
 
     Args:
         text: The YAML.
-        source: The file's name, for errors.
+        source: The file's name, for error messages.
 
     Raises:
-        InvalidInput: It is no YAML, a document is of another kind, a field is wrong, or an object is there twice.
+        InvalidInput: It is not YAML, a document has another kind, a field is wrong, or an object is there twice.
     """
     if len(text) > MAX_CHARACTERS:
         raise InvalidInput(f"{source}: larger than {MAX_CHARACTERS} characters", hint="Split the file.")
     try:
         documents = [found for found in yaml.safe_load_all(text) if found is not None]
     except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f"{source}, line {place.line + 1}, column {place.column + 1}" if place else source
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         problem = getattr(error, "problem", None) or "not YAML"
-        raise InvalidInput(f"{where}: {problem}", hint="Correct the YAML at that place.") from None
+        raise InvalidInput(f"{where}: {problem}", hint="Correct the YAML there.") from None
     except (ValueError, RecursionError, AttributeError, LookupError):
-        # A date that is none; brackets without end; an explicit tag that its value does not fit (!!bool x).
+        # An impossible date, brackets nested too deeply, or an explicit tag that does not fit its value (!!bool x).
         raise InvalidInput(f"{source}: not YAML", hint="Correct the YAML.") from None
     if not documents:
-        raise InvalidInput(f"{source}: has no document", hint="See examples/pool.yaml for a pool.")
+        raise InvalidInput(f"{source}: there is no document in it", hint="See examples/pool.yaml for a pool.")
     read = [_read(document, f"{source}, document {number}") for number, document in enumerate(documents, 1)]
     found = Documents(
         tuple(obj for obj in read if isinstance(obj, Pool)), tuple(obj for obj in read if isinstance(obj, OIDCConfig))
     )
     try:
-        found.check_once()
+        found.check_unique()
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error.message}", hint=error.hint) from None
     return found
@@ -82,6 +82,6 @@ def _read(document: object, source: str) -> Pool | OIDCConfig:
         return parse_object(OIDCConfig, document, source=source)
     raise InvalidInput(
         f"{source}: kind: expected {Pool.KIND} or {OIDCConfig.KIND}, found {kind!r}",
-        hint="Other kinds of documents are not understood here.",
+        hint="Remove this document, or correct its kind.",
         field="kind",
     )

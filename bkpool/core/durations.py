@@ -1,6 +1,6 @@
-"""Go durations ("1h30m", "500ms"), as the contract writes them, to and from timedelta.
+"""Go durations ("1h30m", "500ms"), as the API and the objects have them, to and from timedelta.
 
-Accepts exactly what Go's time.ParseDuration does, except that nothing here is ever negative.
+It accepts exactly what Go's time.ParseDuration accepts, except negative durations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from bkpool.core.errors import InvalidInput
 # https://pkg.go.dev/time#ParseDuration
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
-_LONGEST = 64  # characters: no sensible duration is longer, and it bounds the work on foreign input
+_LONGEST = 64  # characters: no sensible duration is longer, and it limits the work on untrusted input
 _HINT = "Write a duration such as 30m, 1h or 1h30m."
 
 
@@ -21,11 +21,11 @@ def parse(text: str, *, field: str = "duration") -> timedelta:
     """Reads a Go duration.
 
     Args:
-        text: Such as "1h", "90m" or "1h30m"; "0" is allowed, a sign other than "+" is not.
-        field: The name of the value, for the error.
+        text: For example "1h", "90m" or "1h30m". "0" is allowed; "+" is the only allowed sign.
+        field: The name of the value, for the error message.
 
     Raises:
-        InvalidInput: It is no duration, is negative, or is beyond what Go's 64 bits of nanoseconds hold.
+        InvalidInput: It is not a duration, is negative, or does not fit into Go's 64 bits of nanoseconds.
     """
     body = text.removeprefix("+")
     if body == "0":
@@ -41,7 +41,7 @@ def parse(text: str, *, field: str = "duration") -> timedelta:
 
 
 def render(value: timedelta) -> str:
-    """Writes a duration as Go does, with its zero parts left out: 1h, 1h30m, 1.5s, 0s."""
+    """Writes a duration as Go does, without parts that are zero: 1h, 1h30m, 1.5s, 0s."""
     total = value.total_seconds()
     if total == 0:
         return "0s"

@@ -1,7 +1,7 @@
-"""The errors of bkpool, one class for each thing somebody branches on.
+"""The errors of bkpool, with one class for each case that callers handle differently.
 
-Each class has an HTTP status and an exit code; each instance a message that says what is wrong and a hint that
-says what to do. They never carry a secret and never a traceback to a user.
+Each class has an HTTP status and an exit code. Each error has a message that says what is wrong, and a hint that says
+what to do. They never contain a secret, and no user sees a traceback.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any, ClassVar
 
 
 class BkpoolError(Exception):
-    """Whatever bkpool tells a user.
+    """An error that a user can read.
 
     Args:
         message: One sentence: what is wrong, naming the field, file or object.
-        hint: One sentence: what to do about it; empty where the message says it already.
-        code: A finer name than the class's own, for programs (`PortTaken`); `EXIT` may have an exit code for it, and
-            `STATUS` an HTTP status.
-        exit_code: An exit code of its own.
-        field: The path of the offending field (`spec.scaling.max`), where there is one.
-        retry_after: Seconds after which a new try makes sense, where that is known.
+        hint: One sentence: what to do about it; empty if the message says it already.
+        code: A more specific name than the class, for programs (`PortTaken`). `EXIT` may have an exit code for it,
+            and `STATUS` an HTTP status.
+        exit_code: Replaces the exit code of the class or the code.
+        field: The path of the wrong field (`spec.scaling.max`), if there is one.
+        retry_after: Seconds after which it makes sense to try again, if that is known.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -52,35 +52,35 @@ class BkpoolError(Exception):
 
 
 class InvalidInput(BkpoolError):
-    """A value that a user gave is wrong; the message names the field. Exit code 2, as click's usage errors."""
+    """A value from a user is wrong; the message names the field. Exit code 2, as for click's usage errors."""
 
     status = HTTPStatus.BAD_REQUEST
     default_exit = 2
 
 
 class Unauthenticated(BkpoolError):
-    """No credential, or one that nobody here issued."""
+    """There is no credential, or it is not accepted here."""
 
     status = HTTPStatus.UNAUTHORIZED
     default_exit = 3
 
 
 class Forbidden(BkpoolError):
-    """A known identity that may not do this."""
+    """An authenticated caller who may not do this."""
 
     status = HTTPStatus.FORBIDDEN
     default_exit = 4
 
 
 class NotFound(BkpoolError):
-    """No such pool, worker or lease."""
+    """There is no such pool, worker or lease."""
 
     status = HTTPStatus.NOT_FOUND
     default_exit = 5
 
 
 class Conflict(BkpoolError):
-    """The object exists already, or is no longer what the writer read."""
+    """The object exists already, or it was changed after the writer read it."""
 
     status = HTTPStatus.CONFLICT
     default_exit = 6
@@ -94,7 +94,7 @@ class Gone(BkpoolError):
 
 
 class NoCapacity(BkpoolError):
-    """No worker came free in the time given, or too many wait already. Exit code 75, sysexits' EX_TEMPFAIL."""
+    """No worker became free in time, or too many requests wait already. Exit code 75, sysexits' EX_TEMPFAIL."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     default_exit = 75
@@ -119,7 +119,7 @@ class WorkerFailed(BkpoolError):
 
 
 class Unavailable(BkpoolError):
-    """The appliance or its store cannot be reached just now. Exit code 69, sysexits' EX_UNAVAILABLE."""
+    """The appliance or its store cannot be reached now. Exit code 69, sysexits' EX_UNAVAILABLE."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
     default_exit = 69
@@ -128,7 +128,7 @@ class Unavailable(BkpoolError):
 class HostFault(BkpoolError):
     """This machine lacks something: a free port, disk, a tool, a permission, a readable key.
 
-    Exit code 71 (sysexits' EX_OSERR), or a finer one from `EXIT` by the error's code.
+    Exit code 71 (sysexits' EX_OSERR), or a more specific one from `EXIT` for the error's code.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -138,7 +138,7 @@ class HostFault(BkpoolError):
 STATUS = {
     "LimitReached": HTTPStatus.TOO_MANY_REQUESTS,
 }
-"""HTTP statuses of errors that a client may want to tell apart from their class's."""
+"""HTTP statuses of codes that have another status than their class."""
 EXIT = {
     "PortTaken": 72,
     "DiskFull": 73,
@@ -147,4 +147,4 @@ EXIT = {
     "Unreadable": 78,
     "ToolMissing": 79,
 }
-"""Exit codes of the faults of a host that a script may want to tell apart."""
+"""Exit codes of the codes of HostFault that scripts may want to distinguish."""

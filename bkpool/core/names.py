@@ -1,7 +1,7 @@
-"""The names that other people's scripts depend on: group, labels, ports, and how a slot is a name.
+"""Names that users' scripts depend on: the API group, labels, ports, and the names of workers.
 
-A worker is called `<pool>-worker-<slot>`; creating one is create-if-absent, so the store's own uniqueness keeps a
-pool at its maximum (DESIGN rule 3).
+A worker is called `<pool>-worker-<slot>`. A worker is created only if it does not exist, so the uniqueness of names
+in the store keeps a pool within its maximum (rule 3, docs/rules.md#r3).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ LABEL_POOL = f"{GROUP}/pool"
 LABEL_PURPOSE = f"{GROUP}/purpose"
 LABEL_WORKER = f"{GROUP}/worker"
 LABEL_REQUEST = f"{GROUP}/request"
-"""Hash of (identity, jobId) on a leased worker: how a repeated request finds its lease."""
+"""Hash of (identity, jobId) on a leased worker, by which a repeated request finds its lease."""
 LABEL_LEASED = f"{GROUP}/leased"
-"""`true` on the pod of a leased worker: what a PodDisruptionBudget selects."""
+"""`true` on the pod of a leased worker. A PodDisruptionBudget selects it."""
 LABEL_MANAGED = "app.kubernetes.io/managed-by"
 MANAGER = "bkpool"
 
@@ -30,10 +30,10 @@ PURPOSE_WORKER, PURPOSE_GATEWAY = "worker", "gateway"
 ANNOTATION_WORKER_UID = f"{GROUP}/worker-uid"
 ANNOTATION_CACHE_OWNER = f"{GROUP}/cache-owner"
 ANNOTATION_ISOLATION = f"{GROUP}/isolation"
-"""On a pool: how far its pods are kept from their node (`rootless`, `baseline`, `privileged`)."""
+"""On a pool: how strictly its pods are isolated from their node (`rootless`, `baseline`, `privileged`)."""
 
 FINALIZER = f"{GROUP}/lease"
-"""On a worker while it is leased, and only then, so that a namespace can be deleted while no appliance runs."""
+"""On a worker exactly while it is leased, so that a namespace can be deleted while no appliance runs."""
 
 API_PORT = 8082
 GATEWAY_PORT = 1235
@@ -42,14 +42,14 @@ METRICS_PORT = 9090
 DEV_ISSUER_PORT = 8888
 
 SYSTEM_NAMESPACE = "buildkit-system"
-"""Where the appliance itself is, in a cluster."""
+"""The namespace of the appliance itself in a cluster."""
 DEFAULT_NAMESPACE = "default"
 AUDIENCE = "buildkit-controller"
-"""For whom callers' tokens are made, where nothing else is said: the Go controller's, so that workflows stay."""
+"""The default audience of callers' tokens: that of the Go controller, so that existing workflows keep working."""
 DEFAULT_POOL = "default"
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-"""How this machine calls itself: what is heard there, nobody else hears."""
+"""The names of this machine for itself. Only programs on this machine can connect to them."""
 
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 """RFC 1123, as Kubernetes wants names."""
@@ -58,7 +58,7 @@ _WORKER = re.compile(r"(?P<pool>.+)-worker-(?P<slot>0|[1-9][0-9]{0,4})")
 
 
 class Key(NamedTuple):
-    """Where an object is: its namespace and name."""
+    """The namespace and name of an object."""
 
     namespace: str
     name: str
@@ -68,7 +68,7 @@ class Key(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One place in a pool; it outlives the workers in it, and its cache has its name."""
+    """A numbered place for a worker in a pool. It outlives its workers, and its cache has its name."""
 
     namespace: str
     pool: str
@@ -76,7 +76,7 @@ class Slot(NamedTuple):
 
     @property
     def worker(self) -> Key:
-        """The worker that stands, or would stand, in this slot."""
+        """The name of the worker in this slot, whether it exists or not."""
         return Key(self.namespace, f"{self.pool}-worker-{self.number}")
 
 
@@ -85,13 +85,13 @@ def slot_of(worker: Key) -> Slot:
     """The slot of a worker, from its name.
 
     Raises:
-        InvalidInput: The name is not that of a slot.
+        InvalidInput: The name is not that of a worker in a slot.
     """
     match = _WORKER.fullmatch(worker.name)
     if match is None:
         raise InvalidInput(
-            f"metadata.name: {worker.name!r} is not the name of a slot",
-            hint="A worker is called <pool>-worker-<slot>; only bkpool makes them.",
+            f"metadata.name: {worker.name!r} is not the name of a worker",
+            hint="A worker is called <pool>-worker-<slot>. Only bkpool creates workers.",
             field="metadata.name",
         )
     return Slot(worker.namespace, match["pool"], int(match["slot"]))

@@ -1,6 +1,6 @@
-"""BuildKitPool, in the shape of the custom resource: what a user wants of a pool, and what is.
+"""BuildKitPool, in the shape of the custom resource: what a user wants of a pool, and its observed state.
 
-Fields of a spec that nobody reads are kept, and named in the pool's `IgnoredFields` condition.
+Fields of a spec that nothing reads are kept, and named in the pool's `IgnoredFields` condition.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from bkpool.core.resource import Condition, Duration, Model, Resource
 
 
 class Scaling(Model):
-    """How many workers there are."""
+    """How many workers a pool has."""
 
     min: Annotated[StrictInt, Field(ge=0, le=10_000)] = 0
-    """Idle workers kept ready beside the leased ones (the Go controller's meaning), never beyond `max` in all."""
+    """Idle workers to keep ready in addition to the leased ones (as in the Go controller), within `max` in all."""
     max: Annotated[StrictInt, Field(ge=1, le=10_000)] = 10
     scale_down_delay: Duration = timedelta(minutes=15)
 
@@ -33,7 +33,7 @@ class Scaling(Model):
 
 
 class CacheGC(Model):
-    """What buildkitd's own garbage collection keeps; sizes with a unit ("10GB") or a percentage of the disk."""
+    """What buildkitd's garbage collection keeps. Sizes have a unit ("10GB") or are a percentage of the disk."""
 
     enabled: StrictBool = True
     keep_storage: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
@@ -43,7 +43,7 @@ class CacheGC(Model):
 
 
 class Reuse(StrEnum):
-    """Who may get a worker's cache after a lease."""
+    """Who may get the cache of a worker after a lease."""
 
     IDENTITY = "identity"
     POOL = "pool"
@@ -52,26 +52,26 @@ class Reuse(StrEnum):
 
 _QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 Quantity = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(pattern=_QUANTITY)]
-"""As Kubernetes writes amounts (500m, 2, 4Gi): kept as given."""
+"""An amount as in Kubernetes (500m, 2, 4Gi), kept as the user wrote it."""
 Port = Annotated[StrictInt, Field(ge=1, le=65_535)]
 ImageName = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 
 
 class ResourceRequirements(Model):
-    """As a container of a pod has them."""
+    """As for a container of a pod."""
 
     requests: dict[str, Quantity] = Field(default_factory=dict)
     limits: dict[str, Quantity] = Field(default_factory=dict)
 
 
 class Resources(Model):
-    """What the pods of the workers get."""
+    """The resources of the workers' pods."""
 
     buildkit: ResourceRequirements = ResourceRequirements()
 
 
 class LocalCache(Model):
-    """A volume for each slot."""
+    """A volume of each slot."""
 
     size: Annotated[StrictStr, Field(pattern=_QUANTITY)] = "20Gi"
     storage_class: StrictStr | None = None
@@ -79,14 +79,14 @@ class LocalCache(Model):
 
 
 class CacheBackend(Model):
-    """One place for caches; only `local` is read so far."""
+    """One place for caches. Only the type `local` has an effect so far."""
 
     type: Literal["registry", "s3", "local"]
     local: LocalCache | None = None
 
 
 class Cache(Model):
-    """Caches of the workers."""
+    """The caches of the workers."""
 
     reuse: Reuse = Reuse.IDENTITY
     gc: CacheGC = CacheGC()
@@ -100,13 +100,13 @@ class Cache(Model):
 
     @property
     def local(self) -> LocalCache | None:
-        """The volume that each slot gets; None: a worker's cache ends with its pod."""
+        """The volume of each slot; None: a worker's cache is deleted with its pod."""
         wanted = next((backend for backend in self.backends if backend.type == "local"), None)
         return None if wanted is None else wanted.local or LocalCache()
 
 
 class ServiceType(StrEnum):
-    """How a pool's Service is reached."""
+    """The type of a pool's Service."""
 
     CLUSTER_IP = "ClusterIP"
     NODE_PORT = "NodePort"
@@ -117,13 +117,13 @@ _HOST = r"^[A-Za-z0-9:]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
 
 
 class External(Model):
-    """The name by which callers outside the cluster reach the gateway. What makes it resolve is the user's."""
+    """The name by which callers outside the cluster reach the gateway. The user must make it resolve."""
 
     enabled: StrictBool | None = None
     """Only an explicit false turns the hostname off."""
     hostname: Annotated[StrictStr, Field(max_length=253, pattern=_HOST)] | None = None
     annotations: dict[str, str] = Field(default_factory=dict)
-    """For the Service, beside networking.annotations: external-dns, load balancers."""
+    """For the Service, in addition to networking.annotations: external-dns, load balancers."""
 
 
 def _read_network(value: object) -> object:
@@ -139,22 +139,22 @@ class Egress(StrEnum):
 
     OPEN = "open"
     PUBLIC = "public"
-    """Everywhere but private and link-local networks; names are resolved."""
+    """All networks except private and link-local ones; DNS works."""
     LISTED = "listed"
-    """Only the networks that are listed; names are resolved."""
+    """Only the networks in `allowedCIDRs`; DNS works."""
 
 
 class EgressPolicy(Model):
-    """What a NetworkPolicy lets the workers reach."""
+    """Where a NetworkPolicy lets the workers connect to."""
 
     policy: Egress | None = None
     """None: `public` for an untrusted pool, else `open`."""
     allowed_cidrs: tuple[Annotated[StrictStr, BeforeValidator(_read_network)], ...] = Field((), alias="allowedCIDRs")
-    """Reached in any case, such as a registry's."""
+    """Networks that are always allowed, such as a registry's."""
 
 
 class Networking(Model):
-    """The pool's Service, and what its workers may reach."""
+    """The pool's Service, and where its workers may connect to."""
 
     service_type: ServiceType | None = None
     port: Port | None = None
@@ -165,14 +165,14 @@ class Networking(Model):
 
 
 class GatewayResources(ResourceRequirements):
-    """Of a gateway's pod; `cpu` and `memory` are limits, as the Go controller had them."""
+    """The resources of a gateway's pod; `cpu` and `memory` are limits, as in the Go controller."""
 
     cpu: Quantity | None = None
     memory: Quantity | None = None
 
 
 class PoolGateway(Model):
-    """Leases and the way in."""
+    """The leases of the pool, and its gateway."""
 
     token_ttl: Annotated[Duration, Field(alias="tokenTTL", gt=timedelta(0))] = timedelta(hours=1)
     max_token_ttl: Annotated[Duration, Field(alias="maxTokenTTL", gt=timedelta(0))] = timedelta(hours=24)
@@ -180,9 +180,9 @@ class PoolGateway(Model):
     replicas: Annotated[StrictInt, Field(ge=1, le=100)] | None = None
     resources: GatewayResources = GatewayResources()
     service_type: ServiceType | None = None
-    """Wins over networking.serviceType."""
+    """Takes precedence over networking.serviceType."""
     port: Port | None = None
-    """Wins over networking.port."""
+    """Takes precedence over networking.port."""
     node_port: Port | None = None
     load_balancer_class: StrictStr | None = None
 
@@ -194,11 +194,11 @@ class PoolGateway(Model):
 
 
 class PoolSpec(Model):
-    """What the user wants. Fields of the contract that no room reads yet are kept and reported as ignored."""
+    """What the user wants. Fields of the contract that nothing reads yet are kept and reported as ignored."""
 
     scaling: Scaling = Scaling()
     buildkit_config: StrictStr | None = None
-    """A whole buildkitd.toml; only root, address and the runtime's own paths are set over it."""
+    """A whole buildkitd.toml. Only root, address and the runtime's own paths are overwritten in it."""
     buildkit_image: ImageName | None = None
     gateway_image: ImageName | None = None
     resources: Resources = Resources()
@@ -206,27 +206,27 @@ class PoolSpec(Model):
     auth: Auth = Auth()
     networking: Networking = Networking()
     untrusted: StrictBool = False
-    """Its callers are trusted with nothing: no cache is used twice, and workers reach only public addresses."""
+    """Its callers are not trusted: no cache is used twice, and workers reach only public addresses."""
     gateway: PoolGateway = PoolGateway()
 
     @property
     def reuse(self) -> Reuse:
-        """Who may get a used cache; of an untrusted pool, nobody."""
+        """Who may get a used cache: nobody, if the pool is untrusted."""
         return Reuse.NEVER if self.untrusted else self.cache.reuse
 
     @property
     def local_cache(self) -> LocalCache | None:
-        """The volume that each slot gets; None: a worker's cache ends with its pod."""
+        """The volume of each slot; None: a worker's cache is deleted with its pod."""
         return None if self.untrusted else self.cache.local
 
     @property
     def egress(self) -> Egress:
-        """Where its workers may connect to."""
+        """Where the workers may connect to."""
         return self.networking.egress.policy or (Egress.PUBLIC if self.untrusted else Egress.OPEN)
 
 
 class PoolStatus(Model):
-    """What is."""
+    """The observed state of a pool."""
 
     phase: StrictStr | None = None
     observed_generation: StrictInt | None = None
@@ -235,15 +235,15 @@ class PoolStatus(Model):
     idle: StrictInt = 0
     allocated: StrictInt = 0
     connections: StrictInt = 0
-    """Open at the gateways, as of their last registration."""
+    """Open connections, as the gateways last reported them."""
     endpoint: StrictStr | None = None
     conditions: tuple[Condition, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
-    def _of_the_go_controller(cls, told: Any) -> Any:
-        """Its `workers` is an object: what it has left is not ours, and is written anew."""
-        return {} if isinstance(told, Mapping) and isinstance(told.get("workers"), Mapping) else told
+    def _drop_status_of_go_controller(cls, status: Any) -> Any:
+        """A status of the Go controller has an object in `workers`. It is dropped, and written again by bkpool."""
+        return {} if isinstance(status, Mapping) and isinstance(status.get("workers"), Mapping) else status
 
 
 class Pool(Resource):

@@ -1,12 +1,12 @@
-"""What every stored object has: metadata, conditions, and the common habits of being read and written.
+"""What all stored objects have in common: metadata, conditions, and how they are read and written.
 
-Objects are frozen; a change is a new object. Fields we do not know are kept and written back (an older or newer
-program's); nothing is dropped silently.
+Objects are frozen; a change makes a new object. Unknown fields, of an older or newer version, are kept and written
+back. Nothing is dropped silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -45,7 +45,7 @@ Duration = Annotated[timedelta, BeforeValidator(_read_duration), PlainSerializer
 
 
 class Model(BaseModel):
-    """The common habits of everything stored: frozen, camelCase outside, unknown fields kept."""
+    """The base of everything that is stored: frozen, with camelCase names in JSON, and unknown fields kept."""
 
     model_config = ConfigDict(frozen=True, extra="allow", alias_generator=to_camel, populate_by_name=True)
 
@@ -62,11 +62,11 @@ def _dns_label(value: str) -> str:
 
 
 Name = Annotated[StrictStr, AfterValidator(_dns_label)]
-"""What an object or a namespace may be called."""
+"""The name of an object or of a namespace."""
 
 
 class OwnerReference(Model):
-    """Whose end is also this object's end."""
+    """An object that owns this one: both are deleted together."""
 
     api_version: StrictStr = API_VERSION
     kind: StrictStr
@@ -76,7 +76,7 @@ class OwnerReference(Model):
 
 
 class Metadata(Model):
-    """As the Kubernetes API has it; the store fills in what is None."""
+    """Metadata as in the Kubernetes API. The store fills in the fields that are None."""
 
     name: Name
     namespace: Name = DEFAULT_NAMESPACE
@@ -96,7 +96,7 @@ AS_WANTED = "AsWanted"
 
 
 class Condition(Model):
-    """One observation about an object, as Kubernetes writes them."""
+    """One condition of an object, as in the Kubernetes API."""
 
     type: StrictStr
     status: Literal["True", "False", "Unknown"]
@@ -131,7 +131,7 @@ def condition(
 
 
 class Resource(Model):
-    """Anything the store keeps."""
+    """The base of all objects in the store."""
 
     KIND: ClassVar[str]
     PLURAL: ClassVar[str]
@@ -146,11 +146,11 @@ class Resource(Model):
 
     @property
     def uid(self) -> str:
-        """The uid that the store gave it; empty before it is stored."""
+        """The uid that the store assigned; empty before the object is stored."""
         return self.metadata.uid or ""
 
     def to_json(self) -> dict[str, Any]:
-        """The object as the API and the store write it."""
+        """The object as JSON data, as in the API and in the store."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -161,12 +161,12 @@ def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
     """Reads an object from JSON or YAML data.
 
     Args:
-        kind: The class it should be.
+        kind: The class of the object.
         data: What a JSON or YAML parser returned.
-        source: Where it came from (a file and document number), for the error.
+        source: Where it came from (a file and document number), for the error message.
 
     Raises:
-        InvalidInput: A field is wrong; the message names the first one and says how many more there are.
+        InvalidInput: A field is wrong. The message names the first wrong field and the number of others.
     """
     try:
         return kind.model_validate(data, by_alias=True, by_name=False)
@@ -174,33 +174,23 @@ def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
         raise explain(error, source=source) from None
 
 
-def explain(error: ValidationError, *, source: str = "", shown: bool = True) -> InvalidInput:
-    """Turns pydantic's findings into one sentence that names the first wrong field as the user wrote it.
+def explain(error: ValidationError, *, source: str = "", show_value: bool = True) -> InvalidInput:
+    """Turns pydantic's errors into one error that names the first wrong field as the user wrote it.
 
     Args:
-        error: The findings.
+        error: The errors from pydantic.
         source: Where the data came from.
-        shown: Whether the sentence may have the value in it, which must not be a secret.
+        show_value: Whether the message may contain the wrong value, which must not be a secret.
     """
-    found = error.errors(include_url=False, include_input=True)
-    first = found[0]
+    problems = error.errors(include_url=False, include_input=True)
+    first = problems[0]
     field = ".".join(str(part) for part in first["loc"]) or "the document"
-    told = first["msg"].removeprefix("Value error, ")
+    problem = first["msg"].removeprefix("Value error, ")
     longest = first.get("ctx", {}).get("le")
     if isinstance(longest, timedelta):
-        told = f"must be at most {durations.render(longest)}"
-    given = repr(first["input"]) if shown and isinstance(first["input"], str | int | float | bool) else ""
-    told_value = f" (given: {given[:60]})" if given else ""
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        problem = f"must be at most {durations.render(longest)}"
+    value = repr(first["input"]) if show_value and isinstance(first["input"], str | int | float | bool) else ""
+    shown_value = f" (given: {value[:60]})" if value else ""
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     where = f"{source}: " if source else ""
-    return InvalidInput(f"{where}{field}: {told}{told_value}{more}", hint=f"Correct {field}.", field=field)
-
-
-def unknown_fields(model: BaseModel, prefix: str = "") -> Iterator[str]:
-    """The dotted paths of the fields that nobody here reads."""
-    for name in model.model_extra or {}:
-        yield f"{prefix}{name}"
-    for name, info in type(model).model_fields.items():
-        value = getattr(model, name)
-        if isinstance(value, BaseModel):
-            yield from unknown_fields(value, f"{prefix}{info.alias or name}.")
+    return InvalidInput(f"{where}{field}: {problem}{shown_value}{more}", hint=f"Correct {field}.", field=field)

@@ -1,6 +1,6 @@
-"""Lease tokens and the digests that stand for secrets and identities.
+"""Lease tokens, and the digests that are stored in place of secrets and identities.
 
-A token is derived, never stored: only its SHA-256 is. Nothing here keeps or logs what it is given.
+A token is derived and never stored; only its SHA-256 is. Nothing here keeps or logs a token.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ TOKEN_KEY_BYTES = 32
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
-def derive(key: bytes, worker_uid: str, allocation_id: str) -> str:
-    """The token of one allocation of one worker: 43 characters of base64url, unguessable without the key."""
-    mac = hmac.digest(key, f"{worker_uid}\0{allocation_id}".encode(), "sha256")
+def derive(key: bytes, worker_uid: str, lease_id: str) -> str:
+    """The token of one lease of one worker: 43 characters of base64url, which nobody can guess without the key."""
+    mac = hmac.digest(key, f"{worker_uid}\0{lease_id}".encode(), "sha256")
     return base64.urlsafe_b64encode(mac).rstrip(b"=").decode()
 
 
 def well_formed(token: str) -> bool:
-    """Whether this could be one of our tokens at all."""
+    """Whether this has the form of a lease token."""
     return _TOKEN.fullmatch(token) is not None
 
 
 def digest(token: str) -> str:
-    """SHA-256 of a token, in hex: what may be stored and compared."""
+    """SHA-256 of a token in hex, which may be stored and compared."""
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def owner_digest(identity: str) -> str:
-    """What stands for an identity on a cache: short enough for a label, no name in it."""
+    """The digest of an identity that marks a cache. It fits into a label, and the name cannot be read from it."""
     return hashlib.sha256(b"owner\0" + identity.encode()).hexdigest()[:40]
 
 
 def request_key(identity: str, job_id: str) -> str:
-    """What stands for (identity, job) in a worker's label: the key of a repeated request."""
+    """The digest of (identity, job) in a worker's label, by which a repeated request finds its lease."""
     return hashlib.sha256(f"request\0{identity}\0{job_id}".encode()).hexdigest()[:40]

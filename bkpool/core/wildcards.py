@@ -1,7 +1,7 @@
-"""Patterns of names, as rules and conditions write them: exact, `prefix*`, or `*` and `?` anywhere.
+"""Patterns of names in rules and conditions: an exact name, `prefix*`, or `*` and `?` anywhere.
 
-`*` stands for any run of characters, also none and also with `/` in it; `?` for one; nothing else is special, and
-case counts. The work is bounded by the product of the two lengths: no pattern makes it explode.
+`*` stands for any number of characters, including none and including `/`. `?` stands for one character. Nothing else
+is special, and upper and lower case differ. The work is at most the product of the two lengths, for every pattern.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from collections.abc import Iterable
 
 
 def matches(pattern: str, text: str) -> bool:
-    """Whether the pattern describes the whole text."""
-    at = place = 0
-    star = resume = -1  # the last star met, and how far its run reaches
-    while place < len(text):
-        if at < len(pattern) and pattern[at] == "*":
-            star, resume = at, place
-            at += 1
-        elif at < len(pattern) and pattern[at] in {"?", text[place]}:
-            at, place = at + 1, place + 1
+    """Whether the pattern matches the whole text."""
+    in_pattern = in_text = 0
+    star = star_end = -1  # the last star so far, and where the text that it stands for ends
+    while in_text < len(text):
+        if in_pattern < len(pattern) and pattern[in_pattern] == "*":
+            star, star_end = in_pattern, in_text
+            in_pattern += 1
+        elif in_pattern < len(pattern) and pattern[in_pattern] in {"?", text[in_text]}:
+            in_pattern, in_text = in_pattern + 1, in_text + 1
         elif star >= 0:
-            resume += 1
-            at, place = star + 1, resume
+            star_end += 1
+            in_pattern, in_text = star + 1, star_end
         else:
             return False
-    return not pattern[at:].strip("*")
+    return not pattern[in_pattern:].strip("*")
 
 
 def any_matches(patterns: Iterable[str], text: str) -> bool:
-    """Whether one of the patterns describes the text."""
+    """Whether one of the patterns matches the text."""
     return any(matches(pattern, text) for pattern in patterns)
 
 
-def says_nothing(pattern: str) -> bool:
-    """Whether every text of some length fits: such a pattern singles nobody out."""
+def matches_everything(pattern: str) -> bool:
+    """Whether the pattern has only wildcards, so that it matches every text that is long enough."""
     return not pattern.strip("*?")

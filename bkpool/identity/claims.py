@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bkpool.core.auth import OIDC, RESERVED, ClaimCondition
+from bkpool.core.auth import OIDC, RESERVED_PREFIXES, ClaimCondition
 from bkpool.core.errors import Unauthenticated
 from bkpool.core.wildcards import any_matches
 from bkpool.identity import EVERYWHERE, Identity, Scope
@@ -46,9 +46,9 @@ def identify(
     for condition in settings.conditions:
         _check_condition(claims, condition)
     name = _name(claims, mapping.user, "claimsMapping.user")
-    if name.startswith(RESERVED):
+    if name.startswith(RESERVED_PREFIXES):
         raise Unauthenticated(
-            f"claim {mapping.user} is {shown(name)}: a user's name must not begin with {', '.join(RESERVED)}"
+            f"claim {mapping.user} is {shown(name)}: a user's name must not begin with {', '.join(RESERVED_PREFIXES)}"
         )
     tenant = settings.tenant_claim or default_tenant_claim(settings.issuer)
     return Identity(

@@ -52,13 +52,13 @@ def trusted_issuers(
             settings=config.spec,
             scope=EVERYWHERE if config.key.namespace == system_namespace else Scope(config.key.namespace),
             granted=config.spec.pools,
-            refusal=config.spec.refusal or "",
+            refusal=config.spec.rejection_reason or "",
         )
         for config in configs
         if config.spec.enabled
     ]
     found += [
-        TrustedIssuer(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.refusal or "")
+        TrustedIssuer(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.rejection_reason or "")
         for pool in pools
         if pool.spec.auth.methods  # a shortcut: most pools have none, and this runs for every request
         for own in pool.spec.auth.oidc

@@ -29,7 +29,7 @@ class AccessDecision:
 
 def unconfigured(pools: Iterable[Pool], configs: Iterable[OIDCConfig]) -> bool:
     """Whether access is not configured at all: then every authenticated caller may use every pool."""
-    return not any(True for _ in configs) and not any(pool.spec.auth.says_something for pool in pools)
+    return not any(True for _ in configs) and not any(pool.spec.auth.restricts_access for pool in pools)
 
 
 def decide(identities: Iterable[Identity], pool: Pool, *, open_to_all: bool) -> AccessDecision:
@@ -91,7 +91,7 @@ def _by_rules(identity: Identity, pool: Pool) -> tuple[bool, str]:
 
 
 def _subjects(identity: Identity) -> tuple[str, ...]:
-    """What is compared with the `users` of a rule. No user can have the name of a group (see auth.RESERVED)."""
+    """What is compared with the `users` of a rule. No user has the name of a group (auth.RESERVED_PREFIXES)."""
     groups = (f"group:{name}" for name in identity.groups)
     return (identity.name, *groups, *(f"pool:{name}" for name in identity.pools))
 

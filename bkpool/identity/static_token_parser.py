@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from bkpool.core.auth import RESERVED
+from bkpool.core.auth import RESERVED_PREFIXES
 from bkpool.identity.claims import LONGEST_NAME, is_name
 
 SHORTEST_TOKEN = 16
@@ -109,8 +109,8 @@ def _name(user: object) -> str:
         raise ValueError("it has no `user`")
     if not is_name(user):
         raise ValueError(f"its `user` is not a name of at most {LONGEST_NAME} printable characters")
-    if user.startswith(RESERVED):
-        raise ValueError(f"its `user` begins with {', '.join(RESERVED)}, which are reserved")
+    if user.startswith(RESERVED_PREFIXES):
+        raise ValueError(f"its `user` begins with {', '.join(RESERVED_PREFIXES)}, which are reserved")
     return user
 
 

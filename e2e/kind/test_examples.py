@@ -49,7 +49,7 @@ def test_our_examples_have_no_field_without_effect():
             assert ignored_fields(pool.spec, IGNORED_IN_CLUSTER) == [], file.name
         for config in documents.configs:
             assert ignored_in_config(config.spec) == [], file.name
-            assert config.spec.refusal is None, file.name
+            assert config.spec.rejection_reason is None, file.name
 
 
 def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):

@@ -25,13 +25,13 @@ def pool(**auth):
     return parse_object(Pool, {"kind": "BuildKitPool", "metadata": {"name": "p"}, "spec": {"auth": auth}})
 
 
-def test_the_least_that_an_issuer_needs():
+def test_an_issuer_needs_only_its_url_and_an_audience():
     spec = config().spec
     assert (spec.enabled, spec.claims_mapping.user, spec.conditions, spec.pools) == (True, "sub", (), ())
-    assert spec.refusal is None
+    assert spec.rejection_reason is None
 
 
-def test_an_issuer_is_written_back_as_it_was_given():
+def test_an_issuer_is_written_back_as_it_was_read():
     given = {
         "issuer": ISSUER,
         "audience": "a",
@@ -118,11 +118,11 @@ def test_a_wrong_value_of_a_pool_is_refused_and_its_field_is_named(auth, field):
     assert refused.value.field == field
 
 
-def test_a_methods_name_stands_for_it():
+def test_the_name_of_a_method_stands_for_the_method():
     assert pool(methods=["mtls"]) == pool(methods=[{"type": "mtls"}])
 
 
-def test_what_is_read_of_a_pool():
+def test_all_fields_of_auth_are_read():
     auth = pool(
         methods=[
             "mtls",
@@ -147,8 +147,8 @@ def test_what_is_read_of_a_pool():
         ({"rbac": {"rules": [{"users": ["a"]}]}}, True),
     ],
 )
-def test_whether_somebody_has_thought_about_who_may_use_it(auth, expected):
-    assert Auth.model_validate(auth).says_something is expected
+def test_a_pool_restricts_access_with_rules_or_methods(auth, expected):
+    assert Auth.model_validate(auth).restricts_access is expected
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_whether_somebody_has_thought_about_who_may_use_it(auth, expected):
     ],
 )
 @pytest.mark.parametrize("issuer", [GITHUB, f"{GITHUB}/"])
-def test_an_issuer_for_the_whole_world_needs_a_condition_that_singles_out(issuer, conditions, believed):
+def test_a_public_issuer_needs_a_selective_condition(issuer, conditions, believed):
     spec = config(issuer=issuer, conditions=conditions).spec
-    assert (spec.refusal is None) is believed
-    assert believed or "whole world" in spec.refusal
+    assert (spec.rejection_reason is None) is believed
+    assert believed or "whole world" in spec.rejection_reason
 
 
 @pytest.mark.parametrize("issuer", sorted(PUBLIC_ISSUERS))
-def test_every_public_issuer_is_one_that_could_be_configured(issuer):
-    assert OIDCConfigSpec(issuer=issuer, audience="a").refusal
+def test_every_public_issuer_is_a_valid_issuer_url(issuer):
+    assert OIDCConfigSpec(issuer=issuer, audience="a").rejection_reason

@@ -23,7 +23,7 @@ from bkpool.core.errors import InvalidInput
         (".5s", 0.5),
     ],
 )
-def test_reads_what_go_reads(text, seconds):
+def test_it_reads_what_go_reads(text, seconds):
     assert parse(text) == timedelta(seconds=seconds)
 
 
@@ -31,7 +31,7 @@ def test_reads_what_go_reads(text, seconds):
     "text",
     ["", "banana", "1", "-1h", "1h 30m", "h", "1d", "1h-30m", "١h", "9" * 100 + "h", "1e9h", "293y", "3000000h"],
 )
-def test_refuses_the_rest_and_names_the_field(text):
+def test_it_refuses_everything_else_and_names_the_field(text):
     with pytest.raises(InvalidInput) as caught:
         parse(text, field="ttl")
     assert caught.value.field == "ttl"
@@ -40,12 +40,12 @@ def test_refuses_the_rest_and_names_the_field(text):
 
 
 @given(st.integers(min_value=0, max_value=10**9))
-def test_what_is_written_is_read_again(milliseconds):
+def test_a_rendered_duration_is_read_as_the_same(milliseconds):
     value = timedelta(milliseconds=milliseconds)
     assert parse(render(value)) == value
 
 
 @given(st.text(max_size=80))
-def test_never_fails_otherwise(text):
+def test_any_text_is_a_duration_or_an_invalid_input(text):
     with contextlib.suppress(InvalidInput):
         assert parse(text) >= timedelta(0)

@@ -36,11 +36,11 @@ AT_THE_GATEWAY = [
         (IGNORED_BY_PROCESSES, sorted(["buildkitImage", "resources.buildkit.limits", *AT_THE_GATEWAY])),
     ],
 )
-def test_what_a_backend_does_not_read_is_named_to_the_leaf(unread, told):
+def test_fields_that_a_runtime_does_not_read_are_named_with_their_full_path(unread, told):
     assert ignored_fields(PoolSpec.model_validate(PODS), unread) == told
 
 
-def test_what_nobody_reads_is_named_on_every_backend():
+def test_unknown_fields_are_named_for_every_runtime():
     spec = PoolSpec.model_validate(
         {
             "tls": {"enabled": True},
@@ -59,12 +59,12 @@ def test_what_nobody_reads_is_named_on_every_backend():
     ]
 
 
-def test_defaults_are_nobodys_wish():
+def test_defaults_are_not_named():
     written = PoolSpec.model_validate(PoolSpec().model_dump(mode="json", by_alias=True, exclude_none=True))
     assert ignored_fields(written, IGNORED_BY_PROCESSES) == []
 
 
-def test_the_go_controllers_own_gateway_cannot_run_here():
+def test_the_gateway_image_of_the_go_controller_is_named():
     spec = PoolSpec(gateway_image="ghcr.io/someone/buildkit-controller/gateway:latest")
     assert ignored_fields(spec, IGNORED_IN_CLUSTER) == ["gatewayImage"]
 
@@ -101,7 +101,7 @@ NOWHERE = [
         (IGNORED_BY_PROCESSES, ["auth.methods[1].token.secretRef", "auth.methods[2].token.secretRef"]),
     ],
 )
-def test_tokens_are_read_from_where_the_backend_has_them(unread, told):
+def test_sources_of_tokens_that_a_runtime_does_not_read_are_named(unread, told):
     assert ignored_fields(PoolSpec.model_validate(METHODS), unread) == sorted([*NOWHERE, *told])
 
 
@@ -114,13 +114,13 @@ def test_tokens_are_read_from_where_the_backend_has_them(unread, told):
         ({}, []),
     ],
 )
-def test_processes_reach_whatever_their_host_reaches(spec, told):
+def test_egress_is_named_for_processes(spec, told):
     parsed = PoolSpec.model_validate(spec)
     assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == told
     assert ignored_fields(parsed, IGNORED_WITH_HOST_GATEWAY) == ignored_fields(parsed, IGNORED_IN_CLUSTER) == []
 
 
-def test_of_an_issuer_only_the_secret_has_no_effect():
+def test_unknown_fields_of_an_issuer_are_named():
     given = {"issuer": "https://i.example.com", "audience": "a", "clientID": "c", "pools": ["*"], "enabled": False}
     assert ignored_in_config(OIDCConfigSpec.model_validate(given)) == []
     secret = {"clientSecretRef": {"name": "n", "key": "k"}, "claimsMapping": {"user": "sub", "email": "mail"}}
@@ -130,7 +130,7 @@ def test_of_an_issuer_only_the_secret_has_no_effect():
     ]
 
 
-def test_what_is_ignored_is_remembered_until_the_spec_changes():
+def test_the_result_is_remembered_until_the_spec_changes():
     remembered = IgnoredFields(IGNORED_BY_PROCESSES)
     before = Pool(metadata=Metadata(name="p"), spec=PoolSpec.model_validate({"buildkitImage": "x"}))
     assert remembered.of(before) == ["buildkitImage"]

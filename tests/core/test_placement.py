@@ -9,7 +9,7 @@ from support.objects import NOW, lease, pool, slot, worker
 LONG_AGO = NOW - timedelta(hours=2)
 
 
-def test_the_order_of_choice():
+def test_workers_are_chosen_in_the_documented_order():
     p = pool(scaling={"max": 5})
     mine_old = worker(0, cache_owner="me", last_activity_at=LONG_AGO)
     mine = worker(1, cache_owner="me", last_activity_at=NOW)
@@ -31,7 +31,7 @@ def test_the_order_of_choice():
     assert choose(p, held, {}, "me") is None
 
 
-def test_the_least_recently_used_of_the_others_is_wiped():
+def test_of_other_owners_workers_the_least_recently_used_is_chosen():
     p = pool(scaling={"max": 2})
     old, new = (worker(n, cache_owner="them", last_activity_at=at) for n, at in ((0, NOW), (1, LONG_AGO)))
     assert choose(p, [old, new], {}, "me") == new
@@ -42,20 +42,20 @@ def test_a_starting_worker_comes_before_a_new_slot():
     assert choose(pool(), [starting], {}, "me") == starting
 
 
-def test_a_failed_worker_comes_last_so_that_the_caller_is_told_why():
+def test_a_failed_worker_is_chosen_last():
     p = pool(scaling={"max": 2})
     failed = worker(0, phase=Phase.FAILED, failures=2)
     assert choose(p, [failed], {}, "me") == slot(1)
     assert choose(p, [failed, worker(1, lease())], {}, "me") == failed
 
 
-def test_what_others_are_claiming_is_left_alone():
+def test_slots_that_others_are_claiming_are_not_chosen():
     idle = worker(0)
     assert choose(pool(scaling={"max": 2}), [idle], {}, "me", {slot(0)}) == slot(1)
     assert choose(pool(scaling={"max": 1}), [idle], {}, "me", {slot(0)}) is None
 
 
-def test_a_new_slot_has_the_owners_cache_or_none_before_anothers():
+def test_an_empty_slot_with_the_owners_cache_or_a_clean_one_is_preferred():
     p = pool(scaling={"max": 4})
     assert choose(p, [], {slot(0): "them", slot(1): None, slot(2): "me"}, "me") == slot(2)
     assert choose(p, [], {slot(0): "them", slot(1): None}, "me") == slot(1)
@@ -66,7 +66,7 @@ def test_slots_beyond_a_lowered_maximum_are_not_used():
     assert choose(pool(scaling={"max": 1}), [worker(0, lease()), worker(7)], {}, "me") is None
 
 
-def test_whose_a_cache_is_follows_the_pools_reuse():
+def test_the_owner_of_a_cache_follows_the_pools_reuse():
     def owner(reuse, tenant, allocation):
         return cache_owner_digest(reuse, tenant, "uid", allocation)
 

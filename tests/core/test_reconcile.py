@@ -30,13 +30,13 @@ def actions(snap, now=NOW):
     return list(decide(snap, now).actions)
 
 
-def test_nothing_to_do_is_nothing_done():
+def test_without_a_difference_there_is_no_action():
     decision = decide(snapshot(pool(), worker(0), observed={0: seen(0)}), NOW)
     assert decision.actions == ()
     assert decision.wake_at == NOW - timedelta(minutes=1) + timedelta(minutes=15), "the idle worker's time is up"
 
 
-def test_the_idle_floor_stands_beside_the_leased_ones():
+def test_idle_workers_are_kept_ready_in_addition_to_leased_ones():
     p = pool(scaling={"min": 2, "max": 4})
     assert actions(snapshot(p)) == [CreateWorker(slot(0)), CreateWorker(slot(1))]
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
@@ -46,17 +46,17 @@ def test_the_idle_floor_stands_beside_the_leased_ones():
     ]
 
 
-def test_the_floor_never_goes_beyond_the_maximum():
+def test_idle_workers_never_exceed_the_maximum():
     p = pool(scaling={"min": 2, "max": 2})
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
     assert actions(snapshot(p, held, observed={0: seen(0, "owner-a")})) == [CreateWorker(slot(1))]
 
 
-def test_what_is_being_created_is_not_created_twice():
+def test_a_worker_that_is_being_created_is_not_created_twice():
     assert actions(snapshot(pool(scaling={"min": 1}), busy=frozenset({slot(0)}))) == []
 
 
-def test_a_down_worker_is_started_and_for_its_holder():
+def test_a_stopped_worker_is_started_with_its_holders_cache():
     assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING))) == [
         StartDaemon(worker(0, phase=Phase.PENDING), None)
     ]
@@ -64,7 +64,7 @@ def test_a_down_worker_is_started_and_for_its_holder():
     assert actions(snapshot(pool(), held)) == [StartDaemon(held, "owner-a")]
 
 
-def test_a_clean_cache_is_owned_before_the_lease_is_told():
+def test_a_clean_cache_gets_its_owner_before_the_worker_is_ready():
     held = worker(0, lease())
     assert actions(snapshot(pool(), held, observed={0: seen(0, None)})) == [SetCacheOwner(held, "owner-a")]
     (report,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
@@ -72,18 +72,18 @@ def test_a_clean_cache_is_owned_before_the_lease_is_told():
     assert (report.worker.status.phase, report.worker.status.cache_owner) == (Phase.ALLOCATED, "owner-a")
 
 
-def test_another_owners_cache_is_never_leased_on():
+def test_a_cache_of_another_owner_is_never_used_for_a_lease():
     held = worker(0, lease(), cache_owner="owner-b")
     assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-b")})) == [StartDaemon(held, "owner-a")]
 
 
-def test_a_daemon_of_a_former_worker_in_the_slot_is_not_taken_for_this_one():
+def test_a_daemon_of_an_earlier_worker_in_the_slot_is_replaced():
     held = worker(0, lease())
     former = Observation("another-uid", DaemonState.READY, "unix:///0", "owner-a")
     assert actions(snapshot(pool(), held, observed={0: former})) == [StartDaemon(held, "owner-a")]
 
 
-def test_a_dead_worker_comes_back_with_growing_pauses_and_the_lease_is_lost_in_the_end():
+def test_a_failing_worker_is_restarted_with_growing_pauses_until_the_lease_is_lost():
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
     now, starts = NOW, 0
     while True:
@@ -125,7 +125,7 @@ def test_after_a_reboot_a_worker_starts_at_once():
         ({"ended_at": NOW, "end_reason": EndReason.RELEASED}, EndReason.RELEASED),
     ],
 )
-def test_a_lease_that_is_over_leaves_the_worker(change, reason):
+def test_an_ended_lease_leaves_its_worker(change, reason):
     held = worker(0, lease(**change), phase=Phase.ALLOCATED, cache_owner="owner-a")
     (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
     assert isinstance(action, FinishLease)
@@ -137,7 +137,7 @@ def test_a_lease_that_is_over_leaves_the_worker(change, reason):
     )
 
 
-def test_no_lease_leaves_while_a_gateway_may_hold_connections_of_it():
+def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
     registered = GatewayRegistration(gateway="g", allocation_id="lease", renewed_at=NOW)
     held = worker(0, lease(ended_at=NOW), phase=Phase.ALLOCATED, cache_owner="owner-a", gateways=(registered,))
     snap = snapshot(pool(), held, observed={0: seen(0, "owner-a")})
@@ -149,13 +149,13 @@ def test_no_lease_leaves_while_a_gateway_may_hold_connections_of_it():
     assert isinstance(actions(draining, NOW + REGISTRATION_LIFE)[0], FinishLease)
 
 
-def test_a_living_lease_is_looked_at_again_when_it_expires():
+def test_a_live_lease_is_decided_again_when_it_expires():
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
     assert decide(snapshot(pool(), held, observed={0: seen(0, "owner-a")}), NOW).wake_at == NOW + timedelta(hours=1)
 
 
 @pytest.mark.parametrize("never", [{"cache": {"reuse": "never"}}, {"untrusted": True}])
-def test_reuse_never_wipes_after_the_lease(never):
+def test_with_reuse_never_the_cache_is_wiped_after_the_lease(never):
     used = worker(0, cache_owner="lease-digest")
     assert actions(snapshot(pool(**never), used, observed={0: seen(0, "lease-digest")})) == [WipeCache(slot(0))]
     assert actions(snapshot(pool(), used, observed={0: seen(0, "lease-digest")})) == []
@@ -163,7 +163,7 @@ def test_reuse_never_wipes_after_the_lease(never):
     assert actions(snapshot(pool(**never), held, observed={0: seen(0, "owner-a")})) == []
 
 
-def test_reuse_never_wipes_before_the_worker_is_removed_and_where_none_runs_or_stands():
+def test_with_reuse_never_used_caches_are_wiped_before_anything_else():
     never = pool(cache={"reuse": "never"}, scaling={"min": 1, "scaleDownDelay": "0s"})
     left = {slot(0): "lease-1", slot(1): "lease-2", slot(2): None, slot(3)._replace(pool="other"): "lease-3"}
     surplus, down = worker(0, last_activity_at=NOW), worker(1, phase=Phase.FAILED, failures=9, failed_at=NOW)
@@ -189,30 +189,30 @@ def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
     assert told.worker.status.message == whole, "nobody has built on it"
 
 
-def test_idle_workers_go_after_the_delay_least_recently_used_first_down_to_the_floor():
+def test_surplus_idle_workers_are_removed_after_the_delay_least_recently_used_first():
     p = pool(scaling={"min": 1, "max": 4, "scaleDownDelay": "10m"})
     old, new = (worker(n, last_activity_at=NOW - timedelta(minutes=m)) for n, m in ((0, 30), (1, 20)))
     assert actions(snapshot(p, new, old, observed={0: seen(0), 1: seen(1)})) == [RemoveWorker(old)]
 
 
-def test_a_leased_worker_is_never_surplus():
+def test_a_leased_worker_is_never_removed():
     held = worker(9, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
     assert actions(snapshot(pool(scaling={"max": 1}), held, observed={9: seen(9, "owner-a")})) == []
 
 
-def test_idle_workers_beyond_a_lowered_maximum_go_at_once():
+def test_idle_workers_beyond_a_lowered_maximum_are_removed_at_once():
     assert actions(snapshot(pool(scaling={"max": 1}), worker(9), observed={9: seen(9)})) == [RemoveWorker(worker(9))]
 
 
-def test_nothing_is_decided_where_something_is_under_way():
+def test_nothing_is_decided_for_a_busy_slot():
     assert actions(snapshot(pool(), worker(0, phase=Phase.PENDING), busy=frozenset({slot(0)}))) == []
 
 
-def test_strays_are_what_runs_without_a_worker():
+def test_a_stray_slot_has_a_daemon_and_no_worker():
     assert stray_slots([slot(0), slot(1), slot(2)], [worker(0)], [slot(2)]) == [slot(1)]
 
 
-def test_a_pools_status_counts_and_names_ignored_fields():
+def test_a_pools_status_has_counts_and_conditions():
     p = pool(tls={"enabled": True})
     held = worker(0, lease(), phase=Phase.ALLOCATED)
     setting = PoolStatusInputs(
@@ -243,7 +243,7 @@ def deleted(obj):
     return obj.but(metadata=obj.metadata.but(deletion_timestamp=NOW))
 
 
-def test_the_lease_of_a_deleted_worker_is_lost_and_drains_as_any_other():
+def test_the_lease_of_a_deleted_worker_is_lost():
     held = deleted(worker(0, lease(), phase=Phase.ALLOCATED))
     up = {0: seen(0, "owner-a")}
     (lost,) = actions(snapshot(pool(), held, observed=up))
@@ -271,7 +271,7 @@ def test_a_worker_is_protected_while_it_is_leased_and_no_longer():
     ]
 
 
-def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given_away():
+def test_an_ephemeral_cache_gets_its_owner_before_the_next_lease():
     over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
     unmarked = replace(seen(0), ephemeral_cache=True)
     held = worker(0, over, phase=Phase.IDLE, ephemeral_cache=True)
@@ -294,7 +294,7 @@ def test_a_cache_that_nobody_waited_to_mark_is_marked_before_the_worker_is_given
         (Phase.PROVISIONING, "owner-a", True, False),
     ],
 )
-def test_a_claimed_worker_leads_at_once_where_its_cache_can_only_be_the_holders(phase, owner, ephemeral, leads):
+def test_a_claimed_worker_is_routable_at_once_if_its_cache_can_only_be_the_holders(phase, owner, ephemeral, leads):
     held = worker(0, lease(), phase=phase, cache_owner=owner, ephemeral_cache=ephemeral)
     assert (held.routable_endpoint is not None) is leads
     assert held.with_lease(None).routable_endpoint is None
@@ -307,7 +307,7 @@ def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
     assert held.with_lease(None).metadata.finalizers == ()
 
 
-def test_a_lease_whose_maker_was_killed_before_it_had_a_token_is_given_up():
+def test_a_lease_that_never_got_its_token_is_lost():
     held = worker(0, lease(token_sha256=""), phase=Phase.ALLOCATED, cache_owner="owner-a")
     seen_up = {0: seen(0, "owner-a")}
     assert decide(snapshot(pool(), held, observed=seen_up), NOW).wake_at == NOW + TOKEN_TIMEOUT

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from bkpool.core.auth import RESERVED, Auth, TokenFrom
+from bkpool.core.auth import RESERVED_PREFIXES, Auth, TokenFrom
 from bkpool.core.errors import Forbidden, HostFault, NotFound, Unavailable
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
@@ -77,7 +77,7 @@ def test_every_way_to_write_a_token_is_read(key, value, user):
         (ALICE, {"user": "a\nb"}, "printable"),
         (ALICE, {"user": " alice"}, "printable"),
         (ALICE, {"user": "a" * 257}, "printable"),
-        *((ALICE, {"user": f"{prefix}x"}, "begins with") for prefix in RESERVED),
+        *((ALICE, {"user": f"{prefix}x"}, "begins with") for prefix in RESERVED_PREFIXES),
         ("system:admin", ALICE, "begins with"),
         (7, ALICE, "no `user`"),
         (ALICE, {"user": "alice", "pools": "*"}, "pools"),
@@ -115,7 +115,7 @@ def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
         assert len(entry.digest) == 32
         assert 0 < len(entry.user) <= 256
         assert entry.user.isprintable()
-        assert not entry.user.startswith(RESERVED)
+        assert not entry.user.startswith(RESERVED_PREFIXES)
 
 
 def test_a_user_may_have_two_tokens_while_one_takes_over_from_the_other():
