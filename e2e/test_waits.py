@@ -1,4 +1,4 @@
-"""Waiting for a worker that is on its way back (DESIGN 3): the user notices nothing, or is soon told why."""
+"""Waiting for a worker that is restarted: the user notices nothing, or soon gets the reason (docs/clients.md#waiting)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness import Answer, Appliance, Context, eventually, only, really_ran, ru
 
 pytestmark = only("process", "a daemon is kept from starting on this machine; to the gateway a pod is the same")
 
-FIRST, SECOND, LATER = 15.0, 12.0, 2.0  # seconds (DESIGN 3)
+FIRST, SECOND, LATER = 15.0, 12.0, 2.0  # seconds (docs/clients.md#waiting)
 SLACK = 5.0  # seconds, for a busy machine
 WELL_UNDER_A_MINUTE = 45.0
 UNAVAILABLE, FAILED_PRECONDITION = 14, 9  # https://grpc.io/docs/guides/status-codes/

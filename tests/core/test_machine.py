@@ -1,7 +1,7 @@
-"""A whole pool in small, driven at random: leases, crashes, lag, lost races, gateways and a jumping clock.
+"""A model of a whole pool, driven at random: leases, crashes, delays, lost races, gateways and a clock that jumps.
 
-The store, the runtime and the gateways are models of a few lines (the real ones have their own tests); what is
-under test are the real placement and policy, and the rules they must hold (DESIGN 5.2, 5.3, 5.4, 5.10).
+The store, the runtime and the gateways are models of a few lines; the real ones have their own tests. Under test are
+the real queue, placement and decisions, and rules 2, 3, 4 and 10 (docs/rules.md).
 """
 
 from __future__ import annotations
