@@ -1,4 +1,4 @@
-"""Waiting for a worker that is restarted: the user notices nothing, or soon gets the reason (docs/clients.md#waiting)."""
+"""Waiting for a worker that restarts: users notice nothing, or soon get the reason (docs/clients.md#waiting)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 PROMPT = 5.0
 """Seconds from the cause of a failure to the failure, by issue 6."""
 HELD = 15.0 + 12.0 + PROMPT
-"""Seconds that a build may take to be connected or refused: two waits for the worker, each with its limit (docs/clients.md#waiting)."""
+"""Seconds until a build is connected or refused: two waits for the worker (docs/clients.md#waiting)."""
 HUNG = 90.0
 """Seconds after which a build is taken for one that would never end; the longest build runs for 3 s by itself."""
 RECOVERY = 30.0
