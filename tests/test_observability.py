@@ -14,6 +14,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY, Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
+from bkpool.install.manifests import Install, render
 from bkpool.telemetry.loop_metrics import LoopMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,18 @@ def test_the_pod_monitor_selects_the_gateways_by_their_labels():
     spec = yaml.safe_load((DOCS / "podmonitor.yaml").read_text())["spec"]
     assert spec["selector"]["matchLabels"] == {LABEL_PURPOSE: PURPOSE_GATEWAY}
     assert spec["jobLabel"] == LABEL_POOL
+
+
+def test_the_pod_monitor_of_the_controller_selects_the_pods_of_the_manifests():
+    spec = yaml.safe_load((DOCS / "podmonitor-controller.yaml").read_text())["spec"]
+    documents = yaml.safe_load_all(render(Install()))
+    (deployment,) = (one for one in documents if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]
+    assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert spec["jobLabel"] in pod["metadata"]["labels"]
+    (container,) = pod["spec"]["containers"]
+    ports = {port["name"] for port in container["ports"]}
+    assert {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]} <= ports
 
 
 def test_the_dashboard_can_be_imported_into_any_grafana():
