@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import click
 
 from bkpool.cli import console, home, options
-from bkpool.core.names import API_PORT, GATEWAY_PORT, METRICS_PORT
+from bkpool.core.errors import BkpoolError
+from bkpool.core.names import GATEWAY_PORT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -31,13 +32,34 @@ def command(as_json: bool) -> int:
     from bkpool.toolchain import Toolchain, default_cache, doctor  # noqa: PLC0415
 
     tools.quiet_logging()
-    ports = {"API": API_PORT, "gateway": GATEWAY_PORT, "metrics": METRICS_PORT}
+    settings, ports = _settings()
     with console.Progress("checking this machine"):
-        found = list(doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports()))
+        found = [settings, *doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports())]
     failed = any(check.ok is False for check in found)
     answer: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
     console.answer(answer, as_json=as_json, show=lambda: _table(found))
     return int(failed)
+
+
+def _settings() -> tuple[Check, dict[str, int]]:
+    """A finding about the settings, and the ports that the appliance needs with them."""
+    from bkpool.cli import up_options  # noqa: PLC0415 - the settings are slow to import
+    from bkpool.settings import Configuration  # noqa: PLC0415
+    from bkpool.toolchain.host import Check  # noqa: PLC0415
+
+    try:
+        values = up_options.load({}).configuration
+        check = Check("settings", True, "`bkpool config` shows them")
+    except BkpoolError as error:
+        values = Configuration()
+        check = Check("settings", False, error.message, error.hint)
+    ports = {
+        "API": values.api.address.port,
+        "gateway": values.gateway.address.port if values.gateway.address else GATEWAY_PORT,
+        "metrics": values.metrics.address.port,
+        **({"development issuer": values.dev_issuer.address.port} if values.dev_issuer.enabled else {}),
+    }
+    return check, {purpose: port for purpose, port in ports.items() if port}
 
 
 def _own_ports() -> frozenset[int]:

@@ -31,7 +31,7 @@ def detached(arguments: list[str], variables: Mapping[str, str]) -> dict[str, An
         variables: Environment variables that differ from those of this process.
 
     Raises:
-        BkpoolError: The appliance did not start; with the message, hint and exit code of its own error.
+        BkpoolError: The appliance did not start; with the message, hint and exit code of the error.
     """
     log = _log_file()
     ours, theirs = os.pipe()

@@ -108,11 +108,11 @@ _ORDERED = (
 def _check_order(lower: Value, higher: Value) -> None:
     if lower.value <= higher.value:
         return
-    told = lower if lower.source is not Source.DEFAULT else higher
+    given = lower if lower.source is not Source.DEFAULT else higher
     raise InvalidInput(
-        f"{told.where}: {lower.setting.name} ({lower.text}) is more than {higher.setting.name} ({higher.text})",
+        f"{given.where}: {lower.setting.name} ({lower.text}) is more than {higher.setting.name} ({higher.text})",
         hint=f"Lower {lower.setting.name}, or raise {higher.setting.name}.",
-        field=told.where,
+        field=given.where,
     )
 
 

@@ -111,3 +111,18 @@ def test_doctor_fails_where_a_check_fails(bkpool, tmp_path):
 def test_doctor_on_a_terminal_is_a_line_a_check(on_terminal):
     _, shown = on_terminal("doctor")
     assert any(line.startswith(("✓ python", "! python")) for line in shown.splitlines())
+
+
+def test_doctor_checks_the_ports_of_the_settings(bkpool, home):
+    (home / "config.toml").write_text('[api]\naddress = "127.0.0.1:18999"\n')
+    checks = {check["name"]: check for check in json.loads(bkpool("doctor").stdout)["checks"]}
+    assert checks["settings"]["ok"] is True
+    assert "API" in checks["port 18999"]["detail"]
+
+
+def test_doctor_shows_a_fault_in_the_settings(bkpool, home):
+    (home / "config.toml").write_text("[api]\ncolour = 1\n")
+    done = bkpool("doctor")
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert (done.returncode, checks["settings"]["ok"]) == (1, False)
+    assert checks["settings"]["detail"].endswith("[api] colour: there is no such field")
