@@ -1,6 +1,6 @@
-"""Two machines and the cables between them, which can be cut: network namespaces that end with the test's threads.
+"""Two machines with cables between them that can be cut: network namespaces that end with the test's threads.
 
-Nothing of the machine's own network is touched: the namespaces have no names and no way out.
+The machine's own network is not changed: the namespaces have no names, and no route to it.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _unshare() -> None:
     if _libc.unshare(CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "a network namespace of one's own takes root")
+        raise OSError(ctypes.get_errno(), "making a network namespace needs root")
 
 
 class Machine:
-    """A network namespace. What `do` is given runs in it; sockets and threads made there stay in it."""
+    """A network namespace. `call` runs a function in it. Sockets and threads that are made there stay there."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, initializer=_unshare)
         self.ip("link set lo up")
 
-    def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self._thread.submit(function, *arguments).result()
 
     def ip(self, command: str) -> None:
-        self.do(lambda: subprocess.run(["ip", *command.split()], check=True, capture_output=True))
+        self.call(lambda: subprocess.run(["ip", *command.split()], check=True, capture_output=True))
 
     def enter(self) -> None:
-        """The calling thread, and every thread that it starts from now on, is in this machine."""
-        descriptor = os.open(f"/proc/{self.do(threading.get_native_id)}/ns/net", os.O_RDONLY)
-        _set(descriptor)
+        """Moves the calling thread, and every thread that it starts later, to this machine."""
+        descriptor = os.open(f"/proc/{self.call(threading.get_native_id)}/ns/net", os.O_RDONLY)
+        _enter_namespace(descriptor)
 
     def end(self) -> None:
         self._thread.shutdown()
 
 
-def _set(descriptor: int) -> None:
+def _enter_namespace(descriptor: int) -> None:
     try:
         if _libc.setns(descriptor, CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "cannot enter a network namespace")
@@ -56,13 +56,13 @@ def _set(descriptor: int) -> None:
 
 @contextmanager
 def inside(machine: Machine) -> Iterator[None]:
-    """The calling thread is in this machine meanwhile."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    """Moves the calling thread to this machine until the end of the block."""
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
     machine.enter()
     try:
         yield
     finally:
-        _set(home)
+        _enter_namespace(before)
 
 
 class Cable:
@@ -72,11 +72,11 @@ class Cable:
         self.near, self.far = f"10.77.{number}.1", f"10.77.{number}.2"
         self._name, self._machine = f"far{number}", far
         near.ip(f"link add near{number} type veth peer name far{number}")
-        near.ip(f"link set far{number} netns {far.do(threading.get_native_id)}")
+        near.ip(f"link set far{number} netns {far.call(threading.get_native_id)}")
         for machine, name, address in ((near, f"near{number}", self.near), (far, self._name, self.far)):
             machine.ip(f"addr add {address}/30 dev {name}")
             machine.ip(f"link set {name} up")
 
     def cut(self) -> None:
-        """From now on every packet is lost, and nobody is told."""
+        """Loses every packet from now on, without an error on either side."""
         self._machine.ip(f"link set {self._name} down")

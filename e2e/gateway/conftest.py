@@ -1,4 +1,4 @@
-"""A gateway as a process, a worker that echoes, and one good client that is there all the time."""
+"""A gateway in another process, a worker that echoes, and one good client that stays connected all the time."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from bkpool.pki.chain import load_chain
 from harness import PATIENCE
 
 HERE = Path(__file__).parent
-SOON = 1.0
-"""Seconds in which a good client must be served beside a thousand bad ones: the number is the issue's own."""
+SERVED_WITHIN = 1.0
+"""Seconds within which a good client must be served beside a thousand bad ones."""
 
 
-class Served:
-    """The gateway's process, and what can be seen of it from outside.
+class GatewayProcess:
+    """The gateway's process, as it can be observed from outside.
 
     Args:
         directory: For its log and the worker's socket.
-        limits: What of gateway.limits is to be other than it is.
+        limits: Fields of GatewayLimits.
     """
 
     def __init__(self, directory: Path, limits: dict[str, float]) -> None:
@@ -47,7 +47,7 @@ class Served:
         with self.log.open("w") as log:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
-                [sys.executable, HERE / "served.py"], stdin=pipe, stdout=pipe, stderr=log, text=True,
+                [sys.executable, HERE / "gateway_process.py"], stdin=pipe, stdout=pipe, stderr=log, text=True,
                 env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
             )  # fmt: skip
         held = {self.token("held"): None}
@@ -67,12 +67,12 @@ class Served:
 
     @property
     def memory(self) -> int:
-        """Bytes of it that are in memory."""
+        """Bytes of its resident memory."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
     @property
-    def processor_seconds(self) -> float:
-        """Of all its threads so far."""
+    def cpu_seconds(self) -> float:
+        """Seconds of CPU time that all its threads have used."""
         times = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
         return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
@@ -80,16 +80,19 @@ class Served:
     def counters(self) -> dict[str, float]:
         return json.loads(self._ask(""))
 
-    def allow(self, more: int | None) -> None:
-        """How many more descriptors it may open; None: as many as at first.
+    def allow_descriptors(self, more: int | None) -> None:
+        """Limits how many more file descriptors it may open.
 
-        The system bounds their numbers, not how many there are (getrlimit(2)).
+        The system limits the highest number, not the count (getrlimit(2)).
+
+        Args:
+            more: The number of further descriptors; None restores the limit that it started with.
         """
         _, hard = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
-        taken = self._numbers()
-        free = (number for number in range(hard) if number not in taken)
-        bound = hard if more is None else next(itertools.islice(free, more, None))
-        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (bound, hard))
+        used = self._numbers()
+        free = (number for number in range(hard) if number not in used)
+        limit = hard if more is None else next(itertools.islice(free, more, None))
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (limit, hard))
 
     def _numbers(self) -> set[int]:
         return {int(entry.name) for entry in Path(f"/proc/{self.pid}/fd").iterdir()}
@@ -98,7 +101,7 @@ class Served:
         return tokens.derive(b"key", "uid", name)
 
     def context(self, name: str | None) -> ssl.SSLContext:
-        """A client's TLS settings, with the certificate of this lease."""
+        """Returns a client's TLS settings, with the certificate of this lease; None for no certificate."""
         context = ssl.create_default_context(cadata=self._authority.cert_pem.decode())
         if name is not None:
             leaf = self._authority.issue_client(self.token(name), datetime.now(UTC), self._ends)
@@ -107,7 +110,7 @@ class Served:
         return context
 
     def end(self) -> None:
-        """Closes it as it would be closed, and looks at what it said."""
+        """Closes the gateway in order, and checks its log."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -130,79 +133,79 @@ class Served:
         return self._process.stdout.readline()
 
 
-class Client:
+class EchoClient:
     """One connection of a good client."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
-    async def echo(self, data: bytes = b"as if nothing were") -> None:
+    async def echo(self, data: bytes = b"as if nothing had happened") -> None:
         self._writer.write(data)
         assert await self._reader.readexactly(len(data)) == data
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         self._writer.transport.abort()
 
 
-class Under:
-    """A gateway under attack, with a client that came before."""
+class AttackedProcess:
+    """A gateway under attack, with a good client that connected before the attack."""
 
-    def __init__(self, served: Served) -> None:
-        self.served = served
-        self._context = served.context("good")
-        self._clients: list[Client] = []
+    def __init__(self, process: GatewayProcess) -> None:
+        self.process = process
+        self._context = process.context("good")
+        self._clients: list[EchoClient] = []
 
-    async def client(self) -> Client:
+    async def client(self) -> EchoClient:
         opened = await asyncio.open_connection(
-            "127.0.0.1", self.served.port, ssl=self._context, server_hostname="localhost"
+            "127.0.0.1", self.process.port, ssl=self._context, server_hostname="localhost"
         )
-        self._clients.append(Client(*opened))
+        self._clients.append(EchoClient(*opened))
         return self._clients[-1]
 
-    async def begin(self) -> None:
-        """Once through everything, so that what is opened once is open; then the client that stays."""
-        (await self.served_client()).leave()
-        self.bystander = await self.served_client()
-        await self.until(lambda: self.served.counters["active"] == 1)
-        self.descriptors, self.memory = self.served.descriptors, self.served.memory
+    async def start(self) -> None:
+        """Serves a client, so that all that is opened once is open. Then connects the client that stays."""
+        (await self.served_client()).disconnect()
+        self.earlier_client = await self.served_client()
+        await self.wait_until(lambda: self.process.counters["active"] == 1)
+        self.descriptors, self.memory = self.process.descriptors, self.process.memory
 
-    async def served_client(self) -> Client:
-        """A client that got its answer."""
+    async def served_client(self) -> EchoClient:
+        """Connects a client and waits for its answer."""
         client = await self.client()
         await client.echo()
         return client
 
-    async def served_soon(self) -> None:
-        """Good clients, one after the other, are each served within a second, and the one of before still is."""
+    async def serves_good_clients(self) -> None:
+        """Checks that three good clients in a row are each served within a second, and the earlier one still is."""
         for _ in range(3):
-            async with asyncio.timeout(SOON):
+            async with asyncio.timeout(SERVED_WITHIN):
                 client = await self.served_client()
-            client.leave()
-        await self.bystander.echo()
+            client.disconnect()
+        await self.earlier_client.echo()
 
-    async def over(self) -> None:
-        """Every descriptor and every slot is back but the bystander's, and the next client is served."""
-        await self.bystander.echo()
-        self.end(but=self.bystander)
-        await self.until(lambda: self.served.descriptors == self.descriptors)
-        assert self.served.counters["active"] == 1
-        (await self.served_client()).leave()
+    async def check_all_freed(self) -> None:
+        """Checks that only the earlier client holds descriptors and a slot, and that the next client is served."""
+        await self.earlier_client.echo()
+        self.disconnect_all(but=self.earlier_client)
+        await self.wait_until(lambda: self.process.descriptors == self.descriptors)
+        assert self.process.counters["active"] == 1
+        (await self.served_client()).disconnect()
 
-    async def until(self, condition: Any, patience: float = PATIENCE) -> None:
-        async with asyncio.timeout(patience):
-            while not condition():  # noqa: ASYNC110 - another process is looked at
+    async def wait_until(self, condition: Any, seconds: float = PATIENCE) -> None:
+        async with asyncio.timeout(seconds):
+            while not condition():  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.02)
 
-    def end(self, but: Client | None = None) -> None:
+    def disconnect_all(self, but: EchoClient | None = None) -> None:
         for client in self._clients:
             if client is not but:
-                client.leave()
+                client.disconnect()
 
 
 @pytest.fixture(autouse=True)
-def _descriptors_enough() -> Iterator[None]:
-    """For the attackers, who are in this process."""
+def _enough_descriptors() -> Iterator[None]:
+    """The attackers are in this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
@@ -211,32 +214,32 @@ def _descriptors_enough() -> Iterator[None]:
 
 @pytest.fixture
 def limits() -> dict[str, float]:
-    """Parametrized by the tests that need others than there are."""
+    """Fields of GatewayLimits; replaced by tests that need other limits."""
     return {}
 
 
 @pytest.fixture
-async def attacked(tmp_path: Path, limits: dict[str, float]) -> AsyncIterator[Under]:
-    """After the test everything that the attack took has been given back."""
-    served = await asyncio.to_thread(Served, tmp_path, limits)
+async def attacked(tmp_path: Path, limits: dict[str, float]) -> AsyncIterator[AttackedProcess]:
+    """A gateway to attack. After the test, everything that the attack used must be free again."""
+    process = await asyncio.to_thread(GatewayProcess, tmp_path, limits)
     workers: list[asyncio.StreamWriter] = []
 
-    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         workers.append(writer)
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65536):
                 writer.write(data)
         writer.close()
 
-    server = await asyncio.start_unix_server(work, served.worker)
-    under = Under(served)
+    server = await asyncio.start_unix_server(echo, process.worker)
+    attacked = AttackedProcess(process)
     try:
-        await under.begin()
-        yield under
-        await under.over()
+        await attacked.start()
+        yield attacked
+        await attacked.check_all_freed()
     finally:
-        under.end()
-        await asyncio.to_thread(served.end)
+        attacked.disconnect_all()
+        await asyncio.to_thread(process.end)
         for writer in workers:
             writer.transport.abort()
         server.close()

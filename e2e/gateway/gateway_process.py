@@ -1,7 +1,8 @@
-"""A gateway in a process of its own, so that its descriptors and its memory can be watched, and its limits set.
+"""A gateway in a separate process, so that a test can watch its descriptors and memory and set its limits.
 
-usage: python e2e/gateway/served.py     Its settings are a line of JSON on standard input: tokens and keys are in it.
-It answers with its port, and every further line with its counters; at the end of its input it closes and ends.
+usage: python e2e/gateway/gateway_process.py
+It reads one line of JSON from standard input: settings, tokens and keys. It prints its port, and for each further
+line its counters. When its input ends, it closes the gateway and ends.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ HOUR = 3600.0
 POOL = Key("default", "p")
 
 
-class Agrees:
-    """A registry without a store."""
+class EmptyRegistry:
+    """A registry without a store: it accepts every registration and finds no lease."""
 
     async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
@@ -41,7 +42,7 @@ class Agrees:
 
 
 def table(leases: dict[str, str | None]) -> LeaseTable:
-    """Tokens, and where their workers are; None: not there yet."""
+    """Makes a table of tokens and the endpoints of their workers; None for a worker that is not ready."""
     now = time.time()
     routes = {}
     for number, (token, endpoint) in enumerate(leases.items()):
@@ -75,7 +76,7 @@ async def main() -> None:
     settings: dict[str, Any] = json.loads(await asyncio.to_thread(sys.stdin.readline))
     metrics = GatewayMetrics()
     gateway = Gateway(
-        Agrees(),
+        EmptyRegistry(),
         now=lambda: datetime.now(UTC),
         metrics=metrics,
         limits=replace(GatewayLimits(), **settings["limits"]),
