@@ -1,7 +1,7 @@
-"""What a pool has in a cluster beside its workers: its gateway's Deployment, Service, rights and protection.
+"""Describes a pool's objects in a cluster, except its workers: its gateway's Deployment, Service, rights, policies.
 
-Pure: a pool and a setting in, documents out. Every document is complete, so that applying it says all we want of it;
-nothing is ever left over from an earlier spec.
+Pure: a pool in, documents out. Every document is complete, so that nothing remains of an earlier spec when it is
+applied.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from bkpool.kube import paths
 Doc = dict[str, Any]
 
 REPLICAS = 2
-"""Gateways of a pool unless it says otherwise: one may go while a node is drained."""
+"""Gateway pods of a pool by default, so that one can be evicted while a node is drained."""
 GRACE = timedelta(seconds=30)
-"""Beyond the drain: what a gateway needs to be out of the Service before, and to end after it."""
-_USER = 65532  # the Containerfile's
+"""Added to the drain timeout: the gateway must first leave the Service, and needs time to exit at the end."""
+_USER = 65532  # as in the Containerfile
 _MOUNT = "/home/bkpool"
 
 _PLURALS = {
@@ -53,43 +53,43 @@ _PLURALS = {
 
 @dataclass(frozen=True, slots=True)
 class GatewayDefaults:
-    """What all pools of an appliance have in common."""
+    """What is the same for all pools of an appliance."""
 
     image: str
-    """bkpool's own, for gateways whose pool names none."""
+    """bkpool's own image, for pools that do not set spec.gatewayImage."""
     namespace: str
-    """Of the appliance."""
+    """The namespace of the appliance."""
     appliance: str
-    """The app.kubernetes.io/name of its pods."""
+    """The label app.kubernetes.io/name of the appliance's pods."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Further environment variables of the gateways: settings that are not the default."""
 
 
 def gateway_name(pool: Pool) -> str:
-    """The name of all that belongs to the pool's gateway, but for its Service."""
+    """The name of all objects of the pool's gateway except its Service."""
     return f"{pool.key.name}-gateway"
 
 
 def path_of(doc: Doc) -> str:
-    """Where a document made here is in the API."""
+    """The API path of a document that is made here."""
     plural, metadata = _PLURALS[doc["kind"]], doc["metadata"]
     if doc["apiVersion"] == "v1":
         return paths.core(plural, metadata["namespace"], metadata["name"])
     return paths.group(doc["apiVersion"], plural, metadata["namespace"], metadata["name"])
 
 
-def pool_objects(pool: Pool, setting: GatewayDefaults) -> list[Doc]:
-    """Everything but the Secret, in the order in which it is to be applied: the Service first, the pods last."""
+def pool_objects(pool: Pool, defaults: GatewayDefaults) -> list[Doc]:
+    """All documents but the Secret, in the order in which they must be applied: the Service first, the pods last."""
     return [
         service(pool),
         _service_account(pool),
         _role(pool),
         _role_binding(pool),
         _gateway_policy(pool),
-        _worker_policy(pool, setting),
+        _worker_policy(pool, defaults),
         _gateway_budget(pool),
         _leased_budget(pool),
-        deployment(pool, setting),
+        deployment(pool, defaults),
     ]
 
 
@@ -98,14 +98,14 @@ def secret(pool: Pool, data: Mapping[str, str]) -> Doc:
     return _doc(pool, "v1", "Secret", gateway_name(pool), type="Opaque", data=dict(data))
 
 
-def is_of_a_pool(live: Doc) -> bool:
-    """Whether an object in the cluster was made for a pool: by bkpool, or by the older Go controller."""
-    metadata = live["metadata"]
+def is_of_a_pool(existing: Doc) -> bool:
+    """Whether an existing object was made for a pool, by bkpool or by the older Go controller."""
+    metadata = existing["metadata"]
     owners = [(owner["apiVersion"], owner["kind"]) for owner in metadata.get("ownerReferences", ())]
     return metadata.get("labels", {}).get(LABEL_MANAGED) == MANAGER or (API_VERSION, Pool.KIND) in owners
 
 
-# --- the way in -----------------------------------------------------------------------------------------------------
+# --- service --------------------------------------------------------------------------------------------------------
 
 
 def service(pool: Pool) -> Doc:
@@ -122,7 +122,8 @@ def service(pool: Pool) -> Doc:
         if networking.allowed_cidrs:
             spec["loadBalancerSourceRanges"] = list(networking.allowed_cidrs)
     if kind is ServiceType.NODE_PORT and networking.allowed_cidrs:
-        spec["externalTrafficPolicy"] = "Local"  # otherwise the policy would see a node's address for the caller's
+        # Otherwise the policy would see the address of a node instead of the caller's.
+        spec["externalTrafficPolicy"] = "Local"
     annotations = {**networking.annotations, **networking.external.annotations}
     return _doc(pool, "v1", "Service", pool.key.name, annotations=annotations, spec=spec)
 
@@ -138,12 +139,12 @@ def service_port(pool: Pool) -> int:
 
 
 def outside_hosts(pool: Pool, live: Doc | None, node_address: str | None) -> list[str]:
-    """The names and addresses by which callers outside of the cluster reach the gateway, the best one first.
+    """The names and addresses by which callers outside the cluster reach the gateway, the preferred one first.
 
     Args:
-        pool: Of which.
-        live: Its Service as the cluster has it; None: not known yet.
-        node_address: An address of a node with a gateway, for a Service of the type NodePort.
+        pool: The pool.
+        live: Its Service as it is in the cluster; None: not known yet.
+        node_address: An address of a node that runs the gateway, for a Service of type NodePort.
     """
     external = pool.spec.networking.external
     given = [external.hostname] if external.hostname and external.enabled is not False else []
@@ -157,9 +158,9 @@ def outside_hosts(pool: Pool, live: Doc | None, node_address: str | None) -> lis
 
 
 def endpoint_of(pool: Pool, live: Doc | None, node_address: str | None) -> str:
-    """What a caller is told as gatewayEndpoint; for the arguments see outside_hosts.
+    """The gatewayEndpoint that callers get. For the arguments see outside_hosts.
 
-    A hostname of a Service of the type NodePort leads to nodes, and so to the port that these have for it.
+    For a Service of type NodePort, the host is a node, and the port is the one that the Service has on all nodes.
     """
     hosts, port = outside_hosts(pool, live, node_address), service_port(pool)
     if not hosts:
@@ -172,7 +173,7 @@ def endpoint_of(pool: Pool, live: Doc | None, node_address: str | None) -> str:
 
 
 def node_address(pods: Iterable[Doc], before: str | None) -> str | None:
-    """An address of a node on which a gateway runs: the same as before where that still is one."""
+    """An address of a node that runs the gateway: the same as before, if that node still does."""
     found = sorted(
         {pod["status"]["hostIP"] for pod in pods if pod.get("status", {}).get("hostIP") and _is_ready(pod)}
     )
@@ -188,8 +189,8 @@ def _is_ready(pod: Doc) -> bool:
 # --- the gateway's pods ---------------------------------------------------------------------------------------------
 
 
-def deployment(pool: Pool, setting: GatewayDefaults) -> Doc:
-    """The gateway's pods. An old one goes only when a new one is ready, and only when its builds have ended."""
+def deployment(pool: Pool, defaults: GatewayDefaults) -> Doc:
+    """The gateway's pods. An old pod stops only when a new one is ready, and exits after its builds have ended."""
     drain = pool.spec.gateway.drain_timeout
     replicas = pool.spec.gateway.replicas
     labels = _gateway_labels(pool)
@@ -211,7 +212,7 @@ def deployment(pool: Pool, setting: GatewayDefaults) -> Doc:
                 "labelSelector": {"matchLabels": labels},
             }
         ],
-        "containers": [_container(pool, setting)],
+        "containers": [_container(pool, defaults)],
         "volumes": [{"name": "home", "emptyDir": {}}],
     }
     return _doc(
@@ -222,16 +223,16 @@ def deployment(pool: Pool, setting: GatewayDefaults) -> Doc:
         spec={
             "replicas": REPLICAS if replicas is None else replicas,
             "selector": {"matchLabels": labels},
-            "progressDeadlineSeconds": 120,  # then the pool says what is wrong
+            "progressDeadlineSeconds": 120,  # after that, the pool's status says what is wrong
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
             "template": {"metadata": {"labels": {**_LABELS, **labels}}, "spec": pod},
         },
     )
 
 
-def _container(pool: Pool, setting: GatewayDefaults) -> Doc:
+def _container(pool: Pool, defaults: GatewayDefaults) -> Doc:
     given = pool.spec.gateway_image
-    image = setting.image if given is None or is_foreign_gateway(given) else given
+    image = defaults.image if given is None or is_foreign_gateway(given) else given
     return {
         "name": "gateway",
         "image": image,
@@ -250,7 +251,7 @@ def _container(pool: Pool, setting: GatewayDefaults) -> Doc:
             {"name": "HOME", "value": _MOUNT},
             {"name": "TMPDIR", "value": _MOUNT},
             {"name": "BKPOOL_HOME", "value": f"{_MOUNT}/state"},
-            *({"name": name, "value": value} for name, value in setting.variables.items()),
+            *({"name": name, "value": value} for name, value in defaults.variables.items()),
         ],
         "ports": [
             {"name": "gateway", "containerPort": GATEWAY_PORT, "protocol": "TCP"},
@@ -274,7 +275,7 @@ def _probe(path: str) -> Doc:
 
 
 def _resources(pool: Pool) -> Doc:
-    """The user's, or a small request; `cpu` and `memory` are limits."""
+    """The resources from spec.gateway, or a small request. `cpu` and `memory` are limits."""
     given = pool.spec.gateway.resources
     limits = {name: value for name, value in (("cpu", given.cpu), ("memory", given.memory)) if value is not None}
     limits |= given.limits
@@ -284,7 +285,7 @@ def _resources(pool: Pool) -> Doc:
 
 _SMALL = {"cpu": "100m", "memory": "128Mi"}
 
-# --- rights and protection ------------------------------------------------------------------------------------------
+# --- rights and policies --------------------------------------------------------------------------------------------
 
 
 def _service_account(pool: Pool) -> Doc:
@@ -292,7 +293,7 @@ def _service_account(pool: Pool) -> Doc:
 
 
 def _role(pool: Pool) -> Doc:
-    """What a gateway may: see pools and workers, register itself on a worker, and read its own certificates."""
+    """A gateway may read pools and workers, register itself on a worker, and read its own certificates."""
     rules = [
         _rule([GROUP], ["buildkitpools", "buildkitworkers"], ["get", "list", "watch"]),
         _rule([GROUP], ["buildkitworkers/status"], ["update", "patch"]),
@@ -320,7 +321,7 @@ def _role_binding(pool: Pool) -> Doc:
 
 
 def _gateway_policy(pool: Pool) -> Doc:
-    """From where the gateway may be reached. A load balancer limits that itself, and its nodes forward the rest."""
+    """Limits who may reach the gateway. A load balancer does that itself, and its nodes forward connections then."""
     cidrs = pool.spec.networking.allowed_cidrs
     limited = bool(cidrs) and service_type(pool) is not ServiceType.LOAD_BALANCER
     clients: Doc = {"ports": [{"port": GATEWAY_PORT, "protocol": "TCP"}]}
@@ -330,12 +331,12 @@ def _gateway_policy(pool: Pool) -> Doc:
     return _policy(pool, gateway_name(pool), _gateway_labels(pool), [clients, metrics])
 
 
-def _worker_policy(pool: Pool, setting: GatewayDefaults) -> Doc:
-    """Only the pool's gateways reach its workers, and the appliance, which asks them whether they are ready."""
+def _worker_policy(pool: Pool, defaults: GatewayDefaults) -> Doc:
+    """Only the pool's gateways may reach its workers, and the appliance, which asks them whether they are ready."""
     gateways = {"podSelector": {"matchLabels": _gateway_labels(pool)}}
     appliance = {
-        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": setting.namespace}},
-        "podSelector": {"matchLabels": {"app.kubernetes.io/name": setting.appliance}},
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": defaults.namespace}},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": defaults.appliance}},
     }
     reached = {"ports": [{"port": WORKER_PORT, "protocol": "TCP"}], "from": [gateways, appliance]}
     return _policy(pool, f"{pool.key.name}-workers", _labels(pool, PURPOSE_WORKER), [reached])
@@ -351,7 +352,7 @@ def _gateway_budget(pool: Pool) -> Doc:
 
 
 def _leased_budget(pool: Pool) -> Doc:
-    """No leased worker is evicted."""
+    """Leased workers must not be evicted."""
     selected = {**_labels(pool, PURPOSE_WORKER), LABEL_LEASED: "true"}
     return _budget(pool, f"{pool.key.name}-leased", {"maxUnavailable": 0}, selected)
 
@@ -361,7 +362,7 @@ def _budget(pool: Pool, name: str, allowed: Doc, selected: Doc) -> Doc:
     return _doc(pool, "policy/v1", "PodDisruptionBudget", name, spec=spec)
 
 
-# --- what every one of them has -------------------------------------------------------------------------------------
+# --- shared by all documents ----------------------------------------------------------------------------------------
 
 _LABELS = {LABEL_MANAGED: MANAGER, "app.kubernetes.io/name": "buildkit"}
 
@@ -377,7 +378,7 @@ def _gateway_labels(pool: Pool) -> Doc:
 def _doc(
     pool: Pool, api_version: str, kind: str, name: str, *, annotations: Mapping[str, str] | None = None, **rest: Any
 ) -> Doc:
-    """A document of this pool's, which ends with it."""
+    """A document that the pool owns, so that it is deleted with the pool."""
     owner = {"apiVersion": API_VERSION, "kind": Pool.KIND, "name": pool.key.name, "uid": pool.uid, "controller": True}
     metadata: Doc = {
         "name": name,

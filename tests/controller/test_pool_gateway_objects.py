@@ -39,7 +39,7 @@ def service_with(ingress=(), node_port=None):
     return {"spec": {"ports": [{"nodePort": node_port}]}, "status": {"loadBalancer": {"ingress": list(ingress)}}}
 
 
-def test_everything_ends_with_its_pool_and_says_whose_it_is():
+def test_every_object_is_owned_by_its_pool_and_labelled():
     docs = [*pool_objects(pool(), SETTING), secret(pool(), {"tls.crt": "eA=="})]
     for doc in docs:
         metadata = doc["metadata"]
@@ -64,11 +64,11 @@ def test_everything_ends_with_its_pool_and_says_whose_it_is():
         ({"ownerReferences": [{"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": "BuildKitPool"}]}, True),
     ],
 )
-def test_what_is_somebody_elses_is_recognised(metadata, ours):
+def test_an_object_that_is_not_of_a_pool_is_recognized(metadata, ours):
     assert is_of_a_pool({"metadata": metadata}) == ours
 
 
-def test_the_service_has_the_pools_name_and_leads_to_its_gateways_alone():
+def test_the_service_has_the_pools_name_and_selects_only_its_gateway():
     service = made("Service")
     assert service["metadata"]["name"] == "p"
     assert service["spec"]["type"] == "ClusterIP"
@@ -100,7 +100,7 @@ def test_the_service_is_as_the_spec_says():
 
 
 @pytest.mark.parametrize(("kind", "policy"), [("ClusterIP", None), ("NodePort", "Local")])
-def test_allowed_networks_are_a_policy_where_no_load_balancer_limits_them(kind, policy):
+def test_allowed_networks_become_a_policy_unless_a_load_balancer_limits_them(kind, policy):
     spec = {"networking": {"serviceType": kind, "allowedCIDRs": ["10.0.0.0/8"]}}
     (clients, metrics) = made("NetworkPolicy", "p-gateway", **spec)["spec"]["ingress"]
     assert clients["from"] == [{"ipBlock": {"cidr": "10.0.0.0/8"}}]
@@ -143,17 +143,17 @@ def test_allowed_networks_are_a_policy_where_no_load_balancer_limits_them(kind, 
         ),
     ],
 )
-def test_callers_are_told_an_endpoint_that_they_can_use(spec, live, node, endpoint):
+def test_callers_get_an_endpoint_that_they_can_reach(spec, live, node, endpoint):
     assert endpoint_of(pool(**spec), live, node) == endpoint
 
 
-def test_every_name_that_callers_may_use_is_known():
+def test_all_names_that_callers_may_use_are_listed():
     spec = {"gateway": {"serviceType": "LoadBalancer"}, "networking": {"external": {"hostname": "b.example.com"}}}
     live = service_with([{"ip": "192.0.2.1"}, {"hostname": "lb.example.com"}])
     assert outside_hosts(pool(**spec), live, "10.0.0.9") == ["b.example.com", "192.0.2.1", "lb.example.com"]
 
 
-def test_a_node_address_stays_while_a_gateway_is_there():
+def test_a_node_address_stays_while_that_node_runs_a_gateway():
     def pod(address, ready="True"):
         return {"metadata": {}, "status": {"hostIP": address, "conditions": [{"type": "Ready", "status": ready}]}}
 
@@ -164,7 +164,7 @@ def test_a_node_address_stays_while_a_gateway_is_there():
     assert node_address([pod("10.0.0.1", "False")], "10.0.0.1") == "10.0.0.1", "better than none"
 
 
-def test_gateways_drain_before_they_go_and_are_never_less_than_wanted():
+def test_gateways_drain_before_they_stop_and_a_rollout_never_reduces_them():
     doc = made("Deployment", gateway={"drainTimeout": "90m"})
     assert doc["spec"]["replicas"] == 2
     assert doc["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
@@ -174,7 +174,7 @@ def test_gateways_drain_before_they_go_and_are_never_less_than_wanted():
     assert made("PodDisruptionBudget", "p-gateway")["spec"]["maxUnavailable"] == 1
 
 
-def test_a_gateway_is_told_its_pool_and_its_role_and_no_more():
+def test_a_gateway_gets_its_pool_and_its_role_only():
     args = container()["args"]
     assert args[:4] == ["up", "--backend=kubernetes", "--roles=gateway", "--pool=team/p"]
     assert [entry["name"] for entry in container()["env"]][:2] == ["POD_NAME", "POD_NAMESPACE"]
@@ -189,7 +189,7 @@ def test_a_gateway_is_told_its_pool_and_its_role_and_no_more():
         ("ghcr.io/someone/buildkit-controller/gateway:latest", SETTING.image),
     ],
 )
-def test_the_image_is_ours_unless_the_pool_names_one_that_can_run_here(given, image):
+def test_the_image_is_bkpools_unless_the_pool_sets_a_compatible_one(given, image):
     assert container(**({"gatewayImage": given} if given else {}))["image"] == image
 
 
@@ -204,11 +204,11 @@ def test_the_image_is_ours_unless_the_pool_names_one_that_can_run_here(given, im
         ),
     ],
 )
-def test_resources_are_kept_as_given(given, resources):
+def test_resources_are_used_as_given(given, resources):
     assert container(gateway={"resources": given})["resources"] == resources
 
 
-def test_a_gateway_reads_one_secret_and_writes_nothing_but_its_registrations():
+def test_a_gateway_may_read_one_secret_and_write_only_registrations():
     rules = made("Role")["rules"]
     secrets = [rule for rule in rules if "secrets" in rule["resources"]]
     assert [rule["resourceNames"] for rule in secrets] == [["p-gateway"]]
@@ -223,7 +223,7 @@ def test_a_gateway_reads_one_secret_and_writes_nothing_but_its_registrations():
     assert subject == {"kind": "ServiceAccount", "name": "p-gateway", "namespace": "team"}
 
 
-def test_only_gateways_and_the_appliance_reach_workers():
+def test_only_gateways_and_the_appliance_may_reach_workers():
     policy = made("NetworkPolicy", "p-workers")["spec"]
     assert policy["podSelector"]["matchLabels"]["buildkit.smrt-devops.net/purpose"] == "worker"
     (rule,) = policy["ingress"]
@@ -240,7 +240,7 @@ def test_no_leased_worker_is_evicted():
     assert budget["selector"]["matchLabels"]["buildkit.smrt-devops.net/leased"] == "true"
 
 
-def test_pools_of_the_same_name_have_nothing_in_common():
+def test_pools_of_the_same_name_share_no_object():
     other = pool().but(metadata=pool().metadata.but(namespace="other"))
     assert other.key == Key("other", "p")
     mine, theirs = ({path_of(doc) for doc in pool_objects(each, SETTING)} for each in (pool(), other))

@@ -143,7 +143,7 @@ async def taken(store: KubernetesStore, count: int, since: str = "5") -> list[st
 # --- watch ----------------------------------------------------------------------------------------------------------
 
 
-async def test_it_goes_on_from_the_last_version_seen_bookmarks_included(server, store):
+async def test_a_watch_continues_from_the_last_version_bookmarks_included(server, store):
     server.plays = [
         streams(event("ADDED", a_pool(6)), bookmark(40)),
         streams(event("MODIFIED", a_pool(41)), then="silence"),
@@ -155,7 +155,7 @@ async def test_it_goes_on_from_the_last_version_seen_bookmarks_included(server, 
     assert {query["timeoutSeconds"] for query in asked} == {"270"}
 
 
-async def test_an_object_that_cannot_be_read_is_stepped_over_and_not_asked_for_again(server, store):
+async def test_an_unreadable_object_is_skipped_and_not_requested_again(server, store):
     odd = a_pool(7, "odd", scaling={"max": -1})
     server.plays = [streams(event("ADDED", odd)), streams(event("ADDED", a_pool(8)), then="silence")]
     assert await taken(store, 1) == ["8"]
@@ -176,26 +176,26 @@ async def test_an_object_that_cannot_be_read_is_stepped_over_and_not_asked_for_a
     ],
     ids=["half an event", "torn", "no JSON", "ERROR 500", "ended at once", "429", "503"],
 )
-async def test_what_breaks_a_watch_is_unavailable(server, store, play):
+async def test_a_broken_watch_raises_unavailable(server, store, play):
     server.plays = [play]
     with pytest.raises(Unavailable):
         await taken(store, 1)
 
 
 @pytest.mark.parametrize("play", [streams(event("ERROR", status(410))), answers(410, status(410))])
-async def test_lost_history_is_gone_however_it_is_told(server, store, play):
+async def test_an_expired_version_raises_gone_by_status_or_by_event(server, store, play):
     server.plays = [play]
     with pytest.raises(Gone):
         await taken(store, 1)
 
 
-async def test_a_deletion_that_cannot_be_read_asks_for_a_new_list(server, store):
+async def test_an_unreadable_deletion_requires_a_new_list(server, store):
     server.plays = [streams(event("DELETED", a_pool(6, scaling={"max": -1})), then="silence")]
     with pytest.raises(Gone):
         await taken(store, 1)
 
 
-async def test_silence_is_a_frozen_watch(server, store, monkeypatch):
+async def test_a_silent_watch_counts_as_frozen(server, store, monkeypatch):
     monkeypatch.setattr(client, "SILENCE_TIMEOUT", 0.05)
     server.plays = [streams(event("ADDED", a_pool(6)), then="silence")]
     with pytest.raises(Unavailable, match="does not answer"):
@@ -205,7 +205,7 @@ async def test_silence_is_a_frozen_watch(server, store, monkeypatch):
 # --- list -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_long_list_is_read_in_pages_and_is_of_one_moment(server, store):
+async def test_a_long_list_is_read_in_pages_of_one_version(server, store):
     def page(*docs: dict, **metadata: str) -> Play:
         head = {"apiVersion": "buildkit.smrt-devops.net/v1alpha1", "kind": "BuildKitPoolList"}
         items = [{key: value for key, value in doc.items() if key not in head} for doc in docs]
@@ -227,7 +227,7 @@ async def test_a_long_list_is_read_in_pages_and_is_of_one_moment(server, store):
 # --- requests -------------------------------------------------------------------------------------------------------
 
 
-async def test_too_many_requests_are_repeated_a_few_times_and_nothing_else_is(server, store, monkeypatch):
+async def test_only_429_is_retried_and_only_a_few_times(server, store, monkeypatch):
     monkeypatch.setattr(client, "_LONGEST_PAUSE", 0.0)
     refused = answers(429, status(429))
     server.plays = [refused, refused, answers(200, a_pool(6))]
@@ -244,13 +244,13 @@ async def test_too_many_requests_are_repeated_a_few_times_and_nothing_else_is(se
     assert len(server.asked) == 1
 
 
-async def test_a_server_that_does_not_answer_in_time_is_unavailable(server, store):
+async def test_a_server_that_does_not_respond_in_time_is_unavailable(server, store):
     server.plays = [never]
     with pytest.raises(Unavailable, match="does not answer"):
         await store.get(Pool, "default", "p")
 
 
-async def test_a_write_that_timed_out_but_happened_has_happened(server, store):
+async def test_a_write_that_timed_out_but_was_stored_succeeds(server, store):
     pool = Pool.model_validate(a_pool(6, scaling={"max": 3}))
     server.plays = [never, answers(200, a_pool(7, scaling={"max": 3}))]
     assert (await store.replace(pool)).metadata.resource_version == "7"
@@ -260,13 +260,13 @@ async def test_a_write_that_timed_out_but_happened_has_happened(server, store):
     "stored", [answers(200, a_pool(7, scaling={"max": 4})), answers(404, status(404)), answers(503, status(503))]
 )
 @pytest.mark.parametrize(("lost", "error"), [(never, Unavailable), (answers(409, status(409)), Conflict)])
-async def test_a_write_that_did_not_happen_is_told_as_it_failed(server, store, lost, error, stored):
+async def test_a_write_that_was_not_stored_raises_its_error(server, store, lost, error, stored):
     server.plays = [lost, stored]
     with pytest.raises(error):
         await store.replace(Pool.model_validate(a_pool(6, scaling={"max": 3})))
 
 
-async def test_another_object_of_that_name_is_not_what_was_written(server, store):
+async def test_another_object_of_that_name_does_not_count_as_the_written_one(server, store):
     again = a_pool(7, scaling={"max": 3})
     again["metadata"]["uid"] = "another"
     server.plays = [answers(409, status(409)), answers(200, again)]
@@ -274,7 +274,7 @@ async def test_another_object_of_that_name_is_not_what_was_written(server, store
         await store.replace(Pool.model_validate(a_pool(6, scaling={"max": 3})))
 
 
-async def test_only_what_is_ours_is_sent(server, store):
+async def test_only_fields_of_bkpool_are_sent(server, store):
     bodies: list[dict] = []
 
     async def play(request: web.Request) -> web.StreamResponse:
@@ -294,7 +294,7 @@ async def test_only_what_is_ours_is_sent(server, store):
     assert all(set(body["metadata"]) == given for body in bodies)
 
 
-async def test_an_object_that_cannot_be_read_is_an_error_that_names_the_field(server, store):
+async def test_an_unreadable_object_is_an_error_that_names_the_field(server, store):
     server.plays = [answers(200, a_pool(6, scaling={"max": -1}))]
     with pytest.raises(HostFault, match=r"default/p cannot be read: spec\.scaling\.max"):
         await store.get(Pool, "default", "p")
@@ -319,13 +319,13 @@ async def test_an_object_that_cannot_be_read_is_an_error_that_names_the_field(se
         (504, Unavailable),
     ],
 )
-def test_each_answer_has_its_error(code, kind):
+def test_each_status_has_its_error(code, kind):
     error = error_of(code, json.dumps(status(code)).encode(), what="GET /x")
     assert type(error) is kind
     assert error.message == f"Kubernetes: GET /x: the server says {code}"
 
 
-def test_the_field_that_the_server_found_wrong_is_named():
+def test_the_error_names_the_field_that_the_server_rejects():
     told = status(422, details={"causes": [{"field": "spec.max", "message": "no"}]})
     assert error_of(422, json.dumps(told).encode(), what="x").field == "spec.max"
     assert error_of(422, b"nonsense", what="x").field is None

@@ -148,7 +148,7 @@ async def replica(api, time):
         await one.stop()
 
 
-async def test_one_works_and_the_other_waits_as_long_as_it_renews(api, time, replica):
+async def test_the_leader_works_and_the_other_waits_while_the_lease_is_renewed(api, time, replica):
     a, b = await replica("a"), await replica("b")
     await time.passes(3600)
 
@@ -158,7 +158,7 @@ async def test_one_works_and_the_other_waits_as_long_as_it_renews(api, time, rep
     assert api.lease["spec"]["leaseTransitions"] == 0
 
 
-async def test_the_work_ends_before_another_begins_when_the_server_is_out_of_reach(api, time, replica):
+async def test_the_work_ends_before_another_begins_when_the_leader_cannot_reach_the_server(api, time, replica):
     for how in (api.cut, api.stuck):
         api.lease = None
         a, b = await replica("a"), await replica("b")
@@ -176,7 +176,7 @@ async def test_the_work_ends_before_another_begins_when_the_server_is_out_of_rea
         await b.stop()
 
 
-async def test_a_short_absence_costs_nothing(api, time, replica):
+async def test_a_short_outage_does_not_end_the_leadership(api, time, replica):
     a, b = await replica("a"), await replica("b")
     await time.passes(5)
     api.cut.update("ab")
@@ -187,7 +187,7 @@ async def test_a_short_absence_costs_nothing(api, time, replica):
     assert (a.works, a.ended, b.works) == (1, [], 0)
 
 
-async def test_a_killed_holder_is_followed_after_its_duration_and_not_before(api, time, replica):
+async def test_a_killed_leader_is_replaced_after_the_duration_and_not_before(api, time, replica):
     a, b = await replica("a"), await replica("b")
     await time.passes(6)
     await a.stop()
@@ -198,7 +198,7 @@ async def test_a_killed_holder_is_followed_after_its_duration_and_not_before(api
     assert (b.works, api.lease["spec"]["leaseTransitions"]) == (1, 1)
 
 
-async def test_released_it_is_taken_at_the_next_look(api, time, replica):
+async def test_a_released_lease_is_taken_at_the_next_attempt(api, time, replica):
     a, b = await replica("a"), await replica("b")
     await time.passes(6)
     with pytest.raises(RuntimeError):
@@ -212,7 +212,7 @@ async def test_released_it_is_taken_at_the_next_look(api, time, replica):
     assert api.holder == "b", "what is another's is not given up"
 
 
-async def test_a_lease_that_somebody_else_took_ends_the_work_at_the_next_renewal(api, time, replica):
+async def test_a_lease_that_another_replica_took_ends_the_work_at_the_next_renewal(api, time, replica):
     a = await replica("a")
     api.lease["spec"]["holderIdentity"] = "somebody"
     api.lease["metadata"]["resourceVersion"] = "77"
@@ -223,13 +223,13 @@ async def test_a_lease_that_somebody_else_took_ends_the_work_at_the_next_renewal
     assert a.works == 1, "and he never renewed it"
 
 
-async def test_of_many_that_begin_at_once_one_works(api, time, replica):
+async def test_of_many_replicas_that_start_at_once_one_leads(api, time, replica):
     many = [await replica(name) for name in "abcdefgh"]
     await time.passes(60)
     assert sum(one.works for one in many) == 1
 
 
-async def test_work_that_fails_is_not_swallowed(api, time):
+async def test_an_error_of_the_work_is_raised(api, time):
     async def work() -> None:
         raise ValueError("broken")
 

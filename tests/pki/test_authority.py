@@ -57,7 +57,7 @@ def verified(tmp_path, ca: Authority, leaf: bytes, *options: str) -> str:
 # --- the root -------------------------------------------------------------------------------------------------------
 
 
-def test_the_root_signs_leaves_only_and_lives_ten_years(ca):
+def test_the_root_signs_only_leaves_and_is_valid_for_ten_years(ca):
     cert = parsed(ca.cert_pem)
     constraints = value(ca.cert_pem, x509.BasicConstraints)
     usage = value(ca.cert_pem, x509.KeyUsage)
@@ -72,7 +72,7 @@ def test_the_root_signs_leaves_only_and_lives_ten_years(ca):
     assert cert.not_valid_before_utc == NOW - timedelta(minutes=5)
 
 
-def test_two_authorities_can_be_told_apart_by_name_and_do_not_vouch_for_each_other(ca):
+def test_two_cas_have_different_names_and_do_not_accept_each_others_certificates(ca):
     other = Authority.create(NOW)
     leaf = other.issue_client(TOKEN, NOW, NOW + DAY)
 
@@ -82,12 +82,12 @@ def test_two_authorities_can_be_told_apart_by_name_and_do_not_vouch_for_each_oth
     assert not ca.issued(b"nonsense")
 
 
-def test_an_authority_read_back_is_the_same(ca):
+def test_a_ca_that_is_read_back_is_the_same(ca):
     again = Authority(ca.cert_pem, ca.key_pem)
     assert ca.issued(again.issue_client(TOKEN, NOW, NOW + DAY).cert_pem)
 
 
-def test_what_is_not_an_authority_with_its_key_is_refused(ca):
+def test_a_certificate_that_is_no_ca_or_has_another_key_is_refused(ca):
     other = Authority.create(NOW)
     leaf = ca.issue_server(["localhost"], [], NOW, NOW + DAY)
     encrypted = ec.generate_private_key(ec.SECP256R1()).private_bytes(
@@ -117,7 +117,7 @@ def test_openssl_shows_the_token_in_the_subject_and_the_san(ca):
     assert f"URI:buildkit://allocation/{TOKEN}" in shown
 
 
-def test_a_client_certificate_is_good_for_clients_only(ca, tmp_path):
+def test_a_client_certificate_can_be_used_by_clients_only(ca, tmp_path):
     leaf = ca.issue_client(TOKEN, NOW, NOW + DAY).cert_pem
 
     assert verified(tmp_path, ca, leaf, "-purpose", "sslclient").endswith("OK\n")
@@ -128,20 +128,20 @@ def test_a_client_certificate_is_good_for_clients_only(ca, tmp_path):
     assert (constraints.critical, constraints.value.ca) == (True, False)
 
 
-def test_a_client_certificate_is_valid_for_its_lease_and_somewhat_earlier(ca):
+def test_a_client_certificate_is_valid_for_its_lease_and_five_minutes_before(ca):
     cert = parsed(ca.issue_client(TOKEN, NOW + DAY, NOW + 2 * DAY).cert_pem)
     assert cert.not_valid_before_utc == NOW + DAY - timedelta(minutes=5)
     assert cert.not_valid_after_utc == NOW + 2 * DAY
 
 
-def test_the_fresh_key_belongs_to_the_certificate_and_is_new_each_time(ca):
+def test_the_new_key_belongs_to_the_certificate_and_differs_each_time(ca):
     one, two = (ca.issue_client(TOKEN, NOW, NOW + DAY) for _ in range(2))
     assert key_belongs_to(one.cert_pem, one.key_pem)
     assert not key_belongs_to(one.cert_pem, two.key_pem)
     assert one.key_pem.startswith(b"-----BEGIN PRIVATE KEY-----")
 
 
-def test_the_leaf_names_its_authoritys_key(ca):
+def test_the_leaf_names_the_key_of_its_ca(ca):
     leaf = ca.issue_client(TOKEN, NOW, NOW + DAY).cert_pem
     assert (
         value(leaf, x509.AuthorityKeyIdentifier).value.key_identifier
@@ -160,7 +160,7 @@ def test_serials_have_128_random_bits_and_are_never_negative_in_der(ca):
 @given(
     before=st.timedeltas(-DAY, timedelta(days=4000)), life=st.timedeltas(timedelta(seconds=1), timedelta(days=8000))
 )
-def test_no_leaf_outlives_its_authority(before, life):
+def test_no_leaf_expires_after_its_ca(before, life):
     ca = _SHARED
     root = parsed(ca.cert_pem)
     if NOW + before - module.BACK_DATED >= ca.not_after or NOW + before + life <= root.not_valid_before_utc:
@@ -201,7 +201,7 @@ def request_for(key) -> bytes:
     ],
     ids=["P-256", "P-384", "Ed25519", "RSA-2048"],
 )
-def test_of_a_request_only_the_key_is_taken(ca, tmp_path, key):
+def test_only_the_key_of_a_request_is_used(ca, tmp_path, key):
     leaf = ca.issue_client(TOKEN, NOW, NOW + DAY, request_for(key))
 
     assert leaf.key_pem is None
@@ -229,7 +229,7 @@ def test_weak_or_odd_keys_are_refused(ca, key):
     assert refused.value.field == "csr"
 
 
-def test_a_request_whose_signature_is_not_its_keys_is_refused(ca):
+def test_a_request_that_is_signed_with_another_key_is_refused(ca):
     der = bytearray(x509.load_pem_x509_csr(request_for(ec.generate_private_key(ec.SECP256R1()))).public_bytes(_DER))
     der[-1] ^= 1
     forged = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
@@ -242,7 +242,7 @@ _DER = serialization.Encoding.DER
 
 
 @given(st.binary(max_size=300))
-def test_nonsense_is_no_request(junk):
+def test_a_malformed_request_is_refused(junk):
     framed = b"-----BEGIN CERTIFICATE REQUEST-----\n" + junk + b"\n-----END CERTIFICATE REQUEST-----\n"
     for pem in (junk, framed):
         with pytest.raises(InvalidInput, match="csr: ") as refused:
@@ -250,7 +250,7 @@ def test_nonsense_is_no_request(junk):
         assert refused.value.field == "csr"
 
 
-def test_a_request_without_bounds_is_refused():
+def test_a_request_that_is_too_long_is_refused():
     with pytest.raises(InvalidInput, match="longer than 16384"):
         module.key_of_request(b"x" * 20_000)
 
@@ -258,7 +258,7 @@ def test_a_request_without_bounds_is_refused():
 # --- server certificates --------------------------------------------------------------------------------------------
 
 
-def test_a_server_certificate_is_good_for_its_names_and_for_servers_only(ca, tmp_path):
+def test_a_server_certificate_is_valid_for_its_names_and_for_servers_only(ca, tmp_path):
     leaf = ca.issue_server(["localhost", "gw.example"], LOOPBACK, NOW, NOW + DAY).cert_pem
 
     def purpose(*more: str) -> str:
@@ -295,7 +295,7 @@ def test_a_real_handshake_with_both_certificates_succeeds(ca, tmp_path):
     thread.join()
 
 
-def test_a_server_certificate_is_due_thirty_days_before_its_end(ca):
+def test_a_server_certificate_is_due_thirty_days_before_it_expires(ca):
     leaf = ca.issue_server(["localhost"], LOOPBACK, NOW, NOW + timedelta(days=365)).cert_pem
     due = NOW + timedelta(days=335)
 
@@ -304,7 +304,7 @@ def test_a_server_certificate_is_due_thirty_days_before_its_end(ca):
     assert renewal_due(leaf, due, ["localhost"], LOOPBACK)
 
 
-def test_a_server_certificate_is_due_when_its_names_are_not_the_ones_wanted(ca):
+def test_a_server_certificate_is_due_when_its_names_differ(ca):
     leaf = ca.issue_server(["localhost", "a"], LOOPBACK, NOW, NOW + timedelta(days=365)).cert_pem
 
     assert not renewal_due(leaf, NOW, ["a", "localhost"], reversed(LOOPBACK))

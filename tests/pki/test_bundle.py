@@ -28,7 +28,7 @@ def bundle(secrets):
     return gateway_bundle(secrets, NAMES, "default/p", NOW)
 
 
-def test_secrets_are_read_back_as_they_were(secrets):
+def test_secrets_are_read_back_unchanged(secrets):
     data = secrets.to_data()
     assert sorted(data) == ["backend-ca.crt", "backend-ca.key", "ca.crt", "ca.key", "token.key"]
     assert ClusterSecrets.of_data(data).to_data() == data
@@ -36,7 +36,7 @@ def test_secrets_are_read_back_as_they_were(secrets):
     assert repr(secrets.token_key) not in repr(secrets)
 
 
-def test_what_is_missing_damaged_or_anothers_is_named_and_never_made_anew(secrets):
+def test_a_missing_or_damaged_key_is_named_and_never_replaced(secrets):
     data, other = secrets.to_data(), ClusterSecrets.create(NOW).to_data()
     cases = [({key: None}, f"{key} is missing") for key in data]
     cases += [({key: b""}, f"{key} is missing") for key in data]
@@ -61,14 +61,14 @@ def test_what_is_missing_damaged_or_anothers_is_named_and_never_made_anew(secret
         assert told.value.exit_code == EXIT["Unreadable"]
 
 
-def test_a_bundle_has_all_that_a_gateway_needs(bundle, secrets):
+def test_a_bundle_has_everything_that_a_gateway_needs(bundle, secrets):
     assert sorted(bundle) == ["backend-ca.crt", "backend.crt", "backend.key", "ca.crt", "tls.crt", "tls.key"]
     assert bundle_fits(bundle, secrets, NAMES, NOW)
     assert secrets.authority.key_pem not in bundle.values()
     assert secrets.backend.key_pem not in bundle.values()
 
 
-def test_a_bundle_is_due_a_month_before_the_first_of_its_certificates_ends(bundle, secrets):
+def test_a_bundle_is_due_a_month_before_its_first_certificate_expires(bundle, secrets):
     due = bundle_renew_at(bundle)
     assert due == NOW + timedelta(days=335)
     assert bundle_fits(bundle, secrets, NAMES, due - timedelta(seconds=1))
@@ -78,7 +78,7 @@ def test_a_bundle_is_due_a_month_before_the_first_of_its_certificates_ends(bundl
 
 
 @pytest.mark.parametrize("authority", ["authority", "backend"])
-def test_what_ends_with_its_authority_is_not_issued_over_and_over(authority, secrets):
+def test_a_certificate_capped_by_its_cas_expiry_is_not_renewed_in_a_loop(authority, secrets):
     ends = NOW + 10 * DAY
     old = Authority.create(ends - AUTHORITY_LIFE)
     parts = {"authority": secrets.authority, "backend": secrets.backend, "token_key": b"k" * 32, authority: old}
@@ -88,7 +88,7 @@ def test_what_ends_with_its_authority_is_not_issued_over_and_over(authority, sec
     assert bundle_fits(bundle, waning, NAMES, NOW)
 
 
-def test_a_bundle_that_is_not_whole_or_not_ours_does_not_fit(bundle, secrets):
+def test_an_incomplete_bundle_or_one_of_another_ca_does_not_fit(bundle, secrets):
     other = gateway_bundle(ClusterSecrets.create(NOW), NAMES, "default/p", NOW)
     for key in bundle:
         assert not bundle_fits(bundle | {key: other[key]}, secrets, NAMES, NOW), key

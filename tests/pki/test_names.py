@@ -17,7 +17,7 @@ CA = Authority.create(NOW)
 LABELS = st.from_regex(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True)
 
 
-def test_a_gateway_answers_to_loopback_its_host_its_pools_and_what_is_added():
+def test_a_gateway_has_the_names_of_loopback_its_host_its_pools_and_the_user():
     names = gateway_names("Builder-7", [Key("ci", "amd64")], ["GW.example.com", "192.0.2.7", "2001:DB8::7"])
 
     assert names.dns == (
@@ -32,14 +32,14 @@ def test_a_gateway_answers_to_loopback_its_host_its_pools_and_what_is_added():
     assert names.ips == tuple(map(ip_address, ("127.0.0.1", "::1", "192.0.2.7", "2001:db8::7")))
 
 
-def test_each_name_stands_once():
+def test_each_name_appears_once():
     names = gateway_names("localhost", [Key("default", "p"), Key("other", "p")], ["localhost", "127.0.0.1", "p"])
     assert len(set(names.dns)) == len(names.dns)
     assert len(set(names.ips)) == len(names.ips) == 2
 
 
 @pytest.mark.parametrize("hostname", ["", "my_machine", "a" * 64, "büro", "1234", "-x"])
-def test_a_hostname_that_is_no_dns_name_is_left_out(hostname):
+def test_a_hostname_that_is_not_a_dns_name_is_left_out(hostname):
     assert gateway_names(hostname, []).dns == ("localhost",)
 
 
@@ -50,7 +50,7 @@ def test_a_hostname_that_is_no_dns_name_is_left_out(hostname):
         "a_b", "*.example.com", "büro.example", "a" * 64, ".".join(["a" * 60] * 5), "a b", "10.0.0.0/8", "a\0",
     ],
 )  # fmt: skip
-def test_what_is_no_host_is_an_error_that_names_the_option(text):
+def test_an_invalid_host_is_an_error_that_names_the_option(text):
     with pytest.raises(InvalidInput, match="--gateway-host") as refused:
         gateway_names("h", [], [text])
     assert refused.value.field == "--gateway-host"
@@ -64,7 +64,7 @@ def test_what_is_no_host_is_an_error_that_names_the_option(text):
 @example("x" * 63 + ".example")
 @example("٣.example")
 @example("1.2.3.4.example")
-def test_whatever_is_accepted_stands_in_the_certificate_as_it_was_read(text):
+def test_every_accepted_host_is_in_the_certificate(text):
     try:
         names = gateway_names("h", [], [text])
     except InvalidInput:
@@ -74,14 +74,14 @@ def test_whatever_is_accepted_stands_in_the_certificate_as_it_was_read(text):
 
 
 @given(st.ip_addresses())
-def test_every_address_is_read_as_itself(address):
+def test_every_address_is_parsed_unchanged(address):
     assert parse_host(str(address)) == address
 
 
 @pytest.mark.parametrize(
     "pool", [Key("default", "p"), Key("team-a", "svc"), Key("svc", "cluster"), Key("a" * 63, "9")]
 )
-def test_a_pool_is_known_by_the_full_names_of_its_service(pool):
+def test_a_pool_is_found_by_the_full_names_of_its_service(pool):
     assert [pool_named(name) for name in gateway_names("", [pool]).dns[-2:]] == [pool, pool]
 
 
@@ -102,5 +102,5 @@ def test_a_pool_is_known_by_the_full_names_of_its_service(pool):
         "p.d.sv\u0441",
     ],
 )
-def test_no_other_name_is_a_pools(name):
+def test_no_other_name_finds_a_pool(name):
     assert pool_named(name) is None

@@ -29,7 +29,7 @@ def contents(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-def test_everything_is_made_once_for_us_alone(tmp_path):
+def test_the_files_are_created_once_and_are_private(tmp_path):
     before = os.umask(0)
     try:
         made = load_or_create(tmp_path / "pki", NOW)
@@ -45,7 +45,7 @@ def test_everything_is_made_once_for_us_alone(tmp_path):
     assert len(made.token_key) == 32
 
 
-def test_secrets_do_not_show_in_a_representation(pki):
+def test_repr_shows_no_secret(pki):
     kept = load_or_create(pki, NOW)
     assert repr(kept.token_key) not in repr(kept)
     assert "PRIVATE" not in repr(kept)
@@ -75,7 +75,7 @@ print("made")
 """
 
 
-def test_a_crash_at_any_point_leaves_all_or_nothing_and_what_there_is_stays(tmp_path):
+def test_a_crash_at_any_point_leaves_all_or_nothing_and_existing_files_stay(tmp_path):
     crashes = 0
     for number in range(1, 100, 3):
         directory = tmp_path / str(number) / "pki"
@@ -118,7 +118,7 @@ def spoilt_key(path) -> None:
         (lambda path: (path.unlink(), path.mkdir()), "{path}: Is a directory"),
     ],
 )
-def test_what_cannot_be_used_is_an_error_that_names_the_file_and_nothing_is_made_anew(pki, name, spoil, says):
+def test_an_unusable_file_is_an_error_that_names_it_and_nothing_is_replaced(pki, name, spoil, says):
     spoil(pki / name)
     before = contents(pki)
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_used_is_an_error_that_names_the_file_and_nothing_is_made
     assert contents(pki) == before
 
 
-def test_a_key_of_another_authority_is_an_error(pki):
+def test_a_key_of_another_ca_is_an_error(pki):
     spoilt_key(pki / "ca.key")
     with pytest.raises(HostFault, match="the key does not belong to the certificate") as refused:
         load_or_create(pki, NOW)
@@ -145,7 +145,7 @@ def test_an_empty_directory_is_not_filled(tmp_path):
     assert contents(tmp_path / "pki") == {}
 
 
-def test_a_directory_open_to_others_is_refused_with_the_fix(pki):
+def test_a_directory_that_is_open_to_others_is_refused_with_a_hint(pki):
     pki.chmod(0o750)
     with pytest.raises(HostFault, match="open to other users") as refused:
         load_or_create(pki, NOW)
@@ -162,7 +162,7 @@ def test_a_file_of_another_user_is_refused(pki):
 # --- the gateway's certificate --------------------------------------------------------------------------------------
 
 
-def test_the_gateways_certificate_is_kept_until_it_is_due(pki):
+def test_the_gateways_certificate_is_used_until_it_is_due(pki):
     ca = load_or_create(pki, NOW).authority
     kept = server_certificate(pki, ca, NAMES, NOW)
     first = contents(pki)
@@ -187,7 +187,7 @@ def test_the_gateways_certificate_is_kept_until_it_is_due(pki):
         another_authoritys,
     ],
 )
-def test_a_gateways_certificate_that_cannot_be_used_is_issued_again(pki, spoil):
+def test_an_unusable_certificate_of_the_gateway_is_issued_again(pki, spoil):
     ca = load_or_create(pki, NOW).authority
     first = server_certificate(pki, ca, NAMES, NOW)
     before = contents(pki)
@@ -201,7 +201,7 @@ def test_a_gateways_certificate_that_cannot_be_used_is_issued_again(pki, spoil):
     assert stat.S_IMODE(first.key_file.stat().st_mode) == 0o600
 
 
-def test_other_names_give_another_certificate(pki):
+def test_other_names_need_another_certificate(pki):
     ca = load_or_create(pki, NOW).authority
     server_certificate(pki, ca, NAMES, NOW)
     before = contents(pki)
@@ -209,7 +209,7 @@ def test_other_names_give_another_certificate(pki):
     assert contents(pki)["gateway.crt"] != before["gateway.crt"]
 
 
-def test_near_the_end_of_the_authority_it_is_looked_at_daily_and_then_an_error(pki):
+def test_near_the_expiry_of_the_ca_it_is_renewed_daily_and_then_an_error(pki):
     ca = load_or_create(pki, NOW).authority
     late = ca.not_after - timedelta(days=10)
 

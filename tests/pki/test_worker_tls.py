@@ -68,7 +68,7 @@ def der(leaf) -> bytes:
     return x509.load_pem_x509_certificate(leaf.cert_pem).public_bytes(Encoding.DER)
 
 
-def test_a_worker_is_known_by_its_uid_and_lets_a_dialler_in(ca):
+def test_a_worker_is_recognized_by_its_uid_and_accepts_a_gateway(ca):
     met = meet(as_buildkitd(ca.issue_worker(UID, NOW), ca), settings(ca))
     assert met.version() == "TLSv1.3"
     assert met.selected_alpn_protocol() == "h2"
@@ -80,7 +80,7 @@ def test_a_worker_is_known_by_its_uid_and_lets_a_dialler_in(ca):
     assert told.value.code == "WrongWorker"
 
 
-def test_no_clients_certificate_and_no_other_workers_opens_a_worker(ca, client_ca):
+def test_a_worker_refuses_certificates_of_clients_and_of_other_workers(ca, client_ca):
     server = as_buildkitd(ca.issue_worker(UID, NOW), ca)
     lease = client_ca.issue_client(tokens.derive(b"k" * 32, UID, "a"), NOW, NOW + DAY)
     for leaf, says in (
@@ -93,7 +93,7 @@ def test_no_clients_certificate_and_no_other_workers_opens_a_worker(ca, client_c
             meet(server, client)
 
 
-def test_nobody_else_can_pose_as_a_worker(ca, client_ca):
+def test_no_other_certificate_is_accepted_as_a_worker(ca, client_ca):
     dialler = ca.issue_dialler(UID, NOW, NOW + DAY)
     gateway = client_ca.issue_server(["localhost"], [], NOW, NOW + DAY)
     for leaf, says in (
@@ -118,14 +118,14 @@ def der_of_an_authority(ca) -> bytes:
     return x509.load_pem_x509_certificate(ca.cert_pem).public_bytes(Encoding.DER)
 
 
-def test_tls_1_2_is_not_spoken_to_a_worker(ca):
+def test_tls_1_2_is_refused(ca):
     old = as_buildkitd(ca.issue_worker(UID, NOW), ca)
     old.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(ssl.SSLError, match=r"(?i)protocol"):
         meet(old, settings(ca))
 
 
-def test_openssl_shows_who_each_is(ca):
+def test_openssl_shows_the_name_in_each_certificate(ca):
     for leaf, subject, uri in (
         (ca.issue_worker(UID, NOW), f"bkpool worker {UID}", f"buildkit://worker/{UID}"),
         (ca.issue_dialler("default/p", NOW, NOW + DAY), "bkpool dialler default/p", "buildkit://gateway/default/p"),
@@ -137,7 +137,7 @@ def test_openssl_shows_who_each_is(ca):
         assert f"URI:{uri}\n" in shown
 
 
-def test_each_has_one_use_and_a_worker_lives_as_long_as_its_authority(ca):
+def test_each_certificate_has_one_use_and_a_workers_is_valid_as_long_as_its_ca(ca):
     worker = x509.load_pem_x509_certificate(ca.issue_worker(UID, NOW).cert_pem)
     dialler = x509.load_pem_x509_certificate(ca.issue_dialler("n" * 300, NOW, NOW + DAY).cert_pem)
     assert worker.not_valid_after_utc == ca.not_after
@@ -146,7 +146,7 @@ def test_each_has_one_use_and_a_worker_lives_as_long_as_its_authority(ca):
         assert list(cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [use]
 
 
-def test_what_is_damaged_or_does_not_belong_together_is_refused(ca):
+def test_damaged_or_mismatched_files_are_refused(ca):
     one, other = (ca.issue_dialler("a", NOW, NOW + DAY) for _ in range(2))
     for cert, key, authority in (
         (one.cert_pem, other.key_pem, ca.cert_pem),

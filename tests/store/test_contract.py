@@ -78,7 +78,7 @@ async def test_create_keeps_spec_and_status_as_given(store):
     assert (made.spec, made.status) == (given.spec, given.status)
 
 
-async def test_what_only_the_store_may_set_is_ignored_in_create(store):
+async def test_create_ignores_fields_that_only_the_store_sets(store):
     foreign = a_pool(uid="mine", resource_version="77777", generation=9, deletion_timestamp=datetime.now(UTC))
 
     made = await store.create(foreign)
@@ -98,13 +98,13 @@ async def test_a_taken_name_is_a_conflict_that_names_it_and_changes_nothing(stor
     assert await store.get(Pool, "default", "p") == made
 
 
-async def test_the_same_name_is_free_in_another_namespace_and_for_another_kind(store):
+async def test_names_are_per_namespace_and_kind(store):
     pool = await store.create(a_pool("p-worker-0"))
     await store.create(a_pool("p-worker-0", "other"))
     await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
 
 
-async def test_an_absent_object_is_not_found_by_name(store):
+async def test_a_missing_object_raises_not_found_with_its_name(store):
     for ask in (
         store.get(Pool, "default", "none"),
         store.replace(a_pool("none", resource_version="1")),
@@ -115,7 +115,7 @@ async def test_an_absent_object_is_not_found_by_name(store):
             await ask
 
 
-async def test_fields_that_nobody_here_reads_are_kept(store):
+async def test_unknown_fields_are_kept(store):
     data = a_pool().to_json()
     data["spec"]["gateway"]["gatewayAPI"] = {"deep": [1, 2]}  # in the contract, and so in a cluster's schema
     made = await store.create(Pool.model_validate(data))
@@ -140,7 +140,7 @@ async def test_a_list_is_of_one_kind_and_can_be_narrowed_to_a_namespace(store):
     assert (await store.list(Pool, namespace="empty")).items == ()
 
 
-async def test_a_list_by_labels_wants_all_of_them_equal_and_follows_their_changes(store):
+async def test_a_list_by_labels_requires_all_of_them_and_sees_changed_labels(store):
     one = await store.create(a_pool("one", labels={"team": "a", "tier": "x"}))
     await store.create(a_pool("two", labels={"team": "a"}))
     await store.create(a_pool("three", labels={"team": "ab"}))
@@ -187,7 +187,7 @@ async def test_replace_status_changes_the_status_and_nothing_else(store):
     assert version(replaced) > version(made)
 
 
-async def test_both_move_the_version_and_only_a_changed_spec_moves_the_generation(store):
+async def test_both_raise_the_version_and_only_a_changed_spec_raises_the_generation(store):
     made = await store.create(a_pool())
     labelled = await store.replace(with_metadata(made, labels={"l": "1"}))
     respecified = await store.replace(scaled(labelled, 3))
@@ -198,7 +198,7 @@ async def test_both_move_the_version_and_only_a_changed_spec_moves_the_generatio
     assert [obj.metadata.generation for obj in (made, labelled, respecified, observed)] == [1, 1, 2, 2]
 
 
-async def test_a_replace_that_changes_nothing_moves_nothing(store):
+async def test_a_replace_without_changes_keeps_the_version(store):
     made = await store.create(a_pool(labels={"l": "1"}).but(status=PoolStatus(phase="Ready")))
     since = (await store.list(Pool)).resource_version
 
@@ -209,7 +209,7 @@ async def test_a_replace_that_changes_nothing_moves_nothing(store):
     assert [e.object for e in await seen(store, Pool, since, lambda e: True)] == [last]
 
 
-async def test_what_has_changed_since_it_was_read_is_a_conflict(store):
+async def test_a_write_to_an_object_that_has_changed_is_a_conflict(store):
     made = await store.create(a_pool())
     newer = await store.replace_status(made.but(status=PoolStatus(phase="Ready")))
 
@@ -219,7 +219,7 @@ async def test_what_has_changed_since_it_was_read_is_a_conflict(store):
     assert await store.get(Pool, "default", "p") == newer
 
 
-async def test_an_object_made_again_under_the_same_name_is_not_the_one_that_was_read(store):
+async def test_a_write_to_an_object_that_was_created_again_is_a_conflict(store):
     made = await store.create(a_pool())
     await store.delete(Pool, "default", "p")
     again = await store.create(a_pool())
@@ -229,7 +229,7 @@ async def test_an_object_made_again_under_the_same_name_is_not_the_one_that_was_
     assert again.uid != made.uid
 
 
-async def test_the_store_alone_says_when_an_object_was_made_and_who_it_is(store):
+async def test_only_the_store_sets_uid_and_creation_time(store):
     made = await store.create(a_pool())
 
     replaced = await store.replace(
@@ -280,7 +280,7 @@ async def test_of_two_hundred_creators_at_once_exactly_one_wins(store):
 # --- delete, finalizers, owners -------------------------------------------------------------------------------------
 
 
-async def test_a_deleted_object_is_gone_and_its_name_is_free(store):
+async def test_a_deleted_object_does_not_exist_and_its_name_is_free(store):
     await store.create(a_pool())
     await store.delete(Pool, "default", "p")
 
@@ -298,7 +298,7 @@ async def test_a_delete_can_be_bound_to_the_uid_and_the_version(store):
     await store.delete(Pool, "default", "p", uid=made.uid, resource_version=made.metadata.resource_version)
 
 
-async def test_with_finalizers_a_delete_only_marks_and_the_last_finalizer_lets_go(store):
+async def test_with_finalizers_a_delete_only_marks_and_removing_the_last_one_deletes(store):
     made = await store.create(a_pool(finalizers=("x/one", "x/two")))
 
     await store.delete(Pool, "default", "p")
@@ -318,7 +318,7 @@ async def test_with_finalizers_a_delete_only_marks_and_the_last_finalizer_lets_g
         await store.get(Pool, "default", "p")
 
 
-async def test_what_is_being_deleted_takes_no_new_finalizer(store):
+async def test_an_object_that_is_being_deleted_cannot_get_a_new_finalizer(store):
     await store.create(a_pool(finalizers=("x/one",)))
     await store.delete(Pool, "default", "p")
     marked = await store.get(Pool, "default", "p")
@@ -328,13 +328,13 @@ async def test_what_is_being_deleted_takes_no_new_finalizer(store):
     assert refused.value.field == "metadata.finalizers"
 
 
-async def test_finalizers_alone_delete_nothing(store):
+async def test_removing_finalizers_alone_deletes_nothing(store):
     made = await store.create(a_pool(finalizers=("x/one",)))
     await store.replace(with_metadata(made, finalizers=()))
     await store.get(Pool, "default", "p")
 
 
-async def test_what_an_object_owns_follows_it_and_nothing_else_does(store):
+async def test_with_an_object_only_its_owned_objects_are_deleted(store):
     pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
     since = (await store.list(Worker)).resource_version
     for slot in (Slot("default", "p", 0), Slot("default", "p", 1)):
@@ -352,7 +352,7 @@ async def test_what_an_object_owns_follows_it_and_nothing_else_does(store):
     assert (await store.list(Worker, labels={LABEL_POOL: "p"})).items == ()
 
 
-async def test_an_owned_object_with_finalizers_is_marked_and_stays_until_they_are_gone(store):
+async def test_an_owned_object_with_finalizers_is_marked_and_stays_until_they_are_removed(store):
     pool = await store.create(a_pool())
     made = await store.create(
         with_metadata(new_worker(Slot("default", "p", 0), pool, None, {}), finalizers=("x/clean",))
@@ -378,7 +378,7 @@ async def test_owned_objects_wait_while_finalizers_hold_their_owner(store):
     await seen(store, Worker, worker.metadata.resource_version, lambda e: e.type == "DELETED")
 
 
-async def test_an_object_with_another_living_owner_stays(store):
+async def test_an_object_with_another_existing_owner_stays(store):
     first, second = await store.create(a_pool()), await store.create(a_pool("q"))
     owners = tuple(OwnerReference(kind=Pool.KIND, name=p.key.name, uid=p.uid) for p in (first, second))
     shared = await store.create(
@@ -392,7 +392,7 @@ async def test_an_object_with_another_living_owner_stays(store):
     await seen(store, Worker, shared.metadata.resource_version, lambda e: e.type == "DELETED")
 
 
-async def test_an_object_whose_owner_has_gone_before_it_was_made_goes_too(store):
+async def test_an_object_whose_owner_was_deleted_before_it_was_created_is_deleted(store):
     pool = await store.create(a_pool())
     since = (await store.list(Worker)).resource_version
     await store.delete(Pool, "default", "p")
@@ -425,7 +425,7 @@ async def test_a_watch_replays_in_order_what_happened_after_the_list(store):
     assert versions == sorted(set(versions)), "a watch can go on from any event"
 
 
-async def test_a_watch_goes_on_live_from_replay_without_a_gap(store):
+async def test_a_watch_continues_from_old_to_new_changes_without_a_gap(store):
     since = (await store.list(Pool)).resource_version
     obj = await store.create(a_pool())
 
@@ -456,7 +456,7 @@ async def test_a_watch_is_of_one_kind(store):
     assert [e.object for e in await seen(store, Worker, since, lambda e: True)] == [worker]
 
 
-async def test_a_waiting_watch_is_woken_by_a_change(store):
+async def test_a_change_wakes_a_waiting_watch(store):
     since = (await store.list(Pool)).resource_version
     async with aclosing(store.watch(Pool, since)) as watch:
         waiting = asyncio.ensure_future(anext(watch))
@@ -467,7 +467,7 @@ async def test_a_waiting_watch_is_woken_by_a_change(store):
             assert (await waiting).object == made
 
 
-async def test_the_list_and_the_events_after_it_make_the_list_of_now(store):
+async def test_a_list_and_the_events_after_it_give_the_current_list(store):
     await store.create(a_pool("old"))
     listing = await store.list(Pool)
     held = {p.key: p for p in listing.items}
@@ -487,13 +487,13 @@ async def test_the_list_and_the_events_after_it_make_the_list_of_now(store):
     assert sorted(held.values(), key=lambda p: p.key) == sorted((await store.list(Pool)).items, key=lambda p: p.key)
 
 
-async def test_a_version_that_the_store_never_gave_is_gone(store):
+async def test_a_watch_from_an_invalid_version_raises_gone(store):
     for nonsense in ("banana", "-1", ""):
         with pytest.raises(Gone):
             await anext(store.watch(Pool, nonsense))
 
 
-async def test_a_phase_and_its_times_survive_the_way_through_the_store(store):
+async def test_a_phase_and_its_times_are_stored_and_read_unchanged(store):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, a_lease("x"), {"l": "1"}))
     at = datetime(2031, 2, 3, 4, 5, 6, 789000, tzinfo=UTC)

@@ -60,7 +60,7 @@ def recorder(api, clock) -> KubernetesRecorder:
     return KubernetesRecorder(api, "replica-1", now=clock)
 
 
-async def test_an_event_says_what_happened_to_which_object_and_who_says_so(api, recorder):
+async def test_an_event_names_the_object_what_happened_and_the_reporter(api, recorder):
     recorder.record(POOL, "ScaledUp", "p-worker-0 is made", warning=True)
     await recorder.close()
 
@@ -73,7 +73,7 @@ async def test_an_event_says_what_happened_to_which_object_and_who_says_so(api, 
     assert event["reportingInstance"] == "replica-1"
 
 
-async def test_it_is_written_in_the_background(api, recorder):
+async def test_events_are_written_in_the_background(api, recorder):
     running = asyncio.create_task(recorder.run())
     for message in ("one", "two"):
         recorder.record(POOL, "Allocated", message)
@@ -86,7 +86,7 @@ async def test_it_is_written_in_the_background(api, recorder):
     assert ("at the very end", 1) in api.told
 
 
-async def test_the_same_again_is_counted_for_ten_minutes(api, clock, recorder):
+async def test_a_repeated_event_raises_the_count_for_ten_minutes(api, clock, recorder):
     for minutes in (0, 1, 9, 11):
         clock.now = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
         recorder.record(POOL, "Failed", "no image", warning=True)
@@ -97,7 +97,7 @@ async def test_the_same_again_is_counted_for_ten_minutes(api, clock, recorder):
     assert len(api.told) == 6
 
 
-async def test_an_event_that_has_been_deleted_is_written_anew(api, recorder):
+async def test_an_event_that_was_deleted_is_created_again(api, recorder):
     recorder.record(POOL, "Failed", "no image")
     await recorder.close()
     api.events.clear()
@@ -106,7 +106,7 @@ async def test_an_event_that_has_been_deleted_is_written_anew(api, recorder):
     assert api.told == [("no image", 1)]
 
 
-async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(api, recorder):
+async def test_an_event_that_cannot_be_written_is_logged_and_the_others_are_written(api, recorder):
     api.fault = Unavailable("the API server does not answer")
     recorder.record(POOL, "Failed", "no image")
     with capture_logs() as logs:
@@ -119,7 +119,7 @@ async def test_what_cannot_be_written_is_a_line_in_the_log_and_the_rest_goes_on(
     assert api.told == [("there", 1)]
 
 
-async def test_of_a_flood_the_newest_are_kept_and_it_is_said_once(api, recorder):
+async def test_of_too_many_events_the_newest_are_kept_and_that_is_logged_once(api, recorder):
     with capture_logs() as logs:
         for number in range(QUEUE_SIZE + 50):
             recorder.record(POOL, "Flood", str(number))
@@ -132,14 +132,14 @@ async def test_of_a_flood_the_newest_are_kept_and_it_is_said_once(api, recorder)
     assert len(recorder._series) == SERIES_REMEMBERED
 
 
-async def test_the_limits_of_the_api_are_kept(api, recorder):
+async def test_long_texts_are_cut_to_the_limits_of_the_api(api, recorder):
     recorder.record(POOL, "R" * 500, "m" * 5000)
     await recorder.close()
     (event,) = api.events.values()
     assert (len(event["reason"]), len(event["note"])) == (128, 1024)
 
 
-def test_without_a_cluster_it_is_a_line_in_the_log():
+def test_without_a_cluster_an_event_is_logged():
     with capture_logs() as logs:
         LogRecorder().record(POOL, "Failed", "no room", warning=True)
     assert logs == [

@@ -83,7 +83,7 @@ async def until(mirror: Mirror, condition) -> None:
     unsubscribe()
 
 
-async def test_it_begins_with_what_is_there_and_follows_every_change(store):
+async def test_it_starts_with_the_existing_objects_and_follows_every_change(store):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
 
@@ -98,7 +98,7 @@ async def test_it_begins_with_what_is_there_and_follows_every_change(store):
         await until(mirror, lambda: not mirror.workers and mirror.pools == {Q: other})
 
 
-async def test_the_workers_of_a_pool_are_its_own(store):
+async def test_workers_of_a_pool_are_only_that_pools_workers(store):
     pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
     async with running(store) as mirror:
         mine = [await store.create(new_worker(Slot("default", "p", n), pool, None, {})) for n in range(2)]
@@ -113,7 +113,7 @@ async def test_the_workers_of_a_pool_are_its_own(store):
         await until(mirror, lambda: mirror.workers_of(P) == [mine[1]])
 
 
-async def test_subscribers_are_told_the_pool_that_changed_until_they_unsubscribe(store):
+async def test_subscribers_get_the_key_of_the_changed_pool_until_they_unsubscribe(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
         told: list[Key] = []
@@ -129,7 +129,7 @@ async def test_subscribers_are_told_the_pool_that_changed_until_they_unsubscribe
         assert told == [Q, P]
 
 
-async def test_a_writer_sees_its_own_write_at_once_and_is_told_of_it_once(store):
+async def test_a_writer_sees_its_own_write_at_once_and_is_called_back_once(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
         told: list[Key] = []
@@ -143,7 +143,7 @@ async def test_a_writer_sees_its_own_write_at_once_and_is_told_of_it_once(store)
         assert told == [P, Q]
 
 
-async def test_apply_never_goes_back(store):
+async def test_apply_ignores_an_older_version(store):
     pool = await store.create(a_pool())
     newer = await store.replace(scaled(pool, 3))
     async with running(store) as mirror:
@@ -151,7 +151,7 @@ async def test_apply_never_goes_back(store):
         assert mirror.pools[P] == newer
 
 
-async def test_apply_does_not_bring_back_what_has_been_deleted_since(store):
+async def test_apply_does_not_bring_back_an_object_that_was_deleted_since(store):
     async with running(store) as mirror:
         pool = await store.create(a_pool())
         await until(mirror, lambda: P in mirror.pools)
@@ -163,7 +163,7 @@ async def test_apply_does_not_bring_back_what_has_been_deleted_since(store):
         assert mirror.pools == {}
 
 
-async def test_a_late_event_does_not_remove_what_was_made_again_and_applied(store):
+async def test_a_late_deletion_does_not_remove_an_object_that_was_created_again(store):
     made = await store.create(a_pool())
     mirror = Mirror(store)
     mirror.apply(made)
@@ -179,7 +179,7 @@ async def test_a_late_event_does_not_remove_what_was_made_again_and_applied(stor
     assert mirror.pools == {P: again}
 
 
-async def test_what_was_applied_survives_a_list_that_was_older(store):
+async def test_an_older_list_does_not_remove_an_applied_object(store):
     listing = await store.list(Pool)
     pool = await store.create(a_pool())
     mirror = Mirror(store)
@@ -190,7 +190,7 @@ async def test_what_was_applied_survives_a_list_that_was_older(store):
     assert mirror.pools == {P: pool}
 
 
-async def test_after_its_history_is_lost_it_lists_again_and_says_what_ended_meanwhile(tmp_path):
+async def test_after_an_expired_watch_it_lists_again_and_reports_what_was_deleted(tmp_path):
     store = await SqliteStore.open(tmp_path / "forgetful.db", history=3)
     wire = Cut(store)
     pool = await store.create(a_pool())
@@ -220,7 +220,7 @@ async def test_after_its_history_is_lost_it_lists_again_and_says_what_ended_mean
     await store.close()
 
 
-async def test_an_unreachable_store_is_asked_again_ever_more_slowly_up_to_a_bound(store):
+async def test_an_unreachable_store_is_tried_ever_more_slowly_up_to_a_limit(store):
     wire = Cut(store)
     wire.cut = True
     pauses: list[float] = []
@@ -239,7 +239,7 @@ async def test_an_unreachable_store_is_asked_again_ever_more_slowly_up_to_a_boun
     assert sorted(pauses) == pytest.approx(pauses), "each longer than the one before, for both kinds together"
 
 
-async def test_it_says_why_it_may_be_behind_until_it_has_listed_again(store):
+async def test_trouble_says_why_the_copy_may_be_out_of_date_until_it_has_listed_again(store):
     wire, resume = Cut(store), asyncio.Event()
     assert Mirror(wire).trouble == "The store has not been read yet"
 
@@ -262,7 +262,7 @@ async def test_it_says_why_it_may_be_behind_until_it_has_listed_again(store):
         assert mirror.trouble is None
 
 
-async def test_a_store_that_can_be_listed_but_not_followed_is_spared_too(store):
+async def test_a_store_that_can_be_listed_but_not_watched_is_tried_ever_more_slowly(store):
     wire = Cut(store)
     wire.silent = True
     pauses: list[float] = []
@@ -281,7 +281,7 @@ async def test_a_store_that_can_be_listed_but_not_followed_is_spared_too(store):
 
 
 @pytest.mark.parametrize("refusal", [Forbidden("no"), Unauthenticated("who"), NotFound("what")])
-async def test_refusals_are_told_at_first_and_waited_for_once_it_has_listed(store, refusal):
+async def test_refusals_are_raised_at_first_and_retried_after_the_first_list(store, refusal):
     wire = Cut(store)
     wire.refusal = refusal
     with pytest.raises(ExceptionGroup) as died:
@@ -305,7 +305,7 @@ async def test_refusals_are_told_at_first_and_waited_for_once_it_has_listed(stor
     assert seen == ["the wire is cut", refusal.message]
 
 
-async def test_what_a_list_cannot_read_is_kept_as_it_was(store):
+async def test_an_object_that_a_list_cannot_read_stays_as_it_was(store):
     pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
     mirror = Mirror(store)
     for known in (pool, other):
@@ -320,7 +320,7 @@ async def test_what_a_list_cannot_read_is_kept_as_it_was(store):
     assert other.key not in mirror.pools
 
 
-async def test_issuers_are_followed_where_they_are_asked_for(store):
+async def test_issuers_are_followed_only_if_configured(store):
     told = asyncio.Event()
     settings = OIDCConfigSpec(issuer="https://issuer.example.com", audience="a")
     async with running(store, configs=True) as mirror, running(store) as other:

@@ -77,7 +77,7 @@ async def queued(*coroutines) -> list[asyncio.Task]:
     return tasks
 
 
-async def test_what_queues_up_while_the_disk_works_is_one_commit(store):
+async def test_commands_that_queue_up_during_a_commit_share_the_next_one(store):
     commits: list[str] = []
     store._writer._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
 
@@ -88,7 +88,7 @@ async def test_what_queues_up_while_the_disk_works_is_one_commit(store):
     assert len(commits) == 2, "the one that was under way, and one for the twenty"
 
 
-async def test_a_command_that_fails_undoes_itself_and_not_its_neighbours(store):
+async def test_a_failed_command_is_undone_without_the_others_of_its_commit(store):
     await store.create(a_pool("taken"))
 
     async with Held(store):
@@ -99,7 +99,7 @@ async def test_a_command_that_fails_undoes_itself_and_not_its_neighbours(store):
     assert [p.key.name for p in (await store.list(Pool)).items] == ["a", "b", "taken"]
 
 
-async def test_a_bug_in_a_command_undoes_what_it_had_written(store):
+async def test_a_bug_in_a_command_undoes_its_writes(store):
     def broken(tables) -> None:
         tables.create(a_pool("half"))
         raise ZeroDivisionError
@@ -109,7 +109,7 @@ async def test_a_bug_in_a_command_undoes_what_it_had_written(store):
     assert (await store.list(Pool)).items == ()
 
 
-async def test_a_caller_who_goes_away_disturbs_nobody(store):
+async def test_a_cancelled_caller_does_not_affect_others(store):
     async with Held(store):
         (gone,) = await queued(store.create(a_pool("gone")))
         gone.cancel()
@@ -118,7 +118,7 @@ async def test_a_caller_who_goes_away_disturbs_nobody(store):
         assert (await tasks[0]).key.name == "stays"
 
 
-async def test_a_full_disk_fails_what_could_not_be_written_and_writing_goes_on_when_there_is_space(store):
+async def test_a_full_disk_fails_the_write_and_later_writes_succeed_when_there_is_space(store):
     await store.create(a_pool())
     await store._writer.run(lambda tables: tables._db.execute("PRAGMA max_page_count = 1").fetchall())
     big = a_pool("big").but(metadata=Metadata(name="big", annotations={"a": "x" * 100_000}))
@@ -148,7 +148,7 @@ async def test_a_file_locked_by_another_program_is_unavailable(store, tmp_path):
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-async def test_everything_is_there_after_a_restart_and_versions_go_on(tmp_path):
+async def test_after_a_restart_all_objects_exist_and_versions_continue(tmp_path):
     store = await SqliteStore.open(tmp_path / "state.db")
     made = await store.create(a_pool())
     since = (await store.list(Pool)).resource_version
@@ -165,14 +165,14 @@ async def test_everything_is_there_after_a_restart_and_versions_go_on(tmp_path):
     await again.close()
 
 
-async def test_creation_times_come_from_the_clock_given_in_whole_seconds(tmp_path):
+async def test_creation_times_are_whole_seconds_of_the_given_clock(tmp_path):
     store = await SqliteStore.open(tmp_path / "state.db", now=lambda: datetime(2030, 1, 2, 3, 4, 5, 999, tzinfo=UTC))
     made = await store.create(a_pool())
     await store.close()
     assert made.metadata.creation_timestamp == datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-async def test_the_file_is_ours_alone(tmp_path):
+async def test_the_file_is_private(tmp_path):
     before = os.umask(0)
     try:
         store = await SqliteStore.open(tmp_path / "state.db")
@@ -211,7 +211,7 @@ def killed_while_writing(path) -> list[str]:
         return acknowledged + writer.stdout.read().split("\n")[:-1]
 
 
-async def test_kill_minus_9_loses_nothing_that_was_acknowledged(tmp_path):
+async def test_kill_9_loses_no_acknowledged_write(tmp_path):
     path = tmp_path / "state.db"
     acknowledged = killed_while_writing(path)
 
@@ -222,7 +222,7 @@ async def test_kill_minus_9_loses_nothing_that_was_acknowledged(tmp_path):
     await store.close()
 
 
-async def test_a_crash_while_the_file_is_made_leaves_none_and_the_next_start_makes_it(tmp_path):
+async def test_a_crash_while_the_file_is_created_leaves_none_and_the_next_start_creates_it(tmp_path):
     path = tmp_path / "state.db"
     (tmp_path / "state.db.new").write_bytes(b"half of a database")
     await make(path, "p")
@@ -246,7 +246,7 @@ def damaged(data: bytes) -> bytes:
         (lambda path: path.rename(path.with_name("state.db-wal")), "is missing, although its log"),
     ],
 )
-async def test_a_file_that_cannot_be_read_is_an_error_and_is_never_replaced(tmp_path, spoil, says):
+async def test_an_unreadable_file_is_an_error_and_is_never_replaced(tmp_path, spoil, says):
     path = tmp_path / "state.db"
     await make(path, "p")
     spoil(path)
@@ -262,12 +262,12 @@ async def test_a_file_that_cannot_be_read_is_an_error_and_is_never_replaced(tmp_
     assert path.exists() == ("state.db" in before)
 
 
-async def test_a_directory_that_is_not_there_is_named(tmp_path):
+async def test_the_error_names_a_missing_directory(tmp_path):
     with pytest.raises(HostFault, match="nowhere"):
         await SqliteStore.open(tmp_path / "nowhere" / "state.db")
 
 
-async def test_what_is_wrong_with_a_disk_is_told_with_the_file():
+async def test_an_error_of_the_disk_names_the_file():
     class Broken(sqlite3.OperationalError):
         sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
 
@@ -279,7 +279,7 @@ async def test_what_is_wrong_with_a_disk_is_told_with_the_file():
 # --- objects of a future version ------------------------------------------------------------------------------------
 
 
-async def test_an_object_of_a_future_version_is_logged_once_and_stalls_nobody(tmp_path):
+async def test_an_object_of_a_newer_version_is_logged_once_and_delays_no_other(tmp_path):
     path = tmp_path / "state.db"
     await make(path, "future", "present")
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
@@ -317,7 +317,7 @@ async def forgetful(tmp_path):
     await store.close()
 
 
-async def test_what_is_too_old_is_gone_and_a_new_list_goes_on(forgetful):
+async def test_a_watch_from_a_compacted_version_raises_gone_and_a_new_list_helps(forgetful):
     made = await forgetful.create(a_pool())
     since = made.metadata.resource_version
     for number in range(20, 31):
@@ -332,7 +332,7 @@ async def test_what_is_too_old_is_gone_and_a_new_list_goes_on(forgetful):
         assert (await anext(watch)).object.spec.scaling.max == 99
 
 
-async def test_a_watch_that_falls_too_far_behind_is_gone(forgetful):
+async def test_a_watch_that_falls_too_far_behind_raises_gone(forgetful):
     made = await forgetful.create(a_pool())
     async with aclosing(forgetful.watch(Pool, "0")) as watch:
         await anext(watch)
@@ -342,7 +342,7 @@ async def test_a_watch_that_falls_too_far_behind_is_gone(forgetful):
             await anext(watch)
 
 
-async def test_a_quiet_kind_is_not_gone_because_another_is_busy(forgetful):
+async def test_a_kind_without_changes_does_not_expire_because_another_changes_often(forgetful):
     made = await forgetful.create(a_pool())
     worker_since = (await forgetful.list(Worker)).resource_version
     for number in range(20, 60):
@@ -357,20 +357,20 @@ async def test_a_quiet_kind_is_not_gone_because_another_is_busy(forgetful):
             await waiting
 
 
-async def test_a_version_from_a_future_that_was_rolled_back_is_gone(store):
+async def test_a_watch_from_a_version_that_was_rolled_back_raises_gone(store):
     with pytest.raises(Gone):
         async with asyncio.timeout(10):
             await anext(store.watch(Pool, "12345"))
 
 
-async def test_a_long_replay_is_complete_though_read_in_pieces(store):
+async def test_a_long_replay_in_pages_is_complete(store):
     await asyncio.gather(*(store.create(a_pool(f"p{n}")) for n in range(600)))
     async with asyncio.timeout(10), aclosing(store.watch(Pool, "0")) as watch:
         names = [(await anext(watch)).object.key.name for _ in range(600)]
     assert len(set(names)) == 600
 
 
-async def test_after_close_everybody_is_told_also_who_is_waiting_in_a_watch(tmp_path):
+async def test_after_close_calls_and_open_watches_raise_unavailable(tmp_path):
     store = await SqliteStore.open(tmp_path / "state.db")
     watch = store.watch(Pool, "0")
     waiting = asyncio.ensure_future(anext(watch))
