@@ -1,4 +1,4 @@
-"""The real program in a process of its own, against a small HTTP server that speaks the API's contract."""
+"""Runs the real program in a process, against a small HTTP server that implements the contract of the API."""
 
 import base64
 import io

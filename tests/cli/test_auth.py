@@ -19,7 +19,7 @@ UNKNOWN = {"allowed": False, "reason": "nobody knows it"}
 
 
 @pytest.mark.parametrize(("answer", "code"), [(ALLOWED, 0), (DENIED, 4), (UNKNOWN, 3)])
-def test_the_exit_code_says_how_it_came_out(called, api, appliance, tmp_path, answer, code):
+def test_the_exit_code_shows_the_result_of_the_check(called, api, appliance, tmp_path, answer, code):
     (tmp_path / "token").write_text("a.b.c\n")
     api.answers["check"] = (200, answer)
     told = called("auth", "check", "--token-file", tmp_path / "token", "--pool", "p", "-n", "team")
@@ -29,7 +29,7 @@ def test_the_exit_code_says_how_it_came_out(called, api, appliance, tmp_path, an
     assert call.headers["Authorization"] == "Bearer admin-secret"
 
 
-def test_it_is_read_from_stdin_and_an_appliance_elsewhere_gets_nothing_else(called, api, monkeypatch):
+def test_the_token_is_read_from_stdin_and_a_remote_appliance_gets_no_other_token(called, api, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a.b.c\n"))
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
     monkeypatch.setenv("BKCTL_TOKEN", "own")
@@ -39,7 +39,7 @@ def test_it_is_read_from_stdin_and_an_appliance_elsewhere_gets_nothing_else(call
     assert "Authorization" not in call.headers
 
 
-def test_a_person_sees_a_table(on_terminal, api, appliance, tmp_path):
+def test_on_a_terminal_check_shows_a_table(on_terminal, api, appliance, tmp_path):
     (tmp_path / "token").write_text("a.b.c\n")
     api.answers["check"] = (200, ALLOWED)
     code, shown = on_terminal("auth", "check", "--token-file", tmp_path / "token", "--pool", "p")
@@ -59,7 +59,7 @@ ISSUERS = {
 }
 
 
-def test_issuers_are_a_table_and_what_is_wrong_with_them_stands_below(on_terminal, called, api, appliance):
+def test_issuers_are_a_table_with_their_problems_below(on_terminal, called, api, appliance):
     api.answers["issuers"] = (200, ISSUERS)
     assert json.loads(called("auth", "issuers")[1]) == ISSUERS
     code, shown = on_terminal("auth", "issuers")

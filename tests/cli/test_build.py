@@ -1,4 +1,4 @@
-"""`build` with a stand-in for buildx: what a real one cannot show is which signals, arguments and files it was given.
+"""`build` with a stand-in for buildx, which shows the signals, arguments and files that it was given.
 
 The real buildx is in e2e.
 """
@@ -85,7 +85,7 @@ def test_keys_are_private_while_the_build_runs_and_gone_after_it(bkpool, api, ap
     assert not Path(told["private"]).exists()
 
 
-def test_the_token_stands_in_no_argv_environment_or_file_of_the_build(bkpool, api, appliance):
+def test_the_token_is_in_no_argv_environment_or_file_of_the_build(bkpool, api, appliance):
     done = bkpool("build", ".")
     told = json.loads(done.stdout.splitlines()[0])
     assert TOKEN not in told["seen"] + done.stderr
@@ -95,7 +95,7 @@ def test_the_token_stands_in_no_argv_environment_or_file_of_the_build(bkpool, ap
 @pytest.mark.parametrize(
     ("number", "catches"), [(signal.SIGTERM, ""), (signal.SIGTERM, "1"), (signal.SIGINT, "1"), (signal.SIGHUP, "1")]
 )
-def test_a_signal_reaches_buildx_whose_end_is_ours(started, api, appliance, number, catches):
+def test_a_signal_reaches_buildx_and_its_exit_code_is_returned(started, api, appliance, number, catches):
     process = started("build", ".", CATCHES=catches)
     told = json.loads(process.stdout.readline())
     process.send_signal(number)
@@ -105,7 +105,7 @@ def test_a_signal_reaches_buildx_whose_end_is_ours(started, api, appliance, numb
     assert not Path(told["private"]).exists()
 
 
-def test_a_signal_while_the_lease_is_waited_for_leaves_nothing(started, api, appliance):
+def test_a_signal_while_waiting_for_the_lease_leaves_nothing(started, api, appliance):
     def wait(_call, connection):
         process.send_signal(signal.SIGTERM)
         assert connection.recv(1) == b""
@@ -140,7 +140,7 @@ def test_the_lease_is_renewed_while_the_build_runs(started, api, appliance):
     assert process.returncode == 0
 
 
-def test_a_lost_lease_is_said_and_the_build_goes_on(started, api, appliance):
+def test_a_lost_lease_is_reported_and_the_build_continues(started, api, appliance):
     api.answers["renew"] = (410, {"error": {"code": "Gone", "message": "the worker was lost"}})
     process = started("build", "--ttl", "1s", ".")
     assert process.stderr.readline() == "warning: the lease is lost: the worker was lost\n"
@@ -183,7 +183,7 @@ def test_a_release_that_fails_does_not_change_the_builds_exit_code(bkpool, api, 
         ([], {}, []),
     ],
 )
-def test_our_options_are_told_from_those_of_buildx(given, ours, theirs, monkeypatch):
+def test_our_options_are_separated_from_those_of_buildx(given, ours, theirs, monkeypatch):
     monkeypatch.delenv("BKCTL_NAMESPACE", raising=False)
     context = build_command.make_context("build", list(given))
     assert context.obj == theirs

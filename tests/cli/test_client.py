@@ -1,4 +1,4 @@
-"""Whom the client calls, with which credential, and what it makes of the answers."""
+"""Which appliance the client calls, with which credential, and what it does with the answers."""
 
 import json
 import socket
@@ -36,20 +36,18 @@ def test_the_running_appliance_is_found_and_gets_the_admin_token(api, appliance)
     assert ask(api) == "Bearer admin-secret"
 
 
-def test_another_name_of_the_same_appliance_gets_it_too(api, appliance, monkeypatch):
+def test_another_name_of_the_same_appliance_gets_the_admin_token(api, appliance, monkeypatch):
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url.replace("127.0.0.1", "localhost"))
     assert ask(api) == "Bearer admin-secret"
 
 
-def test_an_own_token_comes_before_the_admin_token(api, appliance, monkeypatch):
+def test_a_token_in_the_environment_comes_before_the_admin_token(api, appliance, monkeypatch):
     monkeypatch.setenv("BKCTL_TOKEN", "own\n")
     assert ask(api) == "Bearer own"
 
 
 @pytest.mark.parametrize("change", [{"apiEndpoint": "http://127.0.0.1:1"}, {"pid": 2**22 + 1}, {"pid": "x"}])
-def test_the_admin_token_goes_to_nobody_but_the_living_appliance_of_this_home(
-    api, appliance, home, monkeypatch, change
-):
+def test_the_admin_token_goes_only_to_the_running_appliance_of_this_home(api, appliance, home, monkeypatch, change):
     (home / "appliance.json").write_text(json.dumps(appliance | change))
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
     assert ask(api) is None
@@ -89,7 +87,7 @@ def test_an_error_of_the_server_is_the_same_error_here(api, appliance, status, c
     assert (error.field, error.retry_after) == ("--ttl", 3)
 
 
-def test_a_caller_without_credential_is_told_where_one_comes_from(api, monkeypatch):
+def test_the_hint_for_a_caller_without_credential_names_the_variable(api, monkeypatch):
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
     api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no token"}})
     with pytest.raises(errors.Unauthenticated) as caught:
@@ -97,7 +95,7 @@ def test_a_caller_without_credential_is_told_where_one_comes_from(api, monkeypat
     assert "BKCTL_TOKEN" in caught.value.hint
 
 
-def test_a_job_without_the_permission_is_told_of_it(api, monkeypatch):
+def test_the_hint_for_a_job_on_github_names_the_permission(api, monkeypatch):
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no token"}})
@@ -106,14 +104,14 @@ def test_a_job_without_the_permission_is_told_of_it(api, monkeypatch):
     assert "id-token: write" in caught.value.hint
 
 
-def test_whoever_has_a_leases_token_sends_no_other(api, appliance):
+def test_a_call_with_the_token_of_a_lease_sends_no_other_credential(api, appliance):
     Client().release("t" * 43)
     Client().renew("t" * 43, "1h")
     for _ in range(2):
         assert "Authorization" not in api.next().headers
 
 
-def test_a_lease_is_named_by_its_worker_with_the_callers_own_token(api, appliance):
+def test_a_lease_named_by_its_worker_needs_the_callers_token(api, appliance):
     Client().release(NamedLease("w", "team"))
     call = api.next("release")
     assert call.body == {"workerName": "w", "namespace": "team"}
@@ -121,13 +119,13 @@ def test_a_lease_is_named_by_its_worker_with_the_callers_own_token(api, applianc
 
 
 @pytest.mark.parametrize("answer", [b"<html>", b"[]", b"", b'{"error": "x"}', b'{"error": {"message": 1}}'])
-def test_what_is_not_our_api_is_named_so(api, appliance, answer):
+def test_an_answer_that_is_not_from_our_api_is_reported(api, appliance, answer):
     api.answers["pools"] = (502, answer)
     with pytest.raises(errors.Unavailable, match="HTTP 502 in a form"):
         Client().pools()
 
 
-def test_an_answer_that_breaks_off_is_one_sentence(appliance, home):
+def test_an_incomplete_answer_is_one_sentence(appliance, home):
     with socket.create_server(("127.0.0.1", 0)) as server:
         appliance["apiEndpoint"] = f"http://127.0.0.1:{server.getsockname()[1]}"
         (home / "appliance.json").write_text(json.dumps(appliance))
@@ -179,7 +177,7 @@ def test_a_bad_tls_variable_is_named(monkeypatch, variable, value):
         Client()
 
 
-def test_an_endpoint_may_leave_out_the_scheme_and_a_host_that_is_no_host_is_said(monkeypatch):
+def test_an_endpoint_may_omit_the_scheme_and_an_unknown_host_is_reported(monkeypatch):
     monkeypatch.setenv("BKCTL_ENDPOINT", "a" * 70 + ".invalid:1")
     with pytest.raises(errors.Unavailable, match=r"cannot be reached|no host"):
         Client().pools()
@@ -210,25 +208,25 @@ def over_tls(api, appliance, home, authority, tmp_path):
     return serve
 
 
-def test_the_authority_of_the_appliance_here_is_trusted_by_itself(api, over_tls):
+def test_the_authority_of_the_local_appliance_is_trusted_without_configuration(api, over_tls):
     over_tls("localhost", apiCa="ca.crt")
     assert ask(api) == "Bearer admin-secret"
 
 
-def test_a_certificate_that_it_was_given_is_known_by_whatever_name(api, over_tls):
+def test_a_given_certificate_is_trusted_under_any_name(api, over_tls):
     over_tls("build.example.com", apiCert="tls.crt")
     assert ask(api) == "Bearer admin-secret"
 
 
 @pytest.mark.parametrize("told", [{}, {"apiCa": "ca.crt"}])
-def test_another_name_or_an_authority_that_nobody_named_is_refused(api, over_tls, told):
+def test_another_name_or_an_unknown_authority_is_refused(api, over_tls, told):
     over_tls("build.example.com", **told)
     with pytest.raises(errors.Unavailable, match="no TLS connection") as caught:
         Client().pools()
     assert "BKCTL_TLS_CA_CERT" in caught.value.hint
 
 
-def test_the_given_certificate_alone_is_trusted_and_not_what_its_authority_signs(api, over_tls, authority, tmp_path):
+def test_only_the_given_certificate_is_trusted_not_others_of_its_authority(api, over_tls, authority, tmp_path):
     over_tls("localhost", apiCert="tls.crt")
     now = datetime.now(UTC)
     another = authority.issue_server(["localhost"], [], now, now + timedelta(days=1))
@@ -237,7 +235,7 @@ def test_the_given_certificate_alone_is_trusted_and_not_what_its_authority_signs
         Client().pools()
 
 
-def test_the_users_word_comes_before_what_the_appliance_says(api, over_tls, monkeypatch, tmp_path):
+def test_the_variable_of_the_user_comes_before_the_record_of_the_appliance(api, over_tls, monkeypatch, tmp_path):
     over_tls("localhost", apiCert="nope")
     monkeypatch.setenv("BKCTL_TLS_CA_CERT", str(tmp_path / "ca.crt"))
     assert ask(api) == "Bearer admin-secret"
@@ -252,7 +250,7 @@ def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, told, co
         Client()
 
 
-def test_an_appliance_on_every_interface_is_called_on_this_one(api, appliance, home):
+def test_an_appliance_on_every_interface_is_called_on_loopback(api, appliance, home):
     appliance["apiEndpoint"] = api.url.replace("127.0.0.1", "0.0.0.0")
     (home / "appliance.json").write_text(json.dumps(appliance))
     assert ask(api) == "Bearer admin-secret"

@@ -74,7 +74,7 @@ def test_set_says_that_the_environment_wins(called, monkeypatch):
         (("--api-cert", "/none.crt"), "error: --api-cert: /none.crt cannot be read: No such file or directory\n"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(called, arguments, error):
+def test_an_invalid_call_is_one_sentence(called, arguments, error):
     code, out, err = called("config", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith(error)

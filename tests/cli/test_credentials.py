@@ -1,4 +1,4 @@
-"""Which token goes to whom: the order of the sources, when a new one is got, and what is said of a bad one."""
+"""Which token goes to which appliance: the order of the sources, when a new token is fetched, and errors."""
 
 import json
 import threading
@@ -74,7 +74,7 @@ NAMES = ("variable", "file", "github", "gitlab", "pod")
 @pytest.mark.parametrize(
     ("first", "second"), [(a, b) for (i, a), (j, b) in product(enumerate(NAMES), repeat=2) if i <= j]
 )
-def test_the_first_source_that_there_is_counts(api, sources, monkeypatch, first, second):
+def test_the_first_available_source_is_used(api, sources, monkeypatch, first, second):
     for name in {first, second}:
         sources[name]()
     found = credentials.find(None, local=False)
@@ -82,14 +82,14 @@ def test_the_first_source_that_there_is_counts(api, sources, monkeypatch, first,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_admins_token_comes_before_what_the_platform_gives_but_not_elsewhere(sources, appliance, name):
+def test_the_admin_token_comes_before_the_platform_token_only_on_the_local_appliance(sources, appliance, name):
     sources[name]()
     from_user = name in {"variable", "file"}
     assert (credentials.find(None, local=True).bearer() == "admin-secret") is not from_user
     assert credentials.find(None, local=False).bearer() != "admin-secret"
 
 
-def test_without_any_there_is_none(there):
+def test_without_a_source_there_is_no_credential(there):
     assert there() is None
 
 
@@ -101,7 +101,7 @@ def test_a_file_is_read_for_every_call(there, sources, tmp_path):
     assert there(client) == "Bearer newer"
 
 
-def test_github_is_asked_as_its_documentation_says(api, there, sources, monkeypatch):
+def test_the_request_to_github_is_as_documented(api, there, sources, monkeypatch):
     sources["github"]()
     monkeypatch.setenv("BKCTL_AUDIENCE", "a&b")
     client = Client()
@@ -112,7 +112,7 @@ def test_github_is_asked_as_its_documentation_says(api, there, sources, monkeypa
 
 
 @pytest.mark.parametrize(("life", "asked"), [(300, 1), (20, 2)])
-def test_githubs_token_is_used_until_it_is_about_to_end(api, there, sources, life, asked):
+def test_the_token_of_github_is_used_until_it_is_about_to_expire(api, there, sources, life, asked):
     sources["github"]()
     api.answers["token"] = (200, {"value": token_of(life)})
     client = Client()
@@ -121,7 +121,7 @@ def test_githubs_token_is_used_until_it_is_about_to_end(api, there, sources, lif
     assert len(calls_to(api, "/actions/token")) == asked
 
 
-def test_a_refused_token_is_replaced_once_where_there_is_a_newer_one(api, there, sources):
+def test_a_refused_token_is_replaced_once_if_there_is_a_newer_one(api, there, sources):
     sources["github"]()
     told = {"error": {"code": "Unauthenticated", "message": "it has ended"}}
     tokens = iter([token_of(300, "first"), token_of(300, "second")])
@@ -133,7 +133,7 @@ def test_a_refused_token_is_replaced_once_where_there_is_a_newer_one(api, there,
     assert first.headers["Authorization"] != second.headers["Authorization"]
 
 
-def test_the_second_refusal_is_final_and_says_whose_token_it_was(api, there, sources):
+def test_the_second_refusal_is_final_and_names_the_source_of_the_token(api, there, sources):
     sources["github"]()
     api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no"}})
     api.before_answer["token"] = lambda *_: api.answers.update(token=(200, {"value": token_of(300, str(time()))}))
@@ -143,7 +143,7 @@ def test_the_second_refusal_is_final_and_says_whose_token_it_was(api, there, sou
 
 
 @pytest.mark.parametrize("name", ["variable", "file", "gitlab", "pod"])
-def test_what_cannot_change_is_not_tried_again(api, there, sources, name):
+def test_a_call_with_an_unchanged_token_is_not_repeated(api, there, sources, name):
     sources[name]()
     api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no"}})
     with pytest.raises(Unauthenticated) as caught:
@@ -168,7 +168,7 @@ def test_what_cannot_change_is_not_tried_again(api, there, sources, name):
         ),
     ],
 )
-def test_a_source_that_is_no_good_is_named_and_not_quoted(there, monkeypatch, variables, named):
+def test_an_invalid_source_is_named_and_not_quoted(there, monkeypatch, variables, named):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InvalidInput, match=named) as caught:
@@ -202,7 +202,7 @@ def test_a_redirect_is_not_followed_with_the_runners_token(api, there, sources):
     assert not calls_to(api, "stolen")
 
 
-def test_github_is_given_another_chance(api, there, sources, monkeypatch):
+def test_a_failed_request_to_github_is_repeated(api, there, sources, monkeypatch):
     sources["github"]()
     monkeypatch.setattr(issuers, "RETRY_PAUSES", (0.0,))
     answers = iter([(503, {}), (200, {"value": "at-last"})])
@@ -210,7 +210,7 @@ def test_github_is_given_another_chance(api, there, sources, monkeypatch):
     assert credentials.find(None, local=False).bearer() == "at-last"
 
 
-def test_a_runner_that_never_ends_its_answer_is_waited_for_no_longer_than_that(api, there, sources, monkeypatch):
+def test_an_endless_answer_of_the_runner_times_out(api, there, sources, monkeypatch):
     sources["github"]()
     monkeypatch.setattr(issuers, "ANSWER_TIMEOUT", 0.2)
     over = threading.Event()
@@ -243,7 +243,7 @@ def test_a_runner_that_never_ends_its_answer_is_waited_for_no_longer_than_that(a
     ],
     ids=["half a minute", "over", "a minute", "opaque", "no JSON", "null", "no number"],
 )
-def test_only_a_jwt_says_when_it_ends(token, soon):
+def test_only_a_jwt_has_a_known_expiry(token, soon):
     assert expires_soon(token, 0) is soon
 
 
@@ -256,7 +256,7 @@ def test_only_a_jwt_says_when_it_ends(token, soon):
         (RequestedClaims("me", "o/r", "s"), "s", "me"),
     ],
 )
-def test_what_a_development_issuer_is_asked_for(asked, subject, actor):
+def test_the_request_to_a_development_issuer(asked, subject, actor):
     request = asked.request()
     assert (request["sub"], request["claims"]["actor"], request["aud"]) == (subject, actor, "buildkit-controller")
     assert request["claims"].get("repository") == asked.repository
@@ -268,7 +268,7 @@ def with_issuer(appliance, home, api):
     api.answers["token"] = (200, {"token": "minted", "expiresIn": 3600})
 
 
-def test_the_older_options_get_a_token_of_the_issuer_that_runs_here(api, called, appliance, with_issuer):
+def test_the_older_options_get_a_token_from_the_local_issuer(api, called, appliance, with_issuer):
     assert called("allocate", "--oidc-actor", "me", "--oidc-repository", "o/r")[0] == 0
     assert api.next("/token").body == {
         "sub": "repo:o/r:ref:refs/heads/main",
@@ -279,21 +279,21 @@ def test_the_older_options_get_a_token_of_the_issuer_that_runs_here(api, called,
 
 
 @pytest.mark.parametrize("command", [("status",), ("release", "--worker", "w")])
-def test_every_command_that_has_the_options_heeds_them(api, called, appliance, with_issuer, command):
+def test_every_command_with_the_older_options_uses_them(api, called, appliance, with_issuer, command):
     api.answers["pools"] = (200, {"pools": []})
     assert called(*command, "--oidc-actor", "me")[0] == 0
     assert api.next("/token").body["claims"] == {"actor": "me"}
     assert api.next().headers["Authorization"] == "Bearer minted"
 
 
-def test_a_token_of_ones_own_comes_first_and_that_is_said(api, called, appliance, with_issuer, monkeypatch):
+def test_an_explicit_token_comes_first_and_a_note_says_so(api, called, appliance, with_issuer, monkeypatch):
     monkeypatch.setenv("BKCTL_TOKEN", "own")
     code, _, told = called("allocate", "--oidc-actor", "me")
     assert (code, told.split()[:2]) == (0, ["note:", "--oidc-actor"])
     assert api.next("allocate").headers["Authorization"] == "Bearer own"
 
 
-def test_the_token_of_the_issuer_here_is_not_for_an_appliance_elsewhere(api, called, appliance, home, monkeypatch):
+def test_a_remote_appliance_gets_no_token_of_the_local_issuer(api, called, appliance, home, monkeypatch):
     elsewhere = appliance | {"devIssuer": api.url, "apiEndpoint": "http://127.0.0.1:1"}
     (home / "appliance.json").write_text(json.dumps(elsewhere))
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)

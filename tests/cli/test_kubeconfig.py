@@ -5,14 +5,14 @@ import json
 CONFIG = "apiVersion: v1\nkind: Config\n"
 
 
-def test_a_home_without_a_cluster_says_what_makes_one(called):
+def test_without_a_cluster_the_hint_says_how_to_make_one(called):
     code, out, err = called("kubeconfig")
     assert (code, out) == (5, "")
     assert "this home has no kind cluster" in err
     assert "bkpool up --backend kind" in err
 
 
-def test_it_says_where_it_is_and_prints_it_raw(called, home):
+def test_the_path_is_shown_and_the_content_with_raw(called, home):
     path = home / "kubeconfig"
     home.mkdir(exist_ok=True)
     path.write_text(CONFIG)
@@ -21,7 +21,7 @@ def test_it_says_where_it_is_and_prints_it_raw(called, home):
     assert called("kubeconfig", "--raw")[1] == CONFIG
 
 
-def test_one_that_others_can_read_is_not_shown(called, home):
+def test_a_kubeconfig_that_others_can_read_is_not_shown(called, home):
     path = home / "kubeconfig"
     home.mkdir(exist_ok=True)
     path.write_text(CONFIG)
@@ -31,7 +31,7 @@ def test_one_that_others_can_read_is_not_shown(called, home):
     assert f"chmod 600 {path}" in err
 
 
-def test_on_a_terminal_it_says_how_to_use_it(on_terminal, home):
+def test_on_a_terminal_the_use_of_the_kubeconfig_is_shown(on_terminal, home):
     home.mkdir(exist_ok=True)
     (home / "kubeconfig").write_text(CONFIG)
     code, shown = on_terminal("kubeconfig")

@@ -1,4 +1,4 @@
-"""allocate, renew, release, status: the real program against a server that speaks the contract."""
+"""allocate, renew, release, status: the real program against a server that implements the contract."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def test_the_environment_gives_namespace_and_gateway(bkpool, api, appliance):
     assert api.next().body["namespace"] == "team"
 
 
-def test_out_holds_private_files_and_the_command_has_absolute_paths(bkpool, api, appliance, tmp_path):
+def test_out_has_private_files_and_the_command_has_absolute_paths(bkpool, api, appliance, tmp_path):
     done = bkpool("allocate", "--out", "certs")
     directory = tmp_path / "certs"
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
@@ -54,7 +54,7 @@ def test_out_holds_private_files_and_the_command_has_absolute_paths(bkpool, api,
     assert json.loads(done.stdout)["token"] == TOKEN
 
 
-def test_where_nothing_can_be_written_no_lease_is_asked_for(bkpool, api, appliance, tmp_path):
+def test_without_a_writable_directory_no_lease_is_requested(bkpool, api, appliance, tmp_path):
     (tmp_path / "file").touch()
     done = bkpool("allocate", "--out", "file/certs")
     assert done.returncode == 77
@@ -70,7 +70,7 @@ def test_a_lease_whose_files_cannot_be_written_is_released(bkpool, api, applianc
     assert api.next("release").body == {"token": TOKEN}
 
 
-def test_on_a_terminal_a_person_gets_files_and_commands_instead_of_keys(on_terminal, api, appliance, home):
+def test_on_a_terminal_allocate_shows_files_and_commands_instead_of_keys(on_terminal, api, appliance, home):
     code, shown = on_terminal("allocate")
     directory = home / "leases" / "default" / "default-worker-0"
     assert code == 0
@@ -83,7 +83,7 @@ def test_on_a_terminal_a_person_gets_files_and_commands_instead_of_keys(on_termi
     assert (directory / "client.key").exists()
 
 
-def test_a_long_wait_is_announced(started, api, appliance):
+def test_a_long_wait_is_shown(started, api, appliance):
     go_on = threading.Event()
     api.before_answer["allocate"] = lambda *_: go_on.wait(TIMEOUT)
     process = started("allocate")
@@ -115,7 +115,7 @@ def test_an_error_is_message_and_hint_on_stderr_with_its_exit_code(bkpool, api, 
     assert done.stderr == "error: no worker came free in 5m\nhint: Raise scaling.max.\n"
 
 
-def test_without_an_appliance_the_way_to_one_is_told(bkpool):
+def test_without_an_appliance_the_hint_says_how_to_start_one(bkpool):
     done = bkpool("status", BKCTL_ENDPOINT="http://127.0.0.1:1")
     assert done.returncode == 69
     assert done.stderr.startswith("error: no appliance answers at http://127.0.0.1:1\nhint: Start it with `bkpool up")
@@ -164,7 +164,9 @@ def test_bad_input_is_one_sentence_that_names_the_field(called, arguments, field
 
 @pytest.mark.parametrize("content", [TOKEN, f"{TOKEN}\n", json.dumps({"token": TOKEN, "workerName": "w"}, indent=2)])
 @pytest.mark.parametrize("how", ["stdin", "file", "@file", "directory", "variable"])
-def test_a_token_comes_from_anywhere_but_argv(called, api, appliance, tmp_path, monkeypatch, how, content):
+def test_a_token_can_come_from_stdin_a_file_a_directory_or_the_environment(
+    called, api, appliance, tmp_path, monkeypatch, how, content
+):
     (tmp_path / "lease.json").write_text(content)
     monkeypatch.setattr("sys.stdin", io.StringIO(content))
     monkeypatch.setenv("BKPOOL_LEASE_TOKEN", TOKEN if how == "variable" else "")
@@ -187,7 +189,7 @@ def test_a_lease_may_be_named_by_its_worker(called, api, appliance, monkeypatch)
     assert api.next("renew").body == {"workerName": "w", "namespace": "default", "ttl": "2h"}
 
 
-def test_renew_asks_for_the_new_time(bkpool, api, appliance):
+def test_renew_sends_the_new_ttl(bkpool, api, appliance):
     done = bkpool("renew", "-t", "-", "--ttl", "2h", stdin=TOKEN)
     assert json.loads(done.stdout)["expiresAt"] == "2030-01-01T00:00:00Z"
     assert api.next("renew").body == {"token": TOKEN, "ttl": "2h"}
@@ -235,7 +237,7 @@ def test_status_of_one_pool_lists_its_workers(on_terminal, api, appliance):
     assert "default-worker-0  Allocated  j[1]" in shown
 
 
-def test_a_reader_that_goes_away_is_no_error(started, api, appliance):
+def test_a_reader_that_ends_early_causes_no_traceback(started, api, appliance):
     api.answers["pools"] = (200, {"pools": [POOL] * 2000})
     process = started("status")
     process.stdout.read(1)

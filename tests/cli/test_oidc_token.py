@@ -1,4 +1,4 @@
-"""`oidc-token`: what the issuer is asked, and that stdout holds the bare token."""
+"""`oidc-token`: the request to the issuer, and that stdout has only the token."""
 
 import json
 
@@ -11,7 +11,7 @@ def issuer(api):
     return api
 
 
-def test_it_prints_the_bare_token_also_into_a_pipe(called, issuer):
+def test_only_the_token_is_printed_also_into_a_pipe(called, issuer):
     code, out, err = called("oidc-token", "--issuer", issuer.url, "--actor", "me")
     assert (code, out, err) == (0, "e30.e30.c2ln\n", "")
     assert issuer.next("/token").body == {
@@ -22,7 +22,7 @@ def test_it_prints_the_bare_token_also_into_a_pipe(called, issuer):
     }
 
 
-def test_every_option_is_heeded_also_by_its_older_name(called, issuer):
+def test_every_option_works_also_under_its_older_name(called, issuer):
     options = ("--oidc-actor", "me", "--oidc-repository", "o/r", "--oidc-subject", "s", "--audience", "a")
     claims = ("--claim", "groups=[1]", "--claim", "ref=refs/x=y", "--claim", "n=", "--duration", "5m")
     code, out, _ = called("oidc-token", "--issuer", f"{issuer.url}/", *options, *claims, "--json")
@@ -35,18 +35,18 @@ def test_every_option_is_heeded_also_by_its_older_name(called, issuer):
     }
 
 
-def test_the_issuer_of_the_appliance_here_is_found(called, issuer, appliance, home):
+def test_the_issuer_of_the_local_appliance_is_found(called, issuer, appliance, home):
     (home / "appliance.json").write_text(json.dumps(appliance | {"devIssuer": issuer.url}))
     assert called("oidc-token")[0] == 0
 
 
-def test_without_an_issuer_the_way_to_one_is_told(called):
+def test_without_an_issuer_the_hint_says_how_to_start_one(called):
     code, out, err = called("oidc-token", "--issuer", "http://127.0.0.1:1")
     assert (code, out) == (69, "")
     assert err.endswith("hint: Start one with `bkpool up --dev-issuer`.\n")
 
 
-def test_what_the_issuer_says_is_wrong_is_said(called, issuer):
+def test_the_reason_of_the_issuer_is_shown(called, issuer):
     told = {"code": "InvalidInput", "message": "duration: must be from 1s to 24h", "hint": "Such as 1h."}
     issuer.answers["token"] = (400, {"error": told})
     code, _, err = called("oidc-token", "--issuer", issuer.url, "--duration", "48h")

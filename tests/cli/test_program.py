@@ -1,4 +1,4 @@
-"""The program as a whole: how it starts, what it lists, and what becomes of an error."""
+"""The program as a whole: how it starts, what it lists, and how it shows an error."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def test_an_interrupt_is_quiet(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_where_no_crash_can_be_kept_that_is_said(capsys, monkeypatch):
+def test_a_traceback_that_cannot_be_saved_is_reported(capsys, monkeypatch):
     monkeypatch.setenv("BKPOOL_HOME", "/dev/null/home")
     monkeypatch.delenv("BKPOOL_DEBUG", raising=False)
     assert guarded(lambda: 1 / 0) == 70
@@ -74,7 +74,7 @@ def test_where_no_crash_can_be_kept_that_is_said(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [("logs",), ("logs", "nobody"), ("logs", "../x")])
-def test_a_log_that_is_not_there_is_one_sentence(called, arguments):
+def test_a_missing_log_is_one_sentence(called, arguments):
     code, _, told = called(*arguments)
     assert code == 5
     assert told.startswith("error: there is no log of ")
@@ -92,7 +92,7 @@ def test_the_log_of_a_worker_is_shown_and_followed(bkpool, started, home):
     assert process.stdout.readline() == "three\n"
 
 
-def test_the_toolchain_says_where_a_tool_is(bkpool, buildx, environment):
+def test_the_toolchain_shows_the_path_of_a_tool(bkpool, buildx, environment):
     assert bkpool("toolchain", "buildx").stdout == f"{buildx}\n"
     assert json.loads(bkpool("toolchain", "--json", "buildx").stdout) == {"buildx": str(buildx)}
     unknown = bkpool("toolchain", "nope")
@@ -108,7 +108,7 @@ def test_doctor_fails_where_a_check_fails(bkpool, tmp_path):
     assert all(check["fix"] for check in failed)
 
 
-def test_doctor_on_a_terminal_is_a_line_a_check(on_terminal):
+def test_doctor_on_a_terminal_has_one_line_for_each_check(on_terminal):
     _, shown = on_terminal("doctor")
     assert any(line.startswith(("✓ python", "! python")) for line in shown.splitlines())
 

@@ -1,4 +1,4 @@
-"""up and down as processes. The appliance itself is a stand-in that does as it is told: the real one is in e2e."""
+"""up and down as processes. The appliance is a stand-in that follows the variable DO; the real one is in e2e."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, home):
     assert not any(target.startswith("pipe:") for target in open_now)
 
 
-def test_which_backend_it_took_is_said(bkpool, up):
+def test_the_chosen_backend_is_shown(bkpool, up):
     up()
     bkpool("down")
     again = bkpool("up", "-d")
@@ -150,7 +150,7 @@ def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     assert settings["dev_issuer.address"] == "[::1]:8889"
 
 
-def test_up_twice_is_fine(up, bkpool):
+def test_a_second_up_succeeds(up, bkpool):
     first = up()
     again = bkpool("up", "-d", "--backend", "auto", "--api-address", "127.0.0.1:8082")
     assert again.returncode == 0
@@ -158,7 +158,7 @@ def test_up_twice_is_fine(up, bkpool):
     assert "is already running" in again.stderr
 
 
-def test_up_twice_with_something_else_says_what_runs(up, bkpool):
+def test_a_second_up_with_another_address_says_what_runs(up, bkpool):
     up()
     again = bkpool("up", "--api-address", "127.0.0.1:9999")
     assert again.returncode == 74
@@ -166,34 +166,34 @@ def test_up_twice_with_something_else_says_what_runs(up, bkpool):
 
 
 @pytest.mark.parametrize("option", ["--api-tls", "--dev-issuer"])
-def test_what_runs_without_the_option_is_not_taken_for_what_has_it(up, bkpool, option):
+def test_a_second_up_with_a_missing_feature_is_refused(up, bkpool, option):
     up()
     again = bkpool("up", "-d", option)
     assert again.returncode == 74
     assert again.stderr.startswith(f"error: {option}: bkpool is already running (pid ")
 
 
-def test_pool_files_that_come_too_late_are_said(up, bkpool, tmp_path):
+def test_pool_files_for_a_running_appliance_cause_a_note(up, bkpool, tmp_path):
     up()
     (tmp_path / "pool.yaml").touch()
     assert "read at the start only" in bkpool("up", "-d", "-f", "pool.yaml").stderr
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])
-def test_what_the_appliance_dies_of_is_what_up_says(bkpool, detach):
+def test_up_shows_the_error_of_the_appliance(bkpool, detach):
     done = bkpool("up", *detach, DO="fail")
     assert (done.returncode, done.stdout) == (72, "")
     assert _settled(done.stderr) == "error: port 8082 is taken\nhint: Free it.\n"
 
 
-def test_an_appliance_that_dies_without_a_word_is_told_by_its_log(bkpool, home):
+def test_for_an_appliance_that_dies_silently_up_shows_its_log(bkpool, home):
     done = bkpool("up", "-d", DO="die")
     assert done.returncode == 71
     assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])
-def test_an_internal_error_is_one_line_and_its_traceback_is_kept(bkpool, home, detach):
+def test_an_internal_error_is_one_line_and_its_traceback_is_saved(bkpool, home, detach):
     done = bkpool("up", *detach, DO="crash")
     assert done.returncode in {70, 71}
     assert "internal error (ZeroDivisionError); please report it" in done.stderr
@@ -219,13 +219,13 @@ def test_up_in_the_foreground_runs_until_its_signal(started, home):
     assert json.loads((home / "got").read_text()) == [signal.SIGINT]
 
 
-def test_down_without_an_appliance_is_fine(bkpool, home):
+def test_down_without_an_appliance_succeeds(bkpool, home):
     assert json.loads(bkpool("down").stdout) == {"stopped": False, "purged": False, "leftovers": 0}
     assert json.loads(bkpool("down", "--purge").stdout) == {"stopped": False, "purged": True, "leftovers": 0}
     assert (home / "purged").exists()
 
 
-def test_down_waits_for_the_draining_and_ctrl_c_leaves_it_draining(up, started, home):
+def test_down_waits_for_the_drain_and_ctrl_c_ends_only_the_wait(up, started, home):
     told = up(DO="drain")
     process = started("down")
     assert process.stderr.readline() == "waiting for the appliance to end\n"
@@ -241,7 +241,7 @@ def test_down_now_sends_the_second_signal(up, bkpool, home):
     assert sorted(json.loads((home / "got").read_text())) == [signal.SIGINT, signal.SIGTERM]
 
 
-def test_a_person_is_told_the_endpoints_and_what_is_next(up, on_terminal):
+def test_on_a_terminal_up_shows_the_endpoints_and_next_steps(up, on_terminal):
     up()
     code, shown = on_terminal("up", "-d")
     assert code == 0
@@ -251,7 +251,7 @@ def test_a_person_is_told_the_endpoints_and_what_is_next(up, on_terminal):
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])
-def test_a_home_that_cannot_be_made_is_one_line(bkpool, tmp_path, detach):
+def test_a_home_that_cannot_be_created_is_one_line(bkpool, tmp_path, detach):
     (tmp_path / "file").touch()
     done = bkpool("up", *detach, BKPOOL_HOME=str(tmp_path / "file" / "home"))
     assert done.returncode != 0

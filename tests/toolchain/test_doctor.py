@@ -54,7 +54,7 @@ def examine(machine, tmp_path, releases, no_go):
 
 
 @pytest.mark.parametrize("uid", [0, 1000])
-def test_on_a_good_machine_nothing_fails_and_only_the_tools_have_something_to_say(examine, uid):
+def test_on_a_good_machine_no_check_fails(examine, uid):
     found = examine(uid)
     tools = {"buildkitd", "buildx", "runc"} | ({"rootlesskit"} if uid else set())
     assert {name for name, check in found.items() if check.ok is not True} == tools
@@ -62,14 +62,14 @@ def test_on_a_good_machine_nothing_fails_and_only_the_tools_have_something_to_sa
     assert all("go.dev/dl" in found[tool].fix for tool in tools)
 
 
-def test_a_tool_that_is_there_is_told_with_its_version_and_origin(tmp_path, put):
+def test_an_installed_tool_is_shown_with_version_and_origin(tmp_path, put):
     chain = Toolchain(tmp_path, search_path=str(put("runc", "runc version 1.4.0\nlibseccomp: 2.5.4")))
     found = {check.name: check for check in checks(tmp_path, chain, {})}
     assert found["runc"].ok
     assert found["runc"].detail == f"1.4.0 (PATH: {tmp_path}/path/runc)"
 
 
-def test_a_tool_on_path_that_is_too_old_is_told_with_the_reason(tmp_path, put):
+def test_a_tool_on_path_that_is_too_old_is_shown_with_the_reason(tmp_path, put):
     chain = Toolchain(tmp_path, search_path=str(put("runc", "runc version 1.1.5\nlibseccomp: 2.5.4")))
     found = {check.name: check for check in checks(tmp_path, chain, {})}
     assert "1.1.5: a build can break out" in found["runc"].detail
@@ -108,7 +108,7 @@ def test_a_tool_on_path_that_is_too_old_is_told_with_the_reason(tmp_path, put):
         (1000, "etc/subgid", "joe:nonsense\njoe:1:many\n", "subgid", False, "usermod"),
     ],
 )
-def test_what_the_machine_lacks_is_one_finding_with_its_fix(examine, machine, uid, path, text, name, ok, fix):
+def test_each_missing_thing_is_one_finding_with_a_fix(examine, machine, uid, path, text, name, ok, fix):
     before = examine(uid)
     (machine / path).unlink()
     if text is not None:
@@ -125,14 +125,14 @@ def test_id_mappers_that_lost_their_setuid_bit_are_named(examine, machine):
     assert (check.ok, check.fix) == (False, f"Run as root: chmod u+s {machine}/bin/newuidmap")
 
 
-def test_cgroups_of_version_1_are_told_as_such(examine, machine):
+def test_cgroups_of_version_1_are_recognised(examine, machine):
     (machine / "sys/fs/cgroup/cgroup.controllers").unlink()
     (machine / "sys/fs/cgroup/memory").mkdir()
     (machine / "sys/fs/cgroup/pids").mkdir()
     assert examine()["cgroups"].detail == "version 1, writable"
 
 
-def test_only_platforms_that_really_run_are_listed(examine, machine):
+def test_only_platforms_that_can_run_are_listed(examine, machine):
     assert "linux/amd64 (native)" in examine()["platforms"].detail
     registered = machine / "proc/sys/fs/binfmt_misc"
     registered.mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_only_platforms_that_really_run_are_listed(examine, machine):
     assert "qemu-riscv64 does not have the flag F" in check.detail
 
 
-def test_a_port_is_free_or_ours_or_taken(examine):
+def test_a_port_is_free_or_ours_or_used_by_another(examine):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         check = examine(ports={"API": port})[f"port {port}"]
@@ -156,7 +156,7 @@ def test_a_port_is_free_or_ours_or_taken(examine):
     assert examine(ports={"API": port})[f"port {port}"].detail == "API: free"
 
 
-def test_a_home_that_is_open_to_others_or_another_s_is_refused(examine, tmp_path):
+def test_a_home_that_others_can_read_or_own_is_refused(examine, tmp_path):
     assert examine()["home"].detail == f"{tmp_path}/home will be created"
     home = tmp_path / "home"
     home.mkdir(mode=0o755)

@@ -40,7 +40,7 @@ GOOD, OTHER = "a" * 64, "b" * 64
         ('{"a":' * 100_000, None),
     ],
 )
-def test_a_digest_is_found_in_what_releases_publish_and_nowhere_else(text, found):
+def test_a_digest_is_found_in_the_published_formats_only(text, found):
     assert digest_in(text.encode(), "tool") == found
 
 
@@ -51,7 +51,7 @@ def test_a_digest_is_found_in_what_releases_publish_and_nowhere_else(text, found
         st.dictionaries(st.text(), st.text()).map(lambda d: json.dumps(d).encode()),
     )
 )
-def test_no_file_of_digests_breaks_the_reader(text):
+def test_no_digests_file_makes_the_reader_fail(text):
     assert digest_in(text, "tool") is None
 
 
@@ -77,19 +77,19 @@ def tls(releases, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tls", "no_go")
-def test_a_release_comes_over_tls(releases, tmp_path):
+def test_a_release_is_downloaded_over_tls(releases, tmp_path):
     assert Toolchain(tmp_path, search_path="", mirror=releases.url).ensure(Tool.RUNC).exists()
 
 
 @pytest.mark.usefixtures("no_go")
-def test_what_was_asked_for_under_tls_never_comes_without_it_not_even_from_loopback(releases, tls, tmp_path):
+def test_a_redirect_from_tls_to_plain_http_is_refused_even_on_loopback(releases, tls, tmp_path):
     releases.redirects[releases.asset(Tool.RUNC)] = f"{tls}/plain"
     with pytest.raises(HostFault, match="which is not https"):
         Toolchain(tmp_path, search_path="", mirror=releases.url).ensure(Tool.RUNC)
 
 
 @pytest.mark.usefixtures("tls", "no_go")
-def test_a_server_that_nobody_vouches_for_is_refused(releases, tmp_path, monkeypatch):
+def test_a_server_with_an_untrusted_certificate_is_refused(releases, tmp_path, monkeypatch):
     monkeypatch.delenv("SSL_CERT_FILE")
     with pytest.raises(HostFault, match="CERTIFICATE_VERIFY_FAILED"):
         Toolchain(tmp_path, search_path="", mirror=releases.url).ensure(Tool.RUNC)

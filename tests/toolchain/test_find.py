@@ -15,13 +15,13 @@ OLD_RUNC = "runc version 1.1.5+ds1\nlibseccomp: 2.5.4"
 NEW_RUNC = "runc version 1.3.3\nlibseccomp: 2.5.4"
 
 
-def test_a_tool_on_path_is_used_where_it_is_new_enough(tmp_path, put):
+def test_a_tool_on_path_is_used_if_it_is_new_enough(tmp_path, put):
     where = put("runc", NEW_RUNC)
     found = Toolchain(tmp_path / "cache", search_path=str(where)).locate(Tool.RUNC)
     assert (found.path, str(found.version), found.origin) == (where / "runc", "1.3.3", "PATH")
 
 
-def test_an_old_one_is_passed_over_for_a_new_one_later_on_path_and_the_reason_is_kept(tmp_path, put):
+def test_an_old_tool_is_skipped_for_a_newer_one_later_on_path(tmp_path, put):
     path = f"{put('runc', OLD_RUNC, 'old')}{os.pathsep}{put('runc', NEW_RUNC, 'new')}"
     chain = Toolchain(tmp_path / "cache", search_path=path)
     assert chain.find(Tool.RUNC) == tmp_path / "new" / "runc"
@@ -42,27 +42,27 @@ def test_an_old_one_is_passed_over_for_a_new_one_later_on_path_and_the_reason_is
         (Tool.BUILDKITD, ""),
     ],
 )
-def test_what_is_foreign_or_a_development_build_or_lacks_seccomp_is_not_used(tmp_path, put, tool, said):
+def test_another_program_a_development_build_or_one_without_seccomp_is_not_used(tmp_path, put, tool, said):
     chain = Toolchain(tmp_path / "cache", search_path=str(put(tool, said)))
     assert chain.find(tool) is None
     assert len(chain.rejected(tool)) == 1
 
 
-def test_docker_s_buildx_plugin_is_found(tmp_path, put, monkeypatch):
+def test_the_buildx_plugin_of_docker_is_found(tmp_path, put, monkeypatch):
     put("docker-buildx", "github.com/docker/buildx v0.29.1 a1b2c3", "cli-plugins")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     assert Toolchain(tmp_path / "cache").find(Tool.BUILDX) == tmp_path / "cli-plugins" / "docker-buildx"
 
 
-def test_a_program_that_hangs_is_not_waited_for(tmp_path, put, monkeypatch):
+def test_a_program_that_hangs_is_skipped(tmp_path, put, monkeypatch):
     where = put("runc", "")
     (where / "runc").write_text("#!/bin/sh\nexec sleep 600\n")
     monkeypatch.setattr(versions, "_VERSION_TIMEOUT", 0.1)
     assert Toolchain(tmp_path / "cache", search_path=str(where)).find(Tool.RUNC) is None
 
 
-def test_a_program_that_cannot_run_and_a_relative_directory_are_passed_over(tmp_path, put, monkeypatch):
+def test_a_program_that_cannot_run_and_a_relative_directory_are_skipped(tmp_path, put, monkeypatch):
     where = put("runc", NEW_RUNC)
     monkeypatch.chdir(tmp_path)
     assert Toolchain(tmp_path / "cache", search_path="path").find(Tool.RUNC) is None
@@ -83,7 +83,7 @@ def test_the_cache_directory_is_the_first_of_bkpool_cache_xdg_and_home(monkeypat
     assert default_cache() == Path("/three/.cache/bkpool")
 
 
-def test_without_any_home_the_error_names_the_variable_to_set(monkeypatch):
+def test_without_a_home_directory_the_error_names_the_variable(monkeypatch):
     for name in ("BKPOOL_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)

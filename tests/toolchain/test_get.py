@@ -63,7 +63,7 @@ def test_a_release_is_downloaded_verified_and_then_found(chain, tool):
     assert left_over(chain) == []
 
 
-def test_tools_of_one_release_are_got_with_one_download_and_never_again(chain, releases):
+def test_tools_of_one_release_need_one_download(chain, releases):
     got = chain.ensure_all([Tool.BUILDKITD, Tool.BUILDCTL, Tool.RUNC])
     assert [path.name.partition("-")[0] for path in got.values()] == ["buildkitd", "buildctl", "runc"]
     asked = len(releases.asked)
@@ -77,7 +77,7 @@ def test_the_mirror_can_come_from_the_environment(chain, releases, monkeypatch):
     assert Toolchain(chain.cache, search_path="").ensure(Tool.RUNC).exists()
 
 
-def test_progress_is_told_as_a_growing_fraction_that_ends_at_one(tmp_path, releases, no_go):
+def test_progress_is_a_growing_fraction_that_ends_at_one(tmp_path, releases, no_go):
     told = []
     chain = Toolchain(tmp_path, search_path="", mirror=releases.url, progress=lambda *step: told.append(step))
     chain.ensure(Tool.BUILDX)
@@ -142,7 +142,7 @@ def publish_another_version(releases, tool):
         (publish_another_version, "reports the version 9.9.9"),
     ],
 )
-def test_what_is_not_verified_is_not_used_and_the_error_says_why(chain, releases, spoil, reason):
+def test_an_unverified_download_is_not_used_and_the_error_has_the_reason(chain, releases, spoil, reason):
     spoil(releases, Tool.BUILDX)
     with pytest.raises(HostFault) as caught:
         chain.ensure(Tool.BUILDX)
@@ -163,7 +163,7 @@ def test_redirects_are_followed_a_few_times(chain, releases):
     assert chain.ensure(Tool.BUILDX).exists()
 
 
-def test_a_digest_of_the_packages_table_is_believed_before_the_releases_own(chain, releases, monkeypatch):
+def test_a_digest_in_the_table_comes_before_the_digests_file(chain, releases, monkeypatch):
     name = releases.asset(Tool.BUILDX).rpartition("/")[2]
     monkeypatch.setattr("bkpool.toolchain.download.DIGESTS", {f"buildx/{name}": "2" * 64})
     with pytest.raises(HostFault, match="2" * 64):
@@ -190,7 +190,7 @@ def test_a_host_that_cannot_be_reached_is_asked_once(tmp_path, releases, no_go):
 
 
 @pytest.mark.parametrize("step", ["asking for", "downloading", "installed"])
-def test_a_get_that_is_killed_leaves_nothing_half_made_and_the_next_one_sweeps(chain, releases, step):
+def test_a_killed_download_leaves_no_incomplete_tool_and_the_next_one_cleans_up(chain, releases, step):
     with other(chain.cache, releases.url, Tool.BUILDKITD, step, "die") as killed:
         until(killed, step)
     assert killed.returncode == -signal.SIGKILL
@@ -222,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, releases):
     assert "BKPOOL_CACHE" in caught.value.hint
 
 
-def test_a_full_disk_is_told_as_one(chain, monkeypatch):
+def test_a_full_disk_is_reported_as_such(chain, monkeypatch):
     real = Path.open
 
     def on_a_full_disk(path: Path, mode: str):

@@ -34,7 +34,7 @@ def go_that_says(directory, version: str, policy: str) -> str:
         ("go1.19.8", "auto", False),
     ],
 )
-def test_a_go_that_is_too_old_is_named_with_the_one_to_install(tmp_path, monkeypatch, version, policy, enough):
+def test_the_hint_for_an_old_go_names_the_version_to_install(tmp_path, monkeypatch, version, policy, enough):
     monkeypatch.setenv("PATH", go_that_says(tmp_path / "go", version, policy))
     fault = gobuild.missing_for(release_of(Tool.BUILDX))
     assert (fault is None) == enough
@@ -43,7 +43,7 @@ def test_a_go_that_is_too_old_is_named_with_the_one_to_install(tmp_path, monkeyp
         assert f"Go {gobuild.required_go()}" in fault.hint
 
 
-def test_without_the_headers_of_libseccomp_runc_is_not_built_and_the_fix_is_told(monkeypatch, tmp_path):
+def test_without_the_headers_of_libseccomp_runc_is_not_built_and_the_hint_has_the_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("PKG_CONFIG_LIBDIR", str(tmp_path))
     fault = gobuild.missing_for(release_of(Tool.RUNC))
     assert "libseccomp" in fault.message
@@ -56,7 +56,7 @@ def test_without_a_c_compiler_runc_is_not_built_and_the_compiler_is_named(monkey
     assert gobuild.missing_for(release_of(Tool.BUILDX)) is None
 
 
-def test_a_build_that_fails_is_told_in_go_s_own_words_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_build_shows_the_output_of_go_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("GOMODCACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("GOPROXY", "off")
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=NOWHERE)
@@ -68,7 +68,7 @@ def test_a_build_that_fails_is_told_in_go_s_own_words_and_leaves_nothing(tmp_pat
 
 @pytest.mark.network
 @pytest.mark.skipif(shutil.which("go") is None, reason="builds a tool with Go, and there is no go on PATH")
-def test_where_releases_cannot_be_reached_a_tool_is_really_built_from_the_packaged_module(tmp_path, monkeypatch):
+def test_without_releases_a_tool_is_built_from_the_module_in_the_package(tmp_path, monkeypatch):
     monkeypatch.setenv("GOFLAGS", "-mod=vendor -tags=nonsense")
     monkeypatch.setenv("GOARCH", "s390x")  # left over from a cross build
     monkeypatch.setenv("GOWORK", str(tmp_path / "go.work"))
