@@ -1,8 +1,8 @@
 """A build whose worker is killed fails at once, however long the worker stays away (found by `nox -s chaos_kind`).
 
-buildx ends a build that was cut only once its gRPC client, which connects again within milliseconds, has had its
-answer. So the gateway answers at once whoever comes within half a second; a new command of buildx then polls, and is
-held until the worker is back.
+buildx ends a cut build only after its gRPC client, which connects again within milliseconds, got an answer. So the
+gateway answers connections within half a second at once. A new command of buildx then polls, and is held until the
+worker is back.
 """
 
 from __future__ import annotations

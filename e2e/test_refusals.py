@@ -1,4 +1,4 @@
-"""Who may not come in is told why, in the words of the tool that he uses, and at once."""
+"""A refused client gets the reason at once, in the output of its own tool."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def appliance(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
 
 
 class Tenant:
-    """A user of the pools, who marks all he does."""
+    """A user of the pools, who marks all that they build."""
 
     def __init__(self, appliance: Appliance, issuer: Issuer, name: str, marker: str) -> None:
         self.appliance, self.name, self.marker = appliance, name, marker

@@ -135,7 +135,7 @@ def test_clients_are_held_until_their_worker_is_back_and_their_users_notice_noth
 
 
 def test_clients_are_told_as_soon_as_their_worker_is_given_up(make_appliance, context):
-    """A worker that fails at each start costs its lease; who is held is told at once, not when his time is over."""
+    """A worker that fails at each start loses its lease; clients that wait are told at once, not at their limit."""
     appliance = make_appliance()
     doorstep, certificates = _up(appliance)
     builder = appliance.builder(certificates, "lost")

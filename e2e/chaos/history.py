@@ -50,7 +50,7 @@ def load(text: str) -> list[Event]:
 
 @dataclass(frozen=True)
 class Hold:
-    """A lease as its holder knows it: from the answer to when he asked to release it."""
+    """A lease as its holder knows it: from the answer until they asked to release it."""
 
     who: str
     lease: str
@@ -97,7 +97,7 @@ def judge(events: Iterable[Event]) -> list[str]:
 
 
 def holds(events: Iterable[Event]) -> list[Hold]:
-    """Who held which worker when. One who was told that his lease is lost is known to have held it at first only."""
+    """Who held which worker when. A client whose lease was lost is only known to have held it at first."""
     last = 0.0
     begun: dict[str, Event] = {}
     ended: dict[str, float] = {}

@@ -69,7 +69,7 @@ def main() -> int:
         for fault in faults:
             print(f"{fault.at:7.2f} s  {fault.kind:<15} for {fault.seconds:.2f} s, victim {fault.victim}")
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is broken is mended, whoever ends the run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that faults are always undone
     base = Path(tempfile.mkdtemp(prefix="bkpool-chaos-"))
     record = Record(base / "history.jsonl")
     try:

@@ -1,4 +1,4 @@
-"""What happened to an object stands beside it for whoever uses kubectl."""
+"""kubectl shows what happened to an object: Kubernetes Events."""
 
 from __future__ import annotations
 

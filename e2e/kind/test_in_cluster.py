@@ -272,7 +272,7 @@ def test_a_service_account_builds_where_a_rule_lets_it(installed):
 
     try:
         status, lease = asked(token("default"))
-        assert status == 200, "nothing is configured yet, so whoever is known may build"
+        assert status == 200, "nothing is configured yet, so every known caller may build"
         installed.release(port, lease)
         status, told = asked(token("builder", "somebody-else"))
         assert (status, "audience" in told["error"]["message"]) == (401, True), told

@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--connections", type=int, default=connections.CONNECTIONS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the appliance ends too, whoever ends the run
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the appliance ends too
     begun, tell = time.monotonic(), Told()
     base = Path(tempfile.mkdtemp(prefix="bkpool-soak-"))
     print(
