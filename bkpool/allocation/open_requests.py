@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class _Lease:
     requests: int = 0
     known: bool = False
-    """Some caller has been told of it, or may have been."""
+    """A caller knows the lease, or may know it."""
 
 
 class OpenRequests:
@@ -36,7 +36,7 @@ class OpenRequests:
         lease.requests += 1
 
     def answered(self, lease_id: str) -> None:
-        """Notes that a caller is told of the lease."""
+        """Notes that a caller gets the lease, and so knows it."""
         self._leases[lease_id].known = True
 
     def remove(self, lease_id: str) -> bool:

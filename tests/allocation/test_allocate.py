@@ -1,4 +1,4 @@
-"""Making leases: who gets what, in which order, and what is left when somebody goes away."""
+"""Leasing workers: who gets which worker, in which order, and what a cancelled request leaves behind."""
 
 import asyncio
 from datetime import timedelta
@@ -17,7 +17,7 @@ def slot_name(grant):
     return grant.worker.key.name
 
 
-async def test_a_cold_pool_makes_a_worker_for_the_lease(world):
+async def test_an_empty_pool_creates_a_worker_for_the_lease(world):
     await world.pool()
     grant = await world.replicas[0].allocate()
     worker = (await world.workers())["p-worker-0"]
@@ -29,7 +29,7 @@ async def test_a_cold_pool_makes_a_worker_for_the_lease(world):
     assert leaf.not_valid_after_utc == worker.lease.not_after.replace(microsecond=0)
 
 
-async def test_a_warm_worker_is_taken_and_the_floor_is_filled_again(world):
+async def test_an_idle_worker_is_leased_and_another_is_created_to_be_idle(world):
     await world.pool(scaling={"min": 1, "max": 3})
     await world.until(lambda: any(w.status.phase is Phase.IDLE for w in world.replicas[0].mirror.workers.values()))
     grant = await world.replicas[0].allocate()
@@ -37,7 +37,7 @@ async def test_a_warm_worker_is_taken_and_the_floor_is_filled_again(world):
     await world.until(lambda: len(world.replicas[0].mirror.workers) == 2)
 
 
-async def test_the_same_caller_gets_its_cache_back_and_another_never_does(world):
+async def test_a_caller_gets_their_cache_back_and_nobody_else_gets_it(world):
     await world.pool(scaling={"max": 2})
     api = world.replicas[0]
     first = await api.allocate(ANN)
@@ -55,7 +55,7 @@ async def test_the_same_caller_gets_its_cache_back_and_another_never_does(world)
     assert world.runtime.daemons[third.worker.slot].cache_owner == third.worker.lease.owner
 
 
-async def test_reuse_never_wipes_between_leases_of_the_same_caller(world):
+async def test_with_reuse_never_the_cache_is_wiped_between_leases_of_one_caller(world):
     await world.pool(scaling={"max": 1}, cache={"reuse": "never"})
     api = world.replicas[0]
     first = await api.allocate()
@@ -70,21 +70,21 @@ async def test_first_come_first_served(world):
     grant = await api.allocate()
     order = []
 
-    async def wait_in_line(number):
+    async def wait_in_queue(number):
         mine = await api.allocate()
         order.append(number)
         await api.leases.release(mine.token)
 
     waiting = []
     for number in range(8):
-        waiting.append(asyncio.create_task(wait_in_line(number)))
+        waiting.append(asyncio.create_task(wait_in_queue(number)))
         await world.until(lambda: api.allocator.waiting(POOL) == len(waiting))
     await api.leases.release(grant.token)
     await asyncio.gather(*waiting)
     assert order == list(range(8))
 
 
-async def test_two_hundred_at_once_never_share(two_replicas):
+async def test_two_hundred_requests_at_once_never_share_a_worker(two_replicas):
     world = two_replicas
     await world.pool(scaling={"max": 4})
     await world.until(lambda: POOL in world.replicas[1].mirror.pools)
@@ -103,7 +103,7 @@ async def test_two_hundred_at_once_never_share(two_replicas):
     assert len(await world.workers()) <= 4
 
 
-async def test_a_waiter_who_goes_away_is_forgotten(world):
+async def test_a_request_that_is_cancelled_leaves_the_queue(world):
     await world.pool(scaling={"max": 1})
     api = world.replicas[0]
     held = await api.allocate()
@@ -115,7 +115,7 @@ async def test_a_waiter_who_goes_away_is_forgotten(world):
     assert slot_name(await stayer) == "p-worker-0"
 
 
-async def test_a_caller_who_goes_away_while_his_worker_starts_leaves_no_lease(world):
+async def test_a_request_that_is_cancelled_while_its_worker_starts_leaves_no_lease(world):
     await world.pool()
     world.runtime.gate.clear()
     api = world.replicas[0]
@@ -129,7 +129,7 @@ async def test_a_caller_who_goes_away_while_his_worker_starts_leaves_no_lease(wo
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_wherever_a_caller_is_cut_off_nothing_stays_leased(world, steps):
+async def test_a_request_that_is_cancelled_at_any_step_leaves_no_lease(world, steps):
     await world.pool()
     caller = asyncio.create_task(world.replicas[0].allocate(job_id="j"))
     for _ in range(steps):
@@ -167,7 +167,7 @@ async def test_a_claim_that_is_being_written_is_undone_before_the_service_closes
     assert not [w for w in (await world.workers()).values() if w.lease and not w.lease.ended_at]
 
 
-async def test_nothing_in_time_is_said_with_its_reason(world):
+async def test_the_error_for_a_full_pool_names_the_pool_and_the_time(world):
     await world.pool(scaling={"max": 1})
     api = world.replicas[0]
     await api.allocate()
@@ -176,7 +176,7 @@ async def test_nothing_in_time_is_said_with_its_reason(world):
     assert api.allocator.waiting(POOL) == 0
 
 
-async def test_a_worker_that_is_not_ready_in_time_is_given_back(world):
+async def test_a_worker_that_is_not_ready_in_time_is_released(world):
     await world.pool()
     world.runtime.gate.clear()
     with pytest.raises(NoCapacity, match="p-worker-0 of pool 'p' was not ready within 500ms"):
@@ -219,7 +219,7 @@ async def test_the_same_job_at_two_replicas_at_once_gets_one_lease(two_replicas)
     await world.until(lambda: len(world.held()) == 1)
 
 
-async def test_a_repeated_request_waits_for_its_own_lease_and_not_in_line(world):
+async def test_a_repeated_request_gets_the_lease_of_the_first_one(world):
     await world.pool(scaling={"max": 1})
     api = world.replicas[0]
     held = await api.allocate()
@@ -229,7 +229,7 @@ async def test_a_repeated_request_waits_for_its_own_lease_and_not_in_line(world)
     assert (await first).token == (await second).token
 
 
-async def test_one_of_two_callers_of_a_job_may_go_away(world):
+async def test_one_of_two_requests_of_a_job_may_be_cancelled(world):
     await world.pool()
     world.runtime.gate.clear()
     api = world.replicas[0]
@@ -242,7 +242,7 @@ async def test_one_of_two_callers_of_a_job_may_go_away(world):
     assert (await api.leases.lookup(grant.token)).key == grant.worker.key
 
 
-async def test_what_can_not_be_asked_for_is_named(world):
+async def test_an_invalid_request_is_refused_before_anything_is_leased(world):
     await world.pool(gateway={"maxTokenTTL": "2h"})
     api = world.replicas[0]
     with pytest.raises(InvalidInput, match=r"a lease of pool 'p' can run for .* up to 2h, not for 3h"):
@@ -255,7 +255,7 @@ async def test_what_can_not_be_asked_for_is_named(world):
     await world.until(lambda: not world.held())
 
 
-async def test_no_such_pool_and_a_pool_deleted_while_waiting(world):
+async def test_a_missing_pool_and_a_pool_that_is_deleted_while_a_request_waits(world):
     api = world.replicas[0]
     with pytest.raises(NotFound, match="no pool 'p'"):
         await api.allocate()
@@ -269,7 +269,7 @@ async def test_no_such_pool_and_a_pool_deleted_while_waiting(world):
     await world.until(lambda: not world.runtime.daemons)
 
 
-async def test_a_caller_who_finds_the_jobs_lease_in_line_and_goes_away_does_not_end_it(world, monkeypatch):
+async def test_a_cancelled_repetition_does_not_end_the_lease_of_its_job(world, monkeypatch):
     await world.pool()
     api = world.replicas[0]
     grant = await api.allocate(job_id="j")
@@ -289,7 +289,7 @@ async def test_a_caller_who_finds_the_jobs_lease_in_line_and_goes_away_does_not_
     assert (await api.leases.lookup(grant.token)).key == grant.worker.key
 
 
-async def test_a_lease_whose_maker_was_killed_before_it_wrote_the_token_is_finished_for_the_same_job(world):
+async def test_a_lease_without_a_token_is_completed_by_the_next_request_of_its_job(world):
     await world.pool(scaling={"max": 2})
     api = world.replicas[0]
     first = await api.allocate(job_id="j")

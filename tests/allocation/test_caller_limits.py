@@ -1,4 +1,4 @@
-"""Limits of a pool: who may have how much, who is counted, and that nothing is kept for ever."""
+"""Limits of a pool: what is counted, what is refused, and that nothing is kept for ever."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ def refused(limits, pool, caller=ANN):
     return caught.value
 
 
-def test_no_more_than_so_many_a_minute_and_no_fewer(limits, time):
+def test_exactly_the_allowed_requests_of_a_minute_are_admitted(limits, time):
     three = pool(identity={"perMinute": 3})
     for _ in range(3):
         ask(limits, three)
@@ -63,7 +63,7 @@ def test_no_more_than_so_many_a_minute_and_no_fewer(limits, time):
     refused(limits, three)
 
 
-def test_what_was_refused_does_not_count(limits, time):
+def test_a_refused_request_does_not_count(limits, time):
     one = pool(identity={"perMinute": 1})
     ask(limits, one)
     for _ in range(100):
@@ -80,14 +80,14 @@ def test_a_pools_limit_is_for_all_callers_together(limits):
     assert "all callers of p together may ask 2 times" in refused(limits, two).message
 
 
-def test_a_limit_that_was_lowered_counts_at_once(limits, time):
+def test_a_lowered_limit_has_an_effect_at_once(limits, time):
     for _ in range(3):
         ask(limits, pool(identity={"perMinute": 3}))
         time.now += 10
     assert refused(limits, pool(identity={"perMinute": 1})).retry_after == 50, "when the last of them has left"
 
 
-def test_a_repeated_request_counts_once_and_for_as_long_as_one_of_them_is_there(limits):
+def test_a_request_and_its_repetitions_count_once_until_the_last_ends(limits):
     one = pool(identity={"leases": 1, "perMinute": 1})
     first, again = (limits.one_more(one, ANN, "job", ()) for _ in range(2))
     first.__enter__()
@@ -97,7 +97,7 @@ def test_a_repeated_request_counts_once_and_for_as_long_as_one_of_them_is_there(
     again.__exit__(None, None, None)
 
 
-def test_a_lease_that_is_stored_while_its_request_is_under_way_counts_once(limits):
+def test_a_lease_that_is_stored_while_its_request_is_open_counts_once(limits):
     when = datetime.now(UTC)
     ends = {"allocated_at": when, "expires_at": when, "not_after": when}
     lease = Lease(id="i", token_sha256="", requested_by="ann", holder=ANN.digest, owner="", **ends)
@@ -110,7 +110,7 @@ def test_a_lease_that_is_stored_while_its_request_is_under_way_counts_once(limit
         pass
 
 
-def test_nothing_is_kept_of_callers_who_have_gone(limits, time):
+def test_accounts_of_inactive_callers_are_dropped(limits, time):
     some = pool(identity={"perMinute": 5})
     for number in range(1000):
         ask(limits, some, type(ANN)(f"caller-{number}"))
@@ -119,7 +119,7 @@ def test_nothing_is_kept_of_callers_who_have_gone(limits, time):
     assert len(limits._accounts) == 2, "the last caller's, and the pool's"
 
 
-async def test_leases_are_counted_with_requests_under_way(world):
+async def test_leases_and_open_requests_are_counted_together(world):
     await world.pool(scaling={"max": 5}, auth={"limits": {"identity": {"leases": 2}, "pool": {"leases": 3}}})
     api = world.replicas[0]
     first = await api.allocate()
@@ -138,7 +138,7 @@ async def test_leases_are_counted_with_requests_under_way(world):
     await api.allocate(ANN)
 
 
-async def test_waiters_are_counted_before_they_have_a_lease(world):
+async def test_a_waiting_request_counts(world):
     await world.pool(scaling={"max": 1}, auth={"limits": {"identity": {"leases": 1}}})
     api = world.replicas[0]
     held = await api.allocate(BOB)

@@ -1,4 +1,4 @@
-"""What becomes of a lease: renewed, released, expired, lost; and what a late caller is told."""
+"""Renewing, releasing, expiring and losing leases, and the answer to a client that comes too late."""
 
 import dataclasses
 from contextlib import suppress
@@ -39,7 +39,7 @@ async def test_renew_moves_the_end_but_never_beyond_the_certificate(world, grant
         await leases.renew(grant.token, timedelta(hours=4))
 
 
-async def test_an_expired_lease_ends_by_itself_and_says_so(world, grant, leases):
+async def test_an_expired_lease_ends_and_the_error_says_expired(world, grant, leases):
     world.clock.advance(hours=1)
     with pytest.raises(Gone, match="expired"):
         await leases.renew(grant.token, None)
@@ -49,7 +49,7 @@ async def test_an_expired_lease_ends_by_itself_and_says_so(world, grant, leases)
     await leases.release(grant.token)  # nothing to do, and no error
 
 
-async def test_released_is_released_however_often(world, grant, leases):
+async def test_a_lease_may_be_released_several_times(world, grant, leases):
     await leases.release(grant.token)
     await leases.release(grant.token)
     await world.until(lambda: not world.held())
@@ -59,14 +59,14 @@ async def test_released_is_released_however_often(world, grant, leases):
 
 
 @pytest.mark.parametrize("token", ["x" * 43, "", "alloc:", "\0", "é" * 43, "x" * 10_000])
-async def test_a_token_that_is_none_is_not_found(grant, leases, token):
+async def test_an_unknown_or_malformed_token_is_not_found(grant, leases, token):
     for ask in (leases.lookup, leases.release):
         with pytest.raises(NotFound) as caught:
             await ask(token)
         assert token not in caught.value.message or not token
 
 
-async def test_a_worker_that_dies_comes_back_with_its_lease_and_cache(world, grant, leases):
+async def test_a_worker_that_dies_is_restarted_with_its_lease_and_cache(world, grant, leases):
     world.runtime.die(grant.worker.slot)
     await world.until(lambda: any(w.status.failures == 1 for w in world.held()))
     world.clock.advance(seconds=5)
@@ -88,7 +88,7 @@ async def test_a_worker_that_keeps_dying_loses_the_lease_with_the_reason(world, 
         await leases.lookup(grant.token)
 
 
-async def test_a_worker_is_not_given_on_while_a_gateway_may_hold_it(world, grant, leases):
+async def test_a_lease_stays_while_a_gateway_is_registered(world, grant, leases):
     worker = await leases.lookup(grant.token)
     entry = GatewayRegistration(gateway="g", allocation_id=worker.lease.id, renewed_at=world.clock())
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
@@ -100,7 +100,7 @@ async def test_a_worker_is_not_given_on_while_a_gateway_may_hold_it(world, grant
     await world.until(lambda: not world.held())
 
 
-async def test_idle_workers_go_after_their_delay_and_the_cache_stays(world, grant, leases):
+async def test_idle_workers_are_removed_after_the_delay_and_the_cache_stays(world, grant, leases):
     await leases.release(grant.token)
     await world.until(lambda: not world.held())
     world.clock.advance(minutes=16)
@@ -108,20 +108,20 @@ async def test_idle_workers_go_after_their_delay_and_the_cache_stays(world, gran
     assert world.runtime.cache_owners[grant.worker.slot] == grant.worker.lease.owner
 
 
-async def test_the_pools_status_follows(world, grant):
-    def told():
+async def test_the_pools_status_is_updated(world, grant):
+    def up_to_date():
         pool = world.replicas[0].mirror.pools[POOL]
         return (pool.status.workers, pool.status.allocated, pool.status.phase) == (1, 1, "Ready")
 
-    await world.until(told)
+    await world.until(up_to_date)
 
 
-async def test_what_runs_without_a_worker_is_stopped(world, grant):
+async def test_a_daemon_without_a_worker_is_stopped(world, grant):
     await world.store.delete(Worker, *grant.worker.key)
     await world.until(lambda: not world.runtime.daemons)
 
 
-async def test_who_made_a_lease_may_renew_and_end_it_and_nobody_else_finds_it(world, grant, leases):
+async def test_only_the_caller_of_a_lease_may_renew_and_release_it_by_its_worker(world, grant, leases):
     key = grant.worker.key
     mine, others = OwnLease(key, (BOB, ANN)), OwnLease(key, (BOB,))
     nowhere = OwnLease(Key(key.namespace, "p-worker-7"), (ANN,))
@@ -139,12 +139,12 @@ async def test_who_made_a_lease_may_renew_and_end_it_and_nobody_else_finds_it(wo
         await leases.renew(mine, None)
 
 
-async def test_the_admin_may_end_every_lease(world, grant, leases):
+async def test_the_admin_may_release_every_lease(world, grant, leases):
     await leases.release(OwnLease(grant.worker.key, (Identity("root", admin=True),)))
     await world.until(lambda: not world.held())
 
 
-async def test_a_maximum_that_was_lowered_holds_for_leases_there_are(world, grant, leases):
+async def test_a_lowered_maximum_limits_existing_leases(world, grant, leases):
     spec = PoolSpec.model_validate({"gateway": {"tokenTTL": "30m", "maxTokenTTL": "50m"}})
     lowered = False
     while not lowered:
@@ -164,7 +164,7 @@ async def test_a_maximum_that_was_lowered_holds_for_leases_there_are(world, gran
     )
 
 
-async def test_every_end_of_a_lease_is_one_line_with_whose_it_was(world, grant, leases):
+async def test_each_event_of_a_lease_is_logged_with_its_identity(world, grant, leases):
     with capture_logs() as lines:
         await leases.renew(grant.token, None)
         await leases.release(grant.token)
@@ -181,22 +181,22 @@ async def test_every_end_of_a_lease_is_one_line_with_whose_it_was(world, grant, 
             return not world.held()
 
         await world.until(push)
-    told = [
+    found = [
         (line["event"], line["identity"], line["allocation"], line.get("reason"))
         for line in lines
         if line["event"].startswith("lease.")
     ]
     ids = [made.worker.held_lease.id for made in (grant, second, third)]
-    assert told == [
+    assert found == [
         ("lease.renewed", "ann", ids[0], None),
         ("lease.released", "ann", ids[0], None),
         ("lease.ended", "ann", ids[0], "released"),
         ("lease.claimed", "bob", ids[1], None),
         ("lease.ended", "bob", ids[1], "expired"),
         ("lease.claimed", "bob", ids[2], None),
-        ("lease.lost", "bob", ids[2], told[6][3]),
+        ("lease.lost", "bob", ids[2], found[6][3]),
         ("lease.ended", "bob", ids[2], "lost"),
     ]
-    assert "exec format error" in told[6][3]
+    assert "exec format error" in found[6][3]
     assert all(line["pool"] == "default/p" for line in lines if line["event"].startswith("lease."))
     assert not any(made.token in str(lines) for made in (grant, second, third))

@@ -49,9 +49,9 @@ def conditions(config: OIDCConfig) -> dict[str, tuple[str, str]]:
     ],
 )
 def test_an_issuer_whose_tokens_are_not_accepted_anyway_is_not_asked(spec, reason):
-    told = finding_without_check(a_config(**spec))
-    assert (told.reason if told else None) == reason
-    assert told is None or not told.ready
+    finding = finding_without_check(a_config(**spec))
+    assert (finding.reason if finding else None) == reason
+    assert finding is None or not finding.ready
 
 
 def test_a_status_has_the_finding_and_the_ignored_fields():

@@ -29,15 +29,15 @@ AT_THE_GATEWAY = [
 
 
 @pytest.mark.parametrize(
-    ("unread", "told"),
+    ("ignored_here", "expected"),
     [
         (IGNORED_IN_CLUSTER, []),
         (IGNORED_WITH_HOST_GATEWAY, AT_THE_GATEWAY),
         (IGNORED_BY_PROCESSES, sorted(["buildkitImage", "resources.buildkit.limits", *AT_THE_GATEWAY])),
     ],
 )
-def test_fields_that_a_runtime_does_not_read_are_named_with_their_full_path(unread, told):
-    assert ignored_fields(PoolSpec.model_validate(PODS), unread) == told
+def test_fields_that_a_runtime_does_not_read_are_named_with_their_full_path(ignored_here, expected):
+    assert ignored_fields(PoolSpec.model_validate(PODS), ignored_here) == expected
 
 
 def test_unknown_fields_are_named_for_every_runtime():
@@ -94,19 +94,19 @@ NOWHERE = [
 
 
 @pytest.mark.parametrize(
-    ("unread", "told"),
+    ("ignored_here", "expected"),
     [
         (IGNORED_IN_CLUSTER, ["auth.methods[3].token.file"]),
         (IGNORED_WITH_HOST_GATEWAY, ["auth.methods[3].token.file"]),
         (IGNORED_BY_PROCESSES, ["auth.methods[1].token.secretRef", "auth.methods[2].token.secretRef"]),
     ],
 )
-def test_sources_of_tokens_that_a_runtime_does_not_read_are_named(unread, told):
-    assert ignored_fields(PoolSpec.model_validate(METHODS), unread) == sorted([*NOWHERE, *told])
+def test_sources_of_tokens_that_a_runtime_does_not_read_are_named(ignored_here, expected):
+    assert ignored_fields(PoolSpec.model_validate(METHODS), ignored_here) == sorted([*NOWHERE, *expected])
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "expected"),
     [
         ({"untrusted": True}, ["networking.egress.policy"]),
         ({"untrusted": True, "networking": {"egress": {"policy": "public"}}}, ["networking.egress.policy"]),
@@ -114,9 +114,9 @@ def test_sources_of_tokens_that_a_runtime_does_not_read_are_named(unread, told):
         ({}, []),
     ],
 )
-def test_egress_is_named_for_processes(spec, told):
+def test_egress_is_named_for_processes(spec, expected):
     parsed = PoolSpec.model_validate(spec)
-    assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == told
+    assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == expected
     assert ignored_fields(parsed, IGNORED_WITH_HOST_GATEWAY) == ignored_fields(parsed, IGNORED_IN_CLUSTER) == []
 
 

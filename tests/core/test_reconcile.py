@@ -180,13 +180,13 @@ def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
     log_tail = 'process "curl secret" did not complete'
     whole = f"buildkitd was killed\nThe end of its log:\n{log_tail}"
     crashed = {0: replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail=log_tail)}
-    (told,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
-    assert told.worker.status.message == "buildkitd was killed"
+    (action,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
+    assert action.worker.status.message == "buildkitd was killed"
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
-    (told,) = actions(snapshot(pool(), held, observed=crashed))
-    assert told.worker.status.message == whole
-    (told,) = actions(snapshot(pool(), worker(0), observed={0: replace(crashed[0], cache_owner=None)}))
-    assert told.worker.status.message == whole, "nobody has built on it"
+    (action,) = actions(snapshot(pool(), held, observed=crashed))
+    assert action.worker.status.message == whole
+    (action,) = actions(snapshot(pool(), worker(0), observed={0: replace(crashed[0], cache_owner=None)}))
+    assert action.worker.status.message == whole, "no build has used it"
 
 
 def test_surplus_idle_workers_are_removed_after_the_delay_least_recently_used_first():
@@ -222,8 +222,8 @@ def test_a_pools_status_has_counts_and_conditions():
     )
     status = pool_status(p, [held, worker(1), worker(2, phase=Phase.FAILED, message="no disk")], setting, NOW)
     assert (status.workers, status.ready, status.idle, status.allocated) == (3, 2, 1, 1)
-    told = {c.type: (c.status, c.message) for c in status.conditions}
-    assert told == {
+    found = {c.type: (c.status, c.message) for c in status.conditions}
+    assert found == {
         "IgnoredFields": ("True", "spec.tls.enabled"),
         "Ready": ("False", "p-worker-2: no disk"),
         "Capacity": (
@@ -280,7 +280,7 @@ def test_an_ephemeral_cache_gets_its_owner_before_the_next_lease():
     assert actions(snapshot(pool(), held, observed={0: silent})) == [SetCacheOwner(held, over.owner)]
     (finish,) = actions(snapshot(pool(), held, observed={0: replace(unmarked, cache_owner=over.owner)}))
     after = with_lease_remembered(finish, NOW).with_lease(lease("b"))
-    assert after.routable_endpoint is None, "the next holder would be led to a cache that is not his"
+    assert after.routable_endpoint is None, "otherwise the next holder would be routed to a cache that is not theirs"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A small world for the tests of leases: a real store, a real mirror, the real controller, and no daemons.
 
 Only the workers are not real (real ones have their own tests and the end-to-end tests): `MemoryWorkers` keeps the
-promises of Daemons and Caches in memory, and can be told to fail.
+promises of Daemons and Caches in memory, and can be made to fail.
 """
 
 from __future__ import annotations
