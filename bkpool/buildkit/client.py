@@ -152,8 +152,9 @@ class ControlClient:
     ) -> AsyncGenerator[BuildEvent, None]:
         """Yields what is in the history of builds, then what happens. Use it with `contextlib.aclosing`.
 
-        It ends when buildkitd shuts down. It has no time limit, since there may be no build for hours: a daemon that
-        is killed is noticed at once, and a node that vanishes after 15 s.
+        The call begins when the first event is asked for, and ends when buildkitd shuts down. It has no time limit,
+        since there may be no build for hours. A daemon that is killed is noticed at once, a node that vanishes after
+        15 s.
 
         Args:
             active_only: Only builds that run.

@@ -1,6 +1,6 @@
 """What the rest of bkpool may ask about the buildkitd daemons of workers: processes on this machine, or pods.
 
-Daemons never decide. They bring a slot to the state that they are told, and guarantee one thing by themselves: no
+Daemons never decide. They bring a slot to the requested state, and guarantee one thing by themselves: no
 daemon ever runs on the cache of another owner.
 """
 

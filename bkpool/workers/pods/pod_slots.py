@@ -35,7 +35,7 @@ class PodSlot:
     """A slot in memory."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by whoever changes something in the cluster for this slot."""
+    """Held while something of this slot is changed in the cluster."""
     observation: Observation | None = None
     pod_uid: str = ""
     """The pod that the fields below are about."""

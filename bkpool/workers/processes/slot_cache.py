@@ -26,7 +26,7 @@ async def assign_owner(table: SlotTable, slot: ProcessSlot, owner: str | None) -
     """Writes durably that the cache belongs to an owner.
 
     Args:
-        table: Has the slot; is told of the change.
+        table: Has the slot, and calls back after the change.
         slot: The slot; its cache does not belong to another owner.
         owner: Digest of the owner; None: the owner stays as they are.
 

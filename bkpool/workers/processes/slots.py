@@ -1,4 +1,4 @@
-"""The slots of one home, in memory: what is known of each, and who must be told of a change.
+"""The slots of one home, in memory: what is known of each, and who is called when it changes.
 
 Nothing here starts or removes anything.
 """
@@ -48,7 +48,7 @@ class SlotTable:
         self._callbacks: list[Callable[[], None]] = []
 
     def get(self, slot: Slot) -> ProcessSlot:
-        """The slot; the first call reads from disk whose cache is in it."""
+        """The slot; the first call reads from disk who owns its cache."""
         if slot not in self._slots:
             files = SlotFiles(self.home, slot)
             self._slots[slot] = ProcessSlot(files, files.read_cache())
