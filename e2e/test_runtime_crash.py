@@ -50,20 +50,20 @@ def deadly(*args, **kwargs):
 
 setattr(holder, name, deadly)
 
-async def untold(message):
+async def no_report(message):
     raise AssertionError(message)
 
 async def main():
     pool = Pool(metadata=Metadata(name="default"))
     runtime = ProcessRuntime(pathlib.Path(home), binaries)
-    await runtime.daemons.start(Slot("default", "default", 0), "uid-1", "anna", pool, untold)
+    await runtime.daemons.start(Slot("default", "default", 0), "uid-1", "anna", pool, no_report)
     await runtime.caches.wipe(Slot("default", "default", 0))
 
 asyncio.run(main())
 """
 
 
-async def untold(message: str) -> None:
+async def no_report(message: str) -> None:
     raise AssertionError(message)
 
 
@@ -112,7 +112,7 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
     assert len(daemons(home)) == survives
     assert runtime.caches.owners() == {SLOT: "anna"}
 
-    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     assert len(daemons(home)) == 1
     await runtime.purge()
     assert daemons(home) == []
@@ -140,7 +140,7 @@ async def test_a_crash_in_a_wipe_never_gives_a_cache_to_another(tmp_path, binari
     assert bool(list(home.rglob("root"))) is not wiped
     assert len(daemons(home)) == (0 if wiped else 1)
 
-    await runtime.daemons.start(SLOT, "uid-2", "bert", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-2", "bert", POOL, no_report)
     assert runtime.caches.owners() == {SLOT: "bert"}
     assert not list((home / "slots").rglob("wiped-*"))
     await runtime.purge()

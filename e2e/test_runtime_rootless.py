@@ -40,7 +40,7 @@ tools = home / "tools"
 binaries = Binaries(tools / "buildkitd", tools / "runc", tools / "rootlesskit")
 slot, pool = Slot("default", "default", 0), Pool(metadata=Metadata(name="default"))
 
-async def untold(message):
+async def no_report(message):
     raise AssertionError(message)
 
 async def build(endpoint):
@@ -133,10 +133,10 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
 def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
     output = as_user("""
 runtime = ProcessRuntime(home / "state", binaries)
-endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool, untold)
+endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool, no_report)
 print(await output(endpoint))
 await runtime.daemons.stop(slot)
-print("SECOND", await output(await runtime.daemons.start(slot, "uid-1", "anna", pool, untold)))
+print("SECOND", await output(await runtime.daemons.start(slot, "uid-1", "anna", pool, no_report)))
 owned = (home / "state").glob("slots/*/*/*/root/*/snapshots/snapshots/*/fs/owned/step.c")
 print("subordinate", all(found.lstat().st_uid != os.getuid() for found in owned))
 await runtime.caches.wipe(slot)
@@ -158,7 +158,7 @@ def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runt
 changed = asyncio.Event()
 first = ProcessRuntime(home / "state", binaries)
 first.daemons.on_change(changed.set)
-endpoint = await first.daemons.start(slot, "uid-1", "anna", pool, untold)
+endpoint = await first.daemons.start(slot, "uid-1", "anna", pool, no_report)
 building = await build(endpoint)
 while b"the step runs" not in (line := await building.stdout.readline()):
     assert line
@@ -172,7 +172,7 @@ seen = first.daemons.observe()[slot]
 print(seen.state, seen.message, seen.log_tail)
 await building.communicate()
 
-await first.daemons.start(slot, "uid-1", "anna", pool, untold)
+await first.daemons.start(slot, "uid-1", "anna", pool, no_report)
 await first.close(stop_workers=False)
 second = ProcessRuntime(home / "state", binaries)
 await second.adopt()
@@ -190,7 +190,7 @@ def test_what_an_ordinary_user_lacks_is_named_with_its_fix(as_user):
     start = """
 try:
     runtime = ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}})
-    await runtime.daemons.start(slot, "uid-1", None, pool, untold)
+    await runtime.daemons.start(slot, "uid-1", None, pool, no_report)
 except HostFault as fault:
     print(fault.message, "|", fault.hint)
 """

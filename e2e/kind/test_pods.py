@@ -388,7 +388,7 @@ async def deadly(self, method, *args):
             os.kill(os.getpid(), signal.SIGKILL)
     return answer
 
-async def untold(message):
+async def no_report(message):
     pass
 
 async def main():
@@ -410,7 +410,7 @@ async def main():
     )
     await runtime.adopt()
     left = given["writes"] if given["what"] == "start" else 0
-    await runtime.daemons.start(slot, "uid-1", None if given["what"] == "own" else "anna", pool, untold)
+    await runtime.daemons.start(slot, "uid-1", None if given["what"] == "own" else "anna", pool, no_report)
     left = given["writes"]
     await (runtime.caches.own(slot, "anna") if given["what"] == "own" else runtime.caches.wipe(slot))
 

@@ -18,7 +18,7 @@ from support.objects import pool as a_pool
 SLOT = Slot("default", "default", 0)
 
 
-async def no_wait(message: str) -> None:
+async def no_report(message: str) -> None:
     raise AssertionError(message)
 
 
@@ -29,7 +29,7 @@ async def run(build) -> None:
 
 
 async def test_a_real_daemon_tells_what_it_is_and_what_it_has_built(runtime, build):
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_wait)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
         await client.ready()
         assert (await client.info()).version.removeprefix("v") == release_of(Tool.BUILDKITD).version
@@ -70,7 +70,7 @@ async def test_a_real_daemon_tells_what_it_is_and_what_it_has_built(runtime, bui
 
 @pytest.mark.parametrize("call", ["unary", "stream"])
 async def test_a_daemon_that_is_killed_in_the_middle_of_a_call_is_noticed_at_once(runtime, call):
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_wait)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
         pid = client.peer_pid
         os.kill(pid, signal.SIGSTOP)  # so that it can't answer before it is killed

@@ -26,7 +26,7 @@ SLOT = Slot("default", "default", 0)
 POOL = a_pool()
 
 
-async def untold(message: str) -> None:
+async def no_report(message: str) -> None:
     raise AssertionError(f"a process waits for nobody, but told: {message}")
 
 
@@ -82,16 +82,16 @@ async def in_mid_step(build, seconds: str) -> asyncio.subprocess.Process:
 
 
 async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime, build):
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     assert "the step runs" in await output(build(endpoint))
     await runtime.daemons.stop(SLOT)
     assert runtime.daemons.observe() == {}
     assert runtime.caches.owners() == {SLOT: "anna"}
 
-    endpoint = await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, no_report)
     assert "CACHED" in await output(build(endpoint))
 
-    endpoint = await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, no_report)
     text = await output(build(endpoint))
     assert "the step runs" in text
     assert "CACHED" not in text
@@ -99,18 +99,18 @@ async def test_a_cache_survives_its_worker_and_is_gone_for_another_owner(runtime
 
 
 async def test_what_a_daemon_leaves_beside_its_cache_goes_with_it(runtime, build, tmp_path):
-    await output(build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)))
+    await output(build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)))
     home, log = tmp_path / "home", SlotFiles(tmp_path / "home", SLOT).log
     assert temporary(record(home)["pid"]) == SlotFiles(home, SLOT).scratch
     (SlotFiles(home, SLOT).scratch / "of-anna").write_text("left by a kill")
     await runtime.daemons.stop(SLOT)
-    await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-2", "anna", POOL, no_report)
     assert not list(SlotFiles(home, SLOT).scratch.glob("of-*"))
     assert [file.exists() for file in (log, log.with_suffix(".log.1"))] == [True, True]
     with log.open("a") as file:
         file.write('process "of anna" did not complete')
 
-    await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-3", "bert", POOL, no_report)
     assert "of anna" not in log.read_text()
     assert not log.with_suffix(".log.1").exists()
     await runtime.caches.wipe(SLOT)
@@ -120,7 +120,7 @@ async def test_what_a_daemon_leaves_beside_its_cache_goes_with_it(runtime, build
 async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):
     changed = asyncio.Event()
     runtime.daemons.on_change(changed.set)
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     building = await in_mid_step(build(endpoint, "4711"), "4711")
 
     changed.clear()
@@ -137,7 +137,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     assert str(tmp_path) not in mounts()
     await building.communicate()
 
-    again = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    again = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     assert runtime.daemons.observe()[SLOT].state is DaemonState.READY
     assert "CACHED" in await output(build(again))
     assert container_cgroups(tmp_path / "home") == []
@@ -146,7 +146,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
 async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries, stop_grace=0.1)
     building = await in_mid_step(
-        build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold), "4712"), "4712"
+        build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report), "4712"), "4712"
     )
     assert processes_saying("/step 4712")
     await runtime.daemons.stop(SLOT)
@@ -158,14 +158,14 @@ async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, bin
 
 
 async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime, tmp_path, binaries):
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
     assert runtime.caches.owners() == {SLOT: None}
     first = record(tmp_path / "home")
 
     await runtime.caches.own(SLOT, "anna")
     assert runtime.daemons.observe()[SLOT].cache_owner == "anna"
-    assert await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold) == endpoint
-    assert await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold) == endpoint
+    assert await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report) == endpoint
+    assert await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report) == endpoint
     assert record(tmp_path / "home") == first
     with pytest.raises(Conflict, match="another identity"):
         await runtime.caches.own(SLOT, "bert")
@@ -176,7 +176,7 @@ async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime
 
 
 async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, binaries, build):
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
 
@@ -198,7 +198,7 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
 
 
 async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(runtime, tmp_path, binaries):
-    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
     (tmp_path / "home" / "slots" / "default" / "default" / "0" / "process.json").write_text("{}")
@@ -213,7 +213,9 @@ async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(r
 
 async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(runtime, tmp_path):
     with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
-        await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), untold)
+        await runtime.daemons.start(
+            SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), no_report
+        )
     assert "toml" in failure.value.log_tail
     assert "toml" not in failure.value.message
     assert runtime.daemons.observe() == {}
@@ -222,7 +224,7 @@ async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(r
 
 
 async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
-    starting = asyncio.create_task(runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold))
+    starting = asyncio.create_task(runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report))
     log = tmp_path / "home/logs/default.default-worker-0.log"
     while not processes_saying(str(tmp_path / "home/slots")):
         await asyncio.to_thread(log.exists)
@@ -239,7 +241,7 @@ async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, run
     mute.chmod(0o755)
     runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_timeout=0.2)
     with pytest.raises(WorkerFailed, match="not ready after 0 s: it does not listen") as failure:
-        await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
+        await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
     assert failure.value.log_tail == "I say nothing"
     assert processes_saying(str(tmp_path / "home/slots")) == []
     await runtime.close(stop_workers=True)
@@ -271,26 +273,26 @@ async def test_a_very_long_home_is_fine_and_a_long_socket_directory_says_what_to
     home = tmp_path.joinpath(*["a-rather-long-directory-name"] * 8)
     slot = Slot("n" * 63, "p" * 63, 10_000)
     runtime = ProcessRuntime(home, binaries)
-    endpoint = await runtime.daemons.start(slot, "uid-1", None, POOL, untold)
+    endpoint = await runtime.daemons.start(slot, "uid-1", None, POOL, no_report)
     assert len(endpoint) < 108
     await runtime.purge()
     await runtime.close(stop_workers=True)
 
     with pytest.raises(HostFault, match="too deep for sockets") as fault:
-        await ProcessRuntime(home, binaries, runtime_dir=home).daemons.start(slot, "uid-1", None, POOL, untold)
+        await ProcessRuntime(home, binaries, runtime_dir=home).daemons.start(slot, "uid-1", None, POOL, no_report)
     assert "XDG_RUNTIME_DIR" in fault.value.hint
 
 
 async def test_the_pools_own_configuration_is_used_but_not_its_root_and_address(runtime, tmp_path):
     own = f'root = "{tmp_path}/elsewhere"\n[grpc]\naddress = ["tcp://127.0.0.1:1"]\n[worker.oci]\nenabled = false\n'
-    await runtime.daemons.start(SLOT, "uid-1", None, a_pool(buildkit_config=own), untold)
+    await runtime.daemons.start(SLOT, "uid-1", None, a_pool(buildkit_config=own), no_report)
     assert (tmp_path / "home/slots/default/default/0/root/buildkitd.lock").exists()
     assert not (tmp_path / "elsewhere").exists()
 
 
 async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl):
     gc = CacheGC(keep_storage="3GB", keep_duration="36h", reserved_space="1 GiB", min_free_space="10 %")
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), no_report)
     told = await asyncio.create_subprocess_exec(
         buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
     )
@@ -315,7 +317,7 @@ async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, b
     monkeypatch.setattr(Daemon, "start", counted)
     runtime = ProcessRuntime(tmp_path / "home", binaries, concurrent_starts=2)
     slots = [Slot("default", "default", number) for number in range(3)]
-    await asyncio.gather(*(runtime.daemons.start(slot, "uid", None, POOL, untold) for slot in slots))
+    await asyncio.gather(*(runtime.daemons.start(slot, "uid", None, POOL, no_report) for slot in slots))
     assert peak == 2
     assert set(runtime.daemons.observe()) == set(slots)
     await runtime.close(stop_workers=True)
@@ -327,7 +329,7 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
         runtime = ProcessRuntime(tmp_path / "home", binaries)
         changed = asyncio.Event()
         runtime.daemons.on_change(changed.set)
-        await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+        await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
         changed.clear()
         os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
         await asyncio.wait_for(changed.wait(), 5)
@@ -340,13 +342,13 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
 async def test_a_missing_buildkitd_is_named(tmp_path, runc):
     runtime = ProcessRuntime(tmp_path / "home", Binaries(tmp_path / "buildkitd", runc))
     with pytest.raises(HostFault, match="buildkitd is not there") as fault:
-        await runtime.daemons.start(SLOT, "uid-1", None, POOL, untold)
+        await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
     assert fault.value.code == "ToolMissing"
 
 
 async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries)
-    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, untold)
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     building = await in_mid_step(build(endpoint, "4713"), "4713")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
