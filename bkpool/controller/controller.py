@@ -316,7 +316,7 @@ class Controller:
             await self._daemons.follow(pool)
             self._applied[pool.key] = _version(pool)
         except BkpoolError as error:
-            log.warning("pool.not_applied", pool=str(pool.key), error=error.message)
+            log.warning("pool.spec_not_applied", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
 
     async def _write_pool_status(self, pool: Pool) -> None:

@@ -70,9 +70,9 @@ def unreachable(message: str) -> Finding:
 def status_of(config: OIDCConfig, finding: Finding, now: datetime) -> OIDCConfigStatus:
     """The status to write. It equals the stored one if nothing has changed."""
     ignored = ", ".join(f"spec.{name}" for name in ignored_in_config(config.spec))
-    unread = Finding("NotImplemented" if ignored else AS_WANTED, ignored)
+    ignored_finding = Finding("NotImplemented" if ignored else AS_WANTED, ignored)
     conditions = (
-        _condition(config, now, "IgnoredFields", is_true=bool(ignored), finding=unread),
+        _condition(config, now, "IgnoredFields", is_true=bool(ignored), finding=ignored_finding),
         _condition(config, now, "Ready", is_true=finding.ready, finding=finding),
     )
     return config.status.but(

@@ -139,7 +139,7 @@ class WorkerStatus(Model):
     last_activity_at: AwareDatetime | None = None
     allocation_count: StrictInt = 0
     failures: StrictInt = 0
-    """Failures in a row. A worker that was ready for `failures.STABLE` starts again at 0."""
+    """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
     failed_at: AwareDatetime | None = None
     message: StrictStr = ""
     gateways: tuple[GatewayRegistration, ...] = ()

@@ -6,6 +6,7 @@ the real queue, placement and decisions, and rules 2, 3, 4 and 10 (docs/rules.md
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 from hypothesis import settings
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot
-from bkpool.core.placement import choose
+from bkpool.core.queueing import assign
 from bkpool.core.reconcile.actions import (
     CreateWorker,
     FinishLease,
@@ -34,6 +35,15 @@ from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, ne
 from support.objects import NOW, lease, pool
 
 TENANTS = st.sampled_from(["ann", "bob", "cyd"])
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that waits; it repeats no other."""
+
+    tenant: str
+    owner: str
+    request_key: str | None = None
 
 
 class Lost(Exception):
@@ -141,22 +151,25 @@ class PoolMachine(RuleBasedStateMachine):
 
     # --- what callers do ---
 
-    @rule(tenant=TENANTS)
-    def allocate(self, tenant):
-        owner = cache_owner_digest(self.pool.spec.cache.reuse, tenant, "pool-uid", "")
-        spot = choose(self.pool, list(self.view.values()), self.runtime.caches, owner)
-        if spot is None:
-            return
+    @rule(tenants=st.lists(TENANTS, min_size=1, max_size=3))
+    def allocate(self, tenants):
+        """Some requests at once; those that are not served give up."""
+        reuse = self.pool.spec.cache.reuse
+        requests = [Request(name, cache_owner_digest(reuse, name, "pool-uid", "")) for name in tenants]
+        for given in assign(requests, self.pool, list(self.view.values()), self.runtime.caches, now=self.now):
+            self.claim(given.waiter, given.target)
+
+    def claim(self, request, target):
         self.count += 1
-        made = lease(tenant, id=f"lease-{self.count}", now=self.now, owner=owner)
+        made = lease(request.tenant, id=f"lease-{self.count}", now=self.now, owner=request.owner)
         try:
-            if isinstance(spot, Slot):
-                worker = self.store.create(new_worker(spot, self.pool, made, {}), self.now)
+            if isinstance(target, Slot):
+                worker = self.store.create(new_worker(target, self.pool, made, {}), self.now)
             else:
-                worker = self.store.replace(spot.with_lease(made))
+                worker = self.store.replace(target.with_lease(made))
         except Lost:
             return
-        self.answered[made.id] = (worker.key.name, tenant)
+        self.answered[made.id] = (worker.key.name, request.tenant)
 
     def _live(self):
         return [w for w in self.store.workers.values() if w.lease and not w.lease.ended(self.now)]
