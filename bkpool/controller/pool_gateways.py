@@ -1,7 +1,7 @@
 """Keeps the gateway of every pool in the cluster as pool_gateway_objects.py describes it.
 
 It runs in the replica that is the controller, and is level-triggered: an object is applied where it differs from what
-was applied last, or where somebody else has changed or deleted it. An error of one pool never stops another. It never
+was applied last, or where it was changed or deleted by others. An error of one pool never stops another. It never
 touches a worker.
 """
 
@@ -311,7 +311,7 @@ class PoolGateways:
         self._watches[namespace] = [asyncio.create_task(reflector.run()) for reflector in reflectors.values()]
 
     def _object_changed(self, kind: str, change: Change) -> None:
-        """Has an object applied again that somebody else changed or deleted, and takes over its status."""
+        """Schedules another apply if others have changed or deleted the object, and stores its status."""
         metadata = change.doc["metadata"]
         state = self._states.get(Key(change.key.namespace, metadata.get("labels", {}).get(LABEL_POOL, "")))
         if state is None:

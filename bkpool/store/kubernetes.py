@@ -163,10 +163,8 @@ class KubernetesStore(Store):
         if event["type"] == "DELETED":
             self._unreadable.pop((kind.KIND, key), None)
             if obj is None:
-                # Somebody may hold it as it was when it could be read; only a list can tell him that it is gone.
-                raise Gone(
-                    f"{kind.KIND} {paths.key_of(doc)} was deleted in a state that cannot be read", hint="List again."
-                )
+                # A reader may still have it as it was when it could be read. Only a list says that it was deleted.
+                raise Gone(f"{kind.KIND} {key} was deleted in a state that cannot be read", hint="List again.")
         return None if obj is None else WatchEvent(event["type"], obj)
 
     def _readable(self, kind: type[R], doc: Doc) -> R | None:

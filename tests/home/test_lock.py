@@ -31,7 +31,7 @@ def other(tmp_path):
         process.kill()
 
 
-def test_the_home_is_made_for_us_alone_and_nobody_holds_it_after_release(tmp_path):
+def test_the_home_is_created_private_and_has_no_holder_after_release(tmp_path):
     home = tmp_path / "a" / "home"
     assert holder(home) is None
     with HomeLock(home):
@@ -49,7 +49,7 @@ def test_a_second_appliance_is_refused_with_the_pid_of_the_first(tmp_path, other
     assert holder(tmp_path / "home") == other.pid
 
 
-def test_asking_who_holds_it_never_keeps_anybody_from_taking_it(tmp_path):
+def test_a_query_for_the_holder_never_blocks_another_process(tmp_path):
     with HomeLock(tmp_path):
         pass
     asking = os.open(tmp_path / "lock", os.O_RDWR)
@@ -60,7 +60,7 @@ def test_asking_who_holds_it_never_keeps_anybody_from_taking_it(tmp_path):
         assert holder(tmp_path) == os.getpid(), "closing another descriptor of the file does not drop the lock"
 
 
-def test_the_lock_dies_with_its_holder(tmp_path, other):
+def test_the_lock_ends_with_the_process_that_holds_it(tmp_path, other):
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert holder(tmp_path / "home") is None
@@ -78,7 +78,7 @@ def test_a_child_of_the_appliance_does_not_keep_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o707])
-def test_a_home_open_to_others_is_refused_with_the_fix(tmp_path, mode):
+def test_a_home_that_is_open_to_others_is_refused_with_a_hint(tmp_path, mode):
     home = tmp_path / "home"
     home.mkdir()
     home.chmod(mode)
@@ -97,7 +97,7 @@ def test_a_home_of_another_user_is_refused(tmp_path):
         HomeLock(home).acquire()
 
 
-def test_a_home_that_cannot_be_made_is_told_with_its_path(tmp_path):
+def test_the_error_for_a_home_that_cannot_be_created_names_its_path(tmp_path):
     (tmp_path / "file").write_text("")
     for home in (tmp_path / "file", tmp_path / "file" / "home"):
         with pytest.raises(HostFault, match="file"):

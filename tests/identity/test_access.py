@@ -25,7 +25,7 @@ SPEC = {"issuer": "https://issuer.example", "audience": "buildkit-controller"}
 @given(
     TOKENS, st.sampled_from(["Bearer", "bearer", "BEARER", "bEaReR"]), st.integers(1, 3), st.sampled_from(["", " "])
 )
-def test_a_bearer_token_is_read_whatever_the_case_of_the_scheme(token, scheme, spaces, around):
+def test_the_scheme_bearer_is_accepted_in_any_case(token, scheme, spaces, around):
     assert bearer_token([f"{around}{scheme}{' ' * spaces}{token}{around}"]) == token
 
 
@@ -40,7 +40,7 @@ def test_a_bearer_token_is_read_whatever_the_case_of_the_scheme(token, scheme, s
 @example("Bearer=a")
 @example("a" * 43)
 @example("")
-def test_a_header_is_a_bearer_token_or_a_refusal_that_does_not_repeat_it(header):
+def test_a_malformed_header_is_refused_and_not_quoted(header):
     try:
         token, refusal = bearer_token([header]), ""
     except Unauthenticated as error:
@@ -65,13 +65,13 @@ def test_without_a_header_the_hint_says_how_to_get_a_token():
     assert "BKCTL_TOKEN" in refused.value.hint
 
 
-def test_a_token_may_be_as_long_as_a_jwt_and_no_longer():
+def test_a_token_may_be_as_long_as_the_longest_jwt():
     assert bearer_token(["Bearer " + "a" * LONGEST_BEARER]) == "a" * LONGEST_BEARER
     with pytest.raises(Unauthenticated):
         bearer_token(["Bearer " + "a" * (LONGEST_BEARER + 1)])
 
 
-def test_two_headers_are_refused_even_if_both_are_right():
+def test_two_headers_are_refused_even_if_both_are_valid():
     with pytest.raises(Unauthenticated, match="more than one"):
         bearer_token([f"Bearer {TOKEN}", f"Bearer {TOKEN}"])
 
@@ -98,7 +98,7 @@ def access(*ways: Authenticator, pools: Collection[Pool] = (), configs: Collecti
 CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.example")
 
 
-async def test_a_caller_is_everybody_that_the_token_stands_for_in_order():
+async def test_a_caller_has_all_identities_of_the_token_in_order():
     ways = access(
         AdminTokenAuthenticator(TOKEN),
         Says("ci-token", Verdict("a", CI), Verdict("b", refusal="not here")),
@@ -110,13 +110,13 @@ async def test_a_caller_is_everybody_that_the_token_stands_for_in_order():
 
 
 @pytest.mark.parametrize("token", ["K" * 43, "k" * 42, "k" * 44, "k"])
-async def test_a_token_that_nobody_knows_is_refused_and_not_repeated(token):
+async def test_an_unknown_token_is_refused_and_not_quoted(token):
     with pytest.raises(Unauthenticated, match="not known") as refused:
         await access(AdminTokenAuthenticator(TOKEN)).caller([f"Bearer {token}"])
     assert f" {token} " not in f"{refused.value.message} {refused.value.hint}"
 
 
-async def test_a_refused_token_is_told_why_once():
+async def test_the_reason_of_a_refusal_appears_once():
     ways = access(
         Says("t", Verdict("a", refusal="it expired"), Verdict("b", refusal="it expired")),
         AdminTokenAuthenticator(TOKEN),
@@ -131,7 +131,7 @@ async def test_a_genuine_token_of_a_stranger_is_forbidden():
         await ways.caller(["Bearer t"])
 
 
-async def test_who_cannot_be_told_just_now_is_not_refused_and_who_is_known_is_let_in():
+async def test_an_unavailable_authenticator_is_no_refusal_and_does_not_affect_accepted_callers():
     with pytest.raises(Unavailable, match="away"):
         await access(Away()).caller(["Bearer t"])
     ways = access(Away(), Says("t", Verdict("a", CI)))
@@ -142,7 +142,7 @@ def pool(**auth: object) -> Pool:
     return Pool(metadata=Metadata(name="amd64", namespace="team"), spec=PoolSpec.model_validate({"auth": auth}))
 
 
-def test_while_nothing_is_configured_whoever_is_known_may():
+def test_while_nothing_is_configured_every_authenticated_caller_has_access():
     mine = pool()
     assert access(pools=[mine]).decide([CI], mine).allowed
     ruled = pool(rbac={"rules": [{"users": ["ann"]}]})
@@ -159,5 +159,5 @@ def test_while_nothing_is_configured_whoever_is_known_may():
         assert ways.decide([CI, Identity("admin", admin=True)], mine).allowed
 
 
-def test_who_nobody_is_may_nothing():
+def test_a_caller_without_identity_has_no_access():
     assert "the caller may not use pool p" in forbidden(access().decide([], pool()), "p").message

@@ -9,7 +9,7 @@ from bkpool.core.errors import EXIT, HostFault, Unauthenticated
 from bkpool.identity.admin_token import AdminTokenAuthenticator, find, load_or_create
 
 
-def test_the_token_is_made_once_for_us_alone(tmp_path):
+def test_the_token_is_created_once_in_a_private_file(tmp_path):
     before = os.umask(0)
     try:
         token = load_or_create(tmp_path)
@@ -29,7 +29,7 @@ def test_two_homes_have_two_tokens(tmp_path):
     assert load_or_create(homes[0]) != load_or_create(homes[1])
 
 
-def test_a_client_without_an_appliance_is_told_how_to_start_one(tmp_path):
+def test_the_error_without_an_appliance_says_how_to_start_one(tmp_path):
     with pytest.raises(Unauthenticated, match="no admin token") as refused:
         find(tmp_path)
     assert "bkpool up" in refused.value.hint
@@ -47,7 +47,7 @@ def test_a_client_without_an_appliance_is_told_how_to_start_one(tmp_path):
         (lambda path: (path.unlink(), path.symlink_to("nowhere")), "No such file"),
     ],
 )
-def test_a_token_that_cannot_be_trusted_is_an_error_and_is_never_replaced(tmp_path, read, spoil, says):
+def test_an_unsafe_or_damaged_token_file_is_an_error_and_is_never_replaced(tmp_path, read, spoil, says):
     path = tmp_path / "admin.token"
     token = load_or_create(tmp_path)
     spoil(path)
@@ -63,13 +63,13 @@ def test_a_token_that_cannot_be_trusted_is_an_error_and_is_never_replaced(tmp_pa
     assert os.lstat(path).st_ino == before.st_ino
 
 
-async def test_the_authenticator_does_not_keep_the_token_in_clear(tmp_path):
+async def test_the_authenticator_does_not_keep_the_token_in_plain_text(tmp_path):
     token = load_or_create(tmp_path)
     assert token not in repr(vars(AdminTokenAuthenticator(token)))
 
 
 @pytest.mark.parametrize("bearer", ["", "k" * 42, "k" * 44, "K" * 43, "k" * 42 + "\udce9"])
-async def test_only_the_whole_token_is_the_admins(bearer):
+async def test_only_the_complete_token_is_accepted(bearer):
     assert await AdminTokenAuthenticator("k" * 43).authenticate(bearer) == ()
     (verdict,) = await AdminTokenAuthenticator("k" * 43).authenticate("k" * 43)
     assert (verdict.identity.name, verdict.identity.admin) == ("admin", True)

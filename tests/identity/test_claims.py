@@ -41,7 +41,7 @@ def refusal(claims: dict[str, object], settings: OIDC) -> str:
     return refused.value.message
 
 
-def test_what_is_configured_ends_up_in_the_identity():
+def test_the_identity_has_what_the_configuration_maps():
     settings = mapping(pools="pools", groups="realm_access.roles")
     found = identify(CLAIMS, settings, source="BuildKitOIDCConfig ci/kc", scope=Scope("ci"), granted=("a*",))
     assert found == Identity(
@@ -57,7 +57,7 @@ def test_what_is_configured_ends_up_in_the_identity():
     assert not found.admin
 
 
-def test_equal_names_out_of_two_claims_are_two_callers_with_caches_of_their_own():
+def test_equal_names_of_two_claims_are_two_callers_with_separate_caches():
     same = {"sub": "me", "actor": "me"}
     by_sub, by_actor = identify(same, oidc()), identify(same, mapping())
     assert by_sub.name == by_actor.name
@@ -67,7 +67,7 @@ def test_equal_names_out_of_two_claims_are_two_callers_with_caches_of_their_own(
     assert by_actor_for_sub.tenant == by_sub.tenant, "one repository, by whatever name its jobs are called"
 
 
-def test_the_user_is_the_subject_where_nothing_else_is_said():
+def test_the_user_is_the_subject_by_default():
     assert identify(CLAIMS, oidc()).name == CLAIMS["sub"]
 
 
@@ -117,12 +117,12 @@ def test_a_claim_is_found_by_its_path(path, value):
     ],
     ids=repr,
 )
-def test_what_is_no_user(value, why):
+def test_an_invalid_user_is_refused(value, why):
     assert why in refusal({**CLAIMS, "actor": value}, mapping())
 
 
 @pytest.mark.parametrize("name", ["a" * 256, "ann@example.org", "Ann Müller", "systemd", "groups:x", "鈴木"])
-def test_what_is_one(name):
+def test_a_valid_user_is_accepted(name):
     assert identify({"actor": name}, mapping()).name == name
 
 
@@ -160,7 +160,7 @@ def test_names_in_a_claim(field, value, names):
     ],
 )
 @pytest.mark.parametrize("field", ["pools", "groups"])
-def test_names_that_are_none(field, value, why):
+def test_invalid_names_in_a_claim_are_refused(field, value, why):
     assert why in refusal({**CLAIMS, "names": value}, mapping(**{field: "names"}))
 
 
@@ -190,7 +190,7 @@ def conditions(*them: dict[str, object]) -> OIDC:
     ],
     ids=str,
 )
-def test_a_condition_that_holds(condition):
+def test_a_condition_that_is_fulfilled(condition):
     identify(CLAIMS, conditions(condition))
 
 
@@ -218,17 +218,17 @@ def test_a_condition_that_holds(condition):
     ],
     ids=str,
 )
-def test_a_condition_that_does_not_hold(condition, why):
+def test_a_condition_that_is_not_fulfilled(condition, why):
     assert why in refusal(CLAIMS, conditions(condition))
 
 
-def test_all_conditions_must_hold():
+def test_all_conditions_must_be_fulfilled():
     good, bad = {"claim": "roles", "values": ["ops"]}, {"claim": "actor", "values": ["bob"]}
     assert "claim actor is 'ann'" in refusal(CLAIMS, conditions(good, bad))
     assert "claim actor is 'ann'" in refusal(CLAIMS, conditions(bad, good))
 
 
-def test_a_refusal_is_a_line_however_long_the_claim_is():
+def test_a_refusal_is_one_line_even_for_a_long_claim():
     why = refusal({**CLAIMS, "actor": "x" * 9000}, conditions({"claim": "actor", "patterns": ["y" * 500] * 30}))
     assert len(why) < 700
 
@@ -245,7 +245,7 @@ def test_jobs_of_one_tenant_share_caches_and_others_do_not():
     assert one.tenant != identify(CLAIMS, oidc("https://other.example", tenantClaim="repository")).tenant
 
 
-def test_the_tenant_is_the_user_where_nothing_else_is_said():
+def test_the_tenant_is_the_user_by_default():
     assert identify(CLAIMS, mapping()).tenant_name is None
 
 
@@ -260,12 +260,12 @@ def test_the_tenant_is_the_user_where_nothing_else_is_said():
         ("https://gitlab.com.evil", None),
     ],
 )
-def test_who_shares_by_default(issuer, claim):
+def test_the_default_tenant_claim_of_each_issuer(issuer, claim):
     assert default_tenant_claim(issuer) == claim
 
 
 @pytest.mark.parametrize("value", [None, "", 7, ["org/app"]])
-def test_a_tenant_that_is_needed_must_be_there(value):
+def test_a_missing_or_invalid_tenant_claim_is_refused(value):
     assert "claim repository (tenantClaim) is" in refusal({**CLAIMS, "repository": value}, oidc(GITHUB))
 
 
@@ -279,7 +279,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b", "c", "a.b", ""]), JSON), st.text("abc.", min_size=1, max_size=12))
-def test_whatever_claims_give_an_identity_or_a_refusal(claims, path):
+def test_any_claims_give_an_identity_or_a_refusal(claims, path):
     settings = oidc(
         claimsMapping={"user": path, "pools": "a", "groups": "b.c"},
         conditions=[{"claim": path, "patterns": ["*"], "values": [1, True]}],

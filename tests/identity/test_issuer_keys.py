@@ -55,7 +55,7 @@ def same(key, jwk) -> bool:
 # --- what is asked, and how often -----------------------------------------------------------------------------------
 
 
-async def test_keys_are_asked_for_once_and_kept_for_a_while(issuer, issuers, clock):
+async def test_keys_are_fetched_once_and_cached_for_a_while(issuer, issuers, clock):
     for _ in range(3):
         assert same(await issuers.key(issuer.url, "key-1", "RS256"), RSA)
         clock.pass_(FRESH_SECONDS / 3)
@@ -64,7 +64,7 @@ async def test_keys_are_asked_for_once_and_kept_for_a_while(issuer, issuers, clo
     assert issuer.count() == 2
 
 
-async def test_the_request_says_nothing_of_us_and_keeps_no_cookie(issuer, issuers, clock, monkeypatch):
+async def test_the_request_reveals_nothing_and_stores_no_cookie(issuer, issuers, clock, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     issuer.answer(DISCOVERY, issuer.discovery(), headers={"Set-Cookie": "a=b; Path=/"})
@@ -76,7 +76,7 @@ async def test_the_request_says_nothing_of_us_and_keeps_no_cookie(issuer, issuer
         assert not {"Cookie", "Authorization"} & set(request.headers)
 
 
-async def test_fifty_at_once_ask_once(issuer, issuers):
+async def test_fifty_callers_at_once_cause_one_request(issuer, issuers):
     gate = issuer.hold(JWKS)
     asking = [asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256")) for _ in range(50)]
     assert await asyncio.to_thread(gate.reached.wait, 5)
@@ -85,7 +85,7 @@ async def test_fifty_at_once_ask_once(issuer, issuers):
     assert (issuer.count(DISCOVERY), issuer.count(JWKS)) == (1, 1)
 
 
-async def test_who_gives_up_does_not_take_it_from_the_others(issuer, issuers):
+async def test_a_cancelled_caller_does_not_cancel_the_request_of_the_others(issuer, issuers):
     gate = issuer.hold(JWKS)
     first, other = (asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256")) for _ in range(2))
     assert await asyncio.to_thread(gate.reached.wait, 5)
@@ -97,7 +97,7 @@ async def test_who_gives_up_does_not_take_it_from_the_others(issuer, issuers):
     assert issuer.count() == 1
 
 
-async def test_a_thousand_made_up_names_of_keys_ask_twice_at_most(issuer, issuers, clock):
+async def test_a_thousand_invented_key_names_cause_two_requests_at_most(issuer, issuers, clock):
     names = [f"../../etc/{n}' OR 1=1 --" for n in range(500)]
     answers = await asyncio.gather(
         *(issuers.key(issuer.url, name, "RS256") for name in names), return_exceptions=True
@@ -121,14 +121,14 @@ async def test_a_new_key_is_found_at_once(issuer, issuers, clock):
         await issuers.key(issuer.url, "key-1", "RS256")
 
 
-async def test_all_who_come_with_a_new_key_at_once_find_it(issuer, issuers):
+async def test_all_callers_with_a_new_key_at_once_find_it(issuer, issuers):
     await issuers.key(issuer.url, "key-1", "RS256")
     issuer.rotate("key-2")
     assert all(await asyncio.gather(*(issuers.key(issuer.url, "key-2", "RS256") for _ in range(5))))
     assert issuer.count() == 2
 
 
-async def test_a_key_that_is_new_while_the_old_ones_are_on_the_way_is_found(issuer, issuers):
+async def test_a_key_that_appears_during_a_request_is_found(issuer, issuers):
     gate = issuer.hold(JWKS)
     old = asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256"))
     assert await asyncio.to_thread(gate.reached.wait, 5)
@@ -140,7 +140,7 @@ async def test_a_key_that_is_new_while_the_old_ones_are_on_the_way_is_found(issu
     assert issuer.count() == 2
 
 
-async def test_a_withdrawn_key_is_refused_when_the_keys_are_asked_for_again(issuer, issuers, clock):
+async def test_a_removed_key_is_refused_after_the_next_request(issuer, issuers, clock):
     await issuers.key(issuer.url, "key-1", "RS256")
     issuer.keys = []
     clock.pass_(FRESH_SECONDS)
@@ -152,7 +152,7 @@ async def test_a_withdrawn_key_is_refused_when_the_keys_are_asked_for_again(issu
 # --- an issuer that cannot be reached -------------------------------------------------------------------------------
 
 
-async def test_an_issuer_that_is_down_is_not_hammered(issuer, issuers, clock):
+async def test_an_issuer_that_is_down_is_not_flooded(issuer, issuers, clock):
     issuer.answer(DISCOVERY, b"", status=503)
     for _ in range(20):
         with pytest.raises(Unavailable, match=rf"{issuer.url} cannot be fetched.* HTTP 503") as refused:
@@ -164,7 +164,7 @@ async def test_an_issuer_that_is_down_is_not_hammered(issuer, issuers, clock):
     assert await issuers.key(issuer.url, "key-1", "RS256")
 
 
-async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
+async def test_cached_keys_are_used_for_an_hour_while_the_issuer_is_down(clock):
     issuers = IssuerKeys(clock=clock)
     try:
         with Issuer() as issuer:
@@ -186,7 +186,7 @@ async def test_known_keys_outlive_an_issuer_that_is_down_for_an_hour(clock):
         await issuers.close()
 
 
-async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issuer, issuers, clock):
+async def test_a_probe_asks_again_after_a_failure_even_if_the_keys_are_fresh(issuer, issuers, clock):
     await issuers.key(issuer.url, "key-1", "RS256")
     issuer.answer(JWKS, b"<html>")
     with pytest.raises(Unavailable, match="JWK set is not JSON"):
@@ -200,7 +200,7 @@ async def test_a_probe_asks_again_after_a_failure_though_the_keys_are_fresh(issu
 
 
 @pytest.mark.parametrize("path", [DISCOVERY, JWKS])
-async def test_an_issuer_that_does_not_answer_in_time(issuer, clock, path):
+async def test_an_issuer_that_does_not_respond_in_time(issuer, clock, path):
     issuer.hang(path)
     issuers = IssuerKeys(clock=clock, timeout=0.05)
     with pytest.raises(Unavailable, match=r"does not respond within 0\.05 s"):
@@ -208,7 +208,7 @@ async def test_an_issuer_that_does_not_answer_in_time(issuer, clock, path):
     await issuers.close()
 
 
-async def test_closing_ends_what_is_under_way(issuer, clock):
+async def test_closing_cancels_running_requests(issuer, clock):
     issuers = IssuerKeys(clock=clock)
     gate = issuer.hold(JWKS)
     asking = asyncio.create_task(issuers.key(issuer.url, "key-1", "RS256"))
@@ -219,7 +219,7 @@ async def test_closing_ends_what_is_under_way(issuer, clock):
     gate.open()
 
 
-async def test_only_so_many_issuers_are_remembered(issuer, issuers, monkeypatch):
+async def test_the_number_of_cached_issuers_is_limited(issuer, issuers, monkeypatch):
     monkeypatch.setattr("bkpool.identity.issuer_keys._MOST_ISSUERS", 2)
     await issuers.key(issuer.url, "key-1", "RS256")
     for port in (1, 2):
@@ -268,14 +268,14 @@ async def test_ten_megabytes_are_not_unpacked(issuer, issuers):
         "",
     ],
 )
-async def test_a_redirect_elsewhere_is_not_followed(issuer, issuers, to):
+async def test_a_redirect_to_another_host_is_not_followed(issuer, issuers, to):
     issuer.redirect(JWKS, to.format(host=f"127.0.0.1:{issuer.port}"))
     assert "redirects to another host, port or scheme" in (told := await why(issuers, issuer)) or "ValueError" in told
     assert issuer.count() == 1
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_a_redirect_to_the_same_place_is_followed_twice(issuer, issuers, status, clock):
+async def test_two_redirects_on_the_same_host_are_followed(issuer, issuers, status, clock):
     issuer.redirect(DISCOVERY, "/1", status)
     issuer.redirect("/1", f"{issuer.url}/2", status)
     issuer.answer("/2", issuer.discovery())
@@ -285,7 +285,7 @@ async def test_a_redirect_to_the_same_place_is_followed_twice(issuer, issuers, s
     assert "at most 2 are followed" in await why(issuers, issuer)
 
 
-async def test_what_is_not_http_is_not_repeated(issuers):
+async def test_a_response_that_is_not_http_is_not_quoted(issuers):
     async def answer(reader, writer):
         await reader.readline()
         writer.write(b"SSH-2.0-inside\r\n\r\n")
@@ -308,7 +308,7 @@ async def test_what_is_not_http_is_not_repeated(issuers):
         (JWKS, [], "is not a JSON object"),
     ],
 )
-async def test_a_document_that_is_not_taken_is_named(issuer, issuers, path, body, says):
+async def test_the_error_names_the_invalid_document(issuer, issuers, path, body, says):
     issuer.answer(path, body)
     assert says in await why(issuers, issuer)
 
@@ -336,7 +336,7 @@ HTTPS, LOOPBACK = "https://issuer.example", "http://127.0.0.1:8888"
     ("issuer", "url"),
     [(HTTPS, "https://keys.example:444/a/b"), (LOOPBACK, "http://localhost:1/jwks"), (LOOPBACK, "https://a.example")],
 )
-def test_where_keys_may_be(issuer, url):
+def test_valid_urls_of_keys(issuer, url):
     assert read_discovery(json.dumps({"issuer": issuer, "jwks_uri": url}).encode(), issuer) == url
 
 
@@ -356,7 +356,7 @@ def test_where_keys_may_be(issuer, url):
     ],
     ids=str,
 )
-def test_discovery_that_is_not_taken(document, says):
+def test_an_invalid_discovery_document_is_refused(document, says):
     with pytest.raises(Unavailable) as refused:
         read_discovery(json.dumps(document).encode(), HTTPS)
     assert says in refused.value.message
@@ -366,7 +366,7 @@ def keys(*jwks: object):
     return read_keys(json.dumps({"keys": list(jwks)}).encode())
 
 
-def test_the_keys_that_are_of_use():
+def test_usable_keys_are_read():
     found = keys(RSA, EC, ED, without(RSA, "kid", "use", "alg"), {**EC, "key_ops": ["verify", "sign"]})
     assert [(key.kid, key.alg) for key in found] == [
         *(("key-1", "RS256"), ("ec", "ES256"), ("ed", "EdDSA"), (None, "RS256"), ("ec", "ES256"))
@@ -410,7 +410,7 @@ def test_the_keys_that_are_of_use():
     ],
     ids=lambda _key: "",  # its number: keys are fresh in every process
 )
-def test_a_key_that_is_of_no_use_is_skipped(jwk):
+def test_an_unusable_key_is_skipped(jwk):
     assert [key.kid for key in keys(jwk, ED)] == ["ed"]
 
 
@@ -424,12 +424,12 @@ def test_a_key_that_is_of_no_use_is_skipped(jwk):
         (json.dumps({"keys": [{}] * 101}).encode(), "101 keys, more than 100"),
     ],
 )
-def test_a_set_of_keys_that_is_not_taken(document, says):
+def test_an_invalid_jwk_set_is_refused(document, says):
     with pytest.raises(Unavailable, match=says):
         read_keys(document)
 
 
-def test_which_key_a_token_means():
+def test_the_key_that_a_token_names_is_chosen():
     two = keys(RSA, signing_key("key-2").jwk, EC)
     assert same(choose(two, "key-1", "RS256"), RSA)
     assert same(choose(two, None, "ES256"), EC)
@@ -459,7 +459,7 @@ WILD = st.builds(
 @example([{**RSA, "n": "A" * 2048}])
 @example([{**RSA, "e": "_" * 2048}])
 @example([{**RSA, "n": b64(b"\xff" * 256)[:-1] + "A", "e": RSA["n"]}])
-def test_whatever_keys_are_published_only_fit_ones_are_taken(jwks):
+def test_of_any_published_keys_only_fitting_ones_are_used(jwks):
     for key in keys(*jwks):
         assert key.alg in ALGORITHMS
         assert choose([key], key.kid, key.alg)
@@ -473,7 +473,7 @@ def test_whatever_keys_are_published_only_fit_ones_are_taken(jwks):
 )
 @example(b'{"issuer":"https://issuer.example","jwks_uri":"https://\\u2100.example"}')
 @example(b'{"issuer":"https://issuer.example","jwks_uri":"https://a:b"}')
-def test_whatever_is_answered_is_taken_or_named(document):
+def test_any_response_is_read_or_named_in_the_error(document):
     for read in (read_keys, lambda it: read_discovery(it, HTTPS)):
         try:
             read(document)
@@ -484,13 +484,13 @@ def test_whatever_is_answered_is_taken_or_named(document):
         assert told
 
 
-async def test_a_host_that_no_resolver_takes(issuers):
+async def test_a_host_that_cannot_be_resolved(issuers):
     for host in ("a..b", "x" * 80 + ".example"):
         with pytest.raises(Unavailable):
             await issuers.key(f"https://{host}", "k", "RS256")
 
 
-async def test_headers_without_end_are_not_read(issuer, issuers):
+async def test_endless_headers_are_not_read(issuer, issuers):
     async def handler(request):
         return web.Response(headers={f"X-{n}": "x" * 8000 for n in range(100)})
 

@@ -62,7 +62,7 @@ def claims(**changes) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("key", [RSA, EC, ED], ids=lambda key: key.alg)
-def test_a_good_token_of_each_algorithm_is_taken(key):
+def test_a_valid_token_of_each_algorithm_is_accepted(key):
     judge(forge({"alg": key.alg, "kid": key.kid}, GOOD, key), key)
 
 
@@ -81,12 +81,12 @@ def test_a_good_token_of_each_algorithm_is_taken(key):
     ],
     ids=str,
 )
-def test_claims_within_the_bounds_are_taken(changes):
+def test_claims_within_the_limits_are_accepted(changes):
     judge(forge(HEADER, claims(**changes), RSA), client_id="client")
 
 
 @pytest.mark.parametrize("typ", [MISSING, "jwt", "JOSE", "at+jwt"], ids=str)
-def test_the_types_of_tokens_that_are_for_this_are_taken(typ):
+def test_allowed_types_of_tokens_are_accepted(typ):
     judge(forge({"alg": "RS256"} | ({} if typ is MISSING else {"typ": typ}), GOOD, RSA))
 
 
@@ -126,13 +126,13 @@ def by_hmac() -> str:
     ],
     ids=lambda part: part if isinstance(part, str) and len(part) < 80 else "",
 )
-def test_a_header_that_is_not_taken(text, why):
+def test_an_invalid_header_is_refused(text, why):
     with pytest.raises(Unauthenticated, match=why):
         judge(text)
 
 
 @pytest.mark.parametrize("member", ["jwk", "jku", "x5u", "x5c"])
-def test_the_keys_that_a_token_brings_along_are_not_looked_at(member):
+def test_keys_in_the_token_itself_are_ignored(member):
     other = signing_key("other")
     value = {"jwk": other.jwk, "x5c": ["MII"]}.get(member, "https://evil.example/keys")
     with pytest.raises(Unauthenticated, match="signature is wrong"):
@@ -174,18 +174,18 @@ def test_the_keys_that_a_token_brings_along_are_not_looked_at(member):
         "zero",
     ],
 )
-def test_a_signature_that_is_not_the_issuers(text, key, why):
+def test_a_signature_with_another_key_is_refused(text, key, why):
     with pytest.raises(Unauthenticated, match=why):
         judge(text, key)
 
 
-def test_claims_changed_after_signing():
+def test_claims_that_were_changed_after_signing_are_refused():
     header, _, signature = forge(HEADER, GOOD, RSA).split(".")
     with pytest.raises(Unauthenticated, match="signature is wrong"):
         judge(f"{header}.{b64(json.dumps(claims(sub='root')).encode())}.{signature}")
 
 
-def test_a_private_key_is_none_to_check_with():
+def test_a_private_key_is_not_used_to_verify():
     assert not fits(PyJWK({**RSA.jwk, **json.loads(_private(RSA))}), "RS256")
 
 
@@ -202,7 +202,7 @@ def test_a_private_key_is_none_to_check_with():
     ],
     ids=lambda part: part if isinstance(part, str) else part.alg,
 )
-def test_a_key_that_does_not_fit(key, made_for, alg):
+def test_a_key_of_another_algorithm_is_refused(key, made_for, alg):
     assert not fits(PyJWK(key.jwk, made_for), alg)
 
 
@@ -253,7 +253,7 @@ def _private(key) -> str:
     ],
     ids=str,
 )
-def test_claims_that_are_not_taken(changes, why):
+def test_invalid_claims_are_refused(changes, why):
     with pytest.raises(Unauthenticated, match=why):
         judge(forge(HEADER, claims(**changes), RSA), client_id="client")
 
@@ -279,7 +279,7 @@ def test_claims_that_are_not_taken(changes, why):
     ],
     ids=lambda it: it[:30] if isinstance(it, bytes) else "",
 )
-def test_claims_that_are_not_read(document, why):
+def test_a_malformed_payload_is_refused(document, why):
     with pytest.raises(Unauthenticated, match=why):
         judge(forge(HEADER, document, RSA))
 
@@ -309,12 +309,12 @@ TOKEN = forge(HEADER, GOOD, RSA)
     ],
     ids=lambda it: it[:12].encode(errors="replace"),
 )
-def test_a_form_that_is_not_taken(text, why):
+def test_a_malformed_token_is_refused(text, why):
     with pytest.raises(Unauthenticated, match=why):
         parse(text)
 
 
-def test_the_bits_beyond_the_end_of_a_segment_count():
+def test_extra_bits_at_the_end_of_a_segment_are_refused():
     """Base64url of one byte has four bits that mean nothing; only one way to write them is taken."""
     assert TOKEN.endswith(tuple("AQgw"))  # 256 bytes: the last letter holds two bits
     with pytest.raises(Unauthenticated, match="signature is not base64url"):
@@ -322,16 +322,16 @@ def test_the_bits_beyond_the_end_of_a_segment_count():
 
 
 @pytest.mark.parametrize("text", [TOKEN, "ey.a.b", "ewo.a.b"])
-def test_what_is_meant_to_be_a_jwt(text):
+def test_what_looks_like_a_jwt(text):
     assert looks_like_one(text)
 
 
 @pytest.mark.parametrize("text", ["", "k" * 43, "a.b.c", "ey.b", "ey.b.c.d", "ey"])
-def test_what_is_not(text):
+def test_what_does_not_look_like_a_jwt(text):
     assert not looks_like_one(text)
 
 
-def test_no_message_and_no_repr_holds_the_token():
+def test_no_message_and_no_repr_contains_the_token():
     token = parse(TOKEN)
     for secret in (TOKEN.split(".")[2], TOKEN.split(".")[1], "ann"):
         assert secret not in repr(token)
@@ -361,25 +361,25 @@ def refusal(judging, *arguments, **named) -> str:
 
 @given(st.text(max_size=300) | st.from_regex(r"[A-Za-z0-9_-]{0,40}\.[A-Za-z0-9_-]{0,40}\.[A-Za-z0-9_-]{0,40}"))
 @example("\x00.\x00.\x00")
-def test_whatever_text_is_a_token_or_a_refusal(text):
+def test_any_text_is_a_token_or_a_refusal(text):
     assert "\n" not in refusal(parse, text)
 
 
 @given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_whatever_bytes_are_an_object_or_a_refusal(document):
+def test_any_bytes_are_an_object_or_a_refusal(document):
     with suppress(ValueError):
         assert isinstance(read_object(document), dict)
 
 
 @given(CLAIMS, st.dictionaries(st.sampled_from(["alg", "kid", "typ", "crit", "b64"]), JSON))
 @settings(max_examples=60, deadline=None)
-def test_whatever_claims_and_headers_are_signed_they_are_judged(changes, header):
+def test_any_signed_claims_and_headers_are_accepted_or_refused(changes, header):
     assert "\n" not in refusal(judge, forge({**HEADER, **header}, {**GOOD, **changes}, ED), ED)
 
 
 @given(CLAIMS)
 @example({"exp": 2**1030})
 @example({"aud": [AUDIENCE, []], "azp": {}})
-def test_whatever_claims_they_are_judged(changes):
+def test_any_claims_are_accepted_or_refused(changes):
     whole = {**GOOD, **changes}
     assert "\n" not in refusal(verify_claims, whole, issuer=ISSUER, audience=AUDIENCE, client_id=None, now=NOW)

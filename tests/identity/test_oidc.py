@@ -58,7 +58,7 @@ def now() -> datetime:
 # --- which configurations there are: pure ---------------------------------------------------------------------------
 
 
-def test_where_a_configuration_counts():
+def test_the_scope_of_a_configuration():
     own = {"issuer": "https://c.example", "audience": "x"}
     found = trusted_issuers(
         [
@@ -77,7 +77,7 @@ def test_where_a_configuration_counts():
     ]
 
 
-def test_a_configuration_that_would_let_the_whole_world_in_is_kept_to_say_so():
+def test_a_configuration_without_a_needed_condition_is_listed_with_its_refusal():
     own = {"issuer": "https://gitlab.com", "audience": "x"}
     for found in trusted_issuers([config("https://gitlab.com")], [pool("p", own)], SYSTEM):
         assert "makes tokens for the whole world" in found.refusal
@@ -86,7 +86,7 @@ def test_a_configuration_that_would_let_the_whole_world_in_is_kept_to_say_so():
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_good_token_is_an_identity(issuer, judge):
+async def test_a_valid_token_gives_an_identity(issuer, judge):
     (verdict,) = await judge(issuer.token(sub="bob"), config(issuer.url, pools=["a*"]))
     assert verdict.source == verdict.identity.source == "BuildKitOIDCConfig buildkit-system/ci"
     assert (verdict.identity.name, verdict.identity.authority) == ("bob", issuer.url)
@@ -103,7 +103,7 @@ async def test_other_algorithms(issuer, judge, alg):
     assert (await judge(issuer.token(key=key, header={"kid": None}), config(issuer.url)))[0].identity
 
 
-async def test_each_configuration_judges_by_itself(issuer, judge):
+async def test_each_configuration_checks_the_token_separately(issuer, judge):
     mine = {"issuer": issuer.url, "audience": AUDIENCE}
     verdicts = await judge(
         issuer.token(sub="ann", team="red"),
@@ -123,28 +123,28 @@ async def test_each_configuration_judges_by_itself(issuer, judge):
     assert issuer.count() == 1
 
 
-async def test_the_party_that_a_token_was_made_for_may_be_named(issuer, judge):
+async def test_client_id_allows_another_authorized_party(issuer, judge):
     token = issuer.token(azp="cli")
     refused, taken = await judge(token, config(issuer.url), config(issuer.url, "cli", clientID="cli"))
     assert "azp is 'cli', not 'buildkit-controller'" in refused.refusal
     assert taken.identity
 
 
-async def test_conditions_are_told_only_to_whom_the_issuer_knows(issuer, judge):
+async def test_conditions_are_mentioned_only_for_genuine_tokens(issuer, judge):
     strict = config(issuer.url, conditions=[{"claim": "team", "values": ["secret-team"]}])
     forged = issuer.token(key=signing_key("other"), header={"kid": "key-1"}, team="blue")
     (verdict,) = await judge(forged, strict)
     assert (verdict.refusal, verdict.genuine) == ("the token's signature is wrong", False)
 
 
-async def test_an_issuer_known_to_nobody(issuer, judge):
+async def test_a_token_of_an_unknown_issuer_is_refused(issuer, judge):
     (verdict,) = await judge(issuer.token(), config("https://else.example"))
     assert verdict.refusal == f"its issuer '{issuer.url}' (iss) is not configured here"
     assert not issuer.requests
 
 
 @pytest.mark.parametrize("iss", ["{}/", "{}.evil.example", "{}@evil.example", "{}/x", "", None, 7])
-async def test_an_issuer_that_is_only_like_a_known_one(issuer, judge, iss):
+async def test_an_issuer_must_be_equal_to_the_configured_one(issuer, judge, iss):
     (verdict,) = await judge(
         issuer.token(iss=iss.format(issuer.url) if isinstance(iss, str) else iss), config(issuer.url)
     )
@@ -152,7 +152,7 @@ async def test_an_issuer_that_is_only_like_a_known_one(issuer, judge, iss):
     assert not issuer.requests
 
 
-async def test_service_accounts_are_left_to_who_knows_them(issuer, judge):
+async def test_service_account_tokens_are_left_to_another_authenticator(issuer, judge):
     token = issuer.token(sub="system:serviceaccount:ci:runner")
     assert await judge(token, config("https://else.example")) == ()
     (verdict,) = await judge(token, config(issuer.url))
@@ -160,7 +160,7 @@ async def test_service_accounts_are_left_to_who_knows_them(issuer, judge):
 
 
 @pytest.mark.parametrize("bearer", ["", "k" * 43, "a.b.c", "pool-token", "ey"])
-async def test_what_is_no_jwt_is_none_of_its_business(judge, issuer, bearer):
+async def test_a_bearer_token_that_is_not_a_jwt_is_ignored(judge, issuer, bearer):
     assert await judge(bearer, config(issuer.url)) == ()
 
 
@@ -178,14 +178,14 @@ async def test_what_is_no_jwt_is_none_of_its_business(judge, issuer, bearer):
     ],
     ids=["none", "padding", "1MB", "aud", "expired", "no-exp", "no-sub", "nbf"],
 )
-async def test_for_a_hopeless_token_the_issuer_is_not_troubled(issuer, judge, token, why):
+async def test_the_issuer_is_not_asked_for_a_token_that_is_refused_anyway(issuer, judge, token, why):
     issuer.hang("/jwks")
     (verdict,) = await judge(token(issuer), config(issuer.url))
     assert why in verdict.refusal
     assert not issuer.requests
 
 
-async def test_keys_unknown_to_the_issuer_are_refused(issuer, judge):
+async def test_a_key_that_the_issuer_does_not_have_is_refused(issuer, judge):
     other = signing_key("evil")
     (verdict,) = await judge(issuer.token(key=other), config(issuer.url))
     assert verdict.refusal == f"{issuer.url} does not have a key 'evil' for RS256"
@@ -193,7 +193,7 @@ async def test_keys_unknown_to_the_issuer_are_refused(issuer, judge):
     assert "does not have a key" in verdict.refusal
 
 
-async def test_a_configuration_that_lets_in_the_whole_world_lets_in_nobody(issuer, judge, monkeypatch):
+async def test_a_public_issuer_without_a_condition_accepts_no_token(issuer, judge, monkeypatch):
     monkeypatch.setattr("bkpool.core.auth.PUBLIC_ISSUERS", frozenset({issuer.url}))
     (verdict,) = await judge(issuer.token(), config(issuer.url))
     assert "makes tokens for the whole world" in verdict.refusal
@@ -203,7 +203,7 @@ async def test_a_configuration_that_lets_in_the_whole_world_lets_in_nobody(issue
     assert (bad.identity, fine.identity.name) == (None, "ann")
 
 
-async def test_an_issuer_that_is_away_is_said_to_be_unless_the_token_is_refused_anyway(judge):
+async def test_an_unreachable_issuer_is_reported_unless_the_token_is_refused_anyway(judge):
     with Issuer() as issuer:
         good, old = issuer.token(), issuer.token(exp=1)
     with pytest.raises(Unavailable, match="cannot be fetched"):
@@ -214,7 +214,7 @@ async def test_an_issuer_that_is_away_is_said_to_be_unless_the_token_is_refused_
 
 @settings(deadline=None)
 @given(st.text(max_size=80) | st.binary(max_size=80).map(lambda it: forge(it, it, None)))
-async def test_whatever_bearer_is_judged(bearer):
+async def test_any_bearer_token_is_accepted_or_refused(bearer):
     issuers = IssuerKeys(clock=time.monotonic)
     ways = [TrustedIssuer("x", config("https://a.example").spec)]
     for verdict in await OidcAuthenticator(issuers, lambda: ways, now).authenticate(bearer):

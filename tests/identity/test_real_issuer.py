@@ -79,7 +79,7 @@ async def judged(port: int, token: str, later: timedelta = timedelta(), **settin
         await issuers.close()
 
 
-async def test_who_logged_in_is_known(port, token):
+async def test_a_user_who_logged_in_is_authenticated(port, token):
     verdict = await judged(port, token, conditions=[{"claim": "email", "patterns": ["*@example.org"]}])
     assert verdict.identity.name == "ann@example.org"
 
@@ -93,11 +93,11 @@ async def test_who_logged_in_is_known(port, token):
     ],
     ids=str,
 )
-async def test_who_is_not_meant_is_refused(port, token, settings, why):
+async def test_a_token_that_does_not_fit_the_configuration_is_refused(port, token, settings, why):
     assert why in (await judged(port, token, **settings)).refusal
 
 
-async def test_what_it_did_not_sign_is_refused(port, token):
+async def test_a_token_that_the_issuer_did_not_sign_is_refused(port, token):
     header, body, signature = token.split(".")
     claims = json.loads(base64.urlsafe_b64decode(body + "==")) | {"sub": "root"}
     forged = base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b"=").decode()

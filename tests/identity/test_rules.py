@@ -91,7 +91,7 @@ def test_one_caller_and_one_pool(auth, identity, allowed, reason):
     assert decision.identity is identity
 
 
-def test_the_first_identity_that_may_is_taken():
+def test_the_first_identity_with_access_is_returned():
     pool = a_pool(**rules("alice", "bob"))
     strangers, alice, bob = [caller("x"), caller("y")], caller("alice"), caller("bob")
     assert decide([*strangers, bob, alice], pool, open_to_all=False).identity is bob
@@ -104,11 +104,11 @@ def test_the_first_identity_that_may_is_taken():
     ("auth", "allowed"),
     [({}, True), ({"methods": ["mtls"]}, True), (rules("bob"), False), (rules("alice"), True)],
 )
-def test_while_nothing_is_configured_whoever_is_known_may(auth, allowed):
+def test_while_nothing_is_configured_every_authenticated_caller_has_access(auth, allowed):
     assert decide([caller()], a_pool(**auth), open_to_all=True).allowed is allowed
 
 
-def test_one_word_about_access_anywhere_ends_that():
+def test_any_configuration_of_access_ends_that():
     config = OIDCConfig(
         metadata=Metadata(name="c"), spec=OIDCConfigSpec(issuer="https://i.example.com", audience="a")
     )
@@ -130,11 +130,11 @@ def test_one_word_about_access_anywhere_ends_that():
         (Identity("root", admin=True), True),
     ],
 )
-def test_details_of_a_lease_are_for_who_made_it(identity, seen):
+def test_only_the_maker_of_a_lease_may_see_its_details(identity, seen):
     assert bool(is_theirs(Key("team", "amd64"), [identity], ALICE.digest)) is seen
 
 
-def test_a_lease_that_nobody_is_known_to_have_made_is_the_admins():
+def test_a_lease_without_a_known_maker_belongs_to_the_admin():
     assert not is_theirs(Key("team", "amd64"), [Identity("")], "")
     assert is_theirs(Key("team", "amd64"), [Identity("root", admin=True)], "")
 
@@ -146,7 +146,7 @@ def test_equal_names_of_two_authorities_are_two_callers_and_two_tenants():
     assert Identity("ab", authority="c").digest != Identity("b", authority="ca").digest
 
 
-def test_callers_of_one_tenant_share_its_caches_and_nothing_else():
+def test_callers_of_one_tenant_share_only_its_caches():
     one, other = caller("alice", tenant_name="acme/app"), caller("bob", tenant_name="acme/app")
     assert one.tenant == other.tenant != caller("acme/app").digest
     assert one.digest != other.digest

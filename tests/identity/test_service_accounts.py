@@ -56,7 +56,7 @@ class Cluster:
         return {**body, "status": self.answer}
 
 
-async def test_the_api_server_says_who_it_is():
+async def test_the_identity_comes_from_the_api_server():
     cluster = Cluster(status())
     expected = Identity(CI, authority="kubernetes", source="ServiceAccount token", groups=tuple(GROUPS))
     assert await ServiceAccountAuthenticator(cluster).authenticate(token()) == (
@@ -84,7 +84,7 @@ async def test_the_api_server_says_who_it_is():
         "",
     ],
 )
-async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server(bearer):
+async def test_other_tokens_are_never_sent_to_the_api_server(bearer):
     cluster = Cluster(status())
     assert await ServiceAccountAuthenticator(cluster).authenticate(bearer) == ()
     assert cluster.asked == []
@@ -111,7 +111,7 @@ async def test_what_is_no_serviceaccounts_token_is_never_shown_to_the_api_server
         (token(), {"error": "two\nlines"}, "refuses the ServiceAccount token"),
     ],
 )  # fmt: skip
-async def test_whom_the_api_server_does_not_know_is_told_why(bearer, told, says):
+async def test_a_refusal_of_the_api_server_gives_the_reason(bearer, told, says):
     (verdict,) = await ServiceAccountAuthenticator(Cluster(told)).authenticate(bearer)
     assert verdict.identity is None
     assert says in verdict.refusal
@@ -135,7 +135,7 @@ ANSWERS = st.fixed_dictionaries(
 
 
 @given(ANSWERS | JSON, st.dictionaries(st.sampled_from(["sub", "aud"]), JSON))
-def test_any_answer_is_an_identity_only_if_it_says_everything(answer, claims):
+def test_only_a_complete_response_gives_an_identity(answer, claims):
     found = judge({"status": answer}, AUDIENCE, claims)
     sure = (
         isinstance(answer, dict)
@@ -163,7 +163,7 @@ def test_any_answer_is_an_identity_only_if_it_says_everything(answer, claims):
         InvalidInput(f"spec.token: {token()}"),
     ],
 )
-async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
+async def test_an_unreachable_api_server_is_no_refusal(error):
     with capture_logs() as logs, pytest.raises(Unavailable, match="cannot be checked") as raised:
         await ServiceAccountAuthenticator(Cluster(error)).authenticate(token())
     (entry,) = logs
@@ -171,7 +171,7 @@ async def test_an_api_server_that_does_not_answer_is_no_refusal(error):
         assert part not in f"{entry}{raised.value.message}{raised.value.hint}"
 
 
-async def test_questions_are_bounded_in_number_and_in_time():
+async def test_reviews_are_limited_in_number_and_in_time():
     cluster = Cluster(status())
     cluster.gate.clear()
     accounts = ServiceAccountAuthenticator(cluster)

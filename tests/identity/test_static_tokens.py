@@ -45,7 +45,7 @@ def who(tokens: StaticTokens, bearer: str) -> list[str]:
         ("x", {"token": f"{'a' * 15}=", "user": "ann o'neill <a@example.com>"}, "ann o'neill <a@example.com>"),
     ],
 )
-def test_every_way_to_write_a_token_is_read(key, value, user):
+def test_every_form_of_an_entry_is_parsed(key, value, user):
     tokens = parse_static_tokens({key: value})
     assert tokens.faults == ()
     token = ALICE if ALICE in f"{key}{value}" else value["token"]
@@ -84,7 +84,7 @@ def test_every_way_to_write_a_token_is_read(key, value, user):
         (ALICE, {"user": "alice", "pools": [1]}, "pools"),
     ],
 )
-def test_what_is_wrong_is_said_without_the_token_and_leaves_the_others(key, value, says):
+def test_a_fault_names_no_token_and_does_not_affect_other_entries(key, value, says):
     tokens = parse_static_tokens({key: value, "bob": BOB})
     assert [entry.user for entry in tokens.entries] == ["bob"]
     (fault,) = tokens.faults
@@ -108,7 +108,7 @@ OBJECTS = st.fixed_dictionaries({}, optional={"user": JSON, "pools": JSON, "toke
         st.text(max_size=30) | st.integers() | st.none(), JSON | OBJECTS | OBJECTS.map(json.dumps), max_size=4
     )
 )
-def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
+def test_any_content_is_an_entry_or_a_fault(data):
     tokens = parse_static_tokens(data)
     assert len(tokens.entries) + len(tokens.faults) == len(data)
     for entry in tokens.entries:
@@ -118,7 +118,7 @@ def test_whatever_a_file_says_is_an_entry_or_a_fault(data):
         assert not entry.user.startswith(RESERVED_PREFIXES)
 
 
-def test_a_user_may_have_two_tokens_while_one_takes_over_from_the_other():
+def test_a_user_may_have_an_old_and_a_new_token():
     tokens = parse_static_tokens({"alice": ALICE, "alice.next": json.dumps({"user": "alice", "token": BOB})})
     assert who(tokens, ALICE) == who(tokens, BOB) == ["alice"]
 
@@ -153,7 +153,7 @@ async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
         (lambda path: (path.unlink(), path.mkdir(0o700)), "directory"),
     ],
 )
-async def test_a_file_that_cannot_be_trusted_lets_nobody_in(tmp_path, spoil, says):
+async def test_no_token_of_an_unsafe_file_is_accepted(tmp_path, spoil, says):
     path = tmp_path / "tokens.yaml"
     files = FileTokenReader()
     write_private(path, f"alice: {ALICE}\n".encode())
@@ -165,7 +165,7 @@ async def test_a_file_that_cannot_be_trusted_lets_nobody_in(tmp_path, spoil, say
     assert str(path) in refused.value.message
 
 
-async def test_each_reader_leaves_the_others_source_alone(tmp_path):
+async def test_each_reader_ignores_the_sources_of_the_other(tmp_path):
     assert await FileTokenReader().read("default", SECRET) == StaticTokens()
     assert await SecretTokenReader(Cluster()).read("default", TokenFrom(file="/nowhere")) == StaticTokens()
 
@@ -205,7 +205,7 @@ class Clock:
         return self.now
 
 
-async def test_a_secret_is_asked_for_again_after_ten_seconds():
+async def test_a_secret_is_read_again_after_ten_seconds():
     cluster, clock = Cluster(alice=ALICE), Clock()
     secrets = SecretTokenReader(cluster, clock)
     for _ in range(3):
@@ -227,7 +227,7 @@ async def test_a_secret_is_asked_for_again_after_ten_seconds():
     assert who(await secrets.read("team", SECRET), BOB) == ["alice"], "it is back, at the version that was known"
 
 
-async def test_a_burst_of_callers_is_one_question_also_where_the_first_hangs_up():
+async def test_many_callers_at_once_cause_one_request_even_if_the_first_is_cancelled():
     cluster = Cluster(alice=ALICE)
     secrets = SecretTokenReader(cluster, Clock())
     cluster.gate.clear()
@@ -241,7 +241,7 @@ async def test_a_burst_of_callers_is_one_question_also_where_the_first_hangs_up(
     assert len(cluster.asked) == 2
 
 
-async def test_a_secret_that_cannot_be_read_is_no_reason_to_believe_what_it_said_before():
+async def test_old_tokens_of_a_secret_that_cannot_be_read_are_not_accepted():
     cluster, clock = Cluster(alice=ALICE), Clock()
     secrets = SecretTokenReader(cluster, clock)
     await secrets.read("team", SECRET)
@@ -254,7 +254,7 @@ async def test_a_secret_that_cannot_be_read_is_no_reason_to_believe_what_it_said
     assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
 
 
-async def test_what_is_no_text_is_a_fault():
+async def test_a_value_that_is_not_text_is_a_fault():
     cluster = Cluster(alice=ALICE)
     cluster.data["bytes"] = base64.b64encode(b"\xff" * 20).decode()
     cluster.data["none"] = "%%%"
@@ -290,7 +290,7 @@ def known(pool: str, user: str) -> Verdict:
     return Verdict(source, identity)
 
 
-async def test_a_token_counts_at_the_pools_whose_it_is():
+async def test_a_token_is_valid_for_the_pools_that_have_it():
     reader = Memory(a={"alice": ALICE}, b={"al": ALICE, "bob": BOB})
     pools = [a_pool("one", {"secretRef": "a"}), a_pool("two", {"secretRef": "b"}), a_pool("three")]
     tokens = StaticTokenAuthenticator(reader, lambda: pools)
@@ -302,7 +302,7 @@ async def test_a_token_counts_at_the_pools_whose_it_is():
     assert await tokens.authenticate(BOB) == ()
 
 
-async def test_several_secrets_of_one_pool_are_all_looked_into():
+async def test_all_secrets_of_a_pool_are_read():
     reader = Memory(a={"alice": ALICE}, b={"bob": BOB})
     tokens = StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"}, {"secretRef": "b"})])
     assert await tokens.authenticate(BOB) == (known("one", "bob"),)
@@ -321,7 +321,7 @@ async def test_several_secrets_of_one_pool_are_all_looked_into():
         ([], False),
     ],
 )
-async def test_a_token_may_be_for_some_pools_only(pools, fits):
+async def test_a_token_may_be_restricted_to_some_pools(pools, fits):
     reader = Memory(a={ALICE: {"user": "alice", "pools": pools}})
     (verdict,) = await StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"})]).authenticate(
         ALICE
@@ -332,7 +332,7 @@ async def test_a_token_may_be_for_some_pools_only(pools, fits):
 
 
 @pytest.mark.parametrize("error", [Unavailable("away"), Forbidden("no right"), HostFault("open to others")])
-async def test_tokens_that_cannot_be_read_lock_nobody_else_out(error):
+async def test_tokens_that_cannot_be_read_do_not_affect_other_callers(error):
     reader = Memory(bad=error, good={"alice": ALICE})
     pools = [a_pool("one", {"secretRef": "bad"}), a_pool("two", {"secretRef": "good"})]
     tokens = StaticTokenAuthenticator(reader, lambda: pools)
@@ -343,7 +343,7 @@ async def test_tokens_that_cannot_be_read_lock_nobody_else_out(error):
     assert let_in == known("two", "alice")
 
 
-async def test_what_is_wrong_is_logged_once_until_it_changes():
+async def test_a_fault_is_logged_once_until_it_changes():
     reader = Memory(a={"alice": "short", "bob": BOB})
     tokens = StaticTokenAuthenticator(reader, lambda: [a_pool("one", {"secretRef": "a"})])
     with capture_logs() as logs:
@@ -362,7 +362,7 @@ async def test_what_is_wrong_is_logged_once_until_it_changes():
     ]
 
 
-async def test_a_file_for_a_pool_from_end_to_end(tmp_path):
+async def test_a_token_file_of_a_pool_end_to_end(tmp_path):
     path = tmp_path / "tokens.yaml"
     write_private(path, yaml.safe_dump({"alice": ALICE, "ci": {"token": BOB, "pools": ["other"]}}).encode())
     tokens = StaticTokenAuthenticator(FileTokenReader(), lambda: [a_pool("one", {"file": str(path)})])
