@@ -1,4 +1,4 @@
-"""What a pool has in a cluster, read off the documents; what the cluster makes of them is in e2e/kind."""
+"""The documents of a pool's objects. The tests that apply them to a cluster are in e2e/kind."""
 
 import pytest
 

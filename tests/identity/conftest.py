@@ -13,6 +13,6 @@ def server():
 
 @pytest.fixture
 def issuer(server):
-    """A real issuer, as it was at first."""
+    """A real issuer in its initial state."""
     server.reset()
     return server

@@ -77,7 +77,7 @@ def test_two_headers_are_refused_even_if_both_are_valid():
 
 
 class Says:
-    """Knows one bearer token, and says this of it."""
+    """An authenticator that returns these verdicts for one bearer token."""
 
     def __init__(self, bearer: str, *verdicts: Verdict) -> None:
         self._bearer, self._verdicts = bearer, verdicts

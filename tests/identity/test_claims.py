@@ -64,7 +64,7 @@ def test_equal_names_of_two_claims_are_two_callers_with_separate_caches():
     assert by_sub.digest != by_actor.digest
     assert by_sub.tenant != by_actor.tenant
     by_actor_for_sub = identify(same, oidc(claimsMapping={"user": "actor"}, tenantClaim="sub"))
-    assert by_actor_for_sub.tenant == by_sub.tenant, "one repository, by whatever name its jobs are called"
+    assert by_actor_for_sub.tenant == by_sub.tenant, "it is one repository, whatever the names of its jobs"
 
 
 def test_the_user_is_the_subject_by_default():

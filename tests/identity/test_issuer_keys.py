@@ -1,4 +1,4 @@
-"""How issuers are asked for their keys: what is believed of their answers, and how often they are asked."""
+"""Fetching the keys of issuers: which responses are accepted, and how often an issuer is asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hostile tokens, each with the reason why it is refused; and the good ones that are not."""
+"""Hostile tokens, each with the reason of its refusal, and valid ones that are accepted."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_a_malformed_token_is_refused(text, why):
 
 
 def test_extra_bits_at_the_end_of_a_segment_are_refused():
-    """Base64url of one byte has four bits that mean nothing; only one way to write them is taken."""
+    """Base64url of one byte has four unused bits; they must be zero."""
     assert TOKEN.endswith(tuple("AQgw"))  # 256 bytes: the last letter holds two bits
     with pytest.raises(Unauthenticated, match="signature is not base64url"):
         parse(TOKEN[:-1] + chr(ord(TOKEN[-1]) + 1))
@@ -351,7 +351,7 @@ CLAIMS = st.fixed_dictionaries(
 
 
 def refusal(judging, *arguments, **named) -> str:
-    """Why; empty if there is none. Any other error fails the test."""
+    """The reason of a refusal; empty if accepted. Any other error fails the test."""
     try:
         judging(*arguments, **named)
     except Unauthenticated as refused:

@@ -1,4 +1,4 @@
-"""From a bearer token to verdicts: which configurations take it, and when the issuer is asked at all."""
+"""From a bearer token to verdicts: which configurations accept it, and when the issuer is asked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pool(name: str, *methods: dict[str, object]) -> Pool:
 
 @pytest.fixture
 async def judge():
-    """Judges a token by configurations, and by pools."""
+    """Authenticates a token with these configurations and pools."""
     issuers = IssuerKeys(clock=time.monotonic, timeout=2)
 
     async def judging(token: str, *objects: OIDCConfig | Pool):

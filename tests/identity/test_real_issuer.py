@@ -1,4 +1,4 @@
-"""An ID token of an issuer that we did not write (oidc-provider-mock), had as a person has one: by logging in."""
+"""An ID token of an independent issuer (oidc-provider-mock), obtained as a person does it: by logging in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with oidc_provider_mock.run_server_in_thread() as server:
 
 @pytest.fixture(scope="module")
 def port():
-    """In a process of its own, where its warnings are no errors; it ends when its input does."""
+    """Runs in a separate process, where its warnings are not errors. It exits when its input is closed."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
         yield int(server.stdout.readline())
@@ -50,7 +50,7 @@ def post(port: int, path: str, form: dict[str, str], **headers: str):
 
 
 def log_in(port: int, user: str) -> str:
-    """The authorization code flow, as a browser and a client go through it."""
+    """The authorization code flow, as a browser and a client perform it."""
     back = "http://localhost/back"
     query = urllib.parse.urlencode(
         {"client_id": CLIENT, "redirect_uri": back, "response_type": "code", "scope": "openid email"}

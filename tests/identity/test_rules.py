@@ -1,4 +1,4 @@
-"""Who may use a pool, as a table: what the pool says, what the credential says, and what follows."""
+"""Who may use a pool, as a table: the pool's configuration, the caller's identity, and the decision."""
 
 from __future__ import annotations
 

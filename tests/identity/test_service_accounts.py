@@ -31,7 +31,7 @@ def status(**changes: object) -> dict:
 
 
 class Cluster:
-    """Stands for a KubeApi: it answers TokenReviews as it is told."""
+    """A KubeApi that returns prepared TokenReviews."""
 
     def __init__(self, answer: dict | Exception) -> None:
         self.answer = answer

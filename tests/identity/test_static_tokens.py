@@ -174,7 +174,7 @@ async def test_each_reader_ignores_the_sources_of_the_other(tmp_path):
 
 
 class Cluster:
-    """Stands for a KubeApi: it has Secrets, may be away, and counts what it is asked."""
+    """A KubeApi with Secrets that can fail, and that counts its requests."""
 
     def __init__(self, **data: str) -> None:
         self.version = 0
@@ -224,7 +224,9 @@ async def test_a_secret_is_read_again_after_ten_seconds():
     assert await secrets.read("team", SECRET) == StaticTokens()
     cluster.error = None
     clock.now = 3 * FRESH_SECONDS
-    assert who(await secrets.read("team", SECRET), BOB) == ["alice"], "it is back, at the version that was known"
+    assert who(await secrets.read("team", SECRET), BOB) == ["alice"], (
+        "the Secret is back, at the version that was known"
+    )
 
 
 async def test_many_callers_at_once_cause_one_request_even_if_the_first_is_cancelled():
@@ -249,7 +251,7 @@ async def test_old_tokens_of_a_secret_that_cannot_be_read_are_not_accepted():
     for _ in range(3):
         with pytest.raises(Unavailable, match="away"):
             await secrets.read("team", SECRET)
-    assert len(cluster.asked) == 2, "nobody waits for it again at once"
+    assert len(cluster.asked) == 2, "a failure is cached, too"
     cluster.error, clock.now = None, 2 * FRESH_SECONDS
     assert who(await secrets.read("team", SECRET), ALICE) == ["alice"]
 

@@ -1,6 +1,6 @@
-"""What an API server may do to a watch, a list and a request, played by a server in the test.
+"""Watches, lists and requests against a scripted API server.
 
-The same through a proxy before a real one, and what only a real one can show: e2e/kind.
+The tests with a real API server, directly and behind a proxy, are in e2e/kind.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Play = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Server:
-    """Answers each request by the next play; the last one goes on for ever."""
+    """Answers each request with the next handler in `plays`; the last one answers all further requests."""
 
     def __init__(self) -> None:
         self.plays: list[Play] = []
@@ -47,7 +47,7 @@ class Server:
 
 
 class NoToken:
-    """The part of the configuration that a request asks."""
+    """The part of the configuration that a request needs."""
 
     host = "http://server"
 
@@ -106,7 +106,7 @@ def status(code: int, **more) -> dict:
 
 
 def streams(*chunks: bytes, then: str = "") -> Play:
-    """A watch of these bytes; then the server ends it, is silent, or is torn away in the middle."""
+    """A watch that sends these bytes. Then the server ends it, stays silent, or cuts the connection."""
 
     async def play(request: web.Request) -> web.StreamResponse:
         answer = web.StreamResponse()

@@ -1,4 +1,4 @@
-"""The election in time that stands still: the API here is a dict with compare-and-swap, so that seconds can be told.
+"""The election with a clock that the test moves, against an API that is a dict with compare-and-swap.
 
 The same against a real API server: e2e/kind/test_leader.py.
 """
@@ -16,7 +16,7 @@ from bkpool.kube.leader import LeaderElection
 
 
 class Time:
-    """A clock that goes only when told, and whoever sleeps by it."""
+    """A clock that the test moves, and a sleep that follows it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -167,7 +167,7 @@ async def test_the_work_ends_before_another_begins_when_the_leader_cannot_reach_
         lost = time.now
 
         await time.passes(10)
-        assert (a.works, b.works) == (0, 0), "it stops by itself"
+        assert (a.works, b.works) == (0, 0), "the leader stops without a request that succeeds"
         assert a.ended[-1] - lost <= 10
         await time.passes(10)
         assert (a.works, b.works, api.holder) == (0, 1, "b")
@@ -209,7 +209,7 @@ async def test_a_released_lease_is_taken_at_the_next_attempt(api, time, replica)
     await time.passes(2)
     assert (b.works, api.holder) == (1, "b")
     await a.leadership.release()
-    assert api.holder == "b", "what is another's is not given up"
+    assert api.holder == "b", "the Lease of another replica is not given up"
 
 
 async def test_a_lease_that_another_replica_took_ends_the_work_at_the_next_renewal(api, time, replica):
@@ -220,7 +220,7 @@ async def test_a_lease_that_another_replica_took_ends_the_work_at_the_next_renew
     await time.passes(5)
     assert (a.works, a.leadership.leading) == (0, False)
     await time.passes(17)
-    assert a.works == 1, "and he never renewed it"
+    assert a.works == 1, "it was never renewed"
 
 
 async def test_of_many_replicas_that_start_at_once_one_leads(api, time, replica):

@@ -1,4 +1,4 @@
-"""List and watch against an API server that is played by the test: what a watch does when it fails."""
+"""The reflector against a scripted API server: what it does when a list or a watch fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Certificates as OpenSSL, the other side of every connection, sees them."""
+"""Certificates, as OpenSSL reads and verifies them."""
 
 from __future__ import annotations
 

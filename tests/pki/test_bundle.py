@@ -1,4 +1,4 @@
-"""What clusters keep in Secrets: read back whole, or an error that names the Secret and the key."""
+"""The contents of Secrets: read back completely, or an error that names the Secret and the key."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ NAMES = gateway_names("h", [])
 
 @pytest.fixture
 def pki(tmp_path):
-    """A directory with an authority in it."""
+    """A directory that contains a CA."""
     load_or_create(tmp_path / "pki", NOW)
     return tmp_path / "pki"
 

@@ -1,4 +1,4 @@
-"""Workers and those who dial them, as TLS 1.3 between two real ends sees them: who is let in by whom."""
+"""TLS 1.3 between a worker and its clients, in memory: which certificates each side accepts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def client_ca():
 
 
 def as_buildkitd(leaf, ca) -> ssl.SSLContext:
-    """As buildkitd with --tlscacert: its own certificate, and clients' certificates of that CA required."""
+    """Like buildkitd with --tlscacert: it has its own certificate and requires client certificates of that CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_REQUIRED
     context.set_alpn_protocols(["h2"])
@@ -43,7 +43,7 @@ def as_buildkitd(leaf, ca) -> ssl.SSLContext:
 
 
 def meet(server: ssl.SSLContext, client: ssl.SSLContext) -> ssl.SSLObject:
-    """The client's end after the handshake, in memory; raises what either end says."""
+    """The client's side after the handshake, in memory. Raises the error of either side."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ours = client.wrap_bio(down, up)
     theirs = server.wrap_bio(up, down, server_side=True)

@@ -1,4 +1,4 @@
-"""What every Store must do. Only the protocol is used, so that each implementation can be held to it."""
+"""What every Store must do. The tests use only the protocol, so that they can run against every implementation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def version(obj) -> int:
 
 
 async def seen(store: Store, kind, since: str, until) -> list:
-    """The events after `since` up to and with the first for which `until` holds."""
+    """The events after `since`, up to and including the first for which `until` is true."""
     events = []
     async with asyncio.timeout(10), aclosing(store.watch(kind, since)) as watch:
         async for event in watch:
@@ -305,7 +305,7 @@ async def test_with_finalizers_a_delete_only_marks_and_removing_the_last_one_del
     marked = await store.get(Pool, "default", "p")
     assert marked.metadata.deletion_timestamp is not None
     assert version(marked) > version(made)
-    assert marked.metadata.generation == 2, "Kubernetes moves it, so that a controller sees the mark as a wish"
+    assert marked.metadata.generation == 2, "as in Kubernetes, where the mark is a change of what is wanted"
 
     await store.delete(Pool, "default", "p")
     assert await store.get(Pool, "default", "p") == marked, "a second delete changes nothing"
@@ -387,7 +387,7 @@ async def test_an_object_with_another_existing_owner_stays(store):
 
     await store.delete(Pool, "default", "p")
     (stayed,) = (await store.list(Worker)).items
-    assert stayed.uid == shared.uid, "it may have lost the reference to the owner that is gone"
+    assert stayed.uid == shared.uid, "it may have lost the reference to the deleted owner"
     await store.delete(Pool, "default", "q")
     await seen(store, Worker, shared.metadata.resource_version, lambda e: e.type == "DELETED")
 
@@ -422,7 +422,7 @@ async def test_a_watch_replays_in_order_what_happened_after_the_list(store):
     ]
     assert [e.object for e in events[:2]] == [made, ready]
     versions = [version(before), *(version(e.object) for e in events)]
-    assert versions == sorted(set(versions)), "a watch can go on from any event"
+    assert versions == sorted(set(versions)), "a watch can continue from any event"
 
 
 async def test_a_watch_continues_from_old_to_new_changes_without_a_gap(store):

@@ -1,4 +1,4 @@
-"""Telling what happened. The API here keeps what it is given; e2e/kind/test_events.py has kubectl show it."""
+"""The recorder of events, against an API in memory. In e2e/kind/test_events.py, kubectl shows the events."""
 
 from __future__ import annotations
 

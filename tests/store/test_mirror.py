@@ -29,7 +29,7 @@ def scaled(pool: Pool, maximum: int) -> Pool:
 
 
 class Cut:
-    """The store behind a wire that can be cut; everything else is the store itself."""
+    """The store behind a connection that the test can cut."""
 
     def __init__(self, store) -> None:
         self._store = store
@@ -210,7 +210,7 @@ async def test_after_an_expired_watch_it_lists_again_and_reports_what_was_delete
                 await store.list(Pool)
         for number in range(20, 30):
             pool = await store.replace(scaled(pool, number))
-        assert mirror.workers, "it does not know yet"
+        assert mirror.workers, "the copy is out of date"
         told: list[Key] = []
         mirror.subscribe(told.append)
         wire.cut = False
@@ -236,7 +236,7 @@ async def test_an_unreachable_store_is_tried_ever_more_slowly_up_to_a_limit(stor
     assert wire.lists >= 42
     assert pauses[0] == pytest.approx(0.05)
     assert max(pauses) == pytest.approx(2.5)
-    assert sorted(pauses) == pytest.approx(pauses), "each longer than the one before, for both kinds together"
+    assert sorted(pauses) == pytest.approx(pauses), "each is longer than the one before, for both kinds together"
 
 
 async def test_trouble_says_why_the_copy_may_be_out_of_date_until_it_has_listed_again(store):
@@ -254,7 +254,7 @@ async def test_trouble_says_why_the_copy_may_be_out_of_date_until_it_has_listed_
             while mirror.trouble is None:
                 await store.list(Pool)
         assert mirror.trouble == "the wire is cut"
-        assert mirror.ready.is_set(), "what it knew is still there to be looked at"
+        assert mirror.ready.is_set(), "the copy can still be read"
 
         wire.cut = False
         resume.set()

@@ -1,4 +1,4 @@
-"""Random histories against a model in a dictionary: the store gives what the model says, and so does its watch."""
+"""Random histories: the store and its watch must agree with a model in a dictionary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the SQLite store has: a file that lasts, a writer that commits in groups, a log with an end."""
+"""What only the SQLite store has: a durable file, a writer that commits in groups, a log of limited length."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def alter(path, sql: str, *values: object) -> None:
 
 
 class Held:
-    """Keeps the writer busy, so that what comes meanwhile queues up."""
+    """Keeps the writer busy, so that further commands queue up."""
 
     def __init__(self, store: SqliteStore) -> None:
         self._store = store
@@ -85,7 +85,7 @@ async def test_commands_that_queue_up_during_a_commit_share_the_next_one(store):
         tasks = await queued(*(store.create(a_pool(f"p{n}")) for n in range(20)))
     await asyncio.gather(*tasks)
 
-    assert len(commits) == 2, "the one that was under way, and one for the twenty"
+    assert len(commits) == 2, "one commit that was running, and one for the twenty"
 
 
 async def test_a_failed_command_is_undone_without_the_others_of_its_commit(store):
@@ -204,7 +204,7 @@ asyncio.run(main())
 
 
 def killed_while_writing(path) -> list[str]:
-    """The names whose creation a writer had been promised when it was killed."""
+    """The names of the objects whose creation was acknowledged before the writer was killed."""
     with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
         acknowledged = [writer.stdout.readline().strip() for _ in range(200)]
         writer.send_signal(signal.SIGKILL)
@@ -230,7 +230,7 @@ async def test_a_crash_while_the_file_is_created_leaves_none_and_the_next_start_
 
 
 def damaged(data: bytes) -> bytes:
-    """A database whose pages, after the first, are nonsense."""
+    """A database in which all pages after the first are damaged."""
     return data[:4096] + b"\x5a" * (len(data) - 4096)
 
 
@@ -326,7 +326,7 @@ async def test_a_watch_from_a_compacted_version_raises_gone_and_a_new_list_helps
     with pytest.raises(Gone, match="BuildKitPool since version 1"):
         await anext(forgetful.watch(Pool, since))
     async with aclosing(forgetful.watch(Pool, str(int(since) + 1))) as watch:
-        assert (await anext(watch)).object.spec.scaling.max == 21, "the last ten are still known"
+        assert (await anext(watch)).object.spec.scaling.max == 21, "the last ten are still in the log"
     async with aclosing(forgetful.watch(Pool, (await forgetful.list(Pool)).resource_version)) as watch:
         await forgetful.replace(scaled(made, 99))
         assert (await anext(watch)).object.spec.scaling.max == 99
