@@ -17,14 +17,14 @@ from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
-from bkpool.settings.model import Identity
+from bkpool.settings.model import IdentitySettings
 from bkpool.store.mirror import Mirror
 
 MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
 """Makes the authenticators that only one backend has. Its argument returns the pools of the moment."""
 
 
-def open_issuers(stack: AsyncExitStack, settings: Identity) -> IssuerKeys:
+def open_issuers(stack: AsyncExitStack, settings: IdentitySettings) -> IssuerKeys:
     """A cache of the issuers' keys, closed with the stack."""
     issuers = IssuerKeys(
         clock=time.monotonic,

@@ -15,7 +15,7 @@ from bkpool.cli import console, home, options, up_options
 from bkpool.core.errors import InvalidInput
 from bkpool.settings import files
 from bkpool.settings.catalogue import find
-from bkpool.settings.sources import Resolved, Source, Value
+from bkpool.settings.sources import ResolvedSettings, SettingValue, ValueSource
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -102,24 +102,20 @@ def _note_running(*, changed: bool) -> None:
         console.note("note: the running appliance keeps its settings until `bkpool down` and `bkpool up`.")
 
 
-def _described(one: Value) -> dict[str, Any]:
+def _described(one: SettingValue) -> dict[str, Any]:
     value = None if one.value is None else one.setting.kind.write(one.value)
     return {"name": one.setting.name, "value": value, "source": one.source.value, "where": one.where}
 
 
-def _table(resolved: Resolved) -> RenderableType:
+def _table(resolved: ResolvedSettings) -> RenderableType:
     from rich.text import Text  # noqa: PLC0415 - on a terminal only
 
     rows = [
         (
             Text(one.setting.name),
-            Text(one.setting.default_text if one.source is Source.DEFAULT else one.text),
-            Text(_source(one), style="dim" if one.source is Source.DEFAULT else "cyan"),
+            Text(one.setting.default_text if one.source is ValueSource.DEFAULT else one.text),
+            Text(one.source, style="dim" if one.source is ValueSource.DEFAULT else "cyan"),
         )
         for one in resolved.values
     ]
     return console.table(("setting", "value", "source"), rows, long={"value"})
-
-
-def _source(one: Value) -> str:
-    return f"{one.source} {one.where}" if one.source in {Source.OPTION, Source.ENVIRONMENT} else str(one.source)

@@ -14,7 +14,7 @@ import click
 from bkpool.cli import console, home, launch, options, up_options
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.settings import files
-from bkpool.settings.sources import Resolved, Source
+from bkpool.settings.sources import ResolvedSettings, ValueSource
 
 _AUTO = "auto"
 
@@ -58,14 +58,14 @@ def command(detach: bool, as_json: bool, pool_files: tuple[Path, ...], backend: 
     if detach:
         _note_remembered(resolved)
         arguments = [part for path in pool_files for part in ("--file", str(path))]
-        arguments += ["--backend", backend, *up_options.arguments(resolved.of(Source.OPTION))]
+        arguments += ["--backend", backend, *up_options.arguments(resolved.of(ValueSource.OPTION))]
         described = launch.detached(arguments, up_options.absolute_variables(resolved))
         _answer(described, "bkpool is up", as_json=as_json)
         return 0
     return _run_here(resolved, backend, pool_files, as_json=as_json)
 
 
-def _run_here(resolved: Resolved, backend: str, pool_files: tuple[Path, ...], *, as_json: bool) -> int:
+def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool) -> int:
     from bkpool.appliance import Settings, run  # noqa: PLC0415 - it imports everything heavy
     from bkpool.toolchain import default_cache  # noqa: PLC0415
 
@@ -98,26 +98,26 @@ def _run_here(resolved: Resolved, backend: str, pool_files: tuple[Path, ...], *,
         raise
 
 
-def _remember(resolved: Resolved) -> None:
+def _remember(resolved: ResolvedSettings) -> None:
     """Keeps the options for the next `up`. The appliance is ready by now, so a full disk does not stop it."""
     try:
-        files.remember(home.home(), resolved.of(Source.OPTION))
+        files.remember(home.home(), resolved.of(ValueSource.OPTION))
     except BkpoolError as error:
         console.note(f"warning: the options are not remembered: {error.message}")
 
 
-def _note_remembered(resolved: Resolved) -> None:
-    if used := up_options.arguments(resolved.of(Source.REMEMBERED)):
+def _note_remembered(resolved: ResolvedSettings) -> None:
+    if used := up_options.arguments(resolved.of(ValueSource.REMEMBERED)):
         console.note(f"remembered from an earlier up: {' '.join(used)} (`bkpool config unset --all` forgets)")
 
 
-def _same(running: home.Appliance, resolved: Resolved, backend: str) -> dict[str, Any]:
+def _same(running: home.Appliance, resolved: ResolvedSettings, backend: str) -> dict[str, Any]:
     """The appliance that runs, if it is what the options and the environment ask for.
 
     Raises:
         HostFault: It runs with another backend, or with other settings.
     """
-    asked = {one.setting.name: one for one in resolved.of(Source.OPTION, Source.ENVIRONMENT)}
+    asked = {one.setting.name: one for one in resolved.of(ValueSource.OPTION, ValueSource.ENVIRONMENT)}
 
     def differs(name: str, endpoint: str) -> bool:
         return name in asked and not _on_port(endpoint, asked[name].value)

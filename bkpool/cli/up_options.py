@@ -17,7 +17,7 @@ from bkpool.cli import home
 from bkpool.core.errors import InvalidInput
 from bkpool.settings import files, kinds
 from bkpool.settings.catalogue import Setting, settings
-from bkpool.settings.sources import Resolved, Source, Value
+from bkpool.settings.sources import ResolvedSettings, SettingValue, ValueSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,7 +41,7 @@ def _option(one: Setting) -> Callable[[F], F]:
     return click.option(one.option, one.parameter, metavar=one.metavar, help=help_text)
 
 
-def load(parameters: Mapping[str, Any]) -> Resolved:
+def load(parameters: Mapping[str, Any]) -> ResolvedSettings:
     """The settings of this home, with the options that a command was given.
 
     Args:
@@ -63,7 +63,7 @@ def load(parameters: Mapping[str, Any]) -> Resolved:
     return resolved
 
 
-def arguments(values: Iterable[Value]) -> list[str]:
+def arguments(values: Iterable[SettingValue]) -> list[str]:
     """The command line that gives these values. Paths in it are absolute."""
     parts: list[str] = []
     for one in values:
@@ -77,9 +77,9 @@ def arguments(values: Iterable[Value]) -> list[str]:
     return parts
 
 
-def absolute_variables(resolved: Resolved) -> dict[str, str]:
+def absolute_variables(resolved: ResolvedSettings) -> dict[str, str]:
     """The environment variables that name files, with absolute paths: for a process in another directory."""
-    return {one.setting.variable: one.text for one in resolved.of(Source.ENVIRONMENT) if _files(one)}
+    return {one.setting.variable: one.text for one in resolved.of(ValueSource.ENVIRONMENT) if _files(one)}
 
 
 def readable(path: Path, where: str, hint: str = "Correct the name.") -> Path:
@@ -95,13 +95,13 @@ def readable(path: Path, where: str, hint: str = "Correct the name.") -> Path:
         raise InvalidInput(f"{where}: {path} cannot be read: {error.strerror}", hint=hint, field=where) from None
 
 
-def _files(value: Value) -> tuple[Path, ...]:
+def _files(value: SettingValue) -> tuple[Path, ...]:
     if value.setting.kind is kinds.FILE and value.value is not None:
         return (value.value,)
     return value.value if value.setting.kind is kinds.FILES else ()
 
 
-def _hint(value: Value) -> str:
-    if value.source is Source.REMEMBERED:
+def _hint(value: SettingValue) -> str:
+    if value.source is ValueSource.REMEMBERED:
         return f"Give {value.setting.option} again, or forget it: `bkpool config unset {value.setting.name}`."
     return "Correct the name."

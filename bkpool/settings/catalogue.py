@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bkpool.core.errors import InvalidInput
-from bkpool.settings.kinds import Kind, Toml
+from bkpool.settings.kinds import Toml, ValueKind
 from bkpool.settings.model import Configuration
 
 PREFIX = "BKPOOL_"
@@ -50,9 +50,9 @@ class Setting:
         return f"{self.section}_{self.field}"
 
     @cached_property
-    def kind(self) -> Kind:
+    def kind(self) -> ValueKind:
         """The kind of its values."""
-        return next(item for item in self._info.metadata if isinstance(item, Kind))
+        return next(item for item in self._info.metadata if isinstance(item, ValueKind))
 
     @property
     def option(self) -> str:

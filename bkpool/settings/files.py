@@ -18,9 +18,9 @@ from bkpool.settings.catalogue import Setting
 from bkpool.settings.kinds import Toml
 from bkpool.settings.sources import (
     Layer,
-    Resolved,
-    Source,
-    Value,
+    ResolvedSettings,
+    SettingValue,
+    ValueSource,
     from_document,
     from_environment,
     from_options,
@@ -33,7 +33,9 @@ _LARGEST = 1 << 20  # bytes; a file with every setting and a page of comments on
 _HEADER = re.compile(r"\s*\[\s*([A-Za-z0-9_-]+)\s*\]\s*(#.*)?")
 
 
-def load(home: Path, environment: Mapping[str, str], options: Mapping[str, Toml], directory: Path) -> Resolved:
+def load(
+    home: Path, environment: Mapping[str, str], options: Mapping[str, Toml], directory: Path
+) -> ResolvedSettings:
     """The settings of an appliance, from all sources.
 
     Args:
@@ -49,7 +51,7 @@ def load(home: Path, environment: Mapping[str, str], options: Mapping[str, Toml]
     return resolve(
         from_options(options, directory),
         from_environment(environment, directory),
-        from_document(read(home / CONFIG_FILE), home / CONFIG_FILE, Source.FILE),
+        from_document(read(home / CONFIG_FILE), home / CONFIG_FILE, ValueSource.FILE),
         remembered(home),
     )
 
@@ -62,13 +64,13 @@ def remembered(home: Path) -> Layer:
     """
     file = home / REMEMBERED_FILE
     try:
-        return from_document(read(file), file, Source.REMEMBERED)
+        return from_document(read(file), file, ValueSource.REMEMBERED)
     except InvalidInput as error:
         error.hint = "Forget what was remembered with `bkpool config unset --all`, and give `up` its options again."
         raise
 
 
-def remember(home: Path, values: Iterable[Value]) -> None:
+def remember(home: Path, values: Iterable[SettingValue]) -> None:
     """Keeps these values for the next `up`, in place of older ones of the same settings. Others stay.
 
     Raises:

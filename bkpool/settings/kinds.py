@@ -35,7 +35,7 @@ class Address(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ValueKind:
     """One kind of value.
 
     Attributes:
@@ -143,16 +143,18 @@ def _split(text: str) -> Toml:
     return text.split(",")
 
 
-DURATION = Kind("a duration", "DURATION", "1h30m", str, _duration, durations.render)
-COUNT = Kind("a whole number", "NUMBER", "100", _count_text, _count, int)
-SWITCH = Kind("true or false", "", "true", _switch_text, _switch, bool)
-ADDRESS = Kind("HOST:PORT", "HOST:PORT", "127.0.0.1:8082 or [::1]:8082; port 0 takes a free one", str, _address, str)
-TEXT = Kind("a text", "TEXT", "my-name", str, _text, str)
-FILE = Kind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file, str)
-POOL = Kind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
-TEXTS = Kind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
-FILES = Kind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
-ROLES = Kind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
+DURATION = ValueKind("a duration", "DURATION", "1h30m", str, _duration, durations.render)
+COUNT = ValueKind("a whole number", "NUMBER", "100", _count_text, _count, int)
+SWITCH = ValueKind("true or false", "", "true", _switch_text, _switch, bool)
+ADDRESS = ValueKind(
+    "HOST:PORT", "HOST:PORT", "127.0.0.1:8082 or [::1]:8082; port 0 takes a free one", str, _address, str
+)
+TEXT = ValueKind("a text", "TEXT", "my-name", str, _text, str)
+FILE = ValueKind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file, str)
+POOL = ValueKind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
+TEXTS = ValueKind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
+FILES = ValueKind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
+ROLES = ValueKind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
 
 Duration = Annotated[timedelta, DURATION]
 Count = Annotated[int, COUNT]

@@ -85,7 +85,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Api(Section):
+class ApiSettings(Section):
     """The HTTP API that leases workers."""
 
     address: Listen = setting(Address("127.0.0.1", API_PORT), "Where the API listens.", option="--api-address")
@@ -109,7 +109,7 @@ class Api(Section):
     )
 
 
-class Metrics(Section):
+class MetricsSettings(Section):
     """What Prometheus reads."""
 
     address: Listen = setting(
@@ -117,7 +117,7 @@ class Metrics(Section):
     )
 
 
-class Gateway(Section):
+class GatewaySettings(Section):
     """The gateway that passes the connections of builds to workers.
 
     In a cluster the controller passes the times and numbers of this section on to the gateways of its pools.
@@ -175,7 +175,7 @@ class Gateway(Section):
     connections_per_lease: Count = setting(256, "Open connections of one lease.", between=(1, 100_000))
 
 
-class Controller(Section):
+class ControllerSettings(Section):
     """The controller that starts, watches and removes workers."""
 
     max_failures: Count = setting(
@@ -192,7 +192,7 @@ class Controller(Section):
     backoff_max: Duration = setting(_s(120), "The longest such pause.", between=(_s(0.05), _s(3600)))
 
 
-class Allocation(Section):
+class AllocationSettings(Section):
     """The queue of callers that wait for a worker."""
 
     max_waiters: Count = setting(
@@ -200,7 +200,7 @@ class Allocation(Section):
     )
 
 
-class Identity(Section):
+class IdentitySettings(Section):
     """How callers are recognised."""
 
     issuer_timeout: Duration = setting(
@@ -225,7 +225,7 @@ class Identity(Section):
     )
 
 
-class Workers(Section):
+class WorkersSettings(Section):
     """The buildkitd daemons."""
 
     buildkit_image: OptionalText = setting(
@@ -237,7 +237,7 @@ class Workers(Section):
     )
 
 
-class Kind(Section):
+class KindSettings(Section):
     """The kind cluster that bkpool makes (backend `kind`)."""
 
     cluster: Text = setting("bkpool", "The name of the kind cluster.", option="--cluster", metavar="NAME")
@@ -256,7 +256,7 @@ class Kind(Section):
     )
 
 
-class Kubernetes(Section):
+class KubernetesSettings(Section):
     """The cluster (backends `kind` and `kubernetes`)."""
 
     kubeconfig: OptionalFile = setting(
@@ -280,7 +280,7 @@ class Kubernetes(Section):
     )
 
 
-class DevIssuer(Section):
+class DevIssuerSettings(Section):
     """An issuer for trying out identities on one machine. It makes a token for anyone who asks."""
 
     enabled: Switch = setting(
@@ -291,7 +291,7 @@ class DevIssuer(Section):
     )
 
 
-class Appliance(Section):
+class ApplianceSettings(Section):
     """The process as a whole: what it does, and how it ends."""
 
     roles: Annotated[frozenset[Role], kinds.ROLES] = setting(
@@ -324,14 +324,14 @@ class Configuration(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    api: Api = Api()
-    gateway: Gateway = Gateway()
-    metrics: Metrics = Metrics()
-    controller: Controller = Controller()
-    allocation: Allocation = Allocation()
-    identity: Identity = Identity()
-    workers: Workers = Workers()
-    kind: Kind = Kind()
-    kubernetes: Kubernetes = Kubernetes()
-    dev_issuer: DevIssuer = DevIssuer()
-    appliance: Appliance = Appliance()
+    api: ApiSettings = ApiSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    metrics: MetricsSettings = MetricsSettings()
+    controller: ControllerSettings = ControllerSettings()
+    allocation: AllocationSettings = AllocationSettings()
+    identity: IdentitySettings = IdentitySettings()
+    workers: WorkersSettings = WorkersSettings()
+    kind: KindSettings = KindSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+    dev_issuer: DevIssuerSettings = DevIssuerSettings()
+    appliance: ApplianceSettings = ApplianceSettings()

@@ -24,7 +24,7 @@ _OF_A_SERVICE = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_.*
 _NOT_IN_A_FILE = {"home": "Set the environment variable BKPOOL_HOME.", "backend": "Give `up` the option --backend."}
 
 
-class Source(StrEnum):
+class ValueSource(StrEnum):
     """Where a value comes from; the first one that has it wins."""
 
     OPTION = "flag"
@@ -35,12 +35,12 @@ class Source(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
+class SettingValue:
     """The value of one setting, with its source."""
 
     setting: Setting
     value: Any
-    source: Source
+    source: ValueSource
     where: str
     """The option, the variable, or the place in a file; empty for a default."""
 
@@ -51,10 +51,10 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
+class ResolvedSettings:
     """The values of all settings, in the order of the model."""
 
-    values: tuple[Value, ...]
+    values: tuple[SettingValue, ...]
 
     @property
     def configuration(self) -> Configuration:
@@ -66,20 +66,20 @@ class Resolved:
             {name: section_models()[name](**fields) for name, fields in sections.items()}
         )
 
-    def of(self, *sources: Source) -> tuple[Value, ...]:
+    def of(self, *sources: ValueSource) -> tuple[SettingValue, ...]:
         """The values that come from these sources."""
         return tuple(one for one in self.values if one.source in sources)
 
-    def get(self, name: str) -> Value:
+    def get(self, name: str) -> SettingValue:
         """The value of one setting, by its name."""
         return next(one for one in self.values if one.setting.name == name)
 
 
-Layer = dict[str, Value]
+Layer = dict[str, SettingValue]
 """What one source gives: name of the setting to value."""
 
 
-def resolve(*layers: Layer) -> Resolved:
+def resolve(*layers: Layer) -> ResolvedSettings:
     """Puts the sources together.
 
     Args:
@@ -90,9 +90,9 @@ def resolve(*layers: Layer) -> Resolved:
     """
     found = []
     for name, one in settings().items():
-        default = Value(one, one.default, Source.DEFAULT, "")
+        default = SettingValue(one, one.default, ValueSource.DEFAULT, "")
         found.append(next((layer[name] for layer in layers if name in layer), default))
-    resolved = Resolved(tuple(found))
+    resolved = ResolvedSettings(tuple(found))
     for lower, higher in _ORDERED:
         _check_order(resolved.get(lower), resolved.get(higher))
     return resolved
@@ -105,10 +105,10 @@ _ORDERED = (
 """Pairs whose first value must not exceed the second one."""
 
 
-def _check_order(lower: Value, higher: Value) -> None:
+def _check_order(lower: SettingValue, higher: SettingValue) -> None:
     if lower.value <= higher.value:
         return
-    given = lower if lower.source is not Source.DEFAULT else higher
+    given = lower if lower.source is not ValueSource.DEFAULT else higher
     raise InvalidInput(
         f"{given.where}: {lower.setting.name} ({lower.text}) is more than {higher.setting.name} ({higher.text})",
         hint=f"Lower {lower.setting.name}, or raise {higher.setting.name}.",
@@ -133,7 +133,7 @@ def from_options(given: Mapping[str, Toml], directory: Path) -> Layer:
             value = one.from_text(text, where=one.option, directory=directory)
         else:
             value = one.from_toml(text, where=one.option, directory=directory)
-        layer[name] = Value(one, value, Source.OPTION, one.option)
+        layer[name] = SettingValue(one, value, ValueSource.OPTION, one.option)
     return layer
 
 
@@ -151,7 +151,7 @@ def from_environment(environment: Mapping[str, str], directory: Path) -> Layer:
             _check_foreign(variable, by_variable)
         elif text:
             value = one.from_text(text, where=variable, directory=directory)
-            layer[one.name] = Value(one, value, Source.ENVIRONMENT, variable)
+            layer[one.name] = SettingValue(one, value, ValueSource.ENVIRONMENT, variable)
     return layer
 
 
@@ -161,7 +161,7 @@ def _check_foreign(variable: str, known: Mapping[str, Setting]) -> None:
         raise InvalidInput(f"{variable}: there is no such setting", hint=nearest(variable, known), field=variable)
 
 
-def from_document(document: Mapping[str, Any], file: Path, source: Source) -> Layer:
+def from_document(document: Mapping[str, Any], file: Path, source: ValueSource) -> Layer:
     """What a TOML file gives. Relative paths in it start at the file's directory.
 
     Raises:
@@ -182,7 +182,9 @@ def from_document(document: Mapping[str, Any], file: Path, source: Source) -> La
             if field not in section_models()[section].model_fields:
                 raise _unknown(where, "field", nearest(field, section_models()[section].model_fields))
             one = Setting(section, field)
-            layer[one.name] = Value(one, one.from_toml(written, where=where, directory=file.parent), source, where)
+            layer[one.name] = SettingValue(
+                one, one.from_toml(written, where=where, directory=file.parent), source, where
+            )
     return layer
 
 

@@ -6,11 +6,11 @@ from bkpool.appliance.preflight import check_home_complete, check_settings
 from bkpool.appliance.settings import Settings
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.settings import Address, Configuration
-from bkpool.settings.model import Api
+from bkpool.settings.model import ApiSettings
 
 
 def everywhere(**api):
-    return Configuration(api=Api(address=Address("0.0.0.0", 8082), **api))
+    return Configuration(api=ApiSettings(address=Address("0.0.0.0", 8082), **api))
 
 
 def test_an_api_in_clear_beyond_this_machine_needs_plain_http(tmp_path):

@@ -25,9 +25,9 @@ def test_without_settings_each_room_gets_its_own_default():
     timeout = inspect.signature(issuer_keys.IssuerKeys).parameters["timeout"].default
     for value, default in (
         (DEFAULT.identity.issuer_timeout.total_seconds(), timeout),
-        (DEFAULT.identity.keys_fresh.total_seconds(), issuer_keys.FRESH),
-        (DEFAULT.identity.keys_stale.total_seconds(), issuer_keys.STALE),
-        (DEFAULT.identity.secret_fresh.total_seconds(), static_tokens.FRESH),
+        (DEFAULT.identity.keys_fresh.total_seconds(), issuer_keys.FRESH_SECONDS),
+        (DEFAULT.identity.keys_stale.total_seconds(), issuer_keys.STALE_SECONDS),
+        (DEFAULT.identity.secret_fresh.total_seconds(), static_tokens.FRESH_SECONDS),
         (DEFAULT.identity.token_review_timeout.total_seconds(), service_accounts.REVIEW_TIMEOUT),
         (DEFAULT.allocation.max_waiters, wait_queue.MAX_WAITERS),
         (DEFAULT.api.max_body, app.MAX_BODY),

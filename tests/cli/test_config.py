@@ -41,8 +41,8 @@ def test_on_a_terminal_it_is_a_table(on_terminal):
     code, text = on_terminal("config", "--api-address", "127.0.0.1:2", BKPOOL_METRICS_ADDRESS="127.0.0.1:1")
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "." in line}
     assert code == 0
-    assert rows["api.address"] == ["127.0.0.1:2", "flag", "--api-address"]
-    assert rows["metrics.address"] == ["127.0.0.1:1", "environment", "BKPOOL_METRICS_ADDRESS"]
+    assert rows["api.address"] == ["127.0.0.1:2", "flag"]
+    assert rows["metrics.address"] == ["127.0.0.1:1", "environment"]
     assert rows["allocation.max_waiters"] == ["1000", "default"]
 
 

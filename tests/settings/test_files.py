@@ -8,7 +8,7 @@ from hypothesis import given
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.settings import files
 from bkpool.settings.catalogue import settings
-from bkpool.settings.sources import Source, Value, from_document, from_options
+from bkpool.settings.sources import SettingValue, ValueSource, from_document, from_options
 from support.setting_values import any_value
 
 HERE = Path("/somewhere")
@@ -23,7 +23,7 @@ def home(tmp_path):
 
 def test_without_a_home_every_value_is_the_default(tmp_path):
     resolved = files.load(tmp_path / "none", {}, {}, HERE)
-    assert {one.source for one in resolved.values} == {Source.DEFAULT}
+    assert {one.source for one in resolved.values} == {ValueSource.DEFAULT}
     assert not (tmp_path / "none").exists()
 
 
@@ -33,7 +33,7 @@ def test_options_are_remembered_and_the_later_one_wins(home):
     kept = files.load(home, {}, {}, HERE)
     assert kept.get("api.address").text == "[::1]:2"
     assert kept.get("gateway.hosts").value == ("a", "b")
-    assert {one.setting.name for one in kept.of(Source.REMEMBERED)} == {"api.address", "gateway.hosts"}
+    assert {one.setting.name for one in kept.of(ValueSource.REMEMBERED)} == {"api.address", "gateway.hosts"}
     assert (home / "remembered.toml").stat().st_mode & 0o777 == 0o600
 
 
@@ -121,10 +121,10 @@ def test_every_value_survives_both_files(tmp_path_factory, case):
     one, value = case
     home = tmp_path_factory.mktemp("home") / "home"
     assert files.change(home, one, value)
-    files.remember(home, [Value(one, value, Source.OPTION, one.option)])
+    files.remember(home, [SettingValue(one, value, ValueSource.OPTION, one.option)])
     file = home / "config.toml"
-    assert from_document(files.read(file), file, Source.FILE)[one.name].value == value
+    assert from_document(files.read(file), file, ValueSource.FILE)[one.name].value == value
     files.change(home, one, None)
     if one.remembered:
         assert files.remembered(home)[one.name].value == value
-    assert one.name not in from_document(files.read(file), file, Source.FILE)
+    assert one.name not in from_document(files.read(file), file, ValueSource.FILE)

@@ -11,7 +11,7 @@ from bkpool.core.names import Key
 from bkpool.settings import kinds
 from bkpool.settings.catalogue import find, settings
 from bkpool.settings.kinds import Address
-from bkpool.settings.sources import Source, from_document, from_environment, from_options, resolve
+from bkpool.settings.sources import ValueSource, from_document, from_environment, from_options, resolve
 from support.setting_values import any_value, bounds
 
 HERE = Path("/somewhere")
@@ -20,11 +20,11 @@ REMEMBERED = Path("/home/remembered.toml")
 NAME = "appliance.drain_timeout"
 
 GIVES = {
-    Source.OPTION: lambda text: from_options({NAME: text}, HERE),
-    Source.ENVIRONMENT: lambda text: from_environment({"BKPOOL_APPLIANCE_DRAIN_TIMEOUT": text}, HERE),
-    Source.FILE: lambda text: from_document({"appliance": {"drain_timeout": text}}, FILE, Source.FILE),
-    Source.REMEMBERED: lambda text: from_document(
-        {"appliance": {"drain_timeout": text}}, REMEMBERED, Source.REMEMBERED
+    ValueSource.OPTION: lambda text: from_options({NAME: text}, HERE),
+    ValueSource.ENVIRONMENT: lambda text: from_environment({"BKPOOL_APPLIANCE_DRAIN_TIMEOUT": text}, HERE),
+    ValueSource.FILE: lambda text: from_document({"appliance": {"drain_timeout": text}}, FILE, ValueSource.FILE),
+    ValueSource.REMEMBERED: lambda text: from_document(
+        {"appliance": {"drain_timeout": text}}, REMEMBERED, ValueSource.REMEMBERED
     ),
 }
 ORDER = list(GIVES)
@@ -39,7 +39,7 @@ def test_the_first_source_that_has_a_value_wins(present):
         assert value.source is having[0]
         assert value.value == timedelta(seconds=60 + ORDER.index(having[0]))
     else:
-        assert (value.source, value.value) == (Source.DEFAULT, timedelta(minutes=10))
+        assert (value.source, value.value) == (ValueSource.DEFAULT, timedelta(minutes=10))
 
 
 def test_each_value_knows_where_it_was_given():
@@ -113,7 +113,7 @@ def test_each_value_knows_where_it_was_given():
 )
 def test_a_fault_in_the_file_names_the_place_the_value_and_what_is_allowed(document, message, hint):
     with pytest.raises(InvalidInput) as caught:
-        from_document(document, FILE, Source.FILE)
+        from_document(document, FILE, ValueSource.FILE)
     assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
@@ -164,7 +164,7 @@ def test_values_that_contradict_each_other_are_refused():
 
 def test_relative_paths_start_where_they_were_written():
     assert from_options({"api.cert": "a.crt"}, HERE)["api.cert"].value == HERE / "a.crt"
-    in_file = from_document({"api": {"cert": "a.crt"}}, FILE, Source.FILE)
+    in_file = from_document({"api": {"cert": "a.crt"}}, FILE, ValueSource.FILE)
     assert in_file["api.cert"].value == FILE.parent / "a.crt"
 
 
