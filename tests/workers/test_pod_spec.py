@@ -143,7 +143,7 @@ def test_what_is_not_admitted_names_the_field_that_it_came_from(said, field):
     assert refused.hint == (f"Correct {field} of the pool." if field else "h")
 
 
-def test_a_pod_that_pod_security_forbids_is_told_about_the_isolation():
+def test_a_refusal_of_pod_security_names_the_annotation_for_isolation():
     refused = pod_spec.refusal(Forbidden('violates PodSecurity "baseline:latest"', hint="rights"), "pod")
     assert ANNOTATION_ISOLATION in refused.hint
 

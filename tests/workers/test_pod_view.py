@@ -154,7 +154,7 @@ CREATING = View(Stage.CREATING, "waiting for its container")
 UNSCHEDULED = View(Stage.SCHEDULING, "no node", trouble=True)
 
 
-def test_trouble_is_told_at_once_and_its_end_too():
+def test_trouble_is_reported_at_once_and_so_is_its_end():
     deadline = StartDeadline(Deadlines())
     assert deadline.message_to_report(UNSCHEDULED, 0.0) == "no node"
     assert deadline.message_to_report(UNSCHEDULED, 1.0) is None
@@ -162,7 +162,7 @@ def test_trouble_is_told_at_once_and_its_end_too():
     assert deadline.message_to_report(View(Stage.RUNNING), 3.0) is None
 
 
-def test_an_ordinary_wait_is_told_only_when_it_is_long():
+def test_an_ordinary_wait_is_reported_only_if_it_is_long():
     deadline = StartDeadline(Deadlines())
     assert deadline.message_to_report(CREATING, 0.0) is None
     assert deadline.time_to_change(1.0) == 4.0

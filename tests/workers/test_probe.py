@@ -74,7 +74,7 @@ async def test_any_other_status_is_not_ready(socket, status):
             await probe(socket)
 
 
-async def test_nobody_there_is_told_apart_from_a_worker_that_fails(socket):
+async def test_a_socket_that_is_missing_is_unavailable(socket):
     with pytest.raises(Unavailable, match="No such file"):
         await probe(socket)
 

@@ -211,7 +211,7 @@ async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(r
     await after.purge()
 
 
-async def test_a_start_that_fails_tells_what_buildkitd_said_and_leaves_nothing(runtime, tmp_path):
+async def test_a_start_that_fails_has_the_end_of_the_log_and_leaves_nothing(runtime, tmp_path):
     with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
         await runtime.daemons.start(
             SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), no_report

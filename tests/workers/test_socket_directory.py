@@ -38,7 +38,7 @@ def test_one_of_another_user_is_refused(tmp_path):
         claim(tmp_path / "sockets")
 
 
-def test_a_file_in_its_place_is_told(tmp_path):
+def test_a_file_in_its_place_is_an_error(tmp_path):
     (tmp_path / "sockets").write_text("")
     with pytest.raises(HostFault, match="File exists"):
         claim(tmp_path / "sockets")
