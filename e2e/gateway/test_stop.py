@@ -1,6 +1,6 @@
-"""The appliance is told to stop while a stream through its gateway is open: it waits, has a deadline, can be hurried.
+"""The appliance gets a stop signal while a stream through its gateway is open: it waits, up to a deadline.
 
-The stream is a client's own TLS connection to a real buildkitd, so that nothing but the gateway decides its end.
+The stream is a TLS connection to a real buildkitd, so that only the gateway decides when it ends.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 from harness import eventually, only, pool
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and SETTINGS: RFC 9113 section 3.4
-PROMPT = 10.0
-"""Seconds that the rest of an appliance may take to end: its workers have to die."""
+STOP_TIMEOUT = 10.0
+"""Seconds that the rest of an appliance may take to end, because its workers must end first."""
 
 pytestmark = only("process", "the appliance is a process of this machine")
 
@@ -32,13 +32,13 @@ class Stream:
         self._context.load_cert_chain(certificates.directory / "client.crt", certificates.directory / "client.key")
         self._context.set_alpn_protocols(["h2"])
         self._sock = self._context.wrap_socket(socket.create_connection(self._address), server_hostname="localhost")
-        self._sock.settimeout(PROMPT)
+        self._sock.settimeout(STOP_TIMEOUT)
         self._sock.sendall(PREFACE)
         assert self._sock.recv(9)[3] == 4, "buildkitd's own SETTINGS"
         self._sock.sendall(b"\0\0\0\4\1\0\0\0\0")
 
-    def lives(self):
-        """Whether buildkitd answers on it: to a PING (RFC 9113 section 6.7)."""
+    def answers_ping(self):
+        """Returns whether buildkitd answers a PING (RFC 9113 section 6.7)."""
         self._sock.sendall(b"\0\0\x08\6\0\0\0\0\0" + b"are-here")
         received = b""
         with contextlib.suppress(ConnectionError):
@@ -46,12 +46,12 @@ class Stream:
                 received += part
         return b"are-here" in received
 
-    def wait_for_its_end(self):
+    def wait_for_end(self):
         with contextlib.suppress(ConnectionError):
             while self._sock.recv(4096):
                 pass
 
-    def nobody_else_comes_in(self):
+    def refuses_new_connections(self):
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(self._address):
             return False
         return True
@@ -61,8 +61,8 @@ class Stream:
 
 
 @pytest.fixture
-def serving(make_appliance):
-    """Starts an appliance in the foreground, with a lease and one stream open; gives its process and the stream."""
+def start_with_stream(make_appliance):
+    """Starts an appliance in the foreground with a lease and an open stream; returns its process and the stream."""
     streams = []
 
     def start(*options):
@@ -77,7 +77,7 @@ def serving(make_appliance):
         )
         eventually((appliance.home / "appliance.json").exists, "the appliance is up")
         streams.append(Stream(appliance, appliance.allocate()))
-        assert streams[-1].lives()
+        assert streams[-1].answers_ping()
         return process, streams[-1]
 
     yield start
@@ -85,40 +85,40 @@ def serving(make_appliance):
         stream.close()
 
 
-def draining(process, stream):
+def start_drain(process, stream):
     process.send_signal(signal.SIGTERM)
-    eventually(stream.nobody_else_comes_in, "the gateway accepts nobody")
+    eventually(stream.refuses_new_connections, "the gateway accepts no connection")
 
 
-def ended(process, within=PROMPT):
+def exit_code(process, within=STOP_TIMEOUT):
     process.communicate(timeout=within)
     return process.returncode
 
 
-def test_sigterm_lets_an_open_stream_finish_and_then_the_exit_code_is_0(serving):
-    process, stream = serving("--drain-timeout", "10m")
-    draining(process, stream)
-    assert stream.lives()
+def test_sigterm_lets_an_open_stream_finish_and_then_the_exit_code_is_0(start_with_stream):
+    process, stream = start_with_stream("--drain-timeout", "10m")
+    start_drain(process, stream)
+    assert stream.answers_ping()
     assert process.poll() is None
     stream.close()
-    assert ended(process) == 0
+    assert exit_code(process) == 0
 
 
-def test_the_deadline_of_a_drain_cuts_an_open_stream_and_the_exit_code_is_0(serving):
-    process, stream = serving("--drain-timeout", "2s")
-    began = time.monotonic()
-    draining(process, stream)
-    assert stream.lives()
-    stream.wait_for_its_end()
-    assert time.monotonic() - began >= 2
-    assert ended(process) == 0
+def test_the_deadline_of_a_drain_cuts_an_open_stream_and_the_exit_code_is_0(start_with_stream):
+    process, stream = start_with_stream("--drain-timeout", "2s")
+    started_at = time.monotonic()
+    start_drain(process, stream)
+    assert stream.answers_ping()
+    stream.wait_for_end()
+    assert time.monotonic() - started_at >= 2
+    assert exit_code(process) == 0
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_cuts_an_open_stream_at_once_and_the_exit_code_is_0(serving, second):
-    process, stream = serving("--drain-timeout", "10m")
-    draining(process, stream)
-    assert stream.lives()
+def test_a_second_signal_cuts_an_open_stream_at_once_and_the_exit_code_is_0(start_with_stream, second):
+    process, stream = start_with_stream("--drain-timeout", "10m")
+    start_drain(process, stream)
+    assert stream.answers_ping()
     process.send_signal(second)
-    stream.wait_for_its_end()
-    assert ended(process) == 0
+    stream.wait_for_end()
+    assert exit_code(process) == 0

@@ -1,6 +1,7 @@
-"""Certificates that no library agrees to make: one that it does make, changed byte by byte and signed anew.
+"""Certificates that no library makes: a valid one is changed byte by byte and signed again.
 
-For the gateway's hostile clients. It knows as much of DER (X.690) as a subject, a length and a signature need.
+They are for the gateway's hostile clients. The module knows only the parts of DER (X.690) that it needs: elements,
+subjects and signatures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ECDSA_SHA1 = bytes.fromhex("300906072a8648ce3d0401")
 
 
 def der(tag: int, *parts: bytes) -> bytes:
-    """One element of DER."""
+    """Returns one element of DER."""
     body = b"".join(parts)
     if len(body) < 0x80:
         return bytes([tag, len(body)]) + body
@@ -28,12 +29,12 @@ def der(tag: int, *parts: bytes) -> bytes:
 
 
 def attribute(value: bytes, tag: int = UTF8, kind: bytes = COMMON_NAME) -> bytes:
-    """One attribute of a subject."""
+    """Returns one attribute of a subject."""
     return der(SEQUENCE, kind, der(tag, value))
 
 
 def subject(*attributes: bytes) -> bytes:
-    """A subject with one set for each attribute, as nearly all have."""
+    """Returns a subject with one set for each attribute, which is the usual form."""
     return der(SEQUENCE, *(der(SET, attribute) for attribute in attributes))
 
 
@@ -43,13 +44,14 @@ def forged(
     changes: dict[bytes, bytes],
     algorithm: bytes = ECDSA_SHA256,
 ) -> bytes:
-    """The certificate with these changes, in DER.
+    """Returns the certificate with these changes and a new signature, in DER.
 
     Args:
-        certificate: Signed with ECDSA and SHA-256 itself.
-        signer: Who signs the changed one.
-        changes: What is replaced by what, wherever it stands between the lengths.
-        algorithm: What it is signed with, and says so.
+        certificate: A certificate that is signed with ECDSA and SHA-256.
+        signer: The key that signs the changed certificate.
+        changes: New bytes by the old bytes that they replace. The lengths of outer elements are not adjusted, except
+            that of the outermost.
+        algorithm: The signature's algorithm, as the certificate names it.
     """
     changed = _body(certificate.tbs_certificate_bytes)
     for old, new in (changes | {ECDSA_SHA256: algorithm}).items():
@@ -62,7 +64,7 @@ def forged(
 
 
 def subject_of(certificate: x509.Certificate) -> bytes:
-    """Its subject in DER, to be replaced."""
+    """Returns its subject in DER."""
     return certificate.subject.public_bytes(Encoding.DER)
 
 
