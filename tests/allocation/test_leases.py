@@ -88,6 +88,24 @@ async def test_a_worker_that_keeps_dying_loses_the_lease_with_the_reason(world, 
         await leases.lookup(grant.token)
 
 
+async def test_the_log_tail_of_a_failed_start_is_left_out_once_nobody_holds_the_worker(world, grant, leases):
+    await leases.release(grant.token)
+    await world.until(lambda: not world.held())
+    world.runtime.failure, world.runtime.log_tail = "buildkitd ended with exit code 1", "a step of the last build"
+
+    def restarted():
+        world.clock.advance(seconds=5)
+        workers = world.replicas[0].mirror.workers.values()
+        return any(worker.status.message == "buildkitd ended with exit code 1" for worker in workers)
+
+    with capture_logs() as lines:
+        world.runtime.die(grant.worker.slot)
+        await world.until(restarted)
+    events = [line["message"] for line in lines if line["event"] == "object.event"]
+    assert "buildkitd ended with exit code 1" in events
+    assert not any("a step of the last build" in message for message in events)
+
+
 async def test_a_lease_stays_while_a_gateway_is_registered(world, grant, leases):
     worker = await leases.lookup(grant.token)
     entry = GatewayRegistration(gateway="g", allocation_id=worker.lease.id, renewed_at=world.clock())

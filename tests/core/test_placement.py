@@ -17,10 +17,10 @@ def test_workers_are_chosen_in_the_documented_order():
     others = worker(3, cache_owner="them", last_activity_at=NOW)
     workers = [others, unused, mine_old, mine]
     chosen = []
-    while (spot := choose(p, workers, {}, "me")) in workers:
-        chosen.append(spot)
-        workers.remove(spot)
-        workers.append(spot.with_lease(lease()))
+    while (target := choose(p, workers, {}, "me")) in workers:
+        chosen.append(target)
+        workers.remove(target)
+        workers.append(target.with_lease(lease()))
         if len(chosen) == 3:
             break
     assert chosen == [mine, mine_old, unused]

@@ -312,5 +312,5 @@ def test_a_lease_that_never_got_its_token_is_lost():
     seen_up = {0: seen(0, "owner-a")}
     assert decide(snapshot(pool(), held, observed=seen_up), NOW).wake_at == NOW + TOKEN_TIMEOUT
     assert actions(snapshot(pool(), held, observed=seen_up), NOW + TOKEN_TIMEOUT) == [
-        LoseLease(held, "it was never answered")
+        LoseLease(held, "the request for it was never answered")
     ]

@@ -96,7 +96,7 @@ def _leased(
         return LoseLease(worker, f"the {deleted} was deleted")
     token_deadline = None if lease.token_sha256 else lease.allocated_at + TOKEN_TIMEOUT
     if token_deadline is not None and now >= token_deadline:
-        return LoseLease(worker, "it was never answered")
+        return LoseLease(worker, "the request for it was never answered")
     up = ready_observation(worker, seen)
     if up is None:
         if worker.status.failures >= limits.max_failures:
