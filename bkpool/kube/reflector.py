@@ -165,7 +165,7 @@ class Reflector:
                     raise
                 seconds = backoff.failed()
                 log.warning("reflector.interrupted", path=path, reason=error.message, again_in=round(seconds, 3))
-            except Exception:  # one odd document must not end what everything else is seen by
+            except Exception:  # one malformed document must not stop the watch of all others
                 seconds = backoff.failed()
                 log.exception("reflector.crashed", path=path)
             self._interrupted.add(path)
@@ -179,7 +179,7 @@ class Reflector:
         watch = endless_watch(self._api, path, version, jitter=self._jitter, **self._collection.params)
         async with aclosing(watch) as events:
             async for event in events:
-                backoff.succeeded()  # only now: a server that can be listed but not watched is spared, too
+                backoff.succeeded()  # not after the list: a server that only fails to watch must not be flooded
                 if event["type"] == "BOOKMARK":
                     cache.bookmark(_version_of(event["object"]))
                 else:
@@ -193,10 +193,10 @@ class Reflector:
         if not self._unlisted:
             self.ready.set()
 
-    # --- telling ----------------------------------------------------------------------------------------------------
+    # --- changes ----------------------------------------------------------------------------------------------------
 
     def _notify(self, cache: DocCache, docs: Sequence[Doc]) -> None:
-        """Wakes who waits for these objects and calls back. An error of one callback does not keep the others."""
+        """Wakes the tasks that wait for these objects and calls back. An error in a callback does not stop others."""
         for doc in docs:
             key = paths.key_of(doc)
             for waiter in self._waiters.get(key, ()):

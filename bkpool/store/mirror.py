@@ -133,7 +133,7 @@ class Mirror:
                 self._note_listed(kind)
                 async with aclosing(self._store.watch(kind, listing.resource_version)) as events:
                     async for event in events:
-                        backoff.succeeded()  # only now: a store that can be listed but not watched is spared, too
+                        backoff.succeeded()  # not after the list: a store that cannot be watched must not be flooded
                         changed(cache.event(event.type, event.object))
             except _TRANSIENT_ONCE_LISTED as error:
                 if not listed and not isinstance(error, _TRANSIENT):
