@@ -15,7 +15,7 @@ from grpclib.client import UnaryStreamMethod, UnaryUnaryMethod
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from h2.exceptions import ProtocolError
 
-from bkpool.buildkit.connection import Connection, WorkerTls, open_connection
+from bkpool.buildkit.connection import ControlConnection, WorkerTls, open_connection
 from bkpool.buildkit.records import BuildEvent, BuildkitVersion, UsageRecord, WorkerRecord
 from bkpool.buildkit.stubs import control_pb2 as pb
 from bkpool.buildkit.stubs.control_grpc import ControlStub
@@ -73,7 +73,7 @@ class ControlClient:
     may be about the owner's build. It is in the error's `__cause__`.
     """
 
-    def __init__(self, connection: Connection, timeouts: CallTimeouts) -> None:
+    def __init__(self, connection: ControlConnection, timeouts: CallTimeouts) -> None:
         self._connection = connection
         self._timeouts = timeouts
         self._stub = ControlStub(connection.channel)

@@ -45,10 +45,10 @@ class WorkerTls:
     """The uid that the worker's certificate must have."""
 
 
-class Connection:
+class ControlConnection:
     """An open connection; `channel` makes calls on it."""
 
-    def __init__(self, endpoint: str, channel: Channel, protocol: _Protocol) -> None:
+    def __init__(self, endpoint: str, channel: Channel, protocol: _ControlProtocol) -> None:
         self.endpoint = endpoint
         self.channel = channel
         self._protocol = protocol
@@ -90,7 +90,7 @@ class Connection:
 
 
 @asynccontextmanager
-async def open_connection(endpoint: str, tls: WorkerTls | None, seconds: float) -> AsyncIterator[Connection]:
+async def open_connection(endpoint: str, tls: WorkerTls | None, seconds: float) -> AsyncIterator[ControlConnection]:
     """Connects, and checks who answers before a call can be made.
 
     Args:
@@ -106,12 +106,12 @@ async def open_connection(endpoint: str, tls: WorkerTls | None, seconds: float) 
     channel = _channel(endpoint, tls)
     try:
         async with asyncio.timeout(seconds):
-            protocol = cast("_Protocol", await channel.__connect__())
+            protocol = cast("_ControlProtocol", await channel.__connect__())
     except TimeoutError:
         raise Unavailable(f"{endpoint} did not accept a connection within {seconds:g} s") from None
     except OSError as error:
         raise Unavailable(f"{endpoint} can't be reached: {describe(error)}") from error
-    connection = Connection(endpoint, channel, protocol)
+    connection = ControlConnection(endpoint, channel, protocol)
     try:
         if tls is not None:
             connection.check_worker(tls.worker_uid)
@@ -141,7 +141,7 @@ class _Channel(Channel):
     _used = False
 
     def _protocol_factory(self) -> H2Protocol:
-        return _Protocol(Handler(), self._config, self._h2_config)
+        return _ControlProtocol(Handler(), self._config, self._h2_config)
 
     async def _create_connection(self) -> H2Protocol:
         if self._used:
@@ -150,7 +150,7 @@ class _Channel(Channel):
         return await super()._create_connection()
 
 
-class _Protocol(H2Protocol):
+class _ControlProtocol(H2Protocol):
     """Adds what grpclib has no setting for: bounded messages, probes of a silent peer, an event at the end."""
 
     transport: asyncio.Transport

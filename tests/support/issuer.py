@@ -76,7 +76,7 @@ def forge(header: dict[str, Any] | bytes, claims: dict[str, Any] | bytes, key: S
     return f"{text}.{key.sign(text) if key else ''}"
 
 
-class Gate:
+class HeldAnswer:
     """Holds a request until it is opened."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -190,10 +190,10 @@ class Issuer:
         self.answers[path] = handler
         return sent
 
-    def hold(self, path: str) -> Gate:
+    def hold(self, path: str) -> HeldAnswer:
         """Holds the next answer, made of what is true when the request comes, until the gate is opened."""
         assert self._loop is not None
-        gate = Gate(self._loop)
+        gate = HeldAnswer(self._loop)
 
         async def handler(request: web.Request) -> web.StreamResponse:
             del self.answers[path]

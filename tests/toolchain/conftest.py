@@ -128,10 +128,10 @@ def no_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def put(tmp_path: Path):
     """Puts a program that says some words into a directory and returns that directory."""
 
-    def _put(name: str, said: str, directory: str = "path") -> Path:
+    def _put(name: str, output: str, directory: str = "path") -> Path:
         path = tmp_path / directory / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(script(said))
+        path.write_bytes(script(output))
         path.chmod(0o755)
         return path.parent
 

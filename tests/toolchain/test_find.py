@@ -31,7 +31,7 @@ def test_an_old_tool_is_skipped_for_a_newer_one_later_on_path(tmp_path, put):
 
 
 @pytest.mark.parametrize(
-    ("tool", "said"),
+    ("tool", "output"),
     [
         (Tool.RUNC, "runc version 1.5.2"),  # built without seccomp
         (Tool.RUNC, "crun version 9.9.9\nlibseccomp: 2.5.4"),
@@ -42,8 +42,8 @@ def test_an_old_tool_is_skipped_for_a_newer_one_later_on_path(tmp_path, put):
         (Tool.BUILDKITD, ""),
     ],
 )
-def test_another_program_a_development_build_or_one_without_seccomp_is_not_used(tmp_path, put, tool, said):
-    chain = Toolchain(tmp_path / "cache", search_path=str(put(tool, said)))
+def test_another_program_a_development_build_or_one_without_seccomp_is_not_used(tmp_path, put, tool, output):
+    chain = Toolchain(tmp_path / "cache", search_path=str(put(tool, output)))
     assert chain.find(tool) is None
     assert len(chain.rejected(tool)) == 1
 

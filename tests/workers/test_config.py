@@ -27,8 +27,8 @@ def test_every_size_has_a_unit_also_where_the_pool_says_nothing():
 
 
 def test_what_the_pool_says_is_what_buildkitd_gets():
-    said = oci(keep_storage="20 GB", reserved_space="2GiB", min_free_space="10 %")
-    assert (said["maxUsedSpace"], said["reservedSpace"], said["minFreeSpace"]) == ("20GB", "2GiB", "10%")
+    written = oci(keep_storage="20 GB", reserved_space="2GiB", min_free_space="10 %")
+    assert (written["maxUsedSpace"], written["reservedSpace"], written["minFreeSpace"]) == ("20GB", "2GiB", "10%")
 
 
 def test_a_small_maximum_is_not_overruled_by_a_reserve_that_nobody_asked_for():

@@ -127,7 +127,7 @@ def test_a_secret_holds_the_workers_key_and_whom_it_believes():
 
 
 @pytest.mark.parametrize(
-    ("said", "field"),
+    ("message", "field"),
     [
         ("spec.containers[0].resources.requests: Invalid value", "spec.resources.buildkit"),
         ("spec.containers[0].image: Required value", "spec.buildkitImage"),
@@ -136,10 +136,10 @@ def test_a_secret_holds_the_workers_key_and_whom_it_believes():
         ("something else", None),
     ],
 )
-def test_what_is_not_admitted_names_the_field_that_it_came_from(said, field):
-    refused = pod_spec.refusal(InvalidInput(f"Kubernetes: POST /x: {said}", hint="h"), "pod")
+def test_what_is_not_admitted_names_the_field_that_it_came_from(message, field):
+    refused = pod_spec.refusal(InvalidInput(f"Kubernetes: POST /x: {message}", hint="h"), "pod")
     assert refused.field == field
-    assert refused.message.endswith(f"the pod is not admitted: POST /x: {said}")
+    assert refused.message.endswith(f"the pod is not admitted: POST /x: {message}")
     assert refused.hint == (f"Correct {field} of the pool." if field else "h")
 
 

@@ -106,8 +106,8 @@ def test_how_far_a_pod_has_come(document, view):
 
 
 def test_a_host_port_that_is_taken_is_recognised():
-    said = "0/1 nodes are available: 1 node(s) didn't have free ports for the requested pod ports. preemption: ..."
-    assert pod_view.look(unscheduled(said)).port_taken
+    message = "0/1 nodes are available: 1 node(s) didn't have free ports for the requested pod ports. preemption: ..."
+    assert pod_view.look(unscheduled(message)).port_taken
 
 
 def terminated(reason: str, code: int = 1, message: str = ""):
