@@ -11,11 +11,11 @@ def test_a_new_registry_reports_nothing_of_the_process():
     assert list(new_registry().collect()) == []
 
 
-def test_a_series_is_looked_up_once_and_is_the_series_of_the_metric():
+def test_a_series_is_kept_after_the_first_lookup_and_is_that_of_the_metric():
     registry = new_registry()
     series = CachedSeries(Counter("things", "Things.", ["kind", "result"], registry=registry))
     series["a", "ok"].inc()
-    assert series["a", "ok"] is series["a", "ok"]
+    assert list(series) == [("a", "ok")], "it is kept, and not looked up again"
     assert registry.get_sample_value("things_total", {"kind": "a", "result": "ok"}) == 1
 
 
