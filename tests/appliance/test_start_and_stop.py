@@ -32,7 +32,7 @@ from bkpool.pki.authority import Authority
 from bkpool.settings import Configuration
 from bkpool.store.events import LogRecorder
 from bkpool.store.sqlite import SqliteStore
-from support.world import TOKEN_KEY, MemoryRuntime
+from support.world import TOKEN_KEY, MemoryWorkers
 
 ADMIN = "a" * 43
 FREE = ("127.0.0.1", 0)
@@ -51,12 +51,25 @@ class StubElection:
         self._events.append("Lease given back")
 
 
+class StubRuntime:
+    """A runtime whose workers are in memory."""
+
+    def __init__(self) -> None:
+        self.daemons = self.caches = MemoryWorkers()
+
+    async def adopt(self) -> None:
+        pass
+
+    async def close(self, *, stop_workers: bool) -> None:
+        pass
+
+
 async def open_backend(stack: AsyncExitStack, home: Path, election: StubElection | None = None) -> Backend:
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
     return Backend(
         store=store,
-        runtime=MemoryRuntime(),
+        runtime=StubRuntime(),
         authority=Authority.create(datetime.now(UTC)),
         token_key=TOKEN_KEY,
         dial=PlainDial,
