@@ -41,6 +41,20 @@ class IssuedCertificate:
         return str(cert), str(key)
 
 
+_SIGNS_CERTIFICATES = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+"""From Python 3.13 on, default contexts check as RFC 5280 says, and refuse a CA without it (VERIFY_X509_STRICT)."""
+
+
 class CertificateFactory:
     """A CA for tests. Unlike bkpool.pki.authority, it also issues what bkpool never would.
 
@@ -58,6 +72,7 @@ class CertificateFactory:
             .not_valid_before(NOW - 24 * HOUR)
             .not_valid_after(NOW + 10 * YEAR)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_SIGNS_CERTIFICATES, critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
             .sign(self._key, hashes.SHA256())
         )
