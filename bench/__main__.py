@@ -84,8 +84,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    told = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    model = next((value.strip() for key, _, value in told if key.startswith("model name")), platform.machine())
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    model = next((value.strip() for key, _, value in lines if key.startswith("model name")), platform.machine())
     kernel = ".".join(platform.release().split(".")[:2])
     what = f"{os.cpu_count()} cores ({model}), Linux {kernel}, {' '.join(ssl.OPENSSL_VERSION.split()[:2])}"
     return {"what": what, "load": os.getloadavg()[0]}

@@ -78,8 +78,8 @@ async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[
             assert answer.status == 200
     while True:
         async with session.get(f"{base}/pools/default") as answer:
-            told = await answer.json()
-        if told["idle"] == told["workers"] >= count:
+            state = await answer.json()
+        if state["idle"] == state["workers"] >= count:
             return took
         await asyncio.sleep(0.02)
 

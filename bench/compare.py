@@ -100,13 +100,13 @@ def scaling(plan: Plan, notes: Notes) -> list[dict[str, Any]]:
 
 def versions(plan: Plan) -> dict[str, str]:
     """What was compared."""
-    told: dict[str, str] = {}
+    found: dict[str, str] = {}
     for peer in (Nginx(), Haproxy(), Ghostunnel(), Bkpool(plan.loop)):
         try:
-            told[peer.name] = peer.version()
+            found[peer.name] = peer.version()
         except FaultError as fault:
-            told[peer.name] = str(fault)
-    return told
+            found[peer.name] = str(fault)
+    return found
 
 
 def _one_and_two(base: Ground, peer: Peer, load: Load, *, two_first: bool) -> tuple[Sample, Sample]:

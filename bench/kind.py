@@ -55,7 +55,7 @@ def appliance(world: Pods, tools: dict[str, Path], spec: dict[str, Any]) -> Iter
 def warm_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
     """Whole HTTP calls with every worker warm: one at a time, and 20 at once."""
     with appliance(world, tools, {"scaling": {"min": 20, "max": 20}}) as running:
-        eventually(lambda: running.pool()["idle"] == 20, "20 workers", patience=300)
+        eventually(lambda: running.pool()["idle"] == 20, "20 workers", timeout=300)
         return warm_allocate_on(running, runs)
 
 
@@ -192,7 +192,7 @@ def a_thousand_workers(world: Pods, tools: dict[str, Path], _runs: int) -> dict[
         running.kill()  # or it would start a pod for each, in the moment before its status is written
         asyncio.run(_stored(world, 1000))
         running.up()
-        eventually(lambda: running.pool("many")["workers"] == 1000, "1,000 workers are known", patience=300)
+        eventually(lambda: running.pool("many")["workers"] == 1000, "1,000 workers are known", timeout=300)
         table["resident memory with 0 / 1,000 workers, MiB"] = f"{before} / {_resident(running.described['pid'])}"
         running.kill()
     for count in (10, 100, 1000):

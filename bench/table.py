@@ -122,5 +122,5 @@ def _busy(rows: Sequence[Mapping[str, Any]]) -> str:
         if row["load"] not in _NOT_TO_THE_FULL:
             for peer, busy in row["busy"].items():
                 shares.setdefault(peer, []).extend(busy)
-    told = ", ".join(f"{peer} {spread(busy)}" for peer, busy in shares.items() if busy)
-    return f"processor seconds per second under full load: {told}" if told else ""
+    shown = ", ".join(f"{peer} {spread(busy)}" for peer, busy in shares.items() if busy)
+    return f"processor seconds per second under full load: {shown}" if shown else ""

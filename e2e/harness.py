@@ -60,7 +60,7 @@ class World(Protocol):
         """Removes, after `down`, what the next test must not find. Fails if something was left running."""
 
 
-PATIENCE = 60.0  # seconds: how long a test waits for a condition before it says that it never came
+WAIT_TIMEOUT = 60.0  # seconds: how long a test waits for a condition before it says that it never came
 
 
 def free_port() -> int:
@@ -70,12 +70,12 @@ def free_port() -> int:
         return port
 
 
-def eventually(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
+def eventually(condition: Callable[[], Any], what: str, timeout: float = WAIT_TIMEOUT) -> Any:
     """Waits until the condition holds, and returns what it gave."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"never happened within {patience:g} s: {what}")
+            raise AssertionError(f"never happened within {timeout:g} s: {what}")
         select.select([], [], [], 0.02)
     return value
 
@@ -271,7 +271,7 @@ class Appliance:
             bearer = (self.home / "admin.token").read_text().strip()
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
         payload = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["api"], timeout=PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports["api"], timeout=WAIT_TIMEOUT)
         try:
             connection.request(method, path, payload, headers)
             answer = connection.getresponse()
@@ -284,7 +284,7 @@ class Appliance:
     def metrics(self) -> str:
         """What Prometheus would scrape; empty where nothing runs."""
         with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", self.ports["metrics"], timeout=PATIENCE)
+            connection = http.client.HTTPConnection("127.0.0.1", self.ports["metrics"], timeout=WAIT_TIMEOUT)
             with contextlib.closing(connection):
                 connection.request("GET", "/metrics")
                 return connection.getresponse().read().decode()
@@ -303,7 +303,7 @@ class Appliance:
 
     def all_idle(self) -> None:
         """Waits until every worker stands idle, and at least one does."""
-        eventually(lambda: (told := self.pool())["idle"] == told["workers"] > 0, "all workers are idle")
+        eventually(lambda: (state := self.pool())["idle"] == state["workers"] > 0, "all workers are idle")
 
     def buildx(self, *args: str | Path, timeout: float = 180.0) -> Answer:
         return run("docker", "buildx", *args, env=self.env, timeout=timeout)
@@ -341,7 +341,7 @@ class Appliance:
         assert not leaked, leaked
 
 
-def only(backend: str, why: str) -> Any:
+def only_on(backend: str, why: str) -> Any:
     """A test about one backend: on another it is not collected."""
     return pytest.mark.only(backend, why)
 

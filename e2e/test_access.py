@@ -102,13 +102,13 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
 )
 def test_who_may_use_what(guarded, job, actor, claims, name, status, expected_message):
     token = job(actor, **claims)
-    got, told = guarded.http("POST", ALLOCATE, {"poolName": name, "wait": "60s"}, bearer=token)
-    assert got == status, told
+    got, body = guarded.http("POST", ALLOCATE, {"poolName": name, "wait": "60s"}, bearer=token)
+    assert got == status, body
     if status == 200:
-        guarded.release(told).ok()
+        guarded.release(body).ok()
     else:
-        assert any(part in told["error"]["message"] for part in expected_message.split("|")), told
-        assert "Traceback" not in json.dumps(told)
+        assert any(part in body["error"]["message"] for part in expected_message.split("|")), body
+        assert "Traceback" not in json.dumps(body)
 
 
 def test_hostile_tokens(guarded, issuer):
@@ -127,15 +127,15 @@ def test_hostile_tokens(guarded, issuer):
         "twice": forge(headers, b'{"actor":"alice",' + json.dumps(claims).encode()[1:], key),
     }
     for name, token in hostile.items():
-        status, told = guarded.http("POST", ALLOCATE, {"poolName": "alices"}, bearer=token)
-        assert (name, status) == (name, 401), told
-        assert "refused" in told["error"]["message"], told
+        status, body = guarded.http("POST", ALLOCATE, {"poolName": "alices"}, bearer=token)
+        assert (name, status) == (name, 401), body
+        assert "refused" in body["error"]["message"], body
     assert guarded.pool("alices")["allocated"] == 0
 
 
 def test_only_what_one_may_use_is_shown(guarded, job):
-    status, told = guarded.http("GET", "/api/v1/pools", bearer=job("bob"))
-    assert (status, [pool["name"] for pool in told["pools"]]) == (200, ["bobs"])
+    status, body = guarded.http("GET", "/api/v1/pools", bearer=job("bob"))
+    assert (status, [pool["name"] for pool in body["pools"]]) == (200, ["bobs"])
     assert guarded.http("GET", "/api/v1/pools/alices", bearer=job("bob"))[0] == 403
     assert {pool["name"] for pool in guarded.http("GET", "/api/v1/pools")[1]["pools"]} == {
         *("alices", "bobs", "unruled", "own")
@@ -145,8 +145,8 @@ def test_only_what_one_may_use_is_shown(guarded, job):
 def test_one_who_built_first_is_not_seen_by_the_next(guarded, job):
     _, lease = guarded.http("POST", ALLOCATE, {"poolName": "alices", "jobId": "secret-job"}, bearer=job("alice"))
     carol = job("carol", teams=["builders"])
-    _, told = guarded.http("GET", "/api/v1/pools/alices", bearer=carol)
-    assert "secret-job" not in json.dumps(told)
+    _, body = guarded.http("GET", "/api/v1/pools/alices", bearer=carol)
+    assert "secret-job" not in json.dumps(body)
     by_name = {"workerName": lease["workerName"]}
     for verb in ("release", "renew"):
         assert guarded.http("POST", f"/api/v1/workers/{verb}", by_name, bearer=carol)[0] == 404
@@ -183,8 +183,8 @@ def test_decisions_and_leases_are_in_the_audit_log(guarded, job):
 
 
 def test_a_public_issuer_without_a_condition_is_not_believed(guarded):
-    status, told = guarded.http("GET", "/api/v1/issuers")
-    issuers = {f"{one['namespace']}/{one['name']}": one for one in told["issuers"]}
+    status, body = guarded.http("GET", "/api/v1/issuers")
+    issuers = {f"{one['namespace']}/{one['name']}": one for one in body["issuers"]}
     assert status == 200
     assert issuers["buildkit-system/ci"]["ready"] is True
     assert issuers["buildkit-system/world"]["ready"] is False
@@ -205,8 +205,8 @@ def test_keys_are_rotated_and_an_issuer_that_is_away_is_no_outage(guarded, issue
 
 def test_the_api_over_tls(make_appliance, context):
     appliance = make_appliance()
-    told = appliance.up_with({}, "--api-tls")
-    assert told["apiEndpoint"].startswith("https://")
+    body = appliance.up_with({}, "--api-tls")
+    assert body["apiEndpoint"].startswith("https://")
     appliance.cli("build", str(context.dockerfile("say over-tls"))).ok()
     port = appliance.ports["api"]
     other = {"BKCTL_ENDPOINT": f"https://localhost:{port}", "BKPOOL_HOME": str(appliance.base / "elsewhere")}

@@ -11,9 +11,9 @@ import subprocess
 import pytest
 
 from bkpool.toolchain import default_cache
-from harness import HERE, eventually, only
+from harness import HERE, eventually, only_on
 
-pytestmark = only("process", "what Prometheus is told does not depend on the backend")
+pytestmark = only_on("process", "what Prometheus is told does not depend on the backend")
 
 DOCS = HERE.parent / "docs" / "observability"
 
@@ -63,9 +63,9 @@ def test_a_running_appliance_tells_its_metrics_as_prometheus_wants_them(promtool
     appliance.release(certificates.lease).ok()
     lag = '\nbkpool_loop_lag_seconds_count{loop="main"} '
     eventually(lambda: lag in appliance.metrics(), "the main loop is watched")
-    told = appliance.metrics()
-    assert re.search(r'^buildkit_gateway_bytes_total\{direction="up",pool="default"\} [1-9]', told, re.MULTILINE), (
-        told
-    )
-    assert "\nbuildkit_gateway_draining 0.0\n" in told
-    promtool("check", "metrics", text=told)
+    scraped = appliance.metrics()
+    assert re.search(
+        r'^buildkit_gateway_bytes_total\{direction="up",pool="default"\} [1-9]', scraped, re.MULTILINE
+    ), scraped
+    assert "\nbuildkit_gateway_draining 0.0\n" in scraped
+    promtool("check", "metrics", text=scraped)

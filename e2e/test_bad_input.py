@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from harness import only
+from harness import only_on
 
-pytestmark = only("process", "what is read and said before a backend matters")
+pytestmark = only_on("process", "what is read and said before a backend matters")
 
 POOL = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: default}\nspec: "
 

@@ -16,17 +16,17 @@ def test_bench_measures_every_proxy_that_is_there_or_says_why_not(tmp_path: Path
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "bench", *wanted]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, timeout=300)
-    told = json.loads(done.stdout)
-    assert [(row["leg"], row["load"]) for row in told["gateway"]] == [
+    document = json.loads(done.stdout)
+    assert [(row["leg"], row["load"]) for row in document["gateway"]] == [
         ("unix", "up"),
         ("unix", "connections"),
         ("tls", "up"),
         ("tls", "connections"),
     ]
-    for row in told["gateway"]:
+    for row in document["gateway"]:
         assert row["figures"]["bkpool"][0] > 0
         for name, [figure] in row["figures"].items():
-            assert figure or any(note.startswith(f"{name}, ") for note in told["notes"])
+            assert figure or any(note.startswith(f"{name}, ") for note in document["notes"])
     left = [process for process in Path("/proc").glob("[0-9]*") if _has_open(process, f"{tmp_path}/bkbench-")]
     assert not left, "a proxy or the load has outlived its measurement"
     assert list(tmp_path.iterdir()) == []

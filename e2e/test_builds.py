@@ -45,13 +45,13 @@ def test_the_build_command_returns_buildxs_own_exit_code(appliance, context):
 
 def test_buildctl_which_offers_alpn_works(appliance, lease, context, tools):
     path = context.dockerfile("say through-buildctl")
-    told = run(
+    result = run(
         *(tools["buildctl"], "--addr", f"tcp://localhost:{appliance.ports['gateway']}", *lease.buildctl, "build"),
         *("--progress", "plain", "--frontend", "dockerfile.v0", "--local", f"context={path}"),
         *("--local", f"dockerfile={path}"),
         env=appliance.env,
     ).ok()
-    assert really_ran(told, "through-buildctl")
+    assert really_ran(result, "through-buildctl")
 
 
 def test_two_buildx_commands_at_once_on_one_lease(appliance, lease, context):

@@ -31,8 +31,8 @@ def platform(tmp_path_factory, tools, world, registry_host):
     port = free_port()
     options = ("--dev-issuer", "--dev-issuer-address", f"127.0.0.1:{port}", "--api-tls")
     spec = {"scaling": {"min": 0, "max": 2}, **world.trusting(registry_host)}
-    told = appliance.up_with(spec, *options, name=POOL)
-    yield appliance, told
+    described = appliance.up_with(spec, *options, name=POOL)
+    yield appliance, described
     appliance.finish()
 
 
@@ -155,15 +155,15 @@ def job(platform, tmp_path):
     eventually(lambda: pool(appliance)["allocated"] == 0, "every lease has ended")
 
 
-def github(told: dict[str, Any]) -> dict[str, str]:
+def github(described: dict[str, Any]) -> dict[str, str]:
     return {
-        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{told['devIssuer']}/actions/token?api-version=2.0&actor=octocat",
+        "ACTIONS_ID_TOKEN_REQUEST_URL": f"{described['devIssuer']}/actions/token?api-version=2.0&actor=octocat",
         "ACTIONS_ID_TOKEN_REQUEST_TOKEN": "of-the-runner",
     }
 
 
-def inputs(told: dict[str, Any], **more: str) -> dict[str, str]:
-    return {"endpoint": told["apiEndpoint"], "pool": POOL, "ca-cert": told["apiCa"], **more}
+def inputs(described: dict[str, Any], **more: str) -> dict[str, str]:
+    return {"endpoint": described["apiEndpoint"], "pool": POOL, "ca-cert": described["apiCa"], **more}
 
 
 def pool(appliance: Appliance) -> dict[str, Any]:
@@ -175,15 +175,15 @@ def leased(appliance: Appliance) -> list[dict[str, Any]]:
 
 
 def test_a_job_builds_on_its_worker_and_gives_it_back(platform, job, program):
-    appliance, told = platform
-    running = job(**github(told))
-    assert running.action(inputs(told)) == 0, running.log
+    appliance, described = platform
+    running = job(**github(described))
+    assert running.action(inputs(described)) == 0, running.log
     [worker] = leased(appliance)
     assert worker["requestedBy"] == "octocat"
     assert worker["jobId"].startswith("4711-build-")
     outputs = running.outputs["action"]
     assert outputs["worker"] == worker["name"]
-    assert outputs["gateway"] == told["gatewayEndpoint"]
+    assert outputs["gateway"] == described["gatewayEndpoint"]
     lease = json.loads(next(running.temp.glob("bkpool-lease-*/lease.json")).read_text())
     assert running.log.count(lease["token"]) == running.log.count(f"::add-mask::{lease['token']}\n") == 1
     assert "PRIVATE KEY" not in running.log
@@ -196,11 +196,11 @@ def test_a_job_builds_on_its_worker_and_gives_it_back(platform, job, program):
 
 
 def test_what_a_job_may_give_the_action_besides(platform, job):
-    _, told = platform
-    running = job(**github(told))
-    text = Path(told["apiCa"]).read_text()
+    _, described = platform
+    running = job(**github(described))
+    text = Path(described["apiCa"]).read_text()
     more = {"builder": "mine", "ttl": "30m", "namespace": "default", "wait": "2m"}
-    assert running.action(inputs(told, **more) | {"ca-cert": text}) == 0, running.log
+    assert running.action(inputs(described, **more) | {"ca-cert": text}) == 0, running.log
     assert running.outputs["action"]["builder"] == "mine"
     assert "mine" in run("docker", "buildx", "ls", env=running.env).out
     assert running.ends() == 0
@@ -208,10 +208,10 @@ def test_what_a_job_may_give_the_action_besides(platform, job):
 
 
 def test_a_builder_that_was_there_before_is_not_removed(platform, job):
-    appliance, told = platform
-    running = job(**github(told))
+    appliance, described = platform
+    running = job(**github(described))
     run("docker", "buildx", "create", "--name", "before", "--driver", "remote", "tcp://x:1", env=running.env).ok()
-    assert running.action(inputs(told, builder="before")) != 0
+    assert running.action(inputs(described, builder="before")) != 0
     assert running.ends() == 0
     assert "before" in run("docker", "buildx", "ls", env=running.env).out
     run("docker", "buildx", "rm", "before", env=running.env).ok()
@@ -219,9 +219,9 @@ def test_a_builder_that_was_there_before_is_not_removed(platform, job):
 
 
 def test_a_job_without_the_permission_is_told_what_it_lacks(platform, job):
-    _, told = platform
+    _, described = platform
     running = job()
-    assert running.action(inputs(told)) == 1
+    assert running.action(inputs(described)) == 1
     assert "id-token: write" in running.log
     assert "::error::no worker was leased" in running.log
     assert running.ends() == 0
@@ -229,9 +229,9 @@ def test_a_job_without_the_permission_is_told_what_it_lacks(platform, job):
 
 
 def test_a_lease_that_cannot_be_released_fails_no_job(platform, job):
-    _, told = platform
-    running = job(**github(told))
-    assert running.action(inputs(told)) == 0, running.log
+    _, described = platform
+    running = job(**github(described))
+    assert running.action(inputs(described)) == 0, running.log
     [(where, env, state)] = running.states
     running.states[:] = [(where, env | {"INPUT_ENDPOINT": "https://127.0.0.1:1"}, state)]
     lease = json.loads(next(running.temp.glob("bkpool-lease-*/lease.json")).read_text())
@@ -243,11 +243,11 @@ def test_a_lease_that_cannot_be_released_fails_no_job(platform, job):
 
 def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
     """The runner signals node alone; bkpool must hear of it."""
-    appliance, told = platform
+    appliance, described = platform
     held = [appliance.cli("allocate", "-p", POOL).ok().json for _ in range(2)]
-    running = job(**github(told))
+    running = job(**github(described))
     state = running._file()
-    env = running.env | {f"INPUT_{name.upper()}": value for name, value in inputs(told, builder="").items()}
+    env = running.env | {f"INPUT_{name.upper()}": value for name, value in inputs(described, builder="").items()}
     env |= {"GITHUB_STATE": str(state), "GITHUB_OUTPUT": str(running._file())}
     process = subprocess.Popen(
         ["node", ROOT / "actions" / "lease" / "main.js"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -268,12 +268,12 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
 
 def test_a_person_tries_all_that_by_hand(platform, tmp_path):
     """Tokens of the issuer, what they are good for, and a lease that its maker names by its worker."""
-    appliance, told = platform
+    appliance, described = platform
     mine, yours = (appliance.cli("oidc-token", "--actor", who).ok().out.strip() for who in ("me", "you"))
     (tmp_path / "token").write_text(mine)
     check = appliance.cli("auth", "check", "--token-file", str(tmp_path / "token"), "-p", POOL).ok().json
     assert (check["allowed"], check["identity"]["name"]) == (True, "me")
-    assert check["identity"]["authority"] == told["devIssuer"]
+    assert check["identity"]["authority"] == described["devIssuer"]
     (tmp_path / "token").write_text("of-nobody")
     assert appliance.cli("auth", "check", "--token-file", str(tmp_path / "token"), "-p", POOL).code == 3
     lease = appliance.cli("allocate", "-p", POOL, BKCTL_TOKEN=mine).ok().json
@@ -286,7 +286,7 @@ def test_a_person_tries_all_that_by_hand(platform, tmp_path):
 
 def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
     """Runs a job of the example: its script, then its after_script in a shell of its own, as GitLab's runner does."""
-    appliance, told = platform
+    appliance, described = platform
     example = yaml.safe_load((ROOT / "examples" / "gitlab-ci.yml").read_text())
     wanted = {**example[".bkpool"], **example[name]}
     [(variable, about)] = wanted["id_tokens"].items()
@@ -296,8 +296,8 @@ def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
     )
     running = job(
         **{variable: token.ok().out.strip()},
-        BKCTL_ENDPOINT=told["apiEndpoint"],
-        BKCTL_TLS_CA_CERT=told["apiCa"],
+        BKCTL_ENDPOINT=described["apiEndpoint"],
+        BKCTL_TLS_CA_CERT=described["apiCa"],
         CI_REGISTRY_IMAGE=f"{registry}/group/project",
         CI_COMMIT_SHORT_SHA="deadbeef",
         CI_JOB_ID="7",

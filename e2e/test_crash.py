@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from harness import alive, eventually, only, read_until, really_ran
+from harness import alive, eventually, only_on, read_until, really_ran
 
 
 def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context):
@@ -94,7 +94,7 @@ def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_app
     assert appliance.pool()["workers"] == 1
 
 
-@only("process", "pods outlive their appliance on purpose")
+@only_on("process", "pods outlive their appliance on purpose")
 def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 1}})
@@ -105,7 +105,7 @@ def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
     assert appliance.daemons() == []
 
 
-@only("process", "pods go on while no appliance runs")
+@only_on("process", "pods go on while no appliance runs")
 def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})

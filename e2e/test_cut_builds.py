@@ -15,11 +15,11 @@ import time
 
 import pytest
 
-from harness import eventually, only, read_until
+from harness import eventually, only_on, read_until
 
 AWAY = 8.0  # seconds: shorter than a wait at the gateway (15), longer than a build may take to fail (5)
 
-pytestmark = only("process", "its workers can be kept from coming back")
+pytestmark = only_on("process", "its workers can be kept from coming back")
 
 
 def resume(pid):

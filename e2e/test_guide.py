@@ -90,18 +90,18 @@ def test_registry_cache_and_inline_cache_of_the_guide(guided, tmp_path, program,
     cache = f"type=registry,ref={registry_host}/cache/myapp"
     inline = f"type=registry,ref={registry_host}/myapp:buildcache"
     first = guided.builder(guided.allocate("--pool", POOL, name="one"), "cache-one")
-    told = guided.build(
+    result = guided.build(
         first, context, "--cache-to", f"{cache},mode=max", "--tag", f"{registry_host}/myapp:latest", "--push"
     ).ok()
-    assert really_ran(told, "cached-in-the-registry")
+    assert really_ran(result, "cached-in-the-registry")
     guided.build(
         first, context, "--cache-to", "type=inline", "--tag", f"{registry_host}/myapp:buildcache", "--push"
     ).ok()
     second = guided.builder(guided.allocate("--pool", POOL, name="two"), "cache-two")  # a new worker: nothing cached
-    told = guided.build(
+    result = guided.build(
         second, context, "--cache-from", cache, "--tag", f"{registry_host}/myapp:latest", "--push"
     ).ok()
-    assert not really_ran(told, "cached-in-the-registry")
+    assert not really_ran(result, "cached-in-the-registry")
     third = guided.builder(guided.allocate("--pool", POOL, name="three"), "cache-three")
-    told = guided.build(third, context, "--cache-from", inline, "--tag", f"{registry_host}/myapp:3", "--push").ok()
-    assert not really_ran(told, "cached-in-the-registry")
+    result = guided.build(third, context, "--cache-from", inline, "--tag", f"{registry_host}/myapp:3", "--push").ok()
+    assert not really_ran(result, "cached-in-the-registry")

@@ -62,8 +62,8 @@ def test_an_expired_lease(appliance, context):
 def test_a_token_that_nobody_has(appliance, context, authority, tmp_path):
     certificates = appliance.allocate(name="known")
     leaf = authority.issue_client("x" * 43, NOW, NOW + timedelta(hours=1))
-    told = _says(appliance, _with(certificates, leaf, tmp_path / "unknown"), context, "unknown")
-    assert "bkpool allocate" in told
+    shown = _says(appliance, _with(certificates, leaf, tmp_path / "unknown"), context, "unknown")
+    assert "bkpool allocate" in shown
     appliance.release(certificates.lease)
 
 
@@ -71,8 +71,8 @@ def test_an_expired_certificate_is_told_and_not_a_tls_error(appliance, context, 
     certificates = appliance.allocate(name="old")
     now = datetime.now(UTC)
     leaf = authority.issue_client(certificates.lease["token"], now - timedelta(minutes=4), now - timedelta(minutes=1))
-    told = _says(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
-    assert "expired" in told
+    shown = _says(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
+    assert "expired" in shown
     appliance.release(certificates.lease)
 
 

@@ -15,9 +15,9 @@ from bkpool.core.resource import Metadata
 from bkpool.toolchain import Toolchain, default_cache
 from bkpool.workers import DaemonState
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
-from harness import only
+from harness import only_on
 
-pytestmark = only("process", "its runtime alone")
+pytestmark = only_on("process", "its runtime alone")
 SLOT = Slot("default", "default", 0)
 POOL = Pool(metadata=Metadata(name="default"))
 

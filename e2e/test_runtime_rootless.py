@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
-from harness import only
+from harness import only_on
 
 pytestmark = [
-    only("process", "its runtime alone"),
+    only_on("process", "its runtime alone"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with"),
 ]
 

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 
-from harness import Appliance, Certificates, Context, eventually, oidc_config, only, pool, really_ran, run
+from harness import Appliance, Certificates, Context, eventually, oidc_config, only_on, pool, really_ran, run
 from support.issuer import AUDIENCE, Issuer
 
 _NUMBER = count()
@@ -115,9 +115,9 @@ def test_the_next_tenant_of_a_worker_finds_nothing_of_the_one_before(appliance, 
 
     bobs = bob.allocate("one")
     assert bobs.lease["workerName"] == anns.lease["workerName"]
-    told = told_by_buildkitd(appliance, tools, bobs, "du", "--verbose")
-    assert ANNS not in told
-    assert re.search(r"Total:\s+0B", told), told
+    body = told_by_buildkitd(appliance, tools, bobs, "du", "--verbose")
+    assert ANNS not in body
+    assert re.search(r"Total:\s+0B", body), body
     assert ANNS not in told_by_buildkitd(appliance, tools, bobs, "debug", "histories")
     listed = appliance.buildx("history", "ls", "--builder", bob.builder(bobs)).ok().out.splitlines()
     assert len(listed) <= 1, listed
@@ -135,7 +135,7 @@ def cached_by(answer):
     return [line for line in held.split("\\n") if line]
 
 
-@only("process", "what is on this machine's disk")
+@only_on("process", "what is on this machine's disk")
 def test_nothing_of_a_tenant_stays_on_disk_for_the_next(ann, bob, context, found):
     anns = ann.allocate("one")
     ann.build(anns, context)
@@ -146,7 +146,7 @@ def test_nothing_of_a_tenant_stays_on_disk_for_the_next(ann, bob, context, found
     bob.release(bobs)
 
 
-@only("process", "what is on this machine's disk")
+@only_on("process", "what is on this machine's disk")
 @pytest.mark.parametrize("pool", ["never", "gone", "guarded"])
 def test_without_reuse_nothing_stays_though_nobody_comes(ann, context, found, pool):
     anns = ann.allocate(pool)
@@ -199,11 +199,11 @@ def test_nobody_gets_at_anothers_lease(appliance, ann, bob):
     assert bobs.lease["token"] != anns.lease["token"]
     named = {"workerName": anns.lease["workerName"], "namespace": "default"}
     for what in ("renew", "release"):
-        status, told = appliance.http("POST", f"/api/v1/workers/{what}", named, bearer=bob.bearer)
-        assert status in {403, 404}, told
-        assert "ann" not in json.dumps(told)
-    status, told = appliance.http("POST", "/api/v1/workers/lookup", {"token": "x" * 43}, bearer=bob.bearer)
-    assert status == 404, told
+        status, body = appliance.http("POST", f"/api/v1/workers/{what}", named, bearer=bob.bearer)
+        assert status in {403, 404}, body
+        assert "ann" not in json.dumps(body)
+    status, body = appliance.http("POST", "/api/v1/workers/lookup", {"token": "x" * 43}, bearer=bob.bearer)
+    assert status == 404, body
     shown = json.dumps(appliance.http("GET", "/api/v1/pools/two", bearer=bob.bearer)[1])
     assert '"ann"' not in shown
     assert appliance.http("POST", "/api/v1/workers/lookup", {"token": anns.lease["token"]})[0] == 200

@@ -15,9 +15,9 @@ import h2.connection
 import h2.events
 import pytest
 
-from harness import Answer, Appliance, Context, eventually, only, really_ran, run
+from harness import Answer, Appliance, Context, eventually, only_on, really_ran, run
 
-pytestmark = only("process", "a daemon is kept from starting on this machine; to the gateway a pod is the same")
+pytestmark = only_on("process", "a daemon is kept from starting on this machine; to the gateway a pod is the same")
 
 FIRST, SECOND, LATER = 15.0, 12.0, 2.0  # seconds (docs/clients.md#waiting)
 SLACK = 5.0  # seconds, for a busy machine
@@ -51,7 +51,7 @@ exec {appliance.tools["buildkitd"]} "$@\""""
 
 
 @dataclass
-class Told:
+class Outcome:
     """How a connection ended."""
 
     silence: float
@@ -83,7 +83,7 @@ def _call(appliance, certificates):
             events += http.receive_data(data)
     (answer,) = (dict(event.headers) for event in events if isinstance(event, h2.events.ResponseReceived))
     goaway = any(isinstance(event, h2.events.ConnectionTerminated) for event in events)
-    return Told(silence, int(answer["grpc-status"]), unquote(answer["grpc-message"]), goaway)
+    return Outcome(silence, int(answer["grpc-status"]), unquote(answer["grpc-message"]), goaway)
 
 
 def _buildctl(appliance, certificates):
@@ -100,9 +100,9 @@ def _kill_worker(appliance):
 
 def _admitted(appliance):
     """How many connections have shaken hands, and have a lease or have ended."""
-    told = appliance.metrics()
-    handshakes = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', told, re.MULTILINE)
-    pending = re.search(r"^buildkit_gateway_pending_connections (\S+)", told, re.MULTILINE)
+    metrics = appliance.metrics()
+    handshakes = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', metrics, re.MULTILINE)
+    pending = re.search(r"^buildkit_gateway_pending_connections (\S+)", metrics, re.MULTILINE)
     return float(handshakes[1]) - float(pending[1])
 
 
@@ -153,7 +153,7 @@ def test_clients_are_told_as_soon_as_their_worker_is_given_up(make_appliance, co
 class Waits:
     """What each was told, who waited one after the other for a worker that never came; all three at the same time."""
 
-    calls: list[Told]
+    calls: list[Outcome]
     buildx: Answer
     buildctl: list[Answer]
 
@@ -183,8 +183,8 @@ def test_nothing_is_sent_to_a_held_client_until_its_time_is_over_and_then_code_g
     assert FIRST <= first.silence < FIRST + SLACK
     assert SECOND <= second.silence < SECOND + SLACK
     assert LATER <= later.silence < LATER + SLACK
-    assert [told.code for told in waits.calls] == [UNAVAILABLE, FAILED_PRECONDITION, FAILED_PRECONDITION]
-    assert all(told.goaway and CAUSE in told.message for told in waits.calls)
+    assert [outcome.code for outcome in waits.calls] == [UNAVAILABLE, FAILED_PRECONDITION, FAILED_PRECONDITION]
+    assert all(outcome.goaway and CAUSE in outcome.message for outcome in waits.calls)
     assert "is not ready yet" in first.message
     assert "did not become ready in time" in second.message
 

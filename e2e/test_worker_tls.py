@@ -20,10 +20,10 @@ from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki import bundle
 from bkpool.pki.names import gateway_names
 from bkpool.pki.worker_tls import check_worker, worker_context
-from harness import eventually, free_port, only
+from harness import eventually, free_port, only_on
 
 pytestmark = [
-    only("process", "a buildkitd without a pod around it"),
+    only_on("process", "a buildkitd without a pod around it"),
     pytest.mark.skipif(os.geteuid() != 0, reason="buildkitd on its own wants root"),
 ]
 NOW = datetime.now(UTC)

@@ -1,6 +1,6 @@
 """The backends as the end-to-end tests see them: one `harness.World` for processes and one for pods.
 
-A test that needs more than `World` offers is about one backend and is marked so (`only("process", why)`).
+A test that needs more than `World` offers is about one backend and is marked so (`only_on("process", why)`).
 """
 
 from __future__ import annotations

@@ -130,22 +130,22 @@ class Client:
         while True:
             call = self.record.call()
             self.record.note(self.name, "ask", call=call, job=job)
-            outcome, told = self._post("allocate", body, WAIT + 20)
+            outcome, reply = self._post("allocate", body, WAIT + 20)
             if outcome == "answered":
-                of = {"outcome": "lease", "lease": _name(told), "worker": told["workerName"]}
+                of = {"outcome": "lease", "lease": _name(reply), "worker": reply["workerName"]}
                 self.record.note(self.name, "answer", call=call, wait=WAIT, **of)
-                return told
-            self.record.note(self.name, "answer", call=call, wait=WAIT, outcome=outcome, message=told["message"])
+                return reply
+            self.record.note(self.name, "answer", call=call, wait=WAIT, outcome=outcome, message=reply["message"])
             time.sleep(AGAIN)
 
     def _release(self, lease: dict[str, Any]) -> None:
         while True:
             call = self.record.call()
             self.record.note(self.name, "release", call=call, lease=_name(lease))
-            outcome, told = self._post("release", {"token": lease["token"]}, 30)
+            outcome, reply = self._post("release", {"token": lease["token"]}, 30)
             outcome = {"answered": "released", "over": "over"}.get(outcome, outcome)
             self.record.note(
-                self.name, "released", call=call, wait=10, outcome=outcome, message=told.get("message", "")
+                self.name, "released", call=call, wait=10, outcome=outcome, message=reply.get("message", "")
             )
             if outcome in {"released", "over"}:
                 return
@@ -158,14 +158,14 @@ class Client:
         try:
             connection.request("POST", f"/api/v1/workers/{verb}", json.dumps(body), headers)
             answer = connection.getresponse()
-            told = json.loads(answer.read())
+            reply = json.loads(answer.read())
         except (OSError, http.client.HTTPException, ValueError) as error:
             return "cut", {"message": repr(error)}
         finally:
             connection.close()
         if answer.status == HTTPStatus.OK:
-            return "answered", told
-        message = f"{answer.status}: {told['error']['message']}"
+            return "answered", reply
+        message = f"{answer.status}: {reply['error']['message']}"
         over = verb == "release" and answer.status in {HTTPStatus.GONE, HTTPStatus.NOT_FOUND, HTTPStatus.UNAUTHORIZED}
         return "over" if over else "refused", {"message": message}
 

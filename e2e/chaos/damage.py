@@ -106,7 +106,7 @@ def end_appliance(appliance: Appliance, how: str) -> None:
     else:
         pid = appliance.described["pid"]
         os.kill(pid, signal.SIGTERM)
-        eventually(lambda: not alive(pid), "the appliance has drained and ended after SIGTERM", patience=DRAINED)
+        eventually(lambda: not alive(pid), "the appliance has drained and ended after SIGTERM", timeout=DRAINED)
 
 
 def resume(pid: int) -> None:
@@ -120,9 +120,10 @@ def wrong_in_log(appliance: Appliance) -> Iterator[str]:
     yield from (f"a secret in a log: {found}" for found in appliance.leaked())
     for line in appliance.log.splitlines():
         with suppress(ValueError):
-            told = json.loads(line)
-            if "exception" in told:
-                yield f"an exception in the log: {told.get('event')}: {told['exception'].strip().splitlines()[-1]}"
+            record = json.loads(line)
+            if "exception" in record:
+                last = record["exception"].strip().splitlines()[-1]
+                yield f"an exception in the log: {record.get('event')}: {last}"
             continue
         if line.startswith("Traceback"):
             yield "a traceback in the log"

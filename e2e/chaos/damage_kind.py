@@ -147,7 +147,7 @@ class KindDamage:
         kinds = ("buildkitworkers", "pods", "pvc", "secrets")
         ours = ("-n", "default", "-l", "app.kubernetes.io/managed-by=bkpool", "--no-headers")
         with suppress(AssertionError):
-            eventually(lambda: not kubectl("get", ",".join(kinds), *ours), "the pool is gone", patience=GONE)
+            eventually(lambda: not kubectl("get", ",".join(kinds), *ours), "the pool is gone", timeout=GONE)
         yield from kubectl("get", ",".join(kinds), *ours, "-o", "name").splitlines()
         self._appliance.down("--now").ok()
 

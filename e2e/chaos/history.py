@@ -226,14 +226,14 @@ def _waiters(events: list[Event]) -> Iterator[str]:
 
 def _answered(asked: Event, answer: Event, faults: list[Harm]) -> Iterator[str]:
     took, outcome = answer.at - asked.at, answer.of["outcome"]
-    told = answer.of.get("message", "")
+    message = answer.of.get("message", "")
     what = f"{answer.at:.2f}: {answer.who}, who asked at {asked.at:.2f} ({asked.what}),"
     if took > answer.of["wait"] + PROMPT:
         yield f"{what} waited {took:.1f} s"
     if outcome in {"lease", "released", "over"}:
         return
-    if outcome == "refused" and not is_sentence(told):
-        yield f"{what} was refused without a sentence: {told!r}"
+    if outcome == "refused" and not is_sentence(message):
+        yield f"{what} was refused without a sentence: {message!r}"
     if outcome == "refused":
         causes = [harm for harm in faults if _touches(harm, asked.at - RECOVERY, answer.at)]
     else:  # cut off
@@ -243,7 +243,7 @@ def _answered(asked: Event, answer: Event, faults: list[Harm]) -> Iterator[str]:
             if harm.kind in {"kill-appliance", "end-appliance"} and _touches(harm, answer.at - PROMPT, answer.at)
         ]
     if not causes:
-        yield f"{what} was {outcome} with no fault to cause it: {told}"
+        yield f"{what} was {outcome} with no fault to cause it: {message}"
 
 
 # --- builds ---------------------------------------------------------------------------------------------------------

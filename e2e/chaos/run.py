@@ -198,7 +198,7 @@ class Run:
     def _afterwards(self) -> None:
         """Whether all is whole again, and what is left over."""
         try:
-            eventually(self._whole, "every worker is ready and idle", patience=HEALED)
+            eventually(self._whole, "every worker is ready and idle", timeout=HEALED)
             self._record.note("driver", "healed", seconds=round(self._record.now() - self._calm, 1))
         except Exception as error:  # noqa: BLE001
             self._record.note("driver", "wrong", text=f"the pool does not heal: {error!r}: {self._members()}")

@@ -22,7 +22,7 @@ import pytest
 from bkpool.core import tokens
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
-from harness import PATIENCE
+from harness import WAIT_TIMEOUT
 
 HERE = Path(__file__).parent
 SERVED_WITHIN = 1.0
@@ -114,7 +114,7 @@ class GatewayProcess:
         try:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            assert self._process.wait(PATIENCE) == 0
+            assert self._process.wait(WAIT_TIMEOUT) == 0
         finally:
             self._process.kill()
             self._process.wait()
@@ -192,7 +192,7 @@ class AttackedProcess:
         assert self.process.counters["active"] == 1
         (await self.served_client()).disconnect()
 
-    async def wait_until(self, condition: Any, seconds: float = PATIENCE) -> None:
+    async def wait_until(self, condition: Any, seconds: float = WAIT_TIMEOUT) -> None:
         async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110 - polls another process
                 await asyncio.sleep(0.02)

@@ -14,13 +14,13 @@ import time
 
 import pytest
 
-from harness import eventually, only, pool
+from harness import eventually, only_on, pool
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and SETTINGS: RFC 9113 section 3.4
 STOP_TIMEOUT = 10.0
 """Seconds that the rest of an appliance may take to end, because its workers must end first."""
 
-pytestmark = only("process", "the appliance is a process of this machine")
+pytestmark = only_on("process", "the appliance is a process of this machine")
 
 
 class Stream:

@@ -78,9 +78,9 @@ def test_an_api_server_that_is_down_for_a_minute(faulty, context):
     appliance.build(builder, context.dockerfile("say while-it-is-down")).ok()  # a registered lease goes on
     out, _ = running.communicate(timeout=DOWN + 30)
     assert running.returncode == 0, out
-    eventually(lambda: time.monotonic() - begun >= DOWN, "a minute has passed", patience=DOWN + 5)
+    eventually(lambda: time.monotonic() - begun >= DOWN, "a minute has passed", timeout=DOWN + 5)
     proxy.up()
-    eventually(lambda: ready(appliance), "it recovers by itself", patience=30)
+    eventually(lambda: ready(appliance), "it recovers by itself", timeout=30)
     appliance.build(appliance.builder(appliance.allocate(name="after"), "after"), context.path).ok()
     appliance.release(certificates.lease).ok()
     eventually(lambda: appliance.pool()["allocated"] == 1, "and catches up")

@@ -33,14 +33,14 @@ def test_what_kubectl_shows(make_appliance, world, context):
     eventually(lambda: "job-7" in world.kubectl("get", "bkworker"), "the job is shown")
     header = world.kubectl("get", "bkworker").splitlines()[0]
     assert " ".join(header.split()) == "NAME POOL PHASE POD JOB EXPIRES AGE"
-    told = appliance.pool()["conditions"]
-    ignored = next(c["message"] for c in told if c["type"] == "IgnoredFields")
+    body = appliance.pool()["conditions"]
+    ignored = next(c["message"] for c in body if c["type"] == "IgnoredFields")
     assert ignored == "spec.gateway.replicas, spec.tls"
     assert worker_of(world, lease["workerName"])["metadata"]["finalizers"] == [FINALIZER]
     appliance.release(lease).ok()
     eventually(lambda: not worker_of(world, lease["workerName"])["metadata"].get("finalizers"), "unheld again")
     events = eventually(
-        lambda: (told := world.kubectl("get", "events", "-n", "default")) and "Released" in told and told, "events"
+        lambda: (body := world.kubectl("get", "events", "-n", "default")) and "Released" in body and body, "events"
     )
     assert "Allocated" in events
     assert "ScaledUp" in events
@@ -49,12 +49,12 @@ def test_what_kubectl_shows(make_appliance, world, context):
 def test_a_maximum_beyond_the_host_ports_is_told(make_appliance, world):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1000}})
-    told = eventually(
+    body = eventually(
         lambda: [c for c in appliance.pool()["conditions"] if c["type"] == "Capacity" and c["status"] == "False"],
         "the condition",
     )
-    assert "1000" in told[0]["message"]
-    assert "kind-config.yaml" in told[0]["message"]
+    assert "1000" in body[0]["message"]
+    assert "kind-config.yaml" in body[0]["message"]
 
 
 def test_what_cannot_be_pulled_is_told_to_whoever_waits(make_appliance):
@@ -117,7 +117,7 @@ def test_a_pool_deleted_while_it_is_leased_lets_the_build_finish_and_can_be_made
     world.kubectl("delete", "buildkitpool", "default", "--wait=false")
     out, _ = running.communicate(timeout=60)
     assert running.returncode == 0, out
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers go", patience=120)
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers go", timeout=120)
     eventually(lambda: not appliance.workers(), "and their pods")
     world.kubectl("apply", "-f", str(appliance.base / "objects.yaml"))
     eventually(lambda: appliance.http("GET", "/api/v1/pools/default")[0] == 200, "the pool is there again")

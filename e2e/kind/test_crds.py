@@ -196,7 +196,7 @@ def test_only_the_spec_is_required(installed, kubectl):
 
 
 def test_kubectl_explains_every_field(installed, kubectl):
-    told = kubectl("explain", "buildkitpool.spec", "--recursive")
+    body = kubectl("explain", "buildkitpool.spec", "--recursive")
     for field in (
         "scaleDownDelay",
         "keepDuration",
@@ -205,7 +205,7 @@ def test_kubectl_explains_every_field(installed, kubectl):
         "loadBalancerClass",
         "hostname",
     ):
-        assert (field in told) == (field != "claims\t")
+        assert (field in body) == (field != "claims\t")
     assert "A Go duration" in kubectl("explain", "buildkitpool.spec.gateway.tokenTTL")
 
 

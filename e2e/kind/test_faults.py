@@ -53,10 +53,10 @@ async def mirror(store: KubernetesStore, behind: KubernetesStore) -> AsyncIterat
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def eventually(condition: Callable[[], Any], what: str, patience: float = 15.0) -> None:
+async def eventually(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> None:
     """Waits for what lies beyond the loop: a thread's switch, another process."""
     try:
-        async with asyncio.timeout(patience):
+        async with asyncio.timeout(seconds):
             while not condition():  # noqa: ASYNC110 - the condition is another thread's
                 await asyncio.sleep(0.01)
     except TimeoutError:
@@ -88,9 +88,9 @@ async def test_writing_while_the_server_is_down_says_what_to_look_at(store, prox
     proxy.down()
 
     for attempt in (behind.get(Pool, *P), behind.replace(pool), behind.create(a_pool("q")), behind.list(Pool)):
-        with pytest.raises(Unavailable, match="the API server does not answer") as told:
+        with pytest.raises(Unavailable, match="the API server does not answer") as body:
             await attempt
-        assert "kubectl" in told.value.hint
+        assert "kubectl" in body.value.hint
 
 
 async def test_lost_history_is_listed_again(store, proxy, mirror):

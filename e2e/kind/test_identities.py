@@ -254,14 +254,14 @@ async def test_the_status_of_an_issuer_is_what_kubectl_shows(api, kubectl, names
     }
     for name, spec in specs.items():
         kubectl("apply", "-f", "-", stdin=a_document(name, namespace, **spec))
-    told = asyncio.Event()
-    mirror.on_config(told.set)
+    body = asyncio.Event()
+    mirror.on_config(body.set)
     tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(keeper.run())]
     try:
         async with asyncio.timeout(20):
             while [bool(config.status.conditions) for config in mirror.configs.values()] != [True] * 3:
-                await told.wait()
-                told.clear()
+                await body.wait()
+                body.clear()
         header, *rows = kubectl("get", "bkoidc", "-n", namespace).splitlines()
         assert " ".join(header.split()) == "NAME ISSUER AUDIENCE ENABLED READY AGE"
         assert [row.split()[:-1] for row in rows] == [

@@ -69,8 +69,8 @@ class Installed:
 
     @property
     def token(self) -> str:
-        told = self.world.kubectl("-n", SYSTEM, "get", "secret", "bkpool-admin", "-o", "jsonpath={.data.token}")
-        return base64.b64decode(told).decode()
+        encoded = self.world.kubectl("-n", SYSTEM, "get", "secret", "bkpool-admin", "-o", "jsonpath={.data.token}")
+        return base64.b64decode(encoded).decode()
 
     def pods(self, selector: str, namespace: str) -> list[str]:
         found = self.world.objects("pods", "-n", namespace, "-l", selector)
@@ -153,8 +153,8 @@ class Installed:
 
     def all_free(self) -> None:
         def free() -> bool:
-            told = self.world.objects("buildkitworkers", "-A")
-            return not any(worker["spec"].get("allocation") for worker in told)
+            workers = self.world.objects("buildkitworkers", "-A")
+            return not any(worker["spec"].get("allocation") for worker in workers)
 
         eventually(free, "every lease has ended")
 
@@ -219,13 +219,13 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     context = Context(made.base / "context", program).dockerfile("say in-the-cluster")
     kubectl("cp", str(tools["buildx"]), "caller:/home/bkpool/buildx")
     kubectl("cp", str(context), "caller:/home/bkpool/context")
-    eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", patience=120)
+    eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", timeout=120)
     yield made
     made.close()
     leaked = made.leaked()
     kubectl("delete", "pod", "caller", "--ignore-not-found", "--wait=false")
     kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers go", patience=120)
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers go", timeout=120)
     kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
     eventually(lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas go")
     assert not leaked, leaked
@@ -250,9 +250,9 @@ export HOME=/home/bkpool
 
 
 def test_the_main_job_from_a_pod(installed):
-    told = installed.inside(f"export BKCTL_TOKEN={installed.token}; {SETUP}{BUILD}")
-    assert SERVICE in told
-    assert "in-the-cluster" in told
+    output = installed.inside(f"export BKCTL_TOKEN={installed.token}; {SETUP}{BUILD}")
+    assert SERVICE in output
+    assert "in-the-cluster" in output
     installed.inside(
         "export BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082; bkpool release --token alloc.json"
     )
@@ -274,8 +274,8 @@ def test_a_service_account_builds_where_a_rule_lets_it(installed):
         status, lease = asked(token("default"))
         assert status == 200, "nothing is configured yet, so every known caller may build"
         installed.release(port, lease)
-        status, told = asked(token("builder", "somebody-else"))
-        assert (status, "audience" in told["error"]["message"]) == (401, True), told
+        status, reply = asked(token("builder", "somebody-else"))
+        assert (status, "audience" in reply["error"]["message"]) == (401, True), reply
 
         rule = {"users": ["system:serviceaccount:default:build*", "group:nobody"], "pools": [POOL]}
         patch = {"spec": {"auth": {"rbac": {"rules": [rule]}}}}
@@ -312,11 +312,11 @@ def test_the_replicas_agree_on_the_state_of_an_issuer(installed):
     }
     kubectl("apply", "-f", "-", stdin=json.dumps(document))
     try:
-        told = eventually(
+        reply = eventually(
             lambda: kubectl("get", "buildkitoidcconfig", "world", "-n", SYSTEM, "-o", "jsonpath={.status.message}"),
             "the leader has judged it",
         )
-        assert "condition" in told
+        assert "condition" in reply
     finally:
         kubectl("delete", "buildkitoidcconfig", "world", "-n", SYSTEM)
 
@@ -389,8 +389,8 @@ def test_what_one_replica_does_all_honour(installed, program):
     certificates = installed.certificates(lease, "honoured-certs")
     for number, gateway in enumerate(gateways):
         installed.build(certificates, gateway, context, f"honoured-{number}").ok()
-    status, told = installed.call(two, "POST", "workers/renew", {"token": lease["token"], "ttl": "2h"})
-    assert status == 200, told
+    status, reply = installed.call(two, "POST", "workers/renew", {"token": lease["token"], "ttl": "2h"})
+    assert status == 200, reply
     installed.release(two, lease)
     for number, gateway in enumerate(gateways):
         assert "released" in installed.build(certificates, gateway, context, f"over-{number}").text
@@ -459,15 +459,16 @@ def _builds(installed, seconds: int, count: int = 20) -> threading.Thread:
     script += [f"bkpool release --token many/{lease}/lease.json >/dev/null" for lease in range(4)]
     thread = threading.Thread(target=installed.inside, args=("\n".join(script),))
     thread.start()
-    eventually(lambda: "begun" in installed.inside("cat many/begun 2>/dev/null || true"), "leased", patience=120)
-    eventually(lambda: _many_connections(installed), "builds are under way", patience=120)
+    eventually(lambda: "begun" in installed.inside("cat many/begun 2>/dev/null || true"), "leased", timeout=120)
+    eventually(lambda: _many_connections(installed), "builds are under way", timeout=120)
     return thread
 
 
 def _many_connections(installed) -> bool:
-    told = installed.world.objects("buildkitworkers", "-n", "default")
+    workers = installed.world.objects("buildkitworkers", "-n", "default")
     return (
-        sum(entry["connections"] for w in told for entry in w["status"].get("gateways", ())) >= 1 and len(told) >= 4
+        sum(entry["connections"] for w in workers for entry in w["status"].get("gateways", ())) >= 1
+        and len(workers) >= 4
     )
 
 

@@ -30,11 +30,11 @@ class Replica:
         await asyncio.gather(self.task, return_exceptions=True)
 
 
-async def took(replica: Replica, patience: float) -> float:
+async def took(replica: Replica, limit: float) -> float:
     """Seconds until it works."""
     clock = asyncio.get_running_loop().time
     begun = clock()
-    async with asyncio.timeout(patience):
+    async with asyncio.timeout(limit):
         await replica.working.wait()
     return clock() - begun
 

@@ -123,9 +123,9 @@ buildctl build --progress plain --frontend dockerfile.v0 --local dockerfile=. --
 
 async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
     async def run(number: int, isolation: str) -> None:
-        place, told = slot._replace(number=number), WaitingReports()
-        endpoint = await runtime.daemons.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), told)
-        assert told == []
+        place, reports = slot._replace(number=number), WaitingReports()
+        endpoint = await runtime.daemons.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), reports)
+        assert reports == []
         await probe_tls(*address(endpoint), dialler(), "uid-1")
         output = await in_pod(kubectl, place, BUILD)
         assert "buildctl github.com/moby/buildkit" in output  # what the RUN step says
@@ -217,13 +217,13 @@ async def test_others_are_asked_to_leave_a_leased_worker_alone(runtime, slot, ap
 async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_end(make_runtime, slot):
     runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
 
-    async def run(number: int, told: str, field: str | None, **spec: object) -> None:
+    async def run(number: int, expected: str, field: str | None, **spec: object) -> None:
         messages = WaitingReports()
-        with pytest.raises(WorkerFailed, match=told) as failure:
+        with pytest.raises(WorkerFailed, match=expected) as failure:
             await runtime.daemons.start(
                 slot._replace(number=number), "uid-1", None, a_pool(slot.namespace, **spec), messages
             )
-        assert re.match(told, messages[0])
+        assert re.match(expected, messages[0])
         assert failure.value.field == field
 
     huge = {"buildkit": {"requests": {"cpu": "1000"}}}

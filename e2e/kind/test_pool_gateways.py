@@ -1,6 +1,6 @@
 """The gateways of pools, made by the appliance's own ServiceAccount with the rights that `bkpool manifests` gives it.
 
-Their pods need no image here: what is tested is what the cluster is told, and what bkpool does when others change it.
+Their pods need no image here: the tests look at the objects that bkpool writes, and at what it does when others change them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PLURALS = {
     "Role": ("rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
 }
-"""What of the manifests is the appliance's identity and its rights."""
+"""The kinds of the manifests that are the appliance's identity and rights."""
 
 
 def where(doc):
@@ -91,7 +91,7 @@ async def system(api):
 
 @pytest.fixture
 async def appliance(api, cluster, system, namespace, tmp_path):
-    """The API as the appliance's ServiceAccount sees it, with rights in the namespace of the test."""
+    """The API with the token of the appliance's ServiceAccount, which has rights in the namespace of the test."""
     for doc in rights(system, namespace):
         await api.apply(where(doc), doc)
     account = paths.core("serviceaccounts", system, "buildkit-controller", "token")
@@ -107,21 +107,21 @@ async def appliance(api, cluster, system, namespace, tmp_path):
     await opened.close()
 
 
-class Told:
+class RecordedReasons:
     """A recorder that remembers the reasons."""
 
     def __init__(self):
-        self.told = []
+        self.reasons = []
 
     def record(self, about, reason, message, *, warning=False):
-        self.told.append(reason)
+        self.reasons.append(reason)
 
 
 @asynccontextmanager
 async def running(api, *, now=lambda: datetime.now(UTC)):
-    """The gateways of all pools, kept for as long as the block lasts."""
+    """Runs the gateways of all pools until the end of the block."""
     mirror = Mirror(KubernetesStore(api))
-    image, recorder = "registry.example.com/bkpool:1", Told()
+    image, recorder = "registry.example.com/bkpool:1", RecordedReasons()
     gateways = PoolGateways(
         api,
         mirror,
@@ -132,7 +132,7 @@ async def running(api, *, now=lambda: datetime.now(UTC)):
         now=now,
         recorder=recorder,
     )
-    gateways.told = recorder.told
+    gateways.reasons = recorder.reasons
     gateways.changed = asyncio.Event()
     gateways.on_change(gateways.changed.set)
     tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(gateways.run())]
@@ -144,8 +144,8 @@ async def running(api, *, now=lambda: datetime.now(UTC)):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def told(gateways, condition):
-    """Waits until what the gateways tell of pools fulfils a condition."""
+async def wait_for_gateways(gateways, condition):
+    """Waits until the reported endpoints and errors of the gateways fulfil a condition."""
     async with asyncio.timeout(30):
         while not condition(gateways):
             gateways.changed.clear()
@@ -153,7 +153,7 @@ async def told(gateways, condition):
 
 
 async def becomes(api, path, condition):
-    """Waits until an object in the cluster is so, by watching it; returns it."""
+    """Watches an object in the cluster until it fulfils a condition, and returns it."""
     collection, _, name = path.rpartition("/")
     async with asyncio.timeout(60):
         while True:
@@ -208,25 +208,25 @@ def addresses(secret):
     return [str(address) for address in names.get_values_for_type(x509.IPAddress)]
 
 
-async def test_a_pool_gets_all_of_it_and_its_end_takes_all_of_it(appliance, store, api, namespace):
+async def test_all_objects_are_made_with_a_pool_and_removed_with_it(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235"
         for kind in KINDS:
             made = await api.get(at(kind, namespace))
             assert [owner["uid"] for owner in made["metadata"]["ownerReferences"]] == [pool.uid], kind
         assert not gateways.trouble
         await store.delete(Pool, *pool.key)
-        await told(gateways, lambda g: pool.key not in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key not in g.endpoints)
         for kind in KINDS:
             await becomes(api, at(kind, namespace), lambda doc: doc is None)
 
 
-async def test_what_others_change_or_delete_is_put_right(appliance, store, api, namespace):
+async def test_objects_that_others_change_or_delete_are_restored(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         await api.patch(at("Deployment", namespace), {"spec": {"replicas": 0}})
         await becomes(api, at("Deployment", namespace), lambda doc: doc and doc["spec"]["replicas"] == 2)
         before = await api.get(at("Secret", namespace))
@@ -246,24 +246,26 @@ async def test_what_others_change_or_delete_is_put_right(appliance, store, api, 
             )
 
 
-async def test_what_was_deleted_while_no_controller_ran_is_made_anew(appliance, store, api, namespace):
+async def test_objects_that_were_deleted_while_no_controller_ran_are_made_again(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
     before = certificate(await api.get(at("Secret", namespace))).serial_number
     for kind in ("Role", "NetworkPolicy", "ServiceAccount"):
         await api.delete(at(kind, namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         for kind in KINDS:
             await api.get(at(kind, namespace))
-    assert certificate(await api.get(at("Secret", namespace))).serial_number == before, "it was still good"
+    assert certificate(await api.get(at("Secret", namespace))).serial_number == before, (
+        "the certificate was still valid"
+    )
 
 
-async def test_a_pool_made_again_under_its_name_has_its_own(appliance, store, api, namespace):
+async def test_a_pool_that_is_created_again_gets_new_objects(appliance, store, api, namespace):
     first = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: first.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: first.key in g.endpoints)
         await store.delete(Pool, *first.key)
         second = await store.create(a_pool(namespace))
         for kind in KINDS:
@@ -277,40 +279,40 @@ async def test_a_pool_made_again_under_its_name_has_its_own(appliance, store, ap
 async def test_a_changed_spec_is_applied(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         await becomes(
             api, at("Deployment", namespace), lambda doc: doc and doc["status"].get("unavailableReplicas") == 2
         )
         spec = {"gateway": {"replicas": 3, "drainTimeout": "2h", "port": 443}}
         await api.patch(paths.custom(Pool.PLURAL, *pool.key), {"spec": spec})
-        await told(gateways, lambda g: g.endpoints[pool.key] == f"tcp://p.{namespace}.svc:443")
+        await wait_for_gateways(gateways, lambda g: g.endpoints[pool.key] == f"tcp://p.{namespace}.svc:443")
         deployment = (await api.get(at("Deployment", namespace)))["spec"]
         assert deployment["replicas"] == 3
         assert deployment["template"]["spec"]["terminationGracePeriodSeconds"] == 7230
 
 
-async def test_callers_are_told_the_load_balancers_address_and_the_certificate_has_it(
-    appliance, store, api, namespace
-):
+async def test_callers_get_the_load_balancers_address_and_the_certificate_has_it(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace, gateway={"serviceType": "LoadBalancer"}))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
-        assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235", "until there is one"
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
+        assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235", (
+            "the address in the cluster, until there is a load balancer"
+        )
         status = {"status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.7"}]}}}
         await api.patch(f"{at('Service', namespace)}/status", status)
-        await told(gateways, lambda g: g.endpoints[pool.key] == "tcp://192.0.2.7:1235")
+        await wait_for_gateways(gateways, lambda g: g.endpoints[pool.key] == "tcp://192.0.2.7:1235")
         assert "192.0.2.7" in addresses(await api.get(at("Secret", namespace)))
 
 
-async def test_certificates_are_renewed_in_time(appliance, store, api, namespace):
+async def test_certificates_are_renewed_before_they_expire(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
     first = certificate(await api.get(at("Secret", namespace)))
     later = first.not_valid_after_utc - timedelta(days=1)
     async with running(appliance, now=lambda: later) as gateways:
-        await told(gateways, lambda g: pool.key in g.endpoints)
-        assert gateways.told == ["CertificateRotated"]
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
+        assert gateways.reasons == ["CertificateRotated"]
     second = certificate(await api.get(at("Secret", namespace)))
     assert second.not_valid_after_utc > first.not_valid_after_utc + timedelta(days=100)
     ssl.create_default_context(
@@ -318,45 +320,45 @@ async def test_certificates_are_renewed_in_time(appliance, store, api, namespace
     )
 
 
-async def test_a_namespace_without_rights_is_told_and_stops_no_other(
+async def test_missing_rights_in_a_namespace_are_reported_and_other_namespaces_are_served(
     appliance, store, api, system, namespace, barred
 ):
     poor = await store.create(a_pool(barred))
     fine = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: fine.key in g.endpoints and poor.key in g.trouble)
+        await wait_for_gateways(gateways, lambda g: fine.key in g.endpoints and poor.key in g.trouble)
         assert f"--pool-namespace {barred}" in gateways.trouble[poor.key]
         assert poor.key not in gateways.endpoints
         for doc in rights(system, barred):
             await api.apply(where(doc), doc)
-        await told(gateways, lambda g: poor.key in g.endpoints and poor.key not in g.trouble)
+        await wait_for_gateways(gateways, lambda g: poor.key in g.endpoints and poor.key not in g.trouble)
 
 
-async def test_what_the_cluster_refuses_is_told_with_the_field(appliance, store, api, namespace):
+async def test_an_error_of_the_cluster_is_reported_with_the_field(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace, gateway={"serviceType": "NodePort", "nodePort": 80}))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.trouble)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.trouble)
         assert "nodePort" in gateways.trouble[pool.key]
         await api.patch(paths.custom(Pool.PLURAL, *pool.key), {"spec": {"gateway": {"nodePort": None}}})
-        await told(gateways, lambda g: pool.key in g.endpoints and pool.key not in g.trouble)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints and pool.key not in g.trouble)
 
 
-async def test_an_object_of_somebody_else_is_not_taken_from_him(appliance, store, api, namespace):
+async def test_an_object_that_bkpool_did_not_make_is_left_alone(appliance, store, api, namespace):
     theirs = {"metadata": {"name": "p"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}
     await api.create(paths.core("services", namespace), theirs)
     pool = await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: pool.key in g.trouble)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.trouble)
         assert f"Service {namespace}/p" in gateways.trouble[pool.key]
         assert (await api.get(at("Service", namespace)))["spec"]["selector"] == {"app": "web"}
         await api.delete(at("Service", namespace))
-        await told(gateways, lambda g: pool.key in g.endpoints and pool.key not in g.trouble)
+        await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints and pool.key not in g.trouble)
 
 
-async def test_a_gateway_may_what_it_needs_and_nothing_else(appliance, store, api, namespace):
+async def test_a_gateway_has_only_the_rights_that_it_needs(appliance, store, api, namespace):
     await store.create(a_pool(namespace))
     async with running(appliance) as gateways:
-        await told(gateways, lambda g: Key(namespace, "p") in g.endpoints)
+        await wait_for_gateways(gateways, lambda g: Key(namespace, "p") in g.endpoints)
     allowed = {
         ("list", "buildkitpools", ""),
         ("watch", "buildkitworkers", ""),

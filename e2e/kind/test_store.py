@@ -90,15 +90,15 @@ async def test_what_becomes_unreadable_stays_as_it_was_until_it_can_be_read_or_i
     assert mirror.workers == {worker.key: worker}, "a list that cannot read it does not end it"
     assert "Moonlight" in store.unreadable[Worker.KIND, worker.key]
 
-    told: asyncio.Queue[Key] = asyncio.Queue()
-    mirror.subscribe(told.put_nowait)
+    changes: asyncio.Queue[Key] = asyncio.Queue()
+    mirror.subscribe(changes.put_nowait)
     await api.patch(*changed_status(worker, phase="Idle"))
     async with asyncio.timeout(10):
-        await told.get()
+        await changes.get()
         assert mirror.workers[worker.key].status.phase == "Idle"
         await api.patch(*changed_status(worker, phase="Moonlight"))
         await store.delete(Worker, *worker.key)
-        await told.get()
+        await changes.get()
     assert mirror.workers == {}
     assert store.unreadable == {}
     with pytest.raises(Gone):

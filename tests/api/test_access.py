@@ -93,17 +93,17 @@ async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api
     for bearer, names in ((ANN, ["a", "p"]), (BOB, ["p"])):
         pools = (await api("GET", "/api/v1/pools", bearer=bearer))[1]["pools"]
         assert [pool["name"] for pool in pools] == names
-    status, told, _ = await api("POST", ALLOCATE, {"poolName": "a"}, bearer=BOB)
-    assert (status, told["error"]["code"]) == (403, "Forbidden")
+    status, reply, _ = await api("POST", ALLOCATE, {"poolName": "a"}, bearer=BOB)
+    assert (status, reply["error"]["code"]) == (403, "Forbidden")
     assert (
-        told["error"]["message"]
+        reply["error"]["message"]
         == "bob may not use pool default/a: no rule in spec.auth.rbac.rules of the pool names this caller"
     )
     assert (await api("GET", "/api/v1/pools/a", bearer=BOB))[0] == 403
     for name in ("nope", "claimed"):
-        status, told, _ = await api("POST", ALLOCATE, {"poolName": name}, bearer=BOB)
+        status, reply, _ = await api("POST", ALLOCATE, {"poolName": name}, bearer=BOB)
         assert status == 403
-        assert "there is no pool of this name that they may use" in told["error"]["message"]
+        assert "there is no pool of this name that they may use" in reply["error"]["message"]
         assert (await api("GET", f"/api/v1/pools/{name}", bearer=BOB))[0] == 403
         assert (await api("POST", ALLOCATE, {"poolName": name}))[0] == 404, "the admin is told"
     assert not api.world.held()
@@ -146,10 +146,10 @@ async def test_a_refusal_by_a_limit_says_when_to_try_again(api, audit):
         assert (await api("POST", ALLOCATE, {**body, "jobId": "j"}, bearer=ANN))[0] == 200
     assert (await api("POST", ALLOCATE, body, bearer=ANN))[0] == 200, "a job that finds its lease did not count"
     api.world.clock.advance(seconds=20)
-    status, told, headers = await api("POST", ALLOCATE, body, bearer=ANN)
-    assert (status, told["error"]["code"], headers["Retry-After"]) == (429, "LimitReached", "40")
-    assert "spec.auth.limits.identity.perMinute: ann may ask 2 times" in told["error"]["message"]
-    assert (audit()[-1]["decision"], audit()[-1]["reason"]) == ("denied", told["error"]["message"])
+    status, reply, headers = await api("POST", ALLOCATE, body, bearer=ANN)
+    assert (status, reply["error"]["code"], headers["Retry-After"]) == (429, "LimitReached", "40")
+    assert "spec.auth.limits.identity.perMinute: ann may ask 2 times" in reply["error"]["message"]
+    assert (audit()[-1]["decision"], audit()[-1]["reason"]) == ("denied", reply["error"]["message"])
     assert (await api("POST", ALLOCATE, body, bearer=BOB))[0] == 200
     api.world.clock.advance(seconds=40)
     assert (await api("POST", ALLOCATE, body, bearer=ANN))[0] == 200
@@ -160,15 +160,15 @@ async def test_the_authorization_header(api):
         assert (await api("GET", "/api/v1/pools", headers={"Authorization": f"{scheme} {ANN}"}))[0] == 200
     two = [("Authorization", f"Bearer {ANN}"), ("Authorization", f"Bearer {BOB}")]
     for headers in (two, [two[0], two[0]]):
-        status, told, _ = await api("GET", "/api/v1/pools", headers=headers)
+        status, reply, _ = await api("GET", "/api/v1/pools", headers=headers)
         assert status == 401
-        assert "more than one" in told["error"]["message"]
+        assert "more than one" in reply["error"]["message"]
     longest = "x" * LONGEST_BEARER
     api.bearers.known[longest] = api.bearers.known[ANN]
     assert (await api("GET", "/api/v1/pools", bearer=longest))[0] == 200
     assert (await api("GET", "/api/v1/pools", bearer=longest + "x"))[0] == 401
-    status, told, _ = await api("GET", "/api/v1/pools", bearer="stale")
-    assert (status, "it has expired" in told["error"]["message"]) == (401, True)
+    status, reply, _ = await api("GET", "/api/v1/pools", bearer="stale")
+    assert (status, "it has expired" in reply["error"]["message"]) == (401, True)
 
 
 @pytest.mark.parametrize(
@@ -180,16 +180,16 @@ async def test_a_malformed_header_gets_a_clean_response_and_is_not_logged(api, h
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.split()[1] in {b"400", b"401"}
     assert set(json.loads(body)["error"]) >= {"code", "message", "hint"}
-    told = capfd.readouterr()
-    assert "sesame" not in f"{answer}{told.out}{told.err}{caplog.text}"
+    reply = capfd.readouterr()
+    assert "sesame" not in f"{answer}{reply.out}{reply.err}{caplog.text}"
 
 
 async def test_auth_check_explains_its_decision(api, audit):
     async def explained(token, pool="a", bearer=None):
-        status, told, _ = await api("POST", CHECK, {"token": token, "poolName": pool}, bearer=bearer)
+        status, reply, _ = await api("POST", CHECK, {"token": token, "poolName": pool}, bearer=bearer)
         assert status == 200
-        assert token not in json.dumps(told)
-        return told
+        assert token not in json.dumps(reply)
+        return reply
 
     assert await explained(ANN) == {
         "allowed": True,
@@ -215,10 +215,10 @@ async def test_auth_check_explains_its_decision(api, audit):
     ]
     assert (await api("POST", CHECK, {"token": ANN, "poolName": "nope"}))[0] == 404, "the admin asks"
     for token in ("no token", "x" * (LONGEST_BEARER + 1), 7, ["sesame"], ""):
-        status, told, _ = await api("POST", CHECK, {"token": token, "poolName": "a"}, bearer=None)
-        assert (status, told["error"]["field"]) == (400, "token")
-        assert "sesame" not in json.dumps(told)
-        assert "xxx" not in json.dumps(told)
+        status, reply, _ = await api("POST", CHECK, {"token": token, "poolName": "a"}, bearer=None)
+        assert (status, reply["error"]["field"]) == (400, "token")
+        assert "sesame" not in json.dumps(reply)
+        assert "xxx" not in json.dumps(reply)
     lines = audit()
     assert [(line["decision"], line.get("identity")) for line in lines[:3]] == [
         ("allowed", "ann"),
@@ -304,9 +304,9 @@ def clean(answer: bytes) -> None:
 @given(path=PATHS, body=st.binary(max_size=200) | st.dictionaries(FIELDS, JSON, max_size=5).map(json.dumps))
 async def test_every_body_gets_a_response(api, path, body):
     data = body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass")
-    status, told, _ = await api("POST", path, data=data, bearer=ANN)
+    status, reply, _ = await api("POST", path, data=data, bearer=ANN)
     assert 400 <= status < 500
-    assert told["error"]["message"]
+    assert reply["error"]["message"]
 
 
 LINE = st.binary(max_size=60).map(lambda value: value.replace(b"\r", b"").replace(b"\n", b""))
@@ -358,5 +358,5 @@ async def test_a_body_that_does_not_arrive_is_refused_in_time(api, monkeypatch):
 async def test_a_compressed_body_is_not_decompressed(api):
     body = gzip.compress(json.dumps({"poolName": "p", "metadata": {"a": "b" * 10_000_000}}).encode())
     headers = {"Authorization": f"Bearer {ANN}", "Content-Encoding": "gzip"}
-    status, told, _ = await api("POST", ALLOCATE, data=body, headers=headers)
-    assert (status, told["error"]["field"]) == (400, "body")
+    status, reply, _ = await api("POST", ALLOCATE, data=body, headers=headers)
+    assert (status, reply["error"]["field"]) == (400, "body")

@@ -35,8 +35,8 @@ async def test_responses_are_those_of_the_contract(api):
         "POST", "/api/v1/workers/renew", {"token": lease["token"], "ttl": "2h"}, headers={}
     )
     assert (status, renewed["workerName"]) == (200, "p-worker-0")
-    status, told, _ = await api("POST", "/api/v1/workers/release", {"token": lease["token"]}, headers={})
-    assert (status, told) == (200, {"status": "released"})
+    status, reply, _ = await api("POST", "/api/v1/workers/release", {"token": lease["token"]}, headers={})
+    assert (status, reply) == (200, {"status": "released"})
 
 
 async def test_with_a_csr_no_key_is_created(api):
@@ -79,10 +79,10 @@ async def test_with_a_csr_no_key_is_created(api):
     ],
 )
 async def test_an_error_names_the_bad_field(api, body, status, field):
-    got, told, _ = await api("POST", ALLOCATE, body)
-    assert (got, told["error"]["field"]) == (status, field)
-    assert told["error"]["message"]
-    assert told["error"]["hint"]
+    got, reply, _ = await api("POST", ALLOCATE, body)
+    assert (got, reply["error"]["field"]) == (status, field)
+    assert reply["error"]["message"]
+    assert reply["error"]["hint"]
     assert not api.world.held(), "no lease is left"
 
 
@@ -98,9 +98,9 @@ async def test_an_error_names_the_bad_field(api, body, status, field):
     ],
 )
 async def test_a_body_that_is_not_a_request_is_refused(api, data, status, code):
-    got, told, _ = await api("POST", ALLOCATE, data=data)
+    got, reply, _ = await api("POST", ALLOCATE, data=data)
     assert got == status
-    assert code is None or told["error"]["code"] == code
+    assert code is None or reply["error"]["code"] == code
 
 
 @pytest.mark.parametrize(
@@ -109,31 +109,31 @@ async def test_a_body_that_is_not_a_request_is_refused(api, data, status, code):
 async def test_an_unauthenticated_caller_gets_401_with_the_scheme(api, header):
     for method, path in (("POST", ALLOCATE), ("GET", "/api/v1/pools"), ("GET", "/api/v1/pools/p")):
         headers = {} if header is None else {"Authorization": header}
-        status, told, answer = await api(
+        status, reply, answer = await api(
             method, path, {"poolName": "p"} if method == "POST" else None, headers=headers
         )
-        assert (status, told["error"]["code"]) == (401, "Unauthenticated")
+        assert (status, reply["error"]["code"]) == (401, "Unauthenticated")
         assert answer["WWW-Authenticate"] == "Bearer"
-        assert ADMIN not in json.dumps(told)
+        assert ADMIN not in json.dumps(reply)
 
 
 async def test_a_pool_is_shown_with_its_workers_and_ignored_fields(api):
     await api("POST", ALLOCATE, {"poolName": "p", "jobId": "job-1"})
-    status, told, _ = await api("GET", "/api/v1/pools/p?namespace=default")
+    status, reply, _ = await api("GET", "/api/v1/pools/p?namespace=default")
     assert status == 200
-    assert [(w["name"], w["jobId"], w["requestedBy"]) for w in told["members"]] == [("p-worker-0", "job-1", "admin")]
-    assert {c["type"]: c["message"] for c in told["conditions"]}["IgnoredFields"] == "spec.tls"
-    status, told, _ = await api("GET", "/api/v1/pools")
-    assert [pool["name"] for pool in told["pools"]] == ["p"]
+    assert [(w["name"], w["jobId"], w["requestedBy"]) for w in reply["members"]] == [("p-worker-0", "job-1", "admin")]
+    assert {c["type"]: c["message"] for c in reply["conditions"]}["IgnoredFields"] == "spec.tls"
+    status, reply, _ = await api("GET", "/api/v1/pools")
+    assert [pool["name"] for pool in reply["pools"]] == ["p"]
     assert (await api("GET", "/api/v1/pools/nope"))[0] == 404
 
 
 async def test_tokens_without_a_lease_are_refused(api):
     for path in ("lookup", "renew", "release"):
-        status, told, _ = await api("POST", f"/api/v1/workers/{path}", {"token": "x" * 43}, headers={})
-        assert (status, told["error"]["code"]) == (404, "NoSuchLease")
-        status, told, _ = await api("POST", f"/api/v1/workers/{path}", {"token": ""}, headers={})
-        assert (status, told["error"]["field"]) == (400, "token")
+        status, reply, _ = await api("POST", f"/api/v1/workers/{path}", {"token": "x" * 43}, headers={})
+        assert (status, reply["error"]["code"]) == (404, "NoSuchLease")
+        status, reply, _ = await api("POST", f"/api/v1/workers/{path}", {"token": ""}, headers={})
+        assert (status, reply["error"]["field"]) == (400, "token")
 
 
 async def test_health_and_readiness(api):
@@ -141,16 +141,16 @@ async def test_health_and_readiness(api):
         assert (await api("GET", path, headers={}))[0] == 200
     api.trouble = "the appliance is stopping"
     assert (await api("GET", "/health", headers={}))[0] == 200
-    status, told, headers = await api("GET", "/ready", headers={})
-    assert (status, told["error"]["message"], headers["Retry-After"]) == (503, "the appliance is stopping", "2")
+    status, reply, headers = await api("GET", "/ready", headers={})
+    assert (status, reply["error"]["message"], headers["Retry-After"]) == (503, "the appliance is stopping", "2")
     assert (await api("POST", ALLOCATE, {"poolName": "p"}))[0] == 503
 
 
 async def test_unknown_paths_and_methods_are_refused(api):
     assert (await api("GET", "/nowhere"))[1]["error"]["code"] == "NotFound"
-    status, told, headers = await api("GET", ALLOCATE)
+    status, reply, headers = await api("GET", ALLOCATE)
     assert (status, headers["Allow"]) == (405, "POST")
-    assert told["error"]["code"] == "MethodNotAllowed"
+    assert reply["error"]["code"] == "MethodNotAllowed"
 
 
 async def test_a_crash_gives_one_sentence_and_no_traceback(api, monkeypatch):
@@ -158,9 +158,9 @@ async def test_a_crash_gives_one_sentence_and_no_traceback(api, monkeypatch):
         raise RuntimeError("secret detail")
 
     monkeypatch.setattr(Authority, "issue_client", boom)
-    status, told, _ = await api("POST", ALLOCATE, {"poolName": "p"})
+    status, reply, _ = await api("POST", ALLOCATE, {"poolName": "p"})
     assert status == 500
-    assert "secret detail" not in json.dumps(told)
+    assert "secret detail" not in json.dumps(reply)
 
 
 async def test_openapi_has_every_route_and_every_reference_resolves(api):

@@ -37,9 +37,9 @@ class Story:
 
     def build(self, name: str, lease: str, begin: float, end: float, worker: str = "w-0", **changes) -> Story:
         who = ".".join(name.split(".")[:2])
-        told = {"ok": True, "hung": False, "connected": begin + 0.1, "correct": True, "sentence": "", "lost": False}
+        normal = {"ok": True, "hung": False, "connected": begin + 0.1, "correct": True, "sentence": "", "lost": False}
         self.note(begin, who, "build", build=name, lease=lease, worker=worker)
-        more = {"before": [], "beside": []} | told | changes
+        more = {"before": [], "beside": []} | normal | changes
         return self.note(end, who, "build-end", build=name, lease=lease, worker=worker, **more)
 
     def release(self, at: float, who: str, lease: str) -> Story:
@@ -222,10 +222,10 @@ def test_who_is_not_let_in_is_told_so_after_the_waits_at_the_gateway(begin, end,
     assert (ending_well(story, "ann.1") == []) is fine
 
 
-@pytest.mark.parametrize("told", ["", "ERROR: 14", "Traceback (most recent call last): something is wrong here"])
-def test_a_failure_without_a_sentence_is_found(told):
+@pytest.mark.parametrize("message", ["", "ERROR: 14", "Traceback (most recent call last): something is wrong here"])
+def test_a_failure_without_a_sentence_is_found(message):
     story = Story().fault(0, "kill-worker", 4, 4, "w-0")
-    story.whole("ann.1.1.1", "a", 1, 5, ok=False, correct=False, sentence=told)
+    story.whole("ann.1.1.1", "a", 1, 5, ok=False, correct=False, sentence=message)
     (found,) = ending_well(story, "ann.1")
     assert "failed without a sentence" in found
 

@@ -326,7 +326,7 @@ def test_each_status_has_its_error(code, kind):
 
 
 def test_the_error_names_the_field_that_the_server_rejects():
-    told = status(422, details={"causes": [{"field": "spec.max", "message": "no"}]})
-    assert error_of(422, json.dumps(told).encode(), what="x").field == "spec.max"
+    document = status(422, details={"causes": [{"field": "spec.max", "message": "no"}]})
+    assert error_of(422, json.dumps(document).encode(), what="x").field == "spec.max"
     assert error_of(422, b"nonsense", what="x").field is None
     assert error_of(429, b"", what="x", retry_after="7").retry_after == 7

@@ -1,4 +1,4 @@
-"""The API over a small world, served as the appliance serves it, and a client for it."""
+"""The API over a small world (support.world), served as the appliance serves it, and a client for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALLOCATE = "/api/v1/workers/allocate"
 
 
 class Bearers:
-    """Knows callers by the tokens that a test gives them."""
+    """Recognises callers by the tokens that a test gives them."""
 
     def __init__(self) -> None:
         self.known: dict[str, tuple[Identity, ...]] = {}
@@ -62,17 +62,17 @@ class Api:
         async with self.session.request(method, url, json=body, data=data, headers=headers) as answer:
             return answer.status, await answer.json(), answer.headers
 
-    async def raw(self, request: bytes, patience: float = 5, until: bytes = b"\0") -> bytes:
-        """What is answered to these bytes; nothing, if within that many seconds they do not make a request."""
+    async def raw(self, request: bytes, seconds: float = 5, until: bytes = b"\0") -> bytes:
+        """Sends these bytes and returns the response, empty if they make no request within `seconds`."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         answer = b""
         try:
             writer.write(request)
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(seconds):
                 while not answer.endswith(until) and (part := await reader.read(65_536)):
                     answer += part
         except (ConnectionError, TimeoutError):
-            pass  # it was refused before all of it was sent, or is not complete
+            pass  # refused before all of it was sent, or not complete
         finally:
             writer.close()
         return answer
@@ -108,6 +108,6 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
         yield api
 
 
-def told(answer: Any) -> tuple[int, str]:
-    """Status and code of an error."""
+def status_and_code(answer: Any) -> tuple[int, str]:
+    """Returns the HTTP status and the error code of a response."""
     return answer[0], answer[1]["error"]["code"]

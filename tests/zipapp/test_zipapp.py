@@ -101,8 +101,8 @@ def test_an_older_libc_is_one_sentence(program):
 
 def test_a_cache_that_cannot_be_made_is_one_sentence(program, tmp_path):
     (tmp_path / "file").touch()
-    told = refusal(run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "file" / "cache")), 77)
-    assert "set BKPOOL_CACHE to a directory" in told
+    message = refusal(run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "file" / "cache")), 77)
+    assert "set BKPOOL_CACHE to a directory" in message
 
 
 def test_the_stub_can_be_parsed_by_any_python():
