@@ -1,7 +1,7 @@
-"""A client that leases, builds and releases in a loop, and writes down what it asked, what it got and what it saw.
+"""A client that leases, builds and releases in a loop, and records its requests, their answers and its builds.
 
-It behaves as a CI job should: it asks again with the same jobId where an answer was lost, and tries a build again on
-the same lease. It judges nothing; history.py does.
+It behaves as a CI job should. If an answer was lost, it repeats the request with the same jobId. If a build failed,
+it builds again on the same lease. It judges nothing: history.py does that.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from chaos.history import HUNG, Event
 from harness import Appliance, Certificates
 
 WAIT = 60.0
-"""Seconds for which a client is willing to stand in line."""
-AGAIN = 0.25
-"""Seconds before a client asks again."""
+"""Seconds that a client waits for a worker (`wait` of the request)."""
+RETRY_PAUSE = 0.25
+"""Seconds before a client repeats a request."""
 TRIES = 3
-"""Builds on one lease, until one succeeds."""
+"""The most builds on one lease. The client stops after one that succeeds."""
 SHORTEST, LONGEST = 0.2, 3.0
-"""Seconds that the one step of a build takes."""
-_BEGUN = "[internal] load build definition"  # the first that BuildKit itself says
+"""Limits for the seconds that the one step of a build takes."""
+_FIRST_LINE = "[internal] load build definition"  # the first line that comes from BuildKit itself
 
 
 class Record:
-    """The history as it is being made: in memory, and a line at a time in a file."""
+    """The history of a run in progress: in memory, and in a file that gets a line for each event."""
 
     def __init__(self, file: Path) -> None:
         self.events: list[Event] = []
@@ -49,7 +49,7 @@ class Record:
         self._file = file.open("w", buffering=1)
         self._calls = count(1)
         self.over = False
-        """What clients do from now on is no part of it, and ends them."""
+        """If it is set, further events of clients are not recorded, and end their threads."""
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -58,7 +58,7 @@ class Record:
     def note(self, who: str, what: str, **of: Any) -> Event:
         with self._lock:
             if self.over and who != "driver":
-                raise SystemExit  # of the client's thread
+                raise SystemExit  # ends the client's thread
             event = Event(self.now(), who, what, of)
             self.events.append(event)
             self._file.write(
@@ -67,7 +67,7 @@ class Record:
             return event
 
     def call(self) -> str:
-        """A name for a question, by which its answer is known."""
+        """Returns a new id for a request. Its answer is recorded with the same id."""
         return f"call-{next(self._calls)}"
 
     def close(self) -> None:
@@ -76,14 +76,14 @@ class Record:
 
 @dataclass
 class Client:
-    """One of those who build.
+    """One client of the run.
 
     Args:
         name: `<tenant>.<number>`.
-        bearer: Gives a token by which the API knows the tenant.
-        appliance: Whose API and gateway are used.
-        record: Where everything is written down.
-        directory: Its own, for contexts, keys and the output of failed builds.
+        bearer: Returns a token that identifies the tenant to the API.
+        appliance: The appliance whose API and gateway are used.
+        record: Receives all events.
+        directory: For build contexts, keys and the output of failed builds. No other client uses it.
         program: The test program for the images.
         seed: Decides how long each build takes.
         done: The loop ends when this is set, after one more success.
@@ -101,7 +101,7 @@ class Client:
     longest: float = LONGEST
 
     def run(self) -> None:
-        """Builds until told to end, and then until one build more has succeeded."""
+        """Builds until `done` is set, and then until one more build has succeeded."""
         try:
             chance = random.Random(f"{self.seed}/{self.name}")
             for number in count(1):
@@ -136,7 +136,7 @@ class Client:
                 self.record.note(self.name, "answer", call=call, wait=WAIT, **of)
                 return reply
             self.record.note(self.name, "answer", call=call, wait=WAIT, outcome=outcome, message=reply["message"])
-            time.sleep(AGAIN)
+            time.sleep(RETRY_PAUSE)
 
     def _release(self, lease: dict[str, Any]) -> None:
         while True:
@@ -149,10 +149,13 @@ class Client:
             )
             if outcome in {"released", "over"}:
                 return
-            time.sleep(AGAIN)
+            time.sleep(RETRY_PAUSE)
 
     def _post(self, verb: str, body: dict[str, Any], timeout: float) -> tuple[str, dict[str, Any]]:
-        """One call: answered, over (the lease is), refused (with the error), or cut."""
+        """Makes one call. Returns its outcome and the answer.
+
+        The outcome is "answered", "over" (the lease has ended), "refused" (with the error), or "cut" (no answer).
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self.appliance.ports["api"], timeout=timeout)
         headers = {"Authorization": f"Bearer {self.bearer()}"}
         try:
@@ -172,7 +175,7 @@ class Client:
     # --- builds -----------------------------------------------------------------------------------------------------
 
     def _build(self, name: str, certificates: Certificates, seconds: float) -> tuple[bool, bool]:
-        """Builds; returns whether it succeeded, and whether the lease is over."""
+        """Builds once. Returns whether the build succeeded, and whether the lease has ended."""
         place = self.directory / name
         lease = certificates.lease
         env = {**self.appliance.env, "BUILDX_CONFIG": str(place / "buildx")}
@@ -180,16 +183,16 @@ class Client:
         worker = lease["workerName"]
         self.record.note(self.name, "build", build=name, lease=_name(lease), worker=worker, seconds=round(seconds, 2))
         process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        giving_up = threading.Timer(HUNG, process.kill)
-        giving_up.start()
+        kill_timer = threading.Timer(HUNG, process.kill)
+        kill_timer.start()
         connected, lines = None, []
         with process:
             for line in process.stdout:
                 lines.append(line)
-                if connected is None and _BEGUN in line:
+                if connected is None and _FIRST_LINE in line:
                     connected = self.record.now()
-        hung = not giving_up.is_alive()
-        giving_up.cancel()
+        hung = not kill_timer.is_alive()
+        kill_timer.cancel()
         output = "".join(lines)
         ok = process.returncode == 0
         over = "lease was lost" in output or "lease has" in output or "no lease has" in output
@@ -206,8 +209,8 @@ class Client:
             correct=ok and result.exists() and result.read_text() == name,
             sentence="" if ok else sentence(output),
             lost="lease was lost" in output,
-            before=_told(output, "before"),
-            beside=_told(output, "beside"),
+            before=_witnessed(output, "before"),
+            beside=_witnessed(output, "beside"),
         )
         if not ok:
             (self.directory / f"{name}.log").write_text(output)
@@ -217,7 +220,7 @@ class Client:
     def _prepare(
         self, place: Path, name: str, certificates: Certificates, seconds: float, env: dict[str, str]
     ) -> list[str]:
-        """The context and the builder; returns the build's command line."""
+        """Makes the build context and the builder. Returns the command line of the build."""
         context = place / "context"
         context.mkdir(parents=True)
         os.link(self.program, context / "program")
@@ -249,17 +252,17 @@ class Client:
 
 
 def sentence(output: str) -> str:
-    """What a failed build told its user in the end."""
+    """Returns the error that a failed build shows at the end."""
     errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
     return errors[-1] if errors else "\n".join(output.splitlines()[-3:])
 
 
-def _told(output: str, what: str) -> list[str]:
-    """What the step inside the worker has seen."""
+def _witnessed(output: str, what: str) -> list[str]:
+    """Returns the builds that the step in the worker has seen in its cache."""
     found = re.search(rf"^#\d+ [\d.]+ witness {what}: ?(.*)$", output, re.MULTILINE)
     return found[1].split() if found else []
 
 
 def _name(lease: dict[str, Any]) -> str:
-    """By what a lease is known in the history, where no token may be."""
+    """Returns the name of a lease in the history, which must not contain tokens."""
     return sha256(lease["token"].encode()).hexdigest()[:12]

@@ -1,7 +1,7 @@
-"""Carries out faults on the process backend, and finds what is left over when all is done.
+"""Carries out faults on the process backend, and finds what is left over at the end.
 
-It kills only what belongs to the appliance of this run, by process id. When something happens is schedule.py's
-business, what must hold afterwards history.py's.
+It kills only what belongs to the appliance of this run, by process id. schedule.py decides when something happens,
+and history.py what must hold afterwards.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from bkpool.workers.processes.socket_directory import default_directory, home_di
 from harness import Appliance, alive, eventually
 
 DRAINED = 60.0
-"""Seconds for a SIGTERM to end an appliance whose builds take 3 s, on workers that are stopped for 5 s at most."""
+"""Seconds until an appliance must have ended after SIGTERM. Its builds take 3 s, and its workers are stopped for 5 s
+at most."""
 
 
 class Damage(Protocol):
-    """What can be broken on a backend, and what must not be left there."""
+    """Breaks things on a backend, and finds what must not be left there."""
 
     def workers(self) -> dict[str, Any]:
-        """What runs buildkitd now, by the worker's name."""
+        """Returns what runs buildkitd now, by the worker's name."""
 
     def do(self, fault: Fault, victim: str) -> Callable[[], None]:
-        """Breaks it; returns how it is mended."""
+        """Carries out a fault. Returns the function that undoes it."""
 
     def left_over(self) -> Iterator[str]:
-        """What should not be there once every lease is released."""
+        """Yields what must not exist after every lease is released."""
 
     def left_behind(self) -> Iterator[str]:
-        """What should not be there once the appliance, too, has gone; ends it."""
+        """Ends the appliance. Yields what must not exist afterwards."""
 
 
 def victim(fault: Fault, workers: dict[str, Any]) -> str | None:
-    """Whom a fault is done to: a worker's name, empty for all, None if there is nobody."""
+    """Returns the worker that a fault affects: its name, empty for all workers, None if there is no worker."""
     if fault.kind not in {"kill-worker", "stop-worker", "delete-pod"}:
         return ""
     names = sorted(workers)
@@ -69,7 +70,7 @@ class ProcessDamage:
             end_appliance(self._appliance, fault.kind)
             return self._appliance.up
         pid = self.workers().get(victim)
-        if pid is None:  # it has just gone by itself
+        if pid is None:  # it has just ended for another reason
             return lambda: None
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL if fault.kind == "kill-worker" else signal.SIGSTOP)
@@ -80,9 +81,9 @@ class ProcessDamage:
         for directory in slots.glob("*/*/*"):
             if not directory.name.isdigit() or int(directory.name) >= self._most:
                 yield f"the directory {directory.relative_to(self._appliance.home)}"
-        yield from (f"the cache {path.name}, set aside" for path in slots.rglob("wiped-*"))
+        yield from (f"the cache {path.name}, which was set aside to be wiped" for path in slots.rglob("wiped-*"))
         known = {member["name"] for member in self._appliance.pool()["members"]}
-        yield from (f"a buildkitd of {name}, which no worker is" for name in self.workers().keys() - known)
+        yield from (f"a buildkitd of {name}, which is no worker" for name in self.workers().keys() - known)
         yield from (f"a second appliance, process {pid}" for pid in _appliances(self._appliance.home)[1:])
 
     def left_behind(self) -> Iterator[str]:
@@ -100,7 +101,7 @@ class ProcessDamage:
 
 
 def end_appliance(appliance: Appliance, how: str) -> None:
-    """kill -9, or SIGTERM and the end of its drain."""
+    """Kills the appliance with kill -9, or sends SIGTERM and waits until its drain has ended."""
     if how == "kill-appliance":
         appliance.kill()
     else:
@@ -110,13 +111,13 @@ def end_appliance(appliance: Appliance, how: str) -> None:
 
 
 def resume(pid: int) -> None:
-    """SIGCONT, if it has not been ended meanwhile."""
+    """Sends SIGCONT, if the process still exists."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
 
 
 def wrong_in_log(appliance: Appliance) -> Iterator[str]:
-    """What no log should ever have: secrets, and exceptions that nobody expected."""
+    """Yields what no log may contain: secrets and unexpected exceptions."""
     yield from (f"a secret in a log: {found}" for found in appliance.leaked())
     for line in appliance.log.splitlines():
         with suppress(ValueError):
@@ -130,7 +131,7 @@ def wrong_in_log(appliance: Appliance) -> Iterator[str]:
 
 
 def _appliances(home: Path) -> list[int]:
-    """Processes that run `bkpool up` for this home."""
+    """Returns the processes that run `bkpool up` for this home."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

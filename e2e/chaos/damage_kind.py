@@ -1,8 +1,8 @@
 """Carries out faults on a kind cluster: pods, the API server as the appliance sees it, and the network to the pods.
 
-The appliance runs beside the cluster and reaches the API server through a proxy (kind/faults.py), which is what is
-cut: the cluster itself is other people's too. Packets to and from pods are dropped on this machine, by rules that are
-taken out again at the end whatever happens.
+The appliance runs outside the cluster and reaches the API server through a proxy (kind/faults.py). Only the proxy is
+cut, because other tests use the cluster too. Packets to and from pods are dropped on this machine by rules, which are
+always removed at the end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kind_cluster import e2e_cluster
 from worlds import Pods
 
 UP = 60.0
-"""Seconds for the appliance to come up: six cuts of the API server, one after the other, would not fill them."""
+"""Seconds until the appliance must be up. They are longer than six cuts of the API server in a row."""
 GONE = 60.0
-"""Seconds for everything of a deleted pool, or pod, to go."""
+"""Seconds until all objects of a deleted pool or pod must be gone."""
 _MARK = ("-m", "comment", "--comment", "bkpool-chaos", "-j", "DROP")
 
 
-class Beside(Pods):
-    """Pods of a cluster whose API server is reached through a proxy."""
+class ProxiedPods(Pods):
+    """Pods of a cluster. The appliance reaches its API server through a proxy."""
 
     proxy: FaultProxy
 
@@ -42,9 +42,9 @@ class Beside(Pods):
 
 @contextmanager
 def kind_world(base: Path, tools: dict[str, Path]) -> Iterator[tuple[Appliance, KindDamage]]:
-    """An appliance beside the tests' cluster, and the means to break both."""
+    """Starts an appliance outside the tests' cluster. Yields it and the object that breaks both."""
     with e2e_cluster() as cluster, FaultProxy(cluster.kubeconfig, base) as proxy:
-        world = Beside(cluster)
+        world = ProxiedPods(cluster)
         world.proxy = proxy
         appliance = Appliance(base / "appliance", tools, world=world)
         damage = KindDamage(appliance, world)
@@ -58,9 +58,9 @@ def kind_world(base: Path, tools: dict[str, Path]) -> Iterator[tuple[Appliance, 
 
 
 class KindDamage:
-    """A kind cluster and an appliance beside it."""
+    """Faults of a kind cluster and of an appliance outside it."""
 
-    def __init__(self, appliance: Appliance, world: Beside) -> None:
+    def __init__(self, appliance: Appliance, world: ProxiedPods) -> None:
         self._appliance = appliance
         self._world = world
         (node,) = world.objects("nodes")
@@ -69,7 +69,7 @@ class KindDamage:
 
     @contextmanager
     def routed(self) -> Iterator[None]:
-        """Pods are reached from this machine by their own addresses."""
+        """Until the end of the block, this machine reaches pods at their own addresses."""
         route = (self._subnet, "via", self._node)
         made = subprocess.run(["ip", "route", "add", *route], check=False, capture_output=True).returncode == 0
         try:
@@ -116,7 +116,7 @@ class KindDamage:
         return lambda: [resume(pid) for pid in pids if kind == "stop-worker"]
 
     def _up(self) -> None:
-        """`bkpool up` until it succeeds, as a supervisor would: it says so and ends where the API server is cut."""
+        """Repeats `bkpool up` until it succeeds, as a supervisor would. It fails while the API server is cut."""
         deadline = time.monotonic() + UP
         while True:
             try:
@@ -127,7 +127,7 @@ class KindDamage:
                     raise
 
     def mend_all(self) -> None:
-        """Whatever the driver had no time for."""
+        """Undoes all faults that the driver has not undone yet."""
         self._world.proxy.up()
         self._world.proxy.frozen = False
         while self._packets("-D"):
@@ -139,7 +139,7 @@ class KindDamage:
             if worker["spec"].get("allocation"):
                 yield f"a lease on {name}"
         pods = {pod["metadata"]["name"] for pod in self._world.pods()}
-        yield from (f"the pod {name}, which no worker is" for name in pods - known.keys())
+        yield from (f"the pod {name}, which is no worker" for name in pods - known.keys())
 
     def left_behind(self) -> Iterator[str]:
         kubectl = self._world.kubectl
@@ -152,17 +152,20 @@ class KindDamage:
         self._appliance.down("--now").ok()
 
     def _packets(self, do: str) -> bool:
-        """Drops packets from and to pods (-I), or no longer (-D); returns whether there was such a rule."""
+        """Adds (-I) or removes (-D) the rules that drop packets from and to pods.
+
+        Returns whether both commands succeeded.
+        """
         rules = (("OUTPUT", "-d", self._subnet), ("INPUT", "-s", self._subnet))
         argv = [["iptables", "-w", do, *rule, *_MARK] for rule in rules]
         done = [
             subprocess.run(line, check=False, capture_output=True) for line in argv
-        ]  # both, whatever the first says
+        ]  # both, also if the first one fails
         return all(one.returncode == 0 for one in done)
 
 
 def _of_pod(uid: str) -> list[int]:
-    """The buildkitd of a pod, as this machine counts processes: its node is a container here."""
+    """Returns the process ids of a pod's buildkitd on this machine. The node is a container here."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

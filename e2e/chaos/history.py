@@ -1,7 +1,7 @@
-"""What happened, as a list of events, and what of it must never happen: the judge of a chaos run.
+"""Judges a chaos run: reads its history, a list of events, and finds what must never happen.
 
-Pure, after Jepsen: it takes what the clients, the builds inside the workers and the driver have seen, and never asks
-bkpool whether bkpool was right. `chaos.run` records, this module judges; docs/testing.md tells the rules to people.
+It is pure, and follows Jepsen: it uses what the clients, the builds in the workers and the driver have seen. It never
+asks bkpool whether bkpool was right. `chaos.run` records the history. docs/testing.md explains the rules.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PROMPT = 5.0
-"""Seconds from the cause of a failure to the failure, by issue 6."""
+"""Seconds within which a failure must follow its cause (issue 6)."""
 HELD = 15.0 + 12.0 + PROMPT
-"""Seconds until a build is connected or refused: two waits for the worker (docs/clients.md#waiting)."""
+"""Seconds until a build must be connected or refused: two waits for the worker (docs/clients.md#waiting)."""
 HUNG = 90.0
-"""Seconds after which a build is taken for one that would never end; the longest build runs for 3 s by itself."""
+"""Seconds after which a build counts as one that would never end. The longest build takes 3 s by itself."""
 RECOVERY = 30.0
-"""Seconds for which a worker that was killed may be missed by who comes to it anew."""
+"""Seconds after the kill of a worker in which new connections to it may fail."""
 
 SEVERS = {"kill-appliance", "kill-worker", "delete-pod"}
-"""Faults that end open builds at once: everybody's, or those on one worker."""
+"""Faults that end open builds at once: all of them, or those on one worker."""
 GENTLE = {"end-appliance", "stop-worker", "expire-watches", "freeze-watches", "cut-api"}
-"""Faults of which no open build may fail: it drains, or was let in before, or stalls and then goes on. A worker that
-is stopped for some seconds cannot be told from a slow one, so nobody may end its builds."""
+"""Faults that must not make an open build fail. The appliance drains, or the build was connected before, or it pauses
+and then continues. A worker that is stopped for some seconds looks like a slow one, so its builds must not be
+ended."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that was seen: when (seconds since the run began), by whom, what, and more about it."""
+    """Something that was seen: at which time (seconds since the run began), by whom, what, and details."""
 
     at: float
     who: str
@@ -39,18 +40,18 @@ class Event:
 
 
 def dump(events: Iterable[Event]) -> str:
-    """JSON lines."""
+    """Returns the events as JSON lines."""
     return "".join(json.dumps(asdict(event), ensure_ascii=False) + "\n" for event in events)
 
 
 def load(text: str) -> list[Event]:
-    """What `dump` made."""
+    """Reads the result of `dump`."""
     return [Event(**json.loads(line)) for line in text.splitlines()]
 
 
 @dataclass(frozen=True)
 class Hold:
-    """A lease as its holder knows it: from the answer until they asked to release it."""
+    """A lease as its holder sees it: from the answer until the request to release it."""
 
     who: str
     lease: str
@@ -68,7 +69,7 @@ class Build:
     worker: str
     begin: float
     connected: float | None
-    """When BuildKit began to speak; None: it never did."""
+    """Time of the first output of BuildKit; None if there was none."""
     end: float
     ok: bool
     of: dict[str, Any]
@@ -76,19 +77,19 @@ class Build:
 
 @dataclass(frozen=True)
 class Harm:
-    """One fault as it was done, and until when its effects are its own."""
+    """One fault, and the time until which failures may be its effect."""
 
     kind: str
     worker: str
-    """Which worker it was done to; empty: to all."""
+    """The worker that it affects; empty for all."""
     begin: float
     done: float
-    """When it had been done: what it cuts was cut between `begin` and then."""
+    """Time at which it was carried out. It cut connections between `begin` and this time."""
     end: float
 
 
 def judge(events: Iterable[Event]) -> list[str]:
-    """Every violation, as a sentence with its time; none: the run was right."""
+    """Returns every violation as a sentence with its time; an empty list if the run was right."""
     seen = sorted(events, key=lambda event: event.at)
     return [*_holders(seen), *_witnesses(seen), *_waiters(seen), *_builds(seen), *_aftermath(seen)]
 
@@ -97,7 +98,10 @@ def judge(events: Iterable[Event]) -> list[str]:
 
 
 def holds(events: Iterable[Event]) -> list[Hold]:
-    """Who held which worker when. A client whose lease was lost is only known to have held it at first."""
+    """Returns who held which worker at which time.
+
+    If a lease was lost, it is only certain that the client held it at the beginning.
+    """
     last = 0.0
     begun: dict[str, Event] = {}
     ended: dict[str, float] = {}
@@ -116,7 +120,7 @@ def holds(events: Iterable[Event]) -> list[Hold]:
 
 
 def builds(events: Iterable[Event]) -> list[Build]:
-    """Every build that has ended, in that order."""
+    """Returns every build that has ended, in the order of the ends."""
     begun: dict[str, Event] = {}
     made = []
     for event in events:
@@ -132,7 +136,7 @@ def builds(events: Iterable[Event]) -> list[Build]:
 
 
 def harms(events: Iterable[Event]) -> list[Harm]:
-    """Every fault that was done; one that has no end yet goes on to the end of all."""
+    """Returns every fault that was carried out. A fault without an end lasts until the last event."""
     last = 0.0
     begun: dict[int, Event] = {}
     done: dict[int, float] = {}
@@ -152,7 +156,7 @@ def harms(events: Iterable[Event]) -> list[Harm]:
 
 
 def stragglers(events: list[Event]) -> list[str]:
-    """Builds of a lease that was over and whose step still ran on the worker when the next holder's did."""
+    """Returns builds whose lease had ended, and whose step still ran beside a step of the next holder."""
     return [text for text, overlap in _beside(events) if not overlap]
 
 
@@ -184,8 +188,10 @@ def _witnesses(events: list[Event]) -> Iterator[str]:
 
 
 def _beside(events: list[Event]) -> Iterator[tuple[str, bool]]:
-    """What builds saw at work in their cache beside them, and whether its holder still held the worker, or was never
-    to be let in here."""
+    """Yields each other build that a build saw at work in its cache, and whether that is a violation.
+
+    It is one if the other holder still had the worker at that time, or is another tenant.
+    """
     by_lease = {hold.lease: hold for hold in holds(events)}
     all_builds = {build.name: build for build in builds(events)}
     for build in all_builds.values():
@@ -193,7 +199,7 @@ def _beside(events: list[Event]) -> Iterator[tuple[str, bool]]:
         for name in build.of.get("beside", []):
             other = all_builds.get(name)
             if other is None:
-                yield f"{build.end:.2f}: {build.name} saw {name} at work beside it, of which nobody knows", True
+                yield f"{build.end:.2f}: {build.name} saw {name} at work beside it, which no client has started", True
                 continue
             its = by_lease[other.of["lease"]]
             if its.lease == mine.lease:
@@ -204,7 +210,7 @@ def _beside(events: list[Event]) -> Iterator[tuple[str, bool]]:
 
 
 def tenant(name: str) -> str:
-    """Whose a build is: its name begins with it."""
+    """Returns the tenant of a build. The name of the build begins with it."""
     return name.partition(".")[0]
 
 
@@ -236,7 +242,7 @@ def _answered(asked: Event, answer: Event, faults: list[Harm]) -> Iterator[str]:
         yield f"{what} was refused without a sentence: {message!r}"
     if outcome == "refused":
         causes = [harm for harm in faults if _touches(harm, asked.at - RECOVERY, answer.at)]
-    else:  # cut off
+    else:  # the connection was cut
         causes = [
             harm
             for harm in faults
@@ -266,7 +272,7 @@ def _builds(events: list[Event]) -> Iterator[str]:
 
 
 def _has_cause(build: Build, faults: list[Harm]) -> bool:
-    """Whether a fault explains that this build failed when it did."""
+    """Returns whether a fault explains that this build failed at that time."""
     if build.connected is None:
         return any(_concerns(harm, build) and _touches(harm, build.begin - RECOVERY, build.end) for harm in faults)
     return any(
@@ -276,10 +282,13 @@ def _has_cause(build: Build, faults: list[Harm]) -> bool:
 
 
 def _late(build: Build, faults: list[Harm], what: str) -> Iterator[str]:
-    """Who is cut off is told so at once; who is not let in, after the waits at the gateway at the latest."""
+    """Yields builds that ended too late.
+
+    A build that is cut must end at once. A build that is not connected must end after the waits at the gateway.
+    """
     if build.connected is None:
         if not build.ok and build.end - build.begin > HELD:
-            yield f"{what} was not let in, and was told so after {build.end - build.begin:.1f} s"
+            yield f"{what} was not connected, and ended only after {build.end - build.begin:.1f} s"
         return
     for harm in faults:
         severed = harm.kind in SEVERS and _concerns(harm, build) and build.connected < harm.begin
@@ -299,7 +308,7 @@ _BARE = re.compile(r"Traceback|panic:|goroutine \d|^\s*File \"", re.MULTILINE)
 
 
 def is_sentence(text: str) -> bool:
-    """Whether a user can read this: words, and no bare traceback."""
+    """Returns whether a user can read this: it has words and is no traceback."""
     return len(re.findall(r"[A-Za-z]{2,}", text)) >= 3 and not _BARE.search(text)
 
 
@@ -307,17 +316,17 @@ def is_sentence(text: str) -> bool:
 
 
 def _aftermath(events: list[Event]) -> Iterator[str]:
-    """Nothing is left over, and all is well again."""
+    """Yields what is left over, and who could not build again after the faults."""
     for event in events:
         if event.what == "left":
             yield f"{event.at:.2f}: left over: {event.of['text']}"
         elif event.what == "wrong":
             yield f"{event.at:.2f}: {event.of['text']}"
     if not any(event.what == "healed" for event in events):
-        yield "after the faults it was never whole again"
+        yield "after the faults the pool never recovered"
     calm = next((event.at for event in events if event.what == "calm"), None)
     if calm is None:
-        yield "the run never came to its calm end"
+        yield "the run ended before the time without faults"
         return
     well = {build.who for build in builds(events) if build.ok and build.end > calm}
     for who in sorted({event.who for event in events if event.what == "ask"} - well):

@@ -1,7 +1,7 @@
 """The gateways of pools, made by the appliance's own ServiceAccount with the rights that `bkpool manifests` gives it.
 
-The pods of the gateways need no image here. The tests look at the objects that bkpool writes, and at what it does when
-others change them.
+The pods of the gateways need no image here. The tests look at the objects that bkpool writes, and at what it does
+when others change them.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def test_what_is_left_over_is_found():
 def test_what_never_heals_is_found():
     story = Story().whole("ann.1.1.1", "a", 1, 5).note(10, "driver", "calm")
     assert judge(story.events) == [
-        "after the faults it was never whole again",
+        "after the faults the pool never recovered",
         "ann.1 had no successful build after the faults had ended",
     ]
 
