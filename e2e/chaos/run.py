@@ -1,8 +1,9 @@
 """`nox -s chaos`: four clients build in a loop while the appliance, its workers and its cluster are broken at random.
 
-usage: nox -s chaos [-- --minutes N] [-- --seed S] [-- --backend kind]     The same seed breaks the same things.
+usage: nox -s chaos [-- --minutes N] [-- --seed S] [-- --backend kind]     The same seed gives the same faults.
 
-It drives and records; schedule.py says what is broken when, history.py what was wrong with it. docs/testing.md
+It starts everything and records it. schedule.py decides what is broken and when. history.py finds what was wrong.
+See docs/testing.md.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ PROGRAM = Path(__file__).parents[1] / "program"
 CLIENTS = ("ann.1", "ann.2", "bob.1", "bob.2")
 """Two tenants with two clients each."""
 WORKERS = 3
-"""Fewer than clients: somebody always waits, and workers go from one tenant to the other."""
+"""Fewer than clients, so that a client always waits, and workers go from one tenant to the other."""
 HEALED = 60.0
-"""Seconds after the last fault within which the pool is whole again. A worker that was killed over and over is
-restarted with pauses (bkpool.core.reconcile.failures), of half a minute after six times in a row."""
+"""Seconds after the last fault within which all workers must be idle. A worker that was killed repeatedly is
+restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row."""
 SHOWN = 40
-"""Violations that are printed after a run; one fault may lead to hundreds."""
+"""The most violations that are printed after a run. One fault may lead to hundreds."""
 FINISHED = 180.0
-"""Seconds for the clients to come to their end, with one build more each."""
+"""Seconds for the clients to end, after one more build each."""
 
 
 def main() -> int:
@@ -56,9 +57,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
     parser.add_argument("--backend", choices=sorted(LANES), default=os.environ.get("BKPOOL_E2E_BACKEND", "process"))
-    parser.add_argument("--keep", action="store_true", help="keep history and logs of a run that was right, too")
+    parser.add_argument("--keep", action="store_true", help="keep history and logs also if nothing was wrong")
     parser.add_argument("--plan", action="store_true", help="only print what would be broken, and when")
-    parser.add_argument("--judge", type=Path, metavar="HISTORY", help="only judge a history, and draw it anew")
+    parser.add_argument("--judge", type=Path, metavar="HISTORY", help="only judge a history, and draw it again")
     options = parser.parse_args()
     if options.judge:
         return report(load(options.judge.read_text()), options.judge, "", sys.maxsize)
@@ -87,7 +88,7 @@ def main() -> int:
 def world(
     backend: str, base: Path, env: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Appliance, Damage, Issuer]]:
-    """An appliance with two tenants and one pool, and the means to break it."""
+    """Starts an appliance with two tenants and one pool. Yields it, the object that breaks it, and the issuer."""
     wanted = [Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC]
     tools = {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
     with ExitStack() as stack:
@@ -108,13 +109,13 @@ def world(
 
 
 def compile_program(target: Path) -> None:
-    """The one program of the test images."""
+    """Compiles the only program of the test images."""
     env = {**os.environ, "CGO_ENABLED": "0"}
     subprocess.run(["go", "build", "-trimpath", "-o", str(target), "."], cwd=PROGRAM, env=env, check=True)
 
 
 class Run:
-    """One run: clients and faults in threads of their own, and what comes after."""
+    """One run: clients and faults in separate threads, and the checks after them."""
 
     def __init__(
         self, appliance: Appliance, damage: Damage, issuer: Issuer, record: Record, base: Path, options: Any
@@ -126,7 +127,7 @@ class Run:
         self._base = base
         self._done = threading.Event()
         self._ending = threading.Event()
-        """Somebody ends the run before its time: what is broken is mended, and nothing more is broken."""
+        """Set if the run ends early: current faults are undone, and no further fault is carried out."""
         program = base / "program"
         compile_program(program)
         self._clients = []
@@ -134,13 +135,13 @@ class Run:
             directory = base / name
             directory.mkdir()
             actor = name.partition(".")[0]
-            bearer = lambda actor=actor: issuer.token(actor=actor)  # noqa: E731 - one for each
+            bearer = lambda actor=actor: issuer.token(actor=actor)  # noqa: E731 - one for each client
             self._clients.append(
                 Client(name, bearer, appliance, record, directory, program, options.seed, self._done)
             )
 
     def go(self, faults: list[Fault]) -> None:
-        self._begun = self._record.note("driver", "begin", utc=datetime.now(UTC).isoformat()).at  # to find it in logs
+        self._begun = self._record.note("driver", "begin", utc=datetime.now(UTC).isoformat()).at  # for the logs
         clients = [threading.Thread(target=client.run, name=client.name, daemon=True) for client in self._clients]
         lanes = [
             threading.Thread(target=self._break, args=([(n, f) for n, f in enumerate(faults) if f.lane == lane],))
@@ -149,7 +150,7 @@ class Run:
         for thread in (*clients, *lanes):
             thread.start()
         try:
-            self._tell_until(lambda: self._record.now() - self._begun >= self._seconds)
+            self._print_progress_until(lambda: self._record.now() - self._begun >= self._seconds)
         except BaseException:
             self._ending.set()
             self._record.over = True
@@ -160,18 +161,20 @@ class Run:
         self._calm = self._record.note("driver", "calm").at
         self._done.set()
         begun = time.monotonic()
-        self._tell_until(lambda: not any(t.is_alive() for t in clients) or time.monotonic() - begun > FINISHED)
+        self._print_progress_until(
+            lambda: not any(t.is_alive() for t in clients) or time.monotonic() - begun > FINISHED
+        )
         for thread in clients:
             if thread.is_alive():
-                self._record.note("driver", "wrong", text=f"{thread.name} did not come to its end in {FINISHED:g} s")
+                self._record.note("driver", "wrong", text=f"{thread.name} did not end within {FINISHED:g} s")
         self._record.over = True
         self._afterwards()
 
     def _break(self, faults: list[tuple[int, Fault]]) -> None:
-        """One lane of the schedule, one fault after the other.
+        """Carries out one lane of the schedule, one fault after the other.
 
-        Where mending takes longer than planned the rest is put off, or the appliance would be down all the time on a
-        slow machine; what then lies beyond the end is left out.
+        If it takes longer than planned to undo a fault, the later faults are delayed. Otherwise the appliance would
+        be down all the time on a slow machine. Faults that would end after the run are left out.
         """
         late = 0.0
         for number, fault in faults:
@@ -180,40 +183,40 @@ class Run:
             if self._ending.wait(max(0.0, self._begun + fault.at + late - self._record.now())):
                 return
             try:
-                whom = victim(fault, self._damage.workers())
-                if whom is None:
+                worker = victim(fault, self._damage.workers())
+                if worker is None:
                     continue
                 self._record.note(
-                    "driver", "fault", number=number, kind=fault.kind, worker=whom, seconds=fault.seconds
+                    "driver", "fault", number=number, kind=fault.kind, worker=worker, seconds=fault.seconds
                 )
-                mend = self._damage.do(fault, whom)
+                mend = self._damage.do(fault, worker)
                 self._record.note("driver", "fault-done", number=number)
                 self._ending.wait(fault.seconds)
                 mend()
-            except Exception as error:  # noqa: BLE001 - whatever could not be mended is a finding
+            except Exception as error:  # noqa: BLE001 - every failure to undo a fault is recorded
                 self._record.note("driver", "wrong", text=f"{fault.kind}: {error!r}")
             ended = self._record.note("driver", "fault-end", number=number).at - self._begun
             late = max(late, ended - fault.at - fault.seconds)
 
     def _afterwards(self) -> None:
-        """Whether all is whole again, and what is left over."""
+        """Checks that the pool recovers, and looks for what is left over."""
         try:
-            eventually(self._whole, "every worker is ready and idle", timeout=HEALED)
+            eventually(self._recovered, "every worker is ready and idle", timeout=HEALED)
             self._record.note("driver", "healed", seconds=round(self._record.now() - self._calm, 1))
         except Exception as error:  # noqa: BLE001
-            self._record.note("driver", "wrong", text=f"the pool does not heal: {error!r}: {self._members()}")
+            self._record.note("driver", "wrong", text=f"the pool does not recover: {error!r}: {self._members()}")
         shutil.copytree(self._appliance.home / "logs", self._base / "logs")
         for look in (self._damage.left_over, lambda: wrong_in_log(self._appliance), self._damage.left_behind):
             try:
                 for what in look():
                     self._record.note("driver", "left", text=what)
             except Exception as error:  # noqa: BLE001
-                self._record.note("driver", "wrong", text=f"looking at what is left: {error!r}")
+                self._record.note("driver", "wrong", text=f"looking for what is left failed: {error!r}")
 
-    def _whole(self) -> bool:
-        told = self._appliance.pool()
-        ready = {member["name"] for member in told["members"]}
-        return told["idle"] == told["workers"] > 0 and ready == set(self._damage.workers())
+    def _recovered(self) -> bool:
+        pool = self._appliance.pool()
+        ready = {member["name"] for member in pool["members"]}
+        return pool["idle"] == pool["workers"] > 0 and ready == set(self._damage.workers())
 
     def _members(self) -> Any:
         try:
@@ -221,13 +224,13 @@ class Run:
         except Exception as error:  # noqa: BLE001
             return repr(error)
 
-    def _tell_until(self, over: Any) -> None:
-        """A line every few seconds: how far it is, and how it goes."""
-        told = 0.0
+    def _print_progress_until(self, over: Any) -> None:
+        """Prints the progress every few seconds until a condition holds."""
+        printed_at = 0.0
         while not over():
             time.sleep(0.1)
-            if (now := self._record.now()) - told >= 5:
-                told = now
+            if (now := self._record.now()) - printed_at >= 5:
+                printed_at = now
                 events = list(self._record.events)
                 made = builds(events)
                 broken = sum(event.what == "fault" for event in events)
@@ -239,7 +242,7 @@ class Run:
 
 
 def report(history: list[Event], file: Path, repeat: str, shown: int = SHOWN, *, keep: bool = True) -> int:
-    """Prints how it went, and where more can be read, if it is kept; returns the exit code."""
+    """Prints a summary, and the paths of history, picture and logs if they are kept. Returns the exit code."""
     events = sorted(history, key=lambda event: event.at)
     violations = judge(events)
     picture = file.with_name("timeline.svg")
@@ -254,12 +257,12 @@ def report(history: list[Event], file: Path, repeat: str, shown: int = SHOWN, *,
         "builds that succeeded": sum(build.ok for build in made),
         "builds that failed": sum(not build.ok for build in made),
         "leases": sum(e.what == "answer" and e.of["outcome"] == "lease" for e in events),
-        "asked and refused, or cut off": sum(
+        "requests refused or cut": sum(
             e.what in {"answer", "released"} and e.of["outcome"] in {"refused", "cut"} for e in events
         ),
         **{f"fault {kind}": number for kind, number in sorted(counts.items())},
         "steps of an ended lease that still ran": len(stragglers(events)),
-        "seconds until all had built again and were whole": healed,
+        "seconds until the pool had recovered": healed,
         "violations": len(violations),
     }
     width = max(map(len, rows))
@@ -268,7 +271,7 @@ def report(history: list[Event], file: Path, repeat: str, shown: int = SHOWN, *,
     for text in violations[:shown]:
         print(f"VIOLATION {text}")
     if len(violations) > shown:
-        print(f"and {len(violations) - shown} more: --judge {file} prints them all")
+        print(f"and {len(violations) - shown} more; --judge {file} prints all of them")
     if violations or keep:
         print(f"history: {file}\npicture: {picture}\nlogs: {file.parent / 'logs'}")
     if violations and repeat:

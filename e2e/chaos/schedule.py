@@ -1,6 +1,6 @@
-"""What will be broken and when, from a seed alone: the same seed is the same list, on any machine.
+"""Decides what is broken and when. The same seed always gives the same list of faults, on any machine.
 
-Pure: it breaks nothing, has no clock and knows no process. `damage.py` and `damage_kind.py` carry it out.
+It is pure: it breaks nothing, has no clock and knows no process. `damage.py` and `damage_kind.py` carry out the list.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ Lane = Literal["appliance", "workers", "cluster"]
 
 @dataclass(frozen=True)
 class Kind:
-    """One way to break something."""
+    """One kind of fault."""
 
     name: str
     lane: Lane
     shortest: float = 0.0
     longest: float = 0.0
-    """Seconds for which it lasts; 0: it is done in a moment."""
+    """Limits for the seconds that it lasts; 0 if it is over at once."""
 
 
 KINDS = {
@@ -41,41 +41,41 @@ PAUSES: dict[str, dict[Lane, tuple[float, float]]] = {
     "process": {"appliance": (6.0, 12.0), "workers": (2.0, 6.0)},
     "kind": {"appliance": (12.0, 18.0), "workers": (5.0, 10.0), "cluster": (6.0, 12.0)},
 }
-"""By backend: seconds between the end of one fault of a lane and the next. Lanes know nothing of each other, so that
-faults meet. On kind an appliance takes 5 s to come up instead of one, and a pod 3 s."""
+"""By backend: limits for the seconds between one fault of a lane and the next one. Lanes are independent, so faults
+of different lanes can overlap. On kind, an appliance needs 5 s to start instead of 1 s, and a pod 3 s."""
 CALM = 3.0
-"""Seconds at the beginning in which everybody gets going."""
+"""Seconds at the beginning without a fault, in which the clients start."""
 LANES = {backend: tuple(lanes) for backend, lanes in PAUSES.items()}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: when it begins and how long it lasts (seconds), and at whom it is aimed."""
+    """One fault: when it begins, how long it lasts (both in seconds), and which worker it affects."""
 
     at: float
     kind: str
     seconds: float
     victim: int
-    """Which of those there are then: this number modulo how many they are."""
+    """The index of the affected worker: this number modulo the number of workers at that time."""
 
     @property
     def lane(self) -> Lane:
-        """Faults of one lane follow each other; those of different lanes meet."""
+        """Faults of one lane follow each other. Those of different lanes can overlap."""
         return KINDS[self.kind].lane
 
 
 def schedule(seed: int, seconds: float, backend: str) -> list[Fault]:
-    """All faults of a run, in order; none lasts beyond its end.
+    """Returns all faults of a run, in order. Each ends before the run does.
 
-    A longer run with the same seed begins with the same faults, and each lane has every kind of fault in turn, in
-    an order of its own every time.
+    A longer run with the same seed begins with the same faults. Each lane repeats all its kinds of faults, every time
+    in another random order.
     """
     faults = [fault for lane in LANES[backend] for fault in _lane(seed, lane, seconds, backend)]
     return sorted(faults, key=lambda fault: (fault.at, fault.kind))
 
 
 def _lane(seed: int, lane: Lane, seconds: float, backend: str) -> list[Fault]:
-    chance = random.Random(f"{seed}/{lane}")  # text: the same on every Python, whatever its hashes
+    chance = random.Random(f"{seed}/{lane}")  # a seed of text gives the same numbers on every Python
     faults: list[Fault] = []
     at = CALM
     while True:

@@ -1,6 +1,6 @@
-"""A history as a picture: clients and workers as rows, builds as bars, faults as marks across them.
+"""Draws a history: clients and workers are rows, builds are bars, faults are marks across the rows.
 
-Pure: events in, SVG out. It only draws; what is wrong says history.py, and those moments are marked.
+It is pure: it turns events into an SVG. It judges nothing: history.py finds violations, and this module marks them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WELL, _FAILED, _WAITED, _HELD, _FAULT, _WRONG = "#4c9f70", "#d1495b", "#e6e6e6"
 
 
 def draw(events: Sequence[Event], violations: Sequence[str]) -> str:
-    """The whole run as an SVG document."""
+    """Returns the whole run as an SVG document."""
     seen = sorted(events, key=lambda event: event.at)
     end = max((event.at for event in seen), default=1.0)
     scale = min(_PER_SECOND, _WIDEST / end)
@@ -57,7 +57,7 @@ def _axis(end: float, scale: float, height: float) -> Iterator[str]:
 def _faults(events: list[Event], rows: dict[str, int], scale: float, height: float) -> Iterator[str]:
     for harm in harms(events):
         x, width = _LEFT + harm.begin * scale, max(2.0, (harm.end - harm.begin) * scale)
-        title = _told(harm)
+        title = _title_of(harm)
         yield _rect(x, rows["faults"], width, _FAULT, title)
         if harm.worker in rows:
             yield _rect(x, rows[harm.worker] - 2, width, _FAULT, title, tall=4)
@@ -69,9 +69,9 @@ def _faults(events: list[Event], rows: dict[str, int], scale: float, height: flo
             )
 
 
-def _told(harm: Harm) -> str:
-    whom = f" {harm.worker}" if harm.worker else ""
-    return f"{harm.kind}{whom}: {harm.begin:.2f} - {harm.end:.2f}"
+def _title_of(harm: Harm) -> str:
+    worker = f" {harm.worker}" if harm.worker else ""
+    return f"{harm.kind}{worker}: {harm.begin:.2f} - {harm.end:.2f}"
 
 
 def _bars(events: list[Event], rows: dict[str, int], scale: float) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""An appliance under clients that allocate, build and release, for as long as is asked; then it is counted.
+"""Runs clients that allocate, build and release on an appliance for a given time, and counts what is left.
 
-What is counted: the process itself from inside (hook/), its metrics, its store and its directories. Builds are those
-of the chaos run, with nothing broken: one that fails is a failure of the soak.
+It counts the process itself from inside (hook/), its metrics, its store and its directories. The builds are those of
+the chaos run without faults. A failed build is a failure of the soak.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from support.issuer import Issuer
 WARM = 3.0
 """Seconds of builds before the first count."""
 LONGEST = 0.4
-"""Seconds for a build's one step: many short builds leave more behind than few long ones."""
+"""The most seconds for the only step of a build. Many short builds leave more behind than a few long ones."""
 SETTLED = 30.0
-"""Seconds for the appliance to come to rest."""
+"""Seconds for the appliance to become idle."""
 TOLERANCES = {"rss": 12 * 1024.0}
-"""KiB, for a process of 90 MiB whose caches of certificates, tokens and keys are bounded, and fill slowly."""
+"""In KiB. The process has 90 MiB. Its caches of certificates, tokens and keys have a bound, and fill slowly."""
 HOOK = {"PYTHONPATH": str(Path(__file__).parent / "hook")}
 
 
-def soak(base: Path, seconds: float, tell: Callable[[str], None]) -> tuple[list[Row], list[str]]:
-    """Builds for so long; returns what there was before and after, and what was wrong beside."""
+def soak(base: Path, seconds: float, report: Callable[[str], None]) -> tuple[list[Row], list[str]]:
+    """Builds for this time. Returns the counts before and after, and other errors."""
     census = base / "census.json"
     with world("process", base, {**HOOK, "BKPOOL_SOAK_CENSUS": str(census)}) as (appliance, damage, issuer):
         builders = Builders(appliance, issuer, base)
-        tell("warming up: every worker is to remember as many leases as it ever will")
+        report("warming up: each worker gets as many ended leases as it can remember")
         _fill(appliance)
-        builders.build(WARM, "warm", tell)
+        builders.build(WARM, "warm", report)
         before = _count(appliance, census)
-        wrong = builders.build(seconds, "history", tell)
+        wrong = builders.build(seconds, "history", report)
         rows = _settled(lambda: compare(before, _count(appliance, census), TOLERANCES))
         wrong += [*damage.left_over(), *wrong_in_log(appliance), *damage.left_behind()]
         return rows, wrong
 
 
 class Builders:
-    """The clients of the chaos run, undisturbed."""
+    """The clients of the chaos run, without faults."""
 
     def __init__(self, appliance: Appliance, issuer: Issuer, base: Path) -> None:
         self._appliance = appliance
@@ -67,8 +67,8 @@ class Builders:
         for name in CLIENTS:
             (base / name).mkdir()
 
-    def build(self, seconds: float, name: str, tell: Callable[[str], None]) -> list[str]:
-        """Builds for so long, with a history under this name; returns what was wrong in it."""
+    def build(self, seconds: float, name: str, report: Callable[[str], None]) -> list[str]:
+        """Builds for this time, and records a history under this name. Returns the errors in it."""
         record, done = Record(self._base / f"{name}.jsonl"), threading.Event()
         record.note("driver", "calm")
         with ThreadPoolExecutor(len(CLIENTS)) as pool:
@@ -76,7 +76,7 @@ class Builders:
             end = time.monotonic() + seconds
             while (left := end - time.monotonic()) > 0:
                 time.sleep(min(1, left))
-                tell(f"{name}: {len(builds(list(record.events)))} builds, {max(0, left):.0f} s to go")
+                report(f"{name}: {len(builds(list(record.events)))} builds, {max(0, left):.0f} s to go")
             done.set()
             for one in running:
                 one.result()
@@ -92,7 +92,7 @@ class Builders:
 
 
 def _fill(appliance: Appliance) -> None:
-    """Leases on all workers at once, over and over."""
+    """Leases all workers at once, repeatedly."""
     for _ in range(REMEMBERED_LEASES + 2):
         leases = []
         for _ in range(WORKERS):
@@ -113,11 +113,11 @@ def _settled(compared: Callable[[], list[Row]]) -> list[Row]:
 
 
 def _count(appliance: Appliance, census: Path) -> dict[str, Any]:
-    """The appliance as it stands, with every worker idle."""
+    """Counts the appliance when every worker is idle."""
     appliance.all_idle()
     census.unlink(missing_ok=True)
     os.kill(appliance.described["pid"], signal.SIGUSR1)
-    eventually(census.exists, "the appliance has counted itself")
+    eventually(census.exists, "the appliance has written its census")
     home = appliance.home
     series = [line for line in appliance.metrics().splitlines() if line and not line.startswith("#")]
     return {

@@ -1,8 +1,8 @@
-"""What a process of ours has open and holds in memory, counted from inside, as plain JSON.
+"""Counts from inside what a process of bkpool has open and keeps in memory, as plain JSON.
 
-It imports nothing of bkpool: objects are told by the module that their class is from, so it need not know, and cannot
-miss, in which table somebody keeps a connection. It gives back free memory and empties caches that have a bound:
-how full one is says nothing. Else it changes nothing.
+It imports nothing of bkpool. It finds bkpool's objects by the module of their class, so it does not depend on the
+tables that hold them. It returns free memory to the system and empties caches that have a bound, because their size
+is no leak. It changes nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Cache = type(lru_cache(lambda: None))
 
 
 def census() -> dict[str, Any]:
-    """Descriptors, threads, tasks, resident KiB, and objects of bkpool's own classes by name."""
+    """Returns descriptors, threads, tasks, resident KiB, and the objects of bkpool's classes by name."""
     empty_caches()
     gc.collect()
     with suppress(OSError, AttributeError):  # no glibc
@@ -35,7 +35,7 @@ def census() -> dict[str, Any]:
         if str(kind.__module__).startswith("bkpool.")
     )
     return {
-        "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,  # but for the one that lists
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,  # without the one that lists the directory
         "threads": threading.active_count(),
         "tasks": sum(isinstance(one, asyncio.Task) and not one.done() for one in objects),
         "rss": resident(os.getpid()),
@@ -44,7 +44,10 @@ def census() -> dict[str, Any]:
 
 
 def empty_caches() -> None:
-    """Empties every `lru_cache` in bkpool's modules that has a bound; what one without keeps is counted."""
+    """Empties every `lru_cache` with a bound in bkpool's modules.
+
+    A cache without a bound is not emptied, so its content is counted.
+    """
     modules = [module for name, module in sys.modules.copy().items() if name.startswith("bkpool.")]
     for cache in [one for module in modules for one in vars(module).values() if type(one) is _Cache]:
         if cache.cache_parameters()["maxsize"] is not None:
@@ -52,6 +55,6 @@ def empty_caches() -> None:
 
 
 def resident(pid: int) -> int:
-    """KiB in memory (proc(5), VmRSS)."""
+    """Returns the resident memory in KiB (proc(5), VmRSS)."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS:")).split()[1])

@@ -1,6 +1,7 @@
-"""Ten thousand connections through a real gateway, ended in every way that connections end; then it is counted.
+"""Makes ten thousand connections through a real gateway, which end in every possible way, and counts what is left.
 
-The gateway is a process of its own (stub_world.py), so that what is counted is its alone. No speed is judged.
+The gateway runs in a separate process (stub_world.py), so that only its own resources are counted. Speed is not
+judged.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ from soak.stub_world import HANDSHAKE
 CONNECTIONS = 10_000
 """By issue 6."""
 WARM = 1_000
-"""Connections before the first count: what is made once in a process has been made by then."""
+"""Connections before the first count. Afterwards, everything that a process makes only once exists."""
 THREADS = 4
 FRESH = 200
-"""Connections of one lease; then a new lease takes over, and the tables are to forget the old one."""
+"""Connections of one lease. Then a new lease follows, and the gateway must forget the old one."""
 KEPT = 32
-"""Unfinished handshakes that a thread keeps open at once."""
+"""Unfinished handshakes that a thread keeps open at the same time."""
 SETTLED = HANDSHAKE + 20.0
-"""Seconds for the gateway to come to rest; the last handshake that never ends takes the first two of them."""
+"""Seconds for the gateway to become idle. The last unfinished handshake takes the first two of them."""
 TOLERANCES = {"rss": 6 * 1024.0}
-"""KiB. 10,000 connections that leave 1 KiB each grow by 10,000; what the allocator keeps varies by 2,000."""
+"""In KiB. If each of 10,000 connections leaves 1 KiB, memory grows by 10,000. What the allocator keeps varies by
+2,000."""
 _RESET = struct.pack("ii", 1, 0)
 
 
 class Gateway:
-    """The gateway's process, and the leases that it was told of."""
+    """The gateway's process and its leases."""
 
     def __init__(self, directory: Path) -> None:
         program = Path(__file__).parent / "stub_world.py"
@@ -50,15 +52,15 @@ class Gateway:
             [sys.executable, str(program), str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._lock = threading.Lock()
-        told = self._answer()
-        self.port: int = told["port"]
-        self._ca = Path(told["ca"]).read_text()
+        ready = self._answer()
+        self.port: int = ready["port"]
+        self._ca = Path(ready["ca"]).read_text()
 
     def lease(self, name: str, *, is_open: bool = True, over: bool = False) -> ssl.SSLContext:
-        """A lease, as the TLS settings of its holder."""
+        """Makes a lease, and returns the TLS settings of its holder."""
         files = self.ask(do="lease", name=name, open=is_open, over=over)
         context = ssl.create_default_context(cadata=self._ca)
-        context.verify_flags |= ssl.VerifyFlags(0x200000)  # the gateway's tests live at a time of their own
+        context.verify_flags |= ssl.VerifyFlags(0x200000)  # X509_V_FLAG_NO_CHECK_TIME: the gateway has another time
         context.set_alpn_protocols(["h2"])
         context.load_cert_chain(files["cert"], files["key"])
         return context
@@ -70,9 +72,9 @@ class Gateway:
             return self._answer()
 
     def end(self) -> None:
-        """Raises AssertionError if it does not end well."""
+        """Ends the process. Raises AssertionError if its exit code is not 0."""
         self._process.stdin.close()
-        assert self._process.wait(30) == 0, "the gateway did not end well"
+        assert self._process.wait(30) == 0, "the gateway failed at its end"
         self._process.stdout.close()
 
     def _answer(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Gateway:
 
 
 class ClientThread:
-    """One thread's clients: connection after connection, each ended in the next of the ways."""
+    """The clients of one thread: one connection after the other, each with the next kind of ending."""
 
     def __init__(self, gateway: Gateway, name: str) -> None:
         self._gateway = gateway
@@ -94,57 +96,60 @@ class ClientThread:
         self._done = 0
         self.ends: Counter[str] = Counter()
 
-    def run(self, count: int, told: Callable[[], None]) -> None:
-        """So many connections.
+    def run(self, count: int, on_done: Callable[[], None]) -> None:
+        """Makes this number of connections, and calls `on_done` after each.
 
         Raises:
-            AssertionError, OSError: One did not go as it should.
+            AssertionError, OSError: A connection did not behave as expected.
         """
-        ways = (self.clean, self.reset, self.refused, self.unfinished, self.half_closed, self.held)
+        endings = (self.clean, self.reset, self.refused, self.unfinished, self.half_closed, self.held)
         for _ in range(count):
             if self._done % FRESH == 0:
                 self._take_a_fresh_lease()
-            way = ways[self._done % len(ways)]
-            way()
-            self.ends[way.__name__] += 1
+            ending = endings[self._done % len(endings)]
+            ending()
+            self.ends[ending.__name__] += 1
             self._done += 1
-            told()
+            on_done()
         while self._unfinished:
-            self._part()
+            self._close_oldest_unfinished()
 
     def clean(self) -> None:
-        """Talks, says that it ends, and hears the same."""
+        """Sends data, ends TLS in order, and waits until the gateway does the same."""
         with self._echoed() as sock:
             sock.unwrap().close()
 
     def reset(self) -> None:
-        """Talks, and is gone."""
+        """Sends data, and resets the connection."""
         sock = self._echoed()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         sock.close()
 
     def refused(self) -> None:
-        """Has a lease that is over, and is told so."""
+        """Connects with an ended lease, and gets a refusal."""
         with self._handshaken(self._over) as sock:
             sock.sendall(_first_call())
-            assert len(_to_the_end(sock)) > 40, "refused without a sentence"
+            assert len(_read_to_end(sock)) > 40, "the refusal has no message"
 
     def unfinished(self) -> None:
-        """Begins a handshake and says no more; every second one leaves before the gateway ends it."""
+        """Begins a handshake and sends nothing more.
+
+        Every second client leaves before the gateway closes the connection.
+        """
         sock = self._connected()
         sock.sendall(_client_hello()[:100])
         self._unfinished.append(sock)
         if len(self._unfinished) > KEPT:
-            self._part()
+            self._close_oldest_unfinished()
 
     def half_closed(self) -> None:
-        """Talks, and ends its direction without a word of TLS."""
+        """Sends data, and closes its direction of the socket without close_notify."""
         with self._echoed() as sock:
             sock.shutdown(socket.SHUT_WR)
-            _to_the_end(sock)
+            _read_to_end(sock)
 
     def held(self) -> None:
-        """Waits for a worker that is on its way, and leaves."""
+        """Waits for a worker that is starting, and leaves."""
         with self._handshaken(self._held) as sock:
             sock.sendall(_first_call()[:33])
 
@@ -154,11 +159,11 @@ class ClientThread:
         self._lease = f"{self._name}-{self._done}"
         self._open = self._gateway.lease(self._lease)
 
-    def _part(self) -> None:
+    def _close_oldest_unfinished(self) -> None:
         sock = self._unfinished.popleft()
         with sock:
             if self._done % 2:
-                _to_the_end(sock)
+                _read_to_end(sock)
 
     def _echoed(self) -> ssl.SSLSocket:
         sock = self._handshaken(self._open)
@@ -173,13 +178,13 @@ class ClientThread:
         return socket.create_connection(("127.0.0.1", self._gateway.port), timeout=20)
 
 
-def soak(directory: Path, connections: int, tell: Callable[[str], None]) -> list[Row]:
-    """So many connections; returns what there was before and after them."""
+def soak(directory: Path, connections: int, report: Callable[[str], None]) -> list[Row]:
+    """Makes this number of connections. Returns the counts before and after them."""
     gateway = Gateway(directory)
     clients = [ClientThread(gateway, f"t{number}") for number in range(THREADS)]
-    _connect(clients, WARM, tell, "warming up")
-    before = _rested(gateway)
-    _connect(clients, connections, tell, "connections")
+    _connect(clients, WARM, report, "warming up")
+    before = _count_at_rest(gateway)
+    _connect(clients, connections, report, "connections")
     deadline = time.monotonic() + SETTLED
     while True:
         rows = compare(before, gateway.ask(do="count"), TOLERANCES)
@@ -188,18 +193,18 @@ def soak(directory: Path, connections: int, tell: Callable[[str], None]) -> list
         time.sleep(0.5)
     gateway.end()
     ends = sum((client.ends for client in clients), Counter())
-    tell(", ".join(f"{count} {end.replace('_', ' ')}" for end, count in ends.items()))
+    report(", ".join(f"{count} {end.replace('_', ' ')}" for end, count in ends.items()))
     return rows
 
 
-def _connect(clients: list[ClientThread], count: int, tell: Callable[[str], None], what: str) -> None:
+def _connect(clients: list[ClientThread], count: int, report: Callable[[str], None], what: str) -> None:
     done = Counter()
     failed: list[BaseException] = []
 
     def run(client: ClientThread) -> None:
         try:
             client.run(count // len(clients), lambda: done.update([what]))
-        except BaseException as error:  # noqa: BLE001 - told by whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             failed.append(error)
 
     threads = [threading.Thread(target=run, args=(client,), daemon=True) for client in clients]
@@ -209,13 +214,13 @@ def _connect(clients: list[ClientThread], count: int, tell: Callable[[str], None
         threads[0].join(3)
         for thread in threads[1:]:
             thread.join(0.1)
-        tell(f"{what}: {done[what]} of {count}")
+        report(f"{what}: {done[what]} of {count}")
     if failed:
         raise failed[0]
 
 
-def _rested(gateway: Gateway) -> dict[str, Any]:
-    """A count of a gateway in which nothing changes any more."""
+def _count_at_rest(gateway: Gateway) -> dict[str, Any]:
+    """Returns a count of the gateway when it no longer changes."""
     deadline = time.monotonic() + SETTLED
     count = gateway.ask(do="count")
     while time.monotonic() < deadline:
@@ -226,7 +231,7 @@ def _rested(gateway: Gateway) -> dict[str, Any]:
     return count
 
 
-def _to_the_end(sock: socket.socket) -> bytes:
+def _read_to_end(sock: socket.socket) -> bytes:
     received = b""
     with suppress(ConnectionError, ssl.SSLError):
         while data := sock.recv(16384):
@@ -245,7 +250,7 @@ def _client_hello() -> bytes:
 
 @cache
 def _first_call() -> bytes:
-    """What a gRPC client sends first: preface, settings, and one call."""
+    """Returns what a gRPC client sends first: preface, settings, and one call."""
     http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=True))
     http.initiate_connection()
     path = (":path", "/moby.buildkit.v1.Control/Info")

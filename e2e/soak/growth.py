@@ -1,6 +1,6 @@
-"""What has grown between two counts: pure, so that what a soak calls a leak is tested without soaking.
+"""Finds what has grown between two counts. It is pure, so the definition of a leak is tested without a soak.
 
-A count is a flat mapping of names to numbers. Everything must be back to where it was, but for what has a tolerance.
+A count is a flat mapping of names to numbers. Every number must be as before or less, except within its tolerance.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Row:
 
     @property
     def grown(self) -> float:
-        """By how much; never less than nothing, for what has shrunk leaks nothing."""
+        """How much it has grown; 0 if it has shrunk."""
         return max(0.0, self.after - self.before)
 
     @property
     def well(self) -> bool:
-        """Whether it is back to where it was, within its tolerance."""
+        """Whether it has not grown beyond its tolerance."""
         return self.grown <= self.tolerance
 
 
 def flat(count: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested mappings as one, with dots in the names."""
+    """Returns nested mappings as one, with the names joined by spaces."""
     found: dict[str, float] = {}
     for name, value in count.items():
         if isinstance(value, Mapping):
@@ -42,7 +42,10 @@ def flat(count: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Mapping[str, float]) -> list[Row]:
-    """Every quantity of either count; one that is missing counts as 0. What has no tolerance may not grow at all."""
+    """Returns a row for each quantity of either count.
+
+    A missing one counts as 0. Without a tolerance it must not grow.
+    """
     first, last = flat(before), flat(after)
     return [
         Row(name, first.get(name, 0), last.get(name, 0), tolerances.get(name, 0)) for name in sorted(first | last)
@@ -50,7 +53,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Map
 
 
 def table(rows: list[Row], *, everything: bool = False) -> str:
-    """The rows as text; objects of a kind that is as many as before only if `everything` is asked for."""
+    """Returns the rows as text. Kinds of objects that have not grown are left out, unless `everything` is true."""
     shown = [row for row in rows if everything or not row.well or not row.name.startswith("objects ")]
     width = max((len(row.name) for row in shown), default=0)
     lines = [f"{'':<{width}}  {'before':>10}  {'after':>10}  {'may grow':>8}"]

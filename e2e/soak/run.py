@@ -1,6 +1,7 @@
-"""`nox -s soak`: ten thousand connections, then builds for the rest of the time; and all is back to where it was.
+"""`nox -s soak`: ten thousand connections, then builds for the rest of the time. Afterwards nothing may have grown.
 
-usage: nox -s soak [-- --minutes N] [-- --connections N]     It judges what is left, never speed. docs/testing.md
+usage: nox -s soak [-- --minutes N] [-- --connections N]     It does not judge speed. See
+docs/testing.md.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from soak import builds, connections
 from soak.growth import Row, table
 
 LEAST = 20.0
-"""Seconds of builds, however long the connections took."""
+"""The fewest seconds of builds, also if the connections took long."""
 EVERY = 3.0
-"""Seconds between two lines."""
+"""Seconds between two lines of progress."""
 
 
-class Told:
-    """Prints progress: on a terminal in one line that changes, elsewhere as lines, some seconds apart."""
+class Progress:
+    """Prints progress: on a terminal in one line that changes, elsewhere as a new line every few seconds."""
 
     def __init__(self) -> None:
         self._begun = self._told = time.monotonic()
@@ -47,25 +48,25 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=connections.CONNECTIONS)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the appliance ends too
-    begun, tell = time.monotonic(), Told()
+    begun, report = time.monotonic(), Progress()
     base = Path(tempfile.mkdtemp(prefix="bkpool-soak-"))
     print(
         f"soak: {options.connections} connections, then builds, {options.minutes:g} min in all; in {base}", flush=True
     )
     (base / "connections").mkdir()
     (base / "builds").mkdir()
-    first = connections.soak(base / "connections", options.connections, tell)
+    first = connections.soak(base / "connections", options.connections, report)
     left = max(LEAST, options.minutes * 60 - (time.monotonic() - begun))
-    second, wrong = builds.soak(base / "builds", left, tell)
+    second, wrong = builds.soak(base / "builds", left, report)
     grown = [*_shown("the gateway, before and after its connections", first)]
     grown += _shown("the appliance, before and after its builds", second)
     for text in (*grown, *wrong):
         print(f"VIOLATION {text}")
     if grown or wrong:
-        print(f"what there is of it: {base}")
+        print(f"files of this run: {base}")
         return 1
     shutil.rmtree(base)
-    print("all is back to where it was")
+    print("nothing has grown")
     return 0
 
 

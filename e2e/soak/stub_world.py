@@ -1,4 +1,4 @@
-"""A real gateway with a worker that echoes, in a process of its own, which counts itself when asked.
+"""A real gateway with a worker that echoes, in a separate process that counts itself on request.
 
 usage: stub_world.py DIRECTORY; then one JSON command a line on stdin, answered by one line on stdout:
 {"do": "lease", "name": N, "open": bool, "over": bool}, {"do": "forget", "name": N}, {"do": "count"}. Ends with stdin.
@@ -25,14 +25,14 @@ from support.certificates import CertificateFactory
 from support.gateway_world import GatewayWorld
 
 HANDSHAKE = 2.0
-"""Seconds for a handshake, instead of 10: many here never end, and the soak waits for the last of them."""
+"""Seconds for a handshake, instead of 10. Many handshakes here never end, and the soak waits for the last of them."""
 
 
 async def main(directory: Path) -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     world = GatewayWorld(CertificateFactory(directory), directory)
     await world.start(new_loop, handshake_timeout=HANDSHAKE, refusal_timeout=HANDSHAKE)
-    server = world.server  # of the stub worker: its writers are not the gateway's, and must not be kept
+    server = world.server  # of the stub worker. Its writers do not belong to the gateway, so they must not be kept
     print(json.dumps({"port": world.port, "ca": str(world.ca.file)}), flush=True)
     stdin = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)

@@ -1,6 +1,6 @@
-"""Lets an appliance under soak count itself: on SIGUSR1 it writes its census to $BKPOOL_SOAK_CENSUS.
+"""Makes an appliance in a soak count itself: on SIGUSR1 it writes its census to $BKPOOL_SOAK_CENSUS.
 
-Python imports this by its name from PYTHONPATH; bkpool itself knows nothing of it.
+Python imports this module from PYTHONPATH because of its name. bkpool itself does not know it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 def _count(_number: int, _frame: object) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     try:
-        from soak.census import census  # noqa: PLC0415 - nothing is loaded before it is asked for
+        from soak.census import census  # noqa: PLC0415 - loaded only for a census
     finally:
         sys.path.pop(0)
     target = Path(os.environ["BKPOOL_SOAK_CENSUS"])
