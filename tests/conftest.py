@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from support.secrets import secrets_in
+
+# How long one example takes says something about the machine, not about the code.
+settings.register_profile("bkpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("bkpool")
 
 
 @pytest.fixture(scope="session")
