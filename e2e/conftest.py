@@ -1,4 +1,7 @@
-"""Fixtures of the end-to-end tests. One appliance serves a whole module; a test that breaks it has its own."""
+"""Fixtures of the end-to-end tests.
+
+The tests of a module share one appliance. A test that breaks it makes another.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from kind_cluster import E2eCluster, Kubectl, e2e_cluster
 from worlds import Pods, Processes
 
 BACKEND = os.environ.get("BKPOOL_E2E_BACKEND", "process")
-"""On which backend the tests run that do not say for which they are."""
+"""The backend of the tests that are not marked for one."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is about another backend."""
+    """Leaves out the tests of another backend."""
     others = [item for item in items if (mark := item.get_closest_marker("only")) and mark.args[0] != BACKEND]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
@@ -30,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[E2eCluster]:
-    """A kind cluster, where a container engine answers: kind_cluster.py."""
+    """A kind cluster, if there is a container engine (kind_cluster.py)."""
     if fault := engine_fault():
         pytest.skip(fault)
     with e2e_cluster() as cluster:
@@ -44,7 +47,7 @@ def kubectl(cluster: E2eCluster) -> Kubectl:
 
 @pytest.fixture(scope="session")
 def world(request: pytest.FixtureRequest) -> World:
-    """Where the workers are."""
+    """The place where the workers run."""
     if BACKEND == "process":
         return Processes()
     return Pods(request.getfixturevalue("cluster"))
@@ -57,7 +60,7 @@ def tools() -> dict[str, Path]:
 
 
 def _go_build(directory: Path, package: str, target: Path) -> Path:
-    """Builds a test program once into the cache; its sources are part of the name."""
+    """Builds a test program once into the cache. Its name contains a digest of its sources."""
     go = shutil.which("go")
     assert go, "the end-to-end tests build their registry and their test program with Go: install it"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,7 @@ def context(tmp_path: Path, program: Path) -> Context:
 
 @pytest.fixture(scope="module")
 def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path], world: World) -> Iterator[Appliance]:
-    """An appliance with a warm worker, for tests that leave it as they found it."""
+    """An appliance with a warm worker, for tests that do not change it."""
     appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools, world=world)
     appliance.up_with({"scaling": {"min": 1, "max": 4}})
     appliance.all_idle()
@@ -105,7 +108,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, tools: dict[str, Path], 
 
 @pytest.fixture
 def make_appliance(tmp_path: Path, tools: dict[str, Path], world: World) -> Iterator[Callable[[], Appliance]]:
-    """Homes for tests that do as they like with them; nothing is started yet."""
+    """Makes appliances that a test may change or break. They are not started yet."""
     made: list[Appliance] = []
 
     def make(name: str = "a", **more: object) -> Appliance:

@@ -1,6 +1,6 @@
-"""What the end-to-end tests stand on: a real appliance in a home of its own, driven as a user drives it.
+"""The base of the end-to-end tests: a real appliance in a separate home, used as a user uses it.
 
-Nothing here is a mock. Programs are started as subprocesses; servers listen on loopback.
+Nothing here is a mock. Programs run as subprocesses. Servers listen on loopback.
 """
 
 from __future__ import annotations
@@ -35,32 +35,35 @@ HERE = Path(__file__).parent
 
 
 class World(Protocol):
-    """Where the workers of an appliance are: what differs between the backends. `worlds` has one for each."""
+    """The place where the workers of an appliance run. It hides the differences of the backends from the tests.
+
+    The module `worlds` has one for each backend.
+    """
 
     name: str
     registry_address: str
-    """The address of this machine at which the workers reach a registry."""
+    """The address at which workers reach a registry on this machine."""
 
     def options(self) -> list[str]:
-        """The options of `up`."""
+        """Returns the options of `up` for this backend."""
 
     def workers(self, appliance: Appliance) -> list[Any]:
-        """What runs buildkitd now. The same process or pod compares equal, another does not."""
+        """Returns what runs buildkitd now. Two values are equal if they are the same process or pod."""
 
     def kill_worker(self, worker: Any) -> None:
-        """Ends its buildkitd with kill -9."""
+        """Kills its buildkitd with kill -9."""
 
     def trusting(self, registry: str) -> dict[str, Any]:
-        """What a pool's spec needs so that its workers speak plain HTTP to this registry."""
+        """Returns the fields of a pool's spec that make its workers use plain HTTP for this registry."""
 
     def authority(self, appliance: Appliance) -> Authority:
-        """The authority of the client certificates."""
+        """Returns the authority of the client certificates."""
 
     def clean(self, appliance: Appliance) -> None:
-        """Removes, after `down`, what the next test must not find. Fails if something was left running."""
+        """Removes after `down` what the next test must not find. Fails if something still runs."""
 
 
-WAIT_TIMEOUT = 60.0  # seconds: how long a test waits for a condition before it says that it never came
+WAIT_TIMEOUT = 60.0  # seconds that a test waits for a condition before it fails
 
 
 def free_port() -> int:
@@ -71,11 +74,11 @@ def free_port() -> int:
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout: float = WAIT_TIMEOUT) -> Any:
-    """Waits until the condition holds, and returns what it gave."""
+    """Waits until the condition is true, and returns its value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"never happened within {timeout:g} s: {what}")
+            raise AssertionError(f"did not happen within {timeout:g} s: {what}")
         select.select([], [], [], 0.02)
     return value
 
@@ -83,17 +86,17 @@ def eventually(condition: Callable[[], Any], what: str, timeout: float = WAIT_TI
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the latter: it went between open and read
+    except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError: it ended between open and read
         return False
 
 
 def pool(name: str, **spec: Any) -> dict[str, Any]:
-    """A pool, as a file for `up` has it."""
+    """Returns a pool as it is written in a file for `up`."""
     return _document("BuildKitPool", name, "default", spec)
 
 
 def oidc_config(name: str, **spec: Any) -> dict[str, Any]:
-    """An issuer for all pools, as a file for `up` has it."""
+    """Returns an issuer for all pools as it is written in a file for `up`."""
     return _document("BuildKitOIDCConfig", name, "buildkit-system", spec)
 
 
@@ -104,7 +107,7 @@ def _document(kind: str, name: str, namespace: str, spec: dict[str, Any]) -> dic
 
 @dataclass
 class Answer:
-    """What a program said and how it ended."""
+    """The output and the exit code of a program."""
 
     code: int
     out: str
@@ -134,7 +137,7 @@ def run(*argv: str | Path, env: dict[str, str], cwd: Path | None = None, timeout
 
 @dataclass
 class Certificates:
-    """An allocation on disk, as the usage guide lays it out."""
+    """The certificates of a lease in files, as the usage guide stores them."""
 
     directory: Path
     lease: dict[str, Any]
@@ -161,7 +164,7 @@ class Certificates:
 
 @dataclass
 class Appliance:
-    """One home, one appliance, and the commands of its user."""
+    """One appliance with its home, and the commands that its user runs."""
 
     base: Path
     tools: dict[str, Path]
@@ -209,11 +212,11 @@ class Appliance:
         return described
 
     def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
-        """Up, with one pool of this spec."""
+        """Runs `up` with one pool of this spec."""
         return self.up_from([pool(name, **spec)], *options)
 
     def up_from(self, documents: list[dict[str, Any]], *options: str) -> dict[str, Any]:
-        """Up, with a file of these objects."""
+        """Runs `up` with a file of these objects."""
         file = self.base / "objects.yaml"
         file.write_text("\n---\n".join(map(json.dumps, documents)))  # JSON is YAML
         return self.up("-f", str(file), *options)
@@ -227,7 +230,7 @@ class Appliance:
         return described
 
     def kill(self) -> None:
-        """kill -9, and waits until it is gone."""
+        """Kills the appliance with kill -9, and waits until it has ended."""
         pid = self.described["pid"]
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: not alive(pid), "the appliance is gone")
@@ -237,7 +240,7 @@ class Appliance:
         return (self.home / "logs" / "appliance.log").read_text()
 
     def daemons(self) -> list[int]:
-        """The processes of this home's workers: every buildkitd, runc and build container."""
+        """Returns the processes of this home's workers: every buildkitd, runc and build container."""
         found = []
         for stat in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -247,10 +250,10 @@ class Appliance:
         return found
 
     def workers(self) -> list[Any]:
-        """What runs buildkitd now, on whatever backend."""
+        """Returns what runs buildkitd now, on any backend."""
         return self.world.workers(self)
 
-    # --- its user ---
+    # --- commands of its user ---
 
     def cli(self, *args: str, timeout: float = 180.0, **more: Any) -> Answer:
         answer = run(*self.program, *args, env={**self.env, **more}, timeout=timeout)
@@ -266,7 +269,7 @@ class Appliance:
     def http(
         self, method: str, path: str, body: Any = None, *, raw: bytes | None = None, bearer: str | None = "admin"
     ) -> tuple[int, Any]:
-        """One API call; without a proxy of the CLI between."""
+        """Makes one API call without the CLI."""
         if bearer == "admin":
             bearer = (self.home / "admin.token").read_text().strip()
         headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
@@ -282,7 +285,7 @@ class Appliance:
             connection.close()
 
     def metrics(self) -> str:
-        """What Prometheus would scrape; empty where nothing runs."""
+        """Returns the metrics; empty if nothing is running."""
         with contextlib.suppress(OSError):
             connection = http.client.HTTPConnection("127.0.0.1", self.ports["metrics"], timeout=WAIT_TIMEOUT)
             with contextlib.closing(connection):
@@ -291,7 +294,7 @@ class Appliance:
         return ""
 
     def leaked(self) -> list[str]:
-        """Secrets in any log of this home."""
+        """Returns the secrets found in the logs of this home."""
         logs = (path for path in (self.home / "logs").glob("**/*") if path.is_file())
         return [found for path in logs for found in secrets_in(path.read_text(errors="replace"))]
 
@@ -302,14 +305,14 @@ class Appliance:
         return pool
 
     def all_idle(self) -> None:
-        """Waits until every worker stands idle, and at least one does."""
+        """Waits until every worker is idle, and there is at least one."""
         eventually(lambda: (state := self.pool())["idle"] == state["workers"] > 0, "all workers are idle")
 
     def buildx(self, *args: str | Path, timeout: float = 180.0) -> Answer:
         return run("docker", "buildx", *args, env=self.env, timeout=timeout)
 
     def builder(self, certificates: Certificates, name: str) -> str:
-        """A remote builder for a lease, made as the guide makes it."""
+        """Makes a remote builder for a lease, as the usage guide does. Returns its name."""
         endpoint = f"tcp://localhost:{self.ports['gateway']}"
         self.buildx(
             "create", "--name", name, "--driver", "remote", "--driver-opt", certificates.driver_opt, endpoint
@@ -328,7 +331,7 @@ class Appliance:
         return process
 
     def finish(self) -> None:
-        """Ends what a test started and everything of the appliance, and sees that nothing of it is left."""
+        """Ends all programs that a test started and the appliance, and checks that nothing is left."""
         for process in self.started:
             process.kill()
             process.wait()
@@ -342,28 +345,28 @@ class Appliance:
 
 
 def only_on(backend: str, why: str) -> Any:
-    """A test about one backend: on another it is not collected."""
+    """Marks a test of one backend. It is not collected on other backends."""
     return pytest.mark.only(backend, why)
 
 
 def really_ran(answer: Answer, text: str) -> bool:
-    """Whether a RUN step that says this really ran, instead of being taken from a cache."""
+    """Returns whether the RUN step with this output really ran and was not taken from a cache."""
     return re.search(rf"^#\d+ [\d.]+ {re.escape(text)}", answer.text, re.MULTILINE) is not None
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """Reads the program's output until this text was there."""
+    """Reads the program's output up to the line with this text."""
     seen = ""
     assert process.stdout is not None
     for line in process.stdout:
         seen += line
         if text in line:
             return seen
-    raise AssertionError(f"the program ended without saying {text!r}:\n{seen}")
+    raise AssertionError(f"the program ended without the output {text!r}:\n{seen}")
 
 
 class Context:
-    """A build context without a base image: the test program, and a Dockerfile."""
+    """A build context without a base image: the test program and a Dockerfile."""
 
     def __init__(self, directory: Path, program: Path) -> None:
         self.path = directory
@@ -371,7 +374,7 @@ class Context:
         shutil.copy(program, directory / "program")
 
     def dockerfile(self, *steps: str) -> Path:
-        """FROM scratch, the program, and these RUN steps (each the program's arguments)."""
+        """Writes a Dockerfile with the program and these RUN steps. Each step is the arguments of the program."""
         lines = ["FROM scratch AS built", "COPY program /program"]
         lines += [f"RUN {json.dumps(['/program', *step.split(' ')])}" for step in steps]
         (self.path / "Dockerfile").write_text("\n".join([*lines, ""]))
@@ -384,7 +387,7 @@ class Context:
 
 @contextlib.contextmanager
 def registry(program: Path, directory: Path, address: str = "127.0.0.1") -> Iterator[str]:
-    """A real registry, on loopback or in the test's own container network; gives its host:port."""
+    """Runs a real registry on loopback or in the container network of the test. Yields its host:port."""
     port = free_port()
     config = directory / "registry.yml"
     config.write_text(
@@ -414,7 +417,7 @@ def _answers(address: str, port: int) -> bool:
 
 
 def from_registry(host: str, path: str) -> Any:
-    """A manifest or index, as the registry has it."""
+    """Returns a manifest or index from the registry."""
     kinds = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"
     connection = http.client.HTTPConnection(host, timeout=10)
     try:

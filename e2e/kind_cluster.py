@@ -1,7 +1,8 @@
-"""The kind cluster of the end-to-end tests: bkpool's own way to one, under a name and with host ports of its own.
+"""The kind cluster of the end-to-end tests. bkpool itself makes it, with another name and other host ports than a
+user's.
 
-A cluster `bkpool` may run beside it. Where no image can be pulled e2e/airgap/up has made them, and its environment
-file (sourced by scripts/test) names them.
+So a cluster named `bkpool` may run at the same time. If no image can be pulled, e2e/airgap/up makes the images, and
+its environment file (sourced by scripts/test) names them.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from bkpool.toolchain import Tool, Toolchain, default_cache
 
 NAME = "bkpool-e2e"
 SHIFT = 100
-"""How far the host ports of the tests' cluster are from those of kind-config.yaml."""
+"""The difference between the host ports of the tests' cluster and those of kind-config.yaml."""
 NODE_IMAGE = os.environ.get("BKPOOL_E2E_NODE_IMAGE") or None
 BUILDKIT_IMAGE = os.environ.get("BKPOOL_E2E_BUILDKIT_IMAGE") or None
-"""None: the product's own default, which the node pulls."""
+"""None for the default of bkpool, which the node pulls."""
 IMAGE_ARCHIVES = tuple(Path(file) for file in os.environ.get("BKPOOL_E2E_IMAGE_ARCHIVE", "").split(":") if file)
 KEEP = bool(os.environ.get("BKPOOL_E2E_KEEP"))
-"""Leave the cluster for the next run, which then adopts it."""
+"""Whether the cluster stays for the next run, which then adopts it."""
 
 
 def shifted(config: Path, directory: Path, by: int = SHIFT) -> Path:
-    """A copy of a kind configuration with other host ports."""
+    """Writes a copy of a kind configuration with other host ports. Returns its path."""
     document = yaml.safe_load(config.read_text())
     for node in document["nodes"]:
         for mapping in node["extraPortMappings"]:
@@ -47,7 +48,7 @@ def shifted(config: Path, directory: Path, by: int = SHIFT) -> Path:
 
 
 def kind_of(engine: Engine, home: Path) -> HomeCluster:
-    """The life cycle under test, for one home; it says on stderr what it does."""
+    """Returns the life cycle under test for one home. It reports its progress on stderr."""
     return HomeCluster(
         Toolchain(default_cache()).ensure(Tool.KIND),
         engine,
@@ -58,22 +59,22 @@ def kind_of(engine: Engine, home: Path) -> HomeCluster:
 
 @dataclass(frozen=True)
 class E2eCluster:
-    """What a test may know of its cluster."""
+    """What a test needs to know about its cluster."""
 
     name: str
     kubeconfig: Path
     worker_ports: tuple[int, ...]
     node: str
     host_address: str
-    """This machine's address for whatever runs in the cluster."""
+    """The address of this machine as seen from the cluster."""
     buildkit_image: str | None = BUILDKIT_IMAGE
 
 
 @contextmanager
 def e2e_cluster() -> Iterator[E2eCluster]:
-    """The cluster of the tests with their images loaded.
+    """Yields the cluster of the tests with their images loaded.
 
-    Runs beside each other share it, and the last one deletes it, unless BKPOOL_E2E_KEEP is set.
+    Concurrent runs share it. The last one deletes it, unless BKPOOL_E2E_KEEP is set.
     """
     home = default_cache() / "e2e" / "kind"
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,12 +113,12 @@ def _gateway_of(node: str) -> str:
 
 @dataclass(frozen=True)
 class Kubectl:
-    """kubectl for one cluster; what the user has in KUBECONFIG plays no part."""
+    """kubectl for one cluster. It ignores KUBECONFIG of the user."""
 
     kubeconfig: Path
 
     def __call__(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        """Runs it and gives its standard output."""
+        """Runs kubectl and returns its standard output."""
         program = shutil.which("kubectl")
         assert program, "the tests on kind need kubectl on PATH"
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""The backends as the end-to-end tests see them: one `harness.World` for processes and one for pods.
+"""The backends for the end-to-end tests: one `harness.World` for processes and one for pods.
 
-A test that needs more than `World` offers is about one backend and is marked so (`only_on("process", why)`).
+A test that needs more than `World` offers works on one backend only, and is marked with `only_on("process", why)`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SYSTEM = "buildkit-system"
 
 
 class Processes:
-    """Processes of this machine."""
+    """Workers that are processes of this machine."""
 
     name = "process"
     registry_address = "127.0.0.1"
@@ -40,7 +40,7 @@ class Processes:
         os.kill(worker, signal.SIGKILL)
 
     def trusting(self, registry: str) -> dict[str, Any]:
-        return {}  # BuildKit speaks plain HTTP to loopback by itself
+        return {}  # BuildKit uses plain HTTP for loopback by default
 
     def authority(self, appliance: Appliance) -> Authority:
         return storage.load_or_create(appliance.home / "pki", datetime.now(UTC)).authority
@@ -48,12 +48,15 @@ class Processes:
     def clean(self, appliance: Appliance) -> None:
         left = appliance.daemons()
         appliance.down("--purge")
-        assert left == [], "something of a worker was still running after `down`"
+        assert left == [], "processes of a worker were still running after `down`"
 
 
 @dataclass
 class Pods:
-    """Pods of a kind cluster that all tests of a run share; the pools in it are one test's at a time."""
+    """Workers that are pods of a kind cluster.
+
+    All tests of a run share it, but only one test at a time has pools in it.
+    """
 
     cluster: E2eCluster
     name: str = "kind"
@@ -92,7 +95,7 @@ class Pods:
         return Authority(base64.b64decode(secret["ca.crt"]), base64.b64decode(secret["ca.key"]))
 
     def clean(self, appliance: Appliance) -> None:
-        """The cluster goes on to the next test; the pools and all that is of them go."""
+        """Removes the pools and all their objects. The cluster stays for the next test."""
         self.kubectl("delete", "buildkitpools,buildkitoidcconfigs", "-A", "--all", "--wait=false")
         for worker in self.objects("buildkitworkers", "-A"):
             metadata = worker["metadata"]
@@ -104,7 +107,7 @@ class Pods:
             )
         ours = ("-A", "-l", "app.kubernetes.io/managed-by=bkpool", "--grace-period=1")
         for kind in ("buildkitworkers", "pods", "pvc", "secrets", "configmaps"):
-            # (labels are on everything but the keys of the appliance, which the next test adopts)
+            # The keys of the appliance have no label. The next test adopts them.
             self.kubectl("delete", kind, *ours, "--field-selector=metadata.namespace!=" + SYSTEM, check=False)
         shutil.rmtree(appliance.home, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""This folder needs pytest-kind's plugin, which is loaded by its own run only: `nox -s kind`."""
+"""The tests of this folder need pytest-kind's plugin, which only `nox -s kind` loads."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ PLUGIN = "pytest_kind.plugin"
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Without the plugin there are no options that name its kind and its cluster."""
+    """Ignores this folder without the plugin, because its options name the kind program and the cluster."""
     return None if config.pluginmanager.hasplugin(PLUGIN) else True

@@ -1,4 +1,5 @@
-"""A kind cluster that somebody else made: pytest-kind makes it, bkpool adopts it, builds on it and leaves it there.
+"""A kind cluster that bkpool did not make: pytest-kind makes it, bkpool adopts it, builds on it and does not delete
+it.
 
 `nox -s kind` runs this module first and keeps the cluster. The other tests on kind then adopt the same one, so that
 the session makes one cluster in all. pytest-kind is given kind, kubectl and the node image; it downloads nothing.
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:R
 
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KindCluster]:
-    """What pytest-kind's own fixture makes, with a configuration, which that fixture has no option for."""
+    """A cluster as pytest-kind's fixture makes it, but with a configuration. That fixture has no option for one."""
     if fault := engine_fault():
         pytest.skip(fault)
     option = request.config.getoption
@@ -101,7 +102,7 @@ def test_pytest_kind_finds_bkpools_objects(appliance: Appliance, cluster: KindCl
     assert set(cluster.kubectl("get", "pods", *chosen).split()) == {WORKER_IMAGE}
 
 
-def test_a_forwarded_port_leads_to_the_worker_itself(appliance: Appliance, cluster: KindCluster) -> None:
+def test_a_forwarded_port_reaches_the_worker(appliance: Appliance, cluster: KindCluster) -> None:
     appliance.all_idle()
     worker = "buildkitworker/default-worker-0"
     uid = cluster.kubectl("get", worker, "-o", "jsonpath={.metadata.uid}")

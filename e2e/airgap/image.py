@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Writes a container image without an engine: an archive as `docker save` makes it, or an OCI layout directory.
 
-Its files come from a tree and from single files, all root's and without times, so that equal contents make an equal
-image. It needs nothing but Python.
+Its files come from a tree and from single files. All belong to root and have no times, so that equal contents make an
+equal image. It needs only Python.
 """
 
 from __future__ import annotations
@@ -54,11 +54,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="the file or, with --layout, the directory")
     parser.add_argument(
-        "--layout", action="store_true", help="write an OCI layout, under the part of the tag after :"
+        "--layout", action="store_true", help="write an OCI layout, named by the part of the tag after the colon"
     )
     parser.add_argument("--tag", action="append", required=True, metavar="NAME[:TAG]")
     parser.add_argument(
-        "--shared", action="append", default=[], metavar="SRC:DST", help="in a first layer of its own"
+        "--shared",
+        action="append",
+        default=[],
+        metavar="SRC:DST",
+        help="a file that goes into a separate first layer",
     )
     parser.add_argument("--add", action="append", default=[], metavar="SRC:DST")
     parser.add_argument("--tree", metavar="DIR", type=Path)
@@ -194,7 +198,7 @@ def write_layout(out: Path, tags: list[str], config: bytes, layers: list[Path]) 
     packed = []
     for path in layers:
         small = draft / path.name
-        # Without the name and time that gzip would put in: equal contents, equal image.
+        # Without the name and time that gzip adds by default, equal contents make an equal image.
         with path.open("rb") as raw, small.open("wb") as file, gzip.GzipFile("", "wb", 3, file, mtime=0) as zipped:
             shutil.copyfileobj(raw, zipped)
         packed.append(blob(small, "layer.v1.tar+gzip"))
