@@ -1,4 +1,4 @@
-"""Who may build what, with the real program: an issuer's tokens, rules, strangers, and what the API tells them."""
+"""Access with the real program: tokens of an issuer, rules, unknown callers, and what the API shows to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def issuer() -> Iterator[Issuer]:
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
-    """One issuer believed for two audiences and, for one of them, only for tokens of one organisation."""
+    """An appliance with one issuer for two audiences. For one of them only tokens of one organisation are valid."""
     appliance = Appliance(tmp_path_factory.mktemp("guarded"), tools, world=world)
     mine = [{"claim": "repository_owner", "values": ["my-org"]}, {"claim": "ref", "patterns": ["refs/heads/*"]}]
     mapping = {"user": "actor", "groups": "teams", "pools": "may_use"}
@@ -49,7 +49,7 @@ def guarded(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
 
 @pytest.fixture
 def job(issuer):
-    """The token of a job, as its platform gives it."""
+    """Returns the token of a job, as a CI platform issues it."""
 
     def token(actor: str = "alice", **claims: object) -> str:
         return issuer.token(
@@ -100,7 +100,7 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
         ("alice", {"iss": "http://127.0.0.1:1"}, "alices", 401, "issuer|iss"),
     ],
 )
-def test_who_may_use_what(guarded, job, actor, claims, name, status, expected_message):
+def test_only_callers_with_access_get_a_worker(guarded, job, actor, claims, name, status, expected_message):
     token = job(actor, **claims)
     got, body = guarded.http("POST", ALLOCATE, {"poolName": name, "wait": "60s"}, bearer=token)
     assert got == status, body
@@ -111,7 +111,7 @@ def test_who_may_use_what(guarded, job, actor, claims, name, status, expected_me
         assert "Traceback" not in json.dumps(body)
 
 
-def test_hostile_tokens(guarded, issuer):
+def test_hostile_tokens_are_refused(guarded, issuer):
     claims = issuer.claims(aud="ci", actor="alice", repository_owner="my-org", ref="refs/heads/main")
     public = json.dumps(issuer.keys[0].jwk).encode()
     headers = {"alg": "RS256", "kid": "key-1"}
@@ -133,7 +133,7 @@ def test_hostile_tokens(guarded, issuer):
     assert guarded.pool("alices")["allocated"] == 0
 
 
-def test_only_what_one_may_use_is_shown(guarded, job):
+def test_only_pools_that_the_caller_may_use_are_listed(guarded, job):
     status, body = guarded.http("GET", "/api/v1/pools", bearer=job("bob"))
     assert (status, [pool["name"] for pool in body["pools"]]) == (200, ["bobs"])
     assert guarded.http("GET", "/api/v1/pools/alices", bearer=job("bob"))[0] == 403
@@ -142,7 +142,7 @@ def test_only_what_one_may_use_is_shown(guarded, job):
     }
 
 
-def test_one_who_built_first_is_not_seen_by_the_next(guarded, job):
+def test_a_caller_sees_nothing_of_the_caller_before(guarded, job):
     _, lease = guarded.http("POST", ALLOCATE, {"poolName": "alices", "jobId": "secret-job"}, bearer=job("alice"))
     carol = job("carol", teams=["builders"])
     _, body = guarded.http("GET", "/api/v1/pools/alices", bearer=carol)
@@ -152,13 +152,13 @@ def test_one_who_built_first_is_not_seen_by_the_next(guarded, job):
         assert guarded.http("POST", f"/api/v1/workers/{verb}", by_name, bearer=carol)[0] == 404
         assert guarded.http("POST", f"/api/v1/workers/{verb}", by_name, bearer=None)[0] == 401
     _, other = guarded.http("POST", ALLOCATE, {"poolName": "alices", "jobId": "secret-job"}, bearer=carol)
-    assert other["workerName"] != lease["workerName"], "a job's name is its caller's own"
+    assert other["workerName"] != lease["workerName"], "two callers may use the same job name"
     assert guarded.http("POST", "/api/v1/workers/renew", by_name, bearer=job("alice"))[0] == 200
     assert guarded.http("POST", "/api/v1/workers/release", by_name, bearer=job("alice"))[0] == 200
     guarded.release(other).ok()
 
 
-def test_the_decision_is_explained(guarded, job, tmp_path):
+def test_auth_check_explains_its_decision(guarded, job, tmp_path):
     (tmp_path / "token").write_text(job("bob"))
     for name, code in (("bobs", 0), ("alices", 4)):
         answer = guarded.cli("auth", "check", "--token-file", str(tmp_path / "token"), "--pool", name)
@@ -182,7 +182,7 @@ def test_decisions_and_leases_are_in_the_audit_log(guarded, job):
     assert any(line["event"] == "lease.released" and line["allocation"] == claimed["allocation"] for line in lines)
 
 
-def test_a_public_issuer_without_a_condition_is_not_believed(guarded):
+def test_a_public_issuer_without_a_condition_is_not_trusted(guarded):
     status, body = guarded.http("GET", "/api/v1/issuers")
     issuers = {f"{one['namespace']}/{one['name']}": one for one in body["issuers"]}
     assert status == 200
@@ -192,10 +192,10 @@ def test_a_public_issuer_without_a_condition_is_not_believed(guarded):
     assert issuers["buildkit-system/off"]["ready"] is False
 
 
-def test_keys_are_rotated_and_an_issuer_that_is_away_is_no_outage(guarded, issuer, job):
+def test_rotated_keys_are_fetched_and_an_unreachable_issuer_is_no_outage(guarded, issuer, job):
     issuer.rotate("key-2", keep=True)
     assert guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] in {200, 401}
-    eventually(lambda: guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] == 200, "the new key is taken")
+    eventually(lambda: guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] == 200, "the new key is accepted")
     issuer.stop()
     try:
         assert guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] == 200
@@ -203,7 +203,7 @@ def test_keys_are_rotated_and_an_issuer_that_is_away_is_no_outage(guarded, issue
         issuer.start()
 
 
-def test_the_api_over_tls(make_appliance, context):
+def test_the_api_works_over_tls(make_appliance, context):
     appliance = make_appliance()
     body = appliance.up_with({}, "--api-tls")
     assert body["apiEndpoint"].startswith("https://")
@@ -217,7 +217,7 @@ def test_the_api_over_tls(make_appliance, context):
     appliance.cli("status", **trusted, BKCTL_TOKEN=token).ok()
 
 
-def test_what_must_not_be_served_beyond_this_machine(make_appliance):
+def test_unsafe_addresses_beyond_this_machine_are_refused(make_appliance):
     appliance = make_appliance()
     beyond = ("--api-address", f"0.0.0.0:{free_port()}")
     for options in (beyond, (*beyond, "--dev-issuer", "--api-tls"), ("--dev-issuer", *beyond, "--plain-http")):

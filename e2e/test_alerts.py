@@ -1,4 +1,4 @@
-"""promtool's word on the alerts, the dashboard's queries and the metrics themselves."""
+"""promtool checks the alerts, the queries of the dashboard and the metrics."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 from bkpool.toolchain import default_cache
 from harness import HERE, eventually, only_on
 
-pytestmark = only_on("process", "what Prometheus is told does not depend on the backend")
+pytestmark = only_on("process", "the metrics do not depend on the backend")
 
 DOCS = HERE.parent / "docs" / "observability"
 
 
 @pytest.fixture(scope="module")
 def promtool():
-    """Runs it. scripts/test puts it where it is looked for."""
+    """Returns a function that runs promtool. scripts/test puts it into the cache of bkpool."""
     program = shutil.which("promtool") or default_cache() / "e2e" / "promtool"
     if not os.access(program, os.X_OK):
-        pytest.skip("promtool is not here: run scripts/test, or install Prometheus")
+        pytest.skip("promtool is not installed: run scripts/test, or install Prometheus")
 
     def run(*arguments, text=None):
         done = subprocess.run([program, *arguments], input=text, capture_output=True, text=True, check=False)
@@ -32,11 +32,11 @@ def promtool():
     return run
 
 
-def test_the_alerts_are_rules_that_prometheus_takes(promtool):
+def test_prometheus_accepts_the_alerts(promtool):
     promtool("check", "rules", DOCS / "alerts.yaml")
 
 
-def test_each_alert_fires_when_it_should_and_not_before(promtool):
+def test_each_alert_fires_at_the_right_time(promtool):
     promtool("test", "rules", HERE / "alerts_test.yaml")
 
 
@@ -46,7 +46,7 @@ def test_each_alert_has_a_test_in_which_it_fires():
     assert fires == set(re.findall(r"alert: (\w+)", (DOCS / "alerts.yaml").read_text()))
 
 
-def test_every_query_of_the_dashboard_is_one_that_prometheus_takes(promtool, tmp_path):
+def test_prometheus_accepts_every_query_of_the_dashboard(promtool, tmp_path):
     panels = json.loads((DOCS / "dashboard.json").read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
     filled = [query.replace("$__rate_interval", "1m") for query in queries]
@@ -56,8 +56,8 @@ def test_every_query_of_the_dashboard_is_one_that_prometheus_takes(promtool, tmp
     promtool("check", "rules", file)
 
 
-def test_a_running_appliance_tells_its_metrics_as_prometheus_wants_them(promtool, appliance, context):
-    """Named and described, those of the watchdog too, and with the bytes of a build."""
+def test_promtool_accepts_the_metrics_of_a_running_appliance(promtool, appliance, context):
+    """They have names and descriptions, include those of the watchdog, and count the bytes of a build."""
     certificates = appliance.allocate()
     appliance.build(appliance.builder(certificates, "measured"), context.dockerfile("say measured")).ok()
     appliance.release(certificates.lease).ok()

@@ -1,4 +1,4 @@
-"""Bad input of every kind through the real programs: one line with the field and the fix, a code, nothing lost."""
+"""Bad input of every kind through the real programs: one line names the field and the fix, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from harness import only_on
 
-pytestmark = only_on("process", "what is read and said before a backend matters")
+pytestmark = only_on("process", "input is checked before the backend is used")
 
 POOL = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetadata: {name: default}\nspec: "
 
@@ -26,7 +26,7 @@ POOL = "apiVersion: buildkit.smrt-devops.net/v1alpha1\nkind: BuildKitPool\nmetad
         (["--nonsense"], 2, "--nonsense"),
     ],
 )
-def test_a_bad_option_is_one_line_with_its_field(appliance, options, code, field):
+def test_the_error_of_a_bad_option_is_one_line_with_its_field(appliance, options, code, field):
     answer = appliance.cli("allocate", *options)
     assert answer.code == code, answer.text
     assert field in answer.err
@@ -44,7 +44,7 @@ def test_a_bad_option_is_one_line_with_its_field(appliance, options, code, field
         ("[1", "line"),
     ],
 )
-def test_a_wrong_pool_file_stops_up_before_anything_is_made(make_appliance, spec, field):
+def test_a_wrong_pool_file_stops_up_before_anything_is_created(make_appliance, spec, field):
     appliance = make_appliance()
     file = appliance.base / "pool.yaml"
     file.write_text(POOL + spec)
@@ -55,7 +55,7 @@ def test_a_wrong_pool_file_stops_up_before_anything_is_made(make_appliance, spec
     assert not (appliance.home / "state.db").exists()
 
 
-def test_a_taken_port_is_named_with_the_fix(make_appliance):
+def test_the_error_of_a_used_port_names_it_and_the_fix(make_appliance):
     appliance = make_appliance()
     for name, code in (("api", 72), ("gateway", 72)):
         with socket.create_server(("127.0.0.1", appliance.ports[name])):
@@ -64,10 +64,10 @@ def test_a_taken_port_is_named_with_the_fix(make_appliance):
         assert answer.code == code, answer.text
         assert str(appliance.ports[name]) in answer.err
         assert f"--{name}-address" in answer.err
-    appliance.up()  # nothing was left that would hinder it
+    appliance.up()  # the failed start left nothing that prevents this one
 
 
-def test_without_an_appliance_every_command_says_so(make_appliance):
+def test_without_an_appliance_every_command_reports_that(make_appliance):
     appliance = make_appliance()
     endpoint = {"BKCTL_ENDPOINT": f"http://127.0.0.1:{appliance.ports['api']}"}
     for command in (["allocate"], ["status"], ["build", "."], ["release", "--token", "x" * 43]):
@@ -99,12 +99,12 @@ def test_an_unreadable_ca_is_an_error_and_never_replaced(make_appliance):
     key.write_bytes(before)
     key.parent.rename(key.parent.with_name("elsewhere"))
     answer = appliance.cli("up", "-d")
-    assert answer.code == 78, "with leases in the store, a missing CA is not made anew"
+    assert answer.code == 78, "with leases in the store, a missing CA is not created again"
     key.parent.with_name("elsewhere").rename(key.parent)
     appliance.up()
 
 
-def test_secrets_are_in_no_log_and_no_argv(appliance, context):
+def test_no_log_and_no_argv_has_secrets(appliance, context):
     certificates = appliance.allocate()
     appliance.build(appliance.builder(certificates, "secrets"), context.dockerfile("say x")).ok()
     appliance.release(certificates.lease).ok()

@@ -1,4 +1,4 @@
-"""The benchmark itself with next to no load: it gives figures, says what it could not measure, and leaves nothing."""
+"""The benchmark with almost no load: it gives figures, names what it could not measure, and leaves no process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_bench_measures_every_proxy_that_is_there_or_says_why_not(tmp_path: Path) -> None:
+def test_bench_measures_each_installed_proxy_and_says_why_it_leaves_out_others(tmp_path: Path) -> None:
     wanted = ["--quick", "--json", "--only", "gateway", "--loads", "up,connections"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "bench", *wanted]
@@ -28,13 +28,16 @@ def test_bench_measures_every_proxy_that_is_there_or_says_why_not(tmp_path: Path
         for name, [figure] in row["figures"].items():
             assert figure or any(note.startswith(f"{name}, ") for note in document["notes"])
     left = [process for process in Path("/proc").glob("[0-9]*") if _has_open(process, f"{tmp_path}/bkbench-")]
-    assert not left, "a proxy or the load has outlived its measurement"
+    assert not left, "a proxy or the load client still runs after its measurement"
     assert list(tmp_path.iterdir()) == []
 
 
 def _has_open(process: Path, prefix: str) -> bool:
-    """Whether it holds such a file, be it deleted: each proxy and the load has its log."""
+    """Returns whether the process has such a file open, also if it is deleted.
+
+    Each proxy and the load client has a log.
+    """
     try:
         return any(str(descriptor.readlink()).startswith(prefix) for descriptor in (process / "fd").iterdir())
     except OSError:
-        return False  # it has ended, or is somebody else's
+        return False  # it has ended, or belongs to another user

@@ -1,4 +1,4 @@
-"""Builds through the gateway: the ordinary ways in which people use a lease."""
+"""Builds through the gateway: the usual ways to use a lease."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_run_step_really_runs_and_the_second_build_is_cached(appliance, lease,
     assert not really_ran(second, "hello-from-a-worker")
 
 
-def test_the_build_command_does_it_all_and_leaves_nothing(appliance, context, tmp_path):
+def test_the_build_command_leases_builds_and_releases(appliance, context, tmp_path):
     path = context.dockerfile("write /out made")
     for separator in ([], ["--"]):
         out = tmp_path / f"out{len(separator)}"
@@ -35,7 +35,7 @@ def test_the_build_command_does_it_all_and_leaves_nothing(appliance, context, tm
     assert appliance.pool()["allocated"] == 0
 
 
-def test_the_build_command_returns_buildxs_own_exit_code(appliance, context):
+def test_the_build_command_returns_the_exit_code_of_buildx(appliance, context):
     path = context.write('FROM scratch\nCOPY program /program\nRUN ["/program", "nonsense", "x"]\nCOPY absent /\n')
     failed = appliance.cli("build", str(path))
     assert failed.code == 1
@@ -43,7 +43,7 @@ def test_the_build_command_returns_buildxs_own_exit_code(appliance, context):
     appliance.all_idle()
 
 
-def test_buildctl_which_offers_alpn_works(appliance, lease, context, tools):
+def test_buildctl_builds_and_offers_alpn(appliance, lease, context, tools):
     path = context.dockerfile("say through-buildctl")
     result = run(
         *(tools["buildctl"], "--addr", f"tcp://localhost:{appliance.ports['gateway']}", *lease.buildctl, "build"),
@@ -54,7 +54,7 @@ def test_buildctl_which_offers_alpn_works(appliance, lease, context, tools):
     assert really_ran(result, "through-buildctl")
 
 
-def test_two_buildx_commands_at_once_on_one_lease(appliance, lease, context):
+def test_two_buildx_commands_run_at_once_on_one_lease(appliance, lease, context):
     builder = appliance.builder(lease, "two")
     paths = [context.write(_dockerfile(n)) and _copy(context, n) for n in (1, 2)]
     running = [
@@ -80,7 +80,7 @@ def _copy(context, number):
     return target
 
 
-def test_twenty_builds_in_a_row_on_one_warm_worker(appliance, lease, context):
+def test_twenty_builds_succeed_in_a_row_on_one_warm_worker(appliance, lease, context):
     builder = appliance.builder(lease, "row")
     path = context.dockerfile("say once")
     appliance.build(builder, path).ok()
@@ -88,7 +88,7 @@ def test_twenty_builds_in_a_row_on_one_warm_worker(appliance, lease, context):
         assert not really_ran(appliance.build(builder, path).ok(), "once")
 
 
-def test_the_cache_is_there_for_the_next_lease_of_the_same_caller(appliance, context):
+def test_the_next_lease_of_the_same_caller_has_the_cache(appliance, context):
     path = context.dockerfile("say kept-over-leases")
     builds = [appliance.cli("build", "--progress", "plain", str(path)).ok() for _ in range(2)]
     assert [really_ran(build, "kept-over-leases") for build in builds] == [True, False]

@@ -1,7 +1,7 @@
 """The GitHub Action and the GitLab snippet as their platforms run them, against a real appliance.
 
-The platform is played by the development issuer, which answers as GitHub's runner service does, and by a small
-interpreter of the YAML: real node, real bash, the real files of the repository, and the runner's own protocol.
+The development issuer stands for the platform: it answers as GitHub's runner service does. A small interpreter of the
+YAML stands for the runner. It uses real node, real bash, the real files of the repository and the runner's protocol.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POOL = "ci"
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory, tools, world, registry_host):
-    """An appliance whose issuer plays the CI platform."""
+    """An appliance whose issuer stands for the CI platform."""
     appliance = Appliance(tmp_path_factory.mktemp("ci"), tools, world=world)
     port = free_port()
     options = ("--dev-issuer", "--dev-issuer-address", f"127.0.0.1:{port}", "--api-tls")
@@ -38,7 +38,7 @@ def platform(tmp_path_factory, tools, world, registry_host):
 
 @dataclass
 class Job:
-    """One job on a runner: its files, what its steps said, and what is left for their post steps."""
+    """One job on a runner: its files, the output of its steps, and their post steps."""
 
     env: dict[str, str]
     temp: Path
@@ -48,7 +48,7 @@ class Job:
     states: list[tuple[Path, dict[str, str], dict[str, str]]] = field(default_factory=list)
 
     def action(self, inputs: dict[str, str]) -> int:
-        """Runs the composite action at the top of the repository; the first step that fails ends it."""
+        """Runs the composite action at the top of the repository, up to the first step that fails."""
         action = yaml.safe_load((ROOT / "action.yml").read_text())
         assert action["runs"]["using"] == "composite"
         assert set(inputs) <= set(action["inputs"])
@@ -61,7 +61,7 @@ class Job:
         return 0
 
     def ends(self) -> int:
-        """The post steps, which run however the job ended."""
+        """Runs the post steps, which also run after a failure."""
         codes = [
             self._step(["node", str(where / "post.js")], env | {f"STATE_{k}": v for k, v in state.items()})
             for where, env, state in reversed(self.states)
@@ -118,7 +118,7 @@ class Job:
         return file
 
     def left(self) -> list[str]:
-        """What is in the runner's temporary directory beside the runner's own files."""
+        """Returns the files in the runner's temporary directory, without those of the runner itself."""
         return [file.name for file in self.temp.iterdir() if not file.name.startswith("_")]
 
 
@@ -129,7 +129,7 @@ def _pairs(file: Path) -> dict[str, str]:
 
 @pytest.fixture
 def job(platform, tmp_path):
-    """A job of octo-org/octo-repo, with no other credential than what the platform gives it."""
+    """Starts jobs of octo-org/octo-repo, whose only credentials are those from the platform."""
     appliance, _ = platform
     made = []
 
@@ -174,7 +174,7 @@ def leased(appliance: Appliance) -> list[dict[str, Any]]:
     return [worker for worker in pool(appliance)["members"] if worker.get("requestedBy")]
 
 
-def test_a_job_builds_on_its_worker_and_gives_it_back(platform, job, program):
+def test_a_job_builds_on_its_worker_and_releases_it(platform, job, program):
     appliance, described = platform
     running = job(**github(described))
     assert running.action(inputs(described)) == 0, running.log
@@ -188,14 +188,16 @@ def test_a_job_builds_on_its_worker_and_gives_it_back(platform, job, program):
     assert running.log.count(lease["token"]) == running.log.count(f"::add-mask::{lease['token']}\n") == 1
     assert "PRIVATE KEY" not in running.log
     context = Context(running.workspace / "context", program).dockerfile("say of-the-action")
-    run("docker", "buildx", "build", context, env=running.env, cwd=running.workspace).ok()  # the one in use
+    run(
+        "docker", "buildx", "build", context, env=running.env, cwd=running.workspace
+    ).ok()  # the builder that the action has selected
     assert running.ends() == 0
-    eventually(lambda: not leased(appliance), "the worker is given back")
+    eventually(lambda: not leased(appliance), "the worker is released")
     assert running.left() == []
     assert outputs["builder"] not in run("docker", "buildx", "ls", env=running.env).out
 
 
-def test_what_a_job_may_give_the_action_besides(platform, job):
+def test_the_action_accepts_its_optional_inputs(platform, job):
     _, described = platform
     running = job(**github(described))
     text = Path(described["apiCa"]).read_text()
@@ -207,7 +209,7 @@ def test_what_a_job_may_give_the_action_besides(platform, job):
     assert "mine" not in run("docker", "buildx", "ls", env=running.env).out
 
 
-def test_a_builder_that_was_there_before_is_not_removed(platform, job):
+def test_an_existing_builder_is_not_removed(platform, job):
     appliance, described = platform
     running = job(**github(described))
     run("docker", "buildx", "create", "--name", "before", "--driver", "remote", "tcp://x:1", env=running.env).ok()
@@ -215,10 +217,10 @@ def test_a_builder_that_was_there_before_is_not_removed(platform, job):
     assert running.ends() == 0
     assert "before" in run("docker", "buildx", "ls", env=running.env).out
     run("docker", "buildx", "rm", "before", env=running.env).ok()
-    eventually(lambda: not leased(appliance), "the worker is given back")
+    eventually(lambda: not leased(appliance), "the worker is released")
 
 
-def test_a_job_without_the_permission_is_told_what_it_lacks(platform, job):
+def test_the_error_of_a_job_without_the_permission_names_it(platform, job):
     _, described = platform
     running = job()
     assert running.action(inputs(described)) == 1
@@ -228,7 +230,7 @@ def test_a_job_without_the_permission_is_told_what_it_lacks(platform, job):
     assert running.left() == []
 
 
-def test_a_lease_that_cannot_be_released_fails_no_job(platform, job):
+def test_a_failed_release_does_not_fail_the_job(platform, job):
     _, described = platform
     running = job(**github(described))
     assert running.action(inputs(described)) == 0, running.log
@@ -242,7 +244,7 @@ def test_a_lease_that_cannot_be_released_fails_no_job(platform, job):
 
 
 def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
-    """The runner signals node alone; bkpool must hear of it."""
+    """The runner sends the signal only to node, which must forward it to bkpool."""
     appliance, described = platform
     held = [appliance.cli("allocate", "-p", POOL).ok().json for _ in range(2)]
     running = job(**github(described))
@@ -253,12 +255,12 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
         ["node", ROOT / "actions" / "lease" / "main.js"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     with process:
-        eventually(lambda: pool(appliance)["waiting"] == 1, "the job waits in line")
+        eventually(lambda: pool(appliance)["waiting"] == 1, "the job waits in the queue")
         process.send_signal(signal.SIGINT)
         output = process.stdout.read().decode()
     assert process.returncode == 1, output
     assert "bkpool ended with exit code 130" in output
-    eventually(lambda: pool(appliance)["waiting"] == 0, "it does so no more")
+    eventually(lambda: pool(appliance)["waiting"] == 0, "the job has left the queue")
     running.states.append((ROOT / "actions" / "lease", env, _pairs(state)))
     assert running.ends() == 0
     assert running.left() == []
@@ -266,8 +268,8 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
         appliance.release(lease).ok()
 
 
-def test_a_person_tries_all_that_by_hand(platform, tmp_path):
-    """Tokens of the issuer, what they are good for, and a lease that its maker names by its worker."""
+def test_a_user_can_do_the_same_by_hand(platform, tmp_path):
+    """It shows tokens of the issuer, what they grant, and a lease that is named by its worker."""
     appliance, described = platform
     mine, yours = (appliance.cli("oidc-token", "--actor", who).ok().out.strip() for who in ("me", "you"))
     (tmp_path / "token").write_text(mine)
@@ -281,11 +283,11 @@ def test_a_person_tries_all_that_by_hand(platform, tmp_path):
     assert appliance.cli("release", *worker, BKCTL_TOKEN=yours).code == 5
     appliance.cli("renew", *worker, "--ttl", "2h", BKCTL_TOKEN=mine).ok()
     appliance.cli("release", *worker, "--oidc-actor", "me").ok()
-    eventually(lambda: not leased(appliance), "the worker is given back")
+    eventually(lambda: not leased(appliance), "the worker is released")
 
 
 def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
-    """Runs a job of the example: its script, then its after_script in a shell of its own, as GitLab's runner does."""
+    """Runs a job of the example as GitLab's runner does: its script, and then its after_script in another shell."""
     appliance, described = platform
     example = yaml.safe_load((ROOT / "examples" / "gitlab-ci.yml").read_text())
     wanted = {**example[".bkpool"], **example[name]}
@@ -313,10 +315,10 @@ def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
 
 
 @pytest.mark.parametrize("name", ["build", "build-in-steps"])
-def test_the_example_for_gitlab_runs_as_it_stands(platform, job, name, registry_host):
+def test_the_example_for_gitlab_runs_unchanged(platform, job, name, registry_host):
     appliance, _ = platform
     code, running = gitlab(platform, job, name, registry_host)
     assert code == 0, running.log
     assert list(Path(f"{running.workspace}.tmp").iterdir()) == []
-    eventually(lambda: not leased(appliance), "the worker is given back")
+    eventually(lambda: not leased(appliance), "the worker is released")
     assert "bkpool-7" not in run("docker", "buildx", "ls", env=running.env).out

@@ -1,4 +1,4 @@
-"""Many at once: never two holders of one worker, never more workers than the maximum, the rest in order."""
+"""Many requests at once: a worker never has two holders, the maximum is kept, and the others are served in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKERS = 4
 
 
 async def _many(appliance, count):
-    """`count` allocates at once: all are in line, one after another, before the first worker is given back."""
+    """Makes `count` allocate requests. All are in the queue, in order, before the first worker is released."""
     bearer = (appliance.home / "admin.token").read_text().strip()
     holders: dict[str, int] = {}
     claimed: list[tuple[str, int]] = []
@@ -32,7 +32,9 @@ async def _many(appliance, count):
             assert answer.status == 200, lease
         assert lease["workerName"] not in holders, "two holders of one worker"
         holders[lease["workerName"]] = number
-        claimed.append((lease["expiresAt"], number))  # by when it was claimed: answers may overtake each other
+        claimed.append(
+            (lease["expiresAt"], number)
+        )  # ordered by the time of the claim, because answers may overtake each other
         most = max(most, len(holders))
         await all_wait.wait()
         assert (await pool(session))["workers"] <= WORKERS
@@ -52,18 +54,18 @@ async def _many(appliance, count):
     return [number for _, number in sorted(claimed)], most
 
 
-def test_two_hundred_allocates_at_once_on_four_workers(make_appliance):
+def test_two_hundred_requests_at_once_share_four_workers(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": WORKERS}})
     order, most = asyncio.run(_many(appliance, 200))
     assert len(order) == 200
     assert most <= WORKERS
     late = [abs(position - number) for position, number in enumerate(order)]
-    assert max(late) <= WORKERS, "first come, first served, but for claims that are made at the same moment"
+    assert max(late) <= WORKERS, "first come, first served, except for claims at the same moment"
     assert appliance.pool()["workers"] <= WORKERS
 
 
-def test_a_caller_who_hangs_up_leaves_nothing(make_appliance):
+def test_a_caller_who_closes_the_connection_leaves_nothing(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     held = appliance.allocate()
@@ -72,7 +74,7 @@ def test_a_caller_who_hangs_up_leaves_nothing(make_appliance):
     for process in waiting[:2]:
         process.kill()
         process.communicate()
-    eventually(lambda: appliance.pool()["waiting"] == 1, "two have gone")
+    eventually(lambda: appliance.pool()["waiting"] == 1, "two have left the queue")
     appliance.release(held.lease).ok()
     out, _ = waiting[2].communicate(timeout=60)
     assert waiting[2].returncode == 0, out
@@ -84,7 +86,7 @@ def test_the_same_job_gets_the_same_lease(make_appliance):
     appliance.up_with({"scaling": {"max": 2}})
     both = [appliance.start(*appliance.program, "allocate", "--job-id", "j") for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in both]
-    leases = [json.loads(text[text.index("{") :]) for text in outputs]  # after the note that it waits
+    leases = [json.loads(text[text.index("{") :]) for text in outputs]  # after the message that it waits
     assert leases[0]["token"] == leases[1]["token"]
-    eventually(lambda: appliance.pool()["allocated"] == 1, "a second claim for the same job is undone")
+    eventually(lambda: appliance.pool()["allocated"] == 1, "a second claim for the same job is released")
     assert appliance.allocate("--job-id", "other").lease["token"] != leases[0]["token"]

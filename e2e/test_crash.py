@@ -1,4 +1,4 @@
-"""kill -9 of anything at any time: leases go on with the same certificates, and nothing is orphaned."""
+"""kill -9 of any process at any time: leases continue with the same certificates, and no process is orphaned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from harness import alive, eventually, only_on, read_until, really_ran
 
 
-def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context):
+def test_leases_continue_after_the_appliance_is_killed(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 2}})
     certificates = appliance.allocate()
@@ -20,17 +20,17 @@ def test_the_appliance_is_killed_and_everything_goes_on(make_appliance, context)
     assert len(before) == 2
 
     appliance.kill()
-    assert appliance.workers() == before, "workers outlive the appliance"
+    assert appliance.workers() == before, "workers continue without the appliance"
     appliance.up()
 
-    assert appliance.workers() == before, "adopted, not started again"
+    assert appliance.workers() == before, "the workers are adopted, not started again"
     again = appliance.build(builder, context.path).ok()
     assert not really_ran(again, "first"), "the same certificate leads to the same worker"
     appliance.release(certificates.lease).ok()
     eventually(lambda: appliance.pool()["allocated"] == 0, "the lease has ended")
 
 
-def test_the_appliance_is_killed_in_the_middle_of_a_build(make_appliance, context):
+def test_a_build_fails_at_once_when_the_appliance_is_killed(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     certificates = appliance.allocate()
@@ -42,15 +42,15 @@ def test_the_appliance_is_killed_in_the_middle_of_a_build(make_appliance, contex
     killed = time.monotonic()
     running.communicate(timeout=30)
     assert running.returncode != 0
-    assert time.monotonic() - killed < 5, "the build in flight fails at once"
+    assert time.monotonic() - killed < 5, "the open build fails at once"
     appliance.up()
     appliance.release(certificates.lease).ok()
     begin = time.monotonic()
     appliance.allocate(name="next")
-    assert time.monotonic() - begin < 30, "the dead gateway's registration does not hold the worker"
+    assert time.monotonic() - begin < 30, "the registration of the killed gateway does not keep the worker"
 
 
-def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
+def test_a_killed_worker_comes_back_with_its_cache(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}, "cache": {"backends": [{"type": "local"}]}})
     certificates = appliance.allocate()
@@ -69,14 +69,14 @@ def test_a_worker_is_killed_in_the_middle_of_a_build(make_appliance, context):
     assert time.monotonic() - killed < 5, out
     again = appliance.build(
         builder, context.dockerfile("say kept")
-    ).ok()  # the gateway holds it until the worker is back
-    assert not really_ran(again, "kept"), "it came back in its slot, with its cache"
+    ).ok()  # the gateway holds the connection until the worker is back
+    assert not really_ran(again, "kept"), "the worker has the cache of its slot"
     assert len(appliance.workers()) == 1
     assert appliance.pool()["members"][0]["failures"] == 1
 
 
 @pytest.mark.parametrize("moment", ["claimed", "starting"])
-def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_appliance, context, moment):
+def test_a_waiting_caller_gets_a_worker_after_the_appliance_was_killed(make_appliance, context, moment):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     waiting = appliance.start(*appliance.program, "allocate", "--job-id", "job-1")
@@ -88,13 +88,13 @@ def test_the_appliance_is_killed_while_somebody_waits_for_a_cold_worker(make_app
     waiting.communicate(timeout=30)
     assert waiting.returncode != 0
     appliance.up()
-    certificates = appliance.allocate("--job-id", "job-1")  # the same job: the same lease, if it was made
+    certificates = appliance.allocate("--job-id", "job-1")  # the same job gets the same lease, if there was one
     appliance.build(appliance.builder(certificates, f"cold-{moment}"), context.dockerfile("say well")).ok()
     assert len(appliance.workers()) == 1
     assert appliance.pool()["workers"] == 1
 
 
-@only_on("process", "pods outlive their appliance on purpose")
+@only_on("process", "pods continue without their appliance by design")
 def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 1}})
@@ -105,7 +105,7 @@ def test_down_ends_the_workers_of_a_killed_appliance(make_appliance):
     assert appliance.daemons() == []
 
 
-@only_on("process", "pods go on while no appliance runs")
+@only_on("process", "pods continue while no appliance runs")
 def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})
@@ -114,7 +114,7 @@ def test_down_and_up_again_keeps_leases_and_caches(make_appliance, context):
     appliance.build(builder, context.dockerfile("say kept")).ok()
     appliance.down().ok()
     assert appliance.daemons() == []
-    appliance.down().ok()  # twice is fine
+    appliance.down().ok()  # a second time is no error
     appliance.up()
     appliance.up()
     assert not really_ran(appliance.build(builder, context.path).ok(), "kept")

@@ -1,4 +1,4 @@
-"""A build whose worker is killed fails at once, however long the worker stays away (found by `nox -s chaos_kind`).
+"""A build whose worker is killed fails at once, also if the worker stays away long (found by `nox -s chaos_kind`).
 
 buildx ends a cut build only after its gRPC client, which connects again within milliseconds, got an answer. So the
 gateway answers connections within half a second at once. A new command of buildx then polls, and is held until the
@@ -17,9 +17,9 @@ import pytest
 
 from harness import eventually, only_on, read_until
 
-AWAY = 8.0  # seconds: shorter than a wait at the gateway (15), longer than a build may take to fail (5)
+AWAY = 8.0  # seconds; less than a wait at the gateway (15), more than a build may take to fail (5)
 
-pytestmark = only_on("process", "its workers can be kept from coming back")
+pytestmark = only_on("process", "only here a test can delay the restart of a worker")
 
 
 def resume(pid):
@@ -38,7 +38,9 @@ def test_a_build_that_is_cut_ends_within_five_seconds_though_its_worker_stays_aw
     (worker,) = appliance.workers()
     appliance.world.kill_worker(worker)
     killed = time.monotonic()
-    (successor,) = eventually(lambda: [pid for pid in appliance.workers() if pid != worker], "it is started again")
+    (successor,) = eventually(
+        lambda: [pid for pid in appliance.workers() if pid != worker], "the worker is started again"
+    )
     os.kill(successor, signal.SIGSTOP)
     back = threading.Timer(AWAY, resume, (successor,))
     back.start()
@@ -48,7 +50,7 @@ def test_a_build_that_is_cut_ends_within_five_seconds_though_its_worker_stays_aw
         assert running.returncode != 0
         assert took < 5, out
         assert "ERROR: failed to build: " in out
-        appliance.build(builder, context.dockerfile("say well")).ok()  # at once: it is held until the worker is back
+        appliance.build(builder, context.dockerfile("say well")).ok()  # the gateway holds it until the worker is back
         assert time.monotonic() - killed > AWAY - 1
     finally:
         back.join()

@@ -1,4 +1,4 @@
-"""The usage guide's own commands, verbatim but for absolute certificate paths (buildx wants those)."""
+"""The commands of the usage guide, unchanged except for absolute certificate paths, which buildx requires."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ bkctl release --token "$(jq -r .token alloc.json)"
 
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory, tools, world, registry_host):
-    """An appliance with the guide's pool."""
+    """An appliance with the pool of the guide."""
     appliance = Appliance(tmp_path_factory.mktemp("guide"), tools, world=world)
     spec = {"scaling": {"mode": "auto", "min": 0, "max": 10}, "tls": {"enabled": True}}
     appliance.up_with(spec | world.trusting(registry_host), name=POOL)
@@ -70,9 +70,9 @@ def _shell(appliance, script, directory, registry_host):
 
 
 @pytest.mark.parametrize("allocation", [SETUP, CURL], ids=["bkctl", "curl"])
-def test_the_guide_word_for_word(guided, allocation, tmp_path, program, registry_host):
+def test_the_commands_of_the_guide_work(guided, allocation, tmp_path, program, registry_host):
     context = Context(tmp_path / "context", program)
-    context.write("FROM scratch\nCOPY program /program\n")  # files only: no emulation is promised
+    context.write("FROM scratch\nCOPY program /program\n")  # files only, because emulation is not promised
     answer = _shell(guided, allocation + CREATE + BUILD + RELEASE, tmp_path, registry_host).ok()
     lease = json.loads((tmp_path / "alloc.json").read_text())
     assert set(lease) == {
@@ -84,8 +84,8 @@ def test_the_guide_word_for_word(guided, allocation, tmp_path, program, registry
     assert {"linux/amd64", "linux/arm64"} <= platforms
 
 
-def test_registry_cache_and_inline_cache_of_the_guide(guided, tmp_path, program, registry_host):
-    """The second build runs on another, new worker: what is cached there came from the registry."""
+def test_the_registry_cache_and_the_inline_cache_of_the_guide_work(guided, tmp_path, program, registry_host):
+    """The second build runs on a new worker, so its cache comes from the registry."""
     context = Context(tmp_path / "context", program).dockerfile("say cached-in-the-registry")
     cache = f"type=registry,ref={registry_host}/cache/myapp"
     inline = f"type=registry,ref={registry_host}/myapp:buildcache"
@@ -97,7 +97,7 @@ def test_registry_cache_and_inline_cache_of_the_guide(guided, tmp_path, program,
     guided.build(
         first, context, "--cache-to", "type=inline", "--tag", f"{registry_host}/myapp:buildcache", "--push"
     ).ok()
-    second = guided.builder(guided.allocate("--pool", POOL, name="two"), "cache-two")  # a new worker: nothing cached
+    second = guided.builder(guided.allocate("--pool", POOL, name="two"), "cache-two")  # a new worker without a cache
     result = guided.build(
         second, context, "--cache-from", cache, "--tag", f"{registry_host}/myapp:latest", "--push"
     ).ok()

@@ -1,7 +1,7 @@
-"""The usage guide's option B, word for word: a job asks GitHub for its ID token and the API for a worker, by curl.
+"""Option B of the usage guide, unchanged: a job gets its ID token from GitHub and a worker from the API, with curl.
 
-The development issuer answers as GitHub's does. The only thing that is not the guide's is a ~/.curlrc, by which the
-name of the API in a cluster leads to this machine.
+The development issuer answers as GitHub's does. Only one thing is not from the guide: a ~/.curlrc, which makes the
+name of the API in a cluster lead to this machine.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ curl -sS -X POST http://buildkit-controller.buildkit-system.svc:8082/api/v1/work
 
 @pytest.fixture
 def guided(tmp_path_factory, tools, world, registry_host):
-    """An appliance with the guide's pool, for whose callers a rule of the pool decides."""
+    """An appliance with the pool of the guide. A rule of the pool decides who may use it."""
     appliance = Appliance(tmp_path_factory.mktemp("option-b"), tools, world=world)
     appliance.issuer_port = free_port()
     rules = [{"users": ["octo*"], "pools": [POOL]}]
@@ -66,7 +66,7 @@ def guided(tmp_path_factory, tools, world, registry_host):
 
 
 def job(appliance, actor, script, directory, registry_host):
-    """Runs the script as a job of this actor, with what GitHub gives one."""
+    """Runs the script as a job of this actor, with the variables that GitHub sets."""
     (directory / ".curlrc").write_text(
         f'connect-to = "buildkit-controller.buildkit-system.svc:8082:127.0.0.1:{appliance.ports["api"]}"\n'
         "silent\nshow-error\n"
@@ -82,7 +82,7 @@ def job(appliance, actor, script, directory, registry_host):
     return run("bash", "-c", script, env=env, cwd=directory)
 
 
-def test_option_b_word_for_word(guided, tmp_path, program, registry_host):
+def test_the_commands_of_option_b_work(guided, tmp_path, program, registry_host):
     Context(tmp_path / "context", program).write("FROM scratch\nCOPY program /program\n")
     script = TOKEN + ALLOCATE + CREATE + BUILD + RELEASE
     answer = job(guided, "octocat", script, tmp_path, registry_host).ok()
@@ -93,8 +93,8 @@ def test_option_b_word_for_word(guided, tmp_path, program, registry_host):
     assert {"linux/amd64", "linux/arm64"} <= platforms
 
 
-def test_another_actor_gets_no_worker_and_the_reason(guided, tmp_path, registry_host):
-    job(guided, "mallory", TOKEN + ALLOCATE, tmp_path, registry_host).ok()  # curl itself is content
+def test_another_actor_gets_no_worker_but_the_reason(guided, tmp_path, registry_host):
+    job(guided, "mallory", TOKEN + ALLOCATE, tmp_path, registry_host).ok()  # curl itself succeeds
     error = json.loads((tmp_path / "alloc.json").read_text())["error"]
     assert error["code"] == "Forbidden"
     assert "mallory" in error["message"]

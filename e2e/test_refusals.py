@@ -11,12 +11,12 @@ import pytest
 from bkpool.pki.authority import Authority
 from harness import Certificates, eventually
 
-AT_ONCE = 2.0  # seconds, by the issue; a closed socket or grpc-status 14 would cost the user 20
+AT_ONCE = 2.0  # seconds; with a closed socket or grpc-status 14 buildx would take 20
 NOW = datetime.now(UTC)
 
 
-def _says(appliance, certificates, context, name):
-    """What buildx shows, and that it showed it at once."""
+def _buildx_output(appliance, certificates, context, name):
+    """Returns the output of buildx, and checks that it ends at once."""
     builder = appliance.builder(certificates, name)
     answer = appliance.build(builder, context.dockerfile("say never"))
     assert answer.code != 0
@@ -25,7 +25,7 @@ def _says(appliance, certificates, context, name):
 
 
 def _with(certificates, leaf, directory):
-    """The same allocation with another certificate and key."""
+    """Returns the same lease with another certificate and key."""
     directory.mkdir()
     (directory / "ca.crt").write_bytes((certificates.directory / "ca.crt").read_bytes())
     (directory / "client.crt").write_bytes(leaf.cert_pem)
@@ -38,14 +38,14 @@ def authority(appliance):
     return appliance.world.authority(appliance)
 
 
-def test_a_released_lease(appliance, context):
+def test_a_released_lease_is_refused(appliance, context):
     certificates = appliance.allocate(name="released")
     appliance.release(certificates.lease).ok()
-    assert "released" in _says(appliance, certificates, context, "released")
-    appliance.release(certificates.lease).ok()  # twice is fine
+    assert "released" in _buildx_output(appliance, certificates, context, "released")
+    appliance.release(certificates.lease).ok()  # a second time is no error
 
 
-def test_an_expired_lease(appliance, context):
+def test_an_expired_lease_is_refused(appliance, context):
     certificates = appliance.allocate("--ttl", "1s", name="expired")
     eventually(
         lambda: (
@@ -56,27 +56,27 @@ def test_an_expired_lease(appliance, context):
         ),
         "expired",
     )
-    assert "expired" in _says(appliance, certificates, context, "expired")
+    assert "expired" in _buildx_output(appliance, certificates, context, "expired")
 
 
-def test_a_token_that_nobody_has(appliance, context, authority, tmp_path):
+def test_an_unknown_token_is_refused(appliance, context, authority, tmp_path):
     certificates = appliance.allocate(name="known")
     leaf = authority.issue_client("x" * 43, NOW, NOW + timedelta(hours=1))
-    shown = _says(appliance, _with(certificates, leaf, tmp_path / "unknown"), context, "unknown")
+    shown = _buildx_output(appliance, _with(certificates, leaf, tmp_path / "unknown"), context, "unknown")
     assert "bkpool allocate" in shown
     appliance.release(certificates.lease)
 
 
-def test_an_expired_certificate_is_told_and_not_a_tls_error(appliance, context, authority, tmp_path):
+def test_an_expired_certificate_is_refused_with_a_message_and_not_in_tls(appliance, context, authority, tmp_path):
     certificates = appliance.allocate(name="old")
     now = datetime.now(UTC)
     leaf = authority.issue_client(certificates.lease["token"], now - timedelta(minutes=4), now - timedelta(minutes=1))
-    shown = _says(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
+    shown = _buildx_output(appliance, _with(certificates, leaf, tmp_path / "old-certificate"), context, "old")
     assert "expired" in shown
     appliance.release(certificates.lease)
 
 
-def test_no_certificate_at_all(appliance, context):
+def test_a_client_without_a_certificate_is_refused(appliance, context):
     endpoint = f"tcp://localhost:{appliance.ports['gateway']}"
     certificates = appliance.allocate(name="none")
     option = f"cacert={certificates.directory}/ca.crt"
@@ -89,7 +89,7 @@ def test_no_certificate_at_all(appliance, context):
 
 
 def _handshake(appliance, authority, chain=None, version=None):
-    """One TLS handshake and one byte of an answer; raises what a client would see."""
+    """Makes a TLS handshake and reads one byte. Raises the error that a client would get."""
     client = ssl.create_default_context(cadata=authority.cert_pem.decode())
     client.set_alpn_protocols(["h2"])
     if version:
@@ -106,7 +106,7 @@ def _handshake(appliance, authority, chain=None, version=None):
 
 
 @pytest.mark.parametrize("kind", ["foreign", "server"])
-def test_a_foreign_ca_and_a_servers_certificate_fail_in_tls_itself(appliance, authority, tmp_path, kind):
+def test_a_certificate_of_another_ca_or_of_a_server_fails_in_tls(appliance, authority, tmp_path, kind):
     signer = Authority.create(NOW) if kind == "foreign" else authority
     leaf = (
         signer.issue_client("x" * 43, NOW, NOW + timedelta(hours=1))

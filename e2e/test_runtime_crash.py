@@ -1,4 +1,4 @@
-"""kill -9 of a program that runs workers, at every step where it would hurt; the next one finds its way."""
+"""A program that runs workers is killed with kill -9 at every critical step. The next one must recover."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from bkpool.workers import DaemonState
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 from harness import only_on
 
-pytestmark = only_on("process", "its runtime alone")
+pytestmark = only_on("process", "it tests the runtime of processes")
 SLOT = Slot("default", "default", 0)
 POOL = Pool(metadata=Metadata(name="default"))
 
-# Takes the home, the function at which to die (module:qualified.name), whether before or after it, and at which call.
+# Arguments: the home, a function (module:qualified.name), "before" or "after", and the number of the call.
+# The program kills itself before or after that call.
 VICTIM = """
 import asyncio, functools, importlib, os, pathlib, signal, sys
 from bkpool.core.names import Slot

@@ -1,4 +1,4 @@
-"""Workers of an ordinary user: a real one, made for these tests, with a range of subordinate ids."""
+"""Workers of an unprivileged user. The user is real, made for these tests, and has a range of subordinate ids."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import only_on
 
 pytestmark = [
-    only_on("process", "its runtime alone"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a user to test with"),
+    only_on("process", "it tests the runtime of processes"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can create the user of these tests"),
 ]
 
 NAME = f"bkpool-e2e-{os.getpid()}"
 
-# Everything is imported before the change of user: the interpreter may lie where the user can't read.
+# Everything is imported before the change of user, because the user may not be able to read the interpreter's files.
 AS_USER = """
 import asyncio, os, pathlib, signal, subprocess, sys
 import concurrent.futures.thread, encodings.idna
@@ -130,7 +130,7 @@ def processes_of(user: pwd.struct_passwd) -> list[str]:
     return found
 
 
-def test_an_ordinary_user_builds_and_the_cache_is_really_removed(as_user, user, home):
+def test_an_unprivileged_user_builds_and_the_cache_is_removed(as_user, user, home):
     output = as_user("""
 runtime = ProcessRuntime(home / "state", binaries)
 endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool, no_report)
@@ -151,7 +151,7 @@ await runtime.close(stop_workers=True)
     assert processes_of(user) == []
 
 
-def test_a_killed_rootless_daemon_takes_its_containers_with_it_and_the_next_runtime_adopts(as_user, user, home):
+def test_the_containers_of_a_killed_rootless_daemon_end_and_the_next_runtime_adopts(as_user, user, home):
     dockerfile = home / "context" / "Dockerfile"
     dockerfile.write_text('FROM scratch\nCOPY step /step\nRUN ["/step", "4711"]\n')
     output = as_user("""
@@ -186,7 +186,7 @@ await second.close(stop_workers=True)
     assert processes_of(user) == []
 
 
-def test_what_an_ordinary_user_lacks_is_named_with_its_fix(as_user):
+def test_errors_name_what_an_unprivileged_user_lacks_and_the_fix(as_user):
     start = """
 try:
     runtime = ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}})

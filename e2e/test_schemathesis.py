@@ -1,4 +1,4 @@
-"""The API as its own description has it: whatever is sent, right or wrong, the answer is one that is described."""
+"""The API follows its OpenAPI description: each response to valid or invalid requests is a described one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
 
 from harness import Appliance, only_on
 
-pytestmark = only_on("process", "what the API answers before a backend matters")
+pytestmark = only_on("process", "the responses do not depend on the backend")
 
 EXAMPLES = 30
 TOO_LARGE = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
@@ -49,7 +49,7 @@ RULED = {"rbac": {"rules": [{"users": ["somebody"]}]}}
 
 @pytest.fixture(scope="module")
 def ruled(tmp_path_factory, tools, world):
-    """An appliance with rules, so that not everybody may do everything."""
+    """An appliance with rules, so that callers have different rights."""
     appliance = Appliance(tmp_path_factory.mktemp("appliance"), tools, world=world)
     appliance.up_with({"scaling": {"min": 1, "max": 2}, "auth": RULED})
     appliance.all_idle()
@@ -71,7 +71,7 @@ def test_every_operation_is_tried(described):
     [(operation, GenerationMode.POSITIVE) for operation in OPERATIONS]
     + [(operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if "POST" in operation or "{" in operation],
 )
-def test_whatever_is_sent_the_answer_is_as_described(ruled, described, operation, mode):
+def test_each_response_is_as_described(ruled, described, operation, mode):
     admin = {"Authorization": f"Bearer {(ruled.home / 'admin.token').read_text().strip()}"}
     seen = set()
     (wanted,) = (found for result in described.get_all_operations() if (found := result.ok()).label == operation)
@@ -85,20 +85,22 @@ def test_whatever_is_sent_the_answer_is_as_described(ruled, described, operation
     )
     @given(case=wanted.as_strategy(generation_mode=mode))
     def all_of_them(case):
-        if mode is GenerationMode.POSITIVE and operation.endswith("/allocate"):  # a pool that there is
+        if mode is GenerationMode.POSITIVE and operation.endswith("/allocate"):  # an existing pool
             kept = {name: case.body[name] for name in ("jobId", "metadata") if name in case.body}
             case.body = {"poolName": "default", "wait": "20s", **kept}
         for headers in (admin, {}):
             response = case.call(headers=headers)
             check(response)
             seen.add(response.status_code)
-            wrong = mode is GenerationMode.NEGATIVE and response.status_code != TOO_LARGE  # schemathesis: not a no
+            wrong = (
+                mode is GenerationMode.NEGATIVE and response.status_code != TOO_LARGE
+            )  # schemathesis does not count it as a rejection
             case.validate_response(response, checks=CHECKS + [negative_data_rejection] * wrong)
             if operation.endswith("/allocate") and response.status_code == HTTPStatus.OK:
                 ruled.release(response.json())
 
     def check(response):
-        """What holds whatever is described."""
+        """Checks what must hold for every response."""
         answer_text = response.text
         assert "Traceback" not in answer_text
         code = response.json().get("error", {}).get("code")
@@ -112,7 +114,7 @@ def test_whatever_is_sent_the_answer_is_as_described(ruled, described, operation
         assert HTTPStatus.UNAUTHORIZED in seen
 
 
-def test_nothing_of_it_is_in_the_log(ruled):
+def test_no_request_caused_an_error_in_the_log(ruled):
     assert "audit.decision" in ruled.log
     assert (ruled.home / "admin.token").read_text().strip() not in ruled.log
     assert "Traceback" not in ruled.log

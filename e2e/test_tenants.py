@@ -1,4 +1,4 @@
-"""Two tenants of one pool: what one of them has built, mounted or said is nowhere to be found by the other."""
+"""Two tenants of one pool: neither can find what the other has built, mounted or printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def issuer() -> Iterator[Issuer]:
 
 @pytest.fixture(scope="module")
 def appliance(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
-    """One issuer, by whose word everybody may use every pool."""
+    """An appliance with one issuer, whose tokens grant all pools."""
     appliance = Appliance(tmp_path_factory.mktemp("tenants"), tools, world=world)
     believed = {"issuer": issuer.url, "audience": AUDIENCE, "claimsMapping": {"user": "actor"}, "pools": ["*"]}
     appliance.up_from([oidc_config("ci", **believed), *(pool(name, **spec) for name, spec in POOLS.items())])
@@ -40,7 +40,7 @@ def appliance(tmp_path_factory, tools, world, issuer) -> Iterator[Appliance]:
 
 
 class Tenant:
-    """A user of the pools, who marks all that they build."""
+    """A user of the pools who leaves a marker in all builds."""
 
     def __init__(self, appliance: Appliance, issuer: Issuer, name: str, marker: str) -> None:
         self.appliance, self.name, self.marker = appliance, name, marker
@@ -54,7 +54,7 @@ class Tenant:
         return self.appliance.builder(certificates, f"{self.name}-{next(_NUMBER)}")
 
     def build(self, certificates: Certificates, context: Context):
-        """Leaves the marker in a cache mount, a secret, a layer, and, by failing, in what buildkitd logs."""
+        """Leaves the marker in a cache mount, a secret and a layer, and in the log of buildkitd by a failing step."""
         secret = context.path.parent / "secret"
         secret.write_text(self.marker)
         lines = [
@@ -90,7 +90,7 @@ def bob(appliance, issuer) -> Tenant:
 
 @pytest.fixture
 def found(appliance):
-    """Which files of the whole home have this text in them."""
+    """Returns a function that lists the files of the home that contain a text."""
 
     def look(marker: str) -> list[str]:
         inside = [str(appliance.home / part) for part in ("slots", "logs")]
@@ -99,26 +99,26 @@ def found(appliance):
     return look
 
 
-def told_by_buildkitd(appliance, tools, certificates, *what):
+def output_of_buildctl(appliance, tools, certificates, *what):
     gateway = f"tcp://localhost:{appliance.ports['gateway']}"
     return run(tools["buildctl"], "--addr", gateway, *certificates.buildctl, *what, env=appliance.env).ok().out
 
 
-def test_the_next_tenant_of_a_worker_finds_nothing_of_the_one_before(appliance, tools, ann, bob, context):
+def test_the_next_tenant_of_a_worker_finds_nothing_of_the_last_one(appliance, tools, ann, bob, context):
     anns = ann.allocate("one")
     first = ann.build(anns, context)
     assert cached_by(first) == [ANNS]
     assert really_ran(first, "the-same-for-all")
-    assert ANNS in told_by_buildkitd(appliance, tools, anns, "du", "--verbose")
-    assert told_by_buildkitd(appliance, tools, anns, "debug", "histories")
+    assert ANNS in output_of_buildctl(appliance, tools, anns, "du", "--verbose")
+    assert output_of_buildctl(appliance, tools, anns, "debug", "histories")
     ann.release(anns)
 
     bobs = bob.allocate("one")
     assert bobs.lease["workerName"] == anns.lease["workerName"]
-    body = told_by_buildkitd(appliance, tools, bobs, "du", "--verbose")
+    body = output_of_buildctl(appliance, tools, bobs, "du", "--verbose")
     assert ANNS not in body
     assert re.search(r"Total:\s+0B", body), body
-    assert ANNS not in told_by_buildkitd(appliance, tools, bobs, "debug", "histories")
+    assert ANNS not in output_of_buildctl(appliance, tools, bobs, "debug", "histories")
     listed = appliance.buildx("history", "ls", "--builder", bob.builder(bobs)).ok().out.splitlines()
     assert len(listed) <= 1, listed
     second = bob.build(bobs, context)
@@ -130,12 +130,12 @@ def test_the_next_tenant_of_a_worker_finds_nothing_of_the_one_before(appliance, 
 
 
 def cached_by(answer):
-    """What was in the cache mount: whose markers."""
+    """Returns the markers in the cache mount."""
     (held,) = re.findall(r'cache holds: "(.*)"', answer.text)
     return [line for line in held.split("\\n") if line]
 
 
-@only_on("process", "what is on this machine's disk")
+@only_on("process", "it reads this machine's disk")
 def test_nothing_of_a_tenant_stays_on_disk_for_the_next(ann, bob, context, found):
     anns = ann.allocate("one")
     ann.build(anns, context)
@@ -146,14 +146,14 @@ def test_nothing_of_a_tenant_stays_on_disk_for_the_next(ann, bob, context, found
     bob.release(bobs)
 
 
-@only_on("process", "what is on this machine's disk")
+@only_on("process", "it reads this machine's disk")
 @pytest.mark.parametrize("pool", ["never", "gone", "guarded"])
-def test_without_reuse_nothing_stays_though_nobody_comes(ann, context, found, pool):
+def test_without_reuse_the_cache_is_wiped_before_the_next_tenant(ann, context, found, pool):
     anns = ann.allocate(pool)
     ann.build(anns, context)
     assert found(ANNS) != []
     ann.release(anns)
-    eventually(lambda: found(ANNS) == [], "what the lease has left is wiped")
+    eventually(lambda: found(ANNS) == [], "the data of the lease is wiped")
 
 
 @pytest.mark.parametrize("pool", ["never", "guarded"])
@@ -166,7 +166,7 @@ def test_without_reuse_not_even_the_same_tenant_finds_anything(ann, context, poo
         ann.release(certificates)
 
 
-def test_a_tenant_who_comes_back_has_his_own_and_a_full_pool_hands_on_the_least_recent(ann, bob, issuer, context):
+def test_a_tenant_gets_their_cache_again_and_a_full_pool_wipes_the_least_recently_used(ann, bob, issuer, context):
     cyd = Tenant(ann.appliance, issuer, "cyd", "of-cyd-11b0")
     anns, bobs = ann.allocate("two"), bob.allocate("two")
     ann.build(anns, context)
@@ -184,15 +184,15 @@ def test_a_tenant_who_comes_back_has_his_own_and_a_full_pool_hands_on_the_least_
     eventually(lambda: ann.appliance.pool("two")["allocated"] == 0, "released")
 
     cyds = cyd.allocate("two")
-    assert cyds.lease["workerName"] == bobs.lease["workerName"], "whose cache was used least recently"
+    assert cyds.lease["workerName"] == bobs.lease["workerName"], "the cache of bob was used least recently"
     assert cached_by(cyd.build(cyds, context)) == [cyd.marker]
     still = ann.allocate("two")
-    assert not really_ran(ann.build(still, context), "the-same-for-all"), "it was nobody else's turn to lose it"
+    assert not really_ran(ann.build(still, context), "the-same-for-all"), "the cache of ann was not wiped"
     cyd.release(cyds)
     ann.release(still)
 
 
-def test_nobody_gets_at_anothers_lease(appliance, ann, bob):
+def test_a_tenant_cannot_use_the_lease_of_another(appliance, ann, bob):
     anns = ann.allocate("two", "--job-id", "job-1")
     bobs = bob.allocate("two", "--job-id", "job-1")
     assert bobs.lease["workerName"] != anns.lease["workerName"]

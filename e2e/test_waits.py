@@ -1,4 +1,4 @@
-"""Waiting for a worker that restarts: users notice nothing, or soon get the reason (docs/clients.md#waiting)."""
+"""Waiting for a worker that restarts: users notice nothing, or get the reason soon (docs/clients.md#waiting)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ import pytest
 
 from harness import Answer, Appliance, Context, eventually, only_on, really_ran, run
 
-pytestmark = only_on("process", "a daemon is kept from starting on this machine; to the gateway a pod is the same")
+pytestmark = only_on(
+    "process", "the start of a daemon is delayed on this machine; the gateway does the same for pods"
+)
 
 FIRST, SECOND, LATER = 15.0, 12.0, 2.0  # seconds (docs/clients.md#waiting)
 SLACK = 5.0  # seconds, for a busy machine
@@ -26,27 +28,27 @@ UNAVAILABLE, FAILED_PRECONDITION = 14, 9  # https://grpc.io/docs/guides/status-c
 CAUSE = "was killed by SIGKILL"
 
 
-class Doorstep:
-    """What every start of buildkitd has to pass, on this appliance's PATH; what starts behind it is the real one."""
+class DelayedStart:
+    """A script on the appliance's PATH that can delay each start of the real buildkitd or make it fail."""
 
     def __init__(self, appliance):
         self._shut, self._broken = appliance.base / "shut", appliance.base / "broken"
         body = f"""case "$*" in *--root=*)
 while [ -e {self._shut} ]; do sleep 0.05; done
-if [ -e {self._broken} ]; then echo 'the disk has gone' >&2; exit 3; fi
+if [ -e {self._broken} ]; then echo 'the disk is missing' >&2; exit 3; fi
 esac
 exec {appliance.tools["buildkitd"]} "$@\""""
         appliance._script("buildkitd", body)
 
     def shut(self):
-        """Starts take until `open`."""
+        """Delays each start until `open`."""
         self._shut.touch()
 
     def open(self):
         self._shut.unlink()
 
     def break_(self):
-        """Starts fail from now on."""
+        """Makes each start fail from now on."""
         self._broken.touch()
 
 
@@ -55,14 +57,14 @@ class Outcome:
     """How a connection ended."""
 
     silence: float
-    """Seconds from its beginning to the first byte of an answer."""
+    """Seconds from the beginning of the connection to the first byte of an answer."""
     code: int
     message: str
     goaway: bool
 
 
 def _call(appliance, certificates):
-    """One connection that calls Control.Info as buildx does, to its end."""
+    """Opens a connection, calls Control.Info as buildx does, and reads to the end."""
     directory = certificates.directory
     context = ssl.create_default_context(cafile=directory / "ca.crt")
     context.load_cert_chain(directory / "client.crt", directory / "client.key")
@@ -92,14 +94,14 @@ def _buildctl(appliance, certificates):
 
 
 def _kill_worker(appliance):
-    """The worker is gone, and it is known why."""
+    """Kills the worker, and waits until the appliance knows it."""
     (worker,) = appliance.workers()
     appliance.world.kill_worker(worker)
     eventually(lambda: appliance.pool()["members"][0]["failures"] == 1, "its end was seen")
 
 
 def _admitted(appliance):
-    """How many connections have shaken hands, and have a lease or have ended."""
+    """Returns how many connections have done their handshake and are admitted or ended."""
     metrics = appliance.metrics()
     handshakes = re.search(r'^buildkit_gateway_handshake_seconds_count\{outcome="ok"\} (\S+)', metrics, re.MULTILINE)
     pending = re.search(r"^buildkit_gateway_pending_connections (\S+)", metrics, re.MULTILINE)
@@ -107,14 +109,14 @@ def _admitted(appliance):
 
 
 def _up(appliance):
-    """An appliance whose one worker is leased, and up."""
-    doorstep = Doorstep(appliance)
+    """An appliance whose only worker is leased and runs."""
+    doorstep = DelayedStart(appliance)
     appliance.up_with({"scaling": {"max": 1}, "cache": {"backends": [{"type": "local"}]}})
     return doorstep, appliance.allocate()
 
 
 def test_clients_are_held_until_their_worker_is_back_and_their_users_notice_nothing(make_appliance, context):
-    """A build of buildx, and buildctl beside it. The worker comes back with its cache."""
+    """The clients are a build of buildx and a buildctl command. The worker comes back with its cache."""
     appliance = make_appliance()
     doorstep, certificates = _up(appliance)
     builder = appliance.builder(certificates, "held")
@@ -134,8 +136,11 @@ def test_clients_are_held_until_their_worker_is_back_and_their_users_notice_noth
     assert asked.err == ""
 
 
-def test_clients_are_told_as_soon_as_their_worker_is_given_up(make_appliance, context):
-    """A worker that fails at each start loses its lease; clients that wait are told at once, not at their limit."""
+def test_clients_are_refused_as_soon_as_their_worker_has_failed(make_appliance, context):
+    """A worker that fails at each start loses its lease.
+
+    Waiting clients are refused at once, before their time is over.
+    """
     appliance = make_appliance()
     doorstep, certificates = _up(appliance)
     builder = appliance.builder(certificates, "lost")
@@ -144,14 +149,17 @@ def test_clients_are_told_as_soon_as_their_worker_is_given_up(make_appliance, co
     built = appliance.build(builder, context.dockerfile("say never"))
     assert built.code != 0
     assert "the lease ended because its worker failed" in built.text
-    assert "the disk has gone" in built.text
+    assert "the disk is missing" in built.text
     assert "bkpool allocate" in built.text
     assert built.seconds < FIRST, built.text
 
 
 @dataclass
 class Waits:
-    """What each was told, who waited one after the other for a worker that never came; all three at the same time."""
+    """The results of clients that waited one after the other for a worker that never came back.
+
+    The three kinds of clients waited at the same time.
+    """
 
     calls: list[Outcome]
     buildx: Answer
@@ -177,8 +185,8 @@ def waits(tmp_path_factory, tools, world, program):
         appliance.finish()
 
 
-def test_nothing_is_sent_to_a_held_client_until_its_time_is_over_and_then_code_goaway_and_the_end(waits):
-    """15 s and code 14, then 12 s and code 9, then 2 s: each with the cause."""
+def test_a_held_client_gets_nothing_until_its_time_is_over_and_then_status_and_goaway(waits):
+    """Code 14 after 15 s, then code 9 after 12 s, then code 9 after 2 s. Each message has the cause."""
     first, second, later = waits.calls
     assert FIRST <= first.silence < FIRST + SLACK
     assert SECOND <= second.silence < SECOND + SLACK
@@ -190,7 +198,7 @@ def test_nothing_is_sent_to_a_held_client_until_its_time_is_over_and_then_code_g
 
 
 def test_buildx_shows_the_cause_well_under_a_minute(waits):
-    """It waits twice by itself: the first refusal tells it to come again."""
+    """It waits twice without help, because the first refusal asks it to try again."""
     assert waits.buildx.code != 0
     assert "did not become ready in time" in waits.buildx.text
     assert CAUSE in waits.buildx.text
@@ -199,7 +207,7 @@ def test_buildx_shows_the_cause_well_under_a_minute(waits):
 
 
 def test_buildctl_shows_the_refusal_of_its_first_wait(waits):
-    """It calls once, and then waits again to send its traces before it shows the answer: 15 s + 12 s, 2 s + 2 s."""
+    """It calls once. Before it shows the answer, it waits again to send its traces: 15 s + 12 s, later 2 s + 2 s."""
     first, second, later = waits.buildctl
     assert all(answer.code != 0 and CAUSE in answer.err for answer in waits.buildctl)
     assert "Unavailable: worker default/default-worker-0 is not ready yet" in first.err

@@ -1,4 +1,5 @@
-"""The real buildkitd behind its backend CA: whom it lets in, and a build with TLS on both legs of the gateway."""
+"""The real buildkitd with the CA of workers: which clients it accepts, and a build with TLS on both sides of the
+gateway."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from bkpool.pki.worker_tls import check_worker, worker_context
 from harness import eventually, free_port, only_on
 
 pytestmark = [
-    only_on("process", "a buildkitd without a pod around it"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="buildkitd on its own wants root"),
+    only_on("process", "it runs buildkitd without a pod"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="buildkitd alone needs root"),
 ]
 NOW = datetime.now(UTC)
 DAY = timedelta(days=1)
@@ -35,7 +36,7 @@ SECRETS = bundle.ClusterSecrets.create(NOW)
 
 
 class AgreeingRegistry:
-    """Everything is as the table says."""
+    """A registry that accepts everything, so that only the table counts."""
 
     async def register(self, route, connections):
         pass
@@ -51,7 +52,7 @@ class AgreeingRegistry:
 
 @pytest.fixture(scope="module")
 def port(tools, tmp_path_factory):
-    """Where a buildkitd answers that has a worker's certificate."""
+    """The port of a buildkitd that has a worker's certificate."""
     directory, port = tmp_path_factory.mktemp("buildkitd"), free_port()
     worker = SECRETS.backend.issue_worker(UID, NOW)
     (directory / "ca.crt").write_bytes(SECRETS.backend.cert_pem)
@@ -75,7 +76,7 @@ def settings(leaf):
 
 
 async def first_words(port, context):
-    """What buildkitd says first: HTTP/2 SETTINGS, or in TLS why not."""
+    """Returns the first bytes from buildkitd: HTTP/2 SETTINGS, or a TLS error."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="pod")
     try:
         check_worker(writer.get_extra_info("ssl_object").getpeercert(binary_form=True), UID)
@@ -84,7 +85,7 @@ async def first_words(port, context):
         writer.transport.abort()
 
 
-async def test_a_dialler_is_let_in(port):
+async def test_a_dialler_is_accepted(port):
     settings_frame = await first_words(port, settings(SECRETS.backend.issue_dialler("default/p", NOW, NOW + DAY)))
     assert settings_frame[3:5] == b"\x04\x00"
 
@@ -100,12 +101,12 @@ async def test_a_dialler_is_let_in(port):
     ],
     ids=["a lease", "a dialler of the clients' CA", "a gateway's server", "another worker", "the worker itself"],
 )
-async def test_no_client_and_no_worker_is_let_in(port, leaf, says):
+async def test_clients_and_workers_are_rejected(port, leaf, says):
     with pytest.raises(ssl.SSLError, match=f"(?i){says}"):
         await first_words(port, settings(leaf))
 
 
-async def test_a_build_passes_through_the_gateway_over_tls_on_both_legs(port, tools, tmp_path):
+async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, tools, tmp_path):
     given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
     dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
     gateway = Gateway(
