@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a cluster. One cluster serves the session; each test has a namespace of its own."""
+"""Fixtures of the tests that need a cluster. The session shares one cluster. Each test has another namespace."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ async def api(cluster: E2eCluster) -> AsyncIterator[KubeApi]:
 
 @pytest.fixture
 def namespace(kubectl: Kubectl) -> Iterator[str]:
-    """A fresh namespace; its deletion is not waited for."""
+    """Makes a new namespace. The test does not wait for its deletion."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
-    kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")  # else no pod may be made
+    kubectl(
+        "wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s"
+    )  # without it no pod can be created
     yield name
     kubectl("delete", "namespace", name, "--wait=false")

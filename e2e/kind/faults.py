@@ -1,16 +1,16 @@
-"""A Kubernetes API server that misbehaves on order: a reverse proxy in front of the real one.
+"""A Kubernetes API server that fails on request: a reverse proxy in front of the real one.
 
-    with FaultProxy(kubeconfig, tmp_path) as proxy:   # in a thread of its own: for async and for sync tests
+    with FaultProxy(kubeconfig, tmp_path) as proxy:   # runs in a thread: for async and sync tests
         ... KubeApi.connect(Access(proxy.kubeconfig)), or `bkpool up --kubeconfig <proxy.kubeconfig>` ...
-        proxy.down()                                  # every connection is cut, and every new one
+        proxy.down()                                  # cuts every connection, also every new one
         proxy.up()
         proxy.slow = 2.0                              # seconds before each request is passed on
-        proxy.frozen = True                           # watches stay open and say nothing; what comes is kept
+        proxy.frozen = True                           # watches stay open and send nothing; events are kept
         proxy.refuse(429, times=3, path="/buildkitworkers")
-        proxy.lose(method="PUT")                      # passed on and done, but never answered
-        proxy.expire_watches()                        # every open watch ends, and its successor gets 410
+        proxy.lose(method="PUT")                      # passed on and carried out, but never answered
+        proxy.expire_watches()                        # ends every open watch; the next one gets 410
 
-The switches may be set from any thread and hold from the next request on (`frozen`: from the next byte).
+The switches may be set from any thread. They take effect at the next request (`frozen`: at the next byte).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _HOP = {
     "transfer-encoding",
     "accept-encoding",
 }
-_STEP = 0.02  # seconds between looks at a switch
+_STEP = 0.02  # seconds between two checks of a switch
 
 
 @dataclass
 class _Rule:
     status: int
-    """What is answered; 0: the request is passed on and the answer is lost."""
+    """The status of the answer; 0 if the request is passed on and its answer is lost."""
     times: int
     method: str
     path: str
@@ -57,7 +57,10 @@ class _Rule:
 
 
 class FaultProxy:
-    """See the module. `kubeconfig` is a file that leads to the proxy; `seen` is every request, "GET /path?query"."""
+    """See the module.
+
+    `kubeconfig` is a file with the proxy's address. `seen` has every request as "GET /path?query".
+    """
 
     def __init__(self, upstream: Path, directory: Path) -> None:
         self.kubeconfig = directory / "faulty-kubeconfig"
@@ -84,7 +87,7 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(30)
 
-    # --- switches ---------------------------------------------------------------------------------------------------
+    # --- switches --------------------------------------------------------------------------------------------------
 
     def down(self) -> None:
         self._down = True
@@ -94,15 +97,15 @@ class FaultProxy:
         self._down = False
 
     def refuse(self, status: int, *, times: int = 1, method: str = "", path: str = "") -> None:
-        """The next requests of this method whose path and query contain `path` are answered so, and not passed on."""
+        """Answers the next requests of this method whose path and query contain `path`, and does not pass them on."""
         self._rules.append(_Rule(status, times, method, path))
 
     def lose(self, *, times: int = 1, method: str = "", path: str = "") -> None:
-        """The next such requests are carried out, and then their connection is cut."""
+        """Passes on the next such requests, and then cuts their connection."""
         self._rules.append(_Rule(0, times, method, path))
 
     def expire_watches(self) -> None:
-        """History is lost: every open watch is cut, and as many new ones are told 410."""
+        """Cuts every open watch, and answers 410 to as many new ones, as if the server had lost its history."""
         self._expiring = sum(_is_watch(task.request) for task in tuple(self._open))
         self._cut(_is_watch)
 
@@ -111,15 +114,15 @@ class FaultProxy:
 
     @property
     def watches(self) -> int:
-        """How many are open."""
+        """The number of open watches."""
         return sum(_is_watch(task.request) for task in tuple(self._open))
 
-    # --- the proxy --------------------------------------------------------------------------------------------------
+    # --- the proxy -------------------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
             asyncio.run(self._serve())
-        except BaseException as error:  # noqa: BLE001 - whoever started the thread gets it
+        except BaseException as error:  # noqa: BLE001 - raised again where the thread was started
             self._failure = error
         finally:
             self._started.set()
@@ -202,7 +205,7 @@ class FaultProxy:
         )
         try:
             yield await asyncio.shield(asking)
-        finally:  # not by cancelling: a TLS connection that says goodbye outlives the loop
+        finally:  # not by cancelling: a TLS connection in its closing handshake would outlive the loop
             upstream = await asyncio.shield(asking)
             if upstream.connection is not None and upstream.connection.transport is not None:
                 upstream.connection.transport.abort()
@@ -213,7 +216,7 @@ class FaultProxy:
         answer = web.StreamResponse(status=upstream.status, headers=headers)
         await answer.prepare(request)
         async for chunk in upstream.content.iter_any():
-            while self.frozen and _is_watch(request):  # noqa: ASYNC110 - a switch of another thread
+            while self.frozen and _is_watch(request):  # noqa: ASYNC110 - another thread sets the switch
                 await asyncio.sleep(_STEP)
             await answer.write(chunk)
         await answer.write_eof()
@@ -232,5 +235,5 @@ def _abort(request: web.BaseRequest) -> web.StreamResponse:
 
 
 def _status(code: int) -> dict:
-    """As the API server words a failure."""
+    """Returns a failure in the format of the API server."""
     return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": f"made up: {code}"}

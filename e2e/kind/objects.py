@@ -1,6 +1,6 @@
-"""The store of a cluster as a fixture: the definitions are there, and nothing of an earlier test is.
+"""The store of a cluster as a fixture, with the definitions installed and without objects of earlier tests.
 
-Its tests look at all namespaces: the cluster is one made for tests, and no appliance may run on it meanwhile.
+The tests use all namespaces. So the cluster must be one for tests, and no appliance may run on it meanwhile.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from bkpool.kube import KubeApi, paths
 from bkpool.store.kubernetes import KubernetesStore
 
 NAMESPACES = ("default", "other")
-"""Where the tests of the store make pools."""
+"""The namespaces in which the tests of the store make pools."""
 
 _prepared = False
 
 
 @pytest.fixture
 async def custom_resources(api: KubeApi) -> AsyncIterator[KubeApi]:
-    """The definitions are installed, and no pool or worker is there before the test or after it."""
-    global _prepared  # noqa: PLW0603 - once a session, across the loops that each test has of its own
+    """Installs the definitions. There is no pool or worker before and after the test."""
+    global _prepared  # noqa: PLW0603 - once per session, because each test has another loop
     if not _prepared:
         await crds.install(api)
     await emptied(api)
@@ -46,7 +46,8 @@ async def store(custom_resources: KubeApi) -> KubernetesStore:
 
 
 async def emptied(api: KubeApi) -> None:
-    """Takes every pool and worker out of the cluster, whatever holds them, and makes the tests' namespaces."""
+    """Removes every pool and worker from the cluster, also those with finalizers, and makes the namespaces of the
+    tests."""
     for namespace in NAMESPACES:
         with suppress(Conflict):
             await api.create(
@@ -67,7 +68,7 @@ async def _removed(api: KubeApi, kind: type[Pool | Worker], namespace: str, name
 
 
 async def collected(store: KubernetesStore) -> None:
-    """Waits until the garbage collector knows the kinds: it looks for new ones every half minute."""
+    """Waits until the garbage collector knows the kinds. It looks for new ones every 30 s."""
     pool = await store.create(Pool(metadata=Metadata(name="collected")))
     worker = await store.create(new_worker(Slot("default", "collected", 0), pool, None, {}))
     await store.delete(Pool, *pool.key)

@@ -1,7 +1,7 @@
-"""An API server that is down, slow or forgetful, and an appliance killed between any two of its writes.
+"""An API server that is down, slow or loses its history, and an appliance that is killed between any two writes.
 
-It runs with --backend kubernetes, through a proxy in front of the real API server; pods are reached by
-their own addresses, for which these tests make a route into the node.
+The appliance runs with --backend kubernetes behind a proxy in front of the real API server. It reaches pods at their
+own addresses, for which these tests add a route to the node.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from kind.faults import FaultProxy
 
 from harness import eventually, read_until, really_ran
 
-DOWN = 60.0  # seconds, by the issue
+DOWN = 60.0  # seconds
 
 
 @pytest.fixture(scope="module")
 def pod_addresses(world):
-    """Pods are reached from here: a route to the node, where none is there already."""
+    """Adds a route to the node, if there is none, so that this machine reaches pods."""
     (node,) = world.objects("nodes")
     subnet = node["spec"]["podCIDR"]
     address = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
@@ -29,8 +29,8 @@ def pod_addresses(world):
         subprocess.run(["ip", "route", "del", subnet, "via", address], check=False)
 
 
-class Beside:
-    """The world of an appliance that runs beside the cluster and reaches it through the proxy."""
+class ProxiedWorld:
+    """The world of an appliance that runs outside the cluster and reaches it through the proxy."""
 
     def __init__(self, world, proxy):
         self._world = world
@@ -46,7 +46,7 @@ class Beside:
 @pytest.fixture
 def faulty(make_appliance, world, tmp_path, pod_addresses):
     with FaultProxy(world.cluster.kubeconfig, tmp_path) as proxy:
-        appliance = make_appliance(world=Beside(world, proxy))
+        appliance = make_appliance(world=ProxiedWorld(world, proxy))
         yield appliance, proxy
         proxy.up()
         proxy.stop_refusing()
@@ -58,7 +58,7 @@ def ready(appliance):
     return appliance.http("GET", "/ready")[0] == 200
 
 
-def test_an_api_server_that_is_down_for_a_minute(faulty, context):
+def test_builds_continue_while_the_api_server_is_down_for_a_minute(faulty, context):
     appliance, proxy = faulty
     appliance.up_with({"scaling": {"max": 2}})
     certificates = appliance.allocate()
@@ -75,12 +75,12 @@ def test_an_api_server_that_is_down_for_a_minute(faulty, context):
     refused = appliance.cli("allocate", "--wait", "2s")
     assert refused.code == 69, refused.text
     assert "Traceback" not in refused.text
-    appliance.build(builder, context.dockerfile("say while-it-is-down")).ok()  # a registered lease goes on
+    appliance.build(builder, context.dockerfile("say while-it-is-down")).ok()  # a registered lease continues
     out, _ = running.communicate(timeout=DOWN + 30)
     assert running.returncode == 0, out
     eventually(lambda: time.monotonic() - begun >= DOWN, "a minute has passed", timeout=DOWN + 5)
     proxy.up()
-    eventually(lambda: ready(appliance), "it recovers by itself", timeout=30)
+    eventually(lambda: ready(appliance), "the appliance recovers without help", timeout=30)
     appliance.build(appliance.builder(appliance.allocate(name="after"), "after"), context.path).ok()
     appliance.release(certificates.lease).ok()
     eventually(lambda: appliance.pool()["allocated"] == 1, "and catches up")
@@ -103,20 +103,20 @@ def test_conflicts_refusals_and_lost_answers_change_nothing_for_the_caller(fault
     appliance.build(appliance.builder(third, "slow"), context.dockerfile("say well")).ok()
 
 
-def test_forgotten_history_and_frozen_watches_are_caught_up(faulty, world, context):
+def test_the_appliance_recovers_from_lost_history_and_frozen_watches(faulty, world, context):
     appliance, proxy = faulty
     appliance.up_with({"scaling": {"max": 2}})
     certificates = appliance.allocate()
     proxy.expire_watches()
     appliance.build(appliance.builder(certificates, "expired"), context.dockerfile("say a")).ok()
     proxy.frozen = True
-    appliance.release(certificates.lease).ok()  # what it writes itself it knows at once
+    appliance.release(certificates.lease).ok()  # the appliance knows its own writes at once
     proxy.frozen = False
-    eventually(lambda: appliance.pool()["allocated"] == 0, "the release is carried out")
+    eventually(lambda: appliance.pool()["allocated"] == 0, "the release has been carried out")
 
 
-# Each kind of write: the method and what its path contains. The proxy carries it out, the appliance never hears of it
-# and is killed; or it is refused before anything is done, and the appliance is killed.
+# Each kind of write: the method and a part of its path. The proxy either carries it out and drops the answer, or
+# refuses it. Then the appliance is killed.
 WRITES = [
     ("POST", "/buildkitworkers"),
     ("PUT", "/buildkitworkers/default-worker-0"),
@@ -131,11 +131,11 @@ WRITES = [
 
 @pytest.mark.parametrize("moment", ["lost", "refused"])
 @pytest.mark.parametrize(("method", "path"), WRITES, ids=[f"{m}-{p.split('/')[-1]}" for m, p in WRITES])
-def test_killed_at_a_write_everything_converges(faulty, world, context, method, path, moment):
+def test_everything_converges_after_a_kill_at_any_write(faulty, world, context, method, path, moment):
     appliance, proxy = faulty
     owning = method == "PATCH" and "/pods/" in path
     appliance.up_with({"scaling": {"max": 1, "min": int(owning)}})
-    if owning:  # a worker that stood idle is given its owner
+    if owning:  # an idle worker gets its owner
         appliance.all_idle()
     if method == "DELETE":
         appliance.release(appliance.allocate().lease).ok()
@@ -162,7 +162,7 @@ def test_killed_at_a_write_everything_converges(faulty, world, context, method, 
     certificates = appliance.allocate("--job-id", "job-1")
     appliance.build(appliance.builder(certificates, "converged"), context.dockerfile("say converged")).ok()
     assert len(appliance.workers()) == 1, "no second pod"
-    assert len(world.objects("buildkitworkers", "-A")) == 1, "no orphan"
+    assert len(world.objects("buildkitworkers", "-A")) == 1, "no worker is orphaned"
     secrets = world.objects("secrets", "-A", "-l", "app.kubernetes.io/managed-by=bkpool")
     assert sum(s["metadata"]["name"] == "bkpool-pki" for s in secrets) == 1
     assert really_ran(

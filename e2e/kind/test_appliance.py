@@ -1,4 +1,4 @@
-"""The appliance on kind, where others may change what is its own: people with kubectl, and a second appliance."""
+"""The appliance on kind, where others can change its objects: users with kubectl, and a second appliance."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def worker_of(world, name="default-worker-0"):
     return json.loads(world.kubectl("get", "buildkitworker", name, "-o", "json"))
 
 
-# --- what is seen ---------------------------------------------------------------------------------------------------
+# --- what kubectl shows -------------------------------------------------------------------------------------------
 
 
-def test_what_kubectl_shows(make_appliance, world, context):
+def test_kubectl_shows_pools_workers_and_events(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 4}, "tls": {"enabled": True}, "gateway": {"replicas": 3}})
     appliance.all_idle()
@@ -38,7 +38,9 @@ def test_what_kubectl_shows(make_appliance, world, context):
     assert ignored == "spec.gateway.replicas, spec.tls"
     assert worker_of(world, lease["workerName"])["metadata"]["finalizers"] == [FINALIZER]
     appliance.release(lease).ok()
-    eventually(lambda: not worker_of(world, lease["workerName"])["metadata"].get("finalizers"), "unheld again")
+    eventually(
+        lambda: not worker_of(world, lease["workerName"])["metadata"].get("finalizers"), "the finalizer is removed"
+    )
     events = eventually(
         lambda: (body := world.kubectl("get", "events", "-n", "default")) and "Released" in body and body, "events"
     )
@@ -46,7 +48,7 @@ def test_what_kubectl_shows(make_appliance, world, context):
     assert "ScaledUp" in events
 
 
-def test_a_maximum_beyond_the_host_ports_is_told(make_appliance, world):
+def test_a_maximum_beyond_the_host_ports_is_a_condition_of_the_pool(make_appliance, world):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1000}})
     body = eventually(
@@ -57,7 +59,7 @@ def test_a_maximum_beyond_the_host_ports_is_told(make_appliance, world):
     assert "kind-config.yaml" in body[0]["message"]
 
 
-def test_what_cannot_be_pulled_is_told_to_whoever_waits(make_appliance):
+def test_a_waiting_caller_gets_the_error_of_the_image_pull(make_appliance):
     appliance = make_appliance()
     appliance.up_with({"buildkitImage": "registry.invalid/no/such:1"})
     answer = appliance.cli("allocate", "--wait", "15s")
@@ -66,10 +68,10 @@ def test_what_cannot_be_pulled_is_told_to_whoever_waits(make_appliance):
     assert "pulled" in answer.err
 
 
-# --- what others delete ---------------------------------------------------------------------------------------------
+# --- objects that others delete -----------------------------------------------------------------------------------
 
 
-def test_a_pod_deleted_by_hand_comes_back_and_the_lease_goes_on(make_appliance, world, context):
+def test_a_deleted_pod_is_replaced_and_the_lease_continues(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}, **LOCAL})
     certificates = appliance.allocate()
@@ -78,11 +80,11 @@ def test_a_pod_deleted_by_hand_comes_back_and_the_lease_goes_on(make_appliance, 
     before = appliance.workers()
     world.kubectl("delete", "pod", "default-worker-0", "--grace-period=1")
     again = appliance.build(builder, context.path).ok()
-    assert not really_ran(again, "kept"), "its cache is on a volume of its own"
+    assert not really_ran(again, "kept"), "the cache is on a volume"
     assert appliance.workers() != before
 
 
-def test_a_deleted_secret_hurts_nobody(make_appliance, world, context):
+def test_a_deleted_secret_is_created_again(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     certificates = appliance.allocate()
@@ -92,22 +94,20 @@ def test_a_deleted_secret_hurts_nobody(make_appliance, world, context):
     appliance.build(appliance.builder(certificates, "secret2"), context.dockerfile("say b")).ok()
 
 
-def test_a_worker_object_deleted_by_hand_ends_its_lease_and_says_why(make_appliance, world, context):
+def test_a_deleted_worker_object_ends_its_lease_with_the_reason(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     certificates = appliance.allocate()
     builder = appliance.builder(certificates, "object")
     appliance.build(builder, context.dockerfile("say a")).ok()
     world.kubectl("delete", "buildkitworker", "default-worker-0", "--wait=false")
-    refused = eventually(lambda: (a := appliance.build(builder, context.path)).code and a, "it is refused")
+    refused = eventually(lambda: (a := appliance.build(builder, context.path)).code and a, "the build is refused")
     assert "deleted" in refused.text or "no lease has the token" in refused.text
-    eventually(lambda: not appliance.workers(), "its pod goes too")
+    eventually(lambda: not appliance.workers(), "the pod is removed")
     appliance.build(appliance.builder(appliance.allocate(name="next"), "next"), context.path).ok()
 
 
-def test_a_pool_deleted_while_it_is_leased_lets_the_build_finish_and_can_be_made_again(
-    make_appliance, world, context
-):
+def test_a_pool_deleted_with_a_lease_lets_the_build_finish_and_can_be_created_again(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 2}})
     certificates = appliance.allocate()
@@ -117,14 +117,14 @@ def test_a_pool_deleted_while_it_is_leased_lets_the_build_finish_and_can_be_made
     world.kubectl("delete", "buildkitpool", "default", "--wait=false")
     out, _ = running.communicate(timeout=60)
     assert running.returncode == 0, out
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers go", timeout=120)
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers are removed", timeout=120)
     eventually(lambda: not appliance.workers(), "and their pods")
     world.kubectl("apply", "-f", str(appliance.base / "objects.yaml"))
-    eventually(lambda: appliance.http("GET", "/api/v1/pools/default")[0] == 200, "the pool is there again")
+    eventually(lambda: appliance.http("GET", "/api/v1/pools/default")[0] == 200, "the pool exists again")
     appliance.build(appliance.builder(appliance.allocate(name="again"), "again"), context.path).ok()
 
 
-def test_a_lowered_maximum_spares_leases_and_removes_the_idle(make_appliance, world):
+def test_a_lowered_maximum_removes_idle_workers_and_keeps_leased_ones(make_appliance, world):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 3}})
     leases = [appliance.allocate(name=f"c{number}").lease for number in range(2)]
@@ -134,11 +134,11 @@ def test_a_lowered_maximum_spares_leases_and_removes_the_idle(make_appliance, wo
     for lease in leases:
         assert appliance.http("POST", "/api/v1/workers/lookup", {"token": lease["token"]})[0] == 200
         appliance.release(lease).ok()
-    eventually(lambda: appliance.pool()["workers"] <= 1, "and then not more than the maximum")
+    eventually(lambda: appliance.pool()["workers"] <= 1, "the maximum is kept")
 
 
-def test_absurd_objects_stall_nothing_else(make_appliance, world, context):
-    """A pool of an older client, in which max is -1: put past the schema, as an older definition let it."""
+def test_invalid_objects_do_not_block_others(make_appliance, world, context):
+    """The pool has max -1. It is stored with an older definition, whose schema allows that."""
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     crd = json.loads(world.kubectl("get", "crd", "buildkitpools.buildkit.smrt-devops.net", "-o", "json"))
@@ -170,15 +170,15 @@ def test_absurd_objects_stall_nothing_else(make_appliance, world, context):
     appliance.build(appliance.builder(certificates, "absurd"), context.dockerfile("say well")).ok()
     eventually(lambda: "big" in [p["name"] for p in appliance.http("GET", "/api/v1/pools")[1]["pools"]], "big")
     appliance.kill()
-    appliance.up()  # a list meets it as well
+    appliance.up()  # the list at the start contains it as well
     appliance.build(appliance.builder(certificates, "absurd2"), context.dockerfile("say well again")).ok()
     assert "absurd" in appliance.log
 
 
-# --- who else is there ----------------------------------------------------------------------------------------------
+# --- a second appliance -------------------------------------------------------------------------------------------
 
 
-def test_two_appliances_that_begin_at_once_have_one_authority(make_appliance, world, context):
+def test_two_appliances_that_start_at_once_share_one_authority(make_appliance, world, context):
     world.kubectl("-n", "buildkit-system", "delete", "secret", "bkpool-pki", "--ignore-not-found")
     both = [make_appliance("one"), make_appliance("two")]
     threads = [threading.Thread(target=appliance.up) for appliance in both]
@@ -190,13 +190,13 @@ def test_two_appliances_that_begin_at_once_have_one_authority(make_appliance, wo
     second = both[1].allocate()
     assert first.lease["caCert"] == second.lease["caCert"]
     assert first.lease["workerName"] != second.lease["workerName"]
-    crossed = Certificates(first.directory, first.lease)  # a lease made at one, used at the other
+    crossed = Certificates(first.directory, first.lease)  # a lease from one appliance, used at the other
     both[1].build(both[1].builder(crossed, "crossed"), context.dockerfile("say crossed")).ok()
     for appliance in both:
         appliance.down("--now").ok()
 
 
-def test_a_lost_authority_is_an_error_while_there_are_leases(make_appliance, world):
+def test_a_missing_authority_is_an_error_while_there_are_leases(make_appliance, world):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"max": 1}})
     appliance.allocate()

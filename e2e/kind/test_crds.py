@@ -1,6 +1,6 @@
-"""The definitions before a real API server: what it takes, what it refuses, and that it says which field.
+"""The definitions at a real API server: what it accepts, what it rejects, and that it names the field.
 
-Nothing is stored: every object is only tried (`--dry-run=server`).
+Nothing is stored: every object is sent with `--dry-run=server`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ async def installed(api, kubectl):
     return tried
 
 
-async def test_they_are_served_at_once_and_may_be_installed_again(api, kubectl):
+async def test_the_definitions_are_served_at_once_and_can_be_installed_again(api, kubectl):
     await crds.install(api)
     await crds.install(api)
     assert "SHORTNAMES" in kubectl("api-resources", "--api-group=buildkit.smrt-devops.net")
@@ -160,10 +160,10 @@ async def test_they_are_served_at_once_and_may_be_installed_again(api, kubectl):
 
 
 @pytest.mark.parametrize("spec", ["{}", *OF_THE_GO_CONTROLLER.split("---\n")])
-def test_what_users_of_the_go_controller_have_written_is_taken_whole(installed, spec):
+def test_every_field_of_the_go_controller_is_accepted_and_stored(installed, spec):
     stored = json.loads(installed(spec))["spec"]
     wanted = yaml.safe_load(spec)
-    assert _within(wanted, stored), "nothing is pruned"
+    assert _within(wanted, stored), "no field is pruned"
     PoolSpec.model_validate(stored)
 
 
@@ -234,7 +234,7 @@ def test_kubectl_shows_the_columns(installed, kubectl, namespace):
     header, row = kubectl("get", "bkworker", "-n", namespace).splitlines()
     assert " ".join(header.split()) == "NAME POOL PHASE POD JOB EXPIRES AGE"
     assert "job-7" in row
-    assert "2040-01-01T12:00:00Z" in row, "a time to come is shown as such"
+    assert "2040-01-01T12:00:00Z" in row, "a time in the future is shown in full"
     stored = json.loads(kubectl("get", "bkworker", "shown-worker-0", "-n", namespace, "-o", "json"))
     assert stored["spec"]["allocation"]["another"] == "version's"
     kubectl("delete", "bkpool,bkworker", "--all", "-n", namespace)

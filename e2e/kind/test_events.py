@@ -1,4 +1,4 @@
-"""kubectl shows what happened to an object: Kubernetes Events."""
+"""kubectl shows the Kubernetes Events of an object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bkpool.core.worker import new_worker
 from bkpool.store.events import KubernetesRecorder
 
 
-async def test_kubectl_describe_shows_them(store, api, kubectl):
+async def test_kubectl_describe_shows_events(store, api, kubectl):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
     recorder = KubernetesRecorder(api, "e2e")
@@ -25,5 +25,5 @@ async def test_kubectl_describe_shows_them(store, api, kubectl):
     assert {(kind, reason) for kind, reason, *_ in events} == {("Normal", "Allocated"), ("Warning", "Failed")}
     assert "leased to ann for job 7" in shown
     listed = kubectl("get", "events", "-n", "default", "--field-selector", f"involvedObject.uid={worker.uid}")
-    assert listed.count("the image cannot be pulled") == 1, "said three times, counted in one"
+    assert listed.count("the image cannot be pulled") == 1, "three equal events are counted in one"
     kubectl("delete", "events", "-n", "default", "--field-selector", f"involvedObject.uid={worker.uid}")

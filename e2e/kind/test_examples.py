@@ -1,4 +1,4 @@
-"""Every object that README, docs and examples show is tried before a real API server, and so are the manifests."""
+"""A real API server accepts every object in README, docs and examples, and the manifests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def shown():
-    """Every YAML text with its place."""
+    """Yields every YAML text with its file and line."""
     for file in sorted((ROOT / "examples").rglob("*.y*ml")):
         yield str(file.relative_to(ROOT)), file.read_text()
     for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
@@ -35,14 +35,14 @@ def objects():
 
 
 @pytest.mark.parametrize("document", list(objects()))
-async def test_what_we_show_is_valid(document, api, kubectl):
+async def test_every_example_is_valid(document, api, kubectl):
     await crds.install(api)
     if "namespace" in document["metadata"]:
-        document["metadata"]["namespace"] = "default"  # ours may not be there
+        document["metadata"]["namespace"] = "default"  # the namespace of the example may not exist
     kubectl("apply", "--dry-run=server", "-f", "-", stdin=yaml.safe_dump(document))
 
 
-def test_our_examples_have_no_field_without_effect():
+def test_no_field_of_an_example_is_ignored():
     for file in sorted((ROOT / "examples").glob("*.yaml")):
         documents = read_documents(file.read_text(), source=file.name)
         for pool in documents.pools:
@@ -55,7 +55,7 @@ def test_our_examples_have_no_field_without_effect():
 def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
     text = render(Install(namespace=namespace, pool_namespaces=(namespace,), image="registry.example.com/bkpool:1"))
     kubectl("apply", "-f", "-", stdin=text)
-    kubectl("diff", "-f", "-", stdin=text)  # fails if there is one
+    kubectl("diff", "-f", "-", stdin=text)  # fails if there is a difference
     refused = kubectl("auth", "can-i", "get", "secrets", "-n", "kube-system", *_as(namespace), check=False)
     assert refused.strip() == "no"
     for right in (

@@ -1,4 +1,4 @@
-"""The store and the mirror behind an API server that misbehaves: nothing is lost or doubled, and all recovers."""
+"""The store and the mirror with a failing API server: nothing is lost or doubled, and both recover."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bkpool.store.mirror import Mirror
 
 P = Key("default", "p")
 
-# The proxy cuts connections at any moment; one that aiohttp was just making complains when it is collected.
+# The proxy cuts connections at any moment. aiohttp warns about one that it was just opening when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -34,16 +34,16 @@ def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-async def behind(proxy: FaultProxy) -> AsyncIterator[KubernetesStore]:
-    """The store as it looks through the proxy; `store` looks past it."""
+async def proxied_store(proxy: FaultProxy) -> AsyncIterator[KubernetesStore]:
+    """The store that uses the proxy. The fixture `store` does not use it."""
     api = await KubeApi.connect(ClusterAccess(proxy.kubeconfig))
     yield KubernetesStore(api)
     await api.close()
 
 
 @pytest.fixture
-async def mirror(store: KubernetesStore, behind: KubernetesStore) -> AsyncIterator[Mirror]:
-    mirror = Mirror(behind)
+async def mirror(store: KubernetesStore, proxied_store: KubernetesStore) -> AsyncIterator[Mirror]:
+    mirror = Mirror(proxied_store)
     task = asyncio.create_task(mirror.run())
     async with asyncio.timeout(10):
         await mirror.ready.wait()
@@ -54,97 +54,104 @@ async def mirror(store: KubernetesStore, behind: KubernetesStore) -> AsyncIterat
 
 
 async def eventually(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> None:
-    """Waits for what lies beyond the loop: a thread's switch, another process."""
+    """Waits for a condition that another thread or process makes true."""
     try:
         async with asyncio.timeout(seconds):
-            while not condition():  # noqa: ASYNC110 - the condition is another thread's
+            while not condition():  # noqa: ASYNC110 - another thread makes it true
                 await asyncio.sleep(0.01)
     except TimeoutError:
         raise AssertionError(f"never happened: {what}") from None
 
 
-async def test_while_the_server_is_down_the_copy_says_so_and_then_it_knows_what_happened(store, proxy, mirror):
+async def test_the_mirror_reports_that_the_server_is_down_and_then_has_the_changes(store, proxy, mirror):
     await store.create(a_pool("doomed"))
     pool = await store.create(a_pool())
     await eventually(lambda: len(mirror.pools) == 2, "both pools are known")
     assert mirror.trouble is None
 
     proxy.down()
-    await eventually(lambda: mirror.trouble, "it knows that it is cut off")
+    await eventually(lambda: mirror.trouble, "the mirror reports the outage")
     assert "API server" in mirror.trouble
     pool = await store.replace(scaled(pool, 3))
     await store.delete(Pool, "default", "doomed")
     await store.create(a_pool("born"))
-    assert len(mirror.pools) == 2, "it shows what it last knew"
+    assert len(mirror.pools) == 2, "the mirror keeps its last state"
 
     proxy.up()
-    await eventually(lambda: mirror.trouble is None, "it follows again")
+    await eventually(lambda: mirror.trouble is None, "the mirror follows the server again")
     assert {key.name for key in mirror.pools} == {"p", "born"}
     assert mirror.pools[P] == pool
 
 
-async def test_writing_while_the_server_is_down_says_what_to_look_at(store, proxy, behind):
+async def test_the_error_of_a_write_while_the_server_is_down_says_what_to_check(store, proxy, proxied_store):
     pool = await store.create(a_pool())
     proxy.down()
 
-    for attempt in (behind.get(Pool, *P), behind.replace(pool), behind.create(a_pool("q")), behind.list(Pool)):
+    for attempt in (
+        proxied_store.get(Pool, *P),
+        proxied_store.replace(pool),
+        proxied_store.create(a_pool("q")),
+        proxied_store.list(Pool),
+    ):
         with pytest.raises(Unavailable, match="the API server does not answer") as body:
             await attempt
         assert "kubectl" in body.value.hint
 
 
-async def test_lost_history_is_listed_again(store, proxy, mirror):
+async def test_after_lost_history_the_mirror_lists_again(store, proxy, mirror):
     await eventually(lambda: proxy.watches == 2, "pools and workers are watched")
     proxy.expire_watches()
     pool = await store.create(a_pool())
 
     await eventually(lambda: P in mirror.pools, "the pool is known")
-    await eventually(lambda: proxy.watches == 2 and mirror.trouble is None, "it follows again")
+    await eventually(lambda: proxy.watches == 2 and mirror.trouble is None, "the mirror follows the server again")
     assert mirror.pools[P] == pool
 
 
-async def test_a_watch_whose_history_is_lost_is_gone(store, proxy, behind):
-    since = (await behind.list(Pool)).resource_version
+async def test_a_watch_whose_history_is_lost_raises_gone(store, proxy, proxied_store):
+    since = (await proxied_store.list(Pool)).resource_version
     proxy._expiring = 1
     with pytest.raises(Gone):
-        await seen(behind, Pool, since, lambda e: True)
+        await seen(proxied_store, Pool, since, lambda e: True)
 
 
-async def test_a_frozen_watch_is_noticed_and_begun_again(store, proxy, behind, monkeypatch):
+async def test_a_frozen_watch_is_detected_and_replaced(store, proxy, proxied_store, monkeypatch):
     monkeypatch.setattr(kube_client, "SILENCE_TIMEOUT", 0.3)
     proxy.frozen = True
-    mirror = Mirror(behind)
+    mirror = Mirror(proxied_store)
     task = asyncio.create_task(mirror.run())
     async with asyncio.timeout(10):
         await mirror.ready.wait()
 
     pool = await store.create(a_pool())
 
-    await eventually(lambda: P in mirror.pools, "it has listed again, though no watch says anything")
+    await eventually(lambda: P in mirror.pools, "the mirror has listed again, although no watch sends anything")
     assert mirror.pools[P] == pool
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_watch_that_the_server_ends_in_good_order_goes_on_where_it_was(store, proxy, behind, monkeypatch):
+async def test_a_watch_that_the_server_ends_continues_at_the_same_version(store, proxy, proxied_store, monkeypatch):
     monkeypatch.setattr(watching, "WATCH_SECONDS", 1)
     pool = await store.create(a_pool())
     since = pool.metadata.resource_version
-    task = asyncio.create_task(seen(behind, Pool, since, lambda e: e.object.spec.scaling.max == 4))
+    task = asyncio.create_task(seen(proxied_store, Pool, since, lambda e: e.object.spec.scaling.max == 4))
     await eventually(lambda: proxy.watches == 1, "the watch is open")
     pool = await store.replace(scaled(pool, 3))
-    await eventually(lambda: sum("watch=true" in line for line in proxy.seen) > 1, "it has been opened again")
+    await eventually(lambda: sum("watch=true" in line for line in proxy.seen) > 1, "the watch has been opened again")
     await store.replace(scaled(pool, 4))
 
     assert [e.object.spec.scaling.max for e in await task] == [3, 4]
-    assert not any("limit=" in line for line in proxy.seen), "without listing"
+    assert not any("limit=" in line for line in proxy.seen), "it has not listed again"
 
 
-async def test_of_claims_that_meet_exactly_one_holds_however_slow_the_server(store, proxy, behind):
+async def test_exactly_one_of_several_simultaneous_claims_succeeds(store, proxy, proxied_store):
     pool = await store.create(a_pool())
     proxy.slow = 0.3
 
-    outcomes = await asyncio.gather(*(behind.replace(scaled(pool, n)) for n in range(20, 40)), return_exceptions=True)
+    outcomes = await asyncio.gather(
+        *(proxied_store.replace(scaled(pool, n)) for n in range(20, 40)), return_exceptions=True
+    )
 
     won = [outcome for outcome in outcomes if isinstance(outcome, Pool)]
     assert len(won) == 1
@@ -152,39 +159,41 @@ async def test_of_claims_that_meet_exactly_one_holds_however_slow_the_server(sto
     assert await store.get(Pool, *P) == won[0]
 
 
-async def test_a_busy_server_is_asked_again_but_not_for_ever(store, proxy, behind, monkeypatch):
+async def test_requests_to_a_busy_server_are_retried_a_limited_number_of_times(
+    store, proxy, proxied_store, monkeypatch
+):
     monkeypatch.setattr(kube_client, "_LONGEST_PAUSE", 0.05)
     pool = await store.create(a_pool())
     proxy.refuse(429, times=1, path="/buildkitpools")
-    pool = await behind.replace(scaled(pool, 3))
+    pool = await proxied_store.replace(scaled(pool, 3))
     assert pool.spec.scaling.max == 3
 
     proxy.refuse(429, times=100, path="/buildkitpools")
     with pytest.raises(Unavailable, match="429"):
-        await behind.replace(scaled(pool, 4))
+        await proxied_store.replace(scaled(pool, 4))
     proxy.stop_refusing()
-    assert (await behind.replace(scaled(pool, 4))).spec.scaling.max == 4
+    assert (await proxied_store.replace(scaled(pool, 4))).spec.scaling.max == 4
 
 
-async def test_a_server_that_has_just_come_back_and_knows_nothing_yet_is_waited_for(store, proxy, mirror):
+async def test_the_mirror_retries_while_a_restarted_server_is_not_ready(store, proxy, mirror):
     await eventually(lambda: proxy.watches == 2, "pools and workers are watched")
     for status in (403, 404, 401):
         proxy.refuse(status, path="/buildkitpools")
     proxy.expire_watches()
-    await eventually(lambda: mirror.trouble, "it knows that it is cut off")
+    await eventually(lambda: mirror.trouble, "the mirror reports the outage")
     await store.create(a_pool())
 
-    await eventually(lambda: P in mirror.pools and mirror.trouble is None, "it follows again")
-    assert not any(rule.times for rule in proxy._rules), "it was refused each time"
+    await eventually(lambda: P in mirror.pools and mirror.trouble is None, "the mirror follows the server again")
+    assert not any(rule.times for rule in proxy._rules), "the server has refused each time"
 
 
-async def test_a_write_whose_answer_is_lost_is_seen_to_have_happened(store, proxy, behind):
+async def test_a_write_whose_answer_is_lost_is_found_to_be_done(store, proxy, proxied_store):
     pool = await store.create(a_pool())
     ready = pool.but(status=PoolStatus(phase="Ready"))
 
     for write, wanted, of_it in (
-        (behind.replace, scaled(pool, 3), lambda p: p.spec.scaling.max == 3),
-        (behind.replace_status, ready, lambda p: p.status.phase == "Ready"),
+        (proxied_store.replace, scaled(pool, 3), lambda p: p.spec.scaling.max == 3),
+        (proxied_store.replace_status, ready, lambda p: p.status.phase == "Ready"),
     ):
         current = await store.get(Pool, *P)
         proxy.lose(method="PUT")
@@ -192,6 +201,6 @@ async def test_a_write_whose_answer_is_lost_is_seen_to_have_happened(store, prox
         assert of_it(written)
         assert written == await store.get(Pool, *P)
     proxy.lose(method="POST")
-    born = await behind.create(a_pool("born"))
+    born = await proxied_store.create(a_pool("born"))
     assert born == await store.get(Pool, "default", "born")
     assert (await store.list(Worker)).items == ()

@@ -1,4 +1,5 @@
-"""Callers before a real API server: its ServiceAccounts, tokens in its Secrets, and issuers as custom resources."""
+"""Authentication with a real API server: its ServiceAccounts, tokens in its Secrets, and issuers as custom
+resources."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ from bkpool.store.mirror import Mirror
 ALICE, BOB = "alices-token-of-32-characters-xx", "bobs-token-0123456789"
 ISSUER = "https://issuer.example.com"
 
-# --- ServiceAccounts ------------------------------------------------------------------------------------------------
+# --- ServiceAccounts -----------------------------------------------------------------------------------------------
 
 
 def a_token(kubectl, namespace, account="default", audience=AUDIENCE):
     return kubectl("create", "token", account, "-n", namespace, f"--audience={audience}").strip()
 
 
-async def test_a_serviceaccount_is_known_by_its_token(api, kubectl, namespace):
+async def test_a_serviceaccount_is_identified_by_its_token(api, kubectl, namespace):
     (verdict,) = await ServiceAccountAuthenticator(api).authenticate(a_token(kubectl, namespace))
     assert verdict.identity == Identity(
         f"system:serviceaccount:{namespace}:default",
@@ -47,7 +48,7 @@ async def test_a_serviceaccount_is_known_by_its_token(api, kubectl, namespace):
 
 
 @pytest.mark.parametrize("audience", ["https://kubernetes.default.svc.cluster.local", "vault"])
-async def test_a_token_for_somebody_else_is_refused(api, kubectl, namespace, audience):
+async def test_a_token_for_another_audience_is_refused(api, kubectl, namespace, audience):
     token = a_token(kubectl, namespace, audience=audience)
     (verdict,) = await ServiceAccountAuthenticator(api).authenticate(token)
     assert verdict.identity is None
@@ -55,7 +56,7 @@ async def test_a_token_for_somebody_else_is_refused(api, kubectl, namespace, aud
     assert (await ServiceAccountAuthenticator(api, audience).authenticate(token))[0].identity is not None
 
 
-async def test_a_deleted_serviceaccount_is_out_within_seconds(api, kubectl, namespace):
+async def test_a_deleted_serviceaccount_is_refused_within_seconds(api, kubectl, namespace):
     kubectl("create", "serviceaccount", "ci", "-n", namespace)
     accounts, token = ServiceAccountAuthenticator(api), a_token(kubectl, namespace, "ci")
     (verdict,) = await accounts.authenticate(token)
@@ -67,11 +68,11 @@ async def test_a_deleted_serviceaccount_is_out_within_seconds(api, kubectl, name
 
     kubectl("create", "serviceaccount", "ci", "-n", namespace)
     (verdict,) = await accounts.authenticate(token)
-    assert verdict.identity is None, "another of the same name is another"
+    assert verdict.identity is None, "a new account of the same name is another one"
 
 
 async def refused(accounts, token):
-    """What it says when it knows the token no more; the API server itself remembers one for some seconds."""
+    """Waits until a token is refused, and returns the verdict. The API server caches a token for some seconds."""
     async with asyncio.timeout(30):
         while True:
             (verdict,) = await accounts.authenticate(token)
@@ -87,7 +88,7 @@ async def test_a_forged_token_is_refused(api, kubectl, namespace):
     assert signature[:20] not in verdict.refusal
 
 
-async def test_an_api_server_that_is_away_or_denies_the_right_is_no_refusal(cluster, kubectl, namespace, tmp_path):
+async def test_an_unreachable_api_server_or_a_missing_right_is_no_refusal(cluster, kubectl, namespace, tmp_path):
     token = a_token(kubectl, namespace)
     for changes in (
         {"token": a_token(kubectl, namespace, audience=await _audience(cluster))},
@@ -104,7 +105,7 @@ async def test_an_api_server_that_is_away_or_denies_the_right_is_no_refusal(clus
 
 
 async def _audience(cluster) -> str:
-    """For whom tokens for the API server itself are made."""
+    """Returns the audience of tokens for the API server itself."""
     api = await KubeApi.connect(ClusterAccess(kubeconfig=cluster.kubeconfig))
     try:
         return (await api.get("/.well-known/openid-configuration"))["issuer"]
@@ -121,7 +122,7 @@ def _changed(kubeconfig: str, token: str = "", server: str = "") -> str:
     return yaml.safe_dump(document)
 
 
-# --- tokens in Secrets ----------------------------------------------------------------------------------------------
+# --- tokens in Secrets --------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -135,7 +136,7 @@ def names(verdicts):
     return [verdict.identity.name for verdict in verdicts if verdict.identity]
 
 
-async def test_tokens_of_a_secret_may_be_exchanged_while_it_runs(api, kubectl, namespace):
+async def test_tokens_of_a_secret_can_be_changed_at_run_time(api, kubectl, namespace):
     spec = PoolSpec.model_validate({"auth": {"methods": [{"type": "token", "token": {"secretRef": "tokens"}}]}})
     pool, clock = Pool(metadata=Metadata(name="p", namespace=namespace), spec=spec), Clock()
     tokens = StaticTokenAuthenticator(SecretTokenReader(api, clock), lambda: [pool])
@@ -160,7 +161,7 @@ async def test_tokens_of_a_secret_may_be_exchanged_while_it_runs(api, kubectl, n
     assert await tokens.authenticate(BOB) == ()
 
 
-# --- issuers as custom resources ------------------------------------------------------------------------------------
+# --- issuers as custom resources ----------------------------------------------------------------------------------
 
 LEAST = {"issuer": ISSUER, "audience": "a"}
 FULL = {
@@ -192,7 +193,7 @@ async def tried(api, kubectl):
     )["spec"]
 
 
-def test_what_bkpool_reads_the_api_server_takes_whole(tried):
+def test_the_api_server_accepts_and_stores_every_field_that_bkpool_reads(tried):
     assert tried(**FULL) == FULL
     filled = tried(**LEAST)
     assert filled == {**LEAST, "enabled": True, "claimsMapping": {"user": "sub"}}
@@ -238,7 +239,7 @@ async def emptied(api, kubectl) -> AsyncIterator[None]:
     kubectl("delete", "buildkitoidcconfigs", "--all", "-A")
 
 
-async def test_the_status_of_an_issuer_is_what_kubectl_shows(api, kubectl, namespace, emptied):
+async def test_kubectl_shows_the_status_of_an_issuer(api, kubectl, namespace, emptied):
     async def probe(issuer: str) -> int:
         if issuer != ISSUER:
             raise Unavailable(f"{issuer} does not answer")

@@ -1,4 +1,4 @@
-"""`bkpool manifests | kubectl apply -f -`: bkpool in its own image, which bkpool has built, with replicas of each.
+"""`bkpool manifests | kubectl apply -f -`: bkpool runs in an image that bkpool has built, with several replicas.
 
 Callers are a pod in the cluster, and this machine through `kubectl port-forward` to one replica at a time.
 """
@@ -38,12 +38,12 @@ SERVICE = f"tcp://{POOL}.default.svc:1235"
 
 @pytest.fixture(scope="module")
 def image(cluster, tools, tmp_path_factory) -> None:
-    """bkpool's own image, built by bkpool from its Containerfile, in the cluster."""
+    """Builds bkpool's image with bkpool from its Containerfile, and loads it into the cluster."""
     base = tmp_path_factory.mktemp("image")
     subprocess.run([sys.executable, ROOT / "scripts" / "build-zipapp"], check=True, cwd=ROOT)
     builder = Appliance(base, tools, world=Processes())
     builder.up_with({"scaling": {"max": 1}})
-    stand_in = os.environ.get("BKPOOL_E2E_PYTHON_BASE")  # where no image can be pulled
+    stand_in = os.environ.get("BKPOOL_E2E_PYTHON_BASE")  # set where no image can be pulled
     named = ["--build-context", f"docker.io/library/{PYTHON}={stand_in}"] if stand_in else []
     output = f"type=docker,name={IMAGE},dest={base / 'bkpool.tar'}"
     built = run(
@@ -60,7 +60,7 @@ def image(cluster, tools, tmp_path_factory) -> None:
 
 @dataclass
 class Installed:
-    """The appliance as the manifests make it, and a pod that is its caller."""
+    """The appliance that the manifests make, and a pod that calls it."""
 
     world: Any
     base: Path
@@ -93,7 +93,7 @@ class Installed:
         )
 
     def forward(self, namespace: str, pod: str, port: int) -> int:
-        """A port of this machine that leads to that replica."""
+        """Returns a port of this machine that is forwarded to this replica."""
         local = free_port()
         process = subprocess.Popen(
             [
@@ -159,7 +159,7 @@ class Installed:
         eventually(free, "every lease has ended")
 
     def leaked(self) -> list[str]:
-        """Secrets in what the replicas, the gateways and the workers have logged."""
+        """Returns the secrets found in the logs of the replicas, gateways and workers."""
         found = []
         for namespace, selector in (
             (SYSTEM, "app.kubernetes.io/name=buildkit-controller"),
@@ -225,9 +225,11 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     leaked = made.leaked()
     kubectl("delete", "pod", "caller", "--ignore-not-found", "--wait=false")
     kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers go", timeout=120)
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers are removed", timeout=120)
     kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
-    eventually(lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas go")
+    eventually(
+        lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas are removed"
+    )
     assert not leaked, leaked
 
 
@@ -249,7 +251,7 @@ export HOME=/home/bkpool
 """
 
 
-def test_the_main_job_from_a_pod(installed):
+def test_a_pod_does_the_main_job(installed):
     output = installed.inside(f"export BKCTL_TOKEN={installed.token}; {SETUP}{BUILD}")
     assert SERVICE in output
     assert "in-the-cluster" in output
@@ -259,7 +261,7 @@ def test_the_main_job_from_a_pod(installed):
     installed.all_free()
 
 
-def test_a_service_account_builds_where_a_rule_lets_it(installed):
+def test_a_service_account_builds_where_a_rule_allows_it(installed):
     kubectl = installed.world.kubectl
     port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
     kubectl("create", "serviceaccount", "builder", "-n", "default")
@@ -272,7 +274,7 @@ def test_a_service_account_builds_where_a_rule_lets_it(installed):
 
     try:
         status, lease = asked(token("default"))
-        assert status == 200, "nothing is configured yet, so every known caller may build"
+        assert status == 200, "nothing is configured yet, so every authenticated caller may build"
         installed.release(port, lease)
         status, reply = asked(token("builder", "somebody-else"))
         assert (status, "audience" in reply["error"]["message"]) == (401, True), reply
@@ -281,7 +283,7 @@ def test_a_service_account_builds_where_a_rule_lets_it(installed):
         patch = {"spec": {"auth": {"rbac": {"rules": [rule]}}}}
         kubectl("patch", "buildkitpool", POOL, "-n", "default", "--type=merge", "-p", json.dumps(patch))
         others = token("default")
-        eventually(lambda: asked(others)[0] == 403, "the rule is known")
+        eventually(lambda: asked(others)[0] == 403, "the rule is applied")
         assert "system:serviceaccount:default:default may not use" in asked(others)[1]["error"]["message"]
         status, lease = asked(token("builder"))
         assert status == 200, lease
@@ -292,7 +294,7 @@ def test_a_service_account_builds_where_a_rule_lets_it(installed):
         )
         gone = token("builder")
         kubectl("delete", "serviceaccount", "builder", "-n", "default")
-        eventually(lambda: asked(gone)[0] == 401, "a deleted account's token is worth nothing")
+        eventually(lambda: asked(gone)[0] == 401, "the token of a deleted account is refused")
     finally:
         kubectl("delete", "serviceaccount", "builder", "-n", "default", "--ignore-not-found")
         kubectl(
@@ -321,8 +323,8 @@ def test_the_replicas_agree_on_the_state_of_an_issuer(installed):
         kubectl("delete", "buildkitoidcconfig", "world", "-n", SYSTEM)
 
 
-def test_the_guides_troubleshooting(installed):
-    """The pool, its Service, pods and logs by label, buildkitworkers, openssl: the guide's own commands."""
+def test_the_troubleshooting_commands_of_the_guide_work(installed):
+    """The commands show the pool, its Service, pods and logs by label, buildkitworkers, and use openssl."""
     kubectl = installed.world.kubectl
     port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
     lease = installed.allocate(port)
@@ -360,7 +362,7 @@ def test_the_guides_troubleshooting(installed):
     installed.all_free()
 
 
-def test_certificates_kept_in_a_secret_work_until_the_lease_ends(installed, program):
+def test_certificates_from_a_secret_work_until_the_lease_ends(installed, program):
     """Option C of the guide."""
     kubectl, name = installed.world.kubectl, "build-certs"
     port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
@@ -380,7 +382,7 @@ def test_certificates_kept_in_a_secret_work_until_the_lease_ends(installed, prog
     installed.all_free()
 
 
-def test_what_one_replica_does_all_honour(installed, program):
+def test_every_replica_honours_what_another_one_did(installed, program):
     kubectl = installed.world.kubectl
     one, two = (installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers())
     gateways = [installed.forward("default", pod, 1235) for pod in installed.gateways()]
@@ -398,7 +400,7 @@ def test_what_one_replica_does_all_honour(installed, program):
     assert "gateway" in kubectl("get", "pods", "-o", "name")
 
 
-def test_the_same_job_at_two_replicas_is_one_lease(installed):
+def test_the_same_job_at_two_replicas_gets_one_lease(installed):
     ports = [installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers()]
     for attempt in range(5):
         answers: dict[int, Any] = {}
@@ -416,7 +418,7 @@ def test_the_same_job_at_two_replicas_is_one_lease(installed):
         installed.all_free()
 
 
-def test_waiters_at_both_replicas_all_move_on(installed):
+def test_waiting_callers_at_both_replicas_all_get_a_worker(installed):
     ports = [installed.forward(SYSTEM, pod, 8082) for pod in installed.controllers()]
     served: list[str] = []
 
@@ -435,7 +437,7 @@ def test_waiters_at_both_replicas_all_move_on(installed):
 
 
 def _builds(installed, seconds: int, count: int = 20) -> threading.Thread:
-    """Builds on four leases in the caller's pod, all at once."""
+    """Starts builds on four leases in the caller's pod, all at once."""
     script = [
         f"export BKCTL_TOKEN={installed.token} BKCTL_ENDPOINT=http://buildkit-controller.buildkit-system.svc:8082"
     ]
@@ -476,7 +478,7 @@ def _codes(installed) -> list[str]:
     return installed.inside("cat many/code-*").split()
 
 
-def test_the_leader_killed_in_the_middle_of_twenty_builds_loses_none(installed):
+def test_no_build_is_lost_when_the_leader_is_killed(installed):
     kubectl = installed.world.kubectl
     thread = _builds(installed, seconds=15)
     leader = installed.leader()
@@ -487,7 +489,7 @@ def test_the_leader_killed_in_the_middle_of_twenty_builds_loses_none(installed):
     installed.all_free()
 
 
-def test_a_rolling_update_of_everything_loses_none(installed):
+def test_no_build_is_lost_in_a_rolling_update_of_everything(installed):
     kubectl = installed.world.kubectl
     thread = _builds(installed, seconds=25)
     kubectl("-n", SYSTEM, "rollout", "restart", "deployment/buildkit-controller")
@@ -499,8 +501,8 @@ def test_a_rolling_update_of_everything_loses_none(installed):
     installed.all_free()
 
 
-def test_a_gateway_whose_watch_is_frozen_lets_no_former_tenant_in(installed, program, tmp_path):
-    """Rule 10: a third gateway, on this machine, behind a proxy that keeps its watches silent."""
+def test_a_gateway_with_a_frozen_watch_does_not_connect_a_former_tenant(installed, program, tmp_path):
+    """Rule 10 (docs/rules.md#r10). A third gateway runs on this machine, behind a proxy that stops its watches."""
     world = installed.world
     port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
     context = Context(tmp_path / "context", program).dockerfile("say mine")

@@ -1,4 +1,5 @@
-"""The election on a real API server: one works, a killed one is followed, a release is quick."""
+"""The election on a real API server: one replica leads, a killed one is replaced, and a release takes effect at
+once."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Replica:
 
 
 async def took(replica: Replica, limit: float) -> float:
-    """Seconds until it works."""
+    """Returns the seconds until this replica leads."""
     clock = asyncio.get_running_loop().time
     begun = clock()
     async with asyncio.timeout(limit):
@@ -47,7 +48,7 @@ async def replicas(api, namespace):
         await one.stop()
 
 
-async def test_a_killed_holder_is_followed_and_one_that_releases_is_at_once(api, namespace, replicas):
+async def test_a_killed_leader_is_replaced_and_a_released_lease_is_taken_at_once(api, namespace, replicas):
     waiting = {asyncio.ensure_future(one.working.wait()): one for one in replicas}
     done, pending = await asyncio.wait(waiting, timeout=10, return_when=asyncio.FIRST_COMPLETED)
     assert len(done) == 1, "exactly one of two that begin at once"

@@ -1,4 +1,4 @@
-"""A real kind cluster, from nothing to nothing: made, interrupted, adopted, started again, deleted.
+"""The life cycle of a real kind cluster: it is made, interrupted, adopted, started again and deleted.
 
 It has a name and ports of its own, so that the session's cluster is not in its way.
 """
@@ -57,7 +57,7 @@ def config(homes: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def users_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's own, by both ways kubectl knows; nobody may touch either."""
+    """The kubeconfig of the user in both places that kubectl knows. Nothing may change them."""
     (tmp_path / ".kube").mkdir()
     default, named = tmp_path / ".kube" / "config", tmp_path / "named"
     for path in (default, named):
@@ -80,7 +80,7 @@ def wait(condition: Callable[[], object], what: str, seconds: float = 60.0) -> N
         time.sleep(0.05)
 
 
-def test_what_an_interrupted_start_left_is_cleared_away_and_the_cluster_made(engine, kind, config, homes):
+def test_the_rest_of_an_interrupted_start_is_removed_and_the_cluster_made(engine, kind, config, homes):
     script = (
         "import sys; from pathlib import Path; from bkpool.kind.engine import Engine; "
         "from bkpool.kind.lifecycle import HomeCluster; program, home, name, config, image = sys.argv[1:]; "
@@ -106,11 +106,11 @@ def test_what_an_interrupted_start_left_is_cleared_away_and_the_cluster_made(eng
 
 @pytest.fixture
 def cluster(kind: HomeCluster, config: Path) -> Cluster:
-    """There already, after the first test; made now, if a test is run by itself."""
+    """The cluster of the first test; made now if that test did not run."""
     return kind.ensure(NAME, config=config, node_image=NODE_IMAGE)
 
 
-def test_it_is_adopted_also_by_another_home_which_does_not_delete_it(engine, kind, cluster, homes):
+def test_another_home_adopts_the_cluster_and_does_not_delete_it(engine, kind, cluster, homes):
     assert kind.ensure(NAME) == cluster
     other = kind_of(engine, homes / "two")
     assert not other.ensure(NAME).made
@@ -141,7 +141,7 @@ def test_an_archive_is_loaded_once(kind, cluster):
     assert not kind.load_archive(cluster, IMAGE_ARCHIVES[0])
 
 
-def test_a_taken_port_is_named_and_nothing_is_left(engine, homes):
+def test_the_error_of_a_used_port_names_it_and_nothing_is_left(engine, homes):
     late = kind_of(engine, homes / "late")
     with socket.create_server(("127.0.0.1", 12703)):
         try:
@@ -153,7 +153,7 @@ def test_a_taken_port_is_named_and_nothing_is_left(engine, homes):
     assert engine.nodes(f"{NAME}-late") == []
 
 
-def test_a_cluster_without_the_ports_is_named_and_left_alone(engine, cluster, homes):
+def test_a_cluster_without_the_ports_is_named_and_not_changed(engine, cluster, homes):
     client = docker.from_env()
     labels = {"io.x-k8s.kind.cluster": FOREIGN, "io.x-k8s.kind.role": "control-plane"}
     image = client.containers.get(cluster.node).image
@@ -169,7 +169,7 @@ def test_a_cluster_without_the_ports_is_named_and_left_alone(engine, cluster, ho
         client.close()
 
 
-def test_at_the_end_it_is_deleted_and_nothing_is_left_in_the_home(engine, kind, cluster, homes):
+def test_the_cluster_is_deleted_and_nothing_is_left_in_the_home(engine, kind, cluster, homes):
     assert kind.delete() == NAME
     assert engine.nodes(NAME) == []
     assert list((homes / "one").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Workers as pods of a real cluster: what a start leaves there, who may have a cache, and what a person is told."""
+"""Workers as pods of a real cluster: the objects of a start, the owners of caches, and the messages to users."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def dialler(authority: Authority = BACKEND) -> ssl.SSLContext:
 
 
 def a_pool(namespace: str, isolation: str = "rootless", **spec: object) -> Pool:
-    """One that is not stored: what it has made must not be collected with it in the middle of a test."""
+    """Returns a pool that is not stored. Otherwise its objects could be garbage-collected during a test."""
     metadata = Metadata(name="p", namespace=namespace, annotations={ANNOTATION_ISOLATION: isolation})
     return Pool(metadata=metadata, spec=PoolSpec.model_validate(spec))
 
@@ -94,7 +94,7 @@ async def uids(api: KubeApi, namespace: str, plural: str = "pods") -> set[str]:
 
 
 async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 30) -> None:
-    """Waits for a change after which it is so."""
+    """Waits for a change after which the condition is true."""
     changed = asyncio.Event()
     runtime.daemons.on_change(changed.set)
     async with asyncio.timeout(seconds):
@@ -112,7 +112,7 @@ def address(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-# --- up and down ----------------------------------------------------------------------------------------------------
+# --- up and down --------------------------------------------------------------------------------------------------
 
 BUILD = r"""
 cd /dev/shm
@@ -151,7 +151,7 @@ async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runt
     await runtime.daemons.stop(slot)  # nothing there: nothing happens
 
 
-async def test_the_next_runtime_finds_it_ready(make_runtime, runtime, slot):
+async def test_the_next_runtime_adopts_the_ready_pod(make_runtime, runtime, slot):
     endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
     await runtime.close(stop_workers=True)
     after = await make_runtime()
@@ -159,10 +159,10 @@ async def test_the_next_runtime_finds_it_ready(make_runtime, runtime, slot):
     assert after.daemons.observe()[slot].endpoint == endpoint
 
 
-# --- whose cache ----------------------------------------------------------------------------------------------------
+# --- owners of caches ---------------------------------------------------------------------------------------------
 
 
-async def test_a_pod_that_nobody_used_gets_an_owner_and_never_another(runtime, slot, api, namespace):
+async def test_an_unused_pod_gets_one_owner_and_never_another(runtime, slot, api, namespace):
     pool = a_pool(namespace)
     await runtime.daemons.start(slot, "uid-1", None, pool, WaitingReports())
     assert (runtime.daemons.observe()[slot].cache_owner, runtime.daemons.observe()[slot].protected) == (None, False)
@@ -180,7 +180,7 @@ async def test_a_pod_that_nobody_used_gets_an_owner_and_never_another(runtime, s
     assert after["annotations"][ANNOTATION_CACHE_OWNER] == runtime.daemons.observe()[slot].cache_owner == "bert"
 
 
-async def test_a_volume_outlives_its_pods_and_is_gone_for_another_owner(runtime, slot, api, namespace):
+async def test_a_volume_outlives_its_pods_and_is_removed_for_another_owner(runtime, slot, api, namespace):
     pool = a_pool(namespace, cache=LOCAL)
     await runtime.daemons.start(slot, "uid-1", None, pool, WaitingReports())
     assert (runtime.caches.owners(), runtime.daemons.observe()[slot].ephemeral_cache) == ({slot: None}, False)
@@ -201,7 +201,7 @@ async def test_a_volume_outlives_its_pods_and_is_gone_for_another_owner(runtime,
     assert await uids(api, namespace, "persistentvolumeclaims") == set()
 
 
-async def test_others_are_asked_to_leave_a_leased_worker_alone(runtime, slot, api):
+async def test_a_leased_worker_is_protected_from_eviction(runtime, slot, api):
     await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     for held in (True, False):
         await runtime.daemons.protect(slot, held=held)
@@ -211,10 +211,10 @@ async def test_others_are_asked_to_leave_a_leased_worker_alone(runtime, slot, ap
         assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == ("false" if held else "true")
 
 
-# --- what a person is told ------------------------------------------------------------------------------------------
+# --- messages to users --------------------------------------------------------------------------------------------
 
 
-async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_end(make_runtime, slot):
+async def test_the_reason_that_a_pod_does_not_start_is_reported_at_once_and_fails_at_the_deadline(make_runtime, slot):
     runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
 
     async def run(number: int, expected: str, field: str | None, **spec: object) -> None:
@@ -238,7 +238,7 @@ async def test_what_keeps_a_pod_from_coming_up_is_told_at_once_and_fails_in_the_
     await seen(runtime, lambda: not runtime.daemons.observe())
 
 
-async def test_what_the_api_server_does_not_take_names_the_pools_field(runtime, slot, kubectl):
+async def test_an_error_of_the_api_server_names_the_field_of_the_pool(runtime, slot, kubectl):
     limits = {"buildkit": {"limits": {"memory": "1Gi"}, "requests": {"memory": "2Gi"}}}
     with pytest.raises(WorkerFailed, match=r"^spec.resources.buildkit: the pod is not admitted") as failure:
         await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), WaitingReports())
@@ -264,14 +264,14 @@ async def test_a_start_that_fails_reports_the_end_of_buildkitds_log(runtime, slo
     assert "toml" in failure.value.log_tail
 
 
-async def test_too_little_memory_is_named(runtime, slot):
+async def test_the_error_names_a_memory_limit_that_is_too_low(runtime, slot):
     limits = {"buildkit": {"limits": {"memory": "10Mi"}}}
     with pytest.raises(WorkerFailed, match=r"OOMKilled; the limit is 10Mi") as failure:
         await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace, resources=limits), WaitingReports())
     assert failure.value.field == "spec.resources.buildkit.limits.memory"
 
 
-async def test_a_name_that_is_somebody_elses_is_left_alone(runtime, slot, api):
+async def test_an_object_that_bkpool_did_not_make_is_left_alone(runtime, slot, api):
     body = {
         "metadata": {"name": slot.worker.name},
         "spec": {"containers": [{"name": "c", "image": "none"}], "schedulerName": "nobody"},
@@ -282,10 +282,10 @@ async def test_a_name_that_is_somebody_elses_is_left_alone(runtime, slot, api):
     assert ANNOTATION_WORKER_UID not in (await pod_of(api, slot))["metadata"].get("annotations", {})
 
 
-# --- host ports -----------------------------------------------------------------------------------------------------
+# --- host ports ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_missed(make_runtime, slot, api, cluster):
+async def test_used_host_ports_are_skipped_and_it_is_an_error_if_none_is_left(make_runtime, slot, api, cluster):
     first, second = cluster.worker_ports[:2]
     blocker = {
         "metadata": {"name": "blocker"},
@@ -309,10 +309,10 @@ async def test_a_host_port_that_is_taken_is_passed_over_and_the_last_one_is_miss
     assert "kind-config.yaml" in full.value.hint
 
 
-# --- what happens to a pod ------------------------------------------------------------------------------------------
+# --- pods that end ------------------------------------------------------------------------------------------------
 
 
-async def test_one_that_ends_is_seen_with_its_reason_and_started_again(runtime, slot, kubectl, api):
+async def test_a_pod_that_ends_is_observed_with_its_reason_and_started_again(runtime, slot, kubectl, api):
     pool = a_pool(slot.namespace)
     await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
     before = (await pod_of(api, slot))["metadata"]["uid"]
@@ -324,7 +324,7 @@ async def test_one_that_ends_is_seen_with_its_reason_and_started_again(runtime, 
     assert (await pod_of(api, slot))["metadata"]["uid"] != before
 
 
-async def test_one_that_is_deleted_by_hand_goes_and_is_started_again(runtime, slot, kubectl):
+async def test_a_deleted_pod_ends_and_is_started_again(runtime, slot, kubectl):
     pool = a_pool(slot.namespace)
     await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
@@ -332,7 +332,7 @@ async def test_one_that_is_deleted_by_hand_goes_and_is_started_again(runtime, sl
     assert (await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())).startswith("tcp://")
 
 
-async def test_one_that_is_deleted_waits_for_its_connections(runtime, slot, kubectl):
+async def test_a_deleted_pod_waits_for_its_connections(runtime, slot, kubectl):
     endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
     _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler())
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
@@ -346,10 +346,10 @@ async def test_one_that_is_deleted_waits_for_its_connections(runtime, slot, kube
     await seen(runtime, lambda: not runtime.daemons.observe())
 
 
-# --- who is who -----------------------------------------------------------------------------------------------------
+# --- identities ---------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_but_a_dialler_gets_in_and_no_other_worker_is_taken_for_this_one(runtime, slot):
+async def test_only_a_dialler_is_accepted_and_another_worker_is_detected(runtime, slot):
     place = address(await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports()))
     clients, worker = Authority.create(NOW), BACKEND.issue_worker("uid-2", NOW)
     strangers = [
@@ -364,7 +364,7 @@ async def test_nobody_but_a_dialler_gets_in_and_no_other_worker_is_taken_for_thi
     assert wrong.value.code == "WrongWorker"
 
 
-# --- kill -9 --------------------------------------------------------------------------------------------------------
+# --- kill -9 ------------------------------------------------------------------------------------------------------
 
 VICTIM = """
 import asyncio, json, os, pathlib, signal, sys
@@ -419,7 +419,7 @@ asyncio.run(main())
 
 
 def die(cluster: E2eCluster, pool: Pool, number: int, what: str, writes: int) -> None:
-    """Runs a program on a slot that kills itself after so many writes to the API server."""
+    """Runs a program on a slot. It kills itself after this number of writes to the API server."""
     given = {
         "kubeconfig": str(cluster.kubeconfig),
         "image": cluster.buildkit_image,
@@ -452,7 +452,9 @@ def die(cluster: E2eCluster, pool: Pool, number: int, what: str, writes: int) ->
     ],
     ids=["ephemeral", "volume"],
 )
-async def test_a_crash_after_any_write_is_mended(make_runtime, slot, api, cluster, cache, crashes):
+async def test_the_next_runtime_recovers_from_a_crash_after_any_write(
+    make_runtime, slot, api, cluster, cache, crashes
+):
     pool = a_pool(slot.namespace, cache=cache)
     deaths = [(slot._replace(number=number), *crash) for number, crash in enumerate(crashes)]
     await asyncio.gather(

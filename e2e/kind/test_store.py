@@ -1,4 +1,4 @@
-"""The store of a cluster is held to the same contract as the file's, by a real API server."""
+"""The store of a cluster passes the same contract tests as the store in a file, with a real API server."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from bkpool.store.mirror import Mirror
 
 
 def changed_status(worker: Worker, **status: object) -> tuple[str, dict]:
-    """Path and patch for a status that this version of bkpool would never write."""
+    """Returns path and patch for a status that this version of bkpool never writes."""
     return paths.custom(Worker.PLURAL, *worker.key, "status"), {"status": status}
 
 
-async def test_only_what_is_ours_to_say_is_sent_and_only_what_is_of_use_is_kept(store):
+async def test_only_fields_of_bkpool_are_sent_and_only_used_metadata_is_kept(store):
     made = await store.create(a_pool())
 
     assert made.metadata.model_extra == {}, "managedFields would be most of the object"
@@ -43,7 +43,7 @@ async def test_a_scoped_store_lists_and_watches_its_own_namespace_only(api, stor
     assert [e.object for e in await seen(scoped, Pool, listing.resource_version, lambda e: True)] == [changed]
 
 
-async def test_an_unknown_namespace_and_a_field_that_the_schema_refuses_are_told(store):
+async def test_errors_name_an_unknown_namespace_and_a_field_that_the_schema_rejects(store):
     with pytest.raises(NotFound, match="nowhere"):
         await store.create(a_pool("p", "nowhere"))
     made = await store.create(a_pool())
@@ -53,11 +53,11 @@ async def test_an_unknown_namespace_and_a_field_that_the_schema_refuses_are_told
     assert refused.value.field == "spec.scaling.max"
 
 
-async def test_what_cannot_be_read_is_reported_once_and_hides_nothing_else(api, store):
+async def test_an_unreadable_object_is_reported_once_and_hides_no_other(api, store):
     since = (await store.list(Pool)).resource_version
     odd = a_pool().to_json() | {
         "metadata": {"name": "with.dots", "namespace": "default"}
-    }  # a name only for Kubernetes
+    }  # a name that only Kubernetes allows
     with capture_logs() as logs:
         await api.create(paths.custom(Pool.PLURAL, "default"), odd)
         good = await store.create(a_pool())
@@ -77,7 +77,7 @@ async def test_what_cannot_be_read_is_reported_once_and_hides_nothing_else(api, 
     assert store.unreadable == {}
 
 
-async def test_what_becomes_unreadable_stays_as_it_was_until_it_can_be_read_or_is_gone(api, store):
+async def test_an_object_that_becomes_unreadable_keeps_its_last_state(api, store):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
     listing = await store.list(Worker)
@@ -107,7 +107,7 @@ async def test_what_becomes_unreadable_stays_as_it_was_until_it_can_be_read_or_i
     await asyncio.gather(running, return_exceptions=True)
 
 
-async def test_large_objects_pass_a_watch(store):
+async def test_a_watch_delivers_large_objects(store):
     since = (await store.list(Pool)).resource_version
     made = await store.create(a_pool(annotations={"large": "x" * 250_000}))
     await store.replace_status(made.but(status=PoolStatus(endpoint="x" * 700_000)))

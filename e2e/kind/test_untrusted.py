@@ -1,7 +1,8 @@
-"""An untrusted pool's pods: what a NetworkPolicy says they may reach, a pod for each lease, nothing of the cluster's.
+"""The pods of an untrusted pool: a NetworkPolicy limits what they reach, each lease has a new pod, and pods have no
+credentials of the cluster.
 
-Whether a policy holds is the network plugin's doing: that is tried out where kind's own (kindnet) runs, which
-enforces policies. The CNI of e2e/airgap does not.
+The network plugin enforces policies. That is tested with kind's default plugin (kindnet). The CNI of e2e/airgap does
+not enforce them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ async def policy_of(api, pool):
     return await api.get(paths.group(NETWORKING, "networkpolicies", *egress_key(pool)))
 
 
-async def test_the_policy_is_there_before_the_pod_and_follows_the_spec(runtime, slot, api):  # noqa: F811
+async def test_the_policy_exists_before_the_pod_and_follows_the_spec(runtime, slot, api):  # noqa: F811
     untrusted = a_pool(slot.namespace, untrusted=True)
     await runtime.daemons.start(slot, "uid-1", None, untrusted, WaitingReports())
     made, pod = await policy_of(api, untrusted), await pod_of(api, slot)
@@ -46,7 +47,7 @@ async def test_the_policy_is_there_before_the_pod_and_follows_the_spec(runtime, 
     assert (await policy_of(api, listed))["metadata"]["labels"]
 
 
-async def test_a_policy_that_is_somebody_elses_is_left_alone(runtime, slot, api):  # noqa: F811
+async def test_a_policy_that_bkpool_did_not_make_is_left_alone(runtime, slot, api):  # noqa: F811
     pool = a_pool(slot.namespace, untrusted=True)
     body = {"metadata": {"name": egress_key(pool).name}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}
     await api.create(paths.group(NETWORKING, "networkpolicies", slot.namespace), body)
@@ -57,14 +58,14 @@ async def test_a_policy_that_is_somebody_elses_is_left_alone(runtime, slot, api)
     assert runtime.daemons.observe() == {}
 
 
-async def test_an_untrusted_pod_builds_and_has_nothing_of_the_clusters(runtime, slot, kubectl):  # noqa: F811
+async def test_an_untrusted_pod_builds_and_has_no_credentials_of_the_cluster(runtime, slot, kubectl):  # noqa: F811
     await runtime.daemons.start(slot, "uid-1", "lease", a_pool(slot.namespace, untrusted=True), WaitingReports())
     assert "buildctl github.com/moby/buildkit" in await in_pod(kubectl, slot, BUILD)
     assert "absent" in await in_pod(kubectl, slot, "ls /var/run/secrets/kubernetes.io 2>&1 || echo absent")
 
 
-async def test_what_is_private_is_out_of_reach_where_policies_are_enforced(runtime, slot, kubectl, cluster):  # noqa: F811
-    """To the API server, from a pool that may reach everything and from one that may not."""
+async def test_private_addresses_are_out_of_reach_where_policies_are_enforced(runtime, slot, kubectl, cluster):  # noqa: F811
+    """It connects to the API server from a pool without limits and from one with limits."""
     server = json.loads(kubectl("get", "endpointslices", "-n", "default", "kubernetes", "-o", "json"))
     host, port = server["endpoints"][0]["addresses"][0], server["ports"][0]["port"]
     attempt = f"buildctl --timeout 5 --addr tcp://{host}:{port} debug workers 2>&1; true"
@@ -83,7 +84,7 @@ def enforced(kubectl):
     return "kindnet" in kubectl("get", "daemonsets", "-n", "kube-system")
 
 
-def test_every_lease_has_a_pod_of_its_own(make_appliance, world, context):
+def test_each_lease_has_a_new_pod(make_appliance, world, context):
     appliance = make_appliance()
     appliance.up_with({"untrusted": True, "scaling": {"max": 1}, "cache": {"backends": [{"type": "local"}]}})
     pods = []
@@ -103,7 +104,7 @@ def test_every_lease_has_a_pod_of_its_own(make_appliance, world, context):
     assert policy["metadata"]["ownerReferences"][0]["kind"] == "BuildKitPool"
 
 
-def test_a_changed_spec_is_followed_by_the_pods_there_are(make_appliance, world):
+def test_existing_pods_follow_a_changed_spec(make_appliance, world):
     appliance = make_appliance()
     appliance.up_with({"scaling": {"min": 1, "max": 1}})
     appliance.all_idle()

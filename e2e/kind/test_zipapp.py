@@ -1,4 +1,4 @@
-"""The one file `bkpool.pyz` does the main job on kind, as `python -m bkpool` does it in all the other tests."""
+"""The single file `bkpool.pyz` does the main job on kind. All other tests use `python -m bkpool`."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def _do(world: GatewayWorld, command: dict[str, Any]) -> dict[str, Any]:
     match command["do"]:
         case "lease":
             token = world.lease(
-                command["name"], **({} if command["open"] else {"endpoint": None, "waiting": "it is"})
+                command["name"], **({} if command["open"] else {"endpoint": None, "wait_reason": "it is"})
             )
             if command["over"]:
                 world.end_lease(command["name"], EndReason.RELEASED)
