@@ -1,4 +1,4 @@
-"""In CI a skip that CI could have run is a failure (BKPOOL_CI=1). Signals are as in a terminal, wherever we run."""
+"""In CI (BKPOOL_CI=1) an avoidable skip is a failure. Signals are handled as in a terminal."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ EXCUSED = (
     "this machine has none of python",
     "this cluster's network plugin enforces no NetworkPolicy",
 )
-"""Reasons that are fine in CI: another session of the same run does it; old interpreters are no part of a machine,
-nor is a network plugin one of CI's own way to a cluster."""
+"""Reasons that are accepted in CI: another session of the same run does the test, the machine has no old
+interpreters, or the cluster of CI has no network plugin that enforces policies."""
 
 _skipped: list[str] = []
 
 
 def pytest_configure() -> None:
-    """Programs started in the background inherit ignored signals; tests of Ctrl-C would wait for ever."""
+    """Restores the handling of signals.
+
+    Programs in the background inherit ignored ones, and tests of Ctrl-C would not end.
+    """
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

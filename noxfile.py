@@ -1,6 +1,6 @@
 """The project's checks, by name: `nox -l` lists them, `nox -s tests` runs one.
 
-They run in the environment that `scripts/test` made from the lock (`.venv`): what is checked is what is pinned.
+They run in the environment that `scripts/test` made from the lock (`.venv`), so they check the pinned versions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ nox.options.sessions = [
 ]
 nox.options.stop_on_first_error = False
 
-# As a part of all checks (scripts/test) the fast suite measures coverage, which takes it about half as long again.
+# As a part of all checks (scripts/test) the fast suite measures coverage, which takes about 50 % more time.
 COVERAGE = ["--cov", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
 
 BIN = Path(sys.executable).parent
@@ -58,7 +58,7 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The fast suite: everything that needs no build. As a part of all checks it also measures coverage."""
+    """The fast suite: all tests without a build. As a part of all checks it also measures coverage."""
     session.run("pytest", "tests", "--numprocesses", "auto", *COVERAGE, *session.posargs)
 
 
@@ -77,7 +77,7 @@ def pythons(session: nox.Session) -> None:
 
 
 def _environment(session: nox.Session, version: str, interpreter: str) -> str:
-    """An environment of this Python with what the development lock pins; made anew when the lock changed."""
+    """Returns an environment of this Python with the development lock. It is made again when the lock has changed."""
     directory = ROOT / ".nox" / f"python-{version}"
     python = str(directory / "bin" / "python")
     stamp = directory / "made-from"
@@ -94,13 +94,13 @@ def _environment(session: nox.Session, version: str, interpreter: str) -> str:
 
 @nox.session
 def e2e(session: nox.Session) -> None:
-    """Real buildkitd, real buildx, a real registry: the usage guide's own commands."""
+    """The end-to-end tests: real buildkitd, buildx and registry, and the commands of the usage guide."""
     session.run("pytest", "e2e", "--ignore=e2e/kind", *session.posargs)
 
 
 @nox.session
 def kind(session: nox.Session) -> None:
-    """The same on a kind cluster, and what is about clusters alone. Skipped where no container engine answers."""
+    """The end-to-end tests on a kind cluster, and those that need a cluster. Skipped without a container engine."""
     from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
 
     if fault := engine_fault():
@@ -114,7 +114,7 @@ def kind(session: nox.Session) -> None:
 
 
 def _pytest_kind() -> list[str]:
-    """Loads pytest-kind's plugin with programs that are there already. It would download others, unverified."""
+    """Loads pytest-kind's plugin with verified programs. Without them it would download others, unverified."""
     from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415 - as above
 
     options = ["-p", "pytest_kind.plugin", "--keep-cluster", "--cluster-name", "bkpool-e2e"]
@@ -125,22 +125,22 @@ def _pytest_kind() -> list[str]:
     return options
 
 
-# As a part of all checks (scripts/test) each takes a minute, and chaos breaks the same things every time.
+# As a part of all checks (scripts/test) each takes a minute, and chaos uses the same seed every time.
 BRIEF = ["--minutes", "1"] if os.environ.get("BKPOOL_BRIEF") else []
 SAME = ["--seed", "6"] if BRIEF else []
 
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """10,000 connections, then builds, ten minutes in all: what there was before is all there is afterwards."""
-    if not BRIEF:  # 5 GB each way at once; in e2e it is 1 GB
+    """10,000 connections, then builds, ten minutes in all. Afterwards nothing may have grown."""
+    if not BRIEF:  # 5 GB in each direction at once; in e2e it is 1 GB
         session.run("pytest", "e2e/gateway/test_streams_heavy.py", "-k", "every_byte", env={"BKPOOL_SOAK": "1"})
     session.run("python", "e2e/soak/run.py", *BRIEF, *session.posargs)
 
 
 @nox.session
 def chaos(session: nox.Session) -> None:
-    """Ten minutes of builds while the appliance and its workers are killed at random: docs/testing.md."""
+    """Ten minutes of builds while the appliance and its workers are killed at random (docs/testing.md)."""
     session.run("python", "e2e/chaos/run.py", *BRIEF, *SAME, *session.posargs)
 
 
@@ -175,7 +175,7 @@ def bench_kind(session: nox.Session) -> None:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Resolves the dependencies anew into the lock files, with hashes. Needs uv."""
+    """Resolves the dependencies again and writes the lock files with hashes. Needs uv."""
     common = ("uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header")
     common = (*common, "--no-emit-index-url", "--python-version", "3.11", "pyproject.toml")
     session.run(*common, "-o", "requirements.lock", external=True)
@@ -185,6 +185,9 @@ def lock(session: nox.Session) -> None:
 
 @nox.session
 def stubs(session: nox.Session) -> None:
-    """Generates bkpool/buildkit/stubs from its control.proto. tests/buildkit compares what is committed with it."""
+    """Generates bkpool/buildkit/stubs from its control.proto.
+
+    tests/buildkit compares the result with the committed files.
+    """
     outputs = [f"--{kind}_out=." for kind in ("python", "pyi", "grpclib_python")]
     session.run("python", "-m", "grpc_tools.protoc", "-I.", *outputs, "bkpool/buildkit/stubs/control.proto")

@@ -17,7 +17,7 @@ settings.load_profile("bkpool")
 
 @pytest.fixture(scope="session")
 def toolchain() -> Toolchain:
-    """The real tools, as bkpool itself finds or gets them."""
+    """The real tools, as bkpool itself finds or downloads them."""
     return Toolchain(default_cache())
 
 
@@ -47,7 +47,7 @@ def rootlesskit(toolchain: Toolchain) -> Path:
 
 
 _logged: list[str] = []
-"""Where a line of a log held a secret."""
+"""The log lines that contained a secret."""
 
 
 def _remember(_logger: object, _method: str, event: dict[str, object]) -> dict[str, object]:

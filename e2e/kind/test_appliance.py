@@ -19,7 +19,7 @@ def worker_of(world, name="default-worker-0"):
     return json.loads(world.kubectl("get", "buildkitworker", name, "-o", "json"))
 
 
-# --- what kubectl shows -------------------------------------------------------------------------------------------
+# --- what kubectl shows ---------------------------------------------------------------------------------------------
 
 
 def test_kubectl_shows_pools_workers_and_events(make_appliance, world, context):
@@ -68,7 +68,7 @@ def test_a_waiting_caller_gets_the_error_of_the_image_pull(make_appliance):
     assert "pulled" in answer.err
 
 
-# --- objects that others delete -----------------------------------------------------------------------------------
+# --- objects that others delete -------------------------------------------------------------------------------------
 
 
 def test_a_deleted_pod_is_replaced_and_the_lease_continues(make_appliance, world, context):
@@ -175,7 +175,7 @@ def test_invalid_objects_do_not_block_others(make_appliance, world, context):
     assert "absurd" in appliance.log
 
 
-# --- a second appliance -------------------------------------------------------------------------------------------
+# --- a second appliance ---------------------------------------------------------------------------------------------
 
 
 def test_two_appliances_that_start_at_once_share_one_authority(make_appliance, world, context):

@@ -30,7 +30,7 @@ from bkpool.store.mirror import Mirror
 ALICE, BOB = "alices-token-of-32-characters-xx", "bobs-token-0123456789"
 ISSUER = "https://issuer.example.com"
 
-# --- ServiceAccounts -----------------------------------------------------------------------------------------------
+# --- ServiceAccounts ------------------------------------------------------------------------------------------------
 
 
 def a_token(kubectl, namespace, account="default", audience=AUDIENCE):
@@ -122,7 +122,7 @@ def _changed(kubeconfig: str, token: str = "", server: str = "") -> str:
     return yaml.safe_dump(document)
 
 
-# --- tokens in Secrets --------------------------------------------------------------------------------------------
+# --- tokens in Secrets ----------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -161,7 +161,7 @@ async def test_tokens_of_a_secret_can_be_changed_at_run_time(api, kubectl, names
     assert await tokens.authenticate(BOB) == ()
 
 
-# --- issuers as custom resources ----------------------------------------------------------------------------------
+# --- issuers as custom resources ------------------------------------------------------------------------------------
 
 LEAST = {"issuer": ISSUER, "audience": "a"}
 FULL = {

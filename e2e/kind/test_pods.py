@@ -112,7 +112,7 @@ def address(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-# --- up and down --------------------------------------------------------------------------------------------------
+# --- up and down ----------------------------------------------------------------------------------------------------
 
 BUILD = r"""
 cd /dev/shm
@@ -159,7 +159,7 @@ async def test_the_next_runtime_adopts_the_ready_pod(make_runtime, runtime, slot
     assert after.daemons.observe()[slot].endpoint == endpoint
 
 
-# --- owners of caches ---------------------------------------------------------------------------------------------
+# --- owners of caches -----------------------------------------------------------------------------------------------
 
 
 async def test_an_unused_pod_gets_one_owner_and_never_another(runtime, slot, api, namespace):
@@ -211,7 +211,7 @@ async def test_a_leased_worker_is_protected_from_eviction(runtime, slot, api):
         assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == ("false" if held else "true")
 
 
-# --- messages to users --------------------------------------------------------------------------------------------
+# --- messages to users ----------------------------------------------------------------------------------------------
 
 
 async def test_the_reason_that_a_pod_does_not_start_is_reported_at_once_and_fails_at_the_deadline(make_runtime, slot):
@@ -282,7 +282,7 @@ async def test_an_object_that_bkpool_did_not_make_is_left_alone(runtime, slot, a
     assert ANNOTATION_WORKER_UID not in (await pod_of(api, slot))["metadata"].get("annotations", {})
 
 
-# --- host ports ---------------------------------------------------------------------------------------------------
+# --- host ports -----------------------------------------------------------------------------------------------------
 
 
 async def test_used_host_ports_are_skipped_and_it_is_an_error_if_none_is_left(make_runtime, slot, api, cluster):
@@ -309,7 +309,7 @@ async def test_used_host_ports_are_skipped_and_it_is_an_error_if_none_is_left(ma
     assert "kind-config.yaml" in full.value.hint
 
 
-# --- pods that end ------------------------------------------------------------------------------------------------
+# --- pods that end --------------------------------------------------------------------------------------------------
 
 
 async def test_a_pod_that_ends_is_observed_with_its_reason_and_started_again(runtime, slot, kubectl, api):
@@ -346,7 +346,7 @@ async def test_a_deleted_pod_waits_for_its_connections(runtime, slot, kubectl):
     await seen(runtime, lambda: not runtime.daemons.observe())
 
 
-# --- identities ---------------------------------------------------------------------------------------------------
+# --- identities -----------------------------------------------------------------------------------------------------
 
 
 async def test_only_a_dialler_is_accepted_and_another_worker_is_detected(runtime, slot):
@@ -364,7 +364,7 @@ async def test_only_a_dialler_is_accepted_and_another_worker_is_detected(runtime
     assert wrong.value.code == "WrongWorker"
 
 
-# --- kill -9 ------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------------------------
 
 VICTIM = """
 import asyncio, json, os, pathlib, signal, sys

@@ -1,4 +1,4 @@
-"""The judge of a chaos run finds nothing in histories that are right, and in each wrong one what is wrong."""
+"""The judge of a chaos run finds nothing in correct histories, and the violation in each wrong one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EOF_TOLD = "ERROR: failed to build: error reading from server: EOF"
 
 
 class Story:
-    """A history, written event by event; times are seconds."""
+    """A history that is built event by event. Times are in seconds."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -30,7 +30,7 @@ class Story:
         of = {"outcome": "lease", "lease": lease, "worker": worker, "wait": 60}
         return self.note(at, who, "answer", call=f"c{self.calls}", **of)
 
-    def turned_away(self, at: float, who: str, outcome: str, message: str, took: float = 0.1) -> Story:
+    def refused(self, at: float, who: str, outcome: str, message: str, took: float = 0.1) -> Story:
         self.calls += 1
         self.note(at - took, who, "ask", call=f"c{self.calls}")
         return self.note(at, who, "answer", call=f"c{self.calls}", outcome=outcome, message=message, wait=60)
@@ -48,7 +48,7 @@ class Story:
         return self.note(at + 0.1, who, "released", call=f"c{self.calls}", outcome="released", wait=10)
 
     def whole(self, name: str, lease: str, begin: float, end: float, worker: str = "w-0", **changes) -> Story:
-        """Lease, one build, release."""
+        """Adds a lease, one build and the release."""
         who = ".".join(name.split(".")[:2])
         self.lease(begin, who, lease, worker)
         self.build(name, lease, begin + 0.1, end - 0.1, worker, **changes)
@@ -70,13 +70,13 @@ class Story:
 
 
 def ending_well(story: Story, *who: str, calm: float = 100) -> list[str]:
-    """The violations, once the faults are over and each of these has built again."""
+    """Returns the violations, after the faults have ended and each of these clients has built again."""
     for number, name in enumerate(who):
         story.whole(f"{name}.99.1", f"last-{number}", calm + 1, calm + 3, f"last-{number}")
     return story.over(calm).violations
 
 
-def test_nobody_breaks_anything_and_all_is_well():
+def test_a_history_without_faults_has_no_violation():
     story = Story().whole("ann.1.1.1", "a", 1, 3).whole("bob.1.1.1", "b", 4, 6)
     assert ending_well(story, "ann.1", "bob.1") == []
 
@@ -84,7 +84,7 @@ def test_nobody_breaks_anything_and_all_is_well():
 # --- never two holders ----------------------------------------------------------------------------------------------
 
 
-def test_two_who_hold_a_worker_at_once_are_found():
+def test_two_holders_of_a_worker_at_once_are_found():
     story = Story().whole("ann.1.1.1", "a", 1, 5).whole("ann.2.1.1", "b", 4, 6)
     (found,) = ending_well(story, "ann.1", "ann.2")
     assert found.startswith("4.00: w-0 was given to ann.2 (b) while ann.1 (a) held it until 5.00")
@@ -96,20 +96,20 @@ def test_the_same_answer_twice_is_one_lease():
     assert next((hold.begin, hold.end) for hold in holds(story.events)) == (1, 5)
 
 
-def test_whose_lease_was_lost_holds_nothing_from_then_on():
+def test_a_client_holds_nothing_after_its_lease_was_lost():
     story = Story().lease(1, "ann.1", "a").fault(0, "kill-worker", 1, 1, "w-0")
     story.build("ann.1.1.1", "a", 1.1, 9, ok=False, connected=None, lost=True, sentence="ERROR: the lease was lost")
     story.whole("bob.1.1.1", "b", 8, 10).release(10, "ann.1", "a")
     assert ending_well(story, "ann.1", "bob.1") == []
 
 
-def test_a_builds_own_witness_of_another_at_work_is_believed_over_every_answer():
-    """By the answers the leases follow each other on different workers; the cache says otherwise."""
+def test_another_build_seen_in_the_cache_counts_more_than_the_answers_of_the_api():
+    """According to the answers, the leases are on different workers. The cache shows otherwise."""
     story = Story().whole("ann.1.1.1", "a", 1, 5, "w-0").whole("ann.2.1.1", "b", 2, 6, "w-1", beside=["ann.1.1.1"])
     assert any("saw ann.1.1.1 at work beside it" in text for text in ending_well(story, "ann.1", "ann.2"))
 
 
-def test_a_step_that_outlives_its_lease_is_counted_but_of_another_tenant_it_is_wrong():
+def test_a_step_that_outlives_its_lease_is_a_violation_only_beside_another_tenant():
     story = Story().whole("ann.1.1.1", "a", 1, 3).whole("ann.2.1.1", "b", 4, 6, beside=["ann.1.1.1"])
     assert ending_well(story, "ann.1", "ann.2") == []
     assert len(stragglers(story.events)) == 1
@@ -124,7 +124,7 @@ def test_an_earlier_try_of_the_same_holder_may_still_run():
     assert ending_well(story, "ann.1") == []
 
 
-def test_anothers_traces_in_a_cache_are_found_and_ones_own_tenants_are_not():
+def test_traces_of_another_tenant_in_a_cache_are_found_and_those_of_the_same_are_not():
     story = Story().whole("ann.1.1.1", "a", 1, 3).whole("ann.2.1.1", "b", 4, 6, before=["ann.1.1.1"])
     assert ending_well(story, "ann.1", "ann.2") == []
     story = Story().whole("ann.1.1.1", "a", 1, 3).whole("bob.1.1.1", "b", 4, 6, before=["ann.1.1.1"])
@@ -135,12 +135,12 @@ def test_anothers_traces_in_a_cache_are_found_and_ones_own_tenants_are_not():
 # --- every waiter answered ------------------------------------------------------------------------------------------
 
 
-def test_who_is_never_answered_is_found():
+def test_a_request_without_an_answer_is_found():
     story = Story().note(1, "ann.1", "ask", call="x")
     assert ending_well(story, "ann.1") == ["1.00: ann.1 asked (ask) and was never answered"]
 
 
-def test_who_waits_longer_than_he_was_willing_to_is_found():
+def test_a_wait_longer_than_requested_is_found():
     story = Story().lease(70, "ann.1", "a", took=66).release(71, "ann.1", "a")
     (found,) = ending_well(story, "ann.1")
     assert "waited 66.0 s" in found
@@ -157,16 +157,16 @@ def test_who_waits_longer_than_he_was_willing_to_is_found():
         ("cut", "ConnectionResetError", None, False),
     ],
 )
-def test_who_is_turned_away_is_told_why_and_only_in_a_fault(outcome, message, fault, fine):
+def test_a_refusal_needs_a_message_and_a_fault(outcome, message, fault, fine):
     story = Story()
     if fault:
         story.fault(0, fault, 9, 11)
-    story.turned_away(10, "ann.1", outcome, message)
+    story.refused(10, "ann.1", outcome, message)
     assert (ending_well(story, "ann.1") == []) is fine
 
 
-def test_who_is_cut_off_long_after_the_appliance_died_was_left_hanging():
-    story = Story().fault(0, "kill-appliance", 9, 11).turned_away(17, "ann.1", "cut", "RemoteDisconnected", took=9)
+def test_a_request_cut_long_after_the_appliance_died_is_found():
+    story = Story().fault(0, "kill-appliance", 9, 11).refused(17, "ann.1", "cut", "RemoteDisconnected", took=9)
     assert len(ending_well(story, "ann.1")) == 1
 
 
@@ -187,7 +187,7 @@ def test_who_is_cut_off_long_after_the_appliance_died_was_left_hanging():
         ("cut-api", "", 4, False),
     ],
 )
-def test_an_open_build_fails_only_by_what_cuts_it(fault, worker, at, fine):
+def test_an_open_build_may_fail_only_because_of_a_fault_that_cuts_it(fault, worker, at, fine):
     story = Story().fault(0, fault, at, at + 0.5, worker)
     story.whole("ann.1.1.1", "a", 1, 5, ok=False, correct=False, sentence=EOF_TOLD)
     found = ending_well(story, "ann.1")
@@ -197,14 +197,14 @@ def test_an_open_build_fails_only_by_what_cuts_it(fault, worker, at, fine):
 
 @pytest.mark.parametrize(("ends", "fine"), [(8.9, True), (9.3, False)])
 @pytest.mark.parametrize("ok", [True, False])
-def test_a_build_that_is_cut_ends_within_five_seconds(ends, fine, ok):
+def test_a_cut_build_must_end_within_five_seconds(ends, fine, ok):
     story = Story().fault(0, "kill-worker", 4, 4, "w-0")
     story.whole("ann.1.1.1", "a", 1, ends + 0.1, ok=ok, correct=ok, sentence="" if ok else EOF_TOLD)
     assert (ending_well(story, "ann.1") == []) is fine
 
 
-def test_a_cut_counts_from_when_it_was_done():
-    """A pod that is deleted lives until its kubelet has heard of it."""
+def test_the_time_of_a_cut_is_when_the_fault_was_carried_out():
+    """A deleted pod runs until its kubelet knows about the deletion."""
     story = Story().fault(0, "delete-pod", 4, 7, "w-0", done=7)
     assert (
         ending_well(story.whole("ann.1.1.1", "a", 1, 11, ok=False, correct=False, sentence=EOF_TOLD), "ann.1") == []
@@ -215,7 +215,7 @@ def test_a_cut_counts_from_when_it_was_done():
 
 
 @pytest.mark.parametrize(("begin", "end", "fine"), [(5, 30, True), (5, 40, False), (36, 40, False)])
-def test_who_is_not_let_in_is_told_so_after_the_waits_at_the_gateway(begin, end, fine):
+def test_a_build_that_is_not_connected_must_end_after_the_waits_at_the_gateway(begin, end, fine):
     story = Story().fault(0, "kill-worker", 4, 4, "w-0")
     changes = {"ok": False, "correct": False, "connected": None, "sentence": "ERROR: worker w-0 is not back yet"}
     story.whole("ann.1.1.1", "a", begin, end, **changes)
@@ -223,14 +223,14 @@ def test_who_is_not_let_in_is_told_so_after_the_waits_at_the_gateway(begin, end,
 
 
 @pytest.mark.parametrize("message", ["", "ERROR: 14", "Traceback (most recent call last): something is wrong here"])
-def test_a_failure_without_a_sentence_is_found(message):
+def test_a_failure_without_a_readable_message_is_found(message):
     story = Story().fault(0, "kill-worker", 4, 4, "w-0")
     story.whole("ann.1.1.1", "a", 1, 5, ok=False, correct=False, sentence=message)
     (found,) = ending_well(story, "ann.1")
     assert "failed without a sentence" in found
 
 
-def test_a_build_that_hangs_is_found_whatever_was_broken():
+def test_a_build_that_never_ends_is_found_with_any_fault():
     story = Story().fault(0, "stop-worker", 4, 40, "w-0")
     story.whole("ann.1.1.1", "a", 1, 1 + HUNG, ok=False, correct=False, hung=True, sentence="")
     (found,) = ending_well(story, "ann.1", calm=200)
@@ -245,12 +245,12 @@ def test_a_wrong_result_is_found():
 # --- afterwards -----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_over_is_found():
+def test_leftovers_are_found():
     story = Story().whole("ann.1.1.1", "a", 1, 5).note(200, "driver", "left", text="process 7 of a worker")
     assert ending_well(story, "ann.1") == ["200.00: left over: process 7 of a worker"]
 
 
-def test_what_never_heals_is_found():
+def test_a_pool_that_never_recovers_is_found():
     story = Story().whole("ann.1.1.1", "a", 1, 5).note(10, "driver", "calm")
     assert judge(story.events) == [
         "after the faults the pool never recovered",
@@ -263,7 +263,7 @@ def test_what_never_heals_is_found():
 
 @st.composite
 def right_histories(draw) -> Story:
-    """Any number of clients who hold workers one after the other, with workers killed under some of them."""
+    """Draws a correct history: clients hold workers one after the other, and some workers are killed."""
     story = Story()
     free = {f"w-{number}": 0.0 for number in range(draw(st.integers(1, 3)))}
     at = 0.0
@@ -284,7 +284,7 @@ def right_histories(draw) -> Story:
 
 @settings(max_examples=20)
 @given(right_histories())
-def test_no_right_history_is_blamed_and_each_survives_its_file(story):
+def test_a_correct_history_has_no_violation_also_after_its_file_is_read(story):
     assert ending_well(story, "ann.1", "ann.2", "bob.1", calm=200) == []
     assert load(dump(story.events)) == story.events
     picture = draw(story.events, [])
@@ -293,7 +293,7 @@ def test_no_right_history_is_blamed_and_each_survives_its_file(story):
 
 @settings(max_examples=20)
 @given(right_histories(), st.randoms(use_true_random=False))
-def test_an_overlap_is_found_wherever_it_is(story, chance):
+def test_an_overlap_is_found_anywhere(story, chance):
     hold = chance.choice(holds(story.events))
     intruder = (hold.begin + hold.end) / 2
     story.whole("bob.2.500.1", "intruder", intruder, intruder + 0.5, hold.worker)
@@ -303,7 +303,7 @@ def test_an_overlap_is_found_wherever_it_is(story, chance):
 
 @settings(max_examples=20)
 @given(right_histories(), st.randoms(use_true_random=False))
-def test_a_lost_answer_is_found_wherever_it_is(story, chance):
+def test_a_lost_answer_is_found_anywhere(story, chance):
     answers = [event for event in story.events if event.what == "released"]
     story.events.remove(lost := chance.choice(answers))
     found = ending_well(story, "ann.1", "ann.2", "bob.1", calm=200)
@@ -312,7 +312,7 @@ def test_a_lost_answer_is_found_wherever_it_is(story, chance):
 
 @settings(max_examples=20)
 @given(right_histories(), st.randoms(use_true_random=False))
-def test_a_failure_is_found_wherever_nothing_was_broken(story, chance):
+def test_a_failure_without_a_fault_is_found_anywhere(story, chance):
     story.events = [event for event in story.events if event.who != "driver"]
     ends = [number for number, event in enumerate(story.events) if event.what == "build-end"]
     one = chance.choice(ends)

@@ -1,4 +1,4 @@
-"""The list of faults comes from its seed alone."""
+"""The list of faults depends only on the seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS = st.floats(1, 1200)
 BACKENDS = st.sampled_from(sorted(LANES))
 
 
-def test_a_seed_that_was_once_printed_means_the_same_for_ever():
+def test_a_seed_gives_the_same_faults_as_in_earlier_versions():
     first = schedule(6, 60, "process")[:3]
     assert [(fault.at, fault.kind, fault.seconds, fault.victim) for fault in first] == [
         (5.5, "stop-worker", 1.59, 300),
@@ -25,13 +25,13 @@ def test_a_seed_that_was_once_printed_means_the_same_for_ever():
 
 @settings(max_examples=30)
 @given(SEEDS, SECONDS, BACKENDS)
-def test_the_same_seed_is_the_same_list(seed, seconds, backend):
+def test_the_same_seed_gives_the_same_list(seed, seconds, backend):
     assert schedule(seed, seconds, backend) == schedule(seed, seconds, backend)
 
 
 @settings(max_examples=30)
 @given(SEEDS, SECONDS, BACKENDS)
-def test_faults_are_in_order_end_with_the_run_and_follow_each_other_in_a_lane(seed, seconds, backend):
+def test_faults_are_in_order_end_within_the_run_and_do_not_overlap_in_a_lane(seed, seconds, backend):
     faults = schedule(seed, seconds, backend)
     assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
     for fault in faults:
@@ -57,10 +57,10 @@ def test_a_longer_run_begins_with_the_same_faults_in_each_lane(seed, one, other,
 @pytest.mark.parametrize("backend", sorted(LANES))
 @settings(max_examples=30)
 @given(seed=SEEDS)
-def test_every_kind_of_fault_comes_in_every_minute_or_two(backend, seed):
+def test_every_kind_of_fault_occurs_regularly(backend, seed):
     wanted = {kind.name for kind in KINDS.values() if kind.lane in LANES[backend]}
     assert {fault.kind for fault in schedule(seed, 100, backend)} == wanted
 
 
-def test_other_seeds_are_other_lists():
+def test_other_seeds_give_other_lists():
     assert len({tuple(schedule(seed, 60, "kind")) for seed in range(50)}) == 50

@@ -1,4 +1,4 @@
-"""What users write of who may use what: every wrong value is an error that names its field."""
+"""The access settings of issuers and pools: every wrong value is an error that names its field."""
 
 import pytest
 

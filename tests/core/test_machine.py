@@ -86,7 +86,7 @@ class TinyStore:
 
 
 class TinyRuntime:
-    """Daemons and caches; it keeps the one promise of a Runtime: no cache goes to another owner."""
+    """Daemons and caches. Like a real runtime, it never gives a cache to another owner."""
 
     def __init__(self):
         self.daemons: dict[Slot, Observation] = {}
@@ -126,7 +126,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(minutes=st.sampled_from([0.01, 0.5, 1.5, 20, 59, 61, 1500]))
     def time_passes(self, minutes):
-        """Gateways that live renew what is connected; the others' registrations run out."""
+        """Running gateways renew their registrations. Those of the others expire."""
         self.now += timedelta(minutes=minutes)
         for worker in list(self.store.workers.values()):
             held = worker.lease
@@ -153,7 +153,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(tenants=st.lists(TENANTS, min_size=1, max_size=3))
     def allocate(self, tenants):
-        """Some requests at once; those that are not served give up."""
+        """Makes some requests at once. Those that get no worker leave the queue."""
         reuse = self.pool.spec.cache.reuse
         requests = [Request(name, cache_owner_digest(reuse, name, "pool-uid", "")) for name in tenants]
         for given in assign(requests, self.pool, list(self.view.values()), self.runtime.caches, now=self.now):
@@ -197,7 +197,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.connect(data)
 
     def connect(self, data):
-        """A gateway with a view as stale as the others': it registers by compare-and-swap before it dials."""
+        """Lets a gateway with a stale view register by compare-and-swap before it dials."""
         worker = data.draw(st.sampled_from(sorted(self._routable(), key=lambda w: w.key)))
         wanted = worker.lease
         current = self.store.workers.get(worker.key.name)
@@ -223,7 +223,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(tenant=TENANTS, data=st.data())
     def build(self, tenant, data):
-        """The usual course, so that the unusual is met in the middle of it."""
+        """Does the usual steps, so that unusual events happen between them."""
         self.control(lagging=False, times=2)
         self.allocate(tenant)
         self.control(lagging=False, times=3)
@@ -305,7 +305,7 @@ class PoolMachine(RuleBasedStateMachine):
             if lease_id in holders:
                 assert holders[lease_id] == name
             else:
-                # It is over. While its worker stands, a late caller is still told why.
+                # The lease has ended. While its worker exists, a late caller still gets the reason.
                 worker = self.store.workers.get(name)
                 if worker is not None and worker.status.allocation_count < REMEMBERED_LEASES:
                     assert f"digest-{lease_id}" in remembered or worker.metadata.creation_timestamp > NOW
@@ -326,7 +326,7 @@ class PoolMachine(RuleBasedStateMachine):
                 assert daemon.cache_owner == worker.lease.owner
 
     def teardown(self):
-        """Left alone, with daemons that start, every leased worker becomes usable or its lease ends."""
+        """Checks that without faults every leased worker becomes usable or its lease ends."""
         self.runtime.failing = False
         self.connected.clear()
         for _ in range(40):

@@ -1,4 +1,4 @@
-"""The cache that list and watch fill: whatever arrives in whatever order, it never goes back."""
+"""The cache of a list and watch: it never goes back to an older version, in any order of events."""
 
 from __future__ import annotations
 

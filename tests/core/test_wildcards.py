@@ -1,4 +1,4 @@
-"""Patterns, held to a regular expression that says the same."""
+"""Patterns, compared with an equivalent regular expression."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a soak counts of a process, and what it does not: tried on caches made for it."""
+"""A soak empties caches with a bound before it counts. The tests use caches made for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from soak.census import empty_caches
     [(8, "bkpool.made_for_this", 0), (None, "bkpool.made_for_this", 1), (8, "made_for_this", 1)],
     ids=["ours", "ours without a bound", "not ours"],
 )
-def test_only_a_cache_of_ours_that_has_a_bound_is_emptied_before_the_count(monkeypatch, bound, module, kept):
+def test_only_caches_of_bkpool_with_a_bound_are_emptied_before_the_count(monkeypatch, bound, module, kept):
     made = ModuleType(module)
     made.cache = lru_cache(bound)(str)
     made.cache(1)

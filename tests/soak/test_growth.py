@@ -1,4 +1,4 @@
-"""What a soak calls a leak: anything that has grown beyond its tolerance, by name and by how much."""
+"""The definition of a leak in a soak: anything that has grown beyond its tolerance, with its name and growth."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from soak.growth import Row, compare, flat, table
 COUNTS = st.dictionaries(st.text(st.characters(categories=["L"]), min_size=1), st.integers(0, 1000), max_size=8)
 
 
-def test_what_is_as_it_was_or_less_is_well():
+def test_a_number_that_has_not_grown_is_no_leak():
     rows = compare({"descriptors": 15, "objects": {"Lease": 4}}, {"descriptors": 14, "objects": {"Lease": 4}}, {})
     assert all(row.well for row in rows)
     assert "GREW" not in table(rows)
     assert "and 1 kinds of objects, none of which has grown" in table(rows)
 
 
-def test_what_has_grown_is_named_with_by_how_much():
+def test_a_number_that_has_grown_is_named_with_its_growth():
     rows = compare({"objects": {"Lease": 4}}, {"objects": {"Lease": 12, "Relay": 1}}, {})
     assert [(row.name, row.grown) for row in rows if not row.well] == [("objects Lease", 8), ("objects Relay", 1)]
     assert "GREW by 8" in table(rows)
 
 
-def test_only_what_has_a_tolerance_may_grow_by_that_much():
+def test_a_number_may_grow_within_its_tolerance():
     assert Row("rss", 100, 150, 50).well
     assert not Row("rss", 100, 151, 50).well
     assert not Row("descriptors", 100, 101, 0).well
@@ -30,13 +30,13 @@ def test_only_what_has_a_tolerance_may_grow_by_that_much():
 
 @settings(max_examples=30)
 @given(COUNTS, COUNTS)
-def test_nothing_that_is_more_than_it_was_is_missed(before, after):
+def test_every_growth_is_found(before, after):
     grown = {row.name for row in compare(before, after, {}) if not row.well}
     assert grown == {name for name, count in after.items() if count > before.get(name, 0)}
 
 
 @settings(max_examples=30)
 @given(COUNTS)
-def test_a_flat_count_is_itself(count):
+def test_a_flat_count_is_unchanged(count):
     assert flat(count) == count
     assert flat({"of": count}) == {f"of {name}": number for name, number in count.items()}

@@ -119,7 +119,7 @@ class GatewayWorld:
     async def stop(self) -> None:
         for client in self._clients:
             client.writer.transport.abort()
-        async with asyncio.timeout(_CLOSE_TIMEOUT):  # it waits for every connection that it counts as open
+        async with asyncio.timeout(_CLOSE_TIMEOUT):  # the gateway waits for every connection that it counts as open
             await self.gateway.close()
         for writer in self.worker_writers:
             writer.transport.abort()
@@ -155,7 +155,8 @@ class GatewayWorld:
         await self.settle()
 
     async def settle(self) -> None:
-        """Waits until the gateway's loops have handled all events so far, and both sides what follows from them."""
+        """Waits until the gateway's loops have handled all events so far, and both sides have handled the
+        consequences."""
         main = asyncio.get_running_loop()
         for _ in range(4):
             for loop in self.loops:

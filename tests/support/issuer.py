@@ -1,4 +1,4 @@
-"""An issuer of OIDC tokens for tests: a real HTTP server on loopback that signs whatever a test wants signed.
+"""An issuer of OIDC tokens for tests: a real HTTP server on loopback that signs any token a test asks for.
 
 It runs in a thread with a loop of its own, so that plain and async tests and other processes can use it. What it
 answers can be bent, and it remembers what it was asked.
@@ -47,7 +47,7 @@ class SigningKey:
 
     @property
     def jwk(self) -> dict[str, Any]:
-        """Its public half, as the issuer publishes it."""
+        """The public key, as the issuer publishes it."""
         public = get_default_algorithms()[self.alg].to_jwk(self.private.public_key(), as_dict=True)
         public.pop("key_ops", None)
         named = {} if self.kid is None else {"kid": self.kid}
@@ -56,7 +56,7 @@ class SigningKey:
 
 @cache
 def signing_key(kid: str | None = "key-1", alg: str = "RS256", bits: int = 2048) -> SigningKey:
-    """The same key whenever it is asked for by the same name: making one takes its time."""
+    """Returns the same key for the same name, because making a key is slow."""
     if alg.startswith("RS"):
         return SigningKey(kid, alg, rsa.generate_private_key(65537, bits))
     curves: dict[str, type[ec.SECP256R1 | ec.SECP384R1 | ec.SECP256K1]] = {
@@ -70,19 +70,22 @@ def signing_key(kid: str | None = "key-1", alg: str = "RS256", bits: int = 2048)
 
 
 def forge(header: dict[str, Any] | bytes, claims: dict[str, Any] | bytes, key: SigningKey | None) -> str:
-    """A compact JWT of exactly this header and these claims (as objects or as bytes); without a key, not signed."""
+    """Returns a compact JWT of exactly this header and these claims (objects or bytes).
+
+    Without a key it is not signed.
+    """
     parts = [b64(part if isinstance(part, bytes) else json.dumps(part).encode()) for part in (header, claims)]
     text = ".".join(parts)
     return f"{text}.{key.sign(text) if key else ''}"
 
 
 class HeldAnswer:
-    """Holds a request until it is opened."""
+    """Holds a request until `open` is called."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop, self._open = loop, asyncio.Event()
         self.reached = threading.Event()
-        """Set when a request stands at it."""
+        """Set when a request is held."""
 
     async def passed(self) -> None:
         self.reached.set()
@@ -93,7 +96,7 @@ class HeldAnswer:
 
 
 class Issuer:
-    """See the module. Stopped and started again it has the same address."""
+    """See the module. It keeps its address when it is stopped and started again."""
 
     def __init__(self, *, port: int = 0, path: str = "", key: SigningKey | None = None) -> None:
         self.port, self.path = port, path
@@ -103,13 +106,13 @@ class Issuer:
         self.reset()
 
     def reset(self) -> None:
-        """As it was at first; it goes on running."""
+        """Restores the initial state. The server continues to run."""
         self.keys = [self._first]
-        """What is published; the first one signs."""
+        """The published keys. The first one signs."""
         self.answers: dict[str, Handler] = {}
-        """By path: what answers instead."""
+        """By path: the handler that answers instead."""
         self.requests: list[web.BaseRequest] = []
-        """What it was asked."""
+        """The paths of all requests."""
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
@@ -118,13 +121,13 @@ class Issuer:
         return f"http://127.0.0.1:{self.port}{self.path}"
 
     def claims(self, **claims: Any) -> dict[str, Any]:
-        """The claims of a good token, with these instead; None leaves one out."""
+        """Returns the claims of a valid token with these changes; None leaves a claim out."""
         now = int(time.time())
         good = {"iss": self.url, "aud": AUDIENCE, "sub": "ann", "iat": now, "exp": now + 300}
         return {name: value for name, value in {**good, **claims}.items() if value is not None}
 
     def token(self, *, key: SigningKey | None = None, header: dict[str, Any] | None = None, **claims: Any) -> str:
-        """A token, good unless a test wants otherwise.
+        """Returns a token, which is valid without arguments.
 
         Args:
             key: What signs; the issuer's own if not given.
@@ -136,7 +139,7 @@ class Issuer:
         return forge({k: v for k, v in whole.items() if v is not None}, self.claims(**claims), key)
 
     def rotate(self, kid: str, alg: str = "RS256", *, keep: bool = False) -> SigningKey:
-        """Signs and publishes another key from now on; `keep` publishes the older ones too."""
+        """Signs with another key from now on, and publishes it; with `keep` also the older ones."""
         key = signing_key(kid, alg)
         self.keys = [key, *(self.keys if keep else [])]
         return key
@@ -144,7 +147,7 @@ class Issuer:
     # --- answers --------------------------------------------------------------------------------------------------
 
     def count(self, path: str = JWKS) -> int:
-        """How often this was asked for."""
+        """Returns how often this path was requested."""
         return sum(request.path == self.path + path for request in self.requests)
 
     def discovery(self, **changes: Any) -> dict[str, Any]:
@@ -154,7 +157,7 @@ class Issuer:
         return {"keys": [key.jwk for key in self.keys]}
 
     def answer(self, path: str, body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """From now on answers this: an object as JSON, or bytes."""
+        """Answers with this from now on: an object as JSON, or bytes."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
         async def handler(request: web.Request) -> web.Response:
@@ -166,7 +169,7 @@ class Issuer:
         self.answer(path, b"", status=status, headers={"Location": to})
 
     def hang(self, path: str) -> None:
-        """Never answers there."""
+        """Never answers requests for this path."""
 
         async def handler(request: web.Request) -> web.Response:
             await asyncio.Event().wait()
@@ -175,7 +178,7 @@ class Issuer:
         self.answers[path] = handler
 
     def flood(self, path: str, megabytes: int = 10) -> list[int]:
-        """Answers with so much, without saying how much. The list gets what was really sent, in MiB."""
+        """Answers with a body of this size, without a Content-Length. The list gets the MiB that were really sent."""
         sent: list[int] = []
 
         async def handler(request: web.Request) -> web.StreamResponse:
@@ -191,7 +194,7 @@ class Issuer:
         return sent
 
     def hold(self, path: str) -> HeldAnswer:
-        """Holds the next answer, made of what is true when the request comes, until the gate is opened."""
+        """Holds the next answer until the result is opened. The answer has the state at the time of the request."""
         assert self._loop is not None
         gate = HeldAnswer(self._loop)
 
@@ -228,7 +231,7 @@ class Issuer:
         return self
 
     def stop(self) -> None:
-        """Nobody listens there any more."""
+        """Stops listening at the address."""
         if self._thread is None or self._loop is None:
             return
         self._loop.call_soon_threadsafe(self._stop.set)

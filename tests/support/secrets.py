@@ -1,4 +1,7 @@
-"""What must be in no log, no error and no metric: looked for by its shape, so that nobody has to know it."""
+"""Finds secrets, which must be in no log, error or metric.
+
+It looks for their form, so it need not know the secrets.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _SHAPES = {
 
 
 def secrets_in(text: str) -> list[str]:
-    """What was found, each with where it stands, and never itself."""
+    """Returns what was found: the kind and the text before it, but never the secret itself."""
     return [
         f"{name} after {text[max(0, found.start() - 60) : found.start()]!r}"
         for name, shape in _SHAPES.items()

@@ -1,4 +1,4 @@
-"""Settings with values that they allow, for hypothesis."""
+"""Strategies of hypothesis for settings and their valid values."""
 
 import string
 from datetime import timedelta
@@ -27,7 +27,7 @@ VALUES = {
 
 @st.composite
 def any_value(draw: st.DrawFn) -> tuple[Any, Any]:
-    """A setting, and a value that it allows."""
+    """Draws a setting and a valid value of it."""
     one = draw(st.sampled_from(list(settings().values())))
     if one.kind in VALUES:
         return one, draw(VALUES[one.kind])

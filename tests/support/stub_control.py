@@ -26,7 +26,7 @@ BACKEND = Authority.create(NOW)
 
 @dataclass
 class StubControl(ControlBase):
-    """A Control API that answers what a test tells it to. It remembers requests and which streams were cancelled."""
+    """A Control API that answers as a test configures it. It records requests and cancelled streams."""
 
     events: list[pb.BuildHistoryEvent] = field(default_factory=list)
     usage: list[pb.UsageRecord] = field(default_factory=list)
@@ -40,7 +40,7 @@ class StubControl(ControlBase):
     called: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     transports: list[asyncio.Transport] = field(default_factory=list)
-    """Of each call, so that a test can break its connection."""
+    """The transport of each call, so that a test can break its connection."""
 
     async def Info(self, stream: Stream[pb.InfoRequest, pb.InfoResponse]) -> None:
         await self._receive(stream)
@@ -87,7 +87,7 @@ class StubControl(ControlBase):
 
 @contextlib.asynccontextmanager
 async def serve(control: ControlBase, **where: Any) -> AsyncIterator[Server]:
-    """A server; afterwards all its connections are closed."""
+    """Runs a server. Afterwards all its connections are closed."""
     server = Server([control])
     await server.start(**where)
     try:
@@ -98,7 +98,7 @@ async def serve(control: ControlBase, **where: Any) -> AsyncIterator[Server]:
 
 
 def server_context(directory: Path) -> ssl.SSLContext:
-    """The TLS settings of a worker with uid uid-1, which lets in those whom the backend's authority issued."""
+    """Returns the TLS settings of a worker with uid uid-1. It accepts certificates of the backend's authority."""
     leaf = BACKEND.issue_worker("uid-1", NOW)
     (directory / "both.pem").write_bytes((leaf.key_pem or b"") + leaf.cert_pem)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,7 +1,7 @@
 """A small world for the tests of leases: a real store, a real mirror, the real controller, and no daemons.
 
-Only the workers are not real (real ones have their own tests and the end-to-end tests): `MemoryWorkers` keeps the
-promises of Daemons and Caches in memory, and can be made to fail.
+Only the workers are not real: `MemoryWorkers` implements Daemons and Caches in memory, and a test can make it fail.
+Real workers have other tests.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MemoryWorkers:
         self.failure: str | None = None
         self.log_tail = ""
         self.gate = asyncio.Event()
-        self.gate.set()  # cleared: starts hang until it is set
+        self.gate.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
         self._callbacks: list[Callable[[], None]] = []
 
@@ -113,7 +113,7 @@ class MemoryWorkers:
 
 
 class World:
-    """One store, one controller, and as many API replicas as a test wants."""
+    """One store, one controller, and any number of API replicas."""
 
     def __init__(self, store: SqliteStore, clock: Clock) -> None:
         self.store = store
@@ -132,7 +132,7 @@ class World:
         return {worker.key.name: worker for worker in (await self.store.list(Worker)).items}
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        """Waits until the condition holds; looked at after every change."""
+        """Waits until the condition is true. It is checked after every change."""
         changed = asyncio.Event()
         unsubscribe = self.replicas[0].mirror.subscribe(lambda _pool: changed.set())
         try:
@@ -150,7 +150,7 @@ class World:
 
 
 class Replica:
-    """One API replica over the world's store."""
+    """One API replica that uses the world's store."""
 
     def __init__(self, world: World) -> None:
         self.mirror = Mirror(world.store)
@@ -171,7 +171,7 @@ class Replica:
 
 
 class Clock:
-    """The time, which moves when a test says so."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)

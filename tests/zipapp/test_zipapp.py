@@ -1,7 +1,7 @@
-"""What bkpool.pyz says where it cannot run, and that it runs where it says it does.
+"""bkpool.pyz: its errors where it cannot run, and that it runs where it is supported.
 
-The stub is tested by itself, with older Pythons where this machine has some; the whole file where BKPOOL_ZIPAPP names
-one, as `nox -s zipapp` does.
+The stub is tested alone, also with older Pythons if this machine has some. The whole file is tested if BKPOOL_ZIPAPP
+names one, as `nox -s zipapp` does.
 """
 
 import ast
@@ -30,7 +30,7 @@ whole = pytest.mark.skipif(
 
 
 def found(versions):
-    """The interpreters of these versions that this machine has: at least one, or a skip."""
+    """Returns the interpreters of these versions on this machine. Skips the test if there is none."""
     interpreters_here = interpreters(versions)
     if not interpreters_here:
         pytest.skip(f"this machine has none of {', '.join(f'python{version}' for version in versions)}")
@@ -45,7 +45,10 @@ def supports():
 
 @pytest.fixture
 def program(tmp_path):
-    """A file with the stub and, in pex's place, one line; with what the stub says it supports changed as told."""
+    """Makes a file with the stub, which starts one line of code instead of pex.
+
+    Arguments change what the stub supports.
+    """
 
     def make(**changes):
         here = {"machine": platform.machine(), "pythons": [f"3.{sys.version_info.minor}"]}
@@ -73,33 +76,33 @@ def refusal(done, exit_code):
     return done.stderr
 
 
-def test_the_stub_hands_over_where_everything_fits(program, tmp_path):
+def test_the_stub_starts_the_program_on_a_supported_machine(program, tmp_path):
     done = run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "cache"))
     assert done.stdout.startswith(f"handed over, {tmp_path}/cache/pyz/3.")
 
 
-def test_an_older_python_is_one_sentence(program):
+def test_the_error_on_an_older_python_is_one_sentence(program):
     for interpreter in found(TOO_OLD).values():
         assert "bkpool needs Python 3.11 or newer" in refusal(run(interpreter, program()), 71)
 
 
-def test_a_newer_python_than_the_file_has_wheels_for_is_one_sentence(program):
+def test_the_error_on_a_python_without_wheels_is_one_sentence(program):
     assert "this file is for CPython 3.0" in refusal(run(sys.executable, program(pythons=["3.0"])), 71)
 
 
-def test_another_machine_is_one_sentence(program):
+def test_the_error_on_another_machine_is_one_sentence(program):
     assert "is for Linux riscv128, 64 bits, and this is Linux" in refusal(
         run(sys.executable, program(machine="riscv128")), 71
     )
 
 
-def test_an_older_libc_is_one_sentence(program):
+def test_the_error_on_an_older_libc_is_one_sentence(program):
     assert "needs glibc 9.99 or newer, and this machine has" in refusal(
         run(sys.executable, program(glibc="9.99")), 71
     )
 
 
-def test_a_cache_that_cannot_be_made_is_one_sentence(program, tmp_path):
+def test_the_error_of_an_unusable_cache_is_one_sentence(program, tmp_path):
     (tmp_path / "file").touch()
     message = refusal(run(sys.executable, program(), BKPOOL_CACHE=str(tmp_path / "file" / "cache")), 77)
     assert "set BKPOOL_CACHE to a directory" in message
@@ -116,13 +119,13 @@ def test_the_whole_file_refuses_an_older_python():
 
 
 @whole
-def test_the_whole_file_runs_with_each_python_that_it_is_for(tmp_path):
+def test_the_whole_file_runs_with_each_supported_python(tmp_path):
     here = {"BKPOOL_CACHE": str(tmp_path / "cache"), "BKPOOL_HOME": str(tmp_path / "home")}
     for version, interpreter in found(SUPPORTED).items():
         done = run(interpreter, ZIPAPP, "version", "--verbose", **here)
         assert f'"python": "{version}.' in done.stdout
         assert "CPython 3.11, 3.12, 3.13 on Linux" in done.stdout
-        # Nothing is there to be purged, but the appliance is imported, and with it all that has compiled parts.
+        # There is nothing to purge, but the command imports the appliance and so all modules with compiled parts.
         purge = run(interpreter, ZIPAPP, "down", "--purge", **here)
         assert (purge.returncode, purge.stderr) == (0, "")
 
@@ -135,7 +138,7 @@ def test_the_whole_file_does_the_main_job_from_an_empty_home(tmp_path, buildkitd
     context.mkdir()
     (context / "Dockerfile").write_text("FROM scratch\nCOPY hello /\n")
     (context / "hello").write_text("hi")
-    # The tools are those of this machine; getting them is shown elsewhere.
+    # It uses the tools of this machine. Other tests download them.
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "tools").symlink_to(default_cache() / "tools")
@@ -165,9 +168,9 @@ def test_the_go_modules_of_the_tools_are_inside():
 
 @pytest.fixture
 def user():
-    """An ordinary user, made for the test, with ranges of subordinate ids."""
+    """An unprivileged user, made for the test, with ranges of subordinate ids."""
     if os.geteuid() != 0:
-        pytest.skip("only root can make a user to test with")
+        pytest.skip("only root can create the user of this test")
     name = f"bkpool-zipapp-{os.getpid()}"
     subprocess.run(["useradd", "--create-home", name], check=True, capture_output=True)
     try:
@@ -181,7 +184,7 @@ def user():
 
 @whole
 def test_an_ordinary_user_does_the_main_job(user, buildkitd, buildctl, buildx, runc, rootlesskit):
-    """up, a build with RUN steps, down --purge: without root, from a home that has nothing but the programs."""
+    """Runs up, a build with RUN steps, and down --purge without root. The home has only the programs at first."""
     home = Path(user.pw_dir)
     cached = home / ".cache" / "bkpool" / "tools" / "bin"
     cached.mkdir(parents=True)
