@@ -1,4 +1,4 @@
-"""What bkpool costs, measured: the gateway beside other proxies in one run, and what the appliance adds to BuildKit.
+"""Measures what bkpool costs: the gateway compared with other proxies, and what the appliance adds to BuildKit.
 
-`nox -s bench` runs it all and prints one table. Never a test: it judges nothing.
+`nox -s bench` runs everything and prints one table. It is no test: it judges nothing.
 """

@@ -1,4 +1,4 @@
-"""One command, one table: what `nox -s bench` runs.
+"""The command that `nox -s bench` runs. It prints one table.
 
 usage: nox -s bench [-- --only PART] [-- --runs N] [-- --quick] [-- --json | --markdown] [-- --plot]
 """
@@ -33,16 +33,14 @@ APPLIANCE = {part.__name__: part for part in OF_THE_APPLIANCE}
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s bench --", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=[*GATEWAY, *APPLIANCE], help="this part alone")
+    parser.add_argument("--only", choices=[*GATEWAY, *APPLIANCE], help="measure only this part")
     parser.add_argument("--runs", type=int, default=5, help="interleaved runs of each figure")
-    parser.add_argument(
-        "--quick", action="store_true", help="the gateway's parts once, with little load: a smoke run"
-    )
+    parser.add_argument("--quick", action="store_true", help="run the gateway's parts once, with little load")
     parser.add_argument("--size", type=float, default=Sizes.transfer / 1e9, help="GB that a transfer moves")
-    parser.add_argument("--loads", help=f"of the gateway's, by comma: {','.join(LOADS)}")
-    parser.add_argument("--legs", help=f"of the gateway's, by comma: {','.join(LEGS)}")
+    parser.add_argument("--loads", help=f"the loads of the gateway's parts, separated by commas: {','.join(LOADS)}")
+    parser.add_argument("--legs", help=f"the legs of the gateway's parts, separated by commas: {','.join(LEGS)}")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="the gateway's event loop")
-    parser.add_argument("--from", dest="source", type=Path, help="measure nothing: show what --json printed")
+    parser.add_argument("--from", dest="source", type=Path, help="measure nothing, but show this output of --json")
     parser.add_argument("--json", action="store_true", help="print the figures of every run")
     parser.add_argument("--markdown", action="store_true", help="print the table for docs/benchmarks.md")
     parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help=f"draw the comparison ({PICTURE})")
@@ -52,7 +50,7 @@ def _options() -> argparse.Namespace:
 def _chosen(given: str | None, all_of_them: dict[str, Any]) -> list[str]:
     names = given.split(",") if given else list(all_of_them)
     if unknown := set(names) - set(all_of_them):
-        sys.exit(f"there is no {', '.join(sorted(unknown))}; there is: {', '.join(all_of_them)}")
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(all_of_them)}")
     return names
 
 
@@ -64,7 +62,7 @@ def _plan(options: argparse.Namespace) -> compare.Plan:
 
 
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Runs the parts; what cannot be measured is a note."""
+    """Runs the parts. A part that cannot be measured gives a note."""
     plan, notes = _plan(options), compare.Notes()
     document: dict[str, Any] = {"machine": _machine(), "runs": plan.runs}
     for name, compared in GATEWAY.items():
@@ -92,7 +90,7 @@ def _machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures or reads, and prints."""
+    """Measures, or reads figures from a file, and prints them."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything started is ended
     options = _options()
     document = json.loads(options.source.read_text()) if options.source else _measured(options)

@@ -1,6 +1,6 @@
-"""What the appliance adds to BuildKit, as ratios and differences within one run: leases, builds, the command line.
+"""Measures what the appliance adds to BuildKit, as ratios and differences within one run: leases, builds, commands.
 
-It uses what the end-to-end tests use (e2e/harness.py). Never a test: it judges nothing.
+It uses what the end-to-end tests use (e2e/harness.py). It is no test: it judges nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[float]:
-    """`count` allocates at once; the seconds that each took. All are released again."""
+    """Allocates `count` times at once, and returns the seconds of each call. Releases all of them."""
     tokens = []
 
     async def one() -> float:
@@ -85,14 +85,14 @@ async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[
 
 
 def warm_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """Whole HTTP calls with every worker warm: one at a time, and 20 at once."""
+    """Measures whole HTTP calls with warm workers: one at a time, and 20 at once."""
     with appliance(tools, {"scaling": {"min": AT_ONCE, "max": AT_ONCE}}) as running:
         running.all_idle()
         return warm_allocate_on(running, runs)
 
 
 def warm_allocate_on(running: Appliance, runs: int) -> dict[str, Any]:
-    """The same on an appliance that runs, with so many idle workers."""
+    """The same on a running appliance that has enough idle workers."""
 
     async def measure(running: Appliance) -> tuple[list[float], list[float]]:
         base = f"http://127.0.0.1:{running.ports['api']}/api/v1"
@@ -101,7 +101,9 @@ def warm_allocate_on(running: Appliance, runs: int) -> dict[str, Any]:
         connector = aiohttp.TCPConnector(limit=0)
         single, many = [], []
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-            await _burst(session, base, AT_ONCE)  # every worker has been used once: all caches are this caller's
+            await _burst(
+                session, base, AT_ONCE
+            )  # afterwards every worker has been used, so all caches belong to this caller
             for _ in range(max(runs, 5)):
                 many += await _burst(session, base, AT_ONCE)
                 for _ in range(4):
@@ -120,7 +122,7 @@ def _ms(values: list[float], share: float) -> str:
 
 
 def cold_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """From the HTTP call to the answer with no worker there, beside a bare buildkitd's exec to its first answer."""
+    """Measures a call without a worker until its answer, and a bare buildkitd from exec to its first answer."""
     ours, bare = [], []
     with appliance(tools, {"scaling": {"max": 1, "scaleDownDelay": "0s"}}) as running:
         for number in range(max(runs, 5) + 1):
@@ -132,7 +134,7 @@ def cold_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
             while running.pool()["workers"]:
                 time.sleep(0.02)
             alone = _bare_buildkitd(tools)
-            if number:  # the first of each finds cold disk caches
+            if number:  # leaves out the first of each, because disk caches are cold
                 ours.append(took)
                 bare.append(alone)
     beyond = [(a - b) * 1000 for a, b in zip(ours, bare, strict=True)]
@@ -185,7 +187,7 @@ async def _answered(socket: str) -> None:
 
 
 def build_through_gateway(tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """The same build on the same worker, through the gateway and on its socket, in turn; 200 MB of new context."""
+    """Measures a build with 200 MB of new context, alternately through the gateway and on the worker's socket."""
     through: list[float] = []
     direct: list[float] = []
     with appliance(tools, {"scaling": {"max": 1}}) as running:
@@ -222,7 +224,7 @@ def with_context(base: Path) -> Iterator[Path]:
 
 
 def command_line(tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """`bkpool allocate` as a process, beside the bare HTTP call that it makes, in turn."""
+    """Measures `bkpool allocate` as a process and the HTTP call that it makes, alternately."""
     process, call = [], []
     with appliance(tools, {"scaling": {"min": 1, "max": 2}}) as running:
         running.all_idle()
@@ -247,7 +249,7 @@ def command_line(tools: dict[str, Path], runs: int) -> dict[str, Any]:
 
 
 def who_is_calling(tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """A warm allocate with an ID token, beside the same with the admin's token, in turn; 100 pools with rules."""
+    """Measures a warm allocate with an ID token and with the admin's token, alternately. 100 pools have rules."""
     believed = {"audience": AUDIENCE, "claimsMapping": {"user": "actor"}}
     auth = {"rbac": {"rules": [{"users": ["alice"]}]}}
     known: dict[str, list[float]] = {"admin": [], "alice": []}
@@ -265,7 +267,7 @@ def who_is_calling(tools: dict[str, Path], runs: int) -> dict[str, Any]:
                     seconds = time.perf_counter() - begin
                     assert status == HTTPStatus.OK, lease
                     _back(running, lease)
-                    if number:  # the first one brings the worker up
+                    if number:  # leaves out the first one, which starts the worker
                         known[name].append(seconds * 1000)
         finally:
             running.finish()
@@ -284,7 +286,7 @@ def _back(running: Appliance, lease: dict[str, Any]) -> None:
 
 
 def programs() -> dict[str, Path]:
-    """What the parts run."""
+    """Returns the programs that the parts run."""
     wanted = [Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC]
     return {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
 

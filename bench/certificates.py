@@ -1,6 +1,6 @@
-"""The certificates of one run, made by bkpool's own authority and laid out as the proxies want them.
+"""The certificates of one run. bkpool's authority makes them, in the files that the proxies need.
 
-Two authorities, as in a cluster: one for clients and the gateway, one for workers. All of it dies with the run.
+Two authorities, as in a cluster: one for clients and the gateway, one for workers. They are deleted after the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIFE = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Pki:
-    """A directory of certificates, and the tokens in the clients' ones."""
+    """A directory of certificates, and the tokens in the clients' certificates."""
 
     directory: Path
     tokens: tuple[str, ...]
@@ -45,4 +45,4 @@ def _write(directory: Path, name: str, leaf: Leaf) -> None:
     key = leaf.key_pem or b""
     (directory / f"{name}.crt").write_bytes(leaf.cert_pem)
     (directory / f"{name}.key").write_bytes(key)
-    (directory / f"{name}.pem").write_bytes(leaf.cert_pem + key)  # as HAProxy wants it
+    (directory / f"{name}.pem").write_bytes(leaf.cert_pem + key)  # the format of HAProxy

@@ -1,7 +1,7 @@
-"""The gateway beside the other proxies: the same loads in interleaved runs, in an order that rotates.
+"""Compares the gateway with other proxies: the same loads in interleaved runs, in a rotating order.
 
-What comes out is plain data, as `--json` prints it; table and plot are made from that. A proxy that cannot be
-measured gives a note instead of a figure.
+The result is plain data, as `--json` prints it. Table and plot are made from it. A proxy that cannot be measured
+gives a note instead of a figure.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bench.loads import LOADS, Ground, Load, Sample, Sizes, ground
 from bench.peers import LEGS, UNIX, Bkpool, Ghostunnel, Haproxy, Nginx, Peer
 from bench.process import FaultError, cores
 
-_LEASES = 8  # of the scaling figure: a lease lives in one loop, so one alone shows nothing
+_LEASES = 8  # leases of the scaling figure: a lease has one loop, so a single one shows nothing
 _SCALED = ("connections", "up64", "down64")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured."""
+    """What to measure."""
 
     runs: int
     sizes: Sizes
@@ -38,19 +38,19 @@ class Plan:
 
 @dataclass
 class Notes:
-    """What a reader of the table must know, each once, in the order in which it came up."""
+    """What a reader of the table must know: each note once, in the order of the first occurrence."""
 
     texts: dict[str, None] = field(default_factory=dict)
 
     def add(self, text: str) -> None:
-        """Adds one, unless it is there."""
+        """Adds a note, unless it exists."""
         if text not in self.texts:
             print(f"note: {text}", file=sys.stderr)
         self.texts[text] = None
 
 
 def side_by_side(plan: Plan, notes: Notes) -> list[dict[str, Any]]:
-    """Each load through each proxy on each leg; a list of rows of figures, one figure a run."""
+    """Measures each load through each proxy on each leg. Returns rows with one figure for each run."""
     peers: list[Peer] = [Nginx(), Haproxy(), Ghostunnel(), Bkpool(plan.loop)]
     proxy_on, client_on = cores()
     rows = {(leg, name): _row(leg, LOADS[name], peers) for leg in plan.legs for name in plan.loads}
@@ -74,7 +74,7 @@ def side_by_side(plan: Plan, notes: Notes) -> list[dict[str, Any]]:
 
 
 def scaling(plan: Plan, notes: Notes) -> list[dict[str, Any]]:
-    """Two event loops (nginx: processes) against one, by the clock: all of the machine's cores for everything."""
+    """Compares the time with two event loops (nginx: processes) and with one. Everything may use all cores."""
     peers: list[Peer] = [Nginx(), Bkpool(plan.loop)]
     if not has_threads():
         notes.add("bkpool, 2 loops: this gateway has one")
@@ -144,7 +144,7 @@ def _rotated(peers: list[Peer], by: int) -> list[Peer]:
 
 
 def _note_ciphers(rows: Iterable[dict[str, Any]], notes: Notes) -> None:
-    """All are to do the same work; where one chose another cipher its reader should know."""
+    """Adds a note if a proxy chose another cipher, because then it did not do the same work."""
     chosen: defaultdict[str, set[str]] = defaultdict(set)
     for row in rows:
         for name, cipher in row["ciphers"].items():

@@ -1,6 +1,6 @@
-"""The real gateway in a process of its own, with leases that are there from the start and a registry that agrees.
+"""The real gateway in a separate process. Its leases exist from the start, and its registry accepts everything.
 
-usage: python -m bench.gateway CONFIG.json     It listens until it is killed; the tokens are in the file, not here.
+usage: python -m bench.gateway CONFIG.json     It listens until it is killed. The tokens are in the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HOUR = 3600.0
 
 
 def has_threads() -> bool:
-    """Whether this gateway can use several event loops."""
+    """Returns whether this gateway can use several event loops."""
     return "threads" in inspect.signature(Gateway).parameters
 
 
@@ -49,7 +49,7 @@ class Agrees:
         """Agrees."""
 
     async def find(self, token_sha256: str) -> None:
-        """Finds nothing: all there is was handed over at the start."""
+        """Finds nothing, because all leases were given at the start."""
 
 
 def _table(config: dict[str, Any]) -> LeaseTable:
@@ -74,8 +74,8 @@ def _table(config: dict[str, Any]) -> LeaseTable:
 
 
 async def serve(config: dict[str, Any]) -> None:
-    """Starts the gateway as the configuration says, and never ends."""
-    pem = {path.name: path.read_bytes() for path in Path(config["pki"]).iterdir()}  # noqa: ASYNC240 - before it serves
+    """Runs the gateway with this configuration until the process is killed."""
+    pem = {path.name: path.read_bytes() for path in Path(config["pki"]).iterdir()}  # noqa: ASYNC240 - nothing is served yet
     dial: Dialler = PlainDial
     if config["endpoint"].startswith("tcp:"):
         dial = TlsDialler(worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"]))
@@ -97,6 +97,6 @@ async def serve(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    configure_logging()  # a line for each connection is a part of its cost
+    configure_logging()  # a log line for each connection is a part of its cost
     sys.setswitchinterval(SWITCH_INTERVAL)
     asyncio.run(serve(json.loads(Path(sys.argv[1]).read_text())))

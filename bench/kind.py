@@ -1,6 +1,6 @@
-"""The same table on kind: what bkpool adds to a pod, beside kubectl port-forward and buildx's own kubernetes driver.
+"""The same table on kind: what bkpool adds to a pod, beside kubectl port-forward and buildx's kubernetes driver.
 
-usage: nox -s bench_kind [-- --runs N] [-- --only PART]     Never a test: it prints, and judges nothing.
+usage: nox -s bench_kind [-- --runs N] [-- --only PART]     It is no test: it judges nothing.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def appliance(world: Pods, tools: dict[str, Path], spec: dict[str, Any]) -> Iter
 
 
 def warm_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """Whole HTTP calls with every worker warm: one at a time, and 20 at once."""
+    """Measures whole HTTP calls with warm workers: one at a time, and 20 at once."""
     with appliance(world, tools, {"scaling": {"min": 20, "max": 20}}) as running:
         eventually(lambda: running.pool()["idle"] == 20, "20 workers", timeout=300)
         return warm_allocate_on(running, runs)
 
 
 def cold_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """From the HTTP call to the answer with no worker there, beside the same pod made by hand, in turn."""
+    """Measures a call without a worker until its answer, and the same pod made by hand, alternately."""
     ours, bare = [], []
     with appliance(world, tools, {"scaling": {"max": 1, "scaleDownDelay": "0s"}}) as running:
         for number in range(max(runs, 5) + 1):
@@ -82,7 +82,7 @@ def cold_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, A
 
 
 async def _pod_alone(world: Pods, worker: str) -> float:
-    """A copy of that worker's pod on another host port, from its creation to its first answer."""
+    """Copies the worker's pod on another host port. Returns the seconds from its creation to its first answer."""
     api = await KubeApi.connect(ClusterAccess(world.cluster.kubeconfig))
     try:
         found = await api.get(paths.core("secrets", SYSTEM, "bkpool-pki"))
@@ -106,7 +106,7 @@ async def _pod_alone(world: Pods, worker: str) -> float:
                 async with asyncio.timeout(1):
                     await probe_tls("127.0.0.1", port, context, uid)
                 break
-            except Exception:  # noqa: BLE001 - whatever keeps it from answering, it is asked again
+            except Exception:  # noqa: BLE001 - after any error it is asked again
                 await asyncio.sleep(0.01)
         took = time.perf_counter() - begin
         await api.delete(paths.core("pods", "default", BARE), grace=1)
@@ -116,7 +116,7 @@ async def _pod_alone(world: Pods, worker: str) -> float:
 
 
 def build_four_ways(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """The same build with 200 MB of new context: gateway, the pod's port, kubectl port-forward, buildx's driver."""
+    """Measures a build with 200 MB of new context: gateway, the pod's port, kubectl port-forward, buildx's driver."""
     image = world.cluster.buildkit_image or "moby/buildkit:v0.34.2-rootless"
     port, forwarded = world.cluster.worker_ports[-1], free_port()
     took: dict[str, list[float]] = {"gateway": [], "direct": [], "forward": [], "driver": []}
@@ -157,7 +157,7 @@ def build_four_ways(world: Pods, tools: dict[str, Path], runs: int) -> dict[str,
 
 @contextmanager
 def _plain_pod(world: Pods, image: str, port: int) -> Iterator[None]:
-    """A rootless buildkitd without TLS behind a host port."""
+    """Runs a rootless buildkitd without TLS at a host port."""
     pod = {
         "apiVersion": "v1",
         "kind": "Pod",
@@ -185,11 +185,11 @@ def _plain_pod(world: Pods, image: str, port: int) -> Iterator[None]:
 
 
 def a_thousand_workers(world: Pods, tools: dict[str, Path], _runs: int) -> dict[str, Any]:
-    """What an appliance weighs with 1,000 worker objects, and how long one decision takes."""
+    """Measures the memory of an appliance with 1,000 worker objects, and the time of one decision."""
     table: dict[str, Any] = {}
     with appliance(world, tools, {"scaling": {"max": 1}}) as running:
         before = _resident(running.described["pid"])
-        running.kill()  # or it would start a pod for each, in the moment before its status is written
+        running.kill()  # otherwise it would start a pod for each worker before its status is written
         asyncio.run(_stored(world, 1000))
         running.up()
         eventually(lambda: running.pool("many")["workers"] == 1000, "1,000 workers are known", timeout=300)

@@ -1,7 +1,7 @@
-"""What is done to a proxy, how much of it, and which figure it gives; and one measurement of one load.
+"""The loads of a proxy, their size and the figure of each, and the measurement of one load.
 
-The client program makes the load and times it, the kernel says what the proxy spent. A proxy is started afresh for
-each measurement, so that no load finds the memory of the one before.
+The client program makes the load and measures its time. The kernel counts the CPU time of the proxy. Each measurement
+starts a new proxy, so that the memory of an earlier load does not count.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from bench.process import FaultError, Program, free_port
 
 _MANY = 64
 _HANGS_AFTER = 300.0  # seconds; a load takes a few
-_OTHERS = 200  # descriptors that are no connection's
+_OTHERS = 200  # descriptors that are not for connections
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each load."""
+    """The size of each load."""
 
     transfer: int = 2_000_000_000
     """Bytes, in all."""
@@ -36,7 +36,7 @@ class Sizes:
 
     @property
     def at_once(self) -> int:
-        """Connections that a proxy must bear."""
+        """The most connections that a proxy must hold at once."""
         return self.idle + _MANY + 64
 
 
@@ -48,7 +48,7 @@ class Sample:
     """One measurement."""
 
     seconds: float
-    """That the load took."""
+    """Seconds of the load."""
     moved: int
     """Bytes."""
     count: int
@@ -60,7 +60,7 @@ class Sample:
     memory: int
     """Bytes by which the proxy grew."""
     cipher: str
-    """What TLS came to between client and proxy."""
+    """The cipher that client and proxy agreed on."""
     tickets: int
     """Sessions that the proxy offered on one connection."""
 
@@ -75,7 +75,7 @@ class Load:
     figure: Callable[[Sample], float]
     more_is_better: bool = True
     kind: str = ""
-    """The client's word for it; the name, where there is none."""
+    """The client program's name for the load; by default `name`."""
     streams: int = 1
     both_ways: bool = False
 
@@ -127,20 +127,20 @@ LOADS = {
 
 
 Pinned = tuple[set[int], set[int]]
-"""The cores of the proxy, and those of the client."""
+"""The cores of the proxy and the cores of the client."""
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What all measurements share: certificates, the load client, and the worker that listens behind the proxies."""
+    """What all measurements share: certificates, the load client, and the worker behind the proxies."""
 
     directory: Path
-    """For whatever is written."""
+    """The directory for all files."""
     pki: Pki
     socket: Path
-    """The worker in the clear."""
+    """The worker without TLS."""
     worker_port: int
-    """The worker over TLS."""
+    """The worker with TLS."""
     client: Path
     """The program."""
     sizes: Sizes
@@ -148,18 +148,18 @@ class Ground:
     def measure(
         self, peer: Peer, leg: str, load: Load, *, workers: int = 1, leases: int = 1, pinned: Pinned | None
     ) -> Sample:
-        """One load through a proxy that has just been started.
+        """Measures one load through a new proxy.
 
         Args:
             peer: The proxy.
-            leg: How it goes on to the worker, one of LEGS.
-            load: What is done to it.
-            workers: Processes, threads or loops that share the proxy's work.
-            leases: Over how many leases the connections are spread.
-            pinned: None leaves it to the kernel where they run.
+            leg: The connection from proxy to worker, one of LEGS.
+            load: The load.
+            workers: The number of processes, threads or loops of the proxy.
+            leases: The number of leases of the connections.
+            pinned: The cores to use; None lets the kernel choose them.
 
         Raises:
-            FaultError: It could not be measured, and why.
+            FaultError: The load could not be measured; the message has the reason.
         """
         (self.directory / peer.name).mkdir(exist_ok=True)
         place = Place(
@@ -173,10 +173,10 @@ class Ground:
             Program(command, self.directory / "client.log", on=client_on, talks=True) as client,
             _ended_if_it_hangs(client),
         ):
-            greeting = json.loads(client.hear())
+            greeting = json.loads(client.read_line())
             cpu, memory = proxy.cpu(), proxy.resident()
-            client.say()
-            result = json.loads(client.hear())
+            client.write_line()
+            result = json.loads(client.read_line())
             return Sample(
                 seconds=result["seconds"],
                 moved=result["bytes"],
@@ -191,7 +191,7 @@ class Ground:
 
 @contextmanager
 def ground(directory: Path, pki: Pki, sizes: Sizes, on: set[int] | None) -> Iterator[Ground]:
-    """The worker behind the proxies, and what they need.
+    """Starts the worker behind the proxies and prepares what they need.
 
     Raises:
         FaultError: The load client cannot be built, or the system has too few descriptors.
@@ -203,7 +203,7 @@ def ground(directory: Path, pki: Pki, sizes: Sizes, on: set[int] | None) -> Iter
     client, socket, port = programs.load(), directory / "worker", free_port()
     command: list[str | Path] = [client, f"-sink={socket}", f"-address=127.0.0.1:{port}", f"-pki={pki.directory}"]
     with Program(command, directory / "sink.log", on=on, talks=True) as sink:
-        sink.hear()
+        sink.read_line()
         yield Ground(directory, pki, socket, port, client, sizes)
 
 

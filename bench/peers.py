@@ -1,7 +1,7 @@
-"""The proxies that are compared, each with a configuration that makes it do the gateway's work and no more.
+"""The compared proxies, each with a configuration that makes it do the same work as the gateway.
 
-The client's certificate is verified and its lease looked up, no session is resumed, and a connection to the worker is
-made for each of the client's. What a proxy cannot do it says, and is left out there.
+Each verifies the client's certificate and looks up its lease, resumes no session, and opens a connection to the
+worker for each connection of the client. A proxy that cannot do a leg reports it and is left out there.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from bench.process import FaultError, Program, free_port
 
 UNIX, TLS = "unix", "tls"
 LEGS = {UNIX: "TLS → Unix socket", TLS: "TLS → mTLS"}
-"""The two ways on to a worker: in the clear on this machine, over TLS to a pod."""
+"""The two kinds of connections to a worker: without TLS on this machine, with TLS to a pod."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a proxy stands in one measurement."""
+    """The surroundings of a proxy in one measurement."""
 
     directory: Path
     """Its own."""
     pki: Pki
     leg: str
     socket: Path
-    """The worker in the clear."""
+    """The worker without TLS."""
     worker_port: int
-    """The worker over TLS, on loopback."""
+    """The worker with TLS, on loopback."""
     connections: int
-    """How many it must bear at once."""
+    """The most connections at once."""
     workers: int = 1
-    """Processes, threads or event loops that share its work."""
+    """The number of its processes, threads or event loops."""
     port: int = field(default_factory=free_port)
 
 
@@ -50,20 +50,20 @@ class Peer(Protocol):
 
     @property
     def name(self) -> str:
-        """As the table has it."""
+        """The name in the table."""
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Added to that of its process."""
+        """Additional environment variables of its process."""
 
     def version(self) -> str:
-        """What it says of itself. Raises FaultError if it isn't there."""
+        """Returns its version. Raises FaultError if it is not installed."""
 
     def command(self, place: Place) -> list[str | Path]:
-        """How it is started, with its configuration written.
+        """Writes its configuration and returns its command line.
 
         Raises:
-            FaultError: It isn't there, or can't do this leg.
+            FaultError: It is not installed, or cannot do this leg.
         """
 
 
@@ -121,10 +121,12 @@ class Haproxy:
 
 
 class Ghostunnel:
-    """ghostunnel, built here. It has TLS on one side only, whichever way round it runs."""
+    """ghostunnel, built from source. It has TLS on one side only, as a client or as a server."""
 
     name = "ghostunnel"
-    environment: Mapping[str, str] = {"GODEBUG": "tlsmlkem=0"}  # the others' OpenSSL has no post-quantum exchange
+    environment: Mapping[str, str] = {
+        "GODEBUG": "tlsmlkem=0"
+    }  # OpenSSL of the others has no post-quantum key exchange
 
     def version(self) -> str:
         programs.ghostunnel()
@@ -137,7 +139,9 @@ class Ghostunnel:
         command: list[str | Path] = [programs.ghostunnel(), "server"]
         command += [f"--listen=127.0.0.1:{place.port}", f"--target=unix:{place.socket}"]
         command += [f"--cert={pki}/server.crt", f"--key={pki}/server.key", f"--cacert={pki}/ca.crt", "--quiet=all"]
-        return command + [f"--allow-cn=alloc:{token}" for token in place.pki.tokens]  # they lead nowhere but here
+        return command + [
+            f"--allow-cn=alloc:{token}" for token in place.pki.tokens
+        ]  # the tokens are of no use elsewhere
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Bkpool:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def version(self) -> str:
-        """Of what its speed depends on."""
+        """Returns the versions that its speed depends on."""
         loop = f"uvloop {installed('uvloop')}" if self.loop == "uvloop" else "asyncio"
         return f"Python {sys.version.split()[0]}, {loop}"
 
@@ -174,10 +178,10 @@ class Bkpool:
 
 @contextmanager
 def running(peer: Peer, place: Place, on: set[int] | None) -> Iterator[Program]:
-    """The proxy, listening.
+    """Starts the proxy, and waits until it listens.
 
     Raises:
-        FaultError: It isn't there, can't do this leg, or does not start.
+        FaultError: It is not installed, cannot do this leg, or does not start.
     """
     with Program(peer.command(place), place.directory / "log", on=on, environment=peer.environment) as program:
         program.wait_for_port(place.port)

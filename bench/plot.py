@@ -1,7 +1,6 @@
-"""The comparison as a picture: for each load where each proxy stands against nginx, on a logarithmic scale. Pure.
+"""Draws the comparison: for each load the ratio of each proxy to nginx, on a logarithmic scale. It is pure.
 
-An SVG that brings its own background and follows the reader's light or dark setting, so that it can stand in any
-page.
+The SVG has a background and follows the light or dark setting of the reader, so that any page can show it.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ line.bkpool, line.HAProxy, line.ghostunnel { stroke-width: 2; stroke-opacity: 0.
 
 
 def svg(document: Mapping[str, Any]) -> str:
-    """The picture of a document's comparison.
+    """Returns the picture of a document's comparison.
 
     Raises:
-        ValueError: It has none, or nginx is not in it.
+        ValueError: The document has no comparison, or none with nginx.
     """
     rows = [row for row in document.get("gateway", []) if any(ratios(row, peer) for peer in _PEERS)]
     if not rows:
@@ -71,7 +70,7 @@ def svg(document: Mapping[str, Any]) -> str:
 
 
 def _range(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The scale's ends: the ticks around all medians."""
+    """Returns the ends of the scale: the ticks around all medians."""
     medians = [statistics.median(found) for row in rows for peer in _PEERS if (found := ratios(row, peer))]
     low = max((tick for tick in _TICKS if tick <= min(0.5, *medians)), default=_TICKS[0])
     high = min((tick for tick in _TICKS if tick >= max(1.4, *medians)), default=_TICKS[-1])
@@ -79,7 +78,7 @@ def _range(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 
 
 def _groups(rows: Sequence[Mapping[str, Any]], place: Callable[[str, float], float]) -> tuple[list[str], int]:
-    """A line for each load, those where more is better first; and where the last one ends."""
+    """Draws a line for each load, first those where more is better. Returns the lines and the end of the last one."""
     drawn: list[str] = []
     y = _TOP
     for more, title in ((True, "more is better →"), (False, "← less is better")):
@@ -112,7 +111,7 @@ def _marks(row: Mapping[str, Any], y: int, place: Callable[[str, float], float])
 
 
 def _mark(peer: str, x: float, y: float) -> str:
-    """Told apart by shape as well as by colour."""
+    """Draws a mark. Proxies differ in shape and in colour."""
     if peer == "bkpool":
         return f'<circle class="{peer}" cx="{x:.1f}" cy="{y}" r="5.5"/>'
     if peer == "HAProxy":
@@ -133,7 +132,7 @@ def _title() -> list[str]:
 def _scale(
     middles: Mapping[str, float], bottom: int, ticks: Sequence[float], place: Callable[[str, float], float]
 ) -> list[str]:
-    """The name of each leg, and lines to read the ratios by."""
+    """Draws the name of each leg, and a grid for the ratios."""
     drawn = []
     for leg, middle in middles.items():
         drawn.append(_text(middle, 82, LEGS[leg], "strong", "middle"))
@@ -145,7 +144,7 @@ def _scale(
 
 
 def _short(title: str) -> str:
-    """A title in the room that there is."""
+    """Shortens a title to the available space."""
     return title.partition(", each")[0].partition(", median")[0]
 
 

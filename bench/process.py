@@ -1,7 +1,7 @@
-"""Programs that the benchmark starts: each in a session of its own, on cores of its own, and gone with their owner.
+"""Programs that the benchmark starts. Each has a separate session and separate cores, and ends with its owner.
 
-CPU time is the kernel's own count in nanoseconds, of all threads and of children that live. Nothing here knows what
-it runs.
+The kernel counts CPU time in nanoseconds, for all threads and for children that still run. The module does not know
+what it runs.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from types import TracebackType
 from typing import Self
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_LOOK = 0.05  # seconds between two looks at a program that should come to rest
-_AT_REST = 0.001  # seconds of CPU time between them: timers may go on
-_STARTS_WITHIN = 15.0  # seconds; Python with everything that the gateway imports takes half of one
+_LOOK = 0.05  # seconds between two checks whether a program is idle
+_AT_REST = 0.001  # seconds of CPU time between two checks of an idle program, which may have timers
+_STARTS_WITHIN = 15.0  # seconds; Python with all imports of the gateway takes 0.5
 
 
 class FaultError(Exception):
-    """Something cannot be measured, and this says why: a cell of the table, never the end of the run."""
+    """Something cannot be measured; the message has the reason. It becomes a note, and the run continues."""
 
 
 def cores() -> tuple[set[int], set[int]]:
-    """The core of the program under test, and those of everything else. With one core they share it."""
+    """Returns the core of the program under test, and the other cores. With one core both are the same."""
     mine = sorted(os.sched_getaffinity(0))
     return {mine[-1]}, set(mine[:-1]) or set(mine)
 
 
 def free_port() -> int:
-    """A port of loopback that was free a moment ago."""
+    """Returns a port of loopback that was free just before."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 class Program:
-    """A program under way; leaving the context kills its whole session.
+    """A running program. The end of the context kills its whole session.
 
     Args:
         command: What to run.
-        log: Takes what it says on standard error, and on standard output unless `talks`.
-        on: The cores it may use; none: all that we may.
-        talks: Whether its standard input and output are pipes to us. It should end when they do.
-        environment: Added to ours.
+        log: Receives its standard error, and its standard output unless `talks`.
+        on: The cores it may use; None for all that this process may use.
+        talks: Whether its standard input and output are pipes to this process. It should end when they are closed.
+        environment: Additional environment variables.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Program:
                 with suppress(BrokenPipeError):
                     pipe.close()
 
-    def say(self, line: str = "") -> None:
+    def write_line(self, line: str = "") -> None:
         """Writes a line to its standard input."""
         assert self._process.stdin is not None
         try:
@@ -95,11 +95,11 @@ class Program:
         except BrokenPipeError:
             raise self.fault("it has ended") from None
 
-    def hear(self) -> bytes:
-        """Its next line on standard output.
+    def read_line(self) -> bytes:
+        """Returns the next line of its standard output.
 
         Raises:
-            FaultError: It has ended instead.
+            FaultError: It has ended.
         """
         assert self._process.stdout is not None
         line: bytes = self._process.stdout.readline()
@@ -109,14 +109,14 @@ class Program:
         return line
 
     def kill(self) -> None:
-        """Ends it at once; may be called in any thread."""
+        """Ends it at once. May be called from any thread."""
         self._process.kill()
 
     def wait_for_port(self, port: int) -> None:
-        """Returns when somebody listens there.
+        """Waits until a program listens at this port.
 
         Raises:
-            FaultError: It ends, or nobody does in time.
+            FaultError: It has ended, or does not listen in time.
         """
         deadline = time.monotonic() + _STARTS_WITHIN
         while True:
@@ -129,7 +129,7 @@ class Program:
             time.sleep(0.01)
 
     def cpu(self) -> float:
-        """CPU time in seconds since it began, when it has come to rest."""
+        """Waits until it is idle, and returns its CPU time in seconds since its start."""
         before = -1.0
         while (now := sum(map(_cpu_of, self._session()))) - before > _AT_REST:
             before = now
@@ -137,16 +137,16 @@ class Program:
         return now
 
     def resident(self) -> int:
-        """Resident memory in bytes."""
+        """Returns its resident memory in bytes."""
         return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self._session()) * _PAGE
 
     def fault(self, what: str) -> FaultError:
-        """An error that ends with what the program printed last."""
+        """Returns an error that ends with the last output of the program."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return FaultError(f"{what}: {lines[-1]}" if lines else what)
 
     def _session(self) -> list[int]:
-        """Its process and those that it started."""
+        """Returns its process and those that it started."""
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
@@ -157,7 +157,7 @@ class Program:
 
 
 def _cpu_of(pid: int) -> float:
-    """What clock_getcpuclockid(3) stands for: CPUCLOCK_SCHED (2) of a process, in the kernel's own encoding."""
+    """Returns the CPU time of a process. Its clock id is that of clock_getcpuclockid(3): CPUCLOCK_SCHED (2)."""
     try:
         return time.clock_gettime((~pid << 3) | 2)
     except OSError:

@@ -1,6 +1,6 @@
-"""Where the programs of the comparison come from: Debian's on PATH, the Go ones built once into bkpool's cache.
+"""Finds the programs of the comparison: those of Debian on PATH, and those in Go, built once into bkpool's cache.
 
-Nothing is installed here; `scripts/test bench` does that where it may.
+It installs nothing. `scripts/test bench` does that if it is allowed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ GHOSTUNNEL_VERSION = "v1.8.4"  # as in ghostunnel/go.mod
 
 
 def found(name: str) -> Path:
-    """A program of PATH or of the system's directories, which are not on every user's PATH.
+    """Returns a program of PATH or of the system's directories, which are not on every user's PATH.
 
     Raises:
-        FaultError: There is none.
+        FaultError: It is not installed.
     """
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
@@ -33,14 +33,14 @@ def found(name: str) -> Path:
 
 
 def load() -> Path:
-    """The load client, built from its sources here."""
+    """Builds the load client from its sources, and returns its path."""
     sources = sorted((HERE / "load").iterdir())
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
     return _built(HERE / "load", ".", f"load-{digest}", cgo=False)
 
 
 def ghostunnel() -> Path:
-    """Ghostunnel, which at this version does not compile without cgo (its PKCS #11 stub lacks a parameter)."""
+    """Builds ghostunnel. This version does not compile without cgo (its PKCS #11 stub lacks a parameter)."""
     return _built(HERE / "ghostunnel", GHOSTUNNEL, f"ghostunnel-{GHOSTUNNEL_VERSION}", cgo=True)
 
 
@@ -61,6 +61,6 @@ def _built(module: Path, package: str, name: str, *, cgo: bool) -> Path:
 
 
 def version(*command: str | Path) -> str:
-    """The first line of what a program says of itself."""
+    """Returns the first line that a program prints about its version."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip().splitlines()[0]

@@ -1,6 +1,6 @@
-"""The one table, from the data that the parts give: as aligned text or as Markdown. Pure.
+"""Makes the table from the data of the parts, as aligned text or as Markdown. It is pure.
 
-A proxy's figure stands as its ratio to nginx in the same run; nginx and bkpool have their own figures beside it.
+The figure of a proxy is its ratio to nginx in the same run. For nginx and bkpool the table also has the figures.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NOT_TO_THE_FULL = {"pingpong", "idle", "messages"}
 """Loads that wait for answers."""
 COLUMNS = ("what", "nginx", "HAProxy ÷ nginx", "ghostunnel ÷ nginx", "bkpool ÷ nginx", "bkpool")
 TableRow = tuple[str, ...]
-"""One line of the table, as long as COLUMNS; only the first cell: a heading."""
+"""One line of the table, with a cell for each of COLUMNS. A line with only one cell is a heading."""
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and range; a dash where there is nothing."""
+    """Returns median and range; a dash without values."""
     if not values:
         return "–"
     if len(values) == 1:
@@ -29,19 +29,19 @@ def spread(values: Sequence[float]) -> str:
 
 
 def known(figures: Sequence[float | None]) -> list[float]:
-    """The figures of those runs that gave one."""
+    """Returns the figures of the runs that have one."""
     return [figure for figure in figures if figure is not None]
 
 
 def ratios(row: Mapping[str, Any], peer: str) -> list[float]:
-    """A proxy's figures as ratios to nginx's, run by run."""
+    """Returns the figures of a proxy as ratios to nginx, for each run."""
     figures = row["figures"]
     pairs = zip(figures.get(peer, []), figures.get(_NGINX, []), strict=False)
     return [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
 
 
 def lines(document: Mapping[str, Any]) -> list[TableRow]:
-    """The table without its head."""
+    """Returns the table without its head."""
     made: list[TableRow] = []
     rows = document.get("gateway", [])
     for leg, title in LEGS.items():
@@ -71,12 +71,12 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """With three digits, as far as they say anything."""
+    """Returns a number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _used(table: Sequence[TableRow]) -> list[TableRow]:
-    """Without the columns that have nothing below their head."""
+    """Returns the table without empty columns."""
     used = [column for column in range(len(COLUMNS)) if any(line[column] for line in table[1:])]
     return [tuple(line[column] for column in used) for line in table]
 
@@ -116,7 +116,7 @@ def _below(document: Mapping[str, Any]) -> list[str]:
 
 
 def _busy(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How near each proxy came to filling its core: far below 1, the load was what it waited for."""
+    """Returns how much of its core each proxy used. Far below 1, the proxy waited for the load."""
     shares: dict[str, list[float]] = {}
     for row in rows:
         if row["load"] not in _NOT_TO_THE_FULL:
