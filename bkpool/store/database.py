@@ -66,11 +66,15 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         isolation_level=None,
         check_same_thread=False,
     )
-    db.execute("PRAGMA synchronous = FULL")
-    # Only at some 32 MB of log must a writer copy it into the file itself (50 ms here). Mostly that is done in pauses
-    # (thread.py).
-    db.execute("PRAGMA wal_autocheckpoint = 8000")
-    db.execute(f"PRAGMA query_only = {int(read_only)}")
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        # Only at some 32 MB of log must a writer copy it into the file itself (50 ms here). Mostly that is done in
+        # pauses (thread.py).
+        db.execute("PRAGMA wal_autocheckpoint = 8000")
+        db.execute(f"PRAGMA query_only = {int(read_only)}")
+    except sqlite3.Error:
+        db.close()
+        raise
     return db
 
 
