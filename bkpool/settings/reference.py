@@ -21,8 +21,9 @@ A setting has its value from the first of these sources that gives one:
 `bkpool config` shows every value with its source. With options of `up` it shows what `up` would use with them.
 `bkpool config set NAME VALUE` writes a line of `config.toml`, `bkpool config unset NAME` removes it and forgets the
 remembered value, and `bkpool config unset --all` forgets everything that is remembered. A change takes effect at the
-next `up`. Pool files (`-f`) and secrets are never remembered. The home (`BKPOOL_HOME`) and the backend (`--backend`)
-cannot be set in the file.
+next `up`. `up` does not remember `-f`, `--image-archive`, `--roles` and `--pool`. It remembers no secret: no option
+of `up` takes one. The backend (`--backend`) is not among the remembered options, because the home has its own file
+for it (`backend`). The home (`BKPOOL_HOME`) and the backend cannot be set in `config.toml`.
 
 ```toml
 [api]
