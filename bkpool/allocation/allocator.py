@@ -96,7 +96,7 @@ class Allocator:
         token_key: Key of the HMAC of lease tokens.
         caches: Returns the caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
-        limits: Counts what each caller asks for; None: a counter of its own.
+        limits: Counts what each caller asks for; None: a new counter that is not shared.
         max_waiters: Requests that may wait for one pool at once.
     """
 

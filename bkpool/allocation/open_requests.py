@@ -30,7 +30,7 @@ class OpenRequests:
 
         Args:
             lease_id: The lease.
-            known: The lease existed before this request, so somebody may know it already.
+            known: The lease existed before this request, so a caller may have its token already.
         """
         lease = self._leases.setdefault(lease_id, _Lease(known=known))
         lease.requests += 1

@@ -26,9 +26,9 @@ from bkpool.telemetry.registry import CachedSeries
 UNMATCHED = "unmatched"
 """The route of requests to a path, or with a method, that no route has."""
 OTHER = "other"
-"""The method of requests whose method is not one of HTTP's: a caller may send any word."""
+"""The method of requests whose method is not one of HTTP's: a caller may send any string."""
 CLIENT_CLOSED_REQUEST = "499"
-"""The code of requests whose caller closed the connection before the response. nginx counts them in the same way."""
+"""The code of requests whose caller closed the connection before the response. nginx counts them as 499 too."""
 
 _METHODS = frozenset(method.value for method in HTTPMethod)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)

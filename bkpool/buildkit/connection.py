@@ -121,7 +121,7 @@ async def open_connection(endpoint: str, tls: WorkerTls | None, seconds: float) 
 
 
 def describe(error: OSError) -> str:
-    """What the system says of an error, without its number."""
+    """Returns the system's text for an error, without the error number."""
     return error.strerror or str(error) or type(error).__name__
 
 
@@ -155,9 +155,9 @@ class _ControlProtocol(H2Protocol):
 
     transport: asyncio.Transport
     error: BaseException | None = None
-    """With which the connection ended."""
+    """The error that ended the connection."""
     violation: ProtocolError | None = None
-    """The breach of HTTP/2 that ended it. grpclib does not keep it, and does not tell a call that comes later."""
+    """The breach of HTTP/2 that ended it. grpclib does not keep it, so a later call cannot report it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)

@@ -106,7 +106,7 @@ class Client:
     def hang_up(self) -> bool:
         """Tells the server that nobody waits any more; for a signal handler. Returns whether a request was sent.
 
-        Only the direction to the server is closed. An answer that is already on its way still arrives, so that a
+        Only the direction to the server is closed. An answer that was already sent still arrives, so that a
         lease in it can be released and does not remain until it expires.
         """
         sock = self._connection.sock if self._connection else None

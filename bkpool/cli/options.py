@@ -1,4 +1,4 @@
-"""The options that several commands share, and the ways to give a token without writing it in a command line."""
+"""The options that several commands share, and the methods to pass a token without writing it in a command line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Keeps the status of each BuildKitOIDCConfig: whether tokens of its issuer are accepted, and why not.
 
-It never checks a token. Each issuer is checked in a task of its own, so a slow one does not delay the others.
+It never checks a token. Each issuer is checked in a separate task, so a slow one does not delay the others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Finding:
 
 
 def finding_without_check(config: OIDCConfig) -> Finding | None:
-    """What the configuration alone says; None if the issuer must be asked."""
+    """The status that follows from the configuration alone; None if the issuer must be asked."""
     if not config.spec.enabled:
         return Finding("Disabled", "disabled")
     if config.spec.rejection_reason is not None:

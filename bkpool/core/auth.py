@@ -32,7 +32,7 @@ PUBLIC_ISSUERS: frozenset[str] = frozenset(
         "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0",
     }
 )
-"""Issuers that give tokens to everybody who has an account there, as their own documentation says."""
+"""Issuers that give tokens to every user with an account there, according to their documentation."""
 
 RESERVED_PREFIXES = ("system:", "group:", "pool:")
 """The name of an OIDC user may not begin with these, because in rules and in Kubernetes they mean other users."""
@@ -182,7 +182,7 @@ class TokenFrom(Model):
 
 
 class AuthMethod(Model):
-    """One way to authenticate the callers of a pool."""
+    """A method to authenticate the callers of a pool."""
 
     type: MethodType
     mtls: MTLS | None = None
@@ -255,5 +255,5 @@ class Auth(Model):
 
     @property
     def restricts_access(self) -> bool:
-        """Whether the pool says who may use it, so that nobody else may."""
+        """Whether the pool lists its allowed callers, so that all others are refused."""
         return bool(self.rbac.rules) or any(method.type is not MethodType.MTLS for method in self.methods)

@@ -12,7 +12,7 @@ from bkpool.core.tokens import owner_digest
 def cache_owner_digest(reuse: Reuse, tenant: str, pool_uid: str, lease_id: str) -> str:
     """The digest of the owner of the cache that a lease uses.
 
-    With reuse `never` each lease is an owner of its own. So the rule "no cache goes to another owner" wipes the cache
+    With reuse `never` each lease is a separate owner. So the rule "no cache goes to another owner" wipes the cache
     after each lease.
 
     Args:

@@ -105,8 +105,9 @@ class WorkerFailed(BkpoolError):
 
     Args:
         message: As for every error. It never contains text from buildkitd's log.
-        log_tail: The last lines of buildkitd's log; empty if there are none. They may tell of somebody's build, so
-            they are kept apart from the message: `core.reconcile.failures.failure_message` decides who may read them.
+        log_tail: The last lines of buildkitd's log; empty if there are none. They may contain output
+            of a caller's build, so they are not part of the message: `core.reconcile.failures.failure_message`
+            decides who may read them.
         **details: As for every error.
     """
 

@@ -36,7 +36,7 @@ class Observation:
     message: str = ""
     """After an exit: how buildkitd ended. It never contains text from buildkitd's log."""
     log_tail: str = ""
-    """After an exit: the last lines of buildkitd's log, which may tell of somebody's build."""
+    """After an exit: the last lines of buildkitd's log, which may contain output of a caller's build."""
     ephemeral_cache: bool = False
     """The cache is deleted together with the worker."""
     protected: bool | None = None

@@ -96,7 +96,7 @@ class Caller:
 
 
 class Authenticator(Protocol):
-    """One way to identify a caller."""
+    """A method to identify a caller."""
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         """Its results for this bearer token; empty if the token is of another kind.

@@ -29,7 +29,7 @@ class AccessControl:
     """Identifies callers, and decides which pools they may use.
 
     Args:
-        authenticators: The ways to identify a caller, in order.
+        authenticators: The methods to identify a caller, in order.
         pools: Returns all current pools.
         configs: Returns all currently configured issuers.
     """

@@ -19,7 +19,7 @@ from bkpool.identity import Identity
 
 @dataclass(frozen=True, slots=True)
 class AccessDecision:
-    """Whether a pool may be used, by whom, and why."""
+    """Whether a caller may use a pool, with which identity, and why."""
 
     allowed: bool
     reason: str

@@ -165,8 +165,8 @@ def _decoded(value: str) -> str | None:
 class StaticTokenAuthenticator:
     """Identifies the callers that have a static token of a pool. The identity is valid for that pool only.
 
-    If tokens cannot be read, the result is a refusal instead of an error, so that callers whom another authenticator
-    accepts are not affected.
+    If tokens cannot be read, the result is a refusal instead of an error. So a caller that another authenticator
+    accepts is not affected.
 
     Args:
         reader: Reads the tokens of this backend.

@@ -1,6 +1,6 @@
 """The container engine of this machine: whether it answers, and the node containers that kind keeps in it.
 
-This is the only module that imports the docker SDK. It finds the engine in the same way as the docker CLI, because
+This is the only module that imports the docker SDK. It finds the engine as the docker CLI does, because
 kind calls that: DOCKER_HOST, else the CLI's current context, else the default socket. It starts a stopped node and
 runs short commands inside one; it never creates or removes anything.
 """

@@ -60,7 +60,7 @@ def setting(
         between: The lowest and the highest value that are allowed.
         unit: What a number counts.
         option: The option of `up` that gives it; empty where there is none.
-        metavar: What stands for a value in `--help`, where its kind's own word says too little.
+        metavar: The placeholder of the value in `--help`, where the default of its type is not clear enough.
         unset: What happens where it has no value.
         remembered: Whether `up` remembers it for the next `up`, where it was given as an option.
     """
@@ -132,7 +132,7 @@ class GatewaySettings(Section):
     hosts: Texts = setting(
         (),
         "Names and addresses of this machine by which clients reach the gateway. They go into its certificate; "
-        "clients are told the first one.",
+        "clients get the first one as the endpoint.",
         option="--gateway-host",
         unset="localhost",
     )

@@ -16,7 +16,7 @@ __all__ = ["Caches", "DaemonState", "Daemons", "Observation", "ReportWaiting", "
 
 
 class Runtime(Protocol):
-    """One way to run workers. Its daemons and caches share the locks of their slots."""
+    """A method to run workers. Its daemons and caches share the locks of their slots."""
 
     @property
     def daemons(self) -> Daemons:

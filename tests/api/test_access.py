@@ -105,7 +105,9 @@ async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api
         assert status == 403
         assert "there is no pool of this name that they may use" in reply["error"]["message"]
         assert (await api("GET", f"/api/v1/pools/{name}", bearer=BOB))[0] == 403
-        assert (await api("POST", ALLOCATE, {"poolName": name}))[0] == 404, "the admin is told"
+        assert (await api("POST", ALLOCATE, {"poolName": name}))[0] == 404, (
+            "an admin may know that the pool does not exist"
+        )
     assert not api.world.held()
 
 

@@ -20,7 +20,7 @@ class Gateway:
 
     def __init__(self):
         self.given = []
-        self.told = []
+        self.events = []
         self.changed = asyncio.Event()
 
     def set_server_certificate(self, cert_pem, key_pem, ca_pem):
@@ -28,7 +28,7 @@ class Gateway:
         self.changed.set()
 
     def record(self, about, reason, message, *, warning=False):
-        self.told.append((about.key.name, reason))
+        self.events.append((about.key.name, reason))
 
     async def next(self):
         async with asyncio.timeout(5):
@@ -78,7 +78,7 @@ async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(s
     await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # any change of a pool wakes it
     third = await gateway.next()
     assert third.not_valid_after_utc > second.not_valid_after_utc
-    assert gateway.told == [("ci", "CertificateRotated")] * 2
+    assert gateway.events == [("ci", "CertificateRotated")] * 2
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

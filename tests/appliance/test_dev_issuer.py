@@ -41,9 +41,9 @@ async def claims_of(issuer, token, audience="buildkit-controller"):
 
 async def test_a_token_contains_the_requested_claims(issuer):
     asked = {"sub": "me", "aud": "x", "claims": {"groups": ["a"], "repository": "o/r"}, "duration": "2h"}
-    told = await (await issuer.post("/token", json=asked)).json()
-    claims = await claims_of(issuer, told["token"], "x")
-    assert told["expiresIn"] == claims["exp"] - claims["iat"] == 7200
+    reply = await (await issuer.post("/token", json=asked)).json()
+    claims = await claims_of(issuer, reply["token"], "x")
+    assert reply["expiresIn"] == claims["exp"] - claims["iat"] == 7200
     assert {name: claims[name] for name in ("iss", "sub", "actor", "groups", "repository")} == {
         "iss": URL,
         "sub": "me",
@@ -55,8 +55,8 @@ async def test_a_token_contains_the_requested_claims(issuer):
 
 
 async def test_the_actor_is_the_subject_unless_the_request_gives_one(issuer):
-    told = await (await issuer.post("/token", json={"sub": "me", "claims": {"actor": "you"}})).json()
-    assert (await claims_of(issuer, told["token"]))["actor"] == "you"
+    reply = await (await issuer.post("/token", json={"sub": "me", "claims": {"actor": "you"}})).json()
+    assert (await claims_of(issuer, reply["token"]))["actor"] == "you"
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ async def test_invalid_json_and_requests_of_web_pages_are_refused(issuer):
 async def test_it_answers_like_githubs_token_url(issuer):
     headers = {"Authorization": "bearer any"}
     query = "api-version=2.0&repository=o/r&ref=refs/tags/1&actor=me&audience=buildkit-controller"
-    told = await (await issuer.get(f"/actions/token?{query}", headers=headers)).json()
-    claims = await claims_of(issuer, told["value"])
+    reply = await (await issuer.get(f"/actions/token?{query}", headers=headers)).json()
+    claims = await claims_of(issuer, reply["value"])
     assert {name: claims[name] for name in ("sub", "actor", "repository", "repository_owner", "ref")} == {
         "sub": "repo:o/r:ref:refs/tags/1",
         "actor": "me",
@@ -108,8 +108,8 @@ async def test_it_answers_like_githubs_token_url(issuer):
         "ref": "refs/tags/1",
     }
     assert claims["exp"] - claims["iat"] == 300
-    told = await (await issuer.get("/actions/token", headers=headers)).json()
-    assert (await claims_of(issuer, told["value"], "https://github.com/octo-org"))["actor"] == "octocat"
+    reply = await (await issuer.get("/actions/token", headers=headers)).json()
+    assert (await claims_of(issuer, reply["value"], "https://github.com/octo-org"))["actor"] == "octocat"
     assert (await issuer.get("/actions/token?audience=x")).status == 401
 
 

@@ -128,9 +128,9 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
 
     monkeypatch.setattr(GatewayRole, "drain", noted_drain)
 
-    def report(told: dict[str, Any]) -> None:
-        if "apiEndpoint" in told:
-            described.update(told)
+    def report(description: dict[str, Any]) -> None:
+        if "apiEndpoint" in description:
+            described.update(description)
             assert (settings.home / "appliance.json").exists()
             os.kill(os.getpid(), signal.SIGTERM)
 

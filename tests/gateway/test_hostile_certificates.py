@@ -99,8 +99,8 @@ async def test_a_self_signed_certificate_gets_an_alert(world, issuer):
     """Also if it names our CA as its issuer: only the signature counts."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = issued(key, issuer_key=key, issuer=issuer)
-    told = await tls_alert(world, identity_of(world.ca, certificate, key))
-    assert "unknown ca" in told or "decrypt error" in told
+    alert = await tls_alert(world, identity_of(world.ca, certificate, key))
+    assert "unknown ca" in alert or "decrypt error" in alert
 
 
 async def test_a_changed_certificate_of_our_ca_gets_an_alert(world):
@@ -108,8 +108,8 @@ async def test_a_changed_certificate_of_our_ca_gets_an_alert(world):
     mine = world.ca.client(world.token("attacker"))
     changed = mine.der.replace(world.token("attacker").encode(), VICTIM.encode())
     assert changed != mine.der
-    told = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), mine.key))
-    assert "decrypt error" in told
+    alert = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(changed).encode(), mine.key))
+    assert "decrypt error" in alert
 
 
 async def test_a_key_of_rsa_1024_gets_an_alert(world):
@@ -123,8 +123,8 @@ async def test_a_signature_with_sha_1_gets_an_alert(world):
     """Although our CA signed it: an attacker may have found a second certificate with the same signature."""
     mine = world.ca.client(VICTIM)
     weak = forged.forged(x509.load_der_x509_certificate(mine.der), world.ca._key, {}, algorithm=forged.ECDSA_SHA1)
-    told = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(weak).encode(), mine.key))
-    assert "bad certificate" in told
+    alert = await tls_alert(world, world.ca.stored(ssl.DER_cert_to_PEM_cert(weak).encode(), mine.key))
+    assert "bad certificate" in alert
 
 
 def with_long_chain(ca, identity, count):

@@ -204,13 +204,13 @@ def test_a_client_that_sent_eof_is_not_held_for_a_worker_that_is_not_ready(point
 def test_a_client_that_sent_eof_is_closed_when_the_dial_fails_and_only_a_running_dial_is_cancelled(how):
     machine = machine_at("dialling")
     machine.client_sent_eof()
-    told = {
+    commands = {
         "dial failed": lambda: machine.dial_failed(1.0, "refused"),
         "wrong peer": lambda: machine.wrong_peer(1.0),
         "route changed": lambda: machine.route_changed(1.0, NOT_READY),
     }[how]()
     once = (CancelDial(),) if how == "route changed" else NOTHING
-    assert told == (*once, ReturnSlot(), CloseClient("the client left while it was held"))
+    assert commands == (*once, ReturnSlot(), CloseClient("the client left while it was held"))
 
 
 @pytest.mark.parametrize("point", [*CONNECTED, "refused", "closed"])
@@ -438,13 +438,13 @@ def test_an_address_without_an_answer_is_dialled_again_until_the_wait_ends():
         # the first dial starts the wait, and there is one more dial at its end
         assert machine.deadline == min(now + LIMITS.redial_interval, 10.25 + LIMITS.first_wait)
         now = machine.deadline
-        told = machine.deadline_reached(now)
-        dials += told == (DialWorker(),)
+        commands = machine.deadline_reached(now)
+        dials += commands == (DialWorker(),)
     assert now == 10.25 + LIMITS.first_wait
     assert dials == 1 + LIMITS.first_wait // (0.25 + LIMITS.redial_interval)
-    assert told[0] == ReturnSlot()
-    assert told[1].status == "Waited"
-    assert "it could not be reached (Connection refused)" in told[1].refusal.sentence
+    assert commands[0] == ReturnSlot()
+    assert commands[1].status == "Waited"
+    assert "it could not be reached (Connection refused)" in commands[1].refusal.sentence
 
 
 def test_a_worker_that_answers_a_later_dial_is_connected():
@@ -490,9 +490,9 @@ def meet_wrong_peers(machine, until):
         assert machine.wrong_peer(now) == NOTHING
         assert machine.wrong_peer_seen
         now = machine.deadline
-        told = machine.deadline_reached(now)
+        commands = machine.deadline_reached(now)
     assert now == until
-    return told
+    return commands
 
 
 def test_a_wrong_peer_at_the_workers_address_is_tolerated_for_a_short_time():
@@ -638,13 +638,13 @@ EFFECTIVE_AT = {
 
 
 @pytest.mark.parametrize("event", EFFECTIVE_AT)
-def test_an_event_that_comes_too_late_or_twice_or_was_never_asked_for_changes_nothing(event):
+def test_a_late_repeated_or_unexpected_event_changes_nothing(event):
     """No second slot is taken, no worker is dialled without a slot, and a closed connection stays closed."""
     for point in STATE.keys() - EFFECTIVE_AT[event]:
         machine = machine_at(point)
         before = machine.state, machine.deadline
-        told = EVENTS[event](machine, 1.0)
-        assert (point, told, machine.state, machine.deadline) == (point, NOTHING, *before)
+        commands = EVENTS[event](machine, 1.0)
+        assert (point, commands, machine.state, machine.deadline) == (point, NOTHING, *before)
 
 
 # --- any order ------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ async def test_clients_of_a_worker_that_starts_and_stops_wait_until_it_is_up(dat
 
 
 @pytest.mark.parametrize("data_path", ["tls-asyncio"], indirect=True)
-async def test_a_worker_that_answers_no_syn_is_given_up_in_time_and_the_client_is_told(data_path):
+async def test_a_worker_that_answers_no_syn_is_given_up_in_time_and_the_client_is_refused(data_path):
     """Its client is held for the time of a first wait, and then gets the reason and frees its slot."""
     data_path.listener.listen(0)
     with contextlib.closing(socket.create_connection(data_path.listener.getsockname())):  # fills the backlog

@@ -91,22 +91,24 @@ class Away:
         raise Unavailable("the issuer is away")
 
 
-def access(*ways: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()) -> AccessControl:
-    return AccessControl(ways, lambda: pools, lambda: configs)
+def access(
+    *authenticators: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()
+) -> AccessControl:
+    return AccessControl(authenticators, lambda: pools, lambda: configs)
 
 
 CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.example")
 
 
 async def test_a_caller_has_all_identities_of_the_token_in_order():
-    ways = access(
+    control = access(
         AdminTokenAuthenticator(TOKEN),
         Says("ci-token", Verdict("a", CI), Verdict("b", refusal="not here")),
         Says("ci-token", Verdict("c", DEPLOY)),
     )
-    (admin,) = (await ways.caller([f"Bearer {TOKEN}"])).identities
+    (admin,) = (await control.caller([f"Bearer {TOKEN}"])).identities
     assert (admin.name, admin.admin) == ("admin", True)
-    assert (await ways.caller(["Bearer ci-token"])).identities == (CI, DEPLOY)
+    assert (await control.caller(["Bearer ci-token"])).identities == (CI, DEPLOY)
 
 
 @pytest.mark.parametrize("token", ["K" * 43, "k" * 42, "k" * 44, "k"])
@@ -117,25 +119,27 @@ async def test_an_unknown_token_is_refused_and_not_quoted(token):
 
 
 async def test_the_reason_of_a_refusal_appears_once():
-    ways = access(
+    control = access(
         Says("t", Verdict("a", refusal="it expired"), Verdict("b", refusal="it expired")),
         AdminTokenAuthenticator(TOKEN),
     )
     with pytest.raises(Unauthenticated, match=r"refused: it expired$"):
-        await ways.caller(["Bearer t"])
+        await control.caller(["Bearer t"])
 
 
 async def test_a_genuine_token_of_a_stranger_is_forbidden():
-    ways = access(Says("t", Verdict("a", refusal="aud is x"), Verdict("b", refusal="claim team is x", genuine=True)))
+    control = access(
+        Says("t", Verdict("a", refusal="aud is x"), Verdict("b", refusal="claim team is x", genuine=True))
+    )
     with pytest.raises(Forbidden, match=r"refused: aud is x; claim team is x$"):
-        await ways.caller(["Bearer t"])
+        await control.caller(["Bearer t"])
 
 
 async def test_an_unavailable_authenticator_is_no_refusal_and_does_not_affect_accepted_callers():
     with pytest.raises(Unavailable, match="away"):
         await access(Away()).caller(["Bearer t"])
-    ways = access(Away(), Says("t", Verdict("a", CI)))
-    assert (await ways.caller(["Bearer t"])).identities == (CI,)
+    control = access(Away(), Says("t", Verdict("a", CI)))
+    assert (await control.caller(["Bearer t"])).identities == (CI,)
 
 
 def pool(**auth: object) -> Pool:
@@ -146,17 +150,19 @@ def test_while_nothing_is_configured_every_authenticated_caller_has_access():
     mine = pool()
     assert access(pools=[mine]).decide([CI], mine).allowed
     ruled = pool(rbac={"rules": [{"users": ["ann"]}]})
-    for ways in (
+    for control in (
         access(pools=[mine, ruled]),
         access(configs=[OIDCConfig.model_validate({"metadata": {"name": "c"}, "spec": SPEC})]),
     ):
-        decision = ways.decide([CI], mine)
+        decision = control.decide([CI], mine)
         assert not decision.allowed
-        assert not ways.open_to_all
-        told = forbidden(decision, str(mine.key))
-        assert told.message.startswith("ci may not use pool team/amd64: the pool has no rule in spec.auth.rbac.rules")
-        assert "bkpool auth check" in told.hint
-        assert ways.decide([CI, Identity("admin", admin=True)], mine).allowed
+        assert not control.open_to_all
+        error = forbidden(decision, str(mine.key))
+        assert error.message.startswith(
+            "ci may not use pool team/amd64: the pool has no rule in spec.auth.rbac.rules"
+        )
+        assert "bkpool auth check" in error.hint
+        assert control.decide([CI, Identity("admin", admin=True)], mine).allowed
 
 
 def test_a_caller_without_identity_has_no_access():

@@ -216,7 +216,7 @@ async def test_an_unreachable_issuer_is_reported_unless_the_token_is_refused_any
 @given(st.text(max_size=80) | st.binary(max_size=80).map(lambda it: forge(it, it, None)))
 async def test_any_bearer_token_is_accepted_or_refused(bearer):
     issuers = IssuerKeys(clock=time.monotonic)
-    ways = [TrustedIssuer("x", config("https://a.example").spec)]
-    for verdict in await OidcAuthenticator(issuers, lambda: ways, now).authenticate(bearer):
+    trusted = [TrustedIssuer("x", config("https://a.example").spec)]
+    for verdict in await OidcAuthenticator(issuers, lambda: trusted, now).authenticate(bearer):
         assert verdict.refusal
         assert verdict.identity is None

@@ -72,8 +72,10 @@ async def judged(port: int, token: str, later: timedelta = timedelta(), **settin
     oidc = OIDC.model_validate({"issuer": f"http://localhost:{port}", "audience": CLIENT, **settings})
     issuers = IssuerKeys(clock=time.monotonic)
     try:
-        way = OidcAuthenticator(issuers, lambda: [TrustedIssuer("mock", oidc)], lambda: datetime.now(UTC) + later)
-        (verdict,) = await way.authenticate(token)
+        authenticator = OidcAuthenticator(
+            issuers, lambda: [TrustedIssuer("mock", oidc)], lambda: datetime.now(UTC) + later
+        )
+        (verdict,) = await authenticator.authenticate(token)
         return verdict
     finally:
         await issuers.close()

@@ -108,7 +108,7 @@ def test_while_nothing_is_configured_every_authenticated_caller_has_access(auth,
     assert decide([caller()], a_pool(**auth), open_to_all=True).allowed is allowed
 
 
-def test_any_configuration_of_access_ends_that():
+def test_a_pool_with_rules_or_a_trusted_issuer_counts_as_configured_access():
     config = OIDCConfig(
         metadata=Metadata(name="c"), spec=OIDCConfigSpec(issuer="https://i.example.com", audience="a")
     )

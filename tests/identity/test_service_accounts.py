@@ -91,7 +91,7 @@ async def test_other_tokens_are_never_sent_to_the_api_server(bearer):
 
 
 @pytest.mark.parametrize(
-    ("bearer", "told", "says"),
+    ("bearer", "review_status", "says"),
     [
         (token(), {"error": "[invalid bearer token, expired]"}, "token: [invalid bearer token, expired]"),
         (token(), {}, "refuses"),
@@ -111,8 +111,8 @@ async def test_other_tokens_are_never_sent_to_the_api_server(bearer):
         (token(), {"error": "two\nlines"}, "refuses the ServiceAccount token"),
     ],
 )  # fmt: skip
-async def test_a_refusal_of_the_api_server_gives_the_reason(bearer, told, says):
-    (verdict,) = await ServiceAccountAuthenticator(Cluster(told)).authenticate(bearer)
+async def test_a_refusal_of_the_api_server_gives_the_reason(bearer, review_status, says):
+    (verdict,) = await ServiceAccountAuthenticator(Cluster(review_status)).authenticate(bearer)
     assert verdict.identity is None
     assert says in verdict.refusal
     assert not any(part in repr(verdict) for part in bearer.split("."))

@@ -40,10 +40,10 @@ def leaves(node, path=""):
 
 def modelled(model):
     """The same for a model: its JSON schema by pydantic, with references resolved and without None."""
-    told = model.model_json_schema(by_alias=True)
+    document = model.model_json_schema(by_alias=True)
 
     def walk(node, path):
-        node = _plain(node, told)
+        node = _plain(node, document)
         yield path, node
         for name, child in node.get("properties", {}).items():
             yield from walk(child, f"{path}.{name}")
@@ -52,14 +52,14 @@ def modelled(model):
         if isinstance(node.get("additionalProperties"), dict):
             yield from walk(node["additionalProperties"], f"{path}{{}}")
 
-    return dict(walk(told, ""))
+    return dict(walk(document, ""))
 
 
-def _plain(node, told):
+def _plain(node, document):
     if "$ref" in node:
-        return {**_plain(told["$defs"][node["$ref"].rsplit("/", 1)[1]], told), **node}
+        return {**_plain(document["$defs"][node["$ref"].rsplit("/", 1)[1]], document), **node}
     if "anyOf" in node:
-        either = [_plain(one, told) for one in node["anyOf"] if one.get("type") != "null"]
+        either = [_plain(one, document) for one in node["anyOf"] if one.get("type") != "null"]
         return {key: value for one in reversed(either) for key, value in one.items()}
     return node
 
@@ -115,8 +115,8 @@ def test_every_field_that_bkpool_reads_or_writes_is_in_the_schema_with_its_bound
         bounds = {key: field[key] for key in BOUNDS if key in field}
         if path.startswith(".status"):
             bounds.pop("enum", None)  # another version may write more
-        told = {key: known[path].get(key) for key in bounds}
-        assert told == bounds, f"{kind.KIND}: {path}"
+        in_schema = {key: known[path].get(key) for key in bounds}
+        assert in_schema == bounds, f"{kind.KIND}: {path}"
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,8 @@ def test_values_that_would_break_the_yaml_are_refused(options, field):
 
 
 def test_the_command_prints_only_the_manifests():
-    told = CliRunner().invoke(program, ["manifests", "--pool-namespace", "a", "--pool-namespace", "b"])
-    assert told.exit_code == 0
-    assert told.stdout == render(Install(pool_namespaces=("a", "b")))
+    result = CliRunner().invoke(program, ["manifests", "--pool-namespace", "a", "--pool-namespace", "b"])
+    assert result.exit_code == 0
+    assert result.stdout == render(Install(pool_namespaces=("a", "b")))
     assert CliRunner().invoke(program, ["manifests"]).stdout == render(Install())
     assert CliRunner().invoke(program, ["manifests", "--api-tls"]).stdout == render(Install(api_tls=True))

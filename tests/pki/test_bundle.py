@@ -55,10 +55,10 @@ def test_a_missing_or_damaged_key_is_named_and_never_replaced(secrets):
     ]
     for changes, says in cases:
         damaged = {key: value for key, value in (data | changes).items() if value is not None}
-        with pytest.raises(HostFault) as told:
+        with pytest.raises(HostFault) as caught:
             ClusterSecrets.of_data(damaged, SOURCE)
-        assert told.value.message.startswith(f"{SOURCE}: {says}")
-        assert told.value.exit_code == EXIT["Unreadable"]
+        assert caught.value.message.startswith(f"{SOURCE}: {says}")
+        assert caught.value.exit_code == EXIT["Unreadable"]
 
 
 def test_a_bundle_has_everything_that_a_gateway_needs(bundle, secrets):

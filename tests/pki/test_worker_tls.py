@@ -75,9 +75,9 @@ def test_a_worker_is_recognized_by_its_uid_and_accepts_a_gateway(ca):
     check_worker(met.getpeercert(binary_form=True), UID)
     with pytest.raises(
         WorkerFailed, match=f"not the worker with uid another: its certificate is for .*{UID}"
-    ) as told:
+    ) as caught:
         check_worker(met.getpeercert(binary_form=True), "another")
-    assert told.value.code == "WrongWorker"
+    assert caught.value.code == "WrongWorker"
 
 
 def test_a_worker_refuses_certificates_of_clients_and_of_other_workers(ca, client_ca):
@@ -155,6 +155,6 @@ def test_damaged_or_mismatched_files_are_refused(ca):
     ):
         with pytest.raises(
             HostFault, match="the client certificate for connections to workers cannot be used"
-        ) as told:
+        ) as caught:
             worker_context(cert, key, authority)
-        assert told.value.code == "Unreadable"
+        assert caught.value.code == "Unreadable"

@@ -33,7 +33,7 @@ class Api:
         self.events[path] |= body
 
     @property
-    def told(self) -> list[tuple[str, int]]:
+    def notes(self) -> list[tuple[str, int]]:
         return [(event["note"], event.get("series", {}).get("count", 1)) for event in self.events.values()]
 
 
@@ -79,11 +79,11 @@ async def test_events_are_written_in_the_background(api, recorder):
         recorder.record(POOL, "Allocated", message)
         for _ in range(10):
             await asyncio.sleep(0)
-        assert (message, 1) in api.told
+        assert (message, 1) in api.notes
     recorder.record(POOL, "Released", "at the very end")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    assert ("at the very end", 1) in api.told
+    assert ("at the very end", 1) in api.notes
 
 
 async def test_a_repeated_event_raises_the_count_for_ten_minutes(api, clock, recorder):
@@ -93,8 +93,8 @@ async def test_a_repeated_event_raises_the_count_for_ten_minutes(api, clock, rec
         recorder.record(POOL, "Failed", f"another at {minutes}")
         await recorder.close()
 
-    assert [told for told in api.told if told[0] == "no image"] == [("no image", 3), ("no image", 1)]
-    assert len(api.told) == 6
+    assert [entry for entry in api.notes if entry[0] == "no image"] == [("no image", 3), ("no image", 1)]
+    assert len(api.notes) == 6
 
 
 async def test_an_event_that_was_deleted_is_created_again(api, recorder):
@@ -103,7 +103,7 @@ async def test_an_event_that_was_deleted_is_created_again(api, recorder):
     api.events.clear()
     recorder.record(POOL, "Failed", "no image")
     await recorder.close()
-    assert api.told == [("no image", 1)]
+    assert api.notes == [("no image", 1)]
 
 
 async def test_an_event_that_cannot_be_written_is_logged_and_the_others_are_written(api, recorder):
@@ -116,7 +116,7 @@ async def test_an_event_that_cannot_be_written_is_logged_and_the_others_are_writ
     await recorder.close()
 
     assert [line["event"] for line in logs] == ["events.not_written"]
-    assert api.told == [("there", 1)]
+    assert api.notes == [("there", 1)]
 
 
 async def test_of_too_many_events_the_newest_are_kept_and_that_is_logged_once(api, recorder):
@@ -126,7 +126,7 @@ async def test_of_too_many_events_the_newest_are_kept_and_that_is_logged_once(ap
     await recorder.close()
 
     assert [line["event"] for line in logs] == ["events.dropped"]
-    assert [note for note, _ in api.told] == [str(number) for number in range(50, QUEUE_SIZE + 50)]
+    assert [note for note, _ in api.notes] == [str(number) for number in range(50, QUEUE_SIZE + 50)]
     recorder.record(POOL, "Calm", "one more")
     await recorder.close()
     assert len(recorder._series) == SERIES_REMEMBERED

@@ -116,31 +116,31 @@ async def test_workers_of_a_pool_are_only_that_pools_workers(store):
 async def test_subscribers_get_the_key_of_the_changed_pool_until_they_unsubscribe(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
-        told: list[Key] = []
-        unsubscribe = mirror.subscribe(told.append)
+        reported: list[Key] = []
+        unsubscribe = mirror.subscribe(reported.append)
 
         mirror.apply(await store.create(a_pool("q")))
         mirror.apply(await store.create(new_worker(Slot("default", "p", 0), pool, None, {})))
-        assert told == [Q, P]
+        assert reported == [Q, P]
 
         unsubscribe()
         unsubscribe()
         mirror.apply(await store.create(new_worker(Slot("default", "p", 1), pool, None, {})))
-        assert told == [Q, P]
+        assert reported == [Q, P]
 
 
 async def test_a_writer_sees_its_own_write_at_once_and_is_called_back_once(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
-        told: list[Key] = []
-        mirror.subscribe(told.append)
+        reported: list[Key] = []
+        mirror.subscribe(reported.append)
         changed = await store.replace(scaled(pool, 3))
         mirror.apply(changed)
         assert mirror.pools[P] == changed
 
         await store.create(a_pool("q"))
         await until(mirror, lambda: Q in mirror.pools)
-        assert told == [P, Q]
+        assert reported == [P, Q]
 
 
 async def test_apply_ignores_an_older_version(store):
@@ -211,12 +211,12 @@ async def test_after_an_expired_watch_it_lists_again_and_reports_what_was_delete
         for number in range(20, 30):
             pool = await store.replace(scaled(pool, number))
         assert mirror.workers, "the copy is out of date"
-        told: list[Key] = []
-        mirror.subscribe(told.append)
+        reported: list[Key] = []
+        mirror.subscribe(reported.append)
         wire.cut = False
         resume.set()
         await until(mirror, lambda: not mirror.workers and mirror.pools == {P: pool})
-        assert told.count(P) == 2
+        assert reported.count(P) == 2
     await store.close()
 
 
@@ -321,18 +321,18 @@ async def test_an_object_that_a_list_cannot_read_stays_as_it_was(store):
 
 
 async def test_issuers_are_followed_only_if_configured(store):
-    told = asyncio.Event()
+    notified = asyncio.Event()
     settings = OIDCConfigSpec(issuer="https://issuer.example.com", audience="a")
     async with running(store, configs=True) as mirror, running(store) as other:
-        unsubscribe = mirror.on_config(told.set)
+        unsubscribe = mirror.on_config(notified.set)
         made = await store.create(OIDCConfig(metadata=Metadata(name="c"), spec=settings))
         async with asyncio.timeout(10):
-            await told.wait()
+            await notified.wait()
         assert dict(mirror.configs) == {made.key: made}
         unsubscribe()
-        told.clear()
+        notified.clear()
         await store.delete(OIDCConfig, *made.key)
         await store.create(a_pool())
         await until(mirror, lambda: not mirror.configs)
-        assert not told.is_set()
+        assert not notified.is_set()
         assert not other.configs

@@ -271,9 +271,9 @@ async def test_an_error_of_the_disk_names_the_file():
     class Broken(sqlite3.OperationalError):
         sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
 
-    told = database.fault(Broken("disk I/O error"), "/x/state.db")
-    assert isinstance(told, HostFault)
-    assert told.message == "/x/state.db: disk I/O error"
+    fault = database.fault(Broken("disk I/O error"), "/x/state.db")
+    assert isinstance(fault, HostFault)
+    assert fault.message == "/x/state.db: disk I/O error"
 
 
 # --- objects of a future version ------------------------------------------------------------------------------------

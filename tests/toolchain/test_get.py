@@ -13,7 +13,7 @@ from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.toolchain import Tool, Toolchain
 from bkpool.toolchain.table import release_of
 
-# A second bkpool: gets a tool and says each step; at the step given it kills itself or waits to be told to go on.
+# A second bkpool: gets a tool and prints each step. At the given step it kills itself or waits for a line on stdin.
 OTHER = textwrap.dedent("""
     import os, signal, sys
     from pathlib import Path
@@ -78,16 +78,16 @@ def test_the_mirror_can_come_from_the_environment(chain, releases, monkeypatch):
 
 
 def test_progress_is_a_growing_fraction_that_ends_at_one(tmp_path, releases, no_go):
-    told = []
-    chain = Toolchain(tmp_path, search_path="", mirror=releases.url, progress=lambda *step: told.append(step))
+    steps = []
+    chain = Toolchain(tmp_path, search_path="", mirror=releases.url, progress=lambda *step: steps.append(step))
     chain.ensure(Tool.BUILDX)
-    fractions = [fraction for tool, text, fraction in told if fraction is not None]
+    fractions = [fraction for tool, text, fraction in steps if fraction is not None]
     assert fractions == sorted(fractions)
-    assert told[-1] == (Tool.BUILDX, "installed", 1.0)
+    assert steps[-1] == (Tool.BUILDX, "installed", 1.0)
 
 
 def spoil_asset(releases, tool):
-    releases.files[releases.asset(tool)] += b"# changed on the way\n"
+    releases.files[releases.asset(tool)] += b"# changed in transit\n"
 
 
 def spoil_sums(releases, tool):
@@ -181,12 +181,12 @@ def test_a_mirror_without_tls_is_refused_unless_it_is_loopback(tmp_path, mirror)
 
 def test_a_host_that_cannot_be_reached_is_asked_once(tmp_path, releases, no_go):
     releases.close()
-    told = []
-    chain = Toolchain(tmp_path, search_path="", mirror=releases.url, progress=lambda *step: told.append(step[1]))
+    steps = []
+    chain = Toolchain(tmp_path, search_path="", mirror=releases.url, progress=lambda *step: steps.append(step[1]))
     for tool in (Tool.BUILDX, Tool.RUNC):
         with pytest.raises(HostFault, match="cannot be reached"):
             chain.ensure(tool)
-    assert sum("asking for" in text for text in told) == 1
+    assert sum("asking for" in text for text in steps) == 1
 
 
 @pytest.mark.parametrize("step", ["asking for", "downloading", "installed"])

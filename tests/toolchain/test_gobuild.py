@@ -72,10 +72,10 @@ def test_without_releases_a_tool_is_built_from_the_module_in_the_package(tmp_pat
     monkeypatch.setenv("GOFLAGS", "-mod=vendor -tags=nonsense")
     monkeypatch.setenv("GOARCH", "s390x")  # left over from a cross build
     monkeypatch.setenv("GOWORK", str(tmp_path / "go.work"))
-    told = []
-    chain = Toolchain(tmp_path, search_path="", mirror=NOWHERE, progress=lambda *step: told.append(step[1]))
+    messages = []
+    chain = Toolchain(tmp_path, search_path="", mirror=NOWHERE, progress=lambda *step: messages.append(step[1]))
     rootlesskit = chain.ensure(Tool.ROOTLESSKIT)
     assert subprocess.check_output([rootlesskit, "--version"], text=True) == "rootlesskit version 2.3.6\n"
-    assert any("cannot be reached" in text for text in told)
-    assert any("building rootlesskit 2.3.6 with go" in text for text in told)
+    assert any("cannot be reached" in text for text in messages)
+    assert any("building rootlesskit 2.3.6 with go" in text for text in messages)
     assert [path.name for path in (tmp_path / "tools" / "bin").iterdir()] == ["rootlesskit-2.3.6"]

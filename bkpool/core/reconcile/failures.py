@@ -33,8 +33,8 @@ DEFAULT_LIMITS = FailureLimits()
 def failure_message(worker: Worker, message: str, log_tail: str) -> str:
     """Composes the text about a failure that is written on the worker, where everybody with access to it reads it.
 
-    The log tail may tell of the build of the last holder. While they hold the worker, they read it. After their lease
-    it is left out. A worker whose cache was never used has no build to tell of, so its log tail is shown as well.
+    The log tail may contain output of the last holder's build. It is included while they hold the worker. After their
+    lease it is left out. A worker whose cache was never used has run no build, so its log tail is included as well.
 
     Args:
         worker: The worker as it is stored.

@@ -21,7 +21,7 @@ from bkpool.gateway.net.duplex import PeerStream
 from bkpool.telemetry.registry import LATENCY_BUCKETS, CachedSeries, new_registry
 
 OTHER = "other"
-"""The label of all workers that have no series of their own."""
+"""The label that all workers without a separate series share."""
 
 _MAX_WORKER_SERIES = 200
 _MINUTE, _HOUR = 60, 3600

@@ -67,7 +67,7 @@ def worker_not_ready(worker: Key, cause: str) -> Refusal:
 
 
 def wait_failed_again(worker: Key, cause: str) -> Refusal:
-    """A later client of the lease also waited until its time was over, so the user is told the cause."""
+    """A later client of the lease also waited until its time was over, so the refusal shows the cause to the user."""
     return Refusal(
         GrpcCode.FAILED_PRECONDITION,
         "WaitedAgain",

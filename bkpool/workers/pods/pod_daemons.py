@@ -29,7 +29,7 @@ from bkpool.workers.pods.start_deadline import Deadlines
 
 log = structlog.get_logger(__name__)
 
-_TRIES = 5  # in one start: somebody else may make a pod meanwhile, or a host port may be taken
+_TRIES = 5  # in one start: another replica may make a pod meanwhile, or a host port may be taken
 
 
 class PodDaemons:
@@ -88,7 +88,7 @@ class PodDaemons:
                 made = pod is None
                 pod = pod or await self._make(slot, worker_uid, owner, pool, taken)
                 if pod is None:
-                    continue  # somebody else has made one meanwhile: it is examined like any other
+                    continue  # another replica has made one meanwhile: it is examined like any other
                 if entry.endpoint is not None and entry.pod_uid == pod_view.uid(pod):
                     return entry.endpoint
                 start = PodStart(
@@ -110,7 +110,7 @@ class PodDaemons:
                 if endpoint is not None:
                     return endpoint
                 await self._writes.end(slot)
-            raise Conflict(f"the pod {slot.worker} is being changed by somebody else all the time")
+            raise Conflict(f"the pod {slot.worker} is being changed by another program all the time")
 
     async def stop(self, slot: Slot) -> None:
         """Ends the pod and removes its key. A volume stays."""
@@ -145,7 +145,8 @@ class PodDaemons:
             if owner is not None:
                 await self._writes.own(pod, owner)
             return pod
-        # If somebody else has deleted the pod of the same holder, it may take its time: a build may be running in it.
+        # If another program has deleted the pod of the same holder, the pod gets its full grace period, because a
+        # build may be running in it.
         await self._writes.end(slot, hurry=not (fits and owner is not None and pod_view.deleted(pod)))
         return None
 

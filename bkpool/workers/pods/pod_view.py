@@ -66,7 +66,7 @@ class Ending:
     hint: str = ""
     field: str | None = None
     has_log: bool = False
-    """Its log may tell why."""
+    """Its log may show the reason."""
 
 
 def slot_called(key: Key) -> Slot | None:
@@ -94,7 +94,7 @@ def worker_uid(pod: Doc) -> str:
 
 
 def cache_owner(doc: Doc) -> str | None:
-    """Digest of the owner of the cache in a claim, or in a pod whose cache ends with it; None: nobody has used it."""
+    """Digest of the owner of the cache in a claim, or in a pod whose cache ends with it; None: it was never used."""
     return _annotations(doc).get(ANNOTATION_CACHE_OWNER) or None
 
 

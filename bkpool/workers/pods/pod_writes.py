@@ -86,7 +86,7 @@ class PodWrites:
         """Writes the NetworkPolicy that lets the pool's workers reach what its spec allows, and nothing else.
 
         Raises:
-            WorkerFailed: The cluster does not admit it, or a policy of somebody else has its name.
+            WorkerFailed: The cluster does not admit it, or another program's policy has its name.
         """
         key, policy = egress_key(pool), egress_policy(pool)
         if policy is None and self._without_policy.get(key) == pool.uid:
@@ -98,7 +98,7 @@ class PodWrites:
                 live = _ours("NetworkPolicy", key, await self._api.get(path))
             except NotFound:
                 live = None
-            if policy is not None:  # every time, because nothing reports that somebody has removed it
+            if policy is not None:  # every time, because nothing reports its removal
                 await self._api.apply(path, policy)
                 return
             if live is not None:
@@ -201,7 +201,7 @@ class PodWrites:
                 with suppress(NotFound):
                     await self._mark(self._claims, CLAIMS, key, lambda doc: _owner_change(doc, owner))
                     return
-        raise Conflict(f"the volume claim {key} is being changed by somebody else")
+        raise Conflict(f"the volume claim {key} is being changed by another program")
 
     async def _write_config(self, slot: Slot, pool: Pool, toml: str) -> None:
         mark = (pool.uid, toml)
@@ -244,7 +244,7 @@ class PodWrites:
                 return
             except Conflict:
                 doc = None
-        raise Conflict(f"{plural} {key}: it is being changed by somebody else all the time")
+        raise Conflict(f"{plural} {key}: it is being changed by another program all the time")
 
     async def _delete(self, reflector: Reflector, plural: str, doc: Doc, *, grace: int | None = None) -> None:
         """Deletes exactly this object, not a later one of the same name."""
