@@ -49,7 +49,7 @@ class Call:
 
 
 class Api(ThreadingHTTPServer):
-    """Answers as told, and remembers what it was asked. `answers` maps the path's end to (status, body)."""
+    """Sends prepared answers and records the requests. `answers` maps the path's end to (status, body)."""
 
     daemon_threads = True
 
@@ -126,7 +126,7 @@ def command(*args):
 
 @pytest.fixture
 def bkpool(environment, tmp_path):
-    """Runs the program to its end, with nothing on stdin unless told."""
+    """Runs the program to its end, with an empty stdin by default."""
 
     def run(*args, stdin="", **variables):
         return subprocess.run(
@@ -159,8 +159,8 @@ def called(home, monkeypatch, capsys):
 
     def run(*args):
         code = guarded(lambda: program.main(list(map(str, args)), prog_name="bkpool", standalone_mode=False))
-        told = capsys.readouterr()
-        return code, told.out, told.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 

@@ -22,8 +22,8 @@ UNKNOWN = {"allowed": False, "reason": "nobody knows it"}
 def test_the_exit_code_shows_the_result_of_the_check(called, api, appliance, tmp_path, answer, code):
     (tmp_path / "token").write_text("a.b.c\n")
     api.answers["check"] = (200, answer)
-    told = called("auth", "check", "--token-file", tmp_path / "token", "--pool", "p", "-n", "team")
-    assert (told[0], json.loads(told[1]), told[2]) == (code, answer, "")
+    result = called("auth", "check", "--token-file", tmp_path / "token", "--pool", "p", "-n", "team")
+    assert (result[0], json.loads(result[1]), result[2]) == (code, answer, "")
     call = api.next("/api/v1/auth/check")
     assert call.body == {"token": "a.b.c", "poolName": "p", "namespace": "team"}
     assert call.headers["Authorization"] == "Bearer admin-secret"

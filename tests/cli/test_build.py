@@ -64,12 +64,12 @@ def test_buildx_gets_the_arguments_the_lease_and_the_terminal(bkpool, api, appli
     done = bkpool("build", "-p", "big", "-tpool", "--load", ".", "--namespace=team", stdin="context", CODE="3")
     assert done.returncode == 3
     first, *rest = done.stdout.splitlines()
-    told = json.loads(first)
-    assert told["argv"] == ["build", "--builder", "bkpool", "-tpool", "--load", "."]
+    report = json.loads(first)
+    assert report["argv"] == ["build", "--builder", "bkpool", "-tpool", "--load", "."]
     assert rest == ["read: context"]
-    private = told["private"]
+    private = report["private"]
     options = f"cacert={private}/ca.crt,cert={private}/client.crt,key={private}/client.key"
-    assert told["created"] == [
+    assert report["created"] == [
         *("create", "--name", "bkpool", "--driver", "remote", "--driver-opt", options, "tcp://localhost:1235")
     ]
     asked = api.next("allocate").body
@@ -79,17 +79,17 @@ def test_buildx_gets_the_arguments_the_lease_and_the_terminal(bkpool, api, appli
 
 
 def test_keys_are_private_while_the_build_runs_and_gone_after_it(bkpool, api, appliance):
-    told = json.loads(bkpool("build", ".").stdout.splitlines()[0])
-    assert told["mode"] == "0o700"
-    assert told["files"]["client.key"] == "0o600"
-    assert not Path(told["private"]).exists()
+    report = json.loads(bkpool("build", ".").stdout.splitlines()[0])
+    assert report["mode"] == "0o700"
+    assert report["files"]["client.key"] == "0o600"
+    assert not Path(report["private"]).exists()
 
 
 def test_the_token_is_in_no_argv_environment_or_file_of_the_build(bkpool, api, appliance):
     done = bkpool("build", ".")
-    told = json.loads(done.stdout.splitlines()[0])
-    assert TOKEN not in told["seen"] + done.stderr
-    assert "lease.json" not in told["files"]
+    report = json.loads(done.stdout.splitlines()[0])
+    assert TOKEN not in report["seen"] + done.stderr
+    assert "lease.json" not in report["files"]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_the_token_is_in_no_argv_environment_or_file_of_the_build(bkpool, api, a
 )
 def test_a_signal_reaches_buildx_and_its_exit_code_is_returned(started, api, appliance, number, catches):
     process = started("build", ".", CATCHES=catches)
-    told = json.loads(process.stdout.readline())
+    report = json.loads(process.stdout.readline())
     process.send_signal(number)
     assert process.wait(TIMEOUT) == (40 if catches else 128) + number
     api.next("allocate")
     assert api.next("release").body == {"token": TOKEN}
-    assert not Path(told["private"]).exists()
+    assert not Path(report["private"]).exists()
 
 
 def test_a_signal_while_waiting_for_the_lease_leaves_nothing(started, api, appliance):

@@ -75,8 +75,8 @@ def test_a_redirect_is_not_followed_with_the_token(api, appliance):
     ],
 )
 def test_an_error_of_the_server_is_the_same_error_here(api, appliance, status, code, kind, exit_code):
-    told = {"code": code, "message": "what", "hint": "how", "field": "ttl", "retryAfter": 3}
-    api.answers["pools"] = (status, {"error": told})
+    sent = {"code": code, "message": "what", "hint": "how", "field": "ttl", "retryAfter": 3}
+    api.answers["pools"] = (status, {"error": sent})
     with pytest.raises(kind) as caught:
         Client().pools()
     error = caught.value
@@ -190,9 +190,9 @@ def authority():
 
 @pytest.fixture
 def over_tls(api, appliance, home, authority, tmp_path):
-    """The appliance of this home over TLS, certified for these names; it says this of whom to trust."""
+    """Serves the appliance of this home over TLS, certified for `names`. `trust` goes into appliance.json."""
 
-    def serve(*names, **told):
+    def serve(*names, **trust):
         now = datetime.now(UTC)
         leaf = authority.issue_server(names, [], now, now + timedelta(days=1))
         (tmp_path / "tls.crt").write_bytes(leaf.cert_pem + authority.cert_pem)
@@ -201,8 +201,8 @@ def over_tls(api, appliance, home, authority, tmp_path):
         load_chain(context, leaf.cert_pem, leaf.key_pem)
         api.socket = context.wrap_socket(api.socket, server_side=True)
         appliance["apiEndpoint"] = api.url.replace("http://127.0.0.1", "https://localhost")
-        told = {name: str(tmp_path / file) for name, file in told.items()}
-        (home / "appliance.json").write_text(json.dumps(appliance | told))
+        trust = {name: str(tmp_path / file) for name, file in trust.items()}
+        (home / "appliance.json").write_text(json.dumps(appliance | trust))
         api.handle_error = lambda *_: None  # a client that trusts nobody hangs up in the handshake
 
     return serve
@@ -218,9 +218,9 @@ def test_a_given_certificate_is_trusted_under_any_name(api, over_tls):
     assert ask(api) == "Bearer admin-secret"
 
 
-@pytest.mark.parametrize("told", [{}, {"apiCa": "ca.crt"}])
-def test_another_name_or_an_unknown_authority_is_refused(api, over_tls, told):
-    over_tls("build.example.com", **told)
+@pytest.mark.parametrize("trust", [{}, {"apiCa": "ca.crt"}])
+def test_another_name_or_an_unknown_authority_is_refused(api, over_tls, trust):
+    over_tls("build.example.com", **trust)
     with pytest.raises(errors.Unavailable, match="no TLS connection") as caught:
         Client().pools()
     assert "BKCTL_TLS_CA_CERT" in caught.value.hint
@@ -241,9 +241,9 @@ def test_the_variable_of_the_user_comes_before_the_record_of_the_appliance(api, 
     assert ask(api) == "Bearer admin-secret"
 
 
-@pytest.mark.parametrize(("told", "content"), [("apiCa", None), ("apiCert", None), ("apiCert", "no certificate")])
-def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, told, content):
-    over_tls("localhost", **{told: "gone.crt"})
+@pytest.mark.parametrize(("field", "content"), [("apiCa", None), ("apiCert", None), ("apiCert", "no certificate")])
+def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, field, content):
+    over_tls("localhost", **{field: "gone.crt"})
     if content:
         (tmp_path / "gone.crt").write_text(content)
     with pytest.raises(errors.InvalidInput, match="gone"):

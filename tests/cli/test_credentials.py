@@ -123,9 +123,9 @@ def test_the_token_of_github_is_used_until_it_is_about_to_expire(api, there, sou
 
 def test_a_refused_token_is_replaced_once_if_there_is_a_newer_one(api, there, sources):
     sources["github"]()
-    told = {"error": {"code": "Unauthenticated", "message": "it has ended"}}
+    refusal = {"error": {"code": "Unauthenticated", "message": "it has ended"}}
     tokens = iter([token_of(300, "first"), token_of(300, "second")])
-    answers = iter([(401, told), (200, {"pools": []})])
+    answers = iter([(401, refusal), (200, {"pools": []})])
     api.before_answer["token"] = lambda *_: api.answers.update(token=(200, {"value": next(tokens)}))
     api.before_answer["pools"] = lambda *_: api.answers.update(pools=next(answers))
     assert Client().pools() == {"pools": []}
@@ -288,8 +288,8 @@ def test_every_command_with_the_older_options_uses_them(api, called, appliance, 
 
 def test_an_explicit_token_comes_first_and_a_note_says_so(api, called, appliance, with_issuer, monkeypatch):
     monkeypatch.setenv("BKCTL_TOKEN", "own")
-    code, _, told = called("allocate", "--oidc-actor", "me")
-    assert (code, told.split()[:2]) == (0, ["note:", "--oidc-actor"])
+    code, _, stderr = called("allocate", "--oidc-actor", "me")
+    assert (code, stderr.split()[:2]) == (0, ["note:", "--oidc-actor"])
     assert api.next("allocate").headers["Authorization"] == "Bearer own"
 
 
@@ -297,8 +297,8 @@ def test_a_remote_appliance_gets_no_token_of_the_local_issuer(api, called, appli
     elsewhere = appliance | {"devIssuer": api.url, "apiEndpoint": "http://127.0.0.1:1"}
     (home / "appliance.json").write_text(json.dumps(elsewhere))
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
-    code, _, told = called("allocate", "--oidc-actor", "me")
-    assert (code, told.split()[:2]) == (0, ["note:", "--oidc-actor"])
+    code, _, stderr = called("allocate", "--oidc-actor", "me")
+    assert (code, stderr.split()[:2]) == (0, ["note:", "--oidc-actor"])
     assert "Authorization" not in api.next("allocate").headers
 
 

@@ -108,8 +108,8 @@ def test_ctrl_c_while_waiting_hangs_up(started, api, appliance):
 
 
 def test_an_error_is_message_and_hint_on_stderr_with_its_exit_code(bkpool, api, appliance):
-    told = {"code": "NoCapacity", "message": "no worker came free in 5m", "hint": "Raise scaling.max."}
-    api.answers["allocate"] = (503, {"error": told})
+    failure = {"code": "NoCapacity", "message": "no worker came free in 5m", "hint": "Raise scaling.max."}
+    api.answers["allocate"] = (503, {"error": failure})
     done = bkpool("allocate")
     assert (done.returncode, done.stdout) == (75, "")
     assert done.stderr == "error: no worker came free in 5m\nhint: Raise scaling.max.\n"
@@ -153,13 +153,13 @@ def test_without_an_appliance_the_hint_says_how_to_start_one(bkpool):
     ],
 )
 def test_bad_input_is_one_sentence_that_names_the_field(called, arguments, field):
-    code, _, told = called(*arguments)
+    code, _, stderr = called(*arguments)
     assert code == 2
-    error, *hint = told.splitlines()
+    error, *hint = stderr.splitlines()
     assert error.startswith("error: ")
     assert field in error
     assert all(line.startswith("hint: ") for line in hint)
-    assert "wrong-token" not in told
+    assert "wrong-token" not in stderr
 
 
 @pytest.mark.parametrize("content", [TOKEN, f"{TOKEN}\n", json.dumps({"token": TOKEN, "workerName": "w"}, indent=2)])

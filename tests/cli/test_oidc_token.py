@@ -47,7 +47,7 @@ def test_without_an_issuer_the_hint_says_how_to_start_one(called):
 
 
 def test_the_reason_of_the_issuer_is_shown(called, issuer):
-    told = {"code": "InvalidInput", "message": "duration: must be from 1s to 24h", "hint": "Such as 1h."}
-    issuer.answers["token"] = (400, {"error": told})
+    error = {"code": "InvalidInput", "message": "duration: must be from 1s to 24h", "hint": "Such as 1h."}
+    issuer.answers["token"] = (400, {"error": error})
     code, _, err = called("oidc-token", "--issuer", issuer.url, "--duration", "48h")
     assert (code, err) == (2, "error: duration: must be from 1s to 24h\nhint: Such as 1h.\n")

@@ -75,9 +75,9 @@ def test_a_traceback_that_cannot_be_saved_is_reported(capsys, monkeypatch):
 
 @pytest.mark.parametrize("arguments", [("logs",), ("logs", "nobody"), ("logs", "../x")])
 def test_a_missing_log_is_one_sentence(called, arguments):
-    code, _, told = called(*arguments)
+    code, _, stderr = called(*arguments)
     assert code == 5
-    assert told.startswith("error: there is no log of ")
+    assert stderr.startswith("error: there is no log of ")
 
 
 def test_the_log_of_a_worker_is_shown_and_followed(bkpool, started, home):
@@ -102,9 +102,9 @@ def test_the_toolchain_shows_the_path_of_a_tool(bkpool, buildx, environment):
 def test_doctor_fails_where_a_check_fails(bkpool, tmp_path):
     (tmp_path / "file").touch()
     done = bkpool("doctor", BKPOOL_HOME=str(tmp_path / "file" / "home"))
-    told = json.loads(done.stdout)
-    failed = [check for check in told["checks"] if check["ok"] is False]
-    assert (done.returncode, told["ok"]) == (1, False)
+    report = json.loads(done.stdout)
+    failed = [check for check in report["checks"] if check["ok"] is False]
+    assert (done.returncode, report["ok"]) == (1, False)
     assert all(check["fix"] for check in failed)
 
 

@@ -83,9 +83,9 @@ def up(bkpool, home):
 
     def start(*args, **variables):
         done = bkpool("up", "-d", *args, **variables)
-        told = json.loads(done.stdout)
-        running.append(os.pidfd_open(told["pid"]))
-        return told
+        report = json.loads(done.stdout)
+        running.append(os.pidfd_open(report["pid"]))
+        return report
 
     yield start
     for process in running:
@@ -107,19 +107,19 @@ def _settled(stderr):
 
 
 def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
-    told = up()
-    assert told["apiEndpoint"] == "http://127.0.0.1:8082"
+    report = up()
+    assert report["apiEndpoint"] == "http://127.0.0.1:8082"
     assert json.loads(bkpool("down").stdout) == {"stopped": True, "purged": False, "leftovers": 0}
     assert json.loads((home / "got").read_text()) == [signal.SIGTERM]
     assert "up and running" in (home / "logs" / "appliance.log").read_text()
 
 
 def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, home):
-    told = up()
-    assert told["cwd"] == str(home)
-    assert told["inherited"] == []
-    assert os.getsid(told["pid"]) == told["pid"]
-    open_now = {str(entry.readlink()) for entry in Path(f"/proc/{told['pid']}/fd").iterdir()}
+    report = up()
+    assert report["cwd"] == str(home)
+    assert report["inherited"] == []
+    assert os.getsid(report["pid"]) == report["pid"]
+    open_now = {str(entry.readlink()) for entry in Path(f"/proc/{report['pid']}/fd").iterdir()}
     assert not any(target.startswith("pipe:") for target in open_now)
 
 
@@ -133,13 +133,13 @@ def test_the_chosen_backend_is_shown(bkpool, up):
 
 def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     (tmp_path / "pool.yaml").touch()
-    told = up(
+    report = up(
         *("-f", "pool.yaml", "--backend", "process", "--gateway-host", "a", "--gateway-host", "b"),
         *("--api-address", "[::1]:8082", "--gateway-address", "0.0.0.0:1235", "--drain-timeout", "90s"),
         *("--api-cert", "pool.yaml", "--api-key", "pool.yaml", "--api-tls"),
         *("--dev-issuer", "--dev-issuer-address", "[::1]:8889"),
     )
-    settings = told["settings"]
+    settings = report["settings"]
     assert settings["pool_files"] == f"({tmp_path / 'pool.yaml'!r},)"
     assert settings["gateway.hosts"] == "('a', 'b')"
     assert settings["api.address"] == "[::1]:8082"
@@ -226,13 +226,13 @@ def test_down_without_an_appliance_succeeds(bkpool, home):
 
 
 def test_down_waits_for_the_drain_and_ctrl_c_ends_only_the_wait(up, started, home):
-    told = up(DO="drain")
+    report = up(DO="drain")
     process = started("down")
     assert process.stderr.readline() == "waiting for the appliance to end\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130
     assert "goes on draining" in process.stderr.read()
-    assert Path(f"/proc/{told['pid']}").exists()
+    assert Path(f"/proc/{report['pid']}").exists()
 
 
 def test_down_now_sends_the_second_signal(up, bkpool, home):
@@ -273,13 +273,13 @@ def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool, ho
     assert settings["api.address"] == "127.0.0.1:2"
     assert settings["pool_files"] == "()"
     bkpool("down")
-    told = up("--no-api-tls", BKPOOL_GATEWAY_HOSTS="c")
-    assert (told["settings"]["api.tls"], told["settings"]["gateway.hosts"]) == ("False", "('c',)")
-    assert told["settings"]["api.address"] == "127.0.0.1:2"
+    report = up("--no-api-tls", BKPOOL_GATEWAY_HOSTS="c")
+    assert (report["settings"]["api.tls"], report["settings"]["gateway.hosts"]) == ("False", "('c',)")
+    assert report["settings"]["api.address"] == "127.0.0.1:2"
     bkpool("down")
     assert json.loads(bkpool("config", "unset", "gateway.hosts").stdout)["forgotten"] is True
-    told = up()
-    assert (told["settings"]["api.tls"], told["settings"]["gateway.hosts"]) == ("False", "()")
+    report = up()
+    assert (report["settings"]["api.tls"], report["settings"]["gateway.hosts"]) == ("False", "()")
     bkpool("down")
     assert json.loads(bkpool("config", "unset", "--all").stdout)["forgotten"] is True
     assert up()["settings"]["api.address"] == "127.0.0.1:8082"

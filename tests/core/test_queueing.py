@@ -57,7 +57,7 @@ OVER = {"expires_at": NOW - timedelta(seconds=1)}
         pytest.param([REPEATED], 2, [leased(0)], [], [("R", "1")], id="its first request: served in turn"),
     ],
 )
-def test_who_is_served(waiters, maximum, workers, claiming, expected):
+def test_which_requests_are_served(waiters, maximum, workers, claiming, expected):
     p = pool(scaling={"max": maximum})
     assert served(waiters, p, workers, claiming={slot(n) for n in claiming}) == expected
 
@@ -102,7 +102,7 @@ POOLS = st.integers(1, 6).map(lambda n: pool(scaling={"max": n}))
 
 
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
-def test_nothing_is_given_twice_and_nobody_overtakes(waiters, p, workers, caches, claiming):
+def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, workers, caches, claiming):
     result = assign(waiters, p, workers, caches, claiming=claiming, now=NOW)
     live = {w.metadata.labels.get(LABEL_REQUEST): w for w in workers if w.lease and not w.lease.ended(NOW)}
     repeated = [one for one in result if one.waiter.request_key is not None and one.waiter.request_key in live]

@@ -555,7 +555,7 @@ async def test_a_lease_that_is_known_to_have_ended_is_not_searched_for(world):
     assert world.registry.lookups == []
 
 
-async def test_a_client_that_leaves_while_its_lease_is_searched_for_leaves_nothing_behind(world):
+async def test_a_client_that_disconnects_during_the_search_for_its_lease_frees_everything(world):
     world.registry.may_answer.clear()
     world.registry.on_find = world.lease
     streams = await world.connect(world.token("a"))

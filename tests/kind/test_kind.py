@@ -274,7 +274,7 @@ def test_the_error_names_a_file_that_is_not_an_archive(tmp_path, content):
         archive_images(path)
 
 
-def test_a_start_after_a_killed_appliance_waits_for_its_kind(world):
+def test_a_start_waits_for_the_kind_program_of_a_killed_appliance(world):
     """The stand-in kills its parent, as the kernel might, and continues for a while with the inherited lock."""
     (world.directory / "die").touch()
     go_on = world.directory / "go-on"

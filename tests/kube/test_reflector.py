@@ -110,7 +110,7 @@ async def followed(script: Script, **options):
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_watch_that_ended_in_good_order_goes_on_where_it_was_and_a_failed_one_lists_again():
+async def test_a_watch_that_ended_normally_continues_and_a_failed_one_lists_again():
     script = Script(
         lists=[([doc(1)], "5"), Unavailable("away"), ([], "20")],
         watches=[([event("MODIFIED", 6)], None), ([event("MODIFIED", 7)], Gone("too old"))],
@@ -158,7 +158,7 @@ async def test_a_bookmark_without_news_does_not_hide_that_the_watch_ends_at_once
     assert len(world.pauses) == 1
 
 
-async def test_a_watch_that_was_silent_for_longer_goes_on_where_it_was(monkeypatch):
+async def test_a_watch_that_was_silent_for_longer_continues_at_its_version(monkeypatch):
     monkeypatch.setattr(watching, "SHORTEST_WATCH", -1.0)
     script = Script(lists=[([], "5")], watches=[([], None), ([event("ADDED", 6)], None)])
     async with followed(script) as world:

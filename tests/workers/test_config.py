@@ -16,7 +16,7 @@ def oci(**gc) -> dict[str, object]:
     return tomllib.loads(text)["worker"]["oci"]
 
 
-def test_every_size_has_a_unit_also_where_the_pool_says_nothing():
+def test_every_size_has_a_unit_also_without_settings_of_the_pool():
     assert oci() == {
         "defaultCgroupParent": "/bkpool/slot",
         "gc": True,
@@ -26,12 +26,12 @@ def test_every_size_has_a_unit_also_where_the_pool_says_nothing():
     }
 
 
-def test_what_the_pool_says_is_what_buildkitd_gets():
+def test_buildkitd_gets_the_settings_of_the_pool():
     written = oci(keep_storage="20 GB", reserved_space="2GiB", min_free_space="10 %")
     assert (written["maxUsedSpace"], written["reservedSpace"], written["minFreeSpace"]) == ("20GB", "2GiB", "10%")
 
 
-def test_a_small_maximum_is_not_overruled_by_a_reserve_that_nobody_asked_for():
+def test_with_a_small_maximum_there_is_no_default_reserve():
     assert "reservedSpace" not in oci(keep_storage="500MB")
 
 

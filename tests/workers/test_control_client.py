@@ -28,7 +28,7 @@ async def run(build) -> None:
     assert process.returncode == 0, text
 
 
-async def test_a_real_daemon_tells_what_it_is_and_what_it_has_built(runtime, build):
+async def test_a_real_daemon_reports_its_version_and_its_builds(runtime, build):
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
         await client.ready()

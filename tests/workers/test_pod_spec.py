@@ -58,7 +58,7 @@ def test_a_pod_for_a_holder_is_marked_from_the_beginning():
     assert metadata["annotations"][ANNOTATION_CACHE_OWNER] == "anna"
 
 
-def test_with_a_volume_the_claim_says_whose_the_cache_is_and_the_pod_does_not():
+def test_with_a_volume_the_claim_has_the_cache_owner_and_the_pod_does_not():
     local = pool(cache={"backends": [{"type": "local", "local": {"size": "5Gi", "storage_class": "fast"}}]})
     made = pod(local, owner="anna")
     assert ANNOTATION_CACHE_OWNER not in made["metadata"]["annotations"]
@@ -108,7 +108,7 @@ def test_an_untrusted_pool_has_no_volume_and_is_never_privileged():
     assert refused.value.field == f"metadata.annotations[{ANNOTATION_ISOLATION}]"
 
 
-def test_what_the_pool_says_of_its_pods_is_in_them():
+def test_pods_have_the_settings_of_their_pool():
     resources = {"requests": {"cpu": "500m"}, "limits": {"memory": "4Gi"}}
     made = pod(
         pool(resources={"buildkit": resources}, buildkit_image="mine:1", gateway={"drain_timeout": "10m"}),
@@ -121,7 +121,7 @@ def test_what_the_pool_says_of_its_pods_is_in_them():
     assert not made["spec"]["automountServiceAccountToken"]
 
 
-def test_a_secret_holds_the_workers_key_and_whom_it_believes():
+def test_a_secret_holds_the_workers_key_and_the_ca_that_it_trusts():
     secret = pod_spec.secret(SLOT, pool(), Leaf(b"cert", b"key"), b"ca")
     assert secret["data"] == {"ca.crt": "Y2E=", "tls.crt": "Y2VydA==", "tls.key": "a2V5"}
 

@@ -27,7 +27,7 @@ POOL = a_pool()
 
 
 async def no_report(message: str) -> None:
-    raise AssertionError(f"a process waits for nobody, but told: {message}")
+    raise AssertionError(f"a process waits for nothing, but reported: {message}")
 
 
 def record(home: Path, slot: Slot = SLOT) -> dict[str, object]:
@@ -293,10 +293,10 @@ async def test_the_pools_own_configuration_is_used_but_not_its_root_and_address(
 async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl):
     gc = CacheGC(keep_storage="3GB", keep_duration="36h", reserved_space="1 GiB", min_free_space="10 %")
     endpoint = await runtime.daemons.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), no_report)
-    told = await asyncio.create_subprocess_exec(
+    process = await asyncio.create_subprocess_exec(
         buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
     )
-    text = (await told.communicate())[0].decode()
+    text = (await process.communicate())[0].decode()
     assert text.count("GC Policy") == 3
     assert "36h0m0s" in text
     assert text.count("Maximum used space:") == text.count("3.22") == 2

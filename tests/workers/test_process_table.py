@@ -20,7 +20,7 @@ def sleeper(**environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([shutil.which("sleep"), "1000"], env=environment)
 
 
-async def test_an_end_is_seen_and_a_signal_after_it_hurts_nobody():
+async def test_an_end_is_noticed_and_a_later_signal_hits_no_other_process():
     child = sleeper()
     process = Process(child.pid)
     assert not process.exited.is_set()
