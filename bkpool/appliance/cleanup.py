@@ -19,7 +19,10 @@ from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 
 _DIRECTORIES = ("slots", "logs", "pki")
-_FILES = ("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend", "remembered.toml")
+_FILES = (
+    *("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"),
+    *("remembered.toml", "running.json"),
+)
 
 
 def purge(home: Path, cache: Path) -> str:

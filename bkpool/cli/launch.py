@@ -1,7 +1,7 @@
 """Starting the appliance in the background, and the pipe on which it reports how that went.
 
 The child writes JSON lines: any number of {"progress": text}, then what `appliance.json` says, or {"failed": ...}.
-The parent does not poll; if the child dies, the pipe ends.
+The parent does not poll its child; if the child dies, the pipe ends.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from typing import Any, BinaryIO, Self
 
 from bkpool.cli import console, home
 from bkpool.core.errors import BkpoolError, HostFault
+from bkpool.home.lock import holder
 
 _DESCRIPTOR = "BKPOOL_READY_FD"
 _LOG_TAIL = 4096  # bytes of the log in which the last line of a dead child is looked for
+_POLL = 0.1  # seconds between two looks at an appliance that another `up` starts; there is no pipe to it
+_END_TIMEOUT = 10.0  # seconds for an interrupted appliance to end, before the user gets the prompt back
 
 
 def detached(arguments: list[str], variables: Mapping[str, str]) -> dict[str, Any]:
@@ -53,8 +57,29 @@ def detached(arguments: list[str], variables: Mapping[str, str]) -> dict[str, An
         try:
             return _result(pipe, log, size_before)
         except KeyboardInterrupt:
-            child.terminate()
+            _end(child)
             raise
+
+
+def other_when_ready() -> home.Appliance | None:
+    """Waits until the appliance that another `up` starts is ready; None if it ends before."""
+    with console.Progress("waiting for another `bkpool up` of this home"):
+        while holder(home.home()) is not None:
+            if running := home.running():
+                return running
+            time.sleep(_POLL)
+    return None
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ends an appliance whose `up` was interrupted, and says whether it has ended."""
+    child.terminate()
+    try:
+        child.wait(_END_TIMEOUT)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        console.note(f"interrupted: the appliance (pid {child.pid}) is still ending; `bkpool down` waits for it")
+    else:
+        console.note("interrupted: nothing is running")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from bkpool.cli import console, home, launch, options, up_options
-from bkpool.core.errors import BkpoolError, HostFault
+from bkpool.cli import console, home, launch, options, running_settings, up_options
+from bkpool.core.errors import BkpoolError
 from bkpool.settings import files
 from bkpool.settings.sources import ResolvedSettings, ValueSource
 
@@ -51,18 +51,31 @@ def command(detach: bool, as_json: bool, pool_files: tuple[Path, ...], backend: 
     pool_files = tuple(up_options.readable(path, "--file") for path in pool_files)
     backend = backend or _AUTO
     if running := home.running():
-        _answer(_same(running, resolved, backend), "bkpool is already running", as_json=as_json)
-        if pool_files:
-            console.note("note: pool files are read at the start only: `bkpool down`, then `bkpool up -f` again.")
-        return 0
+        return _answer_running(running, resolved, backend, pool_files, as_json=as_json)
     if detach:
         _note_remembered(resolved)
         arguments = [part for path in pool_files for part in ("--file", str(path))]
         arguments += ["--backend", backend, *up_options.arguments(resolved.of(ValueSource.OPTION))]
-        described = launch.detached(arguments, up_options.absolute_variables(resolved))
+        try:
+            described = launch.detached(arguments, up_options.absolute_variables(resolved))
+        except BkpoolError as error:
+            # Another `up` of this home was faster.
+            if error.code != "AlreadyRunning" or (running := launch.other_when_ready()) is None:
+                raise
+            return _answer_running(running, resolved, backend, pool_files, as_json=as_json)
         _answer(described, "bkpool is up", as_json=as_json)
         return 0
     return _run_here(resolved, backend, pool_files, as_json=as_json)
+
+
+def _answer_running(
+    running: home.Appliance, resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool
+) -> int:
+    running_settings.check_same(running, resolved, backend)
+    _answer(running.described, "bkpool is already running", as_json=as_json)
+    if pool_files:
+        console.note("note: pool files are read at the start only: `bkpool down`, then `bkpool up -f` again.")
+    return 0
 
 
 def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool) -> int:
@@ -75,7 +88,7 @@ def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, 
 
     def report(message: dict[str, Any]) -> None:
         if "progress" not in message:
-            _remember(resolved)
+            _remember(message["pid"], resolved)
         if parent is not None:
             parent.send(message)
         elif "progress" in message:
@@ -98,9 +111,10 @@ def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, 
         raise
 
 
-def _remember(resolved: ResolvedSettings) -> None:
+def _remember(pid: int, resolved: ResolvedSettings) -> None:
     """Keeps the options for the next `up`. The appliance is ready by now, so a full disk does not stop it."""
     try:
+        running_settings.save(pid, resolved)
         files.remember(home.home(), resolved.of(ValueSource.OPTION))
     except BkpoolError as error:
         console.note(f"warning: the options are not remembered: {error.message}")
@@ -109,39 +123,6 @@ def _remember(resolved: ResolvedSettings) -> None:
 def _note_remembered(resolved: ResolvedSettings) -> None:
     if used := up_options.arguments(resolved.of(ValueSource.REMEMBERED)):
         console.note(f"remembered from an earlier up: {' '.join(used)} (`bkpool config unset --all` forgets)")
-
-
-def _same(running: home.Appliance, resolved: ResolvedSettings, backend: str) -> dict[str, Any]:
-    """The appliance that runs, if it is what the options and the environment ask for.
-
-    Raises:
-        HostFault: It runs with another backend, or with other settings.
-    """
-    asked = {one.setting.name: one for one in resolved.of(ValueSource.OPTION, ValueSource.ENVIRONMENT)}
-
-    def differs(name: str, endpoint: str) -> bool:
-        return name in asked and not _on_port(endpoint, asked[name].value)
-
-    wants_tls = any(name in asked and asked[name].value for name in ("api.tls", "api.cert"))
-    wants_issuer = "dev_issuer.enabled" in asked and asked["dev_issuer.enabled"].value
-    for option, has, wrong in (
-        ("--backend", running.backend, backend not in {_AUTO, running.backend}),
-        ("--api-address", running.api, differs("api.address", running.api)),
-        ("--gateway-address", running.gateway, differs("gateway.address", running.gateway)),
-        ("--api-tls", running.api, wants_tls and not running.api.startswith("https")),
-        ("--dev-issuer", "no development issuer", wants_issuer and running.dev_issuer is None),
-    ):
-        if wrong:
-            raise HostFault(
-                f"{option}: bkpool is already running (pid {running.pid}), with {has}",
-                hint="Stop it with `bkpool down`, or set BKPOOL_HOME to start another one.",
-                code="AlreadyRunning",
-            )
-    return running.described
-
-
-def _on_port(endpoint: str, address: tuple[str, int] | None) -> bool:
-    return address is None or address[1] == 0 or endpoint.endswith(f":{address[1]}")
 
 
 def _answer(described: dict[str, Any], headline: str, *, as_json: bool) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.home.lock import holder
+
 TIMEOUT = 20.0
 
 APPLIANCE = """
-import json, os, signal, sys, types
+import json, os, signal, sys, time, types
 from dataclasses import dataclass
 
 module = types.ModuleType("bkpool.appliance")
@@ -40,6 +42,12 @@ def run(settings, ready):
     signals = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with HomeLock(settings.home):
+        if do == "slow":
+            ready({"progress": "backend: process (as asked)"})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            while not (settings.home / "go").exists():
+                time.sleep(0.01)
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         described = {
             "pid": os.getpid(), "apiEndpoint": "http://127.0.0.1:8082", "gatewayEndpoint": "tcp://localhost:1235",
             "metricsEndpoint": "http://127.0.0.1:9090", "backend": "process",
@@ -163,6 +171,68 @@ def test_a_second_up_with_another_address_says_what_runs(up, bkpool):
     again = bkpool("up", "--api-address", "127.0.0.1:9999")
     assert again.returncode == 74
     assert again.stderr.startswith("error: --api-address: bkpool is already running (pid ")
+
+
+def test_a_second_up_with_another_value_is_refused(up, bkpool, home):
+    up("--drain-timeout", "2m")
+
+    def refused(*given, used):
+        again = bkpool("up", "-d", *given)
+        assert (again.returncode, again.stdout) == (74, "")
+        assert again.stderr.startswith(f"error: {given[0]}: bkpool is already running (pid ")
+        assert f"), with {used}\nhint: Run `bkpool down` first" in again.stderr
+
+    refused("--gateway-address", "0.0.0.0:1235", used="tcp://localhost:1235")
+    refused("--api-address", "0.0.0.0:8082", used="api.address 127.0.0.1:8082")
+    refused("--gateway-host", "x", used="gateway.hosts localhost")
+    refused("--plain-http", used="api.plain_http false")
+    refused("--backend", "kind", used="process")
+    (home / "running.json").unlink()
+    refused("--drain-timeout", "1h", used="appliance.drain_timeout 2m")
+
+
+def test_a_second_up_with_the_values_in_use_succeeds(up, bkpool, home):
+    up("--gateway-host", "a", BKPOOL_APPLIANCE_DRAIN_TIMEOUT="1h")
+    (home / "config.toml").write_text('[appliance]\ndrain_timeout = "5m"\n')
+    same = ("--gateway-host", "a", "--gateway-address", "0.0.0.0:1235", "--drain-timeout", "60m", "--no-plain-http")
+    assert bkpool("up", "-d", *same, "--api-address", "127.0.0.1:0").returncode == 0
+    assert bkpool("up", "-d", "--drain-timeout", "5m").returncode == 74
+
+
+def test_of_two_ups_at_once_the_second_waits_for_the_first(started, bkpool, home):
+    first = started("up", DO="slow")
+    assert first.stderr.readline() == "backend: process (as asked)\n"
+    second = started("up", "-d")
+    assert "waiting for another `bkpool up`" in "".join(iter(second.stderr.readline, "starting\n")) + (
+        second.stderr.readline()
+    )
+    (home / "go").touch()
+    shown, told = second.communicate(timeout=TIMEOUT)
+    assert (second.returncode, json.loads(shown)["pid"]) == (0, first.pid)
+    assert "is already running" in told
+    assert bkpool("down").returncode == 0
+
+
+def test_of_two_ups_at_once_the_second_fails_if_the_first_ends(started, home):
+    first = started("up", DO="slow")
+    assert first.stderr.readline() == "backend: process (as asked)\n"
+    second = started("up", "-d")
+    for line in iter(second.stderr.readline, ""):
+        if line.startswith("waiting"):
+            break
+    first.kill()
+    assert second.wait(TIMEOUT) == 74
+
+
+def test_ctrl_c_while_it_starts_says_that_nothing_runs(started, home):
+    process = started("up", "-d", DO="slow")
+    for line in iter(process.stderr.readline, ""):
+        if line.startswith("backend"):
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 130
+    assert "interrupted: nothing is running\n" in process.stderr.read()
+    assert holder(home) is None
 
 
 @pytest.mark.parametrize("option", ["--api-tls", "--dev-issuer"])
