@@ -17,8 +17,7 @@ from bkpool.core.names import GATEWAY_PORT
 from bkpool.home.files import write_private
 from bkpool.settings import files
 from bkpool.settings.catalogue import Setting
-from bkpool.settings.kinds import ADDRESS
-from bkpool.settings.model import Address
+from bkpool.settings.kinds import ADDRESS, Address
 from bkpool.settings.sources import ResolvedSettings, ValueSource
 
 _FILE = "running.json"
