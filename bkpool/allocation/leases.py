@@ -135,7 +135,7 @@ class LeaseService:
                 return worker
         raise NotFound(
             f"there is no lease of yours on worker {named.worker.name!r} in namespace {named.worker.namespace!r}",
-            hint="Get a new lease with `bkpool allocate`.",
+            hint="It has ended already, or it belongs to somebody else. `bkpool status -p POOL` shows the workers.",
             code="NoSuchLease",
             field="workerName",
         )
@@ -153,7 +153,7 @@ class LeaseService:
                 return found
         raise NotFound(
             "no lease has this token",
-            hint="Get a new lease with `bkpool allocate`.",
+            hint="It has ended already, or it is of another appliance. `bkpool status -p POOL` shows the workers.",
             code="NoSuchLease",
             field="token",
         )

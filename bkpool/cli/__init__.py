@@ -57,6 +57,22 @@ class LazyGroup(click.Group):
         """The names, in the order of the help."""
         return list(COMMANDS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Finds the command; for a mistyped one, the error has the nearest name."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches  # noqa: PLC0415 - only for an error
+
+            from bkpool.core.errors import InvalidInput  # noqa: PLC0415 - as above
+
+            close = get_close_matches(args[0], COMMANDS, n=1)
+            raise InvalidInput(
+                f"there is no command {args[0][:80]!r}",
+                hint=f"Did you mean {close[0]}?" if close else f"See `{ctx.command_path} --help`.",
+            )
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         """Imports a command's module."""
         if cmd_name not in COMMANDS:

@@ -57,7 +57,10 @@ def command(*, pool: str, namespace: str, ttl: str, job_id: str, wait: str, out:
         if for_person and directory is None:
             directory = leases.prepare_directory(home.home() / "leases" / namespace / lease["workerName"])
         if directory is not None:
+            note = leases.note_on_earlier(directory, lease)
             leases.save(lease, directory, token=True)
+            if note:
+                console.note(note)
     except BkpoolError:
         client.release(lease["token"])
         raise

@@ -56,6 +56,7 @@ class Client:
         """
         appliance = home.running()
         given = endpoint or os.environ.get("BKCTL_ENDPOINT", "")
+        self._is_guess = not given and appliance is None
         self.endpoint = given or (appliance.api if appliance else f"http://localhost:{API_PORT}")
         self._url = _parsed(self.endpoint)
         self._is_local = appliance is not None and appliance.is_at(self._url)
@@ -195,7 +196,8 @@ class Client:
         if isinstance(why, dict) and isinstance(why.get("message"), str):
             error = api_errors.error_of(status, why, options)
             if isinstance(error, errors.Unauthenticated) and not self._credential:
-                error.hint = credentials.hint_without_credential(os.environ)
+                other = self.endpoint if self._is_guess else ""
+                error.hint = credentials.hint_without_credential(os.environ, other_home=other)
             raise error
         raise Unavailable(
             f"{self.endpoint} answered HTTP {status} in a form that is not that of bkpool's API",
@@ -220,7 +222,7 @@ class Client:
         if isinstance(error, ConnectionError | http.client.HTTPException):
             return Unavailable(
                 f"{self.endpoint} closed the connection without a full answer",
-                hint="`bkpool status` shows whether the appliance is running, `bkpool logs` what it did.",
+                hint="`bkpool logs` shows what the appliance did. If it has ended, start it with `bkpool up -d`.",
             )
         return Unavailable(f"{self.endpoint} cannot be reached: {getattr(error, 'strerror', None) or error}")
 

@@ -201,8 +201,18 @@ def _login() -> str:
         return "developer"
 
 
-def hint_without_credential(environment: Mapping[str, str]) -> str:
-    """The hint for a caller without a credential."""
+def hint_without_credential(environment: Mapping[str, str], *, other_home: str = "") -> str:
+    """The hint for a caller without a credential.
+
+    Args:
+        environment: The variables of this process.
+        other_home: The endpoint that answered, if nobody gave it and no appliance runs from this home.
+    """
     if environment.get("GITHUB_ACTIONS") == "true":
         return "Give the job `permissions: id-token: write`, or set BKCTL_TOKEN."
+    if other_home:
+        return (
+            f"No appliance runs from this home ({home.home()}); the one at {other_home} belongs to another home. "
+            "Set BKPOOL_HOME to that home, or set BKCTL_TOKEN."
+        )
     return "Set BKCTL_TOKEN. Only the appliance of this machine can be called without it."

@@ -69,11 +69,11 @@ def _save_traceback(error: Exception) -> str:
     text = "".join(traceback.format_exception(error))
     if os.environ.get("BKPOOL_DEBUG"):
         return f"\n{text}"
-    path = home.home() / "logs" / "crash.log"
     try:
+        path = home.home() / "logs" / "crash.log"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
             file.write(text)
-    except OSError:
+    except (OSError, BkpoolError):
         return "; BKPOOL_DEBUG=1 shows the traceback"
     return f" with {path}"

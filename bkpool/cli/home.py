@@ -12,14 +12,26 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from bkpool.core.errors import InvalidInput
 from bkpool.core.names import LOOPBACK
 from bkpool.home.lock import holder
 
 
 def home() -> Path:
-    """The directory of the state: $BKPOOL_HOME, else `bkpool` in the XDG state directory. The path is absolute."""
+    """The directory of the state: $BKPOOL_HOME, else `bkpool` in the XDG state directory. The path is absolute.
+
+    Raises:
+        InvalidInput: BKPOOL_HOME names something that is not a directory.
+    """
     if given := os.environ.get("BKPOOL_HOME"):
-        return Path(given).absolute()
+        path = Path(given).absolute()
+        if path.exists() and not path.is_dir():
+            raise InvalidInput(
+                f"BKPOOL_HOME: {path} is not a directory",
+                hint="Set BKPOOL_HOME to a directory, or to a path that does not exist yet.",
+                field="BKPOOL_HOME",
+            )
+        return path
     state = os.environ.get("XDG_STATE_HOME", "")
     # The XDG base directory specification: a relative path is invalid and is ignored.
     return (Path(state) if state.startswith("/") else Path.home() / ".local" / "state") / "bkpool"

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,32 @@ def save(lease: dict[str, Any], directory: Path, *, token: bool) -> None:
             f"the certificates cannot be written to {directory}: {error.strerror}",
             hint="Free some space in that directory.",
         ) from None
+
+
+def note_on_earlier(directory: Path, lease: dict[str, Any]) -> str:
+    """What the user must know about the lease whose files are in a directory, before a new one replaces them.
+
+    Args:
+        directory: Where the files of the new lease go.
+        lease: The new lease.
+
+    Returns:
+        A note; empty if there is no other lease, or it has ended.
+    """
+    try:
+        earlier = json.loads((directory / LEASE_FILE).read_bytes())
+        worker, expires = str(earlier["workerName"]), str(earlier["expiresAt"])
+        ended = datetime.fromisoformat(expires) <= datetime.now(UTC)
+        same = earlier["token"] == lease.get("token")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if ended or same:
+        return ""
+    return (
+        f"note: {directory} had the files of an earlier lease, of worker {worker}. That lease goes on until it "
+        f"expires at {expires}. End it with `bkpool release --worker {shlex.quote(worker)}`. Next time, run "
+        f"`bkpool release --token {shlex.quote(str(directory))}` before you allocate into this directory."
+    )
 
 
 def create_arguments(lease: dict[str, Any], directory: Path, builder: str) -> list[str]:

@@ -20,6 +20,11 @@ from bkpool.settings.kinds import Toml, ValueKind
 from bkpool.settings.model import Configuration
 
 PREFIX = "BKPOOL_"
+NOT_IN_A_FILE = {
+    "home": "Set the environment variable BKPOOL_HOME.",
+    "backend": "Give `up` the option --backend, as in `bkpool up --backend kind`.",
+}
+"""What is not a setting although it looks like one, and how it is given."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,8 @@ def find(name: str) -> Setting:
     for one in settings().values():
         if name in {one.name, one.variable, one.option or one.name}:
             return one
-    raise InvalidInput(f"there is no setting {name[:80]!r}", hint=nearest(name, settings()), field=name)
+    hint = NOT_IN_A_FILE.get(name.removeprefix("--")) or nearest(name, settings())
+    raise InvalidInput(f"there is no setting {name[:80]!r}", hint=hint, field=name)
 
 
 def nearest(name: str, known: Any) -> str:

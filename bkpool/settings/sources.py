@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.core.errors import InvalidInput
-from bkpool.settings.catalogue import PREFIX, Setting, nearest, section_models, settings
+from bkpool.settings.catalogue import NOT_IN_A_FILE, PREFIX, Setting, nearest, section_models, settings
 from bkpool.settings.kinds import Toml
 from bkpool.settings.model import Configuration
 
@@ -21,7 +21,6 @@ from bkpool.settings.model import Configuration
 # BKPOOL_API_SERVICE_HOST (Kubernetes documentation, "Discovering services"): a Service called bkpool-api must not
 # stop an appliance.
 _OF_A_SERVICE = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_[0-9]+_.*)?)")
-_NOT_IN_A_FILE = {"home": "Set the environment variable BKPOOL_HOME.", "backend": "Give `up` the option --backend."}
 
 
 class ValueSource(StrEnum):
@@ -169,7 +168,7 @@ def from_document(document: Mapping[str, Any], file: Path, source: ValueSource) 
     """
     layer = {}
     for section, fields in document.items():
-        if section in _NOT_IN_A_FILE:
+        if section in NOT_IN_A_FILE:
             raise _misplaced(file, section, section)
         if section not in section_models():
             raise _unknown(f"{file}: [{section}]", "section", nearest(section, section_models()))
@@ -177,7 +176,7 @@ def from_document(document: Mapping[str, Any], file: Path, source: ValueSource) 
             raise _unknown(f"{file}: {section}", "field outside a section", f"Write a section: [{section}].")
         for field, written in fields.items():
             where = f"{file}: [{section}] {field}"
-            if field in _NOT_IN_A_FILE:
+            if field in NOT_IN_A_FILE:
                 raise _misplaced(file, field, f"[{section}] {field}")
             if field not in section_models()[section].model_fields:
                 raise _unknown(where, "field", nearest(field, section_models()[section].model_fields))
@@ -190,7 +189,7 @@ def from_document(document: Mapping[str, Any], file: Path, source: ValueSource) 
 
 def _misplaced(file: Path, name: str, written: str) -> InvalidInput:
     return InvalidInput(
-        f"{file}: {written}: the {name} cannot be set in this file", hint=_NOT_IN_A_FILE[name], field=str(file)
+        f"{file}: {written}: the {name} cannot be set in this file", hint=NOT_IN_A_FILE[name], field=str(file)
     )
 
 

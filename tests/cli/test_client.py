@@ -95,6 +95,17 @@ def test_the_hint_for_a_caller_without_credential_names_the_variable(api, monkey
     assert "BKCTL_TOKEN" in caught.value.hint
 
 
+def test_the_hint_for_an_appliance_of_another_home_says_so(api, home, monkeypatch):
+    monkeypatch.setattr("bkpool.cli.client.API_PORT", api.server_port)
+    api.answers["pools"] = (401, {"error": {"code": "Unauthenticated", "message": "no token"}})
+    with pytest.raises(errors.Unauthenticated) as caught:
+        Client().pools()
+    assert caught.value.hint == (
+        f"No appliance runs from this home ({home}); the one at http://localhost:{api.server_port} belongs to "
+        "another home. Set BKPOOL_HOME to that home, or set BKCTL_TOKEN."
+    )
+
+
 def test_the_hint_for_a_job_on_github_names_the_permission(api, monkeypatch):
     monkeypatch.setenv("BKCTL_ENDPOINT", api.url)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
@@ -138,8 +149,9 @@ def test_an_incomplete_answer_is_one_sentence(appliance, home):
 
         thread = threading.Thread(target=half)
         thread.start()
-        with pytest.raises(errors.Unavailable, match="closed the connection"):
+        with pytest.raises(errors.Unavailable, match="closed the connection") as caught:
             Client().pools()
+        assert "bkpool status" not in caught.value.hint
         thread.join()
 
 

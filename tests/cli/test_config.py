@@ -81,6 +81,10 @@ def test_an_invalid_call_is_one_sentence(called, arguments, error):
     assert "hint: " in err
 
 
+def test_the_backend_is_an_option_of_up(called):
+    assert "`bkpool up --backend kind`" in called("config", "set", "backend", "kind")[2]
+
+
 def test_a_running_appliance_keeps_its_settings(called, appliance):
     assert "keeps its settings until" in called("config", "set", "api.tls", "true")[2]
 

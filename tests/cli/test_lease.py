@@ -54,6 +54,18 @@ def test_out_has_private_files_and_the_command_has_absolute_paths(bkpool, api, a
     assert json.loads(done.stdout)["token"] == TOKEN
 
 
+def test_out_with_an_earlier_lease_says_how_to_end_it(called, api, appliance, tmp_path):
+    earlier = {"workerName": "default-worker-7", "token": "x" * 43, "expiresAt": "2099-01-01T00:00:00Z"}
+    (tmp_path / "lease.json").write_text(json.dumps(earlier))
+    told = called("allocate", "--out", tmp_path)[2]
+    assert f"note: {tmp_path} had the files of an earlier lease, of worker default-worker-7." in told
+    assert "goes on until it expires at 2099-01-01T00:00:00Z" in told
+    assert f"`bkpool release --token {tmp_path}` before" in told
+    assert "note:" not in called("allocate", "--out", tmp_path)[2]  # the same lease again
+    (tmp_path / "lease.json").write_text(json.dumps(earlier | {"expiresAt": "2001-01-01T00:00:00Z"}))
+    assert "note:" not in called("allocate", "--out", tmp_path)[2]
+
+
 def test_without_a_writable_directory_no_lease_is_requested(bkpool, api, appliance, tmp_path):
     (tmp_path / "file").touch()
     done = bkpool("allocate", "--out", "file/certs")

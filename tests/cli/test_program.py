@@ -48,6 +48,19 @@ def test_every_command_is_listed_with_its_own_summary():
         assert command.get_short_help_str(200) == summary
 
 
+def test_a_mistyped_command_has_a_hint(called):
+    assert called("buidl") == (2, "", "error: there is no command 'buidl'\nhint: Did you mean build?\n")
+    assert called("zzz")[2] == "error: there is no command 'zzz'\nhint: See `bkpool --help`.\n"
+
+
+def test_a_home_that_is_a_file_is_named(called, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BKPOOL_HOME", str(tmp_path / "file"))
+    for command in ("status", "up", "config"):
+        code, _, told = called(command)
+        assert (code, told.splitlines()[0]) == (2, f"error: BKPOOL_HOME: {tmp_path / 'file'} is not a directory")
+
+
 def test_an_error_is_shown_without_control_characters(capsys):
     def fail():
         raise Gone("ended\x1b[31m", hint="again\r\x07")

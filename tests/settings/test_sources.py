@@ -107,7 +107,7 @@ def test_each_value_knows_where_it_was_given():
         (
             {"appliance": {"backend": "kind"}},
             "/home/config.toml: [appliance] backend: the backend cannot be set in this file",
-            "Give `up` the option --backend.",
+            "Give `up` the option --backend, as in `bkpool up --backend kind`.",
         ),
     ],
 )
