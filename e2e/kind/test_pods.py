@@ -125,7 +125,7 @@ async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
     async def run(number: int, isolation: str) -> None:
         place, reports = slot._replace(number=number), WaitingReports()
         endpoint = await runtime.daemons.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), reports)
-        assert reports == []
+        assert reports == [] or reports[-1] == "", "a slow start is reported, and so is its end"
         await probe_tls(*address(endpoint), dialler(), "uid-1")
         output = await in_pod(kubectl, place, BUILD)
         assert "buildctl github.com/moby/buildkit" in output  # what the RUN step says
@@ -142,7 +142,7 @@ async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runt
     assert await uids(api, namespace) == first
     observed = runtime.daemons.observe()[slot]
     assert (observed.worker_uid, observed.state, observed.endpoint) == ("uid-1", DaemonState.READY, endpoint)
-    assert (observed.cache_owner, observed.ephemeral, observed.protected) == ("anna", True, True)
+    assert (observed.cache_owner, observed.ephemeral_cache, observed.protected) == ("anna", True, True)
     assert (observed.pod_name, runtime.caches.owners()) == (slot.worker.name, {})
 
     await runtime.daemons.stop(slot)
@@ -277,7 +277,7 @@ async def test_an_object_that_bkpool_did_not_make_is_left_alone(runtime, slot, a
         "spec": {"containers": [{"name": "c", "image": "none"}], "schedulerName": "nobody"},
     }
     await api.create(paths.core("pods", slot.namespace), body)
-    with pytest.raises(WorkerFailed, match="that is not bkpool's"):
+    with pytest.raises(WorkerFailed, match="it is not bkpool's"):
         await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     assert ANNOTATION_WORKER_UID not in (await pod_of(api, slot))["metadata"].get("annotations", {})
 
@@ -297,7 +297,7 @@ async def test_used_host_ports_are_skipped_and_it_is_an_error_if_none_is_left(ma
     }
     await api.create(paths.core("pods", slot.namespace), blocker)
     runtime = await make_runtime(host_ports=(first, second))
-    assert runtime.capacity.workers == 2
+    assert runtime.daemons.capacity.workers == 2
     endpoint = await runtime.daemons.start(slot, "uid-1", None, a_pool(slot.namespace), WaitingReports())
     assert address(endpoint)[1] == second
 

@@ -52,7 +52,7 @@ async def test_a_policy_that_bkpool_did_not_make_is_left_alone(runtime, slot, ap
     body = {"metadata": {"name": egress_key(pool).name}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}
     await api.create(paths.group(NETWORKING, "networkpolicies", slot.namespace), body)
     for other in (pool, a_pool(slot.namespace)):
-        with pytest.raises(WorkerFailed, match=r"NetworkPolicy .* that is not bkpool's"):
+        with pytest.raises(WorkerFailed, match=r"NetworkPolicy .*: another object has this name"):
             await runtime.daemons.start(slot, "uid-1", None, other, WaitingReports())
     assert (await policy_of(api, pool))["spec"]["policyTypes"] == ["Ingress"]
     assert runtime.daemons.observe() == {}
