@@ -106,11 +106,9 @@ def kind(session: nox.Session) -> None:
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
     if not session.posargs:
-        session.run("python", "scripts/build-zipapp")
         session.run("pytest", "e2e/adoption", *_pytest_kind(), env={"BKPOOL_E2E_BACKEND": "kind"})
     # e2e/gateway starts gateways without an appliance. They are the same on every backend.
-    here = {"BKPOOL_E2E_BACKEND": "kind", "BKPOOL_ZIPAPP": "dist/bkpool.pyz"}
-    session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env=here)
+    session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
 
 
 def _pytest_kind() -> list[str]:

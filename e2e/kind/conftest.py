@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +13,14 @@ from kind.objects import custom_resources, store  # noqa: F401 - fixtures
 
 from bkpool.kube.client import ClusterAccess, KubeApi
 from kind_cluster import E2eCluster, Kubectl
+
+
+@pytest.fixture(scope="session")
+def zipapp() -> Path:
+    """dist/bkpool.pyz, built from this checkout."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, root / "scripts" / "build-zipapp"], check=True, cwd=root)
+    return root / "dist" / "bkpool.pyz"
 
 
 @pytest.fixture(scope="session")

@@ -37,10 +37,9 @@ SERVICE = f"tcp://{POOL}.default.svc:1235"
 
 
 @pytest.fixture(scope="module")
-def image(cluster, tools, tmp_path_factory) -> None:
-    """Builds bkpool's image with bkpool from its Containerfile, and loads it into the cluster."""
+def image(cluster, tools, zipapp, tmp_path_factory) -> None:
+    """Builds bkpool's image with bkpool: the Containerfile takes dist/bkpool.pyz. Loads it into the cluster."""
     base = tmp_path_factory.mktemp("image")
-    subprocess.run([sys.executable, ROOT / "scripts" / "build-zipapp"], check=True, cwd=ROOT)
     builder = Appliance(base, tools, world=Processes())
     builder.up_with({"scaling": {"max": 1}})
     stand_in = os.environ.get("BKPOOL_E2E_PYTHON_BASE")  # set where no image can be pulled

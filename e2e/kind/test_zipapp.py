@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
-
-import pytest
 
 from harness import really_ran
 
-ZIPAPP = os.environ.get("BKPOOL_ZIPAPP")
 
-
-@pytest.mark.skipif(not ZIPAPP, reason="BKPOOL_ZIPAPP names no bkpool.pyz; `nox -s kind` makes one")
-def test_the_zipapp_does_the_main_job_on_kind(make_appliance, context):
-    appliance = make_appliance(program=[sys.executable, str(Path(ZIPAPP).resolve())])
+def test_the_zipapp_does_the_main_job_on_kind(make_appliance, zipapp, context):
+    appliance = make_appliance(program=[sys.executable, str(zipapp)])
     appliance.up_with({"scaling": {"max": 1}})
     certificates = appliance.allocate()
     builder = appliance.builder(certificates, "zipapp")
