@@ -19,7 +19,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.observation import DaemonState, Observation
+from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
@@ -30,6 +30,7 @@ from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.telemetry.registry import new_registry
+from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 
 ANN, BOB = Identity("ann"), Identity("bob")
@@ -50,13 +51,13 @@ class MemoryWorkers:
         self.wiped: list[Slot] = []
         self._callbacks: list[Callable[[], None]] = []
 
-    def observe(self):
+    def observe(self) -> dict[Slot, Observation]:
         return dict(self.daemons)
 
-    def owners(self):
+    def owners(self) -> dict[Slot, str | None]:
         return dict(self.cache_owners)
 
-    def on_change(self, callback):
+    def on_change(self, callback: Callable[[], None]) -> None:
         if callback not in self._callbacks:
             self._callbacks.append(callback)
 
@@ -64,10 +65,12 @@ class MemoryWorkers:
         for callback in self._callbacks:
             callback()
 
-    capacity = None
+    capacity: WorkerCapacity | None = None
     ignored_spec_fields = IGNORED_BY_PROCESSES
 
-    async def start(self, slot, worker_uid, owner, pool, report_waiting):
+    async def start(
+        self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
+    ) -> str:
         await self.gate.wait()
         if self.failure is not None:
             raise WorkerFailed(self.failure, log_tail=self.log_tail)
@@ -80,7 +83,7 @@ class MemoryWorkers:
         self.changed()
         return endpoint
 
-    async def own(self, slot, owner):
+    async def own(self, slot: Slot, owner: str) -> None:
         if self.cache_owners.get(slot) not in {None, owner}:
             raise Conflict("another's")
         self.cache_owners[slot] = owner
@@ -88,22 +91,22 @@ class MemoryWorkers:
         self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
         self.changed()
 
-    async def follow(self, pool):
+    async def follow(self, pool: Pool) -> None:
         pass
 
-    async def protect(self, slot, *, held):
+    async def protect(self, slot: Slot, *, held: bool) -> None:
         pass
 
-    async def stop(self, slot):
+    async def stop(self, slot: Slot) -> None:
         self.daemons.pop(slot, None)
         self.changed()
 
-    async def wipe(self, slot):
+    async def wipe(self, slot: Slot) -> None:
         self.wiped.append(slot)
         self.cache_owners[slot] = None
         await self.stop(slot)
 
-    async def close(self, *, stop_workers):
+    async def close(self, *, stop_workers: bool) -> None:
         pass
 
     def die(self, slot: Slot, message: str = "killed by signal 9") -> None:
