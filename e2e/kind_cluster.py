@@ -93,7 +93,11 @@ def e2e_cluster() -> Iterator[E2eCluster]:
                 kind = kind_of(engine, home)
                 if kind.delete() is None:  # e2e/adoption made it, and bkpool deletes no cluster that it adopted
                     program = Toolchain(default_cache()).ensure(Tool.KIND)
-                    subprocess.run([program, "delete", "cluster", "--name", NAME], check=True)
+                    kubeconfig = (
+                        "--kubeconfig",
+                        str(home / "kubeconfig"),
+                    )  # without it kind looks into the user's own
+                    subprocess.run([program, "delete", "cluster", "--name", NAME, *kubeconfig], check=True)
 
 
 def _alone(users: IO[str]) -> bool:

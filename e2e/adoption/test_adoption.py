@@ -55,7 +55,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def _remove(cluster: KindCluster) -> None:
-    subprocess.run([cluster.kind_path, "delete", "cluster", "--name", cluster.name], check=True)
+    kubeconfig = ("--kubeconfig", cluster.kubeconfig_path)  # without it kind looks into the user's own
+    subprocess.run([cluster.kind_path, "delete", "cluster", "--name", cluster.name, *kubeconfig], check=True)
 
 
 def _worker_image() -> str:
