@@ -93,11 +93,9 @@ def e2e_cluster() -> Iterator[E2eCluster]:
                 kind = kind_of(engine, home)
                 if kind.delete() is None:  # e2e/adoption made it, and bkpool deletes no cluster that it adopted
                     program = Toolchain(default_cache()).ensure(Tool.KIND)
-                    kubeconfig = (
-                        "--kubeconfig",
-                        str(home / "kubeconfig"),
-                    )  # without it kind looks into the user's own
-                    subprocess.run([program, "delete", "cluster", "--name", NAME, *kubeconfig], check=True)
+                    # Without the option kind looks into the user's own kubeconfig.
+                    options = ("--name", NAME, "--kubeconfig", str(home / "kubeconfig"))
+                    subprocess.run([program, "delete", "cluster", *options], check=True)
 
 
 def _alone(users: IO[str]) -> bool:
