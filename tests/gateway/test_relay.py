@@ -12,7 +12,8 @@ import ssl
 import pytest
 
 from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
-from support.peers import in_threads
+from bkpool.gateway.net.socket_errors import SocketErrorWatcher
+from support.peers import Peer, in_threads, tcp_pair
 
 MEGABYTE = 1024 * 1024
 
@@ -221,3 +222,16 @@ async def test_a_broken_record_of_the_worker_is_answered_with_an_alert_and_reset
         await asyncio.to_thread(relayed.worker.receive)
     with pytest.raises(ConnectionResetError):
         await asyncio.to_thread(relayed.client.receive)
+
+
+async def test_a_reset_whose_error_a_send_has_taken_is_reported_as_a_hang_up():
+    near, far = tcp_pair()
+    reported = asyncio.get_running_loop().create_future()
+    watcher = SocketErrorWatcher(asyncio.get_running_loop())
+    watcher.watch(near, reported.set_result)
+    Peer(far).reset()
+    near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    assert await reported is False
+    watcher.forget(near)
+    watcher.close()
+    near.close()

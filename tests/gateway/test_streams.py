@@ -83,6 +83,22 @@ async def test_a_reset_that_comes_together_with_bytes_is_passed_on_after_them(da
 
 
 @pytest.mark.parametrize("data_path", DATA_PATHS, indirect=True)
+@pytest.mark.parametrize("who", ["client", "worker"])
+async def test_a_reset_that_the_gateway_learns_of_by_sending_is_passed_on(data_path, who):
+    """The send takes the error from the socket. Afterwards the system only reports a hang-up."""
+    client, worker = await data_path.connected_pair()
+    one, other = (client, worker) if who == "client" else (worker, client)
+    await data_path.fill(other)
+    with data_path.loop_blocked():
+        one.reset()
+    began = time.monotonic()
+    await asyncio.to_thread(read_to_end, other)
+    assert time.monotonic() - began < PASS_ON_WITHIN
+    other.close()
+    await data_path.wait_idle()
+
+
+@pytest.mark.parametrize("data_path", DATA_PATHS, indirect=True)
 async def test_a_reset_of_the_client_is_noticed_while_the_worker_reads_nothing(data_path):
     """Back-pressure removes the client's reader from the loop. The slot is freed within a second all the same."""
     client, worker = await data_path.connected_pair()

@@ -17,7 +17,7 @@ from typing import Final
 
 from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
 from bkpool.gateway.net.duplex import PeerStream
-from bkpool.gateway.net.socket_errors import SocketErrorWatcher
+from bkpool.gateway.net.socket_errors import OnError, SocketErrorWatcher
 
 CLIENT_PEER_TIMEOUT = 30.0
 """Seconds after which a client that does not answer is given up. It may use a network that loses packets for a
@@ -116,8 +116,8 @@ class SocketEndpoint:
     def _writable(self) -> None:
         self._on_writable()
 
-    def watch_errors(self, watcher: SocketErrorWatcher, on_error: Callable[[], None]) -> None:
-        """Sets the callback for an error of the socket, also while the socket is not read."""
+    def watch_errors(self, watcher: SocketErrorWatcher, on_error: OnError) -> None:
+        """Sets the callback for an error or the hang-up of the socket, also while the socket is not read."""
         self._error_watcher = watcher
         watcher.watch(self.sock, on_error)
 

@@ -65,8 +65,8 @@ class SocketRelay:
         client, worker = self._client, self._worker
         client.set_callbacks(lambda: self._readable(client), self._flush_and_watch)
         worker.set_callbacks(lambda: self._readable(worker), self._flush_and_watch)
-        client.watch_errors(self._error_watcher, lambda: self._failed(client))
-        worker.watch_errors(self._error_watcher, lambda: self._failed(worker))
+        client.watch_errors(self._error_watcher, lambda error: self._failed(client, error=error))
+        worker.watch_errors(self._error_watcher, lambda error: self._failed(worker, error=error))
         if first_bytes:
             worker.stream.encode(memoryview(first_bytes))
         if client.stream.eof_received:
@@ -93,13 +93,13 @@ class SocketRelay:
         while endpoint.failed and self._forward(endpoint, received):
             pass  # the loop does not report the remaining bytes
 
-    def _failed(self, endpoint: SocketEndpoint) -> None:
-        """Handles an error of the socket.
+    def _failed(self, endpoint: SocketEndpoint, *, error: bool) -> None:
+        """Handles an error or the hang-up of the socket.
 
-        Over TCP this is a reset, or a peer that does not answer. On a Unix socket the peer was closed with bytes of
-        ours unread; what it sent before can still be read.
+        Over TCP an error is a reset, or a peer that does not answer. On a Unix socket the peer was closed with bytes
+        of ours unread; what it sent before can still be read. The same is true after a hang-up.
         """
-        if not endpoint.local:
+        if error and not endpoint.local:
             self._close(f"{self._name(endpoint)}: {endpoint.take_error()}", broken=endpoint)
             return
         endpoint.failed = True

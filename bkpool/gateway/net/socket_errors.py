@@ -1,4 +1,4 @@
-"""Reports that a socket has failed (reset, timed out) while nobody reads it. An event loop does not report that.
+"""Reports that a socket has failed (reset, timed out) or hung up while nobody reads it. An event loop does not.
 
 A reader that is removed from its loop for back-pressure is not in the loop's epoll at all. uvloop reports a failed
 socket once and never again, though bytes may lie before the error. Nothing here reads from a socket, or knows what it
@@ -12,9 +12,15 @@ import select
 import socket
 from collections.abc import Callable
 
+OnError = Callable[[bool], None]
+"""Called with whether the socket has an error. Without one it has hung up."""
+
 
 class SocketErrorWatcher:
-    """One epoll for the errors of all sockets of a loop. The loop watches the epoll itself.
+    """One epoll for the errors and hang-ups of all sockets of a loop. The loop watches the epoll itself.
+
+    A hang-up means that both directions have ended. A send that fails takes the error from its socket, so a reset
+    may be reported as a hang-up only.
 
     Args:
         loop: The loop of this thread, or one that does not run yet.
@@ -23,15 +29,18 @@ class SocketErrorWatcher:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
-        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._callbacks: dict[int, OnError] = {}
         loop.add_reader(self._epoll.fileno(), self._report_errors)
 
-    def watch(self, sock: socket.socket, on_error: Callable[[], None]) -> None:
-        """Calls `on_error` once the socket has an error. A second call for one socket replaces the callback."""
+    def watch(self, sock: socket.socket, on_error: OnError) -> None:
+        """Calls `on_error` when the socket has an error or hangs up, at most once for each.
+
+        A second call for one socket replaces the callback.
+        """
         number = sock.fileno()
         known = number in self._callbacks
         self._callbacks[number] = on_error
-        # No event is requested: epoll reports errors always (epoll_ctl(2), EPOLLERR), and only once with EPOLLET.
+        # No event is requested: epoll reports EPOLLERR and EPOLLHUP always (epoll_ctl(2)), with EPOLLET only once.
         (self._epoll.modify if known else self._epoll.register)(number, select.EPOLLET)
 
     def forget(self, sock: socket.socket) -> None:
@@ -47,5 +56,5 @@ class SocketErrorWatcher:
     def _report_errors(self) -> None:
         for number, events in self._epoll.poll(0):
             on_error = self._callbacks.get(number)
-            if on_error is not None and events & select.EPOLLERR:
-                on_error()
+            if on_error is not None:
+                on_error(bool(events & select.EPOLLERR))

@@ -143,9 +143,10 @@ class ClientSocket:
             self._events.internal_error()
             raise
 
-    def _failed(self) -> None:
-        """The client reset the connection. It may have sent bytes before, which nobody needs any more."""
-        self._events.socket_failed(self.endpoint.take_error())
+    def _failed(self, error: bool) -> None:
+        """Handles a reset by the client. It may have sent bytes before, which nobody needs any more."""
+        if error:  # a hang-up alone follows an end or an error that is known
+            self._events.socket_failed(self.endpoint.take_error())
 
     def _handshake(self, data: memoryview) -> None:
         if not data:
