@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import datetime
 
 import structlog
@@ -100,10 +100,11 @@ class Controller:
     async def run(self) -> None:
         """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
         await self._mirror.ready.wait()
-        self._daemons.on_change(self.look_again)
-        self._caches.on_change(self.look_again)
-        unsubscribe = self._mirror.subscribe(lambda _pool: self.look_again())
+        subscriptions = ExitStack()
         try:
+            subscriptions.callback(self._daemons.on_change(self.look_again))
+            subscriptions.callback(self._caches.on_change(self.look_again))
+            subscriptions.callback(self._mirror.subscribe(lambda _pool: self.look_again()))
             while True:
                 self._wake.clear()
                 changed_at, self._changed_at = self._changed_at, None
@@ -115,7 +116,7 @@ class Controller:
                     async with asyncio.timeout(pause):
                         await self._wake.wait()
         finally:
-            unsubscribe()
+            subscriptions.close()
             tasks = [*self._actions.values(), *self._pool_tasks.values()]
             for task in tasks:
                 task.cancel()

@@ -37,6 +37,7 @@ from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Conflict, Forbidden, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
 from bkpool.core.pool import Pool, ServiceType
+from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
@@ -121,7 +122,7 @@ class PoolGateways:
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
         self._endpoints: dict[Key, str] = {}
         self._trouble: dict[Key, str] = {}
-        self._callbacks: list[Callable[[], None]] = []
+        self._subscribers: Subscribers[[]] = Subscribers()
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self.endpoints: Mapping[Key, str] = MappingProxyType(self._endpoints)
         """The endpoint that callers of a pool get. It is missing until the gateway has been applied."""
@@ -129,9 +130,12 @@ class PoolGateways:
         """Why a pool's gateway is not as it should be."""
 
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, when `endpoints` or `trouble` have changed; returns what unsubscribes."""
-        self._callbacks.append(callback)
-        return lambda: self._callbacks.remove(callback)
+        """Calls back, in the event loop, when `endpoints` or `trouble` have changed.
+
+        Returns:
+            A function that unsubscribes.
+        """
+        return self._subscribers.add(callback)
 
     async def run(self) -> None:
         """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
@@ -185,8 +189,7 @@ class PoolGateways:
             else:
                 published.pop(key, None)
         if before != (self._endpoints.get(key), self._trouble.get(key)):
-            for callback in self._callbacks:
-                callback()
+            self._subscribers.notify()
 
     # --- one pool ---------------------------------------------------------------------------------------------------
 

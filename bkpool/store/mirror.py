@@ -20,6 +20,7 @@ from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unauthent
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
+from bkpool.core.subscribers import Subscribers
 from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
 from bkpool.store import Store
@@ -64,8 +65,8 @@ class Mirror:
         self._workers: VersionedCache[Key, Worker] = _cache()
         self._configs: VersionedCache[Key, OIDCConfig] = _cache()
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
-        self._callbacks: dict[object, Callable[[Key], None]] = {}
-        self._on_config: dict[object, Callable[[], None]] = {}
+        self._subscribers: Subscribers[[Key]] = Subscribers()
+        self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
         self._troubles = dict.fromkeys(followed, _UNLISTED)
@@ -105,23 +106,11 @@ class Mirror:
         Returns:
             A function that unsubscribes.
         """
-        token = object()
-        self._callbacks[token] = callback
-
-        def unsubscribe() -> None:
-            self._callbacks.pop(token, None)
-
-        return unsubscribe
+        return self._subscribers.add(callback)
 
     def on_config(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
-        token = object()
-        self._on_config[token] = callback
-
-        def unsubscribe() -> None:
-            self._on_config.pop(token, None)
-
-        return unsubscribe
+        return self._config_subscribers.add(callback)
 
     async def _follow(self, kind: type[R], cache: VersionedCache[Key, R], changed: Callable[[list[R]], None]) -> None:
         backoff, listed = Backoff(_LONGEST_PAUSE, jitter=self._jitter), False
@@ -154,12 +143,11 @@ class Mirror:
 
     def _pools_changed(self, pools: list[Pool]) -> None:
         for pool in pools:
-            self._notify(pool.key)
+            self._subscribers.notify(pool.key)
 
     def _configs_changed(self, configs: list[OIDCConfig]) -> None:
         if configs:
-            for callback in tuple(self._on_config.values()):
-                callback()
+            self._config_subscribers.notify()
 
     def _workers_changed(self, workers: list[Worker]) -> None:
         for worker in workers:
@@ -168,8 +156,4 @@ class Mirror:
                 members[worker.key] = worker
             else:
                 members.pop(worker.key, None)
-            self._notify(worker.pool)
-
-    def _notify(self, pool: Key) -> None:
-        for callback in tuple(self._callbacks.values()):
-            callback(pool)
+            self._subscribers.notify(worker.pool)

@@ -20,8 +20,12 @@ class Caches(Protocol):
         It comes from memory, without I/O.
         """
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for the event loop, called whenever `owners()` may have changed."""
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back, in the event loop, whenever `owners()` may have changed.
+
+        Returns:
+            A function that unsubscribes.
+        """
 
     async def own(self, slot: Slot, owner: str) -> None:
         """Writes durably that the cache in a slot, which nobody has used, now belongs to an owner.

@@ -31,8 +31,12 @@ class Daemons(Protocol):
     def observe(self) -> Mapping[Slot, Observation]:
         """What is known of each slot that is not empty. It comes from memory, without I/O."""
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for the event loop, called whenever `observe()` may have changed."""
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back, in the event loop, whenever `observe()` may have changed.
+
+        Returns:
+            A function that unsubscribes.
+        """
 
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting

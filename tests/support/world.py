@@ -23,6 +23,7 @@ from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
+from bkpool.core.subscribers import Subscribers
 from bkpool.core.worker import Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
@@ -49,7 +50,7 @@ class MemoryWorkers:
         self.gate = asyncio.Event()
         self.gate.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
-        self._callbacks: list[Callable[[], None]] = []
+        self.subscribers: Subscribers[[]] = Subscribers()
 
     def observe(self) -> dict[Slot, Observation]:
         return dict(self.daemons)
@@ -57,13 +58,11 @@ class MemoryWorkers:
     def owners(self) -> dict[Slot, str | None]:
         return dict(self.cache_owners)
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        if callback not in self._callbacks:
-            self._callbacks.append(callback)
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self.subscribers.add(callback)
 
     def changed(self) -> None:
-        for callback in self._callbacks:
-            callback()
+        self.subscribers.notify()
 
     capacity: WorkerCapacity | None = None
     ignored_spec_fields = IGNORED_BY_PROCESSES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 
 from bkpool.appliance.roles.context import ControlState, RoleContext
@@ -69,9 +69,11 @@ async def _run(
 
     limits = failure_limits(context.settings.configuration)
     controller = backend.controller(mirror, status_inputs, metrics, context.now, limits)
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(controller.run())
-        tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
+    with ExitStack() as subscriptions:
         if gateways is not None:
-            gateways.on_change(controller.look_again)
-            tasks.create_task(gateways.run())
+            subscriptions.callback(gateways.on_change(controller.look_again))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(controller.run())
+            tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
+            if gateways is not None:
+                tasks.create_task(gateways.run())

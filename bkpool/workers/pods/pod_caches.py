@@ -31,9 +31,9 @@ class PodCaches:
         claims = [(pod_view.slot_in(claim), claim) for claim in self._slots.claims if not pod_view.deleted(claim)]
         return {slot: pod_view.cache_owner(claim) for slot, claim in claims if slot}
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for changes of `owners()`."""
-        self._slots.on_change(callback)
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when `owners()` may have changed; returns a function that unsubscribes. See `Caches`."""
+        return self._slots.subscribers.add(callback)
 
     async def own(self, slot: Slot, owner: str) -> None:
         """Writes who owns the cache in a slot, and that its worker is leased; see `Caches`."""

@@ -72,9 +72,9 @@ class PodDaemons:
         """The pod in each slot; see `Daemons`."""
         return self._slots.observe()
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for changes of `observe()`."""
-        self._slots.on_change(callback)
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
+        return self._slots.subscribers.add(callback)
 
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -15,6 +15,7 @@ import structlog
 from bkpool.core.errors import WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation
+from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.workers.pods import pod_view
@@ -70,7 +71,8 @@ class PodSlots:
         )
         self._slots: defaultdict[Slot, PodSlot] = defaultdict(PodSlot)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._callbacks: list[Callable[[], None]] = []
+        self.subscribers: Subscribers[[]] = Subscribers()
+        """Called whenever a pod or a claim has changed."""
 
     def get(self, slot: Slot) -> PodSlot:
         """The slot; an empty one if nothing is known of it."""
@@ -79,11 +81,6 @@ class PodSlots:
     def observe(self) -> Mapping[Slot, Observation]:
         """What is known of each slot that has a pod."""
         return {slot: entry.observation for slot, entry in self._slots.items() if entry.observation}
-
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback, once, for every change of a pod or a claim."""
-        if callback not in self._callbacks:
-            self._callbacks.append(callback)
 
     async def open(self) -> None:
         """Begins to watch, and probes every pod that is there.
@@ -136,7 +133,7 @@ class PodSlots:
 
     def _on_claim(self, change: Change) -> None:
         self._on_pod(change)
-        self._notify()
+        self.subscribers.notify()
 
     def _refresh(self, slot: Slot) -> None:
         """Brings what is known of a slot up to date with its pod."""
@@ -151,7 +148,7 @@ class PodSlots:
                 entry.inquiry = None
         before, entry.observation = entry.observation, self._observation(entry, pod) if pod else None
         if entry.observation != before:
-            self._notify()
+            self.subscribers.notify()
 
     def _observation(self, entry: PodSlot, pod: Doc) -> Observation | None:
         state = DaemonState.STARTING if entry.endpoint is None else DaemonState.READY
@@ -239,7 +236,3 @@ class PodSlots:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _notify(self) -> None:
-        for callback in self._callbacks:
-            callback()

@@ -30,9 +30,9 @@ class ProcessCaches:
         """The caches that exist, with their owners; see `Caches`."""
         return {slot.files.slot: slot.cache.owner for slot in self._table if slot.cache}
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for changes of `owners()`."""
-        self._table.on_change(callback)
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when `owners()` may have changed; returns a function that unsubscribes. See `Caches`."""
+        return self._table.subscribers.add(callback)
 
     async def own(self, slot: Slot, owner: str) -> None:
         """Writes durably who owns the cache in a slot; see `Caches`."""

@@ -61,9 +61,9 @@ class ProcessDaemons:
         """The daemon in each slot, also one that has exited."""
         return {slot.files.slot: slot.observation for slot in self._table if slot.observation}
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for changes of `observe()`."""
-        self._table.on_change(callback)
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
+        return self._table.subscribers.add(callback)
 
     async def start(
         self,

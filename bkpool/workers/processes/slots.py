@@ -6,12 +6,13 @@ Nothing here starts or removes anything.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation
+from bkpool.core.subscribers import Subscribers
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
 
@@ -45,7 +46,8 @@ class SlotTable:
     def __init__(self, home: Path) -> None:
         self.home = home
         self._slots: dict[Slot, ProcessSlot] = {}
-        self._callbacks: list[Callable[[], None]] = []
+        self.subscribers: Subscribers[[]] = Subscribers()
+        """Called whenever a slot may have changed."""
 
     def get(self, slot: Slot) -> ProcessSlot:
         """The slot; the first call reads from disk who owns its cache."""
@@ -61,12 +63,6 @@ class SlotTable:
         """Forgets all slots; nothing on disk changes."""
         self._slots.clear()
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        """Registers a callback, once, for every change of a slot."""
-        if callback not in self._callbacks:
-            self._callbacks.append(callback)
-
     def changed(self) -> None:
-        """Calls the callbacks."""
-        for callback in self._callbacks:
-            callback()
+        """Tells the subscribers."""
+        self.subscribers.notify()
