@@ -93,8 +93,7 @@ class Setting:
     @property
     def allowed(self) -> str:
         """What may be written, in words: a duration from 1s to 2m, such as 10s."""
-        lowest = next((item.ge for item in self._info.metadata if isinstance(item, Ge)), None)
-        highest = next((item.le for item in self._info.metadata if isinstance(item, Le)), None)
+        lowest, highest = self._bounds
         unit = f" of {self._more['unit']}" if self._more["unit"] else ""
         if lowest is not None and highest is not None:
             return f"{self.kind.name}{unit} from {self.text(lowest)} to {self.text(highest)}"
@@ -136,13 +135,25 @@ class Setting:
         try:
             return getattr(self._section(**{self.field: value}), self.field)
         except ValidationError:
-            raise self._refused(shown, where, "is out of bounds") from None
+            raise self._refused(shown, where, self._why_out_of_bounds(value)) from None
 
     def _refused(self, written: object, where: str, reason: str) -> InvalidInput:
         example = "" if " from " in self.allowed else f", such as {self.kind.example}"
         return InvalidInput(
             f"{where}: {str(written)[:80]!r} {reason}", hint=f"Write {self.allowed}{example}.", field=where
         )
+
+    def _why_out_of_bounds(self, value: Any) -> str:
+        lowest, _ = self._bounds
+        because = self._more["lowest_because"]
+        return f"is too low: {because}" if because and value < lowest else "is out of bounds"
+
+    @property
+    def _bounds(self) -> tuple[Any, Any]:
+        """The lowest and the highest value that are allowed; None where there is no such bound."""
+        lowest = next((item.ge for item in self._info.metadata if isinstance(item, Ge)), None)
+        highest = next((item.le for item in self._info.metadata if isinstance(item, Le)), None)
+        return lowest, highest
 
     @property
     def _section(self) -> type[BaseModel]:

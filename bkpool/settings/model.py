@@ -46,6 +46,7 @@ def setting(
     description: str,
     *,
     between: tuple[Any, Any] | None = None,
+    lowest_because: str = "",
     unit: str = "",
     option: str = "",
     metavar: str = "",
@@ -58,6 +59,7 @@ def setting(
         default: Its value where nobody gives one.
         description: What it is for, in plain words.
         between: The lowest and the highest value that are allowed.
+        lowest_because: Why a lower value is not allowed; an error about one says it.
         unit: What a number counts.
         option: The option of `up` that gives it; empty where there is none.
         metavar: The placeholder of the value in `--help`, where the default of its type is not clear enough.
@@ -66,6 +68,7 @@ def setting(
     """
     lowest, highest = between or (None, None)
     more: dict[str, JsonValue] = {
+        "lowest_because": lowest_because,
         "unit": unit,
         "option": option,
         "metavar": metavar,
@@ -77,6 +80,11 @@ def setting(
 
 def _s(seconds: float) -> timedelta:
     return timedelta(seconds=seconds)
+
+
+SESSION_CHECK = _s(15)
+"""How long BuildKit waits for the answer to its health check of a session (docs/clients.md#cuts)."""
+_NOT_BEFORE_BUILDKIT = "BuildKit itself waits 15s for the answer to its health check of a session"
 
 
 class Section(BaseModel):
@@ -156,6 +164,34 @@ class GatewaySettings(Section):
     )
     second_wait: Duration = setting(
         _s(12), "The same for the next client, after one has waited in vain.", between=(_s(0), _s(300))
+    )
+    refusal_timeout: Duration = setting(
+        _s(10),
+        "How long a client that is refused may take to make its first call, which is answered with the reason. If "
+        "this is too short for a slow network, the client sees only a closed connection. If it is long, refused "
+        "clients take up gateway.pending_connections for longer.",
+        between=(_s(1), _s(120)),
+    )
+    linger_timeout: Duration = setting(
+        _s(2),
+        "How long a client may take to read this answer and to close the connection. Too short and too long have the "
+        "same effects.",
+        between=(_s(0.1), _s(60)),
+    )
+    client_peer_timeout: Duration = setting(
+        _s(30),
+        "After so long a client that does not answer at all is given up (TCP user timeout and keepalive). If it is "
+        "short, a build ends when the client's network fails for a moment. If it is long, the connection of a client "
+        "that is gone stays open for so long.",
+        between=(SESSION_CHECK, _s(3600)),
+        lowest_because=_NOT_BEFORE_BUILDKIT,
+    )
+    worker_peer_timeout: Duration = setting(
+        _s(15),
+        "The same for a worker on another machine. A worker whose disk is too busy for it to read does not answer "
+        "either: raise it if builds are cut there. If it is long, a build on a machine that is gone notices it late.",
+        between=(SESSION_CHECK, _s(3600)),
+        lowest_because=_NOT_BEFORE_BUILDKIT,
     )
     half_open_timeout: Duration = setting(
         _s(60),

@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
@@ -449,6 +450,19 @@ async def test_a_refused_client_that_makes_no_call_gets_goaway(world):
     await world.advance(10)
     received = await streams.read_to_end()
     assert received.startswith(b"\x00")  # SETTINGS, then GOAWAY
+
+
+async def test_the_times_of_a_refused_client_are_limits(new_world):
+    world = await new_world(refusal_timeout=30.0, linger_timeout=7.0)
+    streams = await world.connect(world.token("unknown"))
+    await world.wait_until(lambda: world.metric("refusals_total", pool="", reason="UnknownLease") == 1)
+    streams.writer.transport.pause_reading()  # so that it does not see the end, and does not close
+    pending = partial(world.metrics.registry.get_sample_value, "buildkit_gateway_pending_connections")
+    for seconds in (29, 1, 6):
+        await world.advance(seconds)
+        assert pending() == 1
+    await world.advance(1)
+    await world.wait_until(lambda: pending() == 0)
 
 
 async def test_only_new_connections_get_a_new_certificate(world, foreign_ca):

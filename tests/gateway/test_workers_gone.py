@@ -272,3 +272,10 @@ async def test_both_sockets_give_up_a_lost_peer_in_bounded_time(data_path):
     timeouts = peer_timeouts(data_path)
     assert max(timeouts["worker"]) <= WORKER_LOST_WITHIN, f"silent, under data_path: {timeouts['worker']} s"
     assert max(timeouts["client"]) <= CLIENT_LOST_WITHIN, f"silent, under data_path: {timeouts['client']} s"
+
+
+async def test_the_times_for_lost_peers_are_limits(new_world, worker_certificates, tmp_path):
+    limits = {"worker_peer_timeout": 60.0, "client_peer_timeout": 90.0}
+    async with running_data_path("tls-uvloop", new_world, worker_certificates, tmp_path, **limits) as data_path:
+        await data_path.connected_pair()
+        assert peer_timeouts(data_path) == {"worker": (60, 60), "client": (90, 90)}

@@ -162,6 +162,18 @@ def test_values_that_contradict_each_other_are_refused():
         resolve(layer)
 
 
+@pytest.mark.parametrize("side", ["client", "worker"])
+def test_a_peer_is_not_given_up_before_buildkit_gives_it_up(side):
+    variable = f"BKPOOL_GATEWAY_{side.upper()}_PEER_TIMEOUT"
+    with pytest.raises(InvalidInput) as caught:
+        from_environment({variable: "14s"}, HERE)
+    assert caught.value.message == (
+        f"{variable}: '14s' is too low: BuildKit itself waits 15s for the answer to its health check of a session"
+    )
+    assert caught.value.hint == "Write a duration from 15s to 1h."
+    assert from_environment({variable: "15s"}, HERE)
+
+
 def test_relative_paths_start_where_they_were_written():
     assert from_options({"api.cert": "a.crt"}, HERE)["api.cert"].value == HERE / "a.crt"
     in_file = from_document({"api": {"cert": "a.crt"}}, FILE, ValueSource.FILE)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from bkpool.core.errors import WorkerFailed
 from bkpool.gateway.net.duplex import PeerStream
-from bkpool.gateway.net.endpoint import WORKER_PEER_TIMEOUT, SocketEndpoint
+from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.tls_stream import TlsStream
 
 _HANDSHAKE_READ = 4096
@@ -43,6 +43,16 @@ class DialTarget:
     """Called after a TLS handshake. Without TLS it is not called."""
 
 
+@dataclass(frozen=True, slots=True)
+class DialLimits:
+    """Limits of one dial and of the connection that it makes, in seconds."""
+
+    timeout: float
+    """For the whole attempt."""
+    peer_timeout: float
+    """After so long a connected worker that does not answer is given up. It has no effect on a Unix socket."""
+
+
 class DialAttempt(Protocol):
     """A dial that is under way."""
 
@@ -50,8 +60,8 @@ class DialAttempt(Protocol):
         """Gives up. The callback is not called any more."""
 
 
-Dialler = Callable[[asyncio.AbstractEventLoop, DialTarget, float, OnDialled], DialAttempt]
-"""Starts to dial a target, for at most so many seconds. May call back before it returns."""
+Dialler = Callable[[asyncio.AbstractEventLoop, DialTarget, DialLimits, OnDialled], DialAttempt]
+"""Starts to dial a target, within these limits. May call back before it returns."""
 
 
 class PlainDial:
@@ -60,7 +70,7 @@ class PlainDial:
     Args:
         loop: The loop of this thread.
         target: The worker.
-        timeout: Seconds for the whole attempt.
+        limits: Of the attempt and its connection.
         on_dialled: Called once with the outcome.
         stream: The stream of the endpoint to make; by default one without TLS.
     """
@@ -69,7 +79,7 @@ class PlainDial:
         self,
         loop: asyncio.AbstractEventLoop,
         target: DialTarget,
-        timeout: float,
+        limits: DialLimits,
         on_dialled: Callable[[SocketEndpoint | OSError], None],
         *,
         stream: PeerStream | None = None,
@@ -81,7 +91,7 @@ class PlainDial:
         self._timer: asyncio.TimerHandle | None = None
         try:
             family, address = _parse_endpoint(target.endpoint)
-            self._peer_timeout = None if family == socket.AF_UNIX else WORKER_PEER_TIMEOUT
+            self._peer_timeout = None if family == socket.AF_UNIX else limits.peer_timeout
             self._sock = sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         except OSError as error:
             self._fail(error)
@@ -90,8 +100,8 @@ class PlainDial:
             case 0:
                 self._succeed()
             case errno.EINPROGRESS:
-                timed_out = TimeoutError(errno.ETIMEDOUT, f"no answer within {timeout:g} s")
-                self._timer = loop.call_later(timeout, self._fail, timed_out)
+                timed_out = TimeoutError(errno.ETIMEDOUT, f"no answer within {limits.timeout:g} s")
+                self._timer = loop.call_later(limits.timeout, self._fail, timed_out)
                 loop.add_writer(sock, self._connect_finished)
             case number:  # also EAGAIN: the backlog of a Unix socket is full
                 self._fail(OSError(number, os.strerror(number)))
@@ -143,10 +153,10 @@ class TlsDialler:
         self._context = context
 
     def __call__(
-        self, loop: asyncio.AbstractEventLoop, target: DialTarget, timeout: float, on_dialled: OnDialled
+        self, loop: asyncio.AbstractEventLoop, target: DialTarget, limits: DialLimits, on_dialled: OnDialled
     ) -> DialAttempt:
         """Starts to dial (see Dialler)."""
-        return TlsDial(self._context, loop, target, timeout, on_dialled)
+        return TlsDial(self._context, loop, target, limits, on_dialled)
 
 
 class TlsDial:
@@ -156,7 +166,7 @@ class TlsDial:
         context: The TLS settings.
         loop: The loop of this thread.
         target: The worker.
-        timeout: Seconds for the whole attempt.
+        limits: Of the attempt and its connection.
         on_dialled: Called once with the outcome.
     """
 
@@ -165,19 +175,19 @@ class TlsDial:
         context: ssl.SSLContext,
         loop: asyncio.AbstractEventLoop,
         target: DialTarget,
-        timeout: float,
+        limits: DialLimits,
         on_dialled: OnDialled,
     ) -> None:
         self._loop = loop
         self._verify_peer = target.verify_peer
-        self._timeout = timeout
+        self._timeout = limits.timeout
         self._on_dialled = on_dialled
         self._tls = TlsStream(context, server_side=False)
         self._endpoint: SocketEndpoint | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._deadline = loop.time() + timeout
+        self._deadline = loop.time() + limits.timeout
         self._connecting: DialAttempt | None = None
-        self._connecting = PlainDial(loop, target, timeout, self._connected, stream=PeerStream(self._tls))
+        self._connecting = PlainDial(loop, target, limits, self._connected, stream=PeerStream(self._tls))
 
     def cancel(self) -> None:
         """Gives up. The callback is not called any more."""

@@ -19,14 +19,6 @@ from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.net.socket_errors import OnError, SocketErrorWatcher
 
-CLIENT_PEER_TIMEOUT = 30.0
-"""Seconds after which a client that does not answer is given up. It may use a network that loses packets for a
-while."""
-WORKER_PEER_TIMEOUT = 15.0
-"""Seconds after which a worker that does not answer is given up. It must not be shorter than BuildKit's own health
-check of a session (docs/clients.md#cuts): a worker whose disk is too busy for it to read looks the same to the system
-once its buffers are full (tcp(7), TCP_USER_TIMEOUT). The end of a worker's process is noticed at once."""
-
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of 0 s: close() sends RST
 _UNIX_SEND_BUFFER = 1024 * 1024
 """Bytes to ask for; net.core.wmem_max limits them. The bytes for the worker of one loop iteration should fit. With

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from bkpool.gateway.net.buffers import LoopBuffers
 from bkpool.gateway.net.duplex import PeerStream
-from bkpool.gateway.net.endpoint import CLIENT_PEER_TIMEOUT, SocketEndpoint
+from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
 from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.gateway.session.limits import GatewayLimits
@@ -71,7 +71,8 @@ class ClientSocket:
         self._host = host
         self._events = events
         self._tls = TlsStream(host.context)
-        self.endpoint = SocketEndpoint(host.loop, sock, PeerStream(self._tls), peer_timeout=CLIENT_PEER_TIMEOUT)
+        peer_timeout = host.limits.client_peer_timeout
+        self.endpoint = SocketEndpoint(host.loop, sock, PeerStream(self._tls), peer_timeout=peer_timeout)
         self._handshake_complete = False
         self._held_bytes = bytearray()
         self._released = False

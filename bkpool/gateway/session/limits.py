@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bkpool.gateway.net.dial import DialLimits
+
 
 @dataclass(frozen=True, slots=True)
 class GatewayLimits:
@@ -43,6 +45,13 @@ class GatewayLimits:
     """For the client to read the answer and to close."""
     max_refusal_bytes: int = 256 * 1024
     """Most bytes read from a refused client. HTTP/2 lets a client send less than this before it is answered."""
+    client_peer_timeout: float = 30.0
+    """After so long a client that does not answer is given up. It may use a network that loses packets for some
+    time."""
+    worker_peer_timeout: float = 15.0
+    """After so long a worker that does not answer is given up. It must not be shorter than BuildKit's own health
+    check of a session (docs/clients.md#cuts): a worker whose disk is too busy for it to read looks the same to the
+    system once its buffers are full (tcp(7), TCP_USER_TIMEOUT). The end of a worker's process is noticed at once."""
     half_open_timeout: float = 60.0
     """How long one direction of a connection may stay open after the other has ended."""
     drain_idle_timeout: float = 60.0
@@ -62,3 +71,8 @@ class GatewayLimits:
     """Most connections of one lease."""
     accept_pause: float = 0.5
     """Before accepting continues, after the system had no file descriptor or memory left."""
+
+    @property
+    def dial(self) -> DialLimits:
+        """The limits of one dial of a worker."""
+        return DialLimits(self.dial_timeout, self.worker_peer_timeout)
