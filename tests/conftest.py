@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,14 @@ from hypothesis import HealthCheck, settings
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from support.secrets import secrets_in
 
-# How long one example takes says something about the machine, not about the code.
-settings.register_profile("bkpool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long one example takes says something about the machine, not about the code. The suite stays fast with few
+# examples, so that people run it. All checks together (scripts/test) try four times as many.
+settings.register_profile(
+    "bkpool",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=100 if os.environ.get("BKPOOL_BRIEF") else 25,
+)
 settings.load_profile("bkpool")
 
 

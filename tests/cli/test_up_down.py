@@ -85,12 +85,12 @@ def environment(environment, tmp_path):
 
 
 @pytest.fixture
-def up(bkpool, home):
+def up(bkpool_here, home):
     """Starts an appliance in the background, and ends it after the test."""
     running = []
 
-    def start(*args, **variables):
-        done = bkpool("up", "-d", *args, **variables)
+    def start(*args, run=bkpool_here, **variables):
+        done = run("up", "-d", *args, **variables)
         report = json.loads(done.stdout)
         running.append(os.pidfd_open(report["pid"]))
         return report
@@ -115,15 +115,15 @@ def _settled(stderr):
 
 
 def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
-    report = up()
+    report = up(run=bkpool)
     assert report["apiEndpoint"] == "http://127.0.0.1:8082"
     assert json.loads(bkpool("down").stdout) == {"stopped": True, "purged": False, "leftovers": 0}
     assert json.loads((home / "got").read_text()) == [signal.SIGTERM]
     assert "up and running" in (home / "logs" / "appliance.log").read_text()
 
 
-def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, home):
-    report = up()
+def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, bkpool, home):
+    report = up(run=bkpool)
     assert report["cwd"] == str(home)
     assert report["inherited"] == []
     assert os.getsid(report["pid"]) == report["pid"]
@@ -131,12 +131,12 @@ def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, home):
     assert not any(target.startswith("pipe:") for target in open_now)
 
 
-def test_the_chosen_backend_is_shown(bkpool, up):
+def test_the_chosen_backend_is_shown(bkpool_here, up):
     up()
-    bkpool("down")
-    again = bkpool("up", "-d")
+    bkpool_here("down")
+    again = bkpool_here("up", "-d")
     assert _settled(again.stderr).startswith("backend: process (as asked)\nbkpool is up (backend process, pid ")
-    assert bkpool("down").returncode == 0
+    assert bkpool_here("down").returncode == 0
 
 
 def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
@@ -158,26 +158,26 @@ def test_every_option_reaches_the_appliance_in_the_background(up, tmp_path):
     assert settings["dev_issuer.address"] == "[::1]:8889"
 
 
-def test_a_second_up_succeeds(up, bkpool):
+def test_a_second_up_succeeds(up, bkpool_here):
     first = up()
-    again = bkpool("up", "-d", "--backend", "auto", "--api-address", "127.0.0.1:8082")
+    again = bkpool_here("up", "-d", "--backend", "auto", "--api-address", "127.0.0.1:8082")
     assert again.returncode == 0
     assert json.loads(again.stdout)["pid"] == first["pid"]
     assert "is already running" in again.stderr
 
 
-def test_a_second_up_with_another_address_says_what_runs(up, bkpool):
+def test_a_second_up_with_another_address_says_what_runs(up, bkpool_here):
     up()
-    again = bkpool("up", "--api-address", "127.0.0.1:9999")
+    again = bkpool_here("up", "--api-address", "127.0.0.1:9999")
     assert again.returncode == 74
     assert again.stderr.startswith("error: --api-address: bkpool is already running (pid ")
 
 
-def test_a_second_up_with_another_value_is_refused(up, bkpool, home):
+def test_a_second_up_with_another_value_is_refused(up, bkpool_here, home):
     up("--drain-timeout", "2m")
 
     def refused(*given, used):
-        again = bkpool("up", "-d", *given)
+        again = bkpool_here("up", "-d", *given)
         assert (again.returncode, again.stdout) == (74, "")
         assert again.stderr.startswith(f"error: {given[0]}: bkpool is already running (pid ")
         assert f"), with {used}\nhint: Run `bkpool down` first" in again.stderr
@@ -191,12 +191,12 @@ def test_a_second_up_with_another_value_is_refused(up, bkpool, home):
     refused("--drain-timeout", "1h", used="appliance.drain_timeout 2m")
 
 
-def test_a_second_up_with_the_values_in_use_succeeds(up, bkpool, home):
+def test_a_second_up_with_the_values_in_use_succeeds(up, bkpool_here, home):
     up("--gateway-host", "a", BKPOOL_APPLIANCE_DRAIN_TIMEOUT="1h")
     (home / "config.toml").write_text('[appliance]\ndrain_timeout = "5m"\n')
     same = ("--gateway-host", "a", "--gateway-address", "0.0.0.0:1235", "--drain-timeout", "60m", "--no-plain-http")
-    assert bkpool("up", "-d", *same, "--api-address", "127.0.0.1:0").returncode == 0
-    assert bkpool("up", "-d", "--drain-timeout", "5m").returncode == 74
+    assert bkpool_here("up", "-d", *same, "--api-address", "127.0.0.1:0").returncode == 0
+    assert bkpool_here("up", "-d", "--drain-timeout", "5m").returncode == 74
 
 
 def test_of_two_ups_at_once_the_second_waits_for_the_first(started, bkpool, home):
@@ -234,17 +234,17 @@ def test_ctrl_c_while_it_starts_says_that_nothing_runs(started, home):
 
 
 @pytest.mark.parametrize("option", ["--api-tls", "--dev-issuer"])
-def test_a_second_up_with_a_missing_feature_is_refused(up, bkpool, option):
+def test_a_second_up_with_a_missing_feature_is_refused(up, bkpool_here, option):
     up()
-    again = bkpool("up", "-d", option)
+    again = bkpool_here("up", "-d", option)
     assert again.returncode == 74
     assert again.stderr.startswith(f"error: {option}: bkpool is already running (pid ")
 
 
-def test_pool_files_for_a_running_appliance_cause_a_note(up, bkpool, tmp_path):
+def test_pool_files_for_a_running_appliance_cause_a_note(up, bkpool_here, tmp_path):
     up()
     (tmp_path / "pool.yaml").touch()
-    assert "read at the start only" in bkpool("up", "-d", "-f", "pool.yaml").stderr
+    assert "read at the start only" in bkpool_here("up", "-d", "-f", "pool.yaml").stderr
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])
@@ -303,9 +303,9 @@ def test_down_waits_for_the_drain_and_ctrl_c_ends_only_the_wait(up, started, hom
     assert Path(f"/proc/{report['pid']}").exists()
 
 
-def test_down_now_sends_the_second_signal(up, bkpool, home):
+def test_down_now_sends_the_second_signal(up, bkpool_here, home):
     up(DO="drain")
-    assert bkpool("down", "--now").returncode == 0
+    assert bkpool_here("down", "--now").returncode == 0
     assert sorted(json.loads((home / "got").read_text())) == [signal.SIGINT, signal.SIGTERM]
 
 
@@ -326,12 +326,12 @@ def test_a_home_that_cannot_be_created_is_one_line(bkpool, tmp_path, detach):
     assert "Traceback" not in done.stderr
 
 
-def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool, home, tmp_path):
+def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool_here, home, tmp_path):
     (tmp_path / "pool.yaml").touch()
     up("-f", "pool.yaml", "--api-address", "127.0.0.1:1", "--gateway-host", "a", "--gateway-host", "b", "--api-tls")
     assert (home / "remembered.toml").stat().st_mode & 0o777 == 0o600
-    bkpool("down")
-    done = bkpool("up", "-d", "--api-address", "127.0.0.1:2")
+    bkpool_here("down")
+    done = bkpool_here("up", "-d", "--api-address", "127.0.0.1:2")
     assert done.stderr.splitlines()[0] == (
         "remembered from an earlier up: --api-tls --gateway-host a --gateway-host b "
         "(`bkpool config unset --all` forgets)"
@@ -340,16 +340,16 @@ def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool, ho
     assert settings["gateway.hosts"] == "('a', 'b')"
     assert settings["api.address"] == "127.0.0.1:2"
     assert settings["pool_files"] == "()"
-    bkpool("down")
+    bkpool_here("down")
     report = up("--no-api-tls", BKPOOL_GATEWAY_HOSTS="c")
     assert (report["settings"]["api.tls"], report["settings"]["gateway.hosts"]) == ("False", "('c',)")
     assert report["settings"]["api.address"] == "127.0.0.1:2"
-    bkpool("down")
-    assert json.loads(bkpool("config", "unset", "gateway.hosts").stdout)["forgotten"] is True
+    bkpool_here("down")
+    assert json.loads(bkpool_here("config", "unset", "gateway.hosts").stdout)["forgotten"] is True
     report = up()
     assert (report["settings"]["api.tls"], report["settings"]["gateway.hosts"]) == ("False", "()")
-    bkpool("down")
-    assert json.loads(bkpool("config", "unset", "--all").stdout)["forgotten"] is True
+    bkpool_here("down")
+    assert json.loads(bkpool_here("config", "unset", "--all").stdout)["forgotten"] is True
     assert up()["settings"]["api.address"] == "127.0.0.1:8082"
 
 
@@ -379,12 +379,12 @@ def test_a_fault_in_the_file_is_one_line_and_nothing_starts(bkpool, home, detach
     )
 
 
-def test_a_remembered_file_that_is_gone_says_how_to_forget_it(up, bkpool, tmp_path):
+def test_a_remembered_file_that_is_gone_says_how_to_forget_it(up, bkpool_here, tmp_path):
     for name in ("api.crt", "api.key"):
         (tmp_path / name).touch()
     up("--api-cert", "api.crt", "--api-key", "api.key")
-    bkpool("down")
+    bkpool_here("down")
     (tmp_path / "api.crt").unlink()
-    done = bkpool("up", "-d")
+    done = bkpool_here("up", "-d")
     assert done.returncode == 2
     assert "hint: Give --api-cert again, or forget it: `bkpool config unset api.cert`.\n" in done.stderr
