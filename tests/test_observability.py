@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bkpool.api import ApiMetrics
-from bkpool.controller.metrics import ControllerMetrics
+from bkpool.api import ApiMetrics, Service
+from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY, Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
@@ -95,6 +95,11 @@ def test_every_metric_is_on_the_dashboard_and_on_the_page(samples):
     assert page == families
 
 
+def test_every_alert_is_on_the_page():
+    named = re.findall(r"`((?:Buildkit|Bkpool)[A-Z]\w+)`", (DOCS / "README.md").read_text())
+    assert set(named) == set(RULES)
+
+
 def test_every_reason_of_an_alert_is_one_of_the_gateway():
     source = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py"))
     reasons = {
@@ -107,6 +112,20 @@ def test_every_reason_of_an_alert_is_one_of_the_gateway():
     }
     assert "WaitedAgain" in reasons
     assert {reason for reason in reasons if f'"{reason}"' not in source and f"class {reason}(" not in source} == set()
+
+
+def test_every_route_and_result_of_an_alert_exists():
+    """An alert that names a route which was renamed would never fire."""
+    service = object.__new__(Service)  # its routes do not depend on what it was made from
+    known = {"route": {route.path for route in service.routes()}, "result": {result.value for result in Result}}
+    used = {
+        (label, matchers[label])
+        for rule in RULES.values()
+        for _, matchers in _used(rule["expr"])
+        for label in known.keys() & matchers.keys()
+    }
+    assert {label for label, _ in used} == known.keys()
+    assert [one for one in used if not any(re.fullmatch(one[1], value) for value in known[one[0]])] == []
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -44,6 +44,7 @@ def make_app(service: Service, metrics: ApiMetrics, *, max_body: int = MAX_BODY)
     routes = service.routes()
     for route in routes:
         app.router.add_route(route.method, route.path, _handler(route), expect_handler=_continue)
+        metrics.expect(route.path, route.method, ("200", "500", *(str(error.value) for error in route.all_errors)))
     description = document(routes)
 
     async def openapi(_request: web.Request) -> web.StreamResponse:

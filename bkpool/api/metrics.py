@@ -72,6 +72,11 @@ class ApiMetrics:
         )
         registry.register(_PoolGauges(waiting, pools, workers))
 
+    def expect(self, route: str, method: str, codes: Iterable[str]) -> None:
+        """Creates the series of a route: Prometheus sees no increase in a series that begins with its first event."""
+        for code in codes:
+            self._requests[route, method, code].inc(0)
+
     def ended(self, route: str, method: str, code: str, seconds: float) -> None:
         """Counts a request that has ended. Every label must be from a bounded set."""
         self._requests[route, method, code].inc()

@@ -38,6 +38,13 @@ async def test_requests_are_counted_by_the_template_of_their_route(api: Api) -> 
     assert count == 3
 
 
+async def test_each_code_that_a_route_may_answer_has_a_series_from_the_start(api: Api) -> None:
+    codes = ("200", "400", "401", "403", "404", "413", "429", "500", "502", "503")
+    assert {code: requests(api, ALLOCATE, "POST", code) for code in codes} == dict.fromkeys(codes, 0)
+    assert requests(api, "/api/v1/ready", "GET", "503") == 0
+    assert requests(api, "/api/v1/ready", "GET", "401") is None
+
+
 async def test_labels_contain_nothing_that_a_caller_sends(api: Api) -> None:
     await api("GET", "/secret-path")
     await api("PATCH", ALLOCATE)
