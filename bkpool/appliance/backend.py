@@ -20,6 +20,7 @@ from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.settings import Settings
+from bkpool.appliance.tuning import kube_limits, leader_times
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict
@@ -163,7 +164,7 @@ async def open_pod_backend(
         host_ports: On kind: the ports of this machine that lead to workers. None: pods are reached by their address.
         report: Receives what is being done.
     """
-    api = await KubeApi.connect(access)
+    api = await KubeApi.connect(access, kube_limits(settings.configuration))
     stack.push_async_callback(api.close)
     report({"progress": "installing the custom resources"})
     await crds.install(api)
@@ -183,7 +184,7 @@ async def open_replica_backend(stack: AsyncExitStack, settings: Settings, name: 
         settings: How the replica runs.
         name: The replica's name, unique among those that run.
     """
-    api = await KubeApi.connect(settings.access)
+    api = await KubeApi.connect(settings.access, kube_limits(settings.configuration))
     stack.push_async_callback(api.close)
     return await _open_pods(stack, settings, api, name, ignored_fields=IGNORED_IN_CLUSTER, host_ports=None)
 
@@ -228,7 +229,13 @@ async def _open_pods(
             StaticTokenAuthenticator(SecretTokenReader(api, fresh=identity.secret_fresh.total_seconds()), pools),
             ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),
         ),
-        leadership=LeaderElection(api, settings.configuration.kubernetes.namespace, LEASE, name),
+        leadership=LeaderElection(
+            api,
+            settings.configuration.kubernetes.namespace,
+            LEASE,
+            name,
+            times=leader_times(settings.configuration),
+        ),
         background=(recorder.run(),),
     )
     return ClusterBackend(api, secrets, backend)

@@ -16,6 +16,7 @@ from bkpool.appliance.roles.context import follow, open_context, replica_name
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
 from bkpool.appliance.settings import Address, Settings
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
+from bkpool.appliance.tuning import kube_limits
 from bkpool.core.names import GATEWAY_PORT, Key
 from bkpool.core.pool import PoolGateway
 from bkpool.gateway.control.server import default_threads
@@ -46,7 +47,7 @@ class GatewayReplica:
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
         settings = self._settings
         context = open_context(stack, settings, shutdown)
-        api = await KubeApi.connect(settings.access)
+        api = await KubeApi.connect(settings.access, kube_limits(settings.configuration))
         stack.push_async_callback(api.close)
         store = KubernetesStore(api, namespace=self._pool.namespace)
         mirror = Mirror(store)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.kube import KubeLimits
+from bkpool.kube.leader import LeaderTimes
 from bkpool.settings import Configuration
-from bkpool.settings.catalogue import settings
+from bkpool.settings.catalogue import Setting, settings
 from bkpool.settings.kinds import COUNT, DURATION
 
 
@@ -39,12 +41,38 @@ def failure_limits(configuration: Configuration) -> FailureLimits:
     return FailureLimits(values.max_failures, values.stable_after, values.backoff, values.backoff_max)
 
 
+def kube_limits(configuration: Configuration) -> KubeLimits:
+    """How long this process waits for an API server."""
+    values = configuration.kubernetes
+    return KubeLimits(
+        connect_timeout=values.connect_timeout.total_seconds(),
+        request_timeout=values.request_timeout.total_seconds(),
+        idle_timeout=values.idle_timeout.total_seconds(),
+        watch_duration=values.watch_duration.total_seconds(),
+        watch_silence=values.watch_silence.total_seconds(),
+    )
+
+
+def leader_times(configuration: Configuration) -> LeaderTimes:
+    """The times of the election of the one controller."""
+    return LeaderTimes.of(configuration.kubernetes.leader_lease.total_seconds())
+
+
+def passed_to_gateways(one: Setting) -> bool:
+    """Whether the controller passes a setting on to the gateways of pools in a cluster."""
+    return (
+        one.section in {"gateway", "kubernetes"}
+        and one.kind in {COUNT, DURATION}
+        and one.name != "kubernetes.leader_lease"  # a gateway takes part in no election
+    )
+
+
 def gateway_variables(configuration: Configuration) -> Mapping[str, str]:
     """Environment variables that give the gateways of pools in a cluster the same limits as this process has."""
     variables = {}
     for one in settings().values():
-        if one.section == "gateway" and one.kind in {COUNT, DURATION}:
-            value = getattr(configuration.gateway, one.field)
+        if passed_to_gateways(one):
+            value = getattr(getattr(configuration, one.section), one.field)
             if value != one.default:  # others stay out, so that a Deployment changes only when it must
                 variables[one.variable] = one.text(value)
     return variables

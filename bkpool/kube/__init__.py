@@ -5,5 +5,6 @@ nothing about pools, workers or pods.
 """
 
 from bkpool.kube.client import ClusterAccess, Doc, KubeApi
+from bkpool.kube.limits import KubeLimits
 
-__all__ = ["ClusterAccess", "Doc", "KubeApi"]
+__all__ = ["ClusterAccess", "Doc", "KubeApi", "KubeLimits"]

@@ -20,6 +20,7 @@ from aiohttp.http import HttpProcessingError
 
 from bkpool.core.errors import BkpoolError, HostFault, Unavailable
 from bkpool.kube.errors import error_of
+from bkpool.kube.limits import KubeLimits
 
 if TYPE_CHECKING:
     from kubernetes.aio.client import Configuration
@@ -29,14 +30,6 @@ Doc = dict[str, Any]
 FIELD_MANAGER = "bkpool"
 PAGE = 500
 """Objects in one page of a list, as in client-go's reflector."""
-REQUEST_TIMEOUT = 15.0
-"""Seconds for one request. The API server gives up after 60, but a caller who wants a lease waits for the answer."""
-SILENCE_TIMEOUT = 100.0
-"""Seconds without a byte after which a watch counts as frozen. A server sends a bookmark about every minute
-(Kubernetes API concepts, "watch bookmarks")."""
-IDLE_TIMEOUT = 60.0
-"""Seconds that an idle connection is kept, because a TLS handshake adds some 5 ms to a lease. The server's limit is
-90 seconds."""
 HTTP_ERROR, TOO_MANY = 400, 429
 _MOST_ATTEMPTS = 4  # of a request that the server refuses with 429
 _LONGEST_PAUSE = 2.0  # seconds between them, whatever Retry-After says
@@ -62,29 +55,41 @@ class KubeApi:
         session: Has the server as base URL, and its TLS settings.
         configuration: Gives the bearer token, and renews it.
         namespace: The default namespace: that of the kubeconfig's context, or this pod's.
+        limits: How long a watch lasts and may be silent. Those of a request are in the session.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, configuration: Configuration, namespace: str) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        configuration: Configuration,
+        namespace: str,
+        limits: KubeLimits = KubeLimits(),  # noqa: B008 - immutable
+    ) -> None:
         self._session = session
         self._configuration = configuration
         self.namespace = namespace
+        self.limits = limits
 
     @classmethod
-    async def connect(cls, access: ClusterAccess) -> Self:
+    async def connect(cls, access: ClusterAccess, limits: KubeLimits = KubeLimits()) -> Self:  # noqa: B008 - as above
         """Reads the kubeconfig or the pod's credentials. Sends nothing to the server yet.
+
+        Args:
+            access: Which cluster to use.
+            limits: How long to wait for it.
 
         Raises:
             HostFault: There is no kubeconfig, or it cannot be read.
         """
         configuration, namespace = await _configuration(access)
         try:
-            session = _session(configuration)
+            session = _session(configuration, limits)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise HostFault(
                 f"kubeconfig: the certificates for {configuration.host} cannot be used: {error}",
                 hint="Create the kubeconfig again (with kind: `bkpool down`, then `bkpool up`).",
             ) from None
-        return cls(session, configuration, namespace)
+        return cls(session, configuration, namespace, limits)
 
     async def close(self) -> None:
         """Closes the session."""
@@ -164,10 +169,13 @@ class KubeApi:
 
         Raises:
             Gone: `since` is too long ago.
-            Unavailable: The server cannot be reached, or has sent nothing for SILENCE_TIMEOUT.
+            Unavailable: The server cannot be reached, or has sent nothing for `watch_silence`.
         """
         query = {**params, "watch": "true", "allowWatchBookmarks": "true", "resourceVersion": since}
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=REQUEST_TIMEOUT, sock_read=SILENCE_TIMEOUT)
+        limits = self.limits
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=limits.connect_timeout, sock_read=limits.watch_silence
+        )
         try:
             async with self._session.get(
                 path, params=query, headers=await self._headers(), timeout=timeout
@@ -235,7 +243,7 @@ def _unreachable(what: str, error: Exception) -> Unavailable:
     )
 
 
-def _session(configuration: Configuration) -> aiohttp.ClientSession:
+def _session(configuration: Configuration, limits: KubeLimits) -> aiohttp.ClientSession:
     context = ssl.create_default_context(cafile=configuration.ssl_ca_cert)
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # the CA of many clusters has no key identifier
     if configuration.cert_file:
@@ -245,8 +253,8 @@ def _session(configuration: Configuration) -> aiohttp.ClientSession:
         context.verify_mode = ssl.CERT_NONE
     return aiohttp.ClientSession(
         base_url=configuration.host.rstrip("/") + "/",
-        connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=IDLE_TIMEOUT),
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT, sock_connect=5),
+        connector=aiohttp.TCPConnector(limit=0, ssl=context, keepalive_timeout=limits.idle_timeout),
+        timeout=aiohttp.ClientTimeout(total=limits.request_timeout, sock_connect=limits.connect_timeout),
         headers={"User-Agent": "bkpool", "Accept": "application/json"},
         proxy=configuration.proxy,
     )

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Self
 
 import structlog
 
@@ -20,15 +22,34 @@ from bkpool.kube.times import micro
 
 log = structlog.get_logger(__name__)
 
-DURATION, RENEW, RETRY = 15.0, 5.0, 2.0
-"""Seconds. A Lease that is not renewed expires after DURATION. Its holder renews it every RENEW; the other replicas
-try to get it every RETRY. DURATION and RETRY are client-go's defaults for controllers."""
 _RENEW_DEADLINE = 2 / 3
-"""The part of DURATION after which a leader that could not renew stops, as in client-go (10 of 15 s). Its work ends
-in the remaining time, before another replica begins."""
+"""The part of a Lease's duration after which a leader that could not renew stops, as in client-go (10 of 15 s). Its
+work ends in the remaining time, before another replica begins."""
 RELEASE_TIMEOUT = 3.0
 """Seconds that a release may take. To wait until the Lease expires is hardly slower."""
 _API = "coordination.k8s.io/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaderTimes:
+    """The times of an election, in seconds. The defaults of duration and retry are client-go's for controllers."""
+
+    duration: float = 15.0
+    """Until a Lease that is not renewed expires; the same for all replicas."""
+    renew: float = 5.0
+    """Between renewals."""
+    retry: float = 2.0
+    """Between attempts to get the Lease, or to renew it after a failure."""
+
+    @classmethod
+    def of(cls, duration: float) -> Self:
+        """The times for a Lease of this duration: it is renewed three times in it.
+
+        With a shorter Lease the attempts come more often. With a longer one they do not come more rarely, so that a
+        Lease that was given up is taken as soon.
+        """
+        default = cls()
+        return cls(duration, duration / 3, min(default.retry, duration * default.retry / default.duration))
 
 
 class LeaderElection:
@@ -42,9 +63,7 @@ class LeaderElection:
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
         now: The wall clock. It is only written into the Lease, for people to read.
-        duration: Seconds until a Lease that is not renewed expires; the same for all replicas.
-        renew: Seconds between renewals.
-        retry: Seconds between attempts to get the Lease, or to renew it after a failure.
+        times: When it renews the Lease, or tries to get it.
     """
 
     def __init__(
@@ -57,9 +76,7 @@ class LeaderElection:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        duration: float = DURATION,
-        renew: float = RENEW,
-        retry: float = RETRY,
+        times: LeaderTimes = LeaderTimes(),
     ) -> None:
         self._api = api
         self._collection = paths.group(_API, "leases", namespace)
@@ -69,9 +86,7 @@ class LeaderElection:
         self._clock = clock
         self._sleep = sleep
         self._now = now
-        self._duration = duration
-        self._renew = renew
-        self._retry = retry
+        self._times = times
         self._other_holder = ""
         """The other replica that held the Lease when it was last read; empty: none."""
         self._version = ""
@@ -88,7 +103,7 @@ class LeaderElection:
         """
         while True:
             while not await self._attempt():
-                await self._sleep(self._retry)
+                await self._sleep(self._times.retry)
             log.info("leader.elected", lease=self._name, identity=self._identity)
             if await self._run_while_held(work):
                 return
@@ -144,17 +159,17 @@ class LeaderElection:
 
     async def _renew_until_lost(self) -> None:
         """Renews the Lease; returns when another replica is seen to hold it."""
-        pause = self._renew
+        pause = self._times.renew
         while True:
             await self._sleep(pause)
             held = await self._attempt()
             if not held and self._other_holder:
                 return
-            pause = self._renew if held else self._retry
+            pause = self._times.renew if held else self._times.retry
 
     async def _wait_for_deadline(self) -> None:
         """Returns when the last renewal is too long ago, even if a request is still waiting for its response."""
-        while (left := self._renewed + self._duration * _RENEW_DEADLINE - self._clock()) > 0:
+        while (left := self._renewed + self._times.duration * _RENEW_DEADLINE - self._clock()) > 0:
             await self._sleep(left)
 
     async def _attempt(self) -> bool:
@@ -193,7 +208,9 @@ class LeaderElection:
         version = lease["metadata"]["resourceVersion"]
         if version != self._version:
             self._version, self._version_since = version, self._clock()
-        return self._clock() - self._version_since >= (lease["spec"].get("leaseDurationSeconds") or self._duration)
+        return self._clock() - self._version_since >= (
+            lease["spec"].get("leaseDurationSeconds") or self._times.duration
+        )
 
     def _with_holder(self, lease: Doc) -> Doc:
         """The Lease, with this replica as its holder."""
@@ -203,7 +220,7 @@ class LeaderElection:
         count = (spec.get("leaseTransitions") or 0) + (1 if changed and spec else 0)
         held = {
             "holderIdentity": self._identity,
-            "leaseDurationSeconds": round(self._duration),
+            "leaseDurationSeconds": round(self._times.duration),
             "renewTime": now,
             "leaseTransitions": count,
         }

@@ -13,9 +13,6 @@ from contextlib import aclosing
 from bkpool.core.errors import Unavailable
 from bkpool.kube.client import Doc, KubeApi
 
-WATCH_SECONDS = 240
-"""How long the server is asked to keep one watch open, and up to a quarter more, so that the watches of many replicas
-do not all begin again at once. An API server's own default is 30 minutes; load balancers often cut at 5."""
 SHORTEST_WATCH = 1.0
 """Seconds. A watch that ends sooner and brings nothing new is a fault, as in client-go's reflector."""
 
@@ -34,12 +31,12 @@ async def endless_watch(
 
     Raises:
         Gone: `since` is too long ago: list again.
-        Unavailable: The server is away, the watch is frozen (client.SILENCE_TIMEOUT), or the server ends it at once.
+        Unavailable: The server is away, the watch is frozen, or the server ends it at once.
     """
     clock = asyncio.get_running_loop().time
     while True:
         begun, before = clock(), since
-        seconds = round(WATCH_SECONDS * (1 + jitter() / 4))
+        seconds = round(api.limits.watch_duration * (1 + jitter() / 4))
         async with aclosing(api.watch(path, since, timeoutSeconds=str(seconds), **params)) as events:
             async for event in events:
                 since = event["object"]["metadata"]["resourceVersion"]

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from datetime import timedelta
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict
 
-from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT, SYSTEM_NAMESPACE
+from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT
 from bkpool.settings import kinds
+from bkpool.settings.fields import Section, seconds, setting
 from bkpool.settings.kinds import (
     Address,
     Count,
     Duration,
-    Files,
     Listen,
     ListenOrDefault,
     OptionalFile,
     OptionalPool,
-    OptionalText,
     Switch,
-    Text,
     Texts,
 )
+from bkpool.settings.worker_model import KindSettings, KubernetesSettings, WorkersSettings
 
 
 class Role(StrEnum):
@@ -41,56 +40,9 @@ class Role(StrEnum):
 ALL_ROLES = frozenset(Role)
 
 
-def setting(
-    default: Any,
-    description: str,
-    *,
-    between: tuple[Any, Any] | None = None,
-    lowest_because: str = "",
-    unit: str = "",
-    option: str = "",
-    metavar: str = "",
-    unset: str = "",
-    remembered: bool = True,
-) -> Any:
-    """A field of a section.
-
-    Args:
-        default: Its value where nobody gives one.
-        description: What it is for, in plain words.
-        between: The lowest and the highest value that are allowed.
-        lowest_because: Why a lower value is not allowed; an error about one says it.
-        unit: What a number counts.
-        option: The option of `up` that gives it; empty where there is none.
-        metavar: The placeholder of the value in `--help`, where the default of its type is not clear enough.
-        unset: What happens where it has no value.
-        remembered: Whether `up` remembers it for the next `up`, where it was given as an option.
-    """
-    lowest, highest = between or (None, None)
-    more: dict[str, JsonValue] = {
-        "lowest_because": lowest_because,
-        "unit": unit,
-        "option": option,
-        "metavar": metavar,
-        "unset": unset,
-        "remembered": remembered,
-    }
-    return Field(default, description=description, ge=lowest, le=highest, json_schema_extra=more)
-
-
-def _s(seconds: float) -> timedelta:
-    return timedelta(seconds=seconds)
-
-
-SESSION_CHECK = _s(15)
+SESSION_CHECK = seconds(15)
 """How long BuildKit waits for the answer to its health check of a session (docs/clients.md#cuts)."""
 _NOT_BEFORE_BUILDKIT = "BuildKit itself waits 15s for the answer to its health check of a session"
-
-
-class Section(BaseModel):
-    """A section of the file. Its docstring is the text of the documentation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ApiSettings(Section):
@@ -148,58 +100,64 @@ class GatewaySettings(Section):
         None, "The pool of a gateway that runs alone, in a cluster.", option="--pool", remembered=False
     )
     handshake_timeout: Duration = setting(
-        _s(10), "From accepting a connection to the end of its TLS handshake.", between=(_s(1), _s(120))
+        seconds(10),
+        "From accepting a connection to the end of its TLS handshake.",
+        between=(seconds(1), seconds(120)),
     )
     register_timeout: Duration = setting(
-        _s(5), "How long the store may take to register a connection or to find a lease.", between=(_s(1), _s(60))
+        seconds(5),
+        "How long the store may take to register a connection or to find a lease.",
+        between=(seconds(1), seconds(60)),
     )
     dial_timeout: Duration = setting(
-        _s(5), "How long a worker may take to accept a connection.", between=(_s(0.1), _s(60))
+        seconds(5), "How long a worker may take to accept a connection.", between=(seconds(0.1), seconds(60))
     )
     first_wait: Duration = setting(
-        _s(15),
+        seconds(15),
         "How long the gateway holds the first client of a lease whose worker does not answer. buildx gives up "
         "after 20s.",
-        between=(_s(0), _s(300)),
+        between=(seconds(0), seconds(300)),
     )
     second_wait: Duration = setting(
-        _s(12), "The same for the next client, after one has waited in vain.", between=(_s(0), _s(300))
+        seconds(12), "The same for the next client, after one has waited in vain.", between=(seconds(0), seconds(300))
     )
     refusal_timeout: Duration = setting(
-        _s(10),
+        seconds(10),
         "How long a client that is refused may take to make its first call, which is answered with the reason. If "
         "this is too short for a slow network, the client sees only a closed connection. If it is long, refused "
         "clients take up gateway.pending_connections for longer.",
-        between=(_s(1), _s(120)),
+        between=(seconds(1), seconds(120)),
     )
     linger_timeout: Duration = setting(
-        _s(2),
+        seconds(2),
         "How long a client may take to read this answer and to close the connection. Too short and too long have the "
         "same effects.",
-        between=(_s(0.1), _s(60)),
+        between=(seconds(0.1), seconds(60)),
     )
     client_peer_timeout: Duration = setting(
-        _s(30),
+        seconds(30),
         "After so long a client that does not answer at all is given up (TCP user timeout and keepalive). If it is "
         "short, a build ends when the client's network fails for a moment. If it is long, the connection of a client "
         "that is gone stays open for so long.",
-        between=(SESSION_CHECK, _s(3600)),
+        between=(SESSION_CHECK, seconds(3600)),
         lowest_because=_NOT_BEFORE_BUILDKIT,
     )
     worker_peer_timeout: Duration = setting(
-        _s(15),
+        seconds(15),
         "The same for a worker on another machine. A worker whose disk is too busy for it to read does not answer "
         "either: raise it if builds are cut there. If it is long, a build on a machine that is gone notices it late.",
-        between=(SESSION_CHECK, _s(3600)),
+        between=(SESSION_CHECK, seconds(3600)),
         lowest_because=_NOT_BEFORE_BUILDKIT,
     )
     half_open_timeout: Duration = setting(
-        _s(60),
+        seconds(60),
         "How long one direction of a connection may stay open after the other has ended.",
-        between=(_s(1), _s(3600)),
+        between=(seconds(1), seconds(3600)),
     )
     drain_idle_timeout: Duration = setting(
-        _s(60), "How long a connection may be silent after its lease has ended.", between=(_s(1), _s(3600))
+        seconds(60),
+        "How long a connection may be silent after its lease has ended.",
+        between=(seconds(1), seconds(3600)),
     )
     pending_connections: Count = setting(
         1024,
@@ -218,14 +176,16 @@ class ControllerSettings(Section):
         5, "After so many failed starts in a row a lease ends with an error.", between=(1, 100)
     )
     stable_after: Duration = setting(
-        _s(60), "A worker that ran for so long counts its failures from 0 again.", between=(_s(1), _s(3600))
+        seconds(60),
+        "A worker that ran for so long counts its failures from 0 again.",
+        between=(seconds(1), seconds(3600)),
     )
     backoff: Duration = setting(
-        _s(0.5),
+        seconds(0.5),
         "Pause before the second start of a worker that failed. It doubles each time.",
-        between=(_s(0.05), _s(600)),
+        between=(seconds(0.05), seconds(600)),
     )
-    backoff_max: Duration = setting(_s(120), "The longest such pause.", between=(_s(0.05), _s(3600)))
+    backoff_max: Duration = setting(seconds(120), "The longest such pause.", between=(seconds(0.05), seconds(3600)))
 
 
 class AllocationSettings(Section):
@@ -240,79 +200,28 @@ class IdentitySettings(Section):
     """How callers are recognised."""
 
     issuer_timeout: Duration = setting(
-        _s(5), "How long an issuer may take to answer with its keys.", between=(_s(0.5), _s(60))
+        seconds(5), "How long an issuer may take to answer with its keys.", between=(seconds(0.5), seconds(60))
     )
     keys_fresh: Duration = setting(
-        _s(600),
+        seconds(600),
         "How long the keys of an issuer are used before they are fetched again.",
-        between=(_s(10), _s(86_400)),
+        between=(seconds(10), seconds(86_400)),
     )
     keys_stale: Duration = setting(
-        _s(3600), "How long they are used while the issuer does not answer.", between=(_s(10), _s(7 * 86_400))
+        seconds(3600),
+        "How long they are used while the issuer does not answer.",
+        between=(seconds(10), seconds(7 * 86_400)),
     )
     secret_fresh: Duration = setting(
-        _s(10),
+        seconds(10),
         "How long the tokens of a pool are used before their Secret is read again: a token that you remove still "
         "opens the pool for so long.",
-        between=(_s(0), _s(3600)),
+        between=(seconds(0), seconds(3600)),
     )
     token_review_timeout: Duration = setting(
-        _s(10), "How long the cluster may take to check the token of a ServiceAccount.", between=(_s(0.5), _s(60))
-    )
-
-
-class WorkersSettings(Section):
-    """The buildkitd daemons."""
-
-    buildkit_image: OptionalText = setting(
-        None,
-        "The image of workers that are pods, where their pool names none.",
-        option="--buildkit-image",
-        metavar="IMAGE",
-        unset="the one that this release names",
-    )
-
-
-class KindSettings(Section):
-    """The kind cluster that bkpool makes (backend `kind`)."""
-
-    cluster: Text = setting("bkpool", "The name of the kind cluster.", option="--cluster", metavar="NAME")
-    node_image: OptionalText = setting(
-        None,
-        "The image of the cluster's node.",
-        option="--node-image",
-        metavar="IMAGE",
-        unset="the one that belongs to this kind",
-    )
-    image_archives: Files = setting(
-        (),
-        "Archives made by `docker save`, to load into the cluster where it can pull no images.",
-        option="--image-archive",
-        remembered=False,
-    )
-
-
-class KubernetesSettings(Section):
-    """The cluster (backends `kind` and `kubernetes`)."""
-
-    kubeconfig: OptionalFile = setting(
-        None, "The kubeconfig of the cluster (backend `kubernetes`).", option="--kubeconfig", unset="as kubectl"
-    )
-    context: OptionalText = setting(
-        None, "The context in the kubeconfig.", option="--context", metavar="NAME", unset="its current context"
-    )
-    namespace: Text = setting(
-        SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace", metavar="NAME"
-    )
-    pool_namespaces: Texts = setting(
-        (), "Namespaces that may have pools.", option="--pool-namespace", unset="every namespace"
-    )
-    image: OptionalText = setting(
-        None,
-        "The image of bkpool, for the gateways of pools in a cluster.",
-        option="--image",
-        metavar="IMAGE",
-        unset="the one of this release",
+        seconds(10),
+        "How long the cluster may take to check the token of a ServiceAccount.",
+        between=(seconds(0.5), seconds(60)),
     )
 
 
@@ -339,19 +248,19 @@ class ApplianceSettings(Section):
     drain_timeout: Duration = setting(
         timedelta(minutes=10),
         "How long open builds may go on after SIGTERM or `down`.",
-        between=(_s(0), timedelta(days=7)),
+        between=(seconds(0), timedelta(days=7)),
         option="--drain-timeout",
     )
     release_grace: Duration = setting(
-        _s(1),
+        seconds(1),
         "How long the API still answers after the last build of a drain, so that its lease can be released.",
-        between=(_s(0), _s(60)),
+        between=(seconds(0), seconds(60)),
     )
     endpoint_removal_delay: Duration = setting(
-        _s(5),
+        seconds(5),
         "How long a replica in a cluster still accepts connections after SIGTERM. In a large cluster, every "
         "kube-proxy has removed the replica after about 5s.",
-        between=(_s(0), _s(120)),
+        between=(seconds(0), seconds(120)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker
 from bkpool.kind.lifecycle import Cluster
-from bkpool.kube import ClusterAccess, KubeApi, watching
+from bkpool.kube import ClusterAccess, KubeApi
 from bkpool.kube import client as kube_client
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
@@ -34,11 +35,16 @@ def proxy(cluster: Cluster, tmp_path: Path) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-async def proxied_store(proxy: FaultProxy) -> AsyncIterator[KubernetesStore]:
-    """The store that uses the proxy. The fixture `store` does not use it."""
+async def proxied_api(proxy: FaultProxy) -> AsyncIterator[KubeApi]:
     api = await KubeApi.connect(ClusterAccess(proxy.kubeconfig))
-    yield KubernetesStore(api)
+    yield api
     await api.close()
+
+
+@pytest.fixture
+def proxied_store(proxied_api: KubeApi) -> KubernetesStore:
+    """The store that uses the proxy. The fixture `store` does not use it."""
+    return KubernetesStore(proxied_api)
 
 
 @pytest.fixture
@@ -115,8 +121,8 @@ async def test_a_watch_whose_history_is_lost_raises_gone(store, proxy, proxied_s
         await seen(proxied_store, Pool, since, lambda e: True)
 
 
-async def test_a_frozen_watch_is_detected_and_replaced(store, proxy, proxied_store, monkeypatch):
-    monkeypatch.setattr(kube_client, "SILENCE_TIMEOUT", 0.3)
+async def test_a_frozen_watch_is_detected_and_replaced(store, proxy, proxied_store, proxied_api):
+    proxied_api.limits = replace(proxied_api.limits, watch_silence=0.3)
     proxy.frozen = True
     mirror = Mirror(proxied_store)
     task = asyncio.create_task(mirror.run())
@@ -131,8 +137,8 @@ async def test_a_frozen_watch_is_detected_and_replaced(store, proxy, proxied_sto
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_watch_that_the_server_ends_continues_at_the_same_version(store, proxy, proxied_store, monkeypatch):
-    monkeypatch.setattr(watching, "WATCH_SECONDS", 1)
+async def test_a_watch_that_the_server_ends_continues_at_the_same_version(store, proxy, proxied_store, proxied_api):
+    proxied_api.limits = replace(proxied_api.limits, watch_duration=1)
     pool = await store.create(a_pool())
     since = pool.metadata.resource_version
     task = asyncio.create_task(seen(proxied_store, Pool, since, lambda e: e.object.spec.scaling.max == 4))

@@ -7,7 +7,7 @@ import asyncio
 
 import pytest
 
-from bkpool.kube.leader import LeaderElection
+from bkpool.kube.leader import LeaderElection, LeaderTimes
 
 LEASE = "e2e-leader"
 
@@ -15,7 +15,7 @@ LEASE = "e2e-leader"
 class Replica:
     def __init__(self, api, namespace: str, identity: str) -> None:
         # A Lease counts whole seconds.
-        self.leadership = LeaderElection(api, namespace, LEASE, identity, duration=3, renew=0.5, retry=0.2)
+        self.leadership = LeaderElection(api, namespace, LEASE, identity, times=LeaderTimes(3, 0.5, 0.2))
         self.working = asyncio.Event()
         self.task = asyncio.create_task(self.leadership.lead(self._work))
 

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.core.errors import Forbidden
 from bkpool.core.names import Key
+from bkpool.kube import KubeLimits
 from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, gateway_bundle
 from bkpool.pki.names import gateway_names
 
@@ -30,6 +31,7 @@ class Cluster:
     def __init__(self) -> None:
         self.secret: dict | None = None
         self.refusals = 0
+        self.limits = KubeLimits()
         self.version = 1
         self.selectors: set[tuple[str, str]] = set()
         self._watches: set[asyncio.Queue[dict]] = set()

@@ -20,6 +20,7 @@ from bkpool.core.errors import Forbidden, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
+from bkpool.kube import KubeLimits
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
@@ -39,6 +40,7 @@ class Cluster:
     def __init__(self) -> None:
         self.objects: dict[str, Doc] = {}
         self.version = 10
+        self.limits = KubeLimits()
         self.applied: list[str] = []
         self.errors: dict[str, Exception] = {}
         self.reachable = asyncio.Event()

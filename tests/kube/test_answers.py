@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -27,10 +30,18 @@ from bkpool.core.errors import (
 )
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
-from bkpool.kube import KubeApi, client
+from bkpool.kube import ClusterAccess, KubeApi, KubeLimits, client
 from bkpool.kube.errors import error_of
 from bkpool.store.kubernetes import KubernetesStore
 
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+current-context: x
+contexts: [{{name: x, context: {{cluster: x, user: x}}}}]
+clusters: [{{name: x, cluster: {{server: "{url}"}}}}]
+users: [{{name: x, user: {{}}}}]
+"""
 Play = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -195,11 +206,18 @@ async def test_an_unreadable_deletion_requires_a_new_list(server, store):
         await taken(store, 1)
 
 
-async def test_a_silent_watch_counts_as_frozen(server, store, monkeypatch):
-    monkeypatch.setattr(client, "SILENCE_TIMEOUT", 0.05)
+async def test_a_silent_watch_counts_as_frozen(server, store, api):
+    api.limits = replace(api.limits, watch_silence=0.05)
     server.plays = [streams(event("ADDED", a_pool(6)), then="silence")]
     with pytest.raises(Unavailable, match="does not answer"):
         await taken(store, 2)
+
+
+async def test_a_watch_is_asked_to_last_as_long_as_its_limit_says(server, store, api):
+    api.limits = replace(api.limits, watch_duration=60.0)
+    server.plays = [streams(event("ADDED", a_pool(6)))]
+    await taken(store, 1)
+    assert server.asked[0].query["timeoutSeconds"] == "68", "and up to a quarter more"
 
 
 # --- list -----------------------------------------------------------------------------------------------------------
@@ -242,6 +260,67 @@ async def test_only_429_is_retried_and_only_a_few_times(server, store, monkeypat
     with pytest.raises(Unavailable, match="the server says 503"):
         await store.get(Pool, "default", "p")
     assert len(server.asked) == 1
+
+
+@pytest.fixture
+async def connected(server: Server, tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[KubeApi]]]:
+    """Connects as an appliance does, with limits, to the server or to another address."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", server.answer)
+    opened: list[KubeApi] = []
+
+    async def connect(url: str = "", **limits: float) -> KubeApi:
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(KUBECONFIG.format(url=url or running.make_url("/")))
+        opened.append(await KubeApi.connect(ClusterAccess(kubeconfig), KubeLimits(**limits)))
+        return opened[-1]
+
+    async with TestServer(app, handler_cancellation=True) as running:
+        yield connect
+        for one in opened:
+            await one.close()
+
+
+async def test_a_request_ends_after_its_limit(server, connected):
+    server.plays = [never]
+    api = await connected(request_timeout=0.05)
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable, match="does not answer"):
+            await api.get("/api/v1/x")
+
+
+async def test_an_address_that_accepts_no_connection_is_given_up_after_its_limit(connected):
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(4)]
+        for sock in waiting:
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", port))
+        api = await connected(f"http://127.0.0.1:{port}", connect_timeout=0.1)
+        async with asyncio.timeout(4):
+            with pytest.raises(Unavailable, match="does not answer"):
+                await api.get("/api/v1/x")
+            with pytest.raises(Unavailable, match="does not answer"):
+                await anext(api.watch("/api/v1/x", "5"))
+        for sock in waiting:
+            sock.close()
+
+
+async def test_an_idle_connection_is_closed_after_its_limit(connected):
+    closed = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        assert await reader.read() == b""
+        writer.close()
+        closed.set()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listening, asyncio.timeout(5):
+        api = await connected(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", idle_timeout=0.05)
+        await api.get("/api/v1/x")
+        await closed.wait()
 
 
 async def test_a_server_that_does_not_respond_in_time_is_unavailable(server, store):

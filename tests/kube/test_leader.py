@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 import pytest
 
 from bkpool.core.errors import Conflict, NotFound, Unavailable
-from bkpool.kube.leader import LeaderElection
+from bkpool.kube.leader import LeaderElection, LeaderTimes
+
+DEFAULT = LeaderTimes()
 
 
 class Time:
@@ -101,10 +103,10 @@ class _View:
 
 
 class Replica:
-    def __init__(self, api: Api, time: Time, identity: str) -> None:
+    def __init__(self, api: Api, time: Time, identity: str, times: LeaderTimes) -> None:
         wall = {"now": lambda: datetime(1999 if identity == "a" else 2077, 1, 1, tzinfo=UTC)}  # clocks may be wrong
         self.leadership = LeaderElection(
-            api.of(identity), "ns", "lease", identity, clock=time, sleep=time.sleep, **wall
+            api.of(identity), "ns", "lease", identity, clock=time, sleep=time.sleep, times=times, **wall
         )
         self.works = 0
         self.ended: list[float] = []
@@ -138,8 +140,8 @@ def api() -> Api:
 async def replica(api, time):
     started: list[Replica] = []
 
-    async def start(identity: str) -> Replica:
-        started.append(Replica(api, time, identity))
+    async def start(identity: str, times: LeaderTimes = DEFAULT) -> Replica:
+        started.append(Replica(api, time, identity, times))
         await settled()
         return started[-1]
 
@@ -174,6 +176,26 @@ async def test_the_work_ends_before_another_begins_when_the_leader_cannot_reach_
         how.clear()
         await a.stop()
         await b.stop()
+
+
+async def test_a_longer_lease_outlives_a_longer_outage(api, time, replica):
+    times = LeaderTimes.of(60)
+    a, b = await replica("a", times), await replica("b", times)
+    assert api.lease["spec"]["leaseDurationSeconds"] == 60
+    await time.passes(20)
+    api.cut.add("a")
+    await time.passes(39)
+    assert (a.works, b.works) == (1, 0)
+    await time.passes(1)
+    assert (a.works, b.works) == (0, 0), "40 s after the last renewal"
+    await time.passes(22)
+    assert (a.works, b.works) == (0, 1), "60 s after it, and one attempt later"
+
+
+def test_the_times_follow_from_the_duration():
+    assert LeaderTimes.of(15) == DEFAULT
+    assert LeaderTimes.of(60) == LeaderTimes(60, 20, 2)
+    assert LeaderTimes.of(7.5) == LeaderTimes(7.5, 2.5, 1)
 
 
 async def test_a_short_outage_does_not_end_the_leadership(api, time, replica):

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, Unavailable
 from bkpool.core.names import Key
-from bkpool.kube import watching
+from bkpool.kube import KubeLimits, watching
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 
 A, B = Key("ns", "a"), Key("ns", "b")
@@ -41,6 +41,7 @@ class Script:
         self.asked: list[str] = []
         self.params: list[dict[str, str]] = []
         self.moved = asyncio.Event()
+        self.limits = KubeLimits()
 
     @property
     def last(self) -> str:
