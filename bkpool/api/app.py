@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from bkpool.api.audit import audited
+from bkpool.api.bodies import BODY_TIMEOUT
 from bkpool.api.error_responses import error_response, internal_error
 from bkpool.api.metrics import ApiMetrics
 from bkpool.api.openapi import ApiRoute, document
@@ -22,25 +23,22 @@ from bkpool.core.errors import BkpoolError
 
 log = structlog.get_logger(__name__)
 
-MAX_BODY = 64 * 1024
-"""Bytes of a request body: many times the size of a CSR and 64 metadata entries."""
-
 _MAX_BODY = web.AppKey("max_body", int)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(service: Service, metrics: ApiMetrics, *, max_body: int = MAX_BODY) -> web.Application:
+def make_app(service: Service, metrics: ApiMetrics) -> web.Application:
     """The application; serve it with `open_runner`.
 
     Args:
-        service: The handlers of the routes.
+        service: The handlers of the routes, and the limits.
         metrics: Counts the requests.
-        max_body: Bytes of a request body that are read at most.
     """
     middlewares = [metrics.middleware(), _request_id, _errors]
-    app = web.Application(client_max_size=max_body, middlewares=middlewares)
-    app[_MAX_BODY] = max_body
+    app = web.Application(client_max_size=service.limits.max_body, middlewares=middlewares)
+    app[_MAX_BODY] = service.limits.max_body
+    app[BODY_TIMEOUT] = service.limits.body_timeout
     routes = service.routes()
     for route in routes:
         app.router.add_route(route.method, route.path, _handler(route), expect_handler=_continue)

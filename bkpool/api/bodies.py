@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 from bkpool.core.errors import InvalidInput
 from bkpool.core.resource import explain
 
-BODY_TIMEOUT = 30.0
-"""Seconds for a body to arrive. aiohttp has no such bound, and after a malformed chunk it waits for ever."""
+BODY_TIMEOUT = web.AppKey("body_timeout", float)
+"""Seconds for a body of this application to arrive."""
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -28,7 +28,7 @@ async def read_body(request: web.Request, model: type[B]) -> B:
         InvalidInput: It does not fit the model; `field` of the error is the JSON field.
     """
     try:
-        async with asyncio.timeout(BODY_TIMEOUT):
+        async with asyncio.timeout(request.app[BODY_TIMEOUT]):
             raw = await request.read()
     except (web.RequestPayloadError, TimeoutError):
         raise InvalidInput(

@@ -32,7 +32,7 @@ CLIENT_CLOSED_REQUEST = "499"
 
 _METHODS = frozenset(method.value for method in HTTPMethod)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600)
-"""Upper bounds of the buckets. An allocate request waits for up to an hour (models.MAX_WAIT)."""
+"""Upper bounds of the buckets. An allocate request waits for up to an hour by default (ApiLimits.max_wait)."""
 
 
 class ApiMetrics:

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import AllocationRequest, Grant
+from bkpool.core import durations
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEFAULT_NAMESPACE, DNS_LABEL, Key
@@ -24,7 +25,6 @@ from bkpool.identity import Caller, Identity
 from bkpool.identity.access import LONGEST_BEARER
 from bkpool.identity.rules import AccessDecision
 
-MAX_WAIT = timedelta(hours=1)
 MAX_METADATA = 64
 
 NAME_PATTERN = f"^{DNS_LABEL}$"
@@ -52,15 +52,28 @@ class AllocateBody(Body):
     namespace: Namespace = DEFAULT_NAMESPACE
     job_id: Text = ""
     ttl: Duration | None = None
-    wait: Annotated[Duration, Field(le=MAX_WAIT)] = timedelta(minutes=5)
+    wait: Duration = timedelta(minutes=5)
     csr: Annotated[StrictStr, Field(max_length=16_384)] | None = None
     metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
-    def request(self) -> AllocationRequest:
-        """The request in the form that the lease service takes."""
+    def request(self, max_wait: timedelta) -> AllocationRequest:
+        """The request in the form that the lease service takes.
+
+        Args:
+            max_wait: The longest wait. A request that names none has at most this one.
+
+        Raises:
+            InvalidInput: The request names a longer wait.
+        """
+        if self.wait > max_wait and "wait" in self.model_fields_set:
+            raise InvalidInput(
+                f"the request is not valid: must be at most {durations.render(max_wait)}",
+                hint="Correct `wait` in the request.",
+                field="wait",
+            )
         return AllocationRequest(
             pool=Key(self.namespace, self.pool_name),
-            wait=self.wait,
+            wait=min(self.wait, max_wait),
             ttl=self.ttl,
             job_id=self.job_id,
             csr_pem=self.csr.encode() if self.csr else None,

@@ -16,6 +16,7 @@ from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.audit import AuditTrail
 from bkpool.api.bodies import read_body
+from bkpool.api.limits import ApiLimits
 from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
@@ -44,6 +45,7 @@ class Service:
     """Why nothing can be leased at the moment; None if leases are possible."""
     not_ready_reason: Callable[[], str | None] = lambda: None
     """Why this replica should get no new requests although it still answers them; None if it should."""
+    limits: ApiLimits = ApiLimits()  # noqa: RUF009 - immutable
 
     def routes(self) -> list[ApiRoute]:
         """Every route, with its bodies, its errors and its name in the audit trail."""
@@ -88,7 +90,7 @@ class Service:
         """Lease a worker; waits until one is ready."""
         caller = await self._caller(request, trail)
         self._check_ready()
-        wanted = (await read_body(request, models.AllocateBody)).request()
+        wanted = (await read_body(request, models.AllocateBody)).request(self.limits.max_wait)
         pool, identity = self._admit(caller, wanted.pool, trail)
         grant = await self.allocator.allocate(identity, wanted)
         _add_lease(trail, grant.worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from bkpool.api import ApiLimits
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.kube import KubeLimits
@@ -11,6 +12,12 @@ from bkpool.kube.leader import LeaderTimes
 from bkpool.settings import Configuration
 from bkpool.settings.catalogue import Setting, settings
 from bkpool.settings.kinds import COUNT, DURATION
+
+
+def api_limits(configuration: Configuration) -> ApiLimits:
+    """What a caller of the API may ask for."""
+    values = configuration.api
+    return ApiLimits(values.max_body, values.body_timeout.total_seconds(), values.max_wait)
 
 
 def gateway_limits(configuration: Configuration) -> GatewayLimits:

@@ -29,9 +29,7 @@ from bkpool.core.names import DEFAULT_POOL
 @click.option(
     "--job-id", default="", help="The name of your job. A second allocate with the same name returns the same lease."
 )
-@click.option(
-    "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
-)
+@options.wait
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -40,7 +38,9 @@ from bkpool.core.names import DEFAULT_POOL
 )
 @options.as_json
 @options.older_identity
-def command(*, pool: str, namespace: str, ttl: str, job_id: str, wait: str, out: Path | None, as_json: bool) -> None:
+def command(
+    *, pool: str, namespace: str, ttl: str, job_id: str, wait: str | None, out: Path | None, as_json: bool
+) -> None:
     """Lease a worker and get the certificates for it.
 
     If stdout is not a terminal, the answer is JSON: workerName, token, endpoint, gatewayEndpoint, expiresAt, and

@@ -74,12 +74,10 @@ class SplittingCommand(click.Command):
     callback=options.duration,
     help="How long the lease remains if bkpool is killed; bkpool renews it while running.",
 )
-@click.option(
-    "--wait", default="5m", show_default=True, callback=options.duration, help="How long to wait for a free worker."
-)
+@options.wait
 @options.older_identity
 @click.pass_obj
-def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: str) -> int:
+def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: str | None) -> int:
     """Lease a worker, run `buildx build` on it with these arguments, and release it.
 
     \b

@@ -22,6 +22,7 @@ from bkpool.core.errors import HostFault, Unavailable
 
 CERTIFICATE_FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
 """File name to field of the answer of allocate; each field is PEM in base64."""
+_UNNAMED_WAIT = "5m"  # how long the API waits at most for a caller who names no wait
 _LEASE_FIELDS = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
 
 
@@ -30,10 +31,12 @@ def allocate(client: Client, request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         client: Makes the call.
-        request: The body of the call, without `csr`.
+        request: The body of the call, without `csr`. A field that is None is left out.
     """
     key, csr = keys.make()
-    lease = client.allocate({**request, "csr": csr}, wait=durations.parse(request["wait"]).total_seconds())
+    given = {field: value for field, value in request.items() if value is not None}
+    wait = durations.parse(given.get("wait", _UNNAMED_WAIT)).total_seconds()
+    lease = client.allocate({**given, "csr": csr}, wait=wait)
     return lease | {"clientKey": base64.b64encode(key).decode()}
 
 

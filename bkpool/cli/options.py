@@ -64,6 +64,16 @@ def duration(_ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def wait(command: F) -> F:
+    """The option --wait. Without it the appliance decides."""
+    shown = "How long to wait for a free worker.  [default: 5m, or less if the appliance allows less]"
+    return click.option("--wait", default=None, callback=_duration_or_none, help=shown)(command)
+
+
+def _duration_or_none(context: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else duration(context, param, value)
+
+
 def older_identity(command: F) -> F:
     """Options of the older bkctl that name the caller. A development issuer makes a token from them."""
     flags = ("--oidc-actor", "--oidc-repository", "--oidc-subject")

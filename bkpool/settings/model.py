@@ -67,6 +67,20 @@ class ApiSettings(Section):
         between=(32 * 1024, 16 * 1024 * 1024),
         unit="bytes",
     )
+    body_timeout: Duration = setting(
+        seconds(30),
+        "How long a request body may take to arrive. If it is too short for a slow network, its callers get 400. If "
+        "it is long, a caller who sends nothing keeps a connection open for so long.",
+        between=(seconds(1), seconds(600)),
+    )
+    max_wait: Duration = setting(
+        timedelta(hours=1),
+        "The longest `wait` of an allocate request; a caller who asks for more gets 400. One who names no `wait` "
+        "waits for 5m, or for this if it is less. If a proxy before the API ends requests that take long, set less "
+        "than it does: then callers learn why they got no worker. If it is short, callers ask again and lose their "
+        "place in the queue.",
+        between=(seconds(1), timedelta(hours=24)),
+    )
 
 
 class MetricsSettings(Section):

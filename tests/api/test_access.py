@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from bkpool.api import bodies
+from bkpool.api import ApiLimits
 from bkpool.identity import Identity, Scope
 from bkpool.identity.access import LONGEST_BEARER
 from support.api import ALLOCATE, running_api
@@ -349,10 +349,10 @@ async def test_a_body_may_be_announced_with_expect(api):
     clean(nowhere)
 
 
-async def test_a_body_that_does_not_arrive_is_refused_in_time(api, monkeypatch):
-    monkeypatch.setattr(bodies, "BODY_TIMEOUT", 0.05)
+async def test_a_body_that_does_not_arrive_is_refused_in_time(tmp_path):
     head = b"POST " + CHECK.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 9\r\n\r\n{"
-    answer = await api.raw(head, until=b"}}")  # aiohttp keeps the connection a while, for what may still come
+    async with running_api(tmp_path, ApiLimits(body_timeout=0.05)) as api:
+        answer = await api.raw(head, until=b"}}")  # aiohttp keeps the connection a while, for what may still come
     clean(answer)
     assert b"malformed or arrives too slowly" in answer
 

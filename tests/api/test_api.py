@@ -1,13 +1,16 @@
 """The API over HTTP: its responses, and errors that name every bad field."""
 
+import asyncio
 import base64
 import json
+from datetime import timedelta
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from bkpool.api import ApiLimits
 from bkpool.pki.authority import Authority
 from support.api import ADMIN, ALLOCATE, running_api
 
@@ -182,3 +185,35 @@ async def test_openapi_has_every_route_and_every_reference_resolves(api):
 
     assert all(reference.removeprefix("#/components/schemas/") in schemas for reference in references(document))
     assert "poolName" in schemas["AllocateBody"]["properties"]
+
+
+async def test_the_longest_wait_is_a_limit(tmp_path):
+    async with running_api(tmp_path, ApiLimits(max_wait=timedelta(milliseconds=50))) as api:
+        await api.world.pool()
+        api.world.runtime.gate.clear()  # no worker becomes ready
+        status, answer, _ = await api("POST", ALLOCATE, {"poolName": "p", "wait": "51ms"})
+        assert (status, answer["error"]["field"]) == (400, "wait")
+        assert answer["error"]["message"] == "the request is not valid: must be at most 50ms"
+        for allowed in ({"wait": "50ms"}, {}):  # a caller who names no wait would wait for five minutes
+            async with asyncio.timeout(30):
+                status, answer, _ = await api("POST", ALLOCATE, {"poolName": "p", **allowed})
+            assert status == 503
+            assert "within 50ms" in answer["error"]["message"]
+
+
+async def test_a_wait_may_be_longer_than_an_hour_where_the_limit_is(tmp_path):
+    async with running_api(tmp_path, ApiLimits(max_wait=timedelta(hours=2))) as api:
+        await api.world.pool()
+        assert (await api("POST", ALLOCATE, {"poolName": "p", "wait": "2h"}))[0] == 200
+
+
+async def test_the_largest_body_is_a_limit(tmp_path):
+    async with running_api(tmp_path, ApiLimits(max_body=200_000)) as api:
+        await api.world.pool()
+        metadata = {str(number): "x" * 250 for number in range(64)}
+        body = {"poolName": "p", "csr": "x" * 16_000, "metadata": metadata}
+        text = json.dumps(body) + " " * 100_000
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        assert (await api("POST", ALLOCATE, data=text, headers=headers))[1]["error"]["field"] == "csr", "it was read"
+        status, answer, _ = await api("POST", ALLOCATE, data=text + " " * 100_000, headers=headers)
+        assert (status, answer["error"]["message"]) == (413, "the request body is larger than 200000 bytes")

@@ -10,7 +10,8 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,31 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
         "gateway closed",
     ]
     assert not (settings.home / "appliance.json").exists()
+
+
+async def test_the_api_has_the_limits_of_the_settings(settings: Settings) -> None:
+    described: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+    def report(description: dict[str, Any]) -> None:
+        if "apiEndpoint" in description:
+            described.set_result(description)
+
+    configuration = settings.configuration
+    api = configuration.api.model_copy(update={"max_wait": timedelta(seconds=2)})
+    appliance = HostAppliance(
+        replace(settings, configuration=configuration.model_copy(update={"api": api})),
+        Documents(),
+        "process",
+        lambda stack, _report: open_backend(stack, settings.home),
+    )
+    running = asyncio.create_task(appliance.run(report))
+    async with asyncio.timeout(20), ClientSession() as session:
+        url = f"{(await described)['apiEndpoint']}/api/v1/workers/allocate"
+        bearer = {"Authorization": f"Bearer {(settings.home / 'admin.token').read_text().strip()}"}
+        async with session.post(url, json={"poolName": "p", "wait": "3s"}, headers=bearer) as answer:
+            assert (await answer.json())["error"]["message"] == "the request is not valid: must be at most 2s"
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
 
 
 async def test_a_control_replica_gives_the_lease_back_before_anything_else(

@@ -8,12 +8,19 @@ from datetime import timedelta
 import pytest
 
 from bkpool.allocation import wait_queue
-from bkpool.api import app
+from bkpool.api import ApiLimits
 from bkpool.appliance.backend import open_pod_backend, open_replica_backend
 from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.settings import Settings
 from bkpool.appliance.shutdown import Shutdown
-from bkpool.appliance.tuning import failure_limits, gateway_limits, gateway_variables, kube_limits, leader_times
+from bkpool.appliance.tuning import (
+    api_limits,
+    failure_limits,
+    gateway_limits,
+    gateway_variables,
+    kube_limits,
+    leader_times,
+)
 from bkpool.core.names import Key
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
@@ -32,6 +39,7 @@ def test_without_settings_each_room_gets_its_own_default():
     assert gateway_limits(DEFAULT) == GatewayLimits()
     assert failure_limits(DEFAULT) == FailureLimits()
     assert kube_limits(DEFAULT) == KubeLimits()
+    assert api_limits(DEFAULT) == ApiLimits()
     timeout = inspect.signature(issuer_keys.IssuerKeys).parameters["timeout"].default
     for value, default in (
         (DEFAULT.identity.issuer_timeout.total_seconds(), timeout),
@@ -40,7 +48,6 @@ def test_without_settings_each_room_gets_its_own_default():
         (DEFAULT.identity.secret_fresh.total_seconds(), static_tokens.FRESH_SECONDS),
         (DEFAULT.identity.token_review_timeout.total_seconds(), service_accounts.REVIEW_TIMEOUT),
         (DEFAULT.allocation.max_waiters, wait_queue.MAX_WAITERS),
-        (DEFAULT.api.max_body, app.MAX_BODY),
     ):
         assert value == default
 
@@ -51,6 +58,12 @@ def test_every_limit_of_the_gateway_reaches_it(field):
     value = one.default + (timedelta(seconds=1) if one.kind is DURATION else 1)
     limits = gateway_limits(Configuration.model_validate({"gateway": {field: value}}))
     assert getattr(limits, field) == (value.total_seconds() if one.kind is DURATION else value)
+
+
+def test_every_limit_of_the_api_reaches_it():
+    given = {"max_body": 70_000, "body_timeout": timedelta(seconds=5), "max_wait": timedelta(minutes=2)}
+    limits = api_limits(Configuration.model_validate({"api": given}))
+    assert limits == ApiLimits(70_000, 5.0, timedelta(minutes=2))
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(KubeLimits)])

@@ -33,6 +33,13 @@ def test_allocate_in_a_pipe_answers_with_the_contracts_json_and_nothing_else(bkp
     assert call.headers["Authorization"] == "Bearer admin-secret"
 
 
+@pytest.mark.parametrize(("given", "sent"), [((), {}), (("--wait", "5m"), {"wait": "5m"})])
+def test_without_the_option_the_appliance_decides_how_long_to_wait(bkpool, api, appliance, given, sent):
+    assert bkpool("allocate", *given).returncode == 0
+    body = api.next("allocate").body
+    assert {field: body[field] for field in body if field == "wait"} == sent
+
+
 def test_the_environment_gives_namespace_and_gateway(bkpool, api, appliance):
     done = bkpool("allocate", BKCTL_NAMESPACE="team", BKCTL_GATEWAY_ENDPOINT="tcp://gw:9")
     assert json.loads(done.stdout)["gatewayEndpoint"] == "tcp://gw:9"

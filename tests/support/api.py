@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import ClientSession, web
 from multidict import CIMultiDictProxy
 
-from bkpool.api import ApiMetrics, Service, make_app, open_runner
+from bkpool.api import ApiLimits, ApiMetrics, Service, make_app, open_runner
 from bkpool.identity import Identity, Verdict
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
@@ -79,7 +79,7 @@ class Api:
 
 
 @asynccontextmanager
-async def running_api(directory: Path) -> AsyncIterator[Api]:
+async def running_api(directory: Path, limits: ApiLimits = ApiLimits()) -> AsyncIterator[Api]:  # noqa: B008
     async with running_world(directory) as world, AsyncExitStack() as stack:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
@@ -95,6 +95,7 @@ async def running_api(directory: Path) -> AsyncIterator[Api]:
             gateway_endpoint=lambda _pool: "tcp://localhost:1235",
             connections=lambda _pool: 0,
             unavailable_reason=lambda: api.trouble,
+            limits=limits,
         )
         metrics = ApiMetrics(
             api.registry,

@@ -13,6 +13,7 @@ from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
 from bkpool.appliance.http import serve
 from bkpool.appliance.roles.context import ControlState, RoleContext
+from bkpool.appliance.tuning import api_limits
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool
@@ -91,12 +92,13 @@ async def open_api(
         connections=sources.connections,
         unavailable_reason=sources.unavailable_reason,
         not_ready_reason=sources.not_ready_reason,
+        limits=api_limits(settings.configuration),
     )
     metrics = ApiMetrics(context.registry, waiting=allocator.waiting, pools=mirror.pools, workers=mirror.workers)
     tls = make_api_tls(settings, backend.authority, context.now)
     if tls is not None:
         await context.run_in_background(stack, tls.run())
-    app = make_app(service, metrics, max_body=settings.configuration.api.max_body)
+    app = make_app(service, metrics)
     ssl_context = tls.context if tls else None
     address = await serve(stack, app, settings.configuration.api.address, "--api-address", ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)
