@@ -20,7 +20,7 @@ from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.settings import Settings
-from bkpool.appliance.tuning import kube_limits, leader_times
+from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict
@@ -124,7 +124,14 @@ async def open_process_backend(
     report({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
-    runtime = ProcessRuntime(home, binaries)
+    workers = settings.configuration.workers
+    runtime = ProcessRuntime(
+        home,
+        binaries,
+        concurrent_starts=workers.concurrent_starts,
+        start_timeout=workers.start_timeout.total_seconds(),
+        gc_defaults=gc_defaults(settings.configuration),
+    )
     stack.push_async_callback(runtime.close, stop_workers=True)
     return Backend(
         store=store,
@@ -214,6 +221,8 @@ async def _open_pods(
         host_ports=host_ports,
         namespaces=settings.configuration.kubernetes.pool_namespaces or None,
         ignored_spec_fields=ignored_fields,
+        deadlines=pod_deadlines(settings.configuration),
+        gc_defaults=gc_defaults(settings.configuration),
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)

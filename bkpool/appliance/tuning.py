@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bkpool.api import ApiLimits
+from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.kube import KubeLimits
@@ -12,6 +13,7 @@ from bkpool.kube.leader import LeaderTimes
 from bkpool.settings import Configuration
 from bkpool.settings.catalogue import Setting, settings
 from bkpool.settings.kinds import COUNT, DURATION
+from bkpool.workers.pods.runtime import Deadlines
 
 
 def api_limits(configuration: Configuration) -> ApiLimits:
@@ -46,6 +48,29 @@ def failure_limits(configuration: Configuration) -> FailureLimits:
     """How often and after which pauses the controller starts a worker that failed."""
     values = configuration.controller
     return FailureLimits(values.max_failures, values.stable_after, values.backoff, values.backoff_max)
+
+
+def gc_defaults(configuration: Configuration) -> CacheGC:
+    """What a pool's spec gets where it says nothing about garbage collection."""
+    values = configuration.workers
+    return CacheGC(
+        keep_storage=values.gc_keep_storage,
+        reserved_space=values.gc_reserved_space,
+        min_free_space=values.gc_min_free_space,
+        keep_duration=values.gc_keep_duration or None,
+    )
+
+
+def pod_deadlines(configuration: Configuration) -> Deadlines:
+    """How long each stage of a pod's start may take."""
+    values = configuration.workers
+    return Deadlines(
+        scheduling=values.pod_scheduling_timeout.total_seconds(),
+        pulling=values.pod_pull_timeout.total_seconds(),
+        creating=values.pod_creation_timeout.total_seconds(),
+        answering=values.start_timeout.total_seconds(),
+        ending=values.pod_deletion_timeout.total_seconds(),
+    )
 
 
 def kube_limits(configuration: Configuration) -> KubeLimits:

@@ -139,6 +139,37 @@ def _roles(given: Toml, directory: Path) -> frozenset[str]:
     return roles
 
 
+class Size(NamedTuple):
+    """What buildkitd reads as a size: bytes, or a share of the disk."""
+
+    amount: float
+    """Bytes or per cent."""
+    is_share: bool
+
+
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?(?:([kKMGTP])i?B?|B)|([0-9]{1,3}) ?%")
+_SMALLEST, _LARGEST = 2**20, 2**50
+
+
+def parse_size(text: str) -> Size:
+    """Reads a size as buildkitd does, for which 1kB is 1024 bytes (go-units, RAMInBytes). Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError("is not a size with a unit")
+    number, prefix, share = match.groups()
+    if share is not None:
+        return Size(int(share), is_share=True)
+    return Size(float(number) * 1024 ** " KMGTP".index((prefix or " ").upper()), is_share=False)
+
+
+def _size(given: Toml, directory: Path) -> str:
+    text = _text(given, directory)
+    amount, is_share = parse_size(text)
+    if not (1 <= amount <= 100 if is_share else _SMALLEST <= amount <= _LARGEST):  # noqa: PLR2004 - per cent
+        raise ValueError("is out of bounds")
+    return text.replace(" ", "")
+
+
 def _split(text: str) -> Toml:
     return text.split(",")
 
@@ -154,10 +185,12 @@ FILE = ValueKind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file
 POOL = ValueKind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
 TEXTS = ValueKind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
 FILES = ValueKind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
+SIZE = ValueKind("a size from 1MB to 1PB, or a share of the disk from 1% to 100%", "SIZE", "10GB", str, _size, str)
 ROLES = ValueKind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
 
 Duration = Annotated[timedelta, DURATION]
 Count = Annotated[int, COUNT]
+DiskSize = Annotated[str, SIZE]
 Switch = Annotated[bool, SWITCH]
 Listen = Annotated[Address, ADDRESS]
 ListenOrDefault = Annotated[Address | None, ADDRESS]

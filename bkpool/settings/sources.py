@@ -14,7 +14,7 @@ from typing import Any
 
 from bkpool.core.errors import InvalidInput
 from bkpool.settings.catalogue import NOT_IN_A_FILE, PREFIX, Setting, nearest, section_models, settings
-from bkpool.settings.kinds import Toml
+from bkpool.settings.kinds import Toml, parse_size
 from bkpool.settings.model import Configuration
 
 # Kubernetes and docker describe every Service in variables such as BKPOOL_API_PORT_8082_TCP and
@@ -100,12 +100,13 @@ def resolve(*layers: Layer) -> ResolvedSettings:
 _ORDERED = (
     ("controller.backoff", "controller.backoff_max"),
     ("identity.keys_fresh", "identity.keys_stale"),
+    ("workers.gc_reserved_space", "workers.gc_keep_storage"),
 )
 """Pairs whose first value must not exceed the second one."""
 
 
 def _check_order(lower: SettingValue, higher: SettingValue) -> None:
-    if lower.value <= higher.value:
+    if _in_order(lower.value, higher.value):
         return
     given = lower if lower.source is not ValueSource.DEFAULT else higher
     raise InvalidInput(
@@ -113,6 +114,14 @@ def _check_order(lower: SettingValue, higher: SettingValue) -> None:
         hint=f"Lower {lower.setting.name}, or raise {higher.setting.name}.",
         field=given.where,
     )
+
+
+def _in_order(lower: Any, higher: Any) -> bool:
+    """Whether one value does not exceed the other. A size and a share of the disk cannot be compared."""
+    if not isinstance(lower, str):
+        return bool(lower <= higher)
+    first, second = parse_size(lower), parse_size(higher)
+    return first.is_share is not second.is_share or first.amount <= second.amount
 
 
 def from_options(given: Mapping[str, Toml], directory: Path) -> Layer:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from bkpool.core.names import SYSTEM_NAMESPACE
 from bkpool.settings.fields import Section, seconds, setting
-from bkpool.settings.kinds import Duration, Files, OptionalFile, OptionalText, Text, Texts
+from bkpool.settings.kinds import Count, DiskSize, Duration, Files, OptionalFile, OptionalText, Text, Texts
 
 
 class WorkersSettings(Section):
@@ -19,6 +21,68 @@ class WorkersSettings(Section):
         option="--buildkit-image",
         metavar="IMAGE",
         unset="the one that this release names",
+    )
+    gc_keep_storage: DiskSize = setting(
+        "10GB",
+        "The largest size of a worker's cache, where the pool's `cache.gc.keepStorage` says nothing. If it is small, "
+        "builds find less in their cache. If it is large, the caches of all workers of a machine may fill its disk. "
+        "This and the next three take effect when a worker is started.",
+    )
+    gc_reserved_space: DiskSize = setting(
+        "1GB",
+        "A size up to which nothing is deleted, where the pool gives neither `cache.gc.reservedSpace` nor "
+        "`keepStorage`. If it is small, a worker may lose its most used layers when the disk is full. If it is "
+        "large, a full disk stays full.",
+    )
+    gc_min_free_space: DiskSize = setting(
+        "5GB",
+        "How much of the disk stays free, where the pool's `cache.gc.minFreeSpace` says nothing. If it is small, "
+        "builds may fail because the disk is full. If it is more than is free, caches shrink to their reserve.",
+    )
+    gc_keep_duration: Duration = setting(
+        seconds(0),
+        "How long unused data of a cache is kept, where the pool's `cache.gc.keepDuration` says nothing. 0s: the age "
+        "does not matter. If it is short, builds find less in their cache.",
+        between=(seconds(0), timedelta(days=365)),
+    )
+    start_timeout: Duration = setting(
+        seconds(60),
+        "How long buildkitd may take to answer after it was started; half a second is usual. If it is too short for "
+        "a slow disk, starts fail and are repeated. If it is long, a daemon that hangs is noticed late.",
+        between=(seconds(1), timedelta(hours=1)),
+    )
+    concurrent_starts: Count = setting(
+        4,
+        "How many buildkitd processes may start at once (backend `process`). If it is large, all of them start "
+        "slowly on a small machine. If it is small, callers wait for each other.",
+        between=(1, 1000),
+    )
+    pod_scheduling_timeout: Duration = setting(
+        timedelta(minutes=10),
+        "How long a pod may wait for a node. If it is too short for the cluster's autoscaler, starts fail although a "
+        "node is on its way. If it is long, callers learn late that there is no room.",
+        between=(seconds(5), timedelta(hours=24)),
+    )
+    pod_pull_timeout: Duration = setting(
+        timedelta(minutes=2),
+        "How long a pod is kept after its image could not be pulled for the first time; the kubelet tries again "
+        "meanwhile. If it is short, a registry that is away for a moment makes starts fail. If it is long, callers "
+        "learn late that the name of an image is wrong.",
+        between=(seconds(5), timedelta(hours=24)),
+    )
+    pod_creation_timeout: Duration = setting(
+        timedelta(minutes=10),
+        "How long a pod that has a node may take until its container starts: volumes are attached and the image is "
+        "pulled. If it is too short for a slow registry, starts fail. If it is long, a volume that cannot be "
+        "attached is noticed late.",
+        between=(seconds(5), timedelta(hours=24)),
+    )
+    pod_deletion_timeout: Duration = setting(
+        timedelta(minutes=1),
+        "How long a pod or a volume may take to be deleted before a start that waits for it fails. If it is too "
+        "short for the cluster's storage, such starts fail and are repeated. If it is long, a node that is gone is "
+        "noticed late.",
+        between=(seconds(5), timedelta(hours=1)),
     )
 
 

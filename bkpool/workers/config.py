@@ -12,17 +12,21 @@ from bkpool.core import durations
 from bkpool.core.errors import WorkerFailed
 from bkpool.core.pool import CacheGC, PoolSpec
 
-_RESERVED = "1GB"  # never collected, so that every worker keeps its most used layers when the disk is full
-_MAX_USED = "10GB"  # buildkitd's own default, up to 100 GB, is for one daemon on a machine, not for ten
-_MIN_FREE = "5GB"
+GC_DEFAULTS = CacheGC(
+    reserved_space="1GB",  # never collected, so that every worker keeps its most used layers when the disk is full
+    keep_storage="10GB",  # buildkitd's own default, up to 100 GB, is for one daemon on a machine, not for ten
+    min_free_space="5GB",
+)
+"""What a pool's spec gets where it says nothing about collection and the operator neither."""
 
 
-def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
+def render(spec: PoolSpec, cgroup_parent: str | None, gc_defaults: CacheGC = GC_DEFAULTS) -> str:
     """The configuration file of a worker: `spec.buildkitConfig` if that is given, else one with `spec.cache.gc`.
 
     Args:
         spec: The pool's spec.
         cgroup_parent: The cgroup that holds the containers of this slot; None: buildkitd's own choice.
+        gc_defaults: What takes the place of fields that `spec.cache.gc` does not have; it has every size.
 
     Raises:
         WorkerFailed: `spec.buildkitConfig` has a setting that a worker can't have.
@@ -37,30 +41,32 @@ def render(spec: PoolSpec, cgroup_parent: str | None) -> str:
         "",
         "[worker.oci]",
         *([f'defaultCgroupParent = "{cgroup_parent}"'] if cgroup_parent else []),
-        *_collection(spec.cache.gc),
+        *_collection(spec.cache.gc, gc_defaults),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _collection(gc: CacheGC) -> list[str]:
+def _collection(gc: CacheGC, defaults: CacheGC) -> list[str]:
     if not gc.enabled:
         return ["gc = false"]
-    reserved = gc.reserved_space or (None if gc.keep_storage else _RESERVED)  # it would override a smaller maximum
+    # The default of the reserve would override a smaller maximum.
+    reserved = gc.reserved_space or (None if gc.keep_storage else defaults.reserved_space)
     sizes = [
         *([f'reservedSpace = "{_size(reserved)}"'] if reserved else []),
-        f'maxUsedSpace = "{_size(gc.keep_storage or _MAX_USED)}"',
-        f'minFreeSpace = "{_size(gc.min_free_space or _MIN_FREE)}"',
+        f'maxUsedSpace = "{_size(gc.keep_storage or defaults.keep_storage)}"',
+        f'minFreeSpace = "{_size(gc.min_free_space or defaults.min_free_space)}"',
     ]
-    if gc.keep_duration is None:
+    longest = defaults.keep_duration if gc.keep_duration is None else gc.keep_duration
+    if not longest:
         return ["gc = true", *sizes]
     # These policies replace buildkitd's own: by age, then by size, then by size with buildkitd's internal records.
     policy = "[[worker.oci.gcpolicy]]"
-    age = f'keepDuration = "{durations.render(gc.keep_duration)}"'
+    age = f'keepDuration = "{durations.render(longest)}"'
     return ["gc = true", "", policy, "all = true", age, "", policy, *sizes, "", policy, "all = true", *sizes]
 
 
-def _size(text: str) -> str:
-    return text.replace(" ", "")  # buildkitd takes "10 GB" but not "10 %"
+def _size(text: str | None) -> str:
+    return (text or "").replace(" ", "")  # buildkitd takes "10 GB" but not "10 %"
 
 
 def _check(text: str, *, untrusted: bool) -> None:

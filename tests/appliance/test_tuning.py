@@ -3,13 +3,16 @@
 import inspect
 from contextlib import AsyncExitStack
 from dataclasses import fields
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bkpool.allocation import wait_queue
 from bkpool.api import ApiLimits
-from bkpool.appliance.backend import open_pod_backend, open_replica_backend
+from bkpool.appliance import backend
+from bkpool.appliance.backend import open_pod_backend, open_process_backend, open_replica_backend
 from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.settings import Settings
 from bkpool.appliance.shutdown import Shutdown
@@ -18,18 +21,26 @@ from bkpool.appliance.tuning import (
     failure_limits,
     gateway_limits,
     gateway_variables,
+    gc_defaults,
     kube_limits,
     leader_times,
+    pod_deadlines,
 )
 from bkpool.core.names import Key
+from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.identity import issuer_keys, service_accounts, static_tokens
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits
 from bkpool.kube.leader import LeaderTimes
+from bkpool.pki.bundle import ClusterSecrets
 from bkpool.settings import Configuration
 from bkpool.settings.catalogue import settings
 from bkpool.settings.kinds import COUNT, DURATION
+from bkpool.workers.config import GC_DEFAULTS
+from bkpool.workers.pods.runtime import Deadlines
+from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.sandbox import Binaries
 
 DEFAULT = Configuration()
 LIMITS = [one.field for one in settings().values() if one.section == "gateway" and one.kind in {COUNT, DURATION}]
@@ -40,6 +51,11 @@ def test_without_settings_each_room_gets_its_own_default():
     assert failure_limits(DEFAULT) == FailureLimits()
     assert kube_limits(DEFAULT) == KubeLimits()
     assert api_limits(DEFAULT) == ApiLimits()
+    assert gc_defaults(DEFAULT) == GC_DEFAULTS
+    assert pod_deadlines(DEFAULT) == Deadlines()
+    processes = inspect.signature(ProcessRuntime).parameters
+    assert DEFAULT.workers.start_timeout.total_seconds() == processes["start_timeout"].default
+    assert DEFAULT.workers.concurrent_starts == processes["concurrent_starts"].default
     timeout = inspect.signature(issuer_keys.IssuerKeys).parameters["timeout"].default
     for value, default in (
         (DEFAULT.identity.issuer_timeout.total_seconds(), timeout),
@@ -97,6 +113,67 @@ def test_the_election_has_the_times_of_its_lease():
     assert leader_times(DEFAULT) == LeaderTimes()
     minute = Configuration.model_validate({"kubernetes": {"leader_lease": timedelta(minutes=1)}})
     assert leader_times(minute) == LeaderTimes.of(60)
+
+
+WORKERS = {
+    "gc_keep_storage": "8GB",
+    "gc_reserved_space": "2GB",
+    "gc_min_free_space": "10%",
+    "gc_keep_duration": timedelta(hours=1),
+    "start_timeout": timedelta(seconds=61),
+    "concurrent_starts": 7,
+    "pod_scheduling_timeout": timedelta(seconds=62),
+    "pod_pull_timeout": timedelta(seconds=63),
+    "pod_creation_timeout": timedelta(seconds=64),
+    "pod_deletion_timeout": timedelta(seconds=65),
+}
+COLLECTION = CacheGC(keep_storage="8GB", reserved_space="2GB", min_free_space="10%", keep_duration=timedelta(hours=1))
+
+
+@pytest.fixture
+def made(monkeypatch) -> dict[str, object]:
+    """The options with which a runtime is made, which ends the opening of the backend."""
+    options: dict[str, object] = {}
+
+    def make(*_arguments: object, **given: object) -> None:
+        options.update(given)
+        raise InterruptedError
+
+    monkeypatch.setattr(backend, "ProcessRuntime", make)
+    monkeypatch.setattr(backend, "PodRuntime", make)
+    return options
+
+
+async def test_processes_are_run_as_the_settings_say(tmp_path, made):
+    configuration = Configuration.model_validate({"workers": WORKERS})
+    settings = Settings(home=tmp_path, cache=tmp_path, configuration=configuration)
+    binaries = Binaries(Path("buildkitd"), Path("runc"))
+    async with AsyncExitStack() as stack:
+        with pytest.raises(InterruptedError):
+            await open_process_backend(stack, settings, binaries, lambda _: None)
+    assert made == {"concurrent_starts": 7, "start_timeout": 61.0, "gc_defaults": COLLECTION}
+
+
+async def test_pods_are_run_as_the_settings_say(tmp_path, made, monkeypatch):
+    async def connected(*_arguments: object) -> SimpleNamespace:
+        return SimpleNamespace(close=closed)
+
+    async def closed() -> None:
+        pass
+
+    async def authorities(*_arguments: object) -> ClusterSecrets:
+        return ClusterSecrets.create(datetime.now(UTC))
+
+    monkeypatch.setattr(KubeApi, "connect", connected)
+    monkeypatch.setattr(backend.kube_secrets, "load_or_create_authorities", authorities)
+    configuration = Configuration.model_validate({"workers": WORKERS})
+    async with AsyncExitStack() as stack:
+        with pytest.raises(InterruptedError):
+            await open_replica_backend(
+                stack, Settings(home=tmp_path, cache=tmp_path, configuration=configuration), "x"
+            )
+    assert made["gc_defaults"] == COLLECTION
+    assert made["deadlines"] == Deadlines(scheduling=62, pulling=63, creating=64, answering=61, ending=65)
 
 
 def test_gateways_in_a_cluster_get_only_the_limits_that_differ():

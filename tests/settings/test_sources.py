@@ -174,6 +174,35 @@ def test_a_peer_is_not_given_up_before_buildkit_gives_it_up(side):
     assert from_environment({variable: "15s"}, HERE)
 
 
+@pytest.mark.parametrize("text", ["10", "GB", "1.5%", "10 %%", "10i", "-1GB", "10EB", "ten GB", " 1GB"])
+def test_what_buildkitd_does_not_take_as_a_size_is_refused(text):
+    with pytest.raises(InvalidInput) as caught:
+        from_environment({"BKPOOL_WORKERS_GC_KEEP_STORAGE": text}, HERE)
+    assert caught.value.message == f"BKPOOL_WORKERS_GC_KEEP_STORAGE: {text!r} is not a size with a unit"
+    assert caught.value.hint == "Write a size from 1MB to 1PB, or a share of the disk from 1% to 100%."
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "0B", "1023kB", "1025TB", "2PB"])
+def test_a_size_has_bounds(text):
+    with pytest.raises(InvalidInput, match=f"GC_KEEP_STORAGE: '{text}' is out of bounds"):
+        from_environment({"BKPOOL_WORKERS_GC_KEEP_STORAGE": text}, HERE)
+
+
+def test_the_blank_of_a_size_is_removed_because_buildkitd_takes_none_before_a_percent_sign():
+    layer = from_environment({"BKPOOL_WORKERS_GC_KEEP_STORAGE": "10 %"}, HERE)
+    assert layer["workers.gc_keep_storage"].value == "10%"
+
+
+@pytest.mark.parametrize(("reserved", "fits"), [("10GB", True), ("10241MB", False), ("90%", True)])
+def test_the_reserve_of_a_cache_does_not_exceed_its_size(reserved, fits):
+    layer = from_environment({"BKPOOL_WORKERS_GC_RESERVED_SPACE": reserved}, HERE)
+    if fits:
+        resolve(layer)
+        return
+    with pytest.raises(InvalidInput, match=r"RESERVED_SPACE: workers.gc_reserved_space \(10241MB\) is more than"):
+        resolve(layer)
+
+
 def test_relative_paths_start_where_they_were_written():
     assert from_options({"api.cert": "a.crt"}, HERE)["api.cert"].value == HERE / "a.crt"
     in_file = from_document({"api": {"cert": "a.crt"}}, FILE, ValueSource.FILE)

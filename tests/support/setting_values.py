@@ -18,6 +18,7 @@ VALUES = {
     kinds.ADDRESS: st.builds(Address, st.sampled_from(["127.0.0.1", "::1", "host.example"]), st.integers(0, 65535)),
     kinds.TEXT: TEXTS,
     kinds.FILE: TEXTS.map(lambda text: Path("/") / text),
+    kinds.SIZE: st.sampled_from(["1MB", "1.5GiB", "1024kB", "3G", "1PB", "1%", "100%"]),
     kinds.POOL: st.builds(Key, st.sampled_from(["default", "team-a"]), st.sampled_from(["default", "x"])),
     kinds.TEXTS: st.lists(TEXTS, max_size=3).map(tuple),
     kinds.FILES: st.lists(TEXTS.map(lambda text: Path("/") / text), max_size=3).map(tuple),

@@ -42,6 +42,29 @@ def test_collection_by_age_comes_before_collection_by_size():
     assert internal == {"all": True, **by_size}
 
 
+OPERATORS = CacheGC(keep_storage="40%", reserved_space="3 GB", min_free_space="7GB", keep_duration=timedelta(hours=5))
+
+
+def operators(**gc) -> dict[str, object]:
+    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))), None, OPERATORS)
+    return tomllib.loads(text)["worker"]["oci"]
+
+
+def test_the_operators_defaults_apply_where_the_pool_says_nothing():
+    sizes = {"maxUsedSpace": "40%", "reservedSpace": "3GB", "minFreeSpace": "7GB"}
+    by_age, by_size, _ = operators()["gcpolicy"]
+    assert (by_age["keepDuration"], by_size) == ("5h", sizes)
+    assert operators(min_free_space="1GB")["gcpolicy"][1] == sizes | {"minFreeSpace": "1GB"}
+    assert operators(keep_storage="9GB")["gcpolicy"][1] == {"maxUsedSpace": "9GB", "minFreeSpace": "7GB"}
+    assert operators(keep_duration=timedelta(hours=1))["gcpolicy"][0]["keepDuration"] == "1h"
+    assert operators(enabled=False) == {"gc": False}
+
+
+def test_a_pool_may_say_that_the_age_does_not_matter():
+    assert "gcpolicy" not in operators(keep_duration=timedelta())
+    assert "gcpolicy" not in oci(keep_duration=timedelta())
+
+
 def test_a_pod_keeps_its_containers_in_its_own_cgroup():
     assert "defaultCgroupParent" not in render(PoolSpec(), None)
 

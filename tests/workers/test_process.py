@@ -302,6 +302,17 @@ async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl
     assert text.count("Maximum used space:") == text.count("3.22") == 2
 
 
+async def test_the_operators_defaults_of_the_collection_reach_buildkitd(tmp_path, binaries):
+    defaults = CacheGC(keep_storage="2GB", reserved_space="1GB", min_free_space="3GB")
+    runtime = ProcessRuntime(tmp_path / "home", binaries, gc_defaults=defaults)
+    await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
+    try:
+        (written,) = (tmp_path / "home/slots").rglob("buildkitd.toml")
+        assert 'maxUsedSpace = "2GB"' in written.read_text()
+    finally:
+        await runtime.close(stop_workers=True)
+
+
 async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, binaries, monkeypatch):
     real, starting, peak = Daemon.start, 0, 0
 

@@ -14,7 +14,7 @@ from datetime import datetime
 
 from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Key, Slot
-from bkpool.core.pool import LocalCache, Pool
+from bkpool.core.pool import CacheGC, LocalCache, Pool
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Reflector
 from bkpool.pki.authority import Authority
@@ -37,6 +37,7 @@ class PodWrites:
         claims: The volume claims of workers.
         now: The clock.
         deletion_timeout: Seconds until an object that is being deleted must be gone.
+        gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PodWrites:
         claims: Reflector,
         now: Callable[[], datetime],
         deletion_timeout: float,
+        gc_defaults: CacheGC,
     ) -> None:
         self._api = api
         self._backend = backend
@@ -55,6 +57,7 @@ class PodWrites:
         self._claims = claims
         self._now = now
         self._deletion_timeout = deletion_timeout
+        self._gc_defaults = gc_defaults
         self._configured: dict[Key, tuple[str, str]] = {}
         """What was last written to each pool's ConfigMap: the pool's uid, and the text."""
         self._without_policy: dict[Key, str] = {}
@@ -70,7 +73,8 @@ class PodWrites:
             WorkerFailed: The pool asks for what the cluster does not admit; the message names the field.
         """
         slot, pool = request.slot, request.pool
-        pod, toml = pod_spec.pod(request), render(pool.spec, None)  # both may raise, so before the first write
+        # Both may raise, so before the first write.
+        pod, toml = pod_spec.pod(request), render(pool.spec, None, self._gc_defaults)
         if (local := pool.spec.local_cache) is not None:
             await self._ensure_claim(slot, pool, local, request.owner)
         await self.apply_egress(pool)

@@ -9,8 +9,10 @@ import ssl
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
+from bkpool.core.pool import CacheGC
 from bkpool.kube import KubeApi
 from bkpool.pki.authority import Authority
+from bkpool.workers.config import GC_DEFAULTS
 from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
 from bkpool.workers.pods.host_ports import HostPorts
 from bkpool.workers.pods.pod_caches import PodCaches
@@ -39,6 +41,7 @@ class PodRuntime:
         ignored_spec_fields: Fields of a pool's spec that nothing reads here (`workers.ignored_fields`).
         now: The clock, for certificates.
         deadlines: How long each stage of a start may take.
+        gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class PodRuntime:
         ignored_spec_fields: Collection[str] = IGNORED_IN_CLUSTER,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         deadlines: Deadlines | None = None,
+        gc_defaults: CacheGC = GC_DEFAULTS,
     ) -> None:
         deadlines = deadlines or Deadlines()
         probe = PodProbe(context, None if host_ports is None else host)
@@ -66,6 +70,7 @@ class PodRuntime:
             claims=self._slots.claims,
             now=now,
             deletion_timeout=deadlines.ending,
+            gc_defaults=gc_defaults,
         )
         self.daemons = PodDaemons(
             self._slots,

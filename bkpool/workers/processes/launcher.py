@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.core.pool import PoolSpec
+from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.workers import config
 from bkpool.workers.processes import process_table, socket_directory
 from bkpool.workers.processes.daemon import MARK, Launch
@@ -29,11 +29,13 @@ class Launcher:
         home: BKPOOL_HOME.
         runtime_dir: For the sockets.
         sandbox: Puts commands into namespaces.
+        gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
-    def __init__(self, home: Path, runtime_dir: Path, sandbox: Sandbox) -> None:
+    def __init__(self, home: Path, runtime_dir: Path, sandbox: Sandbox, gc_defaults: CacheGC) -> None:
         self._runtime_dir = runtime_dir
         self._sandbox = sandbox
+        self._gc_defaults = gc_defaults
         self._digest = socket_directory.home_digest(home)
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
@@ -52,7 +54,7 @@ class Launcher:
         # buildkitd makes sockets for ssh-agents in its TMPDIR, so that path must be short: see socket_directory.
         temporary = sockets / "tmp"
         temporary.symlink_to(files.scratch)
-        files.write_config(config.render(spec, self._cgroup(files.slot)))
+        files.write_config(config.render(spec, self._cgroup(files.slot), self._gc_defaults))
         files.rotate_log()
         socket = sockets / "buildkitd.sock"
         binaries = self._sandbox.binaries

@@ -15,6 +15,8 @@ from pathlib import Path
 import structlog
 
 from bkpool.core.errors import HostFault
+from bkpool.core.pool import CacheGC
+from bkpool.workers.config import GC_DEFAULTS
 from bkpool.workers.processes import socket_directory
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.process_caches import ProcessCaches
@@ -40,6 +42,7 @@ class ProcessRuntime:
         concurrent_starts: How many daemons may be starting at once.
         start_timeout: Seconds until a daemon must have answered; it takes less than one where nothing is wrong.
         stop_grace: Seconds between SIGTERM and SIGKILL.
+        gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
     def __init__(
@@ -52,11 +55,12 @@ class ProcessRuntime:
         concurrent_starts: int = 4,
         start_timeout: float = 60.0,
         stop_grace: float = 10.0,
+        gc_defaults: CacheGC = GC_DEFAULTS,
     ) -> None:
         environ = os.environ if environ is None else environ
         home = home.resolve()
         runtime_dir = runtime_dir or socket_directory.default_directory(home, environ)
-        self._launcher = Launcher(home, runtime_dir, Sandbox(binaries, environ))
+        self._launcher = Launcher(home, runtime_dir, Sandbox(binaries, environ), gc_defaults)
         self._table = SlotTable(home)
         self.daemons = ProcessDaemons(
             self._table,
