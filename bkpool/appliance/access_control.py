@@ -43,6 +43,7 @@ def make_access_control(
     mirror: Mirror,
     *,
     namespace: str,
+    leeway: float,
     extra_configs: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
 ) -> AccessControl:
@@ -54,6 +55,7 @@ def make_access_control(
         issuers: The keys of OIDC issuers.
         mirror: Knows pools and issuers.
         namespace: The appliance's namespace: issuers that are configured there count for all pools.
+        leeway: Seconds by which the clocks of issuers may differ.
         extra_configs: Issuers that are configured in no object (the development issuer).
         now: The clock.
     """
@@ -64,5 +66,5 @@ def make_access_control(
     def configs() -> tuple[OIDCConfig, ...]:
         return (*mirror.configs.values(), *extra_configs)
 
-    oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now)
+    oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now, leeway)
     return AccessControl((admin, *backend_authenticators(pools), oidc), pools, configs)

@@ -20,7 +20,7 @@ from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.settings import Settings
-from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines
+from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict
@@ -124,12 +124,10 @@ async def open_process_backend(
     report({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
-    workers = settings.configuration.workers
     runtime = ProcessRuntime(
         home,
         binaries,
-        concurrent_starts=workers.concurrent_starts,
-        start_timeout=workers.start_timeout.total_seconds(),
+        limits=process_limits(settings.configuration),
         gc_defaults=gc_defaults(settings.configuration),
     )
     stack.push_async_callback(runtime.close, stop_workers=True)
@@ -235,7 +233,14 @@ async def _open_pods(
         gateway=name,
         recorder=recorder,
         authenticators=lambda pools: (
-            StaticTokenAuthenticator(SecretTokenReader(api, fresh=identity.secret_fresh.total_seconds()), pools),
+            StaticTokenAuthenticator(
+                SecretTokenReader(
+                    api,
+                    fresh=identity.secret_fresh.total_seconds(),
+                    timeout=identity.secret_timeout.total_seconds(),
+                ),
+                pools,
+            ),
             ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),
         ),
         leadership=LeaderElection(

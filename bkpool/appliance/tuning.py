@@ -14,6 +14,7 @@ from bkpool.settings import Configuration
 from bkpool.settings.catalogue import Setting, settings
 from bkpool.settings.kinds import COUNT, DURATION
 from bkpool.workers.pods.runtime import Deadlines
+from bkpool.workers.processes.runtime import ProcessLimits
 
 
 def api_limits(configuration: Configuration) -> ApiLimits:
@@ -61,6 +62,17 @@ def gc_defaults(configuration: Configuration) -> CacheGC:
     )
 
 
+def process_limits(configuration: Configuration) -> ProcessLimits:
+    """How many buildkitd processes may start at once, and how long one may take."""
+    values = configuration.workers
+    return ProcessLimits(
+        concurrent_starts=values.concurrent_starts,
+        start_timeout=values.start_timeout.total_seconds(),
+        adopt_timeout=values.adopt_timeout.total_seconds(),
+        stop_timeout=values.stop_timeout.total_seconds(),
+    )
+
+
 def pod_deadlines(configuration: Configuration) -> Deadlines:
     """How long each stage of a pod's start may take."""
     values = configuration.workers
@@ -93,7 +105,7 @@ def leader_times(configuration: Configuration) -> LeaderTimes:
 def passed_to_gateways(one: Setting) -> bool:
     """Whether the controller passes a setting on to the gateways of pools in a cluster."""
     return (
-        one.section in {"gateway", "kubernetes"}
+        one.section in {"gateway", "kubernetes", "metrics"}
         and one.kind in {COUNT, DURATION}
         and one.name != "kubernetes.leader_lease"  # a gateway takes part in no election
     )

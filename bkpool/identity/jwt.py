@@ -201,7 +201,13 @@ def verify_signature(token: Token, key: PyJWK) -> None:
 
 
 def verify_claims(
-    claims: Mapping[str, object], *, issuer: str, audience: str, client_id: str | None, now: datetime
+    claims: Mapping[str, object],
+    *,
+    issuer: str,
+    audience: str,
+    client_id: str | None,
+    now: datetime,
+    leeway: float = LEEWAY,
 ) -> None:
     """Checks the issuer, the audience and the times in the token (OIDC Core 3.1.3.7, RFC 7519 4.1).
 
@@ -211,6 +217,7 @@ def verify_claims(
         audience: The value that must be in `aud`.
         client_id: A value that `azp` may have besides the audience.
         now: The current time.
+        leeway: Seconds by which the issuer's clock may differ from it.
 
     Raises:
         Unauthenticated: One of them is missing or wrong; the message names it.
@@ -220,7 +227,7 @@ def verify_claims(
     if not isinstance(claims.get("sub"), str) or not claims["sub"]:
         raise Unauthenticated("sub is missing or not a text")
     _check_audience(claims, audience, client_id)
-    _check_times(claims, now.astimezone(UTC).timestamp())
+    _check_times(claims, now.astimezone(UTC).timestamp(), leeway)
 
 
 def _check_audience(claims: Mapping[str, object], audience: str, client_id: str | None) -> None:
@@ -238,13 +245,13 @@ def _check_audience(claims: Mapping[str, object], audience: str, client_id: str 
         raise Unauthenticated(f"azp is {shown(azp)}, not {wanted} (set clientID to allow another)")
 
 
-def _check_times(claims: Mapping[str, object], now: float) -> None:
+def _check_times(claims: Mapping[str, object], now: float, leeway: float) -> None:
     exp, iat = _time(claims, "exp"), _time(claims, "iat")
-    if exp <= now - LEEWAY:
+    if exp <= now - leeway:
         raise Unauthenticated(f"it expired {now - exp:.0f} s ago")
-    if iat > now + LEEWAY:
+    if iat > now + leeway:
         raise Unauthenticated(f"iat is {iat - now:.0f} s in the future: compare the clocks of issuer and appliance")
-    if "nbf" in claims and (nbf := _time(claims, "nbf")) > now + LEEWAY:
+    if "nbf" in claims and (nbf := _time(claims, "nbf")) > now + leeway:
         raise Unauthenticated(f"it is not valid for another {nbf - now:.0f} s (nbf)")
 
 

@@ -16,7 +16,7 @@ from bkpool.core.pool import Pool
 from bkpool.identity import EVERYWHERE, Scope, Verdict
 from bkpool.identity.claims import identify
 from bkpool.identity.issuer_keys import IssuerKeys
-from bkpool.identity.jwt import Token, looks_like_one, parse, shown, verify_claims, verify_signature
+from bkpool.identity.jwt import LEEWAY, Token, looks_like_one, parse, shown, verify_claims, verify_signature
 
 _SOURCE = "OIDC"
 _SERVICE_ACCOUNT = "system:serviceaccount:"
@@ -73,14 +73,20 @@ class OidcAuthenticator:
         issuers: Has the issuers' keys.
         trusted: Returns the current configurations.
         now: The clock.
+        leeway: Seconds by which the clock of an issuer may differ from it.
     """
 
     def __init__(
-        self, issuers: IssuerKeys, trusted: Callable[[], Iterable[TrustedIssuer]], now: Callable[[], datetime]
+        self,
+        issuers: IssuerKeys,
+        trusted: Callable[[], Iterable[TrustedIssuer]],
+        now: Callable[[], datetime],
+        leeway: float = LEEWAY,
     ) -> None:
         self._issuers = issuers
         self._trusted = trusted
         self._now = now
+        self._leeway = leeway
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         """See Authenticator. Returns one verdict for each configuration of the token's issuer.
@@ -112,6 +118,7 @@ class OidcAuthenticator:
                 audience=settings.audience,
                 client_id=settings.client_id,
                 now=self._now(),
+                leeway=self._leeway,
             )
         except Unauthenticated as error:
             return error.message

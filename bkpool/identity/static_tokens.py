@@ -106,12 +106,18 @@ class SecretTokenReader:
         api: The cluster.
         clock: Monotonic seconds.
         fresh: For this many seconds, a Secret is not read again.
+        timeout: Seconds to read one.
     """
 
     def __init__(
-        self, api: KubeApi, clock: Callable[[], float] = time.monotonic, fresh: float = FRESH_SECONDS
+        self,
+        api: KubeApi,
+        clock: Callable[[], float] = time.monotonic,
+        fresh: float = FRESH_SECONDS,
+        timeout: float = READ_TIMEOUT,
     ) -> None:
         self._fresh = fresh
+        self._timeout = timeout
         self._api = api
         self._clock = clock
         self._cache: dict[Key, _CachedSecret] = {}
@@ -132,12 +138,12 @@ class SecretTokenReader:
     async def _refresh(self, secret: Key, cached: _CachedSecret) -> None:
         cached.failure = None
         try:
-            async with asyncio.timeout(READ_TIMEOUT):
+            async with asyncio.timeout(self._timeout):
                 found = await self._api.get(paths.core("secrets", *secret))
         except NotFound:
             cached.version, cached.tokens = None, StaticTokens()
         except TimeoutError:
-            cached.failure = Unavailable(f"Kubernetes: Secret {secret} could not be read within {READ_TIMEOUT:g} s")
+            cached.failure = Unavailable(f"Kubernetes: Secret {secret} could not be read within {self._timeout:g} s")
         except BkpoolError as error:
             cached.failure = error
         else:

@@ -84,10 +84,26 @@ class ApiSettings(Section):
 
 
 class MetricsSettings(Section):
-    """What Prometheus reads."""
+    """What Prometheus reads, and when an event loop counts as blocked.
+
+    In a cluster the controller passes this section, except the address, on to the gateways of its pools.
+    """
 
     address: Listen = setting(
         Address("127.0.0.1", METRICS_PORT), "Where `/metrics` is served.", option="--metrics-address"
+    )
+    worker_series: Count = setting(
+        200,
+        "How many workers have a series of their own in `buildkit_gateway_open_connections`: those with the most "
+        "connections. The others of a pool share one. If it is large, Prometheus stores many series.",
+        between=(0, 10_000),
+    )
+    loop_timeout: Duration = setting(
+        seconds(0.25),
+        "An event loop that runs nothing for so long counts as blocked, and a warning names the code. If it is too "
+        "short for a slow or shared machine, such warnings say nothing about bkpool. If it is long, short blockages "
+        "go unnoticed.",
+        between=(seconds(0.05), seconds(10)),
     )
 
 
@@ -231,6 +247,18 @@ class IdentitySettings(Section):
         "How long the tokens of a pool are used before their Secret is read again: a token that you remove still "
         "opens the pool for so long.",
         between=(seconds(0), seconds(3600)),
+    )
+    secret_timeout: Duration = setting(
+        seconds(5),
+        "How long the cluster may take to give the Secret with the tokens of a pool. If it is too short for a busy "
+        "API server, callers with such tokens get 503. If it is long, they wait for so long.",
+        between=(seconds(0.5), seconds(60)),
+    )
+    clock_leeway: Duration = setting(
+        seconds(30),
+        "By how much the clocks of an issuer and of this machine may differ. If it is less than they do, fresh "
+        "tokens are refused. If it is long, a token works for so long after its end.",
+        between=(seconds(0), seconds(300)),
     )
     token_review_timeout: Duration = setting(
         seconds(10),

@@ -57,6 +57,19 @@ class WorkersSettings(Section):
         "slowly on a small machine. If it is small, callers wait for each other.",
         between=(1, 1000),
     )
+    adopt_timeout: Duration = setting(
+        seconds(5),
+        "How long a buildkitd process of an earlier run may take to answer (backend `process`). If it is too short "
+        "for a busy disk, a new `up` ends the process with its builds. If it is long, `up` waits so long for a "
+        "daemon that hangs.",
+        between=(seconds(1), seconds(600)),
+    )
+    stop_timeout: Duration = setting(
+        seconds(10),
+        "How long a buildkitd process may take to end before it is killed (backend `process`). If it is too short "
+        "for a slow disk, a cache may be damaged. If it is long, a daemon that hangs blocks its slot for so long.",
+        between=(seconds(1), seconds(600)),
+    )
     pod_scheduling_timeout: Duration = setting(
         timedelta(minutes=10),
         "How long a pod may wait for a node. If it is too short for the cluster's autoscaler, starts fail although a "

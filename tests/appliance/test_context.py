@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import AsyncExitStack
+from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from bkpool.appliance.roles.context import open_context
 from bkpool.appliance.settings import Settings
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
+from bkpool.settings import Configuration
 
 
 def threads() -> set[str]:
@@ -22,6 +26,18 @@ async def test_the_main_loop_is_watched_until_the_stack_is_closed(tmp_path):
         open_context(stack, Settings(home=tmp_path, cache=tmp_path), Shutdown())
         assert "watchdog" in threads()
     assert "watchdog" not in threads()
+
+
+async def test_the_settings_say_when_a_loop_counts_as_blocked(tmp_path):
+    configuration = Configuration.model_validate({"metrics": {"loop_timeout": timedelta(milliseconds=50)}})
+    async with AsyncExitStack() as stack:
+        settings = Settings(home=tmp_path, cache=tmp_path, configuration=configuration)
+        context = open_context(stack, settings, Shutdown())
+        blocked = partial(context.registry.get_sample_value, "bkpool_loop_blocked_total", {"loop": "main"})
+        async with asyncio.timeout(20):
+            while not blocked():
+                time.sleep(0.11)  # noqa: ASYNC251 - blocks the loop for less than the default
+                await asyncio.sleep(0)
 
 
 async def test_a_failed_background_task_ends_the_process_with_its_error(tmp_path):

@@ -25,21 +25,24 @@ from bkpool.appliance.tuning import (
     kube_limits,
     leader_times,
     pod_deadlines,
+    process_limits,
 )
 from bkpool.core.names import Key
 from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
-from bkpool.identity import issuer_keys, service_accounts, static_tokens
+from bkpool.gateway.session.metrics import WORKER_SERIES
+from bkpool.identity import issuer_keys, jwt, service_accounts, static_tokens
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits
 from bkpool.kube.leader import LeaderTimes
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.settings import Configuration
 from bkpool.settings.catalogue import settings
 from bkpool.settings.kinds import COUNT, DURATION
+from bkpool.telemetry.loop_watchdog import HEARTBEAT_TIMEOUT
 from bkpool.workers.config import GC_DEFAULTS
 from bkpool.workers.pods.runtime import Deadlines
-from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.runtime import ProcessLimits
 from bkpool.workers.processes.sandbox import Binaries
 
 DEFAULT = Configuration()
@@ -53,15 +56,17 @@ def test_without_settings_each_room_gets_its_own_default():
     assert api_limits(DEFAULT) == ApiLimits()
     assert gc_defaults(DEFAULT) == GC_DEFAULTS
     assert pod_deadlines(DEFAULT) == Deadlines()
-    processes = inspect.signature(ProcessRuntime).parameters
-    assert DEFAULT.workers.start_timeout.total_seconds() == processes["start_timeout"].default
-    assert DEFAULT.workers.concurrent_starts == processes["concurrent_starts"].default
+    assert process_limits(DEFAULT) == ProcessLimits()
     timeout = inspect.signature(issuer_keys.IssuerKeys).parameters["timeout"].default
     for value, default in (
         (DEFAULT.identity.issuer_timeout.total_seconds(), timeout),
         (DEFAULT.identity.keys_fresh.total_seconds(), issuer_keys.FRESH_SECONDS),
         (DEFAULT.identity.keys_stale.total_seconds(), issuer_keys.STALE_SECONDS),
         (DEFAULT.identity.secret_fresh.total_seconds(), static_tokens.FRESH_SECONDS),
+        (DEFAULT.identity.secret_timeout.total_seconds(), static_tokens.READ_TIMEOUT),
+        (DEFAULT.identity.clock_leeway.total_seconds(), jwt.LEEWAY),
+        (DEFAULT.metrics.worker_series, WORKER_SERIES),
+        (DEFAULT.metrics.loop_timeout.total_seconds(), HEARTBEAT_TIMEOUT),
         (DEFAULT.identity.token_review_timeout.total_seconds(), service_accounts.REVIEW_TIMEOUT),
         (DEFAULT.allocation.max_waiters, wait_queue.MAX_WAITERS),
     ):
@@ -122,6 +127,8 @@ WORKERS = {
     "gc_keep_duration": timedelta(hours=1),
     "start_timeout": timedelta(seconds=61),
     "concurrent_starts": 7,
+    "adopt_timeout": timedelta(seconds=66),
+    "stop_timeout": timedelta(seconds=67),
     "pod_scheduling_timeout": timedelta(seconds=62),
     "pod_pull_timeout": timedelta(seconds=63),
     "pod_creation_timeout": timedelta(seconds=64),
@@ -151,7 +158,8 @@ async def test_processes_are_run_as_the_settings_say(tmp_path, made):
     async with AsyncExitStack() as stack:
         with pytest.raises(InterruptedError):
             await open_process_backend(stack, settings, binaries, lambda _: None)
-    assert made == {"concurrent_starts": 7, "start_timeout": 61.0, "gc_defaults": COLLECTION}
+    limits = ProcessLimits(concurrent_starts=7, start_timeout=61, adopt_timeout=66, stop_timeout=67)
+    assert made == {"limits": limits, "gc_defaults": COLLECTION}
 
 
 async def test_pods_are_run_as_the_settings_say(tmp_path, made, monkeypatch):
@@ -186,3 +194,8 @@ def test_gateways_in_a_cluster_get_the_times_of_the_cluster_but_not_those_of_the
     of_cluster = {field: timedelta(seconds=80) for field in ("watch_silence", "leader_lease")}
     changed = Configuration.model_validate({"kubernetes": {**of_cluster, "namespace": "elsewhere"}})
     assert gateway_variables(changed) == {"BKPOOL_KUBERNETES_WATCH_SILENCE": "1m20s"}
+
+
+def test_gateways_in_a_cluster_count_as_this_process_does():
+    changed = Configuration.model_validate({"metrics": {"worker_series": 7, "address": ("0.0.0.0", 1)}})
+    assert gateway_variables(changed) == {"BKPOOL_METRICS_WORKER_SERIES": "7"}

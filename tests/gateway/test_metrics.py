@@ -58,6 +58,14 @@ def test_bytes_are_current_while_the_connection_is_open_and_count_once_after_its
     assert value("bytes_total", pool="p", direction="up") == 35
 
 
+def test_the_busiest_workers_have_a_series_each_and_the_others_share_one():
+    metrics = GatewayMetrics(worker_series=2)
+    for number, count in enumerate((1, 3, 2, 1)):
+        for _ in range(count):
+            metrics.relay_started(_meter(worker=f"p-worker-{number}"))
+    assert _series(metrics, "open_connections") == {("p", "p-worker-1"): 3, ("p", "p-worker-2"): 2, ("p", "other"): 2}
+
+
 def test_the_byte_total_never_decreases_while_connections_come_and_go_in_other_threads(metrics, value):
     """The total is right at the end, and the gauges are zero."""
 

@@ -185,6 +185,17 @@ async def test_the_issuer_is_not_asked_for_a_token_that_is_refused_anyway(issuer
     assert not issuer.requests
 
 
+@pytest.mark.parametrize(("leeway", "refusal"), [(30, "expired"), (90, "")])
+async def test_the_clock_of_an_issuer_may_differ_by_the_leeway(issuer, leeway, refusal):
+    issuers = IssuerKeys(clock=time.monotonic, timeout=2)
+    trusted = [TrustedIssuer("x", config(issuer.url).spec)]
+    token = issuer.token(exp=int(now().timestamp()) - 60)
+    (verdict,) = await OidcAuthenticator(issuers, lambda: trusted, now, leeway).authenticate(token)
+    assert refusal in verdict.refusal
+    assert (verdict.identity is None) is bool(refusal)
+    await issuers.close()
+
+
 async def test_a_key_that_the_issuer_does_not_have_is_refused(issuer, judge):
     other = signing_key("evil")
     (verdict,) = await judge(issuer.token(key=other), config(issuer.url))

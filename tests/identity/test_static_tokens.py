@@ -229,6 +229,14 @@ async def test_a_secret_is_read_again_after_ten_seconds():
     )
 
 
+async def test_a_secret_that_does_not_come_in_time_is_unavailable():
+    cluster = Cluster(alice=ALICE)
+    cluster.gate.clear()
+    async with asyncio.timeout(4):
+        with pytest.raises(Unavailable, match=r"Secret team/tokens could not be read within 0\.05 s"):
+            await SecretTokenReader(cluster, Clock(), timeout=0.05).read("team", SECRET)
+
+
 async def test_many_callers_at_once_cause_one_request_even_if_the_first_is_cancelled():
     cluster = Cluster(alice=ALICE)
     secrets = SecretTokenReader(cluster, Clock())

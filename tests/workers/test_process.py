@@ -16,7 +16,7 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Cache, CacheGC
 from bkpool.workers import DaemonState
 from bkpool.workers.processes.daemon import Daemon
-from bkpool.workers.processes.runtime import ProcessRuntime
+from bkpool.workers.processes.runtime import ProcessLimits, ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
 from bkpool.workers.processes.socket_directory import home_digest
@@ -144,7 +144,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
 
 
 async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
-    runtime = ProcessRuntime(tmp_path / "home", binaries, stop_grace=0.1)
+    runtime = ProcessRuntime(tmp_path / "home", binaries, limits=ProcessLimits(stop_timeout=0.1))
     building = await in_mid_step(
         build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report), "4712"), "4712"
     )
@@ -197,6 +197,20 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
     await after.close(stop_workers=True)
 
 
+async def test_a_daemon_that_does_not_answer_the_next_runtime_in_time_is_ended(runtime, tmp_path, binaries):
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    pid = record(tmp_path / "home")["pid"]
+    await runtime.close(stop_workers=False)
+    os.kill(pid, signal.SIGSTOP)
+
+    after = ProcessRuntime(tmp_path / "home", binaries, limits=ProcessLimits(adopt_timeout=0.1))
+    async with asyncio.timeout(4):
+        await after.adopt()
+    assert after.daemons.observe() == {}
+    assert not runs(pid)
+    await after.purge()
+
+
 async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(runtime, tmp_path, binaries):
     await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     pid = record(tmp_path / "home")["pid"]
@@ -239,7 +253,9 @@ async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, run
     mute = tmp_path / "mute"
     mute.write_text("#!/bin/sh\necho I say nothing; exec tail -f /dev/null\n")
     mute.chmod(0o755)
-    runtime = ProcessRuntime(tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), start_timeout=0.2)
+    runtime = ProcessRuntime(
+        tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), limits=ProcessLimits(start_timeout=0.2)
+    )
     with pytest.raises(WorkerFailed, match="not ready after 0 s: it does not listen") as failure:
         await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
     assert failure.value.log_tail == "I say nothing"
@@ -326,7 +342,7 @@ async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, b
             starting -= 1
 
     monkeypatch.setattr(Daemon, "start", counted)
-    runtime = ProcessRuntime(tmp_path / "home", binaries, concurrent_starts=2)
+    runtime = ProcessRuntime(tmp_path / "home", binaries, limits=ProcessLimits(concurrent_starts=2))
     slots = [Slot("default", "default", number) for number in range(3)]
     await asyncio.gather(*(runtime.daemons.start(slot, "uid", None, POOL, no_report) for slot in slots))
     assert peak == 2

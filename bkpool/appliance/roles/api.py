@@ -80,6 +80,7 @@ async def open_api(
         state.issuers,
         mirror,
         namespace=settings.configuration.kubernetes.namespace,
+        leeway=settings.configuration.identity.clock_leeway.total_seconds(),
         extra_configs=extra_configs,
         now=context.now,
     )

@@ -50,7 +50,8 @@ class RoleContext:
 def open_context(stack: AsyncExitStack, settings: Settings, shutdown: Shutdown) -> RoleContext:
     """Creates the context and watches the running event loop until the stack is closed."""
     registry = new_registry()
-    watchdog = LoopWatchdog(LoopMetrics(registry))
+    timeout = settings.configuration.metrics.loop_timeout.total_seconds()
+    watchdog = LoopWatchdog(LoopMetrics(registry), timeout=timeout)
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
     watchdog.start()
     stack.callback(watchdog.stop)

@@ -89,7 +89,8 @@ async def open_gateway(
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
-    metrics = GatewayMetrics(context.registry)
+    worker_series = context.settings.configuration.metrics.worker_series
+    metrics = GatewayMetrics(context.registry, worker_series=worker_series)
     gateway = Gateway(
         StoreLeaseRegistry(store, name, context.now, mirror.apply),
         now=context.now,

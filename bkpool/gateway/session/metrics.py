@@ -23,7 +23,9 @@ from bkpool.telemetry.registry import LATENCY_BUCKETS, CachedSeries, new_registr
 OTHER = "other"
 """The label that all workers without a separate series share."""
 
-_MAX_WORKER_SERIES = 200
+WORKER_SERIES = 200
+"""Workers that have a series of their own."""
+
 _MINUTE, _HOUR = 60, 3600
 _DURATION_BUCKETS = (0.1, 1, 5, 15, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 4 * _HOUR)
 
@@ -43,9 +45,10 @@ class GatewayMetrics:
 
     Args:
         registry: Where they are registered; a new registry if None.
+        worker_series: How many workers have a series of their own.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+    def __init__(self, registry: CollectorRegistry | None = None, *, worker_series: int = WORKER_SERIES) -> None:
         self.registry = registry = new_registry() if registry is None else registry
         self._connections = _counter(
             registry,
@@ -80,7 +83,7 @@ class GatewayMetrics:
             ["pool", "outcome"],
             LATENCY_BUCKETS,
         )
-        self._current = _Current()
+        self._current = _Current(worker_series)
         registry.register(self._current)
 
     def handshake_done(self, seconds: float, *, ok: bool) -> None:
@@ -148,6 +151,7 @@ class _Current(Collector):
     counts. Both happen under one lock, so no byte counts twice and no total ever decreases.
     """
 
+    worker_series: int = WORKER_SERIES
     draining: bool | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: int = 0
@@ -195,7 +199,7 @@ class _Current(Collector):
             active.add_metric([name], pool.active)
             relayed.add_metric([name, "up"], pool.up)
             relayed.add_metric([name, "down"], pool.down)
-        yield from (active, relayed, _by_worker(meters))
+        yield from (active, relayed, _by_worker(meters, self.worker_series))
         yield GaugeMetricFamily("buildkit_gateway_pending_connections", "Connections without a lease.", pending)
         yield GaugeMetricFamily(
             "buildkit_gateway_draining",
@@ -204,17 +208,17 @@ class _Current(Collector):
         )
 
 
-def _by_worker(meters: Iterable[Meter]) -> Metric:
+def _by_worker(meters: Iterable[Meter], most: int) -> Metric:
     """Counts open connections by worker, which is by lease: a worker has one lease at a time."""
     ranked = Counter((meter.pool, meter.worker) for meter in meters).most_common()
     rest: Counter[tuple[str, str]] = Counter()
-    for (pool, _), count in ranked[_MAX_WORKER_SERIES:]:
+    for (pool, _), count in ranked[most:]:
         rest[pool, OTHER] += count
     family = GaugeMetricFamily(
         "buildkit_gateway_open_connections",
-        f"Connections that are relayed now, by worker. The {_MAX_WORKER_SERIES} workers with the most have a series.",
+        f"Connections that are relayed now, by worker. The {most} workers with the most have a series.",
         labels=["pool", "worker"],
     )
-    for labels, count in [*ranked[:_MAX_WORKER_SERIES], *rest.items()]:
+    for labels, count in [*ranked[:most], *rest.items()]:
         family.add_metric(labels, count)
     return family

@@ -26,7 +26,6 @@ MARK = "BKPOOL_SLOT"
 """An environment variable of everything that is started for a slot. It finds what a crash left unrecorded."""
 
 _FIRST_RETRY, _LAST_RETRY = 0.005, 0.05  # seconds between probes while buildkitd has not bound its socket yet
-_ADOPT_TIMEOUT = 5.0  # seconds for an answer of a daemon that an earlier run has started
 _LOG_BYTES = 8192  # of the log's end, in which informative lines are looked for
 
 
@@ -79,13 +78,13 @@ class Daemon:
             raise
 
     @classmethod
-    async def adopt(cls, record: DaemonRecord, log: Path) -> Daemon | None:
-        """Adopts the daemon of a record. Returns None if that process has ended or does not answer."""
+    async def adopt(cls, record: DaemonRecord, log: Path, seconds: float) -> Daemon | None:
+        """Adopts the daemon of a record. Returns None if that process has ended or does not answer in time."""
         if record.boot_id != process_table.boot_id() or record.pid is None or record.socket is None:
             return None
         socket = Path(record.socket)
         with contextlib.suppress(OSError, Unavailable, WorkerFailed):
-            async with asyncio.timeout(_ADOPT_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 peer = await probe(socket)
             if peer == record.pid:
                 daemon = cls(peer, socket, log)

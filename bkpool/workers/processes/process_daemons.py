@@ -21,6 +21,7 @@ from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 from bkpool.workers.processes import process_table
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.launcher import Launcher
+from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.slot_cache import assign_owner, remove_cache, run_in_thread
 from bkpool.workers.processes.slot_files import CacheState, DaemonRecord
 from bkpool.workers.processes.slots import ProcessSlot, SlotTable
@@ -34,28 +35,17 @@ class ProcessDaemons:
     Args:
         table: The slots.
         launcher: Prepares starts and removes what daemons leave.
-        concurrent_starts: How many daemons may be starting at once.
-        start_timeout: Seconds until a daemon must have answered; it takes less than one where nothing is wrong.
-        stop_grace: Seconds between SIGTERM and SIGKILL.
+        limits: How many may start at once, and how long a daemon may take.
     """
 
     capacity = None
     ignored_spec_fields = IGNORED_BY_PROCESSES
 
-    def __init__(
-        self,
-        table: SlotTable,
-        launcher: Launcher,
-        *,
-        concurrent_starts: int,
-        start_timeout: float,
-        stop_grace: float,
-    ) -> None:
+    def __init__(self, table: SlotTable, launcher: Launcher, limits: ProcessLimits) -> None:
         self._table = table
         self._launcher = launcher
-        self._starting = asyncio.Semaphore(concurrent_starts)
-        self._start_timeout = start_timeout
-        self._stop_grace = stop_grace
+        self._starting = asyncio.Semaphore(limits.concurrent_starts)
+        self._limits = limits
 
     def observe(self) -> Mapping[Slot, Observation]:
         """The daemon in each slot, also one that has exited."""
@@ -111,7 +101,7 @@ class ProcessDaemons:
         await self._cancel_exit_watch(slot)
         if daemon := slot.daemon:
             try:
-                await daemon.stop(self._stop_grace)
+                await daemon.stop(self._limits.stop_timeout)
             except BaseException:  # cancelled, or in vain: the daemon is still there
                 self._watch_for_exit(slot, daemon)
                 raise
@@ -127,7 +117,7 @@ class ProcessDaemons:
         """Takes over the daemon that an earlier run has started, if it answers. Called before any start."""
         record = slot.files.read_daemon()
         if record and slot.cache and slot.cache.state is not CacheState.WIPING:
-            daemon = await Daemon.adopt(record, slot.files.log)
+            daemon = await Daemon.adopt(record, slot.files.log, self._limits.adopt_timeout)
             if daemon:
                 self._register(slot, daemon, record.worker_uid)
                 log.info("worker.adopted", worker=slot.name, pid=daemon.pid)
@@ -144,7 +134,7 @@ class ProcessDaemons:
         intent = DaemonRecord(worker_uid, process_table.boot_id())
         await run_in_thread(files.write_daemon, intent)
         try:
-            daemon = await Daemon.start(launch, self._start_timeout)
+            daemon = await Daemon.start(launch, self._limits.start_timeout)
         except BaseException as error:
             files.forget_daemon()
             self._launcher.clear(files.slot)

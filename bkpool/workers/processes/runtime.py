@@ -19,6 +19,7 @@ from bkpool.core.pool import CacheGC
 from bkpool.workers.config import GC_DEFAULTS
 from bkpool.workers.processes import socket_directory
 from bkpool.workers.processes.launcher import Launcher
+from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.process_caches import ProcessCaches
 from bkpool.workers.processes.process_daemons import ProcessDaemons
 from bkpool.workers.processes.sandbox import Binaries, Sandbox
@@ -26,7 +27,7 @@ from bkpool.workers.processes.slot_cache import remove_cache
 from bkpool.workers.processes.slot_files import CacheState, slots_directory, slots_on_disk
 from bkpool.workers.processes.slots import ProcessSlot, SlotTable
 
-__all__ = ["Binaries", "ProcessRuntime"]
+__all__ = ["Binaries", "ProcessLimits", "ProcessRuntime"]
 
 log = structlog.get_logger(__name__)
 
@@ -39,9 +40,7 @@ class ProcessRuntime:
         binaries: The programs, as absolute paths.
         runtime_dir: For the sockets; a short private directory by default.
         environ: Has PATH, and proxies and certificate paths for buildkitd.
-        concurrent_starts: How many daemons may be starting at once.
-        start_timeout: Seconds until a daemon must have answered; it takes less than one where nothing is wrong.
-        stop_grace: Seconds between SIGTERM and SIGKILL.
+        limits: How many may start at once, and how long a daemon may take.
         gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
@@ -52,9 +51,7 @@ class ProcessRuntime:
         *,
         runtime_dir: Path | None = None,
         environ: Mapping[str, str] | None = None,
-        concurrent_starts: int = 4,
-        start_timeout: float = 60.0,
-        stop_grace: float = 10.0,
+        limits: ProcessLimits = ProcessLimits(),  # noqa: B008 - immutable
         gc_defaults: CacheGC = GC_DEFAULTS,
     ) -> None:
         environ = os.environ if environ is None else environ
@@ -62,13 +59,7 @@ class ProcessRuntime:
         runtime_dir = runtime_dir or socket_directory.default_directory(home, environ)
         self._launcher = Launcher(home, runtime_dir, Sandbox(binaries, environ), gc_defaults)
         self._table = SlotTable(home)
-        self.daemons = ProcessDaemons(
-            self._table,
-            self._launcher,
-            concurrent_starts=concurrent_starts,
-            start_timeout=start_timeout,
-            stop_grace=stop_grace,
-        )
+        self.daemons = ProcessDaemons(self._table, self._launcher, limits)
         self.caches = ProcessCaches(self._table, self._launcher, self.daemons)
 
     async def adopt(self) -> None:

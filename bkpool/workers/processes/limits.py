@@ -1,0 +1,22 @@
+"""How many buildkitd processes may start at once, and how long one may take to start, to answer and to end.
+
+Nothing here enforces a limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLimits:
+    """All limits of buildkitd processes; times are in seconds. Tests use shorter ones."""
+
+    concurrent_starts: int = 4
+    """How many daemons may be starting at once."""
+    start_timeout: float = 60.0
+    """Until a daemon must have answered; it takes less than one second where nothing is wrong."""
+    adopt_timeout: float = 5.0
+    """For an answer of a daemon that an earlier run has started. One that does not answer is ended."""
+    stop_timeout: float = 10.0
+    """Between SIGTERM and SIGKILL."""
