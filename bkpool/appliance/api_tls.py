@@ -11,7 +11,7 @@ import socket
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
 from bkpool.home.files import write_private
 from bkpool.install.manifests import CONTROLLER
-from bkpool.pki.authority import SERVER_LIFE, Authority, renew_at
+from bkpool.pki.authority import Authority, renew_at
 from bkpool.pki.bundle import CA_CERT
 from bkpool.pki.chain import load_chain
 from bkpool.pki.names import CertificateNames, gateway_names
@@ -52,7 +52,8 @@ def make_api_tls(settings: Settings, authority: Authority, now: Callable[[], dat
     api = settings.configuration.api
     if api.cert is not None and api.key is not None:
         return FileTls(api.cert, api.key)
-    return IssuedTls(authority, api_names(settings), settings.home, now) if api.tls else None
+    life = settings.configuration.certificates.server_life
+    return IssuedTls(authority, api_names(settings), settings.home, now, life) if api.tls else None
 
 
 def api_names(settings: Settings) -> CertificateNames:
@@ -114,15 +115,22 @@ class IssuedTls(ApiTls):
         names: The names of the API.
         home: Where the CA's certificate is written for callers on this machine.
         now: The clock.
+        life: How long a certificate is valid.
     """
 
     def __init__(
-        self, authority: Authority, names: CertificateNames, home: Path, now: Callable[[], datetime]
+        self,
+        authority: Authority,
+        names: CertificateNames,
+        home: Path,
+        now: Callable[[], datetime],
+        life: timedelta,
     ) -> None:
         self._authority = authority
         self._names = names
         self._ca = home / "pki" / CA_CERT
         self._now = now
+        self._life = life
         self._due = now()
         super().__init__()
 
@@ -131,7 +139,7 @@ class IssuedTls(ApiTls):
         now = self._now()
         if now < self._due:
             return False
-        leaf = self._authority.issue_server(self._names.dns, self._names.ips, now, now + SERVER_LIFE)
+        leaf = self._authority.issue_server(self._names.dns, self._names.ips, now, now + self._life)
         self._take(leaf.cert_pem, leaf.key_pem or b"")
         self._due = renew_at(leaf.cert_pem)
         log.info("api.certificate_issued", renew_at=self._due.isoformat(), names=list(self._names.dns))

@@ -10,13 +10,13 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway
 from bkpool.pki import storage
-from bkpool.pki.authority import Authority
+from bkpool.pki.authority import SERVER_LIFE, Authority
 from bkpool.pki.names import gateway_names
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
@@ -32,6 +32,7 @@ class CertificateRenewal:
         hosts: Further names of the gateway.
         now: The clock.
         recorder: Records a changed certificate at each pool.
+        life: How long a certificate is valid.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class CertificateRenewal:
         hosts: tuple[str, ...],
         now: Callable[[], datetime],
         recorder: Recorder,
+        life: timedelta = SERVER_LIFE,
     ) -> None:
         self._directory = directory
         self._authority = authority
@@ -50,6 +52,7 @@ class CertificateRenewal:
         self._hosts = hosts
         self._now = now
         self._recorder = recorder
+        self._life = life
         self._served: bytes | None = None
         self._named_pools: tuple[Key, ...] | None = None
         self._due = self._now()
@@ -58,7 +61,7 @@ class CertificateRenewal:
         """Hands the gateway its certificate, newly issued if that is due. Open connections continue."""
         self._named_pools = tuple(sorted(self._mirror.pools))
         names = gateway_names(socket.gethostname(), self._named_pools, self._hosts)
-        stored = storage.server_certificate(self._directory, self._authority, names, self._now())
+        stored = storage.server_certificate(self._directory, self._authority, names, self._now(), self._life)
         self._due = stored.renew_at
         certificate = stored.cert_file.read_bytes()
         gateway.set_server_certificate(certificate, stored.key_file.read_bytes(), self._authority.cert_pem)

@@ -110,6 +110,7 @@ class ControlReplica:
             now=context.now,
             recorder=cluster.backend.recorder,
             gateway_variables=gateway_variables(self._configuration),
+            server_life=self._configuration.certificates.server_life,
         )
 
 

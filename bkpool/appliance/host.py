@@ -120,6 +120,7 @@ class HostAppliance:
             hosts=self._configuration.gateway.hosts,
             now=context.now,
             recorder=backend.recorder,
+            life=self._configuration.certificates.server_life,
         )
         gateway = await open_gateway(
             stack,

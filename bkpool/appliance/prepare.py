@@ -71,7 +71,13 @@ def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster
     configuration = settings.configuration
     program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
     with Engine.connect() as engine:
-        kind = HomeCluster(program, engine, settings.home, lambda text: report({"progress": text}))
+        kind = HomeCluster(
+            program,
+            engine,
+            settings.home,
+            lambda text: report({"progress": text}),
+            configuration.kind.ready_timeout,
+        )
         cluster = kind.ensure(configuration.kind.cluster, node_image=configuration.kind.node_image)
         for archive in configuration.kind.image_archives:
             kind.load_archive(cluster, archive)

@@ -40,6 +40,7 @@ from bkpool.core.pool import Pool, ServiceType
 from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
+from bkpool.pki.authority import SERVER_LIFE
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.pki.names import CertificateNames, gateway_names
 from bkpool.store.events import Recorder
@@ -95,6 +96,7 @@ class PoolGateways:
         now: The clock.
         recorder: Records that certificates were replaced.
         gateway_variables: Environment variables of the gateways: the settings that are not the default.
+        server_life: How long a certificate of a gateway is valid.
     """
 
     def __init__(
@@ -109,11 +111,13 @@ class PoolGateways:
         now: Callable[[], datetime],
         recorder: Recorder,
         gateway_variables: Mapping[str, str] = MappingProxyType({}),
+        server_life: timedelta = SERVER_LIFE,
     ) -> None:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
         self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
+        self._server_life = server_life
         self._now = now
         self._recorder = recorder
         self._states: dict[Key, _GatewayState] = {}
@@ -277,7 +281,7 @@ class PoolGateways:
             name = f"{gateway_name(pool)}.{pool.key.namespace}"
             if found:
                 self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued again")
-            found = gateway_bundle(self._secrets, names, name, self._now())
+            found = gateway_bundle(self._secrets, names, name, self._now(), self._server_life)
             log.info("pool.gateway_certificate_issued", pool=str(pool.key), names=[*names.dns, *map(str, names.ips)])
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}
         await self._ensure(secret(pool, encoded), state)

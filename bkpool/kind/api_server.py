@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import time
 from base64 import b64decode
+from datetime import timedelta
 from http import HTTPStatus
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
@@ -14,23 +15,23 @@ import yaml
 
 from bkpool.core.errors import Unavailable
 
-_TIMEOUT = 90.0  # seconds: on two cores the API server of a restarted node is ready after about 15 s
 _RETRY_SECONDS = 0.2
 
 
-def await_api_server(name: str, kubeconfig: Path) -> None:
+def await_api_server(name: str, kubeconfig: Path, timeout: timedelta) -> None:
     """Waits until the API server of a cluster is ready.
 
     Args:
         name: The cluster's name, for the message.
         kubeconfig: Its kubeconfig.
+        timeout: How long it may take. On two cores that of a restarted node is ready after about 15 s.
 
     Raises:
-        Unavailable: It is not ready after 90 s.
+        Unavailable: It is not ready in time.
     """
     cluster = yaml.safe_load(kubeconfig.read_bytes())["clusters"][0]["cluster"]
     trust = ssl.create_default_context(cadata=b64decode(cluster["certificate-authority-data"]).decode())
-    deadline = time.monotonic() + _TIMEOUT
+    deadline = time.monotonic() + timeout.total_seconds()
     while fault := _fault(urlsplit(cluster["server"]).netloc, trust):
         if time.monotonic() > deadline:
             raise Unavailable(

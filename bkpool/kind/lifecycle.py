@@ -14,8 +14,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
+from bkpool.core import durations
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.home.files import as_host_fault, private_directory, write_private
 from bkpool.kind.api_server import await_api_server
@@ -30,7 +32,8 @@ CONFIG = Path(__file__).with_name("kind-config.yaml")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,49}")
 """kind's own rule for names. 50 characters: the container's name is a host name, which has at most 63."""
-_NODE_READY = "120s"  # of `kind create --wait`: the images are loaded by then, and it takes 0 to 20 s
+READY_TIMEOUT = timedelta(minutes=2)
+"""For the node of a cluster. In `kind create --wait` the images are loaded by then, and it takes 0 to 20 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,22 @@ class HomeCluster:
         engine: The container engine that it works with.
         home: BKPOOL_HOME: contains `kind.json` and `kubeconfig`.
         report: Receives what is being done while something takes long.
+        ready_timeout: How long the cluster's node may take to become ready.
     """
 
-    def __init__(self, program: Path, engine: Engine, home: Path, report: ReportText) -> None:
+    def __init__(
+        self,
+        program: Path,
+        engine: Engine,
+        home: Path,
+        report: ReportText,
+        ready_timeout: timedelta = READY_TIMEOUT,
+    ) -> None:
         self._program = program
         self._engine = engine
         self._home = home
         self._report = report
+        self._ready_timeout = ready_timeout
 
     def ensure(self, name: str, *, config: Path = CONFIG, node_image: str | None = None) -> Cluster:
         """Adopts the cluster of that name, and starts it again if it was stopped; or creates it.
@@ -104,7 +116,7 @@ class HomeCluster:
             node = entry_node(name, nodes)
             self._start(nodes)
             self._write_kubeconfig(name)
-            await_api_server(name, kubeconfig_of(self._home))
+            await_api_server(name, kubeconfig_of(self._home), self._ready_timeout)
             Marker(name, "ready", made).write(self._home)
         return Cluster(name, kubeconfig_of(self._home), node.name, worker_ports(node.ports), made)
 
@@ -192,7 +204,8 @@ class HomeCluster:
         kubeconfig = kubeconfig_of(self._home)
         kubeconfig.unlink(missing_ok=True)
         arguments = ["create", "cluster", "--name", name, "--config", str(config), "--kubeconfig", str(kubeconfig)]
-        arguments += ["--wait", _NODE_READY, *(["--image", node_image] if node_image else [])]
+        arguments += ["--wait", durations.render(self._ready_timeout)]
+        arguments += ["--image", node_image] if node_image else []
         self._report(f"cluster {name}: creating it")
         try:
             run_kind_in_stages(self._program, arguments, cluster=name, lock=lock, report=self._report)

@@ -30,8 +30,8 @@ from bkpool.pki.names import IP
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
 RENEW_BEFORE = timedelta(days=30)
-"""Server certificates are valid for a year and are renewed a month before they expire: the defaults of the Go
-controller."""
+"""Server certificates are valid for a year, unless the operator says otherwise, and are renewed a month before they
+expire: the defaults of the Go controller."""
 
 BACK_DATED = timedelta(minutes=5)
 """How long before now a certificate becomes valid, because the clocks of a CI runner and of the gateway may differ.
@@ -272,12 +272,14 @@ def expires_at(cert_pem: bytes) -> datetime:
 
 
 def renew_at(cert_pem: bytes) -> datetime:
-    """When a server certificate should be renewed.
+    """When a server certificate should be renewed: RENEW_BEFORE its end, or in the last third of a short validity.
 
     Raises:
         ValueError: It is not a certificate.
     """
-    return expires_at(cert_pem) - RENEW_BEFORE
+    certificate = _certificate(cert_pem)
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return end - min(RENEW_BEFORE, (end - begin) / 3)
 
 
 def renewal_due(cert_pem: bytes, now: datetime, dns_names: Iterable[str], ips: Iterable[IP]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets as random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Self
 
 from bkpool.core.errors import HostFault
@@ -74,7 +74,11 @@ class ClusterSecrets:
 
 
 def gateway_bundle(
-    secrets: ClusterSecrets, names: CertificateNames, gateway_name: str, now: datetime
+    secrets: ClusterSecrets,
+    names: CertificateNames,
+    gateway_name: str,
+    now: datetime,
+    life: timedelta = SERVER_LIFE,
 ) -> dict[str, bytes]:
     """The certificates that a pool's gateway needs for its clients and for workers, as the data of its Secret.
 
@@ -82,13 +86,14 @@ def gateway_bundle(
         secrets: The CAs.
         names: The names and addresses by which clients reach the gateway.
         gateway_name: The gateway's name in the certificate for workers, in ASCII.
-        now: The start of the validity, which lasts SERVER_LIFE (a year).
+        now: The start of the validity.
+        life: How long they are valid.
 
     Raises:
         HostFault: `AuthorityExpired`.
     """
-    server = secrets.authority.issue_server(names.dns, names.ips, now, now + SERVER_LIFE)
-    dialler = secrets.backend.issue_dialler(gateway_name, now, now + SERVER_LIFE)
+    server = secrets.authority.issue_server(names.dns, names.ips, now, now + life)
+    dialler = secrets.backend.issue_dialler(gateway_name, now, now + life)
     return {
         CA_CERT: secrets.authority.cert_pem,
         TLS_CERT: server.cert_pem,

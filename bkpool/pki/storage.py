@@ -75,9 +75,16 @@ def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
 
 
 def server_certificate(
-    directory: Path, authority: Authority, names: CertificateNames, now: datetime
+    directory: Path, authority: Authority, names: CertificateNames, now: datetime, life: timedelta = SERVER_LIFE
 ) -> ServerCertificate:
     """The gateway's stored certificate, or a new one if that is due, not for these names, or not usable.
+
+    Args:
+        directory: Where it is stored.
+        authority: Signs a new one.
+        names: The names that it must have.
+        now: The current time.
+        life: How long a new one is valid.
 
     Raises:
         HostFault: `AuthorityExpired`, `DiskFull`, `Permission`.
@@ -86,11 +93,11 @@ def server_certificate(
     stored = _usable_certificate(cert_file, key_file, authority, names, now)
     if stored is not None:
         return ServerCertificate(cert_file, key_file, renew_at(stored))
-    leaf = authority.issue_server(names.dns, names.ips, now, now + SERVER_LIFE)
+    leaf = authority.issue_server(names.dns, names.ips, now, now + life)
     write_private(key_file, leaf.key_pem or b"")
     write_private(cert_file, leaf.cert_pem)
     log.info("pki.server_certificate_issued", file=str(cert_file), names=[*names.dns, *map(str, names.ips)])
-    # A certificate capped by its CA's expiry may be due again at once. It is then renewed daily, not in a loop.
+    # A certificate capped by its CA's expiry may be due again soon. It is then renewed daily at most, not in a loop.
     return ServerCertificate(cert_file, key_file, max(renew_at(leaf.cert_pem), now + timedelta(days=1)))
 
 

@@ -83,6 +83,21 @@ class ApiSettings(Section):
     )
 
 
+class CertificateSettings(Section):
+    """The certificates of gateways and of the API that bkpool issues.
+
+    A change applies to those that are issued from then on.
+    """
+
+    server_life: Duration = setting(
+        timedelta(days=365),
+        "How long such a certificate is valid. It is issued again 30 days before its end, or in the last third if "
+        "that is shorter; connections and clients do not notice. If it is short, it is issued often, and a gateway "
+        "that gets no new one for so long cannot be reached. If it is long, a stolen key is of use for longer.",
+        between=(timedelta(days=2), timedelta(days=3650)),
+    )
+
+
 class MetricsSettings(Section):
     """What Prometheus reads, and when an event loop counts as blocked.
 
@@ -313,6 +328,7 @@ class Configuration(BaseModel):
 
     api: ApiSettings = ApiSettings()
     gateway: GatewaySettings = GatewaySettings()
+    certificates: CertificateSettings = CertificateSettings()
     metrics: MetricsSettings = MetricsSettings()
     controller: ControllerSettings = ControllerSettings()
     allocation: AllocationSettings = AllocationSettings()

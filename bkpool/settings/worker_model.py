@@ -110,6 +110,12 @@ class KindSettings(Section):
         metavar="IMAGE",
         unset="the one that belongs to this kind",
     )
+    ready_timeout: Duration = setting(
+        timedelta(minutes=2),
+        "How long the node of the cluster may take to become ready. If it is too short for a slow machine, `up` "
+        "fails, or begins before the cluster works. If it is long, `up` waits so long for a cluster that is broken.",
+        between=(seconds(10), timedelta(hours=1)),
+    )
     image_archives: Files = setting(
         (),
         "Archives made by `docker save`, to load into the cluster where it can pull no images.",

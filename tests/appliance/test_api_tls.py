@@ -84,6 +84,12 @@ async def test_a_caller_that_trusts_the_ca_can_use_every_name_of_the_api(setting
         await seen(authority, "elsewhere.example.com")
 
 
+async def test_the_certificate_has_the_life_of_the_settings(settings, authority, served):
+    given = settings(api={"tls": True}, certificates={"server_life": timedelta(days=9)})
+    seen = await served(make_api_tls(given, authority, lambda: NOW))
+    assert (await seen()).not_valid_after_utc == NOW.replace(microsecond=0) + timedelta(days=9)
+
+
 async def test_the_certificate_is_renewed_in_time_and_open_connections_continue(settings, authority, served):
     now = NOW
     tls = make_api_tls(settings(api={"tls": True}), authority, lambda: now)

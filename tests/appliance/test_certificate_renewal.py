@@ -50,7 +50,9 @@ async def store(tmp_path):
     await store.close()
 
 
-async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(store, tmp_path):
+@pytest.mark.parametrize(("life", "later"), [(365, timedelta(days=336)), (60, timedelta(days=41))])
+async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(store, tmp_path, life, later):
+    """A certificate of a year is renewed 30 days before its end, one of 60 days in the last third."""
     now = datetime.now(UTC)
     private_directory(tmp_path / "pki")
     mirror, gateway = Mirror(store), Gateway()
@@ -61,12 +63,14 @@ async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(s
         hosts=("build.example.com",),
         now=lambda: now,
         recorder=gateway,
+        life=timedelta(days=life),
     )
     tasks = [asyncio.create_task(mirror.run())]
     await mirror.ready.wait()
     renewal.install(gateway)
     first = await gateway.next()
     assert "build.example.com" in names(first)
+    assert timedelta() <= now + timedelta(days=life) - first.not_valid_after_utc < timedelta(seconds=1)
     tasks.append(asyncio.create_task(renewal.run(gateway)))
     await asyncio.sleep(0)
 
@@ -74,7 +78,7 @@ async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(s
     second = await gateway.next()
     assert "ci.default.svc" in names(second)
 
-    now += timedelta(days=336)  # a year's certificate is renewed 30 days before its end
+    now += later
     await store.replace_status(pool.but(status=pool.status.but(phase="Ready")))  # any change of a pool wakes it
     third = await gateway.next()
     assert third.not_valid_after_utc > second.not_valid_after_utc

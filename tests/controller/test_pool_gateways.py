@@ -6,10 +6,11 @@ The same against a real API server: e2e/kind/test_pool_gateways.py.
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.kube import KubeLimits
+from bkpool.pki.authority import expires_at
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
@@ -132,7 +134,7 @@ def a_pool(name: str = "p", version: int = 1, generation: int = 1) -> Pool:
 
 
 @asynccontextmanager
-async def running(cluster: Cluster, mirror: Mirror) -> AsyncIterator[PoolGateways]:
+async def running(cluster: Cluster, mirror: Mirror, **options: Any) -> AsyncIterator[PoolGateways]:
     gateways = PoolGateways(
         cluster,
         mirror,
@@ -142,6 +144,7 @@ async def running(cluster: Cluster, mirror: Mirror) -> AsyncIterator[PoolGateway
         namespace="system",
         now=lambda: NOW,
         recorder=LogRecorder(),
+        **options,
     )
     task = asyncio.create_task(gateways.run())
     yield gateways
@@ -199,6 +202,14 @@ async def test_an_object_that_was_made_and_deleted_while_no_watch_was_open_is_ap
         cluster.reachable.set()
         await cluster.until(lambda: DEPLOYMENT in cluster.objects)
         assert set(cluster.applied) == {DEPLOYMENT}
+
+
+async def test_the_certificates_have_the_life_of_the_settings(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror, server_life=timedelta(days=9)) as gateways:
+        await settled(cluster, gateways)
+        certificate = base64.b64decode(cluster.objects[SECRET]["data"]["tls.crt"])
+        assert expires_at(certificate) == NOW + timedelta(days=9)
 
 
 async def test_certificates_that_somebody_changed_are_replaced(cluster, mirror):

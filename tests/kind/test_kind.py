@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,12 @@ class World:
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
-    def kind(self, home: str = "home") -> HomeCluster:
+    def kind(self, home: str = "home", **options: timedelta) -> HomeCluster:
         program = self.directory / "kind"
         program.write_text(
             f"""#!/bin/sh
 echo "$1 $2" >>{self.calls}
+echo "$*" >>{self.directory}/arguments
 [ -z "$KUBECONFIG" ] || exit 9
 case "$1 $2" in
   "create cluster")
@@ -77,13 +79,13 @@ esac
 """
         )
         program.chmod(0o755)
-        return HomeCluster(program, self, self.directory / home, self.reported.append)
+        return HomeCluster(program, self, self.directory / home, self.reported.append, **options)
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("KUBECONFIG", "/the/users/own")
-    monkeypatch.setattr(lifecycle, "await_api_server", lambda name, kubeconfig: None)
+    monkeypatch.setattr(lifecycle, "await_api_server", lambda name, kubeconfig, timeout: None)
     return World(tmp_path)
 
 
@@ -95,6 +97,14 @@ def test_the_cluster_is_created_once_and_adopted_later(world):
     assert stat.S_IMODE(first.kubeconfig.stat().st_mode) == 0o600
     assert world.kind().ensure("bkpool") == first
     assert world.called().count("create cluster") == 1
+
+
+def test_a_cluster_gets_the_time_that_is_asked_for(world, monkeypatch):
+    waited = []
+    monkeypatch.setattr(lifecycle, "await_api_server", lambda name, kubeconfig, timeout: waited.append(timeout))
+    world.kind(ready_timeout=timedelta(minutes=7)).ensure("bkpool")
+    assert "--wait 7m" in (world.directory / "arguments").read_text()
+    assert waited == [timedelta(minutes=7)]
 
 
 def test_another_home_adopts_the_cluster_and_never_deletes_it(world):

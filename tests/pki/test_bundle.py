@@ -8,7 +8,7 @@ import pytest
 
 from bkpool.core.errors import EXIT, HostFault
 from bkpool.core.names import Key
-from bkpool.pki.authority import AUTHORITY_LIFE, Authority, renew_at
+from bkpool.pki.authority import AUTHORITY_LIFE, Authority, expires_at, renew_at
 from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.pki.names import gateway_names
 
@@ -73,8 +73,16 @@ def test_a_bundle_is_due_a_month_before_its_first_certificate_expires(bundle, se
     assert due == NOW + timedelta(days=335)
     assert bundle_fits(bundle, secrets, NAMES, due - timedelta(seconds=1))
     assert not bundle_fits(bundle, secrets, NAMES, due)
-    short = secrets.backend.issue_dialler("default/p", NOW, NOW + 40 * DAY)
-    assert bundle_renew_at(bundle | {"backend.crt": short.cert_pem}) == renew_at(short.cert_pem) == NOW + 10 * DAY
+    short = secrets.backend.issue_dialler("default/p", NOW, NOW + 100 * DAY)
+    assert bundle_renew_at(bundle | {"backend.crt": short.cert_pem}) == renew_at(short.cert_pem) == NOW + 70 * DAY
+
+
+def test_both_certificates_of_a_bundle_have_the_life_that_is_asked_for(secrets):
+    bundle = gateway_bundle(secrets, NAMES, "default/p", NOW, 9 * DAY)
+    for name in ("tls.crt", "backend.crt"):
+        assert expires_at(bundle[name]) == NOW + 9 * DAY
+    assert NOW + 5.9 * DAY < bundle_renew_at(bundle) < NOW + 6 * DAY, "in the last third"
+    assert bundle_fits(bundle, secrets, NAMES, NOW)
 
 
 @pytest.mark.parametrize("authority", ["authority", "backend"])
