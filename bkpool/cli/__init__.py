@@ -96,8 +96,13 @@ def program() -> None:
 
 def main() -> NoReturn:
     """Runs the program under the name with which it was called, and ends the process with its exit code."""
-    from bkpool.cli.errors import guarded  # noqa: PLC0415 - `bkpool --help` does not need it
+    from bkpool.cli.errors import guarded  # noqa: PLC0415 - importing `COMMANDS` does not need it
+    from bkpool.cli.signals import WaitInterrupter  # noqa: PLC0415 - as above
+
+    def run() -> object:
+        with WaitInterrupter():
+            return program.main(prog_name=name, standalone_mode=False)
 
     called = Path(sys.argv[0]).name
     name = "bkpool" if called == "__main__.py" else called
-    sys.exit(guarded(lambda: program.main(prog_name=name, standalone_mode=False), name))
+    sys.exit(guarded(run, name))

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -174,28 +174,39 @@ def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[d
 
 
 def _create(command: list[str], environment: dict[str, str], signals: Signals) -> None:
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise HostFault(
-            f"{command[0]} cannot be run: {error.strerror}", hint="`bkpool doctor` checks buildx."
-        ) from None
-    if done.returncode and signals.received is None:
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    with tempfile.TemporaryFile() as errors:
+        try:
+            child = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
+            )
+        except OSError as error:
+            raise HostFault(
+                f"{command[0]} cannot be run: {error.strerror}", hint="`bkpool doctor` checks buildx."
+            ) from None
+        code = _wait(child, signals)
+        errors.seek(0)
+        written = errors.read().decode(errors="replace").strip()
+    if code and signals.received is None:
+        reason = (written or f"exit code {code}").splitlines()[-1]
         raise HostFault(f"buildx could not create a builder: {reason}", hint="`bkpool doctor` checks buildx.")
 
 
 def _run(command: list[str], environment: dict[str, str], signals: Signals) -> int:
     if signals.received is not None:
         return 128 + signals.received
-    with subprocess.Popen(command, env=environment) as child:
-        signals.act(_pass_on_to(child))
-        signals.wait_for(child.pid)
-        signals.act(None)
-        code = child.wait()
+    code = _wait(subprocess.Popen(command, env=environment), signals)
     return 128 - code if code < 0 else code
+
+
+def _wait(child: subprocess.Popen[bytes], signals: Signals) -> int:
+    """Waits until a child has ended, and passes each signal on to it. Returns its exit code."""
+    with child:
+        signals.act(_pass_on_to(child))
+        # The child stays a zombie, so no signal goes to another process that got the same number.
+        with suppress(ChildProcessError):  # where SIGCHLD is ignored, no zombie is left
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        signals.act(None)
+        return child.wait()
 
 
 def _pass_on_to(child: subprocess.Popen[bytes]) -> Callable[[int], None]:

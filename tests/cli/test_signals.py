@@ -1,14 +1,25 @@
 """Signals at the worst moments: each is acted on once, and at once."""
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
-from bkpool.cli.signals import Signals
+from bkpool.cli.signals import Signals, WaitInterrupter
+from support.signal_gap import with_signal_before
+
+TOO_LONG = 20.0
+"""Seconds after which a wait that should have been interrupted ends, so that the test fails."""
 
 
 @pytest.fixture
@@ -17,41 +28,128 @@ def signals():
         yield caught
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(*_):
+    raise Interrupted
+
+
 @pytest.fixture
-def child():
-    with subprocess.Popen(["sleep", "60"]) as process:
-        yield process
-        process.kill()
+def took_too_long():
+    """Tells whether the wait was interrupted only because it took too long."""
+    late = threading.Event()
+
+    def interrupt_main_thread():
+        late.set()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    timer = threading.Timer(TOO_LONG, interrupt_main_thread)
+    timer.start()
+    yield late.is_set
+    timer.cancel()
+    timer.join()
+    signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_signal_that_arrives_just_before_the_wait_is_acted_on(signals, child):
-    # The kernel gives the signal to another thread, so it does not interrupt the system call of this one. That is
-    # what happens to a signal between Python's last look for signals and the system call.
-    signals.act(child.send_signal)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+def recv(sock):
+    return partial(sock.recv, 1)
+
+
+def recv_with_timeout(sock):
+    sock.settimeout(2 * TOO_LONG)
+    return partial(sock.recv, 1)
+
+
+def send(sock):
+    sock.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(65536))
+    sock.setblocking(True)
+    return partial(sock.send, b"x")
+
+
+def read(sock):
+    return partial(os.read, sock.fileno(), 1)
+
+
+def poll(sock):
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return partial(poll.poll, 2000 * TOO_LONG)
+
+
+def sleep(_sock):
+    return partial(time.sleep, 2 * TOO_LONG)
+
+
+def acquire(_sock):
+    lock = threading.Lock()
+    lock.acquire()
+    return lock.acquire
+
+
+def get(_sock):
+    return SimpleQueue().get
+
+
+@pytest.mark.parametrize("wait", [recv, recv_with_timeout, send, read, poll, sleep, acquire, get])
+def test_a_signal_that_arrives_just_before_a_wait_interrupts_it(took_too_long, wait):
+    before = signal.signal(signal.SIGTERM, interrupt)
+    ours, theirs = socket.socketpair()
     try:
-        sender = threading.Timer(0.2, _kill_from_another_thread)
-        sender.start()
-        ended = threading.Timer(20, child.kill)
-        ended.start()
-        signals.wait_for(child.pid)
-        assert child.wait() == -signal.SIGHUP
+        with ours, theirs, WaitInterrupter():
+            wait_with_signal_before = with_signal_before(wait(ours), signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                wait_with_signal_before()
+        assert not took_too_long()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        ended.cancel()
-        sender.join()
-        ended.join()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _kill_from_another_thread():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # a thread inherits the mask of its parent
-    os.kill(os.getpid(), signal.SIGHUP)
+def test_a_signal_that_arrives_just_before_the_wait_for_a_child_is_passed_on(signals, took_too_long):
+    with WaitInterrupter(), subprocess.Popen(["sleep", str(2 * TOO_LONG)]) as child:
+        signals.act(child.send_signal)
+        wait = with_signal_before(os.waitid, signal.SIGHUP)
+        assert wait(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT).si_status == signal.SIGHUP
+    assert not took_too_long()
 
 
-def test_the_wait_ends_with_the_child_while_nothing_else_happens(signals):
-    with subprocess.Popen(["true"]) as process:
-        signals.wait_for(process.pid)
-        assert process.wait() == 0
+def test_a_wait_goes_on_after_a_signal_that_raises_nothing(signals, took_too_long):
+    with WaitInterrupter(), subprocess.Popen(["cat"], stdin=subprocess.PIPE) as child:
+        signals.act(lambda _: child.stdin.close())
+        wait = with_signal_before(os.waitid, signal.SIGHUP)
+        assert wait(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT).si_status == 0
+    assert not took_too_long()
+
+
+def test_the_thread_that_watches_takes_no_signal_from_the_main_thread():
+    """Else a program that waits for a signal with its mask, as in sigwait(3), would not get it."""
+    program = """
+import os, signal
+from bkpool.cli.signals import WaitInterrupter
+with WaitInterrupter():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.sigwait({signal.SIGTERM}) == signal.SIGTERM
+"""
+    # In a new process: the one of pytest may have other threads, which could take it.
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=TOO_LONG).returncode == 0
+
+
+def test_after_the_interrupter_all_is_as_before():
+    def state():
+        descriptors = sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+        return signal.getsignal(signal.SIGURG), threading.active_count(), descriptors
+
+    before, wakeup = state(), signal.set_wakeup_fd(-1)
+    with WaitInterrupter():
+        assert state() != before
+    assert signal.set_wakeup_fd(wakeup) == -1
+    assert state() == before
 
 
 def test_a_signal_at_any_line_of_act_is_passed_on_once(signals):
@@ -114,9 +212,8 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_handlers_and_wakeup_descriptor_are_restored():
-    before = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+def test_handlers_are_restored():
+    before = signal.getsignal(signal.SIGTERM)
     with Signals():
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)) == (before[0], -1)
-    signal.set_wakeup_fd(before[1])
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
