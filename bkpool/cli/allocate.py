@@ -12,6 +12,7 @@ import click
 from bkpool.cli import console, home, options
 from bkpool.cli import lease as leases
 from bkpool.cli.client import Client
+from bkpool.cli.signals import Signals
 from bkpool.core.errors import BkpoolError
 from bkpool.core.names import DEFAULT_POOL
 
@@ -40,7 +41,7 @@ from bkpool.core.names import DEFAULT_POOL
 @options.older_identity
 def command(
     *, pool: str, namespace: str, ttl: str, job_id: str, wait: str | None, out: Path | None, as_json: bool
-) -> None:
+) -> int:
     """Lease a worker and get the certificates for it.
 
     If stdout is not a terminal, the answer is JSON: workerName, token, endpoint, gatewayEndpoint, expiresAt, and
@@ -50,24 +51,37 @@ def command(
     directory = leases.prepare_directory(out) if out else None
     client = Client(claims=options.claims())
     request = {"poolName": pool, "namespace": namespace, "jobId": job_id, "ttl": ttl, "wait": wait}
-    with console.Progress(f"waiting for a worker of pool {pool}"):
-        lease = leases.allocate(client, request)
     for_person = sys.stdout.isatty() and not as_json
-    try:
-        if for_person and directory is None:
-            directory = leases.prepare_directory(home.home() / "leases" / namespace / lease["workerName"])
-        if directory is not None:
-            note = leases.note_on_earlier(directory, lease)
-            leases.save(lease, directory, token=True)
-            if note:
-                console.note(note)
-    except BkpoolError:
-        client.release(lease["token"])
-        raise
+    with Signals() as signals:
+        lease = leases.allocate(client, request, signals)
+        if lease is not None:
+            try:
+                directory = _save(lease, directory, namespace, for_person=for_person)
+            except BkpoolError:
+                leases.release(client, lease["token"])
+                raise
+    if lease is not None and signals.received is not None:
+        leases.release(client, lease["token"])
+        lease = None
+    if lease is None:
+        return 128 + (signals.received or 0)
     create = leases.create_line(lease, directory) if directory else ""
     if create and not for_person:
         console.note(create)
     console.answer(lease, as_json=as_json, show=lambda: _shown(lease, directory, create))
+    return 0
+
+
+def _save(lease: dict[str, Any], directory: Path | None, namespace: str, *, for_person: bool) -> Path | None:
+    """Writes the files of a lease: into the directory that the user named, else for a person into one of the home."""
+    if for_person and directory is None:
+        directory = leases.prepare_directory(home.home() / "leases" / namespace / lease["workerName"])
+    if directory is not None:
+        note = leases.note_on_earlier(directory, lease)
+        leases.save(lease, directory, token=True)
+        if note:
+            console.note(note)
+    return directory
 
 
 def _shown(lease: dict[str, Any], directory: Path | None, create: str) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -107,34 +108,18 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
 @contextmanager
 def _leased(client: Client, request: dict[str, Any], signals: Signals) -> Iterator[dict[str, Any] | None]:
     """A lease that is renewed until the end of the block and then released; None if a signal arrived first."""
-    lease = _allocate(client, request, signals)
+    lease = leases.allocate(client, request, signals)
     if lease is None:
         yield None
         return
     released = Event()
-    Thread(target=_renew_until, args=(released, client, lease["token"], request["ttl"]), daemon=True).start()
+    renewing = copy(client)  # a client remembers its call, for the handler of a signal
+    Thread(target=_renew_until, args=(released, renewing, lease["token"], request["ttl"]), daemon=True).start()
     try:
         yield lease
     finally:
         released.set()
-        _release(client, lease["token"])
-
-
-def _allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict[str, Any] | None:
-    def stop(number: int) -> None:
-        if not client.hang_up():
-            raise SystemExit(128 + number)  # no request was sent yet, so there is no lease to lose
-
-    signals.act(stop)
-    try:
-        with console.Progress(f"waiting for a worker of pool {request['poolName']}"):
-            return leases.allocate(client, request)
-    except BkpoolError:
-        if signals.received is None:
-            raise
-        return None
-    finally:
-        signals.act(None)
+        leases.release(client, lease["token"])
 
 
 def _renew_until(released: Event, client: Client, token: str, ttl: str) -> None:
@@ -149,15 +134,6 @@ def _renew_until(released: Event, client: Client, token: str, ttl: str) -> None:
             return
         except BkpoolError:
             pause = half / 4  # three more attempts before the lease expires
-
-
-def _release(client: Client, token: str) -> None:
-    try:
-        client.release(token)
-    except (Gone, NotFound):
-        return
-    except BkpoolError as error:
-        console.note(f"warning: the worker was not released, and its lease will expire by itself: {error.message}")
 
 
 @contextmanager

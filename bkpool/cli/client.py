@@ -15,10 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
+from threading import Timer
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from bkpool.cli import api_errors, console, credentials, home
+from bkpool.cli.threads import in_thread
 from bkpool.core import errors
 from bkpool.core.errors import InvalidInput, Unavailable
 from bkpool.core.names import API_PORT
@@ -26,6 +28,8 @@ from bkpool.core.names import API_PORT
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 30.0
 """Seconds, in addition to the time for which a call may wait by its nature."""
+GIVE_UP_TIMEOUT = 5.0
+"""Seconds for an answer after a signal. The server may have sent it already."""
 _MAX_ANSWER = 16 << 20  # bytes: an answer about a thousand workers has one or two MiB
 
 
@@ -64,6 +68,7 @@ class Client:
         self._tls = _tls_context(appliance if self._is_local else None) if self._url.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
         self._request_sent = False
+        self._giving_up: Timer | None = None
         if os.environ.get("BKCTL_ALLOW_NO_AUTH"):
             console.note("note: BKCTL_ALLOW_NO_AUTH is no longer needed: bkpool finds the local admin token itself.")
 
@@ -105,15 +110,31 @@ class Client:
         return self._call("GET", path, None, self._credential)
 
     def hang_up(self) -> bool:
-        """Tells the server that nobody waits any more; for a signal handler. Returns whether a request was sent.
+        """Tells the server that nobody waits any more, and gives up. For the handler of a signal.
 
-        Only the direction to the server is closed. An answer that was already sent still arrives, so that a
-        lease in it can be released and does not remain until it expires.
+        Only the direction to the server is closed. An answer that was already sent still arrives, so that a lease in
+        it can be released and does not remain until it expires.
+
+        Returns:
+            Whether a request was sent. If not, there is no lease to lose.
         """
-        sock = self._connection.sock if self._connection else None
-        if sock is not None:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_WR)
+        if self._request_sent and self._connection is not None:
+            _shut(self._connection.sock, socket.SHUT_WR)
+        return self.give_up()
+
+    def give_up(self) -> bool:
+        """Ends the wait for the answer after GIVE_UP_TIMEOUT; the second time, at once. For the handler of a signal.
+
+        Returns:
+            Whether a request was sent. If not, the call goes on.
+        """
+        if self._request_sent and self._connection is not None:
+            if self._giving_up is None:
+                self._giving_up = Timer(GIVE_UP_TIMEOUT, _shut, (self._connection.sock, socket.SHUT_RDWR))
+                self._giving_up.daemon = True
+                self._giving_up.start()
+            else:
+                _shut(self._connection.sock, socket.SHUT_RDWR)
         return self._request_sent
 
     def _change(self, verb: str, lease: LeaseReference, more: dict[str, Any]) -> dict[str, Any]:
@@ -134,10 +155,12 @@ class Client:
         options: Mapping[str, str] = api_errors.OPTIONS,
     ) -> dict[str, Any]:
         """One call. If the credential is refused and there is a newer one, the call is repeated once."""
+        self._request_sent, self._giving_up = False, None
         token = credential.bearer() if credential else None
         try:
             return self._exchange(method, path, body, timeout, token, options)
         except errors.Unauthenticated as error:
+            self._request_sent, self._giving_up = False, None
             newer = credential.bearer(fresh=True) if credential else None
             if newer != token:
                 return self._exchange(method, path, body, timeout, newer, options)
@@ -161,7 +184,7 @@ class Client:
             headers["Content-Type"] = "application/json"
         connection = self._connection = self._connect()
         try:
-            connection.connect()
+            in_thread(connection.connect)  # no signal interrupts the look-up of the name
             self._request_sent = True
             connection.sock.settimeout(timeout)
             connection.request(
@@ -175,6 +198,8 @@ class Client:
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
         finally:
+            if self._giving_up is not None:
+                self._giving_up.cancel()
             connection.close()
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -248,6 +273,14 @@ def _parsed(endpoint: str) -> SplitResult:
             f"BKCTL_ENDPOINT: {endpoint[:80]!r} {problem}", hint="Write http://host:port.", field="BKCTL_ENDPOINT"
         )
     return url
+
+
+def _shut(sock: socket.socket | None, direction: int) -> None:
+    """Closes one direction of a connection, or both. Does nothing if it is closed already."""
+    if sock is not None:
+        with suppress(OSError):
+            # Not the method of ssl.SSLSocket: after that one, what arrives is not decrypted any more.
+            socket.socket.shutdown(sock, direction)
 
 
 def _tls_context(own: home.Appliance | None) -> ssl.SSLContext:

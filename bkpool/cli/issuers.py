@@ -10,11 +10,11 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from threading import Thread
 from time import sleep
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from bkpool.cli.threads import in_thread
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
 from bkpool.core.names import LOOPBACK
 
@@ -122,24 +122,12 @@ def _exchange(url: str, headers: Mapping[str, str], body: bytes | None) -> tuple
 
 def _within_timeout(work: Callable[[], tuple[int, bytes]], variable: str, hint: str) -> tuple[int, bytes]:
     """The result of the work. The time-out of a socket does not end an answer that sends one byte a minute."""
-    results: list[tuple[int, bytes]] = []
-    faults: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as fault:  # noqa: BLE001 - the thread of the caller raises it
-            faults.append(fault)
-
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ANSWER_TIMEOUT)
-    if results:
-        return results[0]
-    fault = faults[0] if faults else TimeoutError()
-    if isinstance(fault, BkpoolError):
-        raise fault
-    raise Unavailable(f"{variable}: no answer: {_reason(fault)}", hint=hint) from None
+    try:
+        return in_thread(work, ANSWER_TIMEOUT)
+    except BkpoolError:
+        raise
+    except Exception as fault:  # noqa: BLE001 - whatever urllib raises, there is no answer
+        raise Unavailable(f"{variable}: no answer: {_reason(fault)}", hint=hint) from None
 
 
 def _reason(fault: Exception) -> str:

@@ -14,11 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bkpool.cli import keys
+from bkpool.cli import console, keys
 from bkpool.cli.client import Client
 from bkpool.cli.options import LEASE_FILE
+from bkpool.cli.signals import Signals
 from bkpool.core import durations
-from bkpool.core.errors import HostFault, Unavailable
+from bkpool.core.errors import BkpoolError, Gone, HostFault, NotFound, Unavailable
 
 CERTIFICATE_FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
 """File name to field of the answer of allocate; each field is PEM in base64."""
@@ -26,18 +27,69 @@ _UNNAMED_WAIT = "5m"  # how long the API waits at most for a caller who names no
 _LEASE_FIELDS = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
 
 
-def allocate(client: Client, request: dict[str, Any]) -> dict[str, Any]:
+def allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict[str, Any] | None:
     """Leases a worker with a key that is made here. The answer has it as `clientKey`, as if the API had made it.
 
     Args:
         client: Makes the call.
         request: The body of the call, without `csr`. A field that is None is left out.
+        signals: Catches the signals.
+
+    Returns:
+        The lease. None if a signal arrived first; a lease that arrives after it is released here.
+
+    Raises:
+        BkpoolError: There is no lease; the message has the reason.
+        SystemExit: A signal arrived before a request was sent.
     """
-    key, csr = keys.make()
+
+    def stop(number: int) -> None:
+        if not client.hang_up():
+            raise SystemExit(128 + number)
+
     given = {field: value for field, value in request.items() if value is not None}
     wait = durations.parse(given.get("wait", _UNNAMED_WAIT)).total_seconds()
-    lease = client.allocate({**given, "csr": csr}, wait=wait)
+    signals.act(stop)
+    try:
+        with console.Progress(f"waiting for a worker of pool {request['poolName']}"):
+            key, csr = keys.make()
+            lease = client.allocate({**given, "csr": csr}, wait=wait)
+    except BkpoolError:
+        if signals.received is None:
+            raise
+        return None
+    finally:
+        signals.act(None)
+    if signals.received is not None:
+        release(client, lease["token"])
+        return None
     return lease | {"clientKey": base64.b64encode(key).decode()}
+
+
+def release(client: Client, token: str) -> None:
+    """Ends a lease at the end of a command. If that fails, a note says so.
+
+    A signal shortens the wait for the answer (`Client.give_up`), because the lease expires by itself.
+    """
+    arrived: list[int] = []
+
+    def stop(number: int) -> None:
+        arrived.append(number)
+        if not client.give_up() and len(arrived) > 1:
+            raise Unavailable("interrupted")
+
+    with Signals() as signals:
+        try:
+            signals.act(stop)
+            client.release(token)
+        except (Gone, NotFound):
+            return
+        except BkpoolError as error:
+            console.note(
+                f"warning: the worker was not released, and its lease will expire by itself: {error.message}"
+            )
+        finally:
+            signals.act(None)
 
 
 def prepare_directory(directory: Path) -> Path:

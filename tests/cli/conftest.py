@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pty
+import ssl
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import Queue
@@ -18,6 +20,8 @@ import pytest
 from bkpool.cli import credentials, program
 from bkpool.cli.errors import guarded
 from bkpool.home.lock import HomeLock
+from bkpool.pki.authority import Authority
+from bkpool.pki.chain import load_chain
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "t0ken-" + "A" * 37
@@ -265,3 +269,28 @@ def appliance(api, home):
     (home / "appliance.json").write_text(json.dumps(described))
     with HomeLock(home):
         yield described
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return Authority.create(datetime.now(UTC))
+
+
+@pytest.fixture
+def over_tls(api, appliance, home, authority, tmp_path):
+    """Serves the appliance of this home over TLS, certified for `names`. `trust` goes into appliance.json."""
+
+    def serve(*names, **trust):
+        now = datetime.now(UTC)
+        leaf = authority.issue_server(names, [], now, now + timedelta(days=1))
+        (tmp_path / "tls.crt").write_bytes(leaf.cert_pem + authority.cert_pem)
+        (tmp_path / "ca.crt").write_bytes(authority.cert_pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        load_chain(context, leaf.cert_pem, leaf.key_pem)
+        api.socket = context.wrap_socket(api.socket, server_side=True)
+        appliance["apiEndpoint"] = api.url.replace("http://127.0.0.1", "https://localhost")
+        trust = {name: str(tmp_path / file) for name, file in trust.items()}
+        (home / "appliance.json").write_text(json.dumps(appliance | trust))
+        api.handle_error = lambda *_: None  # a client that trusts nobody hangs up in the handshake
+
+    return serve

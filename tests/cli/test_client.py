@@ -2,7 +2,6 @@
 
 import json
 import socket
-import ssl
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -10,8 +9,6 @@ import pytest
 
 from bkpool.cli.client import Client, NamedLease
 from bkpool.core import errors
-from bkpool.pki.authority import Authority
-from bkpool.pki.chain import load_chain
 
 from .conftest import forget_surroundings
 
@@ -193,31 +190,6 @@ def test_an_endpoint_may_omit_the_scheme_and_an_unknown_host_is_reported(monkeyp
     monkeypatch.setenv("BKCTL_ENDPOINT", "a" * 70 + ".invalid:1")
     with pytest.raises(errors.Unavailable, match=r"cannot be reached|no host"):
         Client().pools()
-
-
-@pytest.fixture(scope="module")
-def authority():
-    return Authority.create(datetime.now(UTC))
-
-
-@pytest.fixture
-def over_tls(api, appliance, home, authority, tmp_path):
-    """Serves the appliance of this home over TLS, certified for `names`. `trust` goes into appliance.json."""
-
-    def serve(*names, **trust):
-        now = datetime.now(UTC)
-        leaf = authority.issue_server(names, [], now, now + timedelta(days=1))
-        (tmp_path / "tls.crt").write_bytes(leaf.cert_pem + authority.cert_pem)
-        (tmp_path / "ca.crt").write_bytes(authority.cert_pem)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        load_chain(context, leaf.cert_pem, leaf.key_pem)
-        api.socket = context.wrap_socket(api.socket, server_side=True)
-        appliance["apiEndpoint"] = api.url.replace("http://127.0.0.1", "https://localhost")
-        trust = {name: str(tmp_path / file) for name, file in trust.items()}
-        (home / "appliance.json").write_text(json.dumps(appliance | trust))
-        api.handle_error = lambda *_: None  # a client that trusts nobody hangs up in the handshake
-
-    return serve
 
 
 def test_the_authority_of_the_local_appliance_is_trusted_without_configuration(api, over_tls):
