@@ -34,7 +34,7 @@ from bkpool.core.names import GATEWAY_PORT
 from bkpool.gateway.control.server import default_threads
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
-from bkpool.settings.model import GatewaySettings
+from bkpool.settings.gateway_model import GatewaySettings
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)

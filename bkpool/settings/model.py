@@ -1,7 +1,8 @@
 """Every setting of an appliance, by section, with its default, its bounds and what it is for.
 
-docs/configuration.md is written from this module. A number stays a constant in its room, and is missing here, where
-another value would break a rule (docs/rules.md) or only make sense together with changed code.
+The longest sections have modules of their own. docs/configuration.md is written from all of them. A number stays a
+constant in its room, and is missing here, where another value would break a rule (docs/rules.md) or only make sense
+together with changed code.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from pydantic import BaseModel, ConfigDict
 from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT
 from bkpool.settings import kinds
 from bkpool.settings.fields import Section, seconds, setting
+from bkpool.settings.gateway_model import GatewaySettings
 from bkpool.settings.kinds import (
     Address,
     Count,
     Duration,
     Listen,
-    ListenOrDefault,
     OptionalFile,
-    OptionalPool,
     Switch,
-    Texts,
 )
 from bkpool.settings.worker_model import KindSettings, KubernetesSettings, WorkersSettings
 
@@ -38,11 +37,6 @@ class Role(StrEnum):
 
 
 ALL_ROLES = frozenset(Role)
-
-
-SESSION_CHECK = seconds(15)
-"""How long BuildKit waits for the answer to its health check of a session (docs/clients.md#cuts)."""
-_NOT_BEFORE_BUILDKIT = "BuildKit itself waits 15s for the answer to its health check of a session"
 
 
 class ApiSettings(Section):
@@ -63,7 +57,8 @@ class ApiSettings(Section):
     )
     max_body: Count = setting(
         64 * 1024,
-        "The largest request body that the API reads. Raise it if callers send much metadata.",
+        "The largest request body that the API reads; a larger one gets 413. Raise it if callers send much "
+        "metadata. If it is large, each request may take so much memory.",
         between=(32 * 1024, 16 * 1024 * 1024),
         unit="bytes",
     )
@@ -110,7 +105,8 @@ class MetricsSettings(Section):
     worker_series: Count = setting(
         200,
         "How many workers have a series of their own in `buildkit_gateway_open_connections`: those with the most "
-        "connections. The others of a pool share one. If it is large, Prometheus stores many series.",
+        "connections. The others of a pool share one. If it is small, most leases cannot be told apart. If it is "
+        "large, Prometheus stores many series.",
         between=(0, 10_000),
     )
     loop_timeout: Duration = setting(
@@ -122,122 +118,43 @@ class MetricsSettings(Section):
     )
 
 
-class GatewaySettings(Section):
-    """The gateway that passes the connections of builds to workers.
-
-    In a cluster the controller passes the times and numbers of this section on to the gateways of its pools.
-    """
-
-    address: ListenOrDefault = setting(
-        None,
-        "Where the gateway listens.",
-        option="--gateway-address",
-        unset="port 1235 on 127.0.0.1; on every interface once gateway.hosts has a name",
-    )
-    hosts: Texts = setting(
-        (),
-        "Names and addresses of this machine by which clients reach the gateway. They go into its certificate; "
-        "clients get the first one as the endpoint.",
-        option="--gateway-host",
-        unset="localhost",
-    )
-    pool: OptionalPool = setting(
-        None, "The pool of a gateway that runs alone, in a cluster.", option="--pool", remembered=False
-    )
-    handshake_timeout: Duration = setting(
-        seconds(10),
-        "From accepting a connection to the end of its TLS handshake.",
-        between=(seconds(1), seconds(120)),
-    )
-    register_timeout: Duration = setting(
-        seconds(5),
-        "How long the store may take to register a connection or to find a lease.",
-        between=(seconds(1), seconds(60)),
-    )
-    dial_timeout: Duration = setting(
-        seconds(5), "How long a worker may take to accept a connection.", between=(seconds(0.1), seconds(60))
-    )
-    first_wait: Duration = setting(
-        seconds(15),
-        "How long the gateway holds the first client of a lease whose worker does not answer. buildx gives up "
-        "after 20s.",
-        between=(seconds(0), seconds(300)),
-    )
-    second_wait: Duration = setting(
-        seconds(12), "The same for the next client, after one has waited in vain.", between=(seconds(0), seconds(300))
-    )
-    refusal_timeout: Duration = setting(
-        seconds(10),
-        "How long a client that is refused may take to make its first call, which is answered with the reason. If "
-        "this is too short for a slow network, the client sees only a closed connection. If it is long, refused "
-        "clients take up gateway.pending_connections for longer.",
-        between=(seconds(1), seconds(120)),
-    )
-    linger_timeout: Duration = setting(
-        seconds(2),
-        "How long a client may take to read this answer and to close the connection. Too short and too long have the "
-        "same effects.",
-        between=(seconds(0.1), seconds(60)),
-    )
-    client_peer_timeout: Duration = setting(
-        seconds(30),
-        "After so long a client that does not answer at all is given up (TCP user timeout and keepalive). If it is "
-        "short, a build ends when the client's network fails for a moment. If it is long, the connection of a client "
-        "that is gone stays open for so long.",
-        between=(SESSION_CHECK, seconds(3600)),
-        lowest_because=_NOT_BEFORE_BUILDKIT,
-    )
-    worker_peer_timeout: Duration = setting(
-        seconds(15),
-        "The same for a worker on another machine. A worker whose disk is too busy for it to read does not answer "
-        "either: raise it if builds are cut there. If it is long, a build on a machine that is gone notices it late.",
-        between=(SESSION_CHECK, seconds(3600)),
-        lowest_because=_NOT_BEFORE_BUILDKIT,
-    )
-    half_open_timeout: Duration = setting(
-        seconds(60),
-        "How long one direction of a connection may stay open after the other has ended.",
-        between=(seconds(1), seconds(3600)),
-    )
-    drain_idle_timeout: Duration = setting(
-        seconds(60),
-        "How long a connection may be silent after its lease has ended.",
-        between=(seconds(1), seconds(3600)),
-    )
-    pending_connections: Count = setting(
-        1024,
-        "Connections that are in their handshake or are being refused. One more closes the oldest.",
-        between=(16, 100_000),
-    )
-    connections: Count = setting(10_000, "Open connections with a lease.", between=(1, 1_000_000))
-    connections_per_pool: Count = setting(5_000, "Open connections of one pool.", between=(1, 1_000_000))
-    connections_per_lease: Count = setting(256, "Open connections of one lease.", between=(1, 100_000))
-
-
 class ControllerSettings(Section):
     """The controller that starts, watches and removes workers."""
 
     max_failures: Count = setting(
-        5, "After so many failed starts in a row a lease ends with an error.", between=(1, 100)
+        5,
+        "After so many failed starts in a row a lease ends with an error. If it is small, a short fault ends "
+        "leases. If it is large, callers learn late that a worker cannot start.",
+        between=(1, 100),
     )
     stable_after: Duration = setting(
         seconds(60),
-        "A worker that ran for so long counts its failures from 0 again.",
+        "A worker that ran for so long counts its failures from 0 again. If it is short, a worker that fails "
+        "regularly is started for ever. If it is long, faults that have nothing to do with each other end a lease.",
         between=(seconds(1), seconds(3600)),
     )
     backoff: Duration = setting(
         seconds(0.5),
-        "Pause before the second start of a worker that failed. It doubles each time.",
+        "Pause before the second start of a worker that failed. It doubles each time. If it is short, a worker that "
+        "cannot start costs much processor time. If it is long, a lease waits long after a chance fault.",
         between=(seconds(0.05), seconds(600)),
     )
-    backoff_max: Duration = setting(seconds(120), "The longest such pause.", between=(seconds(0.05), seconds(3600)))
+    backoff_max: Duration = setting(
+        seconds(120),
+        "The longest such pause. If it is short, workers that cannot start are tried often. If it is long, bkpool "
+        "notices late that the cause is gone.",
+        between=(seconds(0.05), seconds(3600)),
+    )
 
 
 class AllocationSettings(Section):
     """The queue of callers that wait for a worker."""
 
     max_waiters: Count = setting(
-        1000, "Requests that may wait for one pool. One more is refused at once.", between=(1, 100_000)
+        1000,
+        "Requests that may wait for one pool. One more is refused at once. If it is small, callers are refused "
+        "although a worker will soon be free. If it is large, so many requests take up memory and connections.",
+        between=(1, 100_000),
     )
 
 
@@ -245,22 +162,27 @@ class IdentitySettings(Section):
     """How callers are recognised."""
 
     issuer_timeout: Duration = setting(
-        seconds(5), "How long an issuer may take to answer with its keys.", between=(seconds(0.5), seconds(60))
+        seconds(5),
+        "How long an issuer may take to answer with its keys. If it is too short for a slow issuer, its callers get "
+        "503. If it is long, they wait so long for an issuer that is gone.",
+        between=(seconds(0.5), seconds(60)),
     )
     keys_fresh: Duration = setting(
         seconds(600),
-        "How long the keys of an issuer are used before they are fetched again.",
+        "How long the keys of an issuer are used before they are fetched again. If it is short, the issuer is asked "
+        "often. If it is long, a key that the issuer has withdrawn is accepted for so long.",
         between=(seconds(10), seconds(86_400)),
     )
     keys_stale: Duration = setting(
         seconds(3600),
-        "How long they are used while the issuer does not answer.",
+        "How long they are used while the issuer does not answer. If it is short, its callers are refused soon "
+        "after it has failed. If it is long, a withdrawn key is accepted for so long.",
         between=(seconds(10), seconds(7 * 86_400)),
     )
     secret_fresh: Duration = setting(
         seconds(10),
-        "How long the tokens of a pool are used before their Secret is read again: a token that you remove still "
-        "opens the pool for so long.",
+        "How long the tokens of a pool are used before their Secret is read again. If it is short, the API server "
+        "gets more requests. If it is long, a token that you remove still opens the pool for so long.",
         between=(seconds(0), seconds(3600)),
     )
     secret_timeout: Duration = setting(
@@ -277,7 +199,8 @@ class IdentitySettings(Section):
     )
     token_review_timeout: Duration = setting(
         seconds(10),
-        "How long the cluster may take to check the token of a ServiceAccount.",
+        "How long the cluster may take to check the token of a ServiceAccount. If it is too short for a busy API "
+        "server, callers with such tokens get 503. If it is long, they wait for so long.",
         between=(seconds(0.5), seconds(60)),
     )
 
@@ -304,19 +227,22 @@ class ApplianceSettings(Section):
     )
     drain_timeout: Duration = setting(
         timedelta(minutes=10),
-        "How long open builds may go on after SIGTERM or `down`.",
+        "How long open builds may go on after SIGTERM or `down`. If it is short, they are cut. If it is long, the "
+        "end may take so long.",
         between=(seconds(0), timedelta(days=7)),
         option="--drain-timeout",
     )
     release_grace: Duration = setting(
         seconds(1),
-        "How long the API still answers after the last build of a drain, so that its lease can be released.",
+        "How long the API still answers after the last build of a drain, so that its lease can be released. If it "
+        "is too short, such leases remain until they expire. If it is long, `down` takes longer.",
         between=(seconds(0), seconds(60)),
     )
     endpoint_removal_delay: Duration = setting(
         seconds(5),
         "How long a replica in a cluster still accepts connections after SIGTERM. In a large cluster, every "
-        "kube-proxy has removed the replica after about 5s.",
+        "kube-proxy has removed the replica after about 5s. If it is too short, clients reach a replica that has "
+        "ended. If it is long, a rollout takes longer.",
         between=(seconds(0), seconds(120)),
     )
 

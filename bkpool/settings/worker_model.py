@@ -41,8 +41,9 @@ class WorkersSettings(Section):
     )
     gc_keep_duration: Duration = setting(
         seconds(0),
-        "How long unused data of a cache is kept, where the pool's `cache.gc.keepDuration` says nothing. 0s: the age "
-        "does not matter. If it is short, builds find less in their cache.",
+        "How long unused data of a cache is kept, where the pool's `cache.gc.keepDuration` says nothing. 0s: the "
+        "age does not matter. If it is short, builds find less in their cache. If it is long, old data fills the "
+        "cache up to its size.",
         between=(seconds(0), timedelta(days=365)),
     )
     start_timeout: Duration = setting(

@@ -1,5 +1,6 @@
 """Precedence of the sources, what each refuses, and that a value survives being written and read."""
 
+import re
 from datetime import timedelta
 from pathlib import Path
 
@@ -227,5 +228,8 @@ def test_every_number_and_duration_has_bounds_and_every_setting_a_description():
     for one in settings().values():
         assert one.description.endswith("."), one.name
         if one.kind in {kinds.COUNT, kinds.DURATION}:
+            assert re.search(r"\bIf\b|\bsame effects\b|\braise it\b", one.description), (
+                f"{one.name}: what if it is too low?"
+            )
             lowest, highest = bounds(one)
             assert lowest <= one.default <= highest, one.name
