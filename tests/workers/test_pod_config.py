@@ -27,7 +27,7 @@ class Cluster:
         return body
 
     async def create(self, _path: str, body: dict) -> dict:
-        return body | {"metadata": body["metadata"] | {"resourceVersion": "1"}}
+        return body | {"metadata": body["metadata"] | {"resourceVersion": "1", "uid": "uid"}}
 
 
 async def test_the_operators_defaults_of_the_collection_reach_the_pods_configuration():
