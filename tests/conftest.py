@@ -67,7 +67,10 @@ structlog.configure(processors=[_remember, *structlog.get_config()["processors"]
 
 @pytest.fixture(autouse=True)
 def _no_secret_was_logged() -> Iterator[None]:
+    configuration = structlog.get_config()
     yield
+    # A command that runs within this process writes its log to a stderr that ends with the test.
+    structlog.configure(**configuration)
     found = _logged.copy()
     _logged.clear()
     assert not found, found

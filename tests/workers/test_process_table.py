@@ -33,6 +33,23 @@ async def test_an_end_is_noticed_and_a_later_signal_hits_no_other_process():
         Process(child.pid)
 
 
+async def test_after_close_its_descriptor_belongs_to_somebody_else():
+    child, other = sleeper(), sleeper()
+    try:
+        process = Process(child.pid)
+        process.close()
+        number = os.pidfd_open(other.pid)  # the lowest that is free, so the one that was closed
+        process.signal(signal.SIGKILL)
+        process.close()
+        signal.pidfd_send_signal(number, 0)
+        assert other.poll() is None
+        os.close(number)
+    finally:
+        for one in (child, other):
+            one.kill()
+            one.wait()
+
+
 async def test_only_what_is_marked_and_chosen_is_killed():
     marked, spared, plain = sleeper(BKPOOL_TEST="a/1"), sleeper(BKPOOL_TEST="a/2"), sleeper(OTHER="a/1")
     assert await process_table.kill_marked("BKPOOL_TEST", lambda mark: mark == "a/1") == 1

@@ -159,6 +159,13 @@ class ProcessDaemons:
 
     async def _note_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
         failure = await daemon.wait_for_exit()
+        slot.daemon = slot.exit_watch = None
+        slot.files.forget_daemon()
+        if slot.observation:
+            slot.observation = replace(
+                slot.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
+            )
+        self._table.changed()
         log.warning(
             "worker.exited",
             worker=slot.name,
@@ -167,13 +174,6 @@ class ProcessDaemons:
             log_tail=failure.log_tail,
             log=str(slot.files.log),
         )
-        slot.daemon = slot.exit_watch = None
-        slot.files.forget_daemon()
-        if slot.observation:
-            slot.observation = replace(
-                slot.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
-            )
-        self._table.changed()
 
     async def _cancel_exit_watch(self, slot: ProcessSlot) -> None:
         if slot.exit_watch:

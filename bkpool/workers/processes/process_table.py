@@ -36,14 +36,17 @@ class Process:
         self._loop.add_reader(self._fd, self._on_exit)
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal. Does nothing if the process has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._fd, number)
+        """Sends a signal. Does nothing if the process has ended or `close` was called."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, number)
 
     def close(self) -> None:
-        """Closes the pidfd. The process is not changed."""
-        self._loop.remove_reader(self._fd)
-        os.close(self._fd)
+        """Closes the pidfd. The process is not changed. A second call does nothing."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
 
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._fd)
