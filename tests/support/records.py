@@ -20,6 +20,7 @@ KEY_UPDATE_REQUESTED = b"\x18\0\0\1\1"
 KEY_UPDATE = b"\x18\0\0\1\0"
 CLOSE_NOTIFY = b"\1\0"
 SUITE = "TLS_AES_256_GCM_SHA384"  # what OpenSSL agrees on with itself
+TIMEOUT = 60.0  # seconds for one call, so that a test whose gateway is silent ends
 _TAG = 16
 
 
@@ -78,7 +79,7 @@ class RecordClient:
 
     def __init__(self, port: int, context: ssl.SSLContext, keylog: Path) -> None:
         context.keylog_filename = str(keylog)
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
         while not _handshake_complete(tls):
