@@ -17,8 +17,8 @@ import pytest
 from harness import eventually, only_on, pool
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # and SETTINGS: RFC 9113 section 3.4
-STOP_TIMEOUT = 10.0
-"""Seconds that the rest of an appliance may take to end, because its workers must end first."""
+STOP_TIMEOUT = 60.0
+"""Seconds that an appliance may take to end: much less than the longest drain of these tests."""
 
 pytestmark = only_on("process", "the appliance is a process of this machine")
 
@@ -108,7 +108,6 @@ def test_the_deadline_of_a_drain_cuts_an_open_stream_and_the_exit_code_is_0(star
     process, stream = start_with_stream("--drain-timeout", "2s")
     started_at = time.monotonic()
     start_drain(process, stream)
-    assert stream.answers_ping()
     stream.wait_for_end()
     assert time.monotonic() - started_at >= 2
     assert exit_code(process) == 0

@@ -84,7 +84,7 @@ class Build:
         self.stop = False
 
     async def run(self):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self.stop:
                 await self._streams.echo(self._data)
                 self.rounds += 1

@@ -410,7 +410,7 @@ async def test_clients_that_never_complete_a_handshake_do_not_keep_others_out(ne
     try:
         await (await world.connect(token)).echo(b"x")
         silent[0].setblocking(False)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):  # no deadline comes by itself: the clock of the gateway stands still
             assert await asyncio.get_running_loop().sock_recv(silent[0], 1) == b""
     finally:
         for sock in silent:

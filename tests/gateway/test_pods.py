@@ -189,7 +189,7 @@ async def test_a_dial_of_an_old_address_is_cancelled_for_the_new_one(world, back
     streams.writer.write(b"hello")
     await world.wait_until(lambda: silent != [])
     world.lease(endpoint=await world.start_tls_worker(worker_server(backend)))
-    async with asyncio.timeout(2):  # a dial may take 5 s
+    async with asyncio.timeout(20):  # the clock of the gateway stands still, so the first dial does not end by itself
         assert await streams.reader.readexactly(5) == b"hello"
     silent[0].transport.abort()
 

@@ -1,4 +1,4 @@
-"""The real buildx and buildctl show the sentence of a refusal at once."""
+"""The real buildx and buildctl show the sentence of a refusal at once, and do not try again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import time
 import pytest
 
 from bkpool.core.worker import EndReason
+
+AT_ONCE = 10.0
+"""Seconds: half of the time for which buildx tries again after code 14 (docs/clients.md#refusals)."""
 
 
 async def run(*command, **environment):
@@ -43,7 +46,7 @@ async def test_buildx_shows_the_refusal_at_once(world, released, buildx, tmp_pat
     code, output = await run(buildx, "build", "--builder", "b", tmp_path, **home)
     assert code != 0
     assert "the lease was released. Run `bkpool allocate` again." in output
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < AT_ONCE
 
 
 async def test_buildctl_shows_the_refusal_at_once(world, released, buildctl):
@@ -53,4 +56,4 @@ async def test_buildctl_shows_the_refusal_at_once(world, released, buildctl):
     code, output = await run(buildctl, "--addr", f"tcp://127.0.0.1:{world.port}", *tls, "debug", "workers")
     assert code != 0
     assert "the lease was released. Run `bkpool allocate` again." in output
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < AT_ONCE

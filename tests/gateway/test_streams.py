@@ -10,11 +10,10 @@ import asyncio
 import hashlib
 import os
 import select
-import time
 
 import pytest
 
-from support.data_path import DATA_PATHS, FEWEST_DATA_PATHS, PASS_ON_WITHIN, WorkerCertificates, running_data_path
+from support.data_path import DATA_PATHS, FEWEST_DATA_PATHS, NO_DEADLINES, WorkerCertificates, running_data_path
 from support.peers import in_threads, read_to_end, sees_hangup, send_until_closed
 
 KILOBYTE, MEGABYTE = 1024, 1024 * 1024
@@ -30,7 +29,9 @@ def worker_certificates():
 
 @pytest.fixture(params=FEWEST_DATA_PATHS)
 async def data_path(request, new_world, worker_certificates, tmp_path):
-    async with running_data_path(request.param, new_world, worker_certificates, tmp_path) as data_path:
+    async with running_data_path(
+        request.param, new_world, worker_certificates, tmp_path, **NO_DEADLINES
+    ) as data_path:
         yield data_path
 
 
@@ -46,12 +47,10 @@ async def test_a_reset_of_the_client_during_a_transfer_reaches_the_worker_and_fr
     client, worker = await data_path.connected_pair()
     sending = asyncio.create_task(asyncio.to_thread(send_until_closed, worker))
     await asyncio.to_thread(client.receive, MEGABYTE)
-    began = time.monotonic()
     client.reset()
     await sending
     await data_path.wait_idle()
-    assert time.monotonic() - began < PASS_ON_WITHIN
-    assert sees_hangup(worker, PASS_ON_WITHIN)
+    assert sees_hangup(worker)
 
 
 @pytest.mark.parametrize("data_path", TLS_PATHS, indirect=True)
@@ -59,11 +58,9 @@ async def test_a_reset_of_the_worker_during_a_transfer_reaches_the_client_as_a_r
     client, worker = await data_path.connected_pair()
     reading = asyncio.create_task(asyncio.to_thread(read_to_end, client))
     worker.send(os.urandom(MEGABYTE))
-    began = time.monotonic()
     worker.reset()
     assert await reading, "a normal end would look like the end of the data"
     await data_path.wait_idle()
-    assert time.monotonic() - began < PASS_ON_WITHIN
 
 
 @pytest.mark.parametrize("data_path", DATA_PATHS, indirect=True)
@@ -75,9 +72,7 @@ async def test_a_reset_that_comes_together_with_bytes_is_passed_on_after_them(da
     with data_path.loop_blocked():
         one.send(b"a few last bytes")
         one.reset()  # on a Unix socket this is a normal end
-    began = time.monotonic()
     await asyncio.to_thread(read_to_end, other)
-    assert time.monotonic() - began < PASS_ON_WITHIN
     other.close()
     await data_path.wait_idle()
 
@@ -91,20 +86,18 @@ async def test_a_reset_that_the_gateway_learns_of_by_sending_is_passed_on(data_p
     await data_path.fill(other)
     with data_path.loop_blocked():
         one.reset()
-    began = time.monotonic()
     await asyncio.to_thread(read_to_end, other)
-    assert time.monotonic() - began < PASS_ON_WITHIN
     other.close()
     await data_path.wait_idle()
 
 
 @pytest.mark.parametrize("data_path", DATA_PATHS, indirect=True)
 async def test_a_reset_of_the_client_is_noticed_while_the_worker_reads_nothing(data_path):
-    """Back-pressure removes the client's reader from the loop. The slot is freed within a second all the same."""
+    """Back-pressure removes the client's reader from the loop. The slot is freed at once all the same."""
     client, worker = await data_path.connected_pair()
     await data_path.fill(client)
     client.reset()
-    assert await asyncio.to_thread(sees_hangup, worker, PASS_ON_WITHIN)
+    assert await asyncio.to_thread(sees_hangup, worker)
     await data_path.wait_idle()
 
 
@@ -113,7 +106,7 @@ async def test_a_reset_of_the_worker_is_noticed_while_the_client_reads_nothing(d
     client, worker = await data_path.connected_pair()
     await data_path.fill(worker)
     worker.reset()
-    assert await asyncio.to_thread(sees_hangup, client, PASS_ON_WITHIN)
+    assert await asyncio.to_thread(sees_hangup, client)
     await data_path.wait_idle()
 
 
@@ -123,9 +116,7 @@ async def test_a_reset_of_a_held_client_that_has_filled_its_buffer_ends_its_wait
     client = await data_path.client(endpoint=None, wait_reason="it is being started")
     await data_path.fill(client)
     client.reset()
-    began = time.monotonic()
     await data_path.world.wait_until(lambda: not data_path.world.holds_client())
-    assert time.monotonic() - began < PASS_ON_WITHIN
     assert data_path.world.metric("refusals_total", reason="WorkerFailed") == 0
 
 
@@ -180,9 +171,7 @@ async def test_the_last_bytes_and_the_end_of_a_worker_that_dies_with_unread_byte
     await data_path.world.wait_until(lambda: has_bytes(worker))
     worker.send(LAST_BYTES)
     worker.close()
-    began = time.monotonic()
     assert await asyncio.to_thread(client.receive) == LAST_BYTES
-    assert time.monotonic() - began < PASS_ON_WITHIN
     await data_path.wait_idle()
 
 

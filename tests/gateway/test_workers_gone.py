@@ -11,12 +11,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from support.data_path import FEWEST_DATA_PATHS, PASS_ON_WITHIN, WorkerCertificates, running_data_path
+from support.data_path import FEWEST_DATA_PATHS, NO_DEADLINES, WorkerCertificates, running_data_path
 from support.peers import in_threads, read_to_end, send_until_closed
 
 SKEWED_PATHS = ["unix-asyncio", "tls-asyncio"]
@@ -45,9 +44,15 @@ def worker_certificates():
     return WorkerCertificates()
 
 
+@pytest.fixture
+def limits():
+    """Fields of GatewayLimits; replaced by tests that need other limits."""
+    return {}
+
+
 @pytest.fixture(params=FEWEST_DATA_PATHS)
-async def data_path(request, new_world, worker_certificates, tmp_path):
-    async with running_data_path(request.param, new_world, worker_certificates, tmp_path) as data_path:
+async def data_path(request, new_world, worker_certificates, tmp_path, limits):
+    async with running_data_path(request.param, new_world, worker_certificates, tmp_path, **limits) as data_path:
         yield data_path
 
 
@@ -130,13 +135,12 @@ async def test_a_client_waits_for_a_local_worker_whose_backlog_is_full(data_path
 # --- no longer reachable --------------------------------------------------------------------------------------------
 
 
-async def test_a_client_of_a_worker_that_accepts_and_then_resets_is_closed_within_a_second(data_path):
+@pytest.mark.parametrize("limits", [NO_DEADLINES], ids=["no deadlines"])
+async def test_a_client_of_a_worker_that_accepts_and_then_resets_is_closed_at_once(data_path):
     """The client does not wait for it: it was reached, and may have acted on what the client sent."""
     client, worker = await asyncio.gather(data_path.client(), data_path.accept())
-    began = time.monotonic()
     worker.reset()
     await asyncio.to_thread(read_to_end, client)
-    assert time.monotonic() - began < PASS_ON_WITHIN
     client.close()
     await data_path.wait_idle()
 
@@ -157,7 +161,8 @@ def worker_process(data_path, directory):
             process.kill()
 
 
-async def test_the_clients_of_a_killed_worker_are_closed_within_a_second(data_path, tmp_path):
+@pytest.mark.parametrize("limits", [NO_DEADLINES], ids=["no deadlines"])
+async def test_the_clients_of_a_killed_worker_are_closed_at_once(data_path, tmp_path):
     """Also those that only wait for its answer, and those that send while it does not read."""
     with worker_process(data_path, tmp_path) as process:
         clients = [await data_path.client() for _ in range(3)]
@@ -166,11 +171,9 @@ async def test_the_clients_of_a_killed_worker_are_closed_within_a_second(data_pa
             assert await asyncio.to_thread(client.receive, 1) == b"?"
         sending = asyncio.create_task(asyncio.to_thread(send_until_closed, clients[0]))
         await data_path.fill(clients[1])
-        began = time.monotonic()
         process.kill()
         await in_threads(*((read_to_end, client) for client in clients[1:]))
         await sending
-        assert time.monotonic() - began < PASS_ON_WITHIN
         for client in clients:
             client.close()
         await data_path.wait_idle()

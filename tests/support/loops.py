@@ -9,16 +9,15 @@ from bkpool.gateway.control.server import new_loop
 
 
 class SkewedLoop(asyncio.SelectorEventLoop):
-    """A real event loop whose clock can be advanced."""
+    """A real event loop whose clock stands still until it is advanced. So no deadline comes by itself."""
 
-    skew = 0.0
-    """Seconds by which its clock is ahead."""
+    _now = 0.0
 
     def time(self) -> float:
-        return super().time() + self.skew
+        return self._now
 
     def advance(self, seconds: float) -> None:
-        self.skew += seconds
+        self._now += seconds
 
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": SkewedLoop, "uvloop": new_loop}

@@ -114,11 +114,11 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
     return near, far
 
 
-def sees_hangup(peer: Peer, within: float) -> bool:
-    """Returns whether this peer learns within so many seconds, without a read, that the other side is gone."""
+def sees_hangup(peer: Peer) -> bool:
+    """Waits until this peer learns, without a read, that the other side is gone. Returns whether it did."""
     poll = select.poll()
     poll.register(peer.sock, 0)  # POLLERR and POLLHUP are reported unrequested
-    return bool(poll.poll(within * 1000))
+    return bool(poll.poll(_SOCKET_TIMEOUT * 1000))
 
 
 def send_until_closed(peer: Peer) -> None:
