@@ -14,7 +14,7 @@ async function main() {
   const { code, out } = await run('bkpool', [
     'allocate', '--json', '--out', directory,
     '--pool', input('pool') || 'default', '--namespace', input('namespace') || 'default',
-    '--ttl', input('ttl') || '1h', '--wait', input('wait') || '5m',
+    '--ttl', input('ttl') || '1h', ...(input('wait') ? ['--wait', input('wait')] : []),
     '--job-id', `${run_id}-${job}-${mark}`, // the jobs of a matrix have the same name, and each needs its own worker
   ], environment(directory))
   if (code !== 0) throw new Error(`no worker was leased: bkpool ended with exit code ${code}`)
