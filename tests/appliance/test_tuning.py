@@ -1,6 +1,7 @@
 """What other rooms get from the settings: their own defaults, unless an operator says otherwise."""
 
 import inspect
+import re
 from contextlib import AsyncExitStack
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
@@ -45,8 +46,15 @@ from bkpool.workers.pods.runtime import Deadlines
 from bkpool.workers.processes.runtime import ProcessLimits
 from bkpool.workers.processes.sandbox import Binaries
 
+ROOT = Path(__file__).parents[2]
 DEFAULT = Configuration()
 LIMITS = [one.field for one in settings().values() if one.section == "gateway" and one.kind in {COUNT, DURATION}]
+
+
+def test_every_setting_is_read_by_some_room():
+    code = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py") if path.parent.name != "settings")
+    unread = [name for name, one in settings().items() if not re.search(rf'(?<!"{one.section})\.{one.field}\b', code)]
+    assert unread == [], "these settings have no effect"
 
 
 def test_without_settings_each_room_gets_its_own_default():
