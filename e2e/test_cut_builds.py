@@ -16,6 +16,7 @@ import time
 import pytest
 
 from harness import eventually, only_on, read_until
+from support.processes import freeze
 
 AWAY = 8.0  # seconds; less than a wait at the gateway (15), more than a build may take to fail (5)
 
@@ -41,7 +42,7 @@ def test_a_build_that_is_cut_ends_within_five_seconds_though_its_worker_stays_aw
     (successor,) = eventually(
         lambda: [pid for pid in appliance.workers() if pid != worker], "the worker is started again"
     )
-    os.kill(successor, signal.SIGSTOP)
+    freeze(successor)
     back = threading.Timer(AWAY, resume, (successor,))
     back.start()
     try:

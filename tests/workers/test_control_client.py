@@ -14,6 +14,7 @@ from bkpool.core.errors import Unavailable
 from bkpool.core.names import Slot
 from bkpool.toolchain.table import Tool, release_of
 from support.objects import pool as a_pool
+from support.processes import freeze
 
 SLOT = Slot("default", "default", 0)
 
@@ -73,7 +74,7 @@ async def test_a_daemon_that_is_killed_in_the_middle_of_a_call_is_noticed_at_onc
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
         pid = client.peer_pid
-        os.kill(pid, signal.SIGSTOP)  # so that it can't answer before it is killed
+        freeze(pid)  # so that it can't answer before it is killed
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="broke off the call"):
             await (client.info() if call == "unary" else anext(client.history()))

@@ -21,6 +21,7 @@ from bkpool.workers.processes.sandbox import Binaries
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
 from bkpool.workers.processes.socket_directory import home_digest
 from support.objects import pool as a_pool
+from support.processes import freeze
 
 SLOT = Slot("default", "default", 0)
 POOL = a_pool()
@@ -201,7 +202,7 @@ async def test_a_daemon_that_does_not_answer_the_next_runtime_in_time_is_ended(r
     await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     pid = record(tmp_path / "home")["pid"]
     await runtime.close(stop_workers=False)
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
 
     after = ProcessRuntime(tmp_path / "home", binaries, limits=ProcessLimits(adopt_timeout=0.1))
     async with asyncio.timeout(4):
