@@ -66,11 +66,16 @@ structlog.configure(processors=[_remember, *structlog.get_config()["processors"]
 
 
 @pytest.fixture(autouse=True)
-def _no_secret_was_logged() -> Iterator[None]:
+def _log_as_before() -> Iterator[None]:
+    """A command that runs within this process configures the log, for a stderr that ends with the test."""
     configuration = structlog.get_config()
     yield
-    # A command that runs within this process writes its log to a stderr that ends with the test.
     structlog.configure(**configuration)
+
+
+@pytest.fixture(autouse=True)
+def _no_secret_was_logged() -> Iterator[None]:
+    yield
     found = _logged.copy()
     _logged.clear()
     assert not found, found

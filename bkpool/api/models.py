@@ -17,7 +17,7 @@ from bkpool.allocation import AllocationRequest, Grant
 from bkpool.core import durations
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import DEFAULT_NAMESPACE, DNS_LABEL, Key
+from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT, DNS_LABEL, Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Duration, Name
 from bkpool.core.worker import Worker
@@ -52,7 +52,7 @@ class AllocateBody(Body):
     namespace: Namespace = DEFAULT_NAMESPACE
     job_id: Text = ""
     ttl: Duration | None = None
-    wait: Duration = timedelta(minutes=5)
+    wait: Duration = DEFAULT_WAIT
     csr: Annotated[StrictStr, Field(max_length=16_384)] | None = None
     metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 

@@ -20,10 +20,10 @@ from bkpool.cli.options import LEASE_FILE
 from bkpool.cli.signals import Signals
 from bkpool.core import durations
 from bkpool.core.errors import BkpoolError, Gone, HostFault, NotFound, Unavailable
+from bkpool.core.names import DEFAULT_WAIT
 
 CERTIFICATE_FILES = {"ca.crt": "caCert", "client.crt": "clientCert", "client.key": "clientKey"}
 """File name to field of the answer of allocate; each field is PEM in base64."""
-_UNNAMED_WAIT = "5m"  # how long the API waits at most for a caller who names no wait
 _LEASE_FIELDS = ("workerName", "token", "endpoint", "gatewayEndpoint", "expiresAt")
 
 
@@ -48,7 +48,7 @@ def allocate(client: Client, request: dict[str, Any], signals: Signals) -> dict[
             raise SystemExit(128 + number)
 
     given = {field: value for field, value in request.items() if value is not None}
-    wait = durations.parse(given.get("wait", _UNNAMED_WAIT)).total_seconds()
+    wait = (durations.parse(given["wait"]) if "wait" in given else DEFAULT_WAIT).total_seconds()
     signals.act(stop)
     try:
         with console.Progress(f"waiting for a worker of pool {request['poolName']}"):

@@ -16,7 +16,7 @@ from bkpool.cli.client import LeaseReference, NamedLease
 from bkpool.cli.credentials import RequestedClaims
 from bkpool.core import durations, tokens
 from bkpool.core.errors import InvalidInput, NotFound
-from bkpool.core.names import DEFAULT_NAMESPACE
+from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,24 +54,22 @@ worker = click.option(
 )
 
 
-def duration(_ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A callback of click for a Go duration.
+def duration(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A callback of click for a Go duration. An option that was not given stays None.
 
     Raises:
         InvalidInput: It is not a duration; the message names the option.
     """
-    durations.parse(value, field=param.opts[0])
+    if value is not None:
+        durations.parse(value, field=param.opts[0])
     return value
 
 
 def wait(command: F) -> F:
     """The option --wait. Without it the appliance decides."""
-    shown = "How long to wait for a free worker.  [default: 5m, or less if the appliance allows less]"
-    return click.option("--wait", default=None, callback=_duration_or_none, help=shown)(command)
-
-
-def _duration_or_none(context: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    return None if value is None else duration(context, param, value)
+    default = durations.render(DEFAULT_WAIT)
+    shown = f"How long to wait for a free worker.  [default: {default}, or less if the appliance allows less]"
+    return click.option("--wait", default=None, callback=duration, help=shown)(command)
 
 
 def older_identity(command: F) -> F:

@@ -44,8 +44,10 @@ class WaitInterrupter:
         os.set_blocking(self._written_by_signals, False)
         self._handler_before = signal.signal(_INTERRUPT, self._count)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self._thread.start()  # with all signals blocked: they are for the main thread
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            self._thread.start()  # with all signals blocked: they are for the main thread
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._wakeup_before = signal.set_wakeup_fd(self._written_by_signals, warn_on_full_buffer=False)
         return self
 

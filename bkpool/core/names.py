@@ -1,4 +1,4 @@
-"""Names that users' scripts depend on: the API group, labels, ports, and the names of workers.
+"""Names and defaults that users' scripts depend on: the API group, labels, ports, and the names of workers.
 
 A worker is called `<pool>-worker-<slot>`. A worker is created only if it does not exist, so the uniqueness of names
 in the store keeps a pool within its maximum (rule 3, docs/rules.md#r3).
@@ -7,6 +7,7 @@ in the store keeps a pool within its maximum (rule 3, docs/rules.md#r3).
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ DEFAULT_NAMESPACE = "default"
 AUDIENCE = "buildkit-controller"
 """The default audience of callers' tokens: that of the Go controller, so that existing workflows keep working."""
 DEFAULT_POOL = "default"
+DEFAULT_WAIT = timedelta(minutes=5)
+"""How long an allocate request waits that names no wait, unless the appliance allows less."""
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 """The names of this machine for itself. Only programs on this machine can connect to them."""

@@ -33,14 +33,14 @@ class SocketErrorWatcher:
         loop.add_reader(self._epoll.fileno(), self._report_errors)
 
     def watch(self, sock: socket.socket, on_error: OnError) -> None:
-        """Calls `on_error` when the socket has an error or hangs up, at most once for each.
+        """Calls `on_error` when the socket gets an error or hangs up. It may be called more than once.
 
-        A second call for one socket replaces the callback.
+        A second `watch` of one socket replaces the callback.
         """
         number = sock.fileno()
         known = number in self._callbacks
         self._callbacks[number] = on_error
-        # No event is requested: epoll reports EPOLLERR and EPOLLHUP always (epoll_ctl(2)), with EPOLLET only once.
+        # No event is requested: epoll always reports EPOLLERR and EPOLLHUP (epoll_ctl(2)), with EPOLLET not for ever.
         (self._epoll.modify if known else self._epoll.register)(number, select.EPOLLET)
 
     def forget(self, sock: socket.socket) -> None:
