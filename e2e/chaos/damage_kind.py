@@ -19,6 +19,7 @@ from typing import Any
 from chaos.damage import end_appliance, resume
 from chaos.schedule import Fault
 from kind.faults import FaultProxy
+from kind.pod_route import routed_pods
 
 from harness import Appliance, alive, eventually
 from kind_cluster import e2e_cluster
@@ -47,8 +48,8 @@ def kind_world(base: Path, tools: dict[str, Path]) -> Iterator[tuple[Appliance, 
         world = ProxiedPods(cluster)
         world.proxy = proxy
         appliance = Appliance(base / "appliance", tools, world=world)
-        damage = KindDamage(appliance, world)
-        with damage.routed():
+        with routed_pods(world) as subnet:
+            damage = KindDamage(appliance, world, subnet)
             try:
                 yield appliance, damage
             finally:
@@ -60,23 +61,10 @@ def kind_world(base: Path, tools: dict[str, Path]) -> Iterator[tuple[Appliance, 
 class KindDamage:
     """Faults of a kind cluster and of an appliance outside it."""
 
-    def __init__(self, appliance: Appliance, world: ProxiedPods) -> None:
+    def __init__(self, appliance: Appliance, world: ProxiedPods, subnet: str) -> None:
         self._appliance = appliance
         self._world = world
-        (node,) = world.objects("nodes")
-        self._subnet = node["spec"]["podCIDR"]
-        self._node = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
-
-    @contextmanager
-    def routed(self) -> Iterator[None]:
-        """Until the end of the block, this machine reaches pods at their own addresses."""
-        route = (self._subnet, "via", self._node)
-        made = subprocess.run(["ip", "route", "add", *route], check=False, capture_output=True).returncode == 0
-        try:
-            yield
-        finally:
-            if made:
-                subprocess.run(["ip", "route", "del", *route], check=False)
+        self._subnet = subnet
 
     def workers(self) -> dict[str, tuple[str, str]]:
         return {worker[0]: worker for worker in self._world.workers(self._appliance)}

@@ -6,11 +6,11 @@ own addresses, for which these tests add a route to the node.
 
 from __future__ import annotations
 
-import subprocess
 import time
 
 import pytest
 from kind.faults import FaultProxy
+from kind.pod_route import routed_pods
 
 from harness import eventually, read_until, really_ran
 
@@ -19,14 +19,8 @@ DOWN = 60.0  # seconds
 
 @pytest.fixture(scope="module")
 def pod_addresses(world):
-    """Adds a route to the node, if there is none, so that this machine reaches pods."""
-    (node,) = world.objects("nodes")
-    subnet = node["spec"]["podCIDR"]
-    address = next(a["address"] for a in node["status"]["addresses"] if a["type"] == "InternalIP")
-    made = subprocess.run(["ip", "route", "add", subnet, "via", address], check=False).returncode == 0
-    yield
-    if made:
-        subprocess.run(["ip", "route", "del", subnet, "via", address], check=False)
+    with routed_pods(world):
+        yield
 
 
 class ProxiedWorld:
