@@ -61,6 +61,7 @@ OLD_MODULES = {
     "bkpool/allocation/claims.py",
     "bkpool/allocation/line.py",
     "bkpool/appliance/parts.py",
+    "bkpool/appliance/settings.py",
     "bkpool/gateway/alarm.py",
     "bkpool/identity/bearers.py",
     "bkpool/identity/entries.py",
@@ -135,6 +136,25 @@ def test_no_two_modules_have_a_class_of_the_same_name():
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(path)
     assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_settings_are_called_settings_and_what_a_run_was_given_options():
+    """`Configuration` was the class of all settings, and `Settings` that of what a run was given."""
+    right = {"Settings": {"settings"}, "RunOptions": {"options", "run_options"}}
+    found = [
+        f"{path}:{node.lineno}: {node.arg}: {node.annotation.id}"
+        for path, tree in trees("bkpool").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id in right
+        if node.arg not in right[node.annotation.id]
+    ]
+    found += [
+        f"{path}:{node.lineno}: class Configuration"
+        for path, tree in trees("bkpool").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name == "Configuration"
+    ]
+    assert not found
 
 
 def test_no_module_exceeds_400_lines_and_no_function_60():

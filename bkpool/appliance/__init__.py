@@ -6,6 +6,6 @@ opens each. This room decides nothing about leases or workers.
 
 from bkpool.appliance.cleanup import purge, stop_leftover_workers
 from bkpool.appliance.entry import run
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 
-__all__ = ["Settings", "purge", "run", "stop_leftover_workers"]
+__all__ = ["RunOptions", "purge", "run", "stop_leftover_workers"]

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
 from bkpool.home.files import write_private
@@ -36,32 +36,32 @@ _ALL_INTERFACES = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - addresses tha
 _HINT = "Give a PEM certificate (with its chain) and its key, without a passphrase."
 
 
-def make_api_tls(settings: Settings, authority: Authority, now: Callable[[], datetime]) -> ApiTls | None:
+def make_api_tls(options: RunOptions, authority: Authority, now: Callable[[], datetime]) -> ApiTls | None:
     """The API's TLS according to the settings; None if the API is served in clear.
 
     The caller runs the returned object's `run` beside the server.
 
     Args:
-        settings: `api_cert` and `api_key`, or else `api_tls`; and the names of the API.
+        options: `api.cert` and `api.key`, or else `api.tls`; and what gives the names of the API.
         authority: Signs the certificate if no files are given.
         now: The clock.
 
     Raises:
         HostFault: `Unreadable`: the files cannot be used. `AuthorityExpired`: the CA has expired.
     """
-    api = settings.configuration.api
+    api = options.settings.api
     if api.cert is not None and api.key is not None:
         return FileTls(api.cert, api.key)
-    life = settings.configuration.certificates.server_life
-    return IssuedTls(authority, api_names(settings), settings.home, now, life) if api.tls else None
+    life = options.settings.certificates.server_life
+    return IssuedTls(authority, api_names(options), options.home, now, life) if api.tls else None
 
 
-def api_names(settings: Settings) -> CertificateNames:
+def api_names(options: RunOptions) -> CertificateNames:
     """The names of the API: this machine's, those that the user gave, and that of its Service in a cluster."""
-    configuration = settings.configuration
-    host, _ = configuration.api.address
-    extra = (*configuration.gateway.hosts, *(() if host in _ALL_INTERFACES else (host,)))
-    return gateway_names(socket.gethostname(), [Key(configuration.kubernetes.namespace, CONTROLLER)], extra)
+    settings = options.settings
+    host, _ = settings.api.address
+    extra = (*settings.gateway.hosts, *(() if host in _ALL_INTERFACES else (host,)))
+    return gateway_names(socket.gethostname(), [Key(settings.kubernetes.namespace, CONTROLLER)], extra)
 
 
 class ApiTls(ABC):

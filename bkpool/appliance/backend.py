@@ -19,7 +19,7 @@ from bkpool.allocation import Allocator, LeaseService
 from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
@@ -116,10 +116,10 @@ class Backend:
 
 
 async def open_process_backend(
-    stack: AsyncExitStack, settings: Settings, binaries: Binaries, report: StartupReporter
+    stack: AsyncExitStack, options: RunOptions, binaries: Binaries, report: StartupReporter
 ) -> Backend:
     """Opens the process backend: buildkitd processes on this machine, and one SQLite file."""
-    home = settings.home
+    home = options.home
     secrets = storage.load_or_create(home / "pki", datetime.now(UTC))
     report({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
@@ -127,8 +127,8 @@ async def open_process_backend(
     runtime = ProcessRuntime(
         home,
         binaries,
-        limits=process_limits(settings.configuration),
-        gc_defaults=gc_defaults(settings.configuration),
+        limits=process_limits(options.settings),
+        gc_defaults=gc_defaults(options.settings),
     )
     stack.push_async_callback(runtime.close, stop_workers=True)
     return Backend(
@@ -155,7 +155,7 @@ class ClusterBackend:
 
 async def open_pod_backend(
     stack: AsyncExitStack,
-    settings: Settings,
+    options: RunOptions,
     access: ClusterAccess,
     host_ports: tuple[int, ...] | None,
     report: StartupReporter,
@@ -164,63 +164,61 @@ async def open_pod_backend(
 
     Args:
         stack: Closes what is opened.
-        settings: How the appliance runs.
+        options: How the appliance runs.
         access: The cluster.
         host_ports: On kind: the ports of this machine that lead to workers. None: pods are reached by their address.
         report: Receives what is being done.
     """
-    api = await KubeApi.connect(access, kube_limits(settings.configuration))
+    api = await KubeApi.connect(access, kube_limits(options.settings))
     stack.push_async_callback(api.close)
     report({"progress": "installing the custom resources"})
     await crds.install(api)
-    await _ensure_namespace(api, settings.configuration.kubernetes.namespace)
-    name = _gateway_name(settings.home)
+    await _ensure_namespace(api, options.settings.kubernetes.namespace)
+    name = _gateway_name(options.home)
     opened = await _open_pods(
-        stack, settings, api, name, ignored_fields=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
+        stack, options, api, name, ignored_fields=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
     )
     return opened.backend
 
 
-async def open_replica_backend(stack: AsyncExitStack, settings: Settings, name: str) -> ClusterBackend:
+async def open_replica_backend(stack: AsyncExitStack, options: RunOptions, name: str) -> ClusterBackend:
     """Opens the pod backend for a replica inside the cluster, where the manifests have installed everything.
 
     Args:
         stack: Closes what is opened.
-        settings: How the replica runs.
+        options: How the replica runs.
         name: The replica's name, unique among those that run.
     """
-    api = await KubeApi.connect(settings.access, kube_limits(settings.configuration))
+    api = await KubeApi.connect(options.access, kube_limits(options.settings))
     stack.push_async_callback(api.close)
-    return await _open_pods(stack, settings, api, name, ignored_fields=IGNORED_IN_CLUSTER, host_ports=None)
+    return await _open_pods(stack, options, api, name, ignored_fields=IGNORED_IN_CLUSTER, host_ports=None)
 
 
 async def _open_pods(
     stack: AsyncExitStack,
-    settings: Settings,
+    options: RunOptions,
     api: KubeApi,
     name: str,
     *,
     ignored_fields: Collection[str],
     host_ports: tuple[int, ...] | None,
 ) -> ClusterBackend:
-    identity = settings.configuration.identity
+    identity = options.settings.identity
     store = KubernetesStore(api)
     now = datetime.now(UTC)
-    secrets = await kube_secrets.load_or_create_authorities(
-        api, settings.configuration.kubernetes.namespace, store, now
-    )
+    secrets = await kube_secrets.load_or_create_authorities(api, options.settings.kubernetes.namespace, store, now)
     leaf = secrets.backend.issue_dialler(name, now, now + DIALLER_LIFE)
     context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
     runtime = PodRuntime(
         api,
         backend=secrets.backend,
         context=context,
-        image=settings.configuration.workers.buildkit_image,
+        image=options.settings.workers.buildkit_image,
         host_ports=host_ports,
-        namespaces=settings.configuration.kubernetes.pool_namespaces or None,
+        namespaces=options.settings.kubernetes.pool_namespaces or None,
         ignored_spec_fields=ignored_fields,
-        deadlines=pod_deadlines(settings.configuration),
-        gc_defaults=gc_defaults(settings.configuration),
+        deadlines=pod_deadlines(options.settings),
+        gc_defaults=gc_defaults(options.settings),
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)
@@ -245,10 +243,10 @@ async def _open_pods(
         ),
         leadership=LeaderElection(
             api,
-            settings.configuration.kubernetes.namespace,
+            options.settings.kubernetes.namespace,
             LEASE,
             name,
-            times=leader_times(settings.configuration),
+            times=leader_times(options.settings),
         ),
         background=(recorder.run(),),
     )

@@ -17,7 +17,7 @@ from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.api import ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context, replica_name
 from bkpool.appliance.roles.controller import open_controller
-from bkpool.appliance.settings import Role, Settings
+from bkpool.appliance.run_options import Role, RunOptions
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.appliance.tuning import gateway_variables
 from bkpool.controller.pool_gateways import PoolGateways
@@ -35,33 +35,33 @@ class ControlReplica:
     """API, controller, or both.
 
     Args:
-        settings: How the replica runs.
+        options: How the replica runs.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._configuration = settings.configuration
+    def __init__(self, options: RunOptions) -> None:
+        self._options = options
+        self._settings = options.settings
 
     async def run(self) -> None:
         """Serves the API here. The controller runs in the replica that holds the Lease."""
         await run_until_stopped(self._start)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
-        settings, configuration, name = self._settings, self._configuration, replica_name()
-        context = open_context(stack, settings, shutdown)
-        cluster = await open_replica_backend(stack, settings, name)
+        options, settings, name = self._options, self._settings, replica_name()
+        context = open_context(stack, options, shutdown)
+        cluster = await open_replica_backend(stack, options, name)
         backend = cluster.backend
         for work in backend.background:
             await context.run_in_background(stack, work)
         mirror = Mirror(backend.store, configs=True)
         await follow(stack, context, mirror)
         await backend.runtime.adopt()
-        state = ControlState(backend, mirror, open_issuers(stack, configuration.identity))
+        state = ControlState(backend, mirror, open_issuers(stack, settings.identity))
 
         def not_ready_reason() -> str | None:
             return "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
 
-        if Role.API in configuration.appliance.roles:
+        if Role.API in settings.appliance.roles:
             sources = ApiSources(
                 gateway_endpoint=endpoint_of,
                 connections=lambda pool: pool.status.connections,
@@ -70,9 +70,9 @@ class ControlReplica:
             )
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, configuration.metrics.address, "--metrics-address")
-        stack.push_async_callback(shutdown.pause, configuration.appliance.endpoint_removal_delay.total_seconds())
-        if Role.CONTROLLER in configuration.appliance.roles:
+        await serve(stack, app, settings.metrics.address, "--metrics-address")
+        stack.push_async_callback(shutdown.pause, settings.appliance.endpoint_removal_delay.total_seconds())
+        if Role.CONTROLLER in settings.appliance.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.
             await open_controller(
                 stack,
@@ -81,7 +81,7 @@ class ControlReplica:
                 endpoint=endpoint_of,
                 make_pool_gateways=lambda: self._pool_gateways(context, cluster, mirror),
             )
-        log.info("replica.ready", roles=sorted(configuration.appliance.roles), name=name)
+        log.info("replica.ready", roles=sorted(settings.appliance.roles), name=name)
 
     async def _open_api(
         self,
@@ -92,7 +92,7 @@ class ControlReplica:
         sources: ApiSources,
     ) -> None:
         admin = AdminTokenAuthenticator(
-            await kube_secrets.load_or_create_admin_token(kube, self._configuration.kubernetes.namespace)
+            await kube_secrets.load_or_create_admin_token(kube, self._settings.kubernetes.namespace)
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources)
         # Before the server is closed: who waits for a worker is sent to another replica.
@@ -104,13 +104,13 @@ class ControlReplica:
             cluster.api,
             mirror,
             cluster.secrets,
-            image=self._configuration.kubernetes.image or IMAGE,
+            image=self._settings.kubernetes.image or IMAGE,
             controller=CONTROLLER,
-            namespace=self._configuration.kubernetes.namespace,
+            namespace=self._settings.kubernetes.namespace,
             now=context.now,
             recorder=cluster.backend.recorder,
-            gateway_variables=gateway_variables(self._configuration),
-            server_life=self._configuration.certificates.server_life,
+            gateway_variables=gateway_variables(self._settings),
+            server_life=self._settings.certificates.server_life,
         )
 
 

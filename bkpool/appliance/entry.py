@@ -16,18 +16,18 @@ from bkpool.appliance.preflight import check_settings
 from bkpool.appliance.prepare import choose_backend, prepare_backend
 from bkpool.appliance.replica import make_replica
 from bkpool.appliance.reporting import StartupReporter
-from bkpool.appliance.settings import ALL_ROLES, Settings
+from bkpool.appliance.run_options import ALL_ROLES, RunOptions
 from bkpool.core.documents import Documents, read_documents
 from bkpool.gateway.control.server import new_loop
 from bkpool.home.files import as_host_fault
 from bkpool.home.lock import HomeLock
 
 
-def run(settings: Settings, report: StartupReporter) -> int:
+def run(options: RunOptions, report: StartupReporter) -> int:
     """Runs an appliance, or some of its roles, until SIGTERM or SIGINT.
 
     Args:
-        settings: How it runs.
+        options: How it runs.
         report: Receives progress while it starts, then once the content of `appliance.json`.
 
     Returns:
@@ -37,16 +37,16 @@ def run(settings: Settings, report: StartupReporter) -> int:
         BkpoolError: It cannot start; nothing stays half-started.
     """
     configure_logging()
-    check_settings(settings)
-    if settings.configuration.appliance.roles != ALL_ROLES:
-        _run_loop(make_replica(settings).run())
+    check_settings(options)
+    if options.settings.appliance.roles != ALL_ROLES:
+        _run_loop(make_replica(options).run())
         return 0
-    documents = _read_documents(settings.pool_files)
-    with HomeLock(settings.home), as_host_fault(settings.home):
-        backend, reason = choose_backend(settings)
+    documents = _read_documents(options.pool_files)
+    with HomeLock(options.home), as_host_fault(options.home):
+        backend, reason = choose_backend(options)
         report({"progress": f"backend: {backend} ({reason})"})
-        opener = prepare_backend(backend, settings, report)
-        _run_loop(HostAppliance(settings, documents, backend, opener).run(report))
+        opener = prepare_backend(backend, options, report)
+        _run_loop(HostAppliance(options, documents, backend, opener).run(report))
     return 0
 
 

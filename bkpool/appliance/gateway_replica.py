@@ -14,7 +14,7 @@ from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.context import follow, open_context, replica_name
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
-from bkpool.appliance.settings import Address, Settings
+from bkpool.appliance.run_options import Address, RunOptions
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.appliance.tuning import kube_limits
 from bkpool.core.names import GATEWAY_PORT, Key
@@ -31,12 +31,12 @@ class GatewayReplica:
     """One replica of one pool's gateway.
 
     Args:
-        settings: How it runs.
+        options: How it runs.
         pool: The pool that it serves.
     """
 
-    def __init__(self, settings: Settings, pool: Key) -> None:
-        self._settings = settings
+    def __init__(self, options: RunOptions, pool: Key) -> None:
+        self._options = options
         self._pool = pool
         self._not_ready = "this replica is starting"
 
@@ -45,9 +45,9 @@ class GatewayReplica:
         await run_until_stopped(self._start)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
-        settings = self._settings
-        context = open_context(stack, settings, shutdown)
-        api = await KubeApi.connect(settings.access, kube_limits(settings.configuration))
+        options = self._options
+        context = open_context(stack, options, shutdown)
+        api = await KubeApi.connect(options.access, kube_limits(options.settings))
         stack.push_async_callback(api.close)
         store = KubernetesStore(api, namespace=self._pool.namespace)
         mirror = Mirror(store)
@@ -57,7 +57,7 @@ class GatewayReplica:
 
         # Served first: the kubelet asks while the replica waits for the store and its Secret.
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, settings.configuration.metrics.address, "--metrics-address")
+        await serve(stack, app, options.settings.metrics.address, "--metrics-address")
         await follow(stack, context, mirror)
         secret = await GatewaySecret.open(api, self._pool)
         gateway = await open_gateway(
@@ -68,7 +68,7 @@ class GatewayReplica:
             name=replica_name(),
             certificate=secret,
             dial=secret.dial,
-            address=settings.configuration.gateway.address or Address("0.0.0.0", GATEWAY_PORT),  # noqa: S104 - mTLS, in its own pod
+            address=options.settings.gateway.address or Address("0.0.0.0", GATEWAY_PORT),  # noqa: S104 - mTLS, in its own pod
             threads=default_threads(),
             pool=self._pool,
         )
@@ -78,7 +78,7 @@ class GatewayReplica:
         log.info("replica.ready", roles=["gateway"], pool=str(self._pool), name=replica_name())
 
     async def _drain(self, gateway: GatewayRole, mirror: Mirror, shutdown: Shutdown) -> None:
-        await shutdown.pause(self._settings.configuration.appliance.endpoint_removal_delay.total_seconds())
+        await shutdown.pause(self._options.settings.appliance.endpoint_removal_delay.total_seconds())
         pool = mirror.pools.get(self._pool)
         bounds = pool.spec.gateway if pool else PoolGateway()  # builds of a deleted pool may finish too
         await gateway.drain(bounds.drain_timeout.total_seconds(), shutdown)

@@ -25,8 +25,8 @@ from bkpool.appliance.roles.api import ApiRole, ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context
 from bkpool.appliance.roles.controller import open_controller
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
+from bkpool.appliance.run_options import Address, RunOptions
 from bkpool.appliance.seed import seed_objects, withdraw_old_registrations
-from bkpool.appliance.settings import Address, Settings
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
@@ -44,15 +44,15 @@ class HostAppliance:
     """One run of the appliance on this machine.
 
     Args:
-        settings: How it runs.
+        options: How it runs.
         documents: The objects of the user's files.
         backend: The name of the backend.
         open_backend: Opens the backend.
     """
 
-    def __init__(self, settings: Settings, documents: Documents, backend: str, open_backend: BackendOpener) -> None:
-        self._settings = settings
-        self._configuration = settings.configuration
+    def __init__(self, options: RunOptions, documents: Documents, backend: str, open_backend: BackendOpener) -> None:
+        self._options = options
+        self._settings = options.settings
         self._documents = documents
         self._backend_name = backend
         self._open_backend = open_backend
@@ -62,13 +62,13 @@ class HostAppliance:
         await run_until_stopped(lambda stack, shutdown: self._start(stack, shutdown, report))
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown, report: StartupReporter) -> None:
-        home = self._settings.home
+        home = self._options.home
         admin = AdminTokenAuthenticator(load_or_create(home))
-        context = open_context(stack, self._settings, shutdown)
+        context = open_context(stack, self._options, shutdown)
         backend, mirror = await self._open_state(stack, context, report)
         report({"progress": "starting gateway, controller and API"})
         gateway, endpoint = await self._open_gateway(stack, context, backend, mirror)
-        state = ControlState(backend, mirror, open_issuers(stack, self._configuration.identity))
+        state = ControlState(backend, mirror, open_issuers(stack, self._settings.identity))
         # Opened before the API, so that it is closed after it: the controller ends the leases that are released last.
         await open_controller(stack, context, state, endpoint=lambda _pool: endpoint)
         dev_configs = await self._open_dev_issuer(stack, context)
@@ -80,7 +80,7 @@ class HostAppliance:
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
         metrics = await serve(
-            stack, metrics_app(context.registry), self._configuration.metrics.address, "--metrics-address"
+            stack, metrics_app(context.registry), self._settings.metrics.address, "--metrics-address"
         )
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
@@ -98,7 +98,7 @@ class HostAppliance:
         backend = await self._open_backend(stack, report)
         for work in backend.background:
             await context.run_in_background(stack, work)
-        files_given = bool(self._settings.pool_files)
+        files_given = bool(self._options.pool_files)
         await seed_objects(backend.store, self._documents, only_source=backend.only_files and files_given)
         await withdraw_old_registrations(backend.store, backend.gateway)
         mirror = Mirror(backend.store, configs=True)
@@ -111,16 +111,16 @@ class HostAppliance:
         self, stack: AsyncExitStack, context: RoleContext, backend: Backend, mirror: Mirror
     ) -> tuple[GatewayRole, str]:
         """The gateway, and the endpoint that callers get."""
-        settings = self._settings
-        private_directory(settings.home / "pki")
+        options = self._options
+        private_directory(options.home / "pki")
         certificate = CertificateRenewal(
-            directory=settings.home / "pki",
+            directory=options.home / "pki",
             authority=backend.authority,
             mirror=mirror,
-            hosts=self._configuration.gateway.hosts,
+            hosts=self._settings.gateway.hosts,
             now=context.now,
             recorder=backend.recorder,
-            life=self._configuration.certificates.server_life,
+            life=self._settings.certificates.server_life,
         )
         gateway = await open_gateway(
             stack,
@@ -130,10 +130,10 @@ class HostAppliance:
             name=backend.gateway,
             certificate=certificate,
             dial=backend.dial,
-            address=_gateway_address(self._configuration.gateway),
+            address=_gateway_address(self._settings.gateway),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
-        host = next(iter(self._configuration.gateway.hosts), "localhost")
+        host = next(iter(self._settings.gateway.hosts), "localhost")
         return gateway, f"tcp://{url_host(host)}:{gateway.port}"
 
     async def _open_dev_issuer(self, stack: AsyncExitStack, context: RoleContext) -> tuple[OIDCConfig, ...]:
@@ -141,41 +141,41 @@ class HostAppliance:
 
         The configuration is in no object, so the issuer is trusted only while it runs.
         """
-        settings = self._settings
-        if settings.dev_issuer_url is None:
+        options = self._options
+        if options.dev_issuer_url is None:
             return ()
-        app = make_dev_issuer(settings.dev_issuer_url, context.now)
-        await serve(stack, app, self._configuration.dev_issuer.address, "--dev-issuer-address")
-        return (dev_config(settings.dev_issuer_url, self._configuration.kubernetes.namespace),)
+        app = make_dev_issuer(options.dev_issuer_url, context.now)
+        await serve(stack, app, self._settings.dev_issuer.address, "--dev-issuer-address")
+        return (dev_config(options.dev_issuer_url, self._settings.kubernetes.namespace),)
 
     async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
         """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
         busy = any(gateway.metrics.active(key.name) for key in mirror.pools)
-        seconds = self._configuration.appliance.drain_timeout.total_seconds()
+        seconds = self._settings.appliance.drain_timeout.total_seconds()
         log.info("appliance.draining", seconds=seconds, busy=busy)
         await gateway.drain(seconds, context.shutdown)
         if busy and not context.shutdown.forced.is_set():
-            await context.shutdown.pause(self._configuration.appliance.release_grace.total_seconds())
+            await context.shutdown.pause(self._settings.appliance.release_grace.total_seconds())
 
     def _describe(self, context: RoleContext, api: ApiRole, endpoint: str, metrics: str) -> dict[str, Any]:
         """What `appliance.json` says."""
-        settings = self._settings
+        options = self._options
         return {
             "pid": os.getpid(),
             "backend": self._backend_name,
             "version": __version__,
-            "apiEndpoint": f"{settings.api_scheme}://{api.address}",
+            "apiEndpoint": f"{options.api_scheme}://{api.address}",
             **api.tls_description,
             "gatewayEndpoint": endpoint,
             "metricsEndpoint": f"http://{metrics}/metrics",
-            **({"devIssuer": settings.dev_issuer_url} if settings.dev_issuer_url else {}),
+            **({"devIssuer": options.dev_issuer_url} if options.dev_issuer_url else {}),
             "startedAt": context.now().isoformat(timespec="seconds"),
         }
 
 
-def _gateway_address(settings: GatewaySettings) -> Address:
+def _gateway_address(gateway: GatewaySettings) -> Address:
     """The given address; otherwise loopback, or every interface if a gateway host names this machine to others."""
-    if settings.address is not None:
-        return settings.address
-    host = "0.0.0.0" if settings.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
+    if gateway.address is not None:
+        return gateway.address
+    host = "0.0.0.0" if gateway.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
     return Address(host, GATEWAY_PORT)

@@ -14,7 +14,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from bkpool.api import open_runner
-from bkpool.appliance.settings import Address
+from bkpool.appliance.run_options import Address
 from bkpool.core.errors import HostFault
 
 

@@ -13,7 +13,7 @@ from bkpool.appliance import backend_choice
 from bkpool.appliance.backend import Backend, open_pod_backend, open_process_backend
 from bkpool.appliance.preflight import check_home_complete
 from bkpool.appliance.reporting import StartupReporter
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.home.files import write_private
 from bkpool.kind.engine import Engine, engine_fault
 from bkpool.kind.lifecycle import Cluster, HomeCluster
@@ -25,26 +25,26 @@ BackendOpener = Callable[[AsyncExitStack, StartupReporter], Awaitable[Backend]]
 """Opens a prepared backend in the event loop; the stack closes it."""
 
 
-def choose_backend(settings: Settings) -> tuple[str, str]:
+def choose_backend(options: RunOptions) -> tuple[str, str]:
     """The backend of this home, and the reason for the choice. The choice is recorded in the home.
 
     Raises:
         HostFault: `OtherBackend`: the home was created with another backend.
     """
-    record = settings.home / "backend"
+    record = options.home / "backend"
     recorded = record.read_text("utf-8").strip() if record.exists() else None
-    backend, reason = backend_choice.choose_backend(settings.backend, recorded, engine_fault, settings.home)
+    backend, reason = backend_choice.choose_backend(options.backend, recorded, engine_fault, options.home)
     if recorded is None:
         write_private(record, f"{backend}\n".encode())
     return backend, reason
 
 
-def prepare_backend(backend: str, settings: Settings, report: StartupReporter) -> BackendOpener:
+def prepare_backend(backend: str, options: RunOptions, report: StartupReporter) -> BackendOpener:
     """Gets what the backend needs on this machine.
 
     Args:
         backend: Which one, as `choose_backend` returned it.
-        settings: How the appliance runs.
+        options: How the appliance runs.
         report: Receives what is being done.
 
     Returns:
@@ -55,46 +55,46 @@ def prepare_backend(backend: str, settings: Settings, report: StartupReporter) -
     """
     match backend:
         case backend_choice.PROCESS:
-            check_home_complete(settings.home)
-            binaries = _ensure_binaries(settings, report)
-            return lambda stack, report: open_process_backend(stack, settings, binaries, report)
+            check_home_complete(options.home)
+            binaries = _ensure_binaries(options, report)
+            return lambda stack, report: open_process_backend(stack, options, binaries, report)
         case backend_choice.KIND:
-            cluster = _ensure_kind_cluster(settings, report)
+            cluster = _ensure_kind_cluster(options, report)
             access = ClusterAccess(cluster.kubeconfig)
-            return lambda stack, report: open_pod_backend(stack, settings, access, cluster.worker_ports, report)
+            return lambda stack, report: open_pod_backend(stack, options, access, cluster.worker_ports, report)
         case _:
-            return lambda stack, report: open_pod_backend(stack, settings, settings.access, None, report)
+            return lambda stack, report: open_pod_backend(stack, options, options.access, None, report)
 
 
-def _ensure_kind_cluster(settings: Settings, report: StartupReporter) -> Cluster:
+def _ensure_kind_cluster(options: RunOptions, report: StartupReporter) -> Cluster:
     """The kind cluster of this home with the images of the settings in it, created if there is none."""
-    configuration = settings.configuration
-    program = _toolchain(settings, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
+    settings = options.settings
+    program = _toolchain(options, report).ensure_all([Tool.KIND, Tool.BUILDX])[Tool.KIND]
     with Engine.connect() as engine:
         kind = HomeCluster(
             program,
             engine,
-            settings.home,
+            options.home,
             lambda text: report({"progress": text}),
-            configuration.kind.ready_timeout,
+            settings.kind.ready_timeout,
         )
-        cluster = kind.ensure(configuration.kind.cluster, node_image=configuration.kind.node_image)
-        for archive in configuration.kind.image_archives:
+        cluster = kind.ensure(settings.kind.cluster, node_image=settings.kind.node_image)
+        for archive in settings.kind.image_archives:
             kind.load_archive(cluster, archive)
-        if configuration.workers.buildkit_image is not None:
-            kind.load_image(cluster, configuration.workers.buildkit_image)
+        if settings.workers.buildkit_image is not None:
+            kind.load_image(cluster, settings.workers.buildkit_image)
     return cluster
 
 
-def _ensure_binaries(settings: Settings, report: StartupReporter) -> Binaries:
+def _ensure_binaries(options: RunOptions, report: StartupReporter) -> Binaries:
     """The programs that workers need, fetched if they are missing. An ordinary user also needs rootlesskit."""
     tools = [Tool.BUILDKITD, Tool.RUNC, Tool.BUILDX] + ([] if os.geteuid() == 0 else [Tool.ROOTLESSKIT])
-    found = _toolchain(settings, report).ensure_all(tools)
+    found = _toolchain(options, report).ensure_all(tools)
     return Binaries(found[Tool.BUILDKITD], found[Tool.RUNC], found.get(Tool.ROOTLESSKIT))
 
 
-def _toolchain(settings: Settings, report: StartupReporter) -> Toolchain:
+def _toolchain(options: RunOptions, report: StartupReporter) -> Toolchain:
     def progress(tool: Tool, text: str, fraction: float | None) -> None:  # noqa: ARG001 - a line of text shows no bar
         report({"progress": f"{tool}: {text}"})
 
-    return Toolchain(settings.cache, progress=progress)
+    return Toolchain(options.cache, progress=progress)

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from bkpool.appliance.control_replica import ControlReplica
 from bkpool.appliance.gateway_replica import GatewayReplica
-from bkpool.appliance.settings import Role, Settings
+from bkpool.appliance.run_options import Role, RunOptions
 from bkpool.core.errors import InvalidInput
 
 
@@ -21,19 +21,19 @@ class Replica(Protocol):
         """Runs them until SIGTERM."""
 
 
-def make_replica(settings: Settings) -> Replica:
+def make_replica(options: RunOptions) -> Replica:
     """What runs the roles of the settings.
 
     Raises:
         InvalidInput: These roles cannot run together, or an option that they need is missing.
     """
-    if settings.backend not in {"auto", "kubernetes"}:
+    if options.backend not in {"auto", "kubernetes"}:
         raise InvalidInput(
-            f"--roles: cannot be used with --backend {settings.backend}",
+            f"--roles: cannot be used with --backend {options.backend}",
             hint="Leave --roles out, or use --backend kubernetes.",
             field="--roles",
         )
-    roles, pool = settings.configuration.appliance.roles, settings.configuration.gateway.pool
+    roles, pool = options.settings.appliance.roles, options.settings.gateway.pool
     if roles == {Role.GATEWAY}:
         if pool is None:
             raise InvalidInput(
@@ -41,11 +41,11 @@ def make_replica(settings: Settings) -> Replica:
                 hint="Give the pool: --pool NAMESPACE/NAME.",
                 field="--pool",
             )
-        return GatewayReplica(settings, pool)
+        return GatewayReplica(options, pool)
     if Role.GATEWAY in roles:
         raise InvalidInput(
             "--roles: gateway runs alone, or together with both api and controller",
             hint="Use --roles gateway, or --roles api,controller.",
             field="--roles",
         )
-    return ControlReplica(settings)
+    return ControlReplica(options)

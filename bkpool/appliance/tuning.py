@@ -10,22 +10,22 @@ from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.kube import KubeLimits
 from bkpool.kube.leader import LeaderTimes
-from bkpool.settings import Configuration
-from bkpool.settings.catalogue import Setting, settings
+from bkpool.settings import Settings
+from bkpool.settings.catalogue import Setting, all_settings
 from bkpool.settings.kinds import COUNT, DURATION
 from bkpool.workers.pods.runtime import Deadlines
 from bkpool.workers.processes.runtime import ProcessLimits
 
 
-def api_limits(configuration: Configuration) -> ApiLimits:
+def api_limits(settings: Settings) -> ApiLimits:
     """What a caller of the API may ask for."""
-    values = configuration.api
+    values = settings.api
     return ApiLimits(values.max_body, values.body_timeout.total_seconds(), values.max_wait)
 
 
-def gateway_limits(configuration: Configuration) -> GatewayLimits:
+def gateway_limits(settings: Settings) -> GatewayLimits:
     """The limits of a gateway. Those that no setting changes keep their default."""
-    values = configuration.gateway
+    values = settings.gateway
     return GatewayLimits(
         handshake_timeout=values.handshake_timeout.total_seconds(),
         register_timeout=values.register_timeout.total_seconds(),
@@ -45,15 +45,15 @@ def gateway_limits(configuration: Configuration) -> GatewayLimits:
     )
 
 
-def failure_limits(configuration: Configuration) -> FailureLimits:
+def failure_limits(settings: Settings) -> FailureLimits:
     """How often and after which pauses the controller starts a worker that failed."""
-    values = configuration.controller
+    values = settings.controller
     return FailureLimits(values.max_failures, values.stable_after, values.backoff, values.backoff_max)
 
 
-def gc_defaults(configuration: Configuration) -> CacheGC:
+def gc_defaults(settings: Settings) -> CacheGC:
     """What a pool's spec gets where it says nothing about garbage collection."""
-    values = configuration.workers
+    values = settings.workers
     return CacheGC(
         keep_storage=values.gc_keep_storage,
         reserved_space=values.gc_reserved_space,
@@ -62,9 +62,9 @@ def gc_defaults(configuration: Configuration) -> CacheGC:
     )
 
 
-def process_limits(configuration: Configuration) -> ProcessLimits:
+def process_limits(settings: Settings) -> ProcessLimits:
     """How many buildkitd processes may start at once, and how long one may take."""
-    values = configuration.workers
+    values = settings.workers
     return ProcessLimits(
         concurrent_starts=values.concurrent_starts,
         start_timeout=values.start_timeout.total_seconds(),
@@ -73,9 +73,9 @@ def process_limits(configuration: Configuration) -> ProcessLimits:
     )
 
 
-def pod_deadlines(configuration: Configuration) -> Deadlines:
+def pod_deadlines(settings: Settings) -> Deadlines:
     """How long each stage of a pod's start may take."""
-    values = configuration.workers
+    values = settings.workers
     return Deadlines(
         scheduling=values.pod_scheduling_timeout.total_seconds(),
         pulling=values.pod_pull_timeout.total_seconds(),
@@ -85,9 +85,9 @@ def pod_deadlines(configuration: Configuration) -> Deadlines:
     )
 
 
-def kube_limits(configuration: Configuration) -> KubeLimits:
+def kube_limits(settings: Settings) -> KubeLimits:
     """How long this process waits for an API server."""
-    values = configuration.kubernetes
+    values = settings.kubernetes
     return KubeLimits(
         connect_timeout=values.connect_timeout.total_seconds(),
         request_timeout=values.request_timeout.total_seconds(),
@@ -97,9 +97,9 @@ def kube_limits(configuration: Configuration) -> KubeLimits:
     )
 
 
-def leader_times(configuration: Configuration) -> LeaderTimes:
+def leader_times(settings: Settings) -> LeaderTimes:
     """The times of the election of the one controller."""
-    return LeaderTimes.of(configuration.kubernetes.leader_lease.total_seconds())
+    return LeaderTimes.of(settings.kubernetes.leader_lease.total_seconds())
 
 
 def passed_to_gateways(one: Setting) -> bool:
@@ -111,12 +111,12 @@ def passed_to_gateways(one: Setting) -> bool:
     )
 
 
-def gateway_variables(configuration: Configuration) -> Mapping[str, str]:
+def gateway_variables(settings: Settings) -> Mapping[str, str]:
     """Environment variables that give the gateways of pools in a cluster the same limits as this process has."""
     variables = {}
-    for one in settings().values():
+    for one in all_settings().values():
         if passed_to_gateways(one):
-            value = getattr(getattr(configuration, one.section), one.field)
+            value = getattr(getattr(settings, one.section), one.field)
             if value != one.default:  # others stay out, so that a Deployment changes only when it must
                 variables[one.variable] = one.text(value)
     return variables

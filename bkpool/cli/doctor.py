@@ -32,32 +32,32 @@ def command(as_json: bool) -> int:
     from bkpool.toolchain import Toolchain, default_cache, doctor  # noqa: PLC0415
 
     tools.quiet_logging()
-    settings, ports = _settings()
+    check, ports = _check_settings()
     with console.Progress("checking this machine"):
-        found = [settings, *doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports())]
+        found = [check, *doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports())]
     failed = any(check.ok is False for check in found)
     answer: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
     console.answer(answer, as_json=as_json, show=lambda: _table(found))
     return int(failed)
 
 
-def _settings() -> tuple[Check, dict[str, int]]:
+def _check_settings() -> tuple[Check, dict[str, int]]:
     """A finding about the settings, and the ports that the appliance needs with them."""
     from bkpool.cli import up_options  # noqa: PLC0415 - the settings are slow to import
-    from bkpool.settings import Configuration  # noqa: PLC0415
+    from bkpool.settings import Settings  # noqa: PLC0415
     from bkpool.toolchain.host import Check  # noqa: PLC0415
 
     try:
-        values = up_options.load({}).configuration
+        settings = up_options.load({}).settings
         check = Check("settings", True, "`bkpool config` shows them")
     except BkpoolError as error:
-        values = Configuration()
+        settings = Settings()
         check = Check("settings", False, error.message, error.hint)
     ports = {
-        "API": values.api.address.port,
-        "gateway": values.gateway.address.port if values.gateway.address else GATEWAY_PORT,
-        "metrics": values.metrics.address.port,
-        **({"development issuer": values.dev_issuer.address.port} if values.dev_issuer.enabled else {}),
+        "API": settings.api.address.port,
+        "gateway": settings.gateway.address.port if settings.gateway.address else GATEWAY_PORT,
+        "metrics": settings.metrics.address.port,
+        **({"development issuer": settings.dev_issuer.address.port} if settings.dev_issuer.enabled else {}),
     }
     return check, {purpose: port for purpose, port in ports.items() if port}
 

@@ -79,7 +79,7 @@ def _answer_running(
 
 
 def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool) -> int:
-    from bkpool.appliance import Settings, run  # noqa: PLC0415 - it imports everything heavy
+    from bkpool.appliance import RunOptions, run  # noqa: PLC0415 - it imports everything heavy
     from bkpool.toolchain import default_cache  # noqa: PLC0415
 
     parent = launch.WaitingParent.of_environment()
@@ -96,15 +96,15 @@ def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, 
         else:
             _answer(message, "bkpool is up", as_json=as_json)
 
-    settings = Settings(
+    run_options = RunOptions(
         home=home.home(),
         cache=default_cache(),
         backend=backend,
         pool_files=pool_files,
-        configuration=resolved.configuration,
+        settings=resolved.settings,
     )
     try:
-        return run(settings, report)
+        return run(run_options, report)
     except BkpoolError as error:
         if parent is not None:
             parent.send_failure(error)

@@ -16,7 +16,7 @@ import click
 from bkpool.cli import home
 from bkpool.core.errors import InvalidInput
 from bkpool.settings import files, kinds
-from bkpool.settings.catalogue import Setting, settings
+from bkpool.settings.catalogue import Setting, all_settings
 from bkpool.settings.sources import ResolvedSettings, SettingValue, ValueSource
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def setting_options(command: F) -> F:
     """Gives a command every option that gives a setting."""
-    with_option = [one for one in settings().values() if one.option]
+    with_option = [one for one in all_settings().values() if one.option]
     return reduce(lambda made, one: _option(one)(made), reversed(with_option), command)
 
 
@@ -53,7 +53,7 @@ def load(parameters: Mapping[str, Any]) -> ResolvedSettings:
     """
     given = {
         one.name: list(value) if isinstance(value, tuple) else value
-        for one in settings().values()
+        for one in all_settings().values()
         if (value := parameters.get(one.parameter)) not in {None, ()}
     }
     resolved = files.load(home.home(), os.environ, given, Path.cwd())

@@ -262,23 +262,23 @@ def _session(configuration: Configuration, limits: KubeLimits) -> aiohttp.Client
 
 async def _configuration(access: ClusterAccess) -> tuple[Configuration, str]:
     from kubernetes.aio import config  # noqa: PLC0415 - takes a second; only clusters need it
-    from kubernetes.aio.client import Configuration as Settings  # noqa: PLC0415
+    from kubernetes.aio.client import Configuration  # noqa: PLC0415
 
-    settings = Settings()
+    configuration = Configuration()
     token = _IN_CLUSTER / "token"
     try:
         if access.kubeconfig is None and access.context is None and token.exists():
-            config.load_incluster_config(client_configuration=settings)  # type: ignore[no-untyped-call]
-            return settings, (_IN_CLUSTER / "namespace").read_text("utf-8").strip() or "default"
+            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            return configuration, (_IN_CLUSTER / "namespace").read_text("utf-8").strip() or "default"
         loader = await config.load_kube_config(  # type: ignore[no-untyped-call]
             config_file=str(access.kubeconfig) if access.kubeconfig else None,
             context=access.context,
-            client_configuration=settings,
+            client_configuration=configuration,
         )
         namespace = ""
         with suppress(BkpoolError, KeyError, AttributeError, TypeError):
             namespace = loader.current_context["context"].get("namespace", "")
-        return settings, namespace or "default"
+        return configuration, namespace or "default"
     except (config.ConfigException, OSError, ValueError) as error:
         where = str(access.kubeconfig or "the default kubeconfig")
         raise HostFault(

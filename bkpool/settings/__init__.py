@@ -4,6 +4,6 @@ Only the appliance and the command line import this room. Other rooms get their 
 """
 
 from bkpool.settings.kinds import Address
-from bkpool.settings.model import Configuration, Role
+from bkpool.settings.model import Role, Settings
 
-__all__ = ["Address", "Configuration", "Role"]
+__all__ = ["Address", "Role", "Settings"]

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from bkpool.core.errors import InvalidInput
 from bkpool.settings.kinds import Toml, ValueKind
-from bkpool.settings.model import Configuration
+from bkpool.settings.model import Settings
 
 PREFIX = "BKPOOL_"
 NOT_IN_A_FILE = {
@@ -172,11 +172,11 @@ class Setting:
 @lru_cache
 def section_models() -> dict[str, type[BaseModel]]:
     """The sections in the order of the model."""
-    return {name: type(info.default) for name, info in Configuration.model_fields.items()}
+    return {name: type(info.default) for name, info in Settings.model_fields.items()}
 
 
 @lru_cache
-def settings() -> dict[str, Setting]:
+def all_settings() -> dict[str, Setting]:
     """All settings by their name, in the order of the model."""
     found = [Setting(section, field) for section, model in section_models().items() for field in model.model_fields]
     return {one.name: one for one in found}
@@ -191,10 +191,10 @@ def find(name: str) -> Setting:
     Raises:
         InvalidInput: There is none; the hint has the nearest name.
     """
-    for one in settings().values():
+    for one in all_settings().values():
         if name in {one.name, one.variable, one.option or one.name}:
             return one
-    hint = NOT_IN_A_FILE.get(name.removeprefix("--")) or nearest(name, settings())
+    hint = NOT_IN_A_FILE.get(name.removeprefix("--")) or nearest(name, all_settings())
     raise InvalidInput(f"there is no setting {name[:80]!r}", hint=hint, field=name)
 
 

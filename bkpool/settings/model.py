@@ -247,7 +247,7 @@ class ApplianceSettings(Section):
     )
 
 
-class Configuration(BaseModel):
+class Settings(BaseModel):
     """All settings. The names of the fields are the sections of the file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from bkpool.settings.catalogue import Setting, section_models, settings
+from bkpool.settings.catalogue import Setting, all_settings, section_models
 
 _HEAD = """# Configuration
 
@@ -46,7 +46,7 @@ def markdown() -> str:
     for section, model in section_models().items():
         parts.append(f"\n## [{section}]\n\n{' '.join(inspect.getdoc(model).split())}\n")  # type: ignore[union-attr]
         parts.append("\n| setting | default | allowed | |\n|---|---|---|---|\n")
-        parts += [_row(one) for one in settings().values() if one.section == section]
+        parts += [_row(one) for one in all_settings().values() if one.section == section]
     return "".join(parts)
 
 

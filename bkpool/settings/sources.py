@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.core.errors import InvalidInput
-from bkpool.settings.catalogue import NOT_IN_A_FILE, PREFIX, Setting, nearest, section_models, settings
+from bkpool.settings.catalogue import NOT_IN_A_FILE, PREFIX, Setting, all_settings, nearest, section_models
 from bkpool.settings.kinds import Toml, parse_size
-from bkpool.settings.model import Configuration
+from bkpool.settings.model import Settings
 
 # Kubernetes and docker describe every Service in variables such as BKPOOL_API_PORT_8082_TCP and
 # BKPOOL_API_SERVICE_HOST (Kubernetes documentation, "Discovering services"): a Service called bkpool-api must not
@@ -56,14 +56,12 @@ class ResolvedSettings:
     values: tuple[SettingValue, ...]
 
     @property
-    def configuration(self) -> Configuration:
+    def settings(self) -> Settings:
         """The same as the model."""
         sections: dict[str, dict[str, Any]] = {}
         for one in self.values:
             sections.setdefault(one.setting.section, {})[one.setting.field] = one.value
-        return Configuration.model_validate(
-            {name: section_models()[name](**fields) for name, fields in sections.items()}
-        )
+        return Settings.model_validate({name: section_models()[name](**fields) for name, fields in sections.items()})
 
     def of(self, *sources: ValueSource) -> tuple[SettingValue, ...]:
         """The values that come from these sources."""
@@ -88,7 +86,7 @@ def resolve(*layers: Layer) -> ResolvedSettings:
         InvalidInput: Two values contradict each other.
     """
     found = []
-    for name, one in settings().items():
+    for name, one in all_settings().items():
         default = SettingValue(one, one.default, ValueSource.DEFAULT, "")
         found.append(next((layer[name] for layer in layers if name in layer), default))
     resolved = ResolvedSettings(tuple(found))
@@ -136,7 +134,7 @@ def from_options(given: Mapping[str, Toml], directory: Path) -> Layer:
     """
     layer = {}
     for name, text in given.items():
-        one = settings()[name]
+        one = all_settings()[name]
         if isinstance(text, str):
             value = one.from_text(text, where=one.option, directory=directory)
         else:
@@ -151,7 +149,7 @@ def from_environment(environment: Mapping[str, str], directory: Path) -> Layer:
     Raises:
         InvalidInput: A value is not allowed, or a variable of a section names no setting.
     """
-    by_variable = {one.variable: one for one in settings().values()}
+    by_variable = {one.variable: one for one in all_settings().values()}
     layer = {}
     for variable, text in environment.items():
         one = by_variable.get(variable)

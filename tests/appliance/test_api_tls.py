@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.serialization import (
 from bkpool.appliance.api_tls import api_names, make_api_tls
 from bkpool.appliance.http import serve
 from bkpool.appliance.preflight import check_settings
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority
-from bkpool.settings import Configuration
+from bkpool.settings import Settings
 
 NOW = datetime.now(UTC)
 
@@ -36,11 +36,11 @@ def authority():
 
 
 @pytest.fixture
-def settings(tmp_path):
+def options(tmp_path):
     private_directory(tmp_path / "pki")
 
     def make(**sections):
-        return Settings(home=tmp_path, cache=tmp_path, configuration=Configuration.model_validate(sections))
+        return RunOptions(home=tmp_path, cache=tmp_path, settings=Settings.model_validate(sections))
 
     return make
 
@@ -73,8 +73,8 @@ async def served():
         yield start
 
 
-async def test_a_caller_that_trusts_the_ca_can_use_every_name_of_the_api(settings, authority, served):
-    given = settings(api={"tls": True}, gateway={"hosts": ("build.example.com",)})
+async def test_a_caller_that_trusts_the_ca_can_use_every_name_of_the_api(options, authority, served):
+    given = options(api={"tls": True}, gateway={"hosts": ("build.example.com",)})
     seen = await served(make_api_tls(given, authority, lambda: NOW))
     names = ("127.0.0.1", "localhost", "build.example.com", "buildkit-controller.buildkit-system.svc")
     serials = {(await seen(authority, name)).serial_number for name in names}
@@ -84,15 +84,15 @@ async def test_a_caller_that_trusts_the_ca_can_use_every_name_of_the_api(setting
         await seen(authority, "elsewhere.example.com")
 
 
-async def test_the_certificate_has_the_life_of_the_settings(settings, authority, served):
-    given = settings(api={"tls": True}, certificates={"server_life": timedelta(days=9)})
+async def test_the_certificate_has_the_life_of_the_settings(options, authority, served):
+    given = options(api={"tls": True}, certificates={"server_life": timedelta(days=9)})
     seen = await served(make_api_tls(given, authority, lambda: NOW))
     assert (await seen()).not_valid_after_utc == NOW.replace(microsecond=0) + timedelta(days=9)
 
 
-async def test_the_certificate_is_renewed_in_time_and_open_connections_continue(settings, authority, served):
+async def test_the_certificate_is_renewed_in_time_and_open_connections_continue(options, authority, served):
     now = NOW
-    tls = make_api_tls(settings(api={"tls": True}), authority, lambda: now)
+    tls = make_api_tls(options(api={"tls": True}), authority, lambda: now)
     seen = await served(tls)
     first = await seen()
     assert not tls.refresh()
@@ -104,21 +104,21 @@ async def test_the_certificate_is_renewed_in_time_and_open_connections_continue(
     assert not tls.refresh()
 
 
-def test_the_description_names_the_ca_that_callers_trust(settings, authority, tmp_path):
-    tls = make_api_tls(settings(api={"tls": True}), authority, lambda: NOW)
+def test_the_description_names_the_ca_that_callers_trust(options, authority, tmp_path):
+    tls = make_api_tls(options(api={"tls": True}), authority, lambda: NOW)
     assert tls.description == {"apiCa": str(tmp_path / "pki" / "ca.crt")}
     assert (tmp_path / "pki" / "ca.crt").read_bytes() == authority.cert_pem
 
 
-def test_the_api_address_is_one_of_its_names(settings):
-    names = api_names(settings(api={"address": ("192.0.2.7", 8082)}, kubernetes={"namespace": "ci"}))
+def test_the_api_address_is_one_of_its_names(options):
+    names = api_names(options(api={"address": ("192.0.2.7", 8082)}, kubernetes={"namespace": "ci"}))
     assert ip_address("192.0.2.7") in names.ips
     assert "buildkit-controller.ci.svc.cluster.local" in names.dns
-    assert ip_address("0.0.0.0") not in api_names(settings(api={"address": ("0.0.0.0", 8082)})).ips
+    assert ip_address("0.0.0.0") not in api_names(options(api={"address": ("0.0.0.0", 8082)})).ips
 
 
-def test_there_is_no_tls_unless_the_user_asked_for_it(settings, authority):
-    assert make_api_tls(settings(), authority, lambda: NOW) is None
+def test_there_is_no_tls_unless_the_user_asked_for_it(options, authority):
+    assert make_api_tls(options(), authority, lambda: NOW) is None
 
 
 def rsa_pair():
@@ -133,13 +133,13 @@ def pkcs8(key, encryption=None):
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption or NoEncryption())
 
 
-async def test_changed_files_are_used_and_a_bad_file_changes_nothing(settings, authority, served, tmp_path):
+async def test_changed_files_are_used_and_a_bad_file_changes_nothing(options, authority, served, tmp_path):
     """The key changes from elliptic to RSA: a single OpenSSL context would then keep both certificates."""
     cert, key = tmp_path / "tls.crt", tmp_path / "tls.key"
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     cert.write_bytes(leaf.cert_pem)
     key.write_bytes(leaf.key_pem)
-    tls = make_api_tls(settings(api={"cert": cert, "key": key}), authority, lambda: NOW)
+    tls = make_api_tls(options(api={"cert": cert, "key": key}), authority, lambda: NOW)
     assert tls.description == {"apiCert": str(cert)}
     seen = await served(tls)
     first = await seen(authority, "localhost")
@@ -174,27 +174,27 @@ async def test_changed_files_are_used_and_a_bad_file_changes_nothing(settings, a
     ],
     ids=["missing", "empty", "damaged", "another", "encrypted"],
 )
-def test_a_bad_file_is_an_error_at_the_start(settings, authority, tmp_path, content, why):
+def test_a_bad_file_is_an_error_at_the_start(options, authority, tmp_path, content, why):
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
     (tmp_path / "tls.crt").write_bytes(leaf.cert_pem)
     if content is not None:
         (tmp_path / "tls.key").write_bytes(content)
-    given = settings(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
+    given = options(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
     with pytest.raises(HostFault, match=why) as caught:
         make_api_tls(given, authority, lambda: NOW)
     assert caught.value.code == "Unreadable"
 
 
-def test_beyond_this_machine_the_api_needs_tls_or_plain_http(settings, tmp_path):
+def test_beyond_this_machine_the_api_needs_tls_or_plain_http(options, tmp_path):
     beyond = {"address": ("192.0.2.1", 8082)}
     with pytest.raises(InvalidInput, match="in clear"):
-        check_settings(settings(api=beyond))
+        check_settings(options(api=beyond))
     for given in ({"tls": True}, {"plain_http": True}, {"cert": tmp_path, "key": tmp_path}):
-        check_settings(settings(api={**beyond, **given}))
+        check_settings(options(api={**beyond, **given}))
 
 
 @pytest.mark.parametrize(("given", "missing"), [("cert", "--api-key"), ("key", "--api-cert")])
-def test_certificate_and_key_must_both_be_given(settings, tmp_path, given, missing):
+def test_certificate_and_key_must_both_be_given(options, tmp_path, given, missing):
     with pytest.raises(InvalidInput, match=missing) as caught:
-        check_settings(settings(api={given: tmp_path}))
+        check_settings(options(api={given: tmp_path}))
     assert caught.value.field == missing

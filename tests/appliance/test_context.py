@@ -12,9 +12,9 @@ from functools import partial
 import pytest
 
 from bkpool.appliance.roles.context import open_context
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
-from bkpool.settings import Configuration
+from bkpool.settings import Settings
 
 
 def threads() -> set[str]:
@@ -23,16 +23,16 @@ def threads() -> set[str]:
 
 async def test_the_main_loop_is_watched_until_the_stack_is_closed(tmp_path):
     async with AsyncExitStack() as stack:
-        open_context(stack, Settings(home=tmp_path, cache=tmp_path), Shutdown())
+        open_context(stack, RunOptions(home=tmp_path, cache=tmp_path), Shutdown())
         assert "watchdog" in threads()
     assert "watchdog" not in threads()
 
 
 async def test_the_settings_say_when_a_loop_counts_as_blocked(tmp_path):
-    configuration = Configuration.model_validate({"metrics": {"loop_timeout": timedelta(milliseconds=50)}})
+    settings = Settings.model_validate({"metrics": {"loop_timeout": timedelta(milliseconds=50)}})
     async with AsyncExitStack() as stack:
-        settings = Settings(home=tmp_path, cache=tmp_path, configuration=configuration)
-        context = open_context(stack, settings, Shutdown())
+        options = RunOptions(home=tmp_path, cache=tmp_path, settings=settings)
+        context = open_context(stack, options, Shutdown())
         blocked = partial(context.registry.get_sample_value, "bkpool_loop_blocked_total", {"loop": "main"})
         async with asyncio.timeout(20):
             while not blocked():
@@ -48,7 +48,7 @@ async def test_a_failed_background_task_ends_the_process_with_its_error(tmp_path
 
     async def start(stack: AsyncExitStack, shutdown: Shutdown) -> None:
         stack.callback(closed.append, "opened first")
-        context = open_context(stack, Settings(home=tmp_path, cache=tmp_path), shutdown)
+        context = open_context(stack, RunOptions(home=tmp_path, cache=tmp_path), shutdown)
         await context.run_in_background(stack, fail())
         stack.callback(closed.append, "opened last")
 

@@ -16,7 +16,7 @@ import pytest
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.roles.context import ControlState, open_context
 from bkpool.appliance.roles.controller import open_controller
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.controller import Controller
 from bkpool.controller.pool_gateways import PoolGateways
@@ -103,7 +103,7 @@ async def test_a_controller_is_forgotten_when_the_lease_is_lost(
 
     issuers: Any = SimpleNamespace(probe=None)
     async with AsyncExitStack() as stack:
-        context = open_context(stack, Settings(home=tmp_path, cache=tmp_path), Shutdown())
+        context = open_context(stack, RunOptions(home=tmp_path, cache=tmp_path), Shutdown())
         await open_controller(
             stack,
             context,

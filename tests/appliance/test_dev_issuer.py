@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
 from bkpool.appliance.preflight import check_settings
-from bkpool.appliance.settings import Role, Settings
+from bkpool.appliance.run_options import Role, RunOptions
 from bkpool.core.errors import InvalidInput
-from bkpool.settings import Configuration
+from bkpool.settings import Settings
 
 URL = "http://127.0.0.1:8888"
 NOW = datetime.now(UTC)
@@ -123,8 +123,8 @@ def test_its_configuration_trusts_it_for_every_pool():
 
 def _with_issuer(home, given):
     issuer = {"enabled": True, **given.get("dev_issuer", {})}
-    configuration = Configuration.model_validate({**given, "dev_issuer": issuer})
-    return Settings(home=home, cache=home, configuration=configuration)
+    settings = Settings.model_validate({**given, "dev_issuer": issuer})
+    return RunOptions(home=home, cache=home, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -138,14 +138,14 @@ def _with_issuer(home, given):
     ],
 )
 def test_addresses_that_other_machines_reach_are_refused(tmp_path, given, field):
-    settings = _with_issuer(tmp_path, given)
+    options = _with_issuer(tmp_path, given)
     with pytest.raises(InvalidInput, match=field) as caught:
-        check_settings(settings)
+        check_settings(options)
     assert caught.value.field == field
 
 
 def test_it_has_a_url_only_if_it_is_enabled(tmp_path):
-    settings = _with_issuer(tmp_path, {})
-    check_settings(settings)
-    assert settings.dev_issuer_url == URL
-    assert Settings(home=tmp_path, cache=tmp_path).dev_issuer_url is None
+    options = _with_issuer(tmp_path, {})
+    check_settings(options)
+    assert options.dev_issuer_url == URL
+    assert RunOptions(home=tmp_path, cache=tmp_path).dev_issuer_url is None

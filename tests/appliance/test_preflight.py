@@ -3,22 +3,22 @@
 import pytest
 
 from bkpool.appliance.preflight import check_home_complete, check_settings
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
-from bkpool.settings import Address, Configuration
+from bkpool.settings import Address, Settings
 from bkpool.settings.model import ApiSettings
 
 
 def everywhere(**api):
-    return Configuration(api=ApiSettings(address=Address("0.0.0.0", 8082), **api))
+    return Settings(api=ApiSettings(address=Address("0.0.0.0", 8082), **api))
 
 
 def test_an_api_in_clear_beyond_this_machine_needs_plain_http(tmp_path):
-    beyond = Settings(home=tmp_path, cache=tmp_path, configuration=everywhere())
+    beyond = RunOptions(home=tmp_path, cache=tmp_path, settings=everywhere())
     with pytest.raises(InvalidInput, match="served in clear"):
         check_settings(beyond)
-    check_settings(Settings(home=tmp_path, cache=tmp_path, configuration=everywhere(plain_http=True)))
-    check_settings(Settings(home=tmp_path, cache=tmp_path))
+    check_settings(RunOptions(home=tmp_path, cache=tmp_path, settings=everywhere(plain_http=True)))
+    check_settings(RunOptions(home=tmp_path, cache=tmp_path))
 
 
 def test_a_home_with_leases_but_without_their_ca_is_refused(tmp_path):

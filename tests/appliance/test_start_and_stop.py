@@ -23,14 +23,14 @@ from bkpool.appliance.backend import Backend, ClusterBackend
 from bkpool.appliance.control_replica import ControlReplica
 from bkpool.appliance.host import HostAppliance
 from bkpool.appliance.roles.gateway import GatewayRole
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.core.documents import Documents
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.gateway.net.dial import PlainDial
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority
-from bkpool.settings import Configuration
+from bkpool.settings import Settings
 from bkpool.store.events import LogRecorder
 from bkpool.store.sqlite import SqliteStore
 from support.world import TOKEN_KEY, MemoryWorkers
@@ -82,10 +82,10 @@ async def open_backend(stack: AsyncExitStack, home: Path, election: StubElection
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def options(tmp_path: Path) -> RunOptions:
     private_directory(tmp_path)
     sections = {"api": {"address": FREE}, "gateway": {"address": FREE}, "metrics": {"address": FREE}}
-    return Settings(home=tmp_path, cache=tmp_path, configuration=Configuration.model_validate(sections))
+    return RunOptions(home=tmp_path, cache=tmp_path, settings=Settings.model_validate(sections))
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ async def status_of(url: str) -> int:
 
 
 async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
-    settings: Settings, events: list[str], monkeypatch: pytest.MonkeyPatch
+    options: RunOptions, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described: dict[str, Any] = {}
     drain = GatewayRole.drain
@@ -132,11 +132,11 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
     def report(description: dict[str, Any]) -> None:
         if "apiEndpoint" in description:
             described.update(description)
-            assert (settings.home / "appliance.json").exists()
+            assert (options.home / "appliance.json").exists()
             os.kill(os.getpid(), signal.SIGTERM)
 
     appliance = HostAppliance(
-        settings, Documents(), "process", lambda stack, _report: open_backend(stack, settings.home)
+        options, Documents(), "process", lambda stack, _report: open_backend(stack, options.home)
     )
     async with asyncio.timeout(20):
         await appliance.run(report)
@@ -150,28 +150,28 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
         "controller closed",
         "gateway closed",
     ]
-    assert not (settings.home / "appliance.json").exists()
+    assert not (options.home / "appliance.json").exists()
 
 
-async def test_the_api_has_the_limits_of_the_settings(settings: Settings) -> None:
+async def test_the_api_has_the_limits_of_the_settings(options: RunOptions) -> None:
     described: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
 
     def report(description: dict[str, Any]) -> None:
         if "apiEndpoint" in description:
             described.set_result(description)
 
-    configuration = settings.configuration
-    api = configuration.api.model_copy(update={"max_wait": timedelta(seconds=2)})
+    settings = options.settings
+    api = settings.api.model_copy(update={"max_wait": timedelta(seconds=2)})
     appliance = HostAppliance(
-        replace(settings, configuration=configuration.model_copy(update={"api": api})),
+        replace(options, settings=settings.model_copy(update={"api": api})),
         Documents(),
         "process",
-        lambda stack, _report: open_backend(stack, settings.home),
+        lambda stack, _report: open_backend(stack, options.home),
     )
     running = asyncio.create_task(appliance.run(report))
     async with asyncio.timeout(20), ClientSession() as session:
         url = f"{(await described)['apiEndpoint']}/api/v1/workers/allocate"
-        bearer = {"Authorization": f"Bearer {(settings.home / 'admin.token').read_text().strip()}"}
+        bearer = {"Authorization": f"Bearer {(options.home / 'admin.token').read_text().strip()}"}
         async with session.post(url, json={"poolName": "p", "wait": "3s"}, headers=bearer) as answer:
             assert (await answer.json())["error"]["message"] == "the request is not valid: must be at most 2s"
         os.kill(os.getpid(), signal.SIGTERM)
@@ -179,12 +179,12 @@ async def test_the_api_has_the_limits_of_the_settings(settings: Settings) -> Non
 
 
 async def test_a_control_replica_gives_the_lease_back_before_anything_else(
-    settings: Settings, events: list[str], monkeypatch: pytest.MonkeyPatch
+    options: RunOptions, events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[ClusterBackend] = []
 
     async def open_replica_backend(stack: AsyncExitStack, *_more: Any) -> ClusterBackend:
-        backend = await open_backend(stack, settings.home, StubElection(events))
+        backend = await open_backend(stack, options.home, StubElection(events))
         await backend.store.create(Pool(metadata=Metadata(name="p")))
         opened.append(ClusterBackend(None, None, backend))  # type: ignore[arg-type] # used by the leader only
         return opened[0]
@@ -208,7 +208,7 @@ async def test_a_control_replica_gives_the_lease_back_before_anything_else(
     monkeypatch.setattr(control_replica.kube_secrets, "load_or_create_admin_token", admin_token)
     monkeypatch.setattr("bkpool.appliance.shutdown.Shutdown.pause", pause)
 
-    running = asyncio.create_task(ControlReplica(settings).run())
+    running = asyncio.create_task(ControlReplica(options).run())
     async with asyncio.timeout(20):
         while "controller opened" not in events:  # noqa: ASYNC110 - the replica announces it in its log only
             await asyncio.sleep(0.01)

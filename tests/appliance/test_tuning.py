@@ -15,7 +15,7 @@ from bkpool.api import ApiLimits
 from bkpool.appliance import backend
 from bkpool.appliance.backend import open_pod_backend, open_process_backend, open_replica_backend
 from bkpool.appliance.gateway_replica import GatewayReplica
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import (
     api_limits,
@@ -37,8 +37,8 @@ from bkpool.identity import issuer_keys, jwt, service_accounts, static_tokens
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits
 from bkpool.kube.leader import LeaderTimes
 from bkpool.pki.bundle import ClusterSecrets
-from bkpool.settings import Configuration
-from bkpool.settings.catalogue import settings
+from bkpool.settings import Settings
+from bkpool.settings.catalogue import all_settings
 from bkpool.settings.kinds import COUNT, DURATION
 from bkpool.telemetry.loop_watchdog import HEARTBEAT_TIMEOUT
 from bkpool.workers.config import GC_DEFAULTS
@@ -47,13 +47,15 @@ from bkpool.workers.processes.runtime import ProcessLimits
 from bkpool.workers.processes.sandbox import Binaries
 
 ROOT = Path(__file__).parents[2]
-DEFAULT = Configuration()
-LIMITS = [one.field for one in settings().values() if one.section == "gateway" and one.kind in {COUNT, DURATION}]
+DEFAULT = Settings()
+LIMITS = [one.field for one in all_settings().values() if one.section == "gateway" and one.kind in {COUNT, DURATION}]
 
 
 def test_every_setting_is_read_by_some_room():
     code = "".join(path.read_text() for path in (ROOT / "bkpool").rglob("*.py") if path.parent.name != "settings")
-    unread = [name for name, one in settings().items() if not re.search(rf'(?<!"{one.section})\.{one.field}\b', code)]
+    unread = [
+        name for name, one in all_settings().items() if not re.search(rf'(?<!"{one.section})\.{one.field}\b', code)
+    ]
     assert unread == [], "these settings have no effect"
 
 
@@ -83,31 +85,31 @@ def test_without_settings_each_room_gets_its_own_default():
 
 @pytest.mark.parametrize("field", LIMITS)
 def test_every_limit_of_the_gateway_reaches_it(field):
-    one = settings()[f"gateway.{field}"]
+    one = all_settings()[f"gateway.{field}"]
     value = one.default + (timedelta(seconds=1) if one.kind is DURATION else 1)
-    limits = gateway_limits(Configuration.model_validate({"gateway": {field: value}}))
+    limits = gateway_limits(Settings.model_validate({"gateway": {field: value}}))
     assert getattr(limits, field) == (value.total_seconds() if one.kind is DURATION else value)
 
 
 def test_every_limit_of_the_api_reaches_it():
     given = {"max_body": 70_000, "body_timeout": timedelta(seconds=5), "max_wait": timedelta(minutes=2)}
-    limits = api_limits(Configuration.model_validate({"api": given}))
+    limits = api_limits(Settings.model_validate({"api": given}))
     assert limits == ApiLimits(70_000, 5.0, timedelta(minutes=2))
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(KubeLimits)])
 def test_every_limit_of_the_client_of_kubernetes_reaches_it(field):
-    value = settings()[f"kubernetes.{field}"].default + timedelta(seconds=1)
-    limits = kube_limits(Configuration.model_validate({"kubernetes": {field: value}}))
+    value = all_settings()[f"kubernetes.{field}"].default + timedelta(seconds=1)
+    limits = kube_limits(Settings.model_validate({"kubernetes": {field: value}}))
     assert getattr(limits, field) == value.total_seconds()
 
 
 @pytest.mark.parametrize(
     "connect",
     [
-        lambda stack, settings: open_pod_backend(stack, settings, settings.access, None, lambda _: None),
-        lambda stack, settings: open_replica_backend(stack, settings, "x"),
-        lambda stack, settings: GatewayReplica(settings, Key("default", "p"))._start(stack, Shutdown()),
+        lambda stack, options: open_pod_backend(stack, options, options.access, None, lambda _: None),
+        lambda stack, options: open_replica_backend(stack, options, "x"),
+        lambda stack, options: GatewayReplica(options, Key("default", "p"))._start(stack, Shutdown()),
     ],
     ids=["host", "control replica", "gateway replica"],
 )
@@ -116,15 +118,15 @@ async def test_every_process_waits_for_the_cluster_as_it_is_told(tmp_path, monke
         raise InterruptedError(f"{limits.request_timeout:g} s")
 
     monkeypatch.setattr(KubeApi, "connect", connected)
-    configuration = Configuration.model_validate({"kubernetes": {"request_timeout": timedelta(seconds=42)}})
+    given = Settings.model_validate({"kubernetes": {"request_timeout": timedelta(seconds=42)}})
     async with AsyncExitStack() as stack:
         with pytest.raises(InterruptedError, match="42 s"):
-            await connect(stack, Settings(home=tmp_path, cache=tmp_path, configuration=configuration))
+            await connect(stack, RunOptions(home=tmp_path, cache=tmp_path, settings=given))
 
 
 def test_the_election_has_the_times_of_its_lease():
     assert leader_times(DEFAULT) == LeaderTimes()
-    minute = Configuration.model_validate({"kubernetes": {"leader_lease": timedelta(minutes=1)}})
+    minute = Settings.model_validate({"kubernetes": {"leader_lease": timedelta(minutes=1)}})
     assert leader_times(minute) == LeaderTimes.of(60)
 
 
@@ -160,12 +162,12 @@ def made(monkeypatch) -> dict[str, object]:
 
 
 async def test_processes_are_run_as_the_settings_say(tmp_path, made):
-    configuration = Configuration.model_validate({"workers": WORKERS})
-    settings = Settings(home=tmp_path, cache=tmp_path, configuration=configuration)
+    given = Settings.model_validate({"workers": WORKERS})
+    options = RunOptions(home=tmp_path, cache=tmp_path, settings=given)
     binaries = Binaries(Path("buildkitd"), Path("runc"))
     async with AsyncExitStack() as stack:
         with pytest.raises(InterruptedError):
-            await open_process_backend(stack, settings, binaries, lambda _: None)
+            await open_process_backend(stack, options, binaries, lambda _: None)
     limits = ProcessLimits(concurrent_starts=7, start_timeout=61, adopt_timeout=66, stop_timeout=67)
     assert made == {"limits": limits, "gc_defaults": COLLECTION}
 
@@ -182,28 +184,26 @@ async def test_pods_are_run_as_the_settings_say(tmp_path, made, monkeypatch):
 
     monkeypatch.setattr(KubeApi, "connect", connected)
     monkeypatch.setattr(backend.kube_secrets, "load_or_create_authorities", authorities)
-    configuration = Configuration.model_validate({"workers": WORKERS})
+    given = Settings.model_validate({"workers": WORKERS})
     async with AsyncExitStack() as stack:
         with pytest.raises(InterruptedError):
-            await open_replica_backend(
-                stack, Settings(home=tmp_path, cache=tmp_path, configuration=configuration), "x"
-            )
+            await open_replica_backend(stack, RunOptions(home=tmp_path, cache=tmp_path, settings=given), "x")
     assert made["gc_defaults"] == COLLECTION
     assert made["deadlines"] == Deadlines(scheduling=62, pulling=63, creating=64, answering=61, ending=65)
 
 
 def test_gateways_in_a_cluster_get_only_the_limits_that_differ():
     assert gateway_variables(DEFAULT) == {}
-    changed = Configuration.model_validate({"gateway": {"first_wait": timedelta(seconds=3), "hosts": ("a",)}})
+    changed = Settings.model_validate({"gateway": {"first_wait": timedelta(seconds=3), "hosts": ("a",)}})
     assert gateway_variables(changed) == {"BKPOOL_GATEWAY_FIRST_WAIT": "3s"}
 
 
 def test_gateways_in_a_cluster_get_the_times_of_the_cluster_but_not_those_of_the_election():
     of_cluster = {field: timedelta(seconds=80) for field in ("watch_silence", "leader_lease")}
-    changed = Configuration.model_validate({"kubernetes": {**of_cluster, "namespace": "elsewhere"}})
+    changed = Settings.model_validate({"kubernetes": {**of_cluster, "namespace": "elsewhere"}})
     assert gateway_variables(changed) == {"BKPOOL_KUBERNETES_WATCH_SILENCE": "1m20s"}
 
 
 def test_gateways_in_a_cluster_count_as_this_process_does():
-    changed = Configuration.model_validate({"metrics": {"worker_series": 7, "address": ("0.0.0.0", 1)}})
+    changed = Settings.model_validate({"metrics": {"worker_series": 7, "address": ("0.0.0.0", 1)}})
     assert gateway_variables(changed) == {"BKPOOL_METRICS_WORKER_SERIES": "7"}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 module = types.ModuleType("bkpool.appliance")
 
-class Settings:
+class RunOptions:
     def __init__(self, **given):
         self.__dict__ |= given
 
@@ -29,7 +29,7 @@ def passed_on(fd):
     except OSError:
         return False
 
-def run(settings, ready):
+def run(options, ready):
     from bkpool.core.errors import HostFault
     from bkpool.home.lock import HomeLock
     do = os.environ.get("DO")
@@ -42,37 +42,37 @@ def run(settings, ready):
         raise ZeroDivisionError("internal detail")
     signals = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    with HomeLock(settings.home):
+    with HomeLock(options.home):
         if do == "slow":
             ready({"progress": "backend: process (as asked)"})
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-            while not (settings.home / "go").exists():
+            while not (options.home / "go").exists():
                 time.sleep(0.01)
             signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         described = {
             "pid": os.getpid(), "apiEndpoint": "http://127.0.0.1:8082", "gatewayEndpoint": "tcp://localhost:1235",
             "metricsEndpoint": "http://127.0.0.1:9090", "backend": "process",
         }
-        (settings.home / "appliance.json").write_text(json.dumps(described))
+        (options.home / "appliance.json").write_text(json.dumps(described))
         ready({"progress": "backend: process (as asked)"})
         ready({"progress": "getting buildkitd"})
         inherited = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and passed_on(int(fd))]
-        shown = {"pool_files": str(settings.pool_files)} | {
-            f"{section}.{field}": str(value) for section, values in settings.configuration for field, value in values
+        shown = {"pool_files": str(options.pool_files)} | {
+            f"{section}.{field}": str(value) for section, values in options.settings for field, value in values
         }
         ready(described | {"settings": shown, "cwd": os.getcwd(), "inherited": inherited})
         print("up and running", file=sys.stderr, flush=True)
         got = [signal.sigwait(signals)]
         if do == "drain":
             got.append(signal.sigwait(signals))
-        (settings.home / "got").write_text(json.dumps(got))
-        (settings.home / "appliance.json").unlink()
+        (options.home / "got").write_text(json.dumps(got))
+        (options.home / "appliance.json").unlink()
     return 0
 
 def purge(home, cache):
     (home / "purged").touch()
 
-module.Settings, module.run, module.purge = Settings, run, purge
+module.RunOptions, module.run, module.purge = RunOptions, run, purge
 sys.modules["bkpool.appliance"] = module
 """
 

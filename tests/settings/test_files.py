@@ -7,7 +7,7 @@ from hypothesis import given
 
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.settings import files
-from bkpool.settings.catalogue import settings
+from bkpool.settings.catalogue import all_settings
 from bkpool.settings.sources import SettingValue, ValueSource, from_document, from_options
 from support.setting_values import any_value
 
@@ -45,8 +45,8 @@ def test_what_belongs_to_one_start_is_not_remembered(home):
 
 def test_one_value_or_all_is_forgotten(home):
     files.remember(home, from_options({"api.tls": True, "kind.cluster": "x"}, HERE).values())
-    assert files.forget(home, settings()["api.tls"])
-    assert not files.forget(home, settings()["api.tls"])
+    assert files.forget(home, all_settings()["api.tls"])
+    assert not files.forget(home, all_settings()["api.tls"])
     assert set(files.remembered(home)) == {"kind.cluster"}
     assert files.forget(home, None)
     assert not files.forget(home, None)
@@ -99,7 +99,7 @@ hosts = ["a"]
 )
 def test_one_line_of_the_file_changes_and_the_comments_stay(home, name, value, after):
     (home / "config.toml").write_text(BEFORE)
-    one = settings()[name]
+    one = all_settings()[name]
     changed = files.change(home, one, value and one.from_text(value, where=name, directory=HERE))
     assert (home / "config.toml").read_text() == after
     assert changed == (after != BEFORE)
@@ -111,7 +111,7 @@ def test_one_line_of_the_file_changes_and_the_comments_stay(home, name, value, a
 def test_a_form_that_takes_more_than_one_line_is_left_to_its_author(home, text):
     (home / "config.toml").write_text(text)
     with pytest.raises(InvalidInput, match="cannot change this line") as caught:
-        files.change(home, settings()["gateway.hosts"], ("b",))
+        files.change(home, all_settings()["gateway.hosts"], ("b",))
     assert caught.value.hint == "Edit the file yourself."
     assert (home / "config.toml").read_text() == text
 

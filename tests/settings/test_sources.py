@@ -10,7 +10,7 @@ from hypothesis import given
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key
 from bkpool.settings import kinds
-from bkpool.settings.catalogue import find, settings
+from bkpool.settings.catalogue import all_settings, find
 from bkpool.settings.kinds import Address
 from bkpool.settings.sources import ValueSource, from_document, from_environment, from_options, resolve
 from support.setting_values import any_value, bounds
@@ -153,7 +153,7 @@ def test_an_empty_variable_gives_nothing():
 
 
 def test_no_setting_has_a_name_that_kubernetes_gives_to_services():
-    for one in settings().values():
+    for one in all_settings().values():
         assert not one.field.startswith(("port", "service_")), one.name
 
 
@@ -225,7 +225,7 @@ def test_every_value_survives_being_written_and_read(case):
 
 
 def test_every_number_and_duration_has_bounds_and_every_setting_a_description():
-    for one in settings().values():
+    for one in all_settings().values():
         assert one.description.endswith("."), one.name
         if one.kind in {kinds.COUNT, kinds.DURATION}:
             assert re.search(r"\bIf\b|\bsame effects\b|\braise it\b", one.description), (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bkpool.core.names import Key
 from bkpool.settings import kinds
-from bkpool.settings.catalogue import settings
+from bkpool.settings.catalogue import all_settings
 from bkpool.settings.kinds import Address
 
 TEXTS = st.text(st.sampled_from(string.ascii_letters + string.digits + "/.-_é\"'\\ #"), min_size=1)
@@ -29,7 +29,7 @@ VALUES = {
 @st.composite
 def any_value(draw: st.DrawFn) -> tuple[Any, Any]:
     """Draws a setting and a valid value of it."""
-    one = draw(st.sampled_from(list(settings().values())))
+    one = draw(st.sampled_from(list(all_settings().values())))
     if one.kind in VALUES:
         return one, draw(VALUES[one.kind])
     lowest, highest = bounds(one)

@@ -71,16 +71,16 @@ async def open_api(
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
-    settings, backend, mirror = context.settings, state.backend, state.mirror
-    allocator, leases = backend.lease_service(mirror, context.now, settings.configuration.allocation.max_waiters)
+    options, backend, mirror = context.options, state.backend, state.mirror
+    allocator, leases = backend.lease_service(mirror, context.now, options.settings.allocation.max_waiters)
     stack.push_async_callback(allocator.close)
     access = make_access_control(
         admin,
         backend.authenticators,
         state.issuers,
         mirror,
-        namespace=settings.configuration.kubernetes.namespace,
-        leeway=settings.configuration.identity.clock_leeway.total_seconds(),
+        namespace=options.settings.kubernetes.namespace,
+        leeway=options.settings.identity.clock_leeway.total_seconds(),
         extra_configs=extra_configs,
         now=context.now,
     )
@@ -93,13 +93,13 @@ async def open_api(
         connections=sources.connections,
         unavailable_reason=sources.unavailable_reason,
         not_ready_reason=sources.not_ready_reason,
-        limits=api_limits(settings.configuration),
+        limits=api_limits(options.settings),
     )
     metrics = ApiMetrics(context.registry, waiting=allocator.waiting, pools=mirror.pools, workers=mirror.workers)
-    tls = make_api_tls(settings, backend.authority, context.now)
+    tls = make_api_tls(options, backend.authority, context.now)
     if tls is not None:
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)
     ssl_context = tls.context if tls else None
-    address = await serve(stack, app, settings.configuration.api.address, "--api-address", ssl_context)
+    address = await serve(stack, app, options.settings.api.address, "--api-address", ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)

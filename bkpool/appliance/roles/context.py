@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from bkpool.appliance.backend import Backend
-from bkpool.appliance.settings import Settings
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.supervise import background_task
 from bkpool.identity.issuer_keys import IssuerKeys
@@ -34,7 +34,7 @@ def utc_now() -> datetime:
 class RoleContext:
     """What every role of a process gets."""
 
-    settings: Settings
+    options: RunOptions
     shutdown: Shutdown
     registry: CollectorRegistry
     """The one registry of the process: each role registers its metrics in it."""
@@ -47,15 +47,15 @@ class RoleContext:
         await stack.enter_async_context(background_task(work, self.shutdown.fail))
 
 
-def open_context(stack: AsyncExitStack, settings: Settings, shutdown: Shutdown) -> RoleContext:
+def open_context(stack: AsyncExitStack, options: RunOptions, shutdown: Shutdown) -> RoleContext:
     """Creates the context and watches the running event loop until the stack is closed."""
     registry = new_registry()
-    timeout = settings.configuration.metrics.loop_timeout.total_seconds()
+    timeout = options.settings.metrics.loop_timeout.total_seconds()
     watchdog = LoopWatchdog(LoopMetrics(registry), timeout=timeout)
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
     watchdog.start()
     stack.callback(watchdog.stop)
-    return RoleContext(settings, shutdown, registry, watchdog)
+    return RoleContext(options, shutdown, registry, watchdog)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ async def _run(
             gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
         )
 
-    limits = failure_limits(context.settings.configuration)
+    limits = failure_limits(context.options.settings)
     controller = backend.controller(mirror, status_inputs, metrics, context.now, limits)
     with ExitStack() as subscriptions:
         if gateways is not None:

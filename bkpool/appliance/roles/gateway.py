@@ -11,7 +11,7 @@ from typing import Protocol
 import structlog
 
 from bkpool.appliance.roles.context import RoleContext
-from bkpool.appliance.settings import Address
+from bkpool.appliance.run_options import Address
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import gateway_limits
 from bkpool.core.names import Key
@@ -89,13 +89,13 @@ async def open_gateway(
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
-    worker_series = context.settings.configuration.metrics.worker_series
+    worker_series = context.options.settings.metrics.worker_series
     metrics = GatewayMetrics(context.registry, worker_series=worker_series)
     gateway = Gateway(
         StoreLeaseRegistry(store, name, context.now, mirror.apply),
         now=context.now,
         metrics=metrics,
-        limits=gateway_limits(context.settings.configuration),
+        limits=gateway_limits(context.options.settings),
         dial=dial,
         pool=pool,
         threads=threads,
