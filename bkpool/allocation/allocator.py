@@ -283,7 +283,7 @@ class Allocator:
         where = f"pool {request.pool.name!r}"
         if worker is not None:
             current = self._mirror.workers.get(worker.key, worker)
-            why = current.status.message or f"it is {current.status.phase.value}"
+            why = current.status.message_with_log or f"it is {current.status.phase.value}"
             message = f"{worker.key.name} of {where} was not ready within {render(request.wait)}: {why}"
         else:
             message = f"no worker of {where} became free within {render(request.wait)}"

@@ -199,7 +199,7 @@ class WorkerView(Body):
             job_id=(lease.job_id or None) if lease else None,
             requested_by=lease.requested_by if lease else None,
             expires_at=lease.expires_at if lease else None,
-            message=worker.status.message,
+            message=worker.status.message_with_log,
             failures=worker.status.failures,
             allocation_count=worker.status.allocation_count,
             created_at=worker.metadata.creation_timestamp,

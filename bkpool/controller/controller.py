@@ -33,7 +33,7 @@ from bkpool.core.reconcile.actions import (
     slot_of_action,
 )
 from bkpool.core.reconcile.decide import decide, stray_slots
-from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, failure_message
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.resource import Metadata
@@ -209,11 +209,9 @@ class Controller:
         log_tail = error.log_tail if isinstance(error, WorkerFailed) else ""
         log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
-        message = failure_message(current, error.message_and_hint, log_tail)
-        self._recorder.record(current, "Failed", message, warning=True)
-        self._mirror.apply(
-            await self._store.replace_status(failed_worker(current, message, self._now(), self._failure_limits))
-        )
+        failed = failed_worker(current, error.message_and_hint, log_tail, self._now(), self._failure_limits)
+        self._recorder.record(current, "Failed", failed.status.message_with_log, warning=True)
+        self._mirror.apply(await self._store.replace_status(failed))
 
     async def _carry_out(self, action: Action, pool: Pool) -> Result:
         match action:
@@ -243,7 +241,9 @@ class Controller:
             """Writes on the worker what its start waits for, so that the callers who wait can read it."""
             with suppress(BkpoolError):  # it is written again when it changes
                 current = await self._store.get(Worker, *worker.key)
-                self._mirror.apply(await self._store.replace_status(current.with_status(message=message)))
+                self._mirror.apply(
+                    await self._store.replace_status(current.with_status(message=message, log_tail=""))
+                )
 
         try:
             await self._daemons.start(worker.slot, worker.uid, owner, pool, report_progress)

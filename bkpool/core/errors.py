@@ -101,12 +101,12 @@ class NoCapacity(BkpoolError):
 
 
 class WorkerFailed(BkpoolError):
-    """buildkitd did not start, or it died more often than is bearable.
+    """buildkitd did not start, or it failed too often in a row.
 
     Args:
         message: As for every error. It never contains text from buildkitd's log.
         log_tail: The last lines of buildkitd's log; empty if there are none. They may contain output
-            of a caller's build, so they are not part of the message: `core.reconcile.failures.failure_message`
+            of a caller's build, so they are not part of the message: `core.reconcile.failures.failed_worker`
             decides who may read them.
         **details: As for every error.
     """

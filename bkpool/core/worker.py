@@ -142,9 +142,17 @@ class WorkerStatus(Model):
     """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
     failed_at: AwareDatetime | None = None
     message: StrictStr = ""
+    """What happened, in bkpool's own words: without text from buildkitd's log."""
+    log_tail: StrictStr = ""
+    """The last lines of buildkitd's log after a failure, where whoever may read the worker may read them."""
     gateways: tuple[GatewayRegistration, ...] = ()
     ended: tuple[EndedLease, ...] = ()
     conditions: tuple[Condition, ...] = ()
+
+    @property
+    def message_with_log(self) -> str:
+        """The message as a person is shown it, followed by the end of the log where there is one."""
+        return f"{self.message}\nThe end of its log:\n{self.log_tail}" if self.log_tail else self.message
 
 
 class Worker(Resource):

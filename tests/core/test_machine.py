@@ -261,7 +261,9 @@ class PoolMachine(RuleBasedStateMachine):
             case StartDaemon(worker, owner):
                 self._must_be_unused(worker)
                 if not runtime.start(worker.slot, worker.uid, owner):
-                    store.replace_status(failed_worker(store.workers.get(worker.key.name, worker), "no", self.now))
+                    store.replace_status(
+                        failed_worker(store.workers.get(worker.key.name, worker), "no", "", self.now)
+                    )
             case SetCacheOwner(worker, owner):
                 if runtime.caches.get(worker.slot) is None:
                     runtime.caches[worker.slot] = owner

@@ -108,9 +108,9 @@ def test_a_failing_worker_is_restarted_with_growing_pauses_until_the_lease_is_lo
 
 def test_a_worker_that_was_stable_counts_from_the_beginning():
     steady = worker(0, ready_at=NOW - DEFAULT_LIMITS.stable_after, failures=4)
-    assert failed_worker(steady, "x", NOW).status.failures == 1
+    assert failed_worker(steady, "x", "", NOW).status.failures == 1
     shaky = worker(0, ready_at=NOW, failures=4)
-    assert failed_worker(shaky, "x", NOW).status.failures == 5
+    assert failed_worker(shaky, "x", "", NOW).status.failures == 5
 
 
 def test_after_a_reboot_a_worker_starts_at_once():
@@ -181,12 +181,15 @@ def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
     whole = f"buildkitd was killed\nThe end of its log:\n{log_tail}"
     crashed = {0: replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail=log_tail)}
     (action,) = actions(snapshot(pool(), worker(0, cache_owner="owner-a"), observed=crashed))
-    assert action.worker.status.message == "buildkitd was killed"
+    assert (action.worker.status.message, action.worker.status.log_tail) == ("buildkitd was killed", "")
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
     (action,) = actions(snapshot(pool(), held, observed=crashed))
-    assert action.worker.status.message == whole
+    assert action.worker.status.message_with_log == whole
+    crashed_worker = action.worker
+    (action,) = actions(snapshot(pool(), crashed_worker, observed={0: seen(0, "owner-a")}))
+    assert (action.worker.status.message, action.worker.status.log_tail) == ("", ""), "it answers again"
     (action,) = actions(snapshot(pool(), worker(0), observed={0: replace(crashed[0], cache_owner=None)}))
-    assert action.worker.status.message == whole, "no build has used it"
+    assert action.worker.status.message_with_log == whole, "no build has used it"
 
 
 def test_surplus_idle_workers_are_removed_after_the_delay_least_recently_used_first():

@@ -25,7 +25,7 @@ from bkpool.core.reconcile.actions import (
     WipeCache,
     WriteStatus,
 )
-from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, failure_message, retry_at
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, retry_at
 from bkpool.core.worker import Lease, Phase, Worker
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
@@ -100,7 +100,7 @@ def _leased(
     up = ready_observation(worker, seen)
     if up is None:
         if worker.status.failures >= limits.max_failures:
-            return LoseLease(worker, worker.status.message)
+            return LoseLease(worker, worker.status.message_with_log)
         return _start(worker, seen, lease.owner, now, limits)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
@@ -121,8 +121,7 @@ def _start(
 ) -> Action | datetime:
     """Starts buildkitd where it does not run: at once after a reboot, after a growing pause where it failed."""
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
-        message = failure_message(worker, seen.message, seen.log_tail)
-        return WriteStatus(failed_worker(worker, message, now, limits))
+        return WriteStatus(failed_worker(worker, seen.message, seen.log_tail, now, limits))
     pause_ends = retry_at(worker, limits)
     if pause_ends is not None and now < pause_ends:
         return pause_ends
@@ -143,4 +142,4 @@ def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, fail
     if all(getattr(status, field) == value for field, value in wanted.items()):
         return None
     ready_at = status.ready_at if status.endpoint is not None else now
-    return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message=""))
+    return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message="", log_tail=""))

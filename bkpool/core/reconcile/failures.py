@@ -30,33 +30,24 @@ class FailureLimits:
 DEFAULT_LIMITS = FailureLimits()
 
 
-def failure_message(worker: Worker, message: str, log_tail: str) -> str:
-    """Composes the text about a failure that is written on the worker, where everybody with access to it reads it.
+def failed_worker(
+    worker: Worker, message: str, log_tail: str, now: datetime, limits: FailureLimits = DEFAULT_LIMITS
+) -> Worker:
+    """The worker with one failure more.
 
-    The log tail may contain output of the last holder's build. It is included while they hold the worker. After their
-    lease it is left out. A worker whose cache was never used has run no build, so its log tail is included as well.
+    Everybody with access to the worker reads its status, and the log tail may contain output of the last holder's
+    build. So it is kept while they hold the worker, and left out after their lease. A worker whose cache was never
+    used has run no build, so its log tail is kept as well.
 
     Args:
         worker: The worker as it is stored.
         message: What happened, without text from buildkitd's log.
         log_tail: The last lines of buildkitd's log; empty if there are none.
-    """
-    used_by_an_earlier_holder = worker.lease is None and worker.status.cache_owner is not None
-    if not log_tail or used_by_an_earlier_holder:
-        return message
-    return f"{message}\nThe end of its log:\n{log_tail}"
-
-
-def failed_worker(worker: Worker, message: str, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Worker:
-    """The worker with one failure more.
-
-    Args:
-        worker: The worker as it is stored.
-        message: The text from `failure_message`.
         now: The time.
         limits: Say when a worker was stable.
     """
     ready_at = worker.status.ready_at
+    used_by_an_earlier_holder = worker.lease is None and worker.status.cache_owner is not None
     was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= limits.stable_after
     return worker.with_status(
         phase=Phase.FAILED if worker.lease is None else Phase.PROVISIONING,
@@ -65,6 +56,7 @@ def failed_worker(worker: Worker, message: str, now: datetime, limits: FailureLi
         failures=1 if was_stable else min(worker.status.failures + 1, _COUNTED_FAILURES),
         failed_at=now,
         message=message,
+        log_tail="" if used_by_an_earlier_holder else log_tail,
     )
 
 

@@ -38,7 +38,7 @@ def wind_up(
         return _finish(worker, lease, reason, ready_observation(worker, seen))
     if worker.status.phase is not Phase.DRAINING:
         message = f"the lease is {reason}; builds may finish"
-        return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message))
+        return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
     return min(entry.expires_at for entry in registered)
 
 
@@ -78,4 +78,5 @@ def with_lease_remembered(action: FinishLease, now: datetime) -> Worker:
         gateways=(),
         ended=status.ended if known else (*status.ended, action.ended)[-REMEMBERED_LEASES:],
         message="",
+        log_tail="",
     )

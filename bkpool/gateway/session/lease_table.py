@@ -100,7 +100,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         worker_uid=worker.uid,
         pool=worker.pool,
         endpoint=endpoint,
-        wait_reason="" if endpoint else worker.status.message or "its BuildKit daemon is being started",
+        wait_reason="" if endpoint else worker.status.message_with_log or "its BuildKit daemon is being started",
         expires_at=lease.expires_at.timestamp(),
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
