@@ -44,8 +44,9 @@ def command(detach: bool, as_json: bool, pool_files: tuple[Path, ...], backend: 
     If it is already running, this prints its addresses and exits 0. The first SIGTERM or Ctrl-C lets open builds
     finish; the second one closes their connections.
 
-    The options are remembered for the next `up` of this home, except for -f. Each setting can also be an environment
-    variable or a line of config.toml: see `bkpool config`.
+    The options are remembered for the next `up` of this home, except --file, --image-archive, --roles and --pool. A
+    home keeps its backend until `down --purge`. Each setting can also be an environment variable or a line of
+    config.toml: see `bkpool config`.
     """
     resolved = up_options.load(given)
     pool_files = tuple(up_options.readable(path, "--file") for path in pool_files)
