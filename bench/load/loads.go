@@ -260,7 +260,7 @@ func (h *holder) add(s stream) {
 	h.streams = append(h.streams, s)
 }
 
-// each does so many pieces of work, so many at a time; the first error ends it.
+// each does count pieces of work, at most parallel of them at a time; the first error ends it.
 func each(count, parallel int, work func(number int) error) error {
 	var next atomic.Int64
 	failed := make(chan error, parallel)

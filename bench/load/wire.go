@@ -84,7 +84,7 @@ func (s stream) send(b []byte) error {
 	return nil
 }
 
-// sendAll writes so many bytes in writes of these sizes, in turn.
+// sendAll writes this many bytes in writes of these sizes, in turn.
 func (s stream) sendAll(count int64, sizes ...int) error {
 	data := make([]byte, buffer)
 	for turn := 0; count > 0; turn++ {
@@ -97,7 +97,7 @@ func (s stream) sendAll(count int64, sizes ...int) error {
 	return nil
 }
 
-// take reads so many bytes.
+// take reads this many bytes.
 func (s stream) take(count int64) error {
 	data := make([]byte, min(buffer, count))
 	for count > 0 {

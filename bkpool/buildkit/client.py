@@ -161,7 +161,7 @@ class ControlClient:
             ref: Only the build with this reference; "": all.
             early_exit: Ends after what is in the history already.
             filters: As `status==error`; builds that match one of them are returned.
-            limit: At most so many records of the history; 0: all.
+            limit: At most this many records of the history; 0: all.
         """
         request = pb.BuildHistoryRequest(
             ActiveOnly=active_only, Ref=ref, EarlyExit=early_exit, Filter=filters, Limit=limit

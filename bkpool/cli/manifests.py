@@ -16,7 +16,7 @@ from bkpool.core.names import DEFAULT_NAMESPACE, SYSTEM_NAMESPACE
     show_default=True,
     help="Replicas of the API; one of them also runs the controller.",
 )
-@click.option("--image", metavar="IMAGE", help="The image of bkpool.  [default: the one of this version]")
+@click.option("--image", metavar="IMAGE", help="The image of bkpool.  [default: bkpool's image of this release]")
 @click.option(
     "--pool-namespace",
     "pool_namespaces",

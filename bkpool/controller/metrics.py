@@ -71,11 +71,11 @@ class ControllerMetrics:
                 self._actions[name, result.value].inc(0)
 
     def decided(self, pools: int) -> None:
-        """Counts a decision for each of so many pools."""
+        """Counts one decision for each of this many pools."""
         self._decisions.inc(pools)
 
     def lagged(self, seconds: float) -> None:
-        """Counts a change that was decided about so many seconds after it became known."""
+        """Counts a change that was decided about this many seconds after it became known."""
         self._lag.observe(seconds)
 
     def ended(self, action: type[Action] | None, result: Result) -> None:

@@ -24,5 +24,5 @@ class KubeLimits:
     replicas do not all begin again at once. An API server's own default is 30 minutes; load balancers often cut at
     5."""
     watch_silence: float = 100.0
-    """After so long without a byte a watch counts as frozen. A server sends a bookmark about every minute
+    """A watch that gets no byte for this long counts as frozen. A server sends a bookmark about every minute
     (Kubernetes API concepts, "watch bookmarks")."""

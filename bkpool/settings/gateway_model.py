@@ -1,4 +1,4 @@
-"""The section of the settings about the gateway. `bkpool.settings.model` says what belongs into a setting."""
+"""The section of the settings about the gateway. `bkpool.settings.model` says what belongs in a setting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GatewaySettings(Section):
         None,
         "Where the gateway listens.",
         option="--gateway-address",
-        unset="port 1235 on 127.0.0.1; on every interface once gateway.hosts has a name",
+        unset="port 1235 on 127.0.0.1, or on every interface with --gateway-host",
     )
     hosts: Texts = setting(
         (),
@@ -35,13 +35,13 @@ class GatewaySettings(Section):
     handshake_timeout: Duration = setting(
         seconds(10),
         "From accepting a connection to the end of its TLS handshake. If it is too short for a slow network, "
-        "clients are cut off. If it is long, strangers keep connections open for longer.",
+        "clients are cut off. If it is long, clients that never finish it keep connections open for longer.",
         between=(seconds(1), seconds(120)),
     )
     register_timeout: Duration = setting(
         seconds(5),
         "How long the store may take to register a connection or to find a lease. If it is too short for a busy API "
-        "server, clients are refused. If it is long, they wait so long for a store that is gone.",
+        "server, clients are refused. If it is long, they wait that long for a store that is gone.",
         between=(seconds(1), seconds(60)),
     )
     dial_timeout: Duration = setting(
@@ -59,7 +59,8 @@ class GatewaySettings(Section):
     )
     second_wait: Duration = setting(
         seconds(12),
-        "The same for the next client, after one has waited in vain. Too short and too long have the same effects.",
+        "The same for the next client, after one has waited in vain. A short or a long value has the effects that "
+        "gateway.first_wait describes.",
         between=(seconds(0), seconds(300)),
     )
     refusal_timeout: Duration = setting(
@@ -71,15 +72,15 @@ class GatewaySettings(Section):
     )
     linger_timeout: Duration = setting(
         seconds(2),
-        "How long a client may take to read this answer and to close the connection. Too short and too long have the "
-        "same effects.",
+        "How long a client may take to read this answer and to close the connection. A short or a long "
+        "value has the effects that gateway.refusal_timeout describes.",
         between=(seconds(0.1), seconds(60)),
     )
     client_peer_timeout: Duration = setting(
         seconds(30),
-        "After so long a client that does not answer at all is given up (TCP user timeout and keepalive). If it is "
+        "A client that does not answer at all for this long is given up (TCP user timeout and keepalive). If it is "
         "short, a build ends when the client's network fails for a moment. If it is long, the connection of a client "
-        "that is gone stays open for so long.",
+        "that is gone stays open for that long.",
         between=(SESSION_CHECK, seconds(3600)),
         lowest_because=_NOT_BEFORE_BUILDKIT,
     )
@@ -100,13 +101,14 @@ class GatewaySettings(Section):
         seconds(60),
         "How long a connection may be silent after its lease has ended. If it is less than about 20s, builds may be "
         "cut between two of BuildKit's health checks. If it is long, an idle builder keeps the worker from the next "
-        "caller for so long.",
+        "caller for that long.",
         between=(seconds(1), seconds(3600)),
     )
     pending_connections: Count = setting(
         1024,
         "Connections that are in their handshake or are being refused. One more closes the oldest. If it is small, "
-        "strangers can push out clients. If it is large, so many strangers take up memory and file descriptors.",
+        "clients without a certificate can push out those with one. If it is large, they take up memory and file "
+        "descriptors.",
         between=(16, 100_000),
     )
     connections: Count = setting(

@@ -58,14 +58,14 @@ class ApiSettings(Section):
     max_body: Count = setting(
         64 * 1024,
         "The largest request body that the API reads; a larger one gets 413. Raise it if callers send much "
-        "metadata. If it is large, each request may take so much memory.",
+        "metadata. If it is large, each request may take that much memory.",
         between=(32 * 1024, 16 * 1024 * 1024),
         unit="bytes",
     )
     body_timeout: Duration = setting(
         seconds(30),
         "How long a request body may take to arrive. If it is too short for a slow network, its callers get 400. If "
-        "it is long, a caller who sends nothing keeps a connection open for so long.",
+        "it is long, a caller who sends nothing keeps a connection open for that long.",
         between=(seconds(1), seconds(600)),
     )
     max_wait: Duration = setting(
@@ -88,7 +88,7 @@ class CertificateSettings(Section):
         timedelta(days=365),
         "How long such a certificate is valid. It is issued again 30 days before its end, or in the last third if "
         "that is shorter; connections and clients do not notice. If it is short, it is issued often, and a gateway "
-        "that gets no new one for so long cannot be reached. If it is long, a stolen key is of use for longer.",
+        "that gets no new one for that long cannot be reached. If it is long, a stolen key is of use for longer.",
         between=(timedelta(days=2), timedelta(days=3650)),
     )
 
@@ -111,7 +111,7 @@ class MetricsSettings(Section):
     )
     loop_timeout: Duration = setting(
         seconds(0.25),
-        "An event loop that runs nothing for so long counts as blocked, and a warning names the code. If it is too "
+        "An event loop that runs nothing for this long counts as blocked, and a warning names the code. If it is too "
         "short for a slow or shared machine, such warnings say nothing about bkpool. If it is long, short blockages "
         "go unnoticed.",
         between=(seconds(0.05), seconds(10)),
@@ -123,14 +123,15 @@ class ControllerSettings(Section):
 
     max_failures: Count = setting(
         5,
-        "After so many failed starts in a row a lease ends with an error. If it is small, a short fault ends "
+        "After this many failed starts in a row the lease ends with an error. If it is small, a short fault ends "
         "leases. If it is large, callers learn late that a worker cannot start.",
         between=(1, 100),
     )
     stable_after: Duration = setting(
         seconds(60),
-        "A worker that ran for so long counts its failures from 0 again. If it is short, a worker that fails "
-        "regularly is started for ever. If it is long, faults that have nothing to do with each other end a lease.",
+        "The failures of a worker are counted from 0 again after it has run for this long. If it is short, a worker "
+        "that fails regularly is started for ever. If it is long, faults that have nothing to do with each other "
+        "end a lease.",
         between=(seconds(1), seconds(3600)),
     )
     backoff: Duration = setting(
@@ -153,7 +154,7 @@ class AllocationSettings(Section):
     max_waiters: Count = setting(
         1000,
         "Requests that may wait for one pool. One more is refused at once. If it is small, callers are refused "
-        "although a worker will soon be free. If it is large, so many requests take up memory and connections.",
+        "although a worker will soon be free. If it is large, that many requests take up memory and connections.",
         between=(1, 100_000),
     )
 
@@ -164,43 +165,43 @@ class IdentitySettings(Section):
     issuer_timeout: Duration = setting(
         seconds(5),
         "How long an issuer may take to answer with its keys. If it is too short for a slow issuer, its callers get "
-        "503. If it is long, they wait so long for an issuer that is gone.",
+        "503. If it is long, they wait that long for an issuer that is gone.",
         between=(seconds(0.5), seconds(60)),
     )
     keys_fresh: Duration = setting(
         seconds(600),
         "How long the keys of an issuer are used before they are fetched again. If it is short, the issuer is asked "
-        "often. If it is long, a key that the issuer has withdrawn is accepted for so long.",
+        "often. If it is long, a key that the issuer has withdrawn is accepted for that long.",
         between=(seconds(10), seconds(86_400)),
     )
     keys_stale: Duration = setting(
         seconds(3600),
         "How long they are used while the issuer does not answer. If it is short, its callers are refused soon "
-        "after it has failed. If it is long, a withdrawn key is accepted for so long.",
+        "after it has failed. If it is long, a withdrawn key is accepted for that long.",
         between=(seconds(10), seconds(7 * 86_400)),
     )
     secret_fresh: Duration = setting(
         seconds(10),
         "How long the tokens of a pool are used before their Secret is read again. If it is short, the API server "
-        "gets more requests. If it is long, a token that you remove still opens the pool for so long.",
+        "gets more requests. If it is long, a token that you remove still opens the pool for that long.",
         between=(seconds(0), seconds(3600)),
     )
     secret_timeout: Duration = setting(
         seconds(5),
         "How long the cluster may take to give the Secret with the tokens of a pool. If it is too short for a busy "
-        "API server, callers with such tokens get 503. If it is long, they wait for so long.",
+        "API server, callers with such tokens get 503. If it is long, they wait for that long.",
         between=(seconds(0.5), seconds(60)),
     )
     clock_leeway: Duration = setting(
         seconds(30),
         "By how much the clocks of an issuer and of this machine may differ. If it is less than they do, fresh "
-        "tokens are refused. If it is long, a token works for so long after its end.",
+        "tokens are refused. If it is long, a token works for that long after its end.",
         between=(seconds(0), seconds(300)),
     )
     token_review_timeout: Duration = setting(
         seconds(10),
         "How long the cluster may take to check the token of a ServiceAccount. If it is too short for a busy API "
-        "server, callers with such tokens get 503. If it is long, they wait for so long.",
+        "server, callers with such tokens get 503. If it is long, they wait for that long.",
         between=(seconds(0.5), seconds(60)),
     )
 
@@ -227,8 +228,8 @@ class ApplianceSettings(Section):
     )
     drain_timeout: Duration = setting(
         timedelta(minutes=10),
-        "How long open builds may go on after SIGTERM or `down`. If it is short, they are cut. If it is long, the "
-        "end may take so long.",
+        "How long open builds may go on after SIGTERM or `down`. If it is short, they are cut. If it is long, "
+        "`down` may take that long.",
         between=(seconds(0), timedelta(days=7)),
         option="--drain-timeout",
     )

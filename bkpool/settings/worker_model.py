@@ -1,6 +1,6 @@
 """The sections of the settings about workers and about the clusters that they run in.
 
-`bkpool.settings.model` says what belongs into a setting.
+`bkpool.settings.model` says what belongs in a setting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class WorkersSettings(Section):
         "The image of workers that are pods, where their pool names none.",
         option="--buildkit-image",
         metavar="IMAGE",
-        unset="the one that this release names",
+        unset="BuildKit's own image, in the version of this release",
     )
     gc_keep_storage: DiskSize = setting(
         "10GB",
@@ -61,14 +61,14 @@ class WorkersSettings(Section):
     adopt_timeout: Duration = setting(
         seconds(5),
         "How long a buildkitd process of an earlier run may take to answer (backend `process`). If it is too short "
-        "for a busy disk, a new `up` ends the process with its builds. If it is long, `up` waits so long for a "
+        "for a busy disk, a new `up` ends the process with its builds. If it is long, `up` waits that long for a "
         "daemon that hangs.",
         between=(seconds(1), seconds(600)),
     )
     stop_timeout: Duration = setting(
         seconds(10),
         "How long a buildkitd process may take to end before it is killed (backend `process`). If it is too short "
-        "for a slow disk, a cache may be damaged. If it is long, a daemon that hangs blocks its slot for so long.",
+        "for a slow disk, a cache may be damaged. If it is long, a daemon that hangs blocks its slot for that long.",
         between=(seconds(1), seconds(600)),
     )
     pod_scheduling_timeout: Duration = setting(
@@ -109,12 +109,13 @@ class KindSettings(Section):
         "The image of the cluster's node.",
         option="--node-image",
         metavar="IMAGE",
-        unset="the one that belongs to this kind",
+        unset="the node image of the kind program that is used",
     )
     ready_timeout: Duration = setting(
         timedelta(minutes=2),
         "How long the node of the cluster may take to become ready. If it is too short for a slow machine, `up` "
-        "fails, or begins before the cluster works. If it is long, `up` waits so long for a cluster that is broken.",
+        "fails, or begins before the cluster works. If it is long, `up` waits that long for a cluster that is "
+        "broken.",
         between=(seconds(10), timedelta(hours=1)),
     )
     image_archives: Files = setting(
@@ -133,10 +134,17 @@ class KubernetesSettings(Section):
     """
 
     kubeconfig: OptionalFile = setting(
-        None, "The kubeconfig of the cluster (backend `kubernetes`).", option="--kubeconfig", unset="as kubectl"
+        None,
+        "The kubeconfig of the cluster (backend `kubernetes`).",
+        option="--kubeconfig",
+        unset="the file that kubectl uses",
     )
     context: OptionalText = setting(
-        None, "The context in the kubeconfig.", option="--context", metavar="NAME", unset="its current context"
+        None,
+        "The context in the kubeconfig.",
+        option="--context",
+        metavar="NAME",
+        unset="the current context of the kubeconfig",
     )
     namespace: Text = setting(
         SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace", metavar="NAME"
@@ -149,18 +157,19 @@ class KubernetesSettings(Section):
         "The image of bkpool, for the gateways of pools in a cluster.",
         option="--image",
         metavar="IMAGE",
-        unset="the one of this release",
+        unset="bkpool's image of this release",
     )
     connect_timeout: Duration = setting(
         seconds(5),
         "How long the API server may take to accept a connection. If it is too short for the way to the cluster, "
-        "nothing can be leased there. If it is long, each request waits so long for an address that does not answer.",
+        "nothing can be leased there. If it is long, each request waits that long for an address that does not "
+        "answer.",
         between=(seconds(0.5), seconds(60)),
     )
     request_timeout: Duration = setting(
         seconds(15),
         "How long one request to the API server may take. If it is too short for a busy API server, leases fail with "
-        '"does not answer". If it is long, a caller waits so long for an API server that is gone.',
+        '"does not answer". If it is long, a caller waits that long for an API server that is gone.',
         between=(seconds(1), seconds(60)),
     )
     idle_timeout: Duration = setting(
@@ -179,8 +188,8 @@ class KubernetesSettings(Section):
     )
     watch_silence: Duration = setting(
         seconds(100),
-        "After so long without a byte a watch is given up and everything is listed again. If it is long, changes may "
-        "go unnoticed for so long when the network fails without a word.",
+        "A watch that gets no byte for this long is given up, and everything is listed again. If it is long, changes "
+        "may go unnoticed for that long when the network fails without a word.",
         between=(seconds(75), seconds(3600)),
         lowest_because="an API server that has nothing to report sends a bookmark about every 60s",
     )
@@ -188,7 +197,7 @@ class KubernetesSettings(Section):
         seconds(15),
         "How long the Lease of the replica that runs the controller is valid; the replica renews it three times in "
         "this time. If it is too short for a busy API server, the controller moves from replica to replica. If it is "
-        "long, nobody starts workers for so long after that replica's machine has failed. Replicas may differ while "
-        "a new value is rolled out.",
+        "long, nobody starts workers for that long after that replica's machine has failed. Replicas may differ "
+        "while a new value is rolled out.",
         between=(seconds(6), seconds(300)),
     )

@@ -37,7 +37,7 @@ class LoopMetrics:
         )
 
     def heartbeat(self, loop: str, seconds: float) -> None:
-        """Counts a heartbeat that this loop ran so many seconds after it was posted."""
+        """Counts a heartbeat that this loop ran this many seconds after it was posted."""
         self._lag[loop].observe(seconds)
         # Create the series now: Prometheus sees no increase in a series that begins with its first event.
         self._blocked[loop].inc(0)

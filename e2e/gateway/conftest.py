@@ -187,7 +187,7 @@ class AttackedProcess:
         return client
 
     async def serves_good_clients(self, count: int = 3) -> None:
-        """Checks that so many good clients in a row are served, and that the earlier one still is."""
+        """Checks that this many good clients in a row are served, and that the earlier one still is."""
         for _ in range(count):
             (await self.served_client()).disconnect()
         await self.earlier_client.echo()

@@ -1,4 +1,4 @@
-"""One end of many streams, as a process: sends so many bytes on each, reads as many, and prints their digests.
+"""One end of many streams, as a process: sends a number of bytes on each, reads as many, and prints their digests.
 
 It reads its task as JSON from standard input. It judges nothing: the test compares both ends.
 """

@@ -34,7 +34,7 @@ with_room_for_all = pytest.mark.parametrize(
 
 @contextlib.contextmanager
 def flood(port, count, first_bytes=b""):
-    """Opens so many connections and sends these bytes on each."""
+    """Opens this many connections and sends these bytes on each."""
     with contextlib.ExitStack() as stack:
         many = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(count)]
         for sock in many:

@@ -92,7 +92,7 @@ class Build:
 
 
 async def start_builds(world, count=BUSY):
-    """Starts so many busy connections. Each has relayed bytes."""
+    """Starts this many busy connections. Each has relayed bytes."""
     token = world.lease()
     builds = [Build(await world.connect(token), seed) for seed in range(count)]
     tasks = [asyncio.create_task(build.run()) for build in builds]

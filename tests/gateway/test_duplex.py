@@ -33,7 +33,7 @@ class PlainRelay:
         self.buffers.received[:100] = self.buffers.plaintext[:100] = b"\xee" * 100
 
     def accept(self, number, count):
-        """Lets this peer's socket accept so many bytes."""
+        """Lets this peer's socket accept this many bytes."""
         count = min(count, len(self.peers[number].unsent))
         self.accepted_by[number] += bytes(self.peers[number].unsent[:count])
         self.peers[number].sent(count)

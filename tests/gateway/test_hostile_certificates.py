@@ -128,7 +128,7 @@ async def test_a_signature_with_sha_1_gets_an_alert(world):
 
 
 def with_long_chain(ca, identity, count):
-    """Returns the certificate, followed by so many unrelated certificates of 10 KB each."""
+    """Returns the certificate, followed by this many unrelated certificates of 10 KB each."""
     key = ec.generate_private_key(ec.SECP256R1())
     filling = x509.UnrecognizedExtension(x509.ObjectIdentifier(f"{PRIVATE}.1"), os.urandom(10_000))
     chain = [issued(key, issuer_key=key, issuer="nobody", name="x", more=[filling]) for _ in range(count)]

@@ -39,7 +39,7 @@ async def attacked(new_world, capfd, make_loop):
 
 @contextlib.contextmanager
 def connections(port, count):
-    """Opens so many connections, which send nothing yet."""
+    """Opens this many connections, which send nothing yet."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(count)]
 

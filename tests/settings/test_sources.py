@@ -228,7 +228,7 @@ def test_every_number_and_duration_has_bounds_and_every_setting_a_description():
     for one in all_settings().values():
         assert one.description.endswith("."), one.name
         if one.kind in {kinds.COUNT, kinds.DURATION}:
-            assert re.search(r"\bIf\b|\bsame effects\b|\braise it\b", one.description), (
+            assert re.search(r"\bIf\b|\bhas the effects\b|\braise it\b", one.description), (
                 f"{one.name}: what if it is too low?"
             )
             lowest, highest = bounds(one)

@@ -49,7 +49,7 @@ class RecordingRegistry:
             raise self.error
 
     async def wait_for(self, method: str, count: int = 1) -> None:
-        """Waits for so many calls of this method."""
+        """Waits for this many calls of this method."""
         async with asyncio.timeout(_WAIT), self._changed:
             await self._changed.wait_for(lambda: [call[0] for call in self.calls].count(method) >= count)
 

@@ -102,7 +102,7 @@ class RecordClient:
         self.sock.sendall(self.out.encrypt(APPLICATION_DATA, data))
 
     def key_updates(self, count: int) -> bytes:
-        """Returns so many KeyUpdates that each request one. They must be sent before any later record."""
+        """Returns this many KeyUpdates that each request one. They must be sent before any later record."""
         updates = bytearray()
         for _ in range(count):
             updates += self.out.encrypt(HANDSHAKE, KEY_UPDATE_REQUESTED)

@@ -50,7 +50,7 @@ class Watch:
         self.watchdog.watch("gateway-0", self.loop, 7)
 
     def check(self, after=HEARTBEAT_TIMEOUT):
-        """The events that the watchdog logs when it checks after so many seconds."""
+        """The events that the watchdog logs when it checks after this many seconds."""
         self.now += after
         with capture_logs() as logs:
             self.watchdog.check()

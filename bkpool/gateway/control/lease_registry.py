@@ -79,7 +79,7 @@ class StoreLeaseRegistry:
         now: Returns the time that is written and compared.
         on_worker: Called with every worker that was written or found (mirror.apply). The gateway's new table must
             follow from it in the loop's next iteration at the latest (Gateway.update).
-        pause: Waits so many seconds before the workers are listed again.
+        pause: Waits this many seconds before the workers are listed again.
     """
 
     def __init__(

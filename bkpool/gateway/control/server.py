@@ -157,7 +157,7 @@ class Gateway:
             thread.call(thread.shard.leases.update, table)
 
     async def drain(self, seconds: float) -> None:
-        """Closes the ports and returns when no connection is left, after so many seconds at most.
+        """Closes the ports and returns when no connection is left, after this many seconds at most.
 
         A second call while the first waits sets a new deadline for both. 0 cuts all connections now.
         """

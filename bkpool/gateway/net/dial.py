@@ -50,7 +50,7 @@ class DialLimits:
     timeout: float
     """For the whole attempt."""
     peer_timeout: float
-    """After so long a connected worker that does not answer is given up. It has no effect on a Unix socket."""
+    """A connected worker that does not answer for this long is given up. It has no effect on a Unix socket."""
 
 
 class DialAttempt(Protocol):

@@ -25,10 +25,10 @@ class CallbackLeaseRegistry(Protocol):
     """
 
     def register(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
-        """Registers this gateway with so many connections. Gone: the lease does not hold the worker, or has ended."""
+        """Registers this gateway with this many connections. Gone: the lease has ended, or holds no worker."""
 
     def renew(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
-        """Renews the registration with so many connections. Gone: the lease does not hold the worker."""
+        """Renews the registration with this many connections. Gone: the lease does not hold the worker."""
 
     def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
         """Removes the registration."""

@@ -46,10 +46,10 @@ class GatewayLimits:
     max_refusal_bytes: int = 256 * 1024
     """Most bytes read from a refused client. HTTP/2 lets a client send less than this before it is answered."""
     client_peer_timeout: float = 30.0
-    """After so long a client that does not answer is given up. It may use a network that loses packets for some
-    time."""
+    """A client that does not answer for this long is given up. It may use a network that loses packets for
+    some time."""
     worker_peer_timeout: float = 15.0
-    """After so long a worker that does not answer is given up. It must not be shorter than BuildKit's own health
+    """A worker that does not answer for this long is given up. It must not be shorter than BuildKit's own health
     check of a session (docs/clients.md#cuts): a worker whose disk is too busy for it to read looks the same to the
     system once its buffers are full (tcp(7), TCP_USER_TIMEOUT). The end of a worker's process is noticed at once."""
     half_open_timeout: float = 60.0

@@ -92,7 +92,7 @@ class LoopShard:
         self.context = context
 
     def drain(self, seconds: float, on_empty: Callable[[], None]) -> None:
-        """Accepts no client any more, and cuts connections that are still open after so many seconds.
+        """Accepts no client any more, and cuts connections that are still open after this many seconds.
 
         May be called again; then the last call decides about the time.
 

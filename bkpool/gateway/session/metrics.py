@@ -87,7 +87,7 @@ class GatewayMetrics:
         registry.register(self._current)
 
     def handshake_done(self, seconds: float, *, ok: bool) -> None:
-        """Counts a TLS handshake that ended so many seconds after its connection was accepted."""
+        """Counts a TLS handshake that ended this many seconds after its connection was accepted."""
         self._handshakes["ok" if ok else "failed"].observe(seconds)
 
     def dial_done(self, pool: str, seconds: float, outcome: str) -> None:
@@ -100,7 +100,7 @@ class GatewayMetrics:
         self._connections[meter.pool, "success"].inc()
 
     def relay_ended(self, meter: Meter, seconds: float) -> None:
-        """Counts a relayed connection that has ended after so many seconds."""
+        """Counts a relayed connection that has ended after this many seconds."""
         self._current.remove(meter)
         self._durations[meter.pool].observe(seconds)
 
@@ -114,7 +114,7 @@ class GatewayMetrics:
         self._current.draining = draining
 
     def count_pending(self, change: int) -> None:
-        """Changes the number of connections without a lease by so many."""
+        """Changes the number of connections without a lease by this many."""
         self._current.count_pending(change)
 
     def active(self, pool: str) -> int:
