@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PROMPT = 5.0
-"""Seconds within which a failure must follow its cause (issue 6)."""
+"""Seconds within which a failure must follow its cause (docs/testing.md, "Chaos: what is checked")."""
 HELD = 15.0 + 12.0 + PROMPT
 """Seconds until a build must be connected or refused: two waits for the worker (docs/clients.md#waiting)."""
 HUNG = 90.0

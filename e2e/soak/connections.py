@@ -27,7 +27,7 @@ from soak.growth import Row, compare
 from soak.stub_world import HANDSHAKE
 
 CONNECTIONS = 10_000
-"""By issue 6."""
+"""docs/testing.md promises this number."""
 WARM = 1_000
 """Connections before the first count. Afterwards, everything that a process makes only once exists."""
 THREADS = 4
