@@ -113,18 +113,21 @@ def kind(session: nox.Session) -> None:
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
     if not session.posargs:
-        session.run("pytest", "e2e/adoption", *_pytest_kind(), env={"BKPOOL_E2E_BACKEND": "kind"})
+        session.run("pytest", "e2e/adoption", *_pytest_kind(session), env={"BKPOOL_E2E_BACKEND": "kind"})
     # e2e/gateway starts gateways without an appliance. They are the same on every backend.
     session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
 
 
-def _pytest_kind() -> list[str]:
+def _pytest_kind(session: nox.Session) -> list[str]:
     """Loads pytest-kind's plugin with verified programs. Without them it would download others, unverified."""
     from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415 - as above
 
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        session.error("the tests on kind need kubectl on PATH")
     options = ["-p", "pytest_kind.plugin", "--keep-cluster", "--cluster-name", "bkpool-e2e"]
     options += ["--kind-bin", str(Toolchain(default_cache()).ensure(Tool.KIND))]
-    options += ["--kind-kubectl-bin", shutil.which("kubectl") or "kubectl is missing"]
+    options += ["--kind-kubectl-bin", kubectl]
     if image := os.environ.get("BKPOOL_E2E_NODE_IMAGE"):
         options += ["--kind-image", image]
     return options
