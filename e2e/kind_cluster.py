@@ -1,7 +1,7 @@
-"""The kind cluster of the end-to-end tests. bkpool itself makes it, with another name and other host ports than a
-user's.
+"""The kind cluster of the end-to-end tests, with another name and other host ports than a user's.
 
-So a cluster named `bkpool` may run at the same time. If no image can be pulled, e2e/airgap/up makes the images, and
+`nox -s kind` lets pytest-kind make it (e2e/adoption), and bkpool adopts it. In a single run of pytest, bkpool makes
+it. A cluster named `bkpool` may run at the same time. If no image can be pulled, e2e/airgap/up makes the images, and
 its environment file (sourced by scripts/test) names them.
 """
 

@@ -53,7 +53,8 @@ class AccessControl:
         Raises:
             Unauthenticated: There is not exactly one bearer token, or no authenticator accepts it; the message says
                 why.
-            Forbidden: The token is genuine, but its holder has no access, such as a stranger of a known issuer.
+            Forbidden: The token is genuine, but its holder has no access here, for example another user of a
+                public issuer.
             Unavailable: The authenticator that could decide cannot reach its issuer or API server.
         """
         caller = await self.authenticate(bearer_token(authorization))

@@ -199,7 +199,7 @@ class StaticTokenAuthenticator:
             tokens = await self._reader.read(pool.namespace, source)
         except BkpoolError as error:
             self._report(pool, number, error.message)
-            # The caller may be a stranger: the message does not name the pool.
+            # The caller may have no access to the pool: the message does not name it.
             return [Verdict(name, refusal="the tokens of a pool cannot be read now")]
         self._report(pool, number, "; ".join(tokens.faults))
         return [_verdict(name, pool, entry) for entry in tokens.of(bearer)]

@@ -1,7 +1,7 @@
 """A Kubernetes API server that fails on request: a reverse proxy in front of the real one.
 
     with FaultProxy(kubeconfig, tmp_path) as proxy:   # runs in a thread: for async and sync tests
-        ... KubeApi.connect(Access(proxy.kubeconfig)), or `bkpool up --kubeconfig <proxy.kubeconfig>` ...
+        ... KubeApi.connect(ClusterAccess(proxy.kubeconfig)), or `bkpool up --kubeconfig <proxy.kubeconfig>` ...
         proxy.down()                                  # cuts every connection, also every new one
         proxy.up()
         proxy.slow = 2.0                              # seconds before each request is passed on

@@ -1,4 +1,4 @@
-"""The single file `bkpool.pyz` does the main job on kind. All other tests use `python -m bkpool`."""
+"""The single file `bkpool.pyz` does the main job on kind. Most other tests on kind use `python -m bkpool`."""
 
 from __future__ import annotations
 
