@@ -139,6 +139,46 @@ def test_every_log_event_of_a_page_is_in_the_code(page: Path):
     assert sorted(wrong) == []
 
 
+def test_the_picture_of_the_rooms_shows_their_imports():
+    imports = _imports_between_rooms()
+    arrows = _arrows_between_rooms()
+    assert sorted(arrow for arrow in arrows if arrow not in imports) == []
+    reached = _reached_along(arrows)
+    assert sorted(one for one in imports if one not in reached) == []
+    superfluous = [arrow for arrow in arrows if arrow in _reached_along(arrows - {arrow})]
+    assert sorted(superfluous) == []
+
+
+def _imports_between_rooms() -> set[tuple[str, str]]:
+    """Pairs of rooms: the first one imports the second one."""
+    rooms = {path.parent.name for path in (ROOT / "bkpool").glob("*/__init__.py")}
+    found = set()
+    for path in files():
+        room = name(path).split("/")[1:2]
+        if path.suffix == ".py" and name(path).startswith("bkpool/") and room[0] in rooms:
+            imported = re.findall(r"^ *(?:from|import) bkpool\.(\w+)", text(path), flags=re.MULTILINE)
+            found |= {(room[0], other) for other in imported if other in rooms and other != room[0]}
+    return found
+
+
+def _arrows_between_rooms() -> set[tuple[str, str]]:
+    picture = re.search(
+        r"^## Rooms.*?^```mermaid\n(.*?)^```", text(ROOT / "ARCHITECTURE.md"), re.MULTILINE | re.DOTALL
+    )
+    assert picture
+    lines = [line.partition("-->") for line in re.sub(r'\["[^"]*"\]', "", picture[1]).splitlines()[1:]]
+    return {(start.strip(), end.strip()) for start, _, ends in lines for end in ends.split("&") if end.strip()}
+
+
+def _reached_along(arrows: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    reached: set[tuple[str, str]] = set()
+    more = arrows
+    while more - reached:
+        reached |= more
+        more = {(start, far) for start, middle in reached for near, far in arrows if near == middle}
+    return reached
+
+
 def _is_field(event: str) -> bool:
     """Fields of a pool's spec look like events: `gateway.replicas`."""
     return f"| `{event}` |" in text(ROOT / "docs" / "pool-spec.md")
