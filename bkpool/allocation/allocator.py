@@ -289,7 +289,7 @@ class Allocator:
             message = f"no worker of {where} became free within {render(request.wait)}"
         return NoCapacity(
             message,
-            hint="Wait longer (`wait`), or raise spec.scaling.max of the pool.",
+            hint="Wait longer, or raise spec.scaling.max of the pool.",
             retry_after=30,
         )
 

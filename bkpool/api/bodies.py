@@ -48,6 +48,6 @@ async def read_body(request: web.Request, model: type[B]) -> B:
         reason = found.message.removeprefix(f"{found.field}: ")
         raise InvalidInput(
             f"the request is not valid: {reason}",
-            hint=f"Correct `{found.field}` in the request.",
+            hint="Correct this value.",
             field=found.field,
         ) from None

@@ -68,7 +68,7 @@ class AllocateBody(Body):
         if self.wait > max_wait and "wait" in self.model_fields_set:
             raise InvalidInput(
                 f"the request is not valid: must be at most {durations.render(max_wait)}",
-                hint="Correct `wait` in the request.",
+                hint="Ask for a shorter wait, or raise api.max_wait of the appliance.",
                 field="wait",
             )
         return AllocationRequest(

@@ -5,7 +5,6 @@ Pure; it sends nothing and shows nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +44,7 @@ def error_of(status: int, answer: Mapping[str, Any], options: Mapping[str, str] 
     field = str(answer.get("field") or "")
     return kind(
         _named(str(answer["message"]), field, options),
-        hint=_translated(str(answer.get("hint") or ""), options),
+        hint=str(answer.get("hint") or ""),
         code=code or None,
         exit_code=errors.EXIT.get(code),
         field=options.get(field, field) or None,
@@ -56,10 +55,4 @@ def error_of(status: int, answer: Mapping[str, Any], options: Mapping[str, str] 
 def _named(message: str, field: str, options: Mapping[str, str]) -> str:
     """The message with the option before it, in place of the field's name."""
     option = options.get(field)
-    message = _translated(message, options)
     return f"{option}: {message.removeprefix(f'{field}: ').removeprefix(_INVALID)}" if option else message
-
-
-def _translated(text: str, options: Mapping[str, str]) -> str:
-    """The text with each field that it has in backticks replaced by its option."""
-    return re.sub(r"`(\w+)`", lambda match: f"`{options.get(match[1], match[1])}`", text)

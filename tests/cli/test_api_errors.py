@@ -17,17 +17,14 @@ from bkpool.core.errors import InvalidInput
             {
                 "field": "wait",
                 "message": "the request is not valid: must be at most 1h",
-                "hint": "Correct `wait` in the request.",
+                "hint": "Ask for a shorter wait.",
             },
-            *("--wait: must be at most 1h", "Correct `--wait` in the request.", "--wait"),
+            *("--wait: must be at most 1h", "Ask for a shorter wait.", "--wait"),
         ),
         ({"field": "ttl", "message": "ttl: '5' is not a duration"}, "--ttl: '5' is not a duration", "", "--ttl"),
         (
-            {
-                "message": "no worker became free",
-                "hint": "Wait longer (`wait`), or raise spec.scaling.max of the pool.",
-            },
-            *("no worker became free", "Wait longer (`--wait`), or raise spec.scaling.max of the pool.", None),
+            {"message": "no worker became free", "hint": "Wait longer."},
+            *("no worker became free", "Wait longer.", None),
         ),
         (
             {"field": "spec.scaling.max", "message": "spec.scaling.max: 0 is too small", "hint": "Use `bkpool up`."},
