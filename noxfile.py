@@ -108,7 +108,7 @@ def e2e(session: nox.Session) -> None:
 @nox.session
 def kind(session: nox.Session) -> None:
     """The end-to-end tests on a kind cluster, and those that need a cluster. Skipped without a container engine."""
-    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions do not need the SDK
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
@@ -155,7 +155,7 @@ def chaos(session: nox.Session) -> None:
 @nox.session
 def chaos_kind(session: nox.Session) -> None:
     """The same on a kind cluster, where pods, the API server and the network are broken too."""
-    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions don't need the SDK
+    from bkpool.kind.engine import engine_fault  # noqa: PLC0415 - the other sessions do not need the SDK
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no chaos on kind: {fault}")

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.core.errors import BkpoolError
+
 ROOT = Path(__file__).parents[1]
+ERRORS = {error.__name__ for error in (BkpoolError, *BkpoolError.__subclasses__())}
 CODE = ("bkpool", "bench", "e2e", "tests", "scripts")
 
 OLD_NAMES = {
@@ -166,6 +169,32 @@ def test_no_module_exceeds_400_lines_and_no_function_60():
                 if length > 60:
                     long.append(f"{path}:{node.lineno}: {node.name} has {length} lines")
     assert not long, "\n".join(long)
+
+
+def test_messages_of_errors_begin_with_a_lower_case_letter():
+    """They follow "error: ". A name keeps its capital."""
+    found = [
+        f"{path}:{node.lineno}: {start}"
+        for path, tree in trees("bkpool").items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args
+        if re.match(r"(?:An?|All|Another|It|No|One|The|There|This) ", start := _beginning(node.args[0]))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_words_are_not_contracted():
+    kubernetes = "didn't have free ports"  # what a scheduler reports
+    contracted = re.compile(r"n't\b")
+    assert not [
+        path for path, content in text("bkpool").items() if contracted.search(content.replace(kubernetes, ""))
+    ]
+
+
+def _beginning(message: ast.expr) -> str:
+    if isinstance(message, ast.JoinedStr) and message.values:
+        message = message.values[0]
+    return message.value if isinstance(message, ast.Constant) and isinstance(message.value, str) else ""
 
 
 def test_every_module_has_a_docstring():

@@ -110,7 +110,7 @@ async def open_connection(endpoint: str, tls: WorkerTls | None, seconds: float) 
     except TimeoutError:
         raise Unavailable(f"{endpoint} did not accept a connection within {seconds:g} s") from None
     except OSError as error:
-        raise Unavailable(f"{endpoint} can't be reached: {describe(error)}") from error
+        raise Unavailable(f"{endpoint} cannot be reached: {describe(error)}") from error
     connection = ControlConnection(endpoint, channel, protocol)
     try:
         if tls is not None:

@@ -95,7 +95,7 @@ class AccessControl:
 def refusal(caller: Caller) -> str:
     """The message for a credential that no authenticator accepts."""
     reasons = dict.fromkeys(verdict.refusal for verdict in caller.verdicts if verdict.refusal)
-    return f"The bearer token is refused: {'; '.join(reasons)}" if reasons else "The bearer token is not known here"
+    return f"the bearer token is refused: {'; '.join(reasons)}" if reasons else "the bearer token is not known here"
 
 
 def forbidden(decision: AccessDecision, pool: str) -> Forbidden:
@@ -114,11 +114,11 @@ def bearer_token(authorization: Sequence[str]) -> str:
         Unauthenticated: There is no header, more than one, or it is not a bearer token.
     """
     if not authorization:
-        raise Unauthenticated("The request has no Authorization header", hint=_HINT)
+        raise Unauthenticated("the request has no Authorization header", hint=_HINT)
     if len(authorization) > 1:
-        raise Unauthenticated("The request has more than one Authorization header", hint="Send exactly one.")
+        raise Unauthenticated("the request has more than one Authorization header", hint="Send exactly one.")
     header = authorization[0].strip(" \t")
     match = _BEARER.fullmatch(header)
     if match is None or len(match[1]) > LONGEST_BEARER:
-        raise Unauthenticated("The Authorization header is not a bearer token", hint=_HINT)
+        raise Unauthenticated("the Authorization header is not a bearer token", hint=_HINT)
     return match[1]

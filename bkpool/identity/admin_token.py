@@ -56,7 +56,7 @@ def find(home: Path) -> str:
     path = _file(home)
     if not os.path.lexists(path):
         raise Unauthenticated(
-            f"There is no admin token in {home}",
+            f"there is no admin token in {home}",
             hint="Start an appliance here with bkpool up -d, or set BKCTL_TOKEN for the one at BKCTL_ENDPOINT.",
         )
     return _read(path)

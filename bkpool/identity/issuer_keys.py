@@ -212,7 +212,7 @@ async def _read(answer: aiohttp.ClientResponse) -> bytes:
 
 def _unavailable(issuer: str, cached: _CachedKeys) -> Unavailable:
     return Unavailable(
-        f"The keys of the issuer {issuer} cannot be fetched: {cached.failure}",
+        f"the keys of the issuer {issuer} cannot be fetched: {cached.failure}",
         hint="Try again. If it continues, the operator of this appliance should check `issuer` and the network.",
         retry_after=round(RETRY_SECONDS),
     )

@@ -207,7 +207,7 @@ class Authority:
         end = min(not_after, self.not_after)
         if not begin < end:
             raise HostFault(
-                f"The certificate authority expired at {self.not_after:%Y-%m-%d %H:%M} UTC",
+                f"the certificate authority expired at {self.not_after:%Y-%m-%d %H:%M} UTC",
                 hint="Stop the appliance, move its pki directory away and start again. Clients then need new leases.",
                 code="AuthorityExpired",
             )

@@ -208,7 +208,7 @@ def _errors_about(kind: type[Resource], key: Key) -> Iterator[None]:
     try:
         yield
     except NotFound:
-        raise NotFound(f"There is no {kind.KIND} {key}") from None
+        raise NotFound(f"there is no {kind.KIND} {key}") from None
     except Conflict:
         raise Conflict(
             f"{kind.KIND} {key} has changed since it was read", hint="Read it again and repeat the change."

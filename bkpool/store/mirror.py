@@ -32,7 +32,7 @@ _TRANSIENT = (Gone, Unavailable)
 _TRANSIENT_ONCE_LISTED = (*_TRANSIENT, Forbidden, Unauthenticated, NotFound)
 """An API server that has just restarted may refuse requests, or not know bkpool's kinds, until it has loaded its
 roles and custom resource definitions."""
-_UNLISTED = "The store has not been read yet"
+_UNLISTED = "the store has not been read yet"
 
 
 def _cache() -> VersionedCache[Key, R]:

@@ -77,7 +77,7 @@ class Tables:
         compacted = self._db.execute("SELECT version FROM compacted WHERE kind = ?", [kind.KIND]).fetchone()
         if version > newest or (compacted and version < compacted[0]):
             raise Gone(
-                f"The changes of {kind.KIND} since version {version} are no longer in the log", hint="List again."
+                f"the changes of {kind.KIND} since version {version} are no longer in the log", hint="List again."
             )
         rows = self._db.execute(
             "SELECT version, type, data FROM events WHERE kind = ? AND version > ? ORDER BY version LIMIT ?",
@@ -188,7 +188,7 @@ class Tables:
     def _find(self, kind: type[Resource], key: Key) -> Doc:
         row = self._db.execute(_BY_KEY, [kind.KIND, *key]).fetchone()
         if row is None:
-            raise NotFound(f"There is no {kind.KIND} {key}")
+            raise NotFound(f"there is no {kind.KIND} {key}")
         doc: Doc = json.loads(row[0])
         return doc
 

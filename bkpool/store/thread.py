@@ -81,7 +81,7 @@ class SqlThread:
             BkpoolError: What the command raises, or an error of the file or the disk.
         """
         if self._closed:
-            raise Unavailable("The store is closed", hint="The appliance is stopping: try again when it runs.")
+            raise Unavailable("the store is closed", hint="The appliance is stopping: try again when it runs.")
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put(_Job(command, future))
         return await future

@@ -29,7 +29,7 @@ def render(spec: PoolSpec, cgroup_parent: str | None, gc_defaults: CacheGC = GC_
         gc_defaults: What takes the place of fields that `spec.cache.gc` does not have; it has every size.
 
     Raises:
-        WorkerFailed: `spec.buildkitConfig` has a setting that a worker can't have.
+        WorkerFailed: `spec.buildkitConfig` has a setting that a worker cannot have.
     """
     if spec.buildkit_config is not None:
         _check(spec.buildkit_config, untrusted=spec.untrusted)
@@ -80,14 +80,14 @@ def _check(text: str, *, untrusted: bool) -> None:
         return
     if untrusted and given.get("insecure-entitlements"):
         raise WorkerFailed(
-            "spec.buildkitConfig: insecure-entitlements can't be set in an untrusted pool",
+            "spec.buildkitConfig: insecure-entitlements cannot be set in an untrusted pool",
             hint="Remove them, or spec.untrusted. With them a build can leave its sandbox.",
             field="spec.buildkitConfig",
         )
     grpc = given.get("grpc", {})
     if isinstance(grpc, dict) and "tls" in grpc:
         raise WorkerFailed(
-            "spec.buildkitConfig: [grpc.tls] can't be set",
+            "spec.buildkitConfig: [grpc.tls] cannot be set",
             hint="Remove it. bkpool itself sets how a worker is reached, and the gateway does TLS.",
             field="spec.buildkitConfig",
         )

@@ -228,7 +228,7 @@ async def test_the_reason_that_a_pod_does_not_start_is_reported_at_once_and_fail
 
     huge = {"buildkit": {"requests": {"cpu": "1000"}}}
     unscheduled = "waiting for a node: 0/1 nodes are available: 1 Insufficient cpu"
-    unpulled = "the image localhost:1/none:1 can't be pulled on node"
+    unpulled = "the image localhost:1/none:1 cannot be pulled on node"
     unnamed = "spec.buildkitImage: 'NO IMAGE' is not the name of an image"
     await asyncio.gather(
         run(0, unscheduled, None, resources=huge),

@@ -209,7 +209,7 @@ async def test_auth_check_explains_its_decision(api, audit):
     assert (refused["allowed"], refused["identity"]["pools"]) == (False, ["claimed"])
     assert "no rule in spec.auth.rbac.rules of the pool names" in refused["reason"]
     assert "verdicts" not in refused, "only the admin sees what each configuration says"
-    assert await explained("stale") == {"allowed": False, "reason": "The bearer token is refused: it has expired"}
+    assert await explained("stale") == {"allowed": False, "reason": "the bearer token is refused: it has expired"}
     assert "no pool of this name" in (await explained(BOB, "nope"))["reason"]
     assert (await explained(BOB, bearer="rubbish"))["allowed"] is False
     assert (await explained("stale", bearer="a" * 43))["verdicts"] == [

@@ -187,7 +187,7 @@ async def test_a_call_without_an_answer_ends_in_time_and_is_cancelled_at_the_ser
 
 
 async def test_nobody_there(socket_path):
-    with pytest.raises(Unavailable, match="can't be reached: No such file") as error:
+    with pytest.raises(Unavailable, match="cannot be reached: No such file") as error:
         async with connect(f"unix://{socket_path}"):
             pass
     assert isinstance(error.value.__cause__, FileNotFoundError)

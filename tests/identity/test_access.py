@@ -46,7 +46,7 @@ def test_a_malformed_header_is_refused_and_not_quoted(header):
     except Unauthenticated as error:
         token, refusal = None, error.message
     if token is None:
-        assert refusal == "The Authorization header is not a bearer token"
+        assert refusal == "the Authorization header is not a bearer token"
     else:
         assert re.fullmatch(r"[A-Za-z0-9._~+/-]+=*", token)
         assert header.strip(" \t").endswith(token)

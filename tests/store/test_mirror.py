@@ -241,7 +241,7 @@ async def test_an_unreachable_store_is_tried_ever_more_slowly_up_to_a_limit(stor
 
 async def test_trouble_says_why_the_copy_may_be_out_of_date_until_it_has_listed_again(store):
     wire, resume = Cut(store), asyncio.Event()
-    assert Mirror(wire).trouble == "The store has not been read yet"
+    assert Mirror(wire).trouble == "the store has not been read yet"
 
     async def pause(_seconds: float) -> None:
         await resume.wait()

@@ -74,7 +74,7 @@ async def test_a_daemon_that_is_killed_in_the_middle_of_a_call_is_noticed_at_onc
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
         pid = client.peer_pid
-        freeze(pid)  # so that it can't answer before it is killed
+        freeze(pid)  # so that it cannot answer before it is killed
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="broke off the call"):
             await (client.info() if call == "unary" else anext(client.history()))

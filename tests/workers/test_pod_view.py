@@ -73,7 +73,7 @@ def test_a_pod_with_an_odd_name_or_another_pools_label_is_in_no_slot():
             waiting("ImagePullBackOff", 'Back-off pulling image "an/image:1": ErrImagePull: no such host'),
             View(
                 Stage.PULLING,
-                "the image an/image:1 can't be pulled on node node-1: no such host",
+                "the image an/image:1 cannot be pulled on node node-1: no such host",
                 trouble=True,
                 field="spec.buildkitImage",
             ),
@@ -92,7 +92,7 @@ def test_a_pod_with_an_odd_name_or_another_pools_label_is_in_no_slot():
             waiting("CreateContainerConfigError", 'secret "x" not found'),
             View(
                 Stage.CREATING,
-                'its container can\'t be made on node node-1 (CreateContainerConfigError): secret "x" not found',
+                'its container cannot be made on node node-1 (CreateContainerConfigError): secret "x" not found',
                 trouble=True,
             ),
         ),

@@ -90,7 +90,7 @@ async def test_one_that_hangs_up_is_not_ready(socket):
 
 async def test_a_breach_of_http2_is_named(socket):
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(bytes(9))  # a DATA frame on stream 0, which can't carry any
+        writer.write(bytes(9))  # a DATA frame on stream 0, which cannot carry any
         await reader.read()
 
     async with listening(socket, talk):

@@ -65,7 +65,7 @@ def test_only_slots_are_taken_for_slots(tmp_path):
 
 def test_a_home_that_cant_be_written_is_a_fault_of_the_host(tmp_path):
     (tmp_path / "slots").write_text("a file where a directory should be")
-    with pytest.raises(HostFault, match="can't be written"):
+    with pytest.raises(HostFault, match="cannot be written"):
         SlotFiles(tmp_path, Slot("default", "default", 0)).write_cache(CacheRecord.of("anna"))
 
 

@@ -1,4 +1,4 @@
-"""Assigns ports of the host to workers, where the host can't reach the addresses of pods (kind).
+"""Assigns ports of the host to workers, where the host cannot reach the addresses of pods (kind).
 
 All pools share the ports. Nothing here checks whether a port is free on the machine: the cluster has bound them all.
 """

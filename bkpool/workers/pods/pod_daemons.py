@@ -103,7 +103,7 @@ class PodDaemons:
                 try:
                     endpoint = await start.wait_for_answer(self._port_changer(taken) if tries_left else _keep_port)
                 except WorkerFailed:
-                    if made or owner is None:  # the builds of a holder may run in it, and only we can't reach it
+                    if made or owner is None:  # the builds of a holder may run in it, and only we cannot reach it
                         with suppress(BkpoolError):
                             await self._writes.discard(pod)
                     raise

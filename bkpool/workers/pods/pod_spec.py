@@ -300,7 +300,7 @@ def labelled(key: Key, pool: Pool, **more: str) -> Doc:
         **more,
     }
     metadata: Doc = {"name": key.name, "namespace": key.namespace, "labels": labels}
-    if pool.uid:  # a pool that is gone can't own anything
+    if pool.uid:  # a pool that is gone cannot own anything
         metadata["ownerReferences"] = [
             {"apiVersion": API_VERSION, "kind": pool.kind, "name": pool.key.name, "uid": pool.uid}
         ]

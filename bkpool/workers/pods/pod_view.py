@@ -191,10 +191,10 @@ def _waiting(pod: Doc, waiting: Doc) -> View:
         return View(Stage.PULLING, message, trouble=True, final=True, field=_IMAGE_FIELD)
     if reason in _PULL:
         cause = _BACK_OFF.sub("", text)
-        message = f"the image {image} can't be pulled on node {node}"
+        message = f"the image {image} cannot be pulled on node {node}"
         return View(Stage.PULLING, f"{message}: {cause}" if cause else message, trouble=True, field=_IMAGE_FIELD)
     if reason in _UNMADE:
-        return View(Stage.CREATING, f"its container can't be made on node {node} ({reason}): {text}", trouble=True)
+        return View(Stage.CREATING, f"its container cannot be made on node {node} ({reason}): {text}", trouble=True)
     return View(Stage.CREATING, f"waiting for its container on node {node} ({reason})")
 
 

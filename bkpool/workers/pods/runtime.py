@@ -34,7 +34,7 @@ class PodRuntime:
         backend: Issues the workers' certificates.
         context: For probes: of `pki.worker_tls.worker_context`.
         image: The image of a pool that names none; None: BuildKit's own, rootless unless the pool is `privileged`.
-        host_ports: The ports of `host` that lead to the cluster's node, if pods' own addresses can't be reached from
+        host_ports: The ports of `host` that lead to the cluster's node, if pods' own addresses cannot be reached from
             here (kind).
         host: The address of these ports.
         namespaces: Where pools may be; None: everywhere.

@@ -67,7 +67,7 @@ class Daemon:
 
         Raises:
             WorkerFailed: It ended, or did not answer in time. None of its processes is left.
-            HostFault: The program can't be run.
+            HostFault: The program cannot be run.
         """
         wrapper = _Wrapper(launch)
         try:
@@ -146,7 +146,7 @@ class _Wrapper:
             self._process = self._open()
         except OSError as error:
             raise HostFault(
-                f"{launch.command[0]} can't be run: {error.strerror}", hint="Run bkpool doctor.", code="ToolMissing"
+                f"{launch.command[0]} cannot be run: {error.strerror}", hint="Run bkpool doctor.", code="ToolMissing"
             ) from None
         self.pid = self._child.pid
 

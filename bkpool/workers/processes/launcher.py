@@ -43,7 +43,7 @@ class Launcher:
 
         Raises:
             HostFault: This machine, or this user on it, lacks something.
-            WorkerFailed: The pool's buildkitd.toml has what a worker can't have.
+            WorkerFailed: The pool's buildkitd.toml has what a worker cannot have.
         """
         self._sandbox.check()
         socket_directory.claim(self._runtime_dir)
@@ -108,7 +108,7 @@ class Launcher:
         if done.returncode != 0:
             output = done.stderr.decode("utf-8", "replace").strip()[-500:]
             raise HostFault(
-                f"the old cache of {slot.worker} can't be removed: {output}",
+                f"the old cache of {slot.worker} cannot be removed: {output}",
                 hint=f"Remove {directories[0]} by hand. The slot is not used until it is gone.",
                 code="Permission",
             )

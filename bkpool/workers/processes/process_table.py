@@ -19,7 +19,7 @@ _KILL_TIMEOUT = 30.0  # seconds; only a process in uninterruptible I/O lives lon
 
 
 class Process:
-    """A process with an open pidfd. While it is open, it can't be confused with a later one of the same number.
+    """A process with an open pidfd. While it is open, it cannot be confused with a later one of the same number.
 
     Args:
         pid: Its number in this process's own PID namespace.

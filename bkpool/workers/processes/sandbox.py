@@ -78,7 +78,7 @@ class Sandbox:
         """Checks that this user can run workers on this machine.
 
         Raises:
-            HostFault: They can't. The error names what is missing and how to get it.
+            HostFault: They cannot. The error names what is missing and how to get it.
         """
         for binary in (self.binaries.buildkitd, self.binaries.runc):
             if not os.access(binary, os.X_OK):
@@ -129,18 +129,18 @@ class Sandbox:
         rootlesskit = self.binaries.rootlesskit
         if rootlesskit is None or not os.access(rootlesskit, os.X_OK):
             raise _missing(
-                "rootlesskit is missing, and an ordinary user can't run buildkitd without it", "Run bkpool up."
+                "rootlesskit is missing, and an ordinary user cannot run buildkitd without it", "Run bkpool up."
             )
         for program in ("newuidmap", "newgidmap"):
             if shutil.which(program, path=self.environment()["PATH"]) is None:
                 fix = "Install the package uidmap (Debian, Ubuntu) or shadow-utils (Fedora), or run bkpool as root."
                 raise _missing(
-                    f"{program} is not on the PATH, and an ordinary user can't run buildkitd without it", fix
+                    f"{program} is not on the PATH, and an ordinary user cannot run buildkitd without it", fix
                 )
         for setting, enough in _USER_NAMESPACES.items():
             if _sysctl(setting) == "0":
                 raise HostFault(
-                    f"ordinary users can't make user namespaces on this machine ({setting} is 0)",
+                    f"ordinary users cannot make user namespaces on this machine ({setting} is 0)",
                     hint=f"As root: sysctl -w {setting}={enough}; or run bkpool as root.",
                     code="Permission",
                 )
@@ -148,7 +148,7 @@ class Sandbox:
         for file in (Path("/etc/subuid"), Path("/etc/subgid")):
             if not _has_range(file, user):
                 raise HostFault(
-                    f"{file} has no range for the user {user}, and an ordinary user can't run buildkitd without it",
+                    f"{file} has no range for the user {user}, and an ordinary user cannot run buildkitd without it",
                     hint=f"As root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
                     code="Permission",
                 )

@@ -31,7 +31,7 @@ async def assign_owner(table: SlotTable, slot: ProcessSlot, owner: str | None) -
         owner: Digest of the owner; None: the owner stays as they are.
 
     Raises:
-        HostFault: It can't be written.
+        HostFault: It cannot be written.
     """
     record = CacheRecord.of(owner or (slot.cache.owner if slot.cache else None))
     if record == slot.cache:
@@ -47,7 +47,7 @@ async def remove_cache(table: SlotTable, slot: ProcessSlot, launcher: Launcher) 
     """Removes the cache of a slot whose daemon has ended, with its logs.
 
     Raises:
-        HostFault: Something can't be removed. The cache stays marked, so the slot is not used until it is.
+        HostFault: Something cannot be removed. The cache stays marked, so the slot is not used until it is.
     """
     files = slot.files
     if slot.cache is None and not files.directory.exists():

@@ -1,7 +1,7 @@
 """What a slot keeps on disk: its cache, a record of the owner of the cache, and a record of its daemon.
 
 A record is durably on disk before what it announces happens: the owner before the first use of the cache, the daemon
-before its start. So a crash leaves at worst a record of something that never happened. A cache whose record can't be
+before its start. So a crash leaves at worst a record of something that never happened. A cache whose record cannot be
 read is wiped and never handed out.
 """
 
@@ -111,12 +111,12 @@ class SlotFiles:
         """Writes durably who owns the cache.
 
         Raises:
-            HostFault: It can't be written.
+            HostFault: It cannot be written.
         """
         _write(self._cache, asdict(record))
 
     def read_daemon(self) -> DaemonRecord | None:
-        """The record of the daemon; None if there is none, or if it can't be read."""
+        """The record of the daemon; None if there is none, or if it cannot be read."""
         try:
             return DaemonRecord(**_read(self._daemon))
         except TypeError:
@@ -126,7 +126,7 @@ class SlotFiles:
         """Writes durably which daemon is started here.
 
         Raises:
-            HostFault: It can't be written.
+            HostFault: It cannot be written.
         """
         _write(self._daemon, asdict(record))
 
@@ -225,7 +225,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise HostFault(
-            f"{path} can't be written: {error.strerror}",
+            f"{path} cannot be written: {error.strerror}",
             hint="Free some space on that disk." if full else "Make the directory writable for this user.",
             code="DiskFull" if full else "Permission",
         ) from None

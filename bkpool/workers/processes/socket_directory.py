@@ -35,14 +35,14 @@ def claim(directory: Path) -> None:
     """Makes the directory, or checks that the existing one belongs to this user alone.
 
     Raises:
-        HostFault: It is a link, belongs to another user, is open to others, or can't be made.
+        HostFault: It is a link, belongs to another user, is open to others, or cannot be made.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.lstat()
     except OSError as error:
         raise HostFault(
-            f"the directory {directory} for the workers' sockets can't be made: {error.strerror}",
+            f"the directory {directory} for the workers' sockets cannot be made: {error.strerror}",
             hint="Set XDG_RUNTIME_DIR to a directory that this user may write to.",
             code="Permission",
         ) from None
