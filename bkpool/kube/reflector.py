@@ -1,4 +1,4 @@
-"""A copy in memory of one kind of object in a cluster, kept up to date by list and watch: bkpool's only such loop.
+"""A copy in memory of one kind of object in a cluster, kept up to date by list and watch.
 
 It changes nothing in the cluster and does not interpret objects. A writer may put in what it has just written; an
 older version never replaces it.
@@ -10,7 +10,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from bkpool.core.names import Key
 from bkpool.core.versioned_cache import VersionedCache
 from bkpool.kube import paths
 from bkpool.kube.client import Doc, KubeApi
+from bkpool.kube.list_and_watch import list_and_watch
 from bkpool.kube.watching import endless_watch
 
 log = structlog.get_logger(__name__)
@@ -156,34 +157,38 @@ class Reflector:
 
     async def _follow(self, namespace: str | None, cache: DocCache) -> None:
         path = self._collection.path(namespace)
-        backoff = Backoff(self._longest_pause, jitter=self._jitter)
-        while True:
-            try:
-                await self._list_and_watch(namespace, path, cache, backoff)
-            except BkpoolError as error:
-                if self._fail_fast and namespace in self._unlisted and not isinstance(error, Gone | Unavailable):
-                    raise
-                seconds = backoff.failed()
-                log.warning("reflector.interrupted", path=path, reason=error.message, again_in=round(seconds, 3))
-            except Exception:  # one malformed document must not stop the watch of all others
-                seconds = backoff.failed()
-                log.exception("reflector.crashed", path=path)
-            self._interrupted.add(path)
-            await self._pause(seconds)
 
-    async def _list_and_watch(self, namespace: str | None, path: str, cache: DocCache, backoff: Backoff) -> None:
-        """Lists once, then watches until that fails, which it always does by an exception."""
-        docs, version = await self._api.list(path, **self._collection.params)
-        self._notify(cache, cache.listed(docs, int(version)))
-        self._note_listed(namespace, path)
-        watch = endless_watch(self._api, path, version, jitter=self._jitter, **self._collection.params)
-        async with aclosing(watch) as events:
-            async for event in events:
-                backoff.succeeded()  # not after the list: a server that only fails to watch must not be flooded
-                if event["type"] == "BOOKMARK":
-                    cache.bookmark(_version_of(event["object"]))
-                else:
-                    self._notify(cache, cache.event(event["type"], event["object"]))
+        async def list_all() -> str:
+            docs, version = await self._api.list(path, **self._collection.params)
+            self._notify(cache, cache.listed(docs, int(version)))
+            self._note_listed(namespace, path)
+            return version
+
+        def watch(version: str) -> AsyncGenerator[Doc, None]:
+            return endless_watch(self._api, path, version, jitter=self._jitter, **self._collection.params)
+
+        def take(event: Doc) -> None:
+            if event["type"] == "BOOKMARK":
+                cache.bookmark(_version_of(event["object"]))
+            else:
+                self._notify(cache, cache.event(event["type"], event["object"]))
+
+        def goes_on(error: Exception, seconds: float) -> bool:
+            return self._note_failure(namespace, path, error, seconds)
+
+        backoff = Backoff(self._longest_pause, jitter=self._jitter)
+        await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
+
+    def _note_failure(self, namespace: str | None, path: str, error: Exception, seconds: float) -> bool:
+        """Logs the failure. Returns whether to try again."""
+        if not isinstance(error, BkpoolError):  # one malformed document must not stop the watch of all others
+            log.error("reflector.crashed", path=path, exc_info=error)
+        elif self._fail_fast and namespace in self._unlisted and not isinstance(error, Gone | Unavailable):
+            return False
+        else:
+            log.warning("reflector.interrupted", path=path, reason=error.message, again_in=round(seconds, 3))
+        self._interrupted.add(path)
+        return True
 
     def _note_listed(self, namespace: str | None, path: str) -> None:
         if path in self._interrupted:

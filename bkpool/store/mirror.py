@@ -8,22 +8,22 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 
 import structlog
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
-from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
+from bkpool.core.errors import Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
-from bkpool.store import Store
+from bkpool.kube.list_and_watch import list_and_watch
+from bkpool.store import Store, WatchEvent
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +70,7 @@ class Mirror:
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
         self._troubles = dict.fromkeys(followed, _UNLISTED)
+        self._unlisted = set(followed)
         self.pools: Mapping[Key, Pool] = MappingProxyType(self._pools.items)
         self.workers: Mapping[Key, Worker] = MappingProxyType(self._workers.items)
         self.configs: Mapping[Key, OIDCConfig] = MappingProxyType(self._configs.items)
@@ -113,33 +114,39 @@ class Mirror:
         return self._config_subscribers.add(callback)
 
     async def _follow(self, kind: type[R], cache: VersionedCache[Key, R], changed: Callable[[list[R]], None]) -> None:
-        backoff, listed = Backoff(_LONGEST_PAUSE, jitter=self._jitter), False
-        while True:
-            try:
-                listing = await self._store.list(kind)
-                changed(cache.listed(listing.items, int(listing.resource_version), listing.unreadable))
-                listed = True
-                self._note_listed(kind)
-                async with aclosing(self._store.watch(kind, listing.resource_version)) as events:
-                    async for event in events:
-                        backoff.succeeded()  # not after the list: a store that cannot be watched must not be flooded
-                        changed(cache.event(event.type, event.object))
-            except _TRANSIENT_ONCE_LISTED as error:
-                if not listed and not isinstance(error, _TRANSIENT):
-                    raise
-                seconds = backoff.failed()
-                self._note_trouble(kind, error, seconds)
-                await self._pause(seconds)
+        async def list_all() -> str:
+            listing = await self._store.list(kind)
+            changed(cache.listed(listing.items, int(listing.resource_version), listing.unreadable))
+            self._note_listed(kind)
+            return listing.resource_version
+
+        def watch(version: str) -> AsyncGenerator[WatchEvent[R], None]:
+            return self._store.watch(kind, version)
+
+        def take(event: WatchEvent[R]) -> None:
+            changed(cache.event(event.type, event.object))
+
+        def goes_on(error: Exception, seconds: float) -> bool:
+            return self._note_failure(kind, error, seconds)
+
+        backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
+        await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
 
     def _note_listed(self, kind: type[Resource]) -> None:
         if self._troubles.pop(kind, _UNLISTED) != _UNLISTED:
             log.info("mirror.resumed", kind=kind.KIND)
+        self._unlisted.discard(kind)
         if not self._troubles:
             self.ready.set()
 
-    def _note_trouble(self, kind: type[Resource], error: BkpoolError, seconds: float) -> None:
+    def _note_failure(self, kind: type[Resource], error: Exception, seconds: float) -> bool:
+        """Notes and logs a failure that may pass. Returns whether to try again: any other failure ends the mirror."""
+        passing = _TRANSIENT if kind in self._unlisted else _TRANSIENT_ONCE_LISTED
+        if not isinstance(error, passing):
+            return False
         self._troubles[kind] = error.message
         log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
+        return True
 
     def _pools_changed(self, pools: list[Pool]) -> None:
         for pool in pools:

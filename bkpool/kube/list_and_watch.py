@@ -1,0 +1,52 @@
+"""The loop that keeps a copy up to date: list, watch, and after a failure pause and list again. There is only one.
+
+It knows neither objects nor caches: the reflector (a cluster's documents) and the store's mirror (pools, workers,
+issuers, from SQLite too) say how to list, how to watch, and which failures end the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import NoReturn, TypeVar
+
+from bkpool.core.backoff import Backoff
+
+Event = TypeVar("Event")
+
+
+async def list_and_watch(
+    list_all: Callable[[], Awaitable[str]],
+    watch: Callable[[str], AsyncGenerator[Event, None]],
+    on_event: Callable[[Event], None],
+    on_failure: Callable[[Exception, float], bool],
+    *,
+    backoff: Backoff,
+    pause: Callable[[float], Awaitable[None]],
+) -> NoReturn:
+    """Lists and watches until cancelled.
+
+    Args:
+        list_all: Lists, and puts the list into the cache. Returns the version from which to watch.
+        watch: Yields the changes since that version. A watch that ends without an error is followed by a list.
+        on_event: Puts a change into the cache.
+        on_failure: Called in the exception's handler with the exception and the seconds until the next try. Returns
+            whether there is a next try.
+        backoff: The pauses.
+        pause: Waits that many seconds.
+
+    Raises:
+        Exception: The one after which `on_failure` returned False.
+    """
+    while True:
+        try:
+            version = await list_all()
+            async with aclosing(watch(version)) as events:
+                async for event in events:
+                    backoff.succeeded()  # not after the list: a server that only fails to watch must not be flooded
+                    on_event(event)
+        except Exception as error:
+            seconds = backoff.failed()
+            if not on_failure(error, seconds):
+                raise
+            await pause(seconds)
