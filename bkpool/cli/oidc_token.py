@@ -21,7 +21,9 @@ from bkpool.core.names import DEV_ISSUER_PORT
 @click.option("--actor", "--oidc-actor", help="The user of the token.  [default: your user name]")
 @click.option("--repository", "--oidc-repository", metavar="OWNER/NAME", help="The repository of the job.")
 @click.option(
-    "--subject", "--oidc-subject", help="The claim `sub`.  [default: in the form of GitHub, else the actor]"
+    "--subject",
+    "--oidc-subject",
+    help="The claim `sub`.  [default: with --repository that of a job on GitHub, else the actor]",
 )
 @click.option("--audience", help="The audience of the token.  [default: $BKCTL_AUDIENCE, else buildkit-controller]")
 @click.option(
