@@ -139,7 +139,7 @@ def test_a_duration(text):
 @given(st.text(max_size=60) | st.text("0123456789abcdef.:-[]%/", max_size=40))
 def test_a_host(text):
     with suppress(BkpoolError):
-        assert str(parse_host(text))
+        assert str(parse_host(text, "--gateway-host"))
     assert pool_named(text) is None or isinstance(pool_named(text), Key)
 
 

@@ -26,7 +26,7 @@ from bkpool.install.manifests import CONTROLLER
 from bkpool.pki.authority import Authority, renew_at
 from bkpool.pki.bundle import CA_CERT
 from bkpool.pki.chain import load_chain
-from bkpool.pki.names import CertificateNames, gateway_names
+from bkpool.pki.names import CertificateNames, gateway_names, parse_host
 
 log = structlog.get_logger(__name__)
 
@@ -51,17 +51,25 @@ def make_api_tls(options: RunOptions, authority: Authority, now: Callable[[], da
     """
     api = options.settings.api
     if api.cert is not None and api.key is not None:
-        return FileTls(api.cert, api.key)
+        return FileTls(api.cert, api.key, options.where("api.cert"))
     life = options.settings.certificates.server_life
     return IssuedTls(authority, api_names(options), options.home, now, life) if api.tls else None
 
 
 def api_names(options: RunOptions) -> CertificateNames:
-    """The names of the API: this machine's, those that the user gave, and that of its Service in a cluster."""
+    """The names of the API: this machine's, those that the user gave, and that of its Service in a cluster.
+
+    Raises:
+        InvalidInput: A name that the user gave is neither a DNS name nor an IP address.
+    """
     settings = options.settings
     host, _ = settings.api.address
-    extra = (*settings.gateway.hosts, *(() if host in _ALL_INTERFACES else (host,)))
-    return gateway_names(socket.gethostname(), [Key(settings.kubernetes.namespace, CONTROLLER)], extra)
+    extra = settings.gateway.hosts
+    if host not in _ALL_INTERFACES:
+        parse_host(host, options.where("api.address"))  # checked here, so that the message names its setting
+        extra = (*extra, host)
+    pools = [Key(settings.kubernetes.namespace, CONTROLLER)]
+    return gateway_names(socket.gethostname(), pools, extra, options.where("gateway.hosts"))
 
 
 class ApiTls(ABC):
@@ -163,9 +171,11 @@ class FileTls(ApiTls):
     Args:
         cert: The certificate with its chain, PEM.
         key: Its key, PEM, without a passphrase.
+        where: What gave the certificate, for error messages.
     """
 
-    def __init__(self, cert: Path, key: Path) -> None:
+    def __init__(self, cert: Path, key: Path, where: str) -> None:
+        self._where = where
         self._files = (cert, key)
         self._read: tuple[bytes, bytes] | None = None
         super().__init__()
@@ -182,7 +192,7 @@ class FileTls(ApiTls):
             self._take(*read)
         except (OSError, ValueError, TypeError) as error:  # ssl.SSLError is an OSError
             fault = HostFault(
-                f"--api-cert {self._files[0]} and --api-key {self._files[1]} cannot be used: {_reason(error)}",
+                f"{self._where}: {self._files[0]} and its key {self._files[1]} cannot be used: {_reason(error)}",
                 hint=_HINT,
                 code="Unreadable",
             )

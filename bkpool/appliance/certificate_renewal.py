@@ -30,6 +30,7 @@ class CertificateRenewal:
         authority: Signs it.
         mirror: Knows the pools, whose Services are among the names.
         hosts: Further names of the gateway.
+        hosts_from: What gave them, for error messages.
         now: The clock.
         recorder: Records a changed certificate at each pool.
         life: How long a certificate is valid.
@@ -42,6 +43,7 @@ class CertificateRenewal:
         authority: Authority,
         mirror: Mirror,
         hosts: tuple[str, ...],
+        hosts_from: str,
         now: Callable[[], datetime],
         recorder: Recorder,
         life: timedelta = SERVER_LIFE,
@@ -50,6 +52,7 @@ class CertificateRenewal:
         self._authority = authority
         self._mirror = mirror
         self._hosts = hosts
+        self._hosts_from = hosts_from
         self._now = now
         self._recorder = recorder
         self._life = life
@@ -60,7 +63,7 @@ class CertificateRenewal:
     def install(self, gateway: Gateway) -> None:
         """Hands the gateway its certificate, newly issued if that is due. Open connections continue."""
         self._named_pools = tuple(sorted(self._mirror.pools))
-        names = gateway_names(socket.gethostname(), self._named_pools, self._hosts)
+        names = gateway_names(socket.gethostname(), self._named_pools, self._hosts, self._hosts_from)
         stored = storage.server_certificate(self._directory, self._authority, names, self._now(), self._life)
         self._due = stored.renew_at
         certificate = stored.cert_file.read_bytes()

@@ -70,7 +70,7 @@ class ControlReplica:
             )
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, settings.metrics.address, "--metrics-address")
+        await serve(stack, app, settings.metrics.address, options.where("metrics.address"))
         stack.push_async_callback(shutdown.pause, settings.appliance.endpoint_removal_delay.total_seconds())
         if Role.CONTROLLER in settings.appliance.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.

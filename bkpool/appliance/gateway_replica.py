@@ -57,7 +57,7 @@ class GatewayReplica:
 
         # Served first: the kubelet asks while the replica waits for the store and its Secret.
         app = add_probes(metrics_app(context.registry), not_ready_reason)
-        await serve(stack, app, options.settings.metrics.address, "--metrics-address")
+        await serve(stack, app, options.settings.metrics.address, options.where("metrics.address"))
         await follow(stack, context, mirror)
         secret = await GatewaySecret.open(api, self._pool)
         gateway = await open_gateway(

@@ -79,9 +79,8 @@ class HostAppliance:
             unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
         )
         api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
-        metrics = await serve(
-            stack, metrics_app(context.registry), self._settings.metrics.address, "--metrics-address"
-        )
+        where = self._options.where("metrics.address")
+        metrics = await serve(stack, metrics_app(context.registry), self._settings.metrics.address, where)
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
         stack.push_async_callback(self._drain, context, gateway, mirror)
@@ -118,6 +117,7 @@ class HostAppliance:
             authority=backend.authority,
             mirror=mirror,
             hosts=self._settings.gateway.hosts,
+            hosts_from=options.where("gateway.hosts"),
             now=context.now,
             recorder=backend.recorder,
             life=self._settings.certificates.server_life,
@@ -145,7 +145,7 @@ class HostAppliance:
         if options.dev_issuer_url is None:
             return ()
         app = make_dev_issuer(options.dev_issuer_url, context.now)
-        await serve(stack, app, self._settings.dev_issuer.address, "--dev-issuer-address")
+        await serve(stack, app, self._settings.dev_issuer.address, options.where("dev_issuer.address"))
         return (dev_config(options.dev_issuer_url, self._settings.kubernetes.namespace),)
 
     async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:

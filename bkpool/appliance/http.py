@@ -22,7 +22,7 @@ async def serve(
     stack: AsyncExitStack,
     app: web.Application,
     address: Address,
-    option: str,
+    where: str,
     ssl_context: ssl.SSLContext | None = None,
 ) -> str:
     """Serves an application until the stack is closed. A caller who closes the connection cancels their request.
@@ -31,7 +31,7 @@ async def serve(
         stack: Closes the server.
         app: What is served.
         address: Where; port 0 takes a free port.
-        option: The command line option that set the address, for error messages.
+        where: What gave the address, for error messages: an option, a variable or a place in a file.
         ssl_context: Serves over TLS if given.
 
     Returns:
@@ -47,11 +47,11 @@ async def serve(
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise HostFault(
-                f"{option}: port {port} on {host} is in use",
-                hint=f"Stop the program that `ss -ltnp 'sport = :{port}'` shows, or give another {option}.",
+                f"{where}: port {port} on {host} is in use",
+                hint=f"Stop the program that `ss -ltnp 'sport = :{port}'` shows, or choose another port.",
                 code="PortTaken",
             ) from None
-        raise HostFault(f"{option}: cannot listen on {host}:{port}: {error.strerror}") from None
+        raise HostFault(f"{where}: cannot listen on {host}:{port}: {error.strerror}") from None
     bound = runner.addresses[0]
     return f"{url_host(bound[0])}:{bound[1]}"
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from bkpool.appliance.run_options import ALL_ROLES, RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import LOOPBACK
-from bkpool.settings import Settings
 
 
 def check_settings(options: RunOptions) -> None:
@@ -19,46 +18,50 @@ def check_settings(options: RunOptions) -> None:
     """
     api = options.settings.api
     if (api.cert is None) != (api.key is None):
-        given, missing = ("--api-cert", "--api-key") if api.cert else ("--api-key", "--api-cert")
+        given, missing = map(options.where, ("api.cert", "api.key") if api.cert else ("api.key", "api.cert"))
         raise InvalidInput(f"{given}: {missing} is missing", hint="Give both files, or neither.", field=missing)
     host, _ = api.address
     if host not in LOOPBACK and options.api_scheme == "http" and not api.plain_http:
+        where = options.where("api.address")
         raise InvalidInput(
-            f"--api-address: other machines can reach {host}, and the API would be served in clear",
+            f"{where}: other machines can reach {host}, and the API would be served in clear",
             hint="Add --api-tls (or --api-cert and --api-key), use 127.0.0.1, or add --plain-http.",
-            field="--api-address",
+            field=where,
         )
     if options.settings.dev_issuer.enabled:
-        _check_dev_issuer(options.settings)
+        _check_dev_issuer(options)
 
 
-def _check_dev_issuer(settings: Settings) -> None:
+def _check_dev_issuer(options: RunOptions) -> None:
     """Checks that only this machine reaches the development issuer: it makes a token for anybody.
 
     Raises:
         InvalidInput: Another machine could reach the issuer, or the API that trusts it.
     """
-    for option, (host, _) in (
-        ("--dev-issuer-address", settings.dev_issuer.address),
-        ("--api-address", settings.api.address),
+    settings = options.settings
+    address_from = options.where("dev_issuer.address")
+    for where, (host, _) in (
+        (address_from, settings.dev_issuer.address),
+        (options.where("api.address"), settings.api.address),
     ):
         if host not in LOOPBACK:
             raise InvalidInput(
-                f"{option}: other machines can reach {host}, and the development issuer makes a token for anybody",
+                f"{where}: other machines can reach {host}, and the development issuer makes a token for anybody",
                 hint="Use 127.0.0.1 for both addresses, or leave --dev-issuer out and configure a real issuer.",
-                field=option,
+                field=where,
             )
     if settings.dev_issuer.address[1] == 0:
         raise InvalidInput(
-            "--dev-issuer-address: the port must not be 0",
+            f"{address_from}: the port must not be 0",
             hint="Give a fixed port: it is part of the issuer's name in every token.",
-            field="--dev-issuer-address",
+            field=address_from,
         )
     if settings.appliance.roles != ALL_ROLES:
+        where = options.where("dev_issuer.enabled")
         raise InvalidInput(
-            "--dev-issuer: cannot be used together with --roles",
+            f"{where}: cannot be used together with {options.where('appliance.roles')}",
             hint="Configure the cluster's own issuer, or another real one.",
-            field="--dev-issuer",
+            field=where,
         )
 
 

@@ -78,9 +78,11 @@ def _ensure_kind_cluster(options: RunOptions, report: StartupReporter) -> Cluste
             lambda text: report({"progress": text}),
             settings.kind.ready_timeout,
         )
-        cluster = kind.ensure(settings.kind.cluster, node_image=settings.kind.node_image)
+        cluster = kind.ensure(
+            settings.kind.cluster, node_image=settings.kind.node_image, where=options.where("kind.cluster")
+        )
         for archive in settings.kind.image_archives:
-            kind.load_archive(cluster, archive)
+            kind.load_archive(cluster, archive, where=options.where("kind.image_archives"))
         if settings.workers.buildkit_image is not None:
             kind.load_image(cluster, settings.workers.buildkit_image)
     return cluster

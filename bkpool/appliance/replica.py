@@ -27,25 +27,27 @@ def make_replica(options: RunOptions) -> Replica:
     Raises:
         InvalidInput: These roles cannot run together, or an option that they need is missing.
     """
+    roles_from = options.where("appliance.roles")
     if options.backend not in {"auto", "kubernetes"}:
         raise InvalidInput(
-            f"--roles: cannot be used with --backend {options.backend}",
-            hint="Leave --roles out, or use --backend kubernetes.",
-            field="--roles",
+            f"{roles_from}: cannot be used with --backend {options.backend}",
+            hint="Leave the roles out, or use --backend kubernetes.",
+            field=roles_from,
         )
     roles, pool = options.settings.appliance.roles, options.settings.gateway.pool
     if roles == {Role.GATEWAY}:
         if pool is None:
+            where = options.where("gateway.pool")
             raise InvalidInput(
-                "--pool: missing; --roles gateway serves one pool",
+                f"{where}: missing; the role gateway ({roles_from}) serves one pool",
                 hint="Give the pool: --pool NAMESPACE/NAME.",
-                field="--pool",
+                field=where,
             )
         return GatewayReplica(options, pool)
     if Role.GATEWAY in roles:
         raise InvalidInput(
-            "--roles: gateway runs alone, or together with both api and controller",
-            hint="Use --roles gateway, or --roles api,controller.",
-            field="--roles",
+            f"{roles_from}: gateway runs alone, or together with both api and controller",
+            hint="Give gateway alone, or api,controller.",
+            field=roles_from,
         )
     return ControlReplica(options)

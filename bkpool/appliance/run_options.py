@@ -5,11 +5,13 @@ Nothing is checked or opened here. What an operator can set, with its defaults, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bkpool.kube import ClusterAccess
 from bkpool.settings import Address, Role, Settings
+from bkpool.settings.catalogue import find
 from bkpool.settings.model import ALL_ROLES
 
 __all__ = ["ALL_ROLES", "Address", "Role", "RunOptions"]
@@ -25,6 +27,7 @@ class RunOptions:
         backend: `auto`, `process`, `kind` or `kubernetes`.
         pool_files: Files with pools and issuers.
         settings: What an operator can set.
+        places: Name of a setting to where its value was given; those with defaults are missing.
     """
 
     home: Path
@@ -32,6 +35,20 @@ class RunOptions:
     backend: str = "auto"
     pool_files: tuple[Path, ...] = ()
     settings: Settings = Settings()  # noqa: RUF009 - immutable
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def where(self, name: str) -> str:
+        """What a message about a setting begins with, so that it names what the user typed.
+
+        Args:
+            name: The setting, such as api.address.
+
+        Returns:
+            The option, the variable, or the place in a file that gave the value. For a default the option that would
+            change it, or the variable if there is no such option.
+        """
+        setting = find(name)
+        return self.places.get(name) or setting.option or setting.variable
 
     @property
     def api_scheme(self) -> str:

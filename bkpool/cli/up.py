@@ -103,6 +103,7 @@ def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, 
         backend=backend,
         pool_files=pool_files,
         settings=resolved.settings,
+        places=resolved.places,
     )
     try:
         return run(run_options, report)

@@ -34,7 +34,7 @@ from bkpool.controller.pool_gateway_objects import (
     service_type,
 )
 from bkpool.core.backoff import Backoff
-from bkpool.core.errors import BkpoolError, Conflict, Forbidden, InvalidInput, NotFound, Unavailable
+from bkpool.core.errors import BkpoolError, Conflict, Forbidden, NotFound, Unavailable
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
 from bkpool.core.pool import Pool, ServiceType
 from bkpool.core.subscribers import Subscribers
@@ -351,12 +351,7 @@ def _hint(key: Key, error: BkpoolError) -> str:
 
 
 def _names(pool: Pool, hosts: Sequence[str]) -> CertificateNames:
-    try:
-        return gateway_names("localhost", [pool.key], hosts)
-    except InvalidInput as error:
-        field = "spec.networking.external.hostname"
-        message = error.message.replace(error.field or "", field)
-        raise InvalidInput(message, hint=error.hint, field=field) from None
+    return gateway_names("localhost", [pool.key], hosts, "spec.networking.external.hostname")
 
 
 def _trouble_of(deployment: Doc | None) -> str:

@@ -9,8 +9,12 @@ from pathlib import Path
 from bkpool.core.errors import InvalidInput
 
 
-def archive_images(file: Path) -> dict[str, str]:
+def archive_images(file: Path, where: str) -> dict[str, str]:
     """The images in an archive: name to ID (sha256:…). Empty if the archive has no list of them (plain OCI).
+
+    Args:
+        file: The archive.
+        where: What gave it, for the message.
 
     Raises:
         InvalidInput: The file does not exist, or it is not an image archive.
@@ -30,7 +34,7 @@ def archive_images(file: Path) -> dict[str, str]:
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image archive"
         raise InvalidInput(
-            f"--image-archive: {file}: {reason}",
+            f"{where}: {file}: {reason}",
             hint="Create one with `docker save -o FILE IMAGE`.",
-            field="--image-archive",
+            field=where,
         ) from None

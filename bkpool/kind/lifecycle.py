@@ -75,13 +75,16 @@ class HomeCluster:
         self._report = report
         self._ready_timeout = ready_timeout
 
-    def ensure(self, name: str, *, config: Path = CONFIG, node_image: str | None = None) -> Cluster:
+    def ensure(
+        self, name: str, *, config: Path = CONFIG, node_image: str | None = None, where: str = "--cluster"
+    ) -> Cluster:
         """Adopts the cluster of that name, and starts it again if it was stopped; or creates it.
 
         Args:
             name: Its name, as `kind get clusters` shows it.
             config: The configuration to create it with.
             node_image: An image for its node instead of the default one of this kind.
+            where: What gave the name, for error messages.
 
         Returns:
             The cluster; its API server answers, and its kubeconfig is written.
@@ -94,16 +97,16 @@ class HomeCluster:
         """
         if _NAME.fullmatch(name) is None:
             raise InvalidInput(
-                f"--cluster: {name[:80]!r} is not a valid name for a kind cluster",
+                f"{where}: {name[:80]!r} is not a valid name for a kind cluster",
                 hint="Use up to 50 of a-z, 0-9, '-' and '.', beginning with a letter or digit.",
-                field="--cluster",
+                field=where,
             )
         private_directory(self._home)
         with self._locked() as lock:
             marker = self._remove_interrupted()
             if marker and marker.name != name:
                 raise HostFault(
-                    f"--cluster: {self._home} has the cluster {marker.name!r}, not {name!r}",
+                    f"{where}: {self._home} has the cluster {marker.name!r}, not {name!r}",
                     hint=f"Use --cluster {marker.name} or another BKPOOL_HOME, or start again after "
                     "`bkpool down --purge`.",
                     code="OtherCluster",
@@ -113,15 +116,20 @@ class HomeCluster:
             if not nodes:
                 self._create(name, config, node_image, lock)
                 nodes = self._engine.nodes(name)
-            node = entry_node(name, nodes)
+            node = entry_node(name, nodes, where)
             self._start(nodes)
             self._write_kubeconfig(name)
             await_api_server(name, kubeconfig_of(self._home), self._ready_timeout)
             Marker(name, "ready", made).write(self._home)
         return Cluster(name, kubeconfig_of(self._home), node.name, worker_ports(node.ports), made)
 
-    def load_archive(self, cluster: Cluster, file: Path) -> bool:
+    def load_archive(self, cluster: Cluster, file: Path, *, where: str = "--image-archive") -> bool:
         """Loads the images of an archive into the cluster, unless its node has exactly these.
+
+        Args:
+            cluster: The cluster.
+            file: The archive.
+            where: What gave the file, for error messages.
 
         Returns:
             Whether anything was loaded.
@@ -130,7 +138,7 @@ class HomeCluster:
             InvalidInput: The file is not an image archive.
             HostFault: kind failed.
         """
-        images = archive_images(file)
+        images = archive_images(file, where)
         if images and all(self._image_id(cluster, image) == wanted for image, wanted in images.items()):
             return False
         self._report(f"cluster {cluster.name}: loading {file.name}")

@@ -16,12 +16,13 @@ def worker_ports(mappings: PortMappings) -> tuple[int, ...]:
     return tuple(sorted(port for port, (_, host) in mappings.items() if port == host and port in WORKER_PORTS))
 
 
-def entry_node(name: str, nodes: Sequence[Node]) -> Node:
+def entry_node(name: str, nodes: Sequence[Node], where: str) -> Node:
     """The node of a cluster through which workers are reached.
 
     Args:
         name: The cluster's name, for the message.
         nodes: Its nodes.
+        where: What gave the name, for the message.
 
     Raises:
         HostFault: `NoWorkerPorts`: the cluster was not created from kind-config.yaml.
@@ -30,8 +31,7 @@ def entry_node(name: str, nodes: Sequence[Node]) -> Node:
         if worker_ports(node.ports):
             return node
     raise HostFault(
-        f"--cluster: the kind cluster {name!r} has no host ports for workers: "
-        "it was not created from kind-config.yaml",
+        f"{where}: the kind cluster {name!r} has no host ports for workers: it was not created from kind-config.yaml",
         hint=f"Use --cluster with another name. If you need nothing in it, run `kind delete cluster --name {name}` "
         "instead, and bkpool creates it again.",
         code="NoWorkerPorts",

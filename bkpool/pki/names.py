@@ -20,7 +20,6 @@ _DNS_NAME = re.compile(
     rf"(?=.{{1,253}}\Z)({_LABEL}\.)*(?!\d+\Z){_LABEL}"
 )  # RFC 1123 2.1: the last label is never a number
 _SERVICE = re.compile(rf"(?P<pool>{_LABEL})\.(?P<namespace>{_LABEL})\.svc(\.cluster\.local)?\.?")
-_FIELD = "--gateway-host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +30,19 @@ class CertificateNames:
     ips: tuple[IP, ...]
 
 
-def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()) -> CertificateNames:
+def gateway_names(
+    hostname: str, pools: Iterable[Key], extra: Iterable[str] = (), extra_from: str = "host"
+) -> CertificateNames:
     """Loopback, this machine, the Services of the pools, and the names that the user adds.
 
     Args:
         hostname: This machine's name. It is left out if it is not a DNS name, since no client could verify it.
         pools: All pools that the gateway serves. The Service of a pool has the pool's name.
-        extra: DNS names and IP addresses that clients use (`--gateway-host`).
+        extra: DNS names and IP addresses that clients use.
+        extra_from: What gave them, for the message: an option or a field.
 
     Raises:
-        InvalidInput: One of `extra` is neither; `field` is "--gateway-host".
+        InvalidInput: One of `extra` is neither; `field` is `extra_from`.
     """
     dns, ips = ["localhost"], [ip_address("127.0.0.1"), ip_address("::1")]
     if _DNS_NAME.fullmatch(hostname.lower()):
@@ -49,7 +51,7 @@ def gateway_names(hostname: str, pools: Iterable[Key], extra: Iterable[str] = ()
         service = f"{name}.{namespace}"
         dns += [name, service, f"{service}.svc", f"{service}.svc.cluster.local"]
     for text in extra:
-        match parse_host(text):
+        match parse_host(text, extra_from):
             case str(host):
                 dns.append(host)
             case address:
@@ -63,8 +65,12 @@ def pool_named(host: str) -> Key | None:
     return None if match is None else Key(match["namespace"], match["pool"])
 
 
-def parse_host(text: str) -> str | IP:
+def parse_host(text: str, where: str) -> str | IP:
     """Parses a host that a user has typed: a DNS name (returned in lower case) or an IP address.
+
+    Args:
+        text: The host.
+        where: What gave it, for the message.
 
     Raises:
         InvalidInput: It is neither, or has a port, a scheme, brackets or a zone.
@@ -78,8 +84,8 @@ def parse_host(text: str) -> str | IP:
         address = None
     if address is None or "%" in host:
         raise InvalidInput(
-            f"{_FIELD}: {text[:80]!r} is neither a DNS name nor an IP address",
+            f"{where}: {text[:80]!r} is neither a DNS name nor an IP address",
             hint="Give it without port, scheme or brackets, such as build.example.com, 192.0.2.7 or 2001:db8::7.",
-            field=_FIELD,
+            field=where,
         )
     return address

@@ -63,6 +63,11 @@ class ResolvedSettings:
             sections.setdefault(one.setting.section, {})[one.setting.field] = one.value
         return Settings.model_validate({name: section_models()[name](**fields) for name, fields in sections.items()})
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Name of each setting that was given to where: the option, the variable, or the place in a file."""
+        return {one.setting.name: one.where for one in self.values if one.source is not ValueSource.DEFAULT}
+
     def of(self, *sources: ValueSource) -> tuple[SettingValue, ...]:
         """The values that come from these sources."""
         return tuple(one for one in self.values if one.source in sources)

@@ -117,6 +117,16 @@ def test_the_api_address_is_one_of_its_names(options):
     assert ip_address("0.0.0.0") not in api_names(options(api={"address": ("0.0.0.0", 8082)})).ips
 
 
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [({"api": {"address": ("a_b", 8082)}}, "--api-address"), ({"gateway": {"hosts": ("a_b",)}}, "--gateway-host")],
+)
+def test_a_name_that_no_certificate_can_have_names_its_setting(options, given, where):
+    with pytest.raises(InvalidInput, match=f"^{where}: 'a_b' is neither a DNS name nor an IP address") as caught:
+        api_names(options(**given))
+    assert caught.value.field == where
+
+
 def test_there_is_no_tls_unless_the_user_asked_for_it(options, authority):
     assert make_api_tls(options(), authority, lambda: NOW) is None
 
@@ -180,7 +190,8 @@ def test_a_bad_file_is_an_error_at_the_start(options, authority, tmp_path, conte
     if content is not None:
         (tmp_path / "tls.key").write_bytes(content)
     given = options(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
-    with pytest.raises(HostFault, match=why) as caught:
+    message = rf"^--api-cert: .*tls\.crt and its key .*tls\.key cannot be used: .*{why}"
+    with pytest.raises(HostFault, match=message) as caught:
         make_api_tls(given, authority, lambda: NOW)
     assert caught.value.code == "Unreadable"
 

@@ -61,6 +61,7 @@ async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(s
         authority=Authority.create(now),
         mirror=mirror,
         hosts=("build.example.com",),
+        hosts_from="--gateway-host",
         now=lambda: now,
         recorder=gateway,
         life=timedelta(days=life),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -25,6 +26,7 @@ from bkpool.appliance.host import HostAppliance
 from bkpool.appliance.roles.gateway import GatewayRole
 from bkpool.appliance.run_options import RunOptions
 from bkpool.core.documents import Documents
+from bkpool.core.errors import HostFault
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.gateway.net.dial import PlainDial
@@ -151,6 +153,24 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
         "gateway closed",
     ]
     assert not (options.home / "appliance.json").exists()
+
+
+@pytest.mark.parametrize("section", ["api", "gateway", "metrics", "dev_issuer"])
+async def test_a_port_that_is_in_use_names_where_the_user_gave_it(options: RunOptions, section: str) -> None:
+    sections: dict[str, dict[str, Any]] = {name: {"address": FREE} for name in ("api", "gateway", "metrics")}
+    sections["dev_issuer"] = {"enabled": section == "dev_issuer"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sections[section]["address"] = taken.getsockname()
+        settings, places = Settings.model_validate(sections), {f"{section}.address": "BKPOOL_THIS"}
+        appliance = HostAppliance(
+            replace(options, settings=settings, places=places),
+            Documents(),
+            "process",
+            lambda stack, _report: open_backend(stack, options.home),
+        )
+        with pytest.raises(HostFault, match=r"^BKPOOL_THIS: port \d+ on 127\.0\.0\.1 is in use") as caught:
+            await appliance.run(lambda _report: None)
+    assert caught.value.code == "PortTaken"
 
 
 async def test_the_api_has_the_limits_of_the_settings(options: RunOptions) -> None:

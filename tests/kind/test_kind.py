@@ -135,8 +135,8 @@ def test_a_cluster_that_somebody_deleted_is_created_again(world):
 
 def test_a_home_refuses_a_second_cluster(world):
     world.kind().ensure("bkpool")
-    with pytest.raises(HostFault, match="has the cluster 'bkpool', not 'other'") as raised:
-        world.kind().ensure("other")
+    with pytest.raises(HostFault, match=r"^BKPOOL_KIND_CLUSTER: .* has the cluster 'bkpool', not 'other'") as raised:
+        world.kind().ensure("other", where="BKPOOL_KIND_CLUSTER")
     assert raised.value.code == "OtherCluster"
 
 
@@ -150,7 +150,7 @@ def test_a_stopped_node_is_started(world):
 def test_a_foreign_cluster_without_worker_ports_is_refused_and_not_touched(world):
     (world.clusters / "bkpool").touch()
     world.ports = {6443: ("127.0.0.1", 37789), 80: ("127.0.0.1", 80)}
-    with pytest.raises(HostFault, match="'bkpool' has no host ports for workers") as raised:
+    with pytest.raises(HostFault, match=r"^--cluster: .*'bkpool' has no host ports for workers") as raised:
         world.kind().ensure("bkpool")
     assert "kind delete cluster --name bkpool" in raised.value.hint
     assert world.called() == []
@@ -281,7 +281,7 @@ def test_the_error_names_a_file_that_is_not_an_archive(tmp_path, content):
     if content:
         path.write_bytes(content)
     with pytest.raises(InvalidInput, match=r"--image-archive: .*image\.tar"):
-        archive_images(path)
+        archive_images(path, "--image-archive")
 
 
 def test_a_start_waits_for_the_kind_program_of_a_killed_appliance(world):

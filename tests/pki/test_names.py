@@ -50,9 +50,9 @@ def test_a_hostname_that_is_not_a_dns_name_is_left_out(hostname):
         "a_b", "*.example.com", "büro.example", "a" * 64, ".".join(["a" * 60] * 5), "a b", "10.0.0.0/8", "a\0",
     ],
 )  # fmt: skip
-def test_an_invalid_host_is_an_error_that_names_the_option(text):
+def test_an_invalid_host_is_an_error_that_names_where_it_was_given(text):
     with pytest.raises(InvalidInput, match="--gateway-host") as refused:
-        gateway_names("h", [], [text])
+        gateway_names("h", [], [text], "--gateway-host")
     assert refused.value.field == "--gateway-host"
 
 
@@ -75,7 +75,7 @@ def test_every_accepted_host_is_in_the_certificate(text):
 
 @given(st.ip_addresses())
 def test_every_address_is_parsed_unchanged(address):
-    assert parse_host(str(address)) == address
+    assert parse_host(str(address), "--gateway-host") == address
 
 
 @pytest.mark.parametrize(

@@ -101,5 +101,5 @@ async def open_api(
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)
     ssl_context = tls.context if tls else None
-    address = await serve(stack, app, options.settings.api.address, "--api-address", ssl_context)
+    address = await serve(stack, app, options.settings.api.address, options.where("api.address"), ssl_context)
     return ApiRole(address, tls.description if tls else {}, allocator)

@@ -14,6 +14,7 @@ from bkpool.appliance.roles.context import RoleContext
 from bkpool.appliance.run_options import Address
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import gateway_limits
+from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
@@ -102,7 +103,11 @@ async def open_gateway(
         watchdog=context.watchdog,
     )
     certificate.install(gateway)
-    [(_, port)] = await gateway.start([address])
+    try:
+        [(_, port)] = await gateway.start([address])
+    except HostFault as fault:
+        where = context.options.where("gateway.address")  # the gateway knows no settings
+        raise HostFault(f"{where}: {fault.message}", hint=fault.hint, code=fault.code) from None
     stack.push_async_callback(gateway.close)
     stack.callback(feed_leases(gateway, mirror))
     await context.run_in_background(stack, certificate.run(gateway))

@@ -113,16 +113,16 @@ def _cannot_listen(host: str, port: int, error: OSError) -> HostFault:
     if error.errno == errno.EADDRINUSE:
         return HostFault(
             f"port {port} on {host} is in use by another program, and the gateway needs it",
-            hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or choose another port with --gateway-address.",
+            hint=f"Stop what `ss -ltnp 'sport = :{port}'` shows, or choose another port.",
             code="PortTaken",
         )
     if error.errno == errno.EACCES:
         return HostFault(
             f"the gateway is not allowed to listen on port {port} of {host}",
-            hint="Choose a port above 1023 with --gateway-address.",
+            hint="Choose a port above 1023.",
             code="Permission",
         )
     return HostFault(
         f"the gateway cannot listen on {host}:{port}: {error.strerror}",
-        hint="Choose an address of this machine with --gateway-address.",
+        hint="Choose an address of this machine.",
     )
