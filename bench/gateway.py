@@ -36,20 +36,16 @@ def has_threads() -> bool:
     return "threads" in inspect.signature(Gateway).parameters
 
 
-class Agrees:
-    """A registry without a store."""
+class AcceptingRegistry:
+    """A registry without a store: it accepts every registration and finds no lease."""
 
-    async def register(self, route: LeaseRoute, connections: int) -> None:
-        """Agrees."""
+    async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
-    async def renew(self, route: LeaseRoute, connections: int) -> None:
-        """Agrees."""
+    async def renew(self, route: LeaseRoute, connections: int) -> None: ...
 
-    async def withdraw(self, route: LeaseRoute) -> None:
-        """Agrees."""
+    async def withdraw(self, route: LeaseRoute) -> None: ...
 
-    async def find(self, token_sha256: str) -> None:
-        """Finds nothing, because all leases were given at the start."""
+    async def find(self, token_sha256: str) -> None: ...
 
 
 def _table(config: dict[str, Any]) -> LeaseTable:
@@ -60,7 +56,7 @@ def _table(config: dict[str, Any]) -> LeaseTable:
         digest = tokens.digest(token)
         routes[digest] = LeaseRoute(
             token_sha256=digest,
-            allocation_id=f"allocation-{number}",
+            lease_id=f"allocation-{number}",
             worker=Key("default", f"bench-worker-{number}"),
             worker_uid=WORKER_UID,
             pool=pool,
@@ -80,7 +76,7 @@ async def serve(config: dict[str, Any]) -> None:
     if config["endpoint"].startswith("tcp:"):
         dial = TlsDialler(worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"]))
     gateway = Gateway(
-        Agrees(),
+        AcceptingRegistry(),
         now=lambda: datetime.now(UTC),
         metrics=GatewayMetrics(),
         limits=replace(

@@ -22,6 +22,7 @@ from bkpool.pki import bundle
 from bkpool.pki.names import gateway_names
 from bkpool.pki.worker_tls import check_worker, worker_context
 from harness import eventually, free_port, only_on
+from support.accepting_registry import AcceptingRegistry
 
 pytestmark = [
     only_on("process", "it runs buildkitd without a pod"),
@@ -33,21 +34,6 @@ UID = "0b8ce2d5-0000-4000-8000-000000000001"
 POOL = Key("default", "p")
 TOKEN = tokens.derive(b"k" * 32, UID, "lease")
 SECRETS = bundle.ClusterSecrets.create(NOW)
-
-
-class AgreeingRegistry:
-    """A registry that accepts everything, so that only the table counts."""
-
-    async def register(self, route, connections):
-        pass
-
-    renew = register
-
-    async def withdraw(self, route):
-        pass
-
-    async def find(self, token_sha256):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +96,14 @@ async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, t
     given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
     dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
     gateway = Gateway(
-        AgreeingRegistry(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL
+        AcceptingRegistry(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL
     )
     gateway.set_server_certificate(given["tls.crt"], given["tls.key"], given["ca.crt"])
     [(_, entrance)] = await gateway.start([("127.0.0.1", 0)])
     digest = tokens.digest(TOKEN)
     route = LeaseRoute(
         token_sha256=digest,
-        allocation_id="lease",
+        lease_id="lease",
         worker=Key("default", "p-worker-0"),
         worker_uid=UID,
         pool=POOL,

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 from bkpool.cli.threads import in_thread
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
 from bkpool.core.names import LOOPBACK
+from bkpool.core.urls import is_protected
 
 ANSWER_TIMEOUT = 15.0
 """Seconds for one answer, from the look-up of the name to the last byte."""
@@ -73,10 +74,8 @@ def mint(issuer: str, body: Mapping[str, Any]) -> dict[str, Any]:
 def _check(url: str, variable: str) -> None:
     try:
         parts = urlsplit(url)
-        safe = parts.username is None and (
-            parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
-        )
-        valid = safe and bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
+        safe = parts.username is None and is_protected(parts)
+        valid = safe and url.isascii() and url.isprintable() and " " not in url
     except ValueError:
         valid = False
     if not valid:

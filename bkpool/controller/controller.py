@@ -297,7 +297,7 @@ class Controller:
         status = pool_status(pool, workers, self._status_inputs(pool), now)
         if status != pool.status:
             self._run_for_pool(pool.key, self._write_pool_status(pool.but(status=status)))
-        elif self._applied.get(pool.key) != _version(pool):
+        elif self._applied.get(pool.key) != pool.spec_version:
             self._run_for_pool(pool.key, self._apply_spec(pool))
 
     def _run_for_pool(self, pool: Key, work: Coroutine[None, None, None]) -> None:
@@ -315,7 +315,7 @@ class Controller:
         """Applies a changed spec to what the pool's workers share."""
         try:
             await self._daemons.follow(pool)
-            self._applied[pool.key] = _version(pool)
+            self._applied[pool.key] = pool.spec_version
         except BkpoolError as error:
             log.warning("pool.spec_not_applied", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
@@ -329,7 +329,3 @@ class Controller:
         except BkpoolError as error:
             log.warning("pool.status_not_written", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
-
-
-def _version(pool: Pool) -> tuple[str, int | None]:
-    return pool.uid, pool.metadata.generation

@@ -170,7 +170,7 @@ class OIDCConfigController:
             while True:
                 current = await self._store.get(OIDCConfig, *config.key)
                 status = status_of(current, finding, self._now())
-                if _version(current) != _version(config) or status == current.status:
+                if current.spec_version != config.spec_version or status == current.status:
                     return True
                 with suppress(Conflict):
                     await self._store.replace_status(current.but(status=status))
@@ -189,10 +189,5 @@ class OIDCConfigController:
 
     async def _until_changed(self, config: OIDCConfig) -> None:
         """Waits until the configuration has changed or was deleted."""
-        while (current := self._mirror.configs.get(config.key)) and _version(current) == _version(config):
+        while (current := self._mirror.configs.get(config.key)) and current.spec_version == config.spec_version:
             await self._changed.wait()
-
-
-def _version(config: OIDCConfig) -> tuple[str, int | None]:
-    """A value that changes with the configuration and not with its status."""
-    return config.uid, config.metadata.generation

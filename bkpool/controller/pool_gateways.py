@@ -171,7 +171,7 @@ class PoolGateways:
             state = self._states[key] = _GatewayState()
             self._watch(key.namespace)
             state.task = asyncio.create_task(self._keep(key, state))
-        elif state.version != _version(pool):
+        elif state.version != pool.spec_version:
             state.wake.set()
 
     def _forget(self, key: Key) -> None:
@@ -202,7 +202,7 @@ class PoolGateways:
         backoff = Backoff(_LONGEST_PAUSE, first=_FIRST_PAUSE)
         while pool := self._mirror.pools.get(key):
             state.wake.clear()
-            state.version = _version(pool)
+            state.version = pool.spec_version
             try:
                 async with self._slots:
                     due = await self._apply(pool, state)
@@ -338,10 +338,6 @@ class PoolGateways:
         state.objects[kind] = change.doc
         if kind in _WITH_STATUS and (before is None or before.get("status") != change.doc.get("status")):
             state.wake.set()
-
-
-def _version(pool: Pool) -> tuple[str, int | None]:
-    return pool.uid, pool.metadata.generation
 
 
 def _hint(key: Key, error: BkpoolError) -> str:

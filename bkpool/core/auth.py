@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from bkpool.core.names import LOOPBACK
 from bkpool.core.resource import Condition, Model, Resource
+from bkpool.core.urls import is_protected
 from bkpool.core.wildcards import matches_everything
 
 PUBLIC_ISSUERS: frozenset[str] = frozenset(
@@ -57,7 +57,7 @@ def check_url(url: str) -> str:
         raise ValueError("is not a URL") from None
     if not host or parts.username is not None or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise ValueError("write https://host/path, without user, query and fragment")
-    if parts.scheme != "https" and not (parts.scheme == "http" and host in LOOPBACK):
+    if not is_protected(parts):
         raise ValueError("must begin with https:// (http only on loopback)")
     return url
 

@@ -5,6 +5,7 @@ Owners are compared by digest only. No cache is ever given to another owner with
 
 from __future__ import annotations
 
+from bkpool.core.errors import Conflict
 from bkpool.core.pool import Reuse
 from bkpool.core.tokens import owner_digest
 
@@ -28,3 +29,22 @@ def cache_owner_digest(reuse: Reuse, tenant: str, pool_uid: str, lease_id: str) 
             return owner_digest(f"pool\0{pool_uid}")
         case Reuse.NEVER:
             return owner_digest(f"lease\0{lease_id}")
+
+
+def must_be_wiped(holder: str | None, owner: str | None) -> bool:
+    """Whether a cache must be wiped before it is used.
+
+    Args:
+        holder: The digest of the owner that the cache has; None: nobody has used it.
+        owner: The digest of the next owner; None: nobody yet.
+    """
+    return owner is not None and holder not in {None, owner}
+
+
+def belongs_to_another(cache: str) -> Conflict:
+    """The error for a cache that somebody tried to give to another owner without wiping it.
+
+    Args:
+        cache: Names it for a reader.
+    """
+    return Conflict(f"the cache of {cache} belongs to another owner", hint="It must be wiped first.")

@@ -149,6 +149,11 @@ class Resource(Model):
         """The uid that the store assigned; empty before the object is stored."""
         return self.metadata.uid or ""
 
+    @property
+    def spec_version(self) -> tuple[str, int | None]:
+        """A value that changes with the object's spec and not with its status."""
+        return self.uid, self.metadata.generation
+
     def to_json(self) -> dict[str, Any]:
         """The object as JSON data, as in the API and in the store."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -85,7 +85,7 @@ class GatewayRegistration(Model):
     """A gateway replica that may have connections of a lease (rule 10, docs/rules.md#r10)."""
 
     gateway: StrictStr
-    allocation_id: StrictStr
+    lease_id: Annotated[StrictStr, Field(alias="allocationId")]
     renewed_at: AwareDatetime
     connections: StrictInt = 0
     """Open connections when it was renewed."""

@@ -6,12 +6,12 @@ is never replaced.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import os
 import secrets
 from pathlib import Path
 
+from bkpool.core import tokens
 from bkpool.core.errors import Unauthenticated
 from bkpool.home.files import read_private, unreadable, write_private
 from bkpool.identity import Identity, Verdict
@@ -25,11 +25,11 @@ class AdminTokenAuthenticator:
     """Identifies the holder of the admin token."""
 
     def __init__(self, token: str) -> None:
-        self._digest = _digest(token)
+        self._digest = tokens.digest(token)
 
     async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
         """See Authenticator. It takes the same time for every wrong token."""
-        if not hmac.compare_digest(_digest(bearer), self._digest):
+        if not hmac.compare_digest(tokens.digest(bearer), self._digest):
             return ()
         return (Verdict("the admin's token", Identity("admin", source="the admin's token", admin=True)),)
 
@@ -71,7 +71,3 @@ def _read(path: Path) -> str:
     if len(text) != _CHARACTERS:
         raise unreadable(path, f"does not hold a token of {_CHARACTERS} characters", hint=_HINT)
     return text
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

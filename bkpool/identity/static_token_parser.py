@@ -5,7 +5,6 @@ Pure. Only digests of tokens are kept. A fault names an entry by its number, bec
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import json
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from bkpool.core import tokens
 from bkpool.core.auth import RESERVED_PREFIXES
 from bkpool.identity.claims import LONGEST_NAME, is_name
 
@@ -29,7 +29,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 class StaticToken:
     """One valid entry: the user of the token with this digest."""
 
-    digest: bytes
+    digest: str
     user: str
     pools: tuple[str, ...] | None = None
     """Patterns of the pools that it is valid for; None: no restriction."""
@@ -45,7 +45,7 @@ class StaticTokens:
 
     def of(self, bearer: str) -> tuple[StaticToken, ...]:
         """The entries of this token. Every entry is compared, so that the time reveals nothing about a digest."""
-        digest = _digest(bearer)
+        digest = tokens.digest(bearer)
         return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, digest)])
 
 
@@ -79,7 +79,7 @@ def _entry(key: object, value: object) -> StaticToken:
         raise ValueError(f"its token is shorter than {SHORTEST_TOKEN} characters")
     if pools is not None and not (isinstance(pools, list) and all(isinstance(one, str) for one in pools)):
         raise ValueError("its `pools` is not a list of names or patterns")
-    return StaticToken(_digest(token), _name(user), None if pools is None else tuple(pools))
+    return StaticToken(tokens.digest(token), _name(user), None if pools is None else tuple(pools))
 
 
 def _fields(value: object) -> dict[str, object]:
@@ -112,7 +112,3 @@ def _name(user: object) -> str:
     if user.startswith(RESERVED_PREFIXES):
         raise ValueError(f"its `user` begins with {', '.join(RESERVED_PREFIXES)}, which are reserved")
     return user
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import ipaddress
 import json
 import os
 import re
@@ -26,6 +25,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.core.names import LOOPBACK
+from bkpool.core.urls import is_protected
 from bkpool.toolchain.progress import ReportStep
 from bkpool.toolchain.table import DIGESTS, Release, Tool
 
@@ -163,7 +164,7 @@ def _unpack(archive: Path, member: str, target: Path) -> Path:
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    loopback = _is_loopback(urllib.parse.urlsplit(url).hostname)
+    loopback = urllib.parse.urlsplit(url).hostname in LOOPBACK
     proxies = [urllib.request.ProxyHandler({})] if loopback else []
     opener = urllib.request.build_opener(_SafeRedirectHandler, *proxies)
     opener.addheaders = [("User-Agent", "bkpool")]
@@ -191,17 +192,6 @@ class _SafeRedirectHandler(urllib.request.HTTPRedirectHandler):
 
 def _is_allowed(url: str) -> bool:
     try:
-        parts = urllib.parse.urlsplit(url)
-        host = parts.hostname
-    except ValueError:
-        return False
-    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host)))
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host or "").is_loopback
+        return is_protected(urllib.parse.urlsplit(url))
     except ValueError:
         return False

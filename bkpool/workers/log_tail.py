@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_LINES, _LINE = 5, 300  # at most so many lines, of so many characters
+_LINES, _LINE = 5, 300  # at most this many lines, of this many characters each
 _NOISE = re.compile(r"^\t|^\S+\.\S+$|level=(info|debug)")  # Go's stack traces, and routine messages
 
 

@@ -25,6 +25,7 @@ from bkpool.pki.chain import load_chain
 from harness import WAIT_TIMEOUT
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 ESTABLISHED = "01"
 """The state of a connection in /proc/net/tcp."""
 MEASURED_CLIENTS = 50
@@ -50,7 +51,7 @@ class GatewayProcess:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(
                 [sys.executable, HERE / "gateway_process.py"], stdin=pipe, stdout=pipe, stderr=log, text=True,
-                env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
             )  # fmt: skip
         held = {self.token("held"): None}
         leases = {self.token(name): f"unix://{self.worker}" for name in ("good", "bad")}

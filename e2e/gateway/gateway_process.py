@@ -24,21 +24,10 @@ from bkpool.gateway.control.server import Gateway, default_threads
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics
+from support.accepting_registry import AcceptingRegistry
 
 HOUR = 3600.0
 POOL = Key("default", "p")
-
-
-class EmptyRegistry:
-    """A registry without a store: it accepts every registration and finds no lease."""
-
-    async def register(self, route: LeaseRoute, connections: int) -> None: ...
-
-    async def renew(self, route: LeaseRoute, connections: int) -> None: ...
-
-    async def withdraw(self, route: LeaseRoute) -> None: ...
-
-    async def find(self, token_sha256: str) -> None: ...
 
 
 def table(leases: dict[str, str | None]) -> LeaseTable:
@@ -49,7 +38,7 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
         digest = tokens.digest(token)
         routes[digest] = LeaseRoute(
             token_sha256=digest,
-            allocation_id=f"allocation-{number}",
+            lease_id=f"allocation-{number}",
             worker=Key("default", f"p-worker-{number}"),
             worker_uid=f"uid-{number}",
             pool=POOL,
@@ -76,7 +65,7 @@ async def main() -> None:
     settings: dict[str, Any] = json.loads(await asyncio.to_thread(sys.stdin.readline))
     metrics = GatewayMetrics()
     gateway = Gateway(
-        EmptyRegistry(),
+        AcceptingRegistry(),
         now=lambda: datetime.now(UTC),
         metrics=metrics,
         limits=replace(GatewayLimits(), **settings["limits"]),

@@ -171,7 +171,7 @@ async def test_an_unused_pod_gets_one_owner_and_never_another(runtime, slot, api
     metadata = (await pod_of(api, slot))["metadata"]
     assert metadata["annotations"][ANNOTATION_CACHE_OWNER] == "anna"
     assert metadata["annotations"][pod_spec.ANNOTATION_EVICT] == "false"
-    with pytest.raises(Conflict, match="another identity"):
+    with pytest.raises(Conflict, match="another owner"):
         await runtime.caches.own(slot, "bert")
 
     await runtime.daemons.start(slot, "uid-1", "bert", pool, WaitingReports())

@@ -117,14 +117,14 @@ async def test_a_request_that_is_cancelled_leaves_the_queue(world):
 
 async def test_a_request_that_is_cancelled_while_its_worker_starts_leaves_no_lease(world):
     await world.pool()
-    world.runtime.gate.clear()
+    world.runtime.may_start.clear()
     api = world.replicas[0]
     caller = asyncio.create_task(api.allocate())
     await world.until(world.held)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
     await world.until(lambda: not any(w.lease.ended_at is None for w in world.held()))
-    world.runtime.gate.set()
+    world.runtime.may_start.set()
     await world.until(lambda: not world.held())
 
 
@@ -178,10 +178,10 @@ async def test_the_error_for_a_full_pool_names_the_pool_and_the_time(world):
 
 async def test_a_worker_that_is_not_ready_in_time_is_released(world):
     await world.pool()
-    world.runtime.gate.clear()
+    world.runtime.may_start.clear()
     with pytest.raises(NoCapacity, match="p-worker-0 of pool 'p' was not ready within 500ms"):
         await world.replicas[0].allocate(wait=0.5)
-    world.runtime.gate.set()
+    world.runtime.may_start.set()
     await world.until(lambda: not world.held())
 
 
@@ -231,13 +231,13 @@ async def test_a_repeated_request_gets_the_lease_of_the_first_one(world):
 
 async def test_one_of_two_requests_of_a_job_may_be_cancelled(world):
     await world.pool()
-    world.runtime.gate.clear()
+    world.runtime.may_start.clear()
     api = world.replicas[0]
     first, second = (asyncio.create_task(api.allocate(job_id="j")) for _ in range(2))
     await world.until(world.held)
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
-    world.runtime.gate.set()
+    world.runtime.may_start.set()
     grant = await second
     assert (await api.leases.lookup(grant.token)).key == grant.worker.key
 
@@ -273,7 +273,7 @@ async def test_a_cancelled_repetition_does_not_end_the_lease_of_its_job(world, m
     await world.pool()
     api = world.replicas[0]
     grant = await api.allocate(job_id="j")
-    world.runtime.gate.clear()  # the worker dies and is slow to come back: who joins now has to wait
+    world.runtime.may_start.clear()  # the worker dies and is slow to come back: who joins now has to wait
     world.runtime.die(grant.worker.slot)
     await world.until(lambda: world.held()[0].status.endpoint is None)
 

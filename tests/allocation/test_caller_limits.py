@@ -123,13 +123,13 @@ async def test_leases_and_open_requests_are_counted_together(world):
     await world.pool(scaling={"max": 5}, auth={"limits": {"identity": {"leases": 2}, "pool": {"leases": 3}}})
     api = world.replicas[0]
     first = await api.allocate()
-    world.runtime.gate.clear()
+    world.runtime.may_start.clear()
     second = asyncio.create_task(api.allocate(job_id="j"))
     await world.until(lambda: len(world.held()) == 2)
     with pytest.raises(NoCapacity, match=r"identity\.leases: ann may have 2 leases at once, and has or waits for 2"):
         await api.allocate()
     again = asyncio.create_task(api.allocate(job_id="j"))
-    world.runtime.gate.set()
+    world.runtime.may_start.set()
     assert (await again).token == (await second).token, "a repeated job finds its lease"
     await api.allocate(BOB)
     with pytest.raises(NoCapacity, match=r"pool\.leases: all callers of p together may have 3"):

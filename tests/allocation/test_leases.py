@@ -108,7 +108,7 @@ async def test_the_log_tail_of_a_failed_start_is_left_out_once_nobody_holds_the_
 
 async def test_a_lease_stays_while_a_gateway_is_registered(world, grant, leases):
     worker = await leases.lookup(grant.token)
-    entry = GatewayRegistration(gateway="g", allocation_id=worker.lease.id, renewed_at=world.clock())
+    entry = GatewayRegistration(gateway="g", lease_id=worker.lease.id, renewed_at=world.clock())
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
     await leases.release(grant.token)
     await world.until(lambda: world.held() and world.held()[0].status.phase is Phase.DRAINING)

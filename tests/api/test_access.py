@@ -26,11 +26,11 @@ async def api(tmp_path):
     """Both tenants may use pool p, only ann may use pool a."""
     async with running_api(tmp_path) as api:
         authority = {"authority": "https://issuer", "source": "stub"}
-        api.bearers.known = {
+        api.authenticator.known = {
             ANN: (Identity("ann", groups=("dev",), tenant_name="team", **authority),),
             BOB: (Identity("bob", pools=("claimed",), **authority),),
         }
-        api.bearers.refused = {"stale": "it has expired"}
+        api.authenticator.refused = {"stale": "it has expired"}
         await api.world.pool(auth={"rbac": {"rules": [{"users": ["ann", "bob"]}]}}, scaling={"max": 4})
         await api.world.pool("a", auth=RULES)
         yield api
@@ -113,7 +113,7 @@ async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api
 
 async def test_without_configured_access_every_authenticated_caller_may_use_all_pools(tmp_path):
     async with running_api(tmp_path) as api:
-        api.bearers.known = {BOB: (Identity("bob"),)}
+        api.authenticator.known = {BOB: (Identity("bob"),)}
         await api.world.pool()
         assert (await api("POST", ALLOCATE, {"poolName": "p"}, bearer=BOB))[0] == 200
         assert (await api("POST", ALLOCATE, {"poolName": "nope"}, bearer=BOB))[0] == 404
@@ -122,7 +122,7 @@ async def test_without_configured_access_every_authenticated_caller_may_use_all_
 
 
 async def test_of_several_identities_the_one_with_access_is_used(api):
-    api.bearers.known["both"] = (
+    api.authenticator.known["both"] = (
         Identity("ann", source="elsewhere", scope=Scope("other")),
         Identity("bob", source="here"),
     )
@@ -131,7 +131,7 @@ async def test_of_several_identities_the_one_with_access_is_used(api):
 
 
 async def test_jobs_are_per_identity_and_not_per_name(api):
-    api.bearers.known["other-bob"] = (Identity("bob", authority="https://another"),)
+    api.authenticator.known["other-bob"] = (Identity("bob", authority="https://another"),)
     first, again, others = [await lease_of(api, bearer, jobId="j") for bearer in (BOB, BOB, "other-bob")]
     assert first["token"] == again["token"]
     assert others["token"] != first["token"]
@@ -166,7 +166,7 @@ async def test_the_authorization_header(api):
         assert status == 401
         assert "more than one" in reply["error"]["message"]
     longest = "x" * LONGEST_BEARER
-    api.bearers.known[longest] = api.bearers.known[ANN]
+    api.authenticator.known[longest] = api.authenticator.known[ANN]
     assert (await api("GET", "/api/v1/pools", bearer=longest))[0] == 200
     assert (await api("GET", "/api/v1/pools", bearer=longest + "x"))[0] == 401
     status, reply, _ = await api("GET", "/api/v1/pools", bearer="stale")
@@ -242,7 +242,7 @@ async def test_the_audit_trail(api, audit):
     await api("POST", f"{WORKERS}/renew", {"workerName": lease["workerName"]}, bearer=ANN)
     await api("POST", f"{WORKERS}/release", {"workerName": lease["workerName"]}, bearer=BOB)
     await api("POST", f"{WORKERS}/release", {"token": lease["token"]}, bearer=None)
-    api.world.runtime.gate.clear()
+    api.world.runtime.may_start.clear()
     await api("POST", ALLOCATE, {"poolName": "a", "wait": "10ms"}, bearer=ANN)
     assert [
         (line["action"], line["decision"], line.get("identity"), line.get("pool"), line.get("failure"))
@@ -272,7 +272,7 @@ async def test_the_audit_trail(api, audit):
 
 
 async def test_a_caller_who_closes_the_connection_while_waiting_is_in_the_audit_trail(api, audit):
-    api.world.runtime.gate.clear()
+    api.world.runtime.may_start.clear()
     asking = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "a"}, bearer=ANN))
     await api.world.until(api.world.held)
     asking.cancel()

@@ -190,7 +190,7 @@ async def test_openapi_has_every_route_and_every_reference_resolves(api):
 async def test_the_longest_wait_is_a_limit(tmp_path):
     async with running_api(tmp_path, ApiLimits(max_wait=timedelta(milliseconds=50))) as api:
         await api.world.pool()
-        api.world.runtime.gate.clear()  # no worker becomes ready
+        api.world.runtime.may_start.clear()  # no worker becomes ready
         status, answer, _ = await api("POST", ALLOCATE, {"poolName": "p", "wait": "51ms"})
         assert (status, answer["error"]["field"]) == (400, "wait")
         assert answer["error"]["message"] == "the request is not valid: must be at most 50ms"

@@ -131,7 +131,7 @@ class PoolMachine(RuleBasedStateMachine):
         for worker in list(self.store.workers.values()):
             held = worker.lease
             if held and held.id in self.connected:
-                registration = GatewayRegistration(gateway="g", allocation_id=held.id, renewed_at=self.now)
+                registration = GatewayRegistration(gateway="g", lease_id=held.id, renewed_at=self.now)
                 self.store.replace_status(worker.with_status(gateways=(registration,)))
 
     @rule(failing=st.booleans())
@@ -205,7 +205,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         if current.lease.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
             return
-        registration = GatewayRegistration(gateway="g", allocation_id=wanted.id, renewed_at=self.now)
+        registration = GatewayRegistration(gateway="g", lease_id=wanted.id, renewed_at=self.now)
         self.store.replace_status(current.with_status(gateways=(registration,)))
         daemon = self.runtime.daemons.get(worker.slot)
         if daemon and daemon.state is DaemonState.READY:

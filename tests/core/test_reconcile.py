@@ -138,7 +138,7 @@ def test_an_ended_lease_leaves_its_worker(change, reason):
 
 
 def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
-    registered = GatewayRegistration(gateway="g", allocation_id="lease", renewed_at=NOW)
+    registered = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
     held = worker(0, lease(ended_at=NOW), phase=Phase.ALLOCATED, cache_owner="owner-a", gateways=(registered,))
     snap = snapshot(pool(), held, observed={0: seen(0, "owner-a")})
     (report,) = actions(snap)

@@ -52,7 +52,7 @@ async def gateways(store):
 
 async def test_a_registration_is_in_the_workers_status_and_is_reported(store, registry, route, seen_workers, now):
     await registry.register(route, 3)
-    entry = GatewayRegistration(gateway="gateway-1", allocation_id="allocation-1", renewed_at=now, connections=3)
+    entry = GatewayRegistration(gateway="gateway-1", lease_id="allocation-1", renewed_at=now, connections=3)
     assert await gateways(store) == (entry,)
     assert [worker.status.gateways for worker in seen_workers] == [(entry,)]
 

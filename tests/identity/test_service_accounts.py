@@ -37,8 +37,8 @@ class Cluster:
         self.answer = answer
         self.asked: list[tuple[str, dict]] = []
         self.at_once = self.most_at_once = 0
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
         self.full = asyncio.Event()
 
     async def create(self, path: str, body: dict) -> dict:
@@ -48,7 +48,7 @@ class Cluster:
         if self.at_once == MAX_CONCURRENT_REVIEWS:
             self.full.set()
         try:
-            await self.gate.wait()
+            await self.may_answer.wait()
         finally:
             self.at_once -= 1
         if isinstance(self.answer, Exception):
@@ -173,16 +173,16 @@ async def test_an_unreachable_api_server_is_no_refusal(error):
 
 async def test_reviews_are_limited_in_number_and_in_time():
     cluster = Cluster(status())
-    cluster.gate.clear()
+    cluster.may_answer.clear()
     accounts = ServiceAccountAuthenticator(cluster)
     calls = [asyncio.create_task(accounts.authenticate(token())) for _ in range(3 * MAX_CONCURRENT_REVIEWS)]
     await cluster.full.wait()
-    cluster.gate.set()
+    cluster.may_answer.set()
     answers = await asyncio.gather(*calls)
     assert all(verdict.identity for (verdict,) in answers)
     assert cluster.most_at_once == MAX_CONCURRENT_REVIEWS
 
-    cluster.gate.clear()
+    cluster.may_answer.clear()
     with pytest.raises(Unavailable):
         await ServiceAccountAuthenticator(cluster, timeout=0.01).authenticate(token())
     assert cluster.at_once == 0

@@ -112,7 +112,7 @@ def test_any_content_is_an_entry_or_a_fault(data):
     tokens = parse_static_tokens(data)
     assert len(tokens.entries) + len(tokens.faults) == len(data)
     for entry in tokens.entries:
-        assert len(entry.digest) == 32
+        assert len(entry.digest) == 64
         assert 0 < len(entry.user) <= 256
         assert entry.user.isprintable()
         assert not entry.user.startswith(RESERVED_PREFIXES)
@@ -180,8 +180,8 @@ class Cluster:
         self.version = 0
         self.asked: list[str] = []
         self.error: Exception | None = None
-        self.gate = asyncio.Event()
-        self.gate.set()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
         self.reached = asyncio.Event()
         self.put(**data)
 
@@ -192,7 +192,7 @@ class Cluster:
     async def get(self, path: str) -> dict:
         self.asked.append(path)
         self.reached.set()
-        await self.gate.wait()
+        await self.may_answer.wait()
         if self.error is not None:
             raise self.error
         return {"metadata": {"resourceVersion": str(self.version)}, "data": self.data}
@@ -231,7 +231,7 @@ async def test_a_secret_is_read_again_after_ten_seconds():
 
 async def test_a_secret_that_does_not_come_in_time_is_unavailable():
     cluster = Cluster(alice=ALICE)
-    cluster.gate.clear()
+    cluster.may_answer.clear()
     async with asyncio.timeout(4):
         with pytest.raises(Unavailable, match=r"Secret team/tokens could not be read within 0\.05 s"):
             await SecretTokenReader(cluster, Clock(), timeout=0.05).read("team", SECRET)
@@ -240,11 +240,11 @@ async def test_a_secret_that_does_not_come_in_time_is_unavailable():
 async def test_many_callers_at_once_cause_one_request_even_if_the_first_is_cancelled():
     cluster = Cluster(alice=ALICE)
     secrets = SecretTokenReader(cluster, Clock())
-    cluster.gate.clear()
+    cluster.may_answer.clear()
     calls = [asyncio.create_task(secrets.read("team", SECRET)) for _ in range(5)]
     await cluster.reached.wait()
     calls[0].cancel()
-    cluster.gate.set()
+    cluster.may_answer.set()
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(answers[0], asyncio.CancelledError)
     assert [who(tokens, ALICE) for tokens in answers[1:]] == [["alice"]] * 4

@@ -22,7 +22,7 @@ ADMIN = "a" * 43
 ALLOCATE = "/api/v1/workers/allocate"
 
 
-class Bearers:
+class StubAuthenticator:
     """Recognises callers by the tokens that a test gives them."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Api:
         self.world = world
         self.host, self.port = host, port
         self.session = session
-        self.bearers = Bearers()
+        self.authenticator = StubAuthenticator()
         self.trouble: str | None = None
         self.registry = new_registry()
 
@@ -88,7 +88,7 @@ async def running_api(directory: Path, limits: ApiLimits = ApiLimits()) -> Async
             leases=replica.leases,
             mirror=replica.mirror,
             access=AccessControl(
-                (AdminTokenAuthenticator(ADMIN), api.bearers),
+                (AdminTokenAuthenticator(ADMIN), api.authenticator),
                 replica.mirror.pools.values,
                 replica.mirror.configs.values,
             ),

@@ -183,7 +183,7 @@ class GatewayWorld:
         digest = tokens.digest(token)
         route = self._routes.get(digest) or LeaseRoute(
             token_sha256=digest,
-            allocation_id=f"allocation-{name}",
+            lease_id=f"allocation-{name}",
             worker=Key("default", "p-worker-0"),
             worker_uid="uid",
             pool=Key("default", "p"),

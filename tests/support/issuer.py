@@ -196,16 +196,16 @@ class Issuer:
     def hold(self, path: str) -> HeldAnswer:
         """Holds the next answer until the result is opened. The answer has the state at the time of the request."""
         assert self._loop is not None
-        gate = HeldAnswer(self._loop)
+        held = HeldAnswer(self._loop)
 
         async def handler(request: web.Request) -> web.StreamResponse:
             del self.answers[path]
             response = await self._handle(request)
-            await gate.passed()
+            await held.passed()
             return response
 
         self.answers[path] = handler
-        return gate
+        return held
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         path = request.path.removeprefix(self.path)

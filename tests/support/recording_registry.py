@@ -56,7 +56,7 @@ class RecordingRegistry:
     async def _record(self, method: str, route: LeaseRoute) -> None:
         await self.may_answer.wait()
         async with self._changed:
-            self.calls.append((method, route.allocation_id))
+            self.calls.append((method, route.lease_id))
             self._changed.notify_all()
         if self.error is not None:
             raise self.error

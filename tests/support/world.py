@@ -47,8 +47,8 @@ class MemoryWorkers:
         self.cache_owners: dict[Slot, str | None] = {}
         self.failure: str | None = None
         self.log_tail = ""
-        self.gate = asyncio.Event()
-        self.gate.set()  # while it is cleared, starts do not end
+        self.may_start = asyncio.Event()
+        self.may_start.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
         self.subscribers: Subscribers[[]] = Subscribers()
 
@@ -70,7 +70,7 @@ class MemoryWorkers:
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
     ) -> str:
-        await self.gate.wait()
+        await self.may_start.wait()
         if self.failure is not None:
             raise WorkerFailed(self.failure, log_tail=self.log_tail)
         held = self.cache_owners.get(slot)

@@ -168,7 +168,7 @@ async def test_a_worker_that_nobody_used_is_given_an_owner_while_it_runs(runtime
     assert await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report) == endpoint
     assert await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report) == endpoint
     assert record(tmp_path / "home") == first
-    with pytest.raises(Conflict, match="another identity"):
+    with pytest.raises(Conflict, match="another owner"):
         await runtime.caches.own(SLOT, "bert")
 
     another = ProcessRuntime(tmp_path / "home", binaries)

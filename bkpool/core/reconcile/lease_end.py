@@ -33,7 +33,7 @@ def wind_up(
     if _used_without_owner(worker, seen):
         # The holder did not have to wait for this mark. The next holder needs it: their cache must be another one.
         return SetCacheOwner(worker, lease.owner)
-    registered = [entry for entry in worker.live_registrations(now) if entry.allocation_id == lease.id]
+    registered = [entry for entry in worker.live_registrations(now) if entry.lease_id == lease.id]
     if not registered:
         return _finish(worker, lease, reason, ready_observation(worker, seen))
     if worker.status.phase is not Phase.DRAINING:

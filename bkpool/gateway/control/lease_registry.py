@@ -177,7 +177,7 @@ class StoreLeaseRegistry:
     def _with_registration(self, connections: int, worker: Worker, route: LeaseRoute) -> Worker:
         registration = GatewayRegistration(
             gateway=self._gateway,
-            allocation_id=route.allocation_id,
+            lease_id=route.lease_id,
             renewed_at=self._now(),
             connections=connections,
         )
@@ -188,13 +188,13 @@ class StoreLeaseRegistry:
         others = tuple(
             other
             for other in worker.status.gateways
-            if (other.gateway, other.allocation_id) != (self._gateway, route.allocation_id)
+            if (other.gateway, other.lease_id) != (self._gateway, route.lease_id)
         )
         return worker.with_status(gateways=others) if others != worker.status.gateways else None
 
     def _check_holder(self, worker: Worker, route: LeaseRoute) -> None:
         lease = worker.lease
-        if lease is None or lease.id != route.allocation_id or worker.uid != route.worker_uid:
+        if lease is None or lease.id != route.lease_id or worker.uid != route.worker_uid:
             raise _not_held(route)
 
 

@@ -269,7 +269,7 @@ class Connection:
             self._execute(self._machine.slot_denied(error))
             return
         route = lease.route
-        self._log_fields |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.allocation_id}
+        self._log_fields |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.lease_id}
         self._host.admitted(self)
         self._execute(self._machine.slot_taken(route, lease.hold_budget))
 

@@ -19,7 +19,7 @@ OnDone = Callable[[BkpoolError | None], None]
 
 
 class CallbackLeaseRegistry(Protocol):
-    """The lease registry (`control.registration.LeaseRegistry`) as the gateway's loops use it.
+    """The lease registry (`control.lease_registry.LeaseRegistry`) as the gateway's loops use it.
 
     Each call returns at once. The answer comes to `on_done`, in bounded time.
     """

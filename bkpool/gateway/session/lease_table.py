@@ -24,7 +24,7 @@ class LeaseRoute:
     """One lease and the address of its worker. Times are seconds since the epoch, durations are seconds."""
 
     token_sha256: str
-    allocation_id: str
+    lease_id: str
     worker: Key
     worker_uid: str
     pool: Key
@@ -95,7 +95,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
     endpoint = worker.routable_endpoint
     return LeaseRoute(
         token_sha256=lease.token_sha256,
-        allocation_id=lease.id,
+        lease_id=lease.id,
         worker=worker.key,
         worker_uid=worker.uid,
         pool=worker.pool,

@@ -120,7 +120,7 @@ class ShardLeases:
         self._table = table
         for token_sha256, lease in list(self._leases.items()):
             route = table.routes.get(token_sha256)
-            if route is not None and route.allocation_id == lease.route.allocation_id:
+            if route is not None and route.lease_id == lease.route.lease_id:
                 lease.change_route(route)
             else:
                 past = table.past.get(token_sha256)

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import structlog
 
+from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, WorkerCapacity
@@ -24,7 +25,7 @@ from bkpool.workers.pods.pod_probe import PodProbe
 from bkpool.workers.pods.pod_slots import PodSlots
 from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, PodRequest, isolation
 from bkpool.workers.pods.pod_start import PodStart
-from bkpool.workers.pods.pod_writes import PodWrites, must_be_wiped
+from bkpool.workers.pods.pod_writes import PodWrites
 from bkpool.workers.pods.start_deadline import Deadlines
 
 log = structlog.get_logger(__name__)

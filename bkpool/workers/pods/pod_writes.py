@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 
+from bkpool.core.cache_owner import belongs_to_another, must_be_wiped
 from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Key, Slot
 from bkpool.core.pool import CacheGC, LocalCache, Pool
@@ -297,18 +298,11 @@ def _ours(what: str, key: Key, doc: Doc) -> Doc:
     return doc
 
 
-def must_be_wiped(holder: str | None, owner: str | None) -> bool:
-    """Whether the cache of `holder` must be wiped before `owner` may use it. None: nobody yet, for both."""
-    return owner is not None and holder not in {None, owner}
-
-
 def _owner_change(doc: Doc, owner: str) -> Doc | None:
     """The change of metadata that gives a cache its owner; None if they have it. Raises Conflict."""
     holder = pod_view.cache_owner(doc)
     if must_be_wiped(holder, owner):
-        raise Conflict(
-            f"the cache of {paths.key_of(doc)} belongs to another identity", hint="It must be wiped first."
-        )
+        raise belongs_to_another(str(paths.key_of(doc)))
     return None if holder == owner else {"annotations": {ANNOTATION_CACHE_OWNER: owner}}
 
 

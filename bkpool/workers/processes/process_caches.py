@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bkpool.core.errors import Conflict
+from bkpool.core.cache_owner import belongs_to_another
 from bkpool.core.names import Slot
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.process_daemons import ProcessDaemons
@@ -39,9 +39,7 @@ class ProcessCaches:
         entry = self._table.get(slot)
         async with entry.lock:
             if entry.cache and entry.cache.must_be_wiped_for(owner):
-                raise Conflict(
-                    f"the cache of {slot.worker} belongs to another identity", hint="It must be wiped first."
-                )
+                raise belongs_to_another(str(slot.worker))
             await assign_owner(self._table, entry, owner)
 
     async def wipe(self, slot: Slot) -> None:

@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import Slot, check_name
 
@@ -46,7 +47,7 @@ class CacheRecord:
 
     def must_be_wiped_for(self, owner: str | None) -> bool:
         """Whether it must be wiped before this owner may use it. None, nobody yet, may have any usable cache."""
-        return self.state is CacheState.WIPING or (owner is not None and self.owner not in {None, owner})
+        return self.state is CacheState.WIPING or must_be_wiped(self.owner, owner)
 
 
 @dataclass(frozen=True, slots=True)
