@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from bkpool.cli import api_errors, console, credentials, home
+from bkpool.cli.places import where
 from bkpool.cli.threads import in_thread
 from bkpool.core import errors
 from bkpool.core.errors import InvalidInput, Unavailable
@@ -219,7 +220,8 @@ class Client:
             return answer
         why = answer.get("error") if isinstance(answer, dict) else None
         if isinstance(why, dict) and isinstance(why.get("message"), str):
-            error = api_errors.error_of(status, why, options)
+            typed = {field: where(option) for field, option in options.items()}
+            error = api_errors.error_of(status, why, typed)
             if isinstance(error, errors.Unauthenticated) and not self._credential:
                 other = self.endpoint if self._is_guess else ""
                 error.hint = credentials.hint_without_credential(os.environ, other_home=other)

@@ -20,6 +20,7 @@ from bkpool.core.errors import InvalidInput
 from bkpool.core.names import AUDIENCE
 
 EXPLICIT_VARIABLES = ("BKCTL_TOKEN", "BKCTL_TOKEN_FILE")
+ISSUER_VARIABLE = "BKCTL_OIDC_ISSUER"
 GITHUB_URL, GITHUB_TOKEN = "ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"
 GITLAB = "BKPOOL_ID_TOKEN"
 """The name that docs/ci.md gives the token in GitLab (`id_tokens`)."""
@@ -100,9 +101,10 @@ def find(
     """
     given = _explicit()
     if claims and claims.options():
-        issuer = os.environ.get("BKCTL_OIDC_ISSUER") or (appliance.dev_issuer if appliance and local else None)
+        variable = os.environ.get(ISSUER_VARIABLE)
+        issuer = variable or (appliance.dev_issuer if appliance and local else None)
         if given is None and issuer:
-            return _from_dev_issuer(issuer, claims)
+            return _from_dev_issuer(issuer, claims, ISSUER_VARIABLE if variable else "appliance.json")
         _note_without_effect(claims)
     if given is not None:
         return given
@@ -181,10 +183,10 @@ def _github(url: str) -> str:
     return issuers.github(url, checked(token, GITHUB_TOKEN), audience())
 
 
-def _from_dev_issuer(issuer: str, claims: RequestedClaims) -> Credential:
+def _from_dev_issuer(issuer: str, claims: RequestedClaims, where: str) -> Credential:
     from bkpool.cli import issuers  # noqa: PLC0415 - only for trying things out
 
-    return Credential(issuer, lambda: str(issuers.mint(issuer, claims.request())["token"]), cached=True)
+    return Credential(issuer, lambda: str(issuers.mint(issuer, claims.request(), where)["token"]), cached=True)
 
 
 def _note_without_effect(claims: RequestedClaims) -> None:

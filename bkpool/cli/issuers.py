@@ -51,18 +51,19 @@ def github(url: str, request_token: str, audience: str) -> str:
     return _text(_request(target, headers, None, variable, hint), "value", variable)
 
 
-def mint(issuer: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def mint(issuer: str, body: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A token of a development issuer: {"token", "expiresIn"}.
 
     Args:
         issuer: Its URL.
         body: The body of POST /token.
+        where: What gave the URL, for error messages.
 
     Raises:
         InvalidInput: The URL is not allowed, or the issuer refuses the request; the message has the reason.
         Unavailable: The issuer does not answer.
     """
-    _check(issuer, "--issuer (or BKCTL_OIDC_ISSUER)")
+    _check(issuer, where)
     variable = f"the issuer {issuer}"
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     hint = "Start one with `bkpool up --dev-issuer`."

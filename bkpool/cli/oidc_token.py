@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 
 import click
 
 from bkpool.cli import console, credentials, home, options
+from bkpool.cli.places import where
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEV_ISSUER_PORT
 
@@ -16,6 +16,7 @@ from bkpool.core.names import DEV_ISSUER_PORT
 @click.option(
     "--issuer",
     metavar="URL",
+    envvar=credentials.ISSUER_VARIABLE,
     help="The URL of the issuer.  [default: $BKCTL_OIDC_ISSUER, else the issuer that runs here]",
 )
 @click.option("--actor", "--oidc-actor", help="The user of the token.  [default: your user name]")
@@ -63,7 +64,7 @@ def command(
     request = credentials.RequestedClaims(actor, repository, subject).request(duration=duration)
     request["claims"] |= dict(_claim(text) for text in claims)
     request["aud"] = audience or request["aud"]
-    answer = issuers.mint(issuer or _default_issuer(), request)
+    answer = issuers.mint(issuer or _default_issuer(), request, where("--issuer"))
     if as_json:
         console.answer(answer, as_json=True, show=str)
     else:
@@ -74,7 +75,7 @@ def _default_issuer() -> str:
     """The issuer, where the user names none."""
     running = home.running()
     here = running.dev_issuer if running else None
-    return os.environ.get("BKCTL_OIDC_ISSUER") or here or f"http://localhost:{DEV_ISSUER_PORT}"
+    return here or f"http://localhost:{DEV_ISSUER_PORT}"
 
 
 def _claim(text: str) -> tuple[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import click
 
 from bkpool.cli.client import LeaseReference, NamedLease
 from bkpool.cli.credentials import RequestedClaims
+from bkpool.cli.places import where
 from bkpool.core import durations, tokens
 from bkpool.core.errors import InvalidInput, NotFound
 from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT
@@ -61,7 +63,7 @@ def duration(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
         InvalidInput: It is not a duration; the message names the option.
     """
     if value is not None:
-        durations.parse(value, field=param.opts[0])
+        durations.parse(value, field=where(param.opts[0]))
     return value
 
 
@@ -108,7 +110,7 @@ def _from_argv(parameter: str) -> bool:
 
 
 def lease_token(given: str | None) -> str:
-    """The token that `--token` points to.
+    """The token that `--token`, or its variable, points to.
 
     Raises:
         InvalidInput: No lease is named, or there is no token at that place. The message never quotes the value: it
@@ -126,22 +128,36 @@ def lease_token(given: str | None) -> str:
     if tokens.well_formed(given) and not given.startswith("@"):
         return given
     path = Path(given.removeprefix("@"))
-    path = path / LEASE_FILE if path.is_dir() else path
+    path = path / LEASE_FILE if os.path.isdir(path) else path  # noqa: PTH112 - Path.is_dir raises on a long token
     try:
         with path.open(encoding="utf-8") as file:
             return _token_in(file.read(_MAX_FILE), str(path))
     except FileNotFoundError:
         if given.startswith("@") or os.sep in given:
             raise NotFound(
-                f"--token: there is no file {path}", hint="`allocate --out DIR` writes it.", field="--token"
+                f"{where('--token')}: there is no file {path}",
+                hint="`allocate --out DIR` writes it.",
+                field=where("--token"),
             ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInput(f"--token: {path} cannot be read ({error})", field="--token") from None
+    except (OSError, ValueError) as error:
+        if _can_name_a_file(error):
+            why = getattr(error, "strerror", None) or "it is not text"
+            raise InvalidInput(
+                f"{where('--token')}: {path} cannot be read: {why}",
+                hint="Name a file with the token, or with the JSON that `allocate` wrote.",
+                field=where("--token"),
+            ) from None
     raise InvalidInput(
-        "--token: this is neither a token nor a file",
+        f"{where('--token')}: this is neither a token nor a file",
         hint="A token has 43 characters. A file must have the token, or the JSON that `allocate` wrote.",
-        field="--token",
+        field=where("--token"),
     )
+
+
+def _can_name_a_file(error: OSError | ValueError) -> bool:
+    """Whether the value that led to this error may be shown. One that names no file may be a mistyped token."""
+    too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+    return not too_long and isinstance(error, OSError | UnicodeDecodeError)  # else it has a null character
 
 
 def _token_in(text: str, source: str) -> str:
@@ -154,7 +170,7 @@ def _token_in(text: str, source: str) -> str:
     if isinstance(token, str) and tokens.well_formed(token):
         return token
     raise InvalidInput(
-        f"--token: there is no token in {source}",
+        f"{where('--token')}: there is no token in {source}",
         hint="Give the 43 characters of the field `token` in the answer of `allocate`, or that whole JSON.",
-        field="--token",
+        field=where("--token"),
     )
