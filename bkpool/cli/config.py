@@ -57,14 +57,18 @@ def set_value(*, name: str, value: str, as_json: bool) -> None:
 
     As in: bkpool config set gateway.handshake_timeout 15s
 
-    The items of a list have commas between them. The other lines of the file stay as they are.
+    The items of a list have commas between them and no brackets around them. The other lines of the file stay as they
+    are. A value that contradicts another one of the file is refused.
     """
     setting = find(name)
     checked = setting.from_text(value, where=setting.name, directory=Path.cwd())
+    up_options.check_files(SettingValue(setting, checked, ValueSource.FILE, setting.name))
     changed = files.change(home.home(), setting, checked)
     file = home.home() / files.CONFIG_FILE
     described = {"name": setting.name, "value": setting.kind.write(checked), "file": str(file), "changed": changed}
     console.answer(described, as_json=as_json, show=lambda: f"{setting.name} is {setting.text(checked)} in {file}")
+    if wrong := files.fault(home.home()):
+        console.note(f"warning: the file was wrong before, and still is: {wrong.message}")
     if os.environ.get(setting.variable):
         console.note(f"note: {setting.variable} is set in this environment and wins over the file.")
     _note_running(changed=changed)
@@ -85,8 +89,8 @@ def unset(*, name: str | None, everything: bool, as_json: bool) -> None:
         forgotten, removed = files.forget(home.home(), None), False
     else:
         setting = find(name)
+        removed = files.change(home.home(), setting, None)  # first: it may be refused
         forgotten = files.forget(home.home(), setting)
-        removed = files.change(home.home(), setting, None)
     described = {"forgotten": forgotten, "removedFromFile": removed}
     console.answer(described, as_json=as_json, show=lambda: _unset_text(forgotten=forgotten, removed=removed))
     _note_running(changed=forgotten or removed)

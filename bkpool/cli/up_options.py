@@ -58,9 +58,18 @@ def load(parameters: Mapping[str, Any]) -> ResolvedSettings:
     }
     resolved = files.load(home.home(), os.environ, given, Path.cwd())
     for value in resolved.values:
-        for path in _files(value):
-            readable(path, value.where, _hint(value))
+        check_files(value)
     return resolved
+
+
+def check_files(value: SettingValue) -> None:
+    """Checks that the files that a setting names can be read.
+
+    Raises:
+        InvalidInput: One cannot be read; the message names where it was given.
+    """
+    for path in _files(value):
+        readable(path, value.where, _hint(value))
 
 
 def arguments(values: Iterable[SettingValue]) -> list[str]:

@@ -5,6 +5,7 @@ Pure: a value comes in as an argument and goes out as a result.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -139,9 +140,11 @@ class Setting:
 
     def _refused(self, written: object, where: str, reason: str) -> InvalidInput:
         example = "" if " from " in self.allowed else f", such as {self.kind.example}"
-        return InvalidInput(
-            f"{where}: {str(written)[:80]!r} {reason}", hint=f"Write {self.allowed}{example}.", field=where
-        )
+        if isinstance(written, list):
+            shown = json.dumps(written, ensure_ascii=False, default=str)[:80]
+        else:
+            shown = repr(str(written)[:80])
+        return InvalidInput(f"{where}: {shown} {reason}", hint=f"Write {self.allowed}{example}.", field=where)
 
     def _why_out_of_bounds(self, value: Any) -> str:
         lowest, _ = self._bounds

@@ -116,7 +116,8 @@ def change(home: Path, setting: Setting, value: Any) -> bool:
         Whether the file changed.
 
     Raises:
-        InvalidInput: The file is not valid TOML, or writes this setting in a form that takes more than one line.
+        InvalidInput: The file is not valid TOML, or writes this setting in a form that takes more than one line; or
+            the change would make the file one that `up` refuses.
         HostFault: The file cannot be read or written.
     """
     file = home / CONFIG_FILE
@@ -140,9 +141,34 @@ def change(home: Path, setting: Setting, value: Any) -> bool:
             hint="Edit the file yourself.",
             field=setting.name,
         )
+    _check_change(before, wanted, file, setting)
     private_directory(home)
     write_private(file, after.encode())
     return True
+
+
+def _check_change(before: Mapping[str, Any], after: Mapping[str, Any], file: Path, setting: Setting) -> None:
+    """Refuses a change after which the values of the file contradict each other.
+
+    A file that is wrong already may be changed, or a user could not correct it one setting at a time.
+    """
+    wrong = _fault_in(after, file)
+    if wrong is not None and _fault_in(before, file) is None:
+        reason = wrong.message.removeprefix(f"{wrong.field}: ")
+        raise InvalidInput(f"{setting.name}: {reason}", hint=wrong.hint, field=setting.name)
+
+
+def fault(home: Path) -> InvalidInput | None:
+    """Why `up` would refuse config.toml by itself; None where it would not. Raises as `read`."""
+    return _fault_in(read(home / CONFIG_FILE), home / CONFIG_FILE)
+
+
+def _fault_in(document: Mapping[str, Any], file: Path) -> InvalidInput | None:
+    try:
+        resolve(from_document(document, file, ValueSource.FILE))
+    except InvalidInput as error:
+        return error
+    return None
 
 
 def read(file: Path) -> dict[str, Any]:

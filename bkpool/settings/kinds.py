@@ -123,7 +123,10 @@ def _list_of(one: Callable[[Toml, Path], Any]) -> Callable[[Toml, Path], tuple[A
     def read(given: Toml, directory: Path) -> tuple[Any, ...]:
         if not isinstance(given, list):
             raise ValueError("is not a list")  # noqa: TRY004 - as above
-        return tuple(one(item, directory) for item in given)
+        try:
+            return tuple(one(item, directory) for item in given)
+        except ValueError as error:
+            raise ValueError(f"has an item that {error}") from None
 
     return read
 
@@ -171,6 +174,8 @@ def _size(given: Toml, directory: Path) -> str:
 
 
 def _split(text: str) -> Toml:
+    if text.startswith("[") and text.endswith("]"):
+        raise ValueError("is in brackets, which only a list in config.toml has")
     return text.split(",")
 
 

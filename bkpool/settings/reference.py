@@ -35,8 +35,9 @@ hosts = ["builds.example"]
 handshake_timeout = "15s"
 ```
 
-A duration is written as in Go: `500ms`, `15s`, `1h30m`. In a variable, the items of a list have commas between them.
-A setting that does not exist, or a value that is not allowed, is an error.
+A duration is written as in Go: `500ms`, `15s`, `1h30m`. In a variable, and for `bkpool config set`, the items
+of a list have commas between them and no brackets around them. `config set` refuses a value that contradicts another
+one of the file. A setting that does not exist, or a value that is not allowed, is an error.
 """
 
 

@@ -184,6 +184,10 @@ def from_document(document: Mapping[str, Any], file: Path, source: ValueSource) 
             raise _misplaced(file, section, section)
         if section not in section_models():
             raise _unknown(f"{file}: [{section}]", "section", nearest(section, section_models()))
+        if isinstance(fields, list):
+            raise InvalidInput(
+                f"{file}: {section}: is a list, and not a section", hint=f"Write [{section}].", field=str(file)
+            )
         if not isinstance(fields, dict):
             raise _unknown(f"{file}: {section}", "field outside a section", f"Write a section: [{section}].")
         for field, written in fields.items():

@@ -68,6 +68,10 @@ def test_set_says_that_the_environment_wins(called, monkeypatch):
         (("set", "gateway.hanshake_timeout", "15s"), "error: there is no setting 'gateway.hanshake_timeout'\n"),
         (("set", "gateway.handshake_timeout", "3h"), "error: gateway.handshake_timeout: '3h' is out of bounds\n"),
         (("set", "backend", "kind"), "error: there is no setting 'backend'\n"),
+        (("set", "controller.backoff", "10m"), "error: controller.backoff: controller.backoff (10m) is more than"),
+        (("set", "gateway.hosts", '["a"]'), """error: gateway.hosts: '["a"]' is in brackets, which only a list in"""),
+        (("set", "gateway.hosts", "a,,b"), "error: gateway.hosts: 'a,,b' has an item that is empty\n"),
+        (("set", "api.cert", "/none.crt"), "error: api.cert: /none.crt cannot be read: No such file or directory\n"),
         (("unset",), "error: NAME: give the name of a setting, or --all\n"),
         (("unset", "--all", "api.tls"), "error: NAME: give the name of a setting, or --all\n"),
         (("--api-address", "x"), "error: --api-address: 'x' is not of the form HOST:PORT\n"),
@@ -79,6 +83,22 @@ def test_an_invalid_call_is_one_sentence(called, arguments, error):
     assert (code, out) == (2, "")
     assert err.startswith(error)
     assert "hint: " in err
+
+
+def test_set_says_that_the_file_is_still_wrong(called, home):
+    (home / "config.toml").write_text('[controller]\nbackoff = "10m"\n[identity]\nkeys_fresh = "2h"\n')
+    code, _, err = called("config", "set", "controller.backoff", "1s")
+    assert code == 0
+    assert err.startswith("warning: the file was wrong before, and still is: ")
+    assert "[identity] keys_fresh" in err
+
+
+def test_unset_forgets_nothing_where_it_is_refused(called, home):
+    text = '[controller]\nbackoff = "10m"\nbackoff_max = "20m"\n'
+    (home / "config.toml").write_text(text)
+    code, _, err = called("config", "unset", "controller.backoff_max")
+    assert (code, (home / "config.toml").read_text()) == (2, text)
+    assert err.startswith("error: controller.backoff_max: ")
 
 
 def test_the_backend_is_an_option_of_up(called):

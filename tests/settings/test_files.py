@@ -116,6 +116,46 @@ def test_a_form_that_takes_more_than_one_line_is_left_to_its_author(home, text):
     assert (home / "config.toml").read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "value", "message"),
+    [
+        (
+            "",
+            *("controller.backoff", "10m"),
+            "controller.backoff: controller.backoff (10m) is more than controller.backoff_max (2m)",
+        ),
+        (
+            '[controller]\nbackoff = "10m"\nbackoff_max = "20m"\n',
+            *("controller.backoff_max", None),
+            "controller.backoff_max: controller.backoff (10m) is more than controller.backoff_max (2m)",
+        ),
+        (
+            '[identity]\nkeys_fresh = "2h"\nkeys_stale = "3h"\n',
+            *("identity.keys_stale", "1h"),
+            "identity.keys_stale: identity.keys_fresh (2h) is more than identity.keys_stale (1h)",
+        ),
+    ],
+)
+def test_a_change_that_makes_the_file_wrong_is_refused(home, text, name, value, message):
+    (home / "config.toml").write_text(text)
+    one = all_settings()[name]
+    with pytest.raises(InvalidInput) as caught:
+        files.change(home, one, value and one.from_text(value, where=name, directory=HERE))
+    assert caught.value.message == message
+    assert caught.value.hint.startswith("Lower ")
+    assert (home / "config.toml").read_text() == text
+    assert files.fault(home) is None
+
+
+def test_a_file_that_is_wrong_already_may_be_corrected_one_setting_at_a_time(home):
+    (home / "config.toml").write_text('[controller]\nbackoff = "10m"\n[identity]\nkeys_fresh = "2h"\n')
+    assert "controller.backoff" in files.fault(home).message
+    assert files.change(home, all_settings()["controller.backoff"], None)
+    assert "identity.keys_fresh" in files.fault(home).message
+    assert files.change(home, all_settings()["identity.keys_fresh"], None)
+    assert files.fault(home) is None
+
+
 @given(any_value())
 def test_every_value_survives_both_files(tmp_path_factory, case):
     one, value = case

@@ -101,6 +101,16 @@ def test_each_value_knows_where_it_was_given():
             "Write a section: [api].",
         ),
         (
+            {"api": [{"tls": True}]},
+            "/home/config.toml: api: is a list, and not a section",
+            "Write [api].",
+        ),
+        (
+            {"gateway": {"hosts": ["a", ""]}},
+            '/home/config.toml: [gateway] hosts: ["a", ""] has an item that is empty',
+            "Write a list of texts, such as one,two.",
+        ),
+        (
             {"home": "/x"},
             "/home/config.toml: home: the home cannot be set in this file",
             "Set the environment variable BKPOOL_HOME.",
@@ -125,6 +135,12 @@ def test_a_fault_in_the_file_names_the_place_the_value_and_what_is_allowed(docum
         ("BKPOOL_API_TLS", "maybe", "BKPOOL_API_TLS: 'maybe' is neither true nor false"),
         ("BKPOOL_GATEWAY_CONNECTIONS", "-1", "BKPOOL_GATEWAY_CONNECTIONS: '-1' is not a whole number"),
         ("BKPOOL_GATEWAY_CONECTIONS", "5", "BKPOOL_GATEWAY_CONECTIONS: there is no such setting"),
+        ("BKPOOL_GATEWAY_HOSTS", "a,,b", "BKPOOL_GATEWAY_HOSTS: 'a,,b' has an item that is empty"),
+        (
+            "BKPOOL_GATEWAY_HOSTS",
+            '["a"]',
+            """BKPOOL_GATEWAY_HOSTS: '["a"]' is in brackets, which only a list in config.toml has""",
+        ),
         ("BKPOOL_APPLIANCE_ROLES", "cook", "BKPOOL_APPLIANCE_ROLES: 'cook' is not a list of roles"),
     ],
 )
