@@ -112,6 +112,8 @@ def _write_remembered(home: Path, layer: Layer) -> None:
 def change(home: Path, setting: Setting, value: Any) -> bool:
     """Writes one setting into config.toml, or with None removes it. All other lines stay as they are.
 
+    If the file is a symbolic link, its target is written.
+
     Returns:
         Whether the file changed.
 
@@ -143,7 +145,7 @@ def change(home: Path, setting: Setting, value: Any) -> bool:
         )
     _check_change(before, wanted, file, setting)
     private_directory(home)
-    write_private(file, after.encode())
+    write_private(file.resolve(), after.encode())  # a link stays: its target is the file of the operator
     return True
 
 
@@ -182,6 +184,10 @@ def read(file: Path) -> dict[str, Any]:
         return tomllib.loads(_text(file))
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput(f"{file}: {error}", hint="Correct this line (https://toml.io).", field=str(file)) from None
+    except RecursionError:
+        raise InvalidInput(
+            f"{file}: is nested too deeply", hint="Write sections with one value in a line.", field=str(file)
+        ) from None
 
 
 def _text(file: Path) -> str:

@@ -62,7 +62,12 @@ def test_a_remembered_value_that_this_version_does_not_know_says_how_to_forget_i
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"[api\n", r"config.toml: .* \(at line 1, column 5\)"), (b"\xff", "is not text in UTF-8")],
+    [
+        (b"[api\n", r"config.toml: .* \(at line 1, column 5\)"),
+        (b"\xff", "is not text in UTF-8"),
+        (b"x = " + b"[" * 3000 + b"]" * 3000, "config.toml: is nested too deeply"),
+        (b"x = " + b"{x = " * 3000 + b"1" + b"}" * 3000, "config.toml: is nested too deeply"),
+    ],
 )
 def test_a_file_that_is_not_toml_is_named(home, content, message):
     (home / "config.toml").write_bytes(content)
@@ -103,6 +108,18 @@ def test_one_line_of_the_file_changes_and_the_comments_stay(home, name, value, a
     changed = files.change(home, one, value and one.from_text(value, where=name, directory=HERE))
     assert (home / "config.toml").read_text() == after
     assert changed == (after != BEFORE)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_stays_and_its_target_changes(home, tmp_path, relative):
+    target = tmp_path / "dotfiles" / "bkpool.toml"
+    target.parent.mkdir()
+    target.write_text(BEFORE)
+    (home / "config.toml").symlink_to(Path("../dotfiles/bkpool.toml") if relative else target)
+    assert files.change(home, all_settings()["gateway.hosts"], ("b",))
+    assert (home / "config.toml").is_symlink()
+    assert target.read_text() == BEFORE.replace('["a"]', '["b"]')
+    assert list(target.parent.iterdir()) == [target]
 
 
 @pytest.mark.parametrize(
