@@ -18,6 +18,7 @@ from bkpool.core import durations
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT, DNS_LABEL, Key
+from bkpool.core.plain_words import BEARER
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Duration, Name
 from bkpool.core.worker import Worker
@@ -253,7 +254,7 @@ class PoolAnswer(PoolView):
 class CheckBody(Body):
     """A bearer token and a pool. Who has the token may ask."""
 
-    token: Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_BEARER, pattern=r"^[A-Za-z0-9._~+/-]+=*$")]
+    token: Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_BEARER, pattern=BEARER)]
     pool_name: ObjectName
     namespace: Namespace = DEFAULT_NAMESPACE
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.auth import Auth
+from bkpool.core.plain_words import HOST, QUANTITY, SIZE
 from bkpool.core.resource import Condition, Duration, Model, Resource
 
 
@@ -36,10 +37,10 @@ class CacheGC(Model):
     """What buildkitd's garbage collection keeps. Sizes have a unit ("10GB") or are a percentage of the disk."""
 
     enabled: StrictBool = True
-    keep_storage: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
+    keep_storage: Annotated[StrictStr, Field(pattern=SIZE)] | None = None
     keep_duration: Duration | None = None
-    reserved_space: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
-    min_free_space: Annotated[StrictStr, Field(pattern=r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$")] | None = None
+    reserved_space: Annotated[StrictStr, Field(pattern=SIZE)] | None = None
+    min_free_space: Annotated[StrictStr, Field(pattern=SIZE)] | None = None
 
 
 class Reuse(StrEnum):
@@ -50,8 +51,7 @@ class Reuse(StrEnum):
     NEVER = "never"
 
 
-_QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
-Quantity = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(pattern=_QUANTITY)]
+Quantity = Annotated[StrictInt, Field(ge=0)] | Annotated[StrictStr, Field(pattern=QUANTITY)]
 """An amount as in Kubernetes (500m, 2, 4Gi), kept as the user wrote it."""
 Port = Annotated[StrictInt, Field(ge=1, le=65_535)]
 ImageName = Annotated[StrictStr, Field(min_length=1, max_length=512)]
@@ -73,7 +73,7 @@ class Resources(Model):
 class LocalCache(Model):
     """A volume of each slot."""
 
-    size: Annotated[StrictStr, Field(pattern=_QUANTITY)] = "20Gi"
+    size: Annotated[StrictStr, Field(pattern=QUANTITY)] = "20Gi"
     storage_class: StrictStr | None = None
     """None: the cluster's default."""
 
@@ -113,15 +113,12 @@ class ServiceType(StrEnum):
     LOAD_BALANCER = "LoadBalancer"
 
 
-_HOST = r"^[A-Za-z0-9:]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
-
-
 class External(Model):
     """The name by which callers outside the cluster reach the gateway. The user must make it resolve."""
 
     enabled: StrictBool | None = None
     """Only an explicit false turns the hostname off."""
-    hostname: Annotated[StrictStr, Field(max_length=253, pattern=_HOST)] | None = None
+    hostname: Annotated[StrictStr, Field(max_length=253, pattern=HOST)] | None = None
     annotations: dict[str, str] = Field(default_factory=dict)
     """For the Service, in addition to networking.annotations: external-dns, load balancers."""
 

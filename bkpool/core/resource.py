@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -25,9 +25,14 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from bkpool.core import durations
+from bkpool.core import durations, plain_words
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import API_VERSION, DEFAULT_NAMESPACE, Key, check_name
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_TYPE_NAMES = frozenset({"str", "int", "bool"})
 
 
 def _read_duration(value: object) -> object:
@@ -187,15 +192,25 @@ def explain(error: ValidationError, *, source: str = "", show_value: bool = True
         source: Where the data came from.
         show_value: Whether the message may contain the wrong value, which must not be a secret.
     """
-    problems = error.errors(include_url=False, include_input=True)
+    by_field: dict[str, list[ErrorDetails]] = {}
+    for one in error.errors(include_url=False, include_input=True):
+        by_field.setdefault(_field(one), []).append(one)
+    field, problems = next(iter(by_field.items()))
     first = problems[0]
-    field = ".".join(str(part) for part in first["loc"]) or "the document"
-    problem = first["msg"].removeprefix("Value error, ")
-    longest = first.get("ctx", {}).get("le")
-    if isinstance(longest, timedelta):
-        problem = f"must be at most {durations.render(longest)}"
     value = repr(first["input"]) if show_value and isinstance(first["input"], str | int | float | bool) else ""
     shown_value = f" (given: {value[:60]})" if value else ""
-    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    more = f", and {len(by_field) - 1} more" if len(by_field) > 1 else ""
     where = f"{source}: " if source else ""
-    return InvalidInput(f"{where}{field}: {problem}{shown_value}{more}", hint=f"Correct {field}.", field=field)
+    return InvalidInput(
+        f"{where}{field}: {plain_words.problem(problems)}{shown_value}{more}", hint=f"Correct {field}.", field=field
+    )
+
+
+def _field(error: ErrorDetails) -> str:
+    """The path of the field as the user wrote it. pydantic adds the type, where a field allows several types."""
+    path = error["loc"]
+    last = str(path[-1]) if path else ""
+    in_list = len(path) > 1 and isinstance(path[-2], int)  # elsewhere, such a part is a name that the user wrote
+    if last.startswith("constrained-") or (in_list and last in _TYPE_NAMES):
+        path = path[:-1]
+    return ".".join(str(part) for part in path) or "the document"
