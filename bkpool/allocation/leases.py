@@ -110,7 +110,7 @@ class LeaseService:
         lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
-            raise _gone(over, lease.end_message if lease else "")
+            raise _gone(over, worker.end_message)
         return worker
 
     async def abandon(self, worker: Worker) -> None:
@@ -148,7 +148,7 @@ class LeaseService:
             if found is None:  # another replica may have created it a moment ago
                 found = _by_digest((await self._store.list(Worker)).items, digest)
             if isinstance(found, EndedLease):
-                raise _gone(found.reason, found.message)
+                raise _gone(found.reason, found.message_with_log)
             if found is not None:
                 return found
         raise NotFound(

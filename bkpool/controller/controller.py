@@ -210,7 +210,7 @@ class Controller:
         log.warning("worker.failed", worker=str(worker.key), reason=error.message_and_hint, log_tail=log_tail)
         current = await self._store.get(Worker, *worker.key)
         failed = failed_worker(current, error.message_and_hint, log_tail, self._now(), self._failure_limits)
-        self._recorder.record(current, "Failed", failed.status.message_with_log, warning=True)
+        self._recorder.record(current, "Failed", failed.status.message, warning=True)
         self._mirror.apply(await self._store.replace_status(failed))
 
     async def _carry_out(self, action: Action, pool: Pool) -> Result:

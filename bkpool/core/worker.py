@@ -72,13 +72,30 @@ class Lease(Model):
         return self.ended_at or self.expires_at
 
 
+def with_log(message: str, log_tail: str) -> str:
+    """A message as a person is shown it, followed by the end of buildkitd's log where there is one."""
+    return f"{message}\nThe end of its log:\n{log_tail}" if log_tail else message
+
+
 class EndedLease(Model):
-    """A lease that is over. It is remembered so that a client that comes too late learns why."""
+    """A lease that is over. It is remembered so that a client that comes too late learns why.
+
+    Only whoever has its token is told. The log tail is forgotten when the cache gets another owner, or when the next
+    lease ends.
+    """
 
     token_sha256: Annotated[StrictStr, Field(alias="tokenSHA256")]
     ended_at: AwareDatetime
     reason: EndReason
     message: StrictStr = ""
+    """What happened, without text from buildkitd's log."""
+    log_tail: StrictStr = ""
+    """The last lines of buildkitd's log, if the lease was lost because of it."""
+
+    @property
+    def message_with_log(self) -> str:
+        """The message as its holder is shown it."""
+        return with_log(self.message, self.log_tail)
 
 
 class GatewayRegistration(Model):
@@ -152,7 +169,7 @@ class WorkerStatus(Model):
     @property
     def message_with_log(self) -> str:
         """The message as a person is shown it, followed by the end of the log where there is one."""
-        return f"{self.message}\nThe end of its log:\n{self.log_tail}" if self.log_tail else self.message
+        return with_log(self.message, self.log_tail)
 
 
 class Worker(Resource):
@@ -212,6 +229,14 @@ class Worker(Resource):
     def live_registrations(self, now: datetime) -> list[GatewayRegistration]:
         """The gateway registrations that have not expired."""
         return [entry for entry in self.status.gateways if entry.expires_at > now]
+
+    @property
+    def end_message(self) -> str:
+        """Why the lease on the worker ended, as its holder is shown it; empty if there is no lease or no message."""
+        if self.lease is None:
+            return ""
+        lost = self.lease.end_reason is EndReason.LOST
+        return with_log(self.lease.end_message, self.status.log_tail if lost else "")
 
     def with_lease(self, lease: Lease | None) -> Worker:
         """A copy with this lease, or without one. A finalizer keeps the object exactly while it has a lease."""

@@ -145,7 +145,7 @@ class PoolMachine(RuleBasedStateMachine):
         dead = self.runtime.daemons.pop(slot)
         if not silently:  # silently: a reboot; the runtime knows nothing
             self.runtime.daemons[slot] = Observation(
-                dead.worker_uid, DaemonState.EXITED, "", dead.cache_owner, "killed"
+                dead.worker_uid, DaemonState.EXITED, "", dead.cache_owner, "killed", log_tail=dead.cache_owner or ""
             )
         self.connected = {lease: uid for lease, uid in self.connected.items() if uid != dead.worker_uid}
 
@@ -326,6 +326,14 @@ class PoolMachine(RuleBasedStateMachine):
                 and daemon.worker_uid == worker.uid
             ):
                 assert daemon.cache_owner == worker.lease.owner
+
+    @invariant()
+    def nobody_reads_the_log_of_anothers_builds(self):
+        for worker in self.store.workers.values():
+            if worker.lease:
+                assert worker.status.log_tail in {"", worker.lease.owner}
+            else:
+                assert worker.status.log_tail == ""
 
     def teardown(self):
         """Checks that without faults every leased worker becomes usable or its lease ends."""

@@ -192,6 +192,53 @@ def test_the_log_tail_is_shown_to_the_holder_and_left_out_after_their_lease():
     assert action.worker.status.message_with_log == whole, "no build has used it"
 
 
+def test_the_next_holder_never_reads_the_log_of_the_holder_before():
+    secret = replace(seen(0, "owner-a", EXITED, "buildkitd was killed"), log_tail="SECRET of owner-a")
+    over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
+    draining = worker(0, over, phase=Phase.DRAINING, cache_owner="owner-a", endpoint="unix:///0")
+    (finish,) = actions(snapshot(pool(), draining, observed={0: secret}))
+    after = with_lease_remembered(finish, NOW)
+    assert (after.status.phase, after.status.endpoint, after.status.failures) == (Phase.FAILED, None, 1)
+    assert after.status.message == "buildkitd was killed"
+    claimed = after.with_lease(lease("b").but(owner="owner-b"))
+    assert "SECRET" not in str(actions(snapshot(pool(), claimed, observed={0: secret}), NOW + timedelta(minutes=1)))
+    # Claimed in the instant before the exit was seen.
+    held = worker(0, lease("b").but(owner="owner-b"), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    (failed,) = actions(snapshot(pool(), held, observed={0: secret}))
+    assert (failed.worker.status.message, failed.worker.status.log_tail) == ("buildkitd was killed", "")
+
+
+def test_the_log_tail_of_a_lost_lease_is_forgotten_with_its_cache():
+    lost = lease().but(ended_at=NOW, end_reason=EndReason.LOST, end_message="buildkitd was killed")
+    failing = {"phase": Phase.PROVISIONING, "failures": 5, "failed_at": NOW, "endpoint": None}
+    held = worker(0, lost, cache_owner="owner-a", message="buildkitd was killed", log_tail="SECRET", **failing)
+    assert "SECRET" in held.end_message
+    (finish,) = actions(snapshot(pool(), held))
+    after = with_lease_remembered(finish, NOW).with_lease(None)
+    assert "SECRET" in after.status.ended[-1].message_with_log, "its holder asks why it ended"
+    assert "SECRET" not in after.status.message_with_log
+    (step,) = actions(snapshot(pool(), after, observed={0: seen(0)}))
+    assert "SECRET" not in str(step), "the cache was wiped"
+    again = worker(
+        0, over := lease("b", id="other").but(ended_at=NOW, end_reason=EndReason.RELEASED), ended=after.status.ended
+    )
+    (finish,) = actions(snapshot(pool(), again, observed={0: seen(0, over.owner)}))
+    assert [past.log_tail for past in with_lease_remembered(finish, NOW).status.ended] == ["", ""]
+
+
+def test_a_worker_that_failed_says_why_after_its_lease_too():
+    over = lease().but(ended_at=NOW, end_reason=EndReason.LOST)
+    held = worker(0, over, phase=Phase.PROVISIONING, failures=5, endpoint=None, message="no space left\nold log")
+    (finish,) = actions(snapshot(pool(), held))
+    after = with_lease_remembered(finish, NOW).with_lease(None)
+    ready = next(
+        c
+        for c in pool_status(pool(), [after], PoolStatusInputs("tcp://gateway:1235"), NOW).conditions
+        if c.type == "Ready"
+    )
+    assert ready.message.endswith(": no space left")
+
+
 def test_surplus_idle_workers_are_removed_after_the_delay_least_recently_used_first():
     p = pool(scaling={"min": 1, "max": 4, "scaleDownDelay": "10m"})
     old, new = (worker(n, last_activity_at=NOW - timedelta(minutes=m)) for n, m in ((0, 30), (1, 20)))

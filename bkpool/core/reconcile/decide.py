@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Any
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot, ready_observation
@@ -25,7 +26,7 @@ from bkpool.core.reconcile.actions import (
     WipeCache,
     WriteStatus,
 )
-from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, retry_at
+from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, only_of_holder, retry_at
 from bkpool.core.worker import Lease, Phase, Worker
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
@@ -90,7 +91,7 @@ def _leased(
     """The next step for a worker with a lease."""
     over = lease.ended(now)
     if over is not None:
-        return lease_end.wind_up(worker, lease, over, seen, now)
+        return lease_end.wind_up(worker, lease, over, seen, now, limits=limits)
     if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
         deleted = "pool" if pool.metadata.deletion_timestamp else "worker"
         return LoseLease(worker, f"the {deleted} was deleted")
@@ -100,7 +101,7 @@ def _leased(
     up = ready_observation(worker, seen)
     if up is None:
         if worker.status.failures >= limits.max_failures:
-            return LoseLease(worker, worker.status.message_with_log)
+            return LoseLease(worker, worker.status.message)
         return _start(worker, seen, lease.owner, now, limits)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
@@ -121,7 +122,8 @@ def _start(
 ) -> Action | datetime:
     """Starts buildkitd where it does not run: at once after a reboot, after a growing pause where it failed."""
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
-        return WriteStatus(failed_worker(worker, seen.message, seen.log_tail, now, limits))
+        log_tail = seen.log_tail if only_of_holder(worker, seen) else ""
+        return WriteStatus(failed_worker(worker, seen.message, log_tail, now, limits))
     pause_ends = retry_at(worker, limits)
     if pause_ends is not None and now < pause_ends:
         return pause_ends
@@ -131,7 +133,7 @@ def _start(
 def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, failures: int) -> WriteStatus | None:
     """A status to write, if the stored one differs from what is seen."""
     status = worker.status
-    wanted = {
+    wanted: dict[str, Any] = {
         "phase": phase,
         "endpoint": seen.endpoint,
         "cache_owner": seen.cache_owner,
@@ -141,5 +143,7 @@ def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, fail
     }
     if all(getattr(status, field) == value for field, value in wanted.items()):
         return None
+    if seen.cache_owner != status.cache_owner:  # the log was deleted together with the old cache
+        wanted["ended"] = tuple(past.but(log_tail="") for past in status.ended)
     ready_at = status.ready_at if status.endpoint is not None else now
     return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message="", log_tail=""))

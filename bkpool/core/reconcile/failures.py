@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from bkpool.core.observation import Observation
 from bkpool.core.worker import Phase, Worker
 
 _COUNTED_FAILURES = 20
@@ -28,6 +29,16 @@ class FailureLimits:
 
 
 DEFAULT_LIMITS = FailureLimits()
+
+
+def only_of_holder(worker: Worker, seen: Observation) -> bool:
+    """Whether the log of a daemon that exited can only have output of the present holder's builds.
+
+    It may be the log of an earlier holder's builds although the worker has a lease again: then the cache still has
+    the earlier owner.
+    """
+    owners = {worker.status.cache_owner, seen.cache_owner} - {None}
+    return owners <= ({worker.lease.owner} if worker.lease else set())
 
 
 def failed_worker(

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from bkpool.core.observation import DaemonState, Observation, ready_observation
 from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, WriteStatus
+from bkpool.core.reconcile.failures import FailureLimits, failed_worker
 from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
 
 REMEMBERED_LEASES = 16
@@ -16,7 +17,13 @@ REMEMBERED_LEASES = 16
 
 
 def wind_up(
-    worker: Worker, lease: Lease, reason: EndReason, seen: Observation | None, now: datetime
+    worker: Worker,
+    lease: Lease,
+    reason: EndReason,
+    seen: Observation | None,
+    now: datetime,
+    *,
+    limits: FailureLimits,
 ) -> Action | datetime:
     """The next step for a lease that has ended.
 
@@ -26,6 +33,7 @@ def wind_up(
         reason: Why it ended.
         seen: What the runtime sees in the worker's slot.
         now: The time.
+        limits: Apply if the worker failed meanwhile.
 
     Returns:
         An action, or the time at which the last gateway registration expires.
@@ -35,6 +43,9 @@ def wind_up(
         return SetCacheOwner(worker, lease.owner)
     registered = [entry for entry in worker.live_registrations(now) if entry.lease_id == lease.id]
     if not registered:
+        if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
+            # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
+            worker = failed_worker(worker, seen.message, "", now, limits)
         return _finish(worker, lease, reason, ready_observation(worker, seen))
     if worker.status.phase is not Phase.DRAINING:
         message = f"the lease is {reason}; builds may finish"
@@ -52,6 +63,7 @@ def _finish(worker: Worker, lease: Lease, reason: EndReason, up: Observation | N
         ended_at=lease.over_since(),
         reason=reason,
         message=lease.end_message,
+        log_tail=worker.status.log_tail if reason is EndReason.LOST else "",
     )
     down = Phase.FAILED if worker.status.failures else Phase.PENDING
     return FinishLease(worker, ended, Phase.IDLE if up else down)
@@ -71,12 +83,15 @@ def with_lease_remembered(action: FinishLease, now: datetime) -> Worker:
     """
     status = action.worker.status
     known = any(past.token_sha256 == action.ended.token_sha256 for past in status.ended)
+    # A failed worker goes on saying why. Earlier versions stored the log below the first line of the message.
+    failed = action.phase is Phase.FAILED and status.phase is not Phase.DRAINING
+    earlier = tuple(past.but(log_tail="") for past in status.ended)
     return action.worker.with_status(
         phase=action.phase,
         last_activity_at=now,
         allocation_count=status.allocation_count + (not known),
         gateways=(),
-        ended=status.ended if known else (*status.ended, action.ended)[-REMEMBERED_LEASES:],
-        message="",
+        ended=status.ended if known else (*earlier, action.ended)[-REMEMBERED_LEASES:],
+        message=status.message.partition("\n")[0] if failed else "",
         log_tail="",
     )

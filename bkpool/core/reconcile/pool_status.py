@@ -30,11 +30,14 @@ class PoolStatusInputs:
     """What is wrong with the pool's gateway; empty if nothing is."""
 
 
+_DOWN = "its buildkitd does not run"
+
+
 def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs, now: datetime) -> PoolStatus:
     """The status to write. It equals the stored one where nothing has changed."""
     workers = tuple(workers)
     failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
-    problem = f"{failed.key.name}: {failed.status.message_with_log}" if failed else inputs.gateway_problem
+    problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}" if failed else inputs.gateway_problem
     ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
     conditions = [
         _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored),

@@ -77,7 +77,7 @@ def build_lease_table(pools: Iterable[Pool], workers: Iterable[Worker]) -> Lease
     past: dict[str, PastLease] = {}
     for worker in workers:
         for ended in worker.status.ended:
-            past[ended.token_sha256] = PastLease(worker.pool, ended.reason, ended.message)
+            past[ended.token_sha256] = PastLease(worker.pool, ended.reason, ended.message_with_log)
         if worker.lease is not None:
             gateway = gateways.get(worker.pool, PoolGateway())
             routes[worker.lease.token_sha256] = _route(worker, worker.lease, gateway)
@@ -105,7 +105,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
         end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
-        end_message=lease.end_message,
+        end_message=worker.end_message,
     )
 
 
