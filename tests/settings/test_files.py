@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.settings import files
@@ -177,7 +177,10 @@ def test_a_file_that_is_wrong_already_may_be_corrected_one_setting_at_a_time(hom
 def test_every_value_survives_both_files(tmp_path_factory, case):
     one, value = case
     home = tmp_path_factory.mktemp("home") / "home"
-    assert files.change(home, one, value)
+    try:
+        assert files.change(home, one, value)
+    except InvalidInput:
+        assume(False)  # it contradicts the default of another setting
     files.remember(home, [SettingValue(one, value, ValueSource.OPTION, one.option)])
     file = home / "config.toml"
     assert from_document(files.read(file), file, ValueSource.FILE)[one.name].value == value
