@@ -13,10 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificates
 
 from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault
@@ -33,6 +35,7 @@ log = structlog.get_logger(__name__)
 FILE_CHECK_SECONDS = 10.0
 """Time between two checks of the files. Certificates are renewed days before they expire, so this is not critical."""
 _ALL_INTERFACES = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - addresses that are not a name
+_MISMATCH = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})  # the last: RSA and EC
 _HINT = "Give a PEM certificate (with its chain) and its key, without a passphrase."
 
 
@@ -51,7 +54,7 @@ def make_api_tls(options: RunOptions, authority: Authority, now: Callable[[], da
     """
     api = options.settings.api
     if api.cert is not None and api.key is not None:
-        return FileTls(api.cert, api.key, options.where("api.cert"))
+        return FileTls(GivenFile(api.cert, options.where("api.cert")), GivenFile(api.key, options.where("api.key")))
     life = options.settings.certificates.server_life
     return IssuedTls(authority, api_names(options), options.home, now, life) if api.tls else None
 
@@ -165,18 +168,35 @@ class IssuedTls(ApiTls):
         return {"apiCa": str(self._ca)}
 
 
+class GivenFile(NamedTuple):
+    """A file, and what gave it, for error messages."""
+
+    path: Path
+    where: str
+
+    def read(self) -> bytes:
+        """The content. Raises HostFault `Unreadable`."""
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise self.fault(error.strerror or type(error).__name__) from None
+
+    def fault(self, reason: str) -> HostFault:
+        """The error for a file that cannot be used."""
+        return _unusable(f"{self.where}: {self.path} cannot be used: {reason}")
+
+
 class FileTls(ApiTls):
     """A certificate from files.
 
     Args:
         cert: The certificate with its chain, PEM.
         key: Its key, PEM, without a passphrase.
-        where: What gave the certificate, for error messages.
     """
 
-    def __init__(self, cert: Path, key: Path, where: str) -> None:
-        self._where = where
-        self._files = (cert, key)
+    def __init__(self, cert: GivenFile, key: GivenFile) -> None:
+        self._cert = cert
+        self._key = key
         self._read: tuple[bytes, bytes] | None = None
         super().__init__()
 
@@ -184,24 +204,36 @@ class FileTls(ApiTls):
         """See ApiTls. Raises HostFault `Unreadable` at the first call only."""
         first = self._read is None
         try:
-            read = (self._files[0].read_bytes(), self._files[1].read_bytes())
+            read = (self._cert.read(), self._key.read())
             if read == self._read:
                 return False
             self._read = read
-            load_pem_private_key(read[1], password=None)  # OpenSSL would ask on the terminal for a passphrase
-            self._take(*read)
-        except (OSError, ValueError, TypeError) as error:  # ssl.SSLError is an OSError
-            fault = HostFault(
-                f"{self._where}: {self._files[0]} and its key {self._files[1]} cannot be used: {_reason(error)}",
-                hint=_HINT,
-                code="Unreadable",
-            )
+            self._use(*read)
+        except HostFault as fault:
             if first:
-                raise fault from None
+                raise
             log.error("api.certificate_refused", reason=fault.message)  # noqa: TRY400 - the reason is complete
             return False
-        log.info("api.certificate_read", file=str(self._files[0]))
+        log.info("api.certificate_read", file=str(self._cert.path))
         return True
+
+    def _use(self, cert_pem: bytes, key_pem: bytes) -> None:
+        """Takes the certificate. Raises HostFault, which names the file that is at fault and no part of a key."""
+        try:
+            load_pem_private_key(key_pem, password=None)  # OpenSSL would ask on the terminal for a passphrase
+        except TypeError:
+            raise self._key.fault("the key has a passphrase") from None
+        except (ValueError, UnsupportedAlgorithm):
+            raise self._key.fault("it is not a PEM private key") from None
+        try:
+            self._take(cert_pem, key_pem)
+        except ssl.SSLError as error:
+            if error.reason in _MISMATCH:
+                raise _unusable(
+                    f"{self._cert.where} and {self._key.where}: the key {self._key.path} does not belong to the "
+                    f"certificate {self._cert.path}"
+                ) from None
+            raise self._cert.fault(_why_not(cert_pem, error)) from None
 
     def pause(self) -> float:
         """Seconds until the files are checked again."""
@@ -210,7 +242,7 @@ class FileTls(ApiTls):
     @property
     def description(self) -> dict[str, Any]:
         """The path of the certificate: a caller on this machine trusts exactly this one, whatever name they use."""
-        return {"apiCert": str(self._files[0])}
+        return {"apiCert": str(self._cert.path)}
 
 
 def _server_context() -> ssl.SSLContext:
@@ -219,11 +251,13 @@ def _server_context() -> ssl.SSLContext:
     return context
 
 
-def _reason(error: Exception) -> str:
-    """What is wrong, without any part of a key."""
-    if isinstance(error, ssl.SSLError):
-        mismatch = error.reason == "KEY_VALUES_MISMATCH"
-        return "the key does not belong to the certificate" if mismatch else "not a PEM certificate"
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}"
-    return "the key has a passphrase" if isinstance(error, TypeError) else "the key is not a PEM private key"
+def _unusable(message: str) -> HostFault:
+    return HostFault(message, hint=_HINT, code="Unreadable")
+
+
+def _why_not(cert_pem: bytes, error: ssl.SSLError) -> str:
+    try:
+        load_pem_x509_certificates(cert_pem)
+    except ValueError:
+        return "it is not a PEM certificate"
+    return f"OpenSSL refuses it ({error.reason})"

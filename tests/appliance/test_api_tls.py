@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -173,25 +174,41 @@ async def test_changed_files_are_used_and_a_bad_file_changes_nothing(options, au
     assert not tls.refresh()
 
 
+DAMAGED = b"-----BEGIN {}-----\nMA==\n-----END {}-----\n"
+KEY_FAULT, CERT_FAULT = r"BKPOOL_API_KEY: .*tls\.key cannot be used: ", r"--api-cert: .*tls\.crt cannot be used: "
+MISMATCH = r"--api-cert and BKPOOL_API_KEY: the key .*tls\.key does not belong to the certificate .*tls\.crt$"
+
+
 @pytest.mark.parametrize(
-    ("content", "why"),
+    ("file", "content", "message"),
     [
-        (None, "No such file"),
-        (b"", "not a PEM private key"),
-        (b"-----BEGIN PRIVATE KEY-----\nMA==\n-----END PRIVATE KEY-----\n", "not a PEM private key"),
-        (pkcs8(ec.generate_private_key(ec.SECP256R1())), "does not belong to the certificate"),
-        (pkcs8(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"secret")), "passphrase"),
+        ("key", None, f"{KEY_FAULT}No such file"),
+        ("key", b"", f"{KEY_FAULT}it is not a PEM private key"),
+        ("key", DAMAGED.replace(b"{}", b"PRIVATE KEY"), f"{KEY_FAULT}it is not a PEM private key"),
+        ("key", pkcs8(ec.generate_private_key(ec.SECP256R1())), MISMATCH),
+        ("key", pkcs8(rsa_pair()[1]), MISMATCH),
+        (
+            "key",
+            pkcs8(ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"secret")),
+            f"{KEY_FAULT}the key has a passphrase",
+        ),
+        ("crt", None, f"{CERT_FAULT}No such file"),
+        ("crt", b"", f"{CERT_FAULT}it is not a PEM certificate"),
+        ("crt", DAMAGED.replace(b"{}", b"CERTIFICATE"), f"{CERT_FAULT}it is not a PEM certificate"),
+        ("crt", rsa_pair()[0], MISMATCH),
     ],
-    ids=["missing", "empty", "damaged", "another", "encrypted"],
 )
-def test_a_bad_file_is_an_error_at_the_start(options, authority, tmp_path, content, why):
+def test_a_bad_file_is_an_error_at_the_start_that_names_what_gave_it(
+    options, authority, tmp_path, file, content, message
+):
     leaf = authority.issue_server(["localhost"], [], NOW, NOW + timedelta(days=1))
-    (tmp_path / "tls.crt").write_bytes(leaf.cert_pem)
-    if content is not None:
-        (tmp_path / "tls.key").write_bytes(content)
+    contents = {"crt": leaf.cert_pem, "key": leaf.key_pem, file: content}
+    for name, one in contents.items():
+        if one is not None:
+            (tmp_path / f"tls.{name}").write_bytes(one)
     given = options(api={"cert": tmp_path / "tls.crt", "key": tmp_path / "tls.key"})
-    message = rf"^--api-cert: .*tls\.crt and its key .*tls\.key cannot be used: .*{why}"
-    with pytest.raises(HostFault, match=message) as caught:
+    given = replace(given, places={"api.cert": "--api-cert", "api.key": "BKPOOL_API_KEY"})
+    with pytest.raises(HostFault, match=f"^{message}") as caught:
         make_api_tls(given, authority, lambda: NOW)
     assert caught.value.code == "Unreadable"
 
