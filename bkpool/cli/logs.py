@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import click
 
@@ -25,10 +26,11 @@ def command(worker: str | None, follow: bool, lines: int | None, namespace: str)
             hint=f"kubectl --kubeconfig {kubeconfig} -n {namespace} logs {worker}",
         )
     if not path.is_file() or path.parent != logs:
-        known = sorted(file.name.removesuffix(".log").partition(".")[2] for file in logs.glob("*.*.log"))
+        what = f"{worker} of the namespace {namespace}" if worker else "an appliance in the background"
+        known = _known(logs, namespace) if worker else ""
         raise NotFound(
-            f"there is no log of {worker or 'an appliance in the background'} in {logs}",
-            hint=f"There are logs of: {', '.join(known)}." if worker and known else "`bkpool up -d` writes one.",
+            f"there is no log of {what} in {logs}",
+            hint=f"There are logs of: {known}." if known else "`bkpool up -d` writes one.",
         )
     command_line = ["tail", "-n", "+1" if lines is None else str(lines), *(["-F"] if follow else []), "--", str(path)]
     try:
@@ -39,3 +41,9 @@ def command(worker: str | None, follow: bool, lines: int | None, namespace: str)
             hint=f"Install coreutils, or read {path}.",
             code="ToolMissing",
         ) from None
+
+
+def _known(logs: Path, namespace: str) -> str:
+    """The workers that have a log here, as the user would name them; those of another namespace with its option."""
+    names = sorted(tuple(file.name.removesuffix(".log").split(".", 1)) for file in logs.glob("*.*.log"))
+    return ", ".join(worker if of == namespace else f"{worker} (-n {of})" for of, worker in names)

@@ -93,6 +93,18 @@ def test_a_missing_log_is_one_sentence(called, arguments):
     assert stderr.startswith("error: there is no log of ")
 
 
+def test_the_hint_names_the_namespaces_of_the_logs(called, home):
+    (home / "logs").mkdir()
+    for name in ("default.one-worker-0", "team.one-worker-0", "team.two-worker-0"):
+        (home / "logs" / f"{name}.log").touch()
+    assert called("logs", "one-worker-0", "-n", "nope")[2] == (
+        f"error: there is no log of one-worker-0 of the namespace nope in {home}/logs\n"
+        "hint: There are logs of: one-worker-0 (-n default), one-worker-0 (-n team), two-worker-0 (-n team).\n"
+    )
+    hint = called("logs", "three-worker-0", "-n", "team")[2].splitlines()[1]
+    assert hint == "hint: There are logs of: one-worker-0 (-n default), one-worker-0, two-worker-0."
+
+
 def test_the_log_of_a_worker_is_shown_and_followed(bkpool, started, home):
     (home / "logs").mkdir()
     log = home / "logs" / "default.w-0.log"
