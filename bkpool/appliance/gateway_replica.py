@@ -10,14 +10,15 @@ from contextlib import AsyncExitStack
 
 import structlog
 
+from bkpool.appliance.addresses import gateway_address
 from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.context import follow, open_context, replica_name
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
-from bkpool.appliance.run_options import Address, RunOptions
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.appliance.tuning import kube_limits
-from bkpool.core.names import GATEWAY_PORT, Key
+from bkpool.core.names import Key
 from bkpool.core.pool import PoolGateway
 from bkpool.gateway.control.server import default_threads
 from bkpool.kube import KubeApi
@@ -68,7 +69,7 @@ class GatewayReplica:
             name=replica_name(),
             certificate=secret,
             dial=secret.dial,
-            address=options.settings.gateway.address or Address("0.0.0.0", GATEWAY_PORT),  # noqa: S104 - mTLS, in its own pod
+            address=gateway_address(options),
             threads=default_threads(),
             pool=self._pool,
         )

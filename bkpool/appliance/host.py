@@ -15,6 +15,7 @@ import structlog
 
 from bkpool import __version__
 from bkpool.appliance.access_control import open_issuers
+from bkpool.appliance.addresses import gateway_address
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
@@ -25,16 +26,14 @@ from bkpool.appliance.roles.api import ApiRole, ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context
 from bkpool.appliance.roles.controller import open_controller
 from bkpool.appliance.roles.gateway import GatewayRole, open_gateway
-from bkpool.appliance.run_options import Address, RunOptions
+from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.seed import seed_objects, withdraw_old_registrations
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
-from bkpool.core.names import GATEWAY_PORT
 from bkpool.gateway.control.server import default_threads
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
-from bkpool.settings.gateway_model import GatewaySettings
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -130,7 +129,7 @@ class HostAppliance:
             name=backend.gateway,
             certificate=certificate,
             dial=backend.dial,
-            address=_gateway_address(self._settings.gateway),
+            address=gateway_address(self._options),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
         host = next(iter(self._settings.gateway.hosts), "localhost")
@@ -171,11 +170,3 @@ class HostAppliance:
             **({"devIssuer": options.dev_issuer_url} if options.dev_issuer_url else {}),
             "startedAt": context.now().isoformat(timespec="seconds"),
         }
-
-
-def _gateway_address(gateway: GatewaySettings) -> Address:
-    """The given address; otherwise loopback, or every interface if a gateway host names this machine to others."""
-    if gateway.address is not None:
-        return gateway.address
-    host = "0.0.0.0" if gateway.hosts else "127.0.0.1"  # noqa: S104 - mTLS, and asked for
-    return Address(host, GATEWAY_PORT)

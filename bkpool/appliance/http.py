@@ -6,6 +6,8 @@ It knows no route of the API.
 from __future__ import annotations
 
 import errno
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -51,9 +53,20 @@ async def serve(
                 hint=f"Stop the program that `ss -ltnp 'sport = :{port}'` shows, or choose another port.",
                 code="PortTaken",
             ) from None
-        raise HostFault(f"{where}: cannot listen on {host}:{port}: {error.strerror}") from None
+        forbidden = error.errno in {errno.EACCES, errno.EPERM}
+        raise HostFault(
+            f"{where}: cannot listen on {Address(host, port)}: {_reason(error)}",
+            hint="Choose a port above 1023." if forbidden else "Choose an address of this machine.",
+        ) from None
     bound = runner.addresses[0]
     return f"{url_host(bound[0])}:{bound[1]}"
+
+
+def _reason(error: OSError) -> str:
+    """What the system says. asyncio puts a sentence about bind before it, with the address again."""
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error.strerror or error)
+    return os.strerror(error.errno)
 
 
 def url_host(host: str) -> str:

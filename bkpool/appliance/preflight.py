@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bkpool.appliance.addresses import check_distinct
 from bkpool.appliance.run_options import ALL_ROLES, RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import LOOPBACK
 
 
 def check_settings(options: RunOptions) -> None:
-    """Checks that no bearer token crosses a network in clear unless the user asked for it.
+    """Checks that no bearer token crosses a network in clear unless the user asked for it, and that ports differ.
 
     Raises:
         InvalidInput: The API would be served in clear beyond this machine, only one of its two certificate files is
-            given, or the development issuer could be reached from another machine.
+            given, the development issuer could be reached from another machine, or two servers have one address.
     """
     api = options.settings.api
     if (api.cert is None) != (api.key is None):
@@ -30,6 +31,7 @@ def check_settings(options: RunOptions) -> None:
         )
     if options.settings.dev_issuer.enabled:
         _check_dev_issuer(options)
+    check_distinct(options)
 
 
 def _check_dev_issuer(options: RunOptions) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Callable, Sequence
 
@@ -122,7 +123,10 @@ def _cannot_listen(host: str, port: int, error: OSError) -> HostFault:
             hint="Choose a port above 1023.",
             code="Permission",
         )
+    reason = str(error.strerror or error)
+    if error.errno is not None and not isinstance(error, socket.gaierror):
+        reason = os.strerror(error.errno)  # socket.create_server adds a clause about bind, with the address again
     return HostFault(
-        f"the gateway cannot listen on {host}:{port}: {error.strerror}",
+        f"the gateway cannot listen on {host}:{port}: {reason}",
         hint="Choose an address of this machine.",
     )
