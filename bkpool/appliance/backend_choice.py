@@ -28,10 +28,16 @@ def choose_backend(
         The backend, and the reason for it as text for the user.
 
     Raises:
-        HostFault: `OtherBackend`: this home was created with another one.
+        HostFault: `OtherBackend`: this home was created with another one. `Unreadable`: the record of it is damaged.
     """
     if recorded is None:
         return (asked, "as asked") if asked != AUTO else _first(engine_fault())
+    if recorded not in {PROCESS, KIND, KUBERNETES}:
+        raise HostFault(
+            f"{home / 'backend'}: {recorded[:80]!r} is not a backend",
+            hint=f"Write into this file what the home was created with: {PROCESS}, {KIND} or {KUBERNETES}.",
+            code="Unreadable",
+        )
     if asked not in {AUTO, recorded}:
         raise HostFault(
             f"--backend: {home} was created with the backend {recorded!r}, not {asked!r}",

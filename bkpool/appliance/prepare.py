@@ -29,10 +29,10 @@ def choose_backend(options: RunOptions) -> tuple[str, str]:
     """The backend of this home, and the reason for the choice. The choice is recorded in the home.
 
     Raises:
-        HostFault: `OtherBackend`: the home was created with another backend.
+        HostFault: `OtherBackend`: the home was created with another backend. `Unreadable`: the record is damaged.
     """
     record = options.home / "backend"
-    recorded = record.read_text("utf-8").strip() if record.exists() else None
+    recorded = record.read_text("utf-8", "replace").strip() if record.exists() else None
     backend, reason = backend_choice.choose_backend(options.backend, recorded, engine_fault, options.home)
     if recorded is None:
         write_private(record, f"{backend}\n".encode())

@@ -32,3 +32,12 @@ def test_a_home_does_not_change_its_backend():
     with pytest.raises(HostFault, match="was created with the backend 'process', not 'kind'") as raised:
         choose_backend("kind", "process", never, HOME)
     assert raised.value.code == "OtherBackend"
+
+
+@pytest.mark.parametrize("asked", ["auto", "process"])
+@pytest.mark.parametrize("recorded", ["docker", ""])
+def test_a_record_that_names_no_backend_is_named_as_the_fault(asked, recorded):
+    with pytest.raises(HostFault, match=f"^{HOME}/backend: '{recorded}' is not a backend$") as raised:
+        choose_backend(asked, recorded, never, HOME)
+    assert raised.value.code == "Unreadable"
+    assert raised.value.hint.endswith("process, kind or kubernetes.")
