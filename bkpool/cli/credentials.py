@@ -31,6 +31,7 @@ MIN_REMAINING_LIFE = 30.0
 MAX_TOKEN_LENGTH = 16_384
 """Characters of a token; the API reads no more."""
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 2.1
+_NOT_TEXT = ("it is not text", "It must hold only the token.")
 _FIX = "It must hold only the token, without quotes or line ends."
 
 
@@ -133,8 +134,8 @@ def read(path: Path, variable: str) -> str:
         with path.open(encoding="ascii") as file:
             return file.read(MAX_TOKEN_LENGTH + 2).strip()
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise InvalidInput(f"{variable}: {path} cannot be read: {why}", hint=_FIX, field=variable) from None
+        why, hint = (error.strerror, "Name a file that you can read.") if isinstance(error, OSError) else _NOT_TEXT
+        raise InvalidInput(f"{variable}: {path} cannot be read: {why}", hint=hint, field=variable) from None
 
 
 def checked(token: str, variable: str) -> str:

@@ -33,6 +33,9 @@ def guarded(call: Callable[[], Any], name: str = "bkpool") -> int:
     except BkpoolError as error:
         show_error(error)
         return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        _print(error.format_message())
+        return error.exit_code
     except click.ClickException as error:
         _print(_of_click(error, name))
         return error.exit_code

@@ -66,3 +66,9 @@ def test_issuers_are_a_table_with_their_problems_below(on_terminal, called, api,
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert code == 0
     assert lines == ["name ready audience issuer", "s/ok yes a https://i", "s/bad no a https://w", "s/bad: [why]"]
+
+
+def test_the_hint_about_a_file_that_is_missing_speaks_of_the_file(called, tmp_path):
+    code, _, err = called("auth", "check", "--token-file", tmp_path / "none", "--pool", "p")
+    assert code == 2
+    assert err.endswith("cannot be read: No such file or directory\nhint: Name a file that you can read.\n")

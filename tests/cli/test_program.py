@@ -86,6 +86,14 @@ def test_a_traceback_that_cannot_be_saved_is_reported(capsys, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("arguments", [(), ("auth",)])
+def test_without_a_command_the_help_is_shown_and_no_error(called, arguments):
+    code, out, err = called(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Usage: {' '.join(['bkpool', *arguments])} [OPTIONS] COMMAND")
+    assert "hint:" not in err
+
+
 @pytest.mark.parametrize("arguments", [("logs",), ("logs", "nobody"), ("logs", "../x")])
 def test_a_missing_log_is_one_sentence(called, arguments):
     code, _, stderr = called(*arguments)
