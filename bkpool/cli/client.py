@@ -75,10 +75,11 @@ class Client:
 
     def allocate(self, request: dict[str, Any], *, wait: float) -> dict[str, Any]:
         """Leases a worker; returns when it is ready, or fails after `wait` seconds."""
+        gateway = _given_gateway()
         lease = self._call(
             "POST", "/api/v1/workers/allocate", request, self._credential, timeout=wait + ANSWER_TIMEOUT
         )
-        if gateway := os.environ.get("BKCTL_GATEWAY_ENDPOINT"):
+        if gateway:
             lease["gatewayEndpoint"] = gateway
         return lease
 
@@ -275,6 +276,28 @@ def _parsed(endpoint: str) -> SplitResult:
             f"BKCTL_ENDPOINT: {endpoint[:80]!r} {problem}", hint="Write http://host:port.", field="BKCTL_ENDPOINT"
         )
     return url
+
+
+def _given_gateway() -> str:
+    """The endpoint of the gateway that the user gives in place of the answer's; empty if there is none.
+
+    Raises:
+        InvalidInput: buildx cannot connect to it.
+    """
+    given = os.environ.get("BKCTL_GATEWAY_ENDPOINT", "")
+    try:
+        url = urlsplit(given if "://" in given else f"tcp://{given}")
+        bare = not (url.path or url.query or url.fragment or url.username is not None)
+        valid = bare and url.scheme == "tcp" and bool(url.hostname) and bool(url.port)
+    except ValueError:
+        valid = False
+    if given and not (valid and given.isprintable() and " " not in given):
+        raise InvalidInput(
+            f"BKCTL_GATEWAY_ENDPOINT: {given[:80]!r} is not of the form tcp://HOST:PORT",
+            hint="Write it as in tcp://builds.example:1235.",
+            field="BKCTL_GATEWAY_ENDPOINT",
+        )
+    return given
 
 
 def _shut(sock: socket.socket | None, direction: int) -> None:

@@ -36,5 +36,5 @@ def command(
     """
     from bkpool.install.manifests import IMAGE, Install, render  # noqa: PLC0415 - other commands start faster without it
 
-    install = Install(namespace, replicas, image or IMAGE, pool_namespaces, api_tls)
+    install = Install(namespace, replicas, IMAGE if image is None else image, pool_namespaces, api_tls)
     click.echo(render(install), nl=False)

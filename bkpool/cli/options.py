@@ -97,14 +97,15 @@ def lease(given: str | None, worker: str | None, namespace: str) -> LeaseReferen
     """The lease that `--worker`, or else `--token`, names. Raises the same errors as `lease_token`."""
     if worker is None:
         return lease_token(given)
-    if _from_argv("token"):
+    if from_argv("token"):
         raise InvalidInput(
             "--worker: --token names a lease as well", hint="Give only one of the two.", field="--worker"
         )
     return NamedLease(worker, namespace)
 
 
-def _from_argv(parameter: str) -> bool:
+def from_argv(parameter: str) -> bool:
+    """Whether a parameter of the command that runs is in its command line, and not a default or from a variable."""
     source = click.get_current_context().get_parameter_source(parameter)
     return source is click.core.ParameterSource.COMMANDLINE
 

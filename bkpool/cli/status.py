@@ -10,6 +10,7 @@ import click
 
 from bkpool.cli import console, options
 from bkpool.cli.client import Client
+from bkpool.core.names import check_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,10 +25,16 @@ _STYLES = {"Idle": "green", "Allocated": "cyan", "Failed": "red", "Draining": "y
 @options.as_json
 @options.older_identity
 def command(pool: str | None, namespace: str, as_json: bool) -> None:
-    """Show the pools, or one pool with its workers."""
+    """Show the pools, or one pool with its workers.
+
+    With --namespace and without --pool, this shows the pools of that namespace. BKCTL_NAMESPACE has no such effect.
+    """
+    of_namespace = check_name(namespace, field="--namespace") if options.from_argv("namespace") else None
     client = Client(claims=options.claims())
     if pool is None:
         answer = client.pools()
+        if of_namespace is not None:
+            answer["pools"] = [one for one in answer.get("pools", []) if one.get("namespace") == of_namespace]
         console.answer(answer, as_json=as_json, show=lambda: _pools(answer.get("pools", [])))
         return
     answer = client.pool(pool, namespace)

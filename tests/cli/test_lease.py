@@ -150,6 +150,8 @@ def test_without_an_appliance_the_hint_says_how_to_start_one(bkpool):
         (("build", "--builder", "x", "."), "--builder"),
         (("renew", "-t", TOKEN, "--ttl", ""), "--ttl"),
         (("renew",), "--token"),
+        (("status", "-n", "A B"), "--namespace"),
+        (("manifests", "--image", ""), "--image"),
         (("release", "-t", "wrong-token"), "--token"),
         (("release", "-t", TOKEN, "--worker", "w"), "--worker"),
         (("up", "--dev-issuer-address", "8888"), "--dev-issuer-address"),
@@ -236,6 +238,30 @@ POOL = {
     "gatewayEndpoint": "tcp://localhost:1235",
     "conditions": [{"type": "Ignored", "status": "True", "message": "spec.tls is [not] read"}],
 }
+
+
+def test_status_shows_the_pools_of_the_namespace_in_the_command_line(bkpool_here, api, appliance):
+    pools = [{"namespace": "default", "name": "a"}, {"namespace": "team", "name": "b"}]
+    api.answers["pools"] = (200, {"pools": pools})
+    assert json.loads(bkpool_here("status", "-n", "team").stdout) == {"pools": pools[1:]}
+    assert json.loads(bkpool_here("status", "-n", "none").stdout) == {"pools": []}
+    assert json.loads(bkpool_here("status", BKCTL_NAMESPACE="team").stdout) == {"pools": pools}
+
+
+@pytest.mark.parametrize(
+    "value", ["junk", "http://gw:9", "gw:0", "tcp://gw", "tcp://gw:99999", "tcp://me@gw:9", "g w:9"]
+)
+def test_a_gateway_endpoint_that_buildx_cannot_use_is_refused(bkpool_here, api, appliance, value):
+    done = bkpool_here("allocate", BKCTL_GATEWAY_ENDPOINT=value)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: BKCTL_GATEWAY_ENDPOINT: '{value}' is not of the form tcp://HOST:PORT\n")
+    assert api.calls.empty()
+
+
+@pytest.mark.parametrize("value", ["gw:9", "tcp://[::1]:1235", "tcp://10.0.0.1:1235"])
+def test_a_given_gateway_endpoint_replaces_that_of_the_answer(bkpool_here, api, appliance, value):
+    done = bkpool_here("allocate", BKCTL_GATEWAY_ENDPOINT=value)
+    assert json.loads(done.stdout)["gatewayEndpoint"] == value
 
 
 def test_status_draws_a_table_on_a_terminal_and_writes_json_elsewhere(bkpool, on_terminal, api, appliance):
