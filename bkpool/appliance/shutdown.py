@@ -61,7 +61,7 @@ async def run_until_stopped(start: Callable[[AsyncExitStack, Shutdown], Awaitabl
     """Starts a process's parts, waits until it should end, and closes them in the opposite order.
 
     Args:
-        start: Opens the parts and enters each into the stack.
+        start: Opens the parts and enters each into the stack. It is cancelled if the process should end before.
 
     Raises:
         BaseException: What `start` raised, or what a background task failed with.
@@ -72,7 +72,29 @@ async def run_until_stopped(start: Callable[[AsyncExitStack, Shutdown], Awaitabl
     gc.freeze()
     shutdown = Shutdown()
     async with AsyncExitStack() as stack:
-        await start(stack, shutdown)
+        await _start_unless_stopped(start, stack, shutdown)
         await shutdown.requested.wait()
         log.info("appliance.stopping")
     shutdown.raise_failure()
+
+
+async def _start_unless_stopped(
+    start: Callable[[AsyncExitStack, Shutdown], Awaitable[None]], stack: AsyncExitStack, shutdown: Shutdown
+) -> None:
+    """Starts the parts, and gives up when the process should end: a cluster may never answer who waits for it."""
+
+    async def give_up(starting: asyncio.Timeout) -> None:
+        await shutdown.requested.wait()
+        starting.reschedule(asyncio.get_running_loop().time())
+
+    starting = asyncio.timeout(None)  # cancels this task, so that the parts are opened and closed in the same one
+    try:
+        async with starting:
+            waiting = asyncio.create_task(give_up(starting))
+            try:
+                await start(stack, shutdown)
+            finally:
+                waiting.cancel()
+    except TimeoutError:
+        if not starting.expired():
+            raise

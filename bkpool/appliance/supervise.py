@@ -32,8 +32,8 @@ async def background_task(
 
     def on_done(task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.critical("appliance.task_failed", exc_info=error)
             on_failure(error)
+            log.critical("appliance.task_failed", exc_info=error)
 
     task.add_done_callback(on_done)
     try:

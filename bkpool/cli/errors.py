@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -57,7 +58,8 @@ def show_error(error: BkpoolError) -> None:
 def _print(text: str) -> None:
     """Writes to stderr without control characters: a message may quote a server or a file."""
     shown = "".join(char for char in text if char.isprintable() or char in "\n\t")
-    click.echo(shown.rstrip(), err=True)
+    with suppress(OSError):  # who read stderr may have gone; the exit code still tells
+        click.echo(shown.rstrip(), err=True)
 
 
 def _of_click(error: click.ClickException, name: str) -> str:
