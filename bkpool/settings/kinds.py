@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from bkpool.core import durations
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import Key
+from bkpool.core.names import Key, check_name
 
 Toml = str | int | bool | list[str]
 """What stands for a value in a TOML file."""
@@ -112,11 +112,19 @@ def _file(given: Toml, directory: Path) -> Path:
     return directory / _text(given, directory)
 
 
+def _name(given: Toml, directory: Path) -> str:
+    text = _text(given, directory)
+    try:
+        return check_name(text, field="name")
+    except InvalidInput:
+        raise ValueError("is not a valid name") from None
+
+
 def _pool(given: Toml, directory: Path) -> Key:
     namespace, slash, name = _text(given, directory).partition("/")
     if not slash or not namespace or not name or "/" in name:
         raise ValueError("is not of the form NAMESPACE/NAME")
-    return Key(namespace, name)
+    return Key(_name(namespace, directory), _name(name, directory))
 
 
 def _list_of(one: Callable[[Toml, Path], Any]) -> Callable[[Toml, Path], tuple[Any, ...]]:
@@ -186,9 +194,19 @@ ADDRESS = ValueKind(
     "HOST:PORT", "HOST:PORT", "127.0.0.1:8082 or [::1]:8082; port 0 takes a free one", str, _address, str
 )
 TEXT = ValueKind("a text", "TEXT", "my-name", str, _text, str)
+NAME = ValueKind("a name of lower-case letters, digits and '-'", "NAME", "team-a", str, _name, str)
 FILE = ValueKind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file, str)
 POOL = ValueKind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
 TEXTS = ValueKind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
+NAMES = ValueKind(
+    "a list of names of lower-case letters, digits and '-'",
+    "NAME",
+    "team-a,team-b",
+    _split,
+    _list_of(_name),
+    _listed,
+    repeated=True,
+)
 FILES = ValueKind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
 SIZE = ValueKind("a size from 1MB to 1PB, or a share of the disk from 1% to 100%", "SIZE", "10GB", str, _size, str)
 ROLES = ValueKind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
@@ -201,7 +219,9 @@ Listen = Annotated[Address, ADDRESS]
 ListenOrDefault = Annotated[Address | None, ADDRESS]
 Text = Annotated[str, TEXT]
 OptionalText = Annotated[str | None, TEXT]
+Name = Annotated[str, NAME]
 OptionalFile = Annotated[Path | None, FILE]
 OptionalPool = Annotated[Key | None, POOL]
 Texts = Annotated[tuple[str, ...], TEXTS]
+Names = Annotated[tuple[str, ...], NAMES]
 Files = Annotated[tuple[Path, ...], FILES]

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 from bkpool.core.names import SYSTEM_NAMESPACE
 from bkpool.settings.fields import Section, seconds, setting
-from bkpool.settings.kinds import Count, DiskSize, Duration, Files, OptionalFile, OptionalText, Text, Texts
+from bkpool.settings.kinds import Count, DiskSize, Duration, Files, Name, Names, OptionalFile, OptionalText, Text
 
 
 class WorkersSettings(Section):
@@ -146,10 +146,8 @@ class KubernetesSettings(Section):
         metavar="NAME",
         unset="the current context of the kubeconfig",
     )
-    namespace: Text = setting(
-        SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace", metavar="NAME"
-    )
-    pool_namespaces: Texts = setting(
+    namespace: Name = setting(SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace")
+    pool_namespaces: Names = setting(
         (), "Namespaces that may have pools.", option="--pool-namespace", unset="every namespace"
     )
     image: OptionalText = setting(

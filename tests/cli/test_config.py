@@ -74,6 +74,8 @@ def test_set_says_that_the_environment_wins(called, monkeypatch):
         (("set", "api.cert", "/none.crt"), "error: api.cert: /none.crt cannot be read: No such file or directory\n"),
         (("unset",), "error: NAME: give the name of a setting, or --all\n"),
         (("unset", "--all", "api.tls"), "error: NAME: give the name of a setting, or --all\n"),
+        (("--namespace", "UPPER"), "error: --namespace: 'UPPER' is not a valid name\n"),
+        (("--pool-namespace", "A B"), """error: --pool-namespace: ["A B"] has an item that is not a valid name\n"""),
         (("--api-address", "x"), "error: --api-address: 'x' is not of the form HOST:PORT\n"),
         (("--api-cert", "/none.crt"), "error: --api-cert: /none.crt cannot be read: No such file or directory\n"),
     ],

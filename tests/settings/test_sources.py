@@ -141,6 +141,13 @@ def test_a_fault_in_the_file_names_the_place_the_value_and_what_is_allowed(docum
             '["a"]',
             """BKPOOL_GATEWAY_HOSTS: '["a"]' is in brackets, which only a list in config.toml has""",
         ),
+        ("BKPOOL_KUBERNETES_NAMESPACE", "UPPER", "BKPOOL_KUBERNETES_NAMESPACE: 'UPPER' is not a valid name"),
+        (
+            "BKPOOL_KUBERNETES_POOL_NAMESPACES",
+            "team,A B",
+            "BKPOOL_KUBERNETES_POOL_NAMESPACES: 'team,A B' has an item that is not a valid name",
+        ),
+        ("BKPOOL_GATEWAY_POOL", "team/P", "BKPOOL_GATEWAY_POOL: 'team/P' is not a valid name"),
         ("BKPOOL_APPLIANCE_ROLES", "cook", "BKPOOL_APPLIANCE_ROLES: 'cook' is not a list of roles"),
     ],
 )

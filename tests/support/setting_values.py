@@ -13,10 +13,13 @@ from bkpool.settings.catalogue import all_settings
 from bkpool.settings.kinds import Address
 
 TEXTS = st.text(st.sampled_from(string.ascii_letters + string.digits + "/.-_é\"'\\ #"), min_size=1)
+NAMES = st.from_regex("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True)
 VALUES = {
     kinds.SWITCH: st.booleans(),
     kinds.ADDRESS: st.builds(Address, st.sampled_from(["127.0.0.1", "::1", "host.example"]), st.integers(0, 65535)),
     kinds.TEXT: TEXTS,
+    kinds.NAME: NAMES,
+    kinds.NAMES: st.lists(NAMES, max_size=3).map(tuple),
     kinds.FILE: TEXTS.map(lambda text: Path("/") / text),
     kinds.SIZE: st.sampled_from(["1MB", "1.5GiB", "1024kB", "3G", "1PB", "1%", "100%"]),
     kinds.POOL: st.builds(Key, st.sampled_from(["default", "team-a"]), st.sampled_from(["default", "x"])),
