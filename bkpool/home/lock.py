@@ -71,11 +71,18 @@ class HomeLock:
 
 
 def holder(home: Path) -> int | None:
-    """The pid of the process that holds this home, or None. It neither takes the lock nor creates a file."""
-    try:
-        descriptor = os.open(_file(home), os.O_RDWR)
-    except FileNotFoundError:
-        return None
+    """The pid of the process that holds this home, or None. It neither takes the lock nor creates a file.
+
+    A home that cannot be written will do: to query a lock, unlike to take it, the file may be open for reading only.
+
+    Raises:
+        HostFault: `Permission`: this user may not read the lock.
+    """
+    with as_host_fault(_file(home)):
+        try:
+            descriptor = os.open(_file(home), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
     try:
         kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _ALL))
         return None if kind == fcntl.F_UNLCK else _pid_in(descriptor)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.core.errors import HostFault, InvalidInput
-from bkpool.home.files import private_directory, write_private
+from bkpool.home.files import as_host_fault, private_directory, write_private
 from bkpool.settings.catalogue import Setting
 from bkpool.settings.kinds import Toml
 from bkpool.settings.sources import (
@@ -83,11 +83,16 @@ def remember(home: Path, values: Iterable[SettingValue]) -> None:
 
 
 def forget(home: Path, setting: Setting | None) -> bool:
-    """Forgets what `up` remembers of one setting, or all of it. Returns whether there was anything."""
+    """Forgets what `up` remembers of one setting, or all of it. Returns whether there was anything.
+
+    Raises:
+        HostFault: The file cannot be changed or removed.
+    """
     file = home / REMEMBERED_FILE
     if setting is None:
         there = file.exists()
-        file.unlink(missing_ok=True)
+        with as_host_fault(file):
+            file.unlink(missing_ok=True)
         return there
     before = remembered(home)
     if setting.name not in before:

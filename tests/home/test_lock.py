@@ -10,6 +10,7 @@ import pytest
 
 from bkpool.core.errors import EXIT, HostFault
 from bkpool.home.lock import HomeLock, holder
+from support.unwritable import unwritable
 
 HOLD = """
 import sys
@@ -102,3 +103,15 @@ def test_the_error_for_a_home_that_cannot_be_created_names_its_path(tmp_path):
     for home in (tmp_path / "file", tmp_path / "file" / "home"):
         with pytest.raises(HostFault, match="file"):
             HomeLock(home).acquire()
+
+
+def test_the_holder_of_a_home_that_cannot_be_written_is_known(tmp_path, other):
+    home = tmp_path / "home"
+    with unwritable(home):
+        assert holder(home) == other.pid
+        with pytest.raises(HostFault) as refused:
+            HomeLock(home).acquire()
+        assert refused.value.code == "Permission"
+        other.kill()
+        other.wait()
+        assert holder(home) is None

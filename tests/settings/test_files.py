@@ -10,6 +10,7 @@ from bkpool.settings import files
 from bkpool.settings.catalogue import all_settings
 from bkpool.settings.sources import SettingValue, ValueSource, from_document, from_options
 from support.setting_values import any_value
+from support.unwritable import unwritable
 
 HERE = Path("/somewhere")
 
@@ -188,3 +189,13 @@ def test_every_value_survives_both_files(tmp_path_factory, case):
     if one.remembered:
         assert files.remembered(home)[one.name].value == value
     assert one.name not in from_document(files.read(file), file, ValueSource.FILE)
+
+
+def test_in_a_home_that_cannot_be_written_nothing_is_forgotten(home):
+    files.remember(home, from_options({"api.address": "127.0.0.1:1"}, HERE).values())
+    with unwritable(home):
+        for forgotten in (None, all_settings()["api.address"]):
+            with pytest.raises(HostFault) as refused:
+                files.forget(home, forgotten)
+            assert refused.value.code == "Permission"
+    assert files.forget(home, None)

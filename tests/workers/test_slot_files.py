@@ -7,6 +7,7 @@ import pytest
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.workers.processes.slot_files import CacheRecord, CacheState, DaemonRecord, SlotFiles, slots_on_disk
+from support.unwritable import unwritable
 
 
 @pytest.fixture
@@ -77,3 +78,26 @@ def test_removing_a_slot_leaves_its_neighbours(files, tmp_path):
     assert list(slots_on_disk(tmp_path)) == [other.slot]
     other.remove()
     assert list((tmp_path / "slots").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda files: files.write_cache(CacheRecord.of("anna")),
+        lambda files: files.write_daemon(DaemonRecord("uid-1", "boot")),
+        SlotFiles.forget_daemon,
+        lambda files: files.write_config("# empty"),
+        SlotFiles.rotate_log,
+        SlotFiles.set_root_aside,
+        SlotFiles.make_scratch,
+        SlotFiles.remove,
+    ],
+)
+def test_a_home_that_cannot_be_written_is_a_fault_of_the_host(files, write):
+    files.write_daemon(DaemonRecord("uid-1", "boot"))
+    files.rotate_log()
+    files.log.write_text("of the last run")
+    files.root.mkdir()
+    with unwritable(files.home), pytest.raises(HostFault, match="cannot be written") as refused:
+        write(files)
+    assert refused.value.code == "Permission"

@@ -19,7 +19,7 @@ from bkpool.workers import config
 from bkpool.workers.processes import process_table, socket_directory
 from bkpool.workers.processes.daemon import MARK, Launch
 from bkpool.workers.processes.sandbox import Sandbox, remove_cgroups
-from bkpool.workers.processes.slot_files import SlotFiles
+from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 
 
 class Launcher:
@@ -49,11 +49,13 @@ class Launcher:
         socket_directory.claim(self._runtime_dir)
         self.clear(files.slot)
         sockets = self._sockets(files.slot)
-        sockets.mkdir(mode=0o700)
+        with as_host_fault(sockets):
+            sockets.mkdir(mode=0o700)
         files.make_scratch()
         # buildkitd makes sockets for ssh-agents in its TMPDIR, so that path must be short: see socket_directory.
         temporary = sockets / "tmp"
-        temporary.symlink_to(files.scratch)
+        with as_host_fault(temporary):
+            temporary.symlink_to(files.scratch)
         files.write_config(config.render(spec, self._cgroup(files.slot), self._gc_defaults))
         files.rotate_log()
         socket = sockets / "buildkitd.sock"

@@ -133,29 +133,34 @@ class SlotFiles:
 
     def forget_daemon(self) -> None:
         """Removes the record of a daemon that has ended."""
-        self._daemon.unlink(missing_ok=True)
+        with as_host_fault(self._daemon):
+            self._daemon.unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
         """Writes buildkitd's configuration."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.config.write_text(text)
+        with as_host_fault(self.config):
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.config.write_text(text)
 
     def rotate_log(self) -> None:
         """Begins a new log and keeps the one before."""
-        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(FileNotFoundError):
-            self.log.replace(self._older_log)
+        with as_host_fault(self.log):
+            self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(FileNotFoundError):
+                self.log.replace(self._older_log)
 
     def set_root_aside(self) -> list[Path]:
         """Renames the cache, so that nothing uses it any more. Returns all directories that must be removed."""
         if self.root.exists():
-            self.root.rename(self.directory / f"wiped-{secrets.token_hex(4)}")
+            with as_host_fault(self.root):
+                self.root.rename(self.directory / f"wiped-{secrets.token_hex(4)}")
         return sorted(self.directory.glob("wiped-*"))
 
     def make_scratch(self) -> None:
         """Makes an empty temporary directory, and removes what an earlier daemon has left in it."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with as_host_fault(self.scratch):
+            self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def remove(self) -> None:
         """Removes the logs and the directory of a slot without a cache, and directories above that are empty then.
@@ -163,7 +168,8 @@ class SlotFiles:
         buildkitd logs commands and errors of builds, which belong to the tenant like the cache.
         """
         for log in (self.log, self._older_log):
-            log.unlink(missing_ok=True)
+            with as_host_fault(log):
+                log.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty
             self.directory.parent.rmdir()
@@ -211,7 +217,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _write(path: Path, data: dict[str, Any]) -> None:
     """Replaces a file. After a crash, even of the machine, it is either the old or the new one."""
     fresh = path.with_suffix(".new")
-    try:
+    with as_host_fault(path):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with fresh.open("w") as file:
             json.dump(data, file)
@@ -223,6 +229,13 @@ def _write(path: Path, data: dict[str, Any]) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+@contextlib.contextmanager
+def as_host_fault(path: Path) -> Iterator[None]:
+    """Turns an OSError about a path that is written into a HostFault, which is the failure of one worker."""
+    try:
+        yield
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         raise HostFault(
