@@ -20,7 +20,7 @@ from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.durations import render
-from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
@@ -58,7 +58,11 @@ class Grant:
     """None if the caller sent a CSR."""
 
 
-@dataclass(frozen=True, slots=True)
+_SLOW_STORE = 0.1
+"""Seconds after which a claim that the store has not answered is the reason why a request got no worker."""
+
+
+@dataclass(slots=True)
 class _Order:
     """A request that has been checked."""
 
@@ -68,6 +72,8 @@ class _Order:
     request: AllocationRequest
     request_key: str | None
     """Digest of the caller and their jobId; None without a jobId."""
+    claiming_since: float | None = None
+    """The loop's time at which the claim that is being written began; None where there is none."""
 
     def lease(self, lease_id: str, owner: str, now: datetime) -> Lease:
         """The lease that this request asks for, without its token's digest."""
@@ -148,6 +154,7 @@ class Allocator:
             InvalidInput: The ttl is above the pool's maximum, or the CSR cannot be used.
             NoCapacity: No worker was ready within `request.wait`, too many requests wait, or a limit of the pool is
                 reached (`LimitReached`).
+            Unavailable: The store does not write the lease in time.
             WorkerFailed: The worker does not start; the message has the reason.
         """
         pool = find_pool(self._mirror, request.pool)
@@ -167,7 +174,7 @@ class Allocator:
                     self._finish_request(worker)
                     worker = None
         except TimeoutError:
-            raise self._timed_out(request, worker) from None
+            raise self._timed_out(order, worker) from None
         finally:
             if worker is not None:
                 self._finish_request(worker)
@@ -215,10 +222,12 @@ class Allocator:
                 return self._begin_request(target, known=True)  # the same job's lease, made while this one waited
             try:
                 lease = order.lease(lease_id, owner, self._now())
+                order.claiming_since = asyncio.get_running_loop().time()
                 claimed = await self._claimer.claim(pool, target, lease, order.request_key)
+                order.claiming_since = None
                 return self._begin_request(claimed, known=False)
             except (Conflict, NotFound):
-                lost_claim = True
+                lost_claim, order.claiming_since = True, None
                 await self._claimer.refresh(target)
             finally:
                 queue.claim_ended(target)
@@ -278,9 +287,16 @@ class Allocator:
         self._open_requests.answered(lease.id)
         return Grant(worker, token, lease.expires_at, self._authority.cert_pem, leaf.cert_pem, leaf.key_pem)
 
-    def _timed_out(self, request: AllocationRequest, worker: Worker | None) -> NoCapacity:
-        """The error for a request that waited too long: the pool is full, or the worker did not become ready."""
+    def _timed_out(self, order: _Order, worker: Worker | None) -> NoCapacity | Unavailable:
+        """The error for a request that waited too long: the pool is full, the worker not ready, or the store slow."""
+        request, since = order.request, order.claiming_since
         where = f"pool {request.pool.name!r}"
+        if since is not None and asyncio.get_running_loop().time() - since >= _SLOW_STORE:
+            return Unavailable(
+                f"{where} has a free worker, but the store did not write the lease within {render(request.wait)}",
+                hint="Wait longer. If it happens again, another program has locked the store, or its disk is slow.",
+                retry_after=30,
+            )
         if worker is not None:
             current = self._mirror.workers.get(worker.key, worker)
             why = current.status.message_with_log or f"it is {current.status.phase.value}"

@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 
 from bkpool.core import tokens
-from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, WorkerFailed
+from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Phase
 from support.world import ANN, BOB, POOL
@@ -174,6 +174,32 @@ async def test_the_error_for_a_full_pool_names_the_pool_and_the_time(world):
     with pytest.raises(NoCapacity, match="no worker of pool 'p' became free within 50ms"):
         await api.allocate(wait=0.05)
     assert api.allocator.waiting(POOL) == 0
+
+
+@pytest.mark.parametrize("write", ["create", "replace"])
+async def test_a_store_that_does_not_write_in_time_is_named_as_the_reason(world, monkeypatch, write):
+    await world.pool()
+    api = world.replicas[0]
+    if write == "replace":
+        await api.leases.release((await api.allocate()).token)
+        await world.until(lambda: not world.held())
+    may_go_on, original = asyncio.Event(), getattr(world.store, write)
+
+    async def slow(worker):
+        await may_go_on.wait()
+        return await original(worker)
+
+    monkeypatch.setattr(world.store, write, slow)
+    with pytest.raises(
+        Unavailable, match="pool 'p' has a free worker, but the store did not write the lease"
+    ) as caught:
+        await api.allocate(wait=0.15)
+    assert "locked" in caught.value.hint
+    with pytest.raises(NoCapacity, match="became free within 0s"):
+        await api.allocate(wait=0)
+    may_go_on.set()
+    await api.allocator.close()
+    await world.until(lambda: not world.held())
 
 
 async def test_a_worker_that_is_not_ready_in_time_is_released(world):
