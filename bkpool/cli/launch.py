@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -110,6 +110,17 @@ class WaitingParent:
         self.send({"failed": failed})
 
 
+@contextmanager
+def failures_sent_to(parent: WaitingParent | None) -> Iterator[None]:
+    """Also sends an error that ends this process to the `up -d` that waits for it, if there is one."""
+    try:
+        yield
+    except BkpoolError as error:
+        if parent is not None:
+            parent.send_failure(error)
+        raise
+
+
 def _result(pipe: BinaryIO, log: Path, size_before: int) -> dict[str, Any]:
     with console.Progress("starting") as progress:
         for line in pipe:
@@ -123,7 +134,9 @@ def _result(pipe: BinaryIO, log: Path, size_before: int) -> dict[str, Any]:
     with log.open("rb") as file:
         file.seek(max(size_before, log.stat().st_size - _LOG_TAIL))
         lines = file.read().decode(errors="replace").strip().splitlines()
-    last = f": {lines[-1]}" if lines else ", and it wrote nothing to its log"
+    # Under an error there may be a hint, which says nothing without it.
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    last = f": {[*lines, *errors][-1]}" if lines else ", and it wrote nothing to its log"
     raise HostFault(f"the appliance ended before it was ready{last}", hint=f"Read {log}.")
 
 

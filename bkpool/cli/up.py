@@ -48,9 +48,22 @@ def command(detach: bool, as_json: bool, pool_files: tuple[Path, ...], backend: 
     home keeps its backend until `down --purge`. Each setting can also be an environment variable or a line of
     config.toml: see `bkpool config`.
     """
+    parent = launch.WaitingParent.of_environment()
+    with launch.failures_sent_to(parent):
+        return _up(given, pool_files, backend or _AUTO, parent, detach=detach, as_json=as_json)
+
+
+def _up(
+    given: dict[str, Any],
+    pool_files: tuple[Path, ...],
+    backend: str,
+    parent: launch.WaitingParent | None,
+    *,
+    detach: bool,
+    as_json: bool,
+) -> int:
     resolved = up_options.load(given)
     pool_files = tuple(up_options.readable(path, "--file") for path in pool_files)
-    backend = backend or _AUTO
     if running := home.running():
         return _answer_running(running, resolved, backend, pool_files, as_json=as_json)
     if detach:
@@ -66,7 +79,7 @@ def command(detach: bool, as_json: bool, pool_files: tuple[Path, ...], backend: 
             return _answer_running(running, resolved, backend, pool_files, as_json=as_json)
         _answer(described, "bkpool is up", as_json=as_json)
         return 0
-    return _run_here(resolved, backend, pool_files, as_json=as_json)
+    return _run_here(resolved, backend, pool_files, parent, as_json=as_json)
 
 
 def _answer_running(
@@ -79,11 +92,17 @@ def _answer_running(
     return 0
 
 
-def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool) -> int:
+def _run_here(
+    resolved: ResolvedSettings,
+    backend: str,
+    pool_files: tuple[Path, ...],
+    parent: launch.WaitingParent | None,
+    *,
+    as_json: bool,
+) -> int:
     from bkpool.appliance import RunOptions, run  # noqa: PLC0415 - it imports everything heavy
     from bkpool.toolchain import default_cache  # noqa: PLC0415
 
-    parent = launch.WaitingParent.of_environment()
     if parent is None:
         _note_remembered(resolved)
 
@@ -105,12 +124,7 @@ def _run_here(resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, 
         settings=resolved.settings,
         places=resolved.places,
     )
-    try:
-        return run(run_options, report)
-    except BkpoolError as error:
-        if parent is not None:
-            parent.send_failure(error)
-        raise
+    return run(run_options, report)
 
 
 def _remember(pid: int, resolved: ResolvedSettings) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,6 +22,7 @@ Toml = str | int | bool | list[str]
 
 HIGHEST_PORT = 65535
 _YES, _NO = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
+_PLAIN_HOST = re.compile(r"[^\s\[\]:/]+")  # a name or an IPv4 address
 _MILLISECOND = timedelta(milliseconds=1)
 
 
@@ -102,10 +104,19 @@ def _count_text(text: str) -> int:
 
 def _address(given: Toml, directory: Path) -> Address:
     host, _, port = _text(given, directory).rpartition(":")
-    plain = bool(host) and (":" not in host or (host.startswith("[") and host.endswith("]")))
+    bracketed = host.startswith("[") and host.endswith("]")
+    plain = _is_ipv6(host[1:-1]) if bracketed else _PLAIN_HOST.fullmatch(host) is not None
     if not plain or re.fullmatch("[0-9]{1,5}", port) is None or int(port) > HIGHEST_PORT:
         raise ValueError("is not of the form HOST:PORT")
-    return Address(host.strip("[]"), int(port))
+    return Address(host[1:-1] if bracketed else host, int(port))
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _file(given: Toml, directory: Path) -> Path:

@@ -4,6 +4,8 @@ import json
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -37,6 +39,9 @@ def run(options, ready):
         raise HostFault("port 8082 is taken", hint="Free it.", code="PortTaken", exit_code=72)
     if do == "die":
         sys.stderr.write("first\\nlast words\\n")
+        os._exit(9)
+    if do == "refuse":
+        sys.stderr.write("error: no room\\nhint: Make some.\\n")
         os._exit(9)
     if do == "crash":
         raise ZeroDivisionError("internal detail")
@@ -260,6 +265,28 @@ def test_for_an_appliance_that_dies_silently_up_shows_its_log(bkpool, home):
     done = bkpool("up", "-d", DO="die")
     assert done.returncode == 71
     assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
+
+
+def test_of_an_appliance_that_ends_with_an_error_in_its_log_up_shows_the_error_and_not_its_hint(bkpool):
+    done = bkpool("up", "-d", DO="refuse")
+    assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: no room\nhint: Read ")
+
+
+def test_an_error_before_the_appliance_begins_reaches_the_up_that_waits(environment, tmp_path):
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as reader:
+        subprocess.run(
+            [sys.executable, "-m", "bkpool", "up", "--metrics-address", "[]:1"],
+            env=environment | {"BKPOOL_READY_FD": str(theirs)},
+            cwd=tmp_path,
+            pass_fds=(theirs,),
+            capture_output=True,
+            check=False,
+        )
+        os.close(theirs)
+        failed = json.loads(reader.readline())["failed"]
+    assert failed["message"] == "--metrics-address: '[]:1' is not of the form HOST:PORT"
+    assert (failed["code"], failed["exit_code"]) == ("InvalidInput", 2)
 
 
 @pytest.mark.parametrize("detach", [(), ("-d",)])

@@ -180,6 +180,42 @@ def test_no_setting_has_a_name_that_kubernetes_gives_to_services():
         assert not one.field.startswith(("port", "service_")), one.name
 
 
+NO_ADDRESSES = [
+    "[]:80",
+    "[[::1]]:80",
+    "[::1]]:80",
+    "[::1:80",
+    "[x]:80",
+    "[127.0.0.1]:80",
+    "::1:80",
+    ":80",
+    "[:80",
+    "a b:80",
+]
+
+
+@pytest.mark.parametrize("text", NO_ADDRESSES)
+def test_an_address_without_a_host_or_with_odd_brackets_is_refused_from_every_source(text):
+    document = {"metrics": {"address": text}}
+    for give, where in (
+        (lambda: from_options({"metrics.address": text}, HERE), "--metrics-address"),
+        (lambda: from_environment({"BKPOOL_METRICS_ADDRESS": text}, HERE), "BKPOOL_METRICS_ADDRESS"),
+        (lambda: from_document(document, FILE, ValueSource.FILE), "/home/config.toml: [metrics] address"),
+        (
+            lambda: from_document(document, REMEMBERED, ValueSource.REMEMBERED),
+            "/home/remembered.toml: [metrics] address",
+        ),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            give()
+        assert caught.value.message == f"{where}: {text!r} is not of the form HOST:PORT"
+
+
+@pytest.mark.parametrize("text", ["[::1]:80", "[fe80::1%eth0]:80", "127.0.0.1:0", "host.example:65535"])
+def test_an_address_is_written_as_it_was_read(text):
+    assert from_environment({"BKPOOL_API_ADDRESS": text}, HERE)["api.address"].text == text
+
+
 def test_values_that_contradict_each_other_are_refused():
     layer = from_environment({"BKPOOL_CONTROLLER_BACKOFF": "5m"}, HERE)
     with pytest.raises(InvalidInput, match=r"BKPOOL_CONTROLLER_BACKOFF: controller.backoff \(5m\) is more than"):
