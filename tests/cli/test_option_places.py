@@ -9,7 +9,7 @@ WRONG = {
     "file": (("renew",), "-t", "--token", "BKPOOL_LEASE_TOKEN", "./none", "there is no file none"),
     "issuer": (("oidc-token",), "--issuer", "--issuer", "BKCTL_OIDC_ISSUER", "http://x.example", "is not a URL with"),
     "release": (("release", "--worker", "w"), "-n", "--namespace", "BKCTL_NAMESPACE", "A B", "is no good"),
-    "status": (("status", "-p", "x"), "-n", "--namespace", "BKCTL_NAMESPACE", "A B", "is no good"),
+    "status": (("status", "-p", "x"), "-n", "--namespace", "BKCTL_NAMESPACE", "a-b", "is no good"),
 }
 """Case to the command, the option as typed, its name, its variable, a wrong value, and what the message says."""
 
