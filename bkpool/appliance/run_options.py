@@ -64,4 +64,9 @@ class RunOptions:
     @property
     def access(self) -> ClusterAccess:
         """The cluster, where it is not a cluster of kind."""
-        return ClusterAccess(self.settings.kubernetes.kubeconfig, self.settings.kubernetes.context)
+        return ClusterAccess(
+            self.settings.kubernetes.kubeconfig,
+            self.settings.kubernetes.context,
+            kubeconfig_from=self.where("kubernetes.kubeconfig"),
+            context_from=self.where("kubernetes.context"),
+        )

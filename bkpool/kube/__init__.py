@@ -4,7 +4,8 @@ It is the only package that imports `kubernetes`, and only to read a kubeconfig 
 nothing about pools, workers or pods.
 """
 
-from bkpool.kube.client import ClusterAccess, Doc, KubeApi
+from bkpool.kube.access import ClusterAccess
+from bkpool.kube.client import Doc, KubeApi
 from bkpool.kube.limits import KubeLimits
 
 __all__ = ["ClusterAccess", "Doc", "KubeApi", "KubeLimits"]

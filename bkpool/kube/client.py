@@ -1,6 +1,6 @@
 """One HTTP session to one API server, with documents in and documents out.
 
-It finds the server and the credentials as kubectl does, and turns error responses into bkpool's errors. It caches
+It turns error responses into bkpool's errors. It caches
 nothing. It retries only a request that the server refused to start (429), a few times and briefly.
 """
 
@@ -10,15 +10,13 @@ import asyncio
 import json
 import ssl
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import aiohttp
 from aiohttp.http import HttpProcessingError
 
-from bkpool.core.errors import BkpoolError, HostFault, Unavailable
+from bkpool.core.errors import HostFault, Unavailable
+from bkpool.kube.access import ClusterAccess
 from bkpool.kube.errors import error_of
 from bkpool.kube.limits import KubeLimits
 
@@ -34,18 +32,6 @@ HTTP_ERROR, TOO_MANY = 400, 429
 _MOST_ATTEMPTS = 4  # of a request that the server refuses with 429
 _LONGEST_PAUSE = 2.0  # seconds between them, whatever Retry-After says
 _LARGEST_EVENT = 8 << 20  # bytes: etcd takes objects of up to 1.5 MiB; JSON may write six bytes for one character
-_IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterAccess:
-    """Which cluster to use, and with which credentials.
-
-    Without arguments: the cluster that this pod runs in, else the user's default kubeconfig.
-    """
-
-    kubeconfig: Path | None = None
-    context: str | None = None
 
 
 class KubeApi:
@@ -79,14 +65,15 @@ class KubeApi:
             limits: How long to wait for it.
 
         Raises:
-            HostFault: There is no kubeconfig, or it cannot be read.
+            HostFault: There is no kubeconfig, or it cannot be used.
+            InvalidInput: The kubeconfig does not have the context.
         """
-        configuration, namespace = await _configuration(access)
+        configuration, namespace = await access.load()
         try:
             session = _session(configuration, limits)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise HostFault(
-                f"kubeconfig: the certificates for {configuration.host} cannot be used: {error}",
+                f"{access.file_from}: the certificates for {configuration.host} cannot be used: {error}",
                 hint="Create the kubeconfig again (with kind: `bkpool down`, then `bkpool up`).",
             ) from None
         return cls(session, configuration, namespace, limits)
@@ -258,31 +245,3 @@ def _session(configuration: Configuration, limits: KubeLimits) -> aiohttp.Client
         headers={"User-Agent": "bkpool", "Accept": "application/json"},
         proxy=configuration.proxy,
     )
-
-
-async def _configuration(access: ClusterAccess) -> tuple[Configuration, str]:
-    from kubernetes.aio import config  # noqa: PLC0415 - takes a second; only clusters need it
-    from kubernetes.aio.client import Configuration  # noqa: PLC0415
-
-    configuration = Configuration()
-    token = _IN_CLUSTER / "token"
-    try:
-        if access.kubeconfig is None and access.context is None and token.exists():
-            config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-            return configuration, (_IN_CLUSTER / "namespace").read_text("utf-8").strip() or "default"
-        loader = await config.load_kube_config(  # type: ignore[no-untyped-call]
-            config_file=str(access.kubeconfig) if access.kubeconfig else None,
-            context=access.context,
-            client_configuration=configuration,
-        )
-        namespace = ""
-        with suppress(BkpoolError, KeyError, AttributeError, TypeError):
-            namespace = loader.current_context["context"].get("namespace", "")
-        return configuration, namespace or "default"
-    except (config.ConfigException, OSError, ValueError) as error:
-        where = str(access.kubeconfig or "the default kubeconfig")
-        raise HostFault(
-            f"kubeconfig: {where} gives no access to a cluster: {error}",
-            hint="Set KUBECONFIG or --kubeconfig to a file with which `kubectl get nodes` works.",
-            code="Unreadable",
-        ) from None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kind.objects import custom_resources, store  # noqa: F401 - fixtures
 
-from bkpool.kube.client import ClusterAccess, KubeApi
+from bkpool.kube import ClusterAccess, KubeApi
 from kind_cluster import E2eCluster, Kubectl
 
 

@@ -22,8 +22,7 @@ from bkpool.identity import Identity
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
 from bkpool.identity.static_tokens import FRESH_SECONDS, SecretTokenReader, StaticTokenAuthenticator
 from bkpool.install import crds
-from bkpool.kube import paths
-from bkpool.kube.client import ClusterAccess, KubeApi
+from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 

@@ -282,6 +282,7 @@ def test_an_error_before_the_appliance_begins_reaches_the_up_that_waits(environm
             pass_fds=(theirs,),
             capture_output=True,
             check=False,
+            timeout=TIMEOUT,
         )
         os.close(theirs)
         failed = json.loads(reader.readline())["failed"]
