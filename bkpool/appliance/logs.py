@@ -6,6 +6,8 @@ import logging
 import os
 import select
 import sys
+from io import UnsupportedOperation
+from typing import TextIO, cast
 
 import structlog
 
@@ -57,8 +59,7 @@ class LogStream:
 
 def configure_logging() -> None:
     """Writes readable lines on a terminal and JSON into a pipe. Debug messages are left out."""
-    stderr = sys.stderr  # None if the process was started without one; its number may belong to another file then
-    on_terminal = stderr is not None and stderr.isatty()
+    on_terminal = sys.stderr is not None and sys.stderr.isatty()
     sys.unraisablehook = ignore_invalid_server_names
     structlog.configure(
         processors=[
@@ -69,6 +70,15 @@ def configure_logging() -> None:
             structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(default=str),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(LogStream(None if stderr is None else stderr.fileno())),  # type: ignore[arg-type] # it only writes and flushes
+        logger_factory=structlog.WriteLoggerFactory(_stderr()),
         cache_logger_on_first_use=True,
     )
+
+
+def _stderr() -> TextIO:
+    if sys.stderr is None:  # the process was started without one, and its number may belong to another file by now
+        return cast("TextIO", LogStream(None))
+    try:
+        return cast("TextIO", LogStream(sys.stderr.fileno()))  # loggers only write and flush
+    except UnsupportedOperation:  # a program that runs bkpool within itself has replaced it by an object in memory
+        return sys.stderr

@@ -59,8 +59,20 @@ def test_long_lines_and_characters_without_a_code_are_written(tmp_path):
     assert (tmp_path / "log").read_text() == LONG + "\\udcff\n"
 
 
-def test_without_stderr_there_is_no_log():
-    LogStream(None).write("lost\n")
+@pytest.mark.parametrize("stderr", ["None", "io.StringIO()"])
+def test_a_process_without_a_descriptor_for_stderr_runs(stderr):
+    script = f"""
+import io, sys
+sys.stderr = {stderr}
+import structlog
+from bkpool.appliance.logs import configure_logging
+configure_logging()
+structlog.get_logger().info("said")
+print(sys.stderr and sys.stderr.getvalue())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert ('"event": "said"' in done.stdout) is (stderr != "None")
 
 
 @pytest.mark.parametrize("reads_on", [True, False])
