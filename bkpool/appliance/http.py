@@ -64,9 +64,10 @@ async def serve(
 
 def _reason(error: OSError) -> str:
     """What the system says. asyncio puts a sentence about bind before it, with the address again."""
-    if error.errno is None or isinstance(error, socket.gaierror):
-        return str(error.strerror or error)
-    return os.strerror(error.errno)
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)
+    # Since Python 3.13 asyncio passes over addresses of other machines, and its error for all of them has no number.
+    return os.strerror(error.errno or errno.EADDRNOTAVAIL)
 
 
 def url_host(host: str) -> str:

@@ -176,7 +176,7 @@ async def test_a_port_that_is_in_use_names_where_the_user_gave_it(options: RunOp
 @pytest.mark.parametrize("section", ["api", "gateway", "metrics"])
 async def test_an_address_of_another_machine_is_one_sentence_with_a_hint(options: RunOptions, section: str) -> None:
     sections: dict[str, dict[str, Any]] = {name: {"address": FREE} for name in ("api", "gateway", "metrics")}
-    sections[section]["address"] = ("192.0.2.1", 5000)
+    sections[section]["address"] = ("198.51.100.1", 5000)
     settings, places = Settings.model_validate(sections), {f"{section}.address": "BKPOOL_THIS"}
     appliance = HostAppliance(
         replace(options, settings=settings, places=places),
@@ -184,7 +184,7 @@ async def test_an_address_of_another_machine_is_one_sentence_with_a_hint(options
         "process",
         lambda stack, _report: open_backend(stack, options.home),
     )
-    message = r"^BKPOOL_THIS: (the gateway )?cannot listen on 192\.0\.2\.1:5000: Cannot assign requested address$"
+    message = r"^BKPOOL_THIS: (the gateway )?cannot listen on 198\.51\.100\.1:5000: Cannot assign requested address$"
     with pytest.raises(HostFault, match=message) as caught:
         await appliance.run(lambda _report: None)
     assert caught.value.hint == "Choose an address of this machine."
