@@ -233,10 +233,13 @@ class Worker(Resource):
     @property
     def end_message(self) -> str:
         """Why the lease on the worker ended, as its holder is shown it; empty if there is no lease or no message."""
-        if self.lease is None:
+        lease = self.lease
+        if lease is None:
             return ""
-        lost = self.lease.end_reason is EndReason.LOST
-        return with_log(self.lease.end_message, self.status.log_tail if lost else "")
+        for past in self.status.ended:  # it is remembered before it is taken off, together with its log tail
+            if past.token_sha256 == lease.token_sha256:
+                return past.message_with_log
+        return with_log(lease.end_message, self.status.log_tail if lease.end_reason is EndReason.LOST else "")
 
     def with_lease(self, lease: Lease | None) -> Worker:
         """A copy with this lease, or without one. A finalizer keeps the object exactly while it has a lease."""

@@ -213,10 +213,14 @@ def test_the_log_tail_of_a_lost_lease_is_forgotten_with_its_cache():
     failing = {"phase": Phase.PROVISIONING, "failures": 5, "failed_at": NOW, "endpoint": None}
     held = worker(0, lost, cache_owner="owner-a", message="buildkitd was killed", log_tail="SECRET", **failing)
     assert "SECRET" in held.end_message
-    (finish,) = actions(snapshot(pool(), held))
+    registered = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
+    (drain,) = actions(snapshot(pool(), held.with_status(gateways=(registered,))))
+    assert drain.worker.status.phase is Phase.DRAINING
+    assert drain.worker.end_message == held.end_message, "its waiting clients are told"
+    (finish,) = actions(snapshot(pool(), drain.worker.with_status(gateways=())))
     after = with_lease_remembered(finish, NOW).with_lease(None)
     assert "SECRET" in after.status.ended[-1].message_with_log, "its holder asks why it ended"
-    assert "SECRET" not in after.status.message_with_log
+    assert after.status.message_with_log == "buildkitd was killed"
     (step,) = actions(snapshot(pool(), after, observed={0: seen(0)}))
     assert "SECRET" not in str(step), "the cache was wiped"
     again = worker(

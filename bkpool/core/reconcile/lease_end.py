@@ -48,6 +48,8 @@ def wind_up(
             worker = failed_worker(worker, seen.message, "", now, limits)
         return _finish(worker, lease, reason, ready_observation(worker, seen))
     if worker.status.phase is not Phase.DRAINING:
+        if reason is EndReason.LOST:  # its clients are still told why, with the log
+            return WriteStatus(worker.with_status(phase=Phase.DRAINING))
         message = f"the lease is {reason}; builds may finish"
         return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
     return min(entry.expires_at for entry in registered)
@@ -84,7 +86,8 @@ def with_lease_remembered(action: FinishLease, now: datetime) -> Worker:
     status = action.worker.status
     known = any(past.token_sha256 == action.ended.token_sha256 for past in status.ended)
     # A failed worker goes on saying why. Earlier versions stored the log below the first line of the message.
-    failed = action.phase is Phase.FAILED and status.phase is not Phase.DRAINING
+    has_reason = action.ended.reason is EndReason.LOST or status.phase is not Phase.DRAINING
+    failed = action.phase is Phase.FAILED and has_reason
     earlier = tuple(past.but(log_tail="") for past in status.ended)
     return action.worker.with_status(
         phase=action.phase,
