@@ -110,7 +110,7 @@ class LeaseService:
         lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
-            raise _gone(over, worker.end_message)
+            raise _gone(over, worker.lease_end_message)
         return worker
 
     async def abandon(self, worker: Worker) -> None:

@@ -80,8 +80,8 @@ def with_log(message: str, log_tail: str) -> str:
 class EndedLease(Model):
     """A lease that is over. It is remembered so that a client that comes too late learns why.
 
-    Only whoever has its token is told. The log tail is forgotten when the cache gets another owner, or when the next
-    lease ends.
+    Its reason is shown only to callers who have its token. The log tail is forgotten when the cache gets another
+    owner, or when the next lease ends.
     """
 
     token_sha256: Annotated[StrictStr, Field(alias="tokenSHA256")]
@@ -161,7 +161,7 @@ class WorkerStatus(Model):
     message: StrictStr = ""
     """What happened, in bkpool's own words: without text from buildkitd's log."""
     log_tail: StrictStr = ""
-    """The last lines of buildkitd's log after a failure, where whoever may read the worker may read them."""
+    """The last lines of buildkitd's log after a failure; empty if they may be of somebody else's builds."""
     gateways: tuple[GatewayRegistration, ...] = ()
     ended: tuple[EndedLease, ...] = ()
     conditions: tuple[Condition, ...] = ()
@@ -231,12 +231,12 @@ class Worker(Resource):
         return [entry for entry in self.status.gateways if entry.expires_at > now]
 
     @property
-    def end_message(self) -> str:
+    def lease_end_message(self) -> str:
         """Why the lease on the worker ended, as its holder is shown it; empty if there is no lease or no message."""
         lease = self.lease
         if lease is None:
             return ""
-        for past in self.status.ended:  # it is remembered before it is taken off, together with its log tail
+        for past in self.status.ended:  # a lease is remembered before it is taken off; its log tail moves with it
             if past.token_sha256 == lease.token_sha256:
                 return past.message_with_log
         return with_log(lease.end_message, self.status.log_tail if lease.end_reason is EndReason.LOST else "")

@@ -155,19 +155,24 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
     assert not (options.home / "appliance.json").exists()
 
 
+def _appliance_with(options: RunOptions, sections: dict[str, dict[str, Any]], section: str) -> HostAppliance:
+    """An appliance with these settings, whose address of one section was given by BKPOOL_THIS."""
+    settings, places = Settings.model_validate(sections), {f"{section}.address": "BKPOOL_THIS"}
+    return HostAppliance(
+        replace(options, settings=settings, places=places),
+        Documents(),
+        "process",
+        lambda stack, _report: open_backend(stack, options.home),
+    )
+
+
 @pytest.mark.parametrize("section", ["api", "gateway", "metrics", "dev_issuer"])
 async def test_a_port_that_is_in_use_names_where_the_user_gave_it(options: RunOptions, section: str) -> None:
     sections: dict[str, dict[str, Any]] = {name: {"address": FREE} for name in ("api", "gateway", "metrics")}
     sections["dev_issuer"] = {"enabled": section == "dev_issuer"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         sections[section]["address"] = taken.getsockname()
-        settings, places = Settings.model_validate(sections), {f"{section}.address": "BKPOOL_THIS"}
-        appliance = HostAppliance(
-            replace(options, settings=settings, places=places),
-            Documents(),
-            "process",
-            lambda stack, _report: open_backend(stack, options.home),
-        )
+        appliance = _appliance_with(options, sections, section)
         with pytest.raises(HostFault, match=r"^BKPOOL_THIS: port \d+ on 127\.0\.0\.1 is in use") as caught:
             await appliance.run(lambda _report: None)
     assert caught.value.code == "PortTaken"
@@ -177,13 +182,7 @@ async def test_a_port_that_is_in_use_names_where_the_user_gave_it(options: RunOp
 async def test_an_address_of_another_machine_is_one_sentence_with_a_hint(options: RunOptions, section: str) -> None:
     sections: dict[str, dict[str, Any]] = {name: {"address": FREE} for name in ("api", "gateway", "metrics")}
     sections[section]["address"] = ("198.51.100.1", 5000)
-    settings, places = Settings.model_validate(sections), {f"{section}.address": "BKPOOL_THIS"}
-    appliance = HostAppliance(
-        replace(options, settings=settings, places=places),
-        Documents(),
-        "process",
-        lambda stack, _report: open_backend(stack, options.home),
-    )
+    appliance = _appliance_with(options, sections, section)
     message = r"^BKPOOL_THIS: (the gateway )?cannot listen on 198\.51\.100\.1:5000: Cannot assign requested address$"
     with pytest.raises(HostFault, match=message) as caught:
         await appliance.run(lambda _report: None)

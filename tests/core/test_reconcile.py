@@ -212,11 +212,11 @@ def test_the_log_tail_of_a_lost_lease_is_forgotten_with_its_cache():
     lost = lease().but(ended_at=NOW, end_reason=EndReason.LOST, end_message="buildkitd was killed")
     failing = {"phase": Phase.PROVISIONING, "failures": 5, "failed_at": NOW, "endpoint": None}
     held = worker(0, lost, cache_owner="owner-a", message="buildkitd was killed", log_tail="SECRET", **failing)
-    assert "SECRET" in held.end_message
+    assert "SECRET" in held.lease_end_message
     registered = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
     (drain,) = actions(snapshot(pool(), held.with_status(gateways=(registered,))))
     assert drain.worker.status.phase is Phase.DRAINING
-    assert drain.worker.end_message == held.end_message, "its waiting clients are told"
+    assert drain.worker.lease_end_message == held.lease_end_message, "its waiting clients are told"
     (finish,) = actions(snapshot(pool(), drain.worker.with_status(gateways=())))
     after = with_lease_remembered(finish, NOW).with_lease(None)
     assert "SECRET" in after.status.ended[-1].message_with_log, "its holder asks why it ended"

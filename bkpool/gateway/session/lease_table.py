@@ -105,7 +105,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
         end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
-        end_message=worker.end_message,
+        end_message=worker.lease_end_message,
     )
 
 
