@@ -1,4 +1,4 @@
-"""The directory of an appliance (BKPOOL_HOME): its lock, and how private files are written and read.
+"""The directories of an appliance: BKPOOL_HOME with its lock and its private files, and the one for its sockets.
 
 It knows nothing about the contents of the files.
 """

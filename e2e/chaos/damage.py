@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from chaos.schedule import Fault
 
-from bkpool.workers.processes.socket_directory import default_directory, home_digest
+from bkpool.home.runtime_directory import default_directory, home_digest
 from harness import Appliance, alive, eventually
 
 DRAINED = 60.0

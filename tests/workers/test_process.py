@@ -14,12 +14,12 @@ import uvloop
 from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Cache, CacheGC
+from bkpool.home.runtime_directory import home_digest
 from bkpool.workers import DaemonState
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.runtime import ProcessLimits, ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
-from bkpool.workers.processes.socket_directory import home_digest
 from support.objects import pool as a_pool
 from support.processes import freeze
 
@@ -48,6 +48,10 @@ def temporary(pid: int) -> Path:
     """Where a process puts its temporary files."""
     variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
     return Path(dict(entry.split("=", 1) for entry in variables if entry)["TMPDIR"]).resolve()
+
+
+def is_there(path: Path) -> bool:
+    return path.exists()
 
 
 def runs(pid: int) -> bool:
@@ -196,6 +200,25 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
     assert after.daemons.observe()[SLOT].state is DaemonState.EXITED
     await after.purge()
     await after.close(stop_workers=True)
+
+
+async def test_the_daemon_of_an_older_version_is_taken_over_and_its_directory_is_removed(tmp_path, binaries):
+    home = tmp_path / "home"
+    older = Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")
+    before = ProcessRuntime(home, binaries, runtime_dir=older)
+    endpoint = await before.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    assert endpoint.startswith(f"unix://{older}/")
+    await before.close(stop_workers=False)
+
+    after = ProcessRuntime(home, binaries, environ=os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)})
+    await after.adopt()
+    assert after.daemons.observe()[SLOT].endpoint == endpoint
+    await after.daemons.stop(SLOT)
+    endpoint = await after.daemons.start(SLOT, "uid-2", "anna", POOL, no_report)
+    assert not endpoint.startswith(f"unix://{older}/")
+    await after.purge()
+    await after.close(stop_workers=True)
+    assert not is_there(older)
 
 
 async def test_a_daemon_that_does_not_answer_the_next_runtime_in_time_is_ended(runtime, tmp_path, binaries):

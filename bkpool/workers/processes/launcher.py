@@ -15,6 +15,7 @@ from pathlib import Path
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.core.pool import CacheGC, PoolSpec
+from bkpool.home import runtime_directory
 from bkpool.workers import config
 from bkpool.workers.processes import process_table, socket_directory
 from bkpool.workers.processes.daemon import MARK, Launch
@@ -28,15 +29,19 @@ class Launcher:
     Args:
         home: BKPOOL_HOME.
         runtime_dir: For the sockets.
+        former_dirs: Where earlier runs may have put the sockets of daemons that still run, or left them.
         sandbox: Puts commands into namespaces.
         gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
-    def __init__(self, home: Path, runtime_dir: Path, sandbox: Sandbox, gc_defaults: CacheGC) -> None:
+    def __init__(
+        self, home: Path, runtime_dir: Path, former_dirs: Sequence[Path], sandbox: Sandbox, gc_defaults: CacheGC
+    ) -> None:
         self._runtime_dir = runtime_dir
+        self._former_dirs = former_dirs
         self._sandbox = sandbox
         self._gc_defaults = gc_defaults
-        self._digest = socket_directory.home_digest(home)
+        self._digest = runtime_directory.home_digest(home)
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
         """Makes the files and directories for a start, and returns the command.
@@ -46,7 +51,8 @@ class Launcher:
             WorkerFailed: The pool's buildkitd.toml has what a worker cannot have.
         """
         self._sandbox.check()
-        socket_directory.claim(self._runtime_dir)
+        socket_directory.check_slot_directory(self._runtime_dir, files.slot)
+        runtime_directory.claim(self._runtime_dir)
         self.clear(files.slot)
         sockets = self._sockets(files.slot)
         with as_host_fault(sockets):
@@ -77,13 +83,15 @@ class Launcher:
 
     def clear(self, slot: Slot) -> None:
         """Removes what an ended daemon leaves outside of its cache: sockets and cgroups."""
-        shutil.rmtree(self._sockets(slot), ignore_errors=True)
+        for directory in self._directories():
+            shutil.rmtree(socket_directory.slot_directory(directory, slot), ignore_errors=True)
         remove_cgroups(self._cgroup(slot))
 
     def close(self) -> None:
-        """Removes the directory of the sockets if it is empty."""
-        with suppress(OSError):
-            self._runtime_dir.rmdir()
+        """Removes the directories of the sockets that are empty."""
+        for directory in self._directories():
+            with suppress(OSError):
+                directory.rmdir()
 
     async def end_all_but(self, kept: set[Slot]) -> int:
         """Kills everything that was started for other slots of this home. Returns the number of processes."""
@@ -103,7 +111,7 @@ class Launcher:
         command = ["rm", "-rf", "--one-file-system", "--", *map(str, directories)]
         if self._sandbox.rootless:
             self._sandbox.check()
-            socket_directory.claim(self._runtime_dir)
+            runtime_directory.claim(self._runtime_dir)
             command = self._sandbox.wrap(command, self._sockets(slot))
         environment = self._sandbox.environment()
         done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, check=False)
@@ -118,6 +126,10 @@ class Launcher:
     def advice(self) -> str:
         """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
         return self._sandbox.advice()
+
+    def _directories(self) -> list[Path]:
+        """The directories of sockets that are ours at this moment. In /tmp, another user can make the others."""
+        return [path for path in (self._runtime_dir, *self._former_dirs) if runtime_directory.is_private(path)]
 
     def _sockets(self, slot: Slot) -> Path:
         return socket_directory.slot_directory(self._runtime_dir, slot)

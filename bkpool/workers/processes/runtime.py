@@ -16,8 +16,8 @@ import structlog
 
 from bkpool.core.errors import HostFault
 from bkpool.core.pool import CacheGC
+from bkpool.home import runtime_directory
 from bkpool.workers.config import GC_DEFAULTS
-from bkpool.workers.processes import socket_directory
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.process_caches import ProcessCaches
@@ -56,8 +56,9 @@ class ProcessRuntime:
     ) -> None:
         environ = os.environ if environ is None else environ
         home = home.resolve()
-        runtime_dir = runtime_dir or socket_directory.default_directory(home, environ)
-        self._launcher = Launcher(home, runtime_dir, Sandbox(binaries, environ), gc_defaults)
+        former_dirs = () if runtime_dir else runtime_directory.former_directories(home, environ)
+        runtime_dir = runtime_dir or runtime_directory.default_directory(home, environ)
+        self._launcher = Launcher(home, runtime_dir, former_dirs, Sandbox(binaries, environ), gc_defaults)
         self._table = SlotTable(home)
         self.daemons = ProcessDaemons(self._table, self._launcher, limits)
         self.caches = ProcessCaches(self._table, self._launcher, self.daemons)

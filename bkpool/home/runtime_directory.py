@@ -1,0 +1,119 @@
+"""The private directory of an appliance's Unix sockets.
+
+Its path is short, because a Unix socket's path has at most 108 bytes and a home directory may be deep. Only this user
+may enter it, because everybody who can connect to a worker's socket can use the worker. Nothing here opens a socket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from bkpool.core.errors import HostFault
+
+LONGEST_SOCKET = 103
+"""Bytes of a socket's path: sun_path of unix(7) has 108 on Linux, 104 elsewhere, with the final zero."""
+_OF_ROOT = Path("/run/bkpool")  # in /run, nobody but root can make this name before us
+
+
+def home_digest(home: Path) -> str:
+    """A name for this home, so that the appliances of several homes on one machine are not confused."""
+    return hashlib.sha256(bytes(home.resolve())).hexdigest()[:12]
+
+
+def default_directory(home: Path, environ: Mapping[str, str]) -> Path:
+    """The directory for the sockets of this home. It need not exist yet; `claim` makes it.
+
+    Returns:
+        For root `/run/bkpool/<digest>`. For others `$XDG_RUNTIME_DIR/bkpool-<digest>`, if that directory is theirs.
+        Otherwise, and for root where /run cannot be written, `/tmp/bkpool-<uid>-<digest>`.
+    """
+    return next(_candidates(home, environ))
+
+
+def former_directories(home: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Where an earlier version, or a session with another environment, may have put the sockets of this home."""
+    session = Path("/run/user", str(os.geteuid()), f"bkpool-{home_digest(home)}")
+    current = default_directory(home, environ)
+    found = dict.fromkeys((*_candidates(home, environ, every=True), session))
+    return tuple(path for path in found if path != current)
+
+
+def claim(directory: Path) -> None:
+    """Makes the directory, or checks that the existing one belongs to this user alone. It follows no link.
+
+    Raises:
+        HostFault: It is a link, belongs to another user, is open to others, or cannot be made.
+    """
+    if directory.parent == _OF_ROOT:
+        _claim(_OF_ROOT)
+    _claim(directory)
+
+
+def is_private(directory: Path) -> bool:
+    """Whether this is a directory, and no link to one, that belongs to this user alone."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def check_length(socket: Path, directory: Path) -> None:
+    """Checks that a socket can have this path.
+
+    Args:
+        socket: The socket with the longest path.
+        directory: The directory of the sockets, for the message.
+
+    Raises:
+        HostFault: It is too long.
+    """
+    length = len(bytes(socket))
+    if length > LONGEST_SOCKET:
+        raise HostFault(
+            f"{directory} is too deep for sockets: their paths would have {length} bytes, "
+            f"{LONGEST_SOCKET} are possible",
+            hint="Set XDG_RUNTIME_DIR to a directory with a shorter path.",
+        )
+
+
+def _candidates(home: Path, environ: Mapping[str, str], *, every: bool = False) -> Iterator[Path]:
+    """The possible directories, the best one first; with `every` also those that cannot be used at the moment."""
+    digest, session = home_digest(home), environ.get("XDG_RUNTIME_DIR", "")
+    if os.geteuid() == 0 and os.access(_OF_ROOT.parent, os.W_OK | os.X_OK):
+        yield _OF_ROOT / digest
+    if session.startswith("/") and (every or _is_own(Path(session))):
+        yield Path(session, f"bkpool-{digest}")
+    yield Path("/tmp", f"bkpool-{os.geteuid()}-{digest}")  # noqa: S108 - claim() checks that it is ours
+
+
+def _is_own(session: Path) -> bool:
+    """Whether this user, and nobody else, can make files in this directory."""
+    try:
+        found = session.stat()
+    except OSError:
+        return False
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return own and os.access(session, os.W_OK | os.X_OK)
+
+
+def _claim(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.lstat()
+    except OSError as error:
+        raise HostFault(
+            f"the directory {directory} for sockets cannot be made: {error.strerror}",
+            hint="Remove what is in its place, or set XDG_RUNTIME_DIR to a directory that this user may write to.",
+            code="Permission",
+        ) from None
+    if not is_private(directory):
+        raise HostFault(
+            f"{directory} is not a directory of this user with mode 0700; sockets are not safe there",
+            hint="Remove it, or set XDG_RUNTIME_DIR to a directory that only you may enter.",
+            code="Permission",
+        )
