@@ -13,32 +13,12 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from bkpool.core.public_issuers import lets_strangers_in
 from bkpool.core.resource import Condition, Model, Resource
 from bkpool.core.urls import is_protected
-from bkpool.core.wildcards import matches_everything
-
-PUBLIC_ISSUERS: frozenset[str] = frozenset(
-    {
-        "https://token.actions.githubusercontent.com",
-        "https://gitlab.com",
-        "https://accounts.google.com",
-        "https://agent.buildkite.com",
-        "https://oidc.codefresh.io",
-        "https://app.terraform.io",
-        "https://oauth2.sigstore.dev/auth",
-        "https://login.microsoftonline.com/common/v2.0",
-        "https://login.microsoftonline.com/organizations/v2.0",
-        "https://login.microsoftonline.com/consumers/v2.0",
-        "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0",
-    }
-)
-"""Issuers that give tokens to every user with an account there, according to their documentation."""
 
 RESERVED_PREFIXES = ("system:", "group:", "pool:")
 """The name of an OIDC user may not begin with these, because in rules and in Kubernetes they mean other users."""
-
-_SAME_FOR_ALL = frozenset({"iss", "aud", "exp", "iat", "nbf", "azp", "jti"})
-"""Claims that do not distinguish one caller of an issuer from another."""
 
 Pattern = Annotated[StrictStr, Field(min_length=1, max_length=512)]
 ClaimName = Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -89,11 +69,6 @@ class ClaimCondition(Model):
             raise ValueError("neither values nor patterns are given")
         return self
 
-    @property
-    def is_selective(self) -> bool:
-        """Whether there are tokens of this issuer that do not meet it."""
-        return self.claim not in _SAME_FOR_ALL and not any(matches_everything(pattern) for pattern in self.patterns)
-
 
 class OIDC(Model):
     """One issuer whose tokens are accepted, and under which conditions."""
@@ -111,12 +86,7 @@ class OIDC(Model):
     @property
     def rejection_reason(self) -> str | None:
         """Why no token is accepted with these settings; None if tokens are accepted."""
-        if self.issuer.rstrip("/") in PUBLIC_ISSUERS and not any(c.is_selective for c in self.conditions):
-            return (
-                f"{self.issuer} makes tokens for the whole world: without a condition that only yours meet, "
-                "everybody with an account there would be let in"
-            )
-        return None
+        return lets_strangers_in(self.issuer, self.conditions)
 
 
 class OIDCConfigSpec(OIDC):

@@ -6,6 +6,7 @@ is special, and upper and lower case differ. The work is at most the product of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -32,6 +33,6 @@ def any_matches(patterns: Iterable[str], text: str) -> bool:
     return any(matches(pattern, text) for pattern in patterns)
 
 
-def matches_everything(pattern: str) -> bool:
-    """Whether the pattern has only wildcards, so that it matches every text that is long enough."""
-    return not pattern.strip("*?")
+def literal_start(pattern: str) -> str:
+    """What every text that matches begins with: the pattern up to its first wildcard."""
+    return re.split(r"[*?]", pattern, maxsplit=1)[0]

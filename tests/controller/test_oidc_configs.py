@@ -177,7 +177,7 @@ async def test_the_status_of_each_issuer_is_written_at_first_and_after_each_chan
     await kept.change(issuer=GITHUB)
     refused = await kept.until(lambda config: config.status.observed_generation == 2)
     assert conditions(refused)["Ready"] == ("False", "NeedsCondition")
-    assert "whole world" in refused.status.message
+    assert "strangers would be let in" in refused.status.message
 
     await kept.change(enabled=False)
     disabled = await kept.until(lambda config: config.status.observed_generation == 3)

@@ -290,6 +290,18 @@ def test_a_pools_status_has_counts_and_conditions():
     assert since["IgnoredFields"] == NOW, "a condition that did not change keeps its time"
 
 
+def test_a_pools_status_says_which_of_its_own_issuers_lets_strangers_in():
+    def issuers(*conditions):
+        own = {"issuer": "https://gitlab.com", "audience": "a", "conditions": conditions}
+        p = pool(auth={"methods": ["mtls", {"type": "oidc", "oidc": own}]})
+        found = {c.type: c for c in pool_status(p, [], PoolStatusInputs("tcp://x:1"), NOW).conditions}
+        return found["Issuers"].status, found["Issuers"].message
+
+    status, message = issuers({"claim": "ref", "values": ["main"]})
+    assert (status, message.split(" gives ")[0]) == ("False", "spec.auth.methods[1].oidc: https://gitlab.com")
+    assert issuers({"claim": "project_id", "values": ["7"]}) == ("True", "")
+
+
 # --- what somebody else deletes, and caches that end with their worker -----------------------------------------
 
 

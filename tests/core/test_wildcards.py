@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bkpool.core.wildcards import any_matches, matches, matches_everything
+from bkpool.core.wildcards import any_matches, literal_start, matches
 
 TEXTS = st.text(alphabet="ab/.*?[]\\\n", max_size=12)
 
@@ -63,8 +63,7 @@ def test_no_pattern_takes_exponential_time():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "nothing"),
-    [("*", True), ("**", True), ("?*", True), ("?", True), ("", True), ("a*", False), ("*/*", False)],
+    ("pattern", "start"), [("*", ""), ("?a", ""), ("a*b*", "a"), ("a?*", "a"), ("a/b", "a/b"), ("", "")]
 )
-def test_a_pattern_with_only_wildcards_matches_everything(pattern, nothing):
-    assert matches_everything(pattern) is nothing
+def test_the_literal_start_of_a_pattern(pattern, start):
+    assert literal_start(pattern) == start

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.public_issuers import PUBLIC_ISSUERS
 from bkpool.core.resource import Metadata
 from bkpool.identity import EVERYWHERE, Scope
 from bkpool.identity.issuer_keys import IssuerKeys
@@ -80,7 +81,7 @@ def test_the_scope_of_a_configuration():
 def test_a_configuration_without_a_needed_condition_is_listed_with_its_refusal():
     own = {"issuer": "https://gitlab.com", "audience": "x"}
     for found in trusted_issuers([config("https://gitlab.com")], [pool("p", own)], SYSTEM):
-        assert "makes tokens for the whole world" in found.refusal
+        assert "strangers would be let in" in found.refusal
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -205,12 +206,13 @@ async def test_a_key_that_the_issuer_does_not_have_is_refused(issuer, judge):
 
 
 async def test_a_public_issuer_without_a_condition_accepts_no_token(issuer, judge, monkeypatch):
-    monkeypatch.setattr("bkpool.core.auth.PUBLIC_ISSUERS", frozenset({issuer.url}))
+    monkeypatch.setitem(PUBLIC_ISSUERS, issuer.url, PUBLIC_ISSUERS["https://gitlab.com"])
     (verdict,) = await judge(issuer.token(), config(issuer.url))
-    assert "makes tokens for the whole world" in verdict.refusal
+    assert "strangers would be let in" in verdict.refusal
     assert not issuer.requests
-    good = config(issuer.url, "good", conditions=[{"claim": "sub", "patterns": ["a*"]}])
-    bad, fine = await judge(issuer.token(), config(issuer.url), good)
+    loose = config(issuer.url, conditions=[{"claim": "namespace_path", "patterns": ["my-group*"]}])
+    good = config(issuer.url, "good", conditions=[{"claim": "namespace_path", "patterns": ["my-group/*"]}])
+    bad, fine = await judge(issuer.token(namespace_path="my-group/a"), loose, good)
     assert (bad.identity, fine.identity.name) == (None, "ann")
 
 

@@ -5,11 +5,12 @@ It composes the status; the controller writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from bkpool.core.auth import MethodType
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.resource import AS_WANTED, Condition, condition
@@ -43,6 +44,9 @@ def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs,
         _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored),
         _condition(pool, now, "Ready", good="True", reason="NotAsWanted", message=problem),
     ]
+    if any(pool.spec.auth.oidc):
+        refused = "; ".join(_refused_issuers(pool))
+        conditions.append(_condition(pool, now, "Issuers", good="True", reason="NeedsCondition", message=refused))
     if inputs.capacity is not None:
         too_many = _beyond_capacity(pool, inputs.capacity)
         conditions.append(
@@ -67,6 +71,13 @@ def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:
         "idle": sum(w.lease is None and w.status.phase is Phase.IDLE for w in workers),
         "allocated": sum(w.lease is not None for w in workers),
     }
+
+
+def _refused_issuers(pool: Pool) -> Iterator[str]:
+    """Why tokens of the pool's own issuers are not accepted."""
+    for number, method in enumerate(pool.spec.auth.methods):
+        if method.type is MethodType.OIDC and method.oidc and (reason := method.oidc.rejection_reason):
+            yield f"spec.auth.methods[{number}].oidc: {reason}"
 
 
 def _beyond_capacity(pool: Pool, capacity: WorkerCapacity) -> str:
