@@ -28,10 +28,12 @@ import asyncio, os, pathlib, signal, subprocess, sys
 import concurrent.futures.thread, encodings.idna
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.workers import DaemonState
+from bkpool.workers.processes import environment
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
+from support.fake_s3 import fake_s3
 
 uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 os.setgroups([]); os.setgid(gid); os.setuid(uid)
@@ -43,13 +45,14 @@ slot, pool = Slot("default", "default", 0), Pool(metadata=Metadata(name="default
 async def no_report(message):
     raise AssertionError(message)
 
-async def build(endpoint):
+async def build(endpoint, *options):
     command = [tools / "buildctl", f"--addr={endpoint}", "build", "--progress=plain", "--frontend=dockerfile.v0"]
     command += [f"--local=context={home}/context", f"--local=dockerfile={home}/context"]
+    command += options
     return await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-async def output(endpoint):
-    process = await build(endpoint)
+async def output(endpoint, *options):
+    process = await build(endpoint, *options)
     return (await process.communicate())[0].decode()
 """
 
@@ -109,9 +112,9 @@ def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
         arguments = [str(uid or user.pw_uid), str(user.pw_gid), str(home)]
         indented = "\n".join(f"    {line}" for line in script.strip().splitlines())
         program = f"{AS_USER}\nasync def main():\n{indented}\nasyncio.run(main())"
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments], check=False, capture_output=True, text=True, timeout=120
-        )
+        command = [sys.executable, "-c", program, *arguments]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -186,10 +189,33 @@ await second.close(stop_workers=True)
     assert processes_of(user) == []
 
 
+def test_a_cache_in_s3_is_never_signed_by_the_user_who_runs_the_pool(as_user, home):
+    (home / "context" / "Dockerfile").write_text('FROM scratch\nCOPY step /step\nRUN ["/step"]\n')
+    output = as_user("""
+credentials = home / ".aws" / "credentials"
+credentials.parent.mkdir()
+credentials.write_text("[default]\\naws_access_key_id = AKIAOFTHEHOST\\naws_secret_access_key = x\\n")
+runtime = ProcessRuntime(home / "state", binaries)
+with fake_s3() as s3:
+    spec = PoolSpec.model_validate({"networking": {"hostPorts": [s3.port]}})
+    with_port = pool.model_copy(update={"spec": spec})
+    endpoint = await runtime.daemons.start(slot, "uid-1", "anna", with_port, no_report)
+    await output(endpoint, f"--export-cache={s3.cache()}")
+    print("SIGNED BY THE HOST", s3.signers)
+    await output(endpoint, f"--export-cache={s3.cache(access_key_id='own', secret_access_key='y')}")
+    print("SIGNED BY THE TENANT", sorted(set(s3.signers)))
+await runtime.purge()
+await runtime.close(stop_workers=True)
+""")
+    assert "SIGNED BY THE HOST []" in output
+    assert "SIGNED BY THE TENANT ['own']" in output
+
+
 def test_errors_name_what_an_unprivileged_user_lacks_and_the_fix(as_user):
     start = """
 try:
-    runtime = ProcessRuntime(home / "state", {binaries}, environ={{"PATH": "{path}"}})
+    environment.PATH = "{path}"
+    runtime = ProcessRuntime(home / "state", {binaries}, environ={{}})
     await runtime.daemons.start(slot, "uid-1", None, pool, no_report)
 except HostFault as fault:
     print(fault.message, "|", fault.hint)

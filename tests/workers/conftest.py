@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -48,18 +48,19 @@ Build = Callable[..., Awaitable[asyncio.subprocess.Process]]
 def build(buildctl: Path, step: Path, tmp_path: Path) -> Build:
     """Starts a real build of two RUN steps; its output is to be read from `stdout`."""
 
-    async def start(endpoint: str, *arguments: str) -> asyncio.subprocess.Process:
+    async def start(endpoint: str, *arguments: str, options: Sequence[str] = ()) -> asyncio.subprocess.Process:
         context = tmp_path / "context"
         context.mkdir(exist_ok=True)
         shutil.copy2(step, context / "step")
         run = ", ".join(f'"{word}"' for word in ("/step", *arguments))
         (context / "Dockerfile").write_text(f'FROM scratch\nCOPY step /step\nRUN ["/step"]\nRUN [{run}]\n')
-        options = ["--frontend=dockerfile.v0", f"--local=context={context}", f"--local=dockerfile={context}"]
+        sources = ["--frontend=dockerfile.v0", f"--local=context={context}", f"--local=dockerfile={context}"]
         return await asyncio.create_subprocess_exec(
             buildctl,
             f"--addr={endpoint}",
             "build",
             "--progress=plain",
+            *sources,
             *options,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

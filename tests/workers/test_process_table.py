@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bkpool.core.errors import HostFault
-from bkpool.workers.processes import process_table
+from bkpool.workers.processes import environment, process_table
+from bkpool.workers.processes.environment import NO_METADATA_SERVICE, PATH, worker_environment
 from bkpool.workers.processes.process_table import Process
 from bkpool.workers.processes.sandbox import Binaries, Sandbox
 
@@ -79,14 +80,16 @@ def test_the_boot_has_a_name():
 
 
 def test_a_worker_gets_no_more_of_the_environment_than_it_needs():
-    environ = {"PATH": "/bin", "https_proxy": "http://proxy", "AWS_SECRET_ACCESS_KEY": "x", "BKCTL_TOKEN": "y"}
-    sandbox = Sandbox(Binaries(Path("/b"), Path("/r")), environ)
-    assert sandbox.environment(MORE="1") == {"PATH": "/bin", "https_proxy": "http://proxy", "MORE": "1"}
+    kept = {"https_proxy": "http://proxy", "SSL_CERT_FILE": "/ca", "BUILDKIT_STEP_LOG_MAX_SIZE": "-1"}
+    dropped = {"PATH": "/mine", "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x", "BKCTL_TOKEN": "y"}
+    given = worker_environment({**kept, **dropped}, Path("/empty"), MORE="1")
+    assert given == {"PATH": PATH, "HOME": "/empty", **NO_METADATA_SERVICE, **kept, "MORE": "1"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user does not need unshare")
-def test_a_missing_unshare_is_named_with_its_package():
+def test_a_missing_unshare_is_named_with_its_package(monkeypatch):
+    monkeypatch.setattr(environment, "PATH", "/nowhere")
     python = Path(sys.executable)
     with pytest.raises(HostFault, match="unshare is not on the PATH") as fault:
-        Sandbox(Binaries(python, python), {"PATH": "/nowhere"}).check()
+        Sandbox(Binaries(python, python), {}).check()
     assert "util-linux" in fault.value.hint

@@ -58,6 +58,7 @@ class Launcher:
         with as_host_fault(sockets):
             sockets.mkdir(mode=0o700)
         files.make_scratch()
+        files.make_empty_home()
         # buildkitd makes sockets for ssh-agents in its TMPDIR, so that path must be short: see socket_directory.
         temporary = sockets / "tmp"
         with as_host_fault(temporary):
@@ -79,7 +80,7 @@ class Launcher:
         ]
         wrapped = self._sandbox.wrap(command, sockets / "rootlesskit")
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
-        return Launch(wrapped, self._sandbox.environment(**more), socket, files.log)
+        return Launch(wrapped, self._sandbox.environment(files.empty_home, **more), socket, files.log)
 
     def clear(self, slot: Slot) -> None:
         """Removes what an ended daemon leaves outside of its cache: sockets and cgroups."""
@@ -113,7 +114,7 @@ class Launcher:
             self._sandbox.check()
             runtime_directory.claim(self._runtime_dir)
             command = self._sandbox.wrap(command, self._sockets(slot))
-        environment = self._sandbox.environment()
+        environment = self._sandbox.environment(directories[0].parent)
         done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, check=False)
         if done.returncode != 0:
             output = done.stderr.decode("utf-8", "replace").strip()[-500:]

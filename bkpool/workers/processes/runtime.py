@@ -39,7 +39,7 @@ class ProcessRuntime:
         home: BKPOOL_HOME; slots and logs are in it.
         binaries: The programs, as absolute paths.
         runtime_dir: For the sockets; a short private directory by default.
-        environ: Has PATH, and proxies and certificate paths for buildkitd.
+        environ: Has proxies and certificate paths for buildkitd.
         limits: How many may start at once, and how long a daemon may take.
         gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """

@@ -17,27 +17,26 @@ from pathlib import Path
 
 from bkpool.core.errors import HostFault
 from bkpool.toolchain import Tool
+from bkpool.workers.processes import environment
 
 _CAP_SYS_ADMIN = 1 << 21  # capabilities(7): to make namespaces and mounts
 _CGROUPS = Path("/sys/fs/cgroup")
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # runc as root keeps its state in /run/runc. Here that is a tmpfs in the mount namespace, so it ends with the daemon.
+# ssh, which git starts for a private repository, takes root's home from /etc/passwd and not from HOME. Here both are
+# the same, so it finds no key of the host.
 # The shell stays as the first process of the PID namespace: it reaps, and passes buildkitd's exit code on.
-_AS_ROOT = 'mkdir -p /run/runc && mount -t tmpfs -o mode=700 bkpool /run/runc && "$0" "$@"; exit $?'
+_AS_ROOT = """
+mkdir -p /run/runc && mount -t tmpfs -o mode=700 bkpool /run/runc &&
+echo "root:x:0:0:root:$HOME:/bin/sh" >/run/runc/passwd && mount --bind /run/runc/passwd /etc/passwd &&
+"$0" "$@"
+exit $?
+"""
 
 _USER_NAMESPACES = {"user.max_user_namespaces": 15000, "kernel.unprivileged_userns_clone": 1}
 """Settings that must not be 0, with a value that is enough. The second exists only on Debian before 11."""
 _APPARMOR = (
     "kernel.apparmor_restrict_unprivileged_userns"  # Ubuntu since 23.10; a profile may allow rootlesskit all the same
-)
-
-_PASSED_ON = (
-    "PATH",
-    "HOME",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    *(name for lower in ("http_proxy", "https_proxy", "no_proxy", "all_proxy") for name in (lower, lower.upper())),
 )
 
 
@@ -63,7 +62,7 @@ class Sandbox:
 
     Args:
         binaries: Where the programs are.
-        environ: Has PATH, proxies and certificate paths.
+        environ: Has proxies and certificate paths.
     """
 
     binaries: Binaries
@@ -101,10 +100,9 @@ class Sandbox:
         unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         return [*unshare, "sh", "-c", _AS_ROOT, *command]
 
-    def environment(self, **more: str) -> dict[str, str]:
-        """The environment of a worker: what it needs to find programs, proxies and certificates, and `more`."""
-        passed = {name: self.environ[name] for name in _PASSED_ON if name in self.environ}
-        return {"PATH": _PATH, **passed, **more}
+    def environment(self, home: Path, **more: str) -> dict[str, str]:
+        """The environment of what runs in the namespaces; see `worker_environment`."""
+        return environment.worker_environment(self.environ, home, **more)
 
     def advice(self) -> str:
         """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
@@ -114,7 +112,7 @@ class Sandbox:
 
     def _check_root(self) -> None:
         for program in ("unshare", "mount"):
-            if shutil.which(program, path=self.environment()["PATH"]) is None:
+            if shutil.which(program, path=environment.PATH) is None:
                 raise _missing(f"{program} is not on the PATH", "Install the package util-linux.")
         status = Path("/proc/self/status").read_text()
         capabilities = next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1]
@@ -132,7 +130,7 @@ class Sandbox:
                 "rootlesskit is missing, and an ordinary user cannot run buildkitd without it", "Run bkpool up."
             )
         for program in ("newuidmap", "newgidmap"):
-            if shutil.which(program, path=self.environment()["PATH"]) is None:
+            if shutil.which(program, path=environment.PATH) is None:
                 fix = "Install the package uidmap (Debian, Ubuntu) or shadow-utils (Fedora), or run bkpool as root."
                 raise _missing(
                     f"{program} is not on the PATH, and an ordinary user cannot run buildkitd without it", fix

@@ -91,6 +91,11 @@ class SlotFiles:
         return self.root / "tmp"
 
     @property
+    def empty_home(self) -> Path:
+        """The HOME of buildkitd. It is empty, so no credential of the host is found in it."""
+        return self.directory / "home"
+
+    @property
     def config(self) -> Path:
         """The configuration of the last start."""
         return self.directory / "buildkitd.toml"
@@ -161,6 +166,12 @@ class SlotFiles:
         shutil.rmtree(self.scratch, ignore_errors=True)
         with as_host_fault(self.scratch):
             self.scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def make_empty_home(self) -> None:
+        """Makes an empty home directory, and removes what an earlier daemon has left in it."""
+        shutil.rmtree(self.empty_home, ignore_errors=True)
+        with as_host_fault(self.empty_home):
+            self.empty_home.mkdir(parents=True, mode=0o700)
 
     def remove(self) -> None:
         """Removes the logs and the directory of a slot without a cache, and directories above that are empty then.
