@@ -24,7 +24,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import worker_counts
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
-from bkpool.identity.access import AccessControl, forbidden, refusal
+from bkpool.identity.access import AccessControl, bearer_token, forbidden, refusal
 from bkpool.identity.rules import AccessDecision, decide, is_theirs
 from bkpool.store.mirror import Mirror
 
@@ -88,9 +88,10 @@ class Service:
 
     async def allocate(self, request: web.Request, trail: AuditTrail) -> models.AllocateAnswer:
         """Lease a worker; waits until one is ready."""
-        caller = await self._caller(request, trail)
+        bearer_token(_authorization(request))
         self._check_ready()
         wanted = (await read_body(request, models.AllocateBody)).request(self.limits.max_wait)
+        caller = await self._caller(request, trail, wanted.pool)
         pool, identity = self._admit(caller, wanted.pool, trail)
         grant = await self.allocator.allocate(identity, wanted)
         _add_lease(trail, grant.worker)
@@ -122,9 +123,9 @@ class Service:
     async def check(self, request: web.Request, trail: AuditTrail) -> models.CheckAnswer:
         """Check whether a bearer token may use a pool, and why."""
         body = await read_body(request, models.CheckBody)
-        admin = await self._is_admin(request)
-        caller = await self.access.authenticate(body.token)
         pool = Key(body.namespace, body.pool_name)
+        admin = await self._is_admin(request, pool)
+        caller = await self.access.authenticate(body.token, pool)
         trail.add_facts(pool=str(pool))
         decision = self._decide(caller.identities, pool, reveal=admin)
         if not caller.identities:
@@ -147,9 +148,11 @@ class Service:
 
     async def pool(self, request: web.Request, trail: AuditTrail) -> models.PoolAnswer:
         """Get one pool and its workers."""
-        caller = await self._caller(request, trail)
+        bearer_token(_authorization(request))
         namespace = check_name(request.query.get("namespace") or DEFAULT_NAMESPACE, field="namespace")
-        pool, _ = self._admit(caller, Key(namespace, check_name(request.match_info["name"], field="name")), trail)
+        wanted = Key(namespace, check_name(request.match_info["name"], field="name"))
+        caller = await self._caller(request, trail, wanted)
+        pool, _ = self._admit(caller, wanted, trail)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         members = tuple(models.WorkerView.of(one, whole=_is_theirs(caller, one)) for one in workers)
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
@@ -176,15 +179,16 @@ class Service:
 
     # --- who may what -----------------------------------------------------------------------------------------------
 
-    async def _caller(self, request: web.Request, trail: AuditTrail) -> Caller:
-        caller = await self.access.caller(request.headers.getall("Authorization", []))
+    async def _caller(self, request: web.Request, trail: AuditTrail, pool: Key | None = None) -> Caller:
+        """Who calls. Only the credentials of the pool that they ask for can make them wait."""
+        caller = await self.access.caller(_authorization(request), pool)
         trail.add_identity(caller.identities[0])
         return caller
 
-    async def _is_admin(self, request: web.Request) -> bool:
-        """Whether the request has a valid credential of the admin."""
+    async def _is_admin(self, request: web.Request, pool: Key) -> bool:
+        """Whether the request, which asks about this pool, has a valid credential of the admin."""
         try:
-            caller = await self.access.caller(request.headers.getall("Authorization", []))
+            caller = await self.access.caller(_authorization(request), pool)
         except (Unauthenticated, Forbidden):
             return False
         return any(identity.admin for identity in caller.identities)
@@ -230,7 +234,8 @@ class Service:
         if worker is None:
             return body.token
         trail.add_facts(worker=str(worker))
-        return OwnLease(worker, (await self._caller(request, trail)).identities)
+        known = self.mirror.workers.get(worker)
+        return OwnLease(worker, (await self._caller(request, trail, known.pool if known else None)).identities)
 
     def _check_ready(self) -> None:
         reason = self.unavailable_reason()
@@ -244,6 +249,10 @@ class Service:
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint(pool),
         }
+
+
+def _authorization(request: web.Request) -> list[str]:
+    return request.headers.getall("Authorization", [])
 
 
 def _is_theirs(caller: Caller, worker: Worker) -> bool:

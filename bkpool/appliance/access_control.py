@@ -6,8 +6,9 @@ It only combines them. The `identity` room decides who a caller is and what they
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import datetime
 
 from bkpool.core.auth import OIDCConfig
@@ -20,8 +21,19 @@ from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
 from bkpool.settings.model import IdentitySettings
 from bkpool.store.mirror import Mirror
 
-MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], Sequence[Authenticator]]
-"""Makes the authenticators that only one backend has. Its argument returns the pools of the moment."""
+
+@dataclass(frozen=True, slots=True)
+class BackendAuthenticators:
+    """The authenticators that only one backend has."""
+
+    static: tuple[Authenticator, ...] = ()
+    """For tokens that pools name in files or Secrets."""
+    signed: tuple[Authenticator, ...] = ()
+    """For tokens that the backend itself signs."""
+
+
+MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], BackendAuthenticators]
+"""Makes the authenticators of a backend. Its argument returns the pools of the moment."""
 
 
 def open_issuers(stack: AsyncExitStack, settings: IdentitySettings) -> IssuerKeys:
@@ -47,7 +59,10 @@ def make_access_control(
     extra_configs: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
 ) -> AccessControl:
-    """All authenticators of this appliance, the cheapest first.
+    """All authenticators of this appliance.
+
+    The admin's token is asked about first and the Secrets and files of pools last, so that no pool's author can delay
+    the admin or a caller with a signed token.
 
     Args:
         admin: The admin token, which permits everything.
@@ -67,4 +82,5 @@ def make_access_control(
         return (*mirror.configs.values(), *extra_configs)
 
     oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now, leeway)
-    return AccessControl((admin, *backend_authenticators(pools), oidc), pools, configs)
+    own = backend_authenticators(pools)
+    return AccessControl(((admin,), (*own.signed, oidc), own.static), pools, configs)

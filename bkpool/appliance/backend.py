@@ -17,7 +17,7 @@ from typing import Any
 
 from bkpool.allocation import Allocator, LeaseService
 from bkpool.appliance import kube_secrets
-from bkpool.appliance.access_control import MakeAuthenticators
+from bkpool.appliance.access_control import BackendAuthenticators, MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
@@ -139,7 +139,7 @@ async def open_process_backend(
         dial=PlainDial,
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
-        authenticators=lambda pools: (StaticTokenAuthenticator(FileTokenReader(), pools),),
+        authenticators=lambda pools: BackendAuthenticators((StaticTokenAuthenticator(FileTokenReader(), pools),)),
         only_files=True,
     )
 
@@ -230,16 +230,18 @@ async def _open_pods(
         dial=TlsDialler(context),
         gateway=name,
         recorder=recorder,
-        authenticators=lambda pools: (
-            StaticTokenAuthenticator(
-                SecretTokenReader(
-                    api,
-                    fresh=identity.secret_fresh.total_seconds(),
-                    timeout=identity.secret_timeout.total_seconds(),
+        authenticators=lambda pools: BackendAuthenticators(
+            static=(
+                StaticTokenAuthenticator(
+                    SecretTokenReader(
+                        api,
+                        fresh=identity.secret_fresh.total_seconds(),
+                        timeout=identity.secret_timeout.total_seconds(),
+                    ),
+                    pools,
                 ),
-                pools,
             ),
-            ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),
+            signed=(ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),),
         ),
         leadership=LeaderElection(
             api,

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import yaml
-
+from bkpool.core import yaml_text
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import InvalidInput
 from bkpool.core.pool import Pool
@@ -47,20 +46,15 @@ def read_documents(text: str, *, source: str) -> Documents:
         source: The file's name, for error messages.
 
     Raises:
-        InvalidInput: It is not YAML, a document has another kind, a field is wrong, or an object is there twice.
+        InvalidInput: It is not YAML, its aliases repeat too much, a document has another kind, a field is wrong, or
+            an object is there twice.
     """
     if len(text) > MAX_CHARACTERS:
         raise InvalidInput(f"{source}: larger than {MAX_CHARACTERS} characters", hint="Split the file.")
     try:
-        documents = [found for found in yaml.safe_load_all(text) if found is not None]
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise InvalidInput(f"{where}: {problem}", hint="Correct the YAML there.") from None
-    except (ValueError, RecursionError, AttributeError, LookupError):
-        # An impossible date, brackets nested too deeply, or an explicit tag that does not fit its value (!!bool x).
-        raise InvalidInput(f"{source}: not YAML", hint="Correct the YAML.") from None
+        documents = [found for found in yaml_text.load_all(text) if found is not None]
+    except yaml_text.UnreadableYaml as error:
+        raise InvalidInput(f"{source}{error.where}: {error.problem}", hint="Correct the YAML there.") from None
     if not documents:
         raise InvalidInput(f"{source}: there is no document in it", hint="See examples/pool.yaml for a pool.")
     read = [_read(document, f"{source}, document {number}") for number, document in enumerate(documents, 1)]

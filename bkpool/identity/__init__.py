@@ -98,8 +98,13 @@ class Caller:
 class Authenticator(Protocol):
     """A method to identify a caller."""
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
         """Its results for this bearer token; empty if the token is of another kind.
+
+        Args:
+            bearer: The token.
+            pool: The pool that the caller asks for, if they ask for one. What only concerns others may be left out
+                if the token is valid there.
 
         Raises:
             Unavailable: It cannot decide now, because an issuer or the API server cannot be reached.

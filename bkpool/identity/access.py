@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
+from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.identity import Authenticator, Caller, Identity, Verdict
 from bkpool.identity.rules import AccessDecision, decide, unconfigured
@@ -29,26 +30,28 @@ class AccessControl:
     """Identifies callers, and decides which pools they may use.
 
     Args:
-        authenticators: The methods to identify a caller, in order.
+        stages: The methods to identify a caller, in order. Those of a later stage are asked only about a token that
+            no earlier stage accepts, so that what makes them slow does not concern other callers.
         pools: Returns all current pools.
         configs: Returns all currently configured issuers.
     """
 
     def __init__(
         self,
-        authenticators: Sequence[Authenticator],
+        stages: Sequence[Sequence[Authenticator]],
         pools: Callable[[], Collection[Pool]],
         configs: Callable[[], Collection[OIDCConfig]],
     ) -> None:
-        self._authenticators = authenticators
+        self._stages = stages
         self._pools = pools
         self._configs = configs
 
-    async def caller(self, authorization: Sequence[str]) -> Caller:
+    async def caller(self, authorization: Sequence[str], pool: Key | None = None) -> Caller:
         """Identifies the caller of a request.
 
         Args:
             authorization: Every Authorization header of the request (`headers.getall("Authorization", [])`).
+            pool: The pool that the request is about, if there is one.
 
         Raises:
             Unauthenticated: There is not exactly one bearer token, or no authenticator accepts it; the message says
@@ -57,30 +60,37 @@ class AccessControl:
                 public issuer.
             Unavailable: The authenticator that could decide cannot reach its issuer or API server.
         """
-        caller = await self.authenticate(bearer_token(authorization))
+        caller = await self.authenticate(bearer_token(authorization), pool)
         if caller.identities:
             return caller
         if any(verdict.genuine for verdict in caller.verdicts):
             raise Forbidden(refusal(caller), hint=_ASK_OPERATOR)
         raise Unauthenticated(refusal(caller), hint=_HINT)
 
-    async def authenticate(self, bearer: str) -> Caller:
-        """Collects the results of all authenticators for a bearer token, even if none accepts it.
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> Caller:
+        """Collects the results for a bearer token up to the first stage that accepts it, even if none does.
+
+        Args:
+            bearer: The token.
+            pool: The pool that the request is about, if there is one.
 
         Raises:
             Unavailable: One authenticator cannot decide now, and no other accepts the token.
         """
         verdicts: list[Verdict] = []
         unavailable: Unavailable | None = None
-        for authenticator in self._authenticators:
-            try:
-                verdicts += await authenticator.authenticate(bearer)
-            except Unavailable as error:
-                unavailable = unavailable or error
-        caller = Caller(tuple(verdicts))
-        if unavailable is not None and not caller.identities:
+        for stage in self._stages:
+            for authenticator in stage:
+                try:
+                    verdicts += await authenticator.authenticate(bearer, pool)
+                except Unavailable as error:
+                    unavailable = unavailable or error
+            caller = Caller(tuple(verdicts))
+            if caller.identities:
+                return caller
+        if unavailable is not None:
             raise unavailable
-        return caller
+        return Caller(tuple(verdicts))
 
     def decide(self, identities: Iterable[Identity], pool: Pool) -> AccessDecision:
         """Whether one of these identities may use the pool, and why."""

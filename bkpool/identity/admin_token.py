@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bkpool.core import tokens
 from bkpool.core.errors import Unauthenticated
+from bkpool.core.names import Key
 from bkpool.home.files import read_private, unreadable, write_private
 from bkpool.identity import Identity, Verdict
 
@@ -27,7 +28,7 @@ class AdminTokenAuthenticator:
     def __init__(self, token: str) -> None:
         self._digest = tokens.digest(token)
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:  # noqa: ARG002
         """See Authenticator. It takes the same time for every wrong token."""
         if not hmac.compare_digest(tokens.digest(bearer), self._digest):
             return ()

@@ -12,6 +12,7 @@ from datetime import datetime
 
 from bkpool.core.auth import OIDC, OIDCConfig
 from bkpool.core.errors import Unauthenticated
+from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.identity import EVERYWHERE, Scope, Verdict
 from bkpool.identity.claims import identify
@@ -88,7 +89,7 @@ class OidcAuthenticator:
         self._now = now
         self._leeway = leeway
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:  # noqa: ARG002
         """See Authenticator. Returns one verdict for each configuration of the token's issuer.
 
         Checks that need no key come first. So the issuer is not asked because of a token that has expired or is for

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import structlog
 
 from bkpool.core.errors import BkpoolError, Unavailable
-from bkpool.core.names import AUDIENCE
+from bkpool.core.names import AUDIENCE, Key
 from bkpool.identity import Identity, Verdict, jwt
 from bkpool.kube import Doc, KubeApi, paths
 
@@ -45,7 +45,7 @@ class ServiceAccountAuthenticator:
         self._audience = audience
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_REVIEWS)
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:  # noqa: ARG002
         """See Authenticator."""
         claims = _unverified(bearer)
         if not str(claims.get("sub")).startswith(_PREFIX):

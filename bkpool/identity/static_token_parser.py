@@ -1,26 +1,33 @@
 """Parses a Secret or a file of static bearer tokens: the users of the valid entries, and the faults of the others.
 
-Pure. Only digests of tokens are kept. A fault names an entry by its number, because its key may be the token.
+Pure. Only digests of tokens are kept. A fault names an entry by its number, because its key may be the token. The
+author of a Secret may be hostile, so YAML has no aliases here, and its size has a limit.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import yaml
 
 from bkpool.core import tokens
 from bkpool.core.auth import RESERVED_PREFIXES
+from bkpool.core.yaml_text import NOT_YAML, UnreadableYaml, load_plain
 from bkpool.identity.claims import LONGEST_NAME, is_name
 
 SHORTEST_TOKEN = 16
 """Characters. In base64 these are 96 bits, too many to guess over a network."""
 
+MAX_BYTES = 1 << 20
+"""Of a file. The same limit as that of a Secret (Kubernetes documentation, "Secrets")."""
+LONGEST_YAML = 4096
+"""Characters of one entry in YAML. One in JSON may be as long as its Secret, because it is read much faster."""
+MOST_YAML = 32_768
+"""Characters of all entries of a Secret in YAML. Reading them takes less than half a second."""
+
+_NEITHER = "it is neither a token in quotes nor an object with user, pools, token"
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 """What an Authorization header can contain (RFC 7235, token68). No object in JSON or YAML matches it."""
 
@@ -42,11 +49,16 @@ class StaticTokens:
     entries: tuple[StaticToken, ...] = ()
     faults: tuple[str, ...] = ()
     """What is wrong with the entries that are left out, without any secret."""
+    _by_digest: dict[str, list[StaticToken]] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Sorts the entries by digest, so that a caller costs the same however many entries there are."""
+        for entry in self.entries:
+            self._by_digest.setdefault(entry.digest, []).append(entry)
 
     def of(self, bearer: str) -> tuple[StaticToken, ...]:
-        """The entries of this token. Every entry is compared, so that the time reveals nothing about a digest."""
-        digest = tokens.digest(bearer)
-        return tuple([entry for entry in self.entries if hmac.compare_digest(entry.digest, digest)])
+        """The entries of this token. They are found by its SHA-256, whose parts reveal nothing about a token."""
+        return tuple(self._by_digest.get(tokens.digest(bearer), ()))
 
 
 def parse_static_tokens(data: Mapping[Any, object]) -> StaticTokens:
@@ -59,17 +71,20 @@ def parse_static_tokens(data: Mapping[Any, object]) -> StaticTokens:
     """
     entries: list[StaticToken] = []
     faults: list[str] = []
+    texts = _EntryTexts()
     for number, (key, value) in enumerate(data.items(), 1):
+        entry = f"entry {number} of {len(data)}"
         try:
-            entries.append(_entry(key, value))
+            entries.append(_entry(key, texts.fields(value)))
+        except UnreadableYaml as error:
+            faults.append(f"{entry}{error.where}: {error.problem}")
         except ValueError as error:
-            faults.append(f"entry {number} of {len(data)}: {error}")
+            faults.append(f"{entry}: {error}")
     return StaticTokens(tuple(entries), tuple(faults))
 
 
-def _entry(key: object, value: object) -> StaticToken:
+def _entry(key: object, fields: Mapping[str, object]) -> StaticToken:
     """Parses one entry. Raises ValueError, whose message contains neither key nor value."""
-    fields = _fields(value)
     token = fields.get("token", key)
     user = fields.get("user", key if "token" in fields else None)
     pools = fields.get("pools")
@@ -82,25 +97,50 @@ def _entry(key: object, value: object) -> StaticToken:
     return StaticToken(tokens.digest(token), _name(user), None if pools is None else tuple(pools))
 
 
-def _fields(value: object) -> dict[str, object]:
-    """The fields of an entry, which is an object or a text that contains one."""
-    if isinstance(value, str):
-        text = value.strip()
-        value = {"token": text} if _TOKEN.fullmatch(text) else parse_document(text)
-    if not isinstance(value, dict):
-        raise ValueError("it is neither a token in quotes nor an object with user, pools, token")  # noqa: TRY004
-    return value
+class _EntryTexts:
+    """Reads the entries of one Secret or file. It limits how much YAML is read for all of them together."""
+
+    def __init__(self) -> None:
+        self._yaml_left = MOST_YAML
+
+    def fields(self, value: object) -> dict[str, object]:
+        """The fields of an entry, which is an object or a text that contains one. Raises ValueError."""
+        if isinstance(value, str):
+            text = value.strip()
+            value = {"token": text} if _TOKEN.fullmatch(text) else _in_json(text) or self._in_yaml(text)
+        if not isinstance(value, dict):
+            raise ValueError(_NEITHER)  # noqa: TRY004
+        return value
+
+    def _in_yaml(self, text: str) -> object:
+        if len(text) > LONGEST_YAML:
+            raise ValueError(f"it has more than {LONGEST_YAML} characters in YAML: write it in JSON")
+        self._yaml_left -= len(text)
+        if self._yaml_left < 0:
+            raise ValueError(f"all entries in YAML have more than {MOST_YAML} characters: write them in JSON")
+        try:
+            return load_plain(text, longest=LONGEST_YAML)
+        except UnreadableYaml as error:
+            if error.problem == NOT_YAML:
+                raise ValueError(_NEITHER) from None
+            raise
 
 
 def parse_document(text: str) -> object:
-    """Parses a text in JSON or YAML; None if it is neither."""
+    """Parses a token file in JSON or YAML.
+
+    Raises:
+        UnreadableYaml: It is neither, or has an alias, a merge key or too many nodes. The error quotes nothing of it.
+    """
+    found = _in_json(text)
+    return load_plain(text, longest=MAX_BYTES) if found is None else found
+
+
+def _in_json(text: str) -> object:
+    """The value of a text in JSON; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        pass
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # not re-raised: their messages quote the text
         return None
 
 

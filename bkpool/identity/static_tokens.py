@@ -23,19 +23,27 @@ from bkpool.core.errors import BkpoolError, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.wildcards import any_matches
+from bkpool.core.yaml_text import UnreadableYaml
 from bkpool.home.files import read_private, unreadable
 from bkpool.identity import Identity, Scope, Verdict
-from bkpool.identity.static_token_parser import StaticToken, StaticTokens, parse_document, parse_static_tokens
+from bkpool.identity.static_token_parser import (
+    MAX_BYTES,
+    StaticToken,
+    StaticTokens,
+    parse_document,
+    parse_static_tokens,
+)
 from bkpool.kube import Doc, KubeApi, paths
 
 log = structlog.get_logger(__name__)
 
-MAX_FILE_BYTES = 1 << 20
-"""The same limit as that of a Secret (Kubernetes documentation, "Secrets")."""
 FRESH_SECONDS = 10.0
 """For this long, a Secret is not read again. So a removed token may still be accepted for this long."""
 READ_TIMEOUT = 5.0
-"""Seconds to read a Secret. Every caller waits for it, even those with other credentials."""
+"""Seconds to read a Secret. Callers who ask for the pool with a static token wait for it."""
+OTHERS_TIMEOUT = 1.0
+"""Seconds that callers wait for the Secrets of pools that they did not ask for."""
+_MOST_SECRETS = 1000  # kept in memory at least until they are no longer fresh
 
 _HINT = "Write a mapping from each user's name to their token (docs/access.md)."
 
@@ -79,9 +87,13 @@ class FileTokenReader:
         if before is not None and before[0] == fingerprint:
             return before[1]
         self._read.pop(name, None)
-        if found.st_size > MAX_FILE_BYTES:
-            raise unreadable(path, f"is larger than {MAX_FILE_BYTES} bytes", hint=_HINT)
-        data = parse_document(read_private(path, hint=_HINT).decode("utf-8", "replace"))
+        if found.st_size > MAX_BYTES:
+            raise unreadable(path, f"is larger than {MAX_BYTES} bytes", hint=_HINT)
+        try:
+            data = parse_document(read_private(path, hint=_HINT).decode("utf-8", "replace"))
+        except UnreadableYaml as error:
+            line = f"line {error.line}: " if error.line else ""
+            raise unreadable(path, f"{line}{error.problem}", hint=_HINT) from None
         if not isinstance(data, dict):
             raise unreadable(path, "is not a mapping in YAML or JSON", hint=_HINT)
         self._read[name] = (fingerprint, tokens := parse_static_tokens(data))
@@ -92,11 +104,12 @@ class FileTokenReader:
 class _CachedSecret:
     """A Secret as it was read last."""
 
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     until: float = float("-inf")
     version: str | None = None
     tokens: StaticTokens = field(default_factory=StaticTokens)
     failure: BkpoolError | None = None
+    reading: asyncio.Task[None] | None = None
+    """What reads it now."""
 
 
 class SecretTokenReader:
@@ -123,20 +136,38 @@ class SecretTokenReader:
         self._cache: dict[Key, _CachedSecret] = {}
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
-        """See TokenReader. Each Secret is read by one task at a time. A failure is cached as long as a success."""
+        """See TokenReader. Each Secret is read by one task at a time. A failure is cached as long as a success.
+
+        A caller who no longer waits does not end that task, so the next one finds its result.
+        """
         if source.secret_ref is None:
             return StaticTokens()
         secret = Key(namespace, source.secret_ref)
-        cached = self._cache.setdefault(secret, _CachedSecret())
-        async with cached.lock:
-            if self._clock() >= cached.until:
-                await self._refresh(secret, cached)
-            if cached.failure is not None:
-                raise cached.failure
-            return cached.tokens
+        cached = self._cache.get(secret) or self._new(secret)
+        if self._clock() >= cached.until:
+            if cached.reading is None:
+                cached.reading = asyncio.create_task(self._refresh(secret, cached), name=f"Secret {secret}")
+            await asyncio.shield(cached.reading)
+        if cached.failure is not None:
+            raise cached.failure
+        return cached.tokens
+
+    def _new(self, secret: Key) -> _CachedSecret:
+        if len(self._cache) >= _MOST_SECRETS:
+            now = self._clock()
+            self._cache = {key: one for key, one in self._cache.items() if one.reading or one.until > now}
+        cached = self._cache[secret] = _CachedSecret()
+        return cached
 
     async def _refresh(self, secret: Key, cached: _CachedSecret) -> None:
-        cached.failure = None
+        try:
+            cached.failure = None
+            await self._fetch(secret, cached)
+            cached.until = self._clock() + self._fresh
+        finally:
+            cached.reading = None
+
+    async def _fetch(self, secret: Key, cached: _CachedSecret) -> None:
         try:
             async with asyncio.timeout(self._timeout):
                 found = await self._api.get(paths.core("secrets", *secret))
@@ -148,10 +179,8 @@ class SecretTokenReader:
             cached.failure = error
         else:
             version = found["metadata"]["resourceVersion"]
-            if version != cached.version:
-                # In a thread, so that long YAML in one namespace does not make all others wait.
+            if version != cached.version:  # in a thread: YAML may take a while, and the loop serves all callers
                 cached.version, cached.tokens = version, await asyncio.to_thread(parse_static_tokens, _data(found))
-        cached.until = self._clock() + self._fresh
 
 
 def _data(secret: Doc) -> dict[str, object]:
@@ -168,6 +197,11 @@ def _decoded(value: str) -> str | None:
 # --- authenticator --------------------------------------------------------------------------------------------------
 
 
+_NOT_READ = Verdict("static tokens", refusal="the tokens of a pool cannot be read now")
+"""It names no pool, because the caller may have no access to it."""
+_MOST_FAULTS = 20  # of one source in one log line
+
+
 class StaticTokenAuthenticator:
     """Identifies the callers that have a static token of a pool. The identity is valid for that pool only.
 
@@ -177,21 +211,43 @@ class StaticTokenAuthenticator:
     Args:
         reader: Reads the tokens of this backend.
         pools: Returns all current pools.
+        others_timeout: Seconds that a caller waits for the tokens of pools that they did not ask for.
     """
 
-    def __init__(self, reader: TokenReader, pools: Callable[[], Iterable[Pool]]) -> None:
+    def __init__(
+        self, reader: TokenReader, pools: Callable[[], Iterable[Pool]], others_timeout: float = OTHERS_TIMEOUT
+    ) -> None:
+        self._others_timeout = others_timeout
         self._reader = reader
         self._pools = pools
         self._reported: dict[tuple[Key, int], str] = {}
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
-        """See Authenticator. It never raises Unavailable."""
-        verdicts = [
-            self._verdicts(bearer, pool.key, number, source)
-            for pool in self._pools()
-            for number, source in enumerate(pool.spec.auth.tokens)
-        ]
-        return tuple(chain.from_iterable(await asyncio.gather(*verdicts)))
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
+        """See Authenticator. It never raises Unavailable.
+
+        The tokens of the pool that the caller asks for are read first, and if they accept the caller, no others are.
+        Else the tokens of other pools decide what the caller is told; those that take too long are left out.
+        """
+        pools = list(self._pools())
+        own = [verdicts for one in pools if one.key == pool for verdicts in await self._of_pool(bearer, one)]
+        if any(verdict.identity is not None for verdict in own):
+            return tuple(own)
+        return (*own, *await self._of_others(bearer, [one for one in pools if one.key != pool]))
+
+    async def _of_pool(self, bearer: str, pool: Pool) -> list[Verdict]:
+        found = [self._verdicts(bearer, pool.key, n, source) for n, source in enumerate(pool.spec.auth.tokens)]
+        return list(chain.from_iterable(await asyncio.gather(*found)))
+
+    async def _of_others(self, bearer: str, pools: Iterable[Pool]) -> list[Verdict]:
+        reading = [asyncio.ensure_future(self._of_pool(bearer, one)) for one in pools if any(one.spec.auth.tokens)]
+        try:
+            if reading:
+                await asyncio.wait(reading, timeout=self._others_timeout)
+            done = [one.result() if one.done() else [_NOT_READ] for one in reading]
+        finally:
+            for one in reading:
+                one.cancel()
+        return list(chain.from_iterable(done))
 
     async def _verdicts(self, bearer: str, pool: Key, number: int, source: TokenFrom) -> list[Verdict]:
         name = f"BuildKitPool {pool} (token)"
@@ -199,9 +255,9 @@ class StaticTokenAuthenticator:
             tokens = await self._reader.read(pool.namespace, source)
         except BkpoolError as error:
             self._report(pool, number, error.message)
-            # The caller may have no access to the pool: the message does not name it.
-            return [Verdict(name, refusal="the tokens of a pool cannot be read now")]
-        self._report(pool, number, "; ".join(tokens.faults))
+            return [_NOT_READ]
+        where = source.file or f"Secret {pool.namespace}/{source.secret_ref}"
+        self._report(pool, number, "; ".join(f"{where}: {fault}" for fault in tokens.faults[:_MOST_FAULTS]))
         return [_verdict(name, pool, entry) for entry in tokens.of(bearer)]
 
     def _report(self, pool: Key, number: int, fault: str) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from importlib.resources import files
+from typing import cast
 
-import yaml
-
+from bkpool.core import yaml_text
 from bkpool.core.errors import Unavailable
 from bkpool.kube.client import Doc, KubeApi
 from bkpool.kube.paths import group
@@ -29,7 +29,7 @@ def texts() -> tuple[str, ...]:
 
 def definitions() -> tuple[Doc, ...]:
     """The parsed definitions."""
-    return tuple(yaml.safe_load(text) for text in texts())
+    return tuple(cast("Doc", yaml_text.load(text)) for text in texts())
 
 
 async def install(api: KubeApi) -> None:

@@ -9,10 +9,10 @@ from datetime import timedelta
 from http import HTTPStatus
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import urlsplit
 
-import yaml
-
+from bkpool.core import yaml_text
 from bkpool.core.errors import Unavailable
 
 _RETRY_SECONDS = 0.2
@@ -29,7 +29,7 @@ def await_api_server(name: str, kubeconfig: Path, timeout: timedelta) -> None:
     Raises:
         Unavailable: It is not ready in time.
     """
-    cluster = yaml.safe_load(kubeconfig.read_bytes())["clusters"][0]["cluster"]
+    cluster = cast("dict[str, Any]", yaml_text.load(kubeconfig.read_text("utf-8")))["clusters"][0]["cluster"]
     trust = ssl.create_default_context(cadata=b64decode(cluster["certificate-authority-data"]).decode())
     deadline = time.monotonic() + timeout.total_seconds()
     while fault := _fault(urlsplit(cluster["server"]).netloc, trust):

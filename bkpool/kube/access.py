@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bkpool.core import yaml_text
 from bkpool.core.errors import HostFault, InvalidInput
 
 if TYPE_CHECKING:
     from kubernetes.aio.client import Configuration
 
+_MOST_BYTES = 1 << 20
+"""Bytes of a kubeconfig. One with 200 clusters and their certificates has about half of it."""
 _IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -66,6 +69,7 @@ class ClusterAccess:
         configuration = Configuration()
         file = str(self.kubeconfig) if self.kubeconfig else None
         try:
+            _check_files(self.file)
             loader = await config.load_kube_config(  # type: ignore[no-untyped-call]
                 config_file=file, context=self.context, client_configuration=configuration
             )
@@ -103,6 +107,23 @@ class ClusterAccess:
             )
 
 
+def _check_files(files: str) -> None:
+    """Raises UnreadableYaml or OSError for a kubeconfig that the library would read for too long.
+
+    Args:
+        files: One path, or several as in KUBECONFIG. The library ignores one that does not exist.
+    """
+    for file in filter(None, files.split(os.pathsep)):
+        path = Path(file).expanduser()
+        if not path.exists():
+            continue
+        with path.open("rb") as source:
+            content = source.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise yaml_text.UnreadableYaml(f"it is larger than {_MOST_BYTES} bytes")
+        yaml_text.load(content.decode())
+
+
 def _of_pod() -> tuple[Configuration, str]:
     from kubernetes.aio import config  # noqa: PLC0415 - as above
     from kubernetes.aio.client import Configuration  # noqa: PLC0415
@@ -121,15 +142,14 @@ def _of_pod() -> tuple[Configuration, str]:
 
 def _reason(error: Exception) -> str:
     from kubernetes.aio import config  # noqa: PLC0415 - as above
-    from yaml import MarkedYAMLError, YAMLError  # noqa: PLC0415 - as above
 
     match error:
         case config.ConfigException():
             return str(error)
         case OSError():
             return error.strerror or type(error).__name__
-        case MarkedYAMLError(problem_mark=mark) if mark is not None:
-            return f"it is not YAML (line {mark.line + 1})"
-        case YAMLError() | UnicodeDecodeError():
+        case yaml_text.UnreadableYaml(line=line):
+            return f"{error.without_quotes()}{f' (line {line})' if line else ''}"
+        case UnicodeDecodeError():
             return "it is not YAML"
     return "it is not a kubeconfig"

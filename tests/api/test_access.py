@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from bkpool.api import ApiLimits
+from bkpool.core.auth import TokenFrom
 from bkpool.identity import Identity, Scope
 from bkpool.identity.access import LONGEST_BEARER
+from bkpool.identity.static_token_parser import StaticTokens, parse_static_tokens
 from support.api import ALLOCATE, running_api
 
 ANN, BOB = "token-of-ann", "token-of-bob"
@@ -109,6 +111,33 @@ async def test_pools_that_a_caller_may_not_use_look_as_if_they_did_not_exist(api
             "an admin may know that the pool does not exist"
         )
     assert not api.world.held()
+
+
+class OneSecretHangs:
+    """Reads the Secret `good`, and never any other."""
+
+    async def read(self, _namespace: str, source: TokenFrom) -> StaticTokens:
+        if source.secret_ref != "good":
+            await asyncio.Event().wait()
+        return parse_static_tokens({"carl": "token-of-carl-at-the-good-pool"})
+
+
+async def test_the_secret_of_one_pool_delays_neither_the_admin_nor_callers_of_other_pools(tmp_path):
+    async with running_api(tmp_path, reader=OneSecretHangs()) as api, asyncio.timeout(15):
+        api.authenticator.known = {BOB: (Identity("bob"),)}
+        for name in ("good", "bad", "worse"):
+            methods = [{"type": "token", "token": {"secretRef": name}}]
+            await api.world.pool(name, auth={"methods": methods, "rbac": {"rules": [{"users": ["bob", "carl"]}]}})
+        carl = "token-of-carl-at-the-good-pool"
+        for bearer in ("a" * 43, BOB, carl):
+            lease = (await api("POST", ALLOCATE, {"poolName": "good"}, bearer=bearer))[1]
+            assert (await api("GET", "/api/v1/pools/good", bearer=bearer))[0] == 200
+            named = {"workerName": lease["workerName"]}
+            assert (await api("POST", f"{WORKERS}/release", named, bearer=bearer))[0] == 200
+            body = {"poolName": "good", "token": carl}
+            assert (await api("POST", CHECK, body, bearer=bearer))[1]["allowed"]
+        pools = (await api("GET", "/api/v1/pools", bearer=carl))[1]["pools"]
+        assert [pool["name"] for pool in pools] == ["good"]
 
 
 async def test_without_configured_access_every_authenticated_caller_may_use_all_pools(tmp_path):

@@ -20,6 +20,7 @@ import pytest
 from aiohttp import ClientSession
 
 from bkpool.appliance import control_replica, host
+from bkpool.appliance.access_control import BackendAuthenticators
 from bkpool.appliance.backend import Backend, ClusterBackend
 from bkpool.appliance.control_replica import ControlReplica
 from bkpool.appliance.host import HostAppliance
@@ -78,7 +79,7 @@ async def open_backend(stack: AsyncExitStack, home: Path, election: StubElection
         dial=PlainDial,
         gateway="local",
         recorder=LogRecorder(),
-        authenticators=lambda _pools: (),
+        authenticators=lambda _pools: BackendAuthenticators(),
         leadership=election,  # type: ignore[arg-type] # the two methods that are called
     )
 

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,9 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
         ("", "there is no document in it"),
         ("a: &a [*a, *a", "line 1"),
         ("when: 2026-99-99", "not YAML"),
+        ("a: &a {k: x}\n---\nb: *a", "line 3"),
+        ("a: " + "1:" * 60 + "1", "line 1, column 4: a number of more than 100 characters"),
+        ("- " * 101 + "a", "nested in more than 100 levels"),
         ("kind: Deployment", "expected BuildKitPool or BuildKitOIDCConfig"),
         ("- 1", "expected BuildKitPool"),
         (HEAD + "---\n" + HEAD, "2 times"),
@@ -86,6 +90,20 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
 def test_the_error_for_a_wrong_file_says_what_is_wrong(text, message):
     with pytest.raises(InvalidInput, match=message):
         read_documents(text, source="pool.yaml")
+
+
+def test_a_small_file_that_stands_for_millions_of_nodes_costs_nothing():
+    lines = [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: x}}\n" for n in range(1, 24)]
+    began = time.process_time()
+    with pytest.raises(InvalidInput, match=r"^f, line \d+, column \d+: aliases that repeat more than 10000 nodes"):
+        read_documents("".join(["a0: &a0 {k: x}\n", *lines]), source="f")
+    assert time.process_time() - began < 1
+
+
+def test_a_file_may_use_aliases_and_merge_keys():
+    text = "labels: &team {team: a}\n" + HEAD.replace("name: p", "name: p, labels: {<<: *team, x: y}")
+    (pool,) = read_documents(text, source="f").pools
+    assert dict(pool.metadata.labels) == {"team": "a", "x": "y"}
 
 
 def test_a_file_may_have_several_pools():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
+from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.identity import Authenticator, Identity, Verdict
@@ -82,19 +84,19 @@ class Says:
     def __init__(self, bearer: str, *verdicts: Verdict) -> None:
         self._bearer, self._verdicts = bearer, verdicts
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
         return self._verdicts if bearer == self._bearer else ()
 
 
 class Away:
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
         raise Unavailable("the issuer is away")
 
 
 def access(
     *authenticators: Authenticator, pools: Collection[Pool] = (), configs: Collection[OIDCConfig] = ()
 ) -> AccessControl:
-    return AccessControl(authenticators, lambda: pools, lambda: configs)
+    return AccessControl([authenticators], lambda: pools, lambda: configs)
 
 
 CI, DEPLOY = Identity("ci"), Identity("deploy", authority="https://issuer.example")
@@ -109,6 +111,22 @@ async def test_a_caller_has_all_identities_of_the_token_in_order():
     (admin,) = (await control.caller([f"Bearer {TOKEN}"])).identities
     assert (admin.name, admin.admin) == ("admin", True)
     assert (await control.caller(["Bearer ci-token"])).identities == (CI, DEPLOY)
+
+
+class Hangs:
+    """An authenticator that never has a result."""
+
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_nobody_waits_for_a_stage_after_the_one_that_accepts_them():
+    stages = ([AdminTokenAuthenticator(TOKEN)], [Says("signed", Verdict("a", CI)), Away()], [Hangs()])
+    control = AccessControl(stages, lambda: (), lambda: ())
+    async with asyncio.timeout(5):
+        assert (await control.caller([f"Bearer {TOKEN}"])).identities[0].admin
+        assert (await control.caller(["Bearer signed"])).identities == (CI,)
 
 
 @pytest.mark.parametrize("token", ["K" * 43, "k" * 42, "k" * 44, "k"])

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import os
+import time
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from structlog.testing import capture_logs
 
 from bkpool.core.auth import RESERVED_PREFIXES, Auth, TokenFrom
 from bkpool.core.errors import Forbidden, HostFault, NotFound, Unavailable
+from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.home.files import write_private
@@ -63,8 +65,17 @@ def test_every_form_of_an_entry_is_parsed(key, value, user):
         ("alice", 1234567890123456789, "neither a token"),
         ("alice", [ALICE], "neither a token"),
         ("alice", f"{ALICE} with blanks", "neither a token"),
-        ("alice", "{" * 900, "neither a token"),
-        ("alice", "[" * 900, "neither a token"),
+        ("alice", "{" * 900, "line 1, column 101: it is nested in more than 100 levels"),
+        ("alice", "[" * 900, "line 1, column 101: it is nested in more than 100 levels"),
+        ("alice", f"token: '{ALICE}", "neither a token"),
+        (
+            "alice",
+            f"user: &a alice\ntoken: {ALICE}\npools: [*a]",
+            "line 3, column 9: aliases (*name) are not allowed",
+        ),
+        ("alice", f"<<: {{user: alice}}\ntoken: {ALICE}", "line 1, column 1: merge keys (<<) are not allowed"),
+        ("alice", f"token: {ALICE}\npools: [{'1:' * 60}1]", "a number of more than 100 characters"),
+        ("alice", f"token: {ALICE}\n{'#' * 4096}", "more than 4096 characters in YAML: write it in JSON"),
         ("alice", {"token": f"{ALICE} with blanks"}, "has a character other than"),
         ("alice", {"token": f"{ALICE}\n"}, "has a character other than"),
         ("alice", {"token": 1234567890123456789}, "has a character other than"),
@@ -88,7 +99,7 @@ def test_a_fault_names_no_token_and_does_not_affect_other_entries(key, value, sa
     tokens = parse_static_tokens({key: value, "bob": BOB})
     assert [entry.user for entry in tokens.entries] == ["bob"]
     (fault,) = tokens.faults
-    assert fault.startswith("entry 1 of 2: ")
+    assert fault.startswith(("entry 1 of 2: ", "entry 1 of 2, line "))
     assert says in fault
     assert "alice" not in fault
     assert ALICE not in repr(tokens), "only digests are kept"
@@ -116,6 +127,32 @@ def test_any_content_is_an_entry_or_a_fault(data):
         assert 0 < len(entry.user) <= 256
         assert entry.user.isprintable()
         assert not entry.user.startswith(RESERVED_PREFIXES)
+
+
+def doubling(levels: int) -> str:
+    """A few hundred bytes that stand for 2 ** levels fields."""
+    lines = [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: x}}" for n in range(1, levels)]
+    return "\n".join(["a0: &a0 {k: x}", *lines])
+
+
+def test_a_small_entry_that_stands_for_millions_of_fields_costs_nothing():
+    began = time.process_time()
+    tokens = parse_static_tokens({"bomb": doubling(24), "bob": BOB})
+    assert time.process_time() - began < 1
+    assert tokens.faults == (
+        "entry 1 of 2, line 2, column 15: aliases (*name) are not allowed here: write the value out",
+    )
+    assert who(tokens, BOB) == ["bob"]
+
+
+def test_the_entries_in_yaml_have_a_limit_together_and_those_in_json_do_not_count():
+    entries = {f"user-{n}": f"user: u{n}\ntoken: t{n:020}\n{'#' * 3000}" for n in range(20)}
+    as_json = {f"json-{n}": json.dumps({"user": f"j{n}", "token": f"j{n:020}", "x": "#" * 3000}) for n in range(20)}
+    tokens = parse_static_tokens(entries | as_json)
+    assert len(tokens.entries) == 10 + 20
+    assert {fault.split(": ", 1)[1] for fault in tokens.faults} == {
+        "all entries in YAML have more than 32768 characters: write them in JSON"
+    }
 
 
 def test_a_user_may_have_an_old_and_a_new_token():
@@ -147,8 +184,10 @@ async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
         (lambda path: path.chmod(0o640), "open to other users"),
         (lambda path: path.write_text(""), "not a mapping"),
         (lambda path: path.write_text("- a"), "not a mapping"),
-        (lambda path: path.write_text(f"alice: '{ALICE}"), "not a mapping"),
-        (lambda path: path.write_bytes(b"\xff\x00"), "not a mapping"),
+        (lambda path: path.write_text(f"bob: x\nalice: '{ALICE}"), "line 2: it is not YAML"),
+        (lambda path: path.write_text(f"a: &a {ALICE}\nb: *a"), r"line 2: aliases \(\*name\) are not allowed here"),
+        (lambda path: path.write_text(f"a:\n  <<: {{token: {ALICE}}}"), r"line 2: merge keys \(<<\) are not allowed"),
+        (lambda path: path.write_bytes(b"\xff\x00"), "not YAML"),
         (lambda path: path.write_text("a" * ((1 << 20) + 1)), "larger"),
         (lambda path: (path.unlink(), path.mkdir(0o700)), "directory"),
     ],
@@ -248,7 +287,7 @@ async def test_many_callers_at_once_cause_one_request_even_if_the_first_is_cance
     answers = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(answers[0], asyncio.CancelledError)
     assert [who(tokens, ALICE) for tokens in answers[1:]] == [["alice"]] * 4
-    assert len(cluster.asked) == 2
+    assert len(cluster.asked) == 1
 
 
 async def test_old_tokens_of_a_secret_that_cannot_be_read_are_not_accepted():
@@ -318,6 +357,41 @@ async def test_all_secrets_of_a_pool_are_read():
     assert await tokens.authenticate(BOB) == (known("one", "bob"),)
 
 
+class Slow(Memory):
+    """As Memory, but the Secret `slow` is never read."""
+
+    async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
+        if source.secret_ref == "slow":
+            await asyncio.Event().wait()
+        return await super().read(namespace, source)
+
+
+async def test_the_secret_of_one_pool_does_not_delay_the_callers_of_another():
+    reader = Slow(good={"alice": ALICE})
+    pools = [a_pool("slow", {"secretRef": "slow"}), a_pool("good", {"secretRef": "good"})]
+    tokens = StaticTokenAuthenticator(reader, lambda: pools, others_timeout=3600)
+    async with asyncio.timeout(5):
+        assert await tokens.authenticate(ALICE, Key("team", "good")) == (known("good", "alice"),)
+
+
+async def test_a_caller_of_no_pool_in_particular_does_not_wait_long_for_one():
+    reader = Slow(good={"alice": ALICE})
+    pools = [a_pool("slow", {"secretRef": "slow"}), a_pool("good", {"secretRef": "good"})]
+    tokens = StaticTokenAuthenticator(reader, lambda: pools, others_timeout=0.01)
+    async with asyncio.timeout(5):
+        slow, good = await tokens.authenticate(ALICE)
+        assert slow.refusal == "the tokens of a pool cannot be read now"
+        assert good == known("good", "alice")
+        assert await tokens.authenticate(ALICE, Key("team", "unknown")) == (slow, good)
+
+
+async def test_a_token_of_another_pool_is_still_recognised():
+    reader = Memory(a={"alice": ALICE}, b={"bob": BOB})
+    pools = [a_pool("one", {"secretRef": "a"}), a_pool("two", {"secretRef": "b"})]
+    tokens = StaticTokenAuthenticator(reader, lambda: pools)
+    assert await tokens.authenticate(ALICE, Key("team", "two")) == (known("one", "alice"),)
+
+
 @pytest.mark.parametrize(
     ("pools", "fits"),
     [
@@ -366,7 +440,7 @@ async def test_a_fault_is_logged_once_until_it_changes():
         for _ in range(3):
             await tokens.authenticate(ALICE)
     assert [(entry["event"], entry.get("reason")) for entry in logs] == [
-        ("static_tokens.faulty", "entry 1 of 2: its token is shorter than 16 characters"),
+        ("static_tokens.faulty", "Secret team/a: entry 1 of 2: its token is shorter than 16 characters"),
         ("static_tokens.faulty", "away"),
         ("static_tokens.repaired", None),
     ]

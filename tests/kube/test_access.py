@@ -19,6 +19,7 @@ contexts: [{name: x, context: {cluster: x, user: x}}, {name: other, context: {cl
 clusters: [{name: x, cluster: {server: "http://127.0.0.1:1"}}]
 users: [{name: x, user: {}}]
 """
+DOUBLING = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
 SECRET = "MIGHAgEAMBMGByqGSM49"
 BROKEN = {
     "": "it is not a kubeconfig",
@@ -35,6 +36,8 @@ BROKEN = {
     GOOD.replace("user: {}", "user: 5"): "",
     "\0": "it is not YAML",
     "\udcff": "it is not YAML",
+    DOUBLING: "aliases that repeat more than 10000 nodes (line 12)",
+    " " * (1 << 20) + GOOD: "it is larger than 1048576 bytes",
 }
 """Content to what the message says at its end."""
 

@@ -12,9 +12,11 @@ from aiohttp import ClientSession, web
 from multidict import CIMultiDictProxy
 
 from bkpool.api import ApiLimits, ApiMetrics, Service, make_app, open_runner
+from bkpool.core.names import Key
 from bkpool.identity import Identity, Verdict
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
+from bkpool.identity.static_tokens import StaticTokenAuthenticator, TokenReader
 from bkpool.telemetry.registry import new_registry
 from support.world import World, running_world
 
@@ -29,7 +31,7 @@ class StubAuthenticator:
         self.known: dict[str, tuple[Identity, ...]] = {}
         self.refused: dict[str, str] = {}
 
-    async def authenticate(self, bearer: str) -> tuple[Verdict, ...]:
+    async def authenticate(self, bearer: str, pool: Key | None = None) -> tuple[Verdict, ...]:
         if bearer in self.refused:
             return (Verdict("stub", refusal=self.refused[bearer]),)
         return tuple(Verdict(one.source, one) for one in self.known.get(bearer, ()))
@@ -79,16 +81,22 @@ class Api:
 
 
 @asynccontextmanager
-async def running_api(directory: Path, limits: ApiLimits = ApiLimits()) -> AsyncIterator[Api]:  # noqa: B008
+async def running_api(
+    directory: Path,
+    limits: ApiLimits = ApiLimits(),  # noqa: B008
+    reader: TokenReader | None = None,
+) -> AsyncIterator[Api]:
     async with running_world(directory) as world, AsyncExitStack() as stack:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
+        pools = replica.mirror.pools.values
+        static = () if reader is None else (StaticTokenAuthenticator(reader, pools, others_timeout=0.1),)
         service = Service(
             allocator=replica.allocator,
             leases=replica.leases,
             mirror=replica.mirror,
             access=AccessControl(
-                (AdminTokenAuthenticator(ADMIN), api.authenticator),
+                ((AdminTokenAuthenticator(ADMIN),), (api.authenticator,), static),
                 replica.mirror.pools.values,
                 replica.mirror.configs.values,
             ),
