@@ -1,4 +1,4 @@
-"""Leases: wait for a worker, claim it, renew the lease, release it.
+"""Leases: wait for a worker, claim it, renew the lease, release or revoke it.
 
 A lease is `spec.allocation` of a worker and changes by compare-and-swap only, so any number of replicas may do this
 at the same time. Who is served next is decided in `core.queueing`. The controller starts workers and removes leases
@@ -8,5 +8,16 @@ that have ended; this room does not.
 from bkpool.allocation.allocator import AllocationRequest, Allocator, Grant
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.leases import LeaseService, OwnLease
+from bkpool.allocation.revocation import LeaseSelector, Revocation, Revoker
 
-__all__ = ["AllocationRequest", "Allocator", "CallerLimits", "Grant", "LeaseService", "OwnLease"]
+__all__ = [
+    "AllocationRequest",
+    "Allocator",
+    "CallerLimits",
+    "Grant",
+    "LeaseSelector",
+    "LeaseService",
+    "OwnLease",
+    "Revocation",
+    "Revoker",
+]

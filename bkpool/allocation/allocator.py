@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
-from bkpool.allocation.leases import LeaseService, find_pool, lease_duration
+from bkpool.allocation.leases import LeaseService, find_pool, lease_duration, lease_over
 from bkpool.allocation.open_requests import OpenRequests
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
@@ -84,6 +84,7 @@ class _Order:
             requested_by=self.caller.name,
             holder=self.caller.digest,
             owner=owner,
+            tenant=self.caller.tenant_name or self.caller.name,
             allocated_at=now,
             expires_at=now + self.ttl,
             not_after=now + self.pool.spec.gateway.max_token_ttl,
@@ -155,6 +156,7 @@ class Allocator:
             NoCapacity: No worker was ready within `request.wait`, too many requests wait, or a limit of the pool is
                 reached (`LimitReached`).
             Unavailable: The store does not write the lease in time.
+            Gone: The lease was revoked before its worker was ready.
             WorkerFailed: The worker does not start; the message has the reason.
         """
         pool = find_pool(self._mirror, request.pool)
@@ -262,6 +264,7 @@ class Allocator:
 
         Raises:
             WorkerFailed: The lease has ended.
+            Gone: It was revoked.
         """
         while True:
             event = self._changed.setdefault(worker.pool, asyncio.Event())
@@ -270,6 +273,8 @@ class Allocator:
             if ended is not None:
                 if ended.end_reason is EndReason.ABANDONED:
                     return None
+                if ended.end_reason is EndReason.REVOKED:
+                    raise lease_over(EndReason.REVOKED, ended.end_message)
                 raise WorkerFailed(
                     f"{worker.key.name} did not start: {ended.end_message or 'its lease ended before it was ready'}",
                     hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",

@@ -1,4 +1,4 @@
-"""What can be done with a lease that exists: renew it, look it up, release it.
+"""What can be done with a lease that exists: renew it, look it up, release it, revoke it.
 
 Every change is a compare-and-swap on the worker that has the lease. A caller may change a lease if they have its
 token (rule 8, docs/rules.md#r8), or if they asked for it. This module creates no lease and keeps none in memory.
@@ -77,18 +77,19 @@ class LeaseService:
         def renewed(lease: Lease) -> Lease:
             over = lease.ended(now)
             if over:
-                raise _gone(over, lease.end_message)
+                raise lease_over(over, lease.end_message)
             return lease.but(expires_at=min(now + wanted, _latest_end(lease, pool, now)))
 
         worker = await self.change(worker, renewed)
         log.info("lease.renewed", **lease_facts(worker), expires_at=worker.held_lease.expires_at.isoformat())
         return worker
 
-    async def release(self, lease: str | OwnLease) -> Worker | None:
+    async def release(self, lease: str | OwnLease, *, now: bool = False) -> Worker | None:
         """Ends the lease. A lease that was released before or has expired is no error.
 
         Args:
             lease: Its token, or its worker.
+            now: Revoke it, also if it has ended: its connections and builds are cut instead of ending by themselves.
 
         Returns:
             The worker with the ended lease; None if it had ended before.
@@ -98,10 +99,35 @@ class LeaseService:
         """
         try:
             worker = await self._find(lease)
+            if now:
+                return await self.revoke(worker, _revoked_by(lease))
             worker = await self.change(worker, lambda lease: self._ended(lease, EndReason.RELEASED))
         except Gone:
             return None
         log.info("lease.released", **lease_facts(worker))
+        return worker
+
+    async def revoke(self, worker: Worker, by: str) -> Worker:
+        """Ends the worker's lease and has its connections and builds cut, also if the lease has ended and they drain.
+
+        The end is in the store when this returns. Each gateway cuts when it sees the write.
+
+        Args:
+            worker: The worker with the lease, perhaps stale.
+            by: Who revokes it, as its holder is told: "by the admin".
+
+        Returns:
+            The worker with the revoked lease. A lease that was revoked before is not changed.
+
+        Raises:
+            Gone: The lease has left its worker meanwhile, so nothing of it is open.
+            NotFound: The worker was deleted.
+            Conflict: Others changed it all the time.
+        """
+        if worker.held_lease.end_reason is EndReason.REVOKED:
+            return worker
+        worker = await self.change(worker, lambda lease: self._revoked(lease, by))
+        log.info("lease.revoked", **lease_facts(worker), by=worker.held_lease.end_message)
         return worker
 
     async def lookup(self, token: str) -> Worker:
@@ -110,7 +136,7 @@ class LeaseService:
         lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
-            raise _gone(over, worker.lease_end_message)
+            raise lease_over(over, worker.lease_end_message)
         return worker
 
     async def abandon(self, worker: Worker) -> None:
@@ -121,8 +147,14 @@ class LeaseService:
 
     def _ended(self, lease: Lease, reason: EndReason) -> Lease:
         if lease.ended_at is not None:
-            raise _gone(lease.end_reason or reason, lease.end_message)
+            raise lease_over(lease.end_reason or reason, lease.end_message)
         return lease.but(ended_at=min(self._now(), lease.expires_at), end_reason=reason)
+
+    def _revoked(self, lease: Lease, by: str) -> Lease:
+        if lease.end_reason is EndReason.REVOKED:  # another request was faster
+            return lease
+        ended_at = lease.ended_at or min(self._now(), lease.expires_at)
+        return lease.but(ended_at=ended_at, end_reason=EndReason.REVOKED, end_message=by)
 
     async def _find(self, lease: str | OwnLease) -> Worker:
         return await (self._own(lease) if isinstance(lease, OwnLease) else self._by_token(lease))
@@ -148,7 +180,7 @@ class LeaseService:
             if found is None:  # another replica may have created it a moment ago
                 found = _by_digest((await self._store.list(Worker)).items, digest)
             if isinstance(found, EndedLease):
-                raise _gone(found.reason, found.message_with_log)
+                raise lease_over(found.reason, found.message_with_log)
             if found is not None:
                 return found
         raise NotFound(
@@ -173,7 +205,7 @@ class LeaseService:
         lease_id = worker.lease.id if worker.lease else ""
         for _ in range(MAX_CONFLICTS):
             if worker.lease is None or worker.lease.id != lease_id:
-                raise _gone(EndReason.RELEASED, "")
+                raise lease_over(EndReason.RELEASED, "")
             try:
                 changed = await self._store.replace(worker.with_lease(change(worker.lease)))
             except Conflict:
@@ -182,6 +214,15 @@ class LeaseService:
             self._mirror.apply(changed)
             return changed
         raise Conflict(f"too many requests change {worker.key.name} at once", hint="Try again.", retry_after=1)
+
+
+def _revoked_by(lease: str | OwnLease) -> str:
+    return "with its token" if isinstance(lease, str) else revoker(lease.identities)
+
+
+def revoker(identities: Iterable[Identity]) -> str:
+    """Who revokes a lease, as its holder is told: the admin, or the caller who made it. It names nobody."""
+    return "by the admin" if any(one.admin for one in identities) else "by its maker"
 
 
 def lease_facts(worker: Worker) -> dict[str, str]:
@@ -252,7 +293,8 @@ def _latest_end(lease: Lease, pool: Pool, now: datetime) -> datetime:
     return end
 
 
-def _gone(reason: EndReason, message: str) -> Gone:
+def lease_over(reason: EndReason, message: str) -> Gone:
+    """The error for a lease that has ended."""
     detail = f": {message}" if message else ""
     return Gone(
         f"this lease has ended ({reason.value}){detail}",

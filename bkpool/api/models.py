@@ -10,7 +10,7 @@ import base64
 from datetime import timedelta
 from typing import Annotated, Any, Self
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import AllocationRequest, Grant
@@ -147,6 +147,12 @@ class RenewBody(LeaseBody):
     ttl: Duration | None = None
 
 
+class ReleaseBody(LeaseBody):
+    """A lease to end. With now, its connections and builds are cut; without, they may finish."""
+
+    now: StrictBool = False
+
+
 class RenewAnswer(Body):
     """The new end of the lease."""
 
@@ -173,6 +179,7 @@ class WorkerView(Body):
 
     name: str
     phase: str
+    lease_id: str | None = None
     job_id: str | None = None
     requested_by: str | None = None
     expires_at: AwareDatetime | None = None
@@ -197,6 +204,7 @@ class WorkerView(Body):
         return cls(
             name=name,
             phase=phase,
+            lease_id=lease.id if lease else None,
             job_id=(lease.job_id or None) if lease else None,
             requested_by=lease.requested_by if lease else None,
             expires_at=lease.expires_at if lease else None,

@@ -11,13 +11,14 @@ from typing import Any
 
 from aiohttp import web
 
-from bkpool.allocation import Allocator, LeaseService, OwnLease
+from bkpool.allocation import Allocator, LeaseService, OwnLease, Revoker
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.audit import AuditTrail
 from bkpool.api.bodies import read_body
 from bkpool.api.limits import ApiLimits
 from bkpool.api.openapi import ApiRoute, Bearer
+from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
@@ -35,6 +36,7 @@ class Service:
 
     allocator: Allocator
     leases: LeaseService
+    revoker: Revoker
     mirror: Mirror
     access: AccessControl
     gateway_endpoint: Callable[[Pool], str]
@@ -55,7 +57,7 @@ class Service:
             ApiRoute(
                 *("POST", f"{workers}/allocate", self.allocate, models.AllocateBody, models.AllocateAnswer),
                 action="allocate",
-                errors=(404, 429, 502, 503),
+                errors=(404, 410, 429, 502, 503),
             ),
             ApiRoute(
                 *("POST", f"{workers}/renew", self.renew, models.RenewBody, models.RenewAnswer, either),
@@ -68,9 +70,14 @@ class Service:
                 errors=(404, 410),
             ),
             ApiRoute(
-                *("POST", f"{workers}/release", self.release, models.LeaseBody, status, either),
+                *("POST", f"{workers}/release", self.release, models.ReleaseBody, status, either),
                 action="release",
                 errors=(401, 404),
+            ),
+            ApiRoute(
+                *("POST", f"{workers}/revoke", self.revoke, RevokeBody, RevokeAnswer),
+                action="revoke",
+                errors=(404, 409),
             ),
             ApiRoute(
                 *("POST", f"{v1}/auth/check", self.check, models.CheckBody, models.CheckAnswer, either),
@@ -116,9 +123,24 @@ class Service:
 
     async def release(self, request: web.Request, trail: AuditTrail) -> models.StatusAnswer:
         """End a lease."""
-        lease = await self._lease(request, await read_body(request, models.LeaseBody), trail)
-        _add_allowed(trail, lease, await self.leases.release(lease))
+        body = await read_body(request, models.ReleaseBody)
+        lease = await self._lease(request, body, trail)
+        if body.now:
+            trail.add_facts(now="true")
+        _add_allowed(trail, lease, await self.leases.release(lease, now=body.now))
         return models.StatusAnswer(status="released")
+
+    async def revoke(self, request: web.Request, trail: AuditTrail) -> RevokeAnswer:
+        """End leases and cut their connections and builds: the caller's own ones, or any for the admin."""
+        caller = await self._caller(request, trail)
+        selector = (await read_body(request, RevokeBody)).selector()
+        trail.add_facts(selection=str(selector))
+        done = await self.revoker.revoke(selector, caller.identities)
+        admin = next((one for one in caller.identities if one.admin), None)
+        trail.add_identity(admin)
+        trail.add_facts(revoked=str(len(done.revoked)), failed=str(len(done.failed)))
+        trail.set_decision(allowed=True, reason="the admin may" if admin else "callers may revoke their own leases")
+        return RevokeAnswer.of(done)
 
     async def check(self, request: web.Request, trail: AuditTrail) -> models.CheckAnswer:
         """Check whether a bearer token may use a pool, and why."""

@@ -23,6 +23,7 @@ COMMANDS = {
     "allocate": "Lease a worker and get the certificates for it.",
     "renew": "Extend a lease.",
     "release": "End a lease and give its worker back.",
+    "revoke": "End leases and cut their builds.",
     "config": "Show the settings of `up` and where each comes from.",
     "logs": "Show the log of the appliance or of a worker.",
     "kubeconfig": "Show how kubectl reaches the cluster of this home.",

@@ -20,6 +20,9 @@ OPTIONS: Mapping[str, str] = {
     "wait": "--wait",
     "token": "--token",
     "workerName": "--worker",
+    "leaseId": "--lease",
+    "identity": "--identity",
+    "tenant": "--tenant",
 }
 """Field of a request to option. A field of the user's own file, such as spec.scaling.max, keeps its name."""
 

@@ -87,9 +87,13 @@ class Client:
         """Sets the end of a lease to `ttl` (a Go duration) from now."""
         return self._change("renew", lease, {"ttl": ttl})
 
-    def release(self, lease: LeaseReference) -> dict[str, Any]:
-        """Ends a lease."""
-        return self._change("release", lease, {})
+    def release(self, lease: LeaseReference, *, now: bool = False) -> dict[str, Any]:
+        """Ends a lease. With `now`, its connections and builds are cut."""
+        return self._change("release", lease, {"now": True} if now else {})
+
+    def revoke(self, selection: dict[str, str]) -> dict[str, Any]:
+        """Ends the leases that the body of the call selects, and cuts their connections and builds."""
+        return self._call("POST", "/api/v1/workers/revoke", selection, self._credential)
 
     def check(self, token: str, pool: str, namespace: str) -> dict[str, Any]:
         """Whether the bearer of a token may use a pool, and why. The admin of this machine gets more details."""

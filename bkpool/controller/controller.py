@@ -28,6 +28,7 @@ from bkpool.core.reconcile.actions import (
     SetCacheOwner,
     SetProtection,
     StartDaemon,
+    StopDaemon,
     WipeCache,
     WriteStatus,
     slot_of_action,
@@ -213,7 +214,7 @@ class Controller:
         self._recorder.record(current, "Failed", failed.status.message, warning=True)
         self._mirror.apply(await self._store.replace_status(failed))
 
-    async def _carry_out(self, action: Action, pool: Pool) -> Result:
+    async def _carry_out(self, action: Action, pool: Pool) -> Result:  # noqa: C901 - one case for each action
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
@@ -226,6 +227,8 @@ class Controller:
                 await self._daemons.protect(worker.slot, held=protected)
             case WipeCache(slot):
                 await self._caches.wipe(slot)
+            case StopDaemon(worker):
+                await self._daemons.stop(worker.slot, at_once=True)
             case WriteStatus(worker):
                 await self._write_status(worker)
             case LoseLease(worker, message):
@@ -278,6 +281,8 @@ class Controller:
         reason = action.ended.reason
         log.info("lease.ended", **lease_facts(action.worker), reason=reason.value)
         message = action.ended.message or f"the lease of {lease.requested_by} has ended"
+        if reason is EndReason.REVOKED:
+            message = f"the lease of {lease.requested_by} was revoked {action.ended.message}"
         self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
 
     async def _remove_worker(self, worker: Worker) -> None:

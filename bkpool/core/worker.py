@@ -39,6 +39,8 @@ class EndReason(StrEnum):
     EXPIRED = "expired"
     LOST = "lost"
     ABANDONED = "abandoned"
+    REVOKED = "revoked"
+    """Its connections and builds are cut at once; every other end lets builds finish (rule 8, docs/rules.md#r8)."""
 
 
 class Lease(Model):
@@ -52,6 +54,8 @@ class Lease(Model):
     """Digest of the caller who asked for it (Identity.digest). They may renew and end it without its token."""
     owner: StrictStr
     """Digest of the cache's owner during and after this lease (`cache_owner.cache_owner_digest`)."""
+    tenant: StrictStr = ""
+    """Name of the tenant whose cache it uses, for people; empty in a lease of an earlier version."""
     allocated_at: AwareDatetime
     expires_at: AwareDatetime
     not_after: AwareDatetime

@@ -62,8 +62,13 @@ class Daemons(Protocol):
             HostFault: This machine lacks something; the hint says what.
         """
 
-    async def stop(self, slot: Slot) -> None:
-        """Ends the daemon in a slot. The cache stays. Does nothing if there is no daemon."""
+    async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
+        """Ends the daemon in a slot. The cache stays. Does nothing if there is no daemon.
+
+        Args:
+            slot: Which slot.
+            at_once: Running builds get no time to finish.
+        """
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
         """Asks others to leave a daemon alone while its worker is leased. `Observation.protected` shows it."""

@@ -11,9 +11,12 @@ import http.client
 import json
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from kind.faults import FaultProxy
 
 from bkpool.kind.engine import Engine
 from bkpool.toolchain import default_cache
-from harness import Appliance, Certificates, Context, eventually, free_port, really_ran, run
+from harness import Appliance, Certificates, Context, eventually, free_port, read_until, really_ran, run
 from kind_cluster import kind_of
 from support.secrets import secrets_in
 from worlds import SYSTEM, Processes
@@ -143,6 +146,17 @@ class Installed:
         create = ("create", "--name", name, "--driver", "remote", "--driver-opt", certificates.driver_opt)
         run(buildx, *create, f"tcp://localhost:{gateway}", env=env).ok()
         return run(buildx, "build", "--builder", name, context, env=env)
+
+    def start_build(self, certificates: Certificates, gateway: int, context: Context, name: str) -> Any:
+        """Starts a build and returns its process."""
+        env = {**os.environ, "DOCKER_CONFIG": str(self.base / "docker"), "BUILDKIT_PROGRESS": "plain"}
+        buildx = str(self.tools["buildx"])
+        create = ("create", "--name", name, "--driver", "remote", "--driver-opt", certificates.driver_opt)
+        run(buildx, *create, f"tcp://localhost:{gateway}", env=env).ok()
+        command = [buildx, "build", "--builder", name, str(context)]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.forwards.append(process)
+        return process
 
     def inside(self, script: str, *, check: bool = True) -> str:
         """Runs a script in the caller's pod."""
@@ -536,6 +550,54 @@ def test_a_gateway_with_a_frozen_watch_does_not_connect_a_former_tenant(installe
             process.terminate()
             process.wait(timeout=30)
     installed.all_free()
+
+
+def test_a_revoked_lease_is_cut_at_every_gateway_replica_within_two_seconds(installed, program, tmp_path):
+    """One build and one more connection at each replica; the worker's pod is replaced before anybody gets it."""
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    lease = installed.allocate(port)
+    certificates = installed.certificates(lease, "revoked")
+    gateways = [installed.forward("default", gateway, 1235) for gateway in installed.gateways()]
+    assert len(gateways) == 2
+    context = Context(tmp_path / "context", program).dockerfile("sleep 300s")
+    build = installed.start_build(certificates, gateways[0], context, "revoked")
+    read_until(build, "sleeping")
+    pod = _pod_uid(installed, lease)
+    with contextlib.ExitStack() as stack:
+        open_ones = [stack.enter_context(_relayed(certificates, gateway)) for gateway in gateways]
+        status, answer = installed.call(port, "POST", "workers/revoke", {"workerName": lease["workerName"]})
+        revoked = time.monotonic()
+        assert status == 200, answer
+        assert [one["workerName"] for one in answer["revoked"]] == [lease["workerName"]]
+        for connection in open_ones:
+            with contextlib.suppress(ConnectionError, ssl.SSLError):  # cut, also without TLS's own end
+                while connection.recv(65536):
+                    pass
+        assert time.monotonic() - revoked < 2
+    assert build.wait(timeout=30) != 0
+    installed.all_free()
+    assert pod not in {pod["metadata"]["uid"] for pod in installed.world.objects("pods", "-n", "default")}
+    refused = installed.build(certificates, gateways[1], context, "revoked")
+    assert refused.code != 0
+    assert "the lease was revoked by the admin" in refused.text
+
+
+def _pod_uid(installed: Installed, lease: dict[str, Any]) -> str:
+    name = f"-lbuildkit.smrt-devops.net/worker={lease['workerName']}"
+    (pod,) = installed.world.objects("pods", "-n", "default", name)
+    return str(pod["metadata"]["uid"])
+
+
+def _relayed(certificates: Certificates, port: int) -> ssl.SSLSocket:
+    """A connection through a gateway on which the worker has answered, so that it is relayed."""
+    context = ssl.create_default_context(cafile=str(certificates.directory / "ca.crt"))
+    context.load_cert_chain(certificates.directory / "client.crt", certificates.directory / "client.key")
+    context.set_alpn_protocols(["h2"])
+    raw = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = context.wrap_socket(raw, server_hostname="localhost")
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000"))
+    assert connection.recv(9)[3] == 4, "the worker sends its SETTINGS"
+    return connection
 
 
 def _ready(port: int) -> bool:

@@ -391,3 +391,85 @@ async def test_a_compressed_body_is_not_decompressed(api):
     headers = {"Authorization": f"Bearer {ANN}", "Content-Encoding": "gzip"}
     status, reply, _ = await api("POST", ALLOCATE, data=body, headers=headers)
     assert (status, reply["error"]["field"]) == (400, "body")
+
+
+# --- revoking -------------------------------------------------------------------------------------------------------
+
+REVOKE = f"{WORKERS}/revoke"
+
+
+async def test_a_caller_revokes_their_own_leases_and_the_admin_any(api, audit):
+    anns, bobs = await lease_of(api, ANN, jobId="a-job"), await lease_of(api, BOB)
+    status, reply, _ = await api("POST", REVOKE, {"poolName": "p"}, bearer=ANN)
+    assert status == 200
+    (ended,) = reply["revoked"]
+    lease_id = ended.pop("leaseId")
+    assert ended == {
+        "workerName": anns["workerName"],
+        "namespace": "default",
+        "poolName": "p",
+        "jobId": "a-job",
+        "requestedBy": "ann",
+        "tenant": "team",
+    }
+    assert reply["failed"] == []
+    assert "bob" not in json.dumps(reply)
+    line = audit()[-1]
+    assert (line["action"], line["decision"], line["identity"]) == ("revoke", "allowed", "ann")
+    assert (line["selection"], line["revoked"], line["failed"]) == ("pool default/p", "1", "0")
+    assert line["reason"] == "callers may revoke their own leases"
+    gone = await api("POST", f"{WORKERS}/renew", {"token": anns["token"]}, headers={})
+    assert (gone[0], gone[1]["error"]["code"]) == (410, "LeaseEnded")
+    assert "revoked" in gone[1]["error"]["message"]
+    assert "by its maker" in gone[1]["error"]["message"]
+
+    status, reply, _ = await api("POST", REVOKE, {"workerName": bobs["workerName"]}, bearer=ANN)
+    assert (status, reply["error"]["code"]) == (404, "NoSuchLease")
+    assert (await api("POST", REVOKE, {"identity": "bob"}, bearer=ANN))[1]["revoked"] == []
+    assert (await api("POST", REVOKE, {"identity": "bob"}, bearer=None))[0] == 401
+    (ended,) = (await api("POST", REVOKE, {"identity": "bob"}))[1]["revoked"]
+    assert ended["workerName"] == bobs["workerName"]
+    assert audit()[-1]["reason"] == "the admin may"
+    assert lease_id != ended["leaseId"]
+
+
+async def test_a_lease_is_revoked_by_the_id_that_its_owner_sees(api):
+    lease = await lease_of(api, BOB)
+    (seen,) = (await api("GET", "/api/v1/pools/p", bearer=BOB))[1]["members"]
+    (ended,) = (await api("POST", REVOKE, {"leaseId": seen["leaseId"]}, bearer=BOB))[1]["revoked"]
+    assert ended["workerName"] == lease["workerName"]
+
+
+async def test_release_now_needs_what_release_needs(api, audit):
+    lease = await lease_of(api, BOB)
+    by_worker = {"workerName": lease["workerName"], "now": True}
+    assert (await api("POST", f"{WORKERS}/release", by_worker, bearer=ANN))[0] == 404
+    assert (await api("POST", f"{WORKERS}/release", by_worker, bearer=None))[0] == 401
+    body = {"token": lease["token"], "now": True}
+    assert (await api("POST", f"{WORKERS}/release", body, headers={}))[1] == {"status": "released"}
+    assert audit()[-1]["now"] == "true"
+    gone = await api("POST", f"{WORKERS}/lookup", {"token": lease["token"]}, headers={})
+    assert "(revoked): with its token" in gone[1]["error"]["message"]
+    assert (await api("POST", f"{WORKERS}/release", body, headers={}))[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "leaseId"),
+        ({"namespace": "default"}, "leaseId"),
+        ({"identity": "bob", "poolName": "p"}, "poolName"),
+        ({"identity": ""}, "identity"),
+        ({"identity": 7}, "identity"),
+        ({"tenant": "x" * 300}, "tenant"),
+        ({"workerName": "../p"}, "workerName"),
+        ({"identity": "bob", "namespace": "../x"}, "namespace"),
+        ({"identity": "bob", "now": True}, "now"),
+    ],
+)
+async def test_a_revocation_must_name_the_leases_in_exactly_one_way(api, body, field):
+    await lease_of(api, BOB)
+    status, reply, _ = await api("POST", REVOKE, body)
+    assert (status, reply["error"]["field"]) == (400, field)
+    assert len(api.world.held()) == 1
+    assert api.world.held()[0].lease.ended_at is None

@@ -24,6 +24,7 @@ from bkpool.core.reconcile.actions import (
     RemoveWorker,
     SetCacheOwner,
     StartDaemon,
+    StopDaemon,
     WipeCache,
     WriteStatus,
     slot_of_action,
@@ -181,6 +182,15 @@ class PoolMachine(RuleBasedStateMachine):
         ended = worker.lease.but(ended_at=self.now, end_reason=EndReason.RELEASED)
         self.store.replace(worker.with_lease(ended))
 
+    @precondition(lambda self: any(w.lease for w in self.store.workers.values()))
+    @rule(data=st.data())
+    def revoke(self, data):
+        """Revokes a lease, which may have ended already. A frozen gateway keeps its connection and registration."""
+        leased = sorted((w for w in self.store.workers.values() if w.lease), key=lambda w: w.key)
+        worker = data.draw(st.sampled_from(leased))
+        ended = worker.lease.but(ended_at=worker.lease.ended_at or self.now, end_reason=EndReason.REVOKED)
+        self.store.replace(worker.with_lease(ended))
+
     @precondition(lambda self: self._live())
     @rule(data=st.data())
     def renew(self, data):
@@ -253,7 +263,7 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in stray_slots(self.runtime.daemons, self.store.workers.values(), ()):
             del self.runtime.daemons[slot]
 
-    def _act(self, action):
+    def _act(self, action):  # noqa: PLR0912 - one case for each action
         store, runtime = self.store, self.runtime
         match action:
             case CreateWorker(slot):
@@ -274,6 +284,10 @@ class PoolMachine(RuleBasedStateMachine):
                     self._must_be_unused(worker)
                 runtime.daemons.pop(slot, None)
                 runtime.caches.pop(slot, None)
+            case StopDaemon(worker):
+                assert worker.lease.end_reason is EndReason.REVOKED
+                stopped = runtime.daemons.pop(worker.slot)
+                self.connected = {lease: uid for lease, uid in self.connected.items() if uid != stopped.worker_uid}
             case WriteStatus(worker):
                 store.replace_status(worker)
             case LoseLease(worker, message):
@@ -283,6 +297,9 @@ class PoolMachine(RuleBasedStateMachine):
                 after = store.replace_status(with_lease_remembered(action, self.now))
                 store.replace(after.with_lease(None))
                 assert worker.lease.id not in self.connected, "taken from under an open connection"
+                if worker.lease.end_reason is EndReason.REVOKED:
+                    daemon = runtime.daemons.get(worker.slot)
+                    assert daemon is None or daemon.state is DaemonState.EXITED, "its builds may still run"
             case RemoveWorker(worker):
                 store.delete(worker)
                 self._must_be_unused(worker)

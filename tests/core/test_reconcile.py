@@ -13,6 +13,7 @@ from bkpool.core.reconcile.actions import (
     SetCacheOwner,
     SetProtection,
     StartDaemon,
+    StopDaemon,
     WipeCache,
     WriteStatus,
 )
@@ -147,6 +148,29 @@ def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
     assert decide(draining, NOW).actions == ()
     assert decide(draining, NOW).wake_at == NOW + REGISTRATION_LIFE
     assert isinstance(actions(draining, NOW + REGISTRATION_LIFE)[0], FinishLease)
+
+
+def test_the_daemon_of_a_revoked_lease_is_stopped_even_if_a_gateway_is_frozen_and_before_anybody_gets_the_worker():
+    frozen = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
+    over = lease(ended_at=NOW, end_reason=EndReason.REVOKED, end_message="by the admin")
+    held = worker(0, over, phase=Phase.ALLOCATED, cache_owner="owner-a", gateways=(frozen,))
+    assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")})) == [StopDaemon(held)]
+    starting = {0: seen(0, "owner-a", DaemonState.STARTING)}
+    assert actions(snapshot(pool(), held, observed=starting)) == [StopDaemon(held)], "it may run builds all the same"
+    without_owner = {0: replace(seen(0), ephemeral_cache=True)}
+    assert actions(snapshot(pool(), held, observed=without_owner)) == [StopDaemon(held)]
+    (report,) = actions(snapshot(pool(), held))
+    assert report.worker.status.phase is Phase.DRAINING
+    assert report.worker.status.message == "the lease is revoked; its builds were stopped"
+    stopped = snapshot(pool(), report.worker)
+    assert decide(stopped, NOW).actions == ()
+    assert decide(stopped, NOW).wake_at == NOW + REGISTRATION_LIFE
+    (finish,) = actions(stopped, NOW + REGISTRATION_LIFE)
+    assert isinstance(finish, FinishLease)
+    assert (finish.ended.reason, finish.ended.message) == (EndReason.REVOKED, "by the admin")
+    assert finish.phase is Phase.PENDING, "it is started again like a new one"
+    after = with_lease_remembered(finish, NOW).with_lease(None)
+    assert actions(snapshot(pool(), after)) == [StartDaemon(after, None)]
 
 
 def test_a_live_lease_is_decided_again_when_it_expires():

@@ -105,6 +105,7 @@ async def test_an_unusable_certificate_is_refused_with_a_sentence(world, make, c
         (EndReason.RELEASED, 16, "the lease was released. Run `bkpool allocate` again."),
         (EndReason.EXPIRED, 16, "the lease has expired. Run `bkpool allocate` again."),
         (EndReason.ABANDONED, 16, "the lease was abandoned. Run `bkpool allocate` again."),
+        (EndReason.REVOKED, 16, "the lease was revoked by the admin. Run `bkpool allocate` again."),
         (
             EndReason.LOST,
             9,
@@ -114,7 +115,8 @@ async def test_an_unusable_certificate_is_refused_with_a_sentence(world, make, c
 )
 async def test_a_client_of_an_ended_lease_gets_the_reason(world, reason, code, sentence):
     world.lease()
-    world.end_lease("a", reason, "out of memory – 5 times" if reason is EndReason.LOST else "")
+    messages = {EndReason.LOST: "out of memory – 5 times", EndReason.REVOKED: "by the admin"}
+    world.end_lease("a", reason, messages.get(reason, ""))
     streams = await world.connect(world.token("a"))
     assert await streams.call() == (code, sentence)
     assert world.worker_connections == 0

@@ -11,6 +11,7 @@ from typing import Any
 from aiohttp import ClientSession, web
 from multidict import CIMultiDictProxy
 
+from bkpool.allocation import Revoker
 from bkpool.api import ApiLimits, ApiMetrics, Service, make_app, open_runner
 from bkpool.core.names import Key
 from bkpool.identity import Identity, Verdict
@@ -94,6 +95,7 @@ async def running_api(
         service = Service(
             allocator=replica.allocator,
             leases=replica.leases,
+            revoker=Revoker(store=world.store, mirror=replica.mirror, leases=replica.leases),
             mirror=replica.mirror,
             access=AccessControl(
                 ((AdminTokenAuthenticator(ADMIN),), (api.authenticator,), static),

@@ -50,6 +50,7 @@ class MemoryWorkers:
         self.may_start = asyncio.Event()
         self.may_start.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
+        self.stopped_at_once: list[Slot] = []
         self.subscribers: Subscribers[[]] = Subscribers()
 
     def observe(self) -> dict[Slot, Observation]:
@@ -96,7 +97,9 @@ class MemoryWorkers:
     async def protect(self, slot: Slot, *, held: bool) -> None:
         pass
 
-    async def stop(self, slot: Slot) -> None:
+    async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
+        if at_once:
+            self.stopped_at_once.append(slot)
         self.daemons.pop(slot, None)
         self.changed()
 

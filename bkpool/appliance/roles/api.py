@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bkpool.allocation import Allocator
+from bkpool.allocation import Allocator, Revoker
 from bkpool.api import ApiMetrics, Service, make_app
 from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
@@ -87,6 +87,7 @@ async def open_api(
     service = Service(
         allocator=allocator,
         leases=leases,
+        revoker=Revoker(store=backend.store, mirror=mirror, leases=leases),
         mirror=mirror,
         access=access,
         gateway_endpoint=sources.gateway_endpoint,

@@ -51,6 +51,13 @@ class WipeCache:
 
 
 @dataclass(frozen=True, slots=True)
+class StopDaemon:
+    """End buildkitd with everything that runs in it, because the lease on the worker was revoked."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStatus:
     """Store the status that this copy of the worker has."""
 
@@ -88,6 +95,7 @@ Action = (
     | SetCacheOwner
     | SetProtection
     | WipeCache
+    | StopDaemon
     | WriteStatus
     | LoseLease
     | FinishLease

@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from bkpool.core.observation import DaemonState, Observation, ready_observation
-from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, WriteStatus
+from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, StopDaemon, WriteStatus
 from bkpool.core.reconcile.failures import FailureLimits, failed_worker
 from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
 
@@ -38,6 +38,10 @@ def wind_up(
     Returns:
         An action, or the time at which the last gateway registration expires.
     """
+    if reason is EndReason.REVOKED and seen is not None and seen.state is not DaemonState.EXITED:
+        # Gateways cut the connections, but one that is frozen cuts none, and in a rootless pod a process that a step
+        # left behind outlives its build (docs/decisions/0019-revoked-leases.md).
+        return StopDaemon(worker)
     if _used_without_owner(worker, seen):
         # The holder did not have to wait for this mark. The next holder needs it: their cache must be another one.
         return SetCacheOwner(worker, lease.owner)
@@ -50,7 +54,8 @@ def wind_up(
     if worker.status.phase is not Phase.DRAINING:
         if reason is EndReason.LOST:  # its clients are still told why, with the log
             return WriteStatus(worker.with_status(phase=Phase.DRAINING))
-        message = f"the lease is {reason}; builds may finish"
+        builds = "its builds were stopped" if reason is EndReason.REVOKED else "builds may finish"
+        message = f"the lease is {reason}; {builds}"
         return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
     return min(entry.expires_at for entry in registered)
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
-from bkpool.core.worker import GatewayRegistration, Worker
+from bkpool.core.worker import EndReason, GatewayRegistration, Worker
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.store import Store
 
@@ -165,8 +165,9 @@ class StoreLeaseRegistry:
         self._check_holder(worker, route)
         end_reason = worker.lease.ended(self._now()) if worker.lease else None
         if end_reason is not None:
+            by = f" {worker.lease_end_message}" if end_reason is EndReason.REVOKED else ""
             raise Gone(
-                f"the lease has ended: it was {end_reason}", hint="Run `bkpool allocate` again.", code="LeaseOver"
+                f"the lease has ended: it was {end_reason}{by}", hint="Run `bkpool allocate` again.", code="LeaseOver"
             )
         return self._with_registration(connections, worker, route)
 

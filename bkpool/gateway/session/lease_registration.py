@@ -49,8 +49,8 @@ class RegisteredLease(Protocol):
     def end(self, error: BkpoolError) -> None:
         """Ends the lease, with the error for its new connections."""
 
-    def worker_lost(self, error: Gone) -> None:
-        """Ends the lease and cuts its connections: another lease holds the worker."""
+    def cut(self, error: BkpoolError) -> None:
+        """Ends the lease and cuts its connections, for example because another lease holds the worker."""
 
 
 class LeaseRegistration:
@@ -140,7 +140,7 @@ class LeaseRegistration:
     def _lease_gone(self, error: Gone, renewing: bool) -> None:
         if renewing:  # an ended lease may still renew, so Gone means that another lease holds the worker
             self._trusted_until = 0.0
-            self._lease.worker_lost(error)
+            self._lease.cut(error)
         else:
             self._lease.end(error)
 

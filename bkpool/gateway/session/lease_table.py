@@ -38,6 +38,11 @@ class LeaseRoute:
     end_reason: EndReason | None = None
     end_message: str = ""
 
+    @property
+    def revoked(self) -> bool:
+        """Whether its connections must be cut, and not only new ones be refused."""
+        return self.end_reason is EndReason.REVOKED
+
     def end_error(self, now: float) -> BkpoolError | None:
         """Returns the error for new connections after the lease's end; None while the lease is valid."""
         if self.end_reason is not None:
@@ -55,6 +60,11 @@ class PastLease:
     pool: Key
     end_reason: EndReason
     end_message: str
+
+    @property
+    def revoked(self) -> bool:
+        """Whether a connection that is still open must be cut."""
+        return self.end_reason is EndReason.REVOKED
 
     def end_error(self) -> BkpoolError:
         """Returns the error for new connections."""
@@ -115,5 +125,7 @@ def _end_error(reason: EndReason, message: str) -> BkpoolError:
         return WorkerFailed(
             f"the lease ended because its worker failed{detail}", hint=_ALLOCATE_AGAIN, code="LeaseLost"
         )
+    if reason is EndReason.REVOKED:  # the message says by whom
+        return Gone(f"the lease was revoked {message}".rstrip(), hint=_ALLOCATE_AGAIN, code="LeaseRevoked")
     verb = {EndReason.EXPIRED: "has expired", EndReason.RELEASED: "was released"}.get(reason, "was abandoned")
     return Gone(f"the lease {verb}{detail}", hint=_ALLOCATE_AGAIN, code=f"Lease{reason.value.capitalize()}")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Protocol
 
-from bkpool.core.errors import BkpoolError, Forbidden, Gone, NoCapacity
+from bkpool.core.errors import BkpoolError, Forbidden, NoCapacity
 from bkpool.core.names import Key
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
@@ -124,7 +124,11 @@ class ShardLeases:
                 lease.change_route(route)
             else:
                 past = table.past.get(token_sha256)
-                lease.end(past.end_error() if past else unknown_lease())
+                error = past.end_error() if past else unknown_lease()
+                if past is not None and past.revoked:
+                    lease.cut(error)
+                else:
+                    lease.end(error)
 
     def withdraw_all(self) -> None:
         """Withdraws all registrations. Called when the gateway closes and has no connection left."""
@@ -192,7 +196,10 @@ class ShardLease:
         self.route = route
         error = route.end_error(self._leases.now())
         if error is not None:
-            self.end(error)
+            if route.revoked:
+                self.cut(error)
+            else:
+                self.end(error)
             return
         if self.end_error is not None:  # it was renewed while this gateway's table was old
             self.end_error = None
@@ -222,8 +229,11 @@ class ShardLease:
         for member in list(self.members):
             member.worker_closed_sibling()
 
-    def worker_lost(self, error: Gone) -> None:
-        """Ends the lease and cuts its connections: another lease holds the worker, so no byte may reach it."""
+    def cut(self, error: BkpoolError) -> None:
+        """Ends the lease and cuts its connections, also those that drain already.
+
+        The lease was revoked, or another lease holds the worker, so that no byte may reach it.
+        """
         self.end(error)
         for member in list(self.members):
             member.cut(error.message)

@@ -30,6 +30,7 @@ from bkpool.workers.pods.start_deadline import Deadlines
 
 log = structlog.get_logger(__name__)
 
+_AT_ONCE = 1  # seconds: with 0 the API server forgets a pod whose processes may still run
 _TRIES = 5  # in one start: another replica may make a pod meanwhile, or a host port may be taken
 
 
@@ -113,10 +114,10 @@ class PodDaemons:
                 await self._writes.end(slot)
             raise Conflict(f"the pod {slot.worker} is being changed by another program all the time")
 
-    async def stop(self, slot: Slot) -> None:
-        """Ends the pod and removes its key. A volume stays."""
+    async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
+        """Ends the pod and removes its key. A volume stays. See `Daemons`."""
         async with self._slots.get(slot).lock:
-            await self._writes.end(slot)
+            await (self._writes.end(slot, grace=_AT_ONCE) if at_once else self._writes.end(slot))
             await self._writes.remove_secret(slot)
 
     async def protect(self, slot: Slot, *, held: bool) -> None:

@@ -147,11 +147,12 @@ class PodWrites:
             lambda current: None if pod_view.protected(current) is held else pod_spec.protection(held=held),
         )
 
-    async def end(self, slot: Slot, *, hurry: bool = True) -> None:
+    async def end(self, slot: Slot, *, hurry: bool = True, grace: int = _GRACE) -> None:
         """Ends the pod in a slot and waits until it is gone.
 
         Args:
             slot: Which slot.
+            grace: Seconds until it is killed; used only with `hurry`.
             hurry: It must end within seconds, without waiting for builds. A kubelet ignores that once the pod's hook
                 waits for its connections to end (seen with 1.34).
 
@@ -160,7 +161,7 @@ class PodWrites:
         """
         while (pod := self._pods.get(slot.worker)) is not None:
             if hurry or not pod_view.deleted(pod):
-                await self._delete(self._pods, PODS, pod, grace=_GRACE if hurry else None)
+                await self._delete(self._pods, PODS, pod, grace=grace if hurry else None)
             await self._wait_until_gone(self._pods, "pod", pod)
 
     async def discard(self, pod: Doc) -> None:

@@ -28,6 +28,9 @@ from bkpool.workers.processes.slots import ProcessSlot, SlotTable
 
 log = structlog.get_logger(__name__)
 
+_NO_TIME_TO_FINISH = 0.5
+"""Seconds. If nothing runs in buildkitd any more, it closes its databases in this time."""
+
 
 class ProcessDaemons:
     """Implements `Daemons` with processes.
@@ -78,11 +81,11 @@ class ProcessDaemons:
             async with self._starting:
                 return await self._launch(entry, worker_uid, pool.spec)
 
-    async def stop(self, slot: Slot) -> None:
+    async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
         """Ends buildkitd in the slot; see `Daemons`."""
         entry = self._table.get(slot)
         async with entry.lock:
-            await self.stop_locked(entry)
+            await self.stop_locked(entry, grace=_NO_TIME_TO_FINISH if at_once else None)
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
         """Does nothing: nobody else manages these processes."""
@@ -92,8 +95,12 @@ class ProcessDaemons:
 
     # --- for the runtime and the caches: one slot, whose lock the caller holds --------------------------------------
 
-    async def stop_locked(self, slot: ProcessSlot) -> None:
+    async def stop_locked(self, slot: ProcessSlot, grace: float | None = None) -> None:
         """Ends the daemon in a slot and removes what it leaves outside of its cache.
+
+        Args:
+            slot: Which slot.
+            grace: Seconds for running builds; None: those of the limits.
 
         Raises:
             WorkerFailed: It does not end. It is watched as before.
@@ -101,7 +108,7 @@ class ProcessDaemons:
         await self._cancel_exit_watch(slot)
         if daemon := slot.daemon:
             try:
-                await daemon.stop(self._limits.stop_timeout)
+                await daemon.stop(self._limits.stop_timeout if grace is None else grace)
             except BaseException:  # cancelled, or in vain: the daemon is still there
                 self._watch_for_exit(slot, daemon)
                 raise
