@@ -1,4 +1,4 @@
-"""The API's certificate: issued by the appliance's own CA, or read from files that another program renews.
+"""The API's certificate: issued by a CA of the appliance, or read from files that another program renews.
 
 A new certificate is used from the next handshake on, without a restart, and open connections are not touched. A file
 that cannot be used is logged, and the former certificate stays in use; at the start it is an error.
@@ -119,7 +119,7 @@ class ApiTls(ABC):
 
 
 class IssuedTls(ApiTls):
-    """A certificate of the appliance's own CA, only in memory. Callers trust the CA.
+    """A certificate of a CA of the appliance, only in memory. Callers trust the CA.
 
     Args:
         authority: Signs it.

@@ -10,7 +10,7 @@ import hashlib
 import socket
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import BackendAuthenticators, MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.run_options import RunOptions
-from bkpool.appliance.tuning import gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
+from bkpool.appliance.tuning import allowances, gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
+from bkpool.core.allowances import Allowances
 from bkpool.core.errors import Conflict
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.failures import FailureLimits
@@ -48,6 +49,8 @@ from bkpool.workers.pods.runtime import PodRuntime
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 
+_KEYS_ONLY = {"pod-security.kubernetes.io/enforce": "restricted"}
+"""The labels of the appliance's own namespace, which has its keys and no worker."""
 LEASE = "bkpool-controller"
 """The Lease whose holder runs the controller."""
 DIALLER_LIFE = timedelta(days=3650)
@@ -69,6 +72,10 @@ class Backend:
     recorder: Recorder
     authenticators: MakeAuthenticators
     """Makes the authenticators that only this backend has."""
+    api_authority: Authority | None = None
+    """Signs the API's own certificate; None: `authority` does."""
+    allowed: Allowances | None = None
+    """What pools may ask for; None: everything, because whoever runs the appliance also makes the pools."""
     only_files: bool = False
     """Whether objects come from the user's files and from nowhere else."""
     leadership: LeaderElection | None = None
@@ -175,8 +182,15 @@ async def open_pod_backend(
     await crds.install(api)
     await _ensure_namespace(api, options.settings.kubernetes.namespace)
     name = _gateway_name(options.home)
+    on_kind = host_ports is not None
     opened = await _open_pods(
-        stack, options, api, name, ignored_fields=IGNORED_WITH_HOST_GATEWAY, host_ports=host_ports
+        stack,
+        options,
+        api,
+        name,
+        ignored_fields=IGNORED_WITH_HOST_GATEWAY,
+        host_ports=host_ports,
+        allowed=None if on_kind else allowances(options.settings),
     )
     return opened.backend
 
@@ -191,7 +205,20 @@ async def open_replica_backend(stack: AsyncExitStack, options: RunOptions, name:
     """
     api = await KubeApi.connect(options.access, kube_limits(options.settings))
     stack.push_async_callback(api.close)
-    return await _open_pods(stack, options, api, name, ignored_fields=IGNORED_IN_CLUSTER, host_ports=None)
+    opened = await _open_pods(
+        stack,
+        options,
+        api,
+        name,
+        ignored_fields=IGNORED_IN_CLUSTER,
+        host_ports=None,
+        allowed=allowances(options.settings),
+    )
+    if not options.settings.api.tls:
+        return opened
+    namespace, now = options.settings.kubernetes.namespace, datetime.now(UTC)
+    authority = await kube_secrets.load_or_create_api_authority(api, namespace, opened.secrets, now)
+    return replace(opened, backend=replace(opened.backend, api_authority=authority))
 
 
 async def _open_pods(
@@ -202,8 +229,8 @@ async def _open_pods(
     *,
     ignored_fields: Collection[str],
     host_ports: tuple[int, ...] | None,
+    allowed: Allowances | None,
 ) -> ClusterBackend:
-    identity = options.settings.identity
     store = KubernetesStore(api)
     now = datetime.now(UTC)
     secrets = await kube_secrets.load_or_create_authorities(api, options.settings.kubernetes.namespace, store, now)
@@ -219,6 +246,7 @@ async def _open_pods(
         ignored_spec_fields=ignored_fields,
         deadlines=pod_deadlines(options.settings),
         gc_defaults=gc_defaults(options.settings),
+        allowed=allowed,
     )
     stack.push_async_callback(runtime.close, stop_workers=False)
     recorder = KubernetesRecorder(api, name)
@@ -230,19 +258,7 @@ async def _open_pods(
         dial=TlsDialler(context),
         gateway=name,
         recorder=recorder,
-        authenticators=lambda pools: BackendAuthenticators(
-            static=(
-                StaticTokenAuthenticator(
-                    SecretTokenReader(
-                        api,
-                        fresh=identity.secret_fresh.total_seconds(),
-                        timeout=identity.secret_timeout.total_seconds(),
-                    ),
-                    pools,
-                ),
-            ),
-            signed=(ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),),
-        ),
+        authenticators=_cluster_authenticators(api, options),
         leadership=LeaderElection(
             api,
             options.settings.kubernetes.namespace,
@@ -250,14 +266,24 @@ async def _open_pods(
             name,
             times=leader_times(options.settings),
         ),
+        allowed=allowed,
         background=(recorder.run(),),
     )
     return ClusterBackend(api, secrets, backend)
 
 
+def _cluster_authenticators(api: KubeApi, options: RunOptions) -> MakeAuthenticators:
+    identity = options.settings.identity
+    fresh, timeout = identity.secret_fresh.total_seconds(), identity.secret_timeout.total_seconds()
+    return lambda pools: BackendAuthenticators(
+        static=(StaticTokenAuthenticator(SecretTokenReader(api, fresh=fresh, timeout=timeout), pools),),
+        signed=(ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),),
+    )
+
+
 async def _ensure_namespace(api: KubeApi, name: str) -> None:
     try:
-        await api.create(paths.core("namespaces"), {"metadata": {"name": name}})
+        await api.create(paths.core("namespaces"), {"metadata": {"name": name, "labels": _KEYS_ONLY}})
     except Conflict:
         return
 

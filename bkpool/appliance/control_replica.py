@@ -19,7 +19,7 @@ from bkpool.appliance.roles.context import ControlState, RoleContext, follow, op
 from bkpool.appliance.roles.controller import open_controller
 from bkpool.appliance.run_options import Role, RunOptions
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
-from bkpool.appliance.tuning import gateway_variables
+from bkpool.appliance.tuning import allowances, gateway_variables
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.core.pool import Pool
@@ -111,6 +111,7 @@ class ControlReplica:
             recorder=cluster.backend.recorder,
             gateway_variables=gateway_variables(self._settings),
             server_life=self._settings.certificates.server_life,
+            allowed=allowances(self._settings),
         )
 
 

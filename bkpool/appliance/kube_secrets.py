@@ -14,16 +14,17 @@ from datetime import datetime
 
 import structlog
 
-from bkpool.core.errors import Conflict, HostFault, NotFound
+from bkpool.core.errors import Conflict, Forbidden, HostFault, NotFound
 from bkpool.core.names import LABEL_MANAGED, MANAGER
 from bkpool.core.worker import Worker
 from bkpool.kube import Doc, KubeApi, paths
-from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.authority import Authority
+from bkpool.pki.bundle import ClusterSecrets, api_authority_data, api_authority_of
 from bkpool.store import Store
 
 log = structlog.get_logger(__name__)
 
-PKI, ADMIN = "bkpool-pki", "bkpool-admin"
+PKI, ADMIN, API_CA = "bkpool-pki", "bkpool-admin", "bkpool-api-ca"
 
 
 async def load_or_create_authorities(api: KubeApi, namespace: str, store: Store, now: datetime) -> ClusterSecrets:
@@ -45,6 +46,32 @@ async def load_or_create_authorities(api: KubeApi, namespace: str, store: Store,
         return ClusterSecrets.create(now).to_data()
 
     return ClusterSecrets.of_data(await _get_or_create(api, namespace, PKI, create), f"Secret {namespace}/{PKI}")
+
+
+async def load_or_create_api_authority(
+    api: KubeApi, namespace: str, others: ClusterSecrets, now: datetime
+) -> Authority:
+    """The CA of the API's own certificate, created if there is none. Callers trust its `ca.crt`.
+
+    Args:
+        api: The cluster.
+        namespace: The namespace of the appliance.
+        others: The appliance's other CAs, which must not be this one.
+        now: The time.
+
+    Raises:
+        HostFault: `Unreadable`: the Secret is damaged.
+        Forbidden: The manifests are those of an older version.
+    """
+
+    async def create() -> Mapping[str, bytes]:
+        return api_authority_data(now)
+
+    try:
+        data = await _get_or_create(api, namespace, API_CA, create)
+    except Forbidden as error:
+        raise Forbidden(error.message, hint=f"Apply `bkpool manifests` of this version: {API_CA} is new.") from None
+    return api_authority_of(data, others, f"Secret {namespace}/{API_CA}")
 
 
 async def load_or_create_admin_token(api: KubeApi, namespace: str) -> str:

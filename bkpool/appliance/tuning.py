@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bkpool.api import ApiLimits
+from bkpool.core.allowances import Allowances
 from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.install.manifests import IMAGE
 from bkpool.kube import KubeLimits
 from bkpool.kube.leader import LeaderTimes
 from bkpool.settings import Settings
 from bkpool.settings.catalogue import Setting, all_settings
 from bkpool.settings.kinds import COUNT, DURATION
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE
 from bkpool.workers.pods.runtime import Deadlines
 from bkpool.workers.processes.runtime import ProcessLimits
 
@@ -100,6 +103,20 @@ def kube_limits(settings: Settings) -> KubeLimits:
 def leader_times(settings: Settings) -> LeaderTimes:
     """The times of the election of the one controller."""
     return LeaderTimes.of(settings.kubernetes.leader_lease.total_seconds())
+
+
+def allowances(settings: Settings) -> Allowances:
+    """What pools in a cluster may ask for."""
+    values, workers = settings.allow, settings.workers
+    own = {ROOTLESS_IMAGE, PRIVILEGED_IMAGE, workers.buildkit_image, settings.kubernetes.image or IMAGE}
+    return Allowances(
+        hosts=frozenset(values.hosts),
+        privileged=frozenset(values.privileged),
+        images=values.images,
+        load_balancers=frozenset(values.load_balancers),
+        service_annotations=frozenset(values.annotations),
+        own_images=frozenset(image for image in own if image),
+    )
 
 
 def passed_to_gateways(one: Setting) -> bool:

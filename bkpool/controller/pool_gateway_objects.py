@@ -157,12 +157,17 @@ def outside_hosts(pool: Pool, live: Doc | None, node_address: str | None) -> lis
     return given
 
 
-def endpoint_of(pool: Pool, live: Doc | None, node_address: str | None) -> str:
-    """The gatewayEndpoint that callers get. For the arguments see outside_hosts.
+def endpoint_of(pool: Pool, live: Doc | None, hosts: Sequence[str]) -> str:
+    """The gatewayEndpoint that callers get.
 
     For a Service of type NodePort, the host is a node, and the port is the one that the Service has on all nodes.
+
+    Args:
+        pool: The pool.
+        live: Its Service as it is in the cluster; None: not known yet.
+        hosts: What `outside_hosts` returned. The first one counts.
     """
-    hosts, port = outside_hosts(pool, live, node_address), service_port(pool)
+    port = service_port(pool)
     if not hosts:
         return f"tcp://{pool.key.name}.{pool.key.namespace}.svc:{port}"
     if service_type(pool) is ServiceType.NODE_PORT:

@@ -27,12 +27,13 @@ from bkpool.controller.pool_gateway_objects import (
     gateway_name,
     is_of_a_pool,
     node_address,
-    outside_hosts,
     path_of,
     pool_objects,
     secret,
     service_type,
 )
+from bkpool.controller.pool_hosts import certificate_names, reachable_hosts
+from bkpool.core.allowances import Allowances, host_refusals, permitted, service_refusals
 from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Conflict, Forbidden, NotFound, Unavailable
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
@@ -41,8 +42,7 @@ from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.authority import SERVER_LIFE
-from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
-from bkpool.pki.names import CertificateNames, gateway_names
+from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
@@ -97,6 +97,7 @@ class PoolGateways:
         recorder: Records that certificates were replaced.
         gateway_variables: Environment variables of the gateways: the settings that are not the default.
         server_life: How long a certificate of a gateway is valid.
+        allowed: What pools may ask for.
     """
 
     def __init__(
@@ -112,12 +113,14 @@ class PoolGateways:
         recorder: Recorder,
         gateway_variables: Mapping[str, str] = MappingProxyType({}),
         server_life: timedelta = SERVER_LIFE,
+        allowed: Allowances = Allowances(),  # noqa: B008 - immutable
     ) -> None:
         self._api = api
         self._mirror = mirror
         self._secrets = secrets
         self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
         self._server_life = server_life
+        self._allowed = allowed
         self._now = now
         self._recorder = recorder
         self._states: dict[Key, _GatewayState] = {}
@@ -211,7 +214,8 @@ class PoolGateways:
                 self._report_failure(key, error)
             else:
                 backoff.succeeded()
-                endpoint = endpoint_of(pool, state.objects.get("Service"), state.node)
+                live, certificate = state.objects.get("Service"), (state.bundle or {}).get(TLS_CERT, b"")
+                endpoint = endpoint_of(pool, live, reachable_hosts(pool, live, state.node, certificate))
                 self._publish(key, endpoint=endpoint, trouble=_trouble_of(state.objects.get("Deployment")))
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, (due - self._now()).total_seconds())):
@@ -232,15 +236,31 @@ class PoolGateways:
         self._publish(key, endpoint=endpoint, trouble=trouble)
 
     async def _apply(self, pool: Pool, state: _GatewayState) -> datetime:
-        """Brings the cluster to what this pool should have; returns when its certificates are due for renewal."""
-        service, *others = pool_objects(pool, self._defaults)
-        await self._ensure(service, state)
-        if service_type(pool) is ServiceType.NODE_PORT:
+        """Brings the cluster to what this pool should have; returns when its certificates are due for renewal.
+
+        What the operator has not allowed is left out. A Service and certificates that are there already stay as they
+        are as long as the pool asks for more than is allowed of them, so that an upgrade cuts nobody off.
+        """
+        wanted = permitted(pool, self._allowed)
+        service, *others = pool_objects(wanted, self._defaults)
+        if not (service_refusals(pool, self._allowed) and await self._has_service(service, state)):
+            await self._ensure(service, state)
+        if service_type(wanted) is ServiceType.NODE_PORT:
             state.node = node_address(await self._gateway_pods(pool), state.node)
         due = await self._ensure_certificates(pool, state)
         for doc in others:
             await self._ensure(doc, state)
         return due
+
+    async def _has_service(self, service: Doc, state: _GatewayState) -> bool:
+        """Whether the pool has a Service. Raises Conflict if another program has made it."""
+        if "Service" not in state.objects:
+            try:
+                state.objects["Service"] = await self._api.get(path_of(service))
+            except NotFound:
+                return False
+            _refuse_foreign(service, state.objects["Service"])
+        return True
 
     async def _ensure(self, doc: Doc, state: _GatewayState) -> None:
         """Applies a document, unless it is as it was applied last."""
@@ -248,25 +268,14 @@ class PoolGateways:
         if state.applied.get(path) == digest:
             return
         if path not in state.applied:
-            await self._refuse_foreign(path, doc)
+            with suppress(NotFound):
+                _refuse_foreign(doc, await self._api.get(path))  # applying would take it over
         made = await self._api.apply(path, doc)
         state.applied[path], state.made[path] = digest, _content_digest(made)
         if kind in _WATCHED:
             state.objects[kind] = made
             if (reflectors := self._reflectors.get(doc["metadata"]["namespace"])) is not None:
                 reflectors[kind].apply(made)  # so that a later list can say that it was deleted
-
-    async def _refuse_foreign(self, path: str, doc: Doc) -> None:
-        """Raises Conflict where an object of this name is not bkpool's: applying would take it over."""
-        try:
-            existing = await self._api.get(path)
-        except NotFound:
-            return
-        if not is_of_a_pool(existing):
-            name = f"{doc['kind']} {doc['metadata']['namespace']}/{doc['metadata']['name']}"
-            raise Conflict(
-                f"{name} exists and was not made by bkpool", hint="Give the pool another name, or delete that object."
-            )
 
     async def _gateway_pods(self, pool: Pool) -> Sequence[Doc]:
         selector = f"{LABEL_POOL}={pool.key.name},{LABEL_PURPOSE}={PURPOSE_GATEWAY}"
@@ -275,9 +284,10 @@ class PoolGateways:
 
     async def _ensure_certificates(self, pool: Pool, state: _GatewayState) -> datetime:
         """Issues the gateway's certificates where the stored ones cannot be used; returns when they are due."""
-        names = _names(pool, outside_hosts(pool, state.objects.get("Service"), state.node))
+        names = certificate_names(pool, self._allowed, state.objects.get("Service"), state.node)
+        refused = host_refusals(pool, self._allowed) or service_refusals(pool, self._allowed)
         found = state.bundle if state.bundle is not None else await self._stored_bundle(pool)
-        if not bundle_fits(found, self._secrets, names, self._now()):
+        if not bundle_fits(found, self._secrets, None if refused else names, self._now()):
             name = f"{gateway_name(pool)}.{pool.key.namespace}"
             if found:
                 self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued again")
@@ -340,14 +350,19 @@ class PoolGateways:
             state.wake.set()
 
 
+def _refuse_foreign(doc: Doc, existing: Doc) -> None:
+    """Raises Conflict if an existing object with the name of this document is not bkpool's."""
+    if not is_of_a_pool(existing):
+        name = f"{doc['kind']} {doc['metadata']['namespace']}/{doc['metadata']['name']}"
+        raise Conflict(
+            f"{name} exists and was not made by bkpool", hint="Give the pool another name, or delete that object."
+        )
+
+
 def _hint(key: Key, error: BkpoolError) -> str:
     if isinstance(error, Forbidden):
         return f"Apply `bkpool manifests` with --pool-namespace {key.namespace} beside your other options."
     return error.hint
-
-
-def _names(pool: Pool, hosts: Sequence[str]) -> CertificateNames:
-    return gateway_names("localhost", [pool.key], hosts, "spec.networking.external.hostname")
 
 
 def _trouble_of(deployment: Doc | None) -> str:

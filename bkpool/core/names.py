@@ -31,7 +31,7 @@ PURPOSE_WORKER, PURPOSE_GATEWAY = "worker", "gateway"
 ANNOTATION_WORKER_UID = f"{GROUP}/worker-uid"
 ANNOTATION_CACHE_OWNER = f"{GROUP}/cache-owner"
 ANNOTATION_ISOLATION = f"{GROUP}/isolation"
-"""On a pool: how strictly its pods are isolated from their node (`rootless`, `baseline`, `privileged`)."""
+"""On a pool: how strictly its pods are isolated from their node (`rootless`, `baseline`, `userns`, `privileged`)."""
 
 FINALIZER = f"{GROUP}/lease"
 """On a worker exactly while it is leased, so that a namespace can be deleted while no appliance runs."""

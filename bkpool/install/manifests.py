@@ -7,21 +7,26 @@ exactly the same text.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from string import Template
 
 from bkpool import __version__
+from bkpool.core.allowances import Allowances
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEFAULT_NAMESPACE, SYSTEM_NAMESPACE, check_name
-from bkpool.install import crds
+from bkpool.install import crds, pool_policy
+from bkpool.install.pool_policy import allow_options
 
 IMAGE = f"ghcr.io/smrt-devops/bkpool:{__version__}"
 """bkpool's own image in this version, built from the Containerfile."""
 CONTROLLER = "buildkit-controller"
 """The name of the appliance's Deployment, Service and ServiceAccount, and the value of its pods' name label."""
 MAX_REPLICAS = 100
+FIRST_WITH_POLICIES = "1.30"
+"""The first version of Kubernetes that has ValidatingAdmissionPolicies without a feature gate."""
 
 _SELECTOR = f"{{app.kubernetes.io/name: {CONTROLLER}}}"
 _LABELS = f"{{app.kubernetes.io/name: {CONTROLLER}, app.kubernetes.io/part-of: bkpool}}"
@@ -32,10 +37,15 @@ _CLEAR = """\
             - --plain-http
 """
 _TLS = """\
-            # The certificate is signed by bkpool's CA. Callers trust ca.crt of the Secret bkpool-pki
-            # (BKCTL_TLS_CA_CERT).
+            # The certificate is signed by a CA of its own. Callers trust ca.crt of the Secret bkpool-api-ca
+            # (BKCTL_TLS_CA_CERT). No certificate of a pool's gateway is signed by it.
             - --api-tls
 """
+_NO_POLICY = f"""\
+# The ValidatingAdmissionPolicy for pools is left out: it needs Kubernetes {FIRST_WITH_POLICIES}. The controller still
+# checks pools.
+"""
+_VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(\.\d+)?(?:[-+][0-9A-Za-z.+-]*)?\Z")
 _IMAGE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}"
 )  # the characters of an image's name; none of them needs quotes in YAML
@@ -51,7 +61,11 @@ class Install:
     pool_namespaces: tuple[str, ...] = (DEFAULT_NAMESPACE,)
     """The namespaces that may contain pools. The controller has no right to create workers elsewhere."""
     api_tls: bool = False
-    """Whether the API is served over TLS, with a certificate of bkpool's own CA."""
+    """Whether the API is served over TLS, with a certificate of a CA that signs nothing else."""
+    allowed: Allowances = Allowances()  # noqa: RUF009 - immutable
+    """What pools may ask for."""
+    kubernetes_version: str = FIRST_WITH_POLICIES
+    """The oldest version of Kubernetes in which the manifests must work."""
 
 
 def render(install: Install) -> str:
@@ -70,13 +84,18 @@ def render(install: Install) -> str:
         replicas=str(install.replicas),
         image=install.image,
         selector=_SELECTOR,
+        pod_security="privileged" if install.namespace in namespaces else "restricted",
+        allowed="".join(f'            - "{option}={value}"\n' for option, value in allow_options(install.allowed)),
         pool_namespaces="".join(f"            - --pool-namespace={name}\n" for name in namespaces),
         transport=_TLS if install.api_tls else _CLEAR,
         scheme=", scheme: HTTPS" if install.api_tls else "",
         callers=f"[{', '.join(dict.fromkeys((install.namespace, *namespaces)))}]",
     )
     pools = [_fill("pool-namespace.yaml", namespace=name, appliance=install.namespace) for name in namespaces]
-    return _stream([appliance, *crds.texts(), *pools])
+    policy = pool_policy.render(install.allowed, install.namespace, namespaces, _LABELS)
+    if not _has_policies(install.kubernetes_version):
+        policy = _NO_POLICY
+    return _stream([appliance, *crds.texts(), *pools, policy])
 
 
 def _fill(name: str, **values: str) -> str:
@@ -92,10 +111,30 @@ def _options(install: Install) -> str:
     """The command line that gives this text, for a reader who finds the file later."""
     pools = [f"--pool-namespace {name}" for name in install.pool_namespaces]
     parts = [f"--namespace {install.namespace}", f"--replicas {install.replicas}", f"--image {install.image}", *pools]
-    return " ".join([*parts, *(["--api-tls"] if install.api_tls else [])])
+    parts += ["--api-tls"] if install.api_tls else []
+    if install.kubernetes_version != FIRST_WITH_POLICIES:
+        parts.append(f"--kubernetes-version {install.kubernetes_version}")
+    return " ".join([*parts, *(f"{option} {shlex.quote(value)}" for option, value in allow_options(install.allowed))])
+
+
+def _has_policies(version: str) -> bool:
+    """Whether Kubernetes of this version has ValidatingAdmissionPolicies without a feature gate."""
+    return _numbers(version) >= _numbers(FIRST_WITH_POLICIES)
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    match = _VERSION.match(version)
+    if match is None:
+        raise InvalidInput(
+            f"--kubernetes-version: {version[:40]!r} is not a version",
+            hint="Write it as 1.30.",
+            field="--kubernetes-version",
+        )
+    return int(match[1]), int(match[2])
 
 
 def _check(install: Install) -> None:
+    _numbers(install.kubernetes_version)
     check_name(install.namespace, field="--namespace")
     for name in install.pool_namespaces:
         check_name(name, field="--pool-namespace")

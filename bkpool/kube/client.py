@@ -93,9 +93,9 @@ class KubeApi:
         """Reads one object. Raises NotFound."""
         return await self._request_json("GET", path, params)
 
-    async def create(self, path: str, body: Doc) -> Doc:
+    async def create(self, path: str, body: Doc, **params: str) -> Doc:
         """Creates an object in a collection. Raises Conflict if the name is taken, or InvalidInput."""
-        return await self._request_json("POST", path, {"fieldManager": FIELD_MANAGER}, body)
+        return await self._request_json("POST", path, {"fieldManager": FIELD_MANAGER, **params}, body)
 
     async def replace(self, path: str, body: Doc) -> Doc:
         """Replaces an object. Raises Conflict (its resourceVersion has changed), NotFound or InvalidInput."""

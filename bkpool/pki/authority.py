@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from ipaddress import ip_address
 from typing import Self, TypeVar
 
 from cryptography import x509
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bkpool.core.errors import HostFault, InvalidInput
-from bkpool.pki.names import IP
+from bkpool.pki.names import IP, is_address
 
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
@@ -303,6 +304,19 @@ def is_for_names(cert_pem: bytes, dns_names: Iterable[str], ips: Iterable[IP]) -
     return set(dns_names) == set(held.get_values_for_type(x509.DNSName)) and set(ips) == set(
         held.get_values_for_type(x509.IPAddress)
     )
+
+
+def has_name(cert_pem: bytes, host: str) -> bool:
+    """Whether a server certificate is for this DNS name or IP address. One that is not readable is for none."""
+    try:
+        held = _extension(_certificate(cert_pem), x509.SubjectAlternativeName)
+    except ValueError:
+        return False
+    if held is None:
+        return False
+    if is_address(host):
+        return ip_address(host) in held.get_values_for_type(x509.IPAddress)
+    return host.lower() in held.get_values_for_type(x509.DNSName)
 
 
 def _strong(key: object) -> PublicKey:

@@ -73,6 +73,32 @@ class ClusterSecrets:
         return cls(authority, token_key, backend)
 
 
+def api_authority_data(now: datetime) -> dict[str, bytes]:
+    """The data of the Secret of a new CA for the API's own certificate.
+
+    It is a separate CA, so that no certificate of a gateway is accepted for the API, whatever names are in it.
+    """
+    authority = Authority.create(now, name="bkpool API CA")
+    return {CA_CERT: authority.cert_pem, CA_KEY: authority.key_pem}
+
+
+def api_authority_of(data: Mapping[str, bytes], others: ClusterSecrets, source: str) -> Authority:
+    """Reads what `api_authority_data` returned.
+
+    Args:
+        data: The data of the Secret, decoded from base64.
+        others: The CAs that it must differ from.
+        source: The name of the Secret, for the error.
+
+    Raises:
+        HostFault: `Unreadable`: something is missing or damaged, or it has the key of another CA.
+    """
+    authority = _authority(data, CA_CERT, CA_KEY, source)
+    if any(key_belongs_to(other.cert_pem, authority.key_pem) for other in (others.authority, others.backend)):
+        raise _unusable(source, f"{CA_KEY} is the key of another CA, so a gateway could act as the API")
+    return authority
+
+
 def gateway_bundle(
     secrets: ClusterSecrets,
     names: CertificateNames,
@@ -113,10 +139,12 @@ def bundle_renew_at(data: Mapping[str, bytes]) -> datetime:
     return min(_renew_at(data[TLS_CERT], data[CA_CERT]), _renew_at(data[DIALLER_CERT], data[BACKEND_CA_CERT]))
 
 
-def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: CertificateNames, now: datetime) -> bool:
+def bundle_fits(
+    data: Mapping[str, bytes], secrets: ClusterSecrets, names: CertificateNames | None, now: datetime
+) -> bool:
     """Whether a gateway's certificates can be used further.
 
-    They must be complete, issued by these CAs, for exactly these names, and not yet due for renewal.
+    They must be complete, issued by these CAs, for exactly these names (None: for any), and not yet due for renewal.
     """
     try:
         return (
@@ -125,7 +153,7 @@ def bundle_fits(data: Mapping[str, bytes], secrets: ClusterSecrets, names: Certi
             and secrets.backend.issued(data[DIALLER_CERT])
             and key_belongs_to(data[TLS_CERT], data[TLS_KEY])
             and key_belongs_to(data[DIALLER_CERT], data[DIALLER_KEY])
-            and is_for_names(data[TLS_CERT], names.dns, names.ips)
+            and (names is None or is_for_names(data[TLS_CERT], names.dns, names.ips))
             and now < bundle_renew_at(data)
         )
     except (KeyError, ValueError):

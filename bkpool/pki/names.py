@@ -65,6 +65,15 @@ def pool_named(host: str) -> Key | None:
     return None if match is None else Key(match["namespace"], match["pool"])
 
 
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def parse_host(text: str, where: str) -> str | IP:
     """Parses a host that a user has typed: a DNS name (returned in lower case) or an IP address.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from bkpool.core import durations
+from bkpool.core.allowances import Allowed, parse_host, parse_image
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key, check_name
 
@@ -150,6 +151,10 @@ def _list_of(one: Callable[[Toml, Path], Any]) -> Callable[[Toml, Path], tuple[A
     return read
 
 
+def _allowed(parse: Callable[[str], Allowed]) -> Callable[[Toml, Path], Allowed]:
+    return lambda given, directory: parse(_text(given, directory))
+
+
 def _listed(value: tuple[object, ...]) -> Toml:
     return [str(item) for item in value]
 
@@ -218,6 +223,24 @@ NAMES = ValueKind(
     _listed,
     repeated=True,
 )
+ALLOWED_HOSTS = ValueKind(
+    "a list of NAMESPACE=NAME",
+    "NAMESPACE=NAME",
+    "team-a=build.example.com",
+    _split,
+    _list_of(_allowed(parse_host)),
+    _listed,
+    repeated=True,
+)
+ALLOWED_IMAGES = ValueKind(
+    "a list of NAMESPACE=PATTERN",
+    "NAMESPACE=PATTERN",
+    "team-a=registry.example.com/*",
+    _split,
+    _list_of(_allowed(parse_image)),
+    _listed,
+    repeated=True,
+)
 FILES = ValueKind("a list of files", "FILE", "/tmp/image.tar", _split, _list_of(_file), _listed, repeated=True)  # noqa: S108 - an example
 SIZE = ValueKind("a size from 1MB to 1PB, or a share of the disk from 1% to 100%", "SIZE", "10GB", str, _size, str)
 ROLES = ValueKind("a list of roles", "LIST", "api,controller or gateway", _split, _roles, sorted)
@@ -235,4 +258,6 @@ OptionalFile = Annotated[Path | None, FILE]
 OptionalPool = Annotated[Key | None, POOL]
 Texts = Annotated[tuple[str, ...], TEXTS]
 Names = Annotated[tuple[str, ...], NAMES]
+AllowedHosts = Annotated[tuple[Allowed, ...], ALLOWED_HOSTS]
+AllowedImages = Annotated[tuple[Allowed, ...], ALLOWED_IMAGES]
 Files = Annotated[tuple[Path, ...], FILES]

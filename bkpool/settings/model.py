@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bkpool.core.names import API_PORT, DEV_ISSUER_PORT, METRICS_PORT
 from bkpool.settings import kinds
+from bkpool.settings.allow_model import AllowSettings
 from bkpool.settings.fields import Section, seconds, setting
 from bkpool.settings.gateway_model import GatewaySettings
 from bkpool.settings.kinds import (
@@ -263,5 +264,6 @@ class Settings(BaseModel):
     workers: WorkersSettings = WorkersSettings()
     kind: KindSettings = KindSettings()
     kubernetes: KubernetesSettings = KubernetesSettings()
+    allow: AllowSettings = AllowSettings()
     dev_issuer: DevIssuerSettings = DevIssuerSettings()
     appliance: ApplianceSettings = ApplianceSettings()

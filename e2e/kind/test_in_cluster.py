@@ -193,9 +193,9 @@ class Installed:
 def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Installed]:
     kubectl = world.kubectl
     made = Installed(world, tmp_path_factory.mktemp("installed"), tools)
-    printed = (
-        run(sys.executable, "-m", "bkpool", "manifests", "--image", IMAGE, env=dict(os.environ), cwd=ROOT).ok().out
-    )
+    buildkit = world.cluster.buildkit_image
+    options = ["--image", IMAGE, *(["--allow-image", f"default={buildkit}"] if buildkit else [])]
+    printed = run(sys.executable, "-m", "bkpool", "manifests", *options, env=dict(os.environ), cwd=ROOT).ok().out
     (made.base / "manifests.yaml").write_text(printed)
     kubectl("delete", "lease", "-n", SYSTEM, "bkpool-controller", "--ignore-not-found")
     kubectl("apply", "-f", str(made.base / "manifests.yaml"))
@@ -207,7 +207,7 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
         "spec": {
             "scaling": {"max": 4},
             "gateway": {"replicas": 2},
-            **({"buildkitImage": world.cluster.buildkit_image} if world.cluster.buildkit_image else {}),
+            **({"buildkitImage": buildkit} if buildkit else {}),
         },
     }
     kubectl("apply", "-f", "-", stdin=json.dumps(pool))
@@ -240,6 +240,8 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
     eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers are removed", timeout=120)
     kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
+    policies = "validatingadmissionpolicy,validatingadmissionpolicybinding"
+    kubectl("delete", policies, f"bkpool-pools-{SYSTEM}")  # other tests have pools of their own
     eventually(
         lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas are removed"
     )
@@ -262,6 +264,34 @@ export HOME=/home/bkpool
   --driver-opt "cacert=$PWD/ca.crt,cert=$PWD/client.crt,key=$PWD/client.key" tcp://my-buildkit-pool.default.svc:1235
 ./buildx build --builder my-builder --progress plain context 2>&1
 """
+
+
+ASKS = {
+    "privileged": {"annotations": {"buildkit.smrt-devops.net/isolation": "privileged"}},
+    "allow-image": {"spec": {"buildkitImage": "registry.example.com/mine:1"}},
+    "gatewayImage": {"spec": {"gatewayImage": "registry.example.com/mine:1"}},
+    "allow-host": {"spec": {"networking": {"external": {"hostname": f"buildkit-controller.{SYSTEM}.svc"}}}},
+    "allow-load-balancer": {"spec": {"networking": {"serviceType": "LoadBalancer"}}},
+    "allow-service-annotations": {"spec": {"networking": {"external": {"annotations": {"a": "b"}}}}},
+}
+
+
+@pytest.mark.parametrize("word", ASKS)
+def test_the_api_server_refuses_a_pool_that_asks_for_what_is_not_allowed(installed, word):
+    asked = ASKS[word]
+    pool = {
+        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
+        "kind": "BuildKitPool",
+        "metadata": {"name": "hostile", "namespace": "default", "annotations": asked.get("annotations", {})},
+        "spec": asked.get("spec", {}),
+    }
+    file = installed.base / "hostile.json"
+    file.write_text(json.dumps(pool))
+    kubectl = ("kubectl", "--kubeconfig", installed.world.cluster.kubeconfig)
+    applied = run(*kubectl, "apply", "--dry-run=server", "-f", file, env=dict(os.environ))
+    assert applied.code != 0
+    assert word in applied.err
+    assert "not allowed in namespace default" in applied.err
 
 
 def test_a_pod_does_the_main_job(installed):

@@ -18,6 +18,7 @@ import yaml
 from cryptography import x509
 
 from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.core.allowances import Allowances
 from bkpool.core.errors import Conflict, Forbidden
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
@@ -30,6 +31,7 @@ from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
 NOW = datetime.now(UTC)
+NOTHING = Allowances()
 SECRETS = ClusterSecrets.create(NOW)
 PLURALS = {
     "Namespace": ("v1", "namespaces"),
@@ -119,7 +121,7 @@ class RecordedReasons:
 
 
 @asynccontextmanager
-async def running(api, *, now=lambda: datetime.now(UTC)):
+async def running(api, *, now=lambda: datetime.now(UTC), allowed=NOTHING):
     """Runs the gateways of all pools until the end of the block."""
     mirror = Mirror(KubernetesStore(api))
     image, recorder = "registry.example.com/bkpool:1", RecordedReasons()
@@ -132,6 +134,7 @@ async def running(api, *, now=lambda: datetime.now(UTC)):
         namespace="system",
         now=now,
         recorder=recorder,
+        allowed=allowed,
     )
     gateways.reasons = recorder.reasons
     gateways.changed = asyncio.Event()
@@ -294,7 +297,7 @@ async def test_a_changed_spec_is_applied(appliance, store, api, namespace):
 
 async def test_callers_get_the_load_balancers_address_and_the_certificate_has_it(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace, gateway={"serviceType": "LoadBalancer"}))
-    async with running(appliance) as gateways:
+    async with running(appliance, allowed=Allowances(load_balancers=frozenset({namespace}))) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235", (
             "the address in the cluster, until there is a load balancer"

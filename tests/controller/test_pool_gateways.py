@@ -17,12 +17,13 @@ import pytest
 
 from bkpool.controller import pool_gateways
 from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.core.allowances import Allowances, read_allowances
 from bkpool.core.errors import Forbidden, NotFound, Unavailable
 from bkpool.core.names import Key
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.kube import KubeLimits
-from bkpool.pki.authority import expires_at
+from bkpool.pki.authority import expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
@@ -126,11 +127,11 @@ def mirror(monkeypatch) -> Mirror:
     return found
 
 
-def a_pool(name: str = "p", version: int = 1, generation: int = 1) -> Pool:
+def a_pool(name: str = "p", version: int = 1, generation: int = 1, **spec: Any) -> Pool:
     metadata = Metadata(
         name=name, namespace="team", uid=f"uid-{name}", resource_version=str(version), generation=generation
     )
-    return Pool(metadata=metadata)
+    return Pool(metadata=metadata, spec=PoolSpec.model_validate(spec))
 
 
 @asynccontextmanager
@@ -263,3 +264,81 @@ async def test_with_the_last_pool_of_a_namespace_its_watches_end(cluster, mirror
         mirror._pools_changed(mirror._pools.event("DELETED", a_pool(version=9)))
         await cluster.until(lambda: cluster.watched == 0)
         assert dict(gateways.endpoints) == {}
+
+
+API = "buildkit-controller.buildkit-system.svc"
+
+
+def served(cluster: Cluster) -> bytes:
+    return base64.b64decode(cluster.objects[SECRET]["data"]["tls.crt"])
+
+
+def named(hostname: str, **more: Any) -> Pool:
+    return a_pool(networking={"external": {"hostname": hostname}}, **more)
+
+
+@pytest.mark.parametrize("hostname", [API, "build.example.com"])
+async def test_an_author_gets_no_certificate_for_a_name_that_is_not_allowed(cluster, mirror, hostname):
+    mirror.apply(named(hostname))
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        assert not has_name(served(cluster), hostname)
+        assert has_name(served(cluster), "p.team.svc"), "the pool is served inside of the cluster"
+        assert gateways.endpoints[P] == "tcp://p.team.svc:1235"
+
+
+async def test_a_name_that_is_allowed_is_in_the_certificate(cluster, mirror):
+    mirror.apply(named("build.example.com"))
+    async with running(cluster, mirror, allowed=read_allowances(hosts=["team=build.example.com"])) as gateways:
+        await settled(cluster, gateways)
+        assert has_name(served(cluster), "build.example.com")
+        assert gateways.endpoints[P] == "tcp://build.example.com:1235"
+
+
+async def test_certificates_and_endpoint_of_before_stay_until_the_operator_has_decided(cluster, mirror):
+    mirror.apply(named("build.example.com"))
+    async with running(cluster, mirror, allowed=read_allowances(hosts=["team=build.example.com"])) as gateways:
+        await settled(cluster, gateways)
+    before = cluster.objects[SECRET]["data"]
+    async with running(cluster, mirror) as gateways:  # after an upgrade: nothing is allowed yet
+        await settled(cluster, gateways)
+        assert cluster.objects[SECRET]["data"] == before
+        assert gateways.endpoints[P] == "tcp://build.example.com:1235"
+        mirror.apply(named("other.example.com", version=2, generation=2))
+        await cluster.until(lambda: gateways.endpoints.get(P) == "tcp://p.team.svc:1235")
+        assert cluster.objects[SECRET]["data"] == before, "another name that is not allowed changes nothing"
+
+
+async def test_a_load_balancer_and_annotations_that_are_not_allowed_are_not_made(cluster, mirror):
+    mirror.apply(a_pool(networking={"serviceType": "LoadBalancer", "annotations": {"a": "b"}}))
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        service = cluster.objects[SERVICE]
+        assert service["spec"]["type"] == "ClusterIP"
+        assert "annotations" not in service["metadata"]
+
+
+async def test_a_load_balancer_of_before_stays_as_it_is(cluster, mirror):
+    mirror.apply(a_pool(networking={"serviceType": "LoadBalancer"}))
+    address = {"loadBalancer": {"ingress": [{"ip": "192.0.2.7"}, {"hostname": API}]}}
+    async with running(cluster, mirror, allowed=Allowances(load_balancers=frozenset({"team"}))) as gateways:
+        await settled(cluster, gateways)
+        cluster.change(SERVICE, status=address)
+        await cluster.until(lambda: gateways.endpoints.get(P) == "tcp://192.0.2.7:1235")
+        assert not has_name(served(cluster), API), "whoever gave the load balancer this name"
+    before = cluster.objects[SERVICE], cluster.objects[SECRET]
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        assert gateways.endpoints[P] == "tcp://192.0.2.7:1235"
+        assert (cluster.objects[SERVICE]["spec"], cluster.objects[SECRET]["data"]) == (
+            before[0]["spec"],
+            before[1]["data"],
+        )
+
+
+async def test_a_gateway_image_that_is_not_allowed_is_not_run(cluster, mirror):
+    mirror.apply(a_pool(gatewayImage="evil.example.com/gateway:1"))
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        (container,) = cluster.objects[DEPLOYMENT]["spec"]["template"]["spec"]["containers"]
+        assert container["image"] == "bkpool:1"

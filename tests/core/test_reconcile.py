@@ -326,6 +326,18 @@ def test_a_pools_status_says_which_of_its_own_issuers_lets_strangers_in():
     assert issuers({"claim": "project_id", "values": ["7"]}) == ("True", "")
 
 
+def test_what_the_operator_has_not_allowed_is_a_condition_and_makes_the_pool_degraded():
+    asks = PoolStatusInputs("tcp://x:1", host_not_allowed="a.example.com: no", not_allowed="")
+    status = pool_status(pool(), [], asks, NOW)
+    found = {c.type: (c.status, c.reason, c.message) for c in status.conditions}
+    assert found["HostNotAllowed"] == ("True", "NotAllowed", "a.example.com: no")
+    assert found["NotAllowed"] == ("False", "AsWanted", "")
+    assert found["Ready"][2] == "a.example.com: no"
+    assert status.phase == "Degraded"
+    elsewhere = pool_status(pool(), [], PoolStatusInputs("tcp://x:1"), NOW)
+    assert {c.type for c in elsewhere.conditions} == {"IgnoredFields", "Ready"}
+
+
 # --- what somebody else deletes, and caches that end with their worker -----------------------------------------
 
 

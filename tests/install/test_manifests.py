@@ -7,9 +7,10 @@ import yaml
 from click.testing import CliRunner
 
 from bkpool.appliance.backend import LEASE
-from bkpool.appliance.kube_secrets import ADMIN, PKI
+from bkpool.appliance.kube_secrets import ADMIN, API_CA, PKI
 from bkpool.cli import program
 from bkpool.controller.pool_gateway_objects import GatewayDefaults, pool_objects
+from bkpool.core.allowances import Allowances, read_allowances
 from bkpool.core.errors import InvalidInput
 from bkpool.core.pool import Pool
 from bkpool.install.manifests import IMAGE, Install, render
@@ -53,6 +54,8 @@ def test_the_manifests_are_complete():
         "PodDisruptionBudget": 1,
         "NetworkPolicy": 1,
         "CustomResourceDefinition": 3,
+        "ValidatingAdmissionPolicy": 1,
+        "ValidatingAdmissionPolicyBinding": 1,
     }
 
 
@@ -106,6 +109,7 @@ def test_no_right_reaches_secrets_of_the_whole_cluster():
     assert allows(home, "", "secrets", "get", PKI)
     assert not allows(home, "", "secrets", "get", "another")
     assert allows(home, "", "secrets", "get", ADMIN)
+    assert allows(home, "", "secrets", "get", API_CA)
     for verb in ("get", "update"):
         assert allows(home, "coordination.k8s.io", "leases", verb, LEASE)
         assert not allows(home, "coordination.k8s.io", "leases", verb, "another")
@@ -160,6 +164,7 @@ def test_pods_fit_the_restricted_security_standard():
         ({"replicas": 0}, "--replicas"),
         ({"image": "x # y"}, "--image"),
         ({"image": ""}, "--image"),
+        ({"kubernetes_version": "new"}, "--kubernetes-version"),
     ],
 )
 def test_values_that_would_break_the_yaml_are_refused(options, field):
@@ -174,3 +179,66 @@ def test_the_command_prints_only_the_manifests():
     assert result.stdout == render(Install(pool_namespaces=("a", "b")))
     assert CliRunner().invoke(program, ["manifests"]).stdout == render(Install())
     assert CliRunner().invoke(program, ["manifests", "--api-tls"]).stdout == render(Install(api_tls=True))
+
+
+ALLOWED = {
+    "hosts": ["team=build.example.com"],
+    "privileged": ["team"],
+    "images": ["team=registry.example.com:5000/a?/*", "team=x:"],
+    "load_balancers": ["team"],
+    "service_annotations": ["team"],
+}
+OPTIONS = [
+    "--allow-host=team=build.example.com",
+    "--allow-privileged=team",
+    "--allow-image=team=registry.example.com:5000/a?/*",
+    "--allow-image=team=x:",
+    "--allow-load-balancer=team",
+    "--allow-service-annotations=team",
+]
+
+
+def test_what_is_allowed_reaches_the_controller_and_the_policy():
+    docs = documents(pool_namespaces=("team",), allowed=read_allowances(**ALLOWED))
+    (deployment,) = of_kind(docs, "Deployment")
+    args = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert [one for one in args if one.startswith("--allow")] == OPTIONS
+    result = CliRunner().invoke(program, ["manifests", "--pool-namespace", "team", *OPTIONS])
+    assert list(yaml.safe_load_all(result.stdout)) == docs
+    (policy,) = of_kind(docs, "ValidatingAdmissionPolicy")
+    variables = {one["name"]: one["expression"] for one in policy["spec"]["variables"]}
+    assert variables["images"] == "{'team': '^(registry[.]example[.]com:5000/a./.*|x:)$'}"
+    rules = " ".join(one["expression"] for one in policy["spec"]["validations"])
+    assert "'privileged' || variables.team in ['team']" in rules
+    assert "variables.host in ['team=build.example.com']" in rules
+    assert " in []" not in rules
+
+
+def test_by_default_no_pool_may_ask_for_anything():
+    docs = documents(pool_namespaces=("a", "b"))
+    (policy,) = of_kind(docs, "ValidatingAdmissionPolicy")
+    (binding,) = of_kind(docs, "ValidatingAdmissionPolicyBinding")
+    rules = " ".join(one["expression"] for one in policy["spec"]["validations"])
+    assert rules.count(" in []") == 4
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    (selected,) = binding["spec"]["matchResources"]["namespaceSelector"]["matchExpressions"]
+    assert selected["values"] == ["a", "b"]
+    assert policy["spec"]["failurePolicy"] == "Fail"
+
+
+@pytest.mark.parametrize(("version", "there"), [("1.29.9", False), ("v1.30", True), ("1.34.4+k3s1", True)])
+def test_below_1_30_the_policy_is_left_out_with_a_line_that_says_so(version, there):
+    docs = documents(kubernetes_version=version)
+    assert bool(of_kind(docs, "ValidatingAdmissionPolicy")) is there
+    assert (
+        "# The ValidatingAdmissionPolicy for pools is left out" in render(Install(kubernetes_version=version))
+    ) is (not there)
+
+
+def test_no_other_pods_may_run_beside_the_keys():
+    level = "pod-security.kubernetes.io/enforce"
+    (namespace,) = of_kind(documents(), "Namespace")
+    assert namespace["metadata"]["labels"][level] == "restricted"
+    (namespace,) = of_kind(documents(namespace="team", pool_namespaces=("team",)), "Namespace")
+    assert namespace["metadata"]["labels"][level] == "privileged", "workers are made there"
+    assert Install().allowed == Allowances()

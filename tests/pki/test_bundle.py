@@ -9,7 +9,14 @@ import pytest
 from bkpool.core.errors import EXIT, HostFault
 from bkpool.core.names import Key
 from bkpool.pki.authority import AUTHORITY_LIFE, Authority, expires_at, renew_at
-from bkpool.pki.bundle import ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
+from bkpool.pki.bundle import (
+    ClusterSecrets,
+    api_authority_data,
+    api_authority_of,
+    bundle_fits,
+    bundle_renew_at,
+    gateway_bundle,
+)
 from bkpool.pki.names import gateway_names
 
 NOW = datetime.now(UTC).replace(microsecond=0)
@@ -107,3 +114,17 @@ def test_an_incomplete_bundle_or_one_of_another_ca_does_not_fit(bundle, secrets)
 
 def test_a_bundle_for_other_names_does_not_fit(bundle, secrets):
     assert not bundle_fits(bundle, secrets, gateway_names("", [Key("default", "p")], ["b.example.com"]), NOW)
+
+
+def test_the_api_has_a_ca_of_its_own_that_no_gateway_is_trusted_by(secrets):
+    data = api_authority_data(NOW)
+    authority = api_authority_of(data, secrets, SOURCE)
+    gateway = gateway_bundle(secrets, NAMES, "default/p", NOW)
+    assert not authority.issued(gateway["tls.crt"])
+    assert not authority.issued(gateway["backend.crt"])
+    for wrong in ({}, {**data, "ca.key": b"nonsense"}, {**data, "ca.crt": secrets.authority.cert_pem}):
+        with pytest.raises(HostFault, match=SOURCE):
+            api_authority_of(wrong, secrets, SOURCE)
+    same = {"ca.crt": secrets.authority.cert_pem, "ca.key": secrets.authority.key_pem}
+    with pytest.raises(HostFault, match="another CA"):
+        api_authority_of(same, secrets, SOURCE)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from bkpool.core.allowances import Allowed
 from bkpool.core.names import Key
 from bkpool.settings import kinds
 from bkpool.settings.catalogue import all_settings
@@ -25,6 +26,12 @@ VALUES = {
     kinds.POOL: st.builds(Key, st.sampled_from(["default", "team-a"]), st.sampled_from(["default", "x"])),
     kinds.TEXTS: st.lists(TEXTS, max_size=3).map(tuple),
     kinds.FILES: st.lists(TEXTS.map(lambda text: Path("/") / text), max_size=3).map(tuple),
+    kinds.ALLOWED_HOSTS: st.lists(
+        st.builds(Allowed, NAMES, st.sampled_from(["build.example.com", "192.0.2.7", "2001:db8::7"])), max_size=3
+    ).map(tuple),
+    kinds.ALLOWED_IMAGES: st.lists(
+        st.builds(Allowed, NAMES, st.sampled_from(["registry.example.com:5000/*", "moby/buildkit:v?.*"])), max_size=3
+    ).map(tuple),
     kinds.ROLES: st.sets(st.sampled_from(["api", "controller", "gateway"]), min_size=1).map(frozenset),
 }
 

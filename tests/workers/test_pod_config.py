@@ -1,23 +1,45 @@
-"""The configuration that a pod's buildkitd gets, as it is written to the cluster."""
+"""What is written to the cluster for a worker: its configuration, and nothing that its pool may not ask for."""
 
 from __future__ import annotations
 
 import ssl
 from datetime import UTC, datetime
 
-from bkpool.core.errors import NotFound
-from bkpool.core.pool import CacheGC
+import pytest
+
+from bkpool.core.allowances import Allowances, read_allowances
+from bkpool.core.errors import NotFound, WorkerFailed
+from bkpool.core.names import ANNOTATION_ISOLATION
+from bkpool.core.pool import CacheGC, Pool
+from bkpool.core.resource import Metadata
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.workers.pods.pod_spec import ROOTLESS_IMAGE, PodRequest
 from bkpool.workers.pods.runtime import PodRuntime
 from support.objects import pool, slot
 
+PRIVILEGED = read_allowances(privileged=["default"], images=["default=registry.example.com/*"])
+
+
+def isolated(isolation: str, **spec: object) -> Pool:
+    return pool(**spec).but(metadata=Metadata(name="p", uid="u", annotations={ANNOTATION_ISOLATION: isolation}))
+
+
+def runtime_of(api: Cluster, allowed: Allowances | None = None) -> PodRuntime:
+    backend = ClusterSecrets.create(datetime.now(UTC)).backend
+    return PodRuntime(api, backend=backend, context=ssl.create_default_context(), allowed=allowed)
+
+
+async def no_report(_message: str) -> None:
+    pass
+
 
 class Cluster:
-    """A KubeApi without objects, that notes what is applied."""
+    """A KubeApi without objects, that notes what is applied. It drops fields that it does not know."""
 
-    def __init__(self) -> None:
+    def __init__(self, *unknown: str) -> None:
         self.applied: dict[str, dict] = {}
+        self.created: list[dict] = []
+        self.unknown = unknown
 
     async def get(self, path: str) -> dict:
         raise NotFound(path)
@@ -26,7 +48,10 @@ class Cluster:
         self.applied[body["kind"]] = body
         return body
 
-    async def create(self, _path: str, body: dict) -> dict:
+    async def create(self, _path: str, body: dict, **params: str) -> dict:
+        body = body | {"spec": {key: value for key, value in body["spec"].items() if key not in self.unknown}}
+        if not params:
+            self.created.append(body)
         return body | {"metadata": body["metadata"] | {"resourceVersion": "1", "uid": "uid"}}
 
 
@@ -41,3 +66,38 @@ async def test_the_operators_defaults_of_the_collection_reach_the_pods_configura
     await runtime.daemons._writes.make(PodRequest(slot(0), "uid-1", None, pool(), ROOTLESS_IMAGE))
     (text,) = api.applied["ConfigMap"]["data"].values()
     assert 'maxUsedSpace = "40%"' in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "option"),
+    [
+        (isolated("privileged"), "--allow-privileged default"),
+        (isolated("rootless", buildkit_image="evil.example.com/b:1"), "--allow-image default=evil.example.com/b:1"),
+    ],
+)
+async def test_an_author_gets_no_pod_that_the_operator_has_not_allowed(asked, option):
+    api = Cluster()
+    with pytest.raises(WorkerFailed, match=option) as refused:
+        await runtime_of(api, Allowances()).daemons.start(slot(0), "uid-1", None, asked, no_report)
+    assert refused.value.field in refused.value.message
+    assert (api.created, api.applied) == ([], {}), "not even a Secret"
+
+
+async def test_what_the_operator_allows_is_made():
+    asked = isolated("privileged", buildkit_image="registry.example.com/b:1")
+    for allowed in (PRIVILEGED, None):
+        api = Cluster()
+        await runtime_of(api, allowed).daemons._make(slot(0), "uid-1", None, asked, set())
+        (made,) = api.created
+        assert made["spec"]["containers"][0]["image"] == "registry.example.com/b:1"
+
+
+async def test_a_cluster_that_drops_the_user_namespace_gets_no_pod_with_roots_rights():
+    request = PodRequest(slot(0), "uid-1", None, isolated("userns"), ROOTLESS_IMAGE)
+    old = Cluster("hostUsers")
+    with pytest.raises(WorkerFailed, match="cannot have user namespaces"):
+        await runtime_of(old).daemons._writes.make(request)
+    assert (old.created, old.applied) == ([], {})
+    new = Cluster()
+    await runtime_of(new).daemons._writes.make(request)
+    assert [made["spec"]["hostUsers"] for made in new.created] == [False]

@@ -90,10 +90,20 @@ def test_a_privileged_pod_runs_buildkitd_itself_in_any_image():
     assert "securityContext" not in made["spec"]
 
 
+def test_a_pod_with_a_user_namespace_is_root_only_inside_of_it():
+    made = pod(isolated("userns"))
+    assert made["spec"]["hostUsers"] is False
+    only = container(made)
+    assert only["command"] == ["buildkitd"], "rootlesskit would need a second namespace of ids"
+    assert "--root=/var/lib/buildkit" in only["args"]
+    for other in ("rootless", "baseline", "privileged"):
+        assert "hostUsers" not in pod(isolated(other))["spec"]
+
+
 def test_another_isolation_is_refused_by_its_annotation():
     with pytest.raises(WorkerFailed, match=r"isolation\]: 'none' is not an isolation") as refused:
         pod(isolated("none"))
-    assert "rootless, baseline, privileged" in refused.value.hint
+    assert "rootless, baseline, userns, privileged" in refused.value.hint
 
 
 def test_an_untrusted_pool_has_no_volume_and_is_never_privileged():
@@ -101,7 +111,7 @@ def test_an_untrusted_pool_has_no_volume_and_is_never_privileged():
     untrusted = pool(untrusted=True, cache=cache)
     assert pod(untrusted)["spec"]["volumes"][-1] == {"name": "cache", "emptyDir": {}}
     assert "persistentVolumeClaim" in pod(pool(cache=cache))["spec"]["volumes"][-1]
-    for isolation in ("rootless", "baseline"):
+    for isolation in ("rootless", "baseline", "userns"):
         assert not pod(untrusted.but(metadata=isolated(isolation).metadata))["spec"]["automountServiceAccountToken"]
     with pytest.raises(WorkerFailed, match="untrusted pool cannot be privileged") as refused:
         pod(untrusted.but(metadata=isolated("privileged").metadata))

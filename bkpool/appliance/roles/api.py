@@ -97,7 +97,7 @@ async def open_api(
         limits=api_limits(options.settings),
     )
     metrics = ApiMetrics(context.registry, waiting=allocator.waiting, pools=mirror.pools, workers=mirror.workers)
-    tls = make_api_tls(options, backend.authority, context.now)
+    tls = make_api_tls(options, backend.api_authority or backend.authority, context.now)
     if tls is not None:
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)

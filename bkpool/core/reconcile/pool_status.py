@@ -29,6 +29,10 @@ class PoolStatusInputs:
     """How many workers can run here; None: there is no fixed limit."""
     gateway_problem: str = ""
     """What is wrong with the pool's gateway; empty if nothing is."""
+    host_not_allowed: str | None = None
+    """Which name for the gateway's certificate is not allowed; empty: all are. None: nothing is checked here."""
+    not_allowed: str | None = None
+    """What else of the pool is not allowed; empty: all is. None: nothing is checked here."""
 
 
 _DOWN = "its buildkitd does not run"
@@ -38,7 +42,10 @@ def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs,
     """The status to write. It equals the stored one where nothing has changed."""
     workers = tuple(workers)
     failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
-    problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}" if failed else inputs.gateway_problem
+    refused = inputs.host_not_allowed or inputs.not_allowed or ""
+    problem = inputs.gateway_problem or refused
+    if failed:
+        problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}"
     ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
     conditions = [
         _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored),
@@ -52,6 +59,9 @@ def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs,
         conditions.append(
             _condition(pool, now, "Capacity", good="True", reason=inputs.capacity.reason, message=too_many)
         )
+    for kind, message in (("HostNotAllowed", inputs.host_not_allowed), ("NotAllowed", inputs.not_allowed)):
+        if message is not None:
+            conditions.append(_condition(pool, now, kind, good="False", reason="NotAllowed", message=message))
     return pool.status.but(
         phase="Degraded" if problem else "Ready",
         observed_generation=pool.metadata.generation,

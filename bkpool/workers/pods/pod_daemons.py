@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import structlog
 
+from bkpool.core.allowances import Allowances, worker_refusals
 from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
 from bkpool.core.names import Slot
@@ -23,7 +24,7 @@ from bkpool.workers.pods.host_ports import HostPorts
 from bkpool.workers.pods.pod_diagnosis import PodDiagnosis
 from bkpool.workers.pods.pod_probe import PodProbe
 from bkpool.workers.pods.pod_slots import PodSlots
-from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, Isolation, PodRequest, isolation
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE, PodRequest, isolation
 from bkpool.workers.pods.pod_start import PodStart
 from bkpool.workers.pods.pod_writes import PodWrites
 from bkpool.workers.pods.start_deadline import Deadlines
@@ -46,6 +47,7 @@ class PodDaemons:
         image: The image of a pool that names none; None: BuildKit's own, rootless unless the pool is `privileged`.
         ignored_spec_fields: Fields of a pool's spec that nothing reads here.
         deadlines: How long each stage of a start may take.
+        allowed: What pools may ask for; None: everything.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class PodDaemons:
         image: str | None,
         ignored_spec_fields: Collection[str],
         deadlines: Deadlines,
+        allowed: Allowances | None = None,
     ) -> None:
         self.capacity = None if host_ports is None else _capacity(len(host_ports))
         self.ignored_spec_fields = ignored_spec_fields
@@ -69,6 +72,7 @@ class PodDaemons:
         self._ports = host_ports
         self._image = image
         self._deadlines = deadlines
+        self._allowed = allowed
 
     def observe(self) -> Mapping[Slot, Observation]:
         """The pod in each slot; see `Daemons`."""
@@ -153,7 +157,9 @@ class PodDaemons:
         return None
 
     async def _make(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, taken: set[int]) -> Doc | None:
-        default = PRIVILEGED_IMAGE if isolation(pool) is Isolation.PRIVILEGED else ROOTLESS_IMAGE
+        if self._allowed is not None and (refused := worker_refusals(pool, self._allowed)):
+            raise WorkerFailed(refused[0].message, field=refused[0].field)
+        default = ROOTLESS_IMAGE if isolation(pool).rootless else PRIVILEGED_IMAGE
         request = PodRequest(slot, worker_uid, owner, pool, self._image or default)
         if self._ports is None:
             pod = await self._writes.make(request)

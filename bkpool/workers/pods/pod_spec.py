@@ -71,7 +71,14 @@ class Isolation(StrEnum):
 
     ROOTLESS = "rootless"
     BASELINE = "baseline"
+    USERNS = "userns"
+    """Root in a user namespace that the kubelet makes for the pod (`hostUsers: false`)."""
     PRIVILEGED = "privileged"
+
+    @property
+    def rootless(self) -> bool:
+        """Whether buildkitd runs as a user, in a namespace that rootlesskit makes."""
+        return self in {Isolation.ROOTLESS, Isolation.BASELINE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,6 @@ def pod(request: PodRequest) -> Doc:
     """
     pool, slot = request.pool, request.slot
     level = isolation(pool)
-    rootless = level is not Isolation.PRIVILEGED
     local = pool.spec.local_cache
     annotations = {
         ANNOTATION_WORKER_UID: request.worker_uid,
@@ -145,7 +151,9 @@ def pod(request: PodRequest) -> Doc:
         "containers": [_container(request, level)],
         "volumes": volumes,
     }
-    if rootless:
+    if level is Isolation.USERNS:
+        spec["hostUsers"] = False
+    if level.rootless:
         spec["securityContext"] = {"fsGroup": _USER, "fsGroupChangePolicy": "OnRootMismatch"}
     metadata = _metadata(slot, slot.worker.name, pool, LABEL_WORKER) | {"annotations": annotations}
     metadata["labels"] |= leased
@@ -162,6 +170,21 @@ def secret(slot: Slot, pool: Pool, leaf: Leaf, ca_pem: bytes) -> Doc:
         "metadata": _metadata(slot, slot.worker.name, pool, LABEL_WORKER),
         "data": {name: base64.b64encode(content).decode() for name, content in files.items()},
     }
+
+
+def has_user_namespace(pod: Doc) -> bool:
+    """Whether the pod asks for a user namespace of its own."""
+    return pod["spec"].get("hostUsers") is False
+
+
+def no_user_namespaces() -> WorkerFailed:
+    """The error for a cluster whose pods cannot have user namespaces."""
+    field = f"metadata.annotations[{ANNOTATION_ISOLATION}]"
+    return WorkerFailed(
+        f"{field}: pods of this cluster cannot have user namespaces (its API server drops hostUsers)",
+        hint="Use Kubernetes 1.33 or newer, or another isolation.",
+        field=field,
+    )
 
 
 def config(slot: Slot, pool: Pool, toml: str) -> Doc:
@@ -228,8 +251,7 @@ def refusal(error: BkpoolError, what: str) -> WorkerFailed:
 
 
 def _container(request: PodRequest, level: Isolation) -> Doc:
-    spec = request.pool.spec
-    rootless = level is not Isolation.PRIVILEGED
+    spec, rootless = request.pool.spec, level.rootless
     root = "/home/user/.local/share/buildkit" if rootless else "/var/lib/buildkit"  # as in the images
     socket = "unix:///run/user/1000/buildkit/buildkitd.sock" if rootless else "unix:///run/buildkit/buildkitd.sock"
     port: Doc = {"name": "buildkit", "containerPort": WORKER_PORT}
@@ -269,7 +291,7 @@ def _arguments(socket: str, root: str, *, rootless: bool) -> Iterator[str]:
 
 
 def _security(level: Isolation) -> Doc:
-    if level is Isolation.PRIVILEGED:
+    if not level.rootless:  # in a user namespace these are rights over the pod, and none over the node
         return {"privileged": True, "runAsUser": 0, "runAsGroup": 0}
     context: Doc = {
         "runAsUser": _USER,

@@ -74,8 +74,10 @@ class PodWrites:
             WorkerFailed: The pool asks for what the cluster does not admit; the message names the field.
         """
         slot, pool = request.slot, request.pool
-        # Both may raise, so before the first write.
+        # These may raise, so before the first write.
         pod, toml = pod_spec.pod(request), render(pool.spec, None, self._gc_defaults)
+        if pod_spec.has_user_namespace(pod):
+            await self._require_user_namespaces(pod)
         if (local := pool.spec.local_cache) is not None:
             await self._ensure_claim(slot, pool, local, request.owner)
         await self.apply_egress(pool)
@@ -217,6 +219,22 @@ class PodWrites:
         with _admission("ConfigMap"):
             await self._api.apply(paths.core("configmaps", slot.namespace, name), pod_spec.config(slot, pool, toml))
         self._configured[_pool_of(slot)] = mark
+
+    async def _require_user_namespaces(self, pod: Doc) -> None:
+        """Asks the API server whether it keeps `hostUsers`, and makes no pod.
+
+        A server without the feature drops the field without a word. The pod would then be root on its node.
+
+        Raises:
+            WorkerFailed: It drops the field, or it does not admit the pod.
+        """
+        with _admission("pod"):
+            try:
+                kept = await self._api.create(paths.core(PODS, paths.key_of(pod).namespace), pod, dryRun="All")
+            except Conflict:
+                return  # there is a pod already, so none is made
+        if not pod_spec.has_user_namespace(kept):
+            raise pod_spec.no_user_namespaces()
 
     async def _create(self, reflector: Reflector, plural: str, doc: Doc) -> Doc | None:
         """Creates an object. Returns None if its name is taken; then the existing object is known."""

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
+from bkpool.core.allowances import Allowances
 from bkpool.core.pool import CacheGC
 from bkpool.kube import KubeApi
 from bkpool.pki.authority import Authority
@@ -42,6 +43,7 @@ class PodRuntime:
         now: The clock, for certificates.
         deadlines: How long each stage of a start may take.
         gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
+        allowed: What pools may ask for; None: everything.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class PodRuntime:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         deadlines: Deadlines | None = None,
         gc_defaults: CacheGC = GC_DEFAULTS,
+        allowed: Allowances | None = None,
     ) -> None:
         deadlines = deadlines or Deadlines()
         probe = PodProbe(context, None if host_ports is None else host)
@@ -81,6 +84,7 @@ class PodRuntime:
             image=image,
             ignored_spec_fields=ignored_spec_fields,
             deadlines=deadlines,
+            allowed=allowed,
         )
         self.caches = PodCaches(self._slots, writes)
 
