@@ -20,6 +20,8 @@ POOLS = {
     "never": {"scaling": {"max": 1}, "cache": {"reuse": "never"}},
     "gone": {"scaling": {"max": 1, "scaleDownDelay": "0s"}, "cache": {"reuse": "never"}},
     "guarded": {"scaling": {"max": 2}, "untrusted": True},
+    "shared": {"scaling": {"max": 1}, "cache": {"reuse": "pool", "backends": [{"type": "local"}]}},
+    "open": {"scaling": {"max": 1}, "cache": {"reuse": "pool", "keepHistory": True}},
 }
 
 
@@ -126,6 +128,57 @@ def test_the_next_tenant_of_a_worker_finds_nothing_of_the_last_one(appliance, to
     assert really_ran(second, "the-same-for-all")
     late = appliance.build(ann.builder(anns), context.dockerfile("say never"))
     assert "the lease was released" in late.text
+    bob.release(bobs)
+
+
+KEY = "of-ann-s3-key-91fe"
+SHARED_STEP = f"FROM scratch\nCOPY program /program\n{_run('say', 'shared-step')}"
+
+
+def build_with_a_key(tenant, builder, context) -> str:
+    """A build with a key in a build argument and in its log; returns its reference, as a caller sees it."""
+    context.write(f"{SHARED_STEP}\nARG KEY\n{_run('say', KEY)}")
+    tenant.appliance.build(builder, context.path, "--build-arg", f"KEY={KEY}").ok()
+    (line,) = tenant.appliance.buildx("history", "ls", "--builder", builder, "--format", "json").ok().out.splitlines()
+    return json.loads(line)["ref"].rpartition("/")[2]
+
+
+def shown_by_history(tenant, builder, ref) -> str:
+    """Everything that `buildx history` shows of a build."""
+    ways = (("ls", "--no-trunc"), ("inspect", ref), ("logs", ref))
+    answers = [tenant.appliance.buildx("history", way, "--builder", builder, *options) for way, *options in ways]
+    return "\n".join(answer.text for answer in answers)
+
+
+def test_a_cache_of_the_pool_shows_nobody_the_history_of_the_caller_before(appliance, tools, ann, bob, context):
+    anns = ann.allocate("shared")
+    builder = ann.builder(anns)
+    ref = build_with_a_key(ann, builder, context)
+    assert KEY in shown_by_history(ann, builder, ref), "a caller sees their own history"
+    ann.release(anns)
+
+    bobs = bob.allocate("shared")
+    assert bobs.lease["workerName"] == anns.lease["workerName"]
+    builder = bob.builder(bobs)
+    assert KEY not in output_of_buildctl(appliance, tools, bobs, "debug", "histories", "--format={{json .}}")
+    assert KEY not in shown_by_history(bob, builder, ref)
+    context.write(SHARED_STEP)
+    assert not really_ran(appliance.build(builder, context.path).ok(), "shared-step"), "the cache is shared"
+
+    for worker in appliance.workers():
+        appliance.world.kill_worker(worker)
+    appliance.build(builder, context.path).ok()  # the gateway holds the connection until the worker is back
+    again = output_of_buildctl(appliance, tools, bobs, "debug", "histories", "--format={{json .}}")
+    assert KEY not in again, "buildkitd only hides a build that somebody has asked for, until it starts again"
+    bob.release(bobs)
+
+
+def test_a_kept_history_is_shown_to_all_callers_of_the_pool(ann, bob, context):
+    anns = ann.allocate("open")
+    ref = build_with_a_key(ann, ann.builder(anns), context)
+    ann.release(anns)
+    bobs = bob.allocate("open")
+    assert KEY in shown_by_history(bob, bob.builder(bobs), ref)
     bob.release(bobs)
 
 

@@ -218,7 +218,13 @@ class Allocator:
         while True:
             lease_id = str(uuid.uuid4())
             about_to_claim(lease_id)
-            owner = cache_owner_digest(pool.spec.reuse, order.caller.tenant, pool.uid, lease_id)
+            owner = cache_owner_digest(
+                pool.spec.reuse,
+                order.caller.tenant,
+                pool.uid,
+                lease_id,
+                keep_history=pool.spec.cache.keep_history,
+            )
             target = await self._wait_for_turn(queue, pool.key, Waiter(owner, order.request_key), first=lost_claim)
             if isinstance(target, Worker) and target.lease is not None:
                 return self._begin_request(target, known=True)  # the same job's lease, made while this one waited

@@ -172,6 +172,15 @@ class ControlClient:
             async for event in events:
                 yield event
 
+    async def delete_build(self, ref: str) -> None:
+        """Deletes a build that has ended from the history, with its log and its trace; also one that is pinned.
+
+        A daemon in which somebody has asked for this very build only hides it, until it is started again (seen with
+        0.34.2).
+        """
+        request = pb.UpdateBuildHistoryRequest(Ref=ref, Delete=True)
+        await self._unary(self._stub.UpdateBuildHistory, request, self._timeouts.answer)
+
     async def _unary(self, method: UnaryUnaryMethod[_Request, _Reply], request: _Request, seconds: float) -> _Reply:
         name = _name(method.name)
 

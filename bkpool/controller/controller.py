@@ -15,6 +15,7 @@ import structlog
 
 from bkpool.allocation.leases import lease_facts
 from bkpool.controller.metrics import ControllerMetrics, Result
+from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.observation import Snapshot
@@ -234,7 +235,7 @@ class Controller:
             case LoseLease(worker, message):
                 await self._lose_lease(worker, message)
             case FinishLease():
-                await self._finish_lease(action)
+                await self._finish_lease(action, pool)
             case RemoveWorker(worker):
                 await self._remove_worker(worker)
         return Result.DONE
@@ -271,9 +272,14 @@ class Controller:
         lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
 
-    async def _finish_lease(self, action: FinishLease) -> None:
-        """Remembers the lease in the status first, so that a crash before the second write loses nothing."""
+    async def _finish_lease(self, action: FinishLease, pool: Pool) -> None:
+        """Remembers the lease in the status first, so that a crash before the second write loses nothing.
+
+        What the next holder may not read is cleared before that: while the lease is on the worker, nobody gets it.
+        """
         lease = action.worker.held_lease
+        if history_ends_with_lease(lease.owner, pool.uid):
+            await self._daemons.clear_history(action.worker.slot)
         worker = await self._store.replace_status(with_lease_remembered(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
         worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)

@@ -30,6 +30,9 @@ PURPOSE_WORKER, PURPOSE_GATEWAY = "worker", "gateway"
 
 ANNOTATION_WORKER_UID = f"{GROUP}/worker-uid"
 ANNOTATION_CACHE_OWNER = f"{GROUP}/cache-owner"
+ANNOTATION_HISTORY = f"{GROUP}/history"
+"""On a worker's pod until its history may be read: `HISTORY_OLD`."""
+HISTORY_OLD = "of-callers-before"
 ANNOTATION_ISOLATION = f"{GROUP}/isolation"
 """On a pool: how strictly its pods are isolated from their node (`rootless`, `baseline`, `userns`, `privileged`)."""
 

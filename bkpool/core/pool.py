@@ -89,6 +89,8 @@ class Cache(Model):
     """The caches of the workers."""
 
     reuse: Reuse = Reuse.IDENTITY
+    keep_history: StrictBool = False
+    """With reuse `pool`: callers may read the build history of callers before them."""
     gc: CacheGC = CacheGC()
     backends: tuple[CacheBackend, ...] = ()
 

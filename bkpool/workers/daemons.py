@@ -62,6 +62,13 @@ class Daemons(Protocol):
             HostFault: This machine lacks something; the hint says what.
         """
 
+    async def clear_history(self, slot: Slot) -> None:
+        """Clears the build history of a slot whose holder has gone, so that the next one does not read it.
+
+        Afterwards the history is empty, or no daemon runs. A start on a cache of the whole pool begins with an empty
+        history, too (`core.cache_owner.history_ends_with_lease`).
+        """
+
     async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
         """Ends the daemon in a slot. The cache stays. Does nothing if there is no daemon.
 

@@ -1,5 +1,6 @@
 """Renewing, releasing, expiring and losing leases, and the answer to a client that comes too late."""
 
+import asyncio
 import dataclasses
 from contextlib import suppress
 from datetime import timedelta
@@ -8,7 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from bkpool.allocation import OwnLease
-from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
+from bkpool.controller import controller
+from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.worker import REGISTRATION_LIFE, GatewayRegistration, Phase, Worker
@@ -116,6 +118,51 @@ async def test_a_lease_stays_while_a_gateway_is_registered(world, grant, leases)
     assert world.held()
     world.clock.advance(seconds=2)
     await world.until(lambda: not world.held())
+
+
+async def test_the_history_of_a_shared_cache_is_cleared_before_the_lease_leaves_the_worker(world, monkeypatch):
+    await world.pool(scaling={"max": 1}, cache={"reuse": "pool"})
+    replica = world.replicas[0]
+    held_then = []
+
+    async def clear_history(slot):
+        held_then.append([worker.held_lease.requested_by for worker in world.held()])
+
+    monkeypatch.setattr(world.runtime, "clear_history", clear_history)
+    waiting = (await replica.allocate(ANN)).token, asyncio.create_task(replica.allocate(BOB))
+    await replica.leases.release(waiting[0])
+    bobs = await waiting[1]
+    assert held_then == [["ann"]]
+    assert world.runtime.wiped == [], "the cache is shared"
+    await replica.leases.release(bobs.token)
+    await world.until(lambda: not world.held())
+    assert held_then == [["ann"], ["bob"]]
+
+
+@pytest.mark.parametrize("cache", [{}, {"reuse": "pool", "keepHistory": True}])
+async def test_another_history_is_not_cleared(world, cache):
+    await world.pool(scaling={"max": 1}, cache=cache)
+    grant = await world.replicas[0].allocate(ANN)
+    await world.replicas[0].leases.release(grant.token)
+    await world.until(lambda: not world.held())
+    assert world.runtime.cleared == []
+
+
+async def test_a_history_that_cannot_be_cleared_keeps_the_lease_on_the_worker(world, monkeypatch):
+    """A crash at this moment, too, leaves the lease where it is: the next controller begins again."""
+    await world.pool(scaling={"max": 1}, cache={"reuse": "pool"})
+    monkeypatch.setattr(controller, "PAUSE", 0)
+    outcomes = [WorkerFailed("it does not end"), Conflict("another writer"), None]
+
+    async def clear_history(slot):
+        if (outcome := outcomes.pop(0)) is not None:
+            raise outcome
+
+    monkeypatch.setattr(world.runtime, "clear_history", clear_history)
+    grant = await world.replicas[0].allocate(ANN)
+    await world.replicas[0].leases.release(grant.token)
+    await world.until(lambda: not world.held())
+    assert outcomes == []
 
 
 async def test_idle_workers_are_removed_after_the_delay_and_the_cache_stays(world, grant, leases):

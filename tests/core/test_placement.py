@@ -1,6 +1,6 @@
 from datetime import timedelta
 
-from bkpool.core.cache_owner import cache_owner_digest
+from bkpool.core.cache_owner import cache_owner_digest, history_ends_with_lease
 from bkpool.core.placement import choose
 from bkpool.core.pool import Reuse
 from bkpool.core.worker import Phase
@@ -73,3 +73,11 @@ def test_the_owner_of_a_cache_follows_the_pools_reuse():
     assert owner(Reuse.IDENTITY, "a", "1") == owner(Reuse.IDENTITY, "a", "2") != owner(Reuse.IDENTITY, "b", "1")
     assert owner(Reuse.POOL, "a", "1") == owner(Reuse.POOL, "b", "2")
     assert owner(Reuse.NEVER, "a", "1") != owner(Reuse.NEVER, "a", "2")
+
+
+def test_a_cache_of_the_pool_says_whether_its_history_is_kept():
+    ends, kept = (cache_owner_digest(Reuse.POOL, "a", "uid", "1", keep_history=keep) for keep in (False, True))
+    assert ends != kept, "a kept history is wiped when it may not be read any more"
+    assert [history_ends_with_lease(owner, "uid") for owner in (ends, kept, None)] == [True, False, False]
+    assert not history_ends_with_lease(ends, "another pool")
+    assert not history_ends_with_lease(cache_owner_digest(Reuse.IDENTITY, "a", "uid", "1"), "uid")

@@ -3,8 +3,10 @@ from datetime import timedelta
 
 import pytest
 
+from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import FINALIZER
 from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
+from bkpool.core.pool import Reuse
 from bkpool.core.reconcile.actions import (
     CreateWorker,
     FinishLease,
@@ -252,6 +254,16 @@ def test_the_log_tail_of_a_lost_lease_is_forgotten_with_its_cache():
     )
     (finish,) = actions(snapshot(pool(), again, observed={0: seen(0, over.owner)}))
     assert [past.log_tail for past in with_lease_remembered(finish, NOW).status.ended] == ["", ""]
+
+
+def test_the_log_of_a_shared_cache_is_shown_to_nobody():
+    """It may have output of the builds of callers before. With a history that is kept they are shown anyway."""
+    for keep_history, log_tail in ((False, ""), (True, "a step of somebody")):
+        owner = cache_owner_digest(Reuse.POOL, "ann", pool().uid, "", keep_history=keep_history)
+        held = worker(0, lease(owner=owner), phase=Phase.ALLOCATED, cache_owner=owner)
+        exited = replace(seen(0, owner), state=DaemonState.EXITED, message="killed", log_tail="a step of somebody")
+        (write,) = actions(snapshot(pool(), held, observed={0: exited}))
+        assert (write.worker.status.message, write.worker.status.log_tail) == ("killed", log_tail)
 
 
 def test_a_worker_that_failed_says_why_after_its_lease_too():

@@ -69,6 +69,13 @@ class StubControl(ControlBase):
             await stream.send_message(event)
         await self._stall()
 
+    async def UpdateBuildHistory(
+        self, stream: Stream[pb.UpdateBuildHistoryRequest, pb.UpdateBuildHistoryResponse]
+    ) -> None:
+        await self._receive(stream)
+        await self._stall()
+        await stream.send_message(pb.UpdateBuildHistoryResponse())
+
     async def _receive(self, stream: Stream[Any, Any]) -> None:
         self.requests.append(await stream.recv_message())
         self.transports.append(stream._stream._transport)

@@ -51,6 +51,8 @@ class MemoryWorkers:
         self.may_start.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
         self.stopped_at_once: list[Slot] = []
+        self.cleared: list[Slot] = []
+        """Slots whose build history was cleared at the end of a lease."""
         self.subscribers: Subscribers[[]] = Subscribers()
 
     def observe(self) -> dict[Slot, Observation]:
@@ -96,6 +98,9 @@ class MemoryWorkers:
 
     async def protect(self, slot: Slot, *, held: bool) -> None:
         pass
+
+    async def clear_history(self, slot: Slot) -> None:
+        self.cleared.append(slot)
 
     async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
         if at_once:

@@ -35,6 +35,10 @@ class ControlBase(abc.ABC):
     async def ListenBuildHistory(self, stream: 'grpclib.server.Stream[bkpool.buildkit.stubs.control_pb2.BuildHistoryRequest, bkpool.buildkit.stubs.control_pb2.BuildHistoryEvent]') -> None:
         pass
 
+    @abc.abstractmethod
+    async def UpdateBuildHistory(self, stream: 'grpclib.server.Stream[bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryRequest, bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryResponse]') -> None:
+        pass
+
     def __mapping__(self) -> typing.Dict[str, grpclib.const.Handler]:
         return {
             '/moby.buildkit.v1.Control/DiskUsage': grpclib.const.Handler(
@@ -66,6 +70,12 @@ class ControlBase(abc.ABC):
                 grpclib.const.Cardinality.UNARY_STREAM,
                 bkpool.buildkit.stubs.control_pb2.BuildHistoryRequest,
                 bkpool.buildkit.stubs.control_pb2.BuildHistoryEvent,
+            ),
+            '/moby.buildkit.v1.Control/UpdateBuildHistory': grpclib.const.Handler(
+                self.UpdateBuildHistory,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryRequest,
+                bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryResponse,
             ),
         }
 
@@ -102,4 +112,10 @@ class ControlStub:
             '/moby.buildkit.v1.Control/ListenBuildHistory',
             bkpool.buildkit.stubs.control_pb2.BuildHistoryRequest,
             bkpool.buildkit.stubs.control_pb2.BuildHistoryEvent,
+        )
+        self.UpdateBuildHistory = grpclib.client.UnaryUnaryMethod(
+            channel,
+            '/moby.buildkit.v1.Control/UpdateBuildHistory',
+            bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryRequest,
+            bkpool.buildkit.stubs.control_pb2.UpdateBuildHistoryResponse,
         )

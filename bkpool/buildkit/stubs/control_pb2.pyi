@@ -182,6 +182,20 @@ class BuildHistoryRecord(_message.Message):
     numWarnings: int
     def __init__(self, Ref: _Optional[str] = ..., Frontend: _Optional[str] = ..., error: _Optional[_Union[Status, _Mapping]] = ..., CreatedAt: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., CompletedAt: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., logs: _Optional[_Union[Descriptor, _Mapping]] = ..., trace: _Optional[_Union[Descriptor, _Mapping]] = ..., pinned: _Optional[bool] = ..., numCachedSteps: _Optional[int] = ..., numTotalSteps: _Optional[int] = ..., numCompletedSteps: _Optional[int] = ..., numWarnings: _Optional[int] = ...) -> None: ...
 
+class UpdateBuildHistoryRequest(_message.Message):
+    __slots__ = ("Ref", "Pinned", "Delete")
+    REF_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    DELETE_FIELD_NUMBER: _ClassVar[int]
+    Ref: str
+    Pinned: bool
+    Delete: bool
+    def __init__(self, Ref: _Optional[str] = ..., Pinned: _Optional[bool] = ..., Delete: _Optional[bool] = ...) -> None: ...
+
+class UpdateBuildHistoryResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Status(_message.Message):
     __slots__ = ("code", "message")
     CODE_FIELD_NUMBER: _ClassVar[int]

@@ -48,7 +48,7 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
         seen = snapshot.observed.get(worker.slot)
         lease = worker.lease
         if lease is None:
-            step = _idle(worker, seen, now, limits)
+            step = _idle(worker, seen, snapshot.pool, now, limits)
         else:
             step = _leased(worker, lease, seen, snapshot.pool, now, limits=limits)
         if isinstance(step, datetime):
@@ -75,11 +75,13 @@ def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
     return sorted(of_pool - leased - snapshot.busy)
 
 
-def _idle(worker: Worker, seen: Observation | None, now: datetime, limits: FailureLimits) -> Action | datetime | None:
+def _idle(
+    worker: Worker, seen: Observation | None, pool: Pool, now: datetime, limits: FailureLimits
+) -> Action | datetime | None:
     """The next step for a worker without a lease."""
     up = ready_observation(worker, seen)
     if up is None:
-        return _start(worker, seen, None, now, limits)
+        return _start(worker, seen, None, pool, now, limits=limits)
     if up.protected:
         return SetProtection(worker, protected=False)
     return _status(worker, up, Phase.IDLE, now, worker.status.failures)
@@ -102,7 +104,7 @@ def _leased(
     if up is None:
         if worker.status.failures >= limits.max_failures:
             return LoseLease(worker, worker.status.message)
-        return _start(worker, seen, lease.owner, now, limits)
+        return _start(worker, seen, lease.owner, pool, now, limits=limits)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
     return step or token_deadline or lease.expires_at
@@ -118,11 +120,11 @@ def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action |
 
 
 def _start(
-    worker: Worker, seen: Observation | None, owner: str | None, now: datetime, limits: FailureLimits
+    worker: Worker, seen: Observation | None, owner: str | None, pool: Pool, now: datetime, *, limits: FailureLimits
 ) -> Action | datetime:
     """Starts buildkitd where it does not run: at once after a reboot, after a growing pause where it failed."""
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
-        log_tail = seen.log_tail if only_of_holder(worker, seen) else ""
+        log_tail = seen.log_tail if only_of_holder(worker, seen, pool.uid) else ""
         return WriteStatus(failed_worker(worker, seen.message, log_tail, now, limits))
     pause_ends = retry_at(worker, limits)
     if pause_ends is not None and now < pause_ends:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.observation import Observation
 from bkpool.core.worker import Phase, Worker
 
@@ -31,14 +32,16 @@ class FailureLimits:
 DEFAULT_LIMITS = FailureLimits()
 
 
-def only_of_holder(worker: Worker, seen: Observation) -> bool:
+def only_of_holder(worker: Worker, seen: Observation, pool_uid: str) -> bool:
     """Whether the log of a daemon that exited can only have output of the present holder's builds.
 
     It may be the log of an earlier holder's builds although the worker has a lease again: then the cache still has
-    the earlier owner.
+    the earlier owner, or the whole pool owns it.
     """
     owners = {worker.status.cache_owner, seen.cache_owner} - {None}
-    return owners <= ({worker.lease.owner} if worker.lease else set())
+    if worker.lease is None:
+        return not owners
+    return owners <= {worker.lease.owner} and not history_ends_with_lease(worker.lease.owner, pool_uid)
 
 
 def failed_worker(

@@ -13,12 +13,13 @@ import structlog
 
 from bkpool.core.allowances import Allowances, worker_refusals
 from bkpool.core.cache_owner import must_be_wiped
-from bkpool.core.errors import BkpoolError, Conflict, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, WorkerCapacity
 from bkpool.core.pool import Pool
 from bkpool.kube import Doc
 from bkpool.workers.daemons import ReportWaiting
+from bkpool.workers.history import not_cleared
 from bkpool.workers.pods import pod_view
 from bkpool.workers.pods.host_ports import HostPorts
 from bkpool.workers.pods.pod_diagnosis import PodDiagnosis
@@ -105,6 +106,7 @@ class PodDaemons:
                     diagnosis=self._diagnosis,
                     deadlines=self._deadlines,
                     report_waiting=report_waiting,
+                    before_use=self._begin_history,
                 )
                 try:
                     endpoint = await start.wait_for_answer(self._port_changer(taken) if tries_left else _keep_port)
@@ -117,6 +119,18 @@ class PodDaemons:
                     return endpoint
                 await self._writes.end(slot)
             raise Conflict(f"the pod {slot.worker} is being changed by another program all the time")
+
+    async def clear_history(self, slot: Slot) -> None:
+        """Clears the build history, or ends the pod; see `Daemons`."""
+        async with self._slots.get(slot).lock:
+            pod = self._slots.pods.get(slot.worker)
+            if pod is None or pod_view.ended(pod):
+                return
+            try:
+                await self._probe.clear_history(pod)
+            except (Unavailable, WorkerFailed) as error:
+                log.warning("worker.history_not_cleared", worker=str(slot.worker), reason=error.message)
+                await self._writes.end(slot)
 
     async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
         """Ends the pod and removes its key. A volume stays. See `Daemons`."""
@@ -169,6 +183,23 @@ class PodDaemons:
         if pod is not None:
             log.info("worker.pod_created", worker=str(slot.worker), pod=pod_view.uid(pod))
         return pod
+
+    async def _begin_history(self, pod: Doc) -> None:
+        """Clears what a volume of the whole pool brings along. The pod is not ready yet, so nobody is connected.
+
+        Raises:
+            WorkerFailed: It could not be cleared. The pod and the volume are removed.
+        """
+        slot = pod_view.slot_in(pod)
+        if slot is None or not pod_view.has_old_history(pod):
+            return
+        try:
+            await self._probe.clear_history(pod)
+            await self._writes.note_history_cleared(pod)
+        except (Unavailable, WorkerFailed) as error:
+            await self._writes.end(slot)
+            await self._writes.remove_claim(slot)
+            raise not_cleared(error) from None
 
     def _port_changer(self, taken: set[int]) -> Callable[[Doc], bool]:
         """Notes the pod's port as taken, if there is another one to try."""

@@ -6,9 +6,11 @@ import asyncio
 import ssl
 from contextlib import suppress
 
+from bkpool.buildkit import WorkerTls, connect
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import WORKER_PORT
 from bkpool.kube import Doc
+from bkpool.workers import history
 from bkpool.workers.pods import pod_view
 from bkpool.workers.probe import probe_tls, tcp_endpoint
 
@@ -51,6 +53,19 @@ class PodProbe:
                 await self.probe(pod)
             return True
         return False
+
+    async def clear_history(self, pod: Doc) -> None:
+        """Clears the build history of a pod.
+
+        Raises:
+            WorkerFailed: Another worker answers there, or this one answered with an error.
+            Unavailable: Nothing answers there, or the history was not empty in time.
+        """
+        endpoint = self.endpoint(pod)
+        if endpoint is None:
+            raise Unavailable("the pod has no address yet")
+        async with connect(endpoint, tls=WorkerTls(self._context, pod_view.worker_uid(pod))) as client:
+            await history.clear(client)
 
     def _address(self, pod: Doc) -> tuple[str, int] | None:
         if self._host is not None:

@@ -220,7 +220,7 @@ class PodSlots:
     async def _adopt(self, pod: Doc, limit: asyncio.Semaphore) -> None:
         """Probes a pod that was there before this process."""
         slot, endpoint = pod_view.slot_in(pod), self._probe.endpoint(pod)
-        if slot is None or endpoint is None or pod_view.ended(pod):
+        if slot is None or endpoint is None or pod_view.ended(pod) or pod_view.has_old_history(pod):
             return
         async with limit:
             if await self._probe.answers(pod):

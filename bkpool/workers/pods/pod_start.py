@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from operator import is_not
@@ -35,6 +35,7 @@ class PodStart:
         diagnosis: Finds out why it fails.
         deadlines: How long each stage may take.
         report_waiting: Told what the start waits for.
+        before_use: Called once the pod answers, and before anybody else learns that it does.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class PodStart:
         diagnosis: PodDiagnosis,
         deadlines: Deadlines,
         report_waiting: ReportWaiting,
+        before_use: Callable[[Doc], Awaitable[None]],
     ) -> None:
         self._slot = slot
         self._pod = pod
@@ -55,6 +57,7 @@ class PodStart:
         self._diagnosis = diagnosis
         self._deadlines = deadlines
         self._report_waiting = report_waiting
+        self._before_use = before_use
         self._deadline = StartDeadline(deadlines)
         self._clock = asyncio.get_running_loop().time
         self._probe_timeout = _FIRST_PROBE_TIMEOUT
@@ -71,7 +74,7 @@ class PodStart:
             The endpoint; None: the pod should be made again.
 
         Raises:
-            WorkerFailed: The pod does not start.
+            WorkerFailed: The pod does not start, or cannot be used.
         """
         begun, pause = self._clock(), _FIRST_RETRY
         while True:
@@ -83,6 +86,7 @@ class PodStart:
             if current is not None and endpoint is not None and await self._answers(current):
                 if self._deadline.message_to_report(View(Stage.RUNNING), self._clock()) is not None:
                     await self._report_waiting("")
+                await self._before_use(current)
                 self._slots.mark_ready(self._slot, pod_view.uid(self._pod), endpoint)
                 return endpoint
             with suppress(TimeoutError):

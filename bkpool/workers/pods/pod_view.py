@@ -12,7 +12,9 @@ from enum import StrEnum
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import (
     ANNOTATION_CACHE_OWNER,
+    ANNOTATION_HISTORY,
     ANNOTATION_WORKER_UID,
+    HISTORY_OLD,
     LABEL_LEASED,
     LABEL_POOL,
     Key,
@@ -104,6 +106,11 @@ def claim_of(pod: Doc) -> Key | None:
         if volume["name"] == CACHE_VOLUME and "persistentVolumeClaim" in volume:
             return Key(pod["metadata"]["namespace"], volume["persistentVolumeClaim"]["claimName"])
     return None
+
+
+def has_old_history(pod: Doc) -> bool:
+    """Whether its volume has the build history of callers before, which nobody may read."""
+    return _annotations(pod).get(ANNOTATION_HISTORY) == HISTORY_OLD
 
 
 def protected(pod: Doc) -> bool:

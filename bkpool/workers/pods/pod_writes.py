@@ -12,9 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 
-from bkpool.core.cache_owner import belongs_to_another, must_be_wiped
+from bkpool.core.cache_owner import belongs_to_another, history_ends_with_lease, must_be_wiped
 from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, WorkerFailed
-from bkpool.core.names import ANNOTATION_CACHE_OWNER, LABEL_MANAGED, MANAGER, Key, Slot
+from bkpool.core.names import (
+    ANNOTATION_CACHE_OWNER,
+    ANNOTATION_HISTORY,
+    HISTORY_OLD,
+    LABEL_MANAGED,
+    MANAGER,
+    Key,
+    Slot,
+)
 from bkpool.core.pool import CacheGC, LocalCache, Pool
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Reflector
@@ -80,6 +88,9 @@ class PodWrites:
             await self._require_user_namespaces(pod)
         if (local := pool.spec.local_cache) is not None:
             await self._ensure_claim(slot, pool, local, request.owner)
+            claim = self._claims.get(slot.worker)
+            if claim is not None and history_ends_with_lease(pod_view.cache_owner(claim), pool.uid):
+                pod["metadata"]["annotations"][ANNOTATION_HISTORY] = HISTORY_OLD
         await self.apply_egress(pool)
         await self._write_config(slot, pool, toml)
         leaf = self._backend.issue_worker(request.worker_uid, self._now())
@@ -147,6 +158,20 @@ class PodWrites:
             PODS,
             paths.key_of(pod),
             lambda current: None if pod_view.protected(current) is held else pod_spec.protection(held=held),
+        )
+
+    async def note_history_cleared(self, pod: Doc) -> None:
+        """Writes that the history in the pod's volume may be read by its next holder.
+
+        Raises:
+            NotFound: The pod is gone.
+        """
+        metadata = {"annotations": {ANNOTATION_HISTORY: None}}
+        await self._mark(
+            self._pods,
+            PODS,
+            paths.key_of(pod),
+            lambda current: metadata if pod_view.has_old_history(current) else None,
         )
 
     async def end(self, slot: Slot, *, hurry: bool = True, grace: int = _GRACE) -> None:

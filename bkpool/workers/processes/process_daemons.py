@@ -12,11 +12,15 @@ from dataclasses import replace
 
 import structlog
 
-from bkpool.core.errors import WorkerFailed
+from bkpool.buildkit import connect
+from bkpool.core.cache_owner import history_ends_with_lease
+from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation
-from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.pool import Pool
+from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
+from bkpool.workers.history import not_cleared
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 from bkpool.workers.processes import process_table
 from bkpool.workers.processes.daemon import Daemon
@@ -79,7 +83,19 @@ class ProcessDaemons:
                 await remove_cache(self._table, entry, self._launcher)
             await assign_owner(self._table, entry, owner)
             async with self._starting:
-                return await self._launch(entry, worker_uid, pool.spec)
+                return await self._launch(entry, worker_uid, pool)
+
+    async def clear_history(self, slot: Slot) -> None:
+        """Clears the build history, or ends buildkitd; see `Daemons`."""
+        entry = self._table.get(slot)
+        async with entry.lock:
+            if entry.daemon is None:
+                return
+            try:
+                await _clear_history(entry.daemon)
+            except (Unavailable, WorkerFailed) as error:
+                log.warning("worker.history_not_cleared", worker=entry.name, reason=error.message)
+                await self.stop_locked(entry)
 
     async def stop(self, slot: Slot, *, at_once: bool = False) -> None:
         """Ends buildkitd in the slot; see `Daemons`."""
@@ -135,9 +151,9 @@ class ProcessDaemons:
         if slot.daemon:
             slot.daemon.release()
 
-    async def _launch(self, slot: ProcessSlot, worker_uid: str, spec: PoolSpec) -> str:
+    async def _launch(self, slot: ProcessSlot, worker_uid: str, pool: Pool) -> str:
         files = slot.files
-        launch = await run_in_thread(self._launcher.prepare, files, spec)
+        launch = await run_in_thread(self._launcher.prepare, files, pool.spec)
         intent = DaemonRecord(worker_uid, process_table.boot_id())
         await run_in_thread(files.write_daemon, intent)
         try:
@@ -148,11 +164,31 @@ class ProcessDaemons:
             if isinstance(error, WorkerFailed):
                 error.hint = error.hint or self._launcher.advice()
             raise
+        await self._begin_history(slot, daemon, pool)
         record = replace(intent, pid=daemon.pid, start_time=daemon.start_time, socket=str(daemon.socket))
         self._register(slot, daemon, worker_uid)
         await run_in_thread(files.write_daemon, record)
         log.info("worker.started", worker=slot.name, pid=daemon.pid)
         return _endpoint(daemon)
+
+    async def _begin_history(self, slot: ProcessSlot, daemon: Daemon, pool: Pool) -> None:
+        """Clears what a cache of the whole pool brings along. The daemon is not known yet, so nobody is connected.
+
+        Raises:
+            WorkerFailed: It could not be cleared. The daemon has ended, and the cache is wiped.
+        """
+        if not history_ends_with_lease(slot.cache.owner if slot.cache else None, pool.uid):
+            return
+        try:
+            await _clear_history(daemon)
+        except BaseException as error:
+            await daemon.stop(self._limits.stop_timeout)
+            slot.files.forget_daemon()
+            self._launcher.clear(slot.files.slot)
+            if not isinstance(error, Unavailable | WorkerFailed):
+                raise
+            await remove_cache(self._table, slot, self._launcher)
+            raise not_cleared(error) from None
 
     def _register(self, slot: ProcessSlot, daemon: Daemon, worker_uid: str) -> None:
         owner = slot.cache.owner if slot.cache else None
@@ -187,6 +223,11 @@ class ProcessDaemons:
             slot.exit_watch.cancel()
             await asyncio.gather(slot.exit_watch, return_exceptions=True)
             slot.exit_watch = None
+
+
+async def _clear_history(daemon: Daemon) -> None:
+    async with connect(_endpoint(daemon)) as client:
+        await history.clear(client)
 
 
 def _endpoint(daemon: Daemon) -> str:
