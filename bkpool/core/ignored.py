@@ -16,6 +16,10 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Egress, Pool, PoolSpec
 
 _FOREIGN_GATEWAY = "/buildkit-controller/gateway"
+OTHER_RESOURCES = "resources.buildkit other than cpu, memory and pids"
+"""In `ignored_here`: these names of requests and limits have no effect."""
+
+_KNOWN_RESOURCES = {"requests": {"cpu", "memory"}, "limits": {"cpu", "memory", "pids"}}
 _INDEX = re.compile(r"\[\d+\]")
 
 
@@ -30,6 +34,8 @@ def ignored_fields(spec: PoolSpec, ignored_here: Collection[str]) -> list[str]:
     found = {path for path, known in _set_fields(spec) if not known or _is_below(path, ignored_here)}
     found |= {f"cache.backends[{n}]" for n, backend in enumerate(spec.cache.backends) if backend.type != "local"}
     found |= set(_of_methods(spec))
+    if OTHER_RESOURCES in ignored_here:
+        found |= set(_other_resources(spec))
     if is_foreign_gateway(spec.gateway_image):
         found.add("gatewayImage")
     if spec.egress is not Egress.OPEN and _is_below("networking.egress", ignored_here):
@@ -49,6 +55,12 @@ def _of_methods(spec: PoolSpec) -> Iterator[str]:
         yield from (f"{path}.{other}" for other in MethodType if other is not method.type and getattr(method, other))
         if method.mtls is not None and not method.mtls.required:
             yield f"{path}.mtls.required"
+
+
+def _other_resources(spec: PoolSpec) -> Iterator[str]:
+    given = spec.resources.buildkit
+    for kind, amounts in (("requests", given.requests), ("limits", given.limits)):
+        yield from (f"resources.buildkit.{kind}.{name}" for name in amounts if name not in _KNOWN_RESOURCES[kind])
 
 
 def _is_below(path: str, stems: Collection[str]) -> bool:

@@ -65,7 +65,7 @@ class ResourceRequirements(Model):
 
 
 class Resources(Model):
-    """The resources of the workers' pods."""
+    """The resources of the workers: of their pods, or of the cgroups of slots."""
 
     buildkit: ResourceRequirements = ResourceRequirements()
 

@@ -20,12 +20,11 @@ GC_DEFAULTS = CacheGC(
 """What a pool's spec gets where it says nothing about collection and the operator neither."""
 
 
-def render(spec: PoolSpec, cgroup_parent: str | None, gc_defaults: CacheGC = GC_DEFAULTS) -> str:
+def render(spec: PoolSpec, gc_defaults: CacheGC = GC_DEFAULTS) -> str:
     """The configuration file of a worker: `spec.buildkitConfig` if that is given, else one with `spec.cache.gc`.
 
     Args:
         spec: The pool's spec.
-        cgroup_parent: The cgroup that holds the containers of this slot; None: buildkitd's own choice.
         gc_defaults: What takes the place of fields that `spec.cache.gc` does not have; it has every size.
 
     Raises:
@@ -40,7 +39,6 @@ def render(spec: PoolSpec, cgroup_parent: str | None, gc_defaults: CacheGC = GC_
         "disabled = true",
         "",
         "[worker.oci]",
-        *([f'defaultCgroupParent = "{cgroup_parent}"'] if cgroup_parent else []),
         *_collection(spec.cache.gc, gc_defaults),
     ]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,8 @@ Each set has paths below `spec`; everything below a path counts as well.
 
 from __future__ import annotations
 
+from bkpool.core.ignored import OTHER_RESOURCES
+
 _POOL_GATEWAY_FIELDS = (
     "gatewayImage",
     "networking.serviceType",
@@ -29,6 +31,6 @@ IGNORED_WITH_HOST_GATEWAY = frozenset((*IGNORED_IN_CLUSTER, *_POOL_GATEWAY_FIELD
 """Workers are pods, and the gateway runs outside the cluster."""
 
 IGNORED_BY_PROCESSES = frozenset(
-    (*_POOL_GATEWAY_FIELDS, "resources", "buildkitImage", "auth.methods[].token.secretRef", "networking.egress")
+    (*_POOL_GATEWAY_FIELDS, OTHER_RESOURCES, "buildkitImage", "auth.methods[].token.secretRef", "networking.egress")
 )
 """Workers are processes. A local cache (`cache.backends`) is not in this set: every slot keeps its cache anyway."""

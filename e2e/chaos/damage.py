@@ -93,7 +93,8 @@ class ProcessDamage:
         yield from (f"process {pid} of a worker" for pid in self._appliance.daemons())
         yield from (f"the appliance, process {pid}" for pid in _appliances(home))
         yield from (f"the mount {line.split()[4]}" for line in _mounts() if str(home) in line)
-        yield from (f"the cgroup {path}" for path in Path("/sys/fs/cgroup").glob(f"**/bkpool/{home_digest(home)}-*"))
+        name = f"bkpool-{home_digest(home)}"
+        yield from (f"the cgroup {top}/{name}" for top, names, _ in os.walk("/sys/fs/cgroup") if name in names)
         if sockets.exists():
             yield f"the directory {sockets}"
         self._appliance.down("--purge").ok()

@@ -13,7 +13,7 @@ from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUST
 PODS = {
     "buildkitImage": "moby/buildkit:rootless",
     "gatewayImage": "registry.example.com/bkpool:1",
-    "resources": {"buildkit": {"limits": {"cpu": 2, "memory": "4Gi"}}},
+    "resources": {"buildkit": {"limits": {"cpu": 2, "memory": "4Gi", "example.com/gpu": 1}, "requests": {"pids": 5}}},
     "networking": {"external": {"hostname": "build.example.com"}, "allowedCIDRs": ["10.0.0.0/8"]},
     "gateway": {"tokenTTL": "2h", "replicas": 3, "port": 443, "resources": {"cpu": "500m"}},
     "cache": {"backends": [{"type": "local", "local": {"size": "5Gi"}}]},
@@ -27,13 +27,15 @@ AT_THE_GATEWAY = [
     "networking.external.hostname",
 ]
 
+NO_LIMITS_OF_PROCESSES = ["resources.buildkit.limits.example.com/gpu", "resources.buildkit.requests.pids"]
+
 
 @pytest.mark.parametrize(
     ("ignored_here", "expected"),
     [
         (IGNORED_IN_CLUSTER, []),
         (IGNORED_WITH_HOST_GATEWAY, AT_THE_GATEWAY),
-        (IGNORED_BY_PROCESSES, sorted(["buildkitImage", "resources.buildkit.limits", *AT_THE_GATEWAY])),
+        (IGNORED_BY_PROCESSES, sorted(["buildkitImage", *NO_LIMITS_OF_PROCESSES, *AT_THE_GATEWAY])),
     ],
 )
 def test_fields_that_a_runtime_does_not_read_are_named_with_their_full_path(ignored_here, expected):

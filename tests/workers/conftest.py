@@ -14,10 +14,24 @@ from bkpool.workers.processes.sandbox import Binaries
 _PROGRAM = r"""
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 int main(int argc, char **argv) {
     printf("the step runs\n");
     fflush(stdout);
+    if (argc > 1 && !strcmp(argv[1], "forks")) {
+        int n = 0;
+        for (; n < 300; n++) { int pid = fork(); if (pid < 0) break; if (!pid) { pause(); return 0; } }
+        printf("%d forks\n", n);
+        return 0;
+    }
+    if (argc > 1 && !strcmp(argv[1], "memory")) {
+        size_t size = 256 << 20;
+        volatile char *taken = malloc(size);
+        for (size_t at = 0; at < size; at += 4096) taken[at] = 1;
+        printf("took the memory\n");
+        return 0;
+    }
     if (argc > 1) { fork(); setsid(); sleep(atoi(argv[1])); }
     return 0;
 }
@@ -31,7 +45,10 @@ def binaries(buildkitd: Path, runc: Path, rootlesskit: Path) -> Binaries:
 
 @pytest.fixture(scope="session")
 def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A static program for RUN steps, so that no build needs a registry; with an argument it forks and sleeps."""
+    """A static program for RUN steps, so that no build needs a registry.
+
+    It forks 300 times (`forks`), takes 256 MiB (`memory`), or forks and sleeps for a number of seconds.
+    """
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler to make a static program for RUN steps")

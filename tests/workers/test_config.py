@@ -11,14 +11,13 @@ from bkpool.workers.config import render
 
 
 def oci(**gc) -> dict[str, object]:
-    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))), "/bkpool/slot")
+    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))))
     assert "gckeepstorage" not in text.lower()
     return tomllib.loads(text)["worker"]["oci"]
 
 
 def test_every_size_has_a_unit_also_without_settings_of_the_pool():
     assert oci() == {
-        "defaultCgroupParent": "/bkpool/slot",
         "gc": True,
         "reservedSpace": "1GB",
         "maxUsedSpace": "10GB",
@@ -46,7 +45,7 @@ OPERATORS = CacheGC(keep_storage="40%", reserved_space="3 GB", min_free_space="7
 
 
 def operators(**gc) -> dict[str, object]:
-    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))), None, OPERATORS)
+    text = render(PoolSpec(cache=Cache(gc=CacheGC(**gc))), OPERATORS)
     return tomllib.loads(text)["worker"]["oci"]
 
 
@@ -65,28 +64,24 @@ def test_a_pool_may_say_that_the_age_does_not_matter():
     assert "gcpolicy" not in oci(keep_duration=timedelta())
 
 
-def test_a_pod_keeps_its_containers_in_its_own_cgroup():
-    assert "defaultCgroupParent" not in render(PoolSpec(), None)
-
-
 def test_collection_can_be_switched_off():
-    assert oci(enabled=False) == {"defaultCgroupParent": "/bkpool/slot", "gc": False}
+    assert oci(enabled=False) == {"gc": False}
 
 
 def test_a_file_of_the_user_is_used_as_it_is():
     own = '# mine\n[registry."docker.io"]\nmirrors = ["mirror.example"]\n'
-    assert render(PoolSpec(buildkit_config=own), "/bkpool/slot") == own
+    assert render(PoolSpec(buildkit_config=own)) == own
 
 
 def test_tls_on_a_workers_socket_is_refused_with_the_field():
     with pytest.raises(WorkerFailed, match=r"\[grpc.tls\]") as failure:
-        render(PoolSpec(buildkit_config='[grpc.tls]\ncert = "x"'), "/bkpool/slot")
+        render(PoolSpec(buildkit_config='[grpc.tls]\ncert = "x"'))
     assert failure.value.field == "spec.buildkitConfig"
 
 
 def test_an_untrusted_pools_builds_get_no_more_rights():
     own = 'insecure-entitlements = ["security.insecure"]\n'
-    assert render(PoolSpec(buildkit_config=own), None) == own
+    assert render(PoolSpec(buildkit_config=own)) == own
     with pytest.raises(WorkerFailed, match="untrusted pool") as failure:
-        render(PoolSpec(buildkit_config=own, untrusted=True), None)
+        render(PoolSpec(buildkit_config=own, untrusted=True))
     assert failure.value.field == "spec.buildkitConfig"

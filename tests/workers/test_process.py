@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -40,8 +41,8 @@ def mounts() -> str:
 
 
 def container_cgroups(home: Path) -> list[Path]:
-    ours = f"bkpool/{home_digest(home)}-*/buildkit/*"
-    return [found for root in ("", "*/") for found in Path("/sys/fs/cgroup").glob(root + ours) if found.is_dir()]
+    ours = re.compile(rf"/bkpool-{home_digest(home)}/[^/]+/buildkit/[^/]+$")
+    return [Path(top) for top, _, _ in os.walk("/sys/fs/cgroup") if ours.search(top)]
 
 
 def temporary(pid: int) -> Path:

@@ -83,7 +83,7 @@ class PodWrites:
         """
         slot, pool = request.slot, request.pool
         # These may raise, so before the first write.
-        pod, toml = pod_spec.pod(request), render(pool.spec, None, self._gc_defaults)
+        pod, toml = pod_spec.pod(request), render(pool.spec, self._gc_defaults)
         if pod_spec.has_user_namespace(pod):
             await self._require_user_namespaces(pod)
         if (local := pool.spec.local_cache) is not None:

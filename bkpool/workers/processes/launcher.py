@@ -18,8 +18,11 @@ from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
 from bkpool.workers import config
 from bkpool.workers.processes import process_table, socket_directory
+from bkpool.workers.processes.cgroup_entry import entering, mount_table
+from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.daemon import MARK, Launch
-from bkpool.workers.processes.sandbox import Sandbox, remove_cgroups
+from bkpool.workers.processes.sandbox import Sandbox
+from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 
 
@@ -42,6 +45,7 @@ class Launcher:
         self._sandbox = sandbox
         self._gc_defaults = gc_defaults
         self._digest = runtime_directory.home_digest(home)
+        self._cgroups = SlotCgroups(self._digest)
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
         """Makes the files and directories for a start, and returns the command.
@@ -53,7 +57,7 @@ class Launcher:
         self._sandbox.check()
         socket_directory.check_slot_directory(self._runtime_dir, files.slot)
         runtime_directory.claim(self._runtime_dir)
-        self.clear(files.slot)
+        self.clear(files)
         sockets = self._sockets(files.slot)
         with as_host_fault(sockets):
             sockets.mkdir(mode=0o700)
@@ -63,7 +67,7 @@ class Launcher:
         temporary = sockets / "tmp"
         with as_host_fault(temporary):
             temporary.symlink_to(files.scratch)
-        files.write_config(config.render(spec, self._cgroup(files.slot), self._gc_defaults))
+        files.write_config(config.render(spec, self._gc_defaults))
         files.rotate_log()
         socket = sockets / "buildkitd.sock"
         binaries = self._sandbox.binaries
@@ -78,18 +82,19 @@ class Launcher:
             f"--oci-worker-binary={binaries.runc}",
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
-        wrapped = self._sandbox.wrap(command, sockets / "rootlesskit")
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
-        return Launch(wrapped, self._sandbox.environment(files.empty_home, **more), socket, files.log)
+        environment = self._sandbox.environment(files.empty_home, **more)
+        return Launch(self._confine(command, files, spec), environment, socket, files.log)
 
-    def clear(self, slot: Slot) -> None:
-        """Removes what an ended daemon leaves outside of its cache: sockets and cgroups."""
+    def clear(self, files: SlotFiles) -> None:
+        """Removes what an ended daemon leaves outside of its cache: sockets and cgroups. It may take 0.1 s."""
         for directory in self._directories():
-            shutil.rmtree(socket_directory.slot_directory(directory, slot), ignore_errors=True)
-        remove_cgroups(self._cgroup(slot))
+            shutil.rmtree(socket_directory.slot_directory(directory, files.slot), ignore_errors=True)
+        self._cgroups.remove(files.cgroups)
 
     def close(self) -> None:
-        """Removes the directories of the sockets that are empty."""
+        """Removes the directories of the sockets that are empty, and the cgroups."""
+        self._cgroups.close()
         for directory in self._directories():
             with suppress(OSError):
                 directory.rmdir()
@@ -128,6 +133,15 @@ class Launcher:
         """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
         return self._sandbox.advice()
 
+    def _confine(self, command: Sequence[str], files: SlotFiles, spec: PoolSpec) -> list[str]:
+        """The command in namespaces, in the cgroups of its slot."""
+        sockets, separate = self._sockets(files.slot), not self._sandbox.rootless
+        mounts = sockets / "cgroups.fstab"
+        mounts.write_text(mount_table(self._cgroups.hierarchies))
+        slots = self._cgroups.make(files.cgroups, _cgroup(files.slot), Limits.of(spec.resources.buildkit))
+        wrapped = self._sandbox.wrap(command, sockets / "rootlesskit", mounts)
+        return entering(wrapped, slots, self._cgroups.oom_score_adj, separate=separate)
+
     def _directories(self) -> list[Path]:
         """The directories of sockets that are ours at this moment. In /tmp, another user can make the others."""
         return [path for path in (self._runtime_dir, *self._former_dirs) if runtime_directory.is_private(path)]
@@ -138,5 +152,6 @@ class Launcher:
     def _mark(self, slot: Slot) -> str:
         return f"{self._digest}/{slot.namespace}/{slot.pool}/{slot.number}"
 
-    def _cgroup(self, slot: Slot) -> str:
-        return f"/bkpool/{self._mark(slot).replace('/', '-')}"
+
+def _cgroup(slot: Slot) -> str:
+    return f"{slot.namespace}.{slot.pool}.{slot.number}"  # a name of Kubernetes' has no dot

@@ -131,7 +131,7 @@ class ProcessDaemons:
             slot.daemon = None
             slot.files.forget_daemon()
             log.info("worker.stopped", worker=slot.name, pid=daemon.pid)
-        self._launcher.clear(slot.files.slot)
+        await run_in_thread(self._launcher.clear, slot.files)
         if slot.observation:
             slot.observation = None
             self._table.changed()
@@ -160,7 +160,7 @@ class ProcessDaemons:
             daemon = await Daemon.start(launch, self._limits.start_timeout)
         except BaseException as error:
             files.forget_daemon()
-            self._launcher.clear(files.slot)
+            await run_in_thread(self._launcher.clear, files)
             if isinstance(error, WorkerFailed):
                 error.hint = error.hint or self._launcher.advice()
             raise
@@ -184,7 +184,7 @@ class ProcessDaemons:
         except BaseException as error:
             await daemon.stop(self._limits.stop_timeout)
             slot.files.forget_daemon()
-            self._launcher.clear(slot.files.slot)
+            await run_in_thread(self._launcher.clear, slot.files)
             if not isinstance(error, Unavailable | WorkerFailed):
                 raise
             await remove_cache(self._table, slot, self._launcher)

@@ -23,7 +23,7 @@ from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.process_caches import ProcessCaches
 from bkpool.workers.processes.process_daemons import ProcessDaemons
 from bkpool.workers.processes.sandbox import Binaries, Sandbox
-from bkpool.workers.processes.slot_cache import remove_cache
+from bkpool.workers.processes.slot_cache import remove_cache, run_in_thread
 from bkpool.workers.processes.slot_files import CacheState, slots_directory, slots_on_disk
 from bkpool.workers.processes.slots import ProcessSlot, SlotTable
 
@@ -97,7 +97,7 @@ class ProcessRuntime:
         """Completes what a crash has left undone in a slot without a daemon."""
         async with slot.lock:
             slot.files.forget_daemon()
-            self._launcher.clear(slot.files.slot)
+            await run_in_thread(self._launcher.clear, slot.files)
             if slot.cache and slot.cache.state is CacheState.WIPING:
                 try:
                     await remove_cache(self._table, slot, self._launcher)

@@ -96,6 +96,11 @@ class SlotFiles:
         return self.directory / "home"
 
     @property
+    def cgroups(self) -> Path:
+        """The record of the slot's cgroups, while it has any."""
+        return self.directory / "cgroups.json"
+
+    @property
     def config(self) -> Path:
         """The configuration of the last start."""
         return self.directory / "buildkitd.toml"
