@@ -54,7 +54,7 @@ def make_app(service: Service, metrics: ApiMetrics) -> web.Application:
 
 def _handler(route: ApiRoute) -> Handler:
     async def respond(request: web.Request) -> web.StreamResponse:
-        with audited(route.action, request.remote) as trail:
+        with audited(route.action, request.remote or "local socket") as trail:
             answer = await route.handler(request, trail)
         return web.json_response(text=answer.model_dump_json(by_alias=True, exclude_none=True))
 

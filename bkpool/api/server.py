@@ -1,11 +1,13 @@
 """Serves HTTP with aiohttp, and answers requests that are not valid HTTP.
 
-aiohttp itself would log such a request and send it back, including a credential in it.
+aiohttp itself would log such a request and send it back, including a credential in it. Only the user of this process
+and root are served on a Unix socket.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,6 +16,7 @@ from aiohttp import web
 
 from bkpool.api.error_responses import error_response, internal_error
 from bkpool.core.errors import BkpoolError, InvalidInput
+from bkpool.home import local_socket
 from bkpool.identity.access import LONGEST_BEARER
 
 log = structlog.get_logger(__name__)
@@ -29,6 +32,16 @@ _SETTINGS: dict[str, Any] = {
 
 
 class _Protocol(web.RequestHandler):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Hangs up on a foreign user of the Unix socket. Its mode and its directory keep them out, too."""
+        super().connection_made(transport)
+        connected = transport.get_extra_info("socket")
+        if connected.family == socket.AF_UNIX:
+            uid = local_socket.peer_uid(connected)
+            if not local_socket.may_connect(uid):
+                log.warning("api.local_peer_refused", uid=uid)
+                self.force_close()
+
     def handle_error(
         self,
         request: web.BaseRequest,

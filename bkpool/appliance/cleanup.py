@@ -6,9 +6,11 @@ Both hold the home's lock, so they never touch an appliance that runs.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
+from bkpool.home import local_socket
 from bkpool.home.files import as_host_fault
 from bkpool.home.lock import HomeLock
 from bkpool.kind.engine import Engine
@@ -83,6 +85,7 @@ async def _purge_workers(home: Path, tools: Toolchain) -> None:
     runtime = ProcessRuntime(home, Binaries.found(tools.find))
     await runtime.adopt()
     await runtime.purge()
+    local_socket.remove(home, os.environ)
 
 
 async def _stop_workers(home: Path, tools: Toolchain) -> int:
@@ -90,4 +93,5 @@ async def _stop_workers(home: Path, tools: Toolchain) -> int:
     await runtime.adopt()
     count = len(runtime.daemons.observe())
     await runtime.close(stop_workers=True)
+    local_socket.remove(home, os.environ)
     return count

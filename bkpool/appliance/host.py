@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -32,6 +33,7 @@ from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
 from bkpool.gateway.control.server import default_threads
+from bkpool.home import local_socket
 from bkpool.home.files import private_directory, write_private
 from bkpool.identity.admin_token import AdminTokenAuthenticator, load_or_create
 from bkpool.store.mirror import Mirror
@@ -77,14 +79,18 @@ class HostAppliance:
             connections=lambda pool: gateway.metrics.active(pool.key.name),
             unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
         )
-        api = await open_api(stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs)
+        local = local_socket.prepare(home, os.environ)
+        stack.callback(local_socket.remove, home, os.environ)
+        api = await open_api(
+            stack, context, state, admin=admin, sources=sources, extra_configs=dev_configs, local=local
+        )
         where = self._options.where("metrics.address")
         metrics = await serve(stack, metrics_app(context.registry), self._settings.metrics.address, where)
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
         stack.push_async_callback(self._drain, context, gateway, mirror)
         stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
-        description = self._describe(context, api, endpoint, metrics)
+        description = self._describe(context, api, local, endpoint, metrics)
         write_private(home / "appliance.json", json.dumps(description).encode())
         log.info("appliance.ready", **description)
         report(description)
@@ -156,7 +162,9 @@ class HostAppliance:
         if busy and not context.shutdown.forced.is_set():
             await context.shutdown.pause(self._settings.appliance.release_grace.total_seconds())
 
-    def _describe(self, context: RoleContext, api: ApiRole, endpoint: str, metrics: str) -> dict[str, Any]:
+    def _describe(
+        self, context: RoleContext, api: ApiRole, local: Path, endpoint: str, metrics: str
+    ) -> dict[str, Any]:
         """What `appliance.json` says."""
         options = self._options
         return {
@@ -164,6 +172,7 @@ class HostAppliance:
             "backend": self._backend_name,
             "version": __version__,
             "apiEndpoint": f"{options.api_scheme}://{api.address}",
+            "apiSocket": str(local),
             **api.tls_description,
             "gatewayEndpoint": endpoint,
             "metricsEndpoint": f"http://{metrics}/metrics",

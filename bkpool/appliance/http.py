@@ -5,12 +5,14 @@ It knows no route of the API.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import socket
 import ssl
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -18,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from bkpool.api import open_runner
 from bkpool.appliance.run_options import Address
 from bkpool.core.errors import HostFault
+from bkpool.home.files import as_host_fault
 
 
 async def serve(
@@ -26,6 +29,8 @@ async def serve(
     address: Address,
     where: str,
     ssl_context: ssl.SSLContext | None = None,
+    *,
+    local: Path | None = None,
 ) -> str:
     """Serves an application until the stack is closed. A caller who closes the connection cancels their request.
 
@@ -35,12 +40,13 @@ async def serve(
         address: Where; port 0 takes a free port.
         where: What gave the address, for error messages: an option, a variable or a place in a file.
         ssl_context: Serves over TLS if given.
+        local: Also serves on this Unix socket, without TLS. Nobody else can make or use files in its directory.
 
     Returns:
         The address that is served, as host:port for a URL.
 
     Raises:
-        HostFault: `PortTaken`, or the address cannot be used.
+        HostFault: `PortTaken`, or the address or the socket cannot be used.
     """
     runner = await open_runner(stack, app, shutdown_timeout=2)
     host, port = address
@@ -59,6 +65,10 @@ async def serve(
             hint="Choose a port above 1023." if forbidden else "Choose an address of this machine.",
         ) from None
     bound = runner.addresses[0]
+    if local is not None:
+        with as_host_fault(local):
+            await web.UnixSite(runner, local, backlog=512).start()
+            await asyncio.to_thread(local.chmod, 0o600)
     return f"{url_host(bound[0])}:{bound[1]}"
 
 

@@ -1,7 +1,7 @@
 """The API's client, on the standard library alone so that a command starts fast.
 
-It follows no redirect and uses no proxy: the bearer token goes to the endpoint of the user and nowhere else.
-credentials.py chooses the token.
+It follows no redirect and uses no proxy: the bearer token goes to the endpoint of the user and nowhere else. The
+admin's token goes to the local socket of the home's appliance only. credentials.py chooses the token.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import socket
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from threading import Timer
 from typing import Any, NamedTuple
-from urllib.parse import SplitResult, quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
-from bkpool.cli import api_errors, console, credentials, home
+from bkpool.cli import api_connection, api_errors, console, credentials, endpoints, home
 from bkpool.cli.places import where
 from bkpool.cli.threads import in_thread
 from bkpool.core import errors
-from bkpool.core.errors import InvalidInput, Unavailable
+from bkpool.core.errors import Unavailable
 from bkpool.core.names import API_PORT
 
-CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 30.0
 """Seconds, in addition to the time for which a call may wait by its nature."""
 GIVE_UP_TIMEOUT = 5.0
@@ -49,24 +48,37 @@ class Client:
     """One caller of one appliance. Each call uses a new connection.
 
     Args:
-        endpoint: The appliance; by default $BKCTL_ENDPOINT, else the appliance that runs here.
         claims: Who the caller wants to be, where there is a development issuer.
+        only_here: Calls the appliance that runs from this home, whatever $BKCTL_ENDPOINT says.
     """
 
-    def __init__(self, endpoint: str = "", claims: credentials.RequestedClaims | None = None) -> None:
+    def __init__(self, claims: credentials.RequestedClaims | None = None, *, only_here: bool = False) -> None:
         """Finds the endpoint and the credential: first in the environment, then from the appliance that runs here.
 
         Raises:
             InvalidInput: An environment variable is not valid; the message names it.
         """
         appliance = home.running()
-        given = endpoint or os.environ.get("BKCTL_ENDPOINT", "")
+        given = "" if only_here else os.environ.get("BKCTL_ENDPOINT", "")
+        own = endpoints.parse(appliance.api) if appliance else None
+        url = endpoints.parse(given) if given else own or endpoints.parse(f"http://localhost:{API_PORT}")
         self._is_guess = not given and appliance is None
-        self.endpoint = given or (appliance.api if appliance else f"http://localhost:{API_PORT}")
-        self._url = _parsed(self.endpoint)
-        self._is_local = appliance is not None and appliance.is_at(self._url)
+        self._is_local = own is not None and endpoints.same(url, own)
         self._credential = credentials.find(appliance, claims, local=self._is_local)
-        self._tls = _tls_context(appliance if self._is_local else None) if self._url.scheme == "https" else None
+        # A user who names an endpoint and a token gets that endpoint. All else that is meant for the appliance here
+        # goes over its socket, where nobody can listen in or answer in its place.
+        chosen = bool(given) and credentials.explicit() is not None
+        self._socket = appliance.socket if appliance and self._is_local and not chosen else None
+        self._url = url
+        self._address = endpoints.address(url, own)
+        self.endpoint = str(self._socket or url.text)
+        self._tls = None
+        if url.scheme == "https" and self._socket is None:
+            self._tls = api_connection.tls_context(appliance.described if appliance and self._is_local else {})
+        if given and url.crosses_in_clear:
+            console.note_once(
+                f"warning: BKCTL_ENDPOINT: tokens cross the network in clear to {given}; use https:// if it can"
+            )
         self._connection: http.client.HTTPConnection | None = None
         self._request_sent = False
         self._giving_up: Timer | None = None
@@ -75,7 +87,7 @@ class Client:
 
     def allocate(self, request: dict[str, Any], *, wait: float) -> dict[str, Any]:
         """Leases a worker; returns when it is ready, or fails after `wait` seconds."""
-        gateway = _given_gateway()
+        gateway = endpoints.gateway(os.environ)
         lease = self._call(
             "POST", "/api/v1/workers/allocate", request, self._credential, timeout=wait + ANSWER_TIMEOUT
         )
@@ -99,7 +111,7 @@ class Client:
         """Whether the bearer of a token may use a pool, and why. The admin of this machine gets more details."""
         body = {"token": token, "poolName": pool, "namespace": namespace}
         options = {**api_errors.OPTIONS, "token": "--token-file"}
-        admin = credentials.admin() if self._is_local else None
+        admin = credentials.admin() if self._socket else None
         return self._call("POST", "/api/v1/auth/check", body, admin, options=options)
 
     def pools(self) -> dict[str, Any]:
@@ -162,6 +174,8 @@ class Client:
     ) -> dict[str, Any]:
         """One call. If the credential is refused and there is a newer one, the call is repeated once."""
         self._request_sent, self._giving_up = False, None
+        if credential and credential.only_local and self._socket is None:
+            raise _no_local_socket()
         token = credential.bearer() if credential else None
         try:
             return self._exchange(method, path, body, timeout, token, options)
@@ -193,9 +207,8 @@ class Client:
             in_thread(connection.connect)  # no signal interrupts the look-up of the name
             self._request_sent = True
             connection.sock.settimeout(timeout)
-            connection.request(
-                method, self._url.path.rstrip("/") + path, json.dumps(body) if body is not None else None, headers
-            )
+            before = "" if self._socket else self._url.path
+            connection.request(method, before + path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
             answer = response.read(_MAX_ANSWER)
             if response.length:  # read(n) may return less without an error
@@ -209,12 +222,11 @@ class Client:
             connection.close()
 
     def _connect(self) -> http.client.HTTPConnection:
-        host, port = self._url.hostname or "", self._url.port
-        if self._tls is None:
-            return http.client.HTTPConnection(host, port or http.client.HTTP_PORT, timeout=CONNECT_TIMEOUT)
-        return http.client.HTTPSConnection(
-            host, port or http.client.HTTPS_PORT, timeout=CONNECT_TIMEOUT, context=self._tls
-        )
+        if self._socket is not None:
+            dial = partial(api_connection.dial_local, self._socket, home.home())
+            return api_connection.ApiConnection("localhost", http.client.HTTP_PORT, dial)
+        dial = partial(api_connection.dial_tcp, self._address, self._url.port)
+        return api_connection.ApiConnection(self._url.host, self._url.port, dial, self._tls)
 
     def _read(self, status: int, body: bytes, options: Mapping[str, str]) -> dict[str, Any]:
         try:
@@ -238,15 +250,18 @@ class Client:
 
     def _unreachable(self, error: Exception) -> Unavailable:
         if isinstance(error, ssl.SSLError):
+            hint = "Name the file with the CA to trust in BKCTL_TLS_CA_CERT."
+            if not self._url.has_scheme:
+                hint += " Without http:// before it, BKCTL_ENDPOINT means https."
             return Unavailable(
                 f"no TLS connection to {self.endpoint}: {getattr(error, 'verify_message', '') or error.reason}",
-                hint="Name the file with the CA to trust in BKCTL_TLS_CA_CERT.",
+                hint=hint,
             )
         if isinstance(error, TimeoutError):
             return Unavailable(f"{self.endpoint} did not answer in time", hint="`bkpool logs` shows its log.")
         if isinstance(error, socket.gaierror):
             return Unavailable(f"{self.endpoint}: there is no host of this name", hint="Check BKCTL_ENDPOINT.")
-        if isinstance(error, ConnectionRefusedError):
+        if isinstance(error, ConnectionRefusedError | FileNotFoundError):
             return Unavailable(
                 f"no appliance answers at {self.endpoint}",
                 hint="Start it with `bkpool up -d`, or set BKCTL_ENDPOINT.",
@@ -259,51 +274,6 @@ class Client:
         return Unavailable(f"{self.endpoint} cannot be reached: {getattr(error, 'strerror', None) or error}")
 
 
-def _parsed(endpoint: str) -> SplitResult:
-    problem = "is not of the form http://host:port"
-    try:
-        url = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
-        valid = url.scheme in {"http", "https"} and bool(url.hostname) and (url.port is None or url.port > 0)
-    except ValueError:
-        valid = False
-    if valid and (
-        url.username is not None or url.query or url.fragment or not endpoint.isprintable() or " " in endpoint
-    ):
-        # Messages show the endpoint, so it must not have a password in it.
-        raise InvalidInput(
-            "BKCTL_ENDPOINT: has more than scheme, host, port and path",
-            hint="Write http://host:port, and put the credential into BKCTL_TOKEN.",
-            field="BKCTL_ENDPOINT",
-        )
-    if not valid:
-        raise InvalidInput(
-            f"BKCTL_ENDPOINT: {endpoint[:80]!r} {problem}", hint="Write http://host:port.", field="BKCTL_ENDPOINT"
-        )
-    return url
-
-
-def _given_gateway() -> str:
-    """The endpoint of the gateway that the user gives in place of the answer's; empty if there is none.
-
-    Raises:
-        InvalidInput: buildx cannot connect to it.
-    """
-    given = os.environ.get("BKCTL_GATEWAY_ENDPOINT", "")
-    try:
-        url = urlsplit(given if "://" in given else f"tcp://{given}")
-        bare = not (url.path or url.query or url.fragment or url.username is not None)
-        valid = bare and url.scheme == "tcp" and bool(url.hostname) and bool(url.port)
-    except ValueError:
-        valid = False
-    if given and not (valid and given.isprintable() and " " not in given):
-        raise InvalidInput(
-            f"BKCTL_GATEWAY_ENDPOINT: {given[:80]!r} is not of the form tcp://HOST:PORT",
-            hint="Write it as in tcp://builds.example:1235.",
-            field="BKCTL_GATEWAY_ENDPOINT",
-        )
-    return given
-
-
 def _shut(sock: socket.socket | None, direction: int) -> None:
     """Closes one direction of a connection, or both. Does nothing if it is closed already."""
     if sock is not None:
@@ -312,44 +282,9 @@ def _shut(sock: socket.socket | None, direction: int) -> None:
             socket.socket.shutdown(sock, direction)
 
 
-def _tls_context(own: home.Appliance | None) -> ssl.SSLContext:
-    """The TLS settings of calls. An appliance of this home has recorded which certificate or CA to trust."""
-    described = own.described if own else {}
-    given, pinned = os.environ.get("BKCTL_TLS_CA_CERT"), described.get("apiCert")
-    ca = given or described.get("apiCa")
-    try:
-        context = _pinned(Path(pinned)) if pinned and not given else ssl.create_default_context(cafile=ca or None)
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        source = "BKCTL_TLS_CA_CERT" if given or not own else "appliance.json"
-        raise InvalidInput(
-            f"{source}: {ca or pinned!r} is not a readable file of PEM certificates "
-            f"({getattr(error, 'strerror', None) or error})",
-            hint="Name the file with the CA's certificate in BKCTL_TLS_CA_CERT.",
-            field=source,
-        ) from None
-    if _flag("BKCTL_TLS_SKIP_VERIFY"):
-        console.note("note: BKCTL_TLS_SKIP_VERIFY is set: any server that answers is taken for the appliance.")
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _pinned(file: Path) -> ssl.SSLContext:
-    """Trusts only the certificate that the appliance here was given, under any name."""
-    first, end, _ = file.read_text("ascii", "replace").partition("-----END CERTIFICATE-----")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    context.load_verify_locations(cadata=first + end)
-    return context
-
-
-def _flag(variable: str) -> bool:
-    value = os.environ.get(variable, "").lower()
-    if value in {"1", "true", "yes", "on"}:
-        return True
-    if value in {"", "0", "false", "no", "off"}:
-        return False
-    raise InvalidInput(
-        f"{variable}: {value[:40]!r} is neither true nor false", hint="Set it to 1 or 0.", field=variable
+def _no_local_socket() -> Unavailable:
+    return Unavailable(
+        "the appliance of this home has no local socket, because an older bkpool started it; the admin's token "
+        "is sent nowhere else",
+        hint="Restart it: bkpool down, then bkpool up -d. Or set BKCTL_TOKEN.",
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from threading import Lock, Timer
 from time import monotonic
 from types import TracebackType
@@ -45,6 +46,12 @@ def table(
 def note(text: str) -> None:
     """Writes a line beside the answer."""
     click.echo(text, err=True)
+
+
+@cache
+def note_once(text: str) -> None:
+    """Writes a line beside the answer; the same line only once in this process."""
+    note(text)
 
 
 def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], RenderableType | str]) -> None:

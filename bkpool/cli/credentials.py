@@ -1,6 +1,7 @@
 """Which bearer token goes to which appliance: the one that the user gives, else the one of the platform.
 
-The token of the admin goes to the appliance of this home only. A token is never shown and never in a command line.
+The admin's token goes to the appliance of this home only, over its local socket. No token is shown, or stands in
+a command line.
 """
 
 from __future__ import annotations
@@ -47,10 +48,14 @@ class Credential:
         name: Where the token comes from, for errors.
         fetch: Gets a token.
         cached: Whether a token is used until it expires, because fetching is slow; else each call fetches it.
+        only_local: Whether it may be sent to nothing but the local socket of the appliance here.
     """
 
-    def __init__(self, name: str, fetch: Callable[[], str], *, cached: bool = False) -> None:
+    def __init__(
+        self, name: str, fetch: Callable[[], str], *, cached: bool = False, only_local: bool = False
+    ) -> None:
         self.name = name
+        self.only_local = only_local
         self._fetch = fetch
         self._cached = cached
         self._token: str | None = None
@@ -100,7 +105,7 @@ def find(
     Raises:
         InvalidInput: An environment variable is not valid; the message names it.
     """
-    given = _explicit()
+    given = explicit()
     if claims and claims.options():
         variable = os.environ.get(ISSUER_VARIABLE)
         issuer = variable or (appliance.dev_issuer if appliance and local else None)
@@ -112,10 +117,24 @@ def find(
     return (admin() if local else None) or _from_platform()
 
 
+def explicit() -> Credential | None:
+    """The token that the user gives, which comes before all others; None if there is none.
+
+    Raises:
+        InvalidInput: It is not a token.
+    """
+    if token := os.environ.get(EXPLICIT_VARIABLES[0], "").strip():
+        checked(token, EXPLICIT_VARIABLES[0])
+        return Credential(EXPLICIT_VARIABLES[0], lambda: token)
+    if file := os.environ.get(EXPLICIT_VARIABLES[1]):
+        return Credential(EXPLICIT_VARIABLES[1], lambda: read(Path(file), EXPLICIT_VARIABLES[1]))
+    return None
+
+
 def admin() -> Credential | None:
-    """The admin token of this home, for its appliance only; None where this user may not read it."""
+    """The admin token of this home, for its appliance's socket only; None where this user may not read it."""
     token = home.admin_token()
-    return Credential("admin.token", lambda: token) if token else None
+    return Credential("admin.token", lambda: token, only_local=True) if token else None
 
 
 def expires_soon(token: str, now: float) -> bool:
@@ -148,16 +167,6 @@ def checked(token: str, variable: str) -> str:
         else "has characters that a bearer token cannot have"
     )
     raise InvalidInput(f"{variable}: {problem if token else 'holds no token'}", hint=_FIX, field=variable)
-
-
-def _explicit() -> Credential | None:
-    """The token that the user gives; it comes before all others."""
-    if token := os.environ.get(EXPLICIT_VARIABLES[0], "").strip():
-        checked(token, EXPLICIT_VARIABLES[0])
-        return Credential(EXPLICIT_VARIABLES[0], lambda: token)
-    if file := os.environ.get(EXPLICIT_VARIABLES[1]):
-        return Credential(EXPLICIT_VARIABLES[1], lambda: read(Path(file), EXPLICIT_VARIABLES[1]))
-    return None
 
 
 def _from_platform() -> Credential | None:

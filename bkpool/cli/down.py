@@ -124,7 +124,7 @@ def _waiting_for() -> str | None:
     """How many connections are open, in words; None if there are none or the API does not answer."""
     appliance = home.running()
     try:
-        pools = Client(appliance.api).pools()["pools"] if appliance else []
+        pools = Client(only_here=True).pools()["pools"] if appliance else []
         open_now = sum(int(pool["connections"]) for pool in pools)
     except (BkpoolError, KeyError, TypeError, ValueError):
         return None

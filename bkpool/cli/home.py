@@ -10,10 +10,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import LOOPBACK
 from bkpool.home.lock import holder
 
 
@@ -52,11 +50,11 @@ class Appliance:
         """The URL of its development issuer, where it runs one."""
         return self.described.get("devIssuer")
 
-    def is_at(self, url: SplitResult) -> bool:
-        """Whether this URL is the API of this appliance."""
-        own = urlsplit(self.api)
-        same = url.port == own.port and url.scheme == own.scheme
-        return same and (url.hostname == own.hostname or {url.hostname, own.hostname} <= LOOPBACK)
+    @property
+    def socket(self) -> Path | None:
+        """Its Unix socket for the commands of this machine; None if an older version started it."""
+        path = self.described.get("apiSocket")
+        return Path(path) if isinstance(path, str) and path.startswith("/") else None
 
 
 def running() -> Appliance | None:

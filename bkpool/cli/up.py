@@ -87,6 +87,8 @@ def _answer_running(
 ) -> int:
     running_settings.check_same(running, resolved, backend)
     _answer(running.described, "bkpool is already running", as_json=as_json)
+    if running.socket is None:
+        console.note("note: an older bkpool started it; commands need `bkpool down`, then `bkpool up -d`.")
     if pool_files:
         console.note("note: pool files are read at the start only: `bkpool down`, then `bkpool up -f` again.")
     return 0
@@ -148,6 +150,8 @@ def _answer(described: dict[str, Any], headline: str, *, as_json: bool) -> None:
         f"  gateway  {described.get('gatewayEndpoint')}",
         f"  metrics  {described.get('metricsEndpoint')}",
     ]
+    if local := described.get("apiSocket"):
+        lines.insert(2, f"  socket   {local} (for the commands of this machine)")
     if issuer := described.get("devIssuer"):
         lines.append(f"  issuer   {issuer} (for development: it makes a token for anyone who asks)")
     steps = ["", "next: bkpool build -t app:1 .", "      bkpool allocate", "stop: bkpool down"]

@@ -136,6 +136,7 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
         if "apiEndpoint" in description:
             described.update(description)
             assert (options.home / "appliance.json").exists()
+            assert Path(description["apiSocket"]).is_socket()
             os.kill(os.getpid(), signal.SIGTERM)
 
     appliance = HostAppliance(
@@ -154,6 +155,7 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
         "gateway closed",
     ]
     assert not (options.home / "appliance.json").exists()
+    assert not Path(described["apiSocket"]).parent.exists()
 
 
 def _appliance_with(options: RunOptions, sections: dict[str, dict[str, Any]], section: str) -> HostAppliance:

@@ -5,10 +5,12 @@ import io
 import json
 import os
 import pty
+import socket
 import ssl
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +71,11 @@ class Api(ThreadingHTTPServer):
         self.before_answer = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
 
+    def beside(self, server):
+        """Gives the same answers as another server, and records its requests there."""
+        self.calls, self.answers, self.before_answer = server.calls, server.answers, server.before_answer
+        return self
+
     def next(self, end=""):
         """The next call, which must be to a path that ends so."""
         call = self.calls.get(timeout=TIMEOUT)
@@ -78,6 +85,20 @@ class Api(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+
+class LocalApi(Api):
+    """The same on a Unix socket."""
+
+    address_family = socket.AF_UNIX
+
+    def __init__(self, path):
+        self._path = str(path)
+        super().__init__()
+
+    def server_bind(self):
+        self.socket.bind(self._path)
+        self.server_port = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -101,14 +122,20 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def api():
-    with Api() as server:
+@contextmanager
+def serving(server):
+    with server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def api():
+    with serving(Api()) as server:
+        yield server
 
 
 @pytest.fixture
@@ -255,11 +282,12 @@ def on_terminal(environment, tmp_path):
 
 @pytest.fixture
 def appliance(api, home):
-    """This home's appliance.json names the server, and the home is held, as by a running appliance."""
+    """This home's appliance.json names the server and its Unix socket, and the home is held, as by an appliance."""
     (home / "admin.token").write_text("admin-secret\n")
     described = {
         "pid": os.getpid(),
         "apiEndpoint": api.url,
+        "apiSocket": str(home / "api.sock"),
         "gatewayEndpoint": "tcp://localhost:1235",
         "metricsEndpoint": "http://127.0.0.1:9090",
         "backend": "process",
@@ -267,7 +295,7 @@ def appliance(api, home):
         "startedAt": "2026-01-01T00:00:00Z",
     }
     (home / "appliance.json").write_text(json.dumps(described))
-    with HomeLock(home):
+    with HomeLock(home), serving(LocalApi(home / "api.sock").beside(api)):
         yield described
 
 

@@ -134,9 +134,10 @@ def test_an_answer_that_is_not_from_our_api_is_reported(api, appliance, answer):
 
 
 def test_an_incomplete_answer_is_one_sentence(appliance, home):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        appliance["apiEndpoint"] = f"http://127.0.0.1:{server.getsockname()[1]}"
-        (home / "appliance.json").write_text(json.dumps(appliance))
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(home / "half.sock"))
+        server.listen()
+        (home / "appliance.json").write_text(json.dumps(appliance | {"apiSocket": str(home / "half.sock")}))
 
         def half():
             connection, _ = server.accept()
@@ -166,6 +167,7 @@ def test_a_pool_name_cannot_leave_its_place_in_the_path(api, appliance):
         ("BKCTL_ENDPOINT", "http://x:99999"),
         ("BKCTL_ENDPOINT", "http://user:secret@x:1"),
         ("BKCTL_ENDPOINT", "http://[::1"),
+        ("BKCTL_ENDPOINT", "localhost:0"),
         ("BKCTL_TOKEN", "a b"),
         ("BKCTL_TOKEN", "a\nsecret"),
     ],
@@ -192,16 +194,26 @@ def test_an_endpoint_may_omit_the_scheme_and_an_unknown_host_is_reported(monkeyp
         Client().pools()
 
 
+@pytest.fixture
+def named(monkeypatch, appliance):
+    """The user names the endpoint of the appliance here, and a token: the call goes there and not over the socket."""
+    monkeypatch.setenv("BKCTL_ENDPOINT", appliance["apiEndpoint"].replace("http://127.0.0.1", "https://localhost"))
+    monkeypatch.setenv("BKCTL_TOKEN", "own")
+
+
+@pytest.mark.usefixtures("named")
 def test_the_authority_of_the_local_appliance_is_trusted_without_configuration(api, over_tls):
     over_tls("localhost", apiCa="ca.crt")
-    assert ask(api) == "Bearer admin-secret"
+    assert ask(api) == "Bearer own"
 
 
+@pytest.mark.usefixtures("named")
 def test_a_given_certificate_is_trusted_under_any_name(api, over_tls):
     over_tls("build.example.com", apiCert="tls.crt")
-    assert ask(api) == "Bearer admin-secret"
+    assert ask(api) == "Bearer own"
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("trust", [{}, {"apiCa": "ca.crt"}])
 def test_another_name_or_an_unknown_authority_is_refused(api, over_tls, trust):
     over_tls("build.example.com", **trust)
@@ -210,6 +222,7 @@ def test_another_name_or_an_unknown_authority_is_refused(api, over_tls, trust):
     assert "BKCTL_TLS_CA_CERT" in caught.value.hint
 
 
+@pytest.mark.usefixtures("named")
 def test_only_the_given_certificate_is_trusted_not_others_of_its_authority(api, over_tls, authority, tmp_path):
     over_tls("localhost", apiCert="tls.crt")
     now = datetime.now(UTC)
@@ -219,12 +232,14 @@ def test_only_the_given_certificate_is_trusted_not_others_of_its_authority(api, 
         Client().pools()
 
 
+@pytest.mark.usefixtures("named")
 def test_the_variable_of_the_user_comes_before_the_record_of_the_appliance(api, over_tls, monkeypatch, tmp_path):
     over_tls("localhost", apiCert="nope")
     monkeypatch.setenv("BKCTL_TLS_CA_CERT", str(tmp_path / "ca.crt"))
-    assert ask(api) == "Bearer admin-secret"
+    assert ask(api) == "Bearer own"
 
 
+@pytest.mark.usefixtures("named")
 @pytest.mark.parametrize(("field", "content"), [("apiCa", None), ("apiCert", None), ("apiCert", "no certificate")])
 def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, field, content):
     over_tls("localhost", **{field: "gone.crt"})
@@ -234,8 +249,8 @@ def test_a_file_that_cannot_be_read_is_one_sentence(over_tls, tmp_path, field, c
         Client()
 
 
-def test_an_appliance_on_every_interface_is_called_on_loopback(api, appliance, home):
+def test_an_appliance_on_every_interface_is_called_over_its_socket(api, appliance, home):
     appliance["apiEndpoint"] = api.url.replace("127.0.0.1", "0.0.0.0")
     (home / "appliance.json").write_text(json.dumps(appliance))
     assert ask(api) == "Bearer admin-secret"
-    assert Client().endpoint == api.url
+    assert Client().endpoint == appliance["apiSocket"]

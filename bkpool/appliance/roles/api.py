@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bkpool.allocation import Allocator, Revoker
@@ -57,6 +58,7 @@ async def open_api(
     admin: AdminTokenAuthenticator,
     sources: ApiSources,
     extra_configs: tuple[OIDCConfig, ...] = (),
+    local: Path | None = None,
 ) -> ApiRole:
     """Serves the API until the stack is closed. Then the server ends first, and after it the lease service.
 
@@ -67,6 +69,7 @@ async def open_api(
         admin: The admin token.
         sources: What the API asks other parts of the process.
         extra_configs: Trusted issuers that are configured in no object.
+        local: The Unix socket for the commands of this machine; None serves on the address only.
 
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.
@@ -102,5 +105,7 @@ async def open_api(
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)
     ssl_context = tls.context if tls else None
-    address = await serve(stack, app, options.settings.api.address, options.where("api.address"), ssl_context)
+    address = await serve(
+        stack, app, options.settings.api.address, options.where("api.address"), ssl_context, local=local
+    )
     return ApiRole(address, tls.description if tls else {}, allocator)
