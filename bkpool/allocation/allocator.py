@@ -26,6 +26,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
 from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
 from bkpool.identity import Identity
+from bkpool.identity.remembering import remembered
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
@@ -85,6 +86,7 @@ class _Order:
             holder=self.caller.digest,
             owner=owner,
             tenant=self.caller.tenant_name or self.caller.name,
+            caller=remembered(self.caller),
             allocated_at=now,
             expires_at=now + self.ttl,
             not_after=now + self.pool.spec.gateway.max_token_ttl,

@@ -7,7 +7,7 @@ token (rule 8, docs/rules.md#r8), or if they asked for it. This module creates n
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -29,6 +29,10 @@ log = structlog.get_logger(__name__)
 
 MAX_CONFLICTS = 20
 """Attempts of one compare-and-swap: more than the writers that one worker ever has at the same time."""
+
+
+MayRenew = Callable[[Worker, Pool], Awaitable[None]]
+"""Asks today's rules about the worker's lease, which has not ended. Raises Forbidden or Unavailable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,13 @@ class LeaseService:
         self._mirror = mirror
         self._now = now
 
-    async def renew(self, lease: str | OwnLease, ttl: timedelta | None) -> Worker:
+    async def renew(self, lease: str | OwnLease, ttl: timedelta | None, may_renew: MayRenew) -> Worker:
         """Makes the lease end `ttl` from now, at most when its certificate expires.
 
         Args:
             lease: Its token, or its worker.
-            ttl: None: the pool's tokenTTL.
+            ttl: None: the pool's tokenTTL. Today's spec of the pool limits it.
+            may_renew: Raises Forbidden if the caller who made the lease may not use its pool today.
 
         Returns:
             The worker with the lease as it is now.
@@ -67,10 +72,13 @@ class LeaseService:
         Raises:
             NotFound: There is no such lease, or it is not the caller's.
             Gone: It has ended.
+            Forbidden: `may_renew` says so.
             InvalidInput: The ttl is above the pool's maximum, or the lease has already run for that long.
         """
         worker = await self._find(lease)
         pool = find_pool(self._mirror, worker.pool)
+        if worker.lease is not None and not worker.lease.ended(self._now()):
+            await may_renew(worker, pool)
         wanted = lease_duration(pool, ttl)
         now = self._now()
 

@@ -25,7 +25,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import worker_counts
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
-from bkpool.identity.access import AccessControl, bearer_token, forbidden, refusal
+from bkpool.identity.access import AccessControl, bearer_token, forbidden, not_renewable, refusal
 from bkpool.identity.rules import AccessDecision, decide, is_theirs
 from bkpool.store.mirror import Mirror
 
@@ -62,7 +62,7 @@ class Service:
             ApiRoute(
                 *("POST", f"{workers}/renew", self.renew, models.RenewBody, models.RenewAnswer, either),
                 action="renew",
-                errors=(401, 404, 410),
+                errors=(401, 403, 404, 410, 503),
             ),
             ApiRoute(
                 *("POST", f"{workers}/lookup", self.lookup, models.TokenBody, models.LookupAnswer, nothing),
@@ -108,7 +108,18 @@ class Service:
         """Extend a lease."""
         body = await read_body(request, models.RenewBody)
         lease = await self._lease(request, body, trail)
-        worker = await self.leases.renew(lease, body.ttl)
+
+        async def may_renew(worker: Worker, pool: Pool) -> None:
+            _add_lease(trail, worker)
+            trail.add_facts(identity=worker.held_lease.requested_by)
+            if isinstance(lease, OwnLease):
+                decision = self.access.decide(lease.identities, pool)
+            else:
+                decision = await self.access.still_allowed(worker.held_lease, pool)
+            if not decision.allowed:
+                raise not_renewable(decision, str(pool.key))
+
+        worker = await self.leases.renew(lease, body.ttl, may_renew)
         _add_allowed(trail, lease, worker)
         return models.RenewAnswer(worker_name=worker.key.name, expires_at=worker.held_lease.expires_at)
 

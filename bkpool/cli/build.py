@@ -24,7 +24,7 @@ from bkpool.cli import lease as leases
 from bkpool.cli.client import Client
 from bkpool.cli.signals import Signals, typed_at_terminal
 from bkpool.core import durations
-from bkpool.core.errors import BkpoolError, Gone, HostFault, InvalidInput, NotFound, Unauthenticated
+from bkpool.core.errors import BkpoolError, Forbidden, Gone, HostFault, InvalidInput, NotFound, Unauthenticated
 from bkpool.core.names import DEFAULT_POOL
 
 BUILDER = "bkpool"
@@ -131,6 +131,9 @@ def _renew_until(released: Event, client: Client, token: str, ttl: str) -> None:
         except (Gone, NotFound, Unauthenticated) as error:
             if not released.is_set():
                 console.note(f"warning: the lease is lost: {error.message}")
+            return
+        except Forbidden as error:
+            console.note(f"warning: {error.message}")
             return
         except BkpoolError:
             pause = half / 4  # three more attempts before the lease expires

@@ -26,6 +26,7 @@ from bkpool.core.names import (
     slot_of,
 )
 from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import RememberedCaller
 from bkpool.core.resource import Condition, Metadata, Model, OwnerReference, Resource
 
 REGISTRATION_LIFE = timedelta(seconds=60)
@@ -56,6 +57,8 @@ class Lease(Model):
     """Digest of the cache's owner during and after this lease (`cache_owner.cache_owner_digest`)."""
     tenant: StrictStr = ""
     """Name of the tenant whose cache it uses, for people; empty in a lease of an earlier version."""
+    caller: RememberedCaller | None = None
+    """What is remembered of the caller, for renewals; None in a lease of an earlier version."""
     allocated_at: AwareDatetime
     expires_at: AwareDatetime
     not_after: AwareDatetime

@@ -8,10 +8,13 @@ text for longer than a call.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from bkpool.core.names import Key
+from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ class Identity:
     """Patterns of pools that the authenticator's configuration grants to all its callers."""
     scope: Scope = EVERYWHERE
     admin: bool = False
+    method: CallerMethod | None = None
+    """How the caller was identified; None if a lease shall not remember it."""
+    claims: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+    """The claims of the token that its issuer's configurations name (`remembering.named_claims`)."""
 
     @property
     def digest(self) -> str:
@@ -108,4 +115,20 @@ class Authenticator(Protocol):
 
         Raises:
             Unavailable: It cannot decide now, because an issuer or the API server cannot be reached.
+        """
+
+    async def recall(self, caller: RememberedCaller, pool: Pool) -> tuple[Verdict, ...]:
+        """What it says today about a caller whom it has identified before, without a credential.
+
+        It asks no issuer and no API server about the caller: only today's configuration counts.
+
+        Args:
+            caller: What is remembered of them.
+            pool: The pool that they use. Identities for other pools may be left out.
+
+        Returns:
+            As `authenticate`; empty if another method has identified them.
+
+        Raises:
+            Unavailable: Today's configuration cannot be read now.
         """

@@ -12,8 +12,10 @@ from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.worker import Lease
 from bkpool.identity import Authenticator, Caller, Identity, Verdict
-from bkpool.identity.rules import AccessDecision, decide, unconfigured
+from bkpool.identity.remembering import LONGEST
+from bkpool.identity.rules import AccessDecision, decide, decide_by_name, unconfigured
 
 LONGEST_BEARER = 16_384
 """Characters. GitHub's tokens have about 1,500, Azure's with many groups some thousands."""
@@ -24,6 +26,12 @@ _HINT = (
 )
 
 _ASK_OPERATOR = "Ask the operator of this appliance for access. `bkpool auth check` explains a decision."
+
+
+_TOO_LARGE = (
+    f"groups and claims of the caller have more than {LONGEST} bytes, so the lease does not remember them. Renew it "
+    "by its worker, with the caller's own token (`bkpool renew --worker NAME`)"
+)
 
 
 class AccessControl:
@@ -92,6 +100,27 @@ class AccessControl:
             raise unavailable
         return Caller(tuple(verdicts))
 
+    async def still_allowed(self, lease: Lease, pool: Pool) -> AccessDecision:
+        """Whether the caller who made a lease may use its pool today, by what the lease remembers of them.
+
+        Nothing is asked of an issuer. A lease of an earlier version is judged by the caller's name.
+
+        Raises:
+            Unavailable: Today's tokens of the pool cannot be read now.
+        """
+        remembered = lease.caller
+        if remembered is None:
+            return decide_by_name(lease.requested_by, lease.holder, pool)
+        if not remembered.complete:
+            return AccessDecision(allowed=False, reason=_TOO_LARGE)
+        asked = [authenticator for stage in self._stages for authenticator in stage]
+        verdicts = [verdict for one in asked for verdict in await one.recall(remembered, pool)]
+        caller = Caller(tuple(verdicts))
+        if caller.identities:
+            return self.decide(caller.identities, pool)
+        reasons = dict.fromkeys(verdict.refusal for verdict in verdicts if verdict.refusal)
+        return AccessDecision(allowed=False, reason="; ".join(reasons) or "callers like them are not known here now")
+
     def decide(self, identities: Iterable[Identity], pool: Pool) -> AccessDecision:
         """Whether one of these identities may use the pool, and why."""
         return decide(identities, pool, open_to_all=self.open_to_all)
@@ -106,6 +135,15 @@ def refusal(caller: Caller) -> str:
     """The message for a credential that no authenticator accepts."""
     reasons = dict.fromkeys(verdict.refusal for verdict in caller.verdicts if verdict.refusal)
     return f"the bearer token is refused: {'; '.join(reasons)}" if reasons else "the bearer token is not known here"
+
+
+def not_renewable(decision: AccessDecision, pool: str) -> Forbidden:
+    """The error for a lease whose maker may not use its pool any more. It does not name them."""
+    return Forbidden(
+        f"this lease cannot be renewed: the caller who made it may not use pool {pool} now: {decision.reason}",
+        hint="It runs to its end. Ask the operator of this appliance for access, then allocate again.",
+        code="NotRenewable",
+    )
 
 
 def forbidden(decision: AccessDecision, pool: str) -> Forbidden:

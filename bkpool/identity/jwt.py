@@ -226,11 +226,12 @@ def verify_claims(
         raise Unauthenticated(f"iss is {shown(claims.get('iss'))}, not {shown(issuer)}")
     if not isinstance(claims.get("sub"), str) or not claims["sub"]:
         raise Unauthenticated("sub is missing or not a text")
-    _check_audience(claims, audience, client_id)
+    verify_audience(claims, audience, client_id)
     _check_times(claims, now.astimezone(UTC).timestamp(), leeway)
 
 
-def _check_audience(claims: Mapping[str, object], audience: str, client_id: str | None) -> None:
+def verify_audience(claims: Mapping[str, object], audience: str, client_id: str | None) -> None:
+    """Checks that the token is for this audience; see `verify_claims`. Raises Unauthenticated."""
     aud, azp = claims.get("aud"), claims.get("azp")
     several = aud if isinstance(aud, list) else [aud]
     if not several or not all(isinstance(one, str) for one in several):

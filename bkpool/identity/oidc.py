@@ -6,18 +6,29 @@ and pools. No part of a token is stored or sent anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from bkpool.core.auth import OIDC, OIDCConfig
 from bkpool.core.errors import Unauthenticated
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 from bkpool.identity import EVERYWHERE, Scope, Verdict
 from bkpool.identity.claims import identify
 from bkpool.identity.issuer_keys import IssuerKeys
-from bkpool.identity.jwt import LEEWAY, Token, looks_like_one, parse, shown, verify_claims, verify_signature
+from bkpool.identity.jwt import (
+    LEEWAY,
+    Token,
+    looks_like_one,
+    parse,
+    shown,
+    verify_audience,
+    verify_claims,
+    verify_signature,
+)
+from bkpool.identity.remembering import claims_of, named_claims, selected
 
 _SOURCE = "OIDC"
 _SERVICE_ACCOUNT = "system:serviceaccount:"
@@ -109,7 +120,23 @@ class OidcAuthenticator:
         if not all(refusals):
             unsigned = await self._signature_refusal(token, asked[0].settings.issuer)
             refusals = [refusal or unsigned for refusal in refusals]
-        return tuple(_verdict(token, one, refusal) for one, refusal in zip(asked, refusals, strict=True))
+        claims = selected(token.claims, named_claims(one.settings for one in asked))
+        return tuple(_verdict(token, one, refusal, claims) for one, refusal in zip(asked, refusals, strict=True))
+
+    async def recall(self, caller: RememberedCaller, pool: Pool) -> tuple[Verdict, ...]:
+        """See Authenticator. Returns one verdict for each of today's configurations of the issuer.
+
+        The issuer is not asked: the token was verified when the lease was made, and is not remembered.
+        """
+        if caller.method is not CallerMethod.OIDC:
+            return ()
+        asked = [
+            one for one in self._trusted() if one.settings.issuer == caller.issuer and one.scope.covers(pool.key)
+        ]
+        if not asked:
+            return (Verdict(_SOURCE, refusal=f"its issuer {shown(caller.issuer)} is not configured here any more"),)
+        claims = claims_of(caller)
+        return tuple(_recalled(claims, one) for one in asked)
 
     def _claims_refusal(self, token: Token, settings: OIDC) -> str:
         try:
@@ -140,11 +167,24 @@ def _unknown(token: Token) -> tuple[Verdict, ...]:
     return (Verdict(_SOURCE, refusal=f"its issuer {issuer} (iss) is not configured here"),)
 
 
-def _verdict(token: Token, one: TrustedIssuer, refusal: str) -> Verdict:
+def _verdict(token: Token, one: TrustedIssuer, refusal: str, named: Mapping[str, object]) -> Verdict:
     if refusal:
         return Verdict(one.source, refusal=refusal)
     try:
         identity = identify(token.claims, one.settings, source=one.source, scope=one.scope, granted=one.granted)
     except Unauthenticated as error:
         return Verdict(one.source, refusal=error.message, genuine=True)
-    return Verdict(one.source, identity)
+    return Verdict(one.source, replace(identity, method=CallerMethod.OIDC, claims=named))
+
+
+def _recalled(claims: Mapping[str, object], one: TrustedIssuer) -> Verdict:
+    """The verdict of a configuration on remembered claims. A claim that nothing named before is missing there."""
+    if one.refusal:
+        return Verdict(one.source, refusal=one.refusal)
+    try:
+        verify_audience(claims, one.settings.audience, one.settings.client_id)
+        identity = identify(claims, one.settings, source=one.source, scope=one.scope, granted=one.granted)
+    except Unauthenticated as error:
+        refusal = f"{one.source}: {error.message} (as the lease remembers the token)"
+        return Verdict(one.source, refusal=refusal, genuine=True)
+    return Verdict(one.source, replace(identity, method=CallerMethod.OIDC, claims=claims))

@@ -16,6 +16,8 @@ from bkpool.core.pool import Pool
 from bkpool.core.wildcards import any_matches
 from bkpool.identity import Identity
 
+_ADMIN_DIGEST = Identity("admin").digest
+
 
 @dataclass(frozen=True, slots=True)
 class AccessDecision:
@@ -94,6 +96,22 @@ def _subjects(identity: Identity) -> tuple[str, ...]:
     """What is compared with the `users` of a rule. No user has the name of a group (auth.RESERVED_PREFIXES)."""
     groups = (f"group:{name}" for name in identity.groups)
     return (identity.name, *groups, *(f"pool:{name}" for name in identity.pools))
+
+
+def decide_by_name(name: str, holder: str, pool: Pool) -> AccessDecision:
+    """Whether the maker of a lease of an earlier version, which remembers a name and a digest only, may use the pool.
+
+    Such a lease ends within the pool's maxTokenTTL after the upgrade. Where no rules decide by name, it goes on.
+
+    Args:
+        name: The caller's name (Lease.requested_by).
+        holder: The caller's digest (Lease.holder).
+        pool: The pool.
+    """
+    identity = Identity(name, source="a lease of an earlier version", admin=holder == _ADMIN_DIGEST)
+    if identity.admin or pool.spec.auth.rbac.rules:
+        return decide([identity], pool, open_to_all=False)
+    return AccessDecision(allowed=True, reason="the lease is of an earlier version, and the pool has no rules")
 
 
 def is_theirs(pool: Key, identities: Iterable[Identity], holder: str) -> bool:

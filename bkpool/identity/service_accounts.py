@@ -14,6 +14,8 @@ import structlog
 
 from bkpool.core.errors import BkpoolError, Unavailable
 from bkpool.core.names import AUDIENCE, Key
+from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 from bkpool.identity import Identity, Verdict, jwt
 from bkpool.kube import Doc, KubeApi, paths
 
@@ -55,6 +57,12 @@ class ServiceAccountAuthenticator:
             return (Verdict(_SOURCE, found),)
         return (Verdict(_SOURCE, refusal=_without(bearer, found)),)
 
+    async def recall(self, caller: RememberedCaller, pool: Pool) -> tuple[Verdict, ...]:  # noqa: ARG002
+        """See Authenticator. The API server is not asked, because there is no token to show it."""
+        if caller.method is not CallerMethod.SERVICE_ACCOUNT:
+            return ()
+        return (Verdict(_SOURCE, _identity(caller.user, caller.groups)),)
+
     async def _reviewed(self, bearer: str) -> Doc:
         api_version, plural = _REVIEWS
         review = {
@@ -94,7 +102,12 @@ def judge(review: Doc, audience: str, claims: Mapping[str, object]) -> Identity 
         return f"the API server did not check that the ServiceAccount token is for {audience!r}"
     if not isinstance(name, str) or not name.startswith(_PREFIX):
         return "the token is not a ServiceAccount's"
-    return Identity(name, authority="kubernetes", source=_SOURCE, groups=_texts(user.get("groups")))
+    return _identity(name, _texts(user.get("groups")))
+
+
+def _identity(name: str, groups: tuple[str, ...]) -> Identity:
+    method = CallerMethod.SERVICE_ACCOUNT
+    return Identity(name, authority="kubernetes", source=_SOURCE, groups=groups, method=method)
 
 
 def _refusal_reason(status: Doc, audience: str, claims: Mapping[str, object]) -> str:

@@ -22,6 +22,7 @@ from bkpool.core.auth import TokenFrom
 from bkpool.core.errors import BkpoolError, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 from bkpool.core.wildcards import any_matches
 from bkpool.core.yaml_text import UnreadableYaml
 from bkpool.home.files import read_private, unreadable
@@ -234,6 +235,32 @@ class StaticTokenAuthenticator:
             return tuple(own)
         return (*own, *await self._of_others(bearer, [one for one in pools if one.key != pool]))
 
+    async def recall(self, caller: RememberedCaller, pool: Pool) -> tuple[Verdict, ...]:
+        """See Authenticator. The caller must still have a token of the pool, not necessarily the same one.
+
+        Raises:
+            Unavailable: The tokens cannot be read now, and those that can do not have the caller.
+        """
+        name = _source_name(pool.key)
+        if caller.method is not CallerMethod.TOKEN or caller.issuer != _authority(pool.key):
+            return ()
+        verdicts: list[Verdict] = []
+        unread = False
+        for number, source in enumerate(pool.spec.auth.tokens):
+            tokens = await self._read(pool.key, number, source)
+            unread = unread or tokens is None
+            entries = tokens.entries if tokens else ()
+            verdicts += [_verdict(name, pool.key, entry) for entry in entries if entry.user == caller.user]
+        if any(verdict.identity is not None for verdict in verdicts):
+            return tuple(verdicts)
+        if unread:
+            raise Unavailable(
+                "the tokens of the pool cannot be read now, so it is not known whether the caller still has one",
+                hint="Try again. The appliance's log says why they cannot be read.",
+                retry_after=5,
+            )
+        return tuple(verdicts) or (Verdict(name, refusal="the caller has no token of the pool any more"),)
+
     async def _of_pool(self, bearer: str, pool: Pool) -> list[Verdict]:
         found = [self._verdicts(bearer, pool.key, n, source) for n, source in enumerate(pool.spec.auth.tokens)]
         return list(chain.from_iterable(await asyncio.gather(*found)))
@@ -250,15 +277,21 @@ class StaticTokenAuthenticator:
         return list(chain.from_iterable(done))
 
     async def _verdicts(self, bearer: str, pool: Key, number: int, source: TokenFrom) -> list[Verdict]:
-        name = f"BuildKitPool {pool} (token)"
+        tokens = await self._read(pool, number, source)
+        if tokens is None:
+            return [_NOT_READ]
+        return [_verdict(_source_name(pool), pool, entry) for entry in tokens.of(bearer)]
+
+    async def _read(self, pool: Key, number: int, source: TokenFrom) -> StaticTokens | None:
+        """The tokens of one source; None, with a line in the log, if they cannot be read now."""
         try:
             tokens = await self._reader.read(pool.namespace, source)
         except BkpoolError as error:
             self._report(pool, number, error.message)
-            return [_NOT_READ]
+            return None
         where = source.file or f"Secret {pool.namespace}/{source.secret_ref}"
         self._report(pool, number, "; ".join(f"{where}: {fault}" for fault in tokens.faults[:_MOST_FAULTS]))
-        return [_verdict(name, pool, entry) for entry in tokens.of(bearer)]
+        return tokens
 
     def _report(self, pool: Key, number: int, fault: str) -> None:
         """Logs a fault once, and again only when it changes."""
@@ -275,5 +308,13 @@ def _verdict(source: str, pool: Key, entry: StaticToken) -> Verdict:
     fits = entry.pools is None or any_matches(entry.pools, pool.name) or any_matches(entry.pools, str(pool))
     if not fits:
         return Verdict(source, refusal=f"this token of {entry.user} is not for pool {pool}", genuine=True)
-    scope = Scope(pool.namespace, pool.name)
-    return Verdict(source, Identity(entry.user, authority=f"tokens of {pool}", source=source, scope=scope))
+    scope, method = Scope(pool.namespace, pool.name), CallerMethod.TOKEN
+    return Verdict(source, Identity(entry.user, _authority(pool), source=source, scope=scope, method=method))
+
+
+def _source_name(pool: Key) -> str:
+    return f"BuildKitPool {pool} (token)"
+
+
+def _authority(pool: Key) -> str:
+    return f"tokens of {pool}"

@@ -140,6 +140,15 @@ def test_the_lease_is_renewed_while_the_build_runs(started, api, appliance):
     assert process.returncode == 0
 
 
+def test_a_lease_that_may_not_be_renewed_is_reported_once_and_the_build_continues(started, api, appliance):
+    refused = {"code": "NotRenewable", "message": "this lease cannot be renewed: no rule names this caller"}
+    api.answers["renew"] = (403, {"error": refused})
+    process = started("build", "--ttl", "1s", ".")
+    assert process.stderr.readline() == f"warning: {refused['message']}\n"
+    process.communicate("", timeout=TIMEOUT)
+    assert process.returncode == 0
+
+
 def test_a_lost_lease_is_reported_and_the_build_continues(started, api, appliance):
     api.answers["renew"] = (410, {"error": {"code": "Gone", "message": "the worker was lost"}})
     process = started("build", "--ttl", "1s", ".")

@@ -11,7 +11,11 @@ from structlog.testing import capture_logs
 
 from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE
+from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import CallerMethod
+from bkpool.core.resource import Metadata
 from bkpool.identity import Identity, Verdict
+from bkpool.identity.remembering import remembered
 from bkpool.identity.service_accounts import MAX_CONCURRENT_REVIEWS, ServiceAccountAuthenticator, judge
 
 CI = "system:serviceaccount:team:ci"
@@ -58,7 +62,13 @@ class Cluster:
 
 async def test_the_identity_comes_from_the_api_server():
     cluster = Cluster(status())
-    expected = Identity(CI, authority="kubernetes", source="ServiceAccount token", groups=tuple(GROUPS))
+    expected = Identity(
+        CI,
+        authority="kubernetes",
+        source="ServiceAccount token",
+        groups=tuple(GROUPS),
+        method=CallerMethod.SERVICE_ACCOUNT,
+    )
     assert await ServiceAccountAuthenticator(cluster).authenticate(token()) == (
         Verdict("ServiceAccount token", expected),
     )
@@ -186,3 +196,14 @@ async def test_reviews_are_limited_in_number_and_in_time():
     with pytest.raises(Unavailable):
         await ServiceAccountAuthenticator(cluster, timeout=0.01).authenticate(token())
     assert cluster.at_once == 0
+
+
+async def test_a_remembered_account_is_recognised_without_a_question_to_the_api_server():
+    cluster = Cluster(status())
+    accounts = ServiceAccountAuthenticator(cluster)
+    ((verdict,), pool) = (await accounts.authenticate(token()), Pool(metadata=Metadata(name="p")))
+    cluster.asked.clear()
+    caller = remembered(verdict.identity)
+    assert await accounts.recall(caller, pool) == (verdict,)
+    assert await accounts.recall(caller.but(method=CallerMethod.OIDC), pool) == ()
+    assert cluster.asked == []

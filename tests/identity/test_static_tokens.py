@@ -16,6 +16,7 @@ from bkpool.core.auth import RESERVED_PREFIXES, Auth, TokenFrom
 from bkpool.core.errors import Forbidden, HostFault, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.remembered_caller import CallerMethod
 from bkpool.core.resource import Metadata
 from bkpool.home.files import write_private
 from bkpool.identity import Identity, Scope, Verdict
@@ -335,7 +336,8 @@ class Memory:
 
 def known(pool: str, user: str) -> Verdict:
     source = f"BuildKitPool team/{pool} (token)"
-    identity = Identity(user, authority=f"tokens of team/{pool}", source=source, scope=Scope("team", pool))
+    authority, scope = f"tokens of team/{pool}", Scope("team", pool)
+    identity = Identity(user, authority, source=source, scope=scope, method=CallerMethod.TOKEN)
     return Verdict(source, identity)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from multidict import CIMultiDictProxy
 from bkpool.allocation import Revoker
 from bkpool.api import ApiLimits, ApiMetrics, Service, make_app, open_runner
 from bkpool.core.names import Key
-from bkpool.identity import Identity, Verdict
+from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import RememberedCaller
+from bkpool.identity import Authenticator, Identity, Verdict
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 from bkpool.identity.static_tokens import StaticTokenAuthenticator, TokenReader
+from bkpool.store.mirror import Mirror
 from bkpool.telemetry.registry import new_registry
 from support.world import World, running_world
 
@@ -36,6 +39,9 @@ class StubAuthenticator:
         if bearer in self.refused:
             return (Verdict("stub", refusal=self.refused[bearer]),)
         return tuple(Verdict(one.source, one) for one in self.known.get(bearer, ()))
+
+    async def recall(self, caller: RememberedCaller, pool: Pool) -> tuple[Verdict, ...]:
+        return ()  # its callers have no method, so leases remember only their names
 
 
 class Api:
@@ -86,11 +92,21 @@ async def running_api(
     directory: Path,
     limits: ApiLimits = ApiLimits(),  # noqa: B008
     reader: TokenReader | None = None,
+    make_authenticators: Callable[[Mirror], Sequence[Authenticator]] = lambda _mirror: (),
 ) -> AsyncIterator[Api]:
+    """One replica's API.
+
+    Args:
+        directory: For the store.
+        limits: Of the API.
+        reader: Reads the tokens of pools; None: nobody has such a token.
+        make_authenticators: Makes authenticators to ask besides `Api.authenticator`.
+    """
     async with running_world(directory) as world, AsyncExitStack() as stack:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
         pools = replica.mirror.pools.values
+        signed = (api.authenticator, *make_authenticators(replica.mirror))
         static = () if reader is None else (StaticTokenAuthenticator(reader, pools, others_timeout=0.1),)
         service = Service(
             allocator=replica.allocator,
@@ -98,7 +114,7 @@ async def running_api(
             revoker=Revoker(store=world.store, mirror=replica.mirror, leases=replica.leases),
             mirror=replica.mirror,
             access=AccessControl(
-                ((AdminTokenAuthenticator(ADMIN),), (api.authenticator,), static),
+                ((AdminTokenAuthenticator(ADMIN),), signed, static),
                 replica.mirror.pools.values,
                 replica.mirror.configs.values,
             ),

@@ -163,7 +163,7 @@ class Replica:
     """One API replica that uses the world's store."""
 
     def __init__(self, world: World) -> None:
-        self.mirror = Mirror(world.store)
+        self.mirror = Mirror(world.store, configs=True)
         self.leases = LeaseService(store=world.store, mirror=self.mirror, now=world.clock)
         self.allocator = Allocator(
             store=world.store,
