@@ -59,9 +59,11 @@ async def output(endpoint, *options):
 PROGRAM = r"""
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 int main(int argc, char **argv) {
     printf("the step runs as %d\n", getuid());
+    printf("raw sockets: %d\n", prctl(PR_CAPBSET_READ, 13 /* CAP_NET_RAW */));
     fflush(stdout);
     if (argc > 1) sleep(atoi(argv[1]));
     return 0;
@@ -148,6 +150,8 @@ await runtime.close(stop_workers=True)
 """)
     assert "the step runs as 0" in output
     assert "the step runs as 1000" in output
+    assert "raw sockets: 0" in output
+    assert "raw sockets: 1" not in output
     assert "CACHED" in output.partition("SECOND")[2]
     assert "subordinate True" in output
     assert "left [] {}" in output

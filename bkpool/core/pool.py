@@ -192,6 +192,13 @@ class PoolGateway(Model):
         return self
 
 
+class Security(Model):
+    """What build steps may do beyond what every build needs."""
+
+    net_raw: StrictBool = False
+    """CAP_NET_RAW: raw sockets, with which a step can read all traffic of its worker's network."""
+
+
 class PoolSpec(Model):
     """What the user wants. Fields of the contract that nothing reads yet are kept and reported as ignored."""
 
@@ -204,6 +211,7 @@ class PoolSpec(Model):
     cache: Cache = Cache()
     auth: Auth = Auth()
     networking: Networking = Networking()
+    security: Security = Security()
     untrusted: StrictBool = False
     """Its callers are not trusted: no cache is used twice, and workers reach only public addresses."""
     gateway: PoolGateway = PoolGateway()

@@ -23,9 +23,9 @@ _POOL_GATEWAY_FIELDS = (
 )
 """These need gateways that run as pods."""
 
-IGNORED_IN_CLUSTER = frozenset({"auth.methods[].token.file"})
+IGNORED_IN_CLUSTER = frozenset({"auth.methods[].token.file", "security.netRaw"})
 """Workers are pods, and each pool has gateways that run as pods. A user who may create a pool in the cluster may not
-name files on the appliance's machine."""
+name files on the appliance's machine. Nothing takes CAP_NET_RAW from steps in pods."""
 
 IGNORED_WITH_HOST_GATEWAY = frozenset((*IGNORED_IN_CLUSTER, *_POOL_GATEWAY_FIELDS))
 """Workers are pods, and the gateway runs outside the cluster."""

@@ -15,6 +15,7 @@ _PROGRAM = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 int main(int argc, char **argv) {
     printf("the step runs\n");
@@ -23,6 +24,11 @@ int main(int argc, char **argv) {
         int n = 0;
         for (; n < 300; n++) { int pid = fork(); if (pid < 0) break; if (!pid) { pause(); return 0; } }
         printf("%d forks\n", n);
+        return 0;
+    }
+    if (argc > 1 && !strcmp(argv[1], "raw")) {
+        printf("packet socket: %s\n", socket(AF_PACKET, SOCK_RAW, 0) < 0 ? "refused" : "opened");
+        printf("raw socket: %s\n", socket(AF_INET, SOCK_RAW, 1) < 0 ? "refused" : "opened");
         return 0;
     }
     if (argc > 1 && !strcmp(argv[1], "memory")) {
@@ -47,7 +53,8 @@ def binaries(buildkitd: Path, runc: Path, rootlesskit: Path) -> Binaries:
 def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A static program for RUN steps, so that no build needs a registry.
 
-    It forks 300 times (`forks`), takes 256 MiB (`memory`), or forks and sleeps for a number of seconds.
+    It forks 300 times (`forks`), takes 256 MiB (`memory`), tries to open raw sockets (`raw`), or forks and sleeps for
+    a number of seconds.
     """
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
@@ -65,12 +72,14 @@ Build = Callable[..., Awaitable[asyncio.subprocess.Process]]
 def build(buildctl: Path, step: Path, tmp_path: Path) -> Build:
     """Starts a real build of two RUN steps; its output is to be read from `stdout`."""
 
-    async def start(endpoint: str, *arguments: str, options: Sequence[str] = ()) -> asyncio.subprocess.Process:
+    async def start(
+        endpoint: str, *arguments: str, options: Sequence[str] = (), flags: str = ""
+    ) -> asyncio.subprocess.Process:
         context = tmp_path / "context"
         context.mkdir(exist_ok=True)
         shutil.copy2(step, context / "step")
         run = ", ".join(f'"{word}"' for word in ("/step", *arguments))
-        (context / "Dockerfile").write_text(f'FROM scratch\nCOPY step /step\nRUN ["/step"]\nRUN [{run}]\n')
+        (context / "Dockerfile").write_text(f'FROM scratch\nCOPY step /step\nRUN ["/step"]\nRUN {flags} [{run}]\n')
         sources = ["--frontend=dockerfile.v0", f"--local=context={context}", f"--local=dockerfile={context}"]
         return await asyncio.create_subprocess_exec(
             buildctl,

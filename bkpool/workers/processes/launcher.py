@@ -21,6 +21,7 @@ from bkpool.workers.processes import process_table, socket_directory
 from bkpool.workers.processes.cgroup_entry import entering, mount_table
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.daemon import MARK, Launch
+from bkpool.workers.processes.runc_wrapper import wrapper
 from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
@@ -79,7 +80,7 @@ class Launcher:
             f"--otel-socket-path={sockets / 'otel.sock'}",  # the default is one for all daemons of a machine
             "--containerd-worker=false",
             "--oci-worker=true",  # "auto" looks for runc on PATH only
-            f"--oci-worker-binary={binaries.runc}",
+            f"--oci-worker-binary={self._runc(files, spec)}",
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
@@ -132,6 +133,14 @@ class Launcher:
     def advice(self) -> str:
         """What to try if a worker did not start although nothing is missing; empty if nothing is known."""
         return self._sandbox.advice()
+
+    def _runc(self, files: SlotFiles, spec: PoolSpec) -> Path:
+        """The program that starts build steps."""
+        runc = self._sandbox.binaries.runc
+        if spec.security.net_raw:
+            return runc
+        files.write_runc_wrapper(wrapper(runc))
+        return files.runc_wrapper
 
     def _confine(self, command: Sequence[str], files: SlotFiles, spec: PoolSpec) -> list[str]:
         """The command in namespaces, in the cgroups of its slot."""

@@ -96,6 +96,11 @@ class SlotFiles:
         return self.directory / "home"
 
     @property
+    def runc_wrapper(self) -> Path:
+        """The program that buildkitd runs instead of runc."""
+        return self.directory / "runc"
+
+    @property
     def cgroups(self) -> Path:
         """The record of the slot's cgroups, while it has any."""
         return self.directory / "cgroups.json"
@@ -151,6 +156,16 @@ class SlotFiles:
         with as_host_fault(self.config):
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.config.write_text(text)
+
+    def write_runc_wrapper(self, script: str) -> None:
+        """Writes the program that buildkitd runs instead of runc. Nobody may change it."""
+        with as_host_fault(self.runc_wrapper):
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.runc_wrapper.unlink(missing_ok=True)
+            self.runc_wrapper.touch(mode=0o500, exist_ok=False)
+            self.runc_wrapper.chmod(0o700)
+            self.runc_wrapper.write_text(script)
+            self.runc_wrapper.chmod(0o500)
 
     def rotate_log(self) -> None:
         """Begins a new log and keeps the one before."""
