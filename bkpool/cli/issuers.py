@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from time import sleep
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from bkpool.cli.threads import in_thread
 from bkpool.core.errors import BkpoolError, InvalidInput, Unavailable
@@ -111,13 +111,26 @@ def _exchange(url: str, headers: Mapping[str, str], body: bytes | None) -> tuple
 
     direct = [request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
     opener = request.build_opener(NoRedirect, *direct)
-    prepared = request.Request(url, body, dict(headers))  # noqa: S310 - _check has checked the scheme
+    target, named = _addressed(url)
+    prepared = request.Request(target, body, {**headers, **named})  # noqa: S310 - _check has checked the scheme
     try:
         with opener.open(prepared, timeout=ANSWER_TIMEOUT) as answer:
             return answer.status, answer.read(_MAX_ANSWER)
     except error.HTTPError as refusal:
         with refusal:
             return refusal.code, refusal.read(_MAX_ANSWER)
+
+
+def _addressed(url: str) -> tuple[str, dict[str, str]]:
+    """The URL with 127.0.0.1 for `localhost`, and the header that keeps the name: no resolver says where that is.
+
+    With https the certificate says whether it is the right server.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname != "localhost":
+        return url, {}
+    address = "127.0.0.1" if parts.port is None else f"127.0.0.1:{parts.port}"
+    return urlunsplit(parts._replace(netloc=address)), {"Host": parts.netloc}
 
 
 def _within_timeout(work: Callable[[], tuple[int, bytes]], variable: str, hint: str) -> tuple[int, bytes]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 import structlog
+from aiohttp.abc import ResolveResult
+from aiohttp.resolver import ThreadedResolver
 from jwt import PyJWK
 
 from bkpool.core.errors import Unauthenticated, Unavailable
@@ -185,13 +188,22 @@ class IssuerKeys:
     def _session_once(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True),
+                connector=aiohttp.TCPConnector(resolver=_Resolver(), force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "bkpool"},
                 auto_decompress=False,
                 trust_env=False,
             )
         return self._session
+
+
+class _Resolver(ThreadedResolver):
+    """Takes `localhost` for 127.0.0.1, so that a listener on ::1 or /etc/hosts decides nothing about keys."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return await super().resolve("127.0.0.1" if host == "localhost" else host, port, family)
 
 
 def _redirected(url: str, location: str) -> str:

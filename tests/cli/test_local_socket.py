@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from bkpool.cli import api_connection, console
+from bkpool.cli import api_connection, console, issuers
 from bkpool.cli.client import Client
 from bkpool.core import errors
 from bkpool.home import local_socket
@@ -134,6 +134,17 @@ def test_no_resolver_is_asked_about_localhost(api, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setenv("BKCTL_TOKEN", "own")
     assert pools(api, monkeypatch, f"http://localhost:{api.server_port}") == "Bearer own"
+
+
+def test_no_resolver_says_where_a_development_issuer_with_the_name_localhost_is(api, monkeypatch):
+    asked, known = [], socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **rest: asked.append(host) or known(host, *more, **rest)
+    )
+    api.answers["token"] = (200, {"token": "minted"})
+    assert issuers.mint(f"http://localhost:{api.server_port}/", {}, "--issuer") == {"token": "minted"}
+    assert set(asked) == {"127.0.0.1"}
+    assert api.next("/token").headers["Host"] == f"localhost:{api.server_port}"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import socket
 
 import pytest
 from aiohttp import web
@@ -62,6 +63,19 @@ async def test_keys_are_fetched_once_and_cached_for_a_while(issuer, issuers, clo
     assert (issuer.count(DISCOVERY), issuer.count(JWKS)) == (1, 1)
     await issuers.key(issuer.url, "key-1", "RS256")
     assert issuer.count() == 2
+
+
+async def test_no_resolver_says_where_an_issuer_with_the_name_localhost_is(issuer, issuers, monkeypatch):
+    """/etc/hosts, or who listens on ::1, would decide whose tokens are accepted."""
+    asked, known = [], socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **rest: asked.append(host) or known(host, *more, **rest)
+    )
+    url = issuer.url.replace("127.0.0.1", "localhost")
+    issuer.answer(DISCOVERY, issuer.discovery(issuer=url, jwks_uri=f"{url}{JWKS}"))
+    assert same(await issuers.key(url, "key-1", "RS256"), RSA)
+    assert set(asked) <= {"127.0.0.1"}
+    assert {request.headers["Host"] for request in issuer.requests} == {url.removeprefix("http://")}
 
 
 async def test_the_request_reveals_nothing_and_stores_no_cookie(issuer, issuers, clock, monkeypatch):
