@@ -53,6 +53,17 @@ def claim(directory: Path) -> None:
     _claim(directory)
 
 
+def check(directory: Path) -> None:
+    """Checks, like `claim`, what is there already. It makes nothing.
+
+    Raises:
+        HostFault: It is a link, belongs to another user, or is open to others.
+    """
+    for path in (_OF_ROOT, directory) if directory.parent == _OF_ROOT else (directory,):
+        if os.path.lexists(path):
+            _check(path)
+
+
 def is_private(directory: Path) -> bool:
     """Whether this is a directory, and no link to one, that belongs to this user alone."""
     try:
@@ -111,6 +122,10 @@ def _claim(directory: Path) -> None:
             hint="Remove what is in its place, or set XDG_RUNTIME_DIR to a directory that this user may write to.",
             code="Permission",
         ) from None
+    _check(directory)
+
+
+def _check(directory: Path) -> None:
     if not is_private(directory):
         raise HostFault(
             f"{directory} is not a directory of this user with mode 0700; sockets are not safe there",

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
+from bkpool.core.errors import BkpoolError
+from bkpool.home import runtime_directory
 from bkpool.toolchain import gobuild, kernel
 from bkpool.toolchain.host import Check, HostFacts
 from bkpool.toolchain.resolver import Toolchain
@@ -52,6 +54,7 @@ def checks(
         yield _port(purpose, port, own_ports)
     yield _disk(home)
     yield _home(home, host)
+    yield _sockets(home)
     yield _cache(toolchain.cache)
 
 
@@ -122,6 +125,16 @@ def _home(home: Path, host: HostFacts) -> Check:
     if found.st_mode & 0o077:
         return Check("home", False, f"other users can read {home}, and it has keys", f"Run: chmod 700 {home}")
     return _writable("home", home, "BKPOOL_HOME")
+
+
+def _sockets(home: Path) -> Check:
+    """Whether the directory of the sockets is there for us. In /tmp, another user may have made it first."""
+    try:
+        directory = runtime_directory.default_directory(home, os.environ)
+        runtime_directory.check(directory)
+    except BkpoolError as error:
+        return Check("sockets", False, error.message, error.hint)
+    return Check("sockets", True, str(directory))
 
 
 def _cache(cache: Path) -> Check:

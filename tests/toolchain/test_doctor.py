@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.home import runtime_directory
 from bkpool.toolchain import Toolchain
 from bkpool.toolchain.doctor import HostFacts, checks
 
@@ -164,6 +165,14 @@ def test_a_home_that_others_can_read_or_own_is_refused(examine, tmp_path):
     home.chmod(0o700)
     assert examine(os.geteuid())["home"].ok
     assert "chown -R joe" in examine(os.geteuid() + 1)["home"].fix
+
+
+def test_a_directory_of_sockets_that_somebody_else_made_is_refused(examine, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime_directory, "default_directory", lambda *_: tmp_path / "sockets")
+    assert (examine()["sockets"].ok, examine()["sockets"].detail) == (True, str(tmp_path / "sockets"))
+    (tmp_path / "sockets").symlink_to(tmp_path)
+    check = examine()["sockets"]
+    assert (check.ok, "Remove it" in check.fix) == (False, True)
 
 
 def test_an_old_python_is_refused(examine):
