@@ -5,9 +5,9 @@ It decides nothing about leases.
 """
 
 from bkpool.api.app import make_app
-from bkpool.api.limits import ApiLimits
+from bkpool.api.limits import ApiLimits, HttpLimits
 from bkpool.api.metrics import ApiMetrics
-from bkpool.api.server import open_runner
+from bkpool.api.server import listen, open_runner
 from bkpool.api.service import Service
 
-__all__ = ["ApiLimits", "ApiMetrics", "Service", "make_app", "open_runner"]
+__all__ = ["ApiLimits", "ApiMetrics", "HttpLimits", "Service", "listen", "make_app", "open_runner"]

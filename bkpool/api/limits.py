@@ -10,6 +10,21 @@ from datetime import timedelta
 
 
 @dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """What a client of an HTTP server may do before it has asked for anything."""
+
+    connections: int = 4096
+    """Open connections. One more closes the oldest that has no request."""
+    connections_per_address: int = 1024
+    """Those of one address, or of one IPv6 network of 64 bits."""
+    header_timeout: float = 10.0
+    """Seconds from accepting a connection to the end of the header of its first request, with the TLS handshake."""
+    idle_timeout: float = 120.0
+    """Seconds that a connection may be open after an answer without the header of another request. A proxy must
+    close its connections earlier, or it uses one that is just being closed; many keep them for 60 s."""
+
+
+@dataclass(frozen=True, slots=True)
 class ApiLimits:
     """What a caller of the API may ask for."""
 

@@ -1,6 +1,7 @@
 """Serves HTTP with aiohttp, and answers requests that are not valid HTTP.
 
-aiohttp itself would log such a request and send it back, including a credential in it. Only the user of this process
+aiohttp itself would log such a request and send it back, including a credential in it. And it has no limit of
+connections, nor of the time until a request comes. Only the user of this process
 and root are served on a Unix socket.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -15,6 +18,8 @@ import structlog
 from aiohttp import web
 
 from bkpool.api.error_responses import error_response, internal_error
+from bkpool.api.limits import HttpLimits
+from bkpool.api.tcp_site import AcceptedConnection, BoundedTcpSite
 from bkpool.core.errors import BkpoolError, InvalidInput
 from bkpool.home import local_socket
 from bkpool.identity.access import LONGEST_BEARER
@@ -32,8 +37,22 @@ _SETTINGS: dict[str, Any] = {
 
 
 class _Protocol(web.RequestHandler):
+    """Reads the requests of one connection, and says when it has one."""
+
+    __slots__ = ("_connection", "_header_timer", "_limits")
+
+    def __init__(self, server: web.Server, limits: HttpLimits, connection: AcceptedConnection | None) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, keepalive_timeout=limits.idle_timeout, **_SETTINGS)
+        self._limits = limits
+        self._connection = connection
+        self._header_timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Hangs up on a foreign user of the Unix socket. Its mode and its directory keep them out, too."""
+        """Begins to wait for the header of the first request.
+
+        Hangs up on a foreign user of the Unix socket. Its mode and its directory keep them out, too.
+        """
         super().connection_made(transport)
         connected = transport.get_extra_info("socket")
         if connected.family == socket.AF_UNIX:
@@ -41,6 +60,45 @@ class _Protocol(web.RequestHandler):
             if not local_socket.may_connect(uid):
                 log.warning("api.local_peer_refused", uid=uid)
                 self.force_close()
+                return
+        loop = asyncio.get_running_loop()
+        deadline = self._connection.deadline if self._connection else loop.time() + self._limits.header_timeout
+        self._header_timer = loop.call_at(deadline, self._cut)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Gives the connection's place back."""
+        self._header_received()
+        if self._connection is not None:
+            self._connection.closed()
+        super().connection_lost(exc)
+
+    async def answer(self, request: web.BaseRequest, handler: _Handler) -> web.StreamResponse:
+        """Answers a request whose header has come. Once its body is here, the connection is not closed for others."""
+        self._header_received()
+        if self._connection is None:
+            return await handler(request)
+        answering = True
+
+        def whole() -> None:
+            if answering and self._connection is not None:
+                self._connection.asks()
+
+        request.content.on_eof(whole)
+        try:
+            return await handler(request)
+        finally:
+            answering = False
+            self._connection.asks_nothing()
+
+    def _header_received(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _cut(self) -> None:
+        self._header_timer = None
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,
@@ -50,6 +108,7 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,  # noqa: ARG002 - contains parts of the request
     ) -> web.StreamResponse:
         """Answers a request that reached no route. Neither the log nor the response contains any part of it."""
+        self._header_received()
         if isinstance(exc, UnicodeError):  # aiohttp would have sent bytes of the request back that are not text
             status = web.HTTPBadRequest.status_code
         log.info("api.request_malformed", remote=request.remote, status=status, reason=type(exc).__name__)
@@ -64,28 +123,74 @@ class _Protocol(web.RequestHandler):
         return response
 
 
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+
 class _Server(web.Server):
+    """Makes the protocols of connections, those of a TCP site and those of a Unix socket."""
+
+    def __init__(self, routes: web.Server, limits: HttpLimits) -> None:
+        super().__init__(self._answer, request_factory=routes.request_factory, handler_cancellation=True)
+        self._routes = routes.request_handler
+        self.limits = limits
+
     def __call__(self) -> web.RequestHandler:
-        return _Protocol(self, loop=asyncio.get_running_loop(), **_SETTINGS)
+        """The protocol of a connection to a Unix socket."""
+        return _Protocol(self, self.limits, None)
+
+    def protocol(self, connection: AcceptedConnection) -> web.RequestHandler:
+        """The protocol of a connection that a TCP site has accepted."""
+        return _Protocol(self, self.limits, connection)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        protocol = request.protocol
+        assert isinstance(protocol, _Protocol)  # noqa: S101 - this server makes no others
+        return await protocol.answer(request, self._routes)
 
 
-async def open_runner(stack: AsyncExitStack, app: web.Application, *, shutdown_timeout: float) -> web.BaseRunner:
+async def open_runner(
+    stack: AsyncExitStack,
+    app: web.Application,
+    *,
+    shutdown_timeout: float,
+    limits: HttpLimits = HttpLimits(),  # noqa: B008 - immutable
+) -> web.BaseRunner:
     """A runner for this application, without addresses yet. A caller who closes the connection cancels their request.
 
     Args:
         stack: Closes it.
         app: What is served.
         shutdown_timeout: Seconds that running requests get when it closes.
+        limits: Of its connections. Those in number are for TCP (`listen`), those in time also for a Unix socket.
     """
     routes = web.AppRunner(app)
     await routes.setup()
     stack.push_async_callback(routes.cleanup)
     if routes.server is None:
         raise RuntimeError("aiohttp set up an application without a server")
-    server = _Server(
-        routes.server.request_handler, request_factory=routes.server.request_factory, handler_cancellation=True
-    )
-    runner = web.ServerRunner(server, shutdown_timeout=shutdown_timeout)
+    runner = web.ServerRunner(_Server(routes.server, limits), shutdown_timeout=shutdown_timeout)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     return runner
+
+
+async def listen(
+    runner: web.BaseRunner, host: str, port: int, ssl_context: ssl.SSLContext | None = None
+) -> tuple[str, int]:
+    """Serves on a TCP address, and returns it with the real port.
+
+    Args:
+        runner: Made by `open_runner`.
+        host: A name or an address.
+        port: 0 takes a free port.
+        ssl_context: Serves over TLS if given.
+
+    Raises:
+        OSError: The address cannot be used.
+    """
+    server = runner.server
+    assert isinstance(server, _Server)  # noqa: S101 - open_runner makes no other
+    site = BoundedTcpSite(runner, host, port, server=server, limits=server.limits, ssl_context=ssl_context)
+    await site.start()
+    bound = runner.addresses[-1]
+    return bound[0], bound[1]

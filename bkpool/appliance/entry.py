@@ -21,6 +21,7 @@ from bkpool.core.documents import Documents, read_documents
 from bkpool.gateway.control.server import new_loop
 from bkpool.home.files import as_host_fault
 from bkpool.home.lock import HomeLock
+from bkpool.toolchain.descriptor_limit import raise_limit
 
 
 def run(options: RunOptions, report: StartupReporter) -> int:
@@ -37,6 +38,7 @@ def run(options: RunOptions, report: StartupReporter) -> int:
         BkpoolError: It cannot start; nothing stays half-started.
     """
     configure_logging()
+    raise_limit()
     check_settings(options)
     if options.settings.appliance.roles != ALL_ROLES:
         _run_loop(make_replica(options).run())

@@ -17,10 +17,13 @@ from pathlib import Path
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from bkpool.api import open_runner
+from bkpool.api import HttpLimits, listen, open_runner
 from bkpool.appliance.run_options import Address
 from bkpool.core.errors import HostFault
 from bkpool.home.files import as_host_fault
+
+FEW_CLIENTS = HttpLimits(connections=64, connections_per_address=64)
+"""For metrics, probes and the development issuer."""
 
 
 async def serve(
@@ -31,6 +34,7 @@ async def serve(
     ssl_context: ssl.SSLContext | None = None,
     *,
     local: Path | None = None,
+    limits: HttpLimits = FEW_CLIENTS,
 ) -> str:
     """Serves an application until the stack is closed. A caller who closes the connection cancels their request.
 
@@ -41,6 +45,7 @@ async def serve(
         where: What gave the address, for error messages: an option, a variable or a place in a file.
         ssl_context: Serves over TLS if given.
         local: Also serves on this Unix socket, without TLS. Nobody else can make or use files in its directory.
+        limits: Of its connections.
 
     Returns:
         The address that is served, as host:port for a URL.
@@ -48,10 +53,10 @@ async def serve(
     Raises:
         HostFault: `PortTaken`, or the address or the socket cannot be used.
     """
-    runner = await open_runner(stack, app, shutdown_timeout=2)
+    runner = await open_runner(stack, app, shutdown_timeout=2, limits=limits)
     host, port = address
     try:
-        await web.TCPSite(runner, host, port, backlog=512, ssl_context=ssl_context).start()
+        bound = await listen(runner, host, port, ssl_context)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise HostFault(
@@ -64,7 +69,6 @@ async def serve(
             f"{where}: cannot listen on {Address(host, port)}: {_reason(error)}",
             hint="Choose a port above 1023." if forbidden else "Choose an address of this machine.",
         ) from None
-    bound = runner.addresses[0]
     if local is not None:
         with as_host_fault(local):
             await web.UnixSite(runner, local, backlog=512).start()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bkpool.api import ApiLimits
+from bkpool.api import ApiLimits, HttpLimits
 from bkpool.core.allowances import Allowances
+from bkpool.core.descriptors import ConnectionShares
 from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.gateway.session.limits import GatewayLimits
@@ -15,9 +16,21 @@ from bkpool.kube.leader import LeaderTimes
 from bkpool.settings import Settings
 from bkpool.settings.catalogue import Setting, all_settings
 from bkpool.settings.kinds import COUNT, DURATION
+from bkpool.settings.model import Role
 from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE
 from bkpool.workers.pods.runtime import Deadlines
 from bkpool.workers.processes.runtime import ProcessLimits
+
+
+def wanted_shares(settings: Settings) -> ConnectionShares:
+    """How many connections the servers of this process want."""
+    roles = settings.appliance.roles
+    api, gateway = Role.API in roles, Role.GATEWAY in roles
+    return ConnectionShares(
+        api=settings.api.connections if api else 0,
+        gateway_pending=settings.gateway.pending_connections if gateway else 0,
+        gateway=settings.gateway.connections if gateway else 0,
+    )
 
 
 def api_limits(settings: Settings) -> ApiLimits:
@@ -26,9 +39,24 @@ def api_limits(settings: Settings) -> ApiLimits:
     return ApiLimits(values.max_body, values.body_timeout.total_seconds(), values.max_wait)
 
 
-def gateway_limits(settings: Settings) -> GatewayLimits:
-    """The limits of a gateway. Those that no setting changes keep their default."""
+def http_limits(settings: Settings, shares: ConnectionShares | None = None) -> HttpLimits:
+    """The limits of the API's connections, within its share of file descriptors."""
+    values = settings.api
+    connections = values.connections if shares is None else min(values.connections, shares.api)
+    return HttpLimits(
+        connections=connections,
+        connections_per_address=_of_one(values.connections_per_address, connections, values.connections),
+        header_timeout=values.header_timeout.total_seconds(),
+        idle_timeout=values.idle_timeout.total_seconds(),
+    )
+
+
+def gateway_limits(settings: Settings, shares: ConnectionShares | None = None) -> GatewayLimits:
+    """The limits of a gateway, within its share of file descriptors. Those without a setting keep their default."""
     values = settings.gateway
+    wanted = ConnectionShares(gateway_pending=values.pending_connections, gateway=values.connections)
+    shares = shares or wanted
+    pending = min(shares.gateway_pending, wanted.gateway_pending)
     return GatewayLimits(
         handshake_timeout=values.handshake_timeout.total_seconds(),
         register_timeout=values.register_timeout.total_seconds(),
@@ -41,11 +69,19 @@ def gateway_limits(settings: Settings) -> GatewayLimits:
         worker_peer_timeout=values.worker_peer_timeout.total_seconds(),
         half_open_timeout=values.half_open_timeout.total_seconds(),
         drain_idle_timeout=values.drain_idle_timeout.total_seconds(),
-        pending_connections=values.pending_connections,
-        connections=values.connections,
+        pending_connections=pending,
+        pending_connections_per_address=_of_one(
+            values.pending_connections_per_address, pending, wanted.gateway_pending
+        ),
+        connections=min(shares.gateway, wanted.gateway),
         connections_per_pool=values.connections_per_pool,
         connections_per_lease=values.connections_per_lease,
     )
+
+
+def _of_one(wanted: int, given: int, asked: int) -> int:
+    """The part of one address: where a server gets fewer connections than it asked for, as much smaller."""
+    return wanted if given == asked else max(1, wanted * given // asked)
 
 
 def failure_limits(settings: Settings) -> FailureLimits:

@@ -107,14 +107,21 @@ class GatewaySettings(Section):
     pending_connections: Count = setting(
         1024,
         "Connections that are in their handshake or are being refused. One more closes the oldest. If it is small, "
-        "clients without a certificate can push out those with one. If it is large, they take up memory and file "
-        "descriptors.",
+        "clients without a certificate can push out those with one. If it is large, they take up memory. The limit "
+        "of file descriptors may allow fewer; the log says how many.",
+        between=(16, 100_000),
+    )
+    pending_connections_per_address: Count = setting(
+        512,
+        "Those of one address, or of one IPv6 network of 64 bits. One more closes the oldest one of that address. If "
+        "it is small, clients behind one address push each other out. If it is large, one client can take up all of "
+        "gateway.pending_connections.",
         between=(16, 100_000),
     )
     connections: Count = setting(
         10_000,
         "Open connections with a lease. One more is refused. If it is small, builds are refused. If it is large, "
-        "memory or file descriptors may run out.",
+        "memory may run out. The limit of file descriptors may allow fewer; the log says how many.",
         between=(1, 1_000_000),
     )
     connections_per_pool: Count = setting(

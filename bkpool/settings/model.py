@@ -69,6 +69,33 @@ class ApiSettings(Section):
         "it is long, a caller who sends nothing keeps a connection open for that long.",
         between=(seconds(1), seconds(600)),
     )
+    connections: Count = setting(
+        4096,
+        "Open connections. One more closes the oldest one that has no request; if all have one, it is closed itself. "
+        "If it is small, callers who wait for a worker take all of them. If it is large, memory may run out. The "
+        "limit of file descriptors may allow fewer; the log says how many.",
+        between=(16, 100_000),
+    )
+    connections_per_address: Count = setting(
+        1024,
+        "Open connections of one address, or of one IPv6 network of 64 bits. One more closes the oldest one of that "
+        "address that has no request. Raise it if many callers come through one proxy. If it is large, one client "
+        "can take all connections.",
+        between=(16, 100_000),
+    )
+    header_timeout: Duration = setting(
+        seconds(10),
+        "From accepting a connection to the end of the header of its first request. If it is too short for a slow "
+        "network, clients are cut off. If it is long, clients that ask for nothing keep connections open for longer.",
+        between=(seconds(1), seconds(120)),
+    )
+    idle_timeout: Duration = setting(
+        seconds(120),
+        "How long a connection may stay open after an answer without another request. It must be longer than a proxy "
+        "before the API keeps its connections, or some of its requests fail. If it is long, idle clients keep "
+        "connections open for longer.",
+        between=(seconds(1), seconds(3600)),
+    )
     max_wait: Duration = setting(
         timedelta(hours=1),
         "The longest `wait` of an allocate request; a caller who asks for more gets 400. One who names no `wait` "

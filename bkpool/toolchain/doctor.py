@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bkpool.core.errors import BkpoolError
 from bkpool.home import runtime_directory
-from bkpool.toolchain import gobuild, kernel
+from bkpool.toolchain import descriptor_limit, gobuild, kernel
 from bkpool.toolchain.host import Check, HostFacts
 from bkpool.toolchain.resolver import Toolchain
 from bkpool.toolchain.table import Tool, release_of
@@ -52,6 +52,7 @@ def checks(
     yield from kernel.checks(host, home)
     for purpose, port in ports.items():
         yield _port(purpose, port, own_ports)
+    yield _descriptors(host)
     yield _disk(home)
     yield _home(home, host)
     yield _sockets(home)
@@ -95,6 +96,16 @@ def _port(purpose: str, port: int, own_ports: AbstractSet[int]) -> Check:
             fix = f"Stop that program (ss -ltnp 'sport = :{port}' names it), or use another port."
             return Check(name, False, f"{purpose}: used by another program", fix)
     return Check(name, True, f"{purpose}: free")
+
+
+def _descriptors(host: HostFacts) -> Check:
+    soft, hard = host.descriptors
+    number = descriptor_limit.highest(hard)
+    detail = f"{number} open files, to which `bkpool up` raises the soft limit of {soft}"
+    if number >= descriptor_limit.FEW:
+        return Check("open files", True, detail)
+    fix = "Raise the hard limit: LimitNOFILE= of the systemd unit, or /etc/security/limits.conf."
+    return Check("open files", None, f"{detail}: the API and the gateway have room for few connections", fix)
 
 
 def _disk(home: Path) -> Check:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ class HostFacts:
     machine: str = field(default_factory=lambda: os.uname().machine)
     search_path: str = field(default_factory=lambda: os.environ.get("PATH", os.defpath))
     python: tuple[int, int] = sys.version_info[:2]
+    descriptors: tuple[int, int] = field(default_factory=lambda: resource.getrlimit(resource.RLIMIT_NOFILE))
+    """The soft and the hard limit of open file descriptors; -1 stands for none."""
 
     def read(self, path: str) -> str | None:
         """The text of a file, named without the leading slash; None if it does not exist or cannot be read."""

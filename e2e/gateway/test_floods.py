@@ -28,7 +28,9 @@ OUT_OF_REACH = 600.0
 NO_DEADLINES = dict.fromkeys(("handshake_timeout", "linger_timeout", "refusal_timeout", "first_wait"), OUT_OF_REACH)
 without_deadlines = pytest.mark.parametrize("limits", [NO_DEADLINES], ids=["no deadline"])
 with_room_for_all = pytest.mark.parametrize(
-    "limits", [NO_DEADLINES | {"pending_connections": 4 * THOUSAND}], ids=["no deadline, room for all"]
+    "limits",
+    [NO_DEADLINES | {"pending_connections": 4 * THOUSAND, "pending_connections_per_address": 4 * THOUSAND}],
+    ids=["no deadline, room for all"],
 )
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from bkpool.allocation import wait_queue
-from bkpool.api import ApiLimits
+from bkpool.api import ApiLimits, HttpLimits
 from bkpool.appliance import backend
 from bkpool.appliance.backend import open_pod_backend, open_process_backend, open_replica_backend
 from bkpool.appliance.gateway_replica import GatewayReplica
@@ -23,6 +23,7 @@ from bkpool.appliance.tuning import (
     gateway_limits,
     gateway_variables,
     gc_defaults,
+    http_limits,
     kube_limits,
     leader_times,
     pod_deadlines,
@@ -64,6 +65,7 @@ def test_without_settings_each_room_gets_its_own_default():
     assert failure_limits(DEFAULT) == FailureLimits()
     assert kube_limits(DEFAULT) == KubeLimits()
     assert api_limits(DEFAULT) == ApiLimits()
+    assert http_limits(DEFAULT) == HttpLimits()
     assert gc_defaults(DEFAULT) == GC_DEFAULTS
     assert pod_deadlines(DEFAULT) == Deadlines()
     assert process_limits(DEFAULT) == ProcessLimits()

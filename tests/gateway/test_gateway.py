@@ -419,6 +419,28 @@ async def test_clients_that_never_complete_a_handshake_do_not_keep_others_out(ne
             sock.close()
 
 
+async def test_one_address_does_not_close_the_connections_of_another(new_world):
+    """Neither those that are in their handshake nor the client with a lease that comes beside the flood."""
+    world = await new_world(pending_connections=64, pending_connections_per_address=8)
+    token = world.lease()
+    with contextlib.ExitStack() as stack:
+
+        def silent(host: str) -> socket.socket:
+            opened = socket.create_connection(("127.0.0.1", world.port), source_address=(host, 0))
+            opened.setblocking(False)
+            return stack.enter_context(opened)
+
+        others = [silent("127.0.0.2") for _ in range(8)]
+        many = [silent("127.0.0.1") for _ in range(100)]
+        await (await world.connect(token)).echo(b"x")
+        async with asyncio.timeout(20):
+            for sock in many[:90]:
+                assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
+        for sock in others:
+            with pytest.raises(BlockingIOError):
+                sock.recv(1)
+
+
 async def test_a_handshake_has_a_deadline(world):
     with socket.create_connection(("127.0.0.1", world.port)) as sock:
         sock.setblocking(False)

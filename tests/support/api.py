@@ -8,11 +8,11 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession
 from multidict import CIMultiDictProxy
 
 from bkpool.allocation import Revoker
-from bkpool.api import ApiLimits, ApiMetrics, Service, make_app, open_runner
+from bkpool.api import ApiLimits, ApiMetrics, HttpLimits, Service, listen, make_app, open_runner
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import RememberedCaller
@@ -91,6 +91,7 @@ class Api:
 async def running_api(
     directory: Path,
     limits: ApiLimits = ApiLimits(),  # noqa: B008
+    http: HttpLimits = HttpLimits(),  # noqa: B008
     reader: TokenReader | None = None,
     make_authenticators: Callable[[Mirror], Sequence[Authenticator]] = lambda _mirror: (),
 ) -> AsyncIterator[Api]:
@@ -129,9 +130,8 @@ async def running_api(
             pools=replica.mirror.pools,
             workers=replica.mirror.workers,
         )
-        runner = await open_runner(stack, make_app(service, metrics), shutdown_timeout=0)
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        api.port = runner.addresses[0][1]
+        runner = await open_runner(stack, make_app(service, metrics), shutdown_timeout=0, limits=http)
+        _, api.port = await listen(runner, "127.0.0.1", 0)
         yield api
 
 

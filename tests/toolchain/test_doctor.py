@@ -47,7 +47,7 @@ def examine(machine, tmp_path, releases, no_go):
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
 
     def _examine(uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, **changes):
-        host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"))
+        host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"), descriptors=(1024, 65_536))
         found = checks(home, chain, ports or {}, own_ports=own_ports, host=dataclasses.replace(host, **changes))
         return {check.name: check for check in found}
 
@@ -61,6 +61,21 @@ def test_on_a_good_machine_no_check_fails(examine, uid):
     assert {name for name, check in found.items() if check.ok is not True} == tools
     assert all("`bkpool up` downloads" in found[tool].detail for tool in tools)
     assert all("go.dev/dl" in found[tool].fix for tool in tools)
+
+
+@pytest.mark.parametrize(
+    ("limits", "ok", "says"),
+    [
+        ((1024, 1 << 20), True, "1048576 open files, to which `bkpool up` raises the soft limit of 1024"),
+        ((1024, -1), True, "1048576 open files"),
+        ((1024, 1024), None, "1024 open files"),
+    ],
+)
+def test_the_limit_of_open_files_is_shown(examine, limits, ok, says):
+    check = examine(descriptors=limits)["open files"]
+    assert check.ok is ok
+    assert check.detail.startswith(says)
+    assert bool(check.fix) is (ok is None)
 
 
 def test_an_installed_tool_is_shown_with_version_and_origin(tmp_path, put):

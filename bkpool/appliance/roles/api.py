@@ -14,7 +14,7 @@ from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
 from bkpool.appliance.http import serve
 from bkpool.appliance.roles.context import ControlState, RoleContext
-from bkpool.appliance.tuning import api_limits
+from bkpool.appliance.tuning import api_limits, http_limits
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool
@@ -105,7 +105,7 @@ async def open_api(
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)
     ssl_context = tls.context if tls else None
-    address = await serve(
-        stack, app, options.settings.api.address, options.where("api.address"), ssl_context, local=local
-    )
+    limits = http_limits(options.settings, context.shares)
+    where = options.where("api.address")
+    address = await serve(stack, app, options.settings.api.address, where, ssl_context, local=local, limits=limits)
     return ApiRole(address, tls.description if tls else {}, allocator)

@@ -8,21 +8,27 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import structlog
 from prometheus_client import CollectorRegistry
 
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.supervise import background_task
+from bkpool.appliance.tuning import wanted_shares
+from bkpool.core.descriptors import ConnectionShares, share_descriptors
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.loop_metrics import LoopMetrics
 from bkpool.telemetry.loop_watchdog import LoopWatchdog
 from bkpool.telemetry.registry import new_registry
+from bkpool.toolchain.descriptor_limit import current_limit
+
+log = structlog.get_logger(__name__)
 
 
 def utc_now() -> datetime:
@@ -40,6 +46,8 @@ class RoleContext:
     """The one registry of the process: each role registers its metrics in it."""
     watchdog: LoopWatchdog
     """Watches the main loop; a role that starts further loops adds them."""
+    shares: ConnectionShares
+    """How many connections each server of the process may have."""
     now: Callable[[], datetime] = utc_now
 
     async def run_in_background(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
@@ -55,7 +63,21 @@ def open_context(stack: AsyncExitStack, options: RunOptions, shutdown: Shutdown)
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
     watchdog.start()
     stack.callback(watchdog.stop)
-    return RoleContext(options, shutdown, registry, watchdog)
+    return RoleContext(options, shutdown, registry, watchdog, _shares(options))
+
+
+def _shares(options: RunOptions) -> ConnectionShares:
+    """What the limit of open files leaves for connections. Logs it, with what the settings want."""
+    wanted, limit = wanted_shares(options.settings), current_limit()
+    shares = share_descriptors(limit, wanted)
+    numbers = {"limit": limit, **asdict(shares)}
+    if shares == wanted:
+        log.info("appliance.descriptors", **numbers)
+    else:
+        more = {f"{name}_wanted": number for name, number in asdict(wanted).items()}
+        hint = "raise the hard limit of open files: ulimit -Hn, or LimitNOFILE= of the unit"
+        log.warning("appliance.descriptors", **numbers, **more, hint=hint)
+    return shares
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ async def open_gateway(
         StoreLeaseRegistry(store, name, context.now, mirror.apply),
         now=context.now,
         metrics=metrics,
-        limits=gateway_limits(context.options.settings),
+        limits=gateway_limits(context.options.settings, context.shares),
         dial=dial,
         pool=pool,
         threads=threads,

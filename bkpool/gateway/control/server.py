@@ -189,6 +189,7 @@ class Gateway:
             metrics=self._metrics,
             dial=self._dial,
             pool=self._pool,
+            loops=self._thread_count,
         )
         thread = _GatewayThread(f"gateway-{number}", loop, shard, bridge)
         if self._watchdog is not None:

@@ -16,6 +16,7 @@ from typing import Protocol, assert_never
 
 import structlog
 
+from bkpool.core.connection_places import origin_of
 from bkpool.core.errors import BkpoolError, WorkerFailed
 from bkpool.gateway.net.dial import DialAttempt, Dialler, DialTarget
 from bkpool.gateway.net.endpoint import SocketEndpoint
@@ -74,6 +75,8 @@ class Connection:
 
     def __init__(self, host: ConnectionHost, sock: socket.socket, peer: str) -> None:
         self._host = host
+        self.origin = origin_of(peer.rpartition(":")[0])
+        """Where it comes from, for limits of one address."""
         self._log_fields = {"peer": peer, "pool": ""}
         self._accepted_at = host.loop.time()
         self._machine = machine.ConnectionMachine(host.limits, self._accepted_at)

@@ -63,6 +63,8 @@ class GatewayLimits:
     core.worker); the difference allows for clocks that differ."""
     pending_connections: int = 1024
     """Most connections without a lease: in the handshake, or being refused. One more closes the oldest."""
+    pending_connections_per_address: int = 512
+    """Most of them from one address, or from one IPv6 network of 64 bits."""
     connections: int = 10_000
     """Most connections with a lease."""
     connections_per_pool: int = 5_000

@@ -12,7 +12,9 @@ import socket
 import ssl
 from collections.abc import Callable
 from datetime import datetime
+from math import ceil
 
+from bkpool.core.connection_places import ConnectionPlaces
 from bkpool.core.names import Key
 from bkpool.gateway.net.buffers import LoopBuffers
 from bkpool.gateway.net.dial import Dialler
@@ -40,6 +42,7 @@ class LoopShard:
         metrics: Counts what happens.
         dial: Dials a worker.
         pool: The only pool that is served; None serves all.
+        loops: The number of the gateway's loops. Each gets its part of the places for connections without a lease.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class LoopShard:
         metrics: GatewayMetrics,
         dial: Dialler,
         pool: Key | None = None,
+        loops: int = 1,
     ) -> None:
         self.loop = loop
         self.context = context
@@ -66,7 +70,10 @@ class LoopShard:
         self.leases = ShardLeases(loop, registry, now, limits, capacity, pool=pool)
         self.shards: tuple[LoopShard, ...] = (self,)
         """The shards of all loops. The digest of a lease's token decides which of them owns the lease."""
-        self._pending: dict[Connection, None] = {}  # without a lease; the oldest first
+        self._pending: ConnectionPlaces[Connection] = ConnectionPlaces(  # without a lease
+            ceil(limits.pending_connections / loops), ceil(limits.pending_connections_per_address / loops)
+        )
+        self._surplus: dict[Connection, None] = {}  # that were cut to make room, until they are closed
         self._admitted: dict[Connection, None] = {}  # with a lease
         self._draining = False
         self._on_empty: list[Callable[[], None]] = []
@@ -127,7 +134,7 @@ class LoopShard:
 
     def admitted(self, connection: Connection) -> None:
         """The connection has a lease now."""
-        del self._pending[connection]
+        self._pending.leave(connection)
         self.metrics.count_pending(-1)
         self._admitted[connection] = None
 
@@ -140,9 +147,10 @@ class LoopShard:
     def closed(self, connection: Connection) -> None:
         """The connection's sockets are closed."""
         if connection in self._pending:
-            del self._pending[connection]
+            self._pending.leave(connection)
             self.metrics.count_pending(-1)
         self._admitted.pop(connection, None)
+        self._surplus.pop(connection, None)
         self._report_if_empty()
 
     # --- internal ---------------------------------------------------------------------------------------------------
@@ -159,17 +167,19 @@ class LoopShard:
 
         So clients that never complete a handshake cannot keep others out.
         """
-        self._pending[connection] = None
+        surplus = self._pending.enter(connection, connection.origin)
         self.metrics.count_pending(+1)
-        if len(self._pending) > self.limits.pending_connections / len(self.shards):
-            next(iter(self._pending)).cut("too many connections without a lease")
+        if surplus is not None:
+            self.metrics.count_pending(-1)
+            self._surplus[surplus] = None
+            surplus.cut("too many connections without a lease")
 
     def _cut_all(self) -> None:
         for connection in [*self._pending, *self._admitted]:
             connection.cut(_CLOSING)
 
     def _report_if_empty(self) -> None:
-        if self._on_empty and not self._pending and not self._admitted:
+        if self._on_empty and not (self._pending or self._admitted or self._surplus):
             self.leases.withdraw_all()
             callbacks, self._on_empty = self._on_empty, []
             if self._drain_deadline is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
+from bkpool.toolchain.descriptor_limit import with_limit_at_start
 from bkpool.workers.log_tail import informative_lines
 from bkpool.workers.probe import probe
 from bkpool.workers.processes import process_table
@@ -134,7 +135,7 @@ class _Wrapper:
         try:
             with launch.log.open("ab") as log:
                 self._child = subprocess.Popen(
-                    launch.command,
+                    with_limit_at_start(launch.command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,

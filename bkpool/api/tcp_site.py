@@ -1,0 +1,217 @@
+"""Accepts the API's TCP connections, each into a place of its own, also while its TLS handshake runs.
+
+aiohttp's own site lets any number of clients connect and say nothing. It knows no request: bkpool.api.server tells it
+when a connection has asked for something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol, cast
+
+import structlog
+from aiohttp import web
+
+from bkpool.api.limits import HttpLimits
+from bkpool.core.connection_places import ConnectionPlaces, origin_of
+
+log = structlog.get_logger(__name__)
+
+_BACKLOG = 512
+_MAX_ACCEPTS = 64
+"""Connections accepted in one step, before the loop turns to those that it has."""
+_PAUSE = 0.5  # seconds, while the system has no descriptor left
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class AcceptedConnection:
+    """One accepted connection, from accept to close.
+
+    Args:
+        sock: The accepted socket; its transport closes it.
+        site: What accepted it.
+        deadline: The loop's time at which its first request must have a whole header.
+    """
+
+    def __init__(self, sock: socket.socket, site: BoundedTcpSite, deadline: float) -> None:
+        self._sock = sock
+        self._site = site
+        self.deadline = deadline
+        self.opening: asyncio.Task[object] | None = None
+        """Makes its transport, with the TLS handshake."""
+
+    def asks(self) -> None:
+        """A whole request has come."""
+        self._site.places.asks(self)
+
+    def asks_nothing(self) -> None:
+        """The request is answered."""
+        self._site.places.asks_nothing(self)
+
+    def closed(self) -> None:
+        """Its socket is closed."""
+        self._site.places.leave(self)
+
+    def cut(self) -> None:
+        """Closes it now, in whatever state it is. Its transport sees the end and closes the socket."""
+        if self.opening is not None:
+            self.opening.cancel()
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+class ServesConnections(Protocol):
+    """Makes the protocol of a connection."""
+
+    def protocol(self, connection: AcceptedConnection) -> asyncio.Protocol:
+        """The protocol that reads the requests of this connection."""
+
+
+class _Listeners:
+    """The listening sockets: of asyncio's servers, aiohttp uses only these two members."""
+
+    def __init__(self, sockets: list[socket.socket], close: Callable[[], None]) -> None:
+        self.sockets = sockets
+        self._close = close
+
+    def close(self) -> None:
+        self._close()
+
+
+class BoundedTcpSite(web.BaseSite):
+    """Listens on an address, with a limit of connections.
+
+    Args:
+        runner: Serves what is accepted.
+        host: A name or an address; every address of a name is used.
+        port: 0 takes a free port.
+        ssl_context: Serves over TLS if given.
+        limits: How many connections there may be, and how long one may take.
+        server: Makes the protocols.
+    """
+
+    __slots__ = ("_connections", "_host", "_limits", "_listeners", "_loop", "_port", "_protocols", "places")
+
+    def __init__(
+        self,
+        runner: web.BaseRunner,
+        host: str,
+        port: int,
+        *,
+        server: ServesConnections,
+        limits: HttpLimits,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(runner, ssl_context=ssl_context)
+        self._host, self._port = host, port
+        self._protocols = server
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._listeners: list[socket.socket] = []
+        self._connections: set[AcceptedConnection] = set()  # whose transport is being made
+        self.places: ConnectionPlaces[AcceptedConnection] = ConnectionPlaces(
+            limits.connections, limits.connections_per_address
+        )
+
+    @property
+    def name(self) -> str:
+        """The address as a URL."""
+        return f"{'https' if self._ssl_context else 'http'}://{self._host}:{self._port}"
+
+    async def start(self) -> None:
+        """Listens. Raises OSError if it cannot."""
+        await super().start()
+        self._listeners = await _listen(self._host, self._port)
+        self._server = cast("asyncio.AbstractServer", _Listeners(list(self._listeners), self._close))
+        self._accept_from_now()
+
+    def _close(self) -> None:
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+            listener.close()
+        self._listeners = []
+        for connection in list(self._connections):
+            connection.cut()
+
+    def _accept_from_now(self) -> None:
+        for listener in self._listeners:
+            self._loop.add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_MAX_ACCEPTS):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _OUT_OF_RESOURCES:
+                    self._pause(error)
+                    return
+                continue  # only this connection failed, before it was accepted
+            sock.setblocking(False)
+            self._enter(sock, str(address[0]))
+
+    def _pause(self, error: OSError) -> None:
+        log.warning("api.accept_paused", reason=error.strerror, seconds=_PAUSE)
+        for listener in self._listeners:
+            self._loop.remove_reader(listener)
+        self._loop.call_later(_PAUSE, self._accept_from_now)
+
+    def _enter(self, sock: socket.socket, host: str) -> None:
+        connection = AcceptedConnection(sock, self, self._loop.time() + self._limits.header_timeout)
+        surplus = self.places.enter(connection, origin_of(host))
+        if surplus is connection:
+            sock.close()
+            return
+        if surplus is not None:
+            surplus.cut()
+        self._connections.add(connection)
+        connection.opening = self._loop.create_task(self._open(connection, sock))
+
+    async def _open(self, connection: AcceptedConnection, sock: socket.socket) -> None:
+        opened = False
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: self._protocols.protocol(connection),
+                sock,
+                ssl=self._ssl_context,
+                ssl_handshake_timeout=self._limits.header_timeout if self._ssl_context else None,
+            )
+            opened = True
+        except (OSError, ssl.SSLError):
+            pass  # the client has gone, or its handshake failed: there is nobody to tell
+        finally:
+            self._connections.discard(connection)
+            connection.opening = None
+            if not opened:
+                connection.closed()
+                sock.close()
+
+
+async def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of a host. Raises OSError if there is none, or one cannot be used."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    try:
+        for family, _, _, _, address in dict.fromkeys(found):
+            try:
+                listeners.append(socket.create_server(address, family=family, backlog=_BACKLOG))
+            except OSError as error:
+                # A name may also have addresses of a protocol that this machine does not use.
+                if error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                    raise
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    if not listeners:
+        raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    for listener in listeners:
+        listener.setblocking(False)
+    return listeners
