@@ -29,7 +29,8 @@ def platform(tmp_path_factory, tools, world, registry_host):
     """An appliance whose issuer stands for the CI platform."""
     appliance = Appliance(tmp_path_factory.mktemp("ci"), tools, world=world)
     port = free_port()
-    options = ("--dev-issuer", "--dev-issuer-address", f"127.0.0.1:{port}", "--api-tls")
+    url = f"https://127.0.0.1:{appliance.ports['api']}"
+    options = ("--dev-issuer", "--dev-issuer-address", f"127.0.0.1:{port}", "--api-tls", "--external-url", url)
     spec = {"scaling": {"min": 0, "max": 2}, **world.trusting(registry_host)}
     described = appliance.up_with(spec, *options, name=POOL)
     yield appliance, described
@@ -292,8 +293,9 @@ def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
     example = yaml.safe_load((ROOT / "examples" / "gitlab-ci.yml").read_text())
     wanted = {**example[".bkpool"], **example[name]}
     [(variable, about)] = wanted["id_tokens"].items()
+    assert about == {"aud": example["variables"]["BKCTL_ENDPOINT"]}
     token = appliance.cli(
-        *("oidc-token", "--actor", "gitlab-user", "--audience", about["aud"], "--duration", "5m"),
+        *("oidc-token", "--actor", "gitlab-user", "--duration", "5m"),
         *("--claim", "project_path=group/project"),
     )
     running = job(

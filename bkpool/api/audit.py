@@ -31,6 +31,8 @@ class AuditTrail:
     def __init__(self, action: str, remote: str | None) -> None:
         self._action = action
         self._facts: dict[str, str] = {"remote": remote or ""}
+        self._job: dict[str, str] = {}
+        """Claims of the token that say which job asks."""
         self._allowed: bool | None = None
         self._reason = ""
 
@@ -38,6 +40,7 @@ class AuditTrail:
         """Adds who asks, or who is asked about."""
         if identity is not None:
             self.add_facts(identity=identity.name, authority=identity.authority, source=identity.source)
+            self._job = dict(identity.job)
 
     def add_facts(self, **facts: str) -> None:
         """Adds what the request is about: pool, worker, allocation."""
@@ -55,7 +58,14 @@ class AuditTrail:
             self.add_facts(failure=error.code if isinstance(error, BkpoolError) else type(error).__name__)
         if self._action and self._allowed is not None:
             decision = "allowed" if self._allowed else "denied"
-            log.info("audit.decision", action=self._action, decision=decision, reason=self._reason, **self._facts)
+            log.info(
+                "audit.decision",
+                action=self._action,
+                decision=decision,
+                reason=self._reason,
+                **self._job,
+                **self._facts,
+            )
 
     def _denies(self, error: BkpoolError) -> bool:
         limited = error.status is HTTPStatus.TOO_MANY_REQUESTS

@@ -333,18 +333,24 @@ class IssuerView(Body):
     message: str
 
     @classmethod
-    def of(cls, config: OIDCConfig) -> Self:
-        """The view of a config."""
+    def of(cls, config: OIDCConfig, audience: str) -> Self:
+        """The view of a config; the audience is for one that names none."""
         spec, status = config.spec, config.status
         return cls(
             name=config.key.name,
             namespace=config.key.namespace,
             issuer=spec.issuer,
-            audience=spec.audience,
+            audience=spec.audience or audience,
             enabled=spec.enabled,
             ready=status.ready,
             message=status.message,
         )
+
+
+class AudienceAnswer(Body):
+    """What ID tokens for this API must be made for."""
+
+    audience: str
 
 
 class IssuersAnswer(Body):

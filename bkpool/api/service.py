@@ -20,7 +20,7 @@ from bkpool.api.limits import ApiLimits
 from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
-from bkpool.core.names import DEFAULT_NAMESPACE, Key, check_name
+from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import worker_counts
 from bkpool.core.worker import Worker
@@ -47,6 +47,8 @@ class Service:
     """Why nothing can be leased at the moment; None if leases are possible."""
     not_ready_reason: Callable[[], str | None] = lambda: None
     """Why this replica should get no new requests although it still answers them; None if it should."""
+    audience: str = AUDIENCE
+    """What ID tokens must be made for, where the configuration of their issuer names no audience."""
     limits: ApiLimits = ApiLimits()  # noqa: RUF009 - immutable
 
     def routes(self) -> list[ApiRoute]:
@@ -89,6 +91,7 @@ class Service:
                 "GET", f"{v1}/pools/{{name}}", self.pool, None, models.PoolAnswer, action="pool", errors=(400, 404)
             ),
             ApiRoute("GET", f"{v1}/issuers", self.issuers, None, models.IssuersAnswer, action="issuers"),
+            ApiRoute("GET", f"{v1}/audience", self.own_audience, None, models.AudienceAnswer, nothing),
             *(ApiRoute("GET", f"{at}/health", self.health, None, status, nothing) for at in ("", v1)),
             *(ApiRoute("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
         ]
@@ -197,7 +200,11 @@ class Service:
             raise Forbidden(f"{identity.name} may not list issuers", hint="Use the admin's token.")
         trail.set_decision(allowed=True, reason="the admin may")
         configs = (config for _, config in sorted(self.mirror.configs.items()))
-        return models.IssuersAnswer(issuers=tuple(map(models.IssuerView.of, configs)))
+        return models.IssuersAnswer(issuers=tuple(models.IssuerView.of(config, self.audience) for config in configs))
+
+    async def own_audience(self, _request: web.Request, _trail: AuditTrail) -> models.AudienceAnswer:
+        """Get the audience that ID tokens for this API must have."""
+        return models.AudienceAnswer(audience=self.audience)
 
     async def health(self, _request: web.Request, _trail: AuditTrail) -> models.StatusAnswer:
         """Check whether the process runs."""

@@ -17,7 +17,7 @@ from bkpool.identity import Authenticator
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 from bkpool.identity.issuer_keys import IssuerKeys
-from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
+from bkpool.identity.oidc import OidcAuthenticator, TrustedIssuer, trusted_issuers
 from bkpool.settings.model import IdentitySettings
 from bkpool.store.mirror import Mirror
 
@@ -55,6 +55,7 @@ def make_access_control(
     mirror: Mirror,
     *,
     namespace: str,
+    audience: str,
     leeway: float,
     extra_configs: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
@@ -70,6 +71,7 @@ def make_access_control(
         issuers: The keys of OIDC issuers.
         mirror: Knows pools and issuers.
         namespace: The appliance's namespace: issuers that are configured there count for all pools.
+        audience: What tokens of issuers must be made for, where their configuration names no audience.
         leeway: Seconds by which the clocks of issuers may differ.
         extra_configs: Issuers that are configured in no object (the development issuer).
         now: The clock.
@@ -81,6 +83,9 @@ def make_access_control(
     def configs() -> tuple[OIDCConfig, ...]:
         return (*mirror.configs.values(), *extra_configs)
 
-    oidc = OidcAuthenticator(issuers, lambda: trusted_issuers(configs(), pools(), namespace), now, leeway)
+    def trusted() -> list[TrustedIssuer]:
+        return trusted_issuers(configs(), pools(), namespace, audience)
+
+    oidc = OidcAuthenticator(issuers, trusted, now, leeway)
     own = backend_authenticators(pools)
     return AccessControl(((admin,), (*own.signed, oidc), own.static), pools, configs)

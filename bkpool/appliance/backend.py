@@ -275,9 +275,10 @@ async def _open_pods(
 def _cluster_authenticators(api: KubeApi, options: RunOptions) -> MakeAuthenticators:
     identity = options.settings.identity
     fresh, timeout = identity.secret_fresh.total_seconds(), identity.secret_timeout.total_seconds()
+    review_timeout = identity.token_review_timeout.total_seconds()
     return lambda pools: BackendAuthenticators(
         static=(StaticTokenAuthenticator(SecretTokenReader(api, fresh=fresh, timeout=timeout), pools),),
-        signed=(ServiceAccountAuthenticator(api, timeout=identity.token_review_timeout.total_seconds()),),
+        signed=(ServiceAccountAuthenticator(api, options.audience, timeout=review_timeout),),
     )
 
 

@@ -43,7 +43,8 @@ class MintBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     sub: Text
-    aud: Text = AUDIENCE
+    aud: Text | None = None
+    """None: the audience of the appliance's own API."""
     claims: dict[str, Any] = Field(default_factory=dict)
     duration: Duration = timedelta(hours=1)
 
@@ -55,18 +56,19 @@ def dev_config(url: str, namespace: str = SYSTEM_NAMESPACE) -> OIDCConfig:
         url: The same as for make_dev_issuer.
         namespace: The appliance's own namespace.
     """
-    spec = OIDCConfigSpec(issuer=url, audience=AUDIENCE, claims_mapping=ClaimsMapping(user="actor"), pools=("*",))
+    spec = OIDCConfigSpec(issuer=url, claims_mapping=ClaimsMapping(user="actor"), pools=("*",))
     return OIDCConfig(metadata=Metadata(name="dev-issuer", namespace=namespace), spec=spec)
 
 
-def make_dev_issuer(url: str, now: Callable[[], datetime]) -> web.Application:
+def make_dev_issuer(url: str, now: Callable[[], datetime], audience: str = AUDIENCE) -> web.Application:
     """The issuer as an application, with a new key.
 
     Args:
         url: Where it is served, and the `iss` of its tokens.
         now: The clock.
+        audience: That of tokens for which nobody asks for another one.
     """
-    issuer = _Issuer(url, now)
+    issuer = _Issuer(url, now, audience)
     app = web.Application(client_max_size=_MAX_BODY, middlewares=[_guarded])
     app.router.add_get("/.well-known/openid-configuration", issuer.configuration)
     app.router.add_get("/.well-known/jwks.json", issuer.keys)
@@ -77,8 +79,9 @@ def make_dev_issuer(url: str, now: Callable[[], datetime]) -> web.Application:
 
 
 class _Issuer:
-    def __init__(self, url: str, now: Callable[[], datetime]) -> None:
+    def __init__(self, url: str, now: Callable[[], datetime], audience: str) -> None:
         self._url = url
+        self._audience = audience
         self._now = now
         self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
         self._key_id = secrets.token_hex(8)
@@ -104,7 +107,7 @@ class _Issuer:
     async def token(self, request: web.Request) -> web.Response:
         """A token with the requested claims."""
         body = await _body(request)
-        token = self._signed(body.sub, body.aud, body.duration, {"actor": body.sub, **body.claims})
+        token = self._signed(body.sub, body.aud or self._audience, body.duration, {"actor": body.sub, **body.claims})
         return web.json_response({"token": token, "expiresIn": int(body.duration.total_seconds())})
 
     async def actions_token(self, request: web.Request) -> web.Response:

@@ -149,7 +149,7 @@ class HostAppliance:
         options = self._options
         if options.dev_issuer_url is None:
             return ()
-        app = make_dev_issuer(options.dev_issuer_url, context.now)
+        app = make_dev_issuer(options.dev_issuer_url, context.now, options.audience)
         await serve(stack, app, self._settings.dev_issuer.address, options.where("dev_issuer.address"))
         return (dev_config(options.dev_issuer_url, self._settings.kubernetes.namespace),)
 

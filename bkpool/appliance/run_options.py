@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bkpool.core.names import AUDIENCE
 from bkpool.kube import ClusterAccess
 from bkpool.settings import Address, Role, Settings
 from bkpool.settings.catalogue import find
@@ -54,6 +55,11 @@ class RunOptions:
     def api_scheme(self) -> str:
         """The scheme of the API's URL."""
         return "https" if self.settings.api.tls or self.settings.api.cert else "http"
+
+    @property
+    def audience(self) -> str:
+        """The audience of callers' tokens, where the configuration of their issuer names none."""
+        return self.settings.identity.audience or self.settings.api.external_url or AUDIENCE
 
     @property
     def dev_issuer_url(self) -> str | None:

@@ -19,12 +19,12 @@ from threading import Timer
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from bkpool.cli import api_connection, api_errors, console, credentials, endpoints, home
+from bkpool.cli import api_connection, api_errors, audience, console, credentials, endpoints, home
 from bkpool.cli.places import where
 from bkpool.cli.threads import in_thread
 from bkpool.core import errors
 from bkpool.core.errors import Unavailable
-from bkpool.core.names import API_PORT
+from bkpool.core.names import API_PORT, AUDIENCE
 
 ANSWER_TIMEOUT = 30.0
 """Seconds, in addition to the time for which a call may wait by its nature."""
@@ -64,7 +64,7 @@ class Client:
         url = endpoints.parse(given) if given else own or endpoints.parse(f"http://localhost:{API_PORT}")
         self._is_guess = not given and appliance is None
         self._is_local = own is not None and endpoints.same(url, own)
-        self._credential = credentials.find(appliance, claims, local=self._is_local)
+        self._credential = credentials.find(appliance, claims, local=self._is_local, audience=self.audience)
         # A user who names an endpoint and a token gets that endpoint. All else that is meant for the appliance here
         # goes over its socket, where nobody can listen in or answer in its place.
         chosen = bool(given) and credentials.explicit() is not None
@@ -113,6 +113,22 @@ class Client:
         options = {**api_errors.OPTIONS, "token": "--token-file"}
         admin = credentials.admin() if self._socket else None
         return self._call("POST", "/api/v1/auth/check", body, admin, options=options)
+
+    def audience(self) -> str:
+        """What an ID token for this appliance must be made for: $BKCTL_AUDIENCE, else what the appliance says.
+
+        Raises:
+            InvalidInput: It asks for a token for another server.
+        """
+        if given := audience.given():
+            return given
+        try:
+            wanted = self._call("GET", "/api/v1/audience", None, None).get("audience")
+        except errors.NotFound:  # an appliance of an earlier version
+            return AUDIENCE
+        finally:
+            self._request_sent = False  # the call that the token is for has not begun
+        return audience.accepted(wanted, self._url.url, own=self._is_local)
 
     def pools(self) -> dict[str, Any]:
         """All pools."""

@@ -18,7 +18,6 @@ from typing import Any
 
 from bkpool.cli import console, home
 from bkpool.core.errors import InvalidInput
-from bkpool.core.names import AUDIENCE
 
 EXPLICIT_VARIABLES = ("BKCTL_TOKEN", "BKCTL_TOKEN_FILE")
 ISSUER_VARIABLE = "BKCTL_OIDC_ISSUER"
@@ -34,11 +33,6 @@ MAX_TOKEN_LENGTH = 16_384
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 2.1
 _NOT_TEXT = ("it is not text", "It must hold only the token.")
 _FIX = "It must hold only the token, without quotes or line ends."
-
-
-def audience() -> str:
-    """The audience of the tokens that are requested: $BKCTL_AUDIENCE, else the default of an appliance."""
-    return os.environ.get("BKCTL_AUDIENCE") or AUDIENCE
 
 
 class Credential:
@@ -84,16 +78,20 @@ class RequestedClaims:
         """The options that were given."""
         return [f"--oidc-{name}" for name in ("actor", "repository", "subject") if getattr(self, name)]
 
-    def request(self, **more: Any) -> dict[str, Any]:
+    def request(self, audience: str, **more: Any) -> dict[str, Any]:
         """The body of POST /token of the issuer. Without a subject it has the one of a job on GitHub."""
         job = f"repo:{self.repository}:ref:refs/heads/main" if self.repository else None
         claims = {"actor": self.actor or self.subject or _login(), "repository": self.repository}
         given = {name: value for name, value in claims.items() if value}
-        return {"sub": self.subject or job or given["actor"], "aud": audience(), "claims": given, **more}
+        return {"sub": self.subject or job or given["actor"], "aud": audience, "claims": given, **more}
 
 
 def find(
-    appliance: home.Appliance | None, claims: RequestedClaims | None = None, *, local: bool
+    appliance: home.Appliance | None,
+    claims: RequestedClaims | None = None,
+    *,
+    local: bool,
+    audience: Callable[[], str],
 ) -> Credential | None:
     """The credential for a call.
 
@@ -101,6 +99,7 @@ def find(
         appliance: The appliance that runs from this home.
         claims: Who the caller wants to be.
         local: Whether the call goes to that appliance.
+        audience: Returns what a token for the call must be made for; it may ask the appliance.
 
     Raises:
         InvalidInput: An environment variable is not valid; the message names it.
@@ -110,11 +109,11 @@ def find(
         variable = os.environ.get(ISSUER_VARIABLE)
         issuer = variable or (appliance.dev_issuer if appliance and local else None)
         if given is None and issuer:
-            return _from_dev_issuer(issuer, claims, ISSUER_VARIABLE if variable else "appliance.json")
+            return _from_dev_issuer(issuer, claims, audience, ISSUER_VARIABLE if variable else "appliance.json")
         _note_without_effect(claims)
     if given is not None:
         return given
-    return (admin() if local else None) or _from_platform()
+    return (admin() if local else None) or _from_platform(audience)
 
 
 def explicit() -> Credential | None:
@@ -169,10 +168,10 @@ def checked(token: str, variable: str) -> str:
     raise InvalidInput(f"{variable}: {problem if token else 'holds no token'}", hint=_FIX, field=variable)
 
 
-def _from_platform() -> Credential | None:
+def _from_platform(audience: Callable[[], str]) -> Credential | None:
     """The token that GitHub Actions, GitLab CI or Kubernetes gives to a job or pod."""
     if url := os.environ.get(GITHUB_URL):
-        return Credential(GITHUB_URL, lambda: _github(url), cached=True)
+        return Credential(GITHUB_URL, lambda: _github(url, audience), cached=True)
     if token := os.environ.get(GITLAB, "").strip():
         return Credential(GITLAB, lambda: token)
     if POD_TOKEN_FILE.exists():
@@ -180,7 +179,7 @@ def _from_platform() -> Credential | None:
     return None
 
 
-def _github(url: str) -> str:
+def _github(url: str, audience: Callable[[], str]) -> str:
     from bkpool.cli import issuers  # noqa: PLC0415 - only in GitHub Actions
 
     token = os.environ.get(GITHUB_TOKEN, "").strip()
@@ -193,10 +192,13 @@ def _github(url: str) -> str:
     return issuers.github(url, checked(token, GITHUB_TOKEN), audience())
 
 
-def _from_dev_issuer(issuer: str, claims: RequestedClaims, where: str) -> Credential:
+def _from_dev_issuer(issuer: str, claims: RequestedClaims, audience: Callable[[], str], where: str) -> Credential:
     from bkpool.cli import issuers  # noqa: PLC0415 - only for trying things out
 
-    return Credential(issuer, lambda: str(issuers.mint(issuer, claims.request(), where)["token"]), cached=True)
+    def fetch() -> str:
+        return str(issuers.mint(issuer, claims.request(audience()), where)["token"])
+
+    return Credential(issuer, fetch, cached=True)
 
 
 def _note_without_effect(claims: RequestedClaims) -> None:

@@ -32,6 +32,12 @@ class Endpoint:
     """What stands before the paths of the API; mostly empty."""
 
     @property
+    def url(self) -> str:
+        """The whole URL, with its scheme and port."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
+
+    @property
     def has_scheme(self) -> bool:
         """Whether the user wrote one."""
         return "://" in self.text

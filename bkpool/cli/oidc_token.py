@@ -8,8 +8,8 @@ import click
 
 from bkpool.cli import console, credentials, home, options
 from bkpool.cli.places import where
-from bkpool.core.errors import InvalidInput
-from bkpool.core.names import DEV_ISSUER_PORT
+from bkpool.core.errors import InvalidInput, Unavailable
+from bkpool.core.names import AUDIENCE, DEV_ISSUER_PORT
 
 
 @click.command(short_help="Get a token from the development issuer.")
@@ -26,7 +26,7 @@ from bkpool.core.names import DEV_ISSUER_PORT
     "--oidc-subject",
     help="The claim `sub`.  [default: with --repository that of a job on GitHub, else the actor]",
 )
-@click.option("--audience", help="The audience of the token.  [default: $BKCTL_AUDIENCE, else buildkit-controller]")
+@click.option("--audience", help="The audience of the token.  [default: $BKCTL_AUDIENCE, else that of the appliance]")
 @click.option(
     "--claim",
     "claims",
@@ -61,14 +61,25 @@ def command(
     """
     from bkpool.cli import issuers  # noqa: PLC0415 - only here
 
-    request = credentials.RequestedClaims(actor, repository, subject).request(duration=duration)
+    request = credentials.RequestedClaims(actor, repository, subject).request(
+        audience or _own_audience(), duration=duration
+    )
     request["claims"] |= dict(_claim(text) for text in claims)
-    request["aud"] = audience or request["aud"]
     answer = issuers.mint(issuer or _default_issuer(), request, where("--issuer"))
     if as_json:
         console.answer(answer, as_json=True, show=str)
     else:
         click.echo(answer["token"])
+
+
+def _own_audience() -> str:
+    """The audience of the appliance to which calls go; the usual one where there is no answer."""
+    from bkpool.cli.client import Client  # noqa: PLC0415 - only here
+
+    try:
+        return Client().audience()
+    except Unavailable:
+        return AUDIENCE
 
 
 def _default_issuer() -> str:

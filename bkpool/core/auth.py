@@ -74,7 +74,8 @@ class OIDC(Model):
     """One issuer whose tokens are accepted, and under which conditions."""
 
     issuer: IssuerUrl
-    audience: Annotated[StrictStr, Field(min_length=1, max_length=512)]
+    audience: Annotated[StrictStr | None, Field(min_length=1, max_length=512)] = None
+    """A value that `aud` must have; None: the appliance's own (`identity.audience`)."""
     claims_mapping: ClaimsMapping = ClaimsMapping()
     conditions: tuple[ClaimCondition, ...] = ()
     """A token must meet all of them."""

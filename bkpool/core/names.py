@@ -49,7 +49,8 @@ SYSTEM_NAMESPACE = "buildkit-system"
 """The namespace of the appliance itself in a cluster."""
 DEFAULT_NAMESPACE = "default"
 AUDIENCE = "buildkit-controller"
-"""The default audience of callers' tokens: that of the Go controller, so that existing workflows keep working."""
+"""The audience of callers' tokens where nobody sets another one: that of the Go controller, so that existing
+workflows keep working."""
 DEFAULT_POOL = "default"
 DEFAULT_WAIT = timedelta(minutes=5)
 """How long an allocate request waits that names no wait, unless the appliance allows less."""

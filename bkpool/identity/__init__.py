@@ -60,6 +60,8 @@ class Identity:
     """How the caller was identified; None if a lease shall not remember it."""
     claims: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
     """The claims of the token that its issuer's configurations name (`remembering.named_claims`)."""
+    job: tuple[tuple[str, str], ...] = ()
+    """Claims of the credential that say which job it was made for, for the audit line. They identify nobody."""
 
     @property
     def digest(self) -> str:

@@ -17,6 +17,8 @@ from bkpool.identity.jwt import shown
 _GITHUB = "https://token.actions.githubusercontent.com"
 _GITLAB = "https://gitlab.com"
 LONGEST_NAME = 256
+_JOB_CLAIMS = ("jti", "run_id", "sub")
+_LONGEST_JOB_CLAIM = 256
 _MOST_POOLS = 100
 _MOST_GROUPS = 500  # Microsoft's tokens have up to 200
 
@@ -62,6 +64,7 @@ def identify(
         pools=_names(claims, mapping.pools, _MOST_POOLS),
         granted=granted,
         scope=scope,
+        job=tuple((claim, text) for claim in _JOB_CLAIMS if (text := _one_line(claims.get(claim)))),
     )
 
 
@@ -72,6 +75,14 @@ def default_tenant_claim(issuer: str) -> str | None:
     ):  # the issuer of a GitHub enterprise has its name appended
         return "repository"
     return "project_path" if issuer == _GITLAB else None
+
+
+def _one_line(value: object) -> str:
+    """A claim as it may stand in a log: cut, and without what is not printable. Empty if it is no text or number."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return ""
+    text = str(value)[:_LONGEST_JOB_CLAIM]
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def find(claims: Mapping[str, object], path: str) -> object:

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from bkpool.core.auth import OIDC, OIDCConfig
 from bkpool.core.errors import Unauthenticated
-from bkpool.core.names import Key
+from bkpool.core.names import AUDIENCE, Key
 from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 from bkpool.identity import EVERYWHERE, Scope, Verdict
@@ -41,6 +41,8 @@ class TrustedIssuer:
     source: str
     """The object that has it, for messages: `BuildKitOIDCConfig buildkit-system/github`."""
     settings: OIDC
+    audience: str
+    """What tokens must be made for."""
     scope: Scope = EVERYWHERE
     granted: tuple[str, ...] = ()
     """Patterns of pools that it grants to all its callers."""
@@ -49,7 +51,7 @@ class TrustedIssuer:
 
 
 def trusted_issuers(
-    configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespace: str
+    configs: Iterable[OIDCConfig], pools: Iterable[Pool], system_namespace: str, audience: str = AUDIENCE
 ) -> list[TrustedIssuer]:
     """All configurations of issuers: those in BuildKitOIDCConfig objects and those in pools.
 
@@ -57,11 +59,13 @@ def trusted_issuers(
         configs: The objects. Those that are not enabled are left out.
         pools: All pools.
         system_namespace: The appliance's namespace. A configuration there is valid for every pool.
+        audience: What tokens must be made for, where a configuration names no audience.
     """
     found = [
         TrustedIssuer(
             source=f"{OIDCConfig.KIND} {config.key}",
             settings=config.spec,
+            audience=config.spec.audience or audience,
             scope=EVERYWHERE if config.key.namespace == system_namespace else Scope(config.key.namespace),
             granted=config.spec.pools,
             refusal=config.spec.rejection_reason or "",
@@ -70,7 +74,13 @@ def trusted_issuers(
         if config.spec.enabled
     ]
     found += [
-        TrustedIssuer(f"{Pool.KIND} {pool.key}", own, Scope(*pool.key), refusal=own.rejection_reason or "")
+        TrustedIssuer(
+            source=f"{Pool.KIND} {pool.key}",
+            settings=own,
+            audience=own.audience or audience,
+            scope=Scope(*pool.key),
+            refusal=own.rejection_reason or "",
+        )
         for pool in pools
         if pool.spec.auth.methods  # a shortcut: most pools have none, and this runs for every request
         for own in pool.spec.auth.oidc
@@ -116,7 +126,7 @@ class OidcAuthenticator:
         asked = [one for one in self._trusted() if one.settings.issuer == token.claims.get("iss")]
         if not asked:
             return _unknown(token)
-        refusals = [one.refusal or self._claims_refusal(token, one.settings) for one in asked]
+        refusals = [one.refusal or self._claims_refusal(token, one) for one in asked]
         if not all(refusals):
             unsigned = await self._signature_refusal(token, asked[0].settings.issuer)
             refusals = [refusal or unsigned for refusal in refusals]
@@ -138,13 +148,13 @@ class OidcAuthenticator:
         claims = claims_of(caller)
         return tuple(_recalled(claims, one) for one in asked)
 
-    def _claims_refusal(self, token: Token, settings: OIDC) -> str:
+    def _claims_refusal(self, token: Token, one: TrustedIssuer) -> str:
         try:
             verify_claims(
                 token.claims,
-                issuer=settings.issuer,
-                audience=settings.audience,
-                client_id=settings.client_id,
+                issuer=one.settings.issuer,
+                audience=one.audience,
+                client_id=one.settings.client_id,
                 now=self._now(),
                 leeway=self._leeway,
             )
@@ -182,7 +192,7 @@ def _recalled(claims: Mapping[str, object], one: TrustedIssuer) -> Verdict:
     if one.refusal:
         return Verdict(one.source, refusal=one.refusal)
     try:
-        verify_audience(claims, one.settings.audience, one.settings.client_id)
+        verify_audience(claims, one.audience, one.settings.client_id)
         identity = identify(claims, one.settings, source=one.source, scope=one.scope, granted=one.granted)
     except Unauthenticated as error:
         refusal = f"{one.source}: {error.message} (as the lease remembers the token)"

@@ -17,6 +17,7 @@ from bkpool.core import durations
 from bkpool.core.allowances import Allowed, parse_host, parse_image
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import Key, check_name
+from bkpool.core.urls import canonical
 
 Toml = str | int | bool | list[str]
 """What stands for a value in a TOML file."""
@@ -132,6 +133,10 @@ def _name(given: Toml, directory: Path) -> str:
         raise ValueError("is not a valid name") from None
 
 
+def _url(given: Toml, directory: Path) -> str:
+    return canonical(_text(given, directory))
+
+
 def _pool(given: Toml, directory: Path) -> Key:
     namespace, slash, name = _text(given, directory).partition("/")
     if not slash or not namespace or not name or "/" in name:
@@ -211,6 +216,7 @@ ADDRESS = ValueKind(
 )
 TEXT = ValueKind("a text", "TEXT", "my-name", str, _text, str)
 NAME = ValueKind("a name of lower-case letters, digits and '-'", "NAME", "team-a", str, _name, str)
+URL = ValueKind("a URL of the form https://host:port", "URL", "https://builds.example.com:8082", str, _url, str)
 FILE = ValueKind("the name of a file", "FILE", "/etc/bkpool/api.crt", str, _file, str)
 POOL = ValueKind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _pool, str)
 TEXTS = ValueKind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
@@ -253,6 +259,7 @@ Listen = Annotated[Address, ADDRESS]
 ListenOrDefault = Annotated[Address | None, ADDRESS]
 Text = Annotated[str, TEXT]
 OptionalText = Annotated[str | None, TEXT]
+OptionalUrl = Annotated[str | None, URL]
 Name = Annotated[str, NAME]
 OptionalFile = Annotated[Path | None, FILE]
 OptionalPool = Annotated[Key | None, POOL]

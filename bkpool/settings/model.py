@@ -24,6 +24,8 @@ from bkpool.settings.kinds import (
     Duration,
     Listen,
     OptionalFile,
+    OptionalText,
+    OptionalUrl,
     Switch,
 )
 from bkpool.settings.worker_model import KindSettings, KubernetesSettings, WorkersSettings
@@ -44,6 +46,13 @@ class ApiSettings(Section):
     """The HTTP API that leases workers."""
 
     address: Listen = setting(Address("127.0.0.1", API_PORT), "Where the API listens.", option="--api-address")
+    external_url: OptionalUrl = setting(
+        None,
+        "The URL at which callers reach the API, as they write it in BKCTL_ENDPOINT. ID tokens must then be made for "
+        "it (`identity.audience`), so that a token for another installation is of no use here.",
+        option="--external-url",
+        unset="installations that accept tokens of the same issuer can use each other's tokens",
+    )
     tls: Switch = setting(
         False, "Serve the API over TLS, with a certificate of bkpool's own authority.", option="--api-tls"
     )
@@ -190,6 +199,12 @@ class AllocationSettings(Section):
 class IdentitySettings(Section):
     """How callers are recognised."""
 
+    audience: OptionalText = setting(
+        None,
+        "The audience that callers' tokens must have: those of ServiceAccounts, and those of issuers whose "
+        "configuration names no audience. If it changes, jobs that ask for a fixed audience must ask for another.",
+        unset="`api.external_url`, or buildkit-controller if that is not set either",
+    )
     issuer_timeout: Duration = setting(
         seconds(5),
         "How long an issuer may take to answer with its keys. If it is too short for a slow issuer, its callers get "

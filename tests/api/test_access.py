@@ -300,6 +300,15 @@ async def test_the_audit_trail(api, audit):
         assert secret not in json.dumps(lines)
 
 
+async def test_the_audit_line_names_the_job_of_the_token(api, audit):
+    job = (("jti", "t-1"), ("run_id", "42"), ("sub", "repo:o/r:ref:refs/heads/main"))
+    api.authenticator.known["of-a-job"] = (Identity("ann", authority="https://issuer", source="stub", job=job),)
+    await lease_of(api, "of-a-job")
+    (line,) = audit()
+    assert (line["action"], line["jti"], line["run_id"], line["sub"]) == ("allocate", *(text for _, text in job))
+    assert line["identity"] == "ann"
+
+
 async def test_a_caller_who_closes_the_connection_while_waiting_is_in_the_audit_trail(api, audit):
     api.world.runtime.may_start.clear()
     asking = asyncio.create_task(api("POST", ALLOCATE, {"poolName": "a"}, bearer=ANN))

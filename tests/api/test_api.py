@@ -139,6 +139,11 @@ async def test_tokens_without_a_lease_are_refused(api):
         assert (status, reply["error"]["field"]) == (400, "token")
 
 
+async def test_anybody_learns_what_tokens_must_be_made_for(api):
+    status, reply, _ = await api("GET", "/api/v1/audience", headers={})
+    assert (status, reply) == (200, {"audience": "buildkit-controller"})
+
+
 async def test_health_and_readiness(api):
     for path in ("/health", "/api/v1/health", "/ready", "/api/v1/ready"):
         assert (await api("GET", path, headers={}))[0] == 200

@@ -116,9 +116,28 @@ async def test_it_answers_like_githubs_token_url(issuer):
 def test_its_configuration_trusts_it_for_every_pool():
     config = dev_config(URL)
     assert (str(config.key), config.spec.issuer, config.spec.audience) == (
-        *("buildkit-system/dev-issuer", URL, "buildkit-controller"),
+        *("buildkit-system/dev-issuer", URL, None),
     )
     assert (config.spec.claims_mapping.user, config.spec.pools, config.spec.tenant_claim) == ("actor", ("*",), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "audience"),
+    [
+        ({}, "buildkit-controller"),
+        ({"api": {"external_url": "https://builds.example.com"}}, "https://builds.example.com"),
+        ({"api": {"external_url": "https://b.example"}, "identity": {"audience": "mine"}}, "mine"),
+    ],
+)
+def test_tokens_are_for_the_url_of_the_api_unless_an_audience_is_set(tmp_path, given, audience):
+    options = RunOptions(home=tmp_path, cache=tmp_path, settings=Settings.model_validate(given))
+    assert options.audience == audience
+
+
+async def test_a_token_for_which_no_audience_is_asked_is_for_the_appliance():
+    async with TestClient(TestServer(make_dev_issuer(URL, lambda: NOW, "https://b.example"))) as client:
+        reply = await client.post("/token", json={"sub": "me"})
+        assert (await claims_of(client, (await reply.json())["token"], "https://b.example"))["sub"] == "me"
 
 
 def _with_issuer(home, given):

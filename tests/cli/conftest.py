@@ -67,8 +67,11 @@ class Api(ThreadingHTTPServer):
             "check": (200, {"allowed": True, "reason": "as it is"}),
             "renew": (200, {"expiresAt": "2030-01-01T00:00:00Z", "workerName": "default-worker-0"}),
             "release": (200, {"status": "released"}),
+            "audience": (200, {"audience": "buildkit-controller"}),
         }
         self.before_answer = {}
+        self.asked_for_audience = []
+        """Calls that ask for the audience of tokens; they are not among `calls`."""
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def beside(self, server):
@@ -105,8 +108,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         call = Call(self.command, self.path, dict(self.headers), json.loads(body) if body else None)
-        self.server.calls.put(call)
         end = self.path.partition("?")[0].rpartition("/")[2]
+        if end == "audience":
+            self.server.asked_for_audience.append(call)
+        else:
+            self.server.calls.put(call)
         if act := self.server.before_answer.get(end):
             act(call, self.connection)
         status, answer = self.server.answers[end]

@@ -23,6 +23,10 @@ def alone(monkeypatch, home):
     monkeypatch.setattr(issuers, "RETRY_PAUSES", ())
 
 
+def no_matter():
+    return "buildkit-controller"
+
+
 def token_of(life, mark="", now=None):
     ends = (time() if now is None else now) + life
     claims = urlsafe_b64encode(json.dumps({"exp": ends, "jti": mark}).encode()).decode().rstrip("=")
@@ -77,7 +81,7 @@ NAMES = ("variable", "file", "github", "gitlab", "pod")
 def test_the_first_available_source_is_used(api, sources, monkeypatch, first, second):
     for name in {first, second}:
         sources[name]()
-    found = credentials.find(None, local=False)
+    found = credentials.find(None, local=False, audience=no_matter)
     assert found.bearer() == f"of-{first}"
 
 
@@ -85,8 +89,8 @@ def test_the_first_available_source_is_used(api, sources, monkeypatch, first, se
 def test_the_admin_token_comes_before_the_platform_token_only_on_the_local_appliance(sources, appliance, name):
     sources[name]()
     from_user = name in {"variable", "file"}
-    assert (credentials.find(None, local=True).bearer() == "admin-secret") is not from_user
-    assert credentials.find(None, local=False).bearer() != "admin-secret"
+    assert (credentials.find(None, local=True, audience=no_matter).bearer() == "admin-secret") is not from_user
+    assert credentials.find(None, local=False, audience=no_matter).bearer() != "admin-secret"
 
 
 def test_without_a_source_there_is_no_credential(there):
@@ -207,7 +211,7 @@ def test_a_failed_request_to_github_is_repeated(api, there, sources, monkeypatch
     monkeypatch.setattr(issuers, "RETRY_PAUSES", (0.0,))
     answers = iter([(503, {}), (200, {"value": "at-last"})])
     api.before_answer["token"] = lambda *_: api.answers.update(token=next(answers))
-    assert credentials.find(None, local=False).bearer() == "at-last"
+    assert credentials.find(None, local=False, audience=no_matter).bearer() == "at-last"
 
 
 def test_an_endless_answer_of_the_runner_times_out(api, there, sources, monkeypatch):
@@ -257,7 +261,7 @@ def test_only_a_jwt_has_a_known_expiry(token, soon):
     ],
 )
 def test_the_request_to_a_development_issuer(asked, subject, actor):
-    request = asked.request()
+    request = asked.request("buildkit-controller")
     assert (request["sub"], request["claims"]["actor"], request["aud"]) == (subject, actor, "buildkit-controller")
     assert request["claims"].get("repository") == asked.repository
 

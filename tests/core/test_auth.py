@@ -98,7 +98,7 @@ def test_a_wrong_value_of_an_issuer_is_refused_and_its_field_is_named(spec, fiel
         ({"methods": ["odd"]}, "spec.auth.methods.0.type"),
         ({"methods": [{}]}, "spec.auth.methods.0.type"),
         ({"methods": [{"type": "oidc"}]}, "spec.auth.methods.0"),
-        ({"methods": [{"type": "oidc", "oidc": {"issuer": ISSUER}}]}, "spec.auth.methods.0.oidc.audience"),
+        ({"methods": [{"type": "oidc", "oidc": {"audience": "a"}}]}, "spec.auth.methods.0.oidc.issuer"),
         ({"methods": [{"type": "token", "token": {}}]}, "spec.auth.methods.0.token"),
         ({"methods": [{"type": "token", "token": {"file": "/f", "secretRef": "s"}}]}, "spec.auth.methods.0.token"),
         ({"methods": [{"type": "token", "token": {"file": "f"}}]}, "spec.auth.methods.0.token"),

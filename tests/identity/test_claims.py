@@ -53,8 +53,19 @@ def test_the_identity_has_what_the_configuration_maps():
         pools=("amd64", "team/arm64"),
         granted=("a*",),
         scope=Scope("ci"),
+        job=(("sub", CLAIMS["sub"]),),
     )
     assert not found.admin
+
+
+def test_the_claims_that_name_the_job_are_cut_and_have_one_line():
+    claims = {"sub": "ann\nfake line\x1b[0m", "jti": "j" * 1_000, "run_id": 7, "job_id": "1"}
+    found = identify(claims | {"actor": "ann"}, mapping())
+    assert dict(found.job) == {"jti": "j" * 256, "run_id": "7", "sub": "ann?fake line?[0m"}
+    for odd in (True, None, ["a"], {"a": 1}, ""):
+        assert identify({"sub": "s", "actor": "ann", "jti": odd}, mapping()).job == (("sub", "s"),)
+    first, second = (identify({"sub": "s", "actor": "ann", "jti": jti}, mapping()) for jti in "ab")
+    assert first.digest == second.digest, "another token is not another caller"
 
 
 def test_equal_names_of_two_claims_are_two_callers_with_separate_caches():

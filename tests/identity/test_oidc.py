@@ -41,12 +41,11 @@ async def judge():
     """Authenticates a token with these configurations and pools."""
     issuers = IssuerKeys(clock=time.monotonic, timeout=2)
 
-    async def judging(token: str, *objects: OIDCConfig | Pool):
+    async def judging(token: str, *objects: OIDCConfig | Pool, audience: str = AUDIENCE):
         configs = [one for one in objects if isinstance(one, OIDCConfig)]
         pools = [one for one in objects if isinstance(one, Pool)]
-        return await OidcAuthenticator(issuers, lambda: trusted_issuers(configs, pools, SYSTEM), now).authenticate(
-            token
-        )
+        trusted = trusted_issuers(configs, pools, SYSTEM, audience)
+        return await OidcAuthenticator(issuers, lambda: trusted, now).authenticate(token)
 
     yield judging
     await issuers.close()
@@ -94,6 +93,24 @@ async def test_a_valid_token_gives_an_identity(issuer, judge):
     assert (verdict.identity.granted, verdict.identity.scope) == (("a*",), EVERYWHERE)
     assert not verdict.identity.admin
     assert (verdict.refusal, verdict.genuine) == ("", False)
+
+
+async def test_a_token_for_another_installation_is_refused(issuer, judge):
+    """The attack: the operator of one installation uses a token that a job has sent there at another one."""
+    ours, theirs = "https://builds.example.com", "https://builds.example.net"
+    silent = config(issuer.url)
+    silent = silent.but(spec=silent.spec.but(audience=None))
+    (verdict,) = await judge(issuer.token(aud=theirs), silent, audience=ours)
+    assert verdict.refusal == f"aud is {theirs!r}, not {ours!r}"
+    (verdict,) = await judge(issuer.token(aud=AUDIENCE), silent, audience=ours)
+    assert verdict.refusal == f"aud is {AUDIENCE!r}, not {ours!r}"
+    (verdict,) = await judge(issuer.token(aud=ours), silent, audience=ours)
+    assert verdict.identity is not None
+    (verdict,) = await judge(issuer.token(aud=AUDIENCE), config(issuer.url), audience=ours)
+    assert verdict.identity is not None, "it stays accepted where it is configured"
+    of_pool = pool("p", {"issuer": issuer.url})
+    (verdict,) = await judge(issuer.token(aud=ours), of_pool, audience=ours)
+    assert verdict.identity is not None
 
 
 @pytest.mark.parametrize("alg", ["ES256", "EdDSA"])
@@ -189,7 +206,7 @@ async def test_the_issuer_is_not_asked_for_a_token_that_is_refused_anyway(issuer
 @pytest.mark.parametrize(("leeway", "refusal"), [(30, "expired"), (90, "")])
 async def test_the_clock_of_an_issuer_may_differ_by_the_leeway(issuer, leeway, refusal):
     issuers = IssuerKeys(clock=time.monotonic, timeout=2)
-    trusted = [TrustedIssuer("x", config(issuer.url).spec)]
+    trusted = [TrustedIssuer("x", config(issuer.url).spec, AUDIENCE)]
     token = issuer.token(exp=int(now().timestamp()) - 60)
     (verdict,) = await OidcAuthenticator(issuers, lambda: trusted, now, leeway).authenticate(token)
     assert refusal in verdict.refusal
@@ -229,7 +246,7 @@ async def test_an_unreachable_issuer_is_reported_unless_the_token_is_refused_any
 @given(st.text(max_size=80) | st.binary(max_size=80).map(lambda it: forge(it, it, None)))
 async def test_any_bearer_token_is_accepted_or_refused(bearer):
     issuers = IssuerKeys(clock=time.monotonic)
-    trusted = [TrustedIssuer("x", config("https://a.example").spec)]
+    trusted = [TrustedIssuer("x", config("https://a.example").spec, AUDIENCE)]
     for verdict in await OidcAuthenticator(issuers, lambda: trusted, now).authenticate(bearer):
         assert verdict.refusal
         assert verdict.identity is None

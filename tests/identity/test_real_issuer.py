@@ -73,7 +73,7 @@ async def judged(port: int, token: str, later: timedelta = timedelta(), **settin
     issuers = IssuerKeys(clock=time.monotonic)
     try:
         authenticator = OidcAuthenticator(
-            issuers, lambda: [TrustedIssuer("mock", oidc)], lambda: datetime.now(UTC) + later
+            issuers, lambda: [TrustedIssuer("mock", oidc, oidc.audience)], lambda: datetime.now(UTC) + later
         )
         (verdict,) = await authenticator.authenticate(token)
         return verdict

@@ -20,6 +20,7 @@ VALUES = {
     kinds.ADDRESS: st.builds(Address, st.sampled_from(["127.0.0.1", "::1", "host.example"]), st.integers(0, 65535)),
     kinds.TEXT: TEXTS,
     kinds.NAME: NAMES,
+    kinds.URL: st.sampled_from(["https://builds.example.com:8082", "http://[::1]:8082", "https://a.example/bkpool"]),
     kinds.NAMES: st.lists(NAMES, max_size=3).map(tuple),
     kinds.FILE: TEXTS.map(lambda text: Path("/") / text),
     kinds.SIZE: st.sampled_from(["1MB", "1.5GiB", "1024kB", "3G", "1PB", "1%", "100%"]),

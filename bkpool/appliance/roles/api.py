@@ -83,6 +83,7 @@ async def open_api(
         state.issuers,
         mirror,
         namespace=options.settings.kubernetes.namespace,
+        audience=options.audience,
         leeway=options.settings.identity.clock_leeway.total_seconds(),
         extra_configs=extra_configs,
         now=context.now,
@@ -97,6 +98,7 @@ async def open_api(
         connections=sources.connections,
         unavailable_reason=sources.unavailable_reason,
         not_ready_reason=sources.not_ready_reason,
+        audience=options.audience,
         limits=api_limits(options.settings),
     )
     metrics = ApiMetrics(context.registry, waiting=allocator.waiting, pools=mirror.pools, workers=mirror.workers)
@@ -104,8 +106,7 @@ async def open_api(
     if tls is not None:
         await context.run_in_background(stack, tls.run())
     app = make_app(service, metrics)
-    ssl_context = tls.context if tls else None
+    where, ssl_context = options.where("api.address"), tls.context if tls else None
     limits = http_limits(options.settings, context.shares)
-    where = options.where("api.address")
     address = await serve(stack, app, options.settings.api.address, where, ssl_context, local=local, limits=limits)
     return ApiRole(address, tls.description if tls else {}, allocator)
