@@ -31,7 +31,7 @@ CHECKS = [
     status_code_conformance,
 ]
 OPERATIONS = [
-    *(f"POST /api/v1/workers/{name}" for name in ("allocate", "renew", "lookup", "release")),
+    *(f"POST /api/v1/workers/{name}" for name in ("allocate", "renew", "lookup", "release", "revoke")),
     "POST /api/v1/auth/check",
     "GET /api/v1/pools",
     "GET /api/v1/pools/{name}",
@@ -40,6 +40,7 @@ OPERATIONS = [
 ]
 REQUIRE_BEARER = {
     "POST /api/v1/workers/allocate",
+    "POST /api/v1/workers/revoke",
     "GET /api/v1/pools",
     "GET /api/v1/pools/{name}",
     "GET /api/v1/issuers",
@@ -108,7 +109,7 @@ def test_each_response_is_as_described(ruled, described, operation, mode):
         assert response.headers["x-request-id"]
 
     all_of_them()
-    if mode is GenerationMode.POSITIVE and operation.endswith(("/allocate", "/pools", "/check", "/ready")):
+    if mode is GenerationMode.POSITIVE and operation.endswith(("/allocate", "/revoke", "/pools", "/check", "/ready")):
         assert HTTPStatus.OK in seen
     if operation in REQUIRE_BEARER:
         assert HTTPStatus.UNAUTHORIZED in seen

@@ -15,6 +15,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
+from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 
@@ -130,3 +131,27 @@ async def test_a_revocation_cuts_the_connections_at_every_replica_within_two_sec
     for task in watching:
         task.cancel()
     await asyncio.gather(*watching, return_exceptions=True)
+
+
+async def test_a_replica_whose_watch_says_nothing_cuts_when_it_renews_its_registration(
+    store, new_world, worker_lease, now
+):
+    mirror = Mirror(store)  # it does not run, like a watch that hangs
+    registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, mirror.apply)
+    world = await new_world(registry=registry)
+    unsubscribe = feed_leases(world.gateway, mirror)
+    token = world.token("a")
+    pool = await store.create(Pool(metadata=Metadata(name="p")))
+    lease = worker_lease.but(token_sha256=tokens.digest(token))
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, lease, {}))
+    ready = worker.with_status(phase=Phase.ALLOCATED, endpoint=world.endpoint, cache_owner=lease.owner)
+    await store.replace_status(ready)
+    streams = await world.connect(token)
+    await streams.echo(b"building")
+    await LeaseService(store=store, mirror=Mirror(store), now=lambda: now).revoke(worker, "by the admin")
+    await streams.echo(b"still building, as far as this replica knows")
+    await world.advance(GatewayLimits().renew_interval)
+    assert await streams.read_to_end() == b""
+    assert await (await world.connect(token)).call() == TOLD
+    unsubscribe()
+    await world.gateway.close()
