@@ -19,6 +19,7 @@ from bkpool.allocation.open_requests import OpenRequests
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
+from bkpool.core.caller_share import most_leases, most_waiting
 from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key, Slot
@@ -192,7 +193,8 @@ class Allocator:
         if earlier is not None:
             return self._begin_request(earlier, known=True)
         held = [w.held_lease for w in with_live_lease(self._mirror.workers_of(pool.key), self._now())]
-        with self._limits.one_more(pool, order.caller, key or object(), held) as about_to_claim:
+        waiting = most_waiting(pool.spec, admin=order.caller.admin, places=self._max_waiters)
+        with self._limits.one_more(pool, order.caller, key or object(), held, waiting) as about_to_claim:
             claimed = await self._claim_in_turn(order, about_to_claim)
         if key is None:
             return claimed
@@ -214,7 +216,7 @@ class Allocator:
             order: The request.
             about_to_claim: Gets the id of each lease before it may be stored, so that it is not counted twice.
         """
-        pool = order.pool
+        pool, caller = order.pool, order.caller
         queue = self._queues.setdefault(pool.key, WaitQueue(self._max_waiters))
         lost_claim = False
         while True:
@@ -222,12 +224,13 @@ class Allocator:
             about_to_claim(lease_id)
             owner = cache_owner_digest(
                 pool.spec.reuse,
-                order.caller.tenant,
+                caller.tenant,
                 pool.uid,
                 lease_id,
                 keep_history=pool.spec.cache.keep_history,
             )
-            target = await self._wait_for_turn(queue, pool.key, Waiter(owner, order.request_key), first=lost_claim)
+            waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
+            target = await self._wait_for_turn(queue, pool.key, waiter, first=lost_claim)
             if isinstance(target, Worker) and target.lease is not None:
                 return self._begin_request(target, known=True)  # the same job's lease, made while this one waited
             try:
@@ -314,6 +317,8 @@ class Allocator:
             current = self._mirror.workers.get(worker.key, worker)
             why = current.status.message_with_log or f"it is {current.status.phase.value}"
             message = f"{worker.key.name} of {where} was not ready within {render(request.wait)}: {why}"
+        elif (most := self._reached_share(order)) is not None:
+            return _has_their_share(order, most)
         else:
             message = f"no worker of {where} became free within {render(request.wait)}"
         return NoCapacity(
@@ -321,6 +326,15 @@ class Allocator:
             hint="Wait longer, or raise spec.scaling.max of the pool.",
             retry_after=30,
         )
+
+    def _reached_share(self, order: _Order) -> int | None:
+        """How many leases the caller has, if one more is only for others; else None."""
+        pool = self._mirror.pools.get(order.pool.key, order.pool)
+        most = most_leases(pool.spec, admin=order.caller.admin)
+        if most is None or most == pool.spec.scaling.max:
+            return None
+        live = with_live_lease(self._mirror.workers_of(pool.key), self._now())
+        return most if sum(w.held_lease.holder == order.caller.digest for w in live) >= most else None
 
     # --- the queue --------------------------------------------------------------------------------------------------
 
@@ -340,6 +354,19 @@ class Allocator:
         if event is not None:
             event.set()
         self._serve(pool)
+
+
+def _has_their_share(order: _Order, most: int) -> NoCapacity:
+    """The error for a request that waited while its caller had all leases that one caller may have."""
+    field, request = "spec.auth.limits.identity.leases", order.request
+    return NoCapacity(
+        f"{field}: {order.caller.name} has {most} leases of pool {request.pool.name!r}, all but one for others, "
+        f"and none of them ended within {render(request.wait)}",
+        hint="Release a lease, or ask the operator of the appliance to set this limit of the pool.",
+        code="LimitReached",
+        field=field,
+        retry_after=30,
+    )
 
 
 def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:

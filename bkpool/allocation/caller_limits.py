@@ -33,6 +33,16 @@ class _Account:
     open_requests: Counter[Hashable] = field(default_factory=Counter)
     """Requests without a lease so far. A request and its repetitions count as one."""
 
+    def check_waiting(self, most: int | None, limit: str, who: str) -> None:
+        """Raises NoCapacity if one more request, or repetition of one, would be too many."""
+        waiting = self.open_requests.total()
+        if most is not None and waiting >= most:
+            raise _reached(
+                f"{limit}.waiters: {waiting} requests of {who} wait already, and at most {most} may",
+                "Wait until one of them has its lease",
+                _RETRY_AFTER,
+            )
+
     def check(self, allowed: Allowance, limit: str, who: str, leases: int, now: float) -> None:
         """Raises NoCapacity if one more would be too many."""
         have = leases + len(self.open_requests)
@@ -87,7 +97,12 @@ class CallerLimits:
 
     @contextmanager
     def one_more(
-        self, pool: Pool, caller: Identity, request: Hashable, held: Collection[Lease]
+        self,
+        pool: Pool,
+        caller: Identity,
+        request: Hashable,
+        held: Collection[Lease],
+        most_waiting: int | None = None,
     ) -> Iterator[Callable[[str], None]]:
         """Admits one request for a lease, which is open until the block ends.
 
@@ -99,6 +114,7 @@ class CallerLimits:
             caller: The caller.
             request: Identifies the request; equal for a request that repeats another one.
             held: The live leases of the pool.
+            most_waiting: How many requests of this caller may wait; None: no limit.
 
         Raises:
             NoCapacity: `LimitReached`. The message names the limit's field and its value.
@@ -107,12 +123,14 @@ class CallerLimits:
         self._sweep(now)
         of_caller = self._accounts.setdefault((pool.key, caller.digest), _Account())
         of_all = self._accounts.setdefault((pool.key, ""), _Account())
+        of_one, of_pool, who = "spec.auth.limits.identity", "spec.auth.limits.pool", f"all callers of {pool.key.name}"
+        of_caller.check_waiting(most_waiting, of_one, caller.name)
+        of_all.check_waiting(limits.pool.waiters, of_pool, who)
         if request not in of_caller.open_requests:
             holders = [lease.holder for lease in held if lease.id not in self._claiming]
             own_leases = holders.count(caller.digest)
-            of_caller.check(limits.identity, "spec.auth.limits.identity", caller.name, own_leases, now)
-            who = f"all callers of {pool.key.name} together"
-            of_all.check(limits.pool, "spec.auth.limits.pool", who, len(holders), now)
+            of_caller.check(limits.identity, of_one, caller.name, own_leases, now)
+            of_all.check(limits.pool, of_pool, f"{who} together", len(holders), now)
         of_caller.enter(limits.identity, request, now)
         of_all.enter(limits.pool, request, now)
         claims: list[str] = []

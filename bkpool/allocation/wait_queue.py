@@ -28,6 +28,9 @@ class Waiter:
 
     owner: str
     request_key: str | None
+    tenant: str
+    holder: str
+    admin: bool
     served: asyncio.Future[Target] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Gets the worker or slot that the request was given."""
 
@@ -42,13 +45,16 @@ class WaitQueue:
     def __init__(self, max_waiters: int = MAX_WAITERS) -> None:
         self._max_waiters = max_waiters
         self._waiting: deque[Waiter] = deque()
-        self._claiming: set[Slot] = set()
+        self._claiming: dict[Slot, str] = {}  # to the digest of the caller
+        self._turns: dict[str, None] = {}  # the tenants that wait, in the order of their turns
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def join(self, waiter: Waiter, *, first: bool = False) -> None:
         """Puts a request at the end of the queue, or at the front after another replica was faster to claim.
+
+        The turn of a tenant who did not wait comes after those of all others.
 
         Raises:
             NoCapacity: The queue is full.
@@ -61,21 +67,26 @@ class WaitQueue:
                 retry_after=30,
             )
         (self._waiting.appendleft if first else self._waiting.append)(waiter)
+        if first:
+            self._turns = {waiter.tenant: None, **self._turns}
+        else:
+            self._turns.setdefault(waiter.tenant)
 
     def leave(self, waiter: Waiter) -> None:
         """Removes a request that no longer waits. What it was given already becomes free again."""
         with suppress(ValueError):
-            self._waiting.remove(waiter)
+            self._remove(waiter)
         if waiter.served.done() and not waiter.served.cancelled() and not waiter.served.exception():
             self.claim_ended(waiter.served.result())
         waiter.served.cancel()
 
     def claim_ended(self, target: Target) -> None:
         """Notes that a claim succeeded or failed: the store has the result, so the slot need not be kept apart."""
-        self._claiming.discard(slot_of_target(target))
+        self._claiming.pop(slot_of_target(target), None)
 
     def refuse_all(self, error: Exception) -> None:
         """Fails every request that waits: the pool was deleted, or the appliance stops."""
+        self._turns.clear()
         while self._waiting:
             self._waiting.popleft().served.set_exception(error)
 
@@ -85,11 +96,25 @@ class WaitQueue:
         """Serves the requests that `queueing.assign` gives something to."""
         if not self._waiting:
             return
-        for given in assign(tuple(self._waiting), pool, workers, caches, claiming=self._claiming, now=now):
-            self._waiting.remove(given.waiter)
+        turns, claiming = tuple(self._turns), dict(self._claiming)
+        for given in assign(tuple(self._waiting), pool, workers, caches, turns=turns, claiming=claiming, now=now):
+            self._remove(given.waiter)
             if not _is_leased(given.target):
-                self._claiming.add(slot_of_target(given.target))
+                self._claiming[slot_of_target(given.target)] = given.waiter.holder
+                self._end_turn(given.waiter.tenant)
             given.waiter.served.set_result(given.target)
+
+    def _remove(self, waiter: Waiter) -> None:
+        """Raises ValueError if it does not wait."""
+        self._waiting.remove(waiter)
+        if all(other.tenant != waiter.tenant for other in self._waiting):
+            self._turns.pop(waiter.tenant, None)
+
+    def _end_turn(self, tenant: str) -> None:
+        """The tenant has got a worker: the turns of all others come first."""
+        if tenant in self._turns:
+            del self._turns[tenant]
+            self._turns[tenant] = None
 
 
 def _is_leased(target: Target) -> bool:

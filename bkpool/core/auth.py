@@ -194,6 +194,8 @@ class Allowance(Model):
 
     leases: Annotated[StrictInt, Field(ge=1, le=10_000)] | None = None
     """Leases at the same time."""
+    waiters: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
+    """Requests that wait for a lease at the same time."""
     per_minute: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None
     """Requests for a lease in one minute."""
 
@@ -202,7 +204,7 @@ class AuthLimits(Model):
     """Limits of leases and of requests for them."""
 
     identity: Allowance = Allowance()
-    """For each caller alone."""
+    """For each caller alone, except for the admin. `core.caller_share` has what holds where a number is not given."""
     pool: Allowance = Allowance()
     """For all callers together."""
 

@@ -1,4 +1,4 @@
-"""Who gets a worker next: requests in the order of their arrival, each with the worker or slot that suits it best.
+"""Who gets a worker next: tenants in turn, the requests of each in the order of their arrival.
 
 `assign` is a pure function of the queue and the pool. It claims nothing: the claim is a compare-and-swap that may
 fail, and then the request is put at the front of the queue and `assign` is called again.
@@ -6,11 +6,14 @@ fail, and then the request is put at the front of the queue and `assign` is call
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
+from bkpool.core.caller_share import most_leases
 from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.placement import choose
 from bkpool.core.pool import Pool
@@ -28,11 +31,24 @@ class QueuedRequest(Protocol):
         """Digest of the owner of the cache that the lease will use."""
 
     @property
+    def tenant(self) -> str:
+        """Digest of the tenant, who gets one worker in each turn."""
+
+    @property
+    def holder(self) -> str:
+        """Digest of the caller, as their leases have it."""
+
+    @property
+    def admin(self) -> bool:
+        """Whether the caller is the admin, who may have every lease."""
+
+    @property
     def request_key(self) -> str | None:
         """Digest of the caller and their jobId. A live lease with the same key is this request's as well."""
 
 
 W = TypeVar("W", bound=QueuedRequest)
+_NO_CLAIMS: Mapping[Slot, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,38 +65,67 @@ def assign(
     workers: Collection[Worker],
     caches: Mapping[Slot, str | None],
     *,
-    claiming: Collection[Slot] = (),
+    turns: Sequence[str] = (),
+    claiming: Mapping[Slot, str] = _NO_CLAIMS,
     now: datetime,
 ) -> list[Assignment[W]]:
     """Gives workers and slots to the requests that wait for a pool.
 
     1. A request whose key has a live lease gets the worker with that lease, wherever it is in the queue: it repeats
        an earlier request, and takes nothing from the others.
-    2. All others are served first come, first served. The first one for which there is nothing stops the rest, so
-       that no request overtakes another. Which worker or slot a request gets is the choice of `placement.choose`.
+    2. Of all others each tenant in turn gets one worker, so that no tenant waits for more than one request of each
+       other tenant. The requests of one tenant are served first come, first served, except that a caller with as many
+       leases as they may have waits until one of these ends. Which worker or slot a request gets is the choice of
+       `placement.choose`. The first request for which there is nothing stops the rest.
 
     Args:
         waiters: The requests, in the order of their arrival.
         pool: The pool that they wait for.
         workers: All workers of the pool.
         caches: The caches that exist, each with the digest of its owner (None: clean).
-        claiming: Slots that earlier requests were given and are still claiming.
+        turns: The tenants in the order of their turns. One that is missing comes after them.
+        claiming: Slots that earlier requests were given and are still claiming, each with the digest of the caller.
         now: The time.
 
     Returns:
-        The requests that are served now. All others go on waiting.
+        The requests that are served now, in this order. All others go on waiting.
     """
-    leased = {key: w for w in with_live_lease(workers, now) if (key := w.metadata.labels.get(LABEL_REQUEST))}
+    live = with_live_lease(workers, now)
+    leased = {key: w for w in live if (key := w.metadata.labels.get(LABEL_REQUEST))}
     repeated = [Assignment(w, leased[w.request_key]) for w in waiters if w.request_key in leased]
+    queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
+    for waiter in waiters:
+        if waiter.request_key not in leased:
+            queues.setdefault(waiter.tenant, deque()).append(waiter)
+    holding = Counter({w.slot: w.held_lease.holder for w in live}.values())
+    in_store = {w.slot for w in live}
+    holding.update(holder for slot, holder in claiming.items() if slot not in in_store)
     served: list[Assignment[W]] = []
     taken = set(claiming)
-    for waiter in (w for w in waiters if w.request_key not in leased):
-        target = choose(pool, workers, caches, waiter.owner, taken)
+    ring = deque(queues.values())
+    while ring:
+        queue = ring.popleft()
+        first = _next_of_tenant(queue, pool, holding)
+        if first is None:
+            continue  # nobody of this tenant waits, or only callers who have as many leases as they may have
+        target = choose(pool, workers, caches, first.owner, taken)
         if target is None:
             break
-        served.append(Assignment(waiter, target))
+        served.append(Assignment(first, target))
         taken.add(slot_of_target(target))
+        holding[first.holder] += 1
+        queue.remove(first)
+        ring.append(queue)
     return repeated + served
+
+
+def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Mapping[str, int]) -> W | None:
+    """The first request whose caller may have one more lease."""
+    for waiter in queue:
+        most = most_leases(pool.spec, admin=waiter.admin)
+        if most is None or holding.get(waiter.holder, 0) < most:
+            return waiter
+    return None
 
 
 def slot_of_target(target: Target) -> Slot:

@@ -10,7 +10,12 @@ from bkpool.core import tokens
 from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Phase
+from bkpool.identity import Identity
 from support.world import ANN, BOB, POOL
+
+CARL, ADMIN = Identity("carl"), Identity("admin", admin=True)
+NO_LIMITS = {"limits": {"identity": {"leases": 1000, "waiters": 1000}}}
+"""A pool of which one caller may have everything."""
 
 
 def slot_name(grant):
@@ -38,7 +43,7 @@ async def test_an_idle_worker_is_leased_and_another_is_created_to_be_idle(world)
 
 
 async def test_a_caller_gets_their_cache_back_and_nobody_else_gets_it(world):
-    await world.pool(scaling={"max": 2})
+    await world.pool(scaling={"max": 2}, auth=NO_LIMITS)
     api = world.replicas[0]
     first = await api.allocate(ANN)
     await api.leases.release(first.token)
@@ -64,8 +69,8 @@ async def test_with_reuse_never_the_cache_is_wiped_between_leases_of_one_caller(
     assert slot_name(await api.allocate()) == slot_name(first)
 
 
-async def test_first_come_first_served(world):
-    await world.pool(scaling={"max": 1})
+async def test_the_requests_of_one_tenant_are_served_first_come_first_served(world):
+    await world.pool(scaling={"max": 1}, auth=NO_LIMITS)
     api = world.replicas[0]
     grant = await api.allocate()
     order = []
@@ -84,9 +89,88 @@ async def test_first_come_first_served(world):
     assert order == list(range(8))
 
 
+async def test_tenants_get_workers_in_turn(world):
+    """Ann has asked many times before Bob and Carl ask: they wait for one request of each other tenant."""
+    await world.pool(scaling={"max": 1}, auth=NO_LIMITS)
+    api = world.replicas[0]
+    grant = await api.allocate()
+    order, waiting = [], []
+
+    async def wait_in_queue(caller):
+        mine = await api.allocate(caller)
+        order.append(caller.name)
+        await api.leases.release(mine.token)
+
+    for caller in [ANN] * 4 + [BOB] * 2 + [ANN] * 2 + [CARL]:
+        waiting.append(asyncio.create_task(wait_in_queue(caller)))
+        await world.until(lambda: api.allocator.waiting(POOL) == len(waiting))
+    await api.leases.release(grant.token)
+    await asyncio.gather(*waiting)
+    assert order == ["ann", "bob", "carl", "ann", "bob", "ann", "ann", "ann", "ann"]
+
+
+async def test_one_caller_cannot_lock_a_pool(world):
+    """By default they leave one worker for others, and only some of their requests wait. The admin has no limit."""
+    await world.pool(scaling={"max": 3})
+    api = world.replicas[0]
+    own = [await api.allocate(ANN) for _ in range(2)]
+    waiting = [asyncio.create_task(api.allocate(ANN, wait=60)) for _ in range(6)]
+    await world.until(lambda: api.allocator.waiting(POOL) == 6)
+    with pytest.raises(
+        NoCapacity, match=r"identity\.waiters: 6 requests of ann wait already, and at most 6"
+    ) as caught:
+        await api.allocate(ANN)
+    assert (caught.value.code, caught.value.status) == ("LimitReached", 429)
+    other = await api.allocate(BOB)
+    await api.leases.release(other.token)
+    admins = await api.allocate(ADMIN)
+    await api.leases.release(admins.token)
+    await world.until(lambda: len(world.held()) == 2)
+    assert api.allocator.waiting(POOL) == 6
+
+    await api.leases.release(own[0].token)
+    await world.until(lambda: waiting[0].done())
+    assert api.allocator.waiting(POOL) == 5, "one that ended makes room for one"
+    for one in waiting:
+        one.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_a_caller_with_all_they_may_have_is_told_so(world):
+    await world.pool(scaling={"max": 2})
+    api = world.replicas[0]
+    await api.allocate(ANN)
+    with pytest.raises(
+        NoCapacity, match=r"identity\.leases: ann has 1 leases of pool 'p', all but one for"
+    ) as caught:
+        await api.allocate(ANN, wait=0.05)
+    assert caught.value.code == "LimitReached"
+
+
+async def test_the_admin_may_have_every_worker(world):
+    await world.pool(scaling={"max": 2})
+    for _ in range(2):
+        await world.replicas[0].allocate(ADMIN)
+    with pytest.raises(NoCapacity, match="no worker of pool 'p' became free"):
+        await world.replicas[0].allocate(ADMIN, wait=0.05)
+
+
+async def test_repetitions_of_one_request_take_places_of_their_caller_only(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    await api.allocate(ANN)
+    again = [asyncio.create_task(api.allocate(BOB, wait=60, job_id="job")) for _ in range(2)]
+    await world.until(lambda: api.allocator.waiting(POOL) == 2)
+    with pytest.raises(NoCapacity, match="at most 2 may"):
+        await api.allocate(BOB, job_id="job")
+    for one in again:
+        one.cancel()
+    await asyncio.gather(*again, return_exceptions=True)
+
+
 async def test_two_hundred_requests_at_once_never_share_a_worker(two_replicas):
     world = two_replicas
-    await world.pool(scaling={"max": 4})
+    await world.pool(scaling={"max": 4}, auth=NO_LIMITS)
     await world.until(lambda: POOL in world.replicas[1].mirror.pools)
     holders = set()
 

@@ -45,6 +45,11 @@ class Request:
     tenant: str
     owner: str
     request_key: str | None = None
+    admin: bool = True
+
+    @property
+    def holder(self) -> str:
+        return self.tenant
 
 
 class Lost(Exception):

@@ -1,5 +1,7 @@
 """Who is served next: tables of the rules, and properties that hold for every queue and pool."""
 
+import time
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bkpool.allocation.wait_queue import Waiter, WaitQueue
 from bkpool.core.names import LABEL_REQUEST
 from bkpool.core.placement import choose
 from bkpool.core.queueing import Assignment, assign, slot_of_target
@@ -19,6 +22,9 @@ class Request:
     name: str
     owner: str = "owner-a"
     request_key: str | None = None
+    tenant: str = "tenant"
+    holder: str = "caller"
+    admin: bool = True
 
 
 def leased(number, key=None, **changes):
@@ -27,9 +33,10 @@ def leased(number, key=None, **changes):
     return held.but(metadata=held.metadata.but(labels=labels))
 
 
-def served(waiters, p, workers, caches=None, claiming=()):
+def served(waiters, p, workers, caches=None, claiming=(), turns=()):
     """Name of the request and name of the worker it gets, for each request that is served."""
-    given = assign(waiters, p, workers, caches or {}, claiming=claiming, now=NOW)
+    claiming = dict.fromkeys(claiming, "somebody else")
+    given = assign(waiters, p, workers, caches or {}, claiming=claiming, turns=turns, now=NOW)
     return [(one.waiter.name, slot_of_target(one.target).worker.name[-1]) for one in given]
 
 
@@ -95,7 +102,10 @@ def workers_of_a_pool(draw):
     return workers
 
 
-QUEUES = st.lists(st.builds(Request, name=st.uuids().map(str), owner=OWNERS, request_key=KEYS), max_size=8)
+TENANTS = st.sampled_from(["tenant-a", "tenant-b", "tenant-c"])
+QUEUES = st.lists(
+    st.builds(Request, name=st.uuids().map(str), owner=OWNERS, request_key=KEYS, tenant=TENANTS), max_size=8
+)
 CACHES = st.dictionaries(NUMBERS.map(slot), st.none() | OWNERS)
 CLAIMING = st.sets(NUMBERS.map(slot))
 POOLS = st.integers(1, 6).map(lambda n: pool(scaling={"max": n}))
@@ -103,7 +113,7 @@ POOLS = st.integers(1, 6).map(lambda n: pool(scaling={"max": n}))
 
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
 def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, workers, caches, claiming):
-    result = assign(waiters, p, workers, caches, claiming=claiming, now=NOW)
+    result = assign(waiters, p, workers, caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
     live = {w.metadata.labels.get(LABEL_REQUEST): w for w in workers if w.lease and not w.lease.ended(NOW)}
     repeated = [one for one in result if one.waiter.request_key is not None and one.waiter.request_key in live]
     new = [one for one in result if one not in repeated]
@@ -119,7 +129,10 @@ def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, w
     assert all(given_slot.number < p.spec.scaling.max for given_slot in slots)
 
     queue = [waiter for waiter in waiters if waiter.request_key is None or waiter.request_key not in live]
-    assert [one.waiter for one in new] == queue[: len(new)], "first come, first served"
+    for tenant in {waiter.tenant for waiter in waiters}:
+        asked = [waiter for waiter in queue if waiter.tenant == tenant]
+        got = [one.waiter for one in new if one.waiter.tenant == tenant]
+        assert got == asked[: len(got)], "within a tenant: first come, first served"
     assert len(repeated) == len(waiters) - len(queue), "repeated requests never wait"
 
 
@@ -127,20 +140,115 @@ def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, w
 def test_each_request_gets_the_best_of_what_is_left_and_none_waits_without_need(
     waiters, p, workers, caches, claiming
 ):
-    result = assign(waiters, p, workers, caches, claiming=claiming, now=NOW)
+    result = assign(waiters, p, workers, caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
     new = [one for one in result if slot_of_target(one.target) not in {w.slot for w in workers if w.lease}]
     taken = set(claiming)
     for one in new:
         assert one.target == choose(p, workers, caches, one.waiter.owner, taken)
         taken.add(slot_of_target(one.target))
-    left = [waiter for waiter in waiters if waiter not in [one.waiter for one in result]]
-    if left:
-        assert choose(p, workers, caches, left[0].owner, taken) is None
+    for waiter in waiters:
+        if waiter not in [one.waiter for one in result]:
+            assert choose(p, workers, caches, waiter.owner, taken) is None
 
 
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
 def test_asking_again_with_the_rest_of_the_queue_gives_nothing_more(waiters, p, workers, caches, claiming):
-    result: list[Assignment[Request]] = assign(waiters, p, workers, caches, claiming=claiming, now=NOW)
+    claims = dict.fromkeys(claiming, "caller")
+    result: list[Assignment[Request]] = assign(waiters, p, workers, caches, claiming=claims, now=NOW)
     rest = [waiter for waiter in waiters if waiter not in [one.waiter for one in result]]
-    given_away = {slot_of_target(one.target) for one in result}
-    assert assign(rest, p, workers, caches, claiming={*claiming, *given_away}, now=NOW) == []
+    claims |= {slot_of_target(one.target): one.waiter.holder for one in result}
+    assert assign(rest, p, workers, caches, claiming=claims, now=NOW) == []
+
+
+# --- tenants in turn, and the share of one caller -------------------------------------------------------------------
+
+
+def of(tenant: str, *names: str, **more) -> list[Request]:
+    return [Request(name, tenant=tenant, holder=tenant, **more) for name in names]
+
+
+def test_tenants_are_served_in_turn_whatever_the_order_of_arrival():
+    waiters = [*of("a", "A1", "A2", "A3", "A4"), *of("b", "B1"), *of("c", "C1", "C2")]
+    order = ["A1", "B1", "C1", "A2", "C2", "A3", "A4"]
+    for workers in range(1, 8):
+        assert [name for name, _ in served(waiters, pool(scaling={"max": workers}), [])] == order[:workers]
+
+
+def test_the_turns_of_before_go_on():
+    waiters = [*of("a", "A1", "A2"), *of("b", "B1"), *of("c", "C1")]
+    given_now = served(waiters, pool(scaling={"max": 4}), [], turns=("c", "gone", "a"))
+    assert [name for name, _ in given_now] == ["C1", "A1", "B1", "A2"]
+
+
+def test_one_worker_is_left_for_others_and_the_admin_may_have_it():
+    p, mine = pool(scaling={"max": 3}), [leased(0, holder="a"), leased(1, holder="a")]
+    assert served(of("a", "A1", admin=False), p, mine) == []
+    assert served([*of("a", "A1", admin=False), *of("b", "B1", admin=False)], p, mine) == [("B1", "2")]
+    assert served(of("a", "A1", admin=True), p, mine) == [("A1", "2")]
+    assert served(of("a", "A1", "A2", "A3", admin=False), p, []) == [("A1", "0"), ("A2", "1")]
+    assert served(of("a", "A1", admin=False), pool(scaling={"max": 1}), []) == [("A1", "0")]
+
+
+def test_a_claim_that_is_being_written_counts_for_its_caller():
+    p, waiters = pool(scaling={"max": 3}), of("a", "A1", "A2", admin=False)
+    claims = {slot(0): "a"}
+    assert [one.waiter.name for one in assign(waiters, p, [], {}, claiming=claims, now=NOW)] == ["A1"]
+    stored = [leased(0, holder="a")]
+    assert [one.waiter.name for one in assign(waiters, p, stored, {}, claiming=claims, now=NOW)] == ["A1"]
+
+
+def test_a_limit_in_the_spec_wins():
+    p = pool(scaling={"max": 2}, auth={"limits": {"identity": {"leases": 5}}})
+    assert len(served(of("a", "A1", "A2", admin=False), p, [])) == 2
+
+
+def test_a_caller_at_their_limit_stops_no_other_caller_of_their_tenant():
+    first = Request("A1", tenant="team", holder="ann", admin=False)
+    second = Request("B1", tenant="team", holder="bob", admin=False)
+    assert served([first, second], pool(scaling={"max": 2}), [leased(0, holder="ann")]) == [("B1", "1")]
+
+
+@given(st.lists(TENANTS, max_size=12), st.integers(1, 6))
+def test_no_tenant_gets_two_workers_more_than_another_who_waits(tenants, workers):
+    waiters = [Request(str(number), tenant=tenant) for number, tenant in enumerate(tenants)]
+    result = assign(waiters, pool(scaling={"max": workers}), [], {}, now=NOW)
+    got = Counter(one.waiter.tenant for one in result)
+    left = Counter(tenants) - got
+    assert len(result) == min(workers, len(waiters))
+    for waiting in left:
+        assert all(got[waiting] >= number - 1 for number in got.values())
+
+
+@given(st.data())
+async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data):
+    """The queue of a pool with one worker, while tenants come and go and one of them asks all the time."""
+    p, queue, names = pool(scaling={"max": 1}), WaitQueue(), ["greedy", "a", "b", "c"]
+    overtaken: dict[Waiter, Counter[str]] = {}
+    for _ in range(data.draw(st.integers(1, 25))):
+        for tenant in ["greedy", "greedy", *data.draw(st.lists(st.sampled_from(names), max_size=3))]:
+            waiter = Waiter("owner", None, tenant, tenant, admin=True)
+            if not any(other.tenant == tenant for other in overtaken):
+                overtaken[waiter] = Counter()  # the first of its tenant
+            queue.join(waiter)
+        before = set(queue._waiting)
+        queue.serve(p, [], {}, NOW)
+        (done,) = before - set(queue._waiting)
+        queue.claim_ended(done.served.result())
+        overtaken.pop(done, None)
+        for waiter, counted in overtaken.items():
+            if waiter.tenant != done.tenant:
+                counted[done.tenant] += 1
+                assert counted[done.tenant] == 1, f"{waiter.tenant} was overtaken twice by {done.tenant}"
+        following = next((one for one in queue._waiting if one.tenant == done.tenant), None)
+        if following is not None:
+            overtaken[following] = Counter()
+
+
+def test_three_hundred_requests_cost_little():
+    """There is one call for each change of a worker."""
+    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(300)]
+    busy = [leased(number, holder="other") for number in range(50)]
+    began = time.process_time()
+    for _ in range(20):
+        assert assign(waiters, pool(scaling={"max": 50}), busy, {}, now=NOW) == []
+    assert (time.process_time() - began) / 20 < 0.02
