@@ -278,9 +278,11 @@ class Client:
         if isinstance(error, socket.gaierror):
             return Unavailable(f"{self.endpoint}: there is no host of this name", hint="Check BKCTL_ENDPOINT.")
         if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+            # It runs, or there were no socket. /run/user of a user goes with their last session.
+            restart = "Restart it: `bkpool down`, then `bkpool up -d`."
             return Unavailable(
                 f"no appliance answers at {self.endpoint}",
-                hint="Start it with `bkpool up -d`, or set BKCTL_ENDPOINT.",
+                hint=restart if self._socket else "Start it with `bkpool up -d`, or set BKCTL_ENDPOINT.",
             )
         if isinstance(error, ConnectionError | http.client.HTTPException):
             return Unavailable(

@@ -193,8 +193,9 @@ def test_a_second_up_says_that_an_older_appliance_must_be_restarted(bkpool_here,
 
 def test_a_socket_that_is_gone_is_one_sentence(api, appliance, home):
     (home / "api.sock").unlink()
-    with pytest.raises(errors.Unavailable, match="no appliance answers"):
+    with pytest.raises(errors.Unavailable, match="no appliance answers") as caught:
         Client().pools()
+    assert "bkpool down" in caught.value.hint
     assert api.calls.empty()
 
 
