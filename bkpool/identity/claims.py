@@ -69,12 +69,16 @@ def identify(
 
 
 def default_tenant_claim(issuer: str) -> str | None:
-    """The claim that names the owner of caches if `tenantClaim` is not set: all jobs of a repository share caches."""
+    """The claim that names the owner of caches if `tenantClaim` is not set: all jobs of a repository share caches.
+
+    It is a number that nobody else can get, not a name that its owner can give up. A token without it is refused: to
+    take the name instead would give the caches of a repository to whoever has its name later.
+    """
     if issuer == _GITHUB or issuer.startswith(
         f"{_GITHUB}/"
     ):  # the issuer of a GitHub enterprise has its name appended
-        return "repository"
-    return "project_path" if issuer == _GITLAB else None
+        return "repository_id"
+    return "project_id" if issuer == _GITLAB else None
 
 
 def _one_line(value: object) -> str:

@@ -263,9 +263,9 @@ def test_the_tenant_is_the_user_by_default():
 @pytest.mark.parametrize(
     ("issuer", "claim"),
     [
-        (GITHUB, "repository"),
-        (f"{GITHUB}/enterprise", "repository"),
-        ("https://gitlab.com", "project_path"),
+        (GITHUB, "repository_id"),
+        (f"{GITHUB}/enterprise", "repository_id"),
+        ("https://gitlab.com", "project_id"),
         (f"{GITHUB}.evil", None),
         ("https://gitlab.example.org", None),
         ("https://gitlab.com.evil", None),
@@ -275,9 +275,29 @@ def test_the_default_tenant_claim_of_each_issuer(issuer, claim):
     assert default_tenant_claim(issuer) == claim
 
 
-@pytest.mark.parametrize("value", [None, "", 7, ["org/app"]])
+@pytest.mark.parametrize("value", [None, "", 7, ["74"]])
 def test_a_missing_or_invalid_tenant_claim_is_refused(value):
-    assert "claim repository (tenantClaim) is" in refusal({**CLAIMS, "repository": value}, oidc(GITHUB))
+    assert "claim repository_id (tenantClaim) is" in refusal({**CLAIMS, "repository_id": value}, oidc(GITHUB))
+    assert "claim project_id (tenantClaim) is" in refusal({**CLAIMS, "project_id": value}, oidc("https://gitlab.com"))
+
+
+def test_whoever_takes_over_the_name_of_a_repository_gets_none_of_its_caches():
+    """The attack: the owner gives up the name org/app, and a stranger makes a repository with this name."""
+    former, taker = (identify({**CLAIMS, "repository_id": number}, oidc(GITHUB)) for number in ("74", "99"))
+    assert former.name == taker.name
+    assert former.tenant != taker.tenant
+
+
+@pytest.mark.parametrize(
+    ("issuer", "was", "now"),
+    [(GITHUB, "repository", "repository_id"), ("https://gitlab.com", "project_path", "project_id")],
+)
+def test_caches_of_before_go_to_nobody(issuer, was, now):
+    """Their owner was the value of another claim: not even the same text in the new claim gets them."""
+    before = identify({**CLAIMS, was: "74"}, oidc(issuer, tenantClaim=was))
+    after = identify({**CLAIMS, was: "74", now: "74"}, oidc(issuer))
+    assert before.tenant_name == after.tenant_name
+    assert before.tenant != after.tenant
 
 
 # --- whatever else --------------------------------------------------------------------------------------------------
