@@ -7,7 +7,7 @@ the user wrote and never at defaults. It does not judge values.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from pydantic import BaseModel
 
@@ -73,17 +73,21 @@ class IgnoredFields:
 
     Args:
         ignored_here: As for `ignored_fields`.
+        ignored_in_file: The paths below `spec` of what has no effect in `spec.buildkitConfig`.
     """
 
-    def __init__(self, ignored_here: Collection[str]) -> None:
+    def __init__(
+        self, ignored_here: Collection[str], ignored_in_file: Callable[[PoolSpec], Iterable[str]] = lambda _spec: ()
+    ) -> None:
         self._ignored_here = ignored_here
+        self._ignored_in_file = ignored_in_file
         self._known: dict[Key, tuple[PoolSpec, list[str]]] = {}
 
     def of(self, pool: Pool) -> list[str]:
         """The paths of the ignored fields of this pool."""
         spec, found = self._known.get(pool.key, (None, []))
         if spec is not pool.spec:
-            found = ignored_fields(pool.spec, self._ignored_here)
+            found = sorted({*ignored_fields(pool.spec, self._ignored_here), *self._ignored_in_file(pool.spec)})
             self._known[pool.key] = (pool.spec, found)
         return found
 

@@ -204,7 +204,7 @@ class PoolSpec(Model):
 
     scaling: Scaling = Scaling()
     buildkit_config: StrictStr | None = None
-    """A whole buildkitd.toml. Only root, address and the runtime's own paths are overwritten in it."""
+    """A buildkitd.toml that is merged into bkpool's own, except for what the pool's safety depends on."""
     buildkit_image: ImageName | None = None
     gateway_image: ImageName | None = None
     resources: Resources = Resources()

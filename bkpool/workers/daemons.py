@@ -11,7 +11,7 @@ from typing import Protocol
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, WorkerCapacity
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 
 ReportWaiting = Callable[[str], Awaitable[None]]
 """Called with what a start waits for, each time that this changes; with "" when it waits for nothing any more."""
@@ -27,6 +27,9 @@ class Daemons(Protocol):
     @property
     def ignored_spec_fields(self) -> Collection[str]:
         """Paths below a pool's `spec` that nothing reads where these daemons run, with everything below them."""
+
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        """Paths below `spec` of what these daemons do not take from `spec.buildkitConfig`."""
 
     def observe(self) -> Mapping[Slot, Observation]:
         """What is known of each slot that is not empty. It comes from memory, without I/O."""

@@ -258,7 +258,7 @@ async def test_a_start_that_fails_reports_the_end_of_buildkitds_log(runtime, slo
             slot,
             "uid-1",
             "anna",
-            a_pool(slot.namespace, buildkit_config="[worker.oci]\nnonsense ="),
+            a_pool(slot.namespace, buildkit_config="debug = 3"),
             WaitingReports(),
         )
     assert "toml" in failure.value.log_tail

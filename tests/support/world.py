@@ -31,6 +31,7 @@ from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.telemetry.registry import new_registry
+from bkpool.workers.config import not_taken
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 
@@ -69,6 +70,9 @@ class MemoryWorkers:
 
     capacity: WorkerCapacity | None = None
     ignored_spec_fields = IGNORED_BY_PROCESSES
+
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        return not_taken(spec)
 
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting

@@ -79,7 +79,9 @@ def build(buildctl: Path, step: Path, tmp_path: Path) -> Build:
         context.mkdir(exist_ok=True)
         shutil.copy2(step, context / "step")
         run = ", ".join(f'"{word}"' for word in ("/step", *arguments))
-        (context / "Dockerfile").write_text(f'FROM scratch\nCOPY step /step\nRUN ["/step"]\nRUN {flags} [{run}]\n')
+        (context / "Dockerfile").write_text(
+            f'FROM scratch\nCOPY step /step\nRUN ["/step"]\nRUN {flags}{" " if flags else ""}[{run}]\n'
+        )
         sources = ["--frontend=dockerfile.v0", f"--local=context={context}", f"--local=dockerfile={context}"]
         return await asyncio.create_subprocess_exec(
             buildctl,

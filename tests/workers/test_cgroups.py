@@ -20,6 +20,8 @@ from support.objects import pool as a_pool
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no cgroup here")
 SLOT = Slot("default", "default", 0)
 TOP = Path("/sys/fs/cgroup")
+ATTACK, SECONDS = f"attack-{os.getpid()}", str(100_000 + os.getpid())
+"""A cgroup and a step that no other run of these tests has at the same time."""
 
 
 async def no_report(message: str) -> None:
@@ -86,20 +88,24 @@ async def output(build) -> str:
     return (await (await build).communicate())[0].decode()
 
 
-@pytest.mark.parametrize("named", ["/bkpool-attack", "../../../bkpool-attack", "../../bkpool-attack.slice:"])
+@pytest.mark.parametrize(
+    "named",
+    [f"/{ATTACK}", f"../../../{ATTACK}", f"../../{ATTACK}.slice:"],
+    ids=["absolute", "upwards", "as systemd names it"],
+)
 async def test_a_build_cannot_name_a_cgroup_outside_of_its_slot(hasty, build, tmp_path, named):
     endpoint = await hasty.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
-    building = await build(endpoint, "4721", options=[f"--opt=cgroup-parent={named}"])
-    await building.stdout.readuntil(b'RUN ["/step", "4721"]')
+    building = await build(endpoint, SECONDS, options=[f"--opt=cgroup-parent={named}"])
+    await building.stdout.readuntil(f'RUN ["/step", "{SECONDS}"]'.encode())
     await building.stdout.readuntil(b"the step runs\n")
     ours = f"/bkpool-{home_digest(tmp_path / 'home')}/default.default.0/"
-    steps = list(processes_of("/step 4721"))
+    steps = list(processes_of(f"/step {SECONDS}"))
     assert steps
     assert all(ours in path for step in steps for path in cgroups(step))
-    assert all(ours in str(made) for made in found("bkpool-attack*"))
+    assert all(ours in str(made) for made in found(f"{ATTACK}*"))
     await hasty.daemons.stop(SLOT)
     await building.communicate()
-    assert found("bkpool-attack*") == []
+    assert found(f"{ATTACK}*") == []
     assert left(tmp_path / "home") == []
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from datetime import timedelta
 
@@ -7,7 +8,7 @@ import pytest
 
 from bkpool.core.errors import WorkerFailed
 from bkpool.core.pool import Cache, CacheGC, PoolSpec
-from bkpool.workers.config import render
+from bkpool.workers.config import not_taken, render
 
 
 def oci(**gc) -> dict[str, object]:
@@ -68,20 +69,137 @@ def test_collection_can_be_switched_off():
     assert oci(enabled=False) == {"gc": False}
 
 
-def test_a_file_of_the_user_is_used_as_it_is():
-    own = '# mine\n[registry."docker.io"]\nmirrors = ["mirror.example"]\n'
-    assert render(PoolSpec(buildkit_config=own)) == own
+SIZES = {"reservedSpace": "1GB", "maxUsedSpace": "10GB", "minFreeSpace": "5GB"}
 
 
-def test_tls_on_a_workers_socket_is_refused_with_the_field():
-    with pytest.raises(WorkerFailed, match=r"\[grpc.tls\]") as failure:
-        render(PoolSpec(buildkit_config='[grpc.tls]\ncert = "x"'))
+def merged(text: str, **spec) -> tuple[dict[str, object], list[str]]:
+    """What a worker gets of a pool's own file, and what is named as not taken."""
+    given = PoolSpec(buildkit_config=text, **spec)
+    return tomllib.loads(render(given)), [path.removeprefix("buildkitConfig.") for path in not_taken(given)]
+
+
+def test_a_mirror_in_the_users_file_leaves_everything_else_as_it_is():
+    own = '# mine\n[registry."docker.io"]\nmirrors = ["mirror.example"]\n[worker.oci]\nmax-parallelism = 4\n'
+    assert merged(own) == (
+        {
+            "registry": {"docker.io": {"mirrors": ["mirror.example"]}},
+            "worker": {"oci": {"max-parallelism": 4, "gc": True, **SIZES}},
+            "cdi": {"disabled": True},
+        },
+        [],
+    )
+
+
+UNSAFE = """
+root = "/elsewhere"
+[grpc]
+address = ["tcp://0.0.0.0:1"]
+debugAddress = "0.0.0.0:2"
+[otel]
+socketPath = "/elsewhere"
+[worker.containerd]
+enabled = true
+[worker.oci]
+enabled = false
+rootless = false
+noProcessSandbox = true
+binary = "/bin/true"
+proxySnapshotterPath = "/run/other.sock"
+defaultCgroupParent = "/other"
+networkMode = "cni"
+cniBinaryPath = "/tmp"
+gc = false
+"""
+NAMED = sorted(
+    (
+        *("grpc", "otel", "root", "worker.containerd"),
+        *("worker.oci.binary", "worker.oci.cniBinaryPath", "worker.oci.defaultCgroupParent", "worker.oci.enabled"),
+        *("worker.oci.gc", "worker.oci.networkMode", "worker.oci.noProcessSandbox"),
+        *("worker.oci.proxySnapshotterPath", "worker.oci.rootless"),
+    )
+)
+
+
+@pytest.mark.parametrize("spelling", [str, str.upper, str.title])
+def test_what_a_pools_safety_depends_on_is_not_taken_however_it_is_spelt(spelling):
+    keys = re.compile(r"^(\w+)( =)|^\[([\w.]+)\]", re.MULTILINE)  # buildkitd does not look at the case of names
+    own = keys.sub(lambda found: found[0].replace(name := found[1] or found[3], spelling(name)), UNSAFE)
+    assert merged(own) == ({"worker": {"oci": {"gc": True, **SIZES}}, "cdi": {"disabled": True}}, NAMED)
+
+
+def test_two_spellings_of_one_table_are_one_table():
+    own = '[worker.oci]\nlabels = {a = "b"}\n[Worker.OCI]\nmaxUsedSpace = "1GB"\nBINARY = "x"\n'
+    taken, ignored = merged(own)
+    assert taken["worker"] == {
+        "oci": {"labels": {"a": "b"}, "gc": True, "maxUsedSpace": "1GB", "minFreeSpace": "5GB"}
+    }
+    assert ignored == ["worker.oci.binary"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "ignored"),
+    [
+        ('maxUsedSpace = "9 GB"', SIZES | {"maxUsedSpace": "9 GB", "reservedSpace": None}, []),
+        ("maxUsedSpace = 1000000", SIZES | {"maxUsedSpace": 1000000, "reservedSpace": None}, []),
+        ('maxUsedSpace = "11GB"', SIZES, ["maxUsedSpace"]),
+        ('maxUsedSpace = "1%"', SIZES, ["maxUsedSpace"]),
+        ('maxUsedSpace = "much"', SIZES, ["maxUsedSpace"]),
+        ('minFreeSpace = "6GiB"', SIZES | {"minFreeSpace": "6GiB"}, []),
+        ("minFreeSpace = 0", SIZES, ["minFreeSpace"]),
+        ('reservedSpace = "10GB"', SIZES | {"reservedSpace": "10GB"}, []),
+        ('reservedSpace = "1TB"', SIZES, ["reservedSpace"]),
+        ("gckeepstorage = 90000000000", SIZES, ["gckeepstorage"]),
+        ("gc = true", SIZES, []),
+    ],
+)
+def test_a_users_file_may_let_less_be_kept_and_never_more(given, expected, ignored):
+    taken, named = merged(f"[worker.oci]\n{given}")
+    kept = {name: size for name, size in expected.items() if size is not None}
+    assert taken["worker"] == {"oci": {"gc": True, **kept}}
+    assert named == [f"worker.oci.{key}" for key in ignored]
+
+
+def test_the_policies_of_a_user_come_before_those_that_keep_the_pools_limit():
+    policy = '[[worker.oci.gcpolicy]]\nfilters = ["type==source.local"]\nmaxUsedSpace = "512MB"\n'
+    (mine, by_size, internal), *_ = merged(policy)[0]["worker"]["oci"]["gcpolicy"], merged(policy)[1]
+    assert mine == {"filters": ["type==source.local"], "maxUsedSpace": "512MB"}
+    assert (by_size, internal) == (SIZES, {"all": True, **SIZES})
+    assert merged("[worker.oci]\ngcpolicy = 3")[1] == ["worker.oci.gcpolicy"]
+
+
+def test_without_collection_by_the_pool_the_users_is_used():
+    own = '[worker.oci]\ngc = true\nmaxUsedSpace = "90GB"\n'
+    taken, ignored = merged(own, cache=Cache(gc=CacheGC(enabled=False)))
+    assert (taken["worker"], ignored) == ({"oci": {"gc": True, "maxUsedSpace": "90GB"}}, [])
+
+
+def test_devices_of_the_machine_are_not_for_untrusted_pools():
+    own = "[cdi]\ndisabled = false\n"
+    assert merged(own)[0]["cdi"] == {"disabled": False}
+    taken, ignored = merged(own, untrusted=True)
+    assert (taken["cdi"], ignored) == ({"disabled": True}, ["cdi"])
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ("[worker.oci]\nnonsense =", r"spec.buildkitConfig is not TOML: Invalid value"),
+        ("worker = 3", r"spec.buildkitConfig: worker must be a table"),
+        ("[Worker]\nOCI = 3", r"spec.buildkitConfig: worker.oci must be a table"),
+        ('[grpc.tls]\ncert = "x"', r"\[grpc.tls\] cannot be set"),
+        ('[GRPC.TLS]\ncert = "x"', r"\[grpc.tls\] cannot be set"),
+    ],
+)
+def test_a_file_that_cannot_be_merged_is_an_error_of_its_field(own, message):
+    with pytest.raises(WorkerFailed, match=message) as failure:
+        render(PoolSpec(buildkit_config=own))
     assert failure.value.field == "spec.buildkitConfig"
+    assert not_taken(PoolSpec(buildkit_config=own)) == []
 
 
 def test_an_untrusted_pools_builds_get_no_more_rights():
-    own = 'insecure-entitlements = ["security.insecure"]\n'
-    assert render(PoolSpec(buildkit_config=own)) == own
+    own = 'Insecure-Entitlements = ["security.insecure"]\n'
+    assert merged(own)[0]["insecure-entitlements"] == ["security.insecure"]
     with pytest.raises(WorkerFailed, match="untrusted pool") as failure:
         render(PoolSpec(buildkit_config=own, untrusted=True))
     assert failure.value.field == "spec.buildkitConfig"

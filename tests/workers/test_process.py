@@ -252,9 +252,7 @@ async def test_a_daemon_whose_record_is_lost_is_ended_and_its_slot_starts_anew(r
 
 async def test_a_start_that_fails_has_the_end_of_the_log_and_leaves_nothing(runtime, tmp_path):
     with pytest.raises(WorkerFailed, match="exit code 1 before it answered") as failure:
-        await runtime.daemons.start(
-            SLOT, "uid-1", "anna", a_pool(buildkit_config="[worker.oci]\nnonsense ="), no_report
-        )
+        await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(buildkit_config="debug = 3"), no_report)
     assert "toml" in failure.value.log_tail
     assert "toml" not in failure.value.message
     assert runtime.daemons.observe() == {}
@@ -341,6 +339,21 @@ async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl
     assert text.count("GC Policy") == 3
     assert "36h0m0s" in text
     assert text.count("Maximum used space:") == text.count("3.22") == 2
+
+
+async def test_a_pools_own_file_raises_no_limit_and_names_no_other_runc(runtime, build, buildctl):
+    unsafe = '[worker.oci]\nmaxUsedSpace = "90GB"\nbinary = "/bin/false"\ndefaultCgroupParent = "/bkpool-attack"\n'
+    pool = a_pool(buildkit_config=f'[registry."docker.io"]\nmirrors = ["mirror.example"]\n{unsafe}')
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, pool, no_report)
+    process = await asyncio.create_subprocess_exec(
+        buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
+    )
+    text = (await process.communicate())[0].decode()
+    assert re.findall(r"Maximum used space:\s+(\S+)", text) == ["512MB", *3 * ["10.73741824GB"]]
+    assert "the step runs" in await output(build(endpoint))
+    assert runtime.daemons.ignored_config(pool.spec) == [
+        f"buildkitConfig.worker.oci.{key}" for key in ("binary", "defaultCgroupParent", "maxUsedSpace")
+    ]
 
 
 async def test_the_operators_defaults_of_the_collection_reach_buildkitd(tmp_path, binaries):

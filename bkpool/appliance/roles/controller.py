@@ -57,7 +57,8 @@ async def _run(
     make_pool_gateways: Callable[[], PoolGateways] | None,
 ) -> None:
     backend, mirror = state.backend, state.mirror
-    ignored = IgnoredFields(backend.runtime.daemons.ignored_spec_fields)
+    daemons = backend.runtime.daemons
+    ignored = IgnoredFields(daemons.ignored_spec_fields, daemons.ignored_config)
     gateways = make_pool_gateways() if make_pool_gateways else None
     found = refusals if gateways else worker_refusals  # a gateway on the host reads no other of these fields
 

@@ -16,7 +16,7 @@ from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, WorkerCapacity
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.kube import Doc
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
@@ -74,6 +74,10 @@ class PodDaemons:
         self._image = image
         self._deadlines = deadlines
         self._allowed = allowed
+
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        """What is not taken from the pool's own buildkitd.toml; see `Daemons`."""
+        return self._writes.ignored_config(spec)
 
     def observe(self) -> Mapping[Slot, Observation]:
         """The pod in each slot; see `Daemons`."""

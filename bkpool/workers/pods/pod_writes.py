@@ -23,11 +23,11 @@ from bkpool.core.names import (
     Key,
     Slot,
 )
-from bkpool.core.pool import CacheGC, LocalCache, Pool
+from bkpool.core.pool import CacheGC, LocalCache, Pool, PoolSpec
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Reflector
 from bkpool.pki.authority import Authority
-from bkpool.workers.config import render
+from bkpool.workers.config import not_taken, render
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.egress import egress_key, egress_policy
 
@@ -71,6 +71,10 @@ class PodWrites:
         """What was last written to each pool's ConfigMap: the pool's uid, and the text."""
         self._without_policy: dict[Key, str] = {}
         """Pools that have no egress policy, as is known: the key that it would have, and the pool's uid."""
+
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        """What the ConfigMap of a pool does not take from the pool's own buildkitd.toml."""
+        return not_taken(spec, self._gc_defaults)
 
     async def make(self, request: pod_spec.PodRequest) -> Doc | None:
         """Creates a pod with everything that it needs.

@@ -87,6 +87,10 @@ class Launcher:
         environment = self._sandbox.environment(files.empty_home, **more)
         return Launch(self._confine(command, files, spec), environment, socket, files.log)
 
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        """What `prepare` does not take from the pool's own buildkitd.toml."""
+        return config.not_taken(spec, self._gc_defaults)
+
     def clear(self, files: SlotFiles) -> None:
         """Removes what an ended daemon leaves outside of its cache: sockets and cgroups. It may take 0.1 s."""
         for directory in self._directories():

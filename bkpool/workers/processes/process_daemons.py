@@ -17,7 +17,7 @@ from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
@@ -53,6 +53,10 @@ class ProcessDaemons:
         self._launcher = launcher
         self._starting = asyncio.Semaphore(limits.concurrent_starts)
         self._limits = limits
+
+    def ignored_config(self, spec: PoolSpec) -> list[str]:
+        """What is not taken from the pool's own buildkitd.toml; see `Daemons`."""
+        return self._launcher.ignored_config(spec)
 
     def observe(self) -> Mapping[Slot, Observation]:
         """The daemon in each slot, also one that has exited."""
