@@ -40,7 +40,8 @@ class Processes:
         os.kill(worker, signal.SIGKILL)
 
     def trusting(self, registry: str) -> dict[str, Any]:
-        return {}  # BuildKit uses plain HTTP for loopback by default
+        # BuildKit uses plain HTTP for loopback by default.
+        return {"networking": {"hostPorts": [int(registry.rpartition(":")[2])]}}
 
     def authority(self, appliance: Appliance) -> Authority:
         return storage.load_or_create(appliance.home / "pki", datetime.now(UTC)).authority

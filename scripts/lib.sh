@@ -45,6 +45,11 @@ runc_needs() {
   system_packages /usr/include/seccomp.h:libseccomp-dev /usr/bin/pkg-config:pkg-config /usr/bin/gcc:gcc /usr/include/stdlib.h:libc6-dev
 }
 
+# What gives each worker process a network of its own.
+network_needs() {
+  system_packages /usr/bin/pasta:passt /usr/sbin/nft:nftables
+}
+
 # The proxies that `nox -s bench` compares the gateway with. Debian's packages start them as services; this stops them.
 bench_peers() {
   local peer new=()

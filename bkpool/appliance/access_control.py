@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from bkpool.core.auth import OIDCConfig
+from bkpool.core.errors import Forbidden, HostFault
 from bkpool.core.pool import Pool
 from bkpool.identity import Authenticator
 from bkpool.identity.access import AccessControl
@@ -59,6 +60,7 @@ def make_access_control(
     leeway: float,
     extra_configs: tuple[OIDCConfig, ...] = (),
     now: Callable[[], datetime],
+    missing_network: HostFault | None = None,
 ) -> AccessControl:
     """All authenticators of this appliance.
 
@@ -75,6 +77,7 @@ def make_access_control(
         leeway: Seconds by which the clocks of issuers may differ.
         extra_configs: Issuers that are configured in no object (the development issuer).
         now: The clock.
+        missing_network: Why workers have no network of their own; then only the admin is served.
     """
 
     def pools() -> tuple[Pool, ...]:
@@ -88,4 +91,14 @@ def make_access_control(
 
     oidc = OidcAuthenticator(issuers, trusted, now, leeway)
     own = backend_authenticators(pools)
-    return AccessControl(((admin,), (*own.signed, oidc), own.static), pools, configs)
+    only_admin = no_network(missing_network) if missing_network else None
+    return AccessControl(((admin,), (*own.signed, oidc), own.static), pools, configs, only_admin)
+
+
+def no_network(fault: HostFault) -> Forbidden:
+    """The refusal of everybody but the admin, where builds of one caller could reach those of another."""
+    return Forbidden(
+        f"only the admin is served here, because workers have no network of their own: {fault.message}",
+        hint=f"The operator of this appliance can mend that and start it again. {fault.hint} Or they can accept that "
+        "builds reach each other and this machine: bkpool up --host-network.",
+    )

@@ -7,6 +7,7 @@ stack.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import AsyncExitStack
@@ -20,11 +21,12 @@ from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import BackendAuthenticators, MakeAuthenticators
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.run_options import RunOptions
-from bkpool.appliance.tuning import allowances, gc_defaults, kube_limits, leader_times, pod_deadlines, process_limits
+from bkpool.appliance.tuning import allowances, gc_defaults, kube_limits, leader_times, pod_deadlines
+from bkpool.appliance.worker_network import open_process_workers
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.allowances import Allowances
-from bkpool.core.errors import Conflict
+from bkpool.core.errors import Conflict, HostFault
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
@@ -46,8 +48,7 @@ from bkpool.store.sqlite import SqliteStore
 from bkpool.workers import Runtime
 from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
 from bkpool.workers.pods.runtime import PodRuntime
-from bkpool.workers.processes.runtime import ProcessRuntime
-from bkpool.workers.processes.sandbox import Binaries
+from bkpool.workers.processes.runtime import Binaries
 
 _KEYS_ONLY = {"pod-security.kubernetes.io/enforce": "restricted"}
 """The labels of the appliance's own namespace, which has its keys and no worker."""
@@ -78,6 +79,8 @@ class Backend:
     """What pools may ask for; None: everything, because whoever runs the appliance also makes the pools."""
     only_files: bool = False
     """Whether objects come from the user's files and from nowhere else."""
+    missing_network: HostFault | None = None
+    """Why workers have no network of their own although nobody wants that. Then only the admin is served."""
     leadership: LeaderElection | None = None
     """The election of the one controller; None if no other process can run one."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -131,12 +134,8 @@ async def open_process_backend(
     report({"progress": "opening the store"})
     store = await SqliteStore.open(home / "state.db")
     stack.push_async_callback(store.close)
-    runtime = ProcessRuntime(
-        home,
-        binaries,
-        limits=process_limits(options.settings),
-        gc_defaults=gc_defaults(options.settings),
-    )
+    workers = await open_process_workers(options, binaries, os.environ)
+    runtime = workers.runtime
     stack.push_async_callback(runtime.close, stop_workers=True)
     return Backend(
         store=store,
@@ -148,6 +147,7 @@ async def open_process_backend(
         recorder=LogRecorder(),
         authenticators=lambda pools: BackendAuthenticators((StaticTokenAuthenticator(FileTokenReader(), pools),)),
         only_files=True,
+        missing_network=workers.missing_network,
     )
 
 

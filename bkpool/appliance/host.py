@@ -91,6 +91,8 @@ class HostAppliance:
         stack.push_async_callback(self._drain, context, gateway, mirror)
         stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
         description = self._describe(context, api, local, endpoint, metrics)
+        if fault := backend.missing_network:
+            description["missingNetwork"] = {"message": fault.message, "hint": fault.hint}
         write_private(home / "appliance.json", json.dumps(description).encode())
         log.info("appliance.ready", **description)
         report(description)

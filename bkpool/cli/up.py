@@ -154,6 +154,12 @@ def _answer(described: dict[str, Any], headline: str, *, as_json: bool) -> None:
         lines.insert(2, f"  socket   {local} (for the commands of this machine)")
     if issuer := described.get("devIssuer"):
         lines.append(f"  issuer   {issuer} (for development: it makes a token for anyone who asks)")
+    if missing := described.get("missingNetwork"):
+        lines += [
+            "",
+            f"Workers have no network of their own, so only the admin is served: {missing['message']}",
+            f"  {missing['hint']} Or accept that builds reach this machine: bkpool up --host-network",
+        ]
     steps = ["", "next: bkpool build -t app:1 .", "      bkpool allocate", "stop: bkpool down"]
     console.answer(described, as_json=as_json, show=lambda: "\n".join(lines + steps))
     if not sys.stdout.isatty():

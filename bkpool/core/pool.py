@@ -161,6 +161,8 @@ class Networking(Model):
     allowed_cidrs: tuple[Annotated[StrictStr, BeforeValidator(_read_network)], ...] = Field((), alias="allowedCIDRs")
     external: External = External()
     egress: EgressPolicy = EgressPolicy()
+    host_ports: tuple[Port, ...] = ()
+    """TCP ports of the machine's loopback that workers reach at 127.0.0.1 and ::1. Only for processes."""
 
 
 class GatewayResources(ResourceRequirements):

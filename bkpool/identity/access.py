@@ -42,6 +42,7 @@ class AccessControl:
             no earlier stage accepts, so that what makes them slow does not concern other callers.
         pools: Returns all current pools.
         configs: Returns all currently configured issuers.
+        only_admin: Why nobody but the admin may be served; None: everybody may who has a right.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class AccessControl:
         stages: Sequence[Sequence[Authenticator]],
         pools: Callable[[], Collection[Pool]],
         configs: Callable[[], Collection[OIDCConfig]],
+        only_admin: Forbidden | None = None,
     ) -> None:
         self._stages = stages
         self._pools = pools
         self._configs = configs
+        self._only_admin = only_admin
 
     async def caller(self, authorization: Sequence[str], pool: Key | None = None) -> Caller:
         """Identifies the caller of a request.
@@ -65,11 +68,13 @@ class AccessControl:
             Unauthenticated: There is not exactly one bearer token, or no authenticator accepts it; the message says
                 why.
             Forbidden: The token is genuine, but its holder has no access here, for example another user of a
-                public issuer.
+                public issuer; or nobody but the admin is served.
             Unavailable: The authenticator that could decide cannot reach its issuer or API server.
         """
         caller = await self.authenticate(bearer_token(authorization), pool)
         if caller.identities:
+            if self._only_admin and not any(identity.admin for identity in caller.identities):
+                raise self._only_admin
             return caller
         if any(verdict.genuine for verdict in caller.verdicts):
             raise Forbidden(refusal(caller), hint=_ASK_OPERATOR)

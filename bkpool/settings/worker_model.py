@@ -9,7 +9,18 @@ from datetime import timedelta
 
 from bkpool.core.names import SYSTEM_NAMESPACE
 from bkpool.settings.fields import Section, seconds, setting
-from bkpool.settings.kinds import Count, DiskSize, Duration, Files, Name, Names, OptionalFile, OptionalText, Text
+from bkpool.settings.kinds import (
+    Count,
+    DiskSize,
+    Duration,
+    Files,
+    Name,
+    Names,
+    OptionalFile,
+    OptionalText,
+    Switch,
+    Text,
+)
 
 
 class WorkersSettings(Section):
@@ -21,6 +32,12 @@ class WorkersSettings(Section):
         option="--buildkit-image",
         metavar="IMAGE",
         unset="BuildKit's own image, in the version of this release",
+    )
+    host_network: Switch = setting(
+        False,
+        "Workers use the network of this machine instead of one of their own each (backend `process`). Every build "
+        "then reaches what listens on this machine, other builds and the machine's cloud identity.",
+        option="--host-network",
     )
     gc_keep_storage: DiskSize = setting(
         "10GB",

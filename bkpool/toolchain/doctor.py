@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from bkpool.core.errors import BkpoolError
+from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.home import runtime_directory
 from bkpool.toolchain import descriptor_limit, gobuild, kernel
 from bkpool.toolchain.host import Check, HostFacts
+from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.toolchain.resolver import Toolchain
 from bkpool.toolchain.table import Tool, release_of
 
@@ -50,6 +51,7 @@ def checks(
     for tool in (Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC, *([Tool.ROOTLESSKIT] if host.uid else [])):
         yield _tool(toolchain, tool)
     yield from kernel.checks(host, home)
+    yield _network(host)
     for purpose, port in ports.items():
         yield _port(purpose, port, own_ports)
     yield _descriptors(host)
@@ -79,6 +81,15 @@ def _tool(toolchain: Toolchain, tool: Tool) -> Check:
         return Check(tool, True, detail + rejected)
     detail = f"not installed: `bkpool up` downloads {release.version}; if that fails, {problem.message}"
     return Check(tool, None, detail + rejected, problem.hint)
+
+
+def _network(host: HostFacts) -> Check:
+    try:
+        found = NetworkPrograms.find(host.search_path, host.root / "dev/net/tun")
+    except HostFault as fault:
+        detail = f"{fault.message}: only the admin can use the backend `process`"
+        return Check("network", None, detail, fault.hint)
+    return Check("network", True, f"each worker process has its own ({found.pasta}, {found.nft})")
 
 
 def _port(purpose: str, port: int, own_ports: AbstractSet[int]) -> Check:

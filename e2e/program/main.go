@@ -2,10 +2,14 @@
 package main
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -20,6 +24,36 @@ func others(lines []byte, own string) string {
 		}
 	}
 	return strings.Join(names, " ")
+}
+
+// connect tells what a step reaches at an address, by the host's name for the network (net.Dial), and optionally
+// through one interface alone, which the kernel routes differently.
+func connect(network, address, through string) {
+	dialer := net.Dialer{Timeout: 3 * time.Second}
+	if through != "" {
+		dialer.Control = func(_, _ string, raw syscall.RawConn) (err error) {
+			raw.Control(func(fd uintptr) { err = syscall.BindToDevice(int(fd), through) })
+			return err
+		}
+	}
+	connection, err := dialer.Dial(network, address)
+	if err != nil {
+		fmt.Println("blocked", address, err)
+		return
+	}
+	defer connection.Close()
+	connection.SetDeadline(time.Now().Add(3 * time.Second))
+	fmt.Fprint(connection, "GET / HTTP/1.0\r\n\r\n")
+	line, err := bufio.NewReader(connection).ReadString('\n')
+	if errors.Is(err, syscall.EHOSTUNREACH) { // a datagram is refused only after it was sent
+		fmt.Println("blocked", address, err)
+		return
+	}
+	if line == "" {
+		fmt.Println("silent", address, err)
+		return
+	}
+	fmt.Println("reached", address, strings.TrimSpace(line))
 }
 
 func main() {
@@ -62,6 +96,36 @@ func main() {
 		}
 		fmt.Println("sleeping", d)
 		time.Sleep(d)
+	case "connect": // <network> <address> [<interface>]
+		connect(os.Args[2], os.Args[3], strings.Join(os.Args[4:], ""))
+	case "listen": // on all addresses, and answer everybody for this long: a server that is not ours to reach
+		listener, err := net.Listen("tcp", os.Args[2])
+		if err != nil {
+			panic(err)
+		}
+		fmt.Println("listening on", listener.Addr())
+		go func() {
+			for {
+				if connection, err := listener.Accept(); err == nil {
+					fmt.Fprintln(connection, "a step's server")
+					connection.Close()
+				}
+			}
+		}()
+		d, err := time.ParseDuration(os.Args[3])
+		if err != nil {
+			panic(err)
+		}
+		time.Sleep(d)
+	case "resolve":
+		addresses, err := net.LookupHost(os.Args[2])
+		fmt.Println("resolved", os.Args[2], addresses, err)
+	case "interfaces":
+		interfaces, _ := net.Interfaces()
+		for _, one := range interfaces {
+			addresses, _ := one.Addrs()
+			fmt.Println("interface", one.Name, one.MTU, addresses)
+		}
 	case "fork": // a child that outlives its parent, if it can
 		c := exec.Command(os.Args[0], "sleep", os.Args[2])
 		if err := c.Start(); err != nil {

@@ -129,7 +129,7 @@ async def test_one_caller_cannot_lock_a_pool(world):
     assert api.allocator.waiting(POOL) == 6
 
     await api.leases.release(own[0].token)
-    await world.until(lambda: waiting[0].done())
+    await world.until(waiting[0].done)
     assert api.allocator.waiting(POOL) == 5, "one that ended makes room for one"
     for one in waiting:
         one.cancel()

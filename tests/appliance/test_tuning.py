@@ -12,7 +12,7 @@ import pytest
 
 from bkpool.allocation import wait_queue
 from bkpool.api import ApiLimits, HttpLimits
-from bkpool.appliance import backend
+from bkpool.appliance import backend, worker_network
 from bkpool.appliance.backend import open_pod_backend, open_process_backend, open_replica_backend
 from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.run_options import RunOptions
@@ -158,7 +158,7 @@ def made(monkeypatch) -> dict[str, object]:
         options.update(given)
         raise InterruptedError
 
-    monkeypatch.setattr(backend, "ProcessRuntime", make)
+    monkeypatch.setattr(worker_network, "ProcessRuntime", make)
     monkeypatch.setattr(backend, "PodRuntime", make)
     return options
 
@@ -171,7 +171,8 @@ async def test_processes_are_run_as_the_settings_say(tmp_path, made):
         with pytest.raises(InterruptedError):
             await open_process_backend(stack, options, binaries, lambda _: None)
     limits = ProcessLimits(concurrent_starts=7, start_timeout=61, adopt_timeout=66, stop_timeout=67)
-    assert made == {"limits": limits, "gc_defaults": COLLECTION}
+    assert (made["limits"], made["gc_defaults"]) == (limits, COLLECTION)
+    assert made["network"] is not None
 
 
 async def test_pods_are_run_as_the_settings_say(tmp_path, made, monkeypatch):

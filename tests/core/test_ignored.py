@@ -8,7 +8,12 @@ from bkpool.core.ignored import (
 )
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
-from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
+from bkpool.workers.ignored_fields import (
+    IGNORED_BY_PROCESSES,
+    IGNORED_IN_CLUSTER,
+    IGNORED_IN_HOST_NETWORK,
+    IGNORED_WITH_HOST_GATEWAY,
+)
 
 PODS = {
     "buildkitImage": "moby/buildkit:rootless",
@@ -116,10 +121,18 @@ def test_sources_of_tokens_that_a_runtime_does_not_read_are_named(ignored_here, 
         ({}, []),
     ],
 )
-def test_egress_is_named_for_processes(spec, expected):
+def test_egress_is_named_for_processes_in_the_network_of_the_host(spec, expected):
     parsed = PoolSpec.model_validate(spec)
-    assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == expected
-    assert ignored_fields(parsed, IGNORED_WITH_HOST_GATEWAY) == ignored_fields(parsed, IGNORED_IN_CLUSTER) == []
+    assert ignored_fields(parsed, IGNORED_IN_HOST_NETWORK) == expected
+    for ignored_here in (IGNORED_BY_PROCESSES, IGNORED_WITH_HOST_GATEWAY, IGNORED_IN_CLUSTER):
+        assert ignored_fields(parsed, ignored_here) == []
+
+
+def test_ports_of_the_host_are_named_where_workers_are_pods():
+    parsed = PoolSpec.model_validate({"networking": {"hostPorts": [5000]}})
+    assert ignored_fields(parsed, IGNORED_IN_CLUSTER) == ["networking.hostPorts"]
+    assert ignored_fields(parsed, IGNORED_IN_HOST_NETWORK) == ["networking.hostPorts"]
+    assert ignored_fields(parsed, IGNORED_BY_PROCESSES) == []
 
 
 def test_unknown_fields_of_an_issuer_are_named():

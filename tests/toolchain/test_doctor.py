@@ -26,6 +26,9 @@ FILES = {
     "etc/subgid": "1000:100000:65536\n",
     "bin/newuidmap": "",
     "bin/newgidmap": "",
+    "bin/pasta": "",
+    "bin/nft": "",
+    "dev/net/tun": "",
 }
 
 
@@ -36,7 +39,7 @@ def machine(tmp_path):
     for name, text in FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name in ("newuidmap", "newgidmap"):
+    for name in ("newuidmap", "newgidmap", "pasta", "nft"):
         (root / "bin" / name).chmod(0o4755)
     return root
 

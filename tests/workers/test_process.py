@@ -138,7 +138,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     assert seen.state is DaemonState.EXITED
     assert seen.worker_uid == "uid-1"
     assert "was killed by SIGKILL" in seen.message
-    assert "Killed" in seen.log_tail
+    assert "default worker" in seen.log_tail
     assert processes_saying("/step 4711") == []
     assert str(tmp_path) not in mounts()
     await building.communicate()
@@ -277,9 +277,9 @@ async def test_one_that_does_not_answer_in_time_is_ended(tmp_path, binaries, run
     mute.write_text("#!/bin/sh\necho I say nothing; exec tail -f /dev/null\n")
     mute.chmod(0o755)
     runtime = ProcessRuntime(
-        tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), limits=ProcessLimits(start_timeout=0.2)
+        tmp_path / "home", Binaries(mute, runc, binaries.rootlesskit), limits=ProcessLimits(start_timeout=2)
     )
-    with pytest.raises(WorkerFailed, match="not ready after 0 s: it does not listen") as failure:
+    with pytest.raises(WorkerFailed, match="not ready after 2 s: it does not listen") as failure:
         await runtime.daemons.start(SLOT, "uid-1", None, POOL, no_report)
     assert failure.value.log_tail == "I say nothing"
     assert processes_saying(str(tmp_path / "home/slots")) == []

@@ -18,6 +18,7 @@ from bkpool.appliance.tuning import api_limits, http_limits
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool
+from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 
 
@@ -77,17 +78,7 @@ async def open_api(
     options, backend, mirror = context.options, state.backend, state.mirror
     allocator, leases = backend.lease_service(mirror, context.now, options.settings.allocation.max_waiters)
     stack.push_async_callback(allocator.close)
-    access = make_access_control(
-        admin,
-        backend.authenticators,
-        state.issuers,
-        mirror,
-        namespace=options.settings.kubernetes.namespace,
-        audience=options.audience,
-        leeway=options.settings.identity.clock_leeway.total_seconds(),
-        extra_configs=extra_configs,
-        now=context.now,
-    )
+    access = _access_control(context, state, admin, extra_configs)
     service = Service(
         allocator=allocator,
         leases=leases,
@@ -110,3 +101,21 @@ async def open_api(
     limits = http_limits(options.settings, context.shares)
     address = await serve(stack, app, options.settings.api.address, where, ssl_context, local=local, limits=limits)
     return ApiRole(address, tls.description if tls else {}, allocator)
+
+
+def _access_control(
+    context: RoleContext, state: ControlState, admin: AdminTokenAuthenticator, extra_configs: tuple[OIDCConfig, ...]
+) -> AccessControl:
+    options, backend = context.options, state.backend
+    return make_access_control(
+        admin,
+        backend.authenticators,
+        state.issuers,
+        state.mirror,
+        namespace=options.settings.kubernetes.namespace,
+        audience=options.audience,
+        leeway=options.settings.identity.clock_leeway.total_seconds(),
+        extra_configs=extra_configs,
+        now=context.now,
+        missing_network=backend.missing_network,
+    )

@@ -8,42 +8,13 @@ from __future__ import annotations
 
 from ipaddress import ip_network
 
+from bkpool.core.egress import NOT_PUBLIC_4, NOT_PUBLIC_6
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_WORKER, Key
 from bkpool.core.pool import Egress, Pool
 from bkpool.kube import Doc
 from bkpool.workers.pods.pod_spec import labelled
 
-# Networks that are not globally reachable by the IANA special-purpose address registries (RFC 6890), and multicast.
-# NAT64's 64:ff9b::/96 is not one of them: it is for public addresses only (RFC 6052 section 3.1).
-_NOT_PUBLIC = {
-    "0.0.0.0/0": (
-        "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",
-        "127.0.0.0/8",
-        "169.254.0.0/16",
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.0.2.0/24",
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "224.0.0.0/3",
-    ),
-    "::/0": (
-        "::/80",  # with IPv4-mapped addresses: the API server refuses ::ffff:0:0/96 as an IPv6 network
-        "64:ff9b:1::/48",
-        "100::/64",
-        "2001::/23",
-        "2001:db8::/32",
-        "2002::/16",
-        "fc00::/7",
-        "fe80::/10",
-        "fec0::/10",
-        "ff00::/8",
-    ),
-}
+_NOT_PUBLIC = {"0.0.0.0/0": NOT_PUBLIC_4, "::/0": NOT_PUBLIC_6}
 
 # The cluster's DNS with the labels of kubeadm, kind and the clouds; and the default address of NodeLocal DNSCache,
 # which is on each node and not in a pod: https://kubernetes.io/docs/tasks/administer-cluster/nodelocaldns/

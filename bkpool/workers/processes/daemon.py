@@ -205,7 +205,7 @@ async def _wait_for_answer(launch: Launch, wrapper: _Wrapper, seconds: float) ->
 
 def _checked(pid: int, launch: Launch, wrapper: _Wrapper) -> Daemon:
     """Checks that the process behind the socket runs in our wrapper."""
-    if process_table.parent(process_table.parent(pid)) != wrapper.pid:
+    if not process_table.is_below(pid, wrapper.pid):
         raise WorkerFailed(f"process {pid} answers on {launch.socket}, but another buildkitd was started for it")
     return Daemon(pid, launch.socket, launch.log, wrapper)
 
@@ -222,7 +222,7 @@ def log_tail(log: Path) -> str:
 
 
 def _exit_text(code: int) -> str:
-    """Describes an exit code. A shell between us and the process reports a signal as 128 + its number."""
+    """Describes an exit code. `worker_init` between us and the process reports a signal as 128 + its number."""
     number = -code if code < 0 else code - 128
     try:
         return f"was killed by {signal.Signals(number).name}"

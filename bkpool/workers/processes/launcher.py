@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,11 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
 from bkpool.workers import config
-from bkpool.workers.processes import process_table, socket_directory
+from bkpool.workers.processes import init_program, process_table, socket_directory
 from bkpool.workers.processes.cgroup_entry import entering, mount_table
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.daemon import MARK, Launch
+from bkpool.workers.processes.init_program import InitProgram
 from bkpool.workers.processes.runc_wrapper import wrapper
 from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
@@ -35,15 +37,24 @@ class Launcher:
         runtime_dir: For the sockets.
         former_dirs: Where earlier runs may have put the sockets of daemons that still run, or left them.
         sandbox: Puts commands into namespaces.
+        init: Gives each worker its network.
         gc_defaults: For pools whose spec says nothing about collection (`workers.config`).
     """
 
     def __init__(
-        self, home: Path, runtime_dir: Path, former_dirs: Sequence[Path], sandbox: Sandbox, gc_defaults: CacheGC
+        self,
+        home: Path,
+        runtime_dir: Path,
+        former_dirs: Sequence[Path],
+        *,
+        sandbox: Sandbox,
+        init: InitProgram,
+        gc_defaults: CacheGC,
     ) -> None:
         self._runtime_dir = runtime_dir
         self._former_dirs = former_dirs
         self._sandbox = sandbox
+        self._init = init
         self._gc_defaults = gc_defaults
         self._digest = runtime_directory.home_digest(home)
         self._cgroups = SlotCgroups(self._digest)
@@ -83,9 +94,30 @@ class Launcher:
             f"--oci-worker-binary={self._runc(files, spec)}",
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
+        command = [*self._init.command(sockets / "init", spec), *command]
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
         environment = self._sandbox.environment(files.empty_home, **more)
         return Launch(self._confine(command, files, spec), environment, socket, files.log)
+
+    def try_network(self) -> None:
+        """Starts and ends a program in the network of a worker, to see whether this machine can make one.
+
+        Raises:
+            HostFault: It cannot; the message has what the programs said.
+        """
+        self._sandbox.check()
+        runtime_directory.claim(self._runtime_dir)
+        with tempfile.TemporaryDirectory(prefix="try-", dir=self._runtime_dir) as directory:
+            command = self._init.command(Path(directory, "init"), PoolSpec())
+            wrapped = self._sandbox.wrap([*command, "/bin/sh", "-c", "exit 0"], Path(directory, "rootlesskit"))
+            environment = self._sandbox.environment(Path(directory))
+            done = subprocess.run(wrapped, env=environment, capture_output=True, check=False)
+        if done.returncode != 0:
+            output = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
+            raise HostFault(
+                f"this machine cannot make a network for a worker: {'; '.join(output) or done.returncode}",
+                hint=self._sandbox.advice() or "Run bkpool doctor.",
+            )
 
     def ignored_config(self, spec: PoolSpec) -> list[str]:
         """What `prepare` does not take from the pool's own buildkitd.toml."""
@@ -101,6 +133,7 @@ class Launcher:
         """Removes the directories of the sockets that are empty, and the cgroups."""
         self._cgroups.close()
         for directory in self._directories():
+            init_program.remove(directory)
             with suppress(OSError):
                 directory.rmdir()
 

@@ -21,7 +21,6 @@ from bkpool.core.pool import Pool, PoolSpec
 from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
-from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 from bkpool.workers.processes import process_table
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.launcher import Launcher
@@ -43,12 +42,15 @@ class ProcessDaemons:
         table: The slots.
         launcher: Prepares starts and removes what daemons leave.
         limits: How many may start at once, and how long a daemon may take.
+        ignored_spec_fields: What nothing reads here, see `Daemons`.
     """
 
     capacity = None
-    ignored_spec_fields = IGNORED_BY_PROCESSES
 
-    def __init__(self, table: SlotTable, launcher: Launcher, limits: ProcessLimits) -> None:
+    def __init__(
+        self, table: SlotTable, launcher: Launcher, limits: ProcessLimits, ignored_spec_fields: frozenset[str]
+    ) -> None:
+        self.ignored_spec_fields = ignored_spec_fields
         self._table = table
         self._launcher = launcher
         self._starting = asyncio.Semaphore(limits.concurrent_starts)

@@ -124,6 +124,19 @@ def parent(pid: int) -> int:
     return int(_stat(pid)[1])
 
 
+def is_below(pid: int, ancestor: int) -> bool:
+    """Whether a process was started by `ancestor`, or by a descendant of it.
+
+    Raises:
+        ProcessLookupError: There is no such process.
+    """
+    while pid > 1:
+        pid = parent(pid)
+        if pid == ancestor:
+            return True
+    return False
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of stat from the third on. The second one, the name, may contain blanks and brackets."""
     try:

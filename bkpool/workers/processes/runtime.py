@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import structlog
@@ -17,7 +17,10 @@ import structlog
 from bkpool.core.errors import HostFault
 from bkpool.core.pool import CacheGC
 from bkpool.home import runtime_directory
+from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers.config import GC_DEFAULTS
+from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_HOST_NETWORK
+from bkpool.workers.processes.init_program import InitProgram
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.process_caches import ProcessCaches
@@ -38,6 +41,8 @@ class ProcessRuntime:
     Args:
         home: BKPOOL_HOME; slots and logs are in it.
         binaries: The programs, as absolute paths.
+        network: What makes a network for each worker; None: workers use the network of this machine.
+        own_ports: Returns the ports that the appliance listens on. No worker can reach them.
         runtime_dir: For the sockets; a short private directory by default.
         environ: Has proxies and certificate paths for buildkitd.
         limits: How many may start at once, and how long a daemon may take.
@@ -49,6 +54,8 @@ class ProcessRuntime:
         home: Path,
         binaries: Binaries,
         *,
+        network: NetworkPrograms | None = None,
+        own_ports: Callable[[], Collection[int]] = frozenset,
         runtime_dir: Path | None = None,
         environ: Mapping[str, str] | None = None,
         limits: ProcessLimits = ProcessLimits(),  # noqa: B008 - immutable
@@ -58,10 +65,27 @@ class ProcessRuntime:
         home = home.resolve()
         former_dirs = () if runtime_dir else runtime_directory.former_directories(home, environ)
         runtime_dir = runtime_dir or runtime_directory.default_directory(home, environ)
-        self._launcher = Launcher(home, runtime_dir, former_dirs, Sandbox(binaries, environ), gc_defaults)
+        init = InitProgram(network, runtime_dir, environ, own_ports)
+        self._launcher = Launcher(
+            home,
+            runtime_dir,
+            former_dirs,
+            sandbox=Sandbox(binaries, environ),
+            init=init,
+            gc_defaults=gc_defaults,
+        )
         self._table = SlotTable(home)
-        self.daemons = ProcessDaemons(self._table, self._launcher, limits)
+        ignored = IGNORED_BY_PROCESSES if network else IGNORED_IN_HOST_NETWORK
+        self.daemons = ProcessDaemons(self._table, self._launcher, limits, ignored)
         self.caches = ProcessCaches(self._table, self._launcher, self.daemons)
+
+    async def try_network(self) -> None:
+        """Makes a network as workers get it, and removes it.
+
+        Raises:
+            HostFault: This machine cannot make one.
+        """
+        await asyncio.to_thread(self._launcher.try_network)
 
     async def adopt(self) -> None:
         """Takes over daemons that answer, ends all others of this home, and completes interrupted wipes."""

@@ -25,7 +25,7 @@ _CAP_SYS_ADMIN = 1 << 21  # capabilities(7): to make namespaces and mounts
 # ssh, which git starts for a private repository, takes root's home from /etc/passwd and not from HOME. Here both are
 # the same, so it finds no key of the host.
 # The cgroups are mounted again, so that a path in there begins at the worker's own cgroup (cgroup_entry).
-# The shell stays as the first process of the PID namespace: it reaps, and passes buildkitd's exit code on.
+# The shell becomes the command, which is then the first process of the PID namespace.
 _AS_ROOT = """
 mkdir -p /run/runc && mount -t tmpfs -o mode=700 bkpool /run/runc &&
 echo "root:x:0:0:root:$HOME:/bin/sh" >/run/runc/passwd && mount --bind /run/runc/passwd /etc/passwd &&
@@ -33,8 +33,7 @@ if [ -s "$0" ]; then
     umount -R -l /sys/fs/cgroup && mount -t tmpfs -o mode=755 bkpool /sys/fs/cgroup &&
     mkdir -p $(cut -d " " -f 2 "$0") && mount -a -T "$0"
 fi &&
-"$@"
-exit $?
+exec "$@"
 """
 
 _USER_NAMESPACES = {"user.max_user_namespaces": 15000, "kernel.unprivileged_userns_clone": 1}

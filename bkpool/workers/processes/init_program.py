@@ -1,0 +1,143 @@
+"""Prepares the network of a worker: the program `worker_init`, and for each worker the file of its settings.
+
+It starts nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+
+import structlog
+
+from bkpool.core.pool import PoolSpec
+from bkpool.toolchain.network_programs import NetworkPrograms
+from bkpool.workers.processes import network
+from bkpool.workers.processes.slot_files import as_host_fault
+from bkpool.workers.processes.worker_init import NetworkSettings
+
+log = structlog.get_logger(__name__)
+
+_NAME = "worker_init"
+_SOURCES = {
+    entry.name: entry.read_bytes()
+    for entry in resources.files(f"bkpool.workers.processes.{_NAME}").iterdir()
+    if entry.name.endswith(".py")
+}
+_MAIN = f"import sys\nfrom {_NAME}.program import run\nsys.exit(run())\n"
+_DIGEST = hashlib.sha256(repr(sorted(_SOURCES.items())).encode()).hexdigest()[:12]
+
+
+class InitProgram:
+    """Makes the beginning of a worker's command line.
+
+    Args:
+        programs: What makes the network of a worker; None: workers use the host's network.
+        runtime_dir: Where the program is put, once for all workers.
+        environ: The appliance's own; a proxy in it is for workers too.
+        own_ports: Returns the ports that this appliance listens on.
+    """
+
+    def __init__(
+        self,
+        programs: NetworkPrograms | None,
+        runtime_dir: Path,
+        environ: Mapping[str, str],
+        own_ports: Callable[[], Collection[int]],
+    ) -> None:
+        self._programs = programs
+        self._program = runtime_dir / f".init-{_DIGEST}"
+        self._environ = environ
+        self._own_ports = own_ports
+
+    def command(self, directory: Path, spec: PoolSpec) -> list[str]:
+        """The command line of `worker_init`, which ends where that of the worker begins.
+
+        Args:
+            directory: A private directory that does not exist yet, for what this worker's network needs.
+            spec: The pool's.
+
+        Raises:
+            WorkerFailed: `spec.networking.hostPorts` has a port of bkpool itself.
+            HostFault: A file cannot be written.
+        """
+        settings = directory / "network.json"
+        with as_host_fault(directory):
+            self._install()
+            directory.mkdir(mode=0o700)
+            settings.write_text(json.dumps(self._settings(directory, spec)))
+        # Isolated and without site-packages: no variable and no package of the user changes what runs.
+        return [sys.executable, "-I", "-S", str(self._program), str(settings)]
+
+    def _install(self) -> None:
+        """Puts the program into its directory, all at once."""
+        if self._program.exists():
+            return
+        with tempfile.TemporaryDirectory(prefix=".init-", dir=self._program.parent) as draft:
+            package = Path(draft, "program", _NAME)
+            package.mkdir(parents=True)
+            for name, source in _SOURCES.items():
+                (package / name).write_bytes(source)
+            (package.parent / "__main__.py").write_text(_MAIN)
+            with suppress(OSError):  # another start was faster
+                package.parent.rename(self._program)
+
+    def _settings(self, directory: Path, spec: PoolSpec) -> NetworkSettings | None:
+        if self._programs is None:
+            return None
+        if ports := network.unreachable_proxies(spec, _proxies(self._environ)):
+            log.warning(
+                "worker.proxy_unreachable", ports=ports, hint=f"Add them to {network.HOST_PORTS} of the pool."
+            )
+        return {
+            "pasta": str(self._programs.pasta),
+            "nft": str(self._programs.nft),
+            "netns_directory": str(_netns_directory(directory)),
+            "resolv_conf": str(directory / "resolv.conf"),
+            "rules": network.rules(spec),
+            "host_ports": network.host_ports(spec, self._own_ports()),
+        }
+
+
+def remove(runtime_dir: Path) -> None:
+    """Removes the program, also of other versions. Workers that run do not need it any more."""
+    for found in runtime_dir.glob(".init-*"):
+        shutil.rmtree(found, ignore_errors=True)
+
+
+def listening_ports(ports: Iterable[int]) -> frozenset[int]:
+    """The TCP ports that this process listens on, and these."""
+    own = set()
+    with suppress(OSError):
+        for entry in os.scandir("/proc/self/fd"):
+            with suppress(OSError):
+                own.add(str(Path(entry.path).readlink()).removeprefix("socket:[").removesuffix("]"))
+    found = set(ports)
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()  # proc(5): local address, state (0A: listening) and inode
+                if fields[3] == "0A" and fields[9] in own:
+                    found.add(int(fields[1].rpartition(":")[2], 16))
+    return frozenset(found)
+
+
+def _netns_directory(directory: Path) -> Path:
+    """Where the namespace is mounted. The AppArmor profile of pasta allows this directory of a user's session."""
+    session = Path(f"/run/user/{os.geteuid()}")
+    made = session / "netns" if os.access(session, os.W_OK | os.X_OK) else directory / "netns"
+    with as_host_fault(made):
+        made.mkdir(mode=0o700, exist_ok=True)
+    return made
+
+
+def _proxies(environ: Mapping[str, str]) -> list[str]:
+    return [value for name, value in environ.items() if name.lower() in {"http_proxy", "https_proxy", "all_proxy"}]

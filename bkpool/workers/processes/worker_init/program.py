@@ -1,0 +1,86 @@
+"""Puts the parts together and waits for the end of the worker. It is the reaper of its PID namespace."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from . import NetworkSettings
+from .kernel import background, checked, fail, libc, spawn
+from .namespace import WorkerNetwork
+from .relays import Relays
+from .resolver import HostResolver
+
+_PR_SET_CHILD_SUBREAPER = 36  # prctl.h
+_RTMGRP = 0x10 | 0x40 | 0x100 | 0x400  # rtnetlink(7): addresses and routes, of IPv4 and IPv6
+
+
+def main(settings: NetworkSettings | None, command: list[str]) -> int:
+    """Runs a command, in a network of its own if there are settings. Returns its exit code."""
+    checked(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "a reaper")
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    if settings is None:
+        return _serve(spawn(command), reading, None)
+    changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    changes.bind((0, _RTMGRP))  # before the addresses are read, so that no change is missed
+    network = WorkerNetwork(settings)
+    network.refuse_host(settings["rules"])
+    network.connect_to_host()
+    resolver = HostResolver(Path(settings["resolv_conf"]))
+    relays = Relays(network, settings["host_ports"], lambda: resolver.servers)
+    child = network.spawn(command)
+    relays.start()
+    background(resolver.follow)
+    return _serve(child, reading, (changes, network))
+
+
+def _serve(command: int, children: int, following: tuple[socket.socket, WorkerNetwork] | None) -> int:
+    """Reaps every process and follows the host's addresses, until the command has ended.
+
+    Args:
+        command: Its process id.
+        children: A descriptor that can be read when a process has ended.
+        following: Tells of changes of the host's addresses and routes; and what must know them.
+
+    Returns:
+        The exit code, for a signal as a shell does.
+    """
+    changes, network = following or (None, None)
+    watched: list[int | socket.socket] = [children, *([changes] if changes else [])]
+    while True:
+        ready, _, _ = select.select(watched, [], [])
+        if changes and network and changes in ready:
+            with suppress(OSError):  # there were more changes than fit into its buffer
+                changes.recv(65536)
+            network.refuse_host()
+            network.connect_to_host()
+        if children in ready:
+            os.read(children, 4096)
+        for pid, code in _ended():
+            if pid == command:
+                return code if code >= 0 else 128 - code
+            if network and pid == network.pasta:
+                fail(f"pasta ended with exit code {code}")
+
+
+def _ended() -> Iterator[tuple[int, int]]:
+    """The processes that have ended and were not reaped yet, with their exit codes."""
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found[0], os.waitstatus_to_exitcode(found[1])
+
+
+def run() -> int:
+    """The program: the file of the settings and the command are its arguments. Returns the exit code."""
+    os.environ.pop("LC_CTYPE", None)  # Python sets it, where a system has no locale (PEP 538)
+    return main(json.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2:])

@@ -1,0 +1,56 @@
+"""The host's resolv.conf, which a worker sees with other name servers in it. It resolves no name."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from .host_facts import nameservers, worker_resolv_conf
+from .kernel import MS_BIND, checked, libc
+
+_RESOLV_CONF = Path("/etc/resolv.conf")
+_IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x80, 0x100  # inotify(7)
+
+
+class HostResolver:
+    """What the host's resolv.conf says now, although the worker sees another one in its place.
+
+    Args:
+        replacement: The file that the worker shall see.
+    """
+
+    def __init__(self, replacement: Path) -> None:
+        self._replacement = replacement
+        self._file = _RESOLV_CONF.open()
+        self.servers = self._replace()
+
+    def follow(self) -> None:
+        """Reads it again whenever it changes. Returns never.
+
+        If the host replaces its file, the kernel removes our mount on it.
+        """
+        changes = checked(libc.inotify_init1(os.O_CLOEXEC), "inotify")
+        directory = bytes(_RESOLV_CONF.resolve().parent)
+        checked(libc.inotify_add_watch(changes, directory, _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_CREATE), "inotify")
+        while True:
+            os.read(changes, 4096)
+            with suppress(OSError):  # it is not there for a moment
+                if not _RESOLV_CONF.samefile(self._replacement):
+                    self._file.close()
+                    self._file = _RESOLV_CONF.open()
+                    self.servers = self._replace()
+                else:
+                    self.servers = nameservers(self._text())
+
+    def _replace(self) -> list[str]:
+        text = self._text()
+        self._replacement.write_text(worker_resolv_conf(text))
+        self._replacement.chmod(0o644)  # steps read a copy of it
+        mounted = libc.mount(bytes(self._replacement), bytes(_RESOLV_CONF.resolve()), None, MS_BIND, None)
+        checked(mounted, str(_RESOLV_CONF))
+        return nameservers(text)
+
+    def _text(self) -> str:
+        self._file.seek(0)
+        return self._file.read()

@@ -1,0 +1,229 @@
+"""The network of a worker, made by the real programs. What runs in it stands for a worker."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from bkpool.core.pool import PoolSpec
+from bkpool.toolchain.network_programs import NetworkPrograms
+from bkpool.workers.processes import worker_init
+from bkpool.workers.processes.init_program import InitProgram
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user needs rootlesskit for this: see e2e")
+
+RESOLVER = "127.0.0.53"
+QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x05inner\x04corp\x00\x00\x01\x00\x01"
+
+
+class InNetwork:
+    """Runs a Python program in the network of a worker, on a host with a resolv.conf of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.resolv_conf = directory / "hosts-resolv.conf"
+        self.resolv_conf.write_text(f"nameserver {RESOLVER}\nsearch corp\n")
+
+    def __call__(
+        self, program: str, *arguments: str, spec: PoolSpec | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = self.command(program, *arguments, spec=spec or PoolSpec())
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    def command(self, program: str, *arguments: str, spec: PoolSpec = PoolSpec()) -> list[str]:  # noqa: B008
+        found = NetworkPrograms.find(os.environ["PATH"])
+        shutil.rmtree(self.directory / "init", ignore_errors=True)
+        init = InitProgram(found, self.directory, {}, frozenset).command(self.directory / "init", spec)
+        hosts_network = self.directory / "hosts-network"
+        script = (
+            f'mount --bind {self.resolv_conf} "$(readlink -f /etc/resolv.conf)" && touch {hosts_network} && '
+            f'mount --bind /proc/self/ns/net {hosts_network} && exec "$0" "$@"'
+        )
+        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
+        return [*namespaces, *init, sys.executable, "-c", program, *arguments]
+
+
+@pytest.fixture
+def in_network(tmp_path: Path) -> InNetwork:
+    return InNetwork(tmp_path)
+
+
+class _Echo(socketserver.BaseRequestHandler):
+    """Sends back what it gets, over TCP or UDP."""
+
+    def handle(self) -> None:
+        if isinstance(self.request, tuple):
+            data, server = self.request
+            server.sendto(data, self.client_address)
+        else:
+            self.request.sendall(self.request.recv(4096))
+
+
+class _TCP(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+
+
+class _IPv6(_TCP):
+    address_family = socket.AF_INET6
+
+
+@contextmanager
+def echoing(kind: type[socketserver.BaseServer], host: str, port: int = 0) -> Iterator[int]:
+    """A server of the host; yields its port."""
+    with kind((host, port), _Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+REACH = """
+import socket, sys
+for target in sys.argv[1:]:
+    host, port, *through = target.split(",")
+    s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    s.settimeout(5)
+    try:
+        if through:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, through[0].encode())
+        s.connect((host, int(port)))
+        s.sendall(b"hello")
+        print(target, s.recv(100).decode() or "closed")
+    except OSError as error:
+        print(target, "blocked", error.strerror or error)
+"""
+
+
+def reached(answer: subprocess.CompletedProcess[str]) -> dict[str, str]:
+    assert answer.returncode == 0, answer.stderr
+    return dict(line.split(" ", 1) for line in answer.stdout.splitlines())
+
+
+def test_nothing_of_the_host_is_reached_not_even_through_one_interface(in_network, another_address):
+    with echoing(_TCP, "0.0.0.0") as port, echoing(_IPv6, "::1") as port6:
+        targets = [f"127.0.0.1,{port}", f"127.0.0.1,{port},eth0", f"{another_address},{port}"]
+        targets += [f"{another_address},{port},eth0", f"::1,{port6}", "169.254.169.254,80", "169.254.169.254,80,eth0"]
+        found = reached(in_network(REACH, *targets))
+        here = reached(
+            subprocess.run([sys.executable, "-c", REACH, targets[0]], check=False, capture_output=True, text=True)
+        )
+    assert here == {targets[0]: "hello"}  # so the server does answer
+    assert set(found) == set(targets)
+    assert all(what.startswith("blocked") for what in found.values()), found
+
+
+@pytest.fixture
+def another_address() -> Iterator[str]:
+    """An address of the host that is not that of the default route."""
+    address = "198.51.100.77"
+    subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+    yield address
+    subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
+
+
+def test_an_address_that_the_host_gets_later_is_refused_too(in_network, tmp_path):
+    """The program adds the address itself, in the network of the host, and waits until the rules have it."""
+    address = "198.51.100.78"
+    add = ["nsenter", f"--net={tmp_path}/hosts-network", "ip", "address", "add", f"{address}/32", "dev", "lo"]
+    with echoing(_TCP, "0.0.0.0") as port:
+        program = REACH.replace(
+            "for target",
+            "import subprocess, time\n"
+            f"subprocess.run({add!r}, check=True)\n"
+            f"def known(): return b'{address}' in subprocess.check_output(['nft', 'list', 'ruleset'])\n"
+            "while not known(): time.sleep(0.01)\n"
+            "for target",
+        )
+        try:
+            found = reached(in_network(program, f"{address},{port}", f"{address},{port},eth0"))
+        finally:
+            subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=False)
+    assert all(what.startswith("blocked") for what in found.values()), found
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_chosen_port_of_the_host_is_reached_at_both_loopback_addresses(in_network, host):
+    kind = _IPv6 if ":" in host else _TCP
+    with echoing(kind, host) as port:
+        spec = PoolSpec.model_validate({"networking": {"hostPorts": [port]}})
+        found = reached(in_network(REACH, f"127.0.0.1,{port}", f"::1,{port}", spec=spec))
+    assert found == {f"127.0.0.1,{port}": "hello", f"::1,{port}": "hello"}
+
+
+RESOLVE = f"""
+import socket, sys
+print("resolv.conf", repr(open("/etc/resolv.conf").read()))
+for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+    with socket.socket(socket.AF_INET, kind) as s:
+        s.settimeout(10)
+        s.connect(("{worker_init.NAMESERVER}", 53))
+        s.sendall(bytes.fromhex(sys.argv[1]))
+        print(kind.name, s.recv(100).hex())
+"""
+
+
+def test_names_are_asked_of_the_hosts_own_resolver_on_loopback(in_network):
+    with (
+        echoing(socketserver.ThreadingUDPServer, RESOLVER, 53),
+        echoing(_TCP, RESOLVER, 53),
+    ):
+        found = reached(in_network(RESOLVE, QUERY.hex()))
+    assert found == {
+        "resolv.conf": repr(f"nameserver {worker_init.NAMESERVER}\nsearch corp\n"),
+        "SOCK_DGRAM": QUERY.hex(),
+        "SOCK_STREAM": QUERY.hex(),
+    }
+
+
+def test_the_exit_code_and_the_output_are_those_of_the_program(in_network):
+    answer = in_network("import os, sys; print('out'); print('err', file=sys.stderr); os._exit(37)")
+    assert (answer.returncode, answer.stdout, answer.stderr) == (37, "out\n", "err\n")
+    killed = in_network("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert killed.returncode == 128 + 9
+
+
+def test_a_worker_ends_with_its_connection(in_network):
+    """Better no worker than one that nothing works in."""
+    kill = "import os, signal, subprocess, time\nos.system('pkill -9 pas')\ntime.sleep(60)"
+    answer = in_network(kill)
+    assert answer.returncode == worker_init.FAILED
+    assert "pasta ended" in answer.stderr
+
+
+def test_nothing_is_left_whenever_it_is_killed(in_network, tmp_path):
+    in_network("pass")  # so that its files are there
+    command = in_network.command("import time; time.sleep(60)")
+    for milliseconds in range(0, 120, 8):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+            select.select([], [], [], milliseconds / 1000)
+            started.kill()
+    deadline = time.monotonic() + 30
+    while (left := traces(tmp_path)) and time.monotonic() < deadline:
+        select.select([], [], [], 0.02)
+    assert left == []
+
+
+def traces(directory: Path) -> list[str]:
+    """The processes and the mounts that belong to this directory. Without them the kernel keeps no namespace."""
+    found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(directory) in line]
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            command = entry.read_bytes().replace(b"\0", b" ").decode()
+            if str(directory) in command:
+                found.append(command)
+    return found
