@@ -7,11 +7,14 @@ YAML stands for the runner. It uses real node, real bash, the real files of the 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
 import uuid
+import zipfile
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +211,42 @@ def test_the_action_accepts_its_optional_inputs(platform, job):
     assert "mine" in run("docker", "buildx", "ls", env=running.env).out
     assert running.ends() == 0
     assert "mine" not in run("docker", "buildx", "ls", env=running.env).out
+
+
+def test_the_action_installs_its_own_source_and_what_the_lock_pins(platform, job, tmp_path):
+    """The attack: an index, or a directory of wheels, offers a newer bkpool and a newer click."""
+    _, described = platform
+    offered = tmp_path / "offered"
+    offered.mkdir()
+    for name, version in (("bkpool", "99.0"), ("click", "8.99.0")):
+        wheel(offered, name, version)
+    running = job(**github(described), PYTHONPATH="")
+    of_machine = {
+        name: value for name, value in os.environ.items() if name.startswith("PIP_") or "proxy" in name.lower()
+    }
+    running.env |= of_machine | {"PIP_FIND_LINKS": f"{offered} {of_machine.get('PIP_FIND_LINKS', '')}"}
+    running.env["PATH"] = os.pathsep.join(
+        entry for entry in running.env["PATH"].split(os.pathsep) if not (Path(entry) / "bkpool").exists()
+    )
+    (running.workspace / "pip.py").write_text("raise SystemExit('a module of the workspace')")
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    assert running._runs(action["runs"]["steps"][0], {}) == 0, running.log
+    python = running.temp / "bkpool" / "bin" / "python"
+    shown = run(python, "-I", "-m", "pip", "list", "--format", "json", env=running.env).ok().json
+    versions = {package["name"]: package["version"] for package in shown}
+    assert versions["bkpool"] == metadata.version("bkpool")
+    assert f"click=={versions['click']} " in (ROOT / "requirements-install.lock").read_text()
+    run(python.with_name("bkpool"), "version", env=running.env).ok()
+
+
+def wheel(directory: Path, name: str, version: str) -> None:
+    """Makes a package with nothing in it."""
+    about = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}/__init__.py", "")
+        file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
 
 
 def test_an_existing_builder_is_not_removed(platform, job):
