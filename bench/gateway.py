@@ -74,7 +74,8 @@ async def serve(config: dict[str, Any]) -> None:
     pem = {path.name: path.read_bytes() for path in Path(config["pki"]).iterdir()}  # noqa: ASYNC240 - nothing is served yet
     dial: Dialler = PlainDial
     if config["endpoint"].startswith("tcp:"):
-        dial = TlsDialler(worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"]))
+        context = worker_context(pem["dialler.crt"], pem["dialler.key"], pem["backend-ca.crt"])
+        dial = TlsDialler(lambda _pool: [context])
     gateway = Gateway(
         AcceptingRegistry(),
         now=lambda: datetime.now(UTC),

@@ -31,8 +31,10 @@ from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, new_worker
 from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.worker_tls import worker_context
 from bkpool.toolchain import Tool, Toolchain, default_cache
+from bkpool.workers.pods import pod_view
 from bkpool.workers.probe import probe_tls
 from harness import Appliance, eventually, free_port
 from kind_cluster import e2e_cluster
@@ -88,9 +90,10 @@ async def _pod_alone(world: Pods, worker: str) -> float:
         found = await api.get(paths.core("secrets", SYSTEM, "bkpool-pki"))
         secrets = ClusterSecrets.of_data({k: base64.b64decode(v) for k, v in found["data"].items()})
         now = datetime.now(UTC)
-        leaf = secrets.backend.issue_dialler("bench", now, now + timedelta(hours=1))
-        context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
         pod = await api.get(paths.core("pods", "default", worker))
+        authority = PoolAuthorities(secrets.backend).current(pod_view.pool_of(pod))
+        leaf = authority.issue_dialler("bench", now, now + timedelta(hours=1))
+        context = worker_context(leaf.cert_pem, leaf.key_pem or b"", authority.cert_pem)
         uid = pod["metadata"]["annotations"]["buildkit.smrt-devops.net/worker-uid"]
         pod["metadata"] = {"name": BARE}
         del pod["status"]

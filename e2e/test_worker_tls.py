@@ -20,6 +20,7 @@ from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki import bundle
 from bkpool.pki.names import gateway_names
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.worker_tls import check_worker, worker_context
 from harness import eventually, free_port, only_on
 from support.accepting_registry import AcceptingRegistry
@@ -34,14 +35,16 @@ UID = "0b8ce2d5-0000-4000-8000-000000000001"
 POOL = Key("default", "p")
 TOKEN = tokens.derive(b"k" * 32, UID, "lease")
 SECRETS = bundle.ClusterSecrets.create(NOW)
+POOLS = PoolAuthorities(SECRETS.backend)
+BACKEND = POOLS.current(POOL)
 
 
 @pytest.fixture(scope="module")
 def port(tools, tmp_path_factory):
     """The port of a buildkitd that has a worker's certificate."""
     directory, port = tmp_path_factory.mktemp("buildkitd"), free_port()
-    worker = SECRETS.backend.issue_worker(UID, NOW)
-    (directory / "ca.crt").write_bytes(SECRETS.backend.cert_pem)
+    worker = BACKEND.issue_worker(UID, NOW)
+    (directory / "ca.crt").write_bytes(BACKEND.cert_pem)
     (directory / "tls.crt").write_bytes(worker.cert_pem)
     (directory / "tls.key").write_bytes(worker.key_pem)
     command = [tools["buildkitd"], "--root", directory / "root", "--addr", f"tcp://127.0.0.1:{port}"]
@@ -58,7 +61,7 @@ def port(tools, tmp_path_factory):
 
 
 def settings(leaf):
-    return worker_context(leaf.cert_pem, leaf.key_pem, SECRETS.backend.cert_pem)
+    return worker_context(leaf.cert_pem, leaf.key_pem, BACKEND.cert_pem)
 
 
 async def first_words(port, context):
@@ -72,7 +75,7 @@ async def first_words(port, context):
 
 
 async def test_a_dialler_is_accepted(port):
-    settings_frame = await first_words(port, settings(SECRETS.backend.issue_dialler("default/p", NOW, NOW + DAY)))
+    settings_frame = await first_words(port, settings(BACKEND.issue_dialler("default/p", NOW, NOW + DAY)))
     assert settings_frame[3:5] == b"\x04\x00"
 
 
@@ -82,10 +85,20 @@ async def test_a_dialler_is_accepted(port):
         (SECRETS.authority.issue_client(TOKEN, NOW, NOW + DAY), "unknown.ca"),
         (SECRETS.authority.issue_dialler("default/p", NOW, NOW + DAY), "unknown.ca"),
         (SECRETS.authority.issue_server(["localhost"], [], NOW, NOW + DAY), "unknown.ca"),
-        (SECRETS.backend.issue_worker("another", NOW), "bad.certificate"),
-        (SECRETS.backend.issue_worker(UID, NOW), "bad.certificate"),
+        (POOLS.current(Key("other", "p")).issue_dialler("other/p", NOW, NOW + DAY), "unknown.ca"),
+        (SECRETS.backend.issue_dialler("default/p", NOW, NOW + DAY), "unknown.ca"),
+        (BACKEND.issue_worker("another", NOW), "bad.certificate"),
+        (BACKEND.issue_worker(UID, NOW), "bad.certificate"),
     ],
-    ids=["a lease", "a dialler of the clients' CA", "a gateway's server", "another worker", "the worker itself"],
+    ids=[
+        "a lease",
+        "a dialler of the clients' CA",
+        "a gateway's server",
+        "another pool's gateway",
+        "the CA of all pools",
+        "another worker",
+        "the worker itself",
+    ],
 )
 async def test_clients_and_workers_are_rejected(port, leaf, says):
     with pytest.raises(ssl.SSLError, match=f"(?i){says}"):
@@ -93,8 +106,10 @@ async def test_clients_and_workers_are_rejected(port, leaf, says):
 
 
 async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, tools, tmp_path):
-    given = bundle.gateway_bundle(SECRETS, gateway_names("", [POOL]), str(POOL), NOW)
-    dial = TlsDialler(worker_context(given["backend.crt"], given["backend.key"], given["backend-ca.crt"]))
+    given = bundle.gateway_server(SECRETS.authority, gateway_names("", [POOL]), NOW)
+    given |= bundle.gateway_diallers(BACKEND, None, str(POOL), NOW)
+    context = worker_context(given["dialler.crt"], given["dialler.key"], given["worker-ca.crt"])
+    dial = TlsDialler(lambda _pool: [context])
     gateway = Gateway(
         AcceptingRegistry(), now=lambda: datetime.now(UTC), metrics=GatewayMetrics(), dial=dial, pool=POOL
     )

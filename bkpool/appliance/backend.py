@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Collection, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from bkpool.kube.leader import LeaderElection
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import ClusterSecrets
-from bkpool.pki.worker_tls import worker_context
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.store import Store
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
@@ -54,8 +54,6 @@ _KEYS_ONLY = {"pod-security.kubernetes.io/enforce": "restricted"}
 """The labels of the appliance's own namespace, which has its keys and no worker."""
 LEASE = "bkpool-controller"
 """The Lease whose holder runs the controller."""
-DIALLER_LIFE = timedelta(days=3650)
-"""The validity of the client certificate for workers. It is only in memory, so it ends with the process anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +156,7 @@ class ClusterBackend:
     api: KubeApi
     secrets: ClusterSecrets
     backend: Backend
+    pods: PodRuntime
 
 
 async def open_pod_backend(
@@ -234,12 +233,10 @@ async def _open_pods(
     store = KubernetesStore(api)
     now = datetime.now(UTC)
     secrets = await kube_secrets.load_or_create_authorities(api, options.settings.kubernetes.namespace, store, now)
-    leaf = secrets.backend.issue_dialler(name, now, now + DIALLER_LIFE)
-    context = worker_context(leaf.cert_pem, leaf.key_pem or b"", secrets.backend.cert_pem)
     runtime = PodRuntime(
         api,
-        backend=secrets.backend,
-        context=context,
+        authorities=PoolAuthorities(secrets.backend),
+        name=name,
         image=options.settings.workers.buildkit_image,
         host_ports=host_ports,
         namespaces=options.settings.kubernetes.pool_namespaces or None,
@@ -255,7 +252,7 @@ async def _open_pods(
         runtime=runtime,
         authority=secrets.authority,
         token_key=secrets.token_key,
-        dial=TlsDialler(context),
+        dial=TlsDialler(runtime.contexts.of),
         gateway=name,
         recorder=recorder,
         authenticators=_cluster_authenticators(api, options),
@@ -269,7 +266,7 @@ async def _open_pods(
         allowed=allowed,
         background=(recorder.run(),),
     )
-    return ClusterBackend(api, secrets, backend)
+    return ClusterBackend(api, secrets, backend, runtime)
 
 
 def _cluster_authenticators(api: KubeApi, options: RunOptions) -> MakeAuthenticators:

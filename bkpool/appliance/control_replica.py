@@ -103,7 +103,8 @@ class ControlReplica:
         return PoolGateways(
             cluster.api,
             mirror,
-            cluster.secrets,
+            cluster.secrets.authority,
+            cluster.pods.daemons,
             image=self._settings.kubernetes.image or IMAGE,
             controller=CONTROLLER,
             namespace=self._settings.kubernetes.namespace,

@@ -33,14 +33,17 @@ class _Certificates:
     """One valid version of the Secret."""
 
     data: Mapping[str, bytes]
-    dialling: ssl.SSLContext
+    dialling: tuple[ssl.SSLContext, ...]
 
     @classmethod
     def of(cls, data: Mapping[str, bytes]) -> Self:
         """Raises KeyError, ValueError, OSError or HostFault if something is missing or damaged."""
         server_context(data[bundle.TLS_CERT], data[bundle.TLS_KEY], data[bundle.CA_CERT])
-        dialler = data[bundle.DIALLER_CERT], data[bundle.DIALLER_KEY], data[bundle.BACKEND_CA_CERT]
-        return cls(data, worker_context(*dialler))
+        dialling = [worker_context(data[bundle.DIALLER_CERT], data[bundle.DIALLER_KEY], data[bundle.WORKER_CA])]
+        if bundle.FORMER_DIALLER_CERT in data:
+            former = (bundle.FORMER_DIALLER_CERT, bundle.FORMER_DIALLER_KEY, bundle.FORMER_WORKER_CA)
+            dialling.append(worker_context(*(data[name] for name in former)))
+        return cls(data, tuple(dialling))
 
     def install(self, gateway: Gateway) -> None:
         """Hands the gateway its server certificate."""
@@ -58,8 +61,8 @@ class GatewaySecret:
         self._api = api
         self._pool = pool
         self._current = current
-        self.dial = TlsDialler(current.dialling)
-        """Reaches workers; `run` keeps its certificate up to date."""
+        self.dial = TlsDialler(lambda _pool: self._current.dialling)
+        """Reaches workers of the pool; `run` keeps its certificates up to date."""
 
     @classmethod
     async def open(cls, api: KubeApi, pool: Key) -> Self:
@@ -77,7 +80,6 @@ class GatewaySecret:
             async for found in versions:
                 if found.data != self._current.data:
                     found.install(gateway)
-                    self.dial.swap(found.dialling)
                     self._current = found
                     log.info("gateway.certificate_renewed")
 

@@ -13,7 +13,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -21,6 +21,7 @@ from types import MappingProxyType
 
 import structlog
 
+from bkpool.controller.gateway_certificates import GatewayCertificates, WorkerAuthorities
 from bkpool.controller.pool_gateway_objects import (
     GatewayDefaults,
     endpoint_of,
@@ -41,8 +42,8 @@ from bkpool.core.pool import Pool, ServiceType
 from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
-from bkpool.pki.authority import SERVER_LIFE
-from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, bundle_fits, bundle_renew_at, gateway_bundle
+from bkpool.pki.authority import SERVER_LIFE, Authority
+from bkpool.pki.bundle import FORMER_DIALLER_CERT, SERVER_ENTRIES, TLS_CERT, bundle_renew_at
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
@@ -89,7 +90,8 @@ class PoolGateways:
     Args:
         api: The cluster.
         mirror: Has the pools.
-        secrets: Issues the gateways' certificates.
+        authority: Issues the gateways' certificates for clients.
+        workers: Issue those for workers.
         image: bkpool's own image, which the gateways run.
         controller: The name of the appliance's Deployment.
         namespace: The namespace of the appliance.
@@ -104,7 +106,8 @@ class PoolGateways:
         self,
         api: KubeApi,
         mirror: Mirror,
-        secrets: ClusterSecrets,
+        authority: Authority,
+        workers: WorkerAuthorities,
         *,
         image: str,
         controller: str,
@@ -117,9 +120,8 @@ class PoolGateways:
     ) -> None:
         self._api = api
         self._mirror = mirror
-        self._secrets = secrets
+        self._certificates = GatewayCertificates(authority, workers, server_life)
         self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
-        self._server_life = server_life
         self._allowed = allowed
         self._now = now
         self._recorder = recorder
@@ -147,13 +149,15 @@ class PoolGateways:
     async def run(self) -> None:
         """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
         await self._mirror.ready.wait()
-        unsubscribe = self._mirror.subscribe(self._pool_changed)
+        subscriptions = ExitStack()
+        subscriptions.callback(self._mirror.subscribe(self._pool_changed))
+        subscriptions.callback(self._certificates.workers.on_change(self._workers_changed))
         try:
             for key in tuple(self._mirror.pools):
                 self._pool_changed(key)
             await asyncio.Event().wait()
         finally:
-            unsubscribe()
+            subscriptions.close()
             tasks = [state.task for state in self._states.values() if state.task]
             tasks += [task for watches in self._watches.values() for task in watches]
             self._states.clear()
@@ -176,6 +180,12 @@ class PoolGateways:
             state.task = asyncio.create_task(self._keep(key, state))
         elif state.version != pool.spec_version:
             state.wake.set()
+
+    def _workers_changed(self) -> None:
+        """Takes the certificates for workers of a former CA away from a gateway when the last such worker is gone."""
+        for key, state in self._states.items():
+            if FORMER_DIALLER_CERT in (state.bundle or ()) and not self._certificates.workers.former_authority(key):
+                state.wake.set()
 
     def _forget(self, key: Key) -> None:
         """Stops work for a pool that was deleted. The cluster deletes the objects that it owned."""
@@ -287,12 +297,14 @@ class PoolGateways:
         names = certificate_names(pool, self._allowed, state.objects.get("Service"), state.node)
         refused = host_refusals(pool, self._allowed) or service_refusals(pool, self._allowed)
         found = state.bundle if state.bundle is not None else await self._stored_bundle(pool)
-        if not bundle_fits(found, self._secrets, None if refused else names, self._now()):
-            name = f"{gateway_name(pool)}.{pool.key.namespace}"
+        server = {name: found[name] for name in SERVER_ENTRIES if name in found}
+        if not self._certificates.server_fits(found, None if refused else names, self._now()):
             if found:
                 self._recorder.record(pool, "CertificateRotated", "the gateway's certificates are issued again")
-            found = gateway_bundle(self._secrets, names, name, self._now(), self._server_life)
+            server = self._certificates.server(names, self._now())
             log.info("pool.gateway_certificate_issued", pool=str(pool.key), names=[*names.dns, *map(str, names.ips)])
+        gateway = f"{gateway_name(pool)}.{pool.key.namespace}"
+        found = self._certificates.with_diallers(found, server, pool.key, gateway, self._now())
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}
         await self._ensure(secret(pool, encoded), state)
         state.bundle = found

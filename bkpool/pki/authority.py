@@ -19,14 +19,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
-    NoEncryption,
-    PrivateFormat,
     load_pem_private_key,
 )
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.pki.names import IP, is_address
+from bkpool.pki.root import derived_root, key_usage, private_pem, root_certificate, subject
 
 AUTHORITY_LIFE = timedelta(days=3650)
 SERVER_LIFE = timedelta(days=365)
@@ -39,7 +38,6 @@ BACK_DATED = timedelta(minutes=5)
 Kerberos allows the same five minutes (RFC 4120 section 8.2)."""
 
 _SERIAL_BYTES = 16  # 128 random bits; RFC 5280 4.1.2.2 allows 20 bytes, including the sign byte of DER
-_LONGEST_NAME = 64  # characters of a common name (RFC 5280 appendix A, ub-common-name); longer ones are cut
 _LONGEST_CSR = 16 * 1024  # bytes: an RSA-8192 request with all usual extensions has less than 4 KiB
 _RSA_BITS = range(
     2048, 8193
@@ -89,21 +87,19 @@ class Authority:
             name: The beginning of its subject. Eight random hex digits follow, to distinguish two CAs.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = _subject(f"{name} {secrets.token_hex(4)}")
-        cert = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
-            .public_key(key.public_key())
-            .serial_number(_serial())
-            .not_valid_before(now - BACK_DATED)
-            .not_valid_after(now + AUTHORITY_LIFE)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(authority=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        return cls(cert.public_bytes(Encoding.PEM), _pem(key))
+        own = subject(f"{name} {secrets.token_hex(4)}")
+        cert = root_certificate(key, own, _serial(), now - BACK_DATED, now + AUTHORITY_LIFE)
+        return cls(cert, private_pem(key))
+
+    def derived(self, label: str) -> Authority:
+        """Another CA, for what the label says, with the validity of this one. The same label gives the same CA."""
+        begin, end = self._cert.not_valid_before_utc, self.not_after
+        return Authority(*derived_root(self._key, label, "bkpool backend CA", begin, end))
+
+    @property
+    def mark(self) -> str:
+        """Distinguishes CAs: the beginning of its key's SHA-1 identifier (RFC 5280 4.2.1.2), as 16 hex digits."""
+        return (self._key_id.key_identifier or b"").hex()[:16]
 
     @property
     def not_after(self) -> datetime:
@@ -130,7 +126,7 @@ class Authority:
         names = [x509.UniformResourceIdentifier(f"buildkit://allocation/{token}")]
         use = ExtendedKeyUsageOID.CLIENT_AUTH
         cert = self._issue(f"alloc:{token}", public, names, use, not_before=not_before, not_after=not_after)
-        return Leaf(cert, _pem(key) if key else None)
+        return Leaf(cert, private_pem(key) if key else None)
 
     def issue_server(
         self, dns_names: Iterable[str], ips: Iterable[IP], not_before: datetime, not_after: datetime
@@ -192,7 +188,7 @@ class Authority:
     ) -> Leaf:
         key = ec.generate_private_key(ec.SECP256R1())
         cert = self._issue(common_name, key.public_key(), names, use, not_before=not_before, not_after=not_after)
-        return Leaf(cert, _pem(key))
+        return Leaf(cert, private_pem(key))
 
     def _issue(
         self,
@@ -214,14 +210,14 @@ class Authority:
             )
         builder = (
             x509.CertificateBuilder()
-            .subject_name(_subject(common_name))
+            .subject_name(subject(common_name))
             .issuer_name(self._cert.subject)
             .public_key(public)
             .serial_number(_serial())
             .not_valid_before(begin)
             .not_valid_after(end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(authority=False), critical=True)
+            .add_extension(key_usage(authority=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
@@ -344,30 +340,8 @@ def _extension(cert: x509.Certificate, kind: type[E]) -> E | None:
         return None
 
 
-def _key_usage(*, authority: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not authority,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=authority,
-        crl_sign=authority,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _subject(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name[:_LONGEST_NAME])])
-
-
 def _serial() -> int:
     return int.from_bytes(secrets.token_bytes(_SERIAL_BYTES)) or 1
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def _certificate(pem: bytes) -> x509.Certificate:

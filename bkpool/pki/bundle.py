@@ -16,11 +16,15 @@ from bkpool.core.errors import HostFault
 from bkpool.core.tokens import TOKEN_KEY_BYTES
 from bkpool.pki.authority import SERVER_LIFE, Authority, expires_at, is_for_names, key_belongs_to, renew_at
 from bkpool.pki.names import CertificateNames
+from bkpool.pki.pool_authority import DIALLER_LIFE
 
 CA_CERT, CA_KEY, TOKEN_KEY = "ca.crt", "ca.key", "token.key"
 BACKEND_CA_CERT, BACKEND_CA_KEY = "backend-ca.crt", "backend-ca.key"
 TLS_CERT, TLS_KEY = "tls.crt", "tls.key"
-DIALLER_CERT, DIALLER_KEY = "backend.crt", "backend.key"
+SERVER_ENTRIES = CA_CERT, TLS_CERT, TLS_KEY
+WORKER_CA, DIALLER_CERT, DIALLER_KEY = "worker-ca.crt", "dialler.crt", "dialler.key"
+FORMER_WORKER_CA, FORMER_DIALLER_CERT, FORMER_DIALLER_KEY = BACKEND_CA_CERT, "backend.crt", "backend.key"
+"""Entries for workers that were made with a former CA. Gateways of older versions read no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class ClusterSecrets:
     """Issues the server certificates of gateways and the client certificates of leases."""
     token_key: bytes = field(repr=False)
     backend: Authority
-    """The backend CA: issues the certificates between gateways and workers. It is a separate CA, so that no client
-    certificate of a lease is accepted by a worker."""
+    """The backend CA, from whose key the CA of each pool for its workers follows (`pool_authority`). It is a separate
+    CA, so that no client certificate of a lease is accepted by a worker."""
 
     @classmethod
     def create(cls, now: datetime) -> Self:
@@ -99,62 +103,89 @@ def api_authority_of(data: Mapping[str, bytes], others: ClusterSecrets, source: 
     return authority
 
 
-def gateway_bundle(
-    secrets: ClusterSecrets,
-    names: CertificateNames,
-    gateway_name: str,
-    now: datetime,
-    life: timedelta = SERVER_LIFE,
+def gateway_server(
+    authority: Authority, names: CertificateNames, now: datetime, life: timedelta = SERVER_LIFE
 ) -> dict[str, bytes]:
-    """The certificates that a pool's gateway needs for its clients and for workers, as the data of its Secret.
+    """The certificate that a pool's gateway shows its clients, as a part of the data of its Secret.
 
     Args:
-        secrets: The CAs.
+        authority: The CA of gateways and clients.
         names: The names and addresses by which clients reach the gateway.
-        gateway_name: The gateway's name in the certificate for workers, in ASCII.
         now: The start of the validity.
-        life: How long they are valid.
+        life: How long it is valid.
 
     Raises:
         HostFault: `AuthorityExpired`.
     """
-    server = secrets.authority.issue_server(names.dns, names.ips, now, now + life)
-    dialler = secrets.backend.issue_dialler(gateway_name, now, now + life)
-    return {
-        CA_CERT: secrets.authority.cert_pem,
-        TLS_CERT: server.cert_pem,
-        TLS_KEY: server.key_pem or b"",
-        BACKEND_CA_CERT: secrets.backend.cert_pem,
-        DIALLER_CERT: dialler.cert_pem,
-        DIALLER_KEY: dialler.key_pem or b"",
-    }
+    leaf = authority.issue_server(names.dns, names.ips, now, now + life)
+    return {CA_CERT: authority.cert_pem, TLS_CERT: leaf.cert_pem, TLS_KEY: leaf.key_pem or b""}
+
+
+def gateway_diallers(
+    authority: Authority, former: Authority | None, gateway_name: str, now: datetime
+) -> dict[str, bytes]:
+    """The certificates that a pool's gateway shows workers, as the other part.
+
+    Args:
+        authority: The pool's backend CA.
+        former: The CA of workers that were made before it; None if there are none.
+        gateway_name: The gateway's name in these certificates, in ASCII.
+        now: The start of the validity.
+
+    Raises:
+        HostFault: `AuthorityExpired`.
+    """
+    data = _dialler(_CURRENT, authority, gateway_name, now)
+    return data | (_dialler(_FORMER, former, gateway_name, now) if former is not None else {})
 
 
 def bundle_renew_at(data: Mapping[str, bytes]) -> datetime:
-    """When a gateway's certificates should be issued again: when the first of the two is due.
+    """When a gateway's certificates should be issued again: when the first of them is due.
 
     Raises:
         KeyError, ValueError: A certificate is missing or not readable.
     """
-    return min(_renew_at(data[TLS_CERT], data[CA_CERT]), _renew_at(data[DIALLER_CERT], data[BACKEND_CA_CERT]))
+    former = [_FORMER] if FORMER_DIALLER_CERT in data else []
+    entries = [SERVER_ENTRIES, _CURRENT, *former]
+    return min(_renew_at(data[cert], data[ca]) for ca, cert, _ in entries)
 
 
-def bundle_fits(
-    data: Mapping[str, bytes], secrets: ClusterSecrets, names: CertificateNames | None, now: datetime
+def server_fits(
+    data: Mapping[str, bytes], authority: Authority, names: CertificateNames | None, now: datetime
 ) -> bool:
-    """Whether a gateway's certificates can be used further.
+    """Whether a gateway's certificate for clients can be used further.
 
-    They must be complete, issued by these CAs, for exactly these names (None: for any), and not yet due for renewal.
+    It must be complete, issued by this CA, for exactly these names (None: for any), and not yet due for renewal.
     """
+    return _fits(SERVER_ENTRIES, data, authority, now) and (
+        names is None or is_for_names(data[TLS_CERT], names.dns, names.ips)
+    )
+
+
+def diallers_fit(data: Mapping[str, bytes], authority: Authority, former: Authority | None, now: datetime) -> bool:
+    """Whether a gateway's certificates for workers can be used further, and there are none that it does not need."""
+    if former is None:
+        return _fits(_CURRENT, data, authority, now) and FORMER_DIALLER_CERT not in data
+    return _fits(_CURRENT, data, authority, now) and _fits(_FORMER, data, former, now)
+
+
+_CURRENT = WORKER_CA, DIALLER_CERT, DIALLER_KEY
+_FORMER = FORMER_WORKER_CA, FORMER_DIALLER_CERT, FORMER_DIALLER_KEY
+
+
+def _dialler(entries: tuple[str, str, str], authority: Authority, name: str, now: datetime) -> dict[str, bytes]:
+    leaf = authority.issue_dialler(name, now, now + DIALLER_LIFE)
+    return dict(zip(entries, (authority.cert_pem, leaf.cert_pem, leaf.key_pem or b""), strict=True))
+
+
+def _fits(entries: tuple[str, str, str], data: Mapping[str, bytes], authority: Authority, now: datetime) -> bool:
     try:
+        ca, cert, key = (data[name] for name in entries)
         return (
-            (data[CA_CERT], data[BACKEND_CA_CERT]) == (secrets.authority.cert_pem, secrets.backend.cert_pem)
-            and secrets.authority.issued(data[TLS_CERT])
-            and secrets.backend.issued(data[DIALLER_CERT])
-            and key_belongs_to(data[TLS_CERT], data[TLS_KEY])
-            and key_belongs_to(data[DIALLER_CERT], data[DIALLER_KEY])
-            and (names is None or is_for_names(data[TLS_CERT], names.dns, names.ips))
-            and now < bundle_renew_at(data)
+            ca == authority.cert_pem
+            and authority.issued(cert)
+            and key_belongs_to(cert, key)
+            and now < _renew_at(cert, ca)
         )
     except (KeyError, ValueError):
         return False

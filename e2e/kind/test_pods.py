@@ -20,12 +20,14 @@ from bkpool.core.names import (
     ANNOTATION_ISOLATION,
     ANNOTATION_WORKER_UID,
     LABEL_LEASED,
+    Key,
     Slot,
 )
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.pki.authority import Authority
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.worker_tls import worker_context
 from bkpool.workers import DaemonState
 from bkpool.workers.pods import pod_spec, pod_view
@@ -34,15 +36,21 @@ from bkpool.workers.probe import probe_tls
 from kind_cluster import E2eCluster, Kubectl
 
 NOW = datetime.now(UTC)
-BACKEND = Authority.create(NOW)
+MASTER = Authority.create(NOW)
+AUTHORITIES = PoolAuthorities(MASTER)
 LOCAL = {"backends": [{"type": "local", "local": {"size": "64Mi"}}]}
 
 Make = Callable[..., Awaitable[PodRuntime]]
 
 
-def dialler(authority: Authority = BACKEND) -> ssl.SSLContext:
-    leaf = authority.issue_dialler("test", NOW, NOW + timedelta(hours=1))
-    return worker_context(leaf.cert_pem, leaf.key_pem, BACKEND.cert_pem)
+def backend(namespace: str) -> Authority:
+    """Returns the CA of the workers of the pool in a namespace."""
+    return AUTHORITIES.current(Key(namespace, "p"))
+
+
+def dialler(namespace: str, authority: Authority | None = None) -> ssl.SSLContext:
+    leaf = (authority or backend(namespace)).issue_dialler("test", NOW, NOW + timedelta(hours=1))
+    return worker_context(leaf.cert_pem, leaf.key_pem, backend(namespace).cert_pem)
 
 
 def a_pool(namespace: str, isolation: str = "rootless", **spec: object) -> Pool:
@@ -67,7 +75,7 @@ async def make_runtime(api: KubeApi, cluster: E2eCluster, namespace: str) -> Asy
 
     async def make(**options: object) -> PodRuntime:
         given = {"image": cluster.buildkit_image, "host_ports": cluster.worker_ports, **options}
-        runtime = PodRuntime(api, backend=BACKEND, context=dialler(), namespaces=[namespace], **given)
+        runtime = PodRuntime(api, authorities=AUTHORITIES, namespaces=[namespace], **given)
         made.append(runtime)
         await runtime.adopt()
         return runtime
@@ -121,16 +129,32 @@ buildctl build --progress plain --frontend dockerfile.v0 --local dockerfile=. --
 """
 
 
-async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl):
+async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl, api):
     async def run(number: int, isolation: str) -> None:
         place, reports = slot._replace(number=number), WaitingReports()
         endpoint = await runtime.daemons.start(place, "uid-1", "anna", a_pool(slot.namespace, isolation), reports)
         assert reports == [] or reports[-1] == "", "a slow start is reported, and so is its end"
-        await probe_tls(*address(endpoint), dialler(), "uid-1")
+        await probe_tls(*address(endpoint), dialler(slot.namespace), "uid-1")
         output = await in_pod(kubectl, place, BUILD)
         assert "buildctl github.com/moby/buildkit" in output  # what the RUN step says
 
-    await asyncio.gather(*(run(number, isolation) for number, isolation in enumerate(pod_spec.Isolation)))
+    able = await has_user_namespaces(api)
+    possible = [one for one in pod_spec.Isolation if able or one is not pod_spec.Isolation.USERNS]
+    await asyncio.gather(*(run(number, isolation) for number, isolation in enumerate(possible)))
+
+
+async def test_a_node_that_cannot_make_user_namespaces_gets_no_privileged_pod_and_says_why(make_runtime, slot, api):
+    if await has_user_namespaces(api):
+        pytest.skip("this node can make them; the test above builds in one")
+    runtime = await make_runtime(deadlines=Deadlines(creating=5))
+    with pytest.raises(WorkerFailed, match="user namespaces"):
+        await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace, "userns"), WaitingReports())
+
+
+async def has_user_namespaces(api: KubeApi) -> bool:
+    """Whether the container runtime of the node makes user namespaces for pods."""
+    [node], _ = await api.list(paths.core("nodes"))
+    return any(handler["features"].get("userNamespaces") for handler in node["status"].get("runtimeHandlers", ()))
 
 
 async def test_a_second_start_makes_no_second_pod_and_a_stop_leaves_nothing(runtime, slot, api, namespace):
@@ -345,12 +369,12 @@ async def test_a_deleted_pod_ends_and_is_started_again(runtime, slot, kubectl):
 
 async def test_a_deleted_pod_waits_for_its_connections(runtime, slot, kubectl):
     endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
-    _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler())
+    _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler(slot.namespace))
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
     async with asyncio.timeout(30):
         await runtime._slots.pods.until(slot.worker, pod_view.deleted)
     for _ in range(3):
-        await probe_tls(*address(endpoint), dialler(), "uid-1")
+        await probe_tls(*address(endpoint), dialler(slot.namespace), "uid-1")
         await in_pod(kubectl, slot, "sleep 1")  # longer than buildkitd takes to end
     assert runtime.daemons.observe()[slot].state is DaemonState.READY
     writer.transport.abort()
@@ -362,16 +386,18 @@ async def test_a_deleted_pod_waits_for_its_connections(runtime, slot, kubectl):
 
 async def test_only_a_dialler_is_accepted_and_another_worker_is_detected(runtime, slot):
     place = address(await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports()))
-    clients, worker = Authority.create(NOW), BACKEND.issue_worker("uid-2", NOW)
+    clients, worker = Authority.create(NOW), backend(slot.namespace).issue_worker("uid-2", NOW)
     strangers = [
-        dialler(clients),  # a lease's certificate is of that authority too
-        worker_context(worker.cert_pem, worker.key_pem, BACKEND.cert_pem),
+        dialler(slot.namespace, clients),  # a lease's certificate is of that authority too
+        dialler(slot.namespace, backend("another")),  # the gateway of another pool
+        dialler(slot.namespace, MASTER),
+        worker_context(worker.cert_pem, worker.key_pem, backend(slot.namespace).cert_pem),
     ]
     for stranger in strangers:
         with pytest.raises(Unavailable, match=r"(?i)alert|certificate"):
             await probe_tls(*place, stranger, "uid-1")
     with pytest.raises(WorkerFailed, match="not the worker with uid uid-2") as wrong:
-        await probe_tls(*place, dialler(), "uid-2")
+        await probe_tls(*place, dialler(slot.namespace), "uid-2")
     assert wrong.value.code == "WrongWorker"
 
 
@@ -379,12 +405,11 @@ async def test_only_a_dialler_is_accepted_and_another_worker_is_detected(runtime
 
 VICTIM = """
 import asyncio, json, os, pathlib, signal, sys
-from datetime import UTC, datetime, timedelta
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.kube import ClusterAccess, KubeApi
 from bkpool.pki.authority import Authority
-from bkpool.pki.worker_tls import worker_context
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.workers.pods.runtime import PodRuntime
 
 given = json.load(sys.stdin)
@@ -406,15 +431,12 @@ async def main():
     global left
     KubeApi._request = deadly
     api = await KubeApi.connect(ClusterAccess(pathlib.Path(given["kubeconfig"])))
-    backend, now = Authority(given["cert"].encode(), given["key"].encode()), datetime.now(UTC)
-    leaf = backend.issue_dialler("victim", now, now + timedelta(hours=1))
-    context = worker_context(leaf.cert_pem, leaf.key_pem, backend.cert_pem)
+    authorities = PoolAuthorities(Authority(given["cert"].encode(), given["key"].encode()))
     pool = Pool.model_validate(given["pool"])
     slot = Slot(pool.key.namespace, "p", given["number"])
     runtime = PodRuntime(
         api,
-        backend=backend,
-        context=context,
+        authorities=authorities,
         image=given["image"],
         host_ports=[given["port"]],
         namespaces=[slot.namespace],
@@ -436,8 +458,8 @@ def die(cluster: E2eCluster, pool: Pool, number: int, what: str, writes: int) ->
         "image": cluster.buildkit_image,
         "port": cluster.worker_ports[number],
         "number": number,
-        "cert": BACKEND.cert_pem.decode(),
-        "key": BACKEND.key_pem.decode(),
+        "cert": MASTER.cert_pem.decode(),
+        "key": MASTER.key_pem.decode(),
         "pool": pool.to_json(),
         "what": what,
         "writes": writes,

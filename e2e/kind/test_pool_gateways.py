@@ -27,6 +27,7 @@ from bkpool.install import crds
 from bkpool.install.manifests import Install, render
 from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
@@ -120,6 +121,19 @@ class RecordedReasons:
         self.reasons.append(reason)
 
 
+class Workers:
+    """The CAs of workers; none is of a former one."""
+
+    def current_authority(self, pool):
+        return PoolAuthorities(SECRETS.backend).current(pool)
+
+    def former_authority(self, pool):
+        return None
+
+    def on_change(self, callback):
+        return lambda: None
+
+
 @asynccontextmanager
 async def running(api, *, now=lambda: datetime.now(UTC), allowed=NOTHING):
     """Runs the gateways of all pools until the end of the block."""
@@ -128,7 +142,8 @@ async def running(api, *, now=lambda: datetime.now(UTC), allowed=NOTHING):
     gateways = PoolGateways(
         api,
         mirror,
-        SECRETS,
+        SECRETS.authority,
+        Workers(),
         image=image,
         controller="buildkit-controller",
         namespace="system",

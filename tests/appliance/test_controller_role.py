@@ -24,8 +24,8 @@ from bkpool.store.mirror import Mirror
 from support.world import MemoryWorkers
 
 TIMES = 2
-SUBSCRIPTIONS = [2, 2, 1, 1]
-"""While the controller runs: for daemons and caches, for pools, for issuers, for the gateways of pools."""
+SUBSCRIPTIONS = [3, 2, 1, 1]
+"""While the controller runs: for daemons, caches and their CAs, for pools, for issuers, for the gateways of pools."""
 
 
 class Lease:
@@ -96,7 +96,15 @@ async def test_a_controller_is_forgotten_when_the_lease_is_lost(
     def make_pool_gateways() -> PoolGateways:
         made.append(
             PoolGateways(
-                nothing, mirror, nothing, image="", controller="", namespace="", now=nothing, recorder=nothing
+                nothing,
+                mirror,
+                nothing,
+                workers,
+                image="",
+                controller="",
+                namespace="",
+                now=nothing,
+                recorder=nothing,
             )
         )
         return made[-1]

@@ -13,16 +13,20 @@ from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.core.errors import Forbidden
 from bkpool.core.names import Key
 from bkpool.kube import KubeLimits
-from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, gateway_bundle
+from bkpool.pki.authority import Authority
+from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, gateway_diallers, gateway_server
 from bkpool.pki.names import gateway_names
+from bkpool.pki.pool_authority import PoolAuthorities
 
 POOL = Key("team", "p")
 NOW = datetime.now(UTC)
 SECRETS = ClusterSecrets.create(NOW)
+POOLS = PoolAuthorities(SECRETS.backend)
 
 
-def a_bundle() -> dict[str, bytes]:
-    return gateway_bundle(SECRETS, gateway_names("localhost", [POOL]), "p-gateway.team", NOW)
+def a_bundle(former: Authority | None = None) -> dict[str, bytes]:
+    server = gateway_server(SECRETS.authority, gateway_names("localhost", [POOL]), NOW)
+    return server | gateway_diallers(POOLS.current(POOL), former, "p-gateway.team", NOW)
 
 
 class Cluster:
@@ -115,3 +119,16 @@ async def test_a_new_version_is_used_and_a_damaged_one_is_not():
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert not cluster.watched
+
+
+async def test_workers_of_a_former_ca_are_reached_while_the_secret_says_so():
+    cluster, server = Cluster(), Server()
+    cluster.store(a_bundle(former=SECRETS.backend))
+    secret = await GatewaySecret.open(cluster, POOL)
+    assert len(secret.dial._contexts(POOL)) == 2
+    task = asyncio.create_task(secret.run(server))
+    await eventually(lambda: cluster.watched)
+    cluster.store(a_bundle())
+    await eventually(lambda: len(secret.dial._contexts(POOL)) == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

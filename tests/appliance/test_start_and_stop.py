@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -225,7 +226,8 @@ async def test_a_control_replica_gives_the_lease_back_before_anything_else(
     async def open_replica_backend(stack: AsyncExitStack, *_more: Any) -> ClusterBackend:
         backend = await open_backend(stack, options.home, StubElection(events))
         await backend.store.create(Pool(metadata=Metadata(name="p")))
-        opened.append(ClusterBackend(None, None, backend))  # type: ignore[arg-type] # used by the leader only
+        used_by_the_leader: Any = SimpleNamespace(authority=None, daemons=MemoryWorkers())
+        opened.append(ClusterBackend(None, used_by_the_leader, backend, used_by_the_leader))  # type: ignore[arg-type]
         return opened[0]
 
     async def admin_token(*_arguments: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from bkpool.controller import Controller
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.subscribers import Subscribers
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from bkpool.workers import Caches, Daemons
@@ -46,9 +46,9 @@ def processes(home: Path) -> Workers:
 
 
 def pods(_home: Path) -> Workers:
-    authority = ClusterSecrets.create(datetime.now(UTC)).backend
+    authorities = PoolAuthorities(ClusterSecrets.create(datetime.now(UTC)).backend)
     api: Any = None  # nothing asks the cluster before adopt()
-    runtime = PodRuntime(api, backend=authority, context=ssl.create_default_context())
+    runtime = PodRuntime(api, authorities=authorities)
     return Workers(runtime.daemons, runtime.caches, runtime._slots.subscribers)
 
 

@@ -22,9 +22,11 @@ from bkpool.core.errors import Forbidden, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.subscribers import Subscribers
 from bkpool.kube import KubeLimits
-from bkpool.pki.authority import expires_at, has_name
+from bkpool.pki.authority import Authority, expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 
@@ -134,18 +136,38 @@ def a_pool(name: str = "p", version: int = 1, generation: int = 1, **spec: Any) 
     return Pool(metadata=metadata, spec=PoolSpec.model_validate(spec))
 
 
+class Workers:
+    """The CAs of workers. Some workers may be of a former one."""
+
+    def __init__(self) -> None:
+        self.authorities = PoolAuthorities(SECRETS.backend)
+        self.former: Authority | None = None
+        self.subscribers: Subscribers[[]] = Subscribers()
+
+    def current_authority(self, pool: Key) -> Authority:
+        return self.authorities.current(pool)
+
+    def former_authority(self, _pool: Key) -> Authority | None:
+        return self.former
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        return self.subscribers.add(callback)
+
+
 @asynccontextmanager
-async def running(cluster: Cluster, mirror: Mirror, **options: Any) -> AsyncIterator[PoolGateways]:
+async def running(
+    cluster: Cluster, mirror: Mirror, workers: Workers | None = None, **options: Any
+) -> AsyncIterator[PoolGateways]:
     gateways = PoolGateways(
         cluster,
         mirror,
-        SECRETS,
+        SECRETS.authority,
+        workers or Workers(),
         image="bkpool:1",
         controller="buildkit-controller",
         namespace="system",
-        now=lambda: NOW,
         recorder=LogRecorder(),
-        **options,
+        **{"now": lambda: NOW, **options},
     )
     task = asyncio.create_task(gateways.run())
     yield gateways
@@ -342,3 +364,41 @@ async def test_a_gateway_image_that_is_not_allowed_is_not_run(cluster, mirror):
         await settled(cluster, gateways)
         (container,) = cluster.objects[DEPLOYMENT]["spec"]["template"]["spec"]["containers"]
         assert container["image"] == "bkpool:1"
+
+
+async def test_a_gateway_has_a_certificate_for_workers_of_its_own_pool_only(cluster, mirror):
+    mirror.apply(a_pool())
+    mirror.apply(a_pool("q"))
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: {P, Key("team", "q")} <= gateways.endpoints.keys())
+    pools = PoolAuthorities(SECRETS.backend)
+    certificate = base64.b64decode(cluster.objects[SECRET]["data"]["dialler.crt"])
+    assert pools.current(P).issued(certificate)
+    assert not pools.current(Key("team", "q")).issued(certificate)
+    assert not SECRETS.backend.issued(certificate)
+
+
+async def test_certificates_for_workers_are_renewed_without_touching_the_one_for_clients(cluster, mirror):
+    mirror.apply(a_pool())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+    before = cluster.objects[SECRET]["data"]
+    async with running(cluster, mirror, now=lambda: NOW + timedelta(days=2)) as gateways:
+        await settled(cluster, gateways)
+    after = cluster.objects[SECRET]["data"]
+    assert after["tls.crt"] == before["tls.crt"]
+    assert after["dialler.crt"] != before["dialler.crt"]
+
+
+async def test_the_way_to_workers_of_a_former_ca_goes_with_the_last_of_them(cluster, mirror):
+    workers = Workers()
+    workers.former = SECRETS.backend
+    mirror.apply(a_pool())
+    async with running(cluster, mirror, workers) as gateways:
+        await settled(cluster, gateways)
+        assert "backend.crt" in cluster.objects[SECRET]["data"]
+        server = served(cluster)
+        workers.former = None
+        workers.subscribers.notify()
+        await cluster.until(lambda: "backend.crt" not in cluster.objects[SECRET]["data"])
+        assert served(cluster) == server

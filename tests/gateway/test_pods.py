@@ -10,11 +10,13 @@ import ssl
 import pytest
 from structlog.testing import capture_logs
 
+from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.net.dial import TlsDialler
 from bkpool.gateway.net.tls_stream import TlsStream
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.worker_tls import worker_context
 from support.certificates import NOW, YEAR
 
@@ -26,7 +28,8 @@ def backend():
 
 @pytest.fixture
 def dialler(backend):
-    return TlsDialler(dialler_context(backend, "one"))
+    context = dialler_context(backend, "one")
+    return TlsDialler(lambda _pool: [context])
 
 
 @pytest.fixture
@@ -69,6 +72,33 @@ async def test_the_worker_of_the_lease_is_reached_over_tls(world, backend):
     assert connection_at_worker(world).version() == "TLSv1.3"
     assert connection_at_worker(world).selected_alpn_protocol() == "h2"
     assert connection_at_worker(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/one"),)
+
+
+async def test_a_worker_of_a_former_ca_is_reached_until_it_ends(new_world, backend):
+    newer = Authority.create(NOW)
+    contexts = [dialler_context(newer, "one"), dialler_context(backend, "one")]
+    world = await new_world(dial=TlsDialler(lambda _pool: contexts))
+    for authority in (backend, newer):
+        streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(authority))))
+        await streams.echo(b"hello")
+    del contexts[1]
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(backend))))
+    await world.wait_until(lambda: world.holds_client() or world.metric("refusals_total", reason="WrongWorker"))
+    streams.writer.close()
+
+
+async def test_the_gateway_of_one_pool_gets_nothing_from_the_worker_of_another(new_world):
+    pools = PoolAuthorities(Authority.create(NOW))
+    mine, other = pools.current(Key("default", "p")), pools.current(Key("other", "p"))
+    leaf = mine.issue_dialler("p-gateway.default", NOW, NOW + 10 * YEAR)
+    # The attacker has the certificate of a gateway, and believes everything that the worker shows.
+    stolen = worker_context(leaf.cert_pem, leaf.key_pem, other.cert_pem)
+    world = await new_world(dial=TlsDialler(lambda _pool: [stolen]))
+    streams = await world.connect(world.lease(endpoint=await world.start_tls_worker(worker_server(other))))
+    streams.writer.write(b"hello")
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        assert await streams.reader.read(5) != b"hello"
+    assert world.worker_writers == []
 
 
 async def test_the_end_of_the_workers_direction_reaches_the_client(world, backend):
@@ -209,11 +239,13 @@ async def test_a_lease_that_ends_while_its_worker_is_dialled_frees_everything(wo
     silent[0].transport.abort()
 
 
-async def test_a_new_certificate_is_used_for_new_dials_and_open_connections_stay(world, backend, dialler):
+async def test_a_new_certificate_is_used_for_new_dials_and_open_connections_stay(new_world, backend):
+    contexts = [dialler_context(backend, "one")]
+    world = await new_world(dial=TlsDialler(lambda _pool: contexts))
     token = world.lease(endpoint=await world.start_tls_worker(worker_server(backend)))
     old = await world.connect(token)
     await old.echo(b"x")
-    dialler.swap(dialler_context(backend, "two"))
+    contexts[:] = [dialler_context(backend, "two")]
     new = await world.connect(token)
     await new.echo(b"x")
     assert connection_at_worker(world).getpeercert()["subjectAltName"] == (("URI", "buildkit://gateway/two"),)

@@ -8,20 +8,24 @@ import pytest
 
 from bkpool.core.errors import EXIT, HostFault
 from bkpool.core.names import Key
-from bkpool.pki.authority import AUTHORITY_LIFE, Authority, expires_at, renew_at
+from bkpool.pki.authority import AUTHORITY_LIFE, Authority, expires_at
 from bkpool.pki.bundle import (
     ClusterSecrets,
     api_authority_data,
     api_authority_of,
-    bundle_fits,
     bundle_renew_at,
-    gateway_bundle,
+    diallers_fit,
+    gateway_diallers,
+    gateway_server,
+    server_fits,
 )
 from bkpool.pki.names import gateway_names
+from bkpool.pki.pool_authority import DIALLER_LIFE, PoolAuthorities
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
-NAMES = gateway_names("", [Key("default", "p")])
+POOL = Key("default", "p")
+NAMES = gateway_names("", [POOL])
 SOURCE = "Secret buildkit-system/bkpool-pki"
 
 
@@ -30,9 +34,19 @@ def secrets():
     return ClusterSecrets.create(NOW)
 
 
+def made(secrets, former=None, life=365 * DAY):
+    pool = PoolAuthorities(secrets.backend).current(POOL)
+    return gateway_server(secrets.authority, NAMES, NOW, life) | gateway_diallers(pool, former, "default/p", NOW)
+
+
+def fits(bundle, secrets, names=NAMES, now=NOW, former=None):
+    pool = PoolAuthorities(secrets.backend).current(POOL)
+    return server_fits(bundle, secrets.authority, names, now) and diallers_fit(bundle, pool, former, now)
+
+
 @pytest.fixture(scope="module")
 def bundle(secrets):
-    return gateway_bundle(secrets, NAMES, "default/p", NOW)
+    return made(secrets)
 
 
 def test_secrets_are_read_back_unchanged(secrets):
@@ -69,59 +83,70 @@ def test_a_missing_or_damaged_key_is_named_and_never_replaced(secrets):
 
 
 def test_a_bundle_has_everything_that_a_gateway_needs(bundle, secrets):
-    assert sorted(bundle) == ["backend-ca.crt", "backend.crt", "backend.key", "ca.crt", "tls.crt", "tls.key"]
-    assert bundle_fits(bundle, secrets, NAMES, NOW)
+    assert sorted(bundle) == ["ca.crt", "dialler.crt", "dialler.key", "tls.crt", "tls.key", "worker-ca.crt"]
+    assert fits(bundle, secrets)
     assert secrets.authority.key_pem not in bundle.values()
     assert secrets.backend.key_pem not in bundle.values()
+    assert secrets.backend.cert_pem not in bundle.values(), "it would open the workers of every pool"
 
 
-def test_a_bundle_is_due_a_month_before_its_first_certificate_expires(bundle, secrets):
+def test_certificates_for_workers_are_short_and_renewed_a_day_before_they_expire(bundle, secrets):
+    assert expires_at(bundle["dialler.crt"]) == NOW + DIALLER_LIFE
     due = bundle_renew_at(bundle)
-    assert due == NOW + timedelta(days=335)
-    assert bundle_fits(bundle, secrets, NAMES, due - timedelta(seconds=1))
-    assert not bundle_fits(bundle, secrets, NAMES, due)
-    short = secrets.backend.issue_dialler("default/p", NOW, NOW + 100 * DAY)
-    assert bundle_renew_at(bundle | {"backend.crt": short.cert_pem}) == renew_at(short.cert_pem) == NOW + 70 * DAY
+    assert NOW + 1.9 * DAY < due < NOW + 2 * DAY
+    assert fits(bundle, secrets, now=due - timedelta(seconds=1))
+    assert not fits(bundle, secrets, now=due)
+    assert server_fits(bundle, secrets.authority, NAMES, due), "that of the gateway itself is not due then"
 
 
-def test_both_certificates_of_a_bundle_have_the_life_that_is_asked_for(secrets):
-    bundle = gateway_bundle(secrets, NAMES, "default/p", NOW, 9 * DAY)
-    for name in ("tls.crt", "backend.crt"):
-        assert expires_at(bundle[name]) == NOW + 9 * DAY
-    assert NOW + 5.9 * DAY < bundle_renew_at(bundle) < NOW + 6 * DAY, "in the last third"
-    assert bundle_fits(bundle, secrets, NAMES, NOW)
+def test_the_certificate_for_clients_has_the_life_that_is_asked_for(secrets):
+    bundle = made(secrets, life=9 * DAY)
+    assert expires_at(bundle["tls.crt"]) == NOW + 9 * DAY
+    assert fits(bundle, secrets)
 
 
 @pytest.mark.parametrize("authority", ["authority", "backend"])
 def test_a_certificate_capped_by_its_cas_expiry_is_not_renewed_in_a_loop(authority, secrets):
-    ends = NOW + 10 * DAY
+    ends = NOW + DAY
     old = Authority.create(ends - AUTHORITY_LIFE)
     parts = {"authority": secrets.authority, "backend": secrets.backend, "token_key": b"k" * 32, authority: old}
     waning = ClusterSecrets(**parts)
-    bundle = gateway_bundle(waning, NAMES, "default/p", NOW)
+    bundle = made(waning)
     assert bundle_renew_at(bundle) == ends
-    assert bundle_fits(bundle, waning, NAMES, NOW)
+    assert fits(bundle, waning)
 
 
 def test_an_incomplete_bundle_or_one_of_another_ca_does_not_fit(bundle, secrets):
-    other = gateway_bundle(ClusterSecrets.create(NOW), NAMES, "default/p", NOW)
+    other = made(ClusterSecrets.create(NOW))
     for key in bundle:
-        assert not bundle_fits(bundle | {key: other[key]}, secrets, NAMES, NOW), key
-        assert not bundle_fits(bundle | {key: b"nonsense"}, secrets, NAMES, NOW), key
-        assert not bundle_fits({k: v for k, v in bundle.items() if k != key}, secrets, NAMES, NOW), key
-    assert not bundle_fits(other, secrets, NAMES, NOW)
+        assert not fits(bundle | {key: other[key]}, secrets), key
+        assert not fits(bundle | {key: b"nonsense"}, secrets), key
+        assert not fits({k: v for k, v in bundle.items() if k != key}, secrets), key
+    assert not fits(other, secrets)
 
 
 def test_a_bundle_for_other_names_does_not_fit(bundle, secrets):
-    assert not bundle_fits(bundle, secrets, gateway_names("", [Key("default", "p")], ["b.example.com"]), NOW)
+    other = gateway_names("", [POOL], ["b.example.com"])
+    assert not fits(bundle, secrets, names=other)
+    assert fits(bundle, secrets, names=None)
+
+
+def test_workers_of_a_former_ca_can_be_reached_as_long_as_there_are_any(bundle, secrets):
+    both = made(secrets, former=secrets.backend)
+    assert {"backend-ca.crt", "backend.crt", "backend.key"} == both.keys() - bundle.keys(), (
+        "older gateways read these"
+    )
+    assert fits(both, secrets, former=secrets.backend)
+    assert not fits(bundle, secrets, former=secrets.backend)
+    assert not fits(both, secrets, former=None), "it opens more than is needed"
 
 
 def test_the_api_has_a_ca_of_its_own_that_no_gateway_is_trusted_by(secrets):
     data = api_authority_data(NOW)
     authority = api_authority_of(data, secrets, SOURCE)
-    gateway = gateway_bundle(secrets, NAMES, "default/p", NOW)
+    gateway = made(secrets)
     assert not authority.issued(gateway["tls.crt"])
-    assert not authority.issued(gateway["backend.crt"])
+    assert not authority.issued(gateway["dialler.crt"])
     for wrong in ({}, {**data, "ca.key": b"nonsense"}, {**data, "ca.crt": secrets.authority.cert_pem}):
         with pytest.raises(HostFault, match=SOURCE):
             api_authority_of(wrong, secrets, SOURCE)

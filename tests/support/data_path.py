@@ -52,7 +52,8 @@ class WorkerCertificates:
         """Returns a gateway's dialler."""
         leaf = self.authority.issue_dialler("one", NOW, NOW + 10 * YEAR)
         assert leaf.key_pem is not None
-        return TlsDialler(worker_context(leaf.cert_pem, leaf.key_pem, self.authority.cert_pem))
+        context = worker_context(leaf.cert_pem, leaf.key_pem, self.authority.cert_pem)
+        return TlsDialler(lambda _pool: [context])
 
     def server_context(self, uid: str = "uid") -> ssl.SSLContext:
         """Returns the TLS settings of the worker with this uid."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from datetime import UTC, datetime
 
 import pytest
@@ -13,10 +12,12 @@ from bkpool.core.names import ANNOTATION_ISOLATION
 from bkpool.core.pool import CacheGC, Pool
 from bkpool.core.resource import Metadata
 from bkpool.pki.bundle import ClusterSecrets
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.workers.pods.pod_spec import ROOTLESS_IMAGE, PodRequest
 from bkpool.workers.pods.runtime import PodRuntime
 from support.objects import pool, slot
 
+AUTHORITIES = PoolAuthorities(ClusterSecrets.create(datetime.now(UTC)).backend)
 PRIVILEGED = read_allowances(privileged=["default"], images=["default=registry.example.com/*"])
 
 
@@ -25,8 +26,7 @@ def isolated(isolation: str, **spec: object) -> Pool:
 
 
 def runtime_of(api: Cluster, allowed: Allowances | None = None) -> PodRuntime:
-    backend = ClusterSecrets.create(datetime.now(UTC)).backend
-    return PodRuntime(api, backend=backend, context=ssl.create_default_context(), allowed=allowed)
+    return PodRuntime(api, authorities=AUTHORITIES, allowed=allowed)
 
 
 async def no_report(_message: str) -> None:
@@ -59,8 +59,7 @@ async def test_the_operators_defaults_of_the_collection_reach_the_pods_configura
     api = Cluster()
     runtime = PodRuntime(
         api,
-        backend=ClusterSecrets.create(datetime.now(UTC)).backend,
-        context=ssl.create_default_context(),
+        authorities=PoolAuthorities(ClusterSecrets.create(datetime.now(UTC)).backend),
         gc_defaults=CacheGC(keep_storage="40%", reserved_space="1GB", min_free_space="3GB"),
     )
     await runtime.daemons._writes.make(PodRequest(slot(0), "uid-1", None, pool(), ROOTLESS_IMAGE))

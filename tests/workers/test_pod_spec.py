@@ -7,6 +7,7 @@ import pytest
 
 from bkpool.core.errors import Forbidden, InvalidInput, WorkerFailed
 from bkpool.core.names import (
+    ANNOTATION_AUTHORITY,
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_ISOLATION,
     ANNOTATION_WORKER_UID,
@@ -43,10 +44,14 @@ def test_the_images_are_buildkits_own_and_pinned():
 
 
 def test_a_pod_is_called_as_its_worker_and_owned_by_its_pool():
-    metadata = pod()["metadata"]
+    metadata = pod(authority="mark")["metadata"]
     assert (metadata["name"], metadata["namespace"]) == SLOT.worker[::-1]
     assert metadata["labels"][LABEL_WORKER] == "p-worker-3"
-    assert metadata["annotations"] == {ANNOTATION_WORKER_UID: "uid-1", ANNOTATION_EVICT: "true"}
+    assert metadata["annotations"] == {
+        ANNOTATION_WORKER_UID: "uid-1",
+        ANNOTATION_AUTHORITY: "mark",
+        ANNOTATION_EVICT: "true",
+    }
     assert metadata["ownerReferences"][0]["uid"] == "pool-uid"
     assert "ownerReferences" not in pod(isolated("rootless"))["metadata"]  # a pool that is gone owns nothing
 

@@ -11,13 +11,14 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from bkpool.core.errors import WorkerFailed
+from bkpool.core.names import Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.tls_stream import TlsStream
@@ -37,6 +38,8 @@ WorkerFailed if something else than the worker answers."""
 class DialTarget:
     """A worker to connect to."""
 
+    pool: Key
+    """The worker's pool."""
     endpoint: str
     """`unix:///path` or `tcp://host:port`, where host is an IP address: names are not resolved."""
     verify_peer: VerifyPeer
@@ -142,28 +145,28 @@ class TlsDialler:
     """Dials workers with TLS, also those on Unix sockets; never without.
 
     Args:
-        context: From pki.worker_tls.worker_context.
+        contexts: Returns TLS settings from pki.worker_tls.worker_context for the workers of a pool: first those for
+            most workers, then those for workers with a certificate of a former CA. It is called in any thread.
     """
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
-
-    def swap(self, context: ssl.SSLContext) -> None:
-        """Uses these TLS settings for new dials. Open connections stay. May be called in any thread."""
-        self._context = context
+    def __init__(self, contexts: Callable[[Key], Sequence[ssl.SSLContext]]) -> None:
+        self._contexts = contexts
 
     def __call__(
         self, loop: asyncio.AbstractEventLoop, target: DialTarget, limits: DialLimits, on_dialled: OnDialled
     ) -> DialAttempt:
         """Starts to dial (see Dialler)."""
-        return TlsDial(self._context, loop, target, limits, on_dialled)
+        return TlsDial(self._contexts(target.pool), loop, target, limits, on_dialled)
 
 
 class TlsDial:
     """One connection attempt with TLS: connect, handshake, and the check of the worker's certificate.
 
+    If a worker's certificate is not from the CA of the first TLS settings, it connects again with the next ones. The
+    worker has got no certificate of ours by then, because in TLS 1.3 it shows its own one first.
+
     Args:
-        context: The TLS settings.
+        contexts: The TLS settings, in the order in which they are tried.
         loop: The loop of this thread.
         target: The worker.
         limits: Of the attempt and its connection.
@@ -172,25 +175,32 @@ class TlsDial:
 
     def __init__(
         self,
-        context: ssl.SSLContext,
+        contexts: Sequence[ssl.SSLContext],
         loop: asyncio.AbstractEventLoop,
         target: DialTarget,
         limits: DialLimits,
         on_dialled: OnDialled,
     ) -> None:
         self._loop = loop
-        self._verify_peer = target.verify_peer
-        self._timeout = limits.timeout
+        self._target = target
+        self._limits = limits
         self._on_dialled = on_dialled
-        self._tls = TlsStream(context, server_side=False)
         self._endpoint: SocketEndpoint | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = loop.time() + limits.timeout
         self._connecting: DialAttempt | None = None
-        self._connecting = PlainDial(loop, target, limits, self._connected, stream=PeerStream(self._tls))
+        self._connect(contexts)
+
+    def _connect(self, contexts: Sequence[ssl.SSLContext]) -> None:
+        self._tls, self._others = TlsStream(contexts[0], server_side=False), contexts[1:]
+        left = replace(self._limits, timeout=max(0.0, self._deadline - self._loop.time()))
+        self._connecting = PlainDial(self._loop, self._target, left, self._connected, stream=PeerStream(self._tls))
 
     def cancel(self) -> None:
         """Gives up. The callback is not called any more."""
+        self._close()
+
+    def _close(self) -> None:
         endpoint = self._release()
         if endpoint is not None:
             endpoint.close()
@@ -200,7 +210,7 @@ class TlsDial:
             self._finish(outcome)
             return
         self._endpoint = outcome
-        timed_out = TimeoutError(errno.ETIMEDOUT, f"no TLS handshake within {self._timeout:g} s")
+        timed_out = TimeoutError(errno.ETIMEDOUT, f"no TLS handshake within {self._limits.timeout:g} s")
         self._timer = self._loop.call_at(self._deadline, self._finish, timed_out)
         outcome.set_callbacks(self._readable, self._flush_and_watch)
         self._handshake(memoryview(b""))
@@ -226,12 +236,16 @@ class TlsDial:
             if complete:
                 # Our last handshake message is not sent yet: the relay sends it. So another server than the worker
                 # learns nothing of us. The worker sends nothing before it.
-                self._verify_peer(self._tls.peer_certificate())
+                self._target.verify_peer(self._tls.peer_certificate())
         except ssl.SSLError as error:
             self._endpoint.stream.queue(self._tls.take())
             with suppress(OSError):
                 self._endpoint.flush()  # the alert
-            self._finish(_not_a_worker(error))
+            if isinstance(error, ssl.SSLCertVerificationError) and self._others:
+                self._close()
+                self._connect(self._others)
+            else:
+                self._finish(_not_a_worker(error))
         except WorkerFailed as error:
             self._finish(error)
         else:

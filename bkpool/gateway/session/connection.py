@@ -288,7 +288,7 @@ class Connection:
         host = self._host
         self._dialled_at = host.loop.time()
         route = self._lease.route
-        target = DialTarget(route.endpoint or "", partial(check_worker, worker_uid=route.worker_uid))
+        target = DialTarget(route.pool, route.endpoint or "", partial(check_worker, worker_uid=route.worker_uid))
         attempt = host.dial(host.loop, target, host.limits.dial, self._dial_done)
         if self.state is State.DIALLING:
             self._dial_attempt = attempt

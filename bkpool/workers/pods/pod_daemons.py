@@ -14,10 +14,12 @@ import structlog
 from bkpool.core.allowances import Allowances, worker_refusals
 from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, Unavailable, WorkerFailed
-from bkpool.core.names import Slot
+from bkpool.core.names import Key, Slot
 from bkpool.core.observation import Observation, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.kube import Doc
+from bkpool.pki.authority import Authority
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
 from bkpool.workers.pods import pod_view
@@ -48,6 +50,7 @@ class PodDaemons:
         image: The image of a pool that names none; None: BuildKit's own, rootless unless the pool is `privileged`.
         ignored_spec_fields: Fields of a pool's spec that nothing reads here.
         deadlines: How long each stage of a start may take.
+        authorities: Issue the workers' certificates.
         allowed: What pools may ask for; None: everything.
     """
 
@@ -62,6 +65,7 @@ class PodDaemons:
         image: str | None,
         ignored_spec_fields: Collection[str],
         deadlines: Deadlines,
+        authorities: PoolAuthorities,
         allowed: Allowances | None = None,
     ) -> None:
         self.capacity = None if host_ports is None else _capacity(len(host_ports))
@@ -73,6 +77,7 @@ class PodDaemons:
         self._ports = host_ports
         self._image = image
         self._deadlines = deadlines
+        self._authorities = authorities
         self._allowed = allowed
 
     def ignored_config(self, spec: PoolSpec) -> list[str]:
@@ -149,12 +154,36 @@ class PodDaemons:
             if pod is not None:
                 with suppress(NotFound):
                     await self._writes.protect(pod, held=held)
+                    if not held and self._is_outdated(pod):
+                        await self._writes.retire(pod)
 
     async def follow(self, pool: Pool) -> None:
-        """Changes what the pool's pods may reach. If there are none yet, their start does it; see `Daemons`."""
-        slots = [pod_view.slot_in(pod) for pod in self._slots.pods]
-        if any(slot and (slot.namespace, slot.pool) == pool.key for slot in slots):
+        """Changes what the pool's pods may reach. If there are none yet, their start does it; see `Daemons`.
+
+        A pod of a former CA is replaced, if its worker is not leased.
+        """
+        pods = self._pods_of(pool.key)
+        if pods:
             await self._writes.apply_egress(pool)
+        for pod in pods:
+            if self._is_outdated(pod) and not pod_view.protected(pod):
+                await self._writes.retire(pod)
+
+    def current_authority(self, pool: Key) -> Authority:
+        """The CA that signs for the workers of a pool now."""
+        return self._authorities.current(pool)
+
+    def former_authority(self, pool: Key) -> Authority | None:
+        """The CA of those workers of a pool that were not made with its current one; None if there are none."""
+        marks = {pod_view.authority(pod) for pod in self._pods_of(pool) if self._is_outdated(pod)}
+        found = [one for mark in sorted(marks) for one in self._authorities.of_worker(pool, mark)]
+        return found[0] if found else None
+
+    def _pods_of(self, pool: Key) -> list[Doc]:
+        return [pod for pod in self._slots.pods if pod_view.slot_in(pod) and pod_view.pool_of(pod) == pool]
+
+    def _is_outdated(self, pod: Doc) -> bool:
+        return pod_view.authority(pod) != self._authorities.current(pod_view.pool_of(pod)).mark
 
     # --- one slot, under its lock -----------------------------------------------------------------------------------
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from bkpool.buildkit import WorkerTls, connect
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import WORKER_PORT
 from bkpool.kube import Doc
+from bkpool.pki.pool_authority import WorkerContexts
 from bkpool.workers import history
 from bkpool.workers.pods import pod_view
 from bkpool.workers.probe import probe_tls, tcp_endpoint
@@ -21,12 +23,12 @@ class PodProbe:
     """Probes pods over mutual TLS.
 
     Args:
-        context: Of `pki.worker_tls.worker_context`.
+        contexts: The TLS settings.
         host: The address of the host ports of pods. None: pods are reached at their own address.
     """
 
-    def __init__(self, context: ssl.SSLContext, host: str | None) -> None:
-        self._context = context
+    def __init__(self, contexts: WorkerContexts, host: str | None) -> None:
+        self._contexts = contexts
         self._host = host
 
     def endpoint(self, pod: Doc) -> str | None:
@@ -44,7 +46,7 @@ class PodProbe:
         address = self._address(pod)
         if address is None:
             raise Unavailable("the pod has no address yet")
-        await probe_tls(*address, self._context, pod_view.worker_uid(pod))
+        await self._with_context(pod, lambda context: probe_tls(*address, context, pod_view.worker_uid(pod)))
 
     async def answers(self, pod: Doc) -> bool:
         """Whether a pod that has been running for some time answers within three seconds."""
@@ -64,8 +66,23 @@ class PodProbe:
         endpoint = self.endpoint(pod)
         if endpoint is None:
             raise Unavailable("the pod has no address yet")
-        async with connect(endpoint, tls=WorkerTls(self._context, pod_view.worker_uid(pod))) as client:
-            await history.clear(client)
+
+        async def clear(context: ssl.SSLContext) -> None:
+            async with connect(endpoint, tls=WorkerTls(context, pod_view.worker_uid(pod))) as client:
+                await history.clear(client)
+
+        await self._with_context(pod, clear)
+
+    async def _with_context(self, pod: Doc, work: Callable[[ssl.SSLContext], Awaitable[None]]) -> None:
+        """Does something with the TLS settings that fit the pod's certificate. Raises what `work` raises at last."""
+        contexts = self._contexts.of_worker(pod_view.pool_of(pod), pod_view.authority(pod))
+        if not contexts:
+            raise WorkerFailed("its certificate is from a certificate authority that is not known any more")
+        for context in contexts[:-1]:  # several only for pods of before each pool had a CA of its own
+            with suppress(Unavailable, WorkerFailed):
+                await work(context)
+                return
+        await work(contexts[-1])
 
     def _address(self, pod: Doc) -> tuple[str, int] | None:
         if self._host is not None:

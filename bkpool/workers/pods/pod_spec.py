@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from bkpool.core.errors import BkpoolError, WorkerFailed
 from bkpool.core.names import (
+    ANNOTATION_AUTHORITY,
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_ISOLATION,
     ANNOTATION_WORKER_UID,
@@ -93,6 +94,8 @@ class PodRequest:
     image: str
     """Used if the pool names none."""
     host_port: int | None = None
+    authority: str = ""
+    """The mark of the CA of its certificate."""
 
     def with_host_port(self, host_port: int) -> PodRequest:
         """The same request, for a pod that is reached by a port of its node."""
@@ -133,6 +136,7 @@ def pod(request: PodRequest) -> Doc:
     local = pool.spec.local_cache
     annotations = {
         ANNOTATION_WORKER_UID: request.worker_uid,
+        ANNOTATION_AUTHORITY: request.authority,
         ANNOTATION_EVICT: "false" if request.owner else "true",
         **({ANNOTATION_CACHE_OWNER: request.owner} if request.owner and local is None else {}),
     }

@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import (
+    ANNOTATION_AUTHORITY,
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_HISTORY,
     ANNOTATION_WORKER_UID,
@@ -93,6 +94,17 @@ def uid(doc: Doc) -> str:
 def worker_uid(pod: Doc) -> str:
     """The uid of the worker that the pod was made for."""
     return str(_annotations(pod).get(ANNOTATION_WORKER_UID, ""))
+
+
+def pool_of(pod: Doc) -> Key:
+    """The pool of a worker's pod, by its label."""
+    metadata = pod["metadata"]
+    return Key(metadata["namespace"], metadata.get("labels", {}).get(LABEL_POOL, ""))
+
+
+def authority(pod: Doc) -> str:
+    """The mark of the CA that has signed the worker's certificate; empty if each pool had no CA of its own yet."""
+    return str(_annotations(pod).get(ANNOTATION_AUTHORITY, ""))
 
 
 def cache_owner(doc: Doc) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 
 from bkpool.core.cache_owner import belongs_to_another, history_ends_with_lease, must_be_wiped
@@ -26,7 +27,7 @@ from bkpool.core.names import (
 from bkpool.core.pool import CacheGC, LocalCache, Pool, PoolSpec
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Reflector
-from bkpool.pki.authority import Authority
+from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.workers.config import not_taken, render
 from bkpool.workers.pods import pod_spec, pod_view
 from bkpool.workers.pods.egress import egress_key, egress_policy
@@ -41,7 +42,7 @@ class PodWrites:
 
     Args:
         api: The cluster.
-        backend: Issues the workers' certificates.
+        authorities: Issue the workers' certificates.
         pods: The pods of workers.
         claims: The volume claims of workers.
         now: The clock.
@@ -52,7 +53,7 @@ class PodWrites:
     def __init__(
         self,
         api: KubeApi,
-        backend: Authority,
+        authorities: PoolAuthorities,
         *,
         pods: Reflector,
         claims: Reflector,
@@ -61,7 +62,7 @@ class PodWrites:
         gc_defaults: CacheGC,
     ) -> None:
         self._api = api
-        self._backend = backend
+        self._authorities = authorities
         self._pods = pods
         self._claims = claims
         self._now = now
@@ -86,6 +87,8 @@ class PodWrites:
             WorkerFailed: The pool asks for what the cluster does not admit; the message names the field.
         """
         slot, pool = request.slot, request.pool
+        authority = self._authorities.current(pool.key)
+        request = replace(request, authority=authority.mark)
         # These may raise, so before the first write.
         pod, toml = pod_spec.pod(request), render(pool.spec, self._gc_defaults)
         if pod_spec.has_user_namespace(pod):
@@ -97,8 +100,8 @@ class PodWrites:
                 pod["metadata"]["annotations"][ANNOTATION_HISTORY] = HISTORY_OLD
         await self.apply_egress(pool)
         await self._write_config(slot, pool, toml)
-        leaf = self._backend.issue_worker(request.worker_uid, self._now())
-        secret = pod_spec.secret(slot, pool, leaf, self._backend.cert_pem)
+        leaf = authority.issue_worker(request.worker_uid, self._now())
+        secret = pod_spec.secret(slot, pool, leaf, authority.cert_pem)
         with _admission("Secret"):
             await self._api.apply(paths.core("secrets", *slot.worker), secret)
         with _admission("pod"):
@@ -201,6 +204,11 @@ class PodWrites:
         if slot is not None:
             self._configured.pop(_pool_of(slot), None)  # its text may be what was wrong, so it is written again
         await self._delete(self._pods, PODS, pod, grace=_GRACE)
+
+    async def retire(self, pod: Doc) -> None:
+        """Deletes a pod that another one should replace. Builds that run in it may end first. Returns at once."""
+        if not pod_view.deleted(pod):
+            await self._delete(self._pods, PODS, pod)
 
     async def remove_secret(self, slot: Slot) -> None:
         """Deletes the worker's key."""

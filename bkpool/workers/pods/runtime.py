@@ -5,14 +5,13 @@ It puts the parts of this room together, begins to watch, and closes. It never s
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 from bkpool.core.allowances import Allowances
 from bkpool.core.pool import CacheGC
 from bkpool.kube import KubeApi
-from bkpool.pki.authority import Authority
+from bkpool.pki.pool_authority import PoolAuthorities, WorkerContexts
 from bkpool.workers.config import GC_DEFAULTS
 from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
 from bkpool.workers.pods.host_ports import HostPorts
@@ -32,8 +31,8 @@ class PodRuntime:
 
     Args:
         api: The cluster. The caller closes it.
-        backend: Issues the workers' certificates.
-        context: For probes: of `pki.worker_tls.worker_context`.
+        authorities: Issue the workers' certificates, and those of this process for its connections to workers.
+        name: The name of this process in its certificates, in ASCII.
         image: The image of a pool that names none; None: BuildKit's own, rootless unless the pool is `privileged`.
         host_ports: The ports of `host` that lead to the cluster's node, if pods' own addresses cannot be reached from
             here (kind).
@@ -50,8 +49,8 @@ class PodRuntime:
         self,
         api: KubeApi,
         *,
-        backend: Authority,
-        context: ssl.SSLContext,
+        authorities: PoolAuthorities,
+        name: str = "bkpool",
         image: str | None = None,
         host_ports: Sequence[int] | None = None,
         host: str = "127.0.0.1",
@@ -63,12 +62,14 @@ class PodRuntime:
         allowed: Allowances | None = None,
     ) -> None:
         deadlines = deadlines or Deadlines()
-        probe = PodProbe(context, None if host_ports is None else host)
+        self.contexts = WorkerContexts(authorities, name, now)
+        """The TLS settings by which this process connects to workers."""
+        probe = PodProbe(self.contexts, None if host_ports is None else host)
         diagnosis = PodDiagnosis(api)
         self._slots = PodSlots(api, probe, diagnosis, namespaces)
         writes = PodWrites(
             api,
-            backend,
+            authorities,
             pods=self._slots.pods,
             claims=self._slots.claims,
             now=now,
@@ -85,6 +86,7 @@ class PodRuntime:
             ignored_spec_fields=ignored_spec_fields,
             deadlines=deadlines,
             allowed=allowed,
+            authorities=authorities,
         )
         self.caches = PodCaches(self._slots, writes)
 

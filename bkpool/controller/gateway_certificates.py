@@ -1,0 +1,70 @@
+"""Issues the certificates of a pool's gateway: one that it shows its clients, and those that it shows workers.
+
+A certificate that can be used further stays as it is. It reads and writes no Secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from bkpool.core.names import Key
+from bkpool.pki.authority import Authority
+from bkpool.pki.bundle import diallers_fit, gateway_diallers, gateway_server, server_fits
+from bkpool.pki.names import CertificateNames
+
+
+class WorkerAuthorities(Protocol):
+    """What is known of the CAs of each pool's workers."""
+
+    def current_authority(self, pool: Key) -> Authority:
+        """The CA that signs for the pool's workers now."""
+
+    def former_authority(self, pool: Key) -> Authority | None:
+        """The CA of those workers that were made with another one; None if there are none."""
+
+    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+        """Calls back when workers have changed; returns what unsubscribes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayCertificates:
+    """Issues the certificates of gateways.
+
+    Attributes:
+        authority: Signs what gateways show their clients.
+        workers: Sign what gateways show workers.
+        life: How long a certificate for clients is valid.
+    """
+
+    authority: Authority
+    workers: WorkerAuthorities
+    life: timedelta
+
+    def server_fits(self, found: Mapping[str, bytes], names: CertificateNames | None, now: datetime) -> bool:
+        """Whether the certificate for clients can be used further, for these names (None: for any)."""
+        return server_fits(found, self.authority, names, now)
+
+    def server(self, names: CertificateNames, now: datetime) -> dict[str, bytes]:
+        """A new certificate for clients."""
+        return gateway_server(self.authority, names, now, self.life)
+
+    def with_diallers(
+        self, found: Mapping[str, bytes], server: Mapping[str, bytes], pool: Key, gateway: str, now: datetime
+    ) -> dict[str, bytes]:
+        """The certificate for clients together with those for workers.
+
+        Args:
+            found: The certificates of before.
+            server: The one for clients. If it is not the one of before, the others are new, too.
+            pool: The gateway's pool.
+            gateway: The gateway's name.
+            now: The time.
+        """
+        current, former = self.workers.current_authority(pool), self.workers.former_authority(pool)
+        kept = all(found.get(name) == value for name, value in server.items())
+        if kept and diallers_fit(found, current, former, now):
+            return dict(found)
+        return {**server, **gateway_diallers(current, former, gateway, now)}
