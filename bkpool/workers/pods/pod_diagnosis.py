@@ -41,7 +41,9 @@ class PodDiagnosis:
         return "\n".join(lines)
 
     async def last_event(self, pod: Doc) -> str:
-        """The pod's last event, to append to a message: its status does not mention volumes and networks.
+        """The last warning about a pod, or else its last event, to append to a message.
+
+        Its status does not mention volumes, networks and user namespaces.
 
         Returns:
             The text after a colon; empty if there is none.
@@ -50,6 +52,9 @@ class PodDiagnosis:
         with suppress(BkpoolError, TimeoutError):
             async with asyncio.timeout(_TIMEOUT):
                 events, _ = await self._api.list(paths.core("events", namespace), fieldSelector=selector)
-            texts = sorted((event.get("lastTimestamp") or "", str(event.get("message", ""))) for event in events)
-            return f": {texts[-1][1][:_LONGEST]}" if texts else ""
+            texts = sorted(
+                (event.get("type") == "Warning", event.get("lastTimestamp") or "", str(event.get("message", "")))
+                for event in events
+            )
+            return f": {texts[-1][2][:_LONGEST]}" if texts else ""
         return ""
