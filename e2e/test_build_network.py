@@ -195,6 +195,14 @@ def test_a_port_of_the_hosts_loopback_is_open_to_the_pool_that_names_it(applianc
         bkpool_build(appliance, context, "door").ok()
 
 
+def test_a_registry_on_loopback_that_the_pool_does_not_name_is_explained(appliance, context):
+    context.write(f"FROM localhost:{DOOR}/image-{next(_NUMBER)}\n")
+    with serving(_Server, "127.0.0.1", DOOR):
+        answer = bkpool_build(appliance, context)
+    assert answer.code == 1
+    assert f"hostPorts: [{DOOR}]" in answer.err
+
+
 def test_a_port_of_bkpool_itself_is_never_opened(appliance, context):
     refused = bkpool_build(appliance, context, "greedy")
     assert refused.code != 0

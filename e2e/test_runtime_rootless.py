@@ -30,6 +30,7 @@ from bkpool.core.errors import HostFault
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers import DaemonState
 from bkpool.workers.processes import environment
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
@@ -38,6 +39,7 @@ from support.fake_s3 import fake_s3
 uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
 os.setgroups([]); os.setgid(gid); os.setuid(uid)
 os.environ.update(HOME=str(home)); os.environ.pop("XDG_RUNTIME_DIR", None); os.umask(0o077)
+sys.executable = "/usr/bin/python3"  # of the system, which every user may run
 tools = home / "tools"
 binaries = Binaries(tools / "buildkitd", tools / "runc", tools / "rootlesskit")
 slot, pool = Slot("default", "default", 0), Pool(metadata=Metadata(name="default"))
@@ -57,17 +59,39 @@ async def output(endpoint, *options):
 """
 
 PROGRAM = r"""
+#include <arpa/inet.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <unistd.h>
+static void reach(const char *host, int port, const char *interface) {
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(port)};
+    int s = socket(AF_INET, SOCK_STREAM, 0);
+    inet_pton(AF_INET, host, &to.sin_addr);
+    if (interface) setsockopt(s, SOL_SOCKET, SO_BINDTODEVICE, interface, strlen(interface) + 1);
+    printf("%s:%d through %s: %s\n", host, port, interface ? interface : "any",
+           connect(s, (struct sockaddr *)&to, sizeof to) ? "blocked" : "reached");
+    close(s);
+}
 int main(int argc, char **argv) {
+    if (argc == 4) {
+        reach(argv[2], atoi(argv[3]), NULL);
+        reach(argv[2], atoi(argv[3]), "eth0");
+        return 0;
+    }
     printf("the step runs as %d\n", getuid());
     printf("raw sockets: %d\n", prctl(PR_CAPBSET_READ, 13 /* CAP_NET_RAW */));
     fflush(stdout);
     if (argc > 1) sleep(atoi(argv[1]));
     return 0;
 }
+"""
+
+# On most machines every user may open this device. Where only root may, the tests make one for everybody.
+USABLE_TUN = """
+mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && exec "$0" "$@"
 """
 
 Runs = Callable[[str], str]
@@ -114,7 +138,7 @@ def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
         arguments = [str(uid or user.pw_uid), str(user.pw_gid), str(home)]
         indented = "\n".join(f"    {line}" for line in script.strip().splitlines())
         program = f"{AS_USER}\nasync def main():\n{indented}\nasyncio.run(main())"
-        command = [sys.executable, "-c", program, *arguments]
+        command = ["unshare", "--mount", "sh", "-c", USABLE_TUN, sys.executable, "-c", program, *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -188,7 +212,7 @@ await second.purge()
 await second.close(stop_workers=True)
 """)
     assert output.startswith("exited") or "\nexited" in output
-    assert "signal: killed" in output
+    assert "killed by SIGKILL" in output, output
     assert "ADOPTED ready" in output
     assert processes_of(user) == []
 
@@ -213,6 +237,39 @@ await runtime.close(stop_workers=True)
 """)
     assert "SIGNED BY THE HOST []" in output
     assert "SIGNED BY THE TENANT ['own']" in output
+
+
+def test_a_build_of_an_unprivileged_user_reaches_nothing_of_the_machine_but_the_chosen_port(as_user, user, home):
+    output = as_user("""
+async def greet(reader, writer):
+    await reader.read(1)
+    writer.write(b"HTTP/1.0 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello")
+    writer.close()
+
+closed, chosen = [await asyncio.start_server(greet, "0.0.0.0", 0) for _ in range(2)]
+closed_port, chosen_port = [server.sockets[0].getsockname()[1] for server in (closed, chosen)]
+runtime = ProcessRuntime(home / "state", binaries, network=NetworkPrograms.find(os.environ["PATH"]))
+await runtime.try_network()
+spec = PoolSpec.model_validate({"networking": {"hostPorts": [chosen_port]}})
+endpoint = await runtime.daemons.start(slot, "uid-1", "anna", pool.model_copy(update={"spec": spec}), no_report)
+for port in (closed_port, chosen_port):
+    steps = [f'RUN ["/step", "reach", "{host}", "{port}"]' for host in ("127.0.0.1", "169.254.169.254")]
+    (home / "context" / "Dockerfile").write_text("\\n".join(["FROM scratch", "COPY step /step", *steps]))
+    print("RUN", port == chosen_port, await output(endpoint))
+    (home / "context" / "Dockerfile").write_text(f"FROM scratch\\nADD http://127.0.0.1:{port}/file /file\\n")
+    print("ADD", port == chosen_port, await output(endpoint))
+await runtime.purge()
+await runtime.close(stop_workers=True)
+closed.close(), chosen.close()
+""")
+    closed, chosen = output.partition("RUN False")[2].split("RUN True")
+    assert "reached" not in closed
+    assert closed.count("blocked") >= 4
+    assert "connection refused" in closed.partition("ADD False")[2]
+    assert chosen.count("through any: reached") == 1
+    assert "through eth0: reached" not in chosen
+    assert "ERROR" not in chosen.partition("ADD True")[2]
+    assert processes_of(user) == []
 
 
 def test_errors_name_what_an_unprivileged_user_lacks_and_the_fix(as_user):

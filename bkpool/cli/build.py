@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from bkpool.cli import console, options
+from bkpool.cli import console, options, refused_ports
 from bkpool.cli import lease as leases
 from bkpool.cli.client import Client
 from bkpool.cli.signals import Signals, typed_at_terminal
@@ -101,7 +101,10 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
     with Signals() as signals, _leased(Client(claims=options.claims()), request, signals) as lease:
         if lease is not None:
             with _builder(buildx, lease, signals) as environment:
-                return _run([buildx, "build", "--builder", BUILDER, *args], environment, signals)
+                code = _run([buildx, "build", "--builder", BUILDER, *args], environment, signals)
+                if code and signals.received is None:
+                    refused_ports.explain(buildx, BUILDER, environment)
+                return code
     return 128 + (signals.received or 0)
 
 
