@@ -173,6 +173,18 @@ def test_a_cache_of_the_pool_shows_nobody_the_history_of_the_caller_before(appli
     bob.release(bobs)
 
 
+def test_a_crash_after_a_release_shows_nobody_the_history_either(appliance, tools, ann, bob, context):
+    anns = ann.allocate("shared")
+    build_with_a_key(ann, ann.builder(anns), context)
+    ann.release(anns)
+    appliance.kill()  # before, while or after the history is cleared
+    appliance.up()
+    bobs = bob.allocate("shared")
+    assert bobs.lease["workerName"] == anns.lease["workerName"]
+    assert KEY not in output_of_buildctl(appliance, tools, bobs, "debug", "histories", "--format={{json .}}")
+    bob.release(bobs)
+
+
 def test_a_kept_history_is_shown_to_all_callers_of_the_pool(ann, bob, context):
     anns = ann.allocate("open")
     ref = build_with_a_key(ann, ann.builder(anns), context)
