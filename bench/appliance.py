@@ -24,6 +24,7 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench.table import spread
+from bench.worker_network import worker_network
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from bkpool.workers.probe import probe
@@ -291,4 +292,4 @@ def programs() -> dict[str, Path]:
     return {str(tool): path for tool, path in Toolchain(default_cache()).ensure_all(wanted).items()}
 
 
-PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line, who_is_calling)
+PARTS = (warm_allocate, cold_allocate, build_through_gateway, command_line, who_is_calling, worker_network)

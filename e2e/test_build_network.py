@@ -172,13 +172,10 @@ def test_a_step_can_still_resolve_serve_itself_and_have_no_network(appliance, co
         )
     )
     output = bkpool_build(appliance, context).ok().text
-    interfaces = re.findall(r"^#(\d+) [\d.]+ interface (\S+) (\d+)", output, re.MULTILINE)
-    default = Path("/proc/net/route").read_text().splitlines()
-    through = next(line.split()[0] for line in default[1:] if line.split()[1] == line.split()[7] == "00000000")
-    mtu = Path(f"/sys/class/net/{through}/mtu").read_text().strip()
+    interfaces = re.findall(r"^#(\d+) [\d.]+ interface (\S+)", output, re.MULTILINE)
     step = interfaces[0][0]
-    assert [(name, size) for of, name, size in interfaces if of == step][1:] == [("eth0", mtu)]
-    assert [name for of, name, _ in interfaces if of != step] == ["lo"]
+    assert [name for of, name in interfaces if of == step] == ["lo", "eth0"]
+    assert [name for of, name in interfaces if of != step] == ["lo"]
     assert re.search(r"resolved localhost \[.*127.0.0.1", output)
 
 

@@ -16,6 +16,7 @@ from . import NAMESERVER, NetworkSettings
 from .host_facts import default_interface, host_rules, local_addresses
 from .kernel import CLONE_NEWNET, MS_BIND, T, checked, expect_success, in_thread, libc, read, spawn
 
+_MTU = 65520  # bytes, the most that pasta can. The host's own sockets cut for the real route; 1500 is 8 times slower
 _SIOCSIFADDR, _SIOCSIFFLAGS, _SIOCSIFNETMASK, _IFF_UP = 0x8916, 0x8914, 0x891C, 1  # netdevice(7)
 
 
@@ -64,8 +65,7 @@ class WorkerNetwork:
         command = [self._settings["pasta"], "--quiet", "--runas=0", "--config-net", "--no-map-gw", "--no-dhcp"]
         command += ["--no-dhcpv6", "--no-ra", "--dns=none", "--tcp-ports=none", "--udp-ports=none", "--tcp-ns=none"]
         command += ["--udp-ns=none", "--ns-ifname=eth0", f"--interface={interface}"]
-        command += [f"--mtu={read(f'/sys/class/net/{interface}/mtu').strip() or 1500}"]
-        command += ["--netns-only", f"--netns={self._path}"]
+        command += [f"--mtu={_MTU}", "--netns-only", f"--netns={self._path}"]
         before = _pastas()
         expect_success(spawn(command), "pasta")  # it goes on in the background, as a child of ours
         self.pasta = next(iter(_pastas() - before), None)
