@@ -7,7 +7,7 @@ import pwd
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +37,8 @@ from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 from support.fake_s3 import fake_s3
 
 uid, gid, home = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+for delegated in sys.argv[4:]:
+    (pathlib.Path(delegated) / "cgroup.procs").write_text("0")
 os.setgroups([]); os.setgid(gid); os.setuid(uid)
 os.environ.update(HOME=str(home)); os.environ.pop("XDG_RUNTIME_DIR", None); os.umask(0o077)
 sys.executable = "/usr/bin/python3"  # of the system, which every user may run
@@ -94,7 +96,7 @@ USABLE_TUN = """
 mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200 && exec "$0" "$@"
 """
 
-Runs = Callable[[str], str]
+Runs = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,8 @@ def home(user: pwd.struct_passwd) -> Path:
 
 @pytest.fixture
 def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
-    def run(script: str, uid: int | None = None) -> str:
-        arguments = [str(uid or user.pw_uid), str(user.pw_gid), str(home)]
+    def run(script: str, delegated: Iterable[Path] = ()) -> str:
+        arguments = [str(user.pw_uid), str(user.pw_gid), str(home), *map(str, delegated)]
         indented = "\n".join(f"    {line}" for line in script.strip().splitlines())
         program = f"{AS_USER}\nasync def main():\n{indented}\nasyncio.run(main())"
         command = ["unshare", "--mount", "sh", "-c", USABLE_TUN, sys.executable, "-c", program, *arguments]
@@ -215,6 +217,61 @@ await second.close(stop_workers=True)
     assert "killed by SIGKILL" in output, output
     assert "ADOPTED ready" in output
     assert processes_of(user) == []
+
+
+@pytest.fixture
+def delegated(user: pwd.struct_passwd) -> Iterator[list[Path]]:
+    """Cgroups that belong to the user, as those of a systemd unit with Delegate=yes."""
+    top = Path("/sys/fs/cgroup")
+    if (top / "cgroup.controllers").exists():
+        pytest.skip("this test was written for cgroup version 1")
+    made = [top / controller / NAME for controller in ("cpu", "memory", "pids")]
+    for directory in made:
+        directory.mkdir()
+        for path in (directory, directory / "cgroup.procs"):
+            os.chown(path, user.pw_uid, user.pw_gid)
+    yield made
+    for directory in made:
+        directory.rmdir()
+
+
+def test_limits_hold_for_a_user_where_cgroups_are_delegated(as_user, home, delegated):
+    (home / "context" / "Dockerfile").write_text('FROM scratch\nCOPY step /step\nRUN ["/step"]\n')
+    output = as_user(
+        """
+runtime = ProcessRuntime(home / "state", binaries)
+spec = PoolSpec.model_validate({"resources": {"buildkit": {"limits": {"memory": "1Gi", "cpu": 1}}}})
+limited = pool.model_copy(update={"spec": spec})
+endpoint = await runtime.daemons.start(slot, "uid-1", "anna", limited, no_report)
+print(await output(endpoint, "--opt=cgroup-parent=/elsewhere"))
+for controller, file in (("pids", "pids.max"), ("memory", "memory.limit_in_bytes"), ("cpu", "cpu.cfs_quota_us")):
+    (limit,) = pathlib.Path("/sys/fs/cgroup", controller).glob(f"bkpool-e2e-*/bkpool-*/default.default.0/{file}")
+    members = (limit.parent / "daemon" / "cgroup.procs").read_text().split()
+    print(file, limit.read_text().strip(), len(members) > 1)
+await runtime.purge()
+await runtime.close(stop_workers=True)
+""",
+        delegated,
+    )
+    assert "the step runs as 0" in output
+    assert "limits_incomplete" not in output
+    assert "pids.max 8192 True" in output
+    assert f"memory.limit_in_bytes {1 << 30} True" in output
+    assert "cpu.cfs_quota_us 100000 True" in output
+    assert [list(directory.glob("*/")) for directory in delegated] == [[], [], []]
+
+
+def test_a_user_without_a_cgroup_is_told_once_that_limits_do_not_hold(as_user):
+    output = as_user("""
+runtime = ProcessRuntime(home / "state", binaries)
+for uid in ("uid-1", "uid-2"):
+    await runtime.daemons.start(slot, uid, "anna", pool, no_report)
+    await runtime.daemons.stop(slot)
+await runtime.purge()
+await runtime.close(stop_workers=True)
+""")
+    assert output.count("workers.limits_incomplete") == 1
+    assert "cpu, memory, pids" in output
 
 
 def test_a_cache_in_s3_is_never_signed_by_the_user_who_runs_the_pool(as_user, home):

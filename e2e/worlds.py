@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bkpool.home.runtime_directory import home_digest
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from harness import Appliance
@@ -48,8 +49,10 @@ class Processes:
 
     def clean(self, appliance: Appliance) -> None:
         left = appliance.daemons()
+        cgroups = _cgroups(appliance.home)
         appliance.down("--purge")
         assert left == [], "processes of a worker were still running after `down`"
+        assert cgroups == [], "cgroups of workers were left after `down`"
 
 
 @dataclass
@@ -111,6 +114,11 @@ class Pods:
             # The keys of the appliance have no label. The next test adopts them.
             self.kubectl("delete", kind, *ours, "--field-selector=metadata.namespace!=" + SYSTEM, check=False)
         shutil.rmtree(appliance.home, ignore_errors=True)
+
+
+def _cgroups(home: Path) -> list[str]:
+    name = f"bkpool-{home_digest(home)}"
+    return [f"{top}/{name}" for top, names, _ in os.walk("/sys/fs/cgroup") if name in names]
 
 
 def _name(pid: int) -> str:
