@@ -29,6 +29,7 @@ from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
 from bkpool.identity import Identity
 from bkpool.identity.remembering import remembered
 from bkpool.pki.authority import Authority, key_of_request
+from bkpool.pki.rotation import Rotation
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
@@ -103,6 +104,7 @@ class Allocator:
         mirror: The copy in memory from which workers are chosen. A stale copy costs a conflict, never a double lease.
         leases: Changes and ends a lease once it is stored.
         authority: Signs the client certificates.
+        rotation: Says which CA signs and is trusted after a rotation; None: there was none.
         token_key: Key of the HMAC of lease tokens.
         caches: Returns the caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
@@ -122,9 +124,10 @@ class Allocator:
         now: Callable[[], datetime],
         limits: CallerLimits | None = None,
         max_waiters: int = MAX_WAITERS,
+        rotation: Rotation | None = None,
     ) -> None:
         self._mirror = mirror
-        self._authority = authority
+        self._rotation = rotation or Rotation(authority, None, now)
         self._caches = caches
         self._now = now
         self._limits = limits or CallerLimits()
@@ -297,11 +300,12 @@ class Allocator:
     def _grant(self, worker: Worker, csr_pem: bytes | None) -> Grant:
         lease = worker.held_lease
         token = self._claimer.token(worker)
-        leaf = self._authority.issue_client(
+        leaf = self._rotation.lease_signer.issue_client(
             token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
         )
         self._open_requests.answered(lease.id)
-        return Grant(worker, token, lease.expires_at, self._authority.cert_pem, leaf.cert_pem, leaf.key_pem)
+        trusted = self._rotation.trusted_by_callers(self._mirror.workers.values())
+        return Grant(worker, token, lease.expires_at, trusted, leaf.cert_pem, leaf.key_pem)
 
     def _timed_out(self, order: _Order, worker: Worker | None) -> NoCapacity | Unavailable:
         """The error for a request that waited too long: the pool is full, the worker not ready, or the store slow."""

@@ -40,6 +40,7 @@ from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
+from bkpool.pki.rotation import Former, Rotation
 from bkpool.store import Store
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
@@ -71,6 +72,8 @@ class Backend:
     recorder: Recorder
     authenticators: MakeAuthenticators
     """Makes the authenticators that only this backend has."""
+    former: Former | None = None
+    """What there was before the last rotation of the CA."""
     api_authority: Authority | None = None
     """Signs the API's own certificate; None: `authority` does."""
     allowed: Allowances | None = None
@@ -98,6 +101,7 @@ class Backend:
             caches=self.runtime.caches.owners,
             now=now,
             max_waiters=max_waiters,
+            rotation=Rotation(self.authority, self.former, now),
         )
         return allocator, leases
 
@@ -139,6 +143,7 @@ async def open_process_backend(
         store=store,
         runtime=runtime,
         authority=secrets.authority,
+        former=secrets.former,
         token_key=secrets.token_key,
         dial=PlainDial,
         gateway="local",  # one home has one gateway
@@ -235,7 +240,7 @@ async def _open_pods(
     secrets = await kube_secrets.load_or_create_authorities(api, options.settings.kubernetes.namespace, store, now)
     runtime = PodRuntime(
         api,
-        authorities=PoolAuthorities(secrets.backend),
+        authorities=PoolAuthorities(*secrets.backends),
         name=name,
         image=options.settings.workers.buildkit_image,
         host_ports=host_ports,
@@ -251,6 +256,7 @@ async def _open_pods(
         store=store,
         runtime=runtime,
         authority=secrets.authority,
+        former=secrets.former,
         token_key=secrets.token_key,
         dial=TlsDialler(runtime.contexts.of),
         gateway=name,

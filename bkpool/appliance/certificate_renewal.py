@@ -18,6 +18,7 @@ from bkpool.gateway.control.server import Gateway
 from bkpool.pki import storage
 from bkpool.pki.authority import SERVER_LIFE, Authority
 from bkpool.pki.names import gateway_names
+from bkpool.pki.rotation import Former, Rotation
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
@@ -28,6 +29,7 @@ class CertificateRenewal:
     Args:
         directory: Where the certificate is stored.
         authority: Signs it.
+        former: What there was before the last rotation of the CA. It signs as long as a lease of before needs it.
         mirror: Knows the pools, whose Services are among the names.
         hosts: Further names of the gateway.
         hosts_from: What gave them, for error messages.
@@ -47,9 +49,11 @@ class CertificateRenewal:
         now: Callable[[], datetime],
         recorder: Recorder,
         life: timedelta = SERVER_LIFE,
+        former: Former | None = None,
     ) -> None:
         self._directory = directory
-        self._authority = authority
+        self._rotation = Rotation(authority, former, now)
+        self._trusted = b""
         self._mirror = mirror
         self._hosts = hosts
         self._hosts_from = hosts_from
@@ -64,10 +68,12 @@ class CertificateRenewal:
         """Hands the gateway its certificate, newly issued if that is due. Open connections continue."""
         self._named_pools = tuple(sorted(self._mirror.pools))
         names = gateway_names(socket.gethostname(), self._named_pools, self._hosts, self._hosts_from)
-        stored = storage.server_certificate(self._directory, self._authority, names, self._now(), self._life)
+        workers = self._mirror.workers.values()
+        signer, self._trusted = self._rotation.signer(workers), self._rotation.trusted_by_gateways(workers)
+        stored = storage.server_certificate(self._directory, signer, names, self._now(), self._life)
         self._due = stored.renew_at
         certificate = stored.cert_file.read_bytes()
-        gateway.set_server_certificate(certificate, stored.key_file.read_bytes(), self._authority.cert_pem)
+        gateway.set_server_certificate(certificate, stored.key_file.read_bytes(), self._trusted)
         if self._served not in {None, certificate}:
             for pool in self._mirror.pools.values():
                 self._recorder.record(pool, "CertificateRotated", "the gateway's certificate was issued again")
@@ -80,10 +86,19 @@ class CertificateRenewal:
         try:
             while True:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(max(0.0, (self._due - self._now()).total_seconds())):
+                    check_at = min(self._due, self._rotation.next_check or self._due)
+                    async with asyncio.timeout(max(0.0, (check_at - self._now()).total_seconds())):
                         await changed.wait()
                 changed.clear()
-                if tuple(sorted(self._mirror.pools)) != self._named_pools or self._now() >= self._due:
+                if self._is_due():
                     self.install(gateway)
         finally:
             unsubscribe()
+
+    def _is_due(self) -> bool:
+        """Whether the certificate ends soon, or the pools or the CAs that are trusted have changed."""
+        return (
+            self._now() >= self._due
+            or tuple(sorted(self._mirror.pools)) != self._named_pools
+            or self._rotation.trusted_by_gateways(self._mirror.workers.values()) != self._trusted
+        )

@@ -20,7 +20,7 @@ from bkpool.toolchain import Tool, Toolchain
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 
-_DIRECTORIES = ("slots", "logs", "pki")
+_DIRECTORIES = ("slots", "logs", "pki", "pki.rotating", "pki.draft", "pki.before")
 _FILES = (
     *("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"),
     *("remembered.toml", "running.json"),

@@ -113,6 +113,7 @@ class ControlReplica:
             gateway_variables=gateway_variables(self._settings),
             server_life=self._settings.certificates.server_life,
             allowed=allowances(self._settings),
+            former=cluster.secrets.former,
         )
 
 

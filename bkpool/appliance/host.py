@@ -122,6 +122,7 @@ class HostAppliance:
         certificate = CertificateRenewal(
             directory=options.home / "pki",
             authority=backend.authority,
+            former=backend.former,
             mirror=mirror,
             hosts=self._settings.gateway.hosts,
             hosts_from=options.where("gateway.hosts"),

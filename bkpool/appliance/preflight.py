@@ -75,7 +75,7 @@ def check_home_complete(home: Path) -> None:
     Raises:
         HostFault: `pki/` is missing although there is a store.
     """
-    if (home / "state.db").exists() and not (home / "pki").exists():
+    if (home / "state.db").exists() and not any((home / name).exists() for name in ("pki", "pki.rotating")):
         raise HostFault(
             f"{home / 'pki'} is missing, and {home / 'state.db'} has leases that were signed with it",
             hint="Restore pki/ from a backup. If there is none: `bkpool down --purge` removes the leases too.",

@@ -28,6 +28,7 @@ COMMANDS = {
     "logs": "Show the log of the appliance or of a worker.",
     "kubeconfig": "Show how kubectl reaches the cluster of this home.",
     "manifests": "Print the manifests of an appliance in a cluster.",
+    "pki": "Show or replace the certificate authority.",
     "toolchain": "Get the tools that bkpool runs, and show where they are.",
     "doctor": "Check whether this machine has what bkpool needs.",
     "version": "Show the version.",

@@ -5,15 +5,17 @@ A certificate that can be used further stays as it is. It reads and writes no Se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 
 from bkpool.core.names import Key
+from bkpool.core.worker import Worker
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import diallers_fit, gateway_diallers, gateway_server, server_fits
 from bkpool.pki.names import CertificateNames
+from bkpool.pki.rotation import Rotation
 
 
 class WorkerAuthorities(Protocol):
@@ -34,22 +36,32 @@ class GatewayCertificates:
     """Issues the certificates of gateways.
 
     Attributes:
-        authority: Signs what gateways show their clients.
+        rotation: Signs what gateways show their clients.
+        all_workers: Returns all workers, with their leases.
         workers: Sign what gateways show workers.
         life: How long a certificate for clients is valid.
     """
 
-    authority: Authority
+    rotation: Rotation
+    all_workers: Callable[[], Iterable[Worker]]
     workers: WorkerAuthorities
     life: timedelta
 
     def server_fits(self, found: Mapping[str, bytes], names: CertificateNames | None, now: datetime) -> bool:
         """Whether the certificate for clients can be used further, for these names (None: for any)."""
-        return server_fits(found, self.authority, names, now)
+        workers = tuple(self.all_workers())
+        signer, trusted = self.rotation.signer(workers), self.rotation.trusted_by_gateways(workers)
+        return server_fits(found, signer, names, now, trusted=trusted)
 
     def server(self, names: CertificateNames, now: datetime) -> dict[str, bytes]:
         """A new certificate for clients."""
-        return gateway_server(self.authority, names, now, self.life)
+        workers = tuple(self.all_workers())
+        signer, trusted = self.rotation.signer(workers), self.rotation.trusted_by_gateways(workers)
+        return gateway_server(signer, names, now, self.life, trusted=trusted)
+
+    def overlaps(self) -> bool:
+        """Whether the CA of before a rotation is still needed."""
+        return self.rotation.overlaps(self.all_workers())
 
     def with_diallers(
         self, found: Mapping[str, bytes], server: Mapping[str, bytes], pool: Key, gateway: str, now: datetime

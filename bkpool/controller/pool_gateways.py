@@ -10,11 +10,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType
@@ -33,6 +30,7 @@ from bkpool.controller.pool_gateway_objects import (
     secret,
     service_type,
 )
+from bkpool.controller.pool_gateway_state import GatewayState, content_digest, digest_of, trouble_of
 from bkpool.controller.pool_hosts import certificate_names, reachable_hosts
 from bkpool.core.allowances import Allowances, host_refusals, permitted, service_refusals
 from bkpool.core.backoff import Backoff
@@ -44,6 +42,7 @@ from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.authority import SERVER_LIFE, Authority
 from bkpool.pki.bundle import FORMER_DIALLER_CERT, SERVER_ENTRIES, TLS_CERT, bundle_renew_at
+from bkpool.pki.rotation import Former, Rotation
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
 
@@ -64,26 +63,6 @@ _WITH_STATUS = ("Service", "Deployment")
 """The kinds whose status becomes the pool's endpoint and trouble."""
 
 
-@dataclass(slots=True)
-class _GatewayState:
-    """What is known of one pool's gateway."""
-
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    version: tuple[str, int | None] | None = None
-    """The pool's uid and generation that were looked at last."""
-    applied: dict[str, str] = field(default_factory=dict)
-    """Digests of the documents that were applied, by path."""
-    made: dict[str, str] = field(default_factory=dict)
-    """Digests of what the cluster made of them, by path."""
-    objects: dict[str, Doc] = field(default_factory=dict)
-    """The newest known object of each watched kind."""
-    bundle: dict[str, bytes] | None = None
-    """The certificates in the Secret; None: they must be read."""
-    node: str | None = None
-    """The address of a node that runs the gateway, for a NodePort."""
-
-
 class PoolGateways:
     """Makes and keeps the gateways of all pools.
 
@@ -100,6 +79,7 @@ class PoolGateways:
         gateway_variables: Environment variables of the gateways: the settings that are not the default.
         server_life: How long a certificate of a gateway is valid.
         allowed: What pools may ask for.
+        former: What there was before the last rotation of the CA.
     """
 
     def __init__(
@@ -117,15 +97,18 @@ class PoolGateways:
         gateway_variables: Mapping[str, str] = MappingProxyType({}),
         server_life: timedelta = SERVER_LIFE,
         allowed: Allowances = Allowances(),  # noqa: B008 - immutable
+        former: Former | None = None,
     ) -> None:
         self._api = api
         self._mirror = mirror
-        self._certificates = GatewayCertificates(authority, workers, server_life)
+        rotation = Rotation(authority, former, now)
+        self._certificates = GatewayCertificates(rotation, mirror.workers.values, workers, server_life)
+        self._overlapped = former is not None
         self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
         self._allowed = allowed
         self._now = now
         self._recorder = recorder
-        self._states: dict[Key, _GatewayState] = {}
+        self._states: dict[Key, GatewayState] = {}
         self._reflectors: dict[str, dict[str, Reflector]] = {}
         """By namespace and kind."""
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
@@ -169,13 +152,17 @@ class PoolGateways:
 
     def _pool_changed(self, key: Key) -> None:
         """Follows a pool's creation, deletion and spec. The mirror also reports its workers, which do not matter."""
+        if self._overlapped and not self._certificates.overlaps():
+            self._overlapped = False
+            for other in self._states.values():
+                other.wake.set()
         pool = self._mirror.pools.get(key)
         if pool is None or pool.metadata.deletion_timestamp is not None:
             self._forget(key)
             return
         state = self._states.get(key)
         if state is None:
-            state = self._states[key] = _GatewayState()
+            state = self._states[key] = GatewayState()
             self._watch(key.namespace)
             state.task = asyncio.create_task(self._keep(key, state))
         elif state.version != pool.spec_version:
@@ -210,7 +197,7 @@ class PoolGateways:
 
     # --- one pool ---------------------------------------------------------------------------------------------------
 
-    async def _keep(self, key: Key, state: _GatewayState) -> None:
+    async def _keep(self, key: Key, state: GatewayState) -> None:
         """Applies the pool's objects again and again, whenever there is a reason to."""
         backoff = Backoff(_LONGEST_PAUSE, first=_FIRST_PAUSE)
         while pool := self._mirror.pools.get(key):
@@ -226,7 +213,7 @@ class PoolGateways:
                 backoff.succeeded()
                 live, certificate = state.objects.get("Service"), (state.bundle or {}).get(TLS_CERT, b"")
                 endpoint = endpoint_of(pool, live, reachable_hosts(pool, live, state.node, certificate))
-                self._publish(key, endpoint=endpoint, trouble=_trouble_of(state.objects.get("Deployment")))
+                self._publish(key, endpoint=endpoint, trouble=trouble_of(state.objects.get("Deployment")))
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, (due - self._now()).total_seconds())):
                     await state.wake.wait()
@@ -245,7 +232,7 @@ class PoolGateways:
                 log.warning("pool.gateway_not_applied", pool=str(key), reason=error.message)
         self._publish(key, endpoint=endpoint, trouble=trouble)
 
-    async def _apply(self, pool: Pool, state: _GatewayState) -> datetime:
+    async def _apply(self, pool: Pool, state: GatewayState) -> datetime:
         """Brings the cluster to what this pool should have; returns when its certificates are due for renewal.
 
         What the operator has not allowed is left out. A Service and certificates that are there already stay as they
@@ -262,7 +249,7 @@ class PoolGateways:
             await self._ensure(doc, state)
         return due
 
-    async def _has_service(self, service: Doc, state: _GatewayState) -> bool:
+    async def _has_service(self, service: Doc, state: GatewayState) -> bool:
         """Whether the pool has a Service. Raises Conflict if another program has made it."""
         if "Service" not in state.objects:
             try:
@@ -272,16 +259,16 @@ class PoolGateways:
             _refuse_foreign(service, state.objects["Service"])
         return True
 
-    async def _ensure(self, doc: Doc, state: _GatewayState) -> None:
+    async def _ensure(self, doc: Doc, state: GatewayState) -> None:
         """Applies a document, unless it is as it was applied last."""
-        path, digest, kind = path_of(doc), _digest(doc), doc["kind"]
+        path, digest, kind = path_of(doc), digest_of(doc), doc["kind"]
         if state.applied.get(path) == digest:
             return
         if path not in state.applied:
             with suppress(NotFound):
                 _refuse_foreign(doc, await self._api.get(path))  # applying would take it over
         made = await self._api.apply(path, doc)
-        state.applied[path], state.made[path] = digest, _content_digest(made)
+        state.applied[path], state.made[path] = digest, content_digest(made)
         if kind in _WATCHED:
             state.objects[kind] = made
             if (reflectors := self._reflectors.get(doc["metadata"]["namespace"])) is not None:
@@ -292,7 +279,7 @@ class PoolGateways:
         items, _ = await self._api.list(paths.core("pods", pool.key.namespace), labelSelector=selector)
         return items
 
-    async def _ensure_certificates(self, pool: Pool, state: _GatewayState) -> datetime:
+    async def _ensure_certificates(self, pool: Pool, state: GatewayState) -> datetime:
         """Issues the gateway's certificates where the stored ones cannot be used; returns when they are due."""
         names = certificate_names(pool, self._allowed, state.objects.get("Service"), state.node)
         refused = host_refusals(pool, self._allowed) or service_refusals(pool, self._allowed)
@@ -308,7 +295,8 @@ class PoolGateways:
         encoded = {key: base64.b64encode(value).decode() for key, value in found.items()}
         await self._ensure(secret(pool, encoded), state)
         state.bundle = found
-        return bundle_renew_at(found)
+        due, next_check = bundle_renew_at(found), self._certificates.rotation.next_check
+        return due if next_check is None else min(due, next_check)
 
     async def _stored_bundle(self, pool: Pool) -> dict[str, bytes]:
         try:
@@ -346,7 +334,7 @@ class PoolGateways:
         if state is None:
             return
         path = f"{_WATCHED[kind].path(change.key.namespace)}/{change.key.name}"
-        content = _content_digest(change.doc)
+        content = content_digest(change.doc)
         differs = "deletionTimestamp" not in metadata and state.made.get(path, content) != content
         if change.deleted or differs:
             state.applied.pop(path, None)
@@ -375,23 +363,3 @@ def _hint(key: Key, error: BkpoolError) -> str:
     if isinstance(error, Forbidden):
         return f"Apply `bkpool manifests` with --pool-namespace {key.namespace} beside your other options."
     return error.hint
-
-
-def _trouble_of(deployment: Doc | None) -> str:
-    """Why the gateway's pods do not start, where the Deployment's status says so; else empty."""
-    conditions = (deployment or {}).get("status", {}).get("conditions", ())
-    bad = {("ReplicaFailure", "True"), ("Progressing", "False")}
-    found = next((one for one in conditions if (one["type"], one["status"]) in bad), None)
-    if deployment is None or found is None:
-        return ""
-    look = f"kubectl -n {deployment['metadata']['namespace']} describe pods -l {LABEL_PURPOSE}={PURPOSE_GATEWAY}"
-    return f"gateway: {found.get('message') or found.get('reason')} See: {look}"
-
-
-def _content_digest(doc: Doc) -> str:
-    """A digest of the parts of an object that only bkpool should change."""
-    return _digest({part: doc.get(part) for part in ("spec", "data")})
-
-
-def _digest(doc: Doc) -> str:
-    return hashlib.sha256(json.dumps(doc, sort_keys=True).encode()).hexdigest()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import secrets as random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Self
 
 from bkpool.core.errors import HostFault
@@ -17,9 +17,12 @@ from bkpool.core.tokens import TOKEN_KEY_BYTES
 from bkpool.pki.authority import SERVER_LIFE, Authority, expires_at, is_for_names, key_belongs_to, renew_at
 from bkpool.pki.names import CertificateNames
 from bkpool.pki.pool_authority import DIALLER_LIFE
+from bkpool.pki.rotation import Former
 
 CA_CERT, CA_KEY, TOKEN_KEY = "ca.crt", "ca.key", "token.key"
 BACKEND_CA_CERT, BACKEND_CA_KEY = "backend-ca.crt", "backend-ca.key"
+FORMER_CA_CERT, FORMER_CA_KEY, ROTATED_AT = "former-ca.crt", "former-ca.key", "rotated-at"
+FORMER_BACKEND_CA_CERT, FORMER_BACKEND_CA_KEY = "former-backend-ca.crt", "former-backend-ca.key"
 TLS_CERT, TLS_KEY = "tls.crt", "tls.key"
 SERVER_ENTRIES = CA_CERT, TLS_CERT, TLS_KEY
 WORKER_CA, DIALLER_CERT, DIALLER_KEY = "worker-ca.crt", "dialler.crt", "dialler.key"
@@ -38,15 +41,37 @@ class ClusterSecrets:
     """The backend CA, from whose key the CA of each pool for its workers follows (`pool_authority`). It is a separate
     CA, so that no client certificate of a lease is accepted by a worker."""
 
+    former: Former | None = None
+    """What there was before the last rotation."""
+
     @classmethod
     def create(cls, now: datetime) -> Self:
         """Creates new CAs and a new key."""
         authority = Authority.create(now)
         return cls(authority, random.token_bytes(TOKEN_KEY_BYTES), Authority.create(now, name="bkpool backend CA"))
 
+    def rotated(self, now: datetime) -> Self:
+        """The same with new CAs, and these as the former ones. Tokens stay valid."""
+        new = self.create(now)
+        former = Former(self.authority, now, self.backend)
+        return replace(self, authority=new.authority, backend=new.backend, former=former)
+
+    @property
+    def backends(self) -> tuple[Authority, ...]:
+        """The backend CA, and after it that of before a rotation."""
+        former = self.former.backend if self.former is not None else None
+        return (self.backend,) if former is None else (self.backend, former)
+
     def to_data(self) -> dict[str, bytes]:
         """The data of a Secret, before base64 encoding."""
-        return {
+        former = {}
+        if self.former is not None and self.former.backend is not None:
+            former = {
+                **former_data(self.former),
+                FORMER_BACKEND_CA_CERT: self.former.backend.cert_pem,
+                FORMER_BACKEND_CA_KEY: self.former.backend.key_pem,
+            }
+        return former | {
             CA_CERT: self.authority.cert_pem,
             CA_KEY: self.authority.key_pem,
             TOKEN_KEY: self.token_key,
@@ -74,7 +99,40 @@ class ClusterSecrets:
         token_key = _entry(data, TOKEN_KEY, source)
         if len(token_key) != TOKEN_KEY_BYTES:
             raise _unusable(source, f"{TOKEN_KEY} has {len(token_key)} bytes instead of {TOKEN_KEY_BYTES}")
-        return cls(authority, token_key, backend)
+        former = read_former(data, source)
+        if former is not None:
+            old = _authority(data, FORMER_BACKEND_CA_CERT, FORMER_BACKEND_CA_KEY, source)
+            former = replace(former, backend=old)
+        return cls(authority, token_key, backend, former)
+
+
+def former_data(former: Former) -> dict[str, bytes]:
+    """What is stored of the CA of before a rotation, without the backend CA."""
+    return {
+        FORMER_CA_CERT: former.authority.cert_pem,
+        FORMER_CA_KEY: former.authority.key_pem,
+        ROTATED_AT: former.rotated_at.isoformat().encode(),
+    }
+
+
+def read_former(data: Mapping[str, bytes], source: str) -> Former | None:
+    """Reads what `former_data` returned; None if there was no rotation.
+
+    Args:
+        data: The data of a Secret, or of a directory.
+        source: Its name, for the error.
+
+    Raises:
+        HostFault: `Unreadable`: something is missing or damaged.
+    """
+    if not {FORMER_CA_CERT, FORMER_CA_KEY, ROTATED_AT} & data.keys():
+        return None
+    authority = _authority(data, FORMER_CA_CERT, FORMER_CA_KEY, source)
+    try:
+        rotated_at = datetime.fromisoformat(_entry(data, ROTATED_AT, source).decode("ascii"))
+        return Former(authority, rotated_at.astimezone(UTC))
+    except (ValueError, OverflowError):
+        raise _unusable(source, f"{ROTATED_AT} is not a time") from None
 
 
 def api_authority_data(now: datetime) -> dict[str, bytes]:
@@ -104,21 +162,27 @@ def api_authority_of(data: Mapping[str, bytes], others: ClusterSecrets, source: 
 
 
 def gateway_server(
-    authority: Authority, names: CertificateNames, now: datetime, life: timedelta = SERVER_LIFE
+    authority: Authority,
+    names: CertificateNames,
+    now: datetime,
+    life: timedelta = SERVER_LIFE,
+    *,
+    trusted: bytes | None = None,
 ) -> dict[str, bytes]:
     """The certificate that a pool's gateway shows its clients, as a part of the data of its Secret.
 
     Args:
-        authority: The CA of gateways and clients.
+        authority: Signs it.
         names: The names and addresses by which clients reach the gateway.
         now: The start of the validity.
         life: How long it is valid.
+        trusted: The CAs of clients' certificates in PEM; None: `authority`.
 
     Raises:
         HostFault: `AuthorityExpired`.
     """
     leaf = authority.issue_server(names.dns, names.ips, now, now + life)
-    return {CA_CERT: authority.cert_pem, TLS_CERT: leaf.cert_pem, TLS_KEY: leaf.key_pem or b""}
+    return {CA_CERT: trusted or authority.cert_pem, TLS_CERT: leaf.cert_pem, TLS_KEY: leaf.key_pem or b""}
 
 
 def gateway_diallers(
@@ -151,13 +215,19 @@ def bundle_renew_at(data: Mapping[str, bytes]) -> datetime:
 
 
 def server_fits(
-    data: Mapping[str, bytes], authority: Authority, names: CertificateNames | None, now: datetime
+    data: Mapping[str, bytes],
+    authority: Authority,
+    names: CertificateNames | None,
+    now: datetime,
+    *,
+    trusted: bytes | None = None,
 ) -> bool:
     """Whether a gateway's certificate for clients can be used further.
 
-    It must be complete, issued by this CA, for exactly these names (None: for any), and not yet due for renewal.
+    It must be complete, issued by this CA, for exactly these names (None: for any), and not yet due for renewal. And
+    it must be together with exactly the CAs that are trusted, as for `gateway_server`.
     """
-    return _fits(SERVER_ENTRIES, data, authority, now) and (
+    return _fits(SERVER_ENTRIES, data, authority, now, trusted) and (
         names is None or is_for_names(data[TLS_CERT], names.dns, names.ips)
     )
 
@@ -178,11 +248,17 @@ def _dialler(entries: tuple[str, str, str], authority: Authority, name: str, now
     return dict(zip(entries, (authority.cert_pem, leaf.cert_pem, leaf.key_pem or b""), strict=True))
 
 
-def _fits(entries: tuple[str, str, str], data: Mapping[str, bytes], authority: Authority, now: datetime) -> bool:
+def _fits(
+    entries: tuple[str, str, str],
+    data: Mapping[str, bytes],
+    authority: Authority,
+    now: datetime,
+    trusted: bytes | None = None,
+) -> bool:
     try:
         ca, cert, key = (data[name] for name in entries)
         return (
-            ca == authority.cert_pem
+            ca == (trusted or authority.cert_pem)
             and authority.issued(cert)
             and key_belongs_to(cert, key)
             and now < _renew_at(cert, ca)

@@ -26,8 +26,18 @@ from bkpool.home.files import (
     write_private,
 )
 from bkpool.pki.authority import SERVER_LIFE, Authority, key_belongs_to, renew_at, renewal_due
-from bkpool.pki.bundle import CA_CERT, CA_KEY, TOKEN_KEY
+from bkpool.pki.bundle import (
+    CA_CERT,
+    CA_KEY,
+    FORMER_CA_CERT,
+    FORMER_CA_KEY,
+    ROTATED_AT,
+    TOKEN_KEY,
+    former_data,
+    read_former,
+)
 from bkpool.pki.names import CertificateNames
+from bkpool.pki.rotation import Former
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +50,8 @@ class LocalSecrets:
 
     authority: Authority
     token_key: bytes = field(repr=False)
+    former: Former | None = None
+    """What there was before the last rotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,10 @@ def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
             `DiskFull`.
     """
     if not os.path.lexists(directory):
-        _create(directory, now)
+        if os.path.lexists(_rotating(directory)):  # a rotation was killed between its last two steps
+            _rename(_rotating(directory), directory)
+        else:
+            _create(directory, now)
     private_directory(directory)
     hint = (
         f"Restore it from a backup. Only if there is none: bkpool down, move {directory} away and start again; "
@@ -68,10 +83,58 @@ def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
     cert, key, token_key = (read_private(directory / name, hint=hint) for name in (CA_CERT, CA_KEY, TOKEN_KEY))
     if len(token_key) != TOKEN_KEY_BYTES:
         raise unreadable(directory / TOKEN_KEY, f"has {len(token_key)} bytes instead of {TOKEN_KEY_BYTES}", hint=hint)
+    stored = [name for name in (FORMER_CA_CERT, FORMER_CA_KEY, ROTATED_AT) if os.path.lexists(directory / name)]
+    former = read_former({name: read_private(directory / name, hint=hint) for name in stored}, str(directory))
     try:
-        return LocalSecrets(Authority(cert, key), token_key)
+        return LocalSecrets(Authority(cert, key), token_key, former)
     except ValueError as error:
         raise unreadable(directory, f"{CA_CERT} and {CA_KEY} cannot be used: {error}", hint=hint) from None
+
+
+def rotate(directory: Path, now: datetime) -> LocalSecrets:
+    """Makes a new CA, and keeps the one of before as the former one. The caller holds the lock of the home.
+
+    After a crash the directory is the old one or the new one.
+
+    Raises:
+        HostFault: As for `load_or_create`.
+    """
+    stored = load_or_create(directory, now)
+    _remove_leftovers(directory)
+    making, before = (directory.with_name(directory.name + end) for end in _LEFTOVERS)
+    authority = Authority.create(now)
+    files = former_data(Former(stored.authority, now))
+    files |= {CA_CERT: authority.cert_pem, CA_KEY: authority.key_pem, TOKEN_KEY: stored.token_key}
+    private_directory(making)
+    for name, content in files.items():
+        write_private(making / name, content)
+    _rename(making, _rotating(directory))  # from now on it is complete
+    _rename(directory, before)
+    _rename(_rotating(directory), directory)
+    _remove_leftovers(directory)
+    return load_or_create(directory, now)
+
+
+_LEFTOVERS = ".draft", ".before"
+"""What a rotation names its unfinished directory, and that of before until the new one is in place."""
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes the directories of rotations that were completed, or killed before they replaced anything."""
+    for leftover in (*(directory.with_name(directory.name + end) for end in _LEFTOVERS), _rotating(directory)):
+        if os.path.lexists(leftover):
+            with as_host_fault(leftover):
+                shutil.rmtree(leftover)
+
+
+def _rotating(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".rotating")
+
+
+def _rename(source: Path, target: Path) -> None:
+    with as_host_fault(source):
+        source.rename(target)
+        sync_directory(target.parent)
 
 
 def server_certificate(

@@ -544,6 +544,37 @@ def test_no_build_is_lost_in_a_rolling_update_of_everything(installed):
     installed.all_free()
 
 
+def test_a_lease_of_before_goes_on_when_the_cas_are_replaced(installed, program, tmp_path):
+    kubectl = installed.world.kubectl
+    context = Context(tmp_path / "context", program).dockerfile("say rotated")
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    before = installed.allocate(port)
+    old = installed.certificates(before, "rotation-old")
+    where = ("--backend", "kubernetes", "--kubeconfig", installed.world.cluster.kubeconfig)
+    env = {**os.environ, "BKPOOL_HOME": str(tmp_path / "home")}
+    rotated = run(sys.executable, "-m", "bkpool", "pki", "rotate", *where, env=env, cwd=ROOT).ok()
+    assert json.loads(rotated.out)["restarted"] is True
+    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=180s")
+
+    def both_are_trusted() -> bool:
+        encoded = kubectl("get", "secret", f"{POOL}-gateway", "-o", "jsonpath={.data.ca\\.crt}")
+        return base64.b64decode(encoded).count(b"BEGIN CERTIFICATE") == 2
+
+    eventually(both_are_trusted, "the gateways trust both CAs", timeout=120)
+    gateway = installed.forward("default", installed.gateways()[0], 1235)
+    installed.build(old, gateway, context, "rotation-old").ok()
+    port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
+    after = installed.allocate(port, wait="60s")
+    assert base64.b64decode(after["caCert"]).count(b"BEGIN CERTIFICATE") == 2
+    installed.build(installed.certificates(after, "rotation-new"), gateway, context, "rotation-new").ok()
+    refused = run(sys.executable, "-m", "bkpool", "pki", "rotate", *where, env=env, cwd=ROOT)
+    assert refused.code != 0
+    assert "the last rotation is not over" in refused.err
+    for lease in (before, after):
+        installed.release(port, lease)
+    installed.all_free()
+
+
 def test_a_gateway_with_a_frozen_watch_does_not_connect_a_former_tenant(installed, program, tmp_path):
     """Rule 10 (docs/rules.md#r10). A third gateway runs on this machine, behind a proxy that stops its watches."""
     world = installed.world

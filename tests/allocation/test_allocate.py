@@ -11,6 +11,8 @@ from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, Unavailable, 
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Phase
 from bkpool.identity import Identity
+from bkpool.pki.authority import Authority
+from bkpool.pki.rotation import Former, Rotation
 from support.world import ANN, BOB, POOL
 
 CARL, ADMIN = Identity("carl"), Identity("admin", admin=True)
@@ -20,6 +22,18 @@ NO_LIMITS = {"limits": {"identity": {"leases": 1000, "waiters": 1000}}}
 
 def slot_name(grant):
     return grant.worker.key.name
+
+
+async def test_after_a_rotation_callers_trust_both_cas_and_the_new_one_signs_when_all_gateways_know_it(world):
+    await world.pool()
+    old, new = Authority.create(world.clock()), Authority.create(world.clock())
+    allocator = world.replicas[0].allocator
+    allocator._rotation = Rotation(new, Former(old, world.clock()), world.clock)
+    for signer in (old, new):
+        grant = await world.replicas[0].allocate()
+        assert signer.issued(grant.certificate_pem)
+        assert grant.ca_pem == new.cert_pem + old.cert_pem
+        world.clock.advance(minutes=61)
 
 
 async def test_an_empty_pool_creates_a_worker_for_the_lease(world):

@@ -5,14 +5,17 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority
+from bkpool.pki.rotation import Former
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
+from support.objects import lease, worker
 
 
 class Gateway:
@@ -84,6 +87,36 @@ async def test_the_certificate_is_renewed_for_a_new_pool_and_before_it_expires(s
     third = await gateway.next()
     assert third.not_valid_after_utc > second.not_valid_after_utc
     assert gateway.events == [("ci", "CertificateRotated")] * 2
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_after_a_rotation_the_former_ca_signs_until_the_last_lease_of_before_has_ended(store, tmp_path):
+    now = datetime.now(UTC)
+    old, new = Authority.create(now), Authority.create(now)
+    private_directory(tmp_path / "pki")
+    mirror, gateway = Mirror(store), Gateway()
+    held = await store.create(worker(0, lease(now=now)))
+    renewal = CertificateRenewal(
+        directory=tmp_path / "pki",
+        authority=new,
+        former=Former(old, now),
+        mirror=mirror,
+        hosts=(),
+        hosts_from="--gateway-host",
+        now=lambda: now,
+        recorder=gateway,
+    )
+    tasks = [asyncio.create_task(mirror.run())]
+    await mirror.ready.wait()
+    now += timedelta(hours=2)
+    renewal.install(gateway)
+    assert old.issued((await gateway.next()).public_bytes(Encoding.PEM))
+    tasks.append(asyncio.create_task(renewal.run(gateway)))
+    await asyncio.sleep(0)
+    await store.replace(held.with_lease(None))
+    assert new.issued((await gateway.next()).public_bytes(Encoding.PEM))
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

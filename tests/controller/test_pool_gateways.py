@@ -27,8 +27,10 @@ from bkpool.kube import KubeLimits
 from bkpool.pki.authority import Authority, expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
+from bkpool.pki.rotation import Former
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
+from support.objects import lease, worker
 
 Doc = dict[str, Any]
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -402,3 +404,21 @@ async def test_the_way_to_workers_of_a_former_ca_goes_with_the_last_of_them(clus
         workers.subscribers.notify()
         await cluster.until(lambda: "backend.crt" not in cluster.objects[SECRET]["data"])
         assert served(cluster) == server
+
+
+async def test_after_a_rotation_the_former_ca_signs_until_the_last_lease_of_before_has_ended(cluster, mirror):
+    old = Authority.create(NOW)
+    mirror.apply(a_pool())
+    holder = worker(0, lease(now=NOW))
+    mirror.apply(holder)
+    options = {"former": Former(old, NOW), "now": lambda: NOW + timedelta(hours=2)}
+    async with running(cluster, mirror, **options) as gateways:
+        await settled(cluster, gateways)
+        trusted = base64.b64decode(cluster.objects[SECRET]["data"]["ca.crt"])
+        assert trusted == old.cert_pem + SECRETS.authority.cert_pem
+        assert old.issued(served(cluster))
+        free = holder.with_lease(None)
+        mirror.apply(free.but(metadata=free.metadata.but(resource_version="2")))
+        await cluster.until(lambda: SECRETS.authority.issued(served(cluster)))
+        trusted = base64.b64decode(cluster.objects[SECRET]["data"]["ca.crt"])
+        assert trusted == SECRETS.authority.cert_pem

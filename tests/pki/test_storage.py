@@ -12,7 +12,7 @@ import pytest
 from bkpool.core.errors import EXIT, HostFault
 from bkpool.pki.authority import Authority, renew_at
 from bkpool.pki.names import gateway_names
-from bkpool.pki.storage import load_or_create, server_certificate
+from bkpool.pki.storage import load_or_create, rotate, server_certificate
 
 NOW = datetime.now(UTC)
 NAMES = gateway_names("h", [])
@@ -93,6 +93,53 @@ def test_a_crash_at_any_point_leaves_all_or_nothing_and_existing_files_stay(tmp_
             assert contents(directory) == before
         assert [p.name for p in directory.parent.iterdir()] == ["pki"]
     assert crashes >= 5
+
+
+def test_a_rotation_keeps_the_ca_of_before_and_the_key_of_tokens(pki):
+    before = load_or_create(pki, NOW)
+    made = rotate(pki, NOW)
+    assert made.authority.cert_pem != before.authority.cert_pem
+    assert made.token_key == before.token_key
+    assert made.former.authority.key_pem == before.authority.key_pem
+    assert made.former.rotated_at == NOW
+    assert repr(made.former.authority.key_pem) not in repr(made)
+    assert [p.name for p in pki.parent.iterdir()] == ["pki"]
+    assert {stat.S_IMODE(p.stat().st_mode) for p in pki.iterdir()} == {0o600}
+    again = rotate(pki, NOW + timedelta(days=1))
+    assert again.former.authority.cert_pem == made.authority.cert_pem
+
+
+@pytest.mark.parametrize("name", ["former-ca.crt", "former-ca.key", "rotated-at"])
+def test_a_damaged_or_missing_ca_of_before_is_an_error_and_is_not_replaced(pki, name):
+    rotate(pki, NOW)
+    for content in (b"nonsense", None):
+        (pki / name).write_bytes(content) if content else (pki / name).unlink()
+        for read in (load_or_create, rotate):
+            with pytest.raises(HostFault) as caught:
+                read(pki, NOW)
+            assert caught.value.exit_code == EXIT["Unreadable"]
+
+
+def test_a_kill_at_any_point_of_a_rotation_leaves_the_old_ca_or_the_new_one(tmp_path):
+    crashes = 0
+    outcomes = set()
+    for number in range(1, 200, 2):
+        directory = tmp_path / str(number) / "pki"
+        before = load_or_create(directory, NOW)
+        command = [sys.executable, "-c", CRASH.replace("load_or_create(P", "rotate(P"), str(directory), str(number)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        crashes += 1
+        found = load_or_create(directory, NOW)
+        rotated = found.former is not None
+        outcomes.add(rotated)
+        old = found.former.authority if rotated else found.authority
+        assert (old.cert_pem, old.key_pem) == (before.authority.cert_pem, before.authority.key_pem)
+        assert found.token_key == before.token_key
+    assert crashes >= 5
+    assert outcomes == {False, True}
 
 
 def another_authoritys(pki) -> None:
