@@ -16,6 +16,7 @@ from bkpool.core.errors import Conflict, HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import Cache, CacheGC
 from bkpool.home.runtime_directory import home_digest
+from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers import DaemonState
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.runtime import ProcessLimits, ProcessRuntime
@@ -220,6 +221,21 @@ async def test_the_daemon_of_an_older_version_is_taken_over_and_its_directory_is
     await after.purge()
     await after.close(stop_workers=True)
     assert not is_there(older)
+
+
+async def test_a_daemon_that_is_less_isolated_than_those_of_today_is_ended(tmp_path, binaries):
+    runtime = ProcessRuntime(tmp_path / "home", binaries)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    pid = record(tmp_path / "home")["pid"]
+    await runtime.close(stop_workers=False)
+    network = NetworkPrograms.find(os.environ["PATH"])
+    after = ProcessRuntime(tmp_path / "home", binaries, network=network)
+    await after.adopt()
+    assert after.daemons.observe() == {}
+    assert not runs(pid)
+    assert after.caches.owners() == {SLOT: "anna"}  # the cache is kept
+    await after.purge()
+    await after.close(stop_workers=True)
 
 
 async def test_a_daemon_that_does_not_answer_the_next_runtime_in_time_is_ended(runtime, tmp_path, binaries):

@@ -58,6 +58,11 @@ class InitProgram:
         self._environ = environ
         self._own_ports = own_ports
 
+    @property
+    def makes_network(self) -> bool:
+        """Whether each worker has a network of its own."""
+        return self._programs is not None
+
     def command(self, directory: Path, spec: PoolSpec) -> list[str]:
         """The command line of `worker_init`, which ends where that of the worker begins.
 

@@ -59,6 +59,11 @@ class Launcher:
         self._digest = runtime_directory.home_digest(home)
         self._cgroups = SlotCgroups(self._digest)
 
+    @property
+    def isolation(self) -> str:
+        """How the daemons that this launcher prepares are isolated. It changes with what isolates them."""
+        return f"{'own' if self._init.makes_network else 'host'} network, own cgroup, no raw sockets"
+
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
         """Makes the files and directories for a start, and returns the command.
 

@@ -143,9 +143,13 @@ class ProcessDaemons:
             self._table.changed()
 
     async def adopt(self, slot: ProcessSlot) -> None:
-        """Takes over the daemon that an earlier run has started, if it answers. Called before any start."""
+        """Takes over the daemon that an earlier run has started, if it answers. Called before any start.
+
+        A daemon that an older version has isolated less, or with another network, is ended by the caller instead.
+        """
         record = slot.files.read_daemon()
-        if record and slot.cache and slot.cache.state is not CacheState.WIPING:
+        usable = record and record.isolation == self._launcher.isolation
+        if record and usable and slot.cache and slot.cache.state is not CacheState.WIPING:
             daemon = await Daemon.adopt(record, slot.files.log, self._limits.adopt_timeout)
             if daemon:
                 self._register(slot, daemon, record.worker_uid)
@@ -160,7 +164,7 @@ class ProcessDaemons:
     async def _launch(self, slot: ProcessSlot, worker_uid: str, pool: Pool) -> str:
         files = slot.files
         launch = await run_in_thread(self._launcher.prepare, files, pool.spec)
-        intent = DaemonRecord(worker_uid, process_table.boot_id())
+        intent = DaemonRecord(worker_uid, process_table.boot_id(), isolation=self._launcher.isolation)
         await run_in_thread(files.write_daemon, intent)
         try:
             daemon = await Daemon.start(launch, self._limits.start_timeout)

@@ -61,6 +61,8 @@ class DaemonRecord:
     start_time: int | None = None
     """In clock ticks since boot. Together with pid and boot id it identifies one process for ever."""
     socket: str | None = None
+    isolation: str = ""
+    """What was done to isolate it. One that was isolated in another way is not taken over."""
 
 
 @dataclass(frozen=True, slots=True)
