@@ -36,6 +36,7 @@ OPERATIONS = [
     "GET /api/v1/pools",
     "GET /api/v1/pools/{name}",
     "GET /api/v1/issuers",
+    "GET /api/v1/audience",
     *(f"GET {at}/{name}" for at in ("", "/api/v1") for name in ("health", "ready")),
 ]
 REQUIRE_BEARER = {
