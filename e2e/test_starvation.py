@@ -17,6 +17,8 @@ pytestmark = only_on("process", "the limit of open files is that of a process on
 HALF_REQUESTS, BARE_CONNECTIONS = 1100, 1010
 LIMIT = 1024
 """Open files of the appliance: what most systems give a program, and fewer than the attackers have connections."""
+AT_START = 512
+"""The soft limit with which the appliance is started. It raises its own, and not that of its workers."""
 HALF = b"POST /api/v1/workers/allocate HTTP/1.1\r\nHost: x\r\n"
 
 
@@ -42,13 +44,16 @@ def flood(port: int, count: int, sent: bytes) -> Iterator[None]:
 
 def test_users_and_the_admin_are_served_beside_two_floods(make_appliance):
     appliance = make_appliance()
-    appliance.program = ["prlimit", f"--nofile={LIMIT}:{LIMIT}", *appliance.program]
+    appliance.program = ["prlimit", f"--nofile={AT_START}:{LIMIT}", *appliance.program]
     appliance.up_with({"scaling": {"min": 1, "max": 2}})
     appliance.all_idle()
     events = [json.loads(line) for line in appliance.log.splitlines() if line.startswith("{")]
     (shared,) = [event for event in events if event["event"] == "appliance.descriptors"]
     assert shared["limit"] == LIMIT
     assert shared["api"] + shared["gateway_pending"] + 2 * shared["gateway"] < LIMIT
+
+    limits = [resource.prlimit(daemon, resource.RLIMIT_NOFILE) for daemon in appliance.daemons()]
+    assert (AT_START, LIMIT) in limits, "what buildkitd is started with, and gives its steps"
 
     with flood(appliance.ports["api"], HALF_REQUESTS, HALF):
         with flood(appliance.ports["gateway"], BARE_CONNECTIONS, b""):
