@@ -364,8 +364,8 @@ def _has_their_share(order: _Order, most: int) -> NoCapacity:
     """The error for a request that waited while its caller had all leases that one caller may have."""
     field, request = "spec.auth.limits.identity.leases", order.request
     return NoCapacity(
-        f"{field}: {order.caller.name} has {most} leases of pool {request.pool.name!r}, all but one for others, "
-        f"and none of them ended within {render(request.wait)}",
+        f"{field}: {order.caller.name} has {most} of the {most + 1} workers of pool {request.pool.name!r}, one "
+        f"caller gets no more, and none of these leases ended within {render(request.wait)}",
         hint="Release a lease, or ask the operator of the appliance to set this limit of the pool.",
         code="LimitReached",
         field=field,
