@@ -3,6 +3,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -54,6 +55,31 @@ func connect(network, address, through string) {
 		return
 	}
 	fmt.Println("reached", address, strings.TrimSpace(line))
+}
+
+// sniff reads all that crosses the interfaces of its network, and tells the beginnings of the bearer tokens in it.
+func sniff(d time.Duration) {
+	const everyProtocol = 0x0300 // ETH_P_ALL of packet(7), in the order of bytes of the network
+	fd, err := syscall.Socket(syscall.AF_PACKET, syscall.SOCK_RAW, everyProtocol)
+	if err != nil {
+		fmt.Println("deaf:", err)
+		return
+	}
+	syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &syscall.Timeval{Usec: 100000})
+	if own, err := net.Dial("udp", "127.0.0.1:9"); err == nil {
+		fmt.Fprint(own, "Authorization: Bearer of-this-program")
+	}
+	fmt.Println("sniffing")
+	mark, packet := []byte("Authorization: Bearer "), make([]byte, 1<<17)
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		n, _, err := syscall.Recvfrom(fd, packet, 0)
+		if err != nil {
+			continue
+		}
+		if _, token, found := bytes.Cut(packet[:n], mark); found {
+			fmt.Printf("sniffed %s\n", token[:min(len(token), 7)])
+		}
+	}
 }
 
 func main() {
@@ -117,6 +143,12 @@ func main() {
 			panic(err)
 		}
 		time.Sleep(d)
+	case "sniff": // <duration>
+		d, err := time.ParseDuration(os.Args[2])
+		if err != nil {
+			panic(err)
+		}
+		sniff(d)
 	case "resolve":
 		addresses, err := net.LookupHost(os.Args[2])
 		fmt.Println("resolved", os.Args[2], addresses, err)
