@@ -6,7 +6,7 @@ import asyncio
 import fnmatch
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +16,13 @@ from bkpool.home.runtime_directory import home_digest
 from bkpool.workers.processes.runtime import Binaries, ProcessLimits, ProcessRuntime
 from bkpool.workers.processes.slot_files import SlotFiles
 from support.objects import pool as a_pool
+from support.processes import LONG_STEPS, steps_that_sleep, until_step_sleeps
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no cgroup here")
 SLOT = Slot("default", "default", 0)
 TOP = Path("/sys/fs/cgroup")
-ATTACK, SECONDS = f"attack-{os.getpid()}", str(100_000 + os.getpid())
-"""A cgroup and a step that no other run of these tests has at the same time."""
+ATTACK = f"attack-{os.getpid()}"
+"""A cgroup that no other run of these tests makes at the same time."""
 
 
 async def no_report(message: str) -> None:
@@ -31,15 +32,6 @@ async def no_report(message: str) -> None:
 def cgroups(pid: int | str) -> set[str]:
     """The paths of a process in all hierarchies."""
     return {line.split(":", 2)[2] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()}
-
-
-def processes_of(command: str) -> Iterator[str]:
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip() == command:
-                yield entry.name
-        except OSError:
-            continue
 
 
 def found(pattern: str) -> list[Path]:
@@ -95,13 +87,10 @@ async def output(build) -> str:
 )
 async def test_a_build_cannot_name_a_cgroup_outside_of_its_slot(hasty, build, tmp_path, named):
     endpoint = await hasty.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
-    building = await build(endpoint, SECONDS, options=[f"--opt=cgroup-parent={named}"])
-    await building.stdout.readuntil(f'RUN ["/step", "{SECONDS}"]'.encode())
-    await building.stdout.readuntil(b"the step runs\n")
+    building = await build(endpoint, LONG_STEPS[0], options=[f"--opt=cgroup-parent={named}"])
+    await until_step_sleeps(LONG_STEPS[0])
     ours = f"/bkpool-{home_digest(tmp_path / 'home')}/default.default.0/"
-    steps = list(processes_of(f"/step {SECONDS}"))
-    assert steps
-    assert all(ours in path for step in steps for path in cgroups(step))
+    assert all(ours in path for step in steps_that_sleep(LONG_STEPS[0]) for path in cgroups(step))
     assert all(ours in str(made) for made in found(f"{ATTACK}*"))
     await hasty.daemons.stop(SLOT)
     await building.communicate()

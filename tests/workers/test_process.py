@@ -23,7 +23,7 @@ from bkpool.workers.processes.runtime import ProcessLimits, ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
 from support.objects import pool as a_pool
-from support.processes import freeze
+from support.processes import LONG_STEPS, freeze, steps_that_sleep, until_step_sleeps
 
 SLOT = Slot("default", "default", 0)
 POOL = a_pool()
@@ -83,8 +83,7 @@ async def output(build) -> str:
 async def in_mid_step(build, seconds: str) -> asyncio.subprocess.Process:
     """A build whose last step sleeps by now."""
     process = await build
-    await process.stdout.readuntil(f'RUN ["/step", "{seconds}"]'.encode())
-    await process.stdout.readuntil(b"the step runs\n")
+    await until_step_sleeps(seconds)
     return process
 
 
@@ -128,7 +127,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     changed = asyncio.Event()
     runtime.daemons.on_change(changed.set)
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
-    building = await in_mid_step(build(endpoint, "4711"), "4711")
+    building = await in_mid_step(build(endpoint, LONG_STEPS[0]), LONG_STEPS[0])
 
     changed.clear()
     assert container_cgroups(tmp_path / "home")
@@ -140,7 +139,7 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
     assert seen.worker_uid == "uid-1"
     assert "was killed by SIGKILL" in seen.message
     assert "default worker" in seen.log_tail
-    assert processes_saying("/step 4711") == []
+    assert steps_that_sleep(LONG_STEPS[0]) == []
     assert str(tmp_path) not in mounts()
     await building.communicate()
 
@@ -153,11 +152,11 @@ async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(
 async def test_a_stop_in_mid_build_ends_everything_that_it_started(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries, limits=ProcessLimits(stop_timeout=0.1))
     building = await in_mid_step(
-        build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report), "4712"), "4712"
+        build(await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report), LONG_STEPS[1]), LONG_STEPS[1]
     )
-    assert processes_saying("/step 4712")
+    assert steps_that_sleep(LONG_STEPS[1])
     await runtime.daemons.stop(SLOT)
-    assert processes_saying("/step 4712") == []
+    assert steps_that_sleep(LONG_STEPS[1]) == []
     assert processes_saying(str(tmp_path / "home/slots")) == []
     assert container_cgroups(tmp_path / "home") == []
     await building.communicate()
@@ -430,7 +429,7 @@ async def test_a_missing_buildkitd_is_named(tmp_path, runc):
 async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binaries, build):
     runtime = ProcessRuntime(tmp_path / "home", binaries)
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
-    building = await in_mid_step(build(endpoint, "4713"), "4713")
+    building = await in_mid_step(build(endpoint, LONG_STEPS[2]), LONG_STEPS[2])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await runtime.daemons.stop(SLOT)  # buildkitd waits for the build
