@@ -83,14 +83,14 @@ def _delete_kind_cluster(home: Path, tools: Toolchain) -> str:
 
 async def _purge_workers(home: Path, tools: Toolchain) -> None:
     runtime = ProcessRuntime(home, Binaries.found(tools.find))
-    await runtime.adopt()
+    await runtime.adopt(to_stop=True)
     await runtime.purge()
     local_socket.remove(home, os.environ)
 
 
 async def _stop_workers(home: Path, tools: Toolchain) -> int:
     runtime = ProcessRuntime(home, Binaries.found(tools.find))
-    await runtime.adopt()
+    await runtime.adopt(to_stop=True)
     count = len(runtime.daemons.observe())
     await runtime.close(stop_workers=True)
     local_socket.remove(home, os.environ)

@@ -203,7 +203,7 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
     await after.close(stop_workers=True)
 
 
-async def test_the_daemon_of_an_older_version_is_taken_over_and_its_directory_is_removed(tmp_path, binaries):
+async def test_a_daemon_with_its_sockets_elsewhere_is_taken_over_and_their_directory_is_removed(tmp_path, binaries):
     home = tmp_path / "home"
     older = Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")
     before = ProcessRuntime(home, binaries, runtime_dir=older)

@@ -142,13 +142,14 @@ class ProcessDaemons:
             slot.observation = None
             self._table.changed()
 
-    async def adopt(self, slot: ProcessSlot) -> None:
+    async def adopt(self, slot: ProcessSlot, *, to_stop: bool) -> None:
         """Takes over the daemon that an earlier run has started, if it answers. Called before any start.
 
-        A daemon that an older version has isolated less, or with another network, is ended by the caller instead.
+        A daemon that an older version has isolated less, or with another network, is ended by the caller instead,
+        unless all are stopped anyway.
         """
         record = slot.files.read_daemon()
-        usable = record and record.isolation == self._launcher.isolation
+        usable = record and (to_stop or record.isolation == self._launcher.isolation)
         if record and usable and slot.cache and slot.cache.state is not CacheState.WIPING:
             daemon = await Daemon.adopt(record, slot.files.log, self._limits.adopt_timeout)
             if daemon:

@@ -87,10 +87,14 @@ class ProcessRuntime:
         """
         await asyncio.to_thread(self._launcher.try_network)
 
-    async def adopt(self) -> None:
-        """Takes over daemons that answer, ends all others of this home, and completes interrupted wipes."""
+    async def adopt(self, *, to_stop: bool = False) -> None:
+        """Takes over daemons that answer, ends all others of this home, and completes interrupted wipes.
+
+        Args:
+            to_stop: The caller stops the daemons next, so it does not matter how they are isolated.
+        """
         slots = [self._table.get(slot) for slot in slots_on_disk(self._table.home)]
-        await asyncio.gather(*(self.daemons.adopt(slot) for slot in slots))
+        await asyncio.gather(*(self.daemons.adopt(slot, to_stop=to_stop) for slot in slots))
         adopted = {slot.files.slot for slot in slots if slot.daemon}
         if ended := await self._launcher.end_all_but(adopted):
             log.warning("workers.leftovers_ended", processes=ended)
