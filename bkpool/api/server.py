@@ -12,7 +12,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from aiohttp import web
@@ -62,6 +62,8 @@ class _Protocol(web.RequestHandler):
                 self.force_close()
                 return
         loop = asyncio.get_running_loop()
+        if self._connection is not None:
+            self._connection.transport = cast("asyncio.Transport", transport)
         deadline = self._connection.deadline if self._connection else loop.time() + self._limits.header_timeout
         self._header_timer = loop.call_at(deadline, self._cut)
 

@@ -43,8 +43,12 @@ class AcceptedConnection:
         self._sock = sock
         self._site = site
         self.deadline = deadline
-        self.opening: asyncio.Task[object] | None = None
+        self.opening: asyncio.Task[None] | None = None
         """Makes its transport, with the TLS handshake."""
+        self.has_transport = False
+        """Whether a transport has the socket, and closes it."""
+        self.transport: asyncio.Transport | None = None
+        """Its transport, once its protocol has it."""
 
     def asks(self) -> None:
         """A whole request has come."""
@@ -59,11 +63,14 @@ class AcceptedConnection:
         self._site.places.leave(self)
 
     def cut(self) -> None:
-        """Closes it now, in whatever state it is. Its transport sees the end and closes the socket."""
+        """Closes it now, in whatever state it is, also while nothing is read from it."""
+        if self.transport is not None:
+            self.transport.abort()
+            return
         if self.opening is not None:
             self.opening.cancel()
         with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RDWR)  # a transport that is being made sees the end
 
 
 class ServesConnections(Protocol):
@@ -172,26 +179,33 @@ class BoundedTcpSite(web.BaseSite):
         if surplus is not None:
             surplus.cut()
         self._connections.add(connection)
-        connection.opening = self._loop.create_task(self._open(connection, sock))
+        connection.opening = opening = self._loop.create_task(self._open(connection, sock))
+        opening.add_done_callback(lambda done: self._opened(connection, sock, done))
 
     async def _open(self, connection: AcceptedConnection, sock: socket.socket) -> None:
-        opened = False
-        try:
-            await self._loop.connect_accepted_socket(
-                lambda: self._protocols.protocol(connection),
-                sock,
-                ssl=self._ssl_context,
-                ssl_handshake_timeout=self._limits.header_timeout if self._ssl_context else None,
-            )
-            opened = True
-        except (OSError, ssl.SSLError):
-            pass  # the client has gone, or its handshake failed: there is nobody to tell
-        finally:
-            self._connections.discard(connection)
-            connection.opening = None
-            if not opened:
-                connection.closed()
-                sock.close()
+        def protocol() -> asyncio.Protocol:
+            connection.has_transport = True
+            return self._protocols.protocol(connection)
+
+        await self._loop.connect_accepted_socket(
+            protocol,
+            sock,
+            ssl=self._ssl_context,
+            ssl_handshake_timeout=self._limits.header_timeout if self._ssl_context else None,
+        )
+
+    def _opened(self, connection: AcceptedConnection, sock: socket.socket, done: asyncio.Task[None]) -> None:
+        """Gives the place back if there is no protocol that does. A task that was cut early has run nothing."""
+        self._connections.discard(connection)
+        connection.opening = None
+        error = None if done.cancelled() else done.exception()
+        if error is None and not done.cancelled():
+            return
+        connection.closed()
+        if not connection.has_transport:
+            sock.close()
+        if error is not None and not isinstance(error, OSError):  # an OSError: the client has gone, or broke TLS
+            raise error
 
 
 async def _listen(host: str, port: int) -> list[socket.socket]:

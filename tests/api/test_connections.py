@@ -21,6 +21,7 @@ from bkpool.gateway.control.server import new_loop
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 from support.api import ALLOCATE, running_api
+from support.gateway_world import open_descriptors
 
 HALF = b"POST /api/v1/workers/allocate HTTP/1.1\r\nHost: x\r\n"
 BODYLESS = HALF + b"Content-Length: 1000\r\nAuthorization: Bearer x\r\n\r\n"
@@ -84,6 +85,24 @@ async def test_one_address_cannot_close_the_connections_of_another(tmp_path):
             async with asyncio.timeout(20):
                 answer = await asyncio.get_running_loop().sock_recv(sock, 100)
             assert answer.startswith(b"HTTP/1.1 4")
+
+
+async def test_nothing_is_left_of_connections_that_were_closed_to_make_room(tmp_path):
+    """Also of those that send more than is read, and of those that are closed before their transport is made."""
+    http = HttpLimits(connections=20, connections_per_address=8, header_timeout=LONG)
+    async with running_api(tmp_path, http=http) as api:
+        assert (await api("GET", "/health"))[0] == 200
+        descriptors = open_descriptors()
+        unread = b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n" + b"x" * 100_000
+        async with clients(api.port, 40, unread):
+            await api.world.until(lambda: open_descriptors() <= descriptors + 40 + 8)
+        with contextlib.ExitStack() as stack:
+            for number in range(200):
+                one = stack.enter_context(socket.socket())
+                one.bind((f"127.0.0.{number % 4 + 1}", 0))
+                one.connect(("127.0.0.1", api.port))
+            assert (await api("GET", "/health"))[0] == 200
+        await api.world.until(lambda: open_descriptors() <= descriptors)
 
 
 async def test_a_caller_who_waits_for_a_worker_is_not_closed_to_make_room(tmp_path):
