@@ -11,10 +11,10 @@ from bkpool.core.pool import PoolSpec
 from bkpool.workers.processes import network
 from bkpool.workers.processes.worker_init import NAMESERVER
 from bkpool.workers.processes.worker_init.host_facts import (
-    default_interface,
     host_rules,
     local_addresses,
     nameservers,
+    outer_interface,
     worker_resolv_conf,
 )
 
@@ -150,10 +150,10 @@ IPV6_NONE = " ".join(["0" * 32, "00", "0" * 32, "00", "0" * 32, "ffffffff", "000
 
 
 def test_the_interface_of_the_default_route_connects_the_worker():
-    assert default_interface(ROUTE, "") == "wlan0"
-    assert default_interface("header", IPV6_DEFAULT) == "eth6"
-    assert default_interface("".join(ROUTE.splitlines(keepends=True)[:2]), IPV6_NONE) == "docker0"  # no default route
-    assert default_interface("", IPV6_NONE) is None
+    assert outer_interface(ROUTE, "") == ("wlan0", True)
+    assert outer_interface("header", IPV6_DEFAULT) == ("eth6", True)
+    assert outer_interface("".join(ROUTE.splitlines(keepends=True)[:2]), IPV6_NONE) == ("docker0", False)
+    assert outer_interface("", IPV6_NONE) is None
 
 
 def test_the_worker_asks_the_relay_and_searches_where_the_host_searches():

@@ -37,9 +37,16 @@ class InNetwork:
         self.resolv_conf.write_text(f"nameserver {RESOLVER}\nsearch corp\n")
 
     def __call__(
-        self, program: str, *arguments: str, spec: PoolSpec | None = None
+        self,
+        program: str,
+        *arguments: str,
+        spec: PoolSpec = PoolSpec(),  # noqa: B008 - immutable
+        host: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        command = self.command(program, *arguments, spec=spec or PoolSpec())
+        command = self.command(program, *arguments, spec=spec)
+        if host:  # another host, made by these lines of shell
+            alone = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            command = [*alone, "sh", "-e", "-c", f'{host}\n"$0" "$@"; exit $?', *command]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def command(self, program: str, *arguments: str, spec: PoolSpec = PoolSpec()) -> list[str]:  # noqa: B008
@@ -188,6 +195,55 @@ def test_names_are_asked_of_the_hosts_own_resolver_on_loopback(in_network):
         "SOCK_DGRAM": QUERY.hex(),
         "SOCK_STREAM": QUERY.hex(),
     }
+
+
+PEER = """
+ip link set lo up
+touch {0}/peer && unshare --net={0}/peer true
+ip link add here type veth peer name there && ip link set there netns {0}/peer
+ip link set here up
+peer="nsenter --net={0}/peer"
+$peer ip link set lo up && $peer ip link set there up
+{1}
+$peer {2} -c '
+import socketserver
+class Peer(socketserver.BaseRequestHandler):
+    def handle(self): self.request.recv(100) and self.request.sendall(b"peer")
+class Server(socketserver.ThreadingTCPServer):
+    address_family = socketserver.socket.AF_INET6
+    daemon_threads = True
+server = Server(("::", 8000), Peer)
+print("listening", flush=True)
+server.serve_forever()' > {0}/peer.log 2>/dev/null &
+until grep -q listening {0}/peer.log; do :; done
+"""
+IPV4 = "ip address add 10.9.9.1/24 dev here; $peer ip address add 10.9.9.2/24 dev there"
+IPV6 = "ip address add fd09::1/64 dev here nodad; $peer ip address add fd09::2/64 dev there nodad"
+
+
+@pytest.mark.parametrize(
+    ("setup", "expected"),
+    [
+        (IPV4, {"10.9.9.2,8000": "peer"}),  # no default route: an isolated network
+        (f"{IPV4}; ip route add default via 10.9.9.2", {"10.9.9.2,8000": "peer"}),
+        (f"{IPV6}; ip -6 route add default via fd09::2", {"fd09::2,8000": "peer"}),
+        (
+            f"{IPV4}; {IPV6}; ip route add default via 10.9.9.2; ip -6 route add default via fd09::2",
+            {"10.9.9.2,8000": "peer", "fd09::2,8000": "peer"},
+        ),
+    ],
+)
+def test_what_the_host_reaches_the_worker_reaches(in_network, tmp_path, setup, expected):
+    host = PEER.format(tmp_path, setup, sys.executable)
+    found = reached(in_network(REACH, *expected, "10.9.9.1,8000", host=host))
+    assert {target: what for target, what in found.items() if target in expected} == expected
+    assert found["10.9.9.1,8000"].startswith("blocked")
+
+
+def test_a_host_without_a_network_has_workers_too(in_network):
+    assert reached(in_network(REACH, "10.9.9.2,8000", host="ip link set lo up"))["10.9.9.2,8000"].startswith(
+        "blocked"
+    )
 
 
 def test_the_exit_code_and_the_output_are_those_of_the_program(in_network):

@@ -21,14 +21,21 @@ def local_addresses(fib_trie: str, if_inet6: str) -> tuple[list[str], list[str]]
     return sorted(address for address in found4 if not address.startswith("127.")), sorted(found6 - {"::1"})
 
 
-def default_interface(route: str, ipv6_route: str) -> str | None:
-    """The interface of the default route, else of any route, from /proc/net/route and /proc/net/ipv6_route."""
+def outer_interface(route: str, ipv6_route: str) -> tuple[str, bool] | None:
+    """The interface that leads to other machines, and whether it has a default route. None: there is none.
+
+    Args:
+        route: The text of /proc/net/route.
+        ipv6_route: The text of /proc/net/ipv6_route.
+    """
     ipv4 = [line.split() for line in route.splitlines()[1:]]
     ipv6 = [line.split() for line in ipv6_route.splitlines()]
-    by_default = [row[0] for row in ipv4 if row[1] == row[7] == "00000000"]
-    by_default += [row[9] for row in ipv6 if row[1] == "00" and row[9] != "lo"]
+    with_default = [row[0] for row in ipv4 if row[1] == row[7] == "00000000"]
+    with_default += [row[9] for row in ipv6 if row[1] == "00" and row[9] != "lo"]
     others = [row[0] for row in ipv4 if row[0] != "lo"]
-    return next(iter(by_default + others), None)
+    if with_default:
+        return with_default[0], True
+    return (others[0], False) if others else None
 
 
 def nameservers(resolv_conf: str) -> list[str]:

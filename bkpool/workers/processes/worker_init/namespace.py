@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import NAMESERVER, NetworkSettings
-from .host_facts import default_interface, host_rules, local_addresses
+from .host_facts import host_rules, local_addresses, outer_interface
 from .kernel import CLONE_NEWNET, MS_BIND, T, checked, expect_success, in_thread, libc, read, spawn
 
 _MTU = 65520  # bytes, the most that pasta can. The host's own sockets cut for the real route; 1500 is 8 times slower
+_SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B  # netdevice(7)
 _SIOCSIFADDR, _SIOCSIFFLAGS, _SIOCSIFNETMASK, _IFF_UP = 0x8916, 0x8914, 0x891C, 1  # netdevice(7)
 
 
@@ -58,13 +59,15 @@ class WorkerNetwork:
 
     def connect_to_host(self) -> None:
         """Starts pasta, unless it runs or the host has no network. It returns when the connection works."""
-        interface = default_interface(read("/proc/net/route"), read("/proc/net/ipv6_route"))
-        if self.pasta is not None or interface is None:
+        found = outer_interface(read("/proc/net/route"), read("/proc/net/ipv6_route"))
+        if self.pasta is not None or found is None:
             return
+        interface, has_default_route = found
         # Nothing but connections from the namespace to elsewhere: no ports, and no address that means the host.
         command = [self._settings["pasta"], "--quiet", "--runas=0", "--config-net", "--no-map-gw", "--no-dhcp"]
         command += ["--no-dhcpv6", "--no-ra", "--dns=none", "--tcp-ports=none", "--udp-ports=none", "--tcp-ns=none"]
         command += ["--udp-ns=none", "--ns-ifname=eth0", f"--interface={interface}"]
+        command += [] if has_default_route else _addresses_of(interface)
         command += [f"--mtu={_MTU}", "--netns-only", f"--netns={self._path}"]
         before = _pastas()
         expect_success(spawn(command), "pasta")  # it goes on in the background, as a child of ours
@@ -97,6 +100,24 @@ def _set_up_loopback() -> None:
         for request, address in ((_SIOCSIFADDR, NAMESERVER), (_SIOCSIFNETMASK, "255.255.255.255")):
             packed = struct.pack("16sHH4s8x", b"lo:dns", socket.AF_INET, 0, socket.inet_aton(address))
             fcntl.ioctl(control, request, packed)
+
+
+def _addresses_of(interface: str) -> list[str]:
+    """What pasta must be told where there is no default route: it finds no address without one.
+
+    The gateway in the worker only has to be another address of the same network. Nothing is sent to it.
+    """
+    name = struct.pack("256s", interface.encode())
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+            address, mask = (
+                fcntl.ioctl(control, request, name)[20:24] for request in (_SIOCGIFADDR, _SIOCGIFNETMASK)
+            )
+    except OSError:  # it has no address of its own; pasta says what it misses
+        return []
+    gateway = socket.inet_ntoa(address[:3] + bytes([address[3] ^ 1]))
+    own = [f"--address={socket.inet_ntoa(address)}", f"--netmask={socket.inet_ntoa(mask)}"]
+    return ["--ipv4-only", *own, f"--gateway={gateway}"]
 
 
 def _pastas() -> set[int]:
