@@ -183,6 +183,24 @@ def refusals(pool: Pool, allowed: Allowances) -> tuple[Disallowed, ...]:
     )
 
 
+def messages(pool: Pool, allowed: Allowances | None, *, own_gateway: bool) -> tuple[str | None, str | None]:
+    """What the conditions of a pool say: about its host, and about everything else.
+
+    Args:
+        pool: The pool.
+        allowed: What its operator allows; None: everything.
+        own_gateway: Whether the pool has gateways of its own. Another gateway reads no fields about gateways.
+
+    Returns:
+        For each condition a sentence, which is empty if all is allowed; None if there is nothing to check.
+    """
+    if allowed is None:
+        return None, None
+    if not own_gateway:
+        return None, sentence(worker_refusals(pool, allowed))
+    return sentence(host_refusals(pool, allowed)), sentence(refusals(pool, allowed))
+
+
 def permitted(pool: Pool, allowed: Allowances) -> Pool:
     """The pool without what is not allowed of its gateway and its Service."""
     spec = pool.spec

@@ -18,6 +18,7 @@ from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import (
+    allowances,
     api_limits,
     failure_limits,
     gateway_limits,
@@ -29,6 +30,7 @@ from bkpool.appliance.tuning import (
     pod_deadlines,
     process_limits,
 )
+from bkpool.core.allowances import Allowed
 from bkpool.core.names import Key
 from bkpool.core.pool import CacheGC
 from bkpool.core.reconcile.failures import FailureLimits
@@ -43,6 +45,7 @@ from bkpool.settings.catalogue import all_settings
 from bkpool.settings.kinds import COUNT, DURATION
 from bkpool.telemetry.loop_watchdog import HEARTBEAT_TIMEOUT
 from bkpool.workers.config import GC_DEFAULTS
+from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE
 from bkpool.workers.pods.runtime import Deadlines
 from bkpool.workers.processes.runtime import ProcessLimits
 from bkpool.workers.processes.sandbox import Binaries
@@ -210,3 +213,30 @@ def test_gateways_in_a_cluster_get_the_times_of_the_cluster_but_not_those_of_the
 def test_gateways_in_a_cluster_count_as_this_process_does():
     changed = Settings.model_validate({"metrics": {"worker_series": 7, "address": ("0.0.0.0", 1)}})
     assert gateway_variables(changed) == {"BKPOOL_METRICS_WORKER_SERIES": "7"}
+
+
+async def test_the_namespace_that_bkpool_makes_takes_no_pods_with_rights():
+    made = []
+
+    async def create(path: str, body: dict) -> None:
+        made.append((path, body))
+
+    await backend._ensure_namespace(SimpleNamespace(create=create), "buildkit-system")
+    ((path, body),) = made
+    assert path == "/api/v1/namespaces"
+    assert body["metadata"]["labels"] == {"pod-security.kubernetes.io/enforce": "restricted"}
+
+
+def test_what_the_operator_allows_reaches_the_policy():
+    given = {
+        "hosts": [Allowed("a", "b.example.com")],
+        "privileged": ["a"],
+        "images": [Allowed("a", "x/*")],
+        "load_balancers": ["b"],
+        "annotations": ["c"],
+    }
+    found = allowances(Settings.model_validate({"allow": given, "workers": {"buildkit_image": "mine:1"}}))
+    assert found.hosts == {("a", "b.example.com")}
+    assert found.images == (("a", "x/*"),)
+    assert (found.privileged, found.load_balancers, found.service_annotations) == ({"a"}, {"b"}, {"c"})
+    assert {"mine:1", ROOTLESS_IMAGE, PRIVILEGED_IMAGE} < found.own_images

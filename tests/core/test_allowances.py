@@ -7,6 +7,7 @@ from bkpool.core.allowances import (
     Allowed,
     host_refusals,
     may_name_a_service,
+    messages,
     parse_host,
     parse_image,
     permitted,
@@ -140,3 +141,13 @@ def test_entries_are_read_and_written_alike():
 
 def test_short_names_may_be_those_of_a_service():
     assert [may_name_a_service(host) for host in ("a", "a.b", "a.b.svc", "a.b.c")] == [True, True, True, False]
+
+
+def test_the_conditions_name_what_is_not_allowed_where_somebody_reads_it():
+    asked = pool({ANNOTATION_ISOLATION: "privileged"}, networking={"external": {"hostname": "build.example.com"}})
+    host, rest = messages(asked, NOTHING, own_gateway=True)
+    assert "--allow-host team=build.example.com" in host
+    assert "--allow-privileged team" in rest
+    assert messages(asked, NOTHING, own_gateway=False) == (None, rest), "the gateway on the host reads no hostname"
+    assert messages(asked, None, own_gateway=False) == (None, None), "on kind everything is allowed"
+    assert messages(pool(), NOTHING, own_gateway=True) == ("", "")

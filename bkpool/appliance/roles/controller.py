@@ -13,7 +13,7 @@ from bkpool.appliance.tuning import failure_limits
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.controller.pool_gateways import PoolGateways
-from bkpool.core.allowances import host_refusals, refusals, sentence, worker_refusals
+from bkpool.core.allowances import messages
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
@@ -60,17 +60,16 @@ async def _run(
     daemons = backend.runtime.daemons
     ignored = IgnoredFields(daemons.ignored_spec_fields, daemons.ignored_config)
     gateways = make_pool_gateways() if make_pool_gateways else None
-    found = refusals if gateways else worker_refusals  # a gateway on the host reads no other of these fields
 
     def status_inputs(pool: Pool) -> PoolStatusInputs:
-        allowed = backend.allowed
+        host_not_allowed, not_allowed = messages(pool, backend.allowed, own_gateway=gateways is not None)
         return PoolStatusInputs(
             endpoint=(gateways.endpoints.get(pool.key) if gateways else None) or endpoint(pool),
             ignored=ignored.of(pool),
             capacity=backend.runtime.daemons.capacity,
             gateway_problem=gateways.trouble.get(pool.key, "") if gateways else "",
-            host_not_allowed=sentence(host_refusals(pool, allowed)) if gateways and allowed else None,
-            not_allowed=None if allowed is None else sentence(found(pool, allowed)),
+            host_not_allowed=host_not_allowed,
+            not_allowed=not_allowed,
         )
 
     limits = failure_limits(context.options.settings)
