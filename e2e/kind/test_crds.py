@@ -119,7 +119,7 @@ REFUSED = [
     ("{auth: {methods: [{type: token, token: {}}]}}", "spec.auth.methods[0].token", True),
     ("{auth: {methods: [{type: token, token: {secretRef: s, file: /f}}]}}", "spec.auth.methods[0].token", True),
     ("{auth: {methods: [{type: token, token: {file: f}}]}}", "spec.auth.methods[0].token.file", True),
-    (f"{{auth: {{methods: [{{type: oidc, oidc: {{issuer: '{ISSUER}'}}}}]}}}}", "methods[0].oidc.audience", True),
+    ("{auth: {methods: [{type: oidc, oidc: {audience: a}}]}}", "methods[0].oidc.issuer", True),
     ("{auth: {methods: [{type: oidc, oidc: {conditions: [{claim: c}]}}]}}", "methods[0].oidc.conditions[0]", True),
     ("{auth: {rbac: {rules: [{users: ['']}]}}}", "spec.auth.rbac.rules[0].users[0]", True),
     ("{auth: {limits: {identity: {leases: 0}}}}", "spec.auth.limits.identity.leases", True),
