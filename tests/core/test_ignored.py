@@ -8,6 +8,7 @@ from bkpool.core.ignored import (
 )
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.workers.config import not_taken
 from bkpool.workers.ignored_fields import (
     IGNORED_BY_PROCESSES,
     IGNORED_IN_CLUSTER,
@@ -151,3 +152,10 @@ def test_the_result_is_remembered_until_the_spec_changes():
     assert remembered.of(before) == ["buildkitImage"]
     assert remembered.of(before.but(status=before.status.but(workers=1))) is remembered.of(before)
     assert remembered.of(before.but(spec=PoolSpec())) == []
+
+
+def test_parts_of_the_pools_own_configuration_that_are_not_taken_are_named_beside_the_fields():
+    remembered = IgnoredFields(IGNORED_BY_PROCESSES, not_taken)
+    spec = PoolSpec(buildkit_config='root = "/elsewhere"\n', buildkit_image="moby/buildkit")
+    pool = Pool(metadata=Metadata(name="p"), spec=spec)
+    assert remembered.of(pool) == ["buildkitConfig.root", "buildkitImage"]
