@@ -204,7 +204,7 @@ def test_a_port_of_bkpool_itself_is_never_opened(appliance, context):
     refused = bkpool_build(appliance, context, "greedy")
     assert refused.code != 0
     assert "spec.networking.hostPorts" in refused.err
-    assert "is a port of bkpool itself" in refused.err
+    assert "bkpool itself uses" in refused.err
 
 
 def test_the_egress_of_the_spec_holds(appliance, context):

@@ -62,10 +62,11 @@ def _runtime(options: RunOptions, binaries: Binaries, network: NetworkPrograms |
 
 def _configured_ports(options: RunOptions) -> Collection[int]:
     settings = options.settings
+    issuer = settings.dev_issuer
     addresses = (
         settings.api.address,
         settings.gateway.address,
         settings.metrics.address,
-        settings.dev_issuer.address,
+        issuer.address if issuer.enabled else None,
     )
     return {address.port for address in addresses if address and address.port}

@@ -178,6 +178,15 @@ async def test_processes_are_run_as_the_settings_say(tmp_path, made):
     assert made["network"] is not None
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+async def test_the_port_of_the_development_issuer_is_taken_only_while_it_runs(tmp_path, made, enabled):
+    given = Settings.model_validate({"dev_issuer": {"enabled": enabled, "address": ("127.0.0.1", 18888)}})
+    options = RunOptions(home=tmp_path, cache=tmp_path, settings=given)
+    with pytest.raises(InterruptedError):
+        await worker_network.open_process_workers(options, Binaries(Path("buildkitd"), Path("runc")), {})
+    assert (18888 in made["own_ports"]()) is enabled
+
+
 async def test_pods_are_run_as_the_settings_say(tmp_path, made, monkeypatch):
     async def connected(*_arguments: object) -> SimpleNamespace:
         return SimpleNamespace(close=closed)

@@ -94,7 +94,7 @@ def test_nft_understands_the_rules(given):
 
 def test_a_port_of_bkpool_itself_is_refused():
     assert network.host_ports(spec(hostPorts=[5000, 5000, 80]), {8082}) == [80, 5000]
-    with pytest.raises(WorkerFailed, match=r"spec.networking.hostPorts: 8082 is a port of bkpool itself") as refused:
+    with pytest.raises(WorkerFailed, match=r"spec.networking.hostPorts: bkpool itself uses 8082") as refused:
         network.host_ports(spec(hostPorts=[5000, 8082]), {8082, 1235})
     assert refused.value.field == "spec.networking.hostPorts"
 
@@ -106,6 +106,7 @@ def test_proxies_on_loopback_that_a_worker_cannot_reach_are_found():
         "http://proxy.example.com:80",
         "https://[::1]",
         "http://x:y",
+        "http://[::1",
     ]
     assert network.unreachable_proxies(spec(), proxies) == [443, 3128, 3129]
     assert network.unreachable_proxies(spec(hostPorts=[3128, 3129, 443]), proxies) == []

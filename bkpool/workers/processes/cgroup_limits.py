@@ -81,11 +81,8 @@ def files(limits: Limits, *, unified: bool) -> Iterator[tuple[str, str, str]]:
 def _version_1(limits: Limits) -> Iterator[tuple[str, str, str]]:
     if limits.memory is not None:
         yield "memory", "memory.limit_in_bytes", str(limits.memory)
-        yield (
-            "memory",
-            "memory.memsw.limit_in_bytes",
-            str(limits.memory),
-        )  # with swap; must not be less than the other
+        # With swap. It must not be less than the other.
+        yield "memory", "memory.memsw.limit_in_bytes", str(limits.memory)
     if limits.reserved_memory is not None:
         yield "memory", "memory.soft_limit_in_bytes", str(limits.reserved_memory)
     if limits.cpus is not None:

@@ -19,6 +19,7 @@ HOST_PORTS = "spec.networking.hostPorts"
 Networks = Sequence[IPv4Network | IPv6Network]
 
 _ALL = ("0.0.0.0/0", "::/0")
+_REJECT = "reject with icmpx admin-prohibited"
 
 # A socket that is bound to an interface is routed by that interface alone, so loopback addresses could leave by it.
 # Neighbour discovery (RFC 4861) is how the kernel finds the router; without raw sockets, no step can
@@ -72,7 +73,7 @@ def host_ports(spec: PoolSpec, own_ports: Collection[int]) -> list[int]:
     """
     if taken := sorted(set(spec.networking.host_ports) & set(own_ports)):
         raise WorkerFailed(
-            f"{HOST_PORTS}: {', '.join(map(str, taken))} is a port of bkpool itself, which no build may reach",
+            f"{HOST_PORTS}: bkpool itself uses {', '.join(map(str, taken))}, which no build may reach",
             hint=f"Remove it from {HOST_PORTS}.",
             field=HOST_PORTS,
         )
@@ -88,16 +89,13 @@ def unreachable_proxies(spec: PoolSpec, proxies: Iterable[str]) -> list[int]:
     """
     ports = set()
     for proxy in proxies:
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         try:
+            url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             if url.hostname in LOOPBACK:
                 ports.add(url.port or (443 if url.scheme == "https" else 80))
-        except ValueError:  # not a port; BuildKit explains that
+        except ValueError:  # not a URL, or not a port; BuildKit explains that
             continue
     return sorted(ports - set(spec.networking.host_ports))
-
-
-_REJECT = "reject with icmpx admin-prohibited"
 
 
 def _networks(texts: Iterable[str]) -> Networks:
