@@ -16,6 +16,7 @@ from bkpool.core.names import GATEWAY_PORT
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from bkpool.settings import Settings
     from bkpool.toolchain.doctor import Check
 
 _MARKS = {True: ("✓", "green"), None: ("!", "yellow"), False: ("✗", "red")}
@@ -32,34 +33,45 @@ def command(as_json: bool) -> int:
     from bkpool.toolchain import Toolchain, default_cache, doctor  # noqa: PLC0415
 
     tools.quiet_logging()
-    check, ports = _check_settings()
+    check, settings = _check_settings()
     with console.Progress("checking this machine"):
-        found = [check, *doctor.checks(home.home(), Toolchain(default_cache()), ports, own_ports=_own_ports())]
+        found = [
+            check,
+            *doctor.checks(
+                home.home(),
+                Toolchain(default_cache()),
+                _ports(settings),
+                own_ports=_own_ports(),
+                host_network=settings.workers.host_network,
+            ),
+        ]
     failed = any(check.ok is False for check in found)
     answer: dict[str, Any] = {"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}
     console.answer(answer, as_json=as_json, show=lambda: _table(found))
     return int(failed)
 
 
-def _check_settings() -> tuple[Check, dict[str, int]]:
-    """A finding about the settings, and the ports that the appliance needs with them."""
+def _check_settings() -> tuple[Check, Settings]:
+    """A finding about the settings, and the settings; the defaults if they are at fault."""
     from bkpool.cli import up_options  # noqa: PLC0415 - the settings are slow to import
     from bkpool.settings import Settings  # noqa: PLC0415
     from bkpool.toolchain.host import Check  # noqa: PLC0415
 
     try:
-        settings = up_options.load({}).settings
-        check = Check("settings", True, "`bkpool config` shows them")
+        return Check("settings", True, "`bkpool config` shows them"), up_options.load({}).settings
     except BkpoolError as error:
-        settings = Settings()
-        check = Check("settings", False, error.message, error.hint)
+        return Check("settings", False, error.message, error.hint), Settings()
+
+
+def _ports(settings: Settings) -> dict[str, int]:
+    """The ports that the appliance needs with these settings, by their purpose."""
     ports = {
         "API": settings.api.address.port,
         "gateway": settings.gateway.address.port if settings.gateway.address else GATEWAY_PORT,
         "metrics": settings.metrics.address.port,
         **({"development issuer": settings.dev_issuer.address.port} if settings.dev_issuer.enabled else {}),
     }
-    return check, {purpose: port for purpose, port in ports.items() if port}
+    return {purpose: port for purpose, port in ports.items() if port}
 
 
 def _own_ports() -> frozenset[int]:
@@ -67,7 +79,8 @@ def _own_ports() -> frozenset[int]:
     appliance = home.running()
     if appliance is None:
         return frozenset()
-    endpoints = (appliance.api, appliance.gateway, str(appliance.described.get("metricsEndpoint", "")))
+    others = (str(appliance.described.get(name, "")) for name in ("metricsEndpoint", "devIssuer"))
+    endpoints = (appliance.api, appliance.gateway, *others)
     return frozenset(port for endpoint in endpoints if (port := urlsplit(endpoint).port))
 
 

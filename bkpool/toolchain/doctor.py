@@ -35,6 +35,7 @@ def checks(
     ports: Mapping[str, int],
     *,
     own_ports: AbstractSet[int] = frozenset(),
+    host_network: bool = False,
     host: HostFacts | None = None,
 ) -> Iterator[Check]:
     """All findings about this machine, one after the other.
@@ -44,6 +45,7 @@ def checks(
         toolchain: The tools and their cache.
         ports: The ports that the appliance needs, by their purpose ("API": 8082).
         own_ports: The ports that the appliance of this home uses already.
+        host_network: Whether worker processes shall use the network of the machine.
         host: The machine and user; by default this one.
     """
     host = host or HostFacts()
@@ -51,7 +53,7 @@ def checks(
     for tool in (Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC, *([Tool.ROOTLESSKIT] if host.uid else [])):
         yield _tool(toolchain, tool)
     yield from kernel.checks(host, home)
-    yield _network(host)
+    yield _network(host, host_network=host_network)
     for purpose, port in ports.items():
         yield _port(purpose, port, own_ports)
     yield _descriptors(host)
@@ -83,7 +85,10 @@ def _tool(toolchain: Toolchain, tool: Tool) -> Check:
     return Check(tool, None, detail + rejected, problem.hint)
 
 
-def _network(host: HostFacts) -> Check:
+def _network(host: HostFacts, *, host_network: bool) -> Check:
+    if host_network:
+        fix = "To give each worker process its own: bkpool down, then bkpool up -d --no-host-network."
+        return Check("network", None, "builds reach this machine and each other (--host-network)", fix)
     try:
         found = NetworkPrograms.find(host.search_path, host.root / "dev/net/tun")
     except HostFault as fault:

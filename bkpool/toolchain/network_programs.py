@@ -49,9 +49,11 @@ class NetworkPrograms:
                 code="ToolMissing",
             )
         if not os.access(tun, os.R_OK | os.W_OK):
+            there = tun.exists()
             raise HostFault(
-                f"{tun} cannot be opened, and a worker needs it for a network of its own",
-                hint=f"Give this machine or container the device {tun}.",
+                f"{f'this user may not open {tun}' if there else f'there is no {tun}'}, and a worker needs it for a "
+                "network of its own",
+                hint=f"Run `chmod 666 {tun}` as root." if there else f"Give this machine or container {tun}.",
                 code="Permission",
             )
         return cls(Path(str(found["pasta"])), Path(str(found["nft"])))

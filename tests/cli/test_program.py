@@ -1,6 +1,7 @@
 """The program as a whole: how it starts, what it lists, and how it shows an error."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -151,6 +152,16 @@ def test_doctor_checks_the_ports_of_the_settings(bkpool, home):
     checks = {check["name"]: check for check in json.loads(bkpool("doctor").stdout)["checks"]}
     assert checks["settings"]["ok"] is True
     assert "API" in checks["port 18999"]["detail"]
+
+
+def test_doctor_knows_the_development_issuer_of_its_own_appliance(bkpool, home, appliance):
+    with socket.create_server(("127.0.0.1", 0)) as issuer:
+        port = issuer.getsockname()[1]
+        (home / "config.toml").write_text(f'[dev_issuer]\nenabled = true\naddress = "127.0.0.1:{port}"\n')
+        described = appliance | {"devIssuer": f"http://127.0.0.1:{port}"}
+        (home / "appliance.json").write_text(json.dumps(described))
+        checks = {check["name"]: check for check in json.loads(bkpool("doctor").stdout)["checks"]}
+    assert checks[f"port {port}"]["detail"] == "development issuer: used by this bkpool"
 
 
 def test_doctor_shows_a_fault_in_the_settings(bkpool, home):

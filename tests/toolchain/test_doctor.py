@@ -49,9 +49,10 @@ def examine(machine, tmp_path, releases, no_go):
     home = tmp_path / "home"
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
 
-    def _examine(uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, **changes):
+    def _examine(uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, host_network=False, **changes):
         host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"), descriptors=(1024, 65_536))
-        found = checks(home, chain, ports or {}, own_ports=own_ports, host=dataclasses.replace(host, **changes))
+        host = dataclasses.replace(host, **changes)
+        found = checks(home, chain, ports or {}, own_ports=own_ports, host_network=host_network, host=host)
         return {check.name: check for check in found}
 
     return _examine
@@ -149,6 +150,20 @@ def test_cgroups_of_version_1_are_recognised(examine, machine):
     (machine / "sys/fs/cgroup/memory").mkdir()
     (machine / "sys/fs/cgroup/pids").mkdir()
     assert examine()["cgroups"].detail == "version 1, writable"
+
+
+def test_a_network_of_the_machine_is_not_called_one_of_each_worker(examine):
+    assert examine()["network"].detail.startswith("each worker process has its own")
+    check = examine(host_network=True)["network"]
+    assert (check.ok, "--host-network" in check.detail, "--no-host-network" in check.fix) == (None, True, True)
+
+
+def test_a_device_that_is_missing_and_one_of_root_have_different_fixes(examine, machine, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith("tun"))
+    assert examine()["network"].fix == f"Run `chmod 666 {machine}/dev/net/tun` as root."
+    (machine / "dev/net/tun").unlink()
+    check = examine()["network"]
+    assert (check.ok, check.detail.startswith("there is no ")) == (None, True)
 
 
 def test_only_platforms_that_can_run_are_listed(examine, machine):
