@@ -30,6 +30,8 @@ ANSWER_TIMEOUT = 30.0
 """Seconds, in addition to the time for which a call may wait by its nature."""
 GIVE_UP_TIMEOUT = 5.0
 """Seconds for an answer after a signal. The server may have sent it already."""
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"})
+"""How OpenSSL, by its version, calls an answer that is not TLS."""
 _MAX_ANSWER = 16 << 20  # bytes: an answer about a thousand workers has one or two MiB
 
 
@@ -267,6 +269,8 @@ class Client:
     def _unreachable(self, error: Exception) -> Unavailable:
         if isinstance(error, ssl.SSLError):
             hint = "Name the file with the CA to trust in BKCTL_TLS_CA_CERT."
+            if error.reason in _NO_TLS:
+                hint = "The server answers without TLS. If that is intended, write http:// in BKCTL_ENDPOINT."
             if not self._url.has_scheme:
                 hint += " Without http:// before it, BKCTL_ENDPOINT means https."
             return Unavailable(

@@ -57,7 +57,7 @@ def command(
 
     Only the token is printed, also on a terminal.
 
-    As in: export BKCTL_TOKEN=$(bkctl oidc-token --actor me --repository org/app)
+    As in: export BKCTL_TOKEN=$(bkpool oidc-token --actor me --repository org/app)
     """
     from bkpool.cli import issuers  # noqa: PLC0415 - only here
 

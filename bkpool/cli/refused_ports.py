@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from bkpool.cli import console
 
 _REFUSED = re.compile(r"dial tcp (?:127\.[\d.]+|\[::1\]):(\d+): connect: connection refused")
-_TIMEOUT = 10  # seconds, for a question after the build that no one waits for gladly
+_TIMEOUT = 10  # seconds. The build has failed already, and the user waits for the end of the command
 
 
 def explain(buildx: str, builder: str, environment: Mapping[str, str]) -> None:

@@ -45,9 +45,9 @@ def command(*, namespace: str, as_json: bool, **selected: str | None) -> int:
     """
     given = {option: value for option, value in selected.items() if value is not None}
     if len(given) != 1:
+        typed = [f"--{option}" for option in given]
         raise InvalidInput(
-            f"{'--' + list(given)[1] if given else '--lease'}: "
-            f"{'more than one option names leases' if given else 'no lease is named'}",
+            f"{' and '.join(typed)}: only one of these options can be given" if given else "no option names a lease",
             hint="Give one of --lease, --worker, --identity, --tenant and --pool.",
         )
     ((option, value),) = given.items()

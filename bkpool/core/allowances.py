@@ -274,7 +274,7 @@ def _read(text: str, option: str, parse: Callable[[str], Allowed]) -> Allowed:
 def _pair(text: str) -> tuple[str, str]:
     namespace, equals, value = text.strip().partition("=")
     if not equals or not value:
-        raise ValueError("is not of the form NAMESPACE=VALUE")
+        raise ValueError("has no namespace and = at its beginning")
     try:
         return check_name(namespace, field="namespace"), value
     except InvalidInput:  # it names a field, and the caller names the option

@@ -6,6 +6,7 @@ the file, which may be a secret.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,12 +112,13 @@ def _check_files(files: str) -> None:
     """Raises UnreadableYaml or OSError for a kubeconfig that the library would read for too long.
 
     Args:
-        files: One path, or several as in KUBECONFIG. The library ignores one that does not exist.
+        files: One path, or several as in KUBECONFIG. Some of them need not exist.
     """
-    for file in filter(None, files.split(os.pathsep)):
-        path = Path(file).expanduser()
-        if not path.exists():
-            continue
+    paths = [Path(file).expanduser() for file in filter(None, files.split(os.pathsep))]
+    existing = [path for path in paths if path.exists()]
+    if not existing:  # the library would print a line of its own
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    for path in existing:
         with path.open("rb") as source:
             content = source.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -287,4 +288,15 @@ def test_a_server_without_tls_says_that_a_missing_scheme_means_https(monkeypatch
         monkeypatch.setenv("BKCTL_ENDPOINT", f"builds.example:{port}")
         with pytest.raises(errors.Unavailable, match="no TLS connection") as caught:
             Client().pools()
-    assert "http://" in caught.value.hint
+    assert "Without http://" in caught.value.hint
+
+
+def test_a_server_of_plain_http_that_is_asked_for_tls_is_explained(monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("BKCTL_ENDPOINT", f"https://127.0.0.1:{server.server_port}")
+        with pytest.raises(errors.Unavailable, match="no TLS connection") as caught:
+            Client().pools()
+    assert (
+        caught.value.hint == "The server answers without TLS. If that is intended, write http:// in BKCTL_ENDPOINT."
+    )

@@ -51,13 +51,17 @@ def test_a_namespace_from_the_environment_does_not_hide_leases_of_others(called,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "field"),
-    [((), "--lease"), (("--identity", "bob", "--pool", "p"), "--pool"), (("--worker", "w", "--tenant", "t"), "--")],
+    ("arguments", "begins"),
+    [
+        ((), "no option names a lease"),
+        (("--identity", "bob", "--pool", "p"), "--identity and --pool: "),
+        (("--worker", "w", "--tenant", "t"), "--worker and --tenant: "),
+    ],
 )
-def test_the_leases_must_be_named_in_exactly_one_way(called, revoked, appliance, arguments, field):
+def test_the_leases_must_be_named_in_exactly_one_way(called, revoked, appliance, arguments, begins):
     code, _, told = called("revoke", *arguments)
     assert code == 2
-    assert told.startswith(f"error: {field}")
+    assert told.startswith(f"error: {begins}")
     assert revoked.calls.empty()
 
 

@@ -63,6 +63,13 @@ async def test_a_broken_kubeconfig_is_named_with_its_place(tmp_path, monkeypatch
     assert caught.value.code == "Unreadable"
 
 
+async def test_a_kubeconfig_that_does_not_exist_is_one_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(HostFault, match=r"gives no access to a cluster: No such file or directory$"):
+        await KubeApi.connect(access())
+    assert capsys.readouterr() == ("", "")
+
+
 async def test_the_option_is_named_if_it_gave_the_file(tmp_path):
     (tmp_path / "config").write_text("")
     values = resolve(from_options({"kubernetes.kubeconfig": "config"}, tmp_path))
