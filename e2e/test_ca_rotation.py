@@ -1,4 +1,4 @@
-"""`bkpool pki rotate` on this machine: real clients with leases of before and after it build, and nobody is cut off."""
+"""`bkpool pki rotate` on this machine: real clients with leases of before and after it build."""
 
 from __future__ import annotations
 
