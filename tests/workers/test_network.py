@@ -12,7 +12,7 @@ from bkpool.workers.processes import network
 from bkpool.workers.processes.worker_init import NAMESERVER
 from bkpool.workers.processes.worker_init.host_facts import (
     host_rules,
-    local_addresses,
+    local_networks,
     nameservers,
     outer_interface,
     worker_resolv_conf,
@@ -81,7 +81,7 @@ def test_an_untrusted_pool_reaches_public_networks_and_what_is_listed():
     ],
 )
 def test_nft_understands_the_rules(given):
-    text = network.rules(spec(**given)) + host_rules(["192.0.2.1", "172.17.0.1"], ["fe80::1"])
+    text = network.rules(spec(**given)) + host_rules(["192.0.2.1/32", "172.17.0.0/16"], ["fe80::1/128"])
     checked = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--net", "nft", "-f", "-"],
         input=text,
@@ -137,8 +137,40 @@ fe8000000000000000fc00fffe000001 04 40 20 80     eth0
 
 
 def test_the_addresses_of_the_host_are_read_from_the_kernel():
-    assert local_addresses(FIB_TRIE, IF_INET6) == (["192.0.2.7"], ["fe80::fc:ff:fe00:1"])
-    assert local_addresses("", "") == ([], [])
+    assert local_networks(FIB_TRIE, IF_INET6, "") == (["192.0.2.7/32"], ["fe80::fc:ff:fe00:1/128"])
+    assert local_networks("", "", "") == ([], [])
+
+
+LOCAL_ROUTES = """\
+Local:
+     |-- 198.51.100.0
+        /32 link BROADCAST
+        /32 host LOCAL
+     |-- 198.51.100.128
+        /25 host LOCAL
+     |-- 198.51.100.200
+        /32 host LOCAL
+     |-- 127.0.0.0
+        /8 host LOCAL
+"""
+
+
+def ipv6_route(network: str, length: str, flags: str) -> str:
+    return f"{network} {length} {'0' * 32} 00 {'0' * 32} 00000400 00000003 00000000 {flags} lo\n"
+
+
+def test_networks_that_a_route_makes_the_hosts_are_the_hosts():
+    routes = (
+        ipv6_route("fd770077" + "0" * 24, "40", "80000001")  # a local route
+        + ipv6_route("fd000000" + "0" * 24, "80", "00300001")  # anycast, of a router
+        + ipv6_route("fc000000" + "0" * 24, "40", "00000001")  # an ordinary one
+        + ipv6_route("0" * 32, "00", "80000001")  # local for what a proxy marks, and not for all
+        + ipv6_route("0" * 31 + "1", "80", "80200001")
+    )
+    assert local_networks(LOCAL_ROUTES, "", routes) == (
+        ["198.51.100.0/32", "198.51.100.128/25"],
+        ["fd00::/128", "fd77:77::/64"],
+    )
 
 
 ROUTE = """\

@@ -143,6 +143,29 @@ def another_address() -> Iterator[str]:
     subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
 
 
+@pytest.fixture
+def local_routes() -> Iterator[list[str]]:
+    """Addresses that are the host's by a route alone; no interface has them."""
+    routes = ["198.51.100.128/25", "fd77:77::/64"]
+    for route in routes:
+        subprocess.run(["ip", "route", "add", "local", route, "dev", "lo"], check=True)
+    yield ["198.51.100.200", "fd77:77::5"]
+    for route in routes:
+        subprocess.run(["ip", "route", "del", "local", route, "dev", "lo"], check=True)
+
+
+def test_an_address_that_a_route_makes_the_hosts_is_refused(in_network, local_routes):
+    ipv4, ipv6 = local_routes
+    with echoing(_TCP, "0.0.0.0") as port, echoing(_IPv6, "::") as port6:
+        targets = [f"{ipv4},{port}", f"::ffff:{ipv4},{port}", f"{ipv6},{port6}", f"{ipv6},{port6},eth0"]
+        here = reached(
+            subprocess.run([sys.executable, "-c", REACH, *targets[:3]], check=False, capture_output=True, text=True)
+        )
+        found = reached(in_network(REACH, *targets))
+    assert set(here.values()) == {"hello"}
+    assert all(what.startswith("blocked") for what in found.values()), found
+
+
 def test_an_address_that_the_host_gets_later_is_refused_too(in_network, tmp_path):
     """The program adds the address itself, in the network of the host, and waits until the rules have it."""
     address = "198.51.100.78"
@@ -195,6 +218,34 @@ def test_names_are_asked_of_the_hosts_own_resolver_on_loopback(in_network):
         "SOCK_DGRAM": QUERY.hex(),
         "SOCK_STREAM": QUERY.hex(),
     }
+
+
+FLOOD = f"""
+import resource, socket
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+held = []
+for number in range(200):
+    s = socket.socket()
+    s.settimeout(0.05)
+    try:
+        s.connect(("{worker_init.NAMESERVER}", 53))
+        held.append(s)
+    except OSError:
+        pass
+for s in held:
+    s.close()
+"""
+
+
+def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(in_network):
+    few = ["prlimit", "--nofile=64:4096"]  # pasta and the flood raise theirs
+    with (
+        echoing(socketserver.ThreadingUDPServer, RESOLVER, 53),
+        echoing(_TCP, RESOLVER, 53),
+    ):
+        command = [*few, *in_network.command(f"{FLOOD}\n{RESOLVE}", QUERY.hex())]
+        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+    assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
 
 
 PEER = """

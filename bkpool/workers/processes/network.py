@@ -26,8 +26,8 @@ _REJECT = "reject with icmpx admin-prohibited"
 # make its packets.
 _HEAD = """\
 table inet bkpool {
-  set host4 { type ipv4_addr; }
-  set host6 { type ipv6_addr; }
+  set host4 { type ipv4_addr; flags interval; }
+  set host6 { type ipv6_addr; flags interval; }
   chain output {
     type filter hook output priority 0; policy accept;
     oifname "lo" accept

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import re
-import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from typing import TypeVar
 
 from . import NAMESERVER
 
+Network = TypeVar("Network", IPv4Network, IPv6Network)
 
-def local_addresses(fib_trie: str, if_inet6: str) -> tuple[list[str], list[str]]:
-    """The IPv4 and the IPv6 addresses of the host, without those of loopback.
+_LOOPBACK_4, _LOOPBACK_6 = IPv4Network("127.0.0.0/8"), IPv6Network("::1/128")
+_RTF_LOCAL, _RTF_ANYCAST = 0x80000000, 0x00100000  # flags of IPv6 routes (linux/ipv6_route.h)
+
+
+def local_networks(fib_trie: str, if_inet6: str, ipv6_route: str) -> tuple[list[str], list[str]]:
+    """The IPv4 and the IPv6 networks whose addresses all mean the host, without those of loopback.
+
+    Most are one address of an interface. A local route makes every address of a network the host's, and programs that
+    balance loads use that. A router has an anycast address in each of its IPv6 networks.
 
     Args:
-        fib_trie: The text of /proc/net/fib_trie. Lines of local addresses follow the line with the address.
+        fib_trie: The text of /proc/net/fib_trie. What is known of an address follows the line with it.
         if_inet6: The text of /proc/net/if_inet6.
+        ipv6_route: The text of /proc/net/ipv6_route.
     """
-    found4 = set(re.findall(r"\|-- (\S+)\n\s+/32 host LOCAL", fib_trie))
-    found6 = {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0])) for line in if_inet6.splitlines()}
-    return sorted(address for address in found4 if not address.startswith("127.")), sorted(found6 - {"::1"})
+    found4, address = set(), ""
+    for line in fib_trie.splitlines():
+        first, *rest = line.split()
+        if first == "|--":
+            address = rest[0]
+        elif rest[-1:] == ["LOCAL"]:
+            found4.add(IPv4Network(f"{address}{first}"))
+    found6 = {IPv6Network(int(line.split()[0], 16)) for line in if_inet6.splitlines()}
+    for row in map(str.split, ipv6_route.splitlines()):
+        if int(row[8], 16) & (_RTF_LOCAL | _RTF_ANYCAST):
+            found6.add(IPv6Network((int(row[0], 16), int(row[1], 16))))
+    return _joined(found4, _LOOPBACK_4), _joined(found6, _LOOPBACK_6)
+
+
+def _joined(found: Iterable[Network], loopback: Network) -> list[str]:
+    """Without networks in each other, which nft refuses. A route for all addresses is not about the host's own."""
+    others = [one for one in found if one.prefixlen and not one.subnet_of(loopback)]
+    return [str(one) for one in sorted(collapse_addresses(others))]
 
 
 def outer_interface(route: str, ipv6_route: str) -> tuple[str, bool] | None:
@@ -49,11 +74,11 @@ def worker_resolv_conf(resolv_conf: str) -> str:
     return "\n".join([f"nameserver {NAMESERVER}", *kept]) + "\n"
 
 
-def host_rules(addresses4: Sequence[str], addresses6: Sequence[str]) -> str:
-    """The nft commands that make these the addresses of the host, all at once."""
+def host_rules(networks4: Sequence[str], networks6: Sequence[str]) -> str:
+    """The nft commands that make these the networks of the host, all at once."""
     lines = []
-    for name, addresses in (("host4", addresses4), ("host6", addresses6)):
+    for name, networks in (("host4", networks4), ("host6", networks6)):
         lines.append(f"flush set inet bkpool {name}")
-        if addresses:
-            lines.append(f"add element inet bkpool {name} {{ {', '.join(addresses)} }}")
+        if networks:
+            lines.append(f"add element inet bkpool {name} {{ {', '.join(networks)} }}")
     return "\n".join(lines) + "\n"

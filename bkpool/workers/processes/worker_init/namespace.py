@@ -10,10 +10,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from . import NAMESERVER, NetworkSettings
-from .host_facts import host_rules, local_addresses, outer_interface
+from .host_facts import host_rules, local_networks, outer_interface
 from .kernel import CLONE_NEWNET, MS_BIND, T, checked, expect_success, in_thread, libc, read, spawn
 
 _MTU = 65520  # bytes, the most that pasta can. The host's own sockets cut for the real route; 1500 is 8 times slower
@@ -36,7 +37,7 @@ class WorkerNetwork:
         self._path.touch()
         in_thread(self._make)
         self._namespace = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        self._addresses: tuple[list[str], list[str]] | None = None
+        self._refused: tuple[list[str], list[str]] | None = None
         self.pasta: int | None = None
         """The process id of pasta; None: the host has no network."""
 
@@ -46,16 +47,18 @@ class WorkerNetwork:
         Args:
             rules: What is given to nft before: the filter itself.
         """
-        addresses = local_addresses(read("/proc/net/fib_trie"), read("/proc/net/if_inet6"))
-        if addresses == self._addresses:
+        networks = local_networks(
+            read("/proc/net/fib_trie"), read("/proc/net/if_inet6"), read("/proc/net/ipv6_route")
+        )
+        if networks == self._refused:
             return
         reading, writing = os.pipe()
-        os.write(writing, (rules + host_rules(*addresses)).encode())  # a pipe takes 64 KiB
-        os.close(writing)
         child = self.spawn([self._settings["nft"], "-f", "-"], stdin=reading)
         os.close(reading)
+        with suppress(BrokenPipeError), os.fdopen(writing, "w") as rules_for_nft:
+            rules_for_nft.write(rules + host_rules(*networks))
         expect_success(child, "nft")
-        self._addresses = addresses
+        self._refused = networks
 
     def connect_to_host(self) -> None:
         """Starts pasta, unless it runs or the host has no network. It returns when the connection works."""

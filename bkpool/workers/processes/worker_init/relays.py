@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
@@ -13,6 +14,7 @@ from .namespace import WorkerNetwork
 
 _CONNECTIONS = 512  # relayed at once for one worker, and DNS queries; more are refused
 _DNS_SECONDS = 2.0  # for one name server; clients wait 5 s by default (resolv.conf(5))
+_PAUSE = 0.1  # seconds before the next try when the kernel has given nothing
 _LISTEN_SECONDS = 10.0  # until the host's port must have accepted
 
 
@@ -55,9 +57,12 @@ class Relays:
 
     def _answer_queries(self) -> None:
         while True:
-            query, client = self._queries.recvfrom(65535)
-            if self._free.acquire(blocking=False):
-                background(self._answer, query, client)
+            try:
+                query, client = self._queries.recvfrom(65535)
+            except OSError:
+                time.sleep(_PAUSE)
+            else:
+                self._begin(self._answer, query, client)
 
     def _answer(self, query: bytes, client: tuple[str, int]) -> None:
         try:
@@ -73,11 +78,28 @@ class Relays:
 
     def _accept(self, listener: socket.socket, targets: Callable[[], list[tuple[str, int]]]) -> None:
         while True:
-            client, _ = listener.accept()
-            if self._free.acquire(blocking=False):
-                background(self._relay, client, targets)
+            try:
+                client, _ = listener.accept()
+            except OSError:  # a build has used up the descriptors; the client waits
+                time.sleep(_PAUSE)
             else:
-                client.close()
+                if not self._begin(self._relay, client, targets):
+                    client.close()
+
+    def _begin(self, work: Callable[..., None], *arguments: object) -> bool:
+        """Starts a thread, unless there are too many or a build has used up the worker's processes.
+
+        Returns:
+            Whether it was started. Whatever a build does, the relay serves the next one.
+        """
+        if not self._free.acquire(blocking=False):
+            return False
+        try:
+            background(work, *arguments)
+        except RuntimeError:
+            self._free.release()
+            return False
+        return True
 
     def _relay(self, client: socket.socket, targets: Callable[[], list[tuple[str, int]]]) -> None:
         try:
@@ -85,8 +107,8 @@ class Relays:
                 back = background(_copy, server, client)
                 _copy(client, server)
                 back.join()
-        except OSError:
-            pass  # nothing listens on the host: the client sees a closed connection
+        except (OSError, RuntimeError):
+            pass  # nothing listens on the host, or no thread can be made: the client sees a closed connection
         finally:
             self._free.release()
 
