@@ -108,11 +108,16 @@ def _with_known_names(table: Table, above: str = "") -> Table:
     """Buildkitd accepts a name in any case, and of two that differ in it only it takes the last."""
     renamed: Table = {}
     for key, value in table.items():
-        path = _NAMES.get(f"{above}{key}".lower()) if "." not in key else None
+        path = _NAMES.get(_lower(f"{above}{key}")) if "." not in key else None
         name = path.rpartition(".")[2] if path else key
         inner: Any = _with_known_names(value, f"{above}{name}.") if path and isinstance(value, dict) else value
         renamed[name] = _joined(renamed.get(name), inner)
     return renamed
+
+
+def _lower(name: str) -> str:
+    """The name as Go's strings.ToLower writes it: for "İ" that is one letter, where Python has two."""
+    return "".join(letter.lower()[0] for letter in name)
 
 
 def _joined(before: object, after: object) -> object:

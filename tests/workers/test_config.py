@@ -127,6 +127,16 @@ def test_what_a_pools_safety_depends_on_is_not_taken_however_it_is_spelt(spellin
     assert merged(own) == ({"worker": {"oci": {"gc": True, **SIZES}}, "cdi": {"disabled": True}}, NAMED)
 
 
+@pytest.mark.parametrize("own", ['[worker."oc\u0130"]\nbinary = "x"', '[worker.oci]\n"b\u0130nary" = "x"'])
+def test_a_letter_that_only_go_makes_an_i_hides_nothing(own):
+    assert merged(own)[1] == ["worker.oci.binary"]
+
+
+def test_an_untrusted_pool_gets_no_entitlement_by_another_letter():
+    with pytest.raises(WorkerFailed, match="insecure-entitlements"):
+        merged('"\u0130nsecure-entitlements" = ["security.insecure"]', untrusted=True)
+
+
 def test_two_spellings_of_one_table_are_one_table():
     own = '[worker.oci]\nlabels = {a = "b"}\n[Worker.OCI]\nmaxUsedSpace = "1GB"\nBINARY = "x"\n'
     taken, ignored = merged(own)
