@@ -1,4 +1,4 @@
-"""`bkpool pki rotate` on this machine: real clients with leases of before and after it build."""
+"""`bkpool pki rotate` on this machine: real clients with earlier and with later leases build."""
 
 from __future__ import annotations
 

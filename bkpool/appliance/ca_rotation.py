@@ -1,7 +1,7 @@
 """Replaces the CAs of an appliance by new ones, at its operator's request, and tells how far the last rotation is.
 
 The appliance itself never does this, and in a cluster it has no right to. Nothing is replaced that cannot be read,
-and nothing while leases still need the CA of before the last rotation.
+and nothing while leases still need the CA that the last rotation has replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class AuthorityState:
     authority: Authority
     former: Former | None
     overlaps: bool
-    """Whether the former CA is still trusted, because leases of before may need it."""
+    """Whether the former CA is still trusted, because earlier leases may need it."""
     restarted: bool = False
     """Whether the appliance's pods are being replaced, so that they read the new CAs."""
 
@@ -141,7 +141,7 @@ def _state(
 
 
 def _require_end_of_last(former: Former | None, workers: Listing[Worker], now: datetime) -> None:
-    """Raises Conflict while the CA of before the last rotation is needed: there is room for one former CA only."""
+    """Raises Conflict while the former CA is needed: there is room for one only."""
     if workers.unreadable:
         raise Conflict(
             f"the worker {min(workers.unreadable)} cannot be read, and may have a lease",
@@ -150,6 +150,6 @@ def _require_end_of_last(former: Former | None, workers: Listing[Worker], now: d
     if former is not None and not may_rotate_again(former, workers.items, now):
         until = f"{former.rotated_at + ROLLOUT:%Y-%m-%d %H:%M} UTC"
         raise Conflict(
-            "the last rotation is not over: leases of before may still need the former certificate authority",
-            hint=f"Wait until {until} and until the leases of before have ended; `bkpool pki show` tells.",
+            "the last rotation is not over: earlier leases may still need the former certificate authority",
+            hint=f"Wait until {until} and until the leases from before it have ended; see `bkpool pki show`.",
         )

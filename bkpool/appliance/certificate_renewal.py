@@ -29,7 +29,7 @@ class CertificateRenewal:
     Args:
         directory: Where the certificate is stored.
         authority: Signs it.
-        former: What there was before the last rotation of the CA. It signs as long as a lease of before needs it.
+        former: What the last rotation of the CA has replaced. It signs as long as an earlier lease needs it.
         mirror: Knows the pools, whose Services are among the names.
         hosts: Further names of the gateway.
         hosts_from: What gave them, for error messages.

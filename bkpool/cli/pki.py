@@ -45,7 +45,7 @@ def _where(command: F) -> F:
 @command.command(short_help="Show the certificate authority, and how far its last rotation is.")
 @_where
 def show(*, backend: str | None, as_json: bool, **given: str | None) -> None:
-    """Show the certificate authority, and whether the one of before its last rotation is still trusted."""
+    """Show the certificate authority, and whether the one before its last rotation is still trusted."""
     state = _carry_out(backend, given, rotate=False)
     console.answer(state.to_json(), as_json=as_json, show=partial(_text, state))
 
@@ -55,7 +55,7 @@ def show(*, backend: str | None, as_json: bool, **given: str | None) -> None:
 def rotate(*, backend: str | None, as_json: bool, **given: str | None) -> None:
     """Replace the certificate authority by a new one.
 
-    Leases go on. The old authority is trusted together with the new one until the last lease of before has ended. An
+    Leases go on. The old authority is trusted together with the new one until the last earlier lease has ended. An
     appliance on this machine must be stopped first. In a cluster its pods are replaced one after the other.
     """
     state = _carry_out(backend, given, rotate=True)
@@ -99,7 +99,7 @@ def _carry_out(backend: str | None, given: dict[str, str | None], *, rotate: boo
 def _text(state: AuthorityState) -> str:
     lines = [f"authority {state.authority.mark}, valid until {state.authority.not_after:%Y-%m-%d}"]
     if state.former is not None:
-        trusted = "is trusted until the leases of before have ended" if state.overlaps else "is not trusted any more"
+        trusted = "is trusted until earlier leases have ended" if state.overlaps else "is not trusted any more"
         lines.append(
             f"rotated at {state.former.rotated_at:%Y-%m-%d %H:%M} UTC; {state.former.authority.mark} {trusted}"
         )

@@ -60,7 +60,7 @@ class GatewayCertificates:
         return gateway_server(signer, names, now, self.life, trusted=trusted)
 
     def overlaps(self) -> bool:
-        """Whether the CA of before a rotation is still needed."""
+        """Whether the CA that a rotation has replaced is still needed."""
         return self.rotation.overlaps(self.all_workers())
 
     def with_diallers(
@@ -69,8 +69,8 @@ class GatewayCertificates:
         """The certificate for clients together with those for workers.
 
         Args:
-            found: The certificates of before.
-            server: The one for clients. If it is not the one of before, the others are new, too.
+            found: The present certificates.
+            server: The one for clients. If it is not the present one, the others are new, too.
             pool: The gateway's pool.
             gateway: The gateway's name.
             now: The time.

@@ -30,7 +30,7 @@ PURPOSE_WORKER, PURPOSE_GATEWAY = "worker", "gateway"
 
 ANNOTATION_WORKER_UID = f"{GROUP}/worker-uid"
 ANNOTATION_AUTHORITY = f"{GROUP}/authority"
-"""On a worker's pod: which CA has signed its certificate. Pods of before each pool had a CA do not have it."""
+"""On a worker's pod: which CA has signed its certificate. Pods from before each pool had a CA do not have it."""
 ANNOTATION_CACHE_OWNER = f"{GROUP}/cache-owner"
 ANNOTATION_HISTORY = f"{GROUP}/history"
 """On a worker's pod until its history may be read: `HISTORY_OLD`."""

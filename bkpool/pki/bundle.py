@@ -58,7 +58,7 @@ class ClusterSecrets:
 
     @property
     def backends(self) -> tuple[Authority, ...]:
-        """The backend CA, and after it that of before a rotation."""
+        """The backend CA, and after it the one that a rotation has replaced."""
         former = self.former.backend if self.former is not None else None
         return (self.backend,) if former is None else (self.backend, former)
 
@@ -107,7 +107,7 @@ class ClusterSecrets:
 
 
 def former_data(former: Former) -> dict[str, bytes]:
-    """What is stored of the CA of before a rotation, without the backend CA."""
+    """What is stored of the former CA, without the backend CA."""
     return {
         FORMER_CA_CERT: former.authority.cert_pem,
         FORMER_CA_KEY: former.authority.key_pem,

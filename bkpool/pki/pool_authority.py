@@ -24,8 +24,8 @@ class PoolAuthorities:
     """The backend CAs of all pools.
 
     Args:
-        masters: The appliance's backend CA, from which those of the pools are made; after it those of before a
-            rotation.
+        masters: The appliance's backend CA, from which those of the pools are made; after it those that a rotation
+            has replaced.
     """
 
     def __init__(self, *masters: Authority) -> None:

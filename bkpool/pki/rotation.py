@@ -1,6 +1,6 @@
-"""The time after a rotation of the CA of clients and gateways, in which the CA of before is trusted together with it.
+"""The time after a rotation of the CA of clients and gateways, in which the former CA is trusted together with it.
 
-A caller with a lease of before trusts only the former CA. So gateways show a certificate of the former CA until the
+A caller with an earlier lease trusts only the former CA. So gateways show a certificate of the former CA until the
 last such lease has ended, and callers get both. New leases are signed by the new CA only when every gateway trusts
 it. It reads and writes no file.
 """
@@ -16,14 +16,14 @@ from bkpool.pki.authority import Authority
 
 ROLLOUT = timedelta(hours=1)
 """How long after a rotation the former CA signs the certificates of leases. By then every replica has read the new
-CA, and every gateway trusts both. What is leased in this time counts as a lease of before."""
+CA, and every gateway trusts both. What is leased in this time counts as an earlier lease."""
 _LINGER = timedelta(minutes=5)
 """How much longer callers get both CAs: until then every gateway has changed its certificate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """The CAs of before a rotation."""
+    """The CAs that a rotation has replaced."""
 
     authority: Authority
     """Of gateways and clients."""
@@ -97,5 +97,5 @@ class Rotation:
 
 
 def may_rotate_again(former: Former | None, workers: Iterable[Worker], now: datetime) -> bool:
-    """Whether nothing needs the CA of before the last rotation any more."""
+    """Whether nothing needs the CA that the last rotation has replaced any more."""
     return former is None or not Rotation(former.authority, former, lambda: now).overlaps(workers)

@@ -92,7 +92,7 @@ def load_or_create(directory: Path, now: datetime) -> LocalSecrets:
 
 
 def rotate(directory: Path, now: datetime) -> LocalSecrets:
-    """Makes a new CA, and keeps the one of before as the former one. The caller holds the lock of the home.
+    """Makes a new CA, and keeps the present one as the former one. The caller holds the lock of the home.
 
     After a crash the directory is the old one or the new one.
 
@@ -116,7 +116,7 @@ def rotate(directory: Path, now: datetime) -> LocalSecrets:
 
 
 _LEFTOVERS = ".draft", ".before"
-"""What a rotation names its unfinished directory, and that of before until the new one is in place."""
+"""What a rotation names its unfinished directory, and the present one until the new one is in place."""
 
 
 def _remove_leftovers(directory: Path) -> None:

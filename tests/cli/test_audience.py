@@ -88,7 +88,7 @@ def test_one_url_written_in_several_ways(endpoint, wanted):
 
 def test_oidc_token_asks_the_appliance_and_does_without_one(api, called, monkeypatch):
     api.answers |= {"audience": (200, {"audience": api.url}), "token": (200, {"token": "e30.e30.c2ln"})}
-    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)  # `called` has forgotten the one of before
+    monkeypatch.setenv("BKCTL_ENDPOINT", api.url)  # `called` has forgotten the earlier one
     assert called("oidc-token", "--issuer", api.url)[0] == 0
     assert api.next("/token").body["aud"] == api.url
     monkeypatch.setenv("BKCTL_ENDPOINT", "http://127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""A rotation of the CA: nobody with a lease is cut off, and the CA of before is forgotten when nobody needs it."""
+"""A rotation of the CA: nobody with a lease is cut off, and the former CA is forgotten when nobody needs it."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def test_a_lease_of_before_and_a_new_one_are_both_served_until_the_last_of_befor
     before = holders(NOW - DAY)
     for later in (timedelta(), ROLLOUT + MINUTE, timedelta(hours=20)):
         clock.now = NOW + later
-        assert connects(rotation, before, OLD, OLD.cert_pem), "the lease of before"
+        assert connects(rotation, before, OLD, OLD.cert_pem), "the earlier lease"
         assert connects(rotation, before, rotation.lease_signer, rotation.trusted_by_callers(before)), "a new one"
     between = rotation.trusted_by_callers(before)
     after = holders(NOW + timedelta(hours=2))
     assert connects(rotation, after, NEW, between), "whoever got both CAs goes on"
-    assert not connects(rotation, after, OLD, OLD.cert_pem), "the CA of before is not trusted any more"
+    assert not connects(rotation, after, OLD, OLD.cert_pem), "the former CA is not trusted any more"
     assert not connects(rotation, after, OLD, NEW.cert_pem)
 
 

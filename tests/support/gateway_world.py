@@ -282,7 +282,7 @@ async def gateway_worlds(ca: CertificateFactory, directory: Path) -> AsyncIterat
     Call `support.loops.open_libuv_pipe` once before.
     """
     descriptors = open_descriptors()
-    gc.freeze()  # excludes the objects of before from gc.collect() below, which saves a third of a second per test
+    gc.freeze()  # excludes the present objects from gc.collect() below, which saves a third of a second per test
     worlds: list[GatewayWorld] = []
 
     async def make(**settings: Any) -> GatewayWorld:

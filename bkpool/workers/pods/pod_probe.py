@@ -78,7 +78,7 @@ class PodProbe:
         contexts = self._contexts.of_worker(pod_view.pool_of(pod), pod_view.authority(pod))
         if not contexts:
             raise WorkerFailed("its certificate is from a certificate authority that is not known any more")
-        for context in contexts[:-1]:  # several only for pods of before each pool had a CA of its own
+        for context in contexts[:-1]:  # several only for pods from before each pool had a CA of its own
             with suppress(Unavailable, WorkerFailed):
                 await work(context)
                 return

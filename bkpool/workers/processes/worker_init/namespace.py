@@ -42,7 +42,7 @@ class WorkerNetwork:
         """The process id of pasta; None: the host has no network."""
 
     def refuse_host(self, rules: str = "") -> None:
-        """Makes the packet filter know the host's addresses of now. Does nothing if they are as before.
+        """Makes the packet filter know the host's present addresses. Does nothing if they have not changed.
 
         Args:
             rules: What is given to nft before: the filter itself.
