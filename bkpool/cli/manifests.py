@@ -30,7 +30,7 @@ def _allow(option: str, parameter: str, metavar: str, text: str) -> Callable[[F]
 @click.option(
     "--pool-namespace",
     "pool_namespaces",
-    metavar="NAME",
+    metavar="NAMESPACE",
     multiple=True,
     default=(DEFAULT_NAMESPACE,),
     show_default=True,

@@ -222,7 +222,7 @@ POOL = ValueKind("NAMESPACE/NAME", "NAMESPACE/NAME", "default/my-pool", str, _po
 TEXTS = ValueKind("a list of texts", "NAME", "one,two", _split, _list_of(_text), _listed, repeated=True)
 NAMES = ValueKind(
     "a list of names of lower-case letters, digits and '-'",
-    "NAME",
+    "NAMESPACE",
     "team-a,team-b",
     _split,
     _list_of(_name),
