@@ -136,17 +136,21 @@ def test_the_cli_does_not_accept_a_leases_certificate_as_that_of_an_api(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
 
         def serve():
+            listener.settimeout(10)  # or the test would hang where nobody connects
             sock, _ = listener.accept()
+            sock.settimeout(10)
             with closing(sock), pytest.raises((ssl.SSLError, ConnectionError)):
                 context.wrap_socket(sock, server_side=True).close()
 
         served = pool.submit(serve)
         monkeypatch.setenv("BKPOOL_HOME", str(tmp_path))
         monkeypatch.setenv("BKCTL_TLS_CA_CERT", str(tmp_path / "ca.crt"))
+        monkeypatch.setenv("BKCTL_ENDPOINT", f"https://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("BKCTL_TOKEN", "a-token")
         with pytest.raises(
             Unavailable, match=r"no TLS connection to .*: (unsuitable|unsupported) certificate purpose"
         ):
-            Client(f"https://127.0.0.1:{listener.getsockname()[1]}").pools()
+            Client().pools()
         served.result()
 
 
