@@ -248,6 +248,16 @@ def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(i
     assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
 
 
+def test_a_build_that_takes_every_inotify_instance_stops_no_other_worker(in_network):
+    """The limit is set in a user namespace, so that nobody else on this machine misses them."""
+    none_left = 'echo 0 >/proc/sys/user/max_inotify_instances && exec "$0" "$@"'
+    with echoing(socketserver.ThreadingUDPServer, RESOLVER, 53), echoing(_TCP, RESOLVER, 53):
+        namespace = ["unshare", "--user", "--map-root-user", "sh", "-c", none_left]
+        command = [*namespace, *in_network.command(RESOLVE, QUERY.hex())]
+        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+    assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
+
+
 PEER = """
 ip link set lo up
 touch {0}/peer && unshare --net={0}/peer true

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .host_facts import nameservers, worker_resolv_conf
 from .kernel import MS_BIND, checked, libc
 
 _RESOLV_CONF = Path("/etc/resolv.conf")
+_SECONDS = 5.0  # between two looks at the file, while the kernel tells of no change
 _IN_CLOSE_WRITE, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x80, 0x100  # inotify(7)
 
 
@@ -30,11 +32,13 @@ class HostResolver:
 
         If the host replaces its file, the kernel removes our mount on it.
         """
-        changes = checked(libc.inotify_init1(os.O_CLOEXEC), "inotify")
-        directory = bytes(_RESOLV_CONF.resolve().parent)
-        checked(libc.inotify_add_watch(changes, directory, _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_CREATE), "inotify")
+        changes = _watch()
         while True:
-            os.read(changes, 4096)
+            if changes is None:
+                time.sleep(_SECONDS)
+                changes = _watch()
+            else:
+                os.read(changes, 4096)
             with suppress(OSError):  # it is not there for a moment
                 if not _RESOLV_CONF.samefile(self._replacement):
                     self._file.close()
@@ -54,3 +58,20 @@ class HostResolver:
     def _text(self) -> str:
         self._file.seek(0)
         return self._file.read()
+
+
+def _watch() -> int | None:
+    """A descriptor that can be read after a change in the directory of resolv.conf.
+
+    Returns:
+        None if the kernel has none left. It counts them for each user of the machine, and as root the steps of every
+        build are the same user, so a build can take them all. The worker must start all the same.
+    """
+    changes = int(libc.inotify_init1(os.O_CLOEXEC))
+    if changes < 0:
+        return None
+    directory = bytes(_RESOLV_CONF.resolve().parent)
+    if libc.inotify_add_watch(changes, directory, _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_CREATE) < 0:
+        os.close(changes)
+        return None
+    return changes
