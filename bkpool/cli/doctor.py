@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -41,7 +40,7 @@ def command(as_json: bool) -> int:
                 home.home(),
                 Toolchain(default_cache()),
                 _ports(settings),
-                own_ports=_own_ports(),
+                own_ports=appliance.ports if (appliance := home.running()) else frozenset(),
                 host_network=settings.workers.host_network,
             ),
         ]
@@ -72,16 +71,6 @@ def _ports(settings: Settings) -> dict[str, int]:
         **({"development issuer": settings.dev_issuer.address.port} if settings.dev_issuer.enabled else {}),
     }
     return {purpose: port for purpose, port in ports.items() if port}
-
-
-def _own_ports() -> frozenset[int]:
-    """The ports of the appliance that runs from this home."""
-    appliance = home.running()
-    if appliance is None:
-        return frozenset()
-    others = (str(appliance.described.get(name, "")) for name in ("metricsEndpoint", "devIssuer"))
-    endpoints = (appliance.api, appliance.gateway, *others)
-    return frozenset(port for endpoint in endpoints if (port := urlsplit(endpoint).port))
 
 
 def _table(checks: Iterable[Check]) -> RenderableType:

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from bkpool.core.errors import InvalidInput
 from bkpool.home.lock import holder
@@ -55,6 +56,12 @@ class Appliance:
         """Its Unix socket for the commands of this machine; None if an older version started it."""
         path = self.described.get("apiSocket")
         return Path(path) if isinstance(path, str) and path.startswith("/") else None
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """The TCP ports that it listens on."""
+        others = (str(self.described.get(name, "")) for name in ("metricsEndpoint", "devIssuer"))
+        return frozenset(port for url in (self.api, self.gateway, *others) if (port := urlsplit(url).port))
 
 
 def running() -> Appliance | None:

@@ -10,7 +10,7 @@ import re
 import subprocess
 from collections.abc import Mapping
 
-from bkpool.cli import console
+from bkpool.cli import console, home
 
 _REFUSED = re.compile(r"dial tcp (?:127\.[\d.]+|\[::1\]):(\d+): connect: connection refused")
 _TIMEOUT = 10  # seconds. The build has failed already, and the user waits for the end of the command
@@ -23,7 +23,8 @@ def explain(buildx: str, builder: str, environment: Mapping[str, str]) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return
-    if ports := refused(done.stdout.decode(errors="replace")):
+    own = appliance.ports if (appliance := home.running()) else frozenset()  # no pool may have them
+    if ports := [port for port in refused(done.stdout.decode(errors="replace")) if port not in own]:
         console.note(
             f"note: nothing listens on port {' and '.join(map(str, ports))} of the worker's loopback. To reach that "
             f"port of the machine that runs the worker, the pool needs networking: {{hostPorts: {ports}}}"

@@ -92,7 +92,7 @@ def parse_host(text: str) -> Allowed:
     Raises:
         ValueError: It is not of this form, or the name is that of a Service.
     """
-    namespace, host = _pair(text)
+    namespace, host = _pair(text, "NAME")
     host = host.lower()
     if _HOST.fullmatch(host) is None:
         raise ValueError("has no DNS name or IP address after the =")
@@ -107,7 +107,7 @@ def parse_image(text: str) -> Allowed:
     Raises:
         ValueError: It is not of this form.
     """
-    namespace, pattern = _pair(text)
+    namespace, pattern = _pair(text, "PATTERN")
     if _IMAGE_PATTERN.fullmatch(pattern) is None:
         raise ValueError("has no pattern of image names after the =")
     return Allowed(namespace, pattern)
@@ -271,10 +271,10 @@ def _read(text: str, option: str, parse: Callable[[str], Allowed]) -> Allowed:
         raise InvalidInput(f"{option}: {text[:80]!r} {error}", field=option) from None
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str, of: str) -> tuple[str, str]:
     namespace, equals, value = text.strip().partition("=")
     if not equals or not value:
-        raise ValueError("has no namespace and = at its beginning")
+        raise ValueError(f"is not of the form NAMESPACE={of}")
     try:
         return check_name(namespace, field="namespace"), value
     except InvalidInput:  # it names a field, and the caller names the option
