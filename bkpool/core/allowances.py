@@ -21,13 +21,14 @@ from bkpool.core.wildcards import any_matches
 
 PRIVILEGED = "privileged"
 """The isolation that gives a build the rights of root on its node."""
+HUB = "docker.io/"
+"""The registry of an image whose name has none."""
 
 _HOST = re.compile(HOST)
 _IMAGE_PATTERN = re.compile(r"[A-Za-z0-9*?][A-Za-z0-9._:/@*?-]{0,511}")
 _SERVICE_LABEL = "svc"
 _LEAST_LABELS = 3  # a shorter name may be that of a Service: name.namespace
 _SHOWN = 120  # characters of an image's name in a message
-_HUB = "docker.io/"
 _GATEWAY_SERVICE, _NETWORKING_SERVICE = "spec.gateway.serviceType", "spec.networking.serviceType"
 
 
@@ -230,7 +231,7 @@ def _of_workers(pool: Pool, allowed: Allowances) -> Iterator[Disallowed]:
 
 
 def _of_image(path: str, image: str, namespace: str, allowed: Allowances) -> Iterator[Disallowed]:
-    if {image, f"{_HUB}{image}"} & allowed.own_images:
+    if {image, f"{HUB}{image}"} & allowed.own_images:
         return
     patterns = [entry.value for entry in allowed.images if entry.namespace == namespace]
     if not any_matches(patterns, image):

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from string import Template
 
-from bkpool.core.allowances import Allowances, Allowed
+from bkpool.core.allowances import HUB, Allowances, Allowed
 from bkpool.workers.pods.pod_spec import PRIVILEGED_IMAGE, ROOTLESS_IMAGE
-
-_HUB = "docker.io/"
 
 
 def allow_options(allowed: Allowances) -> Iterator[tuple[str, str]]:
@@ -51,7 +49,7 @@ def render(allowed: Allowances, appliance: str, namespaces: Iterable[str], label
 def _own_images(allowed: Allowances) -> list[str]:
     """The images of bkpool, also as people write them who leave the registry out."""
     own = allowed.own_images | {ROOTLESS_IMAGE, PRIVILEGED_IMAGE}
-    return sorted(own | {image.removeprefix(_HUB) for image in own})
+    return sorted(own | {image.removeprefix(HUB) for image in own})
 
 
 def _list(values: Iterable[str]) -> str:
