@@ -41,6 +41,8 @@ class Observation:
     """The cache is deleted together with the worker."""
     protected: bool | None = None
     """Whether the cluster is asked not to evict the worker; None where nothing can evict it."""
+    outdated: bool = False
+    """It was started with a network or limits that the pool's spec of today does not give."""
     pod_name: str | None = None
     pod_ip: str | None = None
 

@@ -152,6 +152,14 @@ def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
     assert isinstance(actions(draining, NOW + REGISTRATION_LIFE)[0], FinishLease)
 
 
+def test_a_worker_that_reaches_what_its_pool_no_longer_opens_is_given_to_nobody():
+    outdated = {0: replace(seen(0, "owner-a"), outdated=True)}
+    free = worker(0, phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(pool(), free, observed=outdated)) == [StopDaemon(free)]
+    held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(pool(), held, observed=outdated)) == [], "a lease keeps the worker that it has"
+
+
 def test_the_daemon_of_a_revoked_lease_is_stopped_even_if_a_gateway_is_frozen_and_before_anybody_gets_the_worker():
     frozen = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
     over = lease(ended_at=NOW, end_reason=EndReason.REVOKED, end_message="by the admin")

@@ -237,6 +237,29 @@ async def test_a_daemon_that_is_less_isolated_than_those_of_today_is_ended(tmp_p
     await after.close(stop_workers=True)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"untrusted": True},
+        {"networking": {"hostPorts": [5000]}},
+        {"resources": {"buildkit": {"limits": {"pids": "99"}}}},
+    ],
+)
+async def test_a_daemon_of_another_spec_is_outdated_also_after_a_crash(tmp_path, binaries, spec):
+    network = NetworkPrograms.find(os.environ["PATH"])
+    runtime = ProcessRuntime(tmp_path / "home", binaries, network=network)
+    await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    await runtime.close(stop_workers=False)
+    after = ProcessRuntime(tmp_path / "home", binaries, network=network)
+    await after.adopt()
+    for given, outdated in (({}, False), (spec, True), ({}, False)):
+        pool = a_pool(**given)
+        await after.daemons.follow(pool.but(metadata=pool.metadata.but(name=SLOT.pool)))
+        assert after.daemons.observe()[SLOT].outdated is outdated
+    await after.purge()
+    await after.close(stop_workers=True)
+
+
 async def test_a_daemon_that_does_not_answer_the_next_runtime_in_time_is_ended(runtime, tmp_path, binaries):
     await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     pid = record(tmp_path / "home")["pid"]

@@ -52,7 +52,7 @@ class WipeCache:
 
 @dataclass(frozen=True, slots=True)
 class StopDaemon:
-    """End buildkitd with everything that runs in it, because the lease on the worker was revoked."""
+    """End buildkitd with everything that runs in it, because the lease was revoked or the spec changed."""
 
     worker: Worker
 

@@ -23,6 +23,7 @@ from bkpool.core.reconcile.actions import (
     SetCacheOwner,
     SetProtection,
     StartDaemon,
+    StopDaemon,
     WipeCache,
     WriteStatus,
 )
@@ -82,6 +83,8 @@ def _idle(
     up = ready_observation(worker, seen)
     if up is None:
         return _start(worker, seen, None, pool, now, limits=limits)
+    if up.outdated:  # nobody gets a worker that reaches what their pool no longer opens
+        return StopDaemon(worker)
     if up.protected:
         return SetProtection(worker, protected=False)
     return _status(worker, up, Phase.IDLE, now, worker.status.failures)

@@ -82,6 +82,16 @@ class InitProgram:
         # Isolated and without site-packages: no variable and no package of the user changes what runs.
         return [sys.executable, "-I", "-S", str(self._program), str(settings)]
 
+    def settings_of(self, spec: PoolSpec) -> tuple[str, list[int]] | None:
+        """The packet filter and the ports of the host for a pool; None: workers use the host's network.
+
+        Raises:
+            WorkerFailed: `spec.networking.hostPorts` has a port of bkpool itself.
+        """
+        if self._programs is None:
+            return None
+        return network.rules(spec), network.host_ports(spec, self._own_ports())
+
     def _install(self) -> None:
         """Puts the program into its directory, all at once."""
         if self._program.exists():

@@ -6,6 +6,7 @@ It starts no daemon and keeps nothing in memory.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bkpool.core.errors import HostFault
+from bkpool.core.errors import HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
@@ -63,6 +64,19 @@ class Launcher:
     def isolation(self) -> str:
         """How the daemons that this launcher prepares are isolated. It changes with what isolates them."""
         return f"{'own' if self._init.makes_network else 'host'} network, own cgroup, no raw sockets"
+
+    def confinement(self, spec: PoolSpec) -> str:
+        """A digest of what a spec opens to a daemon and gives it: network, raw sockets, limits, buildkitd.toml.
+
+        It is empty if the spec cannot be used: then no running daemon has it.
+        """
+        try:
+            network = self._init.settings_of(spec)
+            limits = Limits.of(spec.resources.buildkit)
+            parts = (network, limits, spec.security.net_raw, config.render(spec, self._gc_defaults))
+        except WorkerFailed:
+            return ""
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
         """Makes the files and directories for a start, and returns the command.

@@ -113,7 +113,15 @@ class ProcessDaemons:
         """Does nothing: nobody else manages these processes."""
 
     async def follow(self, pool: Pool) -> None:
-        """Does nothing: processes share nothing of a pool."""
+        """Marks the daemons that were started with a spec that opens or gives something else than this one."""
+        wanted = await run_in_thread(self._launcher.confinement, pool.spec)
+        for entry in self._table:
+            slot = entry.files.slot
+            if (slot.namespace, slot.pool) == pool.key and entry.observation:
+                outdated = not wanted or entry.confinement != wanted
+                if outdated != entry.observation.outdated:
+                    entry.observation = replace(entry.observation, outdated=outdated)
+                    self._table.changed()
 
     # --- for the runtime and the caches: one slot, whose lock the caller holds --------------------------------------
 
@@ -153,7 +161,7 @@ class ProcessDaemons:
         if record and usable and slot.cache and slot.cache.state is not CacheState.WIPING:
             daemon = await Daemon.adopt(record, slot.files.log, self._limits.adopt_timeout)
             if daemon:
-                self._register(slot, daemon, record.worker_uid)
+                self._register(slot, daemon, record)
                 log.info("worker.adopted", worker=slot.name, pid=daemon.pid)
 
     async def release(self, slot: ProcessSlot) -> None:
@@ -165,7 +173,12 @@ class ProcessDaemons:
     async def _launch(self, slot: ProcessSlot, worker_uid: str, pool: Pool) -> str:
         files = slot.files
         launch = await run_in_thread(self._launcher.prepare, files, pool.spec)
-        intent = DaemonRecord(worker_uid, process_table.boot_id(), isolation=self._launcher.isolation)
+        intent = DaemonRecord(
+            worker_uid,
+            process_table.boot_id(),
+            isolation=self._launcher.isolation,
+            confinement=await run_in_thread(self._launcher.confinement, pool.spec),
+        )
         await run_in_thread(files.write_daemon, intent)
         try:
             daemon = await Daemon.start(launch, self._limits.start_timeout)
@@ -177,7 +190,7 @@ class ProcessDaemons:
             raise
         await self._begin_history(slot, daemon, pool)
         record = replace(intent, pid=daemon.pid, start_time=daemon.start_time, socket=str(daemon.socket))
-        self._register(slot, daemon, worker_uid)
+        self._register(slot, daemon, record)
         await run_in_thread(files.write_daemon, record)
         log.info("worker.started", worker=slot.name, pid=daemon.pid)
         return _endpoint(daemon)
@@ -201,10 +214,11 @@ class ProcessDaemons:
             await remove_cache(self._table, slot, self._launcher)
             raise not_cleared(error) from None
 
-    def _register(self, slot: ProcessSlot, daemon: Daemon, worker_uid: str) -> None:
+    def _register(self, slot: ProcessSlot, daemon: Daemon, record: DaemonRecord) -> None:
         owner = slot.cache.owner if slot.cache else None
         slot.daemon = daemon
-        slot.observation = Observation(worker_uid, DaemonState.READY, _endpoint(daemon), owner)
+        slot.confinement = record.confinement
+        slot.observation = Observation(record.worker_uid, DaemonState.READY, _endpoint(daemon), owner)
         self._watch_for_exit(slot, daemon)
         self._table.changed()
 

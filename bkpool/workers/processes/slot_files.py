@@ -63,6 +63,8 @@ class DaemonRecord:
     socket: str | None = None
     isolation: str = ""
     """What was done to isolate it. One that was isolated in another way is not taken over."""
+    confinement: str = ""
+    """Digest of what the pool's spec opened to it and gave it; see `Launcher.confinement`."""
 
 
 @dataclass(frozen=True, slots=True)

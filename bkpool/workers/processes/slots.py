@@ -28,6 +28,8 @@ class ProcessSlot:
     exit_watch: asyncio.Task[None] | None = None
     """Waits for the daemon's exit."""
     observation: Observation | None = None
+    confinement: str = ""
+    """That of the daemon, see `DaemonRecord`."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
