@@ -59,7 +59,9 @@ class InNetwork:
             f'mount --bind /proc/self/ns/net {hosts_network} && exec "$0" "$@"'
         )
         namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
-        return [*namespaces, *init, sys.executable, "-c", program, *arguments]
+        ready = str(self.directory / "init" / "ready")
+        waiting = f"import os, time\nwhile not os.path.exists({ready!r}): time.sleep(0.005)\n"
+        return [*namespaces, *init, sys.executable, "-c", waiting + program, *arguments]
 
 
 @pytest.fixture
@@ -196,14 +198,23 @@ def test_a_chosen_port_of_the_host_is_reached_at_both_loopback_addresses(in_netw
 
 
 RESOLVE = f"""
-import socket, sys
-print("resolv.conf", repr(open("/etc/resolv.conf").read()))
-for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+import socket, sys, time
+
+def ask(kind):
     with socket.socket(socket.AF_INET, kind) as s:
         s.settimeout(10)
         s.connect(("{worker_init.NAMESERVER}", 53))
         s.sendall(bytes.fromhex(sys.argv[1]))
-        print(kind.name, s.recv(100).hex())
+        return s.recv(100).hex()
+
+print("resolv.conf", repr(open("/etc/resolv.conf").read()))
+for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+    for _ in range(100):  # the relay may still be busy with those who asked before
+        try:
+            print(kind.name, ask(kind))
+            break
+        except ConnectionError:
+            time.sleep(0.05)
 """
 
 

@@ -40,6 +40,8 @@ class Launch:
     """It has MARK."""
     socket: Path
     log: Path
+    network_ready: Path | None = None
+    """A file that is there when the daemon's network is complete; None: it uses one that is there already."""
 
 
 class Daemon:
@@ -192,8 +194,10 @@ async def _wait_for_answer(launch: Launch, wrapper: _Wrapper, seconds: float) ->
                 except WorkerFailed as error:
                     reason = error.message
                 else:
-                    with contextlib.suppress(OSError):  # it has just ended; the wrapper's exit code tells how
-                        return _checked(pid, launch, wrapper)
+                    reason = "its network is not complete"
+                    if launch.network_ready is None or launch.network_ready.exists():
+                        with contextlib.suppress(OSError):  # it has just ended; the wrapper's exit code tells how
+                            return _checked(pid, launch, wrapper)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await wrapper.exited.wait()

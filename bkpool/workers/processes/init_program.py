@@ -26,7 +26,7 @@ from bkpool.workers.processes.worker_init import NetworkSettings
 
 log = structlog.get_logger(__name__)
 
-_NAME = "worker_init"
+_NAME, _READY = "worker_init", "ready"
 _SOURCES = {
     entry.name: entry.read_bytes()
     for entry in resources.files(f"bkpool.workers.processes.{_NAME}").iterdir()
@@ -92,6 +92,14 @@ class InitProgram:
             return None
         return network.rules(spec), network.host_ports(spec, self._own_ports())
 
+    def ready_file(self, directory: Path) -> Path | None:
+        """The file that tells that the network of a worker is complete; None: it needs none.
+
+        Args:
+            directory: What `command` was given.
+        """
+        return directory / _READY if self.makes_network else None
+
     def _install(self) -> None:
         """Puts the program into its directory, all at once."""
         if self._program.exists():
@@ -117,6 +125,7 @@ class InitProgram:
             "nft": str(self._programs.nft),
             "netns_directory": str(_netns_directory(directory)),
             "resolv_conf": str(directory / "resolv.conf"),
+            "ready": str(directory / _READY),
             "rules": network.rules(spec),
             "host_ports": network.host_ports(spec, self._own_ports()),
         }

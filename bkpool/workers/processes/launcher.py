@@ -113,10 +113,13 @@ class Launcher:
             f"--oci-worker-binary={self._runc(files, spec)}",
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
-        command = [*self._init.command(sockets / "init", spec), *command]
+        for_init = sockets / "init"
+        command = [*self._init.command(for_init, spec), *command]
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
         environment = self._sandbox.environment(files.empty_home, **more)
-        return Launch(self._confine(command, files, spec), environment, socket, files.log)
+        return Launch(
+            self._confine(command, files, spec), environment, socket, files.log, self._init.ready_file(for_init)
+        )
 
     def try_network(self) -> None:
         """Starts and ends a program in the network of a worker, to see whether this machine can make one.

@@ -31,5 +31,7 @@ class NetworkSettings(TypedDict):
     """A file to make, for the worker's /etc/resolv.conf."""
     rules: str
     """The packet filter for nft, with empty sets host4 and host6 for the addresses of the host."""
+    ready: str
+    """A file to make when the network is complete."""
     host_ports: list[int]
     """TCP ports of the worker's loopback addresses that lead to the same port of the host's."""

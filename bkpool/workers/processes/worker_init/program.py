@@ -34,13 +34,15 @@ def main(settings: NetworkSettings | None, command: list[str]) -> int:
     changes = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
     changes.bind((0, _RTMGRP))  # before the addresses are read, so that no change is missed
     network = WorkerNetwork(settings)
+    # It starts while the network is made, which takes as long. Until then it has nothing but its own loopback.
+    child = network.spawn(command)
     network.refuse_host(settings["rules"])
     network.connect_to_host()
     resolver = HostResolver(Path(settings["resolv_conf"]))
     relays = Relays(network, settings["host_ports"], lambda: resolver.servers)
-    child = network.spawn(command)
     relays.start()
     background(resolver.follow)
+    Path(settings["ready"]).touch()
     return _serve(child, reading, (changes, network))
 
 
