@@ -24,7 +24,7 @@ from bkpool.workers.processes.init_program import InitProgram
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user needs rootlesskit for this: see e2e")
 
-RESOLVER = "127.0.0.53"
+RESOLVER = f"127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250}.53"  # tests may run beside each other
 QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x05inner\x04corp\x00\x00\x01\x00\x01"
 
 
@@ -82,6 +82,11 @@ class _Echo(socketserver.BaseRequestHandler):
 
 class _TCP(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
+    daemon_threads = True  # a client that stays does not keep a test from ending
+
+
+class _UDP(socketserver.ThreadingUDPServer):
+    daemon_threads = True
 
 
 class _IPv6(_TCP):
@@ -220,7 +225,7 @@ for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
 
 def test_names_are_asked_of_the_hosts_own_resolver_on_loopback(in_network):
     with (
-        echoing(socketserver.ThreadingUDPServer, RESOLVER, 53),
+        echoing(_UDP, RESOLVER, 53),
         echoing(_TCP, RESOLVER, 53),
     ):
         found = reached(in_network(RESOLVE, QUERY.hex()))
@@ -251,7 +256,7 @@ for s in held:
 def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(in_network):
     few = ["prlimit", "--nofile=64:4096"]  # pasta and the flood raise theirs
     with (
-        echoing(socketserver.ThreadingUDPServer, RESOLVER, 53),
+        echoing(_UDP, RESOLVER, 53),
         echoing(_TCP, RESOLVER, 53),
     ):
         command = [*few, *in_network.command(f"{FLOOD}\n{RESOLVE}", QUERY.hex())]
@@ -262,7 +267,7 @@ def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(i
 def test_a_build_that_takes_every_inotify_instance_stops_no_other_worker(in_network):
     """The limit is set in a user namespace, so that nobody else on this machine misses them."""
     none_left = 'echo 0 >/proc/sys/user/max_inotify_instances && exec "$0" "$@"'
-    with echoing(socketserver.ThreadingUDPServer, RESOLVER, 53), echoing(_TCP, RESOLVER, 53):
+    with echoing(_UDP, RESOLVER, 53), echoing(_TCP, RESOLVER, 53):
         namespace = ["unshare", "--user", "--map-root-user", "sh", "-c", none_left]
         command = [*namespace, *in_network.command(RESOLVE, QUERY.hex())]
         found = reached(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))

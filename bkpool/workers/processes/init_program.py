@@ -32,7 +32,7 @@ _SOURCES = {
     for entry in resources.files(f"bkpool.workers.processes.{_NAME}").iterdir()
     if entry.name.endswith(".py")
 }
-_MAIN = f"import sys\nfrom {_NAME}.program import run\nsys.exit(run())\n"
+_MAIN = f"from {_NAME}.program import run\nrun()\n"
 _DIGEST = hashlib.sha256(repr(sorted(_SOURCES.items())).encode()).hexdigest()[:12]
 
 

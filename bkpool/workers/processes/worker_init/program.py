@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from . import NetworkSettings
 from .kernel import background, checked, fail, libc, spawn
@@ -82,7 +83,8 @@ def _ended() -> Iterator[tuple[int, int]]:
             yield found[0], os.waitstatus_to_exitcode(found[1])
 
 
-def run() -> int:
-    """The program: the file of the settings and the command are its arguments. Returns the exit code."""
+def run() -> NoReturn:
+    """The program: the file of the settings and the command are its arguments. It ends with the command's exit code."""
     os.environ.pop("LC_CTYPE", None)  # Python sets it, where a system has no locale (PEP 538)
-    return main(json.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2:])
+    code = main(json.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2:])
+    os._exit(code)  # at once: threads that wait for a connection have nothing to finish
