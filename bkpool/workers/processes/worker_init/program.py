@@ -84,7 +84,7 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 
 def run() -> NoReturn:
-    """The program: the file of the settings and the command are its arguments. It ends with the command's exit code."""
+    """The program. Its arguments are the file of the settings and the command, whose exit code it ends with."""
     os.environ.pop("LC_CTYPE", None)  # Python sets it, where a system has no locale (PEP 538)
     code = main(json.loads(Path(sys.argv[1]).read_bytes()), sys.argv[2:])
     os._exit(code)  # at once: threads that wait for a connection have nothing to finish
