@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from bkpool.core.names import Slot
+from bkpool.core.pool import PoolSpec
 from bkpool.workers.processes.environment import PATH
+from bkpool.workers.processes.init_program import InitProgram
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_files import SlotFiles
+from bkpool.workers.processes.worker_init import MountSettings
 from support.fake_s3 import FakeS3, fake_s3
 from support.objects import pool as a_pool
 
@@ -75,7 +78,9 @@ async def test_a_worker_has_only_the_variables_that_it_needs(runtime, tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user cannot read the keys of root")
 def test_ssh_looks_for_keys_in_the_empty_home_of_the_worker(binaries, tmp_path):
     sandbox = Sandbox(binaries, {})
-    command = sandbox.wrap(["getent", "passwd", "root"], tmp_path / "state")
+    mounts: MountSettings = {"home": str(tmp_path / "empty"), "cgroups": []}
+    init = InitProgram(None, tmp_path, {}, frozenset).command(tmp_path / "init", PoolSpec(), mounts)
+    command = sandbox.wrap([*init, "/usr/bin/getent", "passwd", "root"], tmp_path / "state")
     environment = sandbox.environment(tmp_path / "empty")
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert found.split(":")[5] == str(tmp_path / "empty")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from bkpool.workers.processes.cgroup_entry import entering, mount_table
+from bkpool.workers.processes.cgroup_entry import cgroup_mounts, entering
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.cgroup_tree import Hierarchy, hierarchies
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
@@ -180,10 +180,10 @@ def test_a_worker_mounts_what_the_machine_has():
         Hierarchy("cgroup", ("name=systemd",), CGROUP / "systemd", CGROUP / "systemd"),
         Hierarchy("cgroup2", (), CGROUP / "unified", CGROUP / "unified"),
     ]
-    assert mount_table(known).splitlines() == [
-        "cgroup /sys/fs/cgroup/cpu,cpuacct cgroup cpu,cpuacct 0 0",
-        "cgroup /sys/fs/cgroup/systemd cgroup none,name=systemd 0 0",
-        "cgroup /sys/fs/cgroup/unified cgroup2 rw 0 0",
+    assert [tuple(one.values()) for one in cgroup_mounts(known)] == [
+        ("/sys/fs/cgroup/cpu,cpuacct", "cgroup", "cpu,cpuacct"),
+        ("/sys/fs/cgroup/systemd", "cgroup", "none,name=systemd"),
+        ("/sys/fs/cgroup/unified", "cgroup2", "rw"),
     ]
 
 

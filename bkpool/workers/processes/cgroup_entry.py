@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bkpool.workers.processes.cgroup_tree import Hierarchy
 from bkpool.workers.processes.slot_cgroups import LEAF
+from bkpool.workers.processes.worker_init import CgroupMount
 
 # "0" means the process that writes it. A score that cannot be set is no reason not to start.
 _ENTER = f"""
@@ -45,6 +46,6 @@ def entering(command: Sequence[str], slots: Iterable[Path], oom_score_adj: int, 
     return ["sh", "-c", script, str(oom_score_adj), *map(str, slots), "--", *command]
 
 
-def mount_table(hierarchies: Iterable[Hierarchy]) -> str:
-    """The mounts of cgroups that a worker needs in its namespace, as fstab(5)."""
-    return "".join(f"cgroup {known.mount} {known.kind} {known.mount_options} 0 0\n" for known in hierarchies)
+def cgroup_mounts(hierarchies: Iterable[Hierarchy]) -> list[CgroupMount]:
+    """The mounts of cgroups that a worker needs in its namespace."""
+    return [{"target": str(one.mount), "kind": one.kind, "options": one.mount_options} for one in hierarchies]

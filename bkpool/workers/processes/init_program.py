@@ -1,4 +1,4 @@
-"""Prepares the network of a worker: the program `worker_init`, and for each worker the file of its settings.
+"""Prepares the first process of a worker: the program `worker_init`, and for each worker the file of its settings.
 
 It starts nothing itself.
 """
@@ -22,7 +22,7 @@ from bkpool.core.pool import PoolSpec
 from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers.processes import network
 from bkpool.workers.processes.slot_files import as_host_fault
-from bkpool.workers.processes.worker_init import NetworkSettings
+from bkpool.workers.processes.worker_init import MountSettings, NetworkSettings, WorkerSettings
 
 log = structlog.get_logger(__name__)
 
@@ -63,22 +63,24 @@ class InitProgram:
         """Whether each worker has a network of its own."""
         return self._programs is not None
 
-    def command(self, directory: Path, spec: PoolSpec) -> list[str]:
+    def command(self, directory: Path, spec: PoolSpec, mounts: MountSettings | None = None) -> list[str]:
         """The command line of `worker_init`, which ends where that of the worker begins.
 
         Args:
-            directory: A private directory that does not exist yet, for what this worker's network needs.
+            directory: A private directory that does not exist yet, for what this worker needs.
             spec: The pool's.
+            mounts: What a worker of root sees differently from the host.
 
         Raises:
             WorkerFailed: `spec.networking.hostPorts` has a port of bkpool itself.
             HostFault: A file cannot be written.
         """
-        settings = directory / "network.json"
+        settings = directory / "settings.json"
         with as_host_fault(directory):
             self._install()
             directory.mkdir(mode=0o700)
-            settings.write_text(json.dumps(self._settings(directory, spec)))
+            wanted: WorkerSettings = {"mounts": mounts, "network": self._network(directory, spec)}
+            settings.write_text(json.dumps(wanted))
         # Isolated and without site-packages: no variable and no package of the user changes what runs.
         return [sys.executable, "-I", "-S", str(self._program), str(settings)]
 
@@ -113,7 +115,7 @@ class InitProgram:
             with suppress(OSError):  # another start was faster
                 package.parent.rename(self._program)
 
-    def _settings(self, directory: Path, spec: PoolSpec) -> NetworkSettings | None:
+    def _network(self, directory: Path, spec: PoolSpec) -> NetworkSettings | None:
         if self._programs is None:
             return None
         if ports := network.unreachable_proxies(spec, _proxies(self._environ)):

@@ -20,7 +20,7 @@ from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
 from bkpool.workers import config
 from bkpool.workers.processes import init_program, process_table, socket_directory
-from bkpool.workers.processes.cgroup_entry import entering, mount_table
+from bkpool.workers.processes.cgroup_entry import cgroup_mounts, entering
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.daemon import MARK, Launch
 from bkpool.workers.processes.init_program import InitProgram
@@ -28,6 +28,7 @@ from bkpool.workers.processes.runc_wrapper import wrapper
 from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
+from bkpool.workers.processes.worker_init import MountSettings
 
 
 class Launcher:
@@ -114,7 +115,7 @@ class Launcher:
             *(["--rootless"] if self._sandbox.rootless else []),
         ]
         for_init = sockets / "init"
-        command = [*self._init.command(for_init, spec), *command]
+        command = [*self._init.command(for_init, spec, self._mounts(files.empty_home)), *command]
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
         environment = self._sandbox.environment(files.empty_home, **more)
         return Launch(
@@ -130,7 +131,7 @@ class Launcher:
         self._sandbox.check()
         runtime_directory.claim(self._runtime_dir)
         with tempfile.TemporaryDirectory(prefix="try-", dir=self._runtime_dir) as directory:
-            command = self._init.command(Path(directory, "init"), PoolSpec())
+            command = self._init.command(Path(directory, "init"), PoolSpec(), self._mounts(Path(directory)))
             wrapped = self._sandbox.wrap([*command, "/bin/sh", "-c", "exit 0"], Path(directory, "rootlesskit"))
             environment = self._sandbox.environment(Path(directory))
             done = subprocess.run(wrapped, env=environment, capture_output=True, check=False)
@@ -201,13 +202,17 @@ class Launcher:
         files.write_runc_wrapper(wrapper(runc))
         return files.runc_wrapper
 
+    def _mounts(self, home: Path) -> MountSettings | None:
+        """What a worker sees differently from the host; None for an ordinary user, whose rootlesskit makes mounts."""
+        if self._sandbox.rootless:
+            return None
+        return {"home": str(home), "cgroups": cgroup_mounts(self._cgroups.hierarchies)}
+
     def _confine(self, command: Sequence[str], files: SlotFiles, spec: PoolSpec) -> list[str]:
         """The command in namespaces, in the cgroups of its slot."""
         sockets, separate = self._sockets(files.slot), not self._sandbox.rootless
-        mounts = sockets / "cgroups.fstab"
-        mounts.write_text(mount_table(self._cgroups.hierarchies))
         slots = self._cgroups.make(files.cgroups, _cgroup(files.slot), Limits.of(spec.resources.buildkit))
-        wrapped = self._sandbox.wrap(command, sockets / "rootlesskit", mounts)
+        wrapped = self._sandbox.wrap(command, sockets / "rootlesskit")
         return entering(wrapped, slots, self._cgroups.oom_score_adj, separate=separate)
 
     def _directories(self) -> list[Path]:

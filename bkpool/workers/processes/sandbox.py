@@ -21,21 +21,6 @@ from bkpool.workers.processes import environment
 
 _CAP_SYS_ADMIN = 1 << 21  # capabilities(7): to make namespaces and mounts
 
-# runc as root keeps its state in /run/runc. Here that is a tmpfs in the mount namespace, so it ends with the daemon.
-# ssh, which git starts for a private repository, takes root's home from /etc/passwd and not from HOME. Here both are
-# the same, so it finds no key of the host.
-# The cgroups are mounted again, so that a path in there begins at the worker's own cgroup (cgroup_entry).
-# The shell becomes the command, which is then the first process of the PID namespace.
-_AS_ROOT = """
-mkdir -p /run/runc && mount -t tmpfs -o mode=700 bkpool /run/runc &&
-echo "root:x:0:0:root:$HOME:/bin/sh" >/run/runc/passwd && mount --bind /run/runc/passwd /etc/passwd &&
-if [ -s "$0" ]; then
-    umount -R -l /sys/fs/cgroup && mount -t tmpfs -o mode=755 bkpool /sys/fs/cgroup &&
-    mkdir -p $(cut -d " " -f 2 "$0") && mount -a -T "$0"
-fi &&
-exec "$@"
-"""
-
 _USER_NAMESPACES = {"user.max_user_namespaces": 15000, "kernel.unprivileged_userns_clone": 1}
 """Settings that must not be 0, with a value that is enough. The second exists only on Debian before 11."""
 _APPARMOR = (
@@ -90,20 +75,17 @@ class Sandbox:
         else:
             self._check_root()
 
-    def wrap(self, command: Sequence[str], state: Path, cgroup_mounts: Path = Path("/dev/null")) -> list[str]:
+    def wrap(self, command: Sequence[str], state: Path) -> list[str]:
         """The command line that runs a command as root of new namespaces.
 
         Args:
             command: The program and its arguments.
             state: A directory for rootlesskit's own sockets. It must not exist yet.
-            cgroup_mounts: A file like fstab(5), with what replaces the mounts of cgroups; only for root. An empty one
-                leaves them as they are.
         """
         if self.rootless:
             rootlesskit = str(self.binaries.rootlesskit)
             return [rootlesskit, "--net=host", "--pidns", f"--state-dir={state}", *command]
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        return [*unshare, "sh", "-c", _AS_ROOT, str(cgroup_mounts), *command]
+        return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *command]
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
         """The environment of what runs in the namespaces; see `worker_environment`."""

@@ -19,6 +19,25 @@ FAILED = 70
 """The exit code if the network cannot be made or has ended: EX_SOFTWARE of sysexits.h."""
 
 
+class CgroupMount(TypedDict):
+    """A hierarchy of cgroups that a worker needs in its mount namespace."""
+
+    target: str
+    kind: str
+    """`cgroup` or `cgroup2`."""
+    options: str
+    """As of mount(8), without flags."""
+
+
+class MountSettings(TypedDict):
+    """What a worker of root sees differently from the host."""
+
+    home: str
+    """The directory that root has as home."""
+    cgroups: list[CgroupMount]
+    """What replaces /sys/fs/cgroup; empty: it stays."""
+
+
 class NetworkSettings(TypedDict):
     """What the appliance wants of a worker's network."""
 
@@ -35,3 +54,12 @@ class NetworkSettings(TypedDict):
     """A file to make when the network is complete."""
     host_ports: list[int]
     """TCP ports of the worker's loopback addresses that lead to the same port of the host's."""
+
+
+class WorkerSettings(TypedDict):
+    """What the appliance wants of a worker."""
+
+    mounts: MountSettings | None
+    """None: the worker is not root's."""
+    network: NetworkSettings | None
+    """None: the worker uses the host's network."""

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from . import NetworkSettings
+from . import WorkerSettings
 from .kernel import background, checked, fail, libc, spawn
+from .mounts import mount_all
 from .namespace import WorkerNetwork
 from .relays import Relays
 from .resolver import HostResolver
@@ -23,8 +24,11 @@ _PR_SET_CHILD_SUBREAPER = 36  # prctl.h
 _RTMGRP = 0x10 | 0x40 | 0x100 | 0x400  # rtnetlink(7): addresses and routes, of IPv4 and IPv6
 
 
-def main(settings: NetworkSettings | None, command: list[str]) -> int:
-    """Runs a command, in a network of its own if there are settings. Returns its exit code."""
+def main(worker: WorkerSettings, command: list[str]) -> int:
+    """Runs a command with the mounts and the network of the settings. Returns its exit code."""
+    settings = worker["network"]
+    if worker["mounts"]:
+        mount_all(worker["mounts"])
     checked(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "a reaper")
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
