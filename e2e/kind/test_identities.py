@@ -17,6 +17,7 @@ from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import AUDIENCE
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.remembered_caller import CallerMethod
 from bkpool.core.resource import Metadata
 from bkpool.identity import Identity
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
@@ -43,6 +44,7 @@ async def test_a_serviceaccount_is_identified_by_its_token(api, kubectl, namespa
         authority="kubernetes",
         source="ServiceAccount token",
         groups=("system:serviceaccounts", f"system:serviceaccounts:{namespace}", "system:authenticated"),
+        method=CallerMethod.SERVICE_ACCOUNT,
     )
 
 
