@@ -197,8 +197,11 @@ class PoolGateway(Model):
 class Security(Model):
     """What build steps may do beyond what every build needs."""
 
-    net_raw: StrictBool = False
-    """CAP_NET_RAW: raw sockets, with which a step can read all traffic of its worker's network."""
+    net_raw: StrictBool | None = None
+    """CAP_NET_RAW: raw sockets, with which a step can read all traffic of its worker's network.
+
+    None is like false. If false were the default, the API server would set it, and every pool in a cluster would
+    report it as ignored."""
 
 
 class PoolSpec(Model):

@@ -131,6 +131,12 @@ def test_the_api_server_sets_the_same_defaults_as_bkpool(kind, model, least):
     assert theirs == ours
 
 
+def test_the_api_server_sets_no_field_that_is_then_reported_as_ignored():
+    """It would be named in the condition of every pool in a cluster, although nobody wrote it."""
+    given = {path.removeprefix(".spec.") for path, node in leaves(schema(Pool)) if "default" in node}
+    assert not given & {*IGNORED_IN_CLUSTER, *IGNORED_WITH_HOST_GATEWAY}
+
+
 def test_bkpool_reads_every_field_of_an_issuer_except_the_secret():
     known = {path for path, _ in leaves(schema(OIDCConfig)["properties"]["spec"])}
     unread = {path for path in known - set(modelled(OIDCConfigSpec)) if not path.startswith(".clientSecretRef.")}

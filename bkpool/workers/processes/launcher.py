@@ -74,7 +74,7 @@ class Launcher:
         try:
             network = self._init.settings_of(spec)
             limits = Limits.of(spec.resources.buildkit)
-            parts = (network, limits, spec.security.net_raw, config.render(spec, self._gc_defaults))
+            parts = (network, limits, bool(spec.security.net_raw), config.render(spec, self._gc_defaults))
         except WorkerFailed:
             return ""
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
