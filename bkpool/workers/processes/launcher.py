@@ -30,6 +30,8 @@ from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 from bkpool.workers.processes.worker_init import MountSettings
 
+_TRY_TIMEOUT = 30  # seconds; a tenth of one is usual
+
 
 class Launcher:
     """Prepares starts and cleans up after exits, for the slots of one home.
@@ -134,7 +136,15 @@ class Launcher:
             command = self._init.command(Path(directory, "init"), PoolSpec(), self._mounts(Path(directory)))
             wrapped = self._sandbox.wrap([*command, "/bin/sh", "-c", "exit 0"], Path(directory, "rootlesskit"))
             environment = self._sandbox.environment(Path(directory))
-            done = subprocess.run(wrapped, env=environment, capture_output=True, check=False)
+            try:
+                done = subprocess.run(
+                    wrapped, env=environment, capture_output=True, timeout=_TRY_TIMEOUT, check=False
+                )
+            except subprocess.TimeoutExpired:
+                raise HostFault(
+                    f"a network for a worker was not complete after {_TRY_TIMEOUT} s: pasta or nft hangs",
+                    hint="Run bkpool doctor.",
+                ) from None
         if done.returncode != 0:
             output = done.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
             raise HostFault(

@@ -98,9 +98,8 @@ class Sandbox:
         return ""
 
     def _check_root(self) -> None:
-        for program in ("unshare", "mount"):
-            if shutil.which(program, path=environment.PATH) is None:
-                raise _missing(f"{program} is not on the PATH", "Install the package util-linux.")
+        if shutil.which("unshare", path=environment.PATH) is None:
+            raise _missing("unshare is not on the PATH", "Install the package util-linux.")
         status = Path("/proc/self/status").read_text()
         capabilities = next(line for line in status.splitlines() if line.startswith("CapEff:")).split()[1]
         if not int(capabilities, 16) & _CAP_SYS_ADMIN:

@@ -27,7 +27,7 @@ def in_thread(work: Callable[[], T]) -> T:
     thread = threading.Thread(target=lambda: results.append(work()))
     thread.start()
     thread.join()
-    return results[0] if results else fail("it cannot be made")
+    return results[0] if results else fail("it cannot be made; the lines above have the reason")
 
 
 def spawn(command: list[str], stdin: int | None = None) -> int:

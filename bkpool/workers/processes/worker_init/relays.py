@@ -15,6 +15,7 @@ from .namespace import WorkerNetwork
 _CONNECTIONS = 512  # relayed at once for one worker, and DNS queries; more are refused
 _DNS_SECONDS = 2.0  # for one name server; clients wait 5 s by default (resolv.conf(5))
 _PAUSE = 0.1  # seconds before the next try when the kernel has given nothing
+_LINGER_SECONDS = 60.0  # for the answer after the client has ended its side; or a silent server would keep a place
 _LISTEN_SECONDS = 10.0  # until the host's port must have accepted
 
 
@@ -23,7 +24,7 @@ class Relays:
 
     Args:
         network: The worker's.
-        host_ports: See Settings.
+        host_ports: See `NetworkSettings`.
         resolver: Says which name servers the host has now.
     """
 
@@ -106,6 +107,8 @@ class Relays:
             with client, _connected(targets()) as server:
                 back = background(_copy, server, client)
                 _copy(client, server)
+                back.join(_LINGER_SECONDS)
+                _cut(server, client)
                 back.join()
         except (OSError, RuntimeError):
             pass  # nothing listens on the host, or no thread can be made: the client sees a closed connection
@@ -147,6 +150,13 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
             target.sendall(data)
     with suppress(OSError):
         target.shutdown(socket.SHUT_WR)
+
+
+def _cut(*connections: socket.socket) -> None:
+    """Ends connections also for a thread that waits on them, which `close` does not."""
+    for connection in connections:
+        with suppress(OSError):  # it has ended already
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _socket_for(address: str, kind: socket.SocketKind) -> socket.socket:
