@@ -36,6 +36,11 @@ nox.options.stop_on_first_error = False
 # As a part of all checks (scripts/test) the fast suite measures coverage, which takes about 50 % more time.
 COVERAGE = ["--cov", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
 
+# Then the other Pythons leave out what says nothing about the version of Python (CONTRIBUTING.md), and try as few
+# examples as `nox -s tests` alone: the session `tests` has just done the rest.
+ONLY_PYTHON = ["-m", "not any_python"] if os.environ.get("BKPOOL_BRIEF") else []
+FEW_EXAMPLES = {"BKPOOL_BRIEF": ""}
+
 # One more than there are cores, because many tests wait.
 PROCESSES = ["--numprocesses", str((os.cpu_count() or 1) + 1)]
 
@@ -71,7 +76,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def pythons(session: nox.Session) -> None:
-    """The fast suite on every other supported Python of this machine, each in an environment made from the lock."""
+    """The fast suite on every other supported Python of this machine, each in an environment made from the lock.
+
+    As a part of all checks it leaves out what says nothing about the version of Python.
+    """
     this = f"{sys.version_info.major}.{sys.version_info.minor}"
     found = interpreters(version for version in SUPPORTED if version != this)
     missing = [version for version in SUPPORTED if version != this and version not in found]
@@ -80,7 +88,8 @@ def pythons(session: nox.Session) -> None:
         session.log(f"not on this machine, so not tested: {', '.join(missing)}")
     for version, interpreter in found.items():
         python = _environment(session, version, interpreter)
-        session.run(python, "-m", "pytest", "tests", *PROCESSES, *session.posargs, external=True)
+        command = (python, "-m", "pytest", "tests", *PROCESSES, *ONLY_PYTHON, *session.posargs)
+        session.run(*command, env=FEW_EXAMPLES, external=True)
 
 
 def _environment(session: nox.Session, version: str, interpreter: str) -> str:

@@ -18,17 +18,33 @@ from bkpool.kind.engine import engine_fault
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import HERE, Appliance, Context, World, registry
 from kind_cluster import E2eCluster, Kubectl, e2e_cluster
+from support.environment import forget_settings
+from support.issuer import Issuer
 from worlds import Pods, Processes
+
+forget_settings()
 
 BACKEND = os.environ.get("BKPOOL_E2E_BACKEND", "process")
 """The backend of the tests that are not marked for one."""
 
+LIMIT = 900.0
+"""Seconds after which a test and its fixtures have failed: they wait forever. A kind cluster needs minutes."""
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests of another backend."""
+    """Leaves out the tests of another backend. Gives every test its limit."""
+    for item in items:
+        item.add_marker(pytest.mark.timeout(LIMIT))
     others = [item for item in items if (mark := item.get_closest_marker("only")) and mark.args[0] != BACKEND]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[Issuer]:
+    """A real issuer of the module."""
+    with Issuer() as issuer:
+        yield issuer
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import select
 import shutil
@@ -64,13 +65,27 @@ class World(Protocol):
 
 
 WAIT_TIMEOUT = 60.0  # seconds that a test waits for a condition before it fails
+GATEWAY_HOLDS = 15.0
+"""Seconds for which the gateway holds a client whose worker is away. A build that ends earlier was not held."""
+WAITED = 'reason="Waited'
+"""The beginning of the reasons, in the gateway's metrics, of refusals after all of the time that a client is held."""
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """Returns a port that stays free until the test listens on it, also while its appliance is down.
+
+    The system gives none of these ports to a client, and no other run of these tests takes it.
+    """
+    first_of_clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, max(first_of_clients, 20_000))
+        mark = socket.socket(socket.AF_UNIX)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            mark.bind(f"\0bkpool-test-port-{port}")
+            listener.bind(("127.0.0.1", port))
+            mark.detach()  # its name says, until this process ends, that the port is taken
+            return port
+        mark.close()
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout: float = WAIT_TIMEOUT) -> Any:
@@ -88,6 +103,23 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):  # ProcessLookupError: it ended between open and read
         return False
+
+
+def steps(*arguments: str) -> list[int]:
+    """Returns the processes of build steps that run the test program with these arguments."""
+    command = "".join(f"{part}\0" for part in ("/program", *arguments)).encode()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (entry / "cmdline").read_bytes() == command:
+                found.append(int(entry.name))
+    return found
+
+
+def end_steps(*arguments: str) -> None:
+    """Tells these build steps to end: the program does `hold` and `sniff` until then."""
+    for pid in steps(*arguments):
+        os.kill(pid, signal.SIGUSR1)
 
 
 def pool(name: str, **spec: Any) -> dict[str, Any]:
@@ -206,9 +238,13 @@ class Appliance:
 
     # --- the appliance ---
 
+    @property
+    def addresses(self) -> list[str]:
+        """The options of `up` that make it listen where this test expects it."""
+        return [part for name, port in self.ports.items() for part in (f"--{name}-address", f"127.0.0.1:{port}")]
+
     def up(self, *options: str) -> dict[str, Any]:
-        addresses = [part for name, port in self.ports.items() for part in (f"--{name}-address", f"127.0.0.1:{port}")]
-        described: dict[str, Any] = self.cli("up", "-d", *self.world.options(), *addresses, *options).ok().json
+        described: dict[str, Any] = self.cli("up", "-d", *self.world.options(), *self.addresses, *options).ok().json
         return described
 
     def up_with(self, spec: dict[str, Any], *options: str, name: str = "default") -> dict[str, Any]:
@@ -338,7 +374,8 @@ class Appliance:
             if process.stdout is not None:
                 process.stdout.close()
         leaked = secrets_in(self.metrics())
-        self.down("--now")
+        if self.home.exists():
+            self.down("--now")
         leaked += self.leaked()
         self.world.clean(self)
         assert not leaked, leaked
@@ -419,7 +456,7 @@ def _answers(address: str, port: int) -> bool:
 def from_registry(host: str, path: str) -> Any:
     """Returns a manifest or index from the registry."""
     kinds = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json"
-    connection = http.client.HTTPConnection(host, timeout=10)
+    connection = http.client.HTTPConnection(host, timeout=WAIT_TIMEOUT)
     try:
         connection.request("GET", f"/v2/{path}", headers={"Accept": kinds})
         answer = connection.getresponse()

@@ -25,7 +25,6 @@ from bkpool.core.names import Slot
 from bkpool.home.runtime_directory import home_digest
 from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers.processes.daemon import MARK
-from bkpool.workers.processes.process_table import environment_value
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
 from bkpool.workers.processes.slot_files import SlotFiles
 from harness import Answer, Appliance, Context, eventually, free_port, only_on, pool, read_until
@@ -35,8 +34,8 @@ pytestmark = only_on("process", "pods have a network of their own by themselves"
 
 _NUMBER = count()
 ANOTHER_ADDRESS = "198.51.100.79"  # of the host, and not that of the default route
-ROUNDS = int(os.environ.get("BKPOOL_ROUNDS", "20"))  # 200 before a release
-DOOR = 47123  # a port of the host's loopback that one pool opens
+ROUNDS = int(os.environ.get("BKPOOL_ROUNDS", "6"))  # 200 before a release
+DOOR = free_port()  # a port of the host's loopback that one pool opens
 
 
 class _Host(socketserver.BaseRequestHandler):
@@ -221,9 +220,14 @@ def test_the_egress_of_the_spec_holds(appliance, context):
 
 def marked(home: Path) -> list[str]:
     """The processes of this home's workers. Without a process the kernel keeps no network namespace."""
-    mark = f"{home_digest(home)}/"
-    pids = (int(process.name) for process in Path("/proc").glob("[0-9]*"))
-    return [str(pid) for pid in pids if (environment_value(pid, MARK) or "").startswith(mark)]
+    mark = f"{MARK}={home_digest(home)}/".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if any(variable.startswith(mark) for variable in environment):
+                found.append(process.name)
+    return found
 
 
 def interfaces() -> set[str]:

@@ -94,7 +94,7 @@ class Job:
         return self._step(shell, env | {"GITHUB_PATH": str(self._file())})
 
     def _step(self, argv: list[str], env: dict[str, str]) -> int:
-        answer = run(*argv, env=self.env | env, cwd=self.workspace)
+        answer = run(*argv, env=self.env | env, cwd=self.workspace, timeout=900)  # one step installs packages
         self.log += answer.text
         return answer.code
 

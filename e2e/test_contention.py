@@ -27,7 +27,7 @@ async def _many(appliance, count):
 
     async def one(session: aiohttp.ClientSession, number: int) -> None:
         nonlocal most
-        async with session.post(f"{base}/workers/allocate", json={"poolName": "default", "wait": "5m"}) as answer:
+        async with session.post(f"{base}/workers/allocate", json={"poolName": "default", "wait": "10m"}) as answer:
             lease = await answer.json()
             assert answer.status == 200, lease
         assert lease["workerName"] not in holders, "two holders of one worker"
@@ -43,7 +43,9 @@ async def _many(appliance, count):
             assert answer.status == 200
 
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {bearer}"}) as session:
+    timeout = aiohttp.ClientTimeout(total=None)  # the API ends each request
+    headers = {"Authorization": f"Bearer {bearer}"}
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
         tasks = []
         for number in range(count):
             tasks.append(asyncio.create_task(one(session, number)))

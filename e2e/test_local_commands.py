@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ import pytest
 
 from harness import Appliance
 
+_SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _EVERY_PROTOCOL = 0x0003  # ETH_P_ALL of packet(7)
+_SO_RCVBUFFORCE = 33  # socket(7); SO_RCVBUF gives root no more than it gives others
 _BUFFER = 64 << 20  # bytes: other programs use loopback, too
 
 
@@ -30,7 +33,7 @@ class Sniffer:
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         self._socket.bind(("lo", 0))
         self._end = secrets.token_bytes(16)
         self._received: list[bytes] = []
@@ -38,11 +41,14 @@ class Sniffer:
         self._thread.start()
 
     def received(self) -> bytes:
-        """Ends listening, and returns what was received."""
+        """Ends listening, and returns what was received. Fails if a packet was lost."""
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
-            last.sendto(self._end, ("127.0.0.1", 9))
-        self._thread.join()
+            while self._thread.is_alive():
+                last.sendto(self._end, ("127.0.0.1", 9))
+                self._thread.join(0.1)
+        _, lost = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
         self._socket.close()
+        assert not lost, f"{lost} packets were lost"
         return b"".join(self._received)
 
     def _listen(self) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
-from harness import eventually, only_on, read_until
-
-CUT_WITHIN = 2.0  # seconds, as THREAT_MODEL.md says
-BUILDX_ENDS_WITHIN = 5.0  # seconds: it connects again after a cut, and ends when that is answered
+from harness import WAIT_TIMEOUT, WAITED, eventually, only_on, read_until
 
 pytestmark = only_on("process", "only here a test sees the processes of a build")
 
@@ -48,15 +44,14 @@ REVOCATIONS = {
 
 
 @pytest.mark.parametrize("how", REVOCATIONS)
-def test_a_revoked_build_is_cut_and_its_step_ends_within_two_seconds(appliance, context, how):
+def test_a_revoked_build_is_cut_and_its_step_ends(appliance, context, how):
+    """Its lease could drain for an hour. How soon it is cut is tested in tests/gateway/test_revoked_leases.py."""
     mark = f"{3000 + list(REVOCATIONS).index(how)}s"
     lease, builder, build = build_that_sleeps(appliance, context, f"cut{mark}", mark)
     appliance.cli(*REVOCATIONS[how](lease)).ok()
-    revoked = time.monotonic()
     eventually(lambda: not running(mark), "the step has ended")
-    assert time.monotonic() - revoked < CUT_WITHIN
-    assert build.wait(timeout=30) != 0
-    assert time.monotonic() - revoked < BUILDX_ENDS_WITHIN
+    assert build.wait(WAIT_TIMEOUT) != 0
+    assert WAITED not in appliance.metrics(), "buildx connects again after a cut, and is not held then"
     by = "with its token" if how.startswith("release") else "by the admin"
     late = appliance.build(builder, context.dockerfile("say never"))
     assert late.code != 0
@@ -75,8 +70,8 @@ def test_a_build_that_outlived_its_release_is_cut_by_a_revocation(appliance, con
     assert running("3100s"), "`release` lets a build finish"
     (ended,) = appliance.cli("revoke", "--worker", lease["workerName"]).ok().json["revoked"]
     assert ended["workerName"] == lease["workerName"]
-    eventually(lambda: not running("3100s"), "the step has ended", timeout=CUT_WITHIN)
-    assert build.wait(timeout=30) != 0
+    eventually(lambda: not running("3100s"), "the step has ended")
+    assert build.wait(WAIT_TIMEOUT) != 0
     appliance.all_idle()
 
 
@@ -89,7 +84,7 @@ def test_a_crash_right_after_the_revocation_does_not_save_the_build(make_applian
     appliance.kill()
     appliance.up()
     eventually(lambda: not running("3200s"), "the step has ended")
-    assert build.wait(timeout=30) != 0
+    assert build.wait(WAIT_TIMEOUT) != 0
     refused = appliance.cli("renew", "--token", lease["token"])
     assert refused.code == 7
     assert "revoked" in refused.err

@@ -88,7 +88,7 @@ def daemons(home: Path) -> list[str]:
 
 def die(home: Path, where: str, when: str, call: int = 1) -> None:
     arguments = [sys.executable, "-c", VICTIM, str(home), where, when, str(call)]
-    assert subprocess.run(arguments, check=False, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(arguments, check=False, timeout=180).returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(

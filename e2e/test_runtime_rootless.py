@@ -142,7 +142,7 @@ def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
         program = f"{AS_USER}\nasync def main():\n{indented}\nasyncio.run(main())"
         command = ["unshare", "--mount", "sh", "-c", USABLE_TUN, sys.executable, "-c", program, *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -200,8 +200,9 @@ for entry in pathlib.Path("/proc").iterdir():
     if entry.name.isdigit() and os.access(entry / "cmdline", os.R_OK):
         if (entry / "cmdline").read_bytes().startswith(bytes(tools / "buildkitd")):
             os.kill(int(entry.name), signal.SIGKILL)
-await asyncio.wait_for(changed.wait(), 5)
-seen = first.daemons.observe()[slot]
+while (seen := first.daemons.observe()[slot]).state is not DaemonState.EXITED:
+    await asyncio.wait_for(changed.wait(), 60)
+    changed.clear()
 print(seen.state, seen.message, seen.log_tail)
 await building.communicate()
 

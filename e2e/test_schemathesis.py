@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from harness import Appliance, only_on
+from harness import WAIT_TIMEOUT, Appliance, only_on
 
 pytestmark = only_on("process", "the responses do not depend on the backend")
 
@@ -91,7 +91,7 @@ def test_each_response_is_as_described(ruled, described, operation, mode):
             kept = {name: case.body[name] for name in ("jobId", "metadata") if name in case.body}
             case.body = {"poolName": "default", "wait": "20s", **kept}
         for headers in (admin, {}):
-            response = case.call(headers=headers)
+            response = case.call(headers=headers, timeout=WAIT_TIMEOUT)
             check(response)
             seen.add(response.status_code)
             wrong = (

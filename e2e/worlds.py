@@ -35,7 +35,9 @@ class Processes:
         return ["--backend", "process"]
 
     def workers(self, appliance: Appliance) -> list[int]:
-        return sorted(pid for pid in appliance.daemons() if _name(pid).startswith("buildkitd"))
+        named = {pid for pid in appliance.daemons() if _name(pid).startswith("buildkitd")}
+        # A child that it has just forked has its name until it runs another program.
+        return sorted(pid for pid in named if _parent(pid) not in named)
 
     def kill_worker(self, worker: int) -> None:
         os.kill(worker, signal.SIGKILL)
@@ -50,7 +52,10 @@ class Processes:
     def clean(self, appliance: Appliance) -> None:
         left = appliance.daemons()
         cgroups = _cgroups(appliance.home)
-        appliance.down("--purge")
+        if not left:
+            shutil.rmtree(appliance.home, ignore_errors=True)  # quicker than the command
+        if appliance.home.exists():  # it is on a disk of its own, or has files of a user's other ids
+            appliance.down("--purge")
         assert left == [], "processes of a worker were still running after `down`"
         assert cgroups == [], "cgroups of workers were left after `down`"
 
@@ -119,6 +124,12 @@ class Pods:
 def _cgroups(home: Path) -> list[str]:
     name = f"bkpool-{home_digest(home)}"
     return [f"{top}/{name}" for top, names, _ in os.walk("/sys/fs/cgroup") if name in names]
+
+
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
 def _name(pid: int) -> str:

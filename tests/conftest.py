@@ -9,7 +9,12 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
+from support import captured_logs
+from support.environment import forget_settings
+from support.issuer import Issuer
 from support.secrets import secrets_in
+
+forget_settings()
 
 # How long one example takes says something about the machine, not about the code. The suite stays fast with few
 # examples, so that people run it. All checks together (scripts/test) try four times as many.
@@ -20,6 +25,19 @@ settings.register_profile(
     max_examples=100 if os.environ.get("BKPOOL_BRIEF") else 25,
 )
 settings.load_profile("bkpool")
+
+
+REAL_PROGRAMS = {"buildkitd", "buildctl", "buildx", "runc", "rootlesskit"}
+"""Fixtures of tests that start programs of others."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that say nothing about the version of Python. Starts and stops of buildkitd say something."""
+    for item in items:
+        uses = REAL_PROGRAMS.intersection(getattr(item, "fixturenames", ()))
+        if uses and item.path.parts[-2:] != ("workers", "test_process.py"):
+            item.add_marker(pytest.mark.any_python)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +71,19 @@ def rootlesskit(toolchain: Toolchain) -> Path:
     return toolchain.ensure(Tool.ROOTLESSKIT)
 
 
+@pytest.fixture(scope="session")
+def issuer_server() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def issuer(issuer_server: Issuer) -> Issuer:
+    """A real issuer in its initial state."""
+    issuer_server.reset()
+    return issuer_server
+
+
 _logged: list[str] = []
 """The log lines that contained a secret."""
 
@@ -69,7 +100,10 @@ structlog.configure(processors=[_remember, *structlog.get_config()["processors"]
 def _log_as_before() -> Iterator[None]:
     """A command that runs within this process configures the log, for a stderr that ends with the test."""
     configuration = structlog.get_config()
+    captured_logs.begin_test()
     yield
+    if structlog.get_config()["cache_logger_on_first_use"] != configuration["cache_logger_on_first_use"]:
+        captured_logs.forget_cached_loggers()
     structlog.configure(**configuration)
 
 

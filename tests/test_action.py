@@ -7,6 +7,8 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.any_python
+
 ROOT = Path(__file__).parents[1]
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
 LOCK = ROOT / "requirements-install.lock"

@@ -13,6 +13,8 @@ import pytest
 
 from bkpool.core.errors import BkpoolError
 
+pytestmark = pytest.mark.any_python
+
 ROOT = Path(__file__).parents[1]
 ERRORS = {error.__name__ for error in (BkpoolError, *BkpoolError.__subclasses__())}
 CODE = ("bkpool", "bench", "e2e", "tests", "scripts")

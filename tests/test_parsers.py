@@ -36,7 +36,7 @@ from bkpool.workers.pods.pod_spec import PodRequest
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 SLOT = Slot("default", "p", 0)
-some = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),

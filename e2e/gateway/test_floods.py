@@ -136,7 +136,7 @@ async def test_a_flood_that_takes_every_descriptor_stops_accepting_and_nothing_e
     (await attacked.served_client()).disconnect()
 
 
-@pytest.mark.parametrize("limits", [{"handshake_timeout": 5.0}], ids=["five seconds for a handshake"])
+@pytest.mark.parametrize("limits", [{"handshake_timeout": 8.0}], ids=["eight seconds for a handshake"])
 async def test_a_good_client_is_served_when_the_first_of_a_flood_are_closed(attacked):
     """The flood has every descriptor. Its first clients are closed at their deadline, and it does not get more.
 

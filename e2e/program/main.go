@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"strings"
 	"syscall"
 	"time"
@@ -30,7 +31,11 @@ func others(lines []byte, own string) string {
 // connect tells what a step reaches at an address, by the host's name for the network (net.Dial), and optionally
 // through one interface alone, which the kernel routes differently.
 func connect(network, address, through string) {
-	dialer := net.Dialer{Timeout: 3 * time.Second}
+	patience := 20 * time.Second
+	if network == "udp" {
+		patience = 3 * time.Second // nobody answers a datagram
+	}
+	dialer := net.Dialer{Timeout: patience}
 	if through != "" {
 		dialer.Control = func(_, _ string, raw syscall.RawConn) (err error) {
 			raw.Control(func(fd uintptr) { err = syscall.BindToDevice(int(fd), through) })
@@ -43,7 +48,7 @@ func connect(network, address, through string) {
 		return
 	}
 	defer connection.Close()
-	connection.SetDeadline(time.Now().Add(3 * time.Second))
+	connection.SetDeadline(time.Now().Add(patience))
 	fmt.Fprint(connection, "GET / HTTP/1.0\r\n\r\n")
 	line, err := bufio.NewReader(connection).ReadString('\n')
 	if errors.Is(err, syscall.EHOSTUNREACH) { // a datagram is refused only after it was sent
@@ -58,7 +63,8 @@ func connect(network, address, through string) {
 }
 
 // sniff reads all that crosses the interfaces of its network, and tells the beginnings of the bearer tokens in it.
-func sniff(d time.Duration) {
+// After it was told to end, it reads on until there is nothing left.
+func sniff(told <-chan os.Signal) {
 	const everyProtocol = 0x0300 // ETH_P_ALL of packet(7), in the order of bytes of the network
 	fd, err := syscall.Socket(syscall.AF_PACKET, syscall.SOCK_RAW, everyProtocol)
 	if err != nil {
@@ -71,15 +77,27 @@ func sniff(d time.Duration) {
 	}
 	fmt.Println("sniffing")
 	mark, packet := []byte("Authorization: Bearer "), make([]byte, 1<<17)
-	for end := time.Now().Add(d); time.Now().Before(end); {
+	for {
 		n, _, err := syscall.Recvfrom(fd, packet, 0)
 		if err != nil {
-			continue
+			select {
+			case <-told:
+				return
+			default:
+				continue
+			}
 		}
 		if _, token, found := bytes.Cut(packet[:n], mark); found {
 			fmt.Printf("sniffed %s\n", token[:min(len(token), 7)])
 		}
 	}
+}
+
+// toldToEnd gets something when a test sends SIGUSR1.
+func toldToEnd() <-chan os.Signal {
+	told := make(chan os.Signal, 1)
+	signal.Notify(told, syscall.SIGUSR1)
+	return told
 }
 
 func main() {
@@ -122,6 +140,10 @@ func main() {
 		}
 		fmt.Println("sleeping", d)
 		time.Sleep(d)
+	case "hold": // <name>: until a test sends SIGUSR1
+		told := toldToEnd()
+		fmt.Println("holding", os.Args[2])
+		<-told
 	case "connect": // <network> <address> [<interface>]
 		connect(os.Args[2], os.Args[3], strings.Join(os.Args[4:], ""))
 	case "listen": // on all addresses, and answer everybody for this long: a server that is not ours to reach
@@ -143,12 +165,8 @@ func main() {
 			panic(err)
 		}
 		time.Sleep(d)
-	case "sniff": // <duration>
-		d, err := time.ParseDuration(os.Args[2])
-		if err != nil {
-			panic(err)
-		}
-		sniff(d)
+	case "sniff": // <name>: until a test sends SIGUSR1
+		sniff(toldToEnd())
 	case "resolve":
 		addresses, err := net.LookupHost(os.Args[2])
 		fmt.Println("resolved", os.Args[2], addresses, err)

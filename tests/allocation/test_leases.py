@@ -6,7 +6,6 @@ from contextlib import suppress
 from datetime import timedelta
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.allocation import OwnLease
 from bkpool.controller import controller
@@ -15,6 +14,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.worker import REGISTRATION_LIFE, GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
+from support.captured_logs import capture_logs
 from support.world import ANN, BOB, POOL
 
 

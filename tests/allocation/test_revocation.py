@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.allocation import LeaseSelector, LeaseService, OwnLease, Revoker
 from bkpool.core.errors import Conflict, Gone, NotFound
@@ -14,6 +13,7 @@ from bkpool.core.names import Key
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
 from bkpool.store.mirror import Mirror
+from support.captured_logs import capture_logs
 from support.world import ANN, BOB, POOL
 
 ADMIN = Identity("admin", admin=True)

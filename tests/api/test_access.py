@@ -8,7 +8,6 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from bkpool.api import ApiLimits
 from bkpool.core.auth import TokenFrom
@@ -16,6 +15,7 @@ from bkpool.identity import Identity, Scope
 from bkpool.identity.access import LONGEST_BEARER
 from bkpool.identity.static_token_parser import StaticTokens, parse_static_tokens
 from support.api import ALLOCATE, running_api
+from support.captured_logs import capture_logs
 
 ANN, BOB = "token-of-ann", "token-of-bob"
 WORKERS = "/api/v1/workers"

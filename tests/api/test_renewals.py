@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import yaml
-from structlog.testing import capture_logs
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Conflict
@@ -26,7 +25,8 @@ from bkpool.identity.oidc import OidcAuthenticator, trusted_issuers
 from bkpool.identity.remembering import LONGEST
 from bkpool.identity.static_tokens import FileTokenReader
 from support.api import ALLOCATE, running_api
-from support.issuer import AUDIENCE, Issuer
+from support.captured_logs import capture_logs
+from support.issuer import AUDIENCE
 
 RENEW = "/api/v1/workers/renew"
 SYSTEM = "buildkit-system"
@@ -34,21 +34,9 @@ ALICE, BOB = "alice-has-this-token", "bob-has-this-other-token"
 POOL = Key("default", "p")
 
 
-@pytest.fixture(scope="module")
-def server():
-    with Issuer() as issuer:
-        yield issuer
-
-
-@pytest.fixture
-def issuer(server):
-    server.reset()
-    return server
-
-
 @pytest.fixture
 async def api(tmp_path):
-    keys = IssuerKeys(clock=time.monotonic, timeout=2)
+    keys = IssuerKeys(clock=time.monotonic, timeout=60)
 
     def oidc(mirror):
         trusted = lambda: trusted_issuers(mirror.configs.values(), mirror.pools.values(), SYSTEM)  # noqa: E731

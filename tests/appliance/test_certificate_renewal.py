@@ -34,7 +34,7 @@ class Gateway:
         self.events.append((about.key.name, reason))
 
     async def next(self):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await self.changed.wait()
         self.changed.clear()
         return self.given[-1]

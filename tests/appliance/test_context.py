@@ -34,7 +34,7 @@ async def test_the_settings_say_when_a_loop_counts_as_blocked(tmp_path):
         options = RunOptions(home=tmp_path, cache=tmp_path, settings=settings)
         context = open_context(stack, options, Shutdown())
         blocked = partial(context.registry.get_sample_value, "bkpool_loop_blocked_total", {"loop": "main"})
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not blocked():
                 time.sleep(0.11)  # noqa: ASYNC251 - blocks the loop for less than the default
                 await asyncio.sleep(0)
@@ -52,7 +52,7 @@ async def test_a_failed_background_task_ends_the_process_with_its_error(tmp_path
         await context.run_in_background(stack, fail())
         stack.callback(closed.append, "opened last")
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with pytest.raises(RuntimeError, match="a role failed"):
             await run_until_stopped(start)
     assert closed == ["opened last", "opened first"]

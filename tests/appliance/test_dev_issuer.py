@@ -14,7 +14,12 @@ from bkpool.core.errors import InvalidInput
 from bkpool.settings import Settings
 
 URL = "http://127.0.0.1:8888"
-NOW = datetime.now(UTC)
+
+
+@pytest.fixture
+def now():
+    """The issuer's clock in one test. Tokens are valid for minutes, and all tests together may take longer."""
+    return datetime.now(UTC)
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +28,9 @@ def key():
 
 
 @pytest.fixture
-async def issuer(key, monkeypatch):
+async def issuer(key, now, monkeypatch):
     monkeypatch.setattr(rsa, "generate_private_key", lambda **_: key)  # which takes a tenth of a second
-    async with TestClient(TestServer(make_dev_issuer(URL, lambda: NOW))) as client:
+    async with TestClient(TestServer(make_dev_issuer(URL, lambda: now))) as client:
         yield client
 
 
@@ -39,7 +44,7 @@ async def claims_of(issuer, token, audience="buildkit-controller"):
     return jwt.decode(token, key, algorithms=["RS256"], audience=audience, issuer=URL)
 
 
-async def test_a_token_contains_the_requested_claims(issuer):
+async def test_a_token_contains_the_requested_claims(issuer, now):
     asked = {"sub": "me", "aud": "x", "claims": {"groups": ["a"], "repository": "o/r"}, "duration": "2h"}
     reply = await (await issuer.post("/token", json=asked)).json()
     claims = await claims_of(issuer, reply["token"], "x")
@@ -51,7 +56,7 @@ async def test_a_token_contains_the_requested_claims(issuer):
         "groups": ["a"],
         "repository": "o/r",
     }
-    assert claims["iat"] == int(NOW.timestamp())
+    assert claims["iat"] == int(now.timestamp())
 
 
 async def test_the_actor_is_the_subject_unless_the_request_gives_one(issuer):
@@ -134,8 +139,8 @@ def test_tokens_are_for_the_url_of_the_api_unless_an_audience_is_set(tmp_path, g
     assert options.audience == audience
 
 
-async def test_a_token_for_which_no_audience_is_asked_is_for_the_appliance():
-    async with TestClient(TestServer(make_dev_issuer(URL, lambda: NOW, "https://b.example"))) as client:
+async def test_a_token_for_which_no_audience_is_asked_is_for_the_appliance(now):
+    async with TestClient(TestServer(make_dev_issuer(URL, lambda: now, "https://b.example"))) as client:
         reply = await client.post("/token", json={"sub": "me"})
         assert (await claims_of(client, (await reply.json())["token"], "https://b.example"))["sub"] == "me"
 

@@ -7,8 +7,6 @@ import base64
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 
-from structlog.testing import capture_logs
-
 from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.core.errors import Forbidden
 from bkpool.core.names import Key
@@ -17,6 +15,7 @@ from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import TLS_CERT, ClusterSecrets, gateway_diallers, gateway_server
 from bkpool.pki.names import gateway_names
 from bkpool.pki.pool_authority import PoolAuthorities
+from support.captured_logs import capture_logs
 
 POOL = Key("team", "p")
 NOW = datetime.now(UTC)
@@ -80,7 +79,7 @@ class Server:
 
 
 async def eventually(condition) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - several things may make it true
             await asyncio.sleep(0.005)
 
@@ -93,7 +92,7 @@ async def test_it_waits_until_the_secret_can_be_read_and_exists():
     assert not opening.done()
     bundle = a_bundle()
     cluster.store(bundle)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         secret = await opening
     server = Server()
     secret.install(server)

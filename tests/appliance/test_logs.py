@@ -70,7 +70,7 @@ configure_logging()
 structlog.get_logger().info("said")
 print(sys.stderr and sys.stderr.getvalue())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     assert done.stderr == ""
     assert ('"event": "said"' in done.stdout) is (stderr != "None")
 
@@ -92,7 +92,7 @@ def test_sigterm_ends_a_replica_that_waits_for_its_cluster(tmp_path, reads_on):
             if not reads_on:
                 replica.stderr.close()
             replica.terminate()
-            replica.communicate(timeout=20)
+            replica.communicate(timeout=60)
         finally:
             replica.kill()
     assert replica.returncode == 0

@@ -143,7 +143,7 @@ async def test_the_host_drains_the_gateway_while_api_and_controller_still_work(
     appliance = HostAppliance(
         options, Documents(), "process", lambda stack, _report: open_backend(stack, options.home)
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await appliance.run(report)
     assert events == [
         "gateway opened",
@@ -209,7 +209,7 @@ async def test_the_api_has_the_limits_of_the_settings(options: RunOptions) -> No
         lambda stack, _report: open_backend(stack, options.home),
     )
     running = asyncio.create_task(appliance.run(report))
-    async with asyncio.timeout(20), ClientSession() as session:
+    async with asyncio.timeout(60), ClientSession() as session:
         url = f"{(await described)['apiEndpoint']}/api/v1/workers/allocate"
         bearer = {"Authorization": f"Bearer {(options.home / 'admin.token').read_text().strip()}"}
         async with session.post(url, json={"poolName": "p", "wait": "3s"}, headers=bearer) as answer:
@@ -250,7 +250,7 @@ async def test_a_control_replica_gives_the_lease_back_before_anything_else(
     monkeypatch.setattr("bkpool.appliance.shutdown.Shutdown.pause", pause)
 
     running = asyncio.create_task(ControlReplica(options).run())
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while "controller opened" not in events:  # noqa: ASYNC110 - the replica announces it in its log only
             await asyncio.sleep(0.01)
         assert await status_of(f"http://{addresses[0]}/ready") == 200

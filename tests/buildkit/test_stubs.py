@@ -10,6 +10,8 @@ import pytest
 
 from bkpool.buildkit.stubs import control_pb2 as pb
 
+pytestmark = pytest.mark.any_python
+
 ROOT = Path(__file__).parents[2]
 STUBS = Path("bkpool/buildkit/stubs")
 

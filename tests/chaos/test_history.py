@@ -10,6 +10,8 @@ from chaos.timeline import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.any_python
+
 EOF_TOLD = "ERROR: failed to build: error reading from server: EOF"
 
 

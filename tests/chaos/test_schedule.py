@@ -9,6 +9,8 @@ from chaos.schedule import CALM, KINDS, LANES, schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.any_python
+
 SEEDS = st.integers(0, 2**32)
 SECONDS = st.floats(1, 1200)
 BACKENDS = st.sampled_from(sorted(LANES))

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +27,9 @@ from bkpool.pki.chain import load_chain
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "t0ken-" + "A" * 37
-TIMEOUT = 20.0
+TIMEOUT = 60.0
+LONGEST_RUN = 300.0
+"""Seconds after which a program of a test is killed. A test that waits for what it writes then sees its end."""
 
 
 def pem(name):
@@ -157,8 +159,34 @@ def environment(home, tmp_path):
     return kept | {"BKPOOL_HOME": str(home), "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(tmp_path)}
 
 
+PROGRESS = ("looking for tools", "waiting for a worker of pool ")
+
+
+def settled(stderr):
+    """What was said, without the progress that a slow machine shows after a second."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith(PROGRESS))
+
+
+def next_said(process):
+    """The next line of its stderr that is no progress."""
+    return next(line for line in iter(process.stderr.readline, "") if not line.startswith(PROGRESS))
+
+
 def command(*args):
     return [sys.executable, "-m", "bkpool", *map(str, args)]
+
+
+@contextmanager
+def killed_in_the_end(process):
+    """Kills the process if it runs for too long, so that a test which waits for its next line fails."""
+    timer = threading.Timer(LONGEST_RUN, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 @pytest.fixture
@@ -174,7 +202,7 @@ def bkpool(environment, tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=LONGEST_RUN,
         )
 
     return run
@@ -212,7 +240,7 @@ def bkpool_here(environment, tmp_path, capsys):
         children.append(popen(*args, **options))
         return children[-1]
 
-    def run(*args, **variables):
+    def run(*args, stdin="", **variables):
         argv = list(map(str, args))
         with pytest.MonkeyPatch.context() as patch:
             for name in os.environ.keys() - environment.keys():
@@ -220,7 +248,7 @@ def bkpool_here(environment, tmp_path, capsys):
             for name, value in (environment | variables).items():
                 patch.setenv(name, value)
             patch.chdir(tmp_path)
-            patch.setattr("sys.stdin", io.StringIO())
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
             patch.setattr(
                 "subprocess.Popen", remember
             )  # the program ends before its appliance, and this process does not
@@ -235,7 +263,7 @@ def bkpool_here(environment, tmp_path, capsys):
 @pytest.fixture
 def started(environment, tmp_path):
     """Starts the program and hands it over while it runs."""
-    running = []
+    running, limits = [], ExitStack()
 
     def start(*args, **variables):
         process = subprocess.Popen(
@@ -248,9 +276,11 @@ def started(environment, tmp_path):
             text=True,
         )
         running.append(process)
+        limits.enter_context(killed_in_the_end(process))
         return process
 
-    yield start
+    with limits:
+        yield start
     for process in running:
         if process.poll() is None:
             process.kill()
@@ -261,7 +291,7 @@ def started(environment, tmp_path):
 def on_terminal(environment, tmp_path):
     """Runs the program on a terminal of its own and returns (exit code, what was shown)."""
 
-    def run(*args, **variables):
+    def run(*args, typed="", **variables):
         mine, its = pty.openpty()
         process = subprocess.Popen(
             command(*args),
@@ -273,10 +303,12 @@ def on_terminal(environment, tmp_path):
             start_new_session=True,
         )
         os.close(its)
+        os.write(mine, typed.encode())
         shown = b""
         try:
-            while chunk := os.read(mine, 65536):
-                shown += chunk
+            with killed_in_the_end(process):
+                while chunk := os.read(mine, 65536):
+                    shown += chunk
         except OSError:  # EIO: the other side is closed
             pass
         finally:

@@ -14,7 +14,7 @@ from bkpool.cli import lease
 from bkpool.cli.build import command as build_command
 
 TOKEN = "t0ken-" + "A" * 37
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 
 BUILDX = """#!{python} -ES
 import json, os, signal, sys

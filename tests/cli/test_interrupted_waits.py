@@ -22,7 +22,7 @@ from support.signal_gap import with_signal_before
 
 from .conftest import TOKEN, forget_surroundings
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 BUILDX = """#!/bin/sh

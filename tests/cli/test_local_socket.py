@@ -208,10 +208,13 @@ def test_a_socket_of_another_user_gets_nothing(appliance, home):
         (home / "appliance.json").write_text(json.dumps(appliance | {"apiSocket": str(path)}))
         command = [sys.executable, "-c", STRANGER, str(path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as stranger:
-            assert stranger.stdout.readline() == "listens\n"
-            with pytest.raises(errors.HostFault, match="user 65534 listens there"):
-                Client().pools()
-            assert stranger.stdout.readline() == "b''\n"
+            try:
+                assert stranger.stdout.readline() == "listens\n"
+                with pytest.raises(errors.HostFault, match="user 65534 listens there"):
+                    Client().pools()
+                assert stranger.stdout.readline() == "b''\n"
+            finally:
+                stranger.kill()  # it would wait for a connection, and this test for its end
 
 
 @pytest.mark.parametrize("user", ["own", "root", "other"])

@@ -75,10 +75,10 @@ def test_a_terminal_shows_what_was_ended(on_terminal, revoked, appliance):
     assert "identity bob has no lease here, so nothing was ended" in shown
 
 
-def test_a_lease_that_could_not_be_ended_is_shown_and_is_the_exit_code(bkpool, on_terminal, revoked, appliance):
+def test_a_lease_that_could_not_be_ended_is_shown_and_is_the_exit_code(bkpool_here, on_terminal, revoked, appliance):
     failed = {**REVOKED, "workerName": "default-worker-1", "reason": "the store does not answer"}
     revoked.answers["revoke"] = (200, {"revoked": [REVOKED], "failed": [failed]})
-    done = bkpool("revoke", "--pool", "default")
+    done = bkpool_here("revoke", "--pool", "default")
     assert done.returncode == 69
     assert json.loads(done.stdout)["failed"] == [failed]
     code, shown = on_terminal("revoke", "--pool", "default")
@@ -90,10 +90,10 @@ def test_a_lease_that_could_not_be_ended_is_shown_and_is_the_exit_code(bkpool, o
     ("arguments", "field", "option"),
     [(("--worker", "w"), "workerName", "--worker"), (("--lease", "x"), "leaseId", "--lease")],
 )
-def test_a_refusal_names_the_option(bkpool, api, appliance, arguments, field, option):
+def test_a_refusal_names_the_option(bkpool_here, api, appliance, arguments, field, option):
     fault = {"code": "NoSuchLease", "message": "there is no lease on worker 'w'", "hint": "Look.", "field": field}
     api.answers["revoke"] = (404, {"error": fault})
-    done = bkpool("revoke", *arguments)
+    done = bkpool_here("revoke", *arguments)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr == f"error: {option}: there is no lease on worker 'w'\nhint: Look.\n"
 

@@ -75,7 +75,7 @@ async def running(mirror: Mirror, workers: Workers) -> AsyncIterator[CountingCon
     before = len(workers.subscribers)
     run = asyncio.create_task(controller.run())
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while len(workers.subscribers) < before + 2:  # noqa: ASYNC110 - a subscription sets no event
                 await asyncio.sleep(0)
         yield controller

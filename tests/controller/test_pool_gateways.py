@@ -112,7 +112,7 @@ class Cluster:
         return sum(map(len, self._watches.values()))
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110 - several things may make it true
                 await asyncio.sleep(0.005)
 

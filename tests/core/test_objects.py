@@ -1,5 +1,4 @@
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -93,11 +92,9 @@ def test_the_error_for_a_wrong_file_says_what_is_wrong(text, message):
 
 
 def test_a_small_file_that_stands_for_millions_of_nodes_costs_nothing():
-    lines = [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: x}}\n" for n in range(1, 24)]
-    began = time.process_time()
+    lines = [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: x}}\n" for n in range(1, 60)]
     with pytest.raises(InvalidInput, match=r"^f, line \d+, column \d+: aliases that repeat more than 10000 nodes"):
         read_documents("".join(["a0: &a0 {k: x}\n", *lines]), source="f")
-    assert time.process_time() - began < 1
 
 
 def test_a_file_may_use_aliases_and_merge_keys():

@@ -1,6 +1,6 @@
 """Who is served next: tables of the rules, and properties that hold for every queue and pool."""
 
-import time
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
@@ -244,11 +244,37 @@ async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data)
             overtaken[following] = Counter()
 
 
-def test_three_hundred_requests_cost_little():
-    """There is one call for each change of a worker."""
-    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(300)]
-    busy = [leased(number, holder="other") for number in range(50)]
-    began = time.process_time()
-    for _ in range(20):
-        assert assign(waiters, pool(scaling={"max": 50}), busy, {}, now=NOW) == []
-    assert (time.process_time() - began) / 20 < 0.02
+def calls_to_assign(requests, workers):
+    """How many functions are called, in Python and in C, to find that no request can be served."""
+    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(requests)]
+    busy = [leased(number, holder="other") for number in range(workers)]
+    full = pool(scaling={"max": workers})
+    calls = 0
+
+    def count(_frame, event, _arg):
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        given = assign(waiters, full, busy, {}, now=NOW)
+    finally:
+        sys.setprofile(before)
+    assert given == []
+    return calls
+
+
+@pytest.mark.parametrize(("requests", "workers"), [(300, 50), (50, 300), (1000, 1)])
+def test_many_requests_and_workers_cost_little_each(requests, workers):
+    """A queue is looked at after every change of a worker. So nothing may cost requests times workers."""
+    assert calls_to_assign(requests, workers) <= 30 * (requests + workers)
+
+
+def test_a_request_that_does_not_wait_stops_nobody_and_takes_no_empty_slot():
+    p = pool(scaling={"max": 2})
+    now, later = Request("now", only_ready=True), Request("later")
+    assert served([now, later], p, []) == [("later", "0")]
+    assert served([now, later], p, [worker(1)]) == [("now", "1"), ("later", "0")]
+    assert served([now], p, [worker(1, cache_owner="owner-b")]) == []
+    assert served([now], p, [worker(1, phase=Phase.PENDING)]) == []

@@ -412,7 +412,7 @@ async def test_clients_that_never_complete_a_handshake_do_not_keep_others_out(ne
     try:
         await (await world.connect(token)).echo(b"x")
         silent[0].setblocking(False)
-        async with asyncio.timeout(20):  # no deadline comes by itself: the clock of the gateway stands still
+        async with asyncio.timeout(60):  # no deadline comes by itself: the clock of the gateway stands still
             assert await asyncio.get_running_loop().sock_recv(silent[0], 1) == b""
     finally:
         for sock in silent:
@@ -433,7 +433,7 @@ async def test_one_address_does_not_close_the_connections_of_another(new_world):
         others = [silent("127.0.0.2") for _ in range(8)]
         many = [silent("127.0.0.1") for _ in range(100)]
         await (await world.connect(token)).echo(b"x")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             for sock in many[:90]:
                 assert await asyncio.get_running_loop().sock_recv(sock, 1) == b""
         for sock in others:

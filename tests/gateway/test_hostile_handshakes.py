@@ -41,14 +41,14 @@ async def attacked(new_world, capfd, make_loop):
 def connections(port, count):
     """Opens this many connections, which send nothing yet."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)) for _ in range(count)]
+        yield [stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)) for _ in range(count)]
 
 
 async def read_to_end(sock):
     """Returns all bytes of the connection, whether it ends well or with a reset."""
     sock.setblocking(False)
     data = bytearray()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with contextlib.suppress(ConnectionResetError):
             while more := await asyncio.get_running_loop().sock_recv(sock, 65536):
                 data += more

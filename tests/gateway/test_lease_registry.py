@@ -214,7 +214,7 @@ async def test_a_list_that_fails_or_is_cancelled_does_not_count(finder, counted_
     counted_store.error = None
     counted_store.may_continue.clear()
     counted_store.started.clear()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await counted_store.started.wait()
     third = asyncio.create_task(finder.find("token"))
     await run_loop()

@@ -96,7 +96,7 @@ async def stopped_loop(world, number):
 
     def block():
         main.call_soon_threadsafe(stopped.set)
-        resume.wait(20)
+        resume.wait(60)
 
     threads_of(world)[number].loop.call_soon_threadsafe(block)
     await stopped.wait()
@@ -108,7 +108,7 @@ async def stopped_loop(world, number):
 
 async def wait_until_moving(world, accepted_by=0, handshakes=1):
     """Waits until the next connection has left the loop that accepted it."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while handshakes_done(world) < handshakes:
             await run_callbacks(threads_of(world)[accepted_by].loop)
         await run_callbacks(threads_of(world)[accepted_by].loop)

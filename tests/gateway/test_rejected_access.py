@@ -136,9 +136,9 @@ def test_the_cli_does_not_accept_a_leases_certificate_as_that_of_an_api(tmp_path
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
 
         def serve():
-            listener.settimeout(10)  # or the test would hang where nobody connects
+            listener.settimeout(60)  # or the test would hang where nobody connects
             sock, _ = listener.accept()
-            sock.settimeout(10)
+            sock.settimeout(60)
             with closing(sock), pytest.raises((ssl.SSLError, ConnectionError)):
                 context.wrap_socket(sock, server_side=True).close()
 
@@ -159,7 +159,7 @@ def test_the_cli_does_not_accept_a_leases_certificate_as_that_of_an_api(tmp_path
 
 def connect_with_session(world, context, session=None):
     """Returns a client's TLS connection after the first byte of the worker or of a refusal."""
-    sock = socket.create_connection(("127.0.0.1", world.port), timeout=10)
+    sock = socket.create_connection(("127.0.0.1", world.port), timeout=60)
     tls = context.wrap_socket(sock, server_hostname="localhost", session=session)
     tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
     assert tls.recv(1)
@@ -180,7 +180,7 @@ async def test_a_tls_session_is_not_resumed_after_the_release(world):
 async def s_client(port, *options, session=None):
     """Returns what openssl's client prints about its handshake. With `session` it waits for a ticket in that file."""
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-servername", "localhost", "-tls1_3"]
-    async with _running(*command, *options) as client, asyncio.timeout(10):
+    async with _running(*command, *options) as client, asyncio.timeout(60):
         output = [await client.stdout.readline()]
         while b"Early data was" not in output[-1]:
             assert output[-1], b"".join(output)
@@ -208,15 +208,14 @@ async def _running(*command):
 
 async def test_early_data_and_the_session_of_another_server_are_not_accepted(world, tmp_path):
     """Another server with the same certificate issues tickets and accepts 0-RTT, so the client has both to offer."""
-    identity, port = world.ca.server(), _free_port()
+    identity = world.ca.server()
     session, early = tmp_path / "session", tmp_path / "early"
     early.write_bytes(b"EARLY")
     server = ["-cert", identity.files[0], "-key", identity.files[1], "-early_data", "-num_tickets", "1"]
     server.append("-no_anti_replay")  # otherwise the ticket is forgotten when the client disconnects
     offer = ["-sess_in", session, "-early_data", early]
-    async with _running("openssl", "s_server", "-accept", f"127.0.0.1:{port}", *server) as other_server:
-        while b"ACCEPT" not in await other_server.stdout.readline():
-            pass
+    async with _running("openssl", "s_server", "-accept", "127.0.0.1:0", *server) as other_server:
+        port = await _port_of(other_server)
         await s_client(port, "-sess_out", session, session=session)
         assert "Early data was accepted" in await s_client(port, *offer)
     lease = world.certificate(world.lease())
@@ -229,6 +228,12 @@ async def test_early_data_and_the_session_of_another_server_are_not_accepted(wor
     assert world.metric("bytes_total", direction="up") == 0, "the worker must not get early data"
 
 
-def _free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+async def _port_of(s_server):
+    """Waits until openssl's server listens, and returns the port that it has chosen."""
+    output = []
+    async with asyncio.timeout(60):
+        async for line in s_server.stdout:
+            if line.startswith(b"ACCEPT "):
+                return int(line.rpartition(b":")[2])
+            output.append(line)
+    raise AssertionError(b"".join(output))

@@ -13,7 +13,7 @@ import pytest
 
 from bkpool.gateway.net.buffers import PLAINTEXT_CHUNK
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
-from support.peers import Peer, in_threads, tcp_pair
+from support.peers import Peer, in_threads, sees_hangup, tcp_pair
 
 MEGABYTE = 1024 * 1024
 
@@ -74,7 +74,7 @@ async def test_a_slow_reader_stops_the_writer_and_the_relay_keeps_few_bytes(new_
             attempts_without_progress += 1
         await asyncio.sleep(0)
     assert sum(len(endpoint.stream.unsent) for endpoint in relayed.endpoints) <= 2 * PLAINTEXT_CHUNK
-    fast.sock.settimeout(20)
+    fast.sock.settimeout(60)
     received, _ = await in_threads((slow.receive, total), (fast.sock.sendall, rest))
     assert digest(received) == sent.hexdigest()
 
@@ -230,6 +230,7 @@ async def test_a_reset_whose_error_a_send_has_taken_is_reported_as_a_hang_up():
     watcher = SocketErrorWatcher(asyncio.get_running_loop())
     watcher.watch(near, reported.set_result)
     Peer(far).reset()
+    assert sees_hangup(Peer(near))  # the reset has come, with its error
     near.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     assert await reported is False
     watcher.forget(near)

@@ -124,7 +124,7 @@ class Hangs:
 async def test_nobody_waits_for_a_stage_after_the_one_that_accepts_them():
     stages = ([AdminTokenAuthenticator(TOKEN)], [Says("signed", Verdict("a", CI)), Away()], [Hangs()])
     control = AccessControl(stages, lambda: (), lambda: ())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         assert (await control.caller([f"Bearer {TOKEN}"])).identities[0].admin
         assert (await control.caller(["Bearer signed"])).identities == (CI,)
 

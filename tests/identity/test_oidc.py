@@ -39,7 +39,7 @@ def pool(name: str, *methods: dict[str, object]) -> Pool:
 @pytest.fixture
 async def judge():
     """Authenticates a token with these configurations and pools."""
-    issuers = IssuerKeys(clock=time.monotonic, timeout=2)
+    issuers = IssuerKeys(clock=time.monotonic, timeout=60)
 
     async def judging(token: str, *objects: OIDCConfig | Pool, audience: str = AUDIENCE):
         configs = [one for one in objects if isinstance(one, OIDCConfig)]
@@ -205,7 +205,7 @@ async def test_the_issuer_is_not_asked_for_a_token_that_is_refused_anyway(issuer
 
 @pytest.mark.parametrize(("leeway", "refusal"), [(30, "expired"), (90, "")])
 async def test_the_clock_of_an_issuer_may_differ_by_the_leeway(issuer, leeway, refusal):
-    issuers = IssuerKeys(clock=time.monotonic, timeout=2)
+    issuers = IssuerKeys(clock=time.monotonic, timeout=60)
     trusted = [TrustedIssuer("x", config(issuer.url).spec, AUDIENCE)]
     token = issuer.token(exp=int(now().timestamp()) - 60)
     (verdict,) = await OidcAuthenticator(issuers, lambda: trusted, now, leeway).authenticate(token)

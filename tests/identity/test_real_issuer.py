@@ -35,11 +35,11 @@ def port():
     with subprocess.Popen([sys.executable, "-c", SERVER], **pipes) as server:
         yield int(server.stdout.readline())
         server.stdin.close()
-        assert server.wait(10) == 0
+        assert server.wait(60) == 0
 
 
 def post(port: int, path: str, form: dict[str, str], **headers: str):
-    connection = HTTPConnection("localhost", port, timeout=10)
+    connection = HTTPConnection("localhost", port, timeout=60)
     try:
         sent = {"Content-Type": "application/x-www-form-urlencoded", **headers}
         connection.request("POST", path, urllib.parse.urlencode(form), sent)

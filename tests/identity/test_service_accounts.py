@@ -7,7 +7,6 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
 
 from bkpool.core.errors import Forbidden, InvalidInput, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE
@@ -17,6 +16,7 @@ from bkpool.core.resource import Metadata
 from bkpool.identity import Identity, Verdict
 from bkpool.identity.remembering import remembered
 from bkpool.identity.service_accounts import MAX_CONCURRENT_REVIEWS, ServiceAccountAuthenticator, judge
+from support.captured_logs import capture_logs
 
 CI = "system:serviceaccount:team:ci"
 GROUPS = ["system:serviceaccounts", "system:serviceaccounts:team", "system:authenticated"]

@@ -48,7 +48,7 @@ def version(obj) -> int:
 async def seen(store: Store, kind, since: str, until) -> list:
     """The events after `since`, up to and including the first for which `until` is true."""
     events = []
-    async with asyncio.timeout(10), aclosing(store.watch(kind, since)) as watch:
+    async with asyncio.timeout(60), aclosing(store.watch(kind, since)) as watch:
         async for event in watch:
             events.append(event)
             if until(event):
@@ -463,7 +463,7 @@ async def test_a_change_wakes_a_waiting_watch(store):
         await store.list(Pool)  # the watch has read the log and found nothing
         assert not waiting.done()
         made = await store.create(a_pool())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert (await waiting).object == made
 
 

@@ -6,12 +6,12 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.core.errors import NotFound, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.store.events import QUEUE_SIZE, SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
+from support.captured_logs import capture_logs
 
 POOL = Pool(metadata=Metadata(name="p", uid="u", resource_version="7"))
 

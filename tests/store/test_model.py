@@ -145,7 +145,7 @@ class Histories(RuleBasedStateMachine):
         newest = (await self.store.list(Pool)).resource_version
         if self.since == newest:
             return
-        async with asyncio.timeout(10), aclosing(self.store.watch(Pool, self.since)) as watch:
+        async with asyncio.timeout(60), aclosing(self.store.watch(Pool, self.since)) as watch:
             async for event in watch:
                 assert int(event.object.metadata.resource_version) > int(self.since)
                 self.since = event.object.metadata.resource_version

@@ -60,7 +60,7 @@ class Held:
 
         def hold(_tables) -> None:
             loop.call_soon_threadsafe(self._entered.set)
-            assert self._release.wait(10)
+            assert self._release.wait(60)
 
         self._task = asyncio.create_task(self._store._writer.run(hold))
         await self._entered.wait()
@@ -114,7 +114,7 @@ async def test_a_cancelled_caller_does_not_affect_others(store):
         (gone,) = await queued(store.create(a_pool("gone")))
         gone.cancel()
         tasks = await queued(store.create(a_pool("stays")))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert (await tasks[0]).key.name == "stays"
 
 
@@ -359,13 +359,13 @@ async def test_a_kind_without_changes_does_not_expire_because_another_changes_of
 
 async def test_a_watch_from_a_version_that_was_rolled_back_raises_gone(store):
     with pytest.raises(Gone):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await anext(store.watch(Pool, "12345"))
 
 
 async def test_a_long_replay_in_pages_is_complete(store):
     await asyncio.gather(*(store.create(a_pool(f"p{n}")) for n in range(600)))
-    async with asyncio.timeout(10), aclosing(store.watch(Pool, "0")) as watch:
+    async with asyncio.timeout(60), aclosing(store.watch(Pool, "0")) as watch:
         names = [(await anext(watch)).object.key.name for _ in range(600)]
     assert len(set(names)) == 600
 
@@ -379,7 +379,7 @@ async def test_after_close_calls_and_open_watches_raise_unavailable(tmp_path):
     await store.close()
 
     with pytest.raises(Unavailable):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await waiting
     with pytest.raises(Unavailable):
         await store.create(a_pool())

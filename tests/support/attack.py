@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
+from support.captured_logs import capture_logs
 from support.gateway_client import GatewayClient
 from support.gateway_world import GatewayWorld, NewWorld
 

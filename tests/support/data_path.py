@@ -38,7 +38,7 @@ FEWEST_DATA_PATHS = ["unix-asyncio", "tls-uvloop"]
 
 _MAX_UNREAD = 64 * 1024 * 1024
 """Bytes: more than the buffers of four sockets and of a relay hold of what nobody reads (tcp_rmem, tcp_wmem)."""
-_WAIT = 20.0
+_WAIT = 60.0
 """Seconds that a blocking call may take before the test fails."""
 
 

@@ -10,7 +10,7 @@ import h2.config
 import h2.connection
 import h2.events
 
-_WAIT = 10.0
+_WAIT = 60.0
 """Seconds that a read to the end may take before the test fails."""
 
 

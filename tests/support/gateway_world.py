@@ -33,9 +33,9 @@ from support.gateway_client import GatewayClient
 from support.loops import SkewedLoop
 from support.recording_registry import RecordingRegistry
 
-_WAIT = 10.0
+_WAIT = 60.0
 """Seconds that `wait_until` waits before the test fails."""
-_CLOSE_TIMEOUT = 20.0
+_CLOSE_TIMEOUT = 60.0
 """Seconds that the gateway may take to close."""
 
 

@@ -15,9 +15,10 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPConnection
 from typing import Any, Self
 
 from aiohttp import web
@@ -107,12 +108,24 @@ class Issuer:
 
     def reset(self) -> None:
         """Restores the initial state. The server continues to run."""
+        self._answer_what_was_sent()
         self.keys = [self._first]
         """The published keys. The first one signs."""
         self.answers: dict[str, Handler] = {}
         """By path: the handler that answers instead."""
         self.requests: list[web.BaseRequest] = []
         """The paths of all requests."""
+
+    def _answer_what_was_sent(self) -> None:
+        """Waits until the server has seen the requests of earlier tests, also those that nobody waits for any more.
+
+        Connections are accepted in their order. So the first answer shows that those of before are accepted and read;
+        the second one is of a later turn of the loop, in which their handlers have begun.
+        """
+        for _ in range(2 if self._thread is not None else 0):
+            with closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+                connection.request("GET", "/")
+                connection.getresponse().read()
 
     # --- tokens ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +240,7 @@ class Issuer:
         listening = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(listening)), name="issuer")
         self._thread.start()
-        assert listening.wait(10), "the issuer does not come up"
+        assert listening.wait(60), "the issuer does not come up"
         return self
 
     def stop(self) -> None:
@@ -235,7 +248,7 @@ class Issuer:
         if self._thread is None or self._loop is None:
             return
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive(), "the issuer does not end"
         self._thread = None
 

@@ -24,7 +24,7 @@ from bkpool.gateway.net.tls_context import server_context
 from bkpool.gateway.net.tls_stream import TlsStream
 from support.certificates import CertificateFactory
 
-_SOCKET_TIMEOUT = 20.0
+_SOCKET_TIMEOUT = 60.0
 """Seconds that a blocking call may take before the test fails."""
 _RESET = b"\1\0\0\0\0\0\0\0"  # SO_LINGER of 0 s: close() sends RST
 

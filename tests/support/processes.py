@@ -14,7 +14,8 @@ def freeze(pid: int) -> None:
     The signal itself takes effect later: on a busy machine a thread can still answer a call meanwhile.
     """
     os.kill(pid, signal.SIGSTOP)
-    while any(_state(task) != "T" for task in Path(f"/proc/{pid}/task").iterdir()):
+    while set(states := [_state(task) for task in Path(f"/proc/{pid}/task").iterdir()]) != {"T"}:
+        assert not set(states) <= {"Z", "X"}, f"process {pid} has ended"  # one that has ended never stops
         os.sched_yield()
 
 
@@ -46,5 +47,5 @@ def _state(task: Path) -> str:
     """Returns the state of a thread, as in proc_pid_stat(5)."""
     try:
         return (task / "stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended; the second: between open and read
         return "T"

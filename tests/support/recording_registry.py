@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bkpool.core.errors import BkpoolError
 from bkpool.gateway.session.lease_table import LeaseRoute
 
-_WAIT = 10.0
+_WAIT = 60.0
 """Seconds that `wait_for` waits before the test fails."""
 
 

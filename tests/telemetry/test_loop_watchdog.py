@@ -7,13 +7,13 @@ import sys
 import threading
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.gateway.control.server import new_loop
 from bkpool.gateway.session import certificate
 from bkpool.telemetry.loop_metrics import LoopMetrics
 from bkpool.telemetry.loop_watchdog import HEARTBEAT_TIMEOUT, WARNING_INTERVAL, LoopWatchdog, blocker
 from bkpool.telemetry.registry import new_registry
+from support.captured_logs import capture_logs
 
 
 class ManualLoop:
@@ -169,6 +169,7 @@ class _AwaitableMetrics(LoopMetrics):
     def blocked(self, loop):
         super().blocked(loop)
         self.blockage_seen.set()
+        assert self.over.wait(60)  # what blocks a loop may end at any moment
 
     def heartbeat(self, loop, seconds):
         super().heartbeat(loop, seconds)
@@ -187,8 +188,9 @@ def test_a_blocked_event_loop_is_detected(make_loop):
     watchdog.watch("gateway-0", loop, thread.ident)
     with capture_logs() as logs:
         loop.call_soon_threadsafe(certificate.token_in_name, name)
+        assert name.blocks.wait(60)
         watchdog.start()
-        assert metrics.blockage_seen.wait(10)
+        assert metrics.blockage_seen.wait(60)
         name.release.set()
         assert metrics.end_seen.wait(10)
         watchdog.stop()

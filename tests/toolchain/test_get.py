@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,9 +34,15 @@ OTHER = textwrap.dedent("""
 """)
 
 
-def other(cache: Path, mirror: str, tool: Tool, step: str, act: str) -> subprocess.Popen[str]:
+@contextmanager
+def other(cache: Path, mirror: str, tool: Tool, step: str, act: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", OTHER, str(cache), mirror, tool, step, act]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        except BaseException:  # it may wait for another one, which waits for the end of this one
+            process.kill()
+            raise
 
 
 def until(process: subprocess.Popen[str], text: str) -> str:

@@ -78,7 +78,7 @@ async def test_the_operators_defaults_of_the_collection_reach_the_pods_configura
 async def test_an_author_gets_no_pod_that_the_operator_has_not_allowed(asked, option):
     api = Cluster()
     with pytest.raises(WorkerFailed, match=option) as refused:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await runtime_of(api, Allowances()).daemons.start(slot(0), "uid-1", None, asked, no_report)
     assert refused.value.field in refused.value.message
     assert (api.created, api.applied) == ([], {}), "not even a Secret"

@@ -177,15 +177,17 @@ async def test_the_hook_waits_while_somebody_is_connected_and_no_longer():
             "/bin/sh", "-c", script, env=environment, stderr=subprocess.DEVNULL
         )
 
-    async with asyncio.timeout(10), server:
-        assert await (await run()).wait() == 0  # nobody is there
-        _, client = await asyncio.open_connection("127.0.0.1", port)
-        assert await (await run(PATH="/nowhere")).wait() == 0  # no `sleep`: neither a spin nor a failure
-        waiting = await run(PATH="/usr/bin:/bin")
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
-                await waiting.wait()
-        client.transport.abort()
-        assert await waiting.wait() == 0
-        for writer in writers:
-            writer.transport.abort()
+    async with server, asyncio.timeout(60):
+        try:
+            assert await (await run()).wait() == 0  # nobody is there
+            _, client = await asyncio.open_connection("127.0.0.1", port)
+            assert await (await run(PATH="/nowhere")).wait() == 0  # no `sleep`: neither a spin nor a failure
+            waiting = await run(PATH="/usr/bin:/bin")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await waiting.wait()
+            client.transport.abort()
+            assert await waiting.wait() == 0
+        finally:  # since Python 3.12 the server waits for its connections, also after a failure
+            for writer in writers:
+                writer.transport.abort()

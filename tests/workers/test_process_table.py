@@ -26,7 +26,7 @@ async def test_an_end_is_noticed_and_a_later_signal_hits_no_other_process():
     process = Process(child.pid)
     assert not process.exited.is_set()
     process.signal(signal.SIGTERM)
-    await asyncio.wait_for(process.exited.wait(), 5)
+    await asyncio.wait_for(process.exited.wait(), 60)
     assert child.wait() == -signal.SIGTERM
     process.signal(signal.SIGKILL)
     process.close()

@@ -19,6 +19,7 @@ def test_a_server_that_never_ends_keeps_no_place(monkeypatch):
     relay = Relays(NoNamespace(), [], list)
     client, ours = socket.socketpair()
     with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
         assert relay._begin(relay._relay, ours, lambda: [silent.getsockname()])
         taken = relay._free._value
         connection, _ = silent.accept()
@@ -26,6 +27,6 @@ def test_a_server_that_never_ends_keeps_no_place(monkeypatch):
         with connection:
             for thread in threading.enumerate():
                 if thread is not threading.current_thread() and thread.daemon and "_relay" in thread.name:
-                    thread.join(10)
+                    thread.join(60)
             assert relay._free._value == taken + 1
     relay._queries.close()

@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.workers.processes.cgroup_entry import cgroup_mounts, entering
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.cgroup_tree import Hierarchy, hierarchies
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
+from support.captured_logs import capture_logs
 
 GIB = 1 << 30
 CONTROLLERS = "cpuset cpu io memory pids\n"

@@ -47,7 +47,7 @@ class InNetwork:
         if host:  # another host, made by these lines of shell
             alone = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
             command = [*alone, "sh", "-e", "-c", f'{host}\n"$0" "$@"; exit $?', *command]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     def command(self, program: str, *arguments: str, spec: PoolSpec = PoolSpec()) -> list[str]:  # noqa: B008
         found = NetworkPrograms.find(os.environ["PATH"])
@@ -260,7 +260,7 @@ def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(i
         echoing(_TCP, RESOLVER, 53),
     ):
         command = [*few, *in_network.command(f"{FLOOD}\n{RESOLVE}", QUERY.hex())]
-        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=300, check=False))
     assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
 
 
@@ -270,7 +270,7 @@ def test_a_build_that_takes_every_inotify_instance_stops_no_other_worker(in_netw
     with echoing(_UDP, RESOLVER, 53), echoing(_TCP, RESOLVER, 53):
         namespace = ["unshare", "--user", "--map-root-user", "sh", "-c", none_left]
         command = [*namespace, *in_network.command(RESOLVE, QUERY.hex())]
-        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=300, check=False))
     assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
 
 
