@@ -15,6 +15,7 @@ from bkpool.core.names import LABEL_POOL, LABEL_PURPOSE, PURPOSE_GATEWAY, Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
 from bkpool.install.manifests import Install, render
+from bkpool.telemetry.log_metrics import LogMetrics
 from bkpool.telemetry.loop_metrics import LoopMetrics
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,7 @@ def samples():
     metrics.dial_done("p", 0.1, "reached")
     metrics.count_pending(+1)
     metrics.set_draining(False)
+    LogMetrics(metrics.registry, lambda: 1)
     loops = LoopMetrics(metrics.registry)
     loops.heartbeat("main", 0.1)
     loops.blocked("main")

@@ -37,7 +37,7 @@ def run(options: RunOptions, report: StartupReporter) -> int:
     Raises:
         BkpoolError: It cannot start; nothing stays half-started.
     """
-    configure_logging()
+    configure_logging(options.home, options.settings.appliance.log_size)
     raise_limit()
     check_settings(options)
     if options.settings.appliance.roles != ALL_ROLES:

@@ -20,6 +20,7 @@ from bkpool.core.errors import BkpoolError
 INTERRUPTED = 128 + signal.SIGINT
 INTERNAL = 70
 """sysexits' EX_SOFTWARE."""
+_CRASH_LOG_SIZE = 1024 * 1024  # bytes: a larger one begins again
 
 
 def guarded(call: Callable[[], Any], name: str = "bkpool") -> int:
@@ -77,7 +78,9 @@ def _save_traceback(error: Exception) -> str:
     try:
         path = home.home() / "logs" / "crash.log"
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as file:
+        full = path.exists() and path.stat().st_size > _CRASH_LOG_SIZE
+        how = os.O_TRUNC if full else os.O_APPEND
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o600), "w") as file:
             file.write(text)
     except (OSError, BkpoolError):
         return "; BKPOOL_DEBUG=1 shows the traceback"

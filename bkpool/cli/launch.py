@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from bkpool.cli import console, home
+from bkpool.cli.errors import INTERNAL
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.home.lock import holder
 
@@ -118,6 +119,11 @@ def failures_sent_to(parent: WaitingParent | None) -> Iterator[None]:
     except BkpoolError as error:
         if parent is not None:
             parent.send_failure(error)
+        raise
+    except Exception as error:
+        if parent is not None:  # what is written to the log may be lost: the disk may be full
+            text = f"internal error ({type(error).__name__}); please report it"
+            parent.send_failure(BkpoolError(text, hint="Read `bkpool logs` and logs/crash.log.", exit_code=INTERNAL))
         raise
 
 

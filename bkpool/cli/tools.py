@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import structlog
 
 from bkpool.cli import console
+from bkpool.telemetry.log_writer import LineLogger
 from bkpool.toolchain import Tool, Toolchain, default_cache
 
 
@@ -17,7 +18,7 @@ def quiet_logging() -> None:
     """Keeps log lines out of the answer of a command: warnings and errors go to stderr, others are dropped."""
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_names: LineLogger(lambda line: click.echo(line, nl=False, err=True)),
     )
 
 

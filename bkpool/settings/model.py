@@ -289,6 +289,14 @@ class ApplianceSettings(Section):
         "ended. If it is long, a rollout takes longer.",
         between=(seconds(0), seconds(120)),
     )
+    log_size: Count = setting(
+        10 * 1024 * 1024,
+        "The largest size of `logs/appliance.log`, the log of an appliance in the background. A larger one is "
+        "renamed, and four older ones are kept. If it is small, the log shows the last hours only. If it is large, "
+        "it takes five times as much of the disk.",
+        between=(64 * 1024, 1024 * 1024 * 1024),
+        unit="bytes",
+    )
 
 
 class Settings(BaseModel):

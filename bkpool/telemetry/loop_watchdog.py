@@ -139,7 +139,10 @@ class LoopWatchdog:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._timeout):
-            self.check()
+            try:
+                self.check()
+            except Exception:  # it only watches, so the rest goes on, and so does the next check
+                log.exception("watchdog.failed")
 
     def _check(self, watched: _Watched) -> None:
         if watched.loop.is_closed():
@@ -161,8 +164,8 @@ class LoopWatchdog:
     def _report_blocked(self, watched: _Watched, now: float) -> None:
         heartbeat = watched.heartbeat
         heartbeat.blocked = True
+        in_bkpool, innermost = blocker(self._frames().get(watched.thread))  # first: it may end at any moment
         self._metrics.blocked(watched.name)
-        in_bkpool, innermost = blocker(self._frames().get(watched.thread))
         heartbeat.warned = heartbeat.should_warn(in_bkpool, now)
         if heartbeat.warned:
             log.warning("loop.blocked", loop=watched.name, by=in_bkpool, inside=innermost)

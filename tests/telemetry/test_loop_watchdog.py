@@ -54,7 +54,7 @@ class Watch:
         self.now += after
         with capture_logs() as logs:
             self.watchdog.check()
-        return [entry["event"] for entry in logs]
+        return [entry["event"] for entry in logs if entry.get("loop") == "gateway-0"]
 
     def block(self, seconds=1.0):
         """One blockage from its start to its end: all events that are logged for it."""
@@ -144,11 +144,14 @@ class _BlockingName:
     def __init__(self, release=None):
         self.release = release
         self.frame = None
+        self.blocks = threading.Event()
+        """Set from when the frame is blocked."""
 
     def removeprefix(self, _prefix):
         self.frame = sys._getframe()
         if self.release is not None:
-            self.release.wait(10)
+            self.blocks.set()
+            self.release.wait(60)
         return self
 
 
@@ -164,7 +167,7 @@ class _AwaitableMetrics(LoopMetrics):
 
     def __init__(self):
         super().__init__(new_registry())
-        self.blockage_seen, self.end_seen = threading.Event(), threading.Event()
+        self.blockage_seen, self.over, self.end_seen = threading.Event(), threading.Event(), threading.Event()
 
     def blocked(self, loop):
         super().blocked(loop)
@@ -192,7 +195,8 @@ def test_a_blocked_event_loop_is_detected(make_loop):
         watchdog.start()
         assert metrics.blockage_seen.wait(60)
         name.release.set()
-        assert metrics.end_seen.wait(10)
+        loop.call_soon_threadsafe(metrics.over.set)
+        assert metrics.end_seen.wait(60)
         watchdog.stop()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 from prometheus_client import CollectorRegistry
 
+from bkpool.appliance import logs
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
@@ -23,6 +24,7 @@ from bkpool.appliance.tuning import wanted_shares
 from bkpool.core.descriptors import ConnectionShares, share_descriptors
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.store.mirror import Mirror
+from bkpool.telemetry.log_metrics import LogMetrics
 from bkpool.telemetry.loop_metrics import LoopMetrics
 from bkpool.telemetry.loop_watchdog import LoopWatchdog
 from bkpool.telemetry.registry import new_registry
@@ -58,6 +60,7 @@ class RoleContext:
 def open_context(stack: AsyncExitStack, options: RunOptions, shutdown: Shutdown) -> RoleContext:
     """Creates the context and watches the running event loop until the stack is closed."""
     registry = new_registry()
+    LogMetrics(registry, logs.lines_lost)
     timeout = options.settings.metrics.loop_timeout.total_seconds()
     watchdog = LoopWatchdog(LoopMetrics(registry), timeout=timeout)
     watchdog.watch("main", asyncio.get_running_loop(), threading.get_ident())
