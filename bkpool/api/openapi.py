@@ -30,6 +30,7 @@ _STATUS_DESCRIPTIONS = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
     HTTPStatus.TOO_MANY_REQUESTS: "A limit of the pool is reached (spec.auth.limits); the error names it",
     HTTPStatus.BAD_GATEWAY: "The worker does not come up; the error has the end of buildkitd's log",
+    HTTPStatus.INSUFFICIENT_STORAGE: "The disk of the appliance is full; the error names the file system",
     HTTPStatus.SERVICE_UNAVAILABLE: "No worker became free in time, or the store does not answer",
 }
 _RETRY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})

@@ -5,7 +5,7 @@ A response never reveals pools that the caller may not use, or leases of others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from bkpool.api.bodies import read_body
 from bkpool.api.limits import ApiLimits
 from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
-from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
+from bkpool.core.errors import DiskFull, Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import worker_counts
@@ -28,6 +28,11 @@ from bkpool.identity import Caller, Identity
 from bkpool.identity.access import AccessControl, bearer_token, forbidden, not_renewable, refusal
 from bkpool.identity.rules import AccessDecision, decide, is_theirs
 from bkpool.store.mirror import Mirror
+
+
+async def always_ready() -> str | None:
+    """For a process of which nothing else is to be asked."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,10 @@ class Service:
     """The number of open connections of a pool."""
     unavailable_reason: Callable[[], str | None]
     """Why nothing can be leased at the moment; None if leases are possible."""
-    not_ready_reason: Callable[[], str | None] = lambda: None
-    """Why this replica should get no new requests although it still answers them; None if it should."""
+    not_ready_reason: Callable[[], Awaitable[str | None]] = always_ready
+    """Returns why this replica should get no new requests although it still answers them; None if it should."""
+    full_disk: Callable[[], DiskFull | None] = lambda: None
+    """Why no new lease is made although the store answers; None if there is room for what a lease needs."""
     audience: str = AUDIENCE
     """What ID tokens must be made for, where the configuration of their issuer names no audience."""
     limits: ApiLimits = ApiLimits()  # noqa: RUF009 - immutable
@@ -59,12 +66,12 @@ class Service:
             ApiRoute(
                 *("POST", f"{workers}/allocate", self.allocate, models.AllocateBody, models.AllocateAnswer),
                 action="allocate",
-                errors=(404, 410, 429, 502, 503),
+                errors=(404, 410, 429, 502, 503, 507),
             ),
             ApiRoute(
                 *("POST", f"{workers}/renew", self.renew, models.RenewBody, models.RenewAnswer, either),
                 action="renew",
-                errors=(401, 403, 404, 410, 503),
+                errors=(401, 403, 404, 410, 503, 507),
             ),
             ApiRoute(
                 *("POST", f"{workers}/lookup", self.lookup, models.TokenBody, models.LookupAnswer, nothing),
@@ -74,12 +81,12 @@ class Service:
             ApiRoute(
                 *("POST", f"{workers}/release", self.release, models.ReleaseBody, status, either),
                 action="release",
-                errors=(401, 404),
+                errors=(401, 404, 507),
             ),
             ApiRoute(
                 *("POST", f"{workers}/revoke", self.revoke, RevokeBody, RevokeAnswer),
                 action="revoke",
-                errors=(404, 409),
+                errors=(404, 409, 507),
             ),
             ApiRoute(
                 *("POST", f"{v1}/auth/check", self.check, models.CheckBody, models.CheckAnswer, either),
@@ -103,6 +110,8 @@ class Service:
         wanted = (await read_body(request, models.AllocateBody)).request(self.limits.max_wait)
         caller = await self._caller(request, trail, wanted.pool)
         pool, identity = self._admit(caller, wanted.pool, trail)
+        if full := self.full_disk():
+            raise full
         grant = await self.allocator.allocate(identity, wanted)
         _add_lease(trail, grant.worker)
         return models.AllocateAnswer.of(grant, self.gateway_endpoint(self.mirror.pools.get(pool.key, pool)))
@@ -213,8 +222,10 @@ class Service:
     async def ready(self, _request: web.Request, _trail: AuditTrail) -> models.StatusAnswer:
         """Check whether this replica should get requests."""
         self._check_ready()
-        if reason := self.not_ready_reason():
-            raise Unavailable(reason, hint="Another replica serves.", retry_after=2)
+        if reason := await self.not_ready_reason():
+            raise Unavailable(
+                reason, hint="`bkpool logs` says more. Other replicas serve, if there are any.", retry_after=2
+            )
         return models.StatusAnswer(status="ready")
 
     # --- who may what -----------------------------------------------------------------------------------------------

@@ -26,11 +26,12 @@ from bkpool.appliance.worker_network import open_process_workers
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.allowances import Allowances
-from bkpool.core.errors import Conflict, HostFault
+from bkpool.core.errors import Conflict, DiskFull, HostFault
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.failures import FailureLimits
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
+from bkpool.home.disk import fault_if_full
 from bkpool.identity.service_accounts import ServiceAccountAuthenticator
 from bkpool.identity.static_tokens import FileTokenReader, SecretTokenReader, StaticTokenAuthenticator
 from bkpool.install import crds
@@ -82,6 +83,8 @@ class Backend:
     """Whether objects come from the user's files and from nowhere else."""
     missing_network: HostFault | None = None
     """Why workers have no network of their own although nobody wants that. Then only the admin is served."""
+    full_disk: Callable[[], DiskFull | None] = lambda: None
+    """Why there is no room for what a new lease needs on this machine; None: there is, or it needs none here."""
     leadership: LeaderElection | None = None
     """The election of the one controller; None if no other process can run one."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -151,6 +154,7 @@ async def open_process_backend(
         authenticators=lambda pools: BackendAuthenticators((StaticTokenAuthenticator(FileTokenReader(), pools),)),
         only_files=True,
         missing_network=workers.missing_network,
+        full_disk=lambda: fault_if_full(home),
     )
 
 

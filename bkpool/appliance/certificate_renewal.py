@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import structlog
+
+from bkpool.core.errors import DiskFull
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway
 from bkpool.pki import storage
@@ -21,6 +24,11 @@ from bkpool.pki.names import gateway_names
 from bkpool.pki.rotation import Former, Rotation
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
+
+log = structlog.get_logger(__name__)
+
+RETRY_INTERVAL = 5.0
+"""Seconds until a certificate that could not be stored is issued again."""
 
 
 class CertificateRenewal:
@@ -36,6 +44,7 @@ class CertificateRenewal:
         now: The clock.
         recorder: Records a changed certificate at each pool.
         life: How long a certificate is valid.
+        pause: Waits that many seconds.
     """
 
     def __init__(
@@ -50,7 +59,9 @@ class CertificateRenewal:
         recorder: Recorder,
         life: timedelta = SERVER_LIFE,
         former: Former | None = None,
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._pause = pause
         self._directory = directory
         self._rotation = Rotation(authority, former, now)
         self._trusted = b""
@@ -91,9 +102,20 @@ class CertificateRenewal:
                         await changed.wait()
                 changed.clear()
                 if self._is_due():
-                    self.install(gateway)
+                    await self._install_when_possible(gateway)
         finally:
             unsubscribe()
+
+    async def _install_when_possible(self, gateway: Gateway) -> None:
+        """Tries again while the disk is full. The former certificate is served meanwhile."""
+        while True:
+            try:
+                self.install(gateway)
+            except DiskFull as fault:
+                log.warning("gateway.certificate_not_stored", reason=fault.message)
+                await self._pause(RETRY_INTERVAL)
+            else:
+                return
 
     def _is_due(self) -> bool:
         """Whether the certificate ends soon, or the pools or the CAs that are trusted have changed."""

@@ -13,6 +13,7 @@ import structlog
 from bkpool.appliance import kube_secrets
 from bkpool.appliance.access_control import open_issuers
 from bkpool.appliance.backend import ClusterBackend, open_replica_backend
+from bkpool.appliance.end_deadline import EndDeadline
 from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.api import ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context, replica_name
@@ -42,9 +43,9 @@ class ControlReplica:
         self._options = options
         self._settings = options.settings
 
-    async def run(self) -> None:
+    async def run(self, deadline: EndDeadline | None = None) -> None:
         """Serves the API here. The controller runs in the replica that holds the Lease."""
-        await run_until_stopped(self._start)
+        await run_until_stopped(self._start, deadline)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
         options, settings, name = self._options, self._settings, replica_name()
@@ -54,12 +55,13 @@ class ControlReplica:
         for work in backend.background:
             await context.run_in_background(stack, work)
         mirror = Mirror(backend.store, configs=True)
-        await follow(stack, context, mirror)
+        await follow(stack, context, backend.store, mirror)
         await backend.runtime.adopt()
         state = ControlState(backend, mirror, open_issuers(stack, settings.identity))
 
-        def not_ready_reason() -> str | None:
-            return "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
+        async def not_ready_reason() -> str | None:
+            trouble = "this replica is stopping" if shutdown.requested.is_set() else mirror.trouble
+            return trouble or await context.checks.trouble()
 
         if Role.API in settings.appliance.roles:
             sources = ApiSources(
@@ -71,6 +73,7 @@ class ControlReplica:
             await self._open_api(stack, context, state, cluster.api, sources)
         app = add_probes(metrics_app(context.registry), not_ready_reason)
         await serve(stack, app, settings.metrics.address, options.where("metrics.address"))
+        stack.callback(shutdown.drained)
         stack.push_async_callback(shutdown.pause, settings.appliance.endpoint_removal_delay.total_seconds())
         if Role.CONTROLLER in settings.appliance.roles:
             # Opened last, so that it is closed first: the Lease is given back before anything else happens.

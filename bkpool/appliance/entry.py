@@ -10,6 +10,7 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from bkpool.appliance.end_deadline import END_TIMEOUT, EndDeadline
 from bkpool.appliance.host import HostAppliance
 from bkpool.appliance.logs import configure_logging
 from bkpool.appliance.preflight import check_settings
@@ -41,14 +42,17 @@ def run(options: RunOptions, report: StartupReporter) -> int:
     raise_limit()
     check_settings(options)
     if options.settings.appliance.roles != ALL_ROLES:
-        _run_loop(make_replica(options).run())
+        with EndDeadline() as deadline:
+            _run_loop(make_replica(options).run(deadline))
         return 0
     documents = _read_documents(options.pool_files)
     with HomeLock(options.home), as_host_fault(options.home):
         backend, reason = choose_backend(options)
         report({"progress": f"backend: {backend} ({reason})"})
         opener = prepare_backend(backend, options, report)
-        _run_loop(HostAppliance(options, documents, backend, opener).run(report))
+        stop_timeout = options.settings.workers.stop_timeout.total_seconds()
+        with EndDeadline(END_TIMEOUT + stop_timeout) as deadline:
+            _run_loop(HostAppliance(options, documents, backend, opener).run(report, deadline))
     return 0
 
 

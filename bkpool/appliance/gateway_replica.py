@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from bkpool.appliance.addresses import gateway_address
+from bkpool.appliance.end_deadline import EndDeadline
 from bkpool.appliance.gateway_secret import GatewaySecret
 from bkpool.appliance.http import add_probes, metrics_app, serve
 from bkpool.appliance.roles.context import follow, open_context, replica_name
@@ -41,9 +42,9 @@ class GatewayReplica:
         self._pool = pool
         self._not_ready = "this replica is starting"
 
-    async def run(self) -> None:
+    async def run(self, deadline: EndDeadline | None = None) -> None:
         """Serves connections of this pool's leases."""
-        await run_until_stopped(self._start)
+        await run_until_stopped(self._start, deadline)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown) -> None:
         options = self._options
@@ -53,13 +54,14 @@ class GatewayReplica:
         store = KubernetesStore(api, namespace=self._pool.namespace)
         mirror = Mirror(store)
 
-        def not_ready_reason() -> str | None:
-            return "this replica is stopping" if shutdown.requested.is_set() else self._not_ready or mirror.trouble
+        async def not_ready_reason() -> str | None:
+            trouble = "this replica is stopping" if shutdown.requested.is_set() else self._not_ready or mirror.trouble
+            return trouble or await context.checks.trouble()
 
         # Served first: the kubelet asks while the replica waits for the store and its Secret.
         app = add_probes(metrics_app(context.registry), not_ready_reason)
         await serve(stack, app, options.settings.metrics.address, options.where("metrics.address"))
-        await follow(stack, context, mirror)
+        await follow(stack, context, store, mirror)
         secret = await GatewaySecret.open(api, self._pool)
         gateway = await open_gateway(
             stack,
@@ -83,3 +85,4 @@ class GatewayReplica:
         pool = mirror.pools.get(self._pool)
         bounds = pool.spec.gateway if pool else PoolGateway()  # builds of a deleted pool may finish too
         await gateway.drain(bounds.drain_timeout.total_seconds(), shutdown)
+        shutdown.drained()

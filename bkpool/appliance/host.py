@@ -20,8 +20,10 @@ from bkpool.appliance.addresses import gateway_address
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
+from bkpool.appliance.end_deadline import EndDeadline
 from bkpool.appliance.http import metrics_app, serve, url_host
 from bkpool.appliance.prepare import BackendOpener
+from bkpool.appliance.ready_checks import Ask
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.roles.api import ApiRole, ApiSources, open_api
 from bkpool.appliance.roles.context import ControlState, RoleContext, follow, open_context
@@ -58,9 +60,9 @@ class HostAppliance:
         self._backend_name = backend
         self._open_backend = open_backend
 
-    async def run(self, report: StartupReporter) -> None:
+    async def run(self, report: StartupReporter, deadline: EndDeadline | None = None) -> None:
         """Starts everything, serves until it is stopped, and closes everything in the opposite order."""
-        await run_until_stopped(lambda stack, shutdown: self._start(stack, shutdown, report))
+        await run_until_stopped(lambda stack, shutdown: self._start(stack, shutdown, report), deadline)
 
     async def _start(self, stack: AsyncExitStack, shutdown: Shutdown, report: StartupReporter) -> None:
         home = self._options.home
@@ -72,12 +74,14 @@ class HostAppliance:
         state = ControlState(backend, mirror, open_issuers(stack, self._settings.identity))
         # Opened before the API, so that it is closed after it: the controller ends the leases that are released last.
         await open_controller(stack, context, state, endpoint=lambda _pool: endpoint)
+        stack.callback(context.checks.add("the disk", _room_on(backend)))
         dev_configs = await self._open_dev_issuer(stack, context)
         stack.callback((home / "appliance.json").unlink, missing_ok=True)
         sources = ApiSources(
             gateway_endpoint=lambda _pool: endpoint,
             connections=lambda pool: gateway.metrics.active(pool.key.name),
             unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
+            not_ready_reason=context.checks.trouble,
         )
         local = local_socket.prepare(home, os.environ)
         stack.callback(local_socket.remove, home, os.environ)
@@ -108,7 +112,7 @@ class HostAppliance:
         await seed_objects(backend.store, self._documents, only_source=backend.only_files and files_given)
         await withdraw_old_registrations(backend.store, backend.gateway)
         mirror = Mirror(backend.store, configs=True)
-        await follow(stack, context, mirror)
+        await follow(stack, context, backend.store, mirror)
         report({"progress": "looking for workers of an earlier run"})
         await backend.runtime.adopt()
         return backend, mirror
@@ -164,6 +168,7 @@ class HostAppliance:
         await gateway.drain(seconds, context.shutdown)
         if busy and not context.shutdown.forced.is_set():
             await context.shutdown.pause(self._settings.appliance.release_grace.total_seconds())
+        context.shutdown.drained()
 
     def _describe(
         self, context: RoleContext, api: ApiRole, local: Path, endpoint: str, metrics: str
@@ -182,3 +187,11 @@ class HostAppliance:
             **({"devIssuer": options.dev_issuer_url} if options.dev_issuer_url else {}),
             "startedAt": context.now().isoformat(timespec="seconds"),
         }
+
+
+def _room_on(backend: Backend) -> Ask:
+    async def ask() -> None:
+        if full := backend.full_disk():
+            raise full
+
+    return ask

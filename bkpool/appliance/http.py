@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -100,19 +100,19 @@ def metrics_app(registry: CollectorRegistry) -> web.Application:
     return app
 
 
-def add_probes(app: web.Application, not_ready_reason: Callable[[], str | None]) -> web.Application:
+def add_probes(app: web.Application, not_ready_reason: Callable[[], Awaitable[str | None]]) -> web.Application:
     """Adds /health and /ready, which the kubelet calls.
 
     Args:
         app: Where they are added.
-        not_ready_reason: Why this replica should get no traffic; None if it should.
+        not_ready_reason: Returns why this replica should get no traffic; None if it should.
     """
 
     async def health(_request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})
 
     async def ready(_request: web.Request) -> web.Response:
-        reason = not_ready_reason()
+        reason = await not_ready_reason()
         return web.json_response({"status": reason or "ready"}, status=503 if reason else 200)
 
     app.router.add_get("/health", health)

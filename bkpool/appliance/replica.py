@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from bkpool.appliance.control_replica import ControlReplica
+from bkpool.appliance.end_deadline import EndDeadline
 from bkpool.appliance.gateway_replica import GatewayReplica
 from bkpool.appliance.run_options import Role, RunOptions
 from bkpool.core.errors import InvalidInput
@@ -17,8 +18,8 @@ from bkpool.core.errors import InvalidInput
 class Replica(Protocol):
     """Some roles in one process."""
 
-    async def run(self) -> None:
-        """Runs them until SIGTERM."""
+    async def run(self, deadline: EndDeadline | None = None) -> None:
+        """Runs them until SIGTERM. The deadline is for the end that follows."""
 
 
 def make_replica(options: RunOptions) -> Replica:

@@ -1,4 +1,4 @@
-"""When a process ends: at a signal, or when one of its background tasks fails.
+"""When a process ends: at a signal, or when one of its background tasks or threads fails.
 
 It decides when the process ends. It does not know what is open: the caller enters that into an exit stack, and so
 also determines the order in which it is closed.
@@ -10,10 +10,14 @@ import asyncio
 import gc
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 
 import structlog
+
+from bkpool.appliance.end_deadline import EndDeadline
+from bkpool.core.errors import BkpoolError
 
 log = structlog.get_logger(__name__)
 
@@ -27,9 +31,13 @@ class Shutdown:
 
     The first SIGTERM or SIGINT requests the end; the second one forces it. Create it in the event loop that it is
     for.
+
+    Args:
+        deadline: Ends the process if its end takes too long; None: nothing does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: EndDeadline | None = None) -> None:
+        self._deadline = deadline
         self.requested = asyncio.Event()
         self.forced = asyncio.Event()
         self._failure: BaseException | None = None
@@ -39,9 +47,37 @@ class Shutdown:
 
     def fail(self, error: BaseException) -> None:
         """Ends the process with this error and without waiting for builds: half an appliance is of no use."""
-        self._failure = error
+        self._failure = self._failure or error
         self.requested.set()
-        self.forced.set()
+        self._force()
+
+    def drained(self) -> None:
+        """Notes that no build is waited for any more. From now on the end has a deadline."""
+        if self._deadline is not None:
+            self._deadline.start()
+
+    @contextmanager
+    def watched_threads(self) -> Iterator[None]:
+        """Ends the process if one of its threads ends with an error."""
+        loop, before = asyncio.get_running_loop(), threading.excepthook
+
+        def failed(what: threading.ExceptHookArgs) -> None:
+            name = what.thread.name if what.thread is not None else "unknown"
+            error = what.exc_value or what.exc_type()
+            log.critical("thread.failed", thread=name, exc_info=error)
+            fault = BkpoolError(
+                f"the thread {name!r} of the appliance failed ({type(error).__name__}: {error})",
+                hint="`bkpool up` starts it again. Please report this: `bkpool logs` shows the details.",
+                code="ThreadFailed",
+            )
+            with suppress(RuntimeError):  # the loop is closed: the process has ended already
+                loop.call_soon_threadsafe(self.fail, fault)
+
+        threading.excepthook = failed
+        try:
+            yield
+        finally:
+            threading.excepthook = before
 
     def raise_failure(self) -> None:
         """Raises the error that `fail` was called with, if it was called."""
@@ -54,14 +90,23 @@ class Shutdown:
         forced.cancel()
 
     def _on_signal(self) -> None:
-        (self.forced if self.requested.is_set() else self.requested).set()
+        if self.requested.is_set():
+            self._force()
+        self.requested.set()
+
+    def _force(self) -> None:
+        self.forced.set()
+        self.drained()
 
 
-async def run_until_stopped(start: Callable[[AsyncExitStack, Shutdown], Awaitable[None]]) -> None:
+async def run_until_stopped(
+    start: Callable[[AsyncExitStack, Shutdown], Awaitable[None]], deadline: EndDeadline | None = None
+) -> None:
     """Starts a process's parts, waits until it should end, and closes them in the opposite order.
 
     Args:
         start: Opens the parts and enters each into the stack. It is cancelled if the process should end before.
+        deadline: Ends the process if closing them takes too long.
 
     Raises:
         BaseException: What `start` raised, or what a background task failed with.
@@ -70,8 +115,9 @@ async def run_until_stopped(start: Callable[[AsyncExitStack, Shutdown], Awaitabl
     # The objects that imports created live to the end. Without this the collector took 55 ms to go through them, and
     # in that time no thread moves a byte.
     gc.freeze()
-    shutdown = Shutdown()
+    shutdown = Shutdown(deadline)
     async with AsyncExitStack() as stack:
+        stack.enter_context(shutdown.watched_threads())
         await _start_unless_stopped(start, stack, shutdown)
         await shutdown.requested.wait()
         log.info("appliance.stopping")

@@ -38,7 +38,8 @@ def error_of(status: int, answer: Mapping[str, Any], options: Mapping[str, str] 
         answer: Its `error`, with a message.
         options: Field of the request to what the user typed for it.
     """
-    classes = {kind.__name__: kind for kind in BkpoolError.__subclasses__()}
+    kinds = BkpoolError.__subclasses__()
+    classes = {kind.__name__: kind for kind in (*kinds, *(more for kind in kinds for more in kind.__subclasses__()))}
     by_status: dict[int, type[BkpoolError]] = {
         kind.status: kind for kind in classes.values() if kind is not errors.HostFault
     }

@@ -25,12 +25,12 @@ def in_thread(work: Callable[[], T], timeout: float | None = None) -> T:
         TimeoutError: The work has not ended in time.
     """
     results: list[T] = []
-    ended: SimpleQueue[Exception | None] = SimpleQueue()
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run() -> None:
         try:
             results.append(work())
-        except Exception as fault:  # noqa: BLE001 - the thread of the caller raises it
+        except BaseException as fault:  # noqa: BLE001 - the thread of the caller raises it
             ended.put(fault)
         else:
             ended.put(None)

@@ -16,7 +16,7 @@ import structlog
 from bkpool.allocation.leases import lease_facts
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.core.cache_owner import history_ends_with_lease
-from bkpool.core.errors import BkpoolError, Conflict, HostFault, NotFound, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.observation import Snapshot
 from bkpool.core.pool import Pool
@@ -251,6 +251,9 @@ class Controller:
 
         try:
             await self._daemons.start(worker.slot, worker.uid, owner, pool, report_progress)
+        except DiskFull as error:  # not the worker's fault: no attempt is counted, and its lease goes on
+            await report_progress(error.message_and_hint)
+            raise
         except (WorkerFailed, HostFault) as error:
             await self._write_failure(worker, error)
             return Result.FAILED

@@ -136,16 +136,25 @@ class HostFault(BkpoolError):
     default_exit = 71
 
 
+class DiskFull(HostFault):
+    """A file system has no room for what must be written. Reads go on, and writes do as soon as there is room.
+
+    Exit code 73, sysexits' EX_CANTCREAT.
+    """
+
+    status = HTTPStatus.INSUFFICIENT_STORAGE
+    default_exit = 73
+
+
 STATUS = {
     "LimitReached": HTTPStatus.TOO_MANY_REQUESTS,
 }
 """HTTP statuses of codes that have another status than their class."""
 EXIT = {
     "PortTaken": 72,
-    "DiskFull": 73,
     "AlreadyRunning": 74,
     "Permission": 77,
     "Unreadable": 78,
     "ToolMissing": 79,
 }
-"""Exit codes of the codes of HostFault that scripts may want to distinguish."""
+"""Exit codes of the codes of HostFault that scripts may want to distinguish and that have no class of their own."""

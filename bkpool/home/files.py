@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bkpool.core.errors import HostFault
+from bkpool.home.disk import disk_full, is_full
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -107,8 +108,8 @@ def as_host_fault(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{error.filename or path}: {error.strerror or error}"
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise HostFault(where, hint="Free some disk space.", code="DiskFull") from None
+        if is_full(error):
+            raise disk_full(Path(error.filename or path), quota=error.errno == errno.EDQUOT) from None
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise HostFault(
                 where,

@@ -39,8 +39,8 @@ class HomeLock:
             HostFault: `AlreadyRunning`, with the pid; `Permission` if the home is open to other users.
         """
         private_directory(self._home)
-        with as_host_fault(_file(self._home)):
-            descriptor = os.open(_file(self._home), os.O_RDWR | os.O_CREAT, 0o600)
+        with as_host_fault(lock_file(self._home)):
+            descriptor = os.open(lock_file(self._home), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _ALL)
         except BlockingIOError:
@@ -51,7 +51,12 @@ class HomeLock:
                 hint="Use it, stop it with `bkpool down`, or set BKPOOL_HOME to another directory.",
                 code="AlreadyRunning",
             ) from None
-        os.pwrite(descriptor, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
+        try:
+            with as_host_fault(lock_file(self._home)):
+                os.pwrite(descriptor, f"{os.getpid():<{_PID_WIDTH}}\n".encode(), 0)
+        except HostFault:
+            os.close(descriptor)
+            raise
         self._descriptor = descriptor
 
     def release(self) -> None:
@@ -78,9 +83,9 @@ def holder(home: Path) -> int | None:
     Raises:
         HostFault: `Permission`: this user may not read the lock.
     """
-    with as_host_fault(_file(home)):
+    with as_host_fault(lock_file(home)):
         try:
-            descriptor = os.open(_file(home), os.O_RDONLY)
+            descriptor = os.open(lock_file(home), os.O_RDONLY)
         except FileNotFoundError:
             return None
     try:
@@ -90,7 +95,8 @@ def holder(home: Path) -> int | None:
         os.close(descriptor)
 
 
-def _file(home: Path) -> Path:
+def lock_file(home: Path) -> Path:
+    """The file whose lock tells who holds a home."""
     return home / "lock"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from bkpool.core.errors import HostFault
+from bkpool.core.errors import DiskFull, HostFault
 
 ReportText = Callable[[str], None]
 """Receives one line for the user about what is being done."""
@@ -95,7 +95,7 @@ def _raise_failure(action: str, output: Iterable[str]) -> NoReturn:
     lines = [line.strip() for line in output if line.strip()]
     for line in lines:
         if "no space left on device" in line:
-            raise HostFault(f"kind {action}: no space left on device", hint="Free some disk space.", code="DiskFull")
+            raise DiskFull(f"kind {action}: no space left on device", hint="Free some disk space.")
         if in_use := _IN_USE.search(line):
             raise HostFault(
                 f"kind {action}: {in_use[1]} is in use",

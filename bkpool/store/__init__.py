@@ -73,6 +73,12 @@ class Store(Protocol):
         Raises NotFound, or Conflict if uid or resource_version is given and is not the object's.
         """
 
+    async def answers(self) -> None:
+        """Returns when reads and writes are answered at all. It writes nothing.
+
+        A store on another machine is not asked: who watches it learns by that when it is gone.
+        """
+
     def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """Every change after `since`, in order, without end. Close it (contextlib.aclosing) when done.
 

@@ -5,10 +5,12 @@ Nothing here knows what the rows contain, and nothing ever replaces a file that 
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from pathlib import Path
 
 from bkpool.core.errors import BkpoolError, HostFault, Unavailable
+from bkpool.home.disk import disk_full, fault_if_full, is_full
 from bkpool.home.files import sync_directory, unreadable
 
 SCHEMA_VERSION = 1
@@ -54,6 +56,8 @@ def prepare(path: Path) -> None:
     except sqlite3.Error as error:
         raise fault(error, path) from None
     except OSError as error:
+        if is_full(error):
+            raise disk_full(path, quota=error.errno == errno.EDQUOT) from None
         raise HostFault(f"{path}: {error.strerror}", hint="Check the directory it is in.") from None
 
 
@@ -80,13 +84,12 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
     """The error for the user that stands for one of SQLite (https://www.sqlite.org/rescode.html)."""
-    match getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in _PERHAPS_FULL and (full := fault_if_full(path, _PAGE)):
+        return full
+    match code:
         case sqlite3.SQLITE_FULL:
-            return HostFault(
-                f"{path}: the disk is full",
-                hint="Free some disk space. Nothing is lost; bkpool continues by itself.",
-                code="DiskFull",
-            )
+            return disk_full(path)
         case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
             return unreadable(path, f"is not a database or is damaged ({error})", hint=_RESTORE.format(path=path))
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
@@ -101,6 +104,9 @@ def fault(error: sqlite3.Error, path: Path) -> BkpoolError:
             return HostFault(f"{path}: {error}", hint="Check the disk it is on.")
 
 
+_PERHAPS_FULL = {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+"""So SQLite reports that there is no room for one of the files beside the database."""
+_PAGE = 64 * 1024  # bytes: the largest piece that one of these files grows by
 _RESTORE = "Restore {path} from a backup, or, to start without the leases in it: bkpool down, then move it away."
 
 

@@ -72,6 +72,9 @@ class KubernetesStore(Store):
             frozenset(key for key, obj in found if obj is None),
         )
 
+    async def answers(self) -> None:
+        """See Store. The mirror's watches tell when the API server is gone."""
+
     async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store."""
         if not since.isdecimal() or int(since) == 0:  # to Kubernetes, 0 means "any version"

@@ -15,8 +15,8 @@ import structlog
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
-from bkpool.core.errors import Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.names import Key
+from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
 from bkpool.core.subscribers import Subscribers
@@ -28,7 +28,7 @@ from bkpool.store import Store, WatchEvent
 log = structlog.get_logger(__name__)
 
 _LONGEST_PAUSE = 5.0  # seconds: when the store is back, callers that wait for a worker wait for this pause, too
-_TRANSIENT = (Gone, Unavailable)
+_TRANSIENT = (Gone, Unavailable, DiskFull)
 _TRANSIENT_ONCE_LISTED = (*_TRANSIENT, Forbidden, Unauthenticated, NotFound)
 """An API server that has just restarted may refuse requests, or not know bkpool's kinds, until it has loaded its
 roles and custom resource definitions."""

@@ -25,6 +25,10 @@ HISTORY = 10_000
 """Events that the log keeps, some 20 MB. At fifty changes a second, a reader may be away for over three minutes."""
 
 
+def _nothing(_tables: Tables) -> None:
+    pass
+
+
 def _utc() -> datetime:
     return datetime.now(UTC)
 
@@ -35,12 +39,12 @@ class SqliteStore(Store):
     def __init__(self, path: Path, *, now: Callable[[], datetime], history: int) -> None:
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
-        def start(begin: str, *, read_only: bool) -> SqlThread:
+        def start(name: str, begin: str, *, read_only: bool) -> SqlThread:
             db = database.connect(path, read_only=read_only)
-            return SqlThread(path, db, Tables(db, now=now, history=history), begin, self._wake)
+            return SqlThread(path, db, Tables(db, now=now, history=history), begin, self._wake, name=name)
 
-        self._writer = start("BEGIN IMMEDIATE", read_only=False)
-        self._reader = start("BEGIN", read_only=True)
+        self._writer = start("store writer", "BEGIN IMMEDIATE", read_only=False)
+        self._reader = start("store reader", "BEGIN", read_only=True)
 
     @classmethod
     async def open(cls, path: Path, *, now: Callable[[], datetime] = _utc, history: int = HISTORY) -> Self:
@@ -96,6 +100,10 @@ class SqliteStore(Store):
     ) -> None:
         """See Store."""
         await self._writer.run(lambda tables: tables.delete(kind, Key(namespace, name), uid, resource_version))
+
+    async def answers(self) -> None:
+        """See Store."""
+        await asyncio.gather(self._reader.run(_nothing), self._writer.run(_nothing))
 
     async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store."""

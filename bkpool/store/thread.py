@@ -1,7 +1,7 @@
 """A thread that owns one SQLite connection and runs all queued commands as one transaction (group commit).
 
 Twenty claims at once cost one fsync. A command is answered only after its commit. A command that fails is undone
-alone (savepoint); an error of the disk undoes the whole transaction.
+alone (savepoint); an error of the disk undoes the whole transaction. Whatever fails, every command is answered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import queue
 import sqlite3
 import threading
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,6 +51,7 @@ class SqlThread:
         begin: The statement that opens a transaction: "BEGIN" to read, "BEGIN IMMEDIATE" to write.
         on_commit: Called in the loop after each commit, before its commands are answered, with the kinds that were
             written.
+        name: Of the thread.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class SqlThread:
         tables: Tables,
         begin: str,
         on_commit: Callable[[Collection[str]], None],
+        *,
+        name: str,
     ) -> None:
         self._path = path
         self._db = db
@@ -70,20 +73,23 @@ class SqlThread:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self._written = False
-        self._thread = threading.Thread(target=self._main, name=f"store {begin.lower()}", daemon=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
     async def run(self, command: Command[T]) -> T:
         """Runs a command and returns when its result is durable.
 
         Raises:
-            Unavailable: The thread has been closed.
+            Unavailable: The thread has been closed, or has failed.
             BkpoolError: What the command raises, or an error of the file or the disk.
         """
         if self._closed:
             raise Unavailable("the store is closed", hint="The appliance is stopping: try again when it runs.")
         future: asyncio.Future[T] = self._loop.create_future()
         self._queue.put(_Job(command, future))
+        if self._ended.is_set():
+            self._refuse_queued()
         return await future
 
     async def close(self) -> None:
@@ -94,18 +100,36 @@ class SqlThread:
         await asyncio.to_thread(self._thread.join)
 
     def _main(self) -> None:
-        closing = False
-        while not closing:
+        try:
+            with closing(self._db):
+                self._serve()
+        finally:
+            self._ended.set()
+            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+                self._loop.call_soon_threadsafe(self._refuse_queued)
+
+    def _refuse_queued(self) -> None:
+        """Answers the commands that no thread will run. Called in the loop."""
+        with suppress(queue.Empty):
+            while True:
+                job = self._queue.get_nowait()
+                if job is not None and not job.future.done():
+                    job.future.set_exception(
+                        Unavailable("the store has ended", hint="`bkpool logs` shows why; `bkpool up` starts again.")
+                    )
+
+    def _serve(self) -> None:
+        last = False
+        while not last:
             queued = [self._next()]
             with suppress(queue.Empty):
                 while True:
                     queued.append(self._queue.get_nowait())
-            closing = None in queued
+            last = None in queued
             outcomes = self._transaction([job for job in queued if job is not None])
             touched, self._tables.touched = self._tables.touched, set()
             with suppress(RuntimeError):  # the loop is closed, and nobody waits for the results
                 self._loop.call_soon_threadsafe(self._resolve, outcomes, touched)
-        self._db.close()
 
     def _next(self) -> _Job | None:
         """The next job. In the first pause after writes, it copies the log into the file, while no command waits."""
@@ -126,11 +150,20 @@ class SqlThread:
                 self._written = True
                 self._tables.compact()
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
-            log.warning("store.transaction_failed", path=str(self._path), error=str(error), commands=len(jobs))
+        except Exception as error:
             self._tables.touched.clear()
-            self._db.rollback()
-            return [_Outcome(job.future, error=database.fault(error, self._path)) for job in jobs]
+            with suppress(sqlite3.Error):
+                self._db.rollback()
+            if isinstance(error, sqlite3.Error):
+                log.warning("store.transaction_failed", path=str(self._path), error=str(error), commands=len(jobs))
+                error = database.fault(error, self._path)
+            else:
+                log.exception("store.crashed", path=str(self._path))
+            return [_Outcome(job.future, error=error) for job in jobs]
+        except BaseException:  # the thread ends
+            for job in jobs:
+                self._queue.put(job)
+            raise
         return outcomes
 
     def _run_in_savepoint(self, job: _Job) -> _Outcome:

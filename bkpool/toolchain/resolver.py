@@ -19,7 +19,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from bkpool.core.errors import HostFault
+from bkpool.core.errors import DiskFull, HostFault
 from bkpool.toolchain import download, gobuild
 from bkpool.toolchain.progress import ReportProgress, ReportStep
 from bkpool.toolchain.table import Release, Tool, release_of
@@ -230,5 +230,5 @@ def _cache_error(error: OSError, cache: Path) -> HostFault:
     message = f"the cache {cache} cannot be written: {error.strerror or error}"
     elsewhere = "or set BKPOOL_CACHE to another directory."
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return HostFault(message, hint=f"Free 1 GB of disk space, {elsewhere}", code="DiskFull")
+        return DiskFull(message, hint=f"Free 1 GB of disk space, {elsewhere}")
     return HostFault(message, hint=f"Make it writable, {elsewhere}", code="Permission")

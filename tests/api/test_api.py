@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from bkpool.api import ApiLimits
+from bkpool.core.errors import DiskFull
 from bkpool.pki.authority import Authority
-from support.api import ADMIN, ALLOCATE, running_api
+from support.api import ADMIN, ALLOCATE, running_api, status_and_code
 
 
 @pytest.fixture
@@ -222,3 +223,17 @@ async def test_the_largest_body_is_a_limit(tmp_path):
         assert (await api("POST", ALLOCATE, data=text, headers=headers))[1]["error"]["field"] == "csr", "it was read"
         status, answer, _ = await api("POST", ALLOCATE, data=text + " " * 100_000, headers=headers)
         assert (status, answer["error"]["message"]) == (413, "the request body is larger than 200000 bytes")
+
+
+async def test_without_room_on_the_disk_nothing_new_is_leased_and_all_else_is_answered(api):
+    lease = (await api("POST", ALLOCATE, {"poolName": "p"}))[1]
+    api.full = DiskFull("the file system /x is full", hint="Free some space there.")
+    answer = await api("POST", ALLOCATE, {"poolName": "p"})
+    assert status_and_code(answer) == (507, "DiskFull")
+    assert answer[1]["error"]["hint"] == "Free some space there."
+    assert (await api("POST", ALLOCATE, {"poolName": "p"}, bearer="nobody"))[0] == 401
+    assert (await api("GET", "/api/v1/pools"))[0] == 200
+    assert (await api("POST", "/api/v1/workers/renew", {"token": lease["token"]}))[0] == 200
+    assert (await api("POST", "/api/v1/workers/release", {"token": lease["token"]}))[0] == 200
+    api.full = None
+    assert (await api("POST", ALLOCATE, {"poolName": "p"}))[0] == 200

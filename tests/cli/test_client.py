@@ -66,7 +66,7 @@ def test_a_redirect_is_not_followed_with_the_token(api, appliance):
         (410, "Gone", errors.Gone, 7),
         (503, "NoCapacity", errors.NoCapacity, 75),
         (502, "WorkerFailed", errors.WorkerFailed, 70),
-        (500, "DiskFull", errors.BkpoolError, 73),
+        (507, "DiskFull", errors.DiskFull, 73),
         (404, "SomethingNewer", errors.NotFound, 5),
         (599, "SomethingNewer", errors.BkpoolError, 1),
     ],

@@ -15,7 +15,7 @@ from collections import Counter
 import pytest
 
 from bkpool.core import tokens
-from bkpool.core.errors import Gone, NoCapacity
+from bkpool.core.errors import Gone, NoCapacity, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.server import new_loop
@@ -599,3 +599,22 @@ def test_simultaneous_threads_take_no_more_places_than_exist():
     for pool in clients:
         capacity.give_back(pool)
     assert (capacity._total, dict(capacity._by_pool)) == (0, {})
+
+
+async def test_each_loop_tells_whether_it_answers(new_gateway):
+    world = await new_gateway()
+    may_go_on = threading.Event()
+    first, second = world.gateway.loops.values()
+    async with asyncio.timeout(60):
+        await first()
+        await second()
+        threads_of(world)[1].call(may_go_on.wait, 60)
+        await first()
+        hung = asyncio.create_task(second())
+        await first()
+        assert not hung.done()
+        may_go_on.set()
+        await hung
+    await world.gateway.close()
+    with pytest.raises(Unavailable, match="gateway-0, a loop of the gateway, has ended"):
+        await first()

@@ -13,16 +13,18 @@ import sys
 import threading
 from contextlib import aclosing, closing
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from bkpool.core.errors import EXIT, Conflict, Gone, HostFault, Unavailable
+from bkpool.core.errors import EXIT, Conflict, DiskFull, Gone, HostFault, Unavailable
 from bkpool.core.pool import Pool, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Worker
 from bkpool.store import database
 from bkpool.store.sqlite import SqliteStore
+from bkpool.store.tables import Tables
 
 
 def a_pool(name: str = "p") -> Pool:
@@ -126,8 +128,8 @@ async def test_a_full_disk_fails_the_write_and_later_writes_succeed_when_there_i
     async with Held(store):
         tasks = await queued(store.create(a_pool("small")), store.create(big))
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        assert isinstance(outcome, HostFault)
-        assert (outcome.code, outcome.exit_code) == ("DiskFull", EXIT["DiskFull"])
+        assert isinstance(outcome, DiskFull)
+        assert (outcome.code, outcome.exit_code, outcome.status) == ("DiskFull", 73, 507)
         assert "state.db" in outcome.message
 
     assert [p.key.name for p in (await store.list(Pool)).items] == ["p"]
@@ -271,7 +273,7 @@ async def test_an_error_of_the_disk_names_the_file():
     class Broken(sqlite3.OperationalError):
         sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
 
-    fault = database.fault(Broken("disk I/O error"), "/x/state.db")
+    fault = database.fault(Broken("disk I/O error"), Path("/x/state.db"))
     assert isinstance(fault, HostFault)
     assert fault.message == "/x/state.db: disk I/O error"
 
@@ -384,3 +386,36 @@ async def test_after_close_calls_and_open_watches_raise_unavailable(tmp_path):
     with pytest.raises(Unavailable):
         await store.create(a_pool())
     assert not [t for t in threading.enumerate() if t.name.startswith("store")]
+
+
+# --- a thread that fails --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, sqlite3.OperationalError])
+async def test_whatever_fails_in_a_transaction_every_command_is_answered_and_the_next_one_works(
+    store, monkeypatch, error
+):
+    def fail(*_):
+        raise error("a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tables, "compact", fail)
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(*(store.create(a_pool(f"p{n}")) for n in range(3)), return_exceptions=True)
+    assert {type(result) for result in results} == {HostFault if issubclass(error, sqlite3.Error) else error}
+    await store.create(a_pool("p0"))
+    assert [pool.metadata.name for pool in (await store.list(Pool)).items] == ["p0"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_when_its_thread_has_ended_all_commands_that_wait_and_all_later_ones_fail_at_once(store, monkeypatch):
+    def fail(*_):
+        raise SystemExit  # as nothing in there catches it
+
+    monkeypatch.setattr(Tables, "compact", fail)
+    async with asyncio.timeout(60):
+        with pytest.raises(Unavailable, match="the store has ended"):
+            await store.create(a_pool())
+        with pytest.raises(Unavailable, match="the store has ended"):
+            await store.create(a_pool())
+        assert not (await store.list(Pool)).items  # reads go on

@@ -13,6 +13,7 @@ from multidict import CIMultiDictProxy
 
 from bkpool.allocation import Revoker
 from bkpool.api import ApiLimits, ApiMetrics, HttpLimits, Service, listen, make_app, open_runner
+from bkpool.core.errors import DiskFull
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import RememberedCaller
@@ -53,6 +54,7 @@ class Api:
         self.session = session
         self.authenticator = StubAuthenticator()
         self.trouble: str | None = None
+        self.full: DiskFull | None = None
         self.registry = new_registry()
 
     async def __call__(
@@ -122,6 +124,7 @@ async def running_api(
             gateway_endpoint=lambda _pool: "tcp://localhost:1235",
             connections=lambda _pool: 0,
             unavailable_reason=lambda: api.trouble,
+            full_disk=lambda: api.full,
             limits=limits,
         )
         metrics = ApiMetrics(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from bkpool.allocation import Allocator, Revoker
 from bkpool.api import ApiMetrics, Service, make_app
+from bkpool.api.service import always_ready
 from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
 from bkpool.appliance.http import serve
@@ -32,8 +33,8 @@ class ApiSources:
     """How many connections of a pool are open."""
     unavailable_reason: Callable[[], str | None]
     """Why nothing can be leased at the moment; None if leases are possible."""
-    not_ready_reason: Callable[[], str | None] = lambda: None
-    """Why this replica should get no new requests although it still answers them; None if it should."""
+    not_ready_reason: Callable[[], Awaitable[str | None]] = always_ready
+    """Returns why this replica should get no new requests although it still answers them; None if it should."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ async def open_api(
         connections=sources.connections,
         unavailable_reason=sources.unavailable_reason,
         not_ready_reason=sources.not_ready_reason,
+        full_disk=backend.full_disk,
         audience=options.audience,
         limits=api_limits(options.settings),
     )

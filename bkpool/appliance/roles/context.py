@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,12 +17,14 @@ from prometheus_client import CollectorRegistry
 
 from bkpool.appliance import logs
 from bkpool.appliance.backend import Backend
+from bkpool.appliance.ready_checks import ReadyChecks
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.supervise import background_task
 from bkpool.appliance.tuning import wanted_shares
 from bkpool.core.descriptors import ConnectionShares, share_descriptors
 from bkpool.identity.issuer_keys import IssuerKeys
+from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.log_metrics import LogMetrics
 from bkpool.telemetry.loop_metrics import LoopMetrics
@@ -50,6 +52,8 @@ class RoleContext:
     """Watches the main loop; a role that starts further loops adds them."""
     shares: ConnectionShares
     """How many connections each server of the process may have."""
+    checks: ReadyChecks = field(default_factory=ReadyChecks)
+    """What `/ready` asks: each role adds its parts."""
     now: Callable[[], datetime] = utc_now
 
     async def run_in_background(self, stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
@@ -94,8 +98,9 @@ class ControlState:
     """The keys of OIDC issuers."""
 
 
-async def follow(stack: AsyncExitStack, context: RoleContext, mirror: Mirror) -> None:
+async def follow(stack: AsyncExitStack, context: RoleContext, store: Store, mirror: Mirror) -> None:
     """Keeps the copy of the store up to date until the stack is closed; returns when it is complete."""
+    stack.callback(context.checks.add("the store", store.answers))
     await context.run_in_background(stack, mirror.run())
     await mirror.ready.wait()
 

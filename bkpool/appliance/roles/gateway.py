@@ -109,6 +109,8 @@ async def open_gateway(
         where = context.options.where("gateway.address")  # the gateway knows no settings
         raise HostFault(f"{where}: {fault.message}", hint=fault.hint, code=fault.code) from None
     stack.push_async_callback(gateway.close)
+    for loop, answers in gateway.loops.items():
+        stack.callback(context.checks.add(f"{loop}, a loop of the gateway,", answers))
     stack.callback(feed_leases(gateway, mirror))
     await context.run_in_background(stack, certificate.run(gateway))
     return GatewayRole(gateway, metrics, port)

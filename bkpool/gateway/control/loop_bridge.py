@@ -12,7 +12,7 @@ from functools import partial
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, Gone, Unavailable
+from bkpool.core.errors import BkpoolError, DiskFull, Gone, Unavailable
 from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.session.lease_registration import OnDone
 from bkpool.gateway.session.lease_table import LeaseRoute
@@ -83,6 +83,8 @@ class LoopBridge:
                 await call()
         except (Gone, Unavailable) as raised:
             error = raised
+        except DiskFull as raised:
+            error = Unavailable(f"the gateway cannot confirm this lease: {raised.message}", hint=raised.hint)
         except BkpoolError as raised:  # the store refuses this gateway; the client cannot change that
             log.warning("gateway.registry_refused", reason=raised.message)
             error = _store_unavailable()

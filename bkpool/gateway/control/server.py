@@ -12,12 +12,12 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 
 import structlog
 
-from bkpool.core.errors import HostFault
+from bkpool.core.errors import HostFault, Unavailable
 from bkpool.core.names import Key
 from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.loop_bridge import LoopBridge
@@ -151,6 +151,11 @@ class Gateway:
         log.info("gateway.listening", addresses=[f"{host}:{port}" for host, port in bound], threads=len(threads))
         return bound
 
+    @property
+    def loops(self) -> Mapping[str, Callable[[], Awaitable[None]]]:
+        """For each loop, by its name, a function that returns when the loop has run something."""
+        return {thread.name: thread.answers for thread in self._threads}
+
     def update(self, table: LeaseTable) -> None:
         """Gives the loops a newer table of leases. They get it before the registry's answers that come later."""
         for thread in self._threads:
@@ -234,6 +239,14 @@ class _GatewayThread:
         empty = asyncio.Event()
         self.call(self.shard.drain, seconds, lambda: main.call_soon_threadsafe(empty.set))
         await empty.wait()
+
+    async def answers(self) -> None:
+        main, answered = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            self.loop.call_soon_threadsafe(main.call_soon_threadsafe, answered.set)
+        except RuntimeError:
+            raise Unavailable(f"{self.name}, a loop of the gateway, has ended") from None
+        await answered.wait()
 
     def stop(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

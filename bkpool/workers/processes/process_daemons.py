@@ -18,6 +18,7 @@ from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.home.disk import fault_if_full
 from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
@@ -172,6 +173,8 @@ class ProcessDaemons:
 
     async def _launch(self, slot: ProcessSlot, worker_uid: str, pool: Pool) -> str:
         files = slot.files
+        if full := fault_if_full(files.directory):
+            raise full
         launch = await run_in_thread(self._launcher.prepare, files, pool.spec)
         intent = DaemonRecord(
             worker_uid,
@@ -186,6 +189,8 @@ class ProcessDaemons:
             files.forget_daemon()
             await run_in_thread(self._launcher.clear, files)
             if isinstance(error, WorkerFailed):
+                if full := fault_if_full(files.directory):  # not the worker's fault
+                    raise full from error
                 error.hint = error.hint or self._launcher.advice()
             raise
         await self._begin_history(slot, daemon, pool)

@@ -22,6 +22,7 @@ from typing import Any
 from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import Slot, check_name
+from bkpool.home.disk import disk_full, is_full
 
 
 class CacheState(StrEnum):
@@ -272,9 +273,10 @@ def as_host_fault(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        if is_full(error):
+            raise disk_full(path, quota=error.errno == errno.EDQUOT) from None
         raise HostFault(
             f"{path} cannot be written: {error.strerror}",
-            hint="Free some space on that disk." if full else "Make the directory writable for this user.",
-            code="DiskFull" if full else "Permission",
+            hint="Make the directory writable for this user.",
+            code="Permission",
         ) from None
