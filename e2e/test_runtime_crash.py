@@ -96,8 +96,8 @@ def die(home: Path, where: str, when: str, call: int = 1) -> None:
     [
         ("bkpool.workers.processes.slot_files:SlotFiles.write_cache", "after", 1, False),
         ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "after", 1, False),
-        ("bkpool.workers.processes.daemon:subprocess.Popen", "before", 1, False),
-        ("bkpool.workers.processes.daemon:subprocess.Popen", "after", 1, False),
+        ("bkpool.workers.processes.child:subprocess.Popen", "before", 1, False),
+        ("bkpool.workers.processes.child:subprocess.Popen", "after", 1, False),
         ("bkpool.workers.processes.daemon:_checked", "before", 1, False),
         ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "before", 2, False),
         ("bkpool.workers.processes.slot_files:SlotFiles.write_daemon", "after", 2, True),
@@ -126,7 +126,8 @@ async def test_a_crash_in_a_start_leaves_one_known_daemon_or_none(tmp_path, bina
         ("bkpool.workers.processes.daemon:Daemon.stop", "before", 1),
         ("bkpool.workers.processes.slot_files:SlotFiles.write_cache", "after", 2),
         ("bkpool.workers.processes.slot_files:SlotFiles.set_root_aside", "after", 1),
-        ("bkpool.workers.processes.launcher:subprocess.run", "after", 1),
+        ("bkpool.workers.processes.child:subprocess.Popen", "after", 2),
+        ("bkpool.workers.processes.slot_files:SlotFiles.remove", "before", 1),
         ("bkpool.workers.processes.slot_files:SlotFiles.remove", "after", 1),
     ],
 )

@@ -14,6 +14,7 @@ import structlog
 from bkpool.appliance.run_options import RunOptions
 from bkpool.appliance.tuning import gc_defaults, process_limits
 from bkpool.core.errors import HostFault
+from bkpool.toolchain.descriptor_limit import or_too_many_open_files
 from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers.processes.init_program import listening_ports
 from bkpool.workers.processes.runtime import Binaries, ProcessRuntime
@@ -43,7 +44,8 @@ async def open_process_workers(options: RunOptions, binaries: Binaries, environ:
     try:
         runtime = _runtime(options, binaries, NetworkPrograms.find(environ.get("PATH", "")))
         await runtime.try_network()
-    except HostFault as fault:
+    except HostFault as error:
+        fault = or_too_many_open_files(error)
         log.warning("workers.no_network", error=fault.message, hint=fault.hint)
         return ProcessWorkers(_runtime(options, binaries, None), fault)
     return ProcessWorkers(runtime, None)

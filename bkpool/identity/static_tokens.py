@@ -26,6 +26,7 @@ from bkpool.core.remembered_caller import CallerMethod, RememberedCaller
 from bkpool.core.wildcards import any_matches
 from bkpool.core.yaml_text import UnreadableYaml
 from bkpool.home.files import read_private, unreadable
+from bkpool.home.threads import Threads
 from bkpool.identity import Identity, Scope, Verdict
 from bkpool.identity.static_token_parser import (
     MAX_BYTES,
@@ -44,6 +45,9 @@ READ_TIMEOUT = 5.0
 """Seconds to read a Secret. Callers who ask for the pool with a static token wait for it."""
 OTHERS_TIMEOUT = 1.0
 """Seconds that callers wait for the Secrets of pools that they did not ask for."""
+_FILE_THREADS = 2
+_FILE_TIMEOUT = 10.0
+"""Seconds in which a file must be read. It takes a millisecond where its disk does not hang."""
 _MOST_SECRETS = 1000  # kept in memory at least until they are no longer fresh
 
 _HINT = "Write a mapping from each user's name to their token (docs/access.md)."
@@ -71,11 +75,23 @@ class FileTokenReader:
 
     def __init__(self) -> None:
         self._read: dict[str, tuple[tuple[int, ...], StaticTokens]] = {}
+        self._threads = Threads("token files", _FILE_THREADS)
 
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
         """See TokenReader. A missing file, or one that other users can read, is an error: no token is accepted."""
         del namespace  # there are none on a machine
-        return StaticTokens() if source.file is None else await asyncio.to_thread(self._read_file, source.file)
+        if source.file is None:
+            return StaticTokens()
+        timer = asyncio.timeout(_FILE_TIMEOUT)
+        try:
+            async with timer:
+                return await asyncio.wrap_future(self._threads.submit(self._read_file, source.file))
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise Unavailable(
+                f"{source.file} could not be read within {_FILE_TIMEOUT:g} s", hint="Its disk hangs: look at dmesg."
+            ) from None
 
     def _read_file(self, name: str) -> StaticTokens:
         path = Path(name)

@@ -6,14 +6,20 @@ a build step may break under a high soft limit, so workers get the one with whic
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from bkpool.core.errors import HostFault
 
 HIGHEST = 1 << 20
 """The kernel's own default for the highest limit (fs.nr_open, proc_sys_fs(5))."""
 FEW = 4096
 """With fewer descriptors the servers get fewer connections than their settings say."""
+MORE_DESCRIPTORS = "Raise the hard limit (ulimit -Hn, or LimitNOFILE= of the unit), or run fewer workers."
+"""The hint of each error about a lack of descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,36 @@ def current_limit() -> int:
     """How many descriptors this process may have open now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return highest(soft)
+
+
+def free_descriptors() -> int:
+    """How many descriptors this process can still open. It takes 5 ms where 10,000 are open."""
+    try:
+        with os.scandir("/proc/self/fd") as open_now:
+            return current_limit() - sum(1 for _ in open_now) + 1  # without the one that lists the directory
+    except OSError:
+        return 0
+
+
+def or_too_many_open_files(fault: HostFault) -> HostFault:
+    """The same error, with the limit as its hint if a program that failed has said that it has no descriptor left."""
+    if os.strerror(errno.EMFILE) not in fault.message:
+        return fault
+    return HostFault(fault.message, hint=MORE_DESCRIPTORS, code="TooManyOpenFiles")
+
+
+def is_lack_of_descriptors(error: OSError) -> bool:
+    """Whether this process, or the whole machine, has no descriptor left."""
+    return error.errno in {errno.EMFILE, errno.ENFILE}
+
+
+def too_many_open_files(what: str) -> HostFault:
+    """The error for something that failed because no descriptor was left."""
+    return HostFault(
+        f"{what}: there are too many open files, the limit is {current_limit()}",
+        hint=MORE_DESCRIPTORS,
+        code="TooManyOpenFiles",
+    )
 
 
 def highest(limit: int) -> int:

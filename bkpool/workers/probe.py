@@ -6,9 +6,13 @@ A worker is never judged by its process or its socket file. Time limits are the 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bkpool.buildkit import WorkerTls, connect
+from bkpool.core.errors import Unavailable
+from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 
 
 async def probe(path: Path) -> int:
@@ -20,10 +24,12 @@ async def probe(path: Path) -> int:
     Raises:
         WorkerFailed: What listens there did not answer the call with OK.
         Unavailable: Nothing listens there, or it closed the connection.
+        HostFault: `TooManyOpenFiles`: this process could not ask. The worker may be ready.
     """
-    async with connect(f"unix://{path}") as client:
-        await client.ready()
-        return client.peer_pid
+    with _own_lack_named(str(path)):
+        async with connect(f"unix://{path}") as client:
+            await client.ready()
+            return client.peer_pid
 
 
 async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: str) -> None:
@@ -38,9 +44,23 @@ async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: s
     Raises:
         WorkerFailed: Another worker listens there, or it did not answer the call with OK.
         Unavailable: Nothing listens there, or it closed the connection, or it does not speak our TLS.
+        HostFault: `TooManyOpenFiles`: this process could not ask. The worker may be ready.
     """
-    async with connect(tcp_endpoint(host, port), tls=WorkerTls(context, worker_uid)) as client:
-        await client.ready()
+    endpoint = tcp_endpoint(host, port)
+    with _own_lack_named(endpoint):
+        async with connect(endpoint, tls=WorkerTls(context, worker_uid)) as client:
+            await client.ready()
+
+
+@contextmanager
+def _own_lack_named(endpoint: str) -> Iterator[None]:
+    """Keeps apart what is no fault of the worker: that this process has no file descriptor left to ask it."""
+    try:
+        yield
+    except Unavailable as error:
+        if isinstance(error.__cause__, OSError) and is_lack_of_descriptors(error.__cause__):
+            raise too_many_open_files(f"{endpoint} cannot be asked") from None
+        raise
 
 
 def tcp_endpoint(host: str, port: int) -> str:

@@ -23,7 +23,10 @@ _Cache = type(lru_cache(lambda: None))
 
 
 def census() -> dict[str, Any]:
-    """Returns descriptors, threads, tasks, resident KiB, and the objects of bkpool's classes by name."""
+    """Returns descriptors, threads, tasks, resident KiB, and the objects of bkpool's classes by name.
+
+    The permits of all semaphores are counted down from 0, because only those that are free are known.
+    """
     empty_caches()
     gc.collect()
     with suppress(OSError, AttributeError):  # no glibc
@@ -38,6 +41,7 @@ def census() -> dict[str, Any]:
         "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,  # without the one that lists the directory
         "threads": threading.active_count(),
         "tasks": sum(isinstance(one, asyncio.Task) and not one.done() for one in objects),
+        "permits that are not free": -sum(one._value for one in objects if type(one) is asyncio.Semaphore),
         "rss": resident(os.getpid()),
         "objects": dict(ours),
     }

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from soak import builds, connections
 from soak.growth import Row, table
 
+from support.environment import forget_settings
+
 LEAST = 20.0
 """The fewest seconds of builds, also if the connections took long."""
 EVERY = 3.0
@@ -47,6 +49,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--connections", type=int, default=connections.CONNECTIONS)
     options = parser.parse_args()
+    forget_settings()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the appliance ends too
     begun, report = time.monotonic(), Progress()
     base = Path(tempfile.mkdtemp(prefix="bkpool-soak-"))

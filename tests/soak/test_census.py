@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from functools import lru_cache
 from types import ModuleType
 
 import pytest
-from soak.census import empty_caches
+from soak.census import census, empty_caches
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,10 @@ def test_only_caches_of_bkpool_with_a_bound_are_emptied_before_the_count(monkeyp
     monkeypatch.setitem(sys.modules, module, made)
     empty_caches()
     assert made.cache.cache_info().currsize == kept
+
+
+def test_a_permit_that_is_not_given_back_is_counted():
+    semaphore = asyncio.Semaphore(3)
+    before = census()["permits that are not free"]
+    asyncio.run(semaphore.acquire())
+    assert census()["permits that are not free"] == before + 1

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from bkpool.toolchain.descriptor_limit import HIGHEST, highest
+from bkpool.core.errors import HostFault
+from bkpool.toolchain.descriptor_limit import HIGHEST, highest, or_too_many_open_files
 
 PROGRAM = """
 import json, resource, subprocess
@@ -41,3 +42,10 @@ def test_the_soft_limit_is_raised_and_a_worker_gets_that_of_the_start(soft, hard
 def test_no_limit_counts_as_the_highest():
     assert highest(resource.RLIM_INFINITY) == HIGHEST == highest(HIGHEST + 1)
     assert highest(1024) == 1024
+
+
+def test_a_program_that_lacks_descriptors_is_no_reason_for_another_hint():
+    lack = HostFault("pasta: Couldn't open /dev/null: Too many open files", hint="Run `bkpool doctor`.")
+    assert "ulimit -Hn" in or_too_many_open_files(lack).hint
+    other = HostFault("pasta: Permission denied", hint="Run `bkpool doctor`.")
+    assert or_too_many_open_files(other) is other

@@ -15,10 +15,11 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import RequestReceived, StreamEnded
 
-from bkpool.core.errors import Unavailable, WorkerFailed
+from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.pki.authority import Authority
 from bkpool.pki.worker_tls import worker_context
 from bkpool.workers.probe import probe, probe_tls
+from support.descriptors import descriptors_left
 
 
 @pytest.fixture
@@ -159,3 +160,12 @@ async def test_a_proxy_that_takes_the_connection_and_hangs_up_is_unavailable():
     async with server:
         with pytest.raises(Unavailable):
             await probe_tls("127.0.0.1", server.sockets[0].getsockname()[1], dialler(), "uid-1")
+
+
+async def test_a_lack_of_descriptors_is_not_the_workers_fault(socket):
+    async def never(_reader, _writer):
+        raise AssertionError("nobody can connect")
+
+    async with listening(socket, never):
+        with descriptors_left(0), pytest.raises(HostFault, match="cannot be asked: there are too many open files"):
+            await probe(socket)

@@ -18,6 +18,7 @@ from bkpool.core.pool import Cache, CacheGC
 from bkpool.home.runtime_directory import home_digest
 from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers import DaemonState
+from bkpool.workers.processes import process_table
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.runtime import ProcessLimits, ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
@@ -46,6 +47,12 @@ def container_cgroups(home: Path) -> list[Path]:
     return [Path(top) for top, _, _ in os.walk("/sys/fs/cgroup") if ours.search(top)]
 
 
+def cgroups(home: Path) -> list[Path]:
+    """The cgroups of the slots of a home."""
+    ours = re.compile(rf"/bkpool-{home_digest(home)}/")
+    return [Path(top) for top, _, _ in os.walk("/sys/fs/cgroup") if ours.search(top)]
+
+
 def temporary(pid: int) -> Path:
     """Where a process puts its temporary files."""
     variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -65,7 +72,7 @@ def processes_saying(text: str) -> list[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                arguments = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                arguments = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:
                 continue
             if text in arguments:
@@ -203,6 +210,34 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
     await after.close(stop_workers=True)
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+async def test_nothing_stays_of_an_adopted_daemon_whose_wrapper_hangs(tmp_path, binaries, killed):
+    home = tmp_path / "home"
+    before = ProcessRuntime(home, binaries)
+    await before.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    pid = record(home)["pid"]
+    wrapper = process_table.parent(process_table.parent(pid))
+    await before.close(stop_workers=False)
+
+    after = ProcessRuntime(home, binaries)
+    changed = asyncio.Event()
+    after.daemons.on_change(changed.set)
+    await after.adopt()
+    freeze(wrapper)
+    if killed:
+        changed.clear()
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(changed.wait(), 30)
+        assert after.daemons.observe()[SLOT].state is DaemonState.EXITED
+    await after.daemons.stop(SLOT)
+    assert not runs(wrapper)
+    assert processes_saying(str(home / "slots")) == []
+    assert cgroups(home) == []
+    await after.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
+    await after.purge()
+    await after.close(stop_workers=True)
+
+
 async def test_a_daemon_with_its_sockets_elsewhere_is_taken_over_and_their_directory_is_removed(tmp_path, binaries):
     home = tmp_path / "home"
     older = Path("/tmp", f"bkpool-{os.geteuid()}-{home_digest(home)}")
@@ -301,8 +336,10 @@ async def test_a_start_that_fails_has_the_end_of_the_log_and_leaves_nothing(runt
 async def test_a_start_that_is_given_up_leaves_nothing(runtime, tmp_path):
     starting = asyncio.create_task(runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report))
     log = tmp_path / "home/logs/default.default-worker-0.log"
-    while not processes_saying(str(tmp_path / "home/slots")):
-        await asyncio.to_thread(log.exists)
+    async with asyncio.timeout(60):
+        while not processes_saying(str(tmp_path / "home/slots")):
+            assert not starting.done()
+            await asyncio.to_thread(log.exists)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
@@ -406,12 +443,15 @@ async def test_the_operators_defaults_of_the_collection_reach_buildkitd(tmp_path
 
 
 async def test_only_so_many_start_at_once_and_all_are_ended_together(tmp_path, binaries, monkeypatch):
-    real, starting, peak = Daemon.start, 0, 0
+    real, starting, peak, two = Daemon.start, 0, 0, asyncio.Event()
 
     async def counted(*arguments):
         nonlocal starting, peak
         starting += 1
         peak = max(peak, starting)
+        if starting == 2:
+            two.set()
+        await asyncio.wait_for(two.wait(), 60)  # else the first might be up before the second begins
         try:
             return await real(*arguments)
         finally:

@@ -51,12 +51,43 @@ async def test_after_close_its_descriptor_belongs_to_somebody_else():
             one.wait()
 
 
-async def test_only_what_is_marked_and_chosen_is_killed():
-    marked, spared, plain = sleeper(BKPOOL_TEST="a/1"), sleeper(BKPOOL_TEST="a/2"), sleeper(OTHER="a/1")
-    assert await process_table.kill_marked("BKPOOL_TEST", lambda mark: mark == "a/1") == 1
-    assert marked.wait(5) == -signal.SIGKILL
+def test_only_what_is_marked_and_chosen_is_killed():
+    one, two = (f"{os.getpid()}/{number}" for number in (1, 2))  # other runs of this test may have theirs
+    marked, spared, plain = sleeper(BKPOOL_TEST=one), sleeper(BKPOOL_TEST=two), sleeper(OTHER=one)
+    assert process_table.kill_marked("BKPOOL_TEST", one.__eq__) == 1
+    assert marked.wait(60) == -signal.SIGKILL
     for child in (spared, plain):
         assert child.poll() is None
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.parametrize("seen", [{"environ": 1, "cmdline": 1}, {"environ": 1}], ids=["in exec", "at its end"])
+def test_one_that_begins_a_program_is_not_overlooked(monkeypatch, seen):
+    """For a moment the kernel shows no environment of it. Only this moment is made up."""
+    mark, real, left = f"{os.getpid()}/exec", process_table._read, dict(seen)
+    marked = sleeper(BKPOOL_TEST=mark)
+    while not real(marked.pid, "environ"):
+        os.sched_yield()
+
+    def at_first_empty(pid, file):
+        if pid == marked.pid and left.get(file, 0) > 0:
+            left[file] -= 1
+            return b""
+        return real(pid, file)
+
+    monkeypatch.setattr(process_table, "_read", at_first_empty)
+    assert process_table.kill_marked("BKPOOL_TEST", mark.__eq__) == 1
+    assert marked.wait(60) == -signal.SIGKILL
+
+
+def test_one_that_was_given_no_environment_is_not_waited_for():
+    child = sleeper()
+    try:
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            os.sched_yield()
+        assert not process_table._is_in_exec(child.pid)
+    finally:
         child.kill()
         child.wait()
 

@@ -25,7 +25,13 @@ from bkpool.workers.processes.init_program import InitProgram
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user needs rootlesskit for this: see e2e")
 
 RESOLVER = f"127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250}.53"  # tests may run beside each other
+NETWORK = os.getpid() % (1 << 14) * 4  # of four addresses; likewise
 QUERY = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x05inner\x04corp\x00\x00\x01\x00\x01"
+
+
+def own_address(number: int) -> str:
+    """An address for the host that no other run of these tests gives it; of the half that no worker uses."""
+    return f"198.18.{NETWORK >> 8}.{(NETWORK & 0xFF) + number}"
 
 
 class InNetwork:
@@ -52,7 +58,7 @@ class InNetwork:
     def command(self, program: str, *arguments: str, spec: PoolSpec = PoolSpec()) -> list[str]:  # noqa: B008
         found = NetworkPrograms.find(os.environ["PATH"])
         shutil.rmtree(self.directory / "init", ignore_errors=True)
-        init = InitProgram(found, self.directory, {}, frozenset).command(self.directory / "init", spec)
+        init = InitProgram(found, {}, frozenset).command(self.directory / "init", spec)
         hosts_network = self.directory / "hosts-network"
         script = (
             f'mount --bind {self.resolv_conf} "$(readlink -f /etc/resolv.conf)" && touch {hosts_network} && '
@@ -66,7 +72,21 @@ class InNetwork:
 
 @pytest.fixture
 def in_network(tmp_path: Path) -> InNetwork:
-    return InNetwork(tmp_path)
+    (tmp_path / "worker").mkdir()
+    return InNetwork(tmp_path / "worker")
+
+
+def test_without_a_resolv_conf_a_worker_says_so_in_one_line(in_network):
+    command = in_network.command("print('started')")
+    command[command.index("-c") + 1] = (
+        'mount -t tmpfs none "$(dirname "$(readlink -f /etc/resolv.conf)")" && exec "$0" "$@"'
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode != 0, done.stdout) == (True, "")
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        "the worker's network: /etc/resolv.conf of this machine cannot be read: No such file or directory"
+    )
 
 
 class _Echo(socketserver.BaseRequestHandler):
@@ -111,7 +131,7 @@ import socket, sys
 for target in sys.argv[1:]:
     host, port, *through = target.split(",")
     s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    s.settimeout(5)
+    s.settimeout(5)  # so long without an answer is one of the answers
     try:
         if through:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, through[0].encode())
@@ -144,7 +164,7 @@ def test_nothing_of_the_host_is_reached_not_even_through_one_interface(in_networ
 @pytest.fixture
 def another_address() -> Iterator[str]:
     """An address of the host that is not that of the default route."""
-    address = "198.51.100.77"
+    address = own_address(1)
     subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
     yield address
     subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=True)
@@ -153,10 +173,11 @@ def another_address() -> Iterator[str]:
 @pytest.fixture
 def local_routes() -> Iterator[list[str]]:
     """Addresses that are the host's by a route alone; no interface has them."""
-    routes = ["198.51.100.128/25", "fd77:77::/64"]
+    ipv6 = f"fd77:77:{os.getpid() >> 16:x}:{os.getpid() & 0xFFFF:x}::"
+    routes = [f"{own_address(0)}/30", f"{ipv6}/64"]
     for route in routes:
         subprocess.run(["ip", "route", "add", "local", route, "dev", "lo"], check=True)
-    yield ["198.51.100.200", "fd77:77::5"]
+    yield [own_address(2), f"{ipv6}5"]
     for route in routes:
         subprocess.run(["ip", "route", "del", "local", route, "dev", "lo"], check=True)
 
@@ -173,23 +194,35 @@ def test_an_address_that_a_route_makes_the_hosts_is_refused(in_network, local_ro
     assert all(what.startswith("blocked") for what in found.values()), found
 
 
-def test_an_address_that_the_host_gets_later_is_refused_too(in_network, tmp_path):
-    """The program adds the address itself, in the network of the host, and waits until the rules have it."""
-    address = "198.51.100.78"
-    add = ["nsenter", f"--net={tmp_path}/hosts-network", "ip", "address", "add", f"{address}/32", "dev", "lo"]
+LATER = own_address(3)
+"""An address that a program in a worker adds to the host."""
+
+
+def reach_later(in_network: InNetwork) -> str:
+    """A program that adds the address in the host's network, waits until the rules have it, and tries its targets."""
+    network = in_network.directory / "hosts-network"
+    add = ["nsenter", f"--net={network}", "ip", "address", "add", f"{LATER}/32", "dev", "lo"]
+    return REACH.replace(
+        "for target",
+        "import re, subprocess, time\n"
+        f"subprocess.run({add!r}, check=True)\n"
+        # Whole: the address of another run may begin with this one.
+        f"def known(): return re.search(rb'\\b{LATER}\\b', subprocess.check_output(['nft', 'list', 'ruleset']))\n"
+        "while not known(): time.sleep(0.01)\n"
+        "for target",
+    )
+
+
+@pytest.fixture
+def removed_later() -> Iterator[None]:
+    yield
+    subprocess.run(["ip", "address", "del", f"{LATER}/32", "dev", "lo"], check=False)
+
+
+@pytest.mark.usefixtures("removed_later")
+def test_an_address_that_the_host_gets_later_is_refused_too(in_network):
     with echoing(_TCP, "0.0.0.0") as port:
-        program = REACH.replace(
-            "for target",
-            "import subprocess, time\n"
-            f"subprocess.run({add!r}, check=True)\n"
-            f"def known(): return b'{address}' in subprocess.check_output(['nft', 'list', 'ruleset'])\n"
-            "while not known(): time.sleep(0.01)\n"
-            "for target",
-        )
-        try:
-            found = reached(in_network(program, f"{address},{port}", f"{address},{port},eth0"))
-        finally:
-            subprocess.run(["ip", "address", "del", f"{address}/32", "dev", "lo"], check=False)
+        found = reached(in_network(reach_later(in_network), f"{LATER},{port}", f"{LATER},{port},eth0"))
     assert all(what.startswith("blocked") for what in found.values()), found
 
 
@@ -207,7 +240,7 @@ import socket, sys, time
 
 def ask(kind):
     with socket.socket(socket.AF_INET, kind) as s:
-        s.settimeout(10)
+        s.settimeout(5)  # a resolver asks again then (resolv.conf(5)): a query without a free place gets no answer
         s.connect(("{worker_init.NAMESERVER}", 53))
         s.sendall(bytes.fromhex(sys.argv[1]))
         return s.recv(100).hex()
@@ -218,7 +251,7 @@ for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         try:
             print(kind.name, ask(kind))
             break
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             time.sleep(0.05)
 """
 
@@ -236,7 +269,7 @@ def test_names_are_asked_of_the_hosts_own_resolver_on_loopback(in_network):
     }
 
 
-FLOOD = f"""
+HELD_FLOOD = f"""
 import resource, socket
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 held = []
@@ -248,9 +281,8 @@ for number in range(200):
         held.append(s)
     except OSError:
         pass
-for s in held:
-    s.close()
 """
+FLOOD = f"{HELD_FLOOD}for s in held: s.close()"
 
 
 def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(in_network):
@@ -262,6 +294,28 @@ def test_a_build_that_uses_up_the_relays_descriptors_leaves_it_to_the_next_one(i
         command = [*few, *in_network.command(f"{FLOOD}\n{RESOLVE}", QUERY.hex())]
         found = reached(subprocess.run(command, capture_output=True, text=True, timeout=300, check=False))
     assert (found["SOCK_DGRAM"], found["SOCK_STREAM"]) == (QUERY.hex(), QUERY.hex())
+
+
+@pytest.mark.usefixtures("removed_later")
+def test_a_flood_of_the_relay_does_not_keep_a_new_address_of_the_host_reachable(in_network):
+    with echoing(_TCP, "0.0.0.0") as port, echoing(_TCP, RESOLVER, 53):
+        program = HELD_FLOOD + reach_later(in_network)
+        command = ["prlimit", "--nofile=64:4096", *in_network.command(program, f"{LATER},{port}")]
+        found = reached(subprocess.run(command, capture_output=True, text=True, timeout=300, check=False))
+    assert found[f"{LATER},{port}"].startswith("blocked"), found
+
+
+def test_no_descriptor_for_a_file_of_the_kernel_ends_the_worker():
+    """An empty list of the host's addresses would open them to its builds."""
+    program = """if True:
+        import resource
+        from bkpool.workers.processes.worker_init.kernel import read
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        read("/proc/net/fib_trie")
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == worker_init.FAILED
+    assert done.stderr == "the worker's network: /proc/net/fib_trie cannot be read: Too many open files\n"
 
 
 def test_a_build_that_takes_every_inotify_instance_stops_no_other_worker(in_network):
@@ -356,7 +410,7 @@ def traces(directory: Path) -> list[str]:
     found = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(directory) in line]
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
-            command = entry.read_bytes().replace(b"\0", b" ").decode()
+            command = entry.read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if str(directory) in command:
                 found.append(command)
     return found

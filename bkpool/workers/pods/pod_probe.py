@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from bkpool.buildkit import WorkerTls, connect
-from bkpool.core.errors import Unavailable, WorkerFailed
+from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.core.names import WORKER_PORT
 from bkpool.kube import Doc
 from bkpool.pki.pool_authority import WorkerContexts
@@ -50,7 +50,7 @@ class PodProbe:
 
     async def answers(self, pod: Doc) -> bool:
         """Whether a pod that has been running for some time answers within three seconds."""
-        with suppress(TimeoutError, Unavailable, WorkerFailed):
+        with suppress(TimeoutError, Unavailable, WorkerFailed, HostFault):
             async with asyncio.timeout(_ESTABLISHED_TIMEOUT):
                 await self.probe(pod)
             return True

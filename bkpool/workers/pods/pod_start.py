@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from operator import is_not
 
-from bkpool.core.errors import Unavailable, WorkerFailed
+from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.kube import Doc, paths
 from bkpool.workers.daemons import ReportWaiting
@@ -102,7 +102,7 @@ class PodStart:
         except TimeoutError:
             self._probe_timeout = min(self._probe_timeout * 2, _LONGEST_PROBE_TIMEOUT)
             self._reason = "it does not answer"
-        except (Unavailable, WorkerFailed) as error:
+        except (Unavailable, WorkerFailed, HostFault) as error:
             self._reason = error.message
         else:
             return True

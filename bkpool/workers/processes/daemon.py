@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
-from bkpool.toolchain.descriptor_limit import with_limit_at_start
+from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files, with_limit_at_start
 from bkpool.workers.log_tail import informative_lines
 from bkpool.workers.probe import probe
 from bkpool.workers.processes import process_table
+from bkpool.workers.processes.child import ChildProcess
 from bkpool.workers.processes.process_table import Process
 from bkpool.workers.processes.slot_files import DaemonRecord
 
@@ -27,6 +27,7 @@ MARK = "BKPOOL_SLOT"
 """An environment variable of everything that is started for a slot. It finds what a crash left unrecorded."""
 
 _FIRST_RETRY, _LAST_RETRY = 0.005, 0.05  # seconds between probes while buildkitd has not bound its socket yet
+_WRAPPER_TIMEOUT = 5.0  # seconds in which the wrapper ends after the first process; usually in a millisecond
 _LOG_BYTES = 8192  # of the log's end, in which informative lines are looked for
 
 
@@ -47,7 +48,7 @@ class Launch:
 class Daemon:
     """A buildkitd that has answered a call."""
 
-    def __init__(self, pid: int, socket: Path, log: Path, wrapper: _Wrapper | None = None) -> None:
+    def __init__(self, pid: int, socket: Path, log: Path, wrapper: ChildProcess | None = None) -> None:
         with contextlib.ExitStack() as stack:
             self._server = Process(pid)
             stack.callback(self._server.close)
@@ -60,6 +61,11 @@ class Daemon:
         self._log = log
         self._wrapper = wrapper
 
+    @property
+    def is_adopted(self) -> bool:
+        """Whether an earlier run has started it: its wrapper is not our child, and may stay when it has ended."""
+        return self._wrapper is None
+
     @classmethod
     async def start(cls, launch: Launch, seconds: float) -> Daemon:
         """Starts a daemon and waits until it answers.
@@ -69,15 +75,14 @@ class Daemon:
             seconds: How long it may take.
 
         Raises:
-            WorkerFailed: It ended, or did not answer in time. None of its processes is left.
-            HostFault: The program cannot be run.
+            WorkerFailed: It ended, or did not answer in time. Its namespaces have ended.
+            HostFault: The program cannot be run, or no file descriptor is left to watch it.
         """
-        wrapper = _Wrapper(launch)
+        wrapper = _start_wrapper(launch)
         try:
             return await _wait_for_answer(launch, wrapper, seconds)
         except BaseException:
-            await process_table.kill_marked(MARK, launch.environment[MARK].__eq__)
-            await wrapper.reap()
+            await wrapper.end()
             raise
 
     @classmethod
@@ -99,12 +104,15 @@ class Daemon:
     async def wait_for_exit(self) -> WorkerFailed:
         """Waits until it ends. Returns, as an error, how it ended and the end of its log."""
         await self._first.exited.wait()
-        how = _exit_text(await self._wrapper.reap()) if self._wrapper else "ended"
+        how = "ended"
+        if self._wrapper:
+            with contextlib.suppress(WorkerFailed):  # it hangs in the kernel; the daemon has ended
+                how = _exit_text(await self._reap_wrapper())
         self._handles.close()
         return WorkerFailed(f"buildkitd (process {self.pid}) {how}", log_tail=log_tail(self._log))
 
     async def stop(self, grace: float) -> None:
-        """Ends the daemon and everything that it started.
+        """Ends the daemon and everything that it started. If it was adopted, its wrapper is not waited for.
 
         Args:
             grace: Seconds for running builds. After SIGTERM buildkitd accepts no new ones and lets these finish
@@ -119,9 +127,15 @@ class Daemon:
                 await self._first.exited.wait()
         except TimeoutError:
             await process_table.kill([self._first])
-        if self._wrapper:
-            await self._wrapper.reap()
+        await self._reap_wrapper()
         self._handles.close()
+
+    async def _reap_wrapper(self) -> int:
+        """Reaps our child once the first process has ended, for which it waits. Returns its exit code."""
+        if self._wrapper is None:
+            return 0
+        code = await self._wrapper.wait(_WRAPPER_TIMEOUT)
+        return await self._wrapper.end() if code is None else code
 
     def release(self) -> None:
         """Stops watching it. It runs on."""
@@ -130,63 +144,22 @@ class Daemon:
         self._handles.close()
 
 
-class _Wrapper:
-    """The process that we start ourselves, and must reap."""
-
-    def __init__(self, launch: Launch) -> None:
-        try:
-            with launch.log.open("ab") as log:
-                self._child = subprocess.Popen(
-                    with_limit_at_start(launch.command),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd="/",
-                    env=launch.environment,
-                    umask=0o077,
-                    start_new_session=True,
-                )
-            self._process = self._open()
-        except OSError as error:
-            raise HostFault(
-                f"{launch.command[0]} cannot be run: {error.strerror}", hint="Run bkpool doctor.", code="ToolMissing"
-            ) from None
-        self.pid = self._child.pid
-
-    def _open(self) -> Process:
-        try:
-            return Process(self._child.pid)
-        except OSError:  # there is no file descriptor left
-            self._child.kill()
-            self._child.wait()
-            raise
-
-    @property
-    def exited(self) -> asyncio.Event:
-        return self._process.exited
-
-    async def wait_for_exit(self) -> int:
-        """Waits until it ends. Returns its exit code as subprocess does: negative for a signal."""
-        await self._process.exited.wait()
-        return self._child.wait()
-
-    async def reap(self) -> int:
-        """Waits until it ends, and closes its handle. Returns its exit code."""
-        code = await self.wait_for_exit()
-        self._process.close()
-        return code
-
-    def release(self) -> None:
-        self._process.close()
-        self._child.returncode = 0  # else subprocess warns that nobody has waited for it; init will
+def _start_wrapper(launch: Launch) -> ChildProcess:
+    try:
+        with launch.log.open("ab") as log:
+            return ChildProcess(with_limit_at_start(launch.command), launch.environment, log)
+    except OSError as error:
+        if is_lack_of_descriptors(error):
+            raise too_many_open_files(f"{launch.log} cannot be opened") from None
+        raise HostFault(f"{launch.log} cannot be opened: {error.strerror}", hint="Run bkpool doctor.") from None
 
 
-async def _wait_for_answer(launch: Launch, wrapper: _Wrapper, seconds: float) -> Daemon:
+async def _wait_for_answer(launch: Launch, wrapper: ChildProcess, seconds: float) -> Daemon:
     """Probes a daemon that starts, until it answers a call."""
     pause, reason = _FIRST_RETRY, "it does not listen"
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            while not wrapper.exited.is_set():
+            while (code := await wrapper.wait(0)) is None:
                 try:
                     pid = await probe(launch.socket)
                 except Unavailable:
@@ -196,18 +169,19 @@ async def _wait_for_answer(launch: Launch, wrapper: _Wrapper, seconds: float) ->
                 else:
                     reason = "its network is not complete"
                     if launch.network_ready is None or launch.network_ready.exists():
-                        with contextlib.suppress(OSError):  # it has just ended; the wrapper's exit code tells how
+                        try:
                             return _checked(pid, launch, wrapper)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await wrapper.exited.wait()
+                        except OSError as error:
+                            if is_lack_of_descriptors(error):
+                                raise too_many_open_files("buildkitd cannot be watched") from None
+                            # else it has just ended; the wrapper's exit code tells how
+                await wrapper.wait(pause)
                 pause = min(pause * 1.3, _LAST_RETRY)
-            how = _exit_text(await wrapper.wait_for_exit())
-            raise WorkerFailed(f"buildkitd {how} before it answered", log_tail=log_tail(launch.log))
+            raise WorkerFailed(f"buildkitd {_exit_text(code)} before it answered", log_tail=log_tail(launch.log))
     raise WorkerFailed(f"buildkitd was not ready after {seconds:.0f} s: {reason}", log_tail=log_tail(launch.log))
 
 
-def _checked(pid: int, launch: Launch, wrapper: _Wrapper) -> Daemon:
+def _checked(pid: int, launch: Launch, wrapper: ChildProcess) -> Daemon:
     """Checks that the process behind the socket runs in our wrapper."""
     if not process_table.is_below(pid, wrapper.pid):
         raise WorkerFailed(f"process {pid} answers on {launch.socket}, but another buildkitd was started for it")

@@ -5,19 +5,20 @@ It starts no daemon and keeps nothing in memory.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from bkpool.core.errors import HostFault, WorkerFailed
 from bkpool.core.names import Slot
 from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
+from bkpool.toolchain.descriptor_limit import free_descriptors, too_many_open_files
 from bkpool.workers import config
 from bkpool.workers.processes import init_program, process_table, socket_directory
 from bkpool.workers.processes.cgroup_entry import cgroup_mounts, entering
@@ -30,7 +31,17 @@ from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 from bkpool.workers.processes.worker_init import MountSettings
 
+_FREE_DESCRIPTORS = 32
+"""A start takes some, and the workers that run, the API and the store need some as well."""
 _TRY_TIMEOUT = 30  # seconds; a tenth of one is usual
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What removes a cache."""
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
 
 
 class Launcher:
@@ -88,9 +99,13 @@ class Launcher:
             HostFault: This machine, or this user on it, lacks something.
             WorkerFailed: The pool's buildkitd.toml has what a worker cannot have.
         """
+        if free_descriptors() < _FREE_DESCRIPTORS:
+            raise too_many_open_files(f"{files.slot.worker} cannot be started")
         self._sandbox.check()
         socket_directory.check_slot_directory(self._runtime_dir, files.slot)
         runtime_directory.claim(self._runtime_dir)
+        if files.read_daemon() is not None:  # something of an earlier start may be left
+            self.end_all_of(files.slot)
         self.clear(files)
         sockets = self._sockets(files.slot)
         with as_host_fault(sockets):
@@ -170,35 +185,35 @@ class Launcher:
             with suppress(OSError):
                 directory.rmdir()
 
-    async def end_all_but(self, kept: set[Slot]) -> int:
-        """Kills everything that was started for other slots of this home. Returns the number of processes."""
+    def end_all_but(self, kept: set[Slot]) -> int:
+        """Kills everything that was started for other slots of this home. Returns the number of processes.
+
+        Raises:
+            WorkerFailed: One has not ended.
+            HostFault: `TooManyOpenFiles`.
+        """
         spared = {self._mark(slot) for slot in kept}
-        return await process_table.kill_marked(
+        return process_table.kill_marked(
             MARK, lambda mark: mark.startswith(f"{self._digest}/") and mark not in spared
         )
 
-    async def remove(self, slot: Slot, directories: Sequence[Path]) -> None:
-        """Removes directories of a cache. An ordinary user needs a user namespace for that, as for making them.
+    def end_all_of(self, slot: Slot) -> None:
+        """Kills what is left of a start that failed, or of an adopted daemon. The errors: see `end_all_but`."""
+        process_table.kill_marked(MARK, self._mark(slot).__eq__)
+
+    def removal(self, slot: Slot, directories: Sequence[Path]) -> Removal:
+        """What removes directories of a cache. An ordinary user needs a user namespace for that, as for making them.
 
         Raises:
-            HostFault: Something could not be removed.
+            HostFault: This user cannot make one.
         """
-        if not directories:
-            return
         command = ["rm", "-rf", "--one-file-system", "--", *map(str, directories)]
         if self._sandbox.rootless:
             self._sandbox.check()
             runtime_directory.claim(self._runtime_dir)
             command = self._sandbox.wrap(command, self._sockets(slot))
-        environment = self._sandbox.environment(directories[0].parent)
-        done = await asyncio.to_thread(subprocess.run, command, env=environment, capture_output=True, check=False)
-        if done.returncode != 0:
-            output = done.stderr.decode("utf-8", "replace").strip()[-500:]
-            raise HostFault(
-                f"the old cache of {slot.worker} cannot be removed: {output}",
-                hint=f"Remove {directories[0]} by hand. The slot is not used until it is gone.",
-                code="Permission",
-            )
+        # The mark lets the next run of the appliance find it after a crash.
+        return Removal(command, self._sandbox.environment(directories[0].parent, **{MARK: self._mark(slot)}))
 
     def advice(self) -> str:
         """What to try if a worker did not start although nothing is missing; empty if nothing is known."""

@@ -1,4 +1,4 @@
-"""How many buildkitd processes may start at once, and how long one may take to start, to answer and to end.
+"""How many buildkitd processes may start at once, how long one may take to start and to end, and its files to change.
 
 Nothing here enforces a limit.
 """
@@ -20,3 +20,9 @@ class ProcessLimits:
     """For an answer of a daemon that an earlier run has started. One that does not answer is ended."""
     stop_timeout: float = 10.0
     """Between SIGTERM and SIGKILL."""
+    file_timeout: float = 60.0
+    """For the files of a slot around a start or an end, and for a record."""
+    concurrent_wipes: int = 4
+    """How many caches may be removed at once."""
+    wipe_timeout: float = 1800.0
+    """To remove a cache. What is left then is removed by the next attempt."""

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 from bkpool.core.cache_owner import belongs_to_another
 from bkpool.core.names import Slot
-from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.process_daemons import ProcessDaemons
-from bkpool.workers.processes.slot_cache import assign_owner, remove_cache
+from bkpool.workers.processes.slot_cache import assign_owner
 from bkpool.workers.processes.slots import SlotTable
+from bkpool.workers.processes.wiping import Wiper
 
 
 class ProcessCaches:
@@ -17,13 +17,13 @@ class ProcessCaches:
 
     Args:
         table: The slots.
-        launcher: Removes directories as the user who made them.
+        wiper: Removes caches.
         daemons: Stops the daemon that uses a cache.
     """
 
-    def __init__(self, table: SlotTable, launcher: Launcher, daemons: ProcessDaemons) -> None:
+    def __init__(self, table: SlotTable, wiper: Wiper, daemons: ProcessDaemons) -> None:
         self._table = table
-        self._launcher = launcher
+        self._wiper = wiper
         self._daemons = daemons
 
     def owners(self) -> Mapping[Slot, str | None]:
@@ -47,4 +47,4 @@ class ProcessCaches:
         entry = self._table.get(slot)
         async with entry.lock:
             await self._daemons.stop_locked(entry)
-            await remove_cache(self._table, entry, self._launcher)
+            await self._wiper.remove_cache(entry)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import structlog
 
 from bkpool.buildkit import connect
 from bkpool.core.cache_owner import history_ends_with_lease
-from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.names import Slot
+from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.home.disk import fault_if_full
+from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
 from bkpool.workers.history import not_cleared
@@ -26,9 +28,11 @@ from bkpool.workers.processes import process_table
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.limits import ProcessLimits
-from bkpool.workers.processes.slot_cache import assign_owner, remove_cache, run_in_thread
+from bkpool.workers.processes.slot_cache import assign_owner
 from bkpool.workers.processes.slot_files import CacheState, DaemonRecord
+from bkpool.workers.processes.slot_threads import FileWork
 from bkpool.workers.processes.slots import ProcessSlot, SlotTable
+from bkpool.workers.processes.wiping import Wiper
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +46,7 @@ class ProcessDaemons:
     Args:
         table: The slots.
         launcher: Prepares starts and removes what daemons leave.
+        wiper: Removes caches.
         limits: How many may start at once, and how long a daemon may take.
         ignored_spec_fields: What nothing reads here, see `Daemons`.
     """
@@ -49,11 +54,17 @@ class ProcessDaemons:
     capacity = None
 
     def __init__(
-        self, table: SlotTable, launcher: Launcher, limits: ProcessLimits, ignored_spec_fields: frozenset[str]
+        self,
+        table: SlotTable,
+        launcher: Launcher,
+        wiper: Wiper,
+        limits: ProcessLimits,
+        ignored_spec_fields: frozenset[str],
     ) -> None:
         self.ignored_spec_fields = ignored_spec_fields
         self._table = table
         self._launcher = launcher
+        self._wiper = wiper
         self._starting = asyncio.Semaphore(limits.concurrent_starts)
         self._limits = limits
 
@@ -79,18 +90,24 @@ class ProcessDaemons:
     ) -> str:
         """Starts buildkitd on this owner's cache; see `Daemons`."""
         entry = self._table.get(slot)
-        async with entry.lock:
-            must_wipe = entry.cache is not None and entry.cache.must_be_wiped_for(owner)
-            seen = entry.observation
-            if entry.daemon and seen and seen.worker_uid == worker_uid and not must_wipe:
-                await assign_owner(self._table, entry, owner)
-                return seen.endpoint
-            await self.stop_locked(entry)
-            if must_wipe:
-                await remove_cache(self._table, entry, self._launcher)
+        try:
+            async with entry.lock:
+                return await self._start_locked(entry, worker_uid, owner, pool)
+        except OSError as error:
+            raise _cannot_start(entry.name, error) from None
+
+    async def _start_locked(self, entry: ProcessSlot, worker_uid: str, owner: str | None, pool: Pool) -> str:
+        must_wipe = entry.cache is not None and entry.cache.must_be_wiped_for(owner)
+        seen = entry.observation
+        if entry.daemon and seen and seen.worker_uid == worker_uid and not must_wipe:
             await assign_owner(self._table, entry, owner)
-            async with self._starting:
-                return await self._launch(entry, worker_uid, pool)
+            return seen.endpoint
+        await self.stop_locked(entry)
+        if must_wipe:
+            await self._wiper.remove_cache(entry)
+        await assign_owner(self._table, entry, owner)
+        async with self._starting:
+            return await self._launch(entry, worker_uid, pool)
 
     async def clear_history(self, slot: Slot) -> None:
         """Clears the build history, or ends buildkitd; see `Daemons`."""
@@ -115,7 +132,7 @@ class ProcessDaemons:
 
     async def follow(self, pool: Pool) -> None:
         """Marks the daemons that were started with a spec that opens or gives something else than this one."""
-        wanted = await run_in_thread(self._launcher.confinement, pool.spec)
+        wanted = await self._table.threads.run(FileWork.PREPARE, None, self._launcher.confinement, pool.spec)
         for entry in self._table:
             slot = entry.files.slot
             if (slot.namespace, slot.pool) == pool.key and entry.observation:
@@ -140,13 +157,18 @@ class ProcessDaemons:
         if daemon := slot.daemon:
             try:
                 await daemon.stop(self._limits.stop_timeout if grace is None else grace)
+                if daemon.is_adopted:
+                    await self._end_rest(slot)
             except BaseException:  # cancelled, or in vain: the daemon is still there
                 self._watch_for_exit(slot, daemon)
                 raise
             slot.daemon = None
-            slot.files.forget_daemon()
+            await self._forget(slot)
             log.info("worker.stopped", worker=slot.name, pid=daemon.pid)
-        await run_in_thread(self._launcher.clear, slot.files)
+        elif await self._table.threads.run(FileWork.RECORD, slot.files.slot, slot.files.read_daemon):
+            await self._end_rest(slot)
+            await self._forget(slot)
+        await self._clear(slot)
         if slot.observation:
             slot.observation = None
             self._table.changed()
@@ -172,22 +194,23 @@ class ProcessDaemons:
             slot.daemon.release()
 
     async def _launch(self, slot: ProcessSlot, worker_uid: str, pool: Pool) -> str:
-        files = slot.files
+        files, run = slot.files, self._table.threads.run
         if full := fault_if_full(files.directory):
             raise full
-        launch = await run_in_thread(self._launcher.prepare, files, pool.spec)
+        launch = await run(FileWork.PREPARE, files.slot, self._launcher.prepare, files, pool.spec)
         intent = DaemonRecord(
             worker_uid,
             process_table.boot_id(),
             isolation=self._launcher.isolation,
-            confinement=await run_in_thread(self._launcher.confinement, pool.spec),
+            confinement=await run(FileWork.PREPARE, files.slot, self._launcher.confinement, pool.spec),
         )
-        await run_in_thread(files.write_daemon, intent)
+        await run(FileWork.RECORD, files.slot, files.write_daemon, intent)
         try:
             daemon = await Daemon.start(launch, self._limits.start_timeout)
         except BaseException as error:
-            files.forget_daemon()
-            await run_in_thread(self._launcher.clear, files)
+            await run(FileWork.PREPARE, files.slot, self._launcher.end_all_of, files.slot)
+            await self._forget(slot)
+            await self._clear(slot)
             if isinstance(error, WorkerFailed):
                 if full := fault_if_full(files.directory):  # not the worker's fault
                     raise full from error
@@ -196,7 +219,11 @@ class ProcessDaemons:
         await self._begin_history(slot, daemon, pool)
         record = replace(intent, pid=daemon.pid, start_time=daemon.start_time, socket=str(daemon.socket))
         self._register(slot, daemon, record)
-        await run_in_thread(files.write_daemon, record)
+        try:
+            await run(FileWork.RECORD, files.slot, files.write_daemon, record)
+        except HostFault:  # a later run could not take it over
+            await self.stop_locked(slot, grace=_NO_TIME_TO_FINISH)
+            raise
         log.info("worker.started", worker=slot.name, pid=daemon.pid)
         return _endpoint(daemon)
 
@@ -212,12 +239,24 @@ class ProcessDaemons:
             await _clear_history(daemon)
         except BaseException as error:
             await daemon.stop(self._limits.stop_timeout)
-            slot.files.forget_daemon()
-            await run_in_thread(self._launcher.clear, slot.files)
+            await self._forget(slot)
+            await self._clear(slot)
             if not isinstance(error, Unavailable | WorkerFailed):
                 raise
-            await remove_cache(self._table, slot, self._launcher)
+            await self._wiper.remove_cache(slot)
             raise not_cleared(error) from None
+
+    async def _end_rest(self, slot: ProcessSlot) -> None:
+        """Ends what is left of an adopted daemon: its wrapper is not our child, and may hang."""
+        await self._table.threads.run(FileWork.PREPARE, slot.files.slot, self._launcher.end_all_of, slot.files.slot)
+
+    async def _forget(self, slot: ProcessSlot) -> None:
+        """Removes the record of a daemon that has ended."""
+        await self._table.threads.run(FileWork.RECORD, slot.files.slot, slot.files.forget_daemon)
+
+    async def _clear(self, slot: ProcessSlot) -> None:
+        """Removes what a daemon that has ended leaves outside of its cache."""
+        await self._table.threads.run(FileWork.PREPARE, slot.files.slot, self._launcher.clear, slot.files)
 
     def _register(self, slot: ProcessSlot, daemon: Daemon, record: DaemonRecord) -> None:
         owner = slot.cache.owner if slot.cache else None
@@ -233,12 +272,14 @@ class ProcessDaemons:
     async def _note_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
         failure = await daemon.wait_for_exit()
         slot.daemon = slot.exit_watch = None
-        slot.files.forget_daemon()
         if slot.observation:
             slot.observation = replace(
                 slot.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
             )
         self._table.changed()
+        if not daemon.is_adopted:  # else the record says that something may be left, for `stop_locked`
+            with suppress(HostFault):  # a record of a process that has ended is as good as none
+                slot.files.forget_daemon()
         log.warning(
             "worker.exited",
             worker=slot.name,
@@ -253,6 +294,12 @@ class ProcessDaemons:
             slot.exit_watch.cancel()
             await asyncio.gather(slot.exit_watch, return_exceptions=True)
             slot.exit_watch = None
+
+
+def _cannot_start(worker: str, error: OSError) -> HostFault:
+    if is_lack_of_descriptors(error):
+        return too_many_open_files(f"{worker} cannot be started")
+    return HostFault(f"{worker} cannot be started: {error.strerror or error}", hint="Run bkpool doctor.")
 
 
 async def _clear_history(daemon: Daemon) -> None:

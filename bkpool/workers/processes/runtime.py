@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -26,9 +27,10 @@ from bkpool.workers.processes.limits import ProcessLimits
 from bkpool.workers.processes.process_caches import ProcessCaches
 from bkpool.workers.processes.process_daemons import ProcessDaemons
 from bkpool.workers.processes.sandbox import Binaries, Sandbox
-from bkpool.workers.processes.slot_cache import remove_cache, run_in_thread
 from bkpool.workers.processes.slot_files import CacheState, slots_directory, slots_on_disk
+from bkpool.workers.processes.slot_threads import FileWork, SlotThreads
 from bkpool.workers.processes.slots import ProcessSlot, SlotTable
+from bkpool.workers.processes.wiping import Wiper
 
 __all__ = ["Binaries", "ProcessLimits", "ProcessRuntime"]
 
@@ -74,10 +76,11 @@ class ProcessRuntime:
             init=init,
             gc_defaults=gc_defaults,
         )
-        self._table = SlotTable(home)
+        self._table = SlotTable(home, SlotThreads(limits))
+        self._wiper = Wiper(self._table, self._launcher, limits)
         ignored = IGNORED_BY_PROCESSES if network else IGNORED_IN_HOST_NETWORK
-        self.daemons = ProcessDaemons(self._table, self._launcher, limits, ignored)
-        self.caches = ProcessCaches(self._table, self._launcher, self.daemons)
+        self.daemons = ProcessDaemons(self._table, self._launcher, self._wiper, limits, ignored)
+        self.caches = ProcessCaches(self._table, self._wiper, self.daemons)
 
     async def try_network(self) -> None:
         """Makes a network as workers get it, and removes it.
@@ -85,7 +88,7 @@ class ProcessRuntime:
         Raises:
             HostFault: This machine cannot make one.
         """
-        await asyncio.to_thread(self._launcher.try_network)
+        await self._table.threads.run(FileWork.PREPARE, None, self._launcher.try_network)
 
     async def adopt(self, *, to_stop: bool = False) -> None:
         """Takes over daemons that answer, ends all others of this home, and completes interrupted wipes.
@@ -96,7 +99,7 @@ class ProcessRuntime:
         slots = [self._table.get(slot) for slot in slots_on_disk(self._table.home)]
         await asyncio.gather(*(self.daemons.adopt(slot, to_stop=to_stop) for slot in slots))
         adopted = {slot.files.slot for slot in slots if slot.daemon}
-        if ended := await self._launcher.end_all_but(adopted):
+        if ended := await self._table.threads.run(FileWork.PREPARE, None, self._launcher.end_all_but, adopted):
             log.warning("workers.leftovers_ended", processes=ended)
         await asyncio.gather(*(self._recover(slot) for slot in slots if slot.daemon is None))
         self._table.changed()
@@ -107,27 +110,37 @@ class ProcessRuntime:
         Args:
             stop_workers: Ends every daemon as well, all at once.
         """
+        faults: list[BaseException] = []
         if stop_workers:
-            await asyncio.gather(*(self.daemons.stop(slot.files.slot) for slot in self._table))
+            faults = await self._for_each(lambda slot: self.daemons.stop(slot.files.slot))
             self._launcher.close()
         for slot in self._table:
             await self.daemons.release(slot)
         self._table.clear()
+        self._table.threads.close()
+        if faults:
+            raise faults[0]
 
     async def purge(self) -> None:
         """Ends every daemon and removes every slot with its cache. `adopt()` must have been called before."""
-        await asyncio.gather(*(self.caches.wipe(slot.files.slot) for slot in self._table))
+        if faults := await self._for_each(lambda slot: self.caches.wipe(slot.files.slot)):
+            raise faults[0]
         with contextlib.suppress(OSError):  # it was never made, or it has something that is not ours
             slots_directory(self._table.home).rmdir()
         self._launcher.close()
 
+    async def _for_each(self, work: Callable[[ProcessSlot], Coroutine[Any, Any, None]]) -> list[BaseException]:
+        """Does something in each slot, whatever fails in others. Returns what has failed."""
+        done = await asyncio.gather(*(work(slot) for slot in self._table), return_exceptions=True)
+        return [error for error in done if error is not None]
+
     async def _recover(self, slot: ProcessSlot) -> None:
         """Completes what a crash has left undone in a slot without a daemon."""
         async with slot.lock:
-            slot.files.forget_daemon()
-            await run_in_thread(self._launcher.clear, slot.files)
+            await self._table.threads.run(FileWork.RECORD, slot.files.slot, slot.files.forget_daemon)
+            await self._table.threads.run(FileWork.PREPARE, slot.files.slot, self._launcher.clear, slot.files)
             if slot.cache and slot.cache.state is CacheState.WIPING:
                 try:
-                    await remove_cache(self._table, slot, self._launcher)
+                    await self._wiper.remove_cache(slot)
                 except HostFault as error:  # the next start in this slot tries again, and reports it
                     log.warning("cache.not_wiped", worker=slot.name, error=error.message)

@@ -23,6 +23,7 @@ from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import Slot, check_name
 from bkpool.home.disk import disk_full, is_full
+from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 
 
 class CacheState(StrEnum):
@@ -273,6 +274,8 @@ def as_host_fault(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_lack_of_descriptors(error):
+            raise too_many_open_files(f"{path} cannot be written") from None
         if is_full(error):
             raise disk_full(path, quota=error.errno == errno.EDQUOT) from None
         raise HostFault(

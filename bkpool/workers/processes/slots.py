@@ -1,4 +1,4 @@
-"""The slots of one home, in memory: what is known of each, and who is called when it changes.
+"""The slots of one home, in memory: what is known of each, who is called when it changes, and who does its file work.
 
 Nothing here starts or removes anything.
 """
@@ -15,6 +15,7 @@ from bkpool.core.observation import Observation
 from bkpool.core.subscribers import Subscribers
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
+from bkpool.workers.processes.slot_threads import SlotThreads
 
 
 @dataclass(slots=True)
@@ -43,10 +44,12 @@ class SlotTable:
 
     Args:
         home: BKPOOL_HOME.
+        threads: Do the file work of the slots.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, threads: SlotThreads) -> None:
         self.home = home
+        self.threads = threads
         self._slots: dict[Slot, ProcessSlot] = {}
         self.subscribers: Subscribers[[]] = Subscribers()
         """Called whenever a slot may have changed."""

@@ -6,6 +6,7 @@ A failure ends the worker: it would have no network, or one without its rules.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from . import FAILED
 T = TypeVar("T")
 
 CLONE_NEWNET, MS_BIND = 0x40000000, 0x1000  # sched.h, mount.h
+_NONE_LEFT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,8 +75,13 @@ def fail(message: str) -> NoReturn:
 
 
 def read(path: str) -> str:
-    """The text of a file of the kernel; empty if there is none."""
+    """The text of a file of the kernel; empty if there is none.
+
+    If there is no descriptor or memory left, the worker ends: the file would be taken for one without addresses.
+    """
     try:
         return Path(path).read_text()
-    except OSError:  # no IPv6, for example
+    except OSError as error:  # no IPv6, for example
+        if error.errno in _NONE_LEFT:
+            fail(f"{path} cannot be read: {error.strerror}")
         return ""

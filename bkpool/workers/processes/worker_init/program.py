@@ -69,8 +69,11 @@ def _serve(command: int, children: int, following: tuple[socket.socket, WorkerNe
         if changes and network and changes in ready:
             with suppress(OSError):  # there were more changes than fit into its buffer
                 changes.recv(65536)
-            network.refuse_host()
-            network.connect_to_host()
+            try:
+                network.refuse_host()
+                network.connect_to_host()
+            except (OSError, RuntimeError) as error:  # a build has used up the processes, for example
+                fail(f"the packet filter cannot follow the host's addresses: {error}")
         if children in ready:
             os.read(children, 4096)
         for pid, code in _ended():

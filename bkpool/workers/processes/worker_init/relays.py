@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from . import NAMESERVER
 from .kernel import background
 from .namespace import WorkerNetwork
 
 _CONNECTIONS = 512  # relayed at once for one worker, and DNS queries; more are refused
+_RESERVED = 16  # descriptors that connections leave to the packet filter and the resolver
 _DNS_SECONDS = 2.0  # for one name server; clients wait 5 s by default (resolv.conf(5))
 _PAUSE = 0.1  # seconds before the next try when the kernel has given nothing
 _LINGER_SECONDS = 60.0  # for the answer after the client has ended its side; or a silent server would keep a place
@@ -32,10 +35,10 @@ class Relays:
         self, network: WorkerNetwork, host_ports: Iterable[int], resolver: Callable[[], Sequence[str]]
     ) -> None:
         self._resolver = resolver
-        self._free = threading.BoundedSemaphore(_CONNECTIONS)
         self._queries = socket.socket()
         self._listeners: list[tuple[socket.socket, Callable[[], list[tuple[str, int]]]]] = []
         network.inside(lambda: self._open(host_ports))
+        self._free = threading.BoundedSemaphore(_places(len(self._listeners)))
 
     def start(self) -> None:
         """Relays in the background."""
@@ -114,6 +117,19 @@ class Relays:
             pass  # nothing listens on the host, or no thread can be made: the client sees a closed connection
         finally:
             self._free.release()
+
+
+def _places(listeners: int) -> int:
+    """How many connections there may be at once. Each needs two descriptors, and one that is refused needs one.
+
+    Args:
+        listeners: How many accept connections at the same time.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _CONNECTIONS
+    free = limit - len(list(Path("/proc/self/fd").iterdir())) - listeners - _RESERVED
+    return min(max(free // 2, 1), _CONNECTIONS)
 
 
 def _listen(family: socket.AddressFamily, host: str, port: int) -> socket.socket:

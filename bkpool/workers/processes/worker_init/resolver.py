@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .host_facts import nameservers, worker_resolv_conf
-from .kernel import MS_BIND, checked, libc
+from .kernel import MS_BIND, checked, fail, libc
 
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _SECONDS = 5.0  # between two looks at the file, while the kernel tells of no change
@@ -24,7 +24,10 @@ class HostResolver:
 
     def __init__(self, replacement: Path) -> None:
         self._replacement = replacement
-        self._file = _RESOLV_CONF.open()
+        try:
+            self._file = _RESOLV_CONF.open()
+        except OSError as error:  # without it, builds would ask no name server, or one that nobody chose
+            fail(f"{_RESOLV_CONF} of this machine cannot be read: {error.strerror}")
         self.servers = self._replace()
 
     def follow(self) -> None:
