@@ -155,6 +155,7 @@ async def open_process_backend(
         only_files=True,
         missing_network=workers.missing_network,
         full_disk=lambda: fault_if_full(home),
+        background=(runtime.bound_logs(),),
     )
 
 

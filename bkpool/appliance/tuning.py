@@ -109,6 +109,7 @@ def process_limits(settings: Settings) -> ProcessLimits:
         start_timeout=values.start_timeout.total_seconds(),
         adopt_timeout=values.adopt_timeout.total_seconds(),
         stop_timeout=values.stop_timeout.total_seconds(),
+        log_size=values.log_size,
     )
 
 

@@ -88,6 +88,14 @@ class WorkersSettings(Section):
         "for a slow disk, a cache may be damaged. If it is long, a daemon that hangs blocks its slot for that long.",
         between=(seconds(1), seconds(600)),
     )
+    log_size: Count = setting(
+        5 * 1024 * 1024,
+        "The largest size of the log of a buildkitd process; as much of its earlier part is kept, and of the log of "
+        "the run before (backend `process`). If it is small, the cause of a failure may be missing. If it is large, "
+        "the logs of many workers take much of the disk.",
+        between=(64 * 1024, 1024 * 1024 * 1024),
+        unit="bytes",
+    )
     pod_scheduling_timeout: Duration = setting(
         timedelta(minutes=10),
         "How long a pod may wait for a node. If it is too short for the cluster's autoscaler, starts fail although a "

@@ -10,6 +10,10 @@ import pytest
 from bkpool.cli import COMMANDS, program
 from bkpool.cli.errors import guarded
 from bkpool.core.errors import Gone
+from bkpool.telemetry.log_file import RotatedFile
+from bkpool.workers.processes import slot_log
+
+from .conftest import LONGEST_RUN, TIMEOUT
 
 HEAVY = {
     "aiohttp",
@@ -35,7 +39,7 @@ def test_allocate_imports_no_more_than_it_takes_to_make_a_key(environment, api, 
 
 def _imported(environment, arguments):
     started = [sys.executable, "-X", "importtime", "-m", "bkpool", *arguments]
-    done = subprocess.run(started, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, check=True, timeout=LONGEST_RUN)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "bkpool.cli" in imported
     return imported
@@ -124,6 +128,52 @@ def test_the_log_of_a_worker_is_shown_and_followed(bkpool, started, home):
     with log.open("a") as file:
         file.write("three\n")
     assert process.stdout.readline() == "three\n"
+
+
+def test_the_log_of_the_appliance_is_shown_and_followed_across_its_rotation(bkpool, started, home):
+    (home / "logs").mkdir()
+    log = home / "logs" / "appliance.log"
+    for number, name in enumerate(("appliance.log.2", "appliance.log.1", "appliance.log")):
+        (home / "logs" / name).write_text(f"{number}\n{number} again\n")
+    assert bkpool("logs").stdout.splitlines() == ["0", "0 again", "1", "1 again", "2", "2 again"]
+    assert bkpool("logs", "-l", "3").stdout.splitlines() == ["1 again", "2", "2 again"]
+    assert bkpool("logs", "-l", "0").stdout == ""
+    process = started("logs", "-f", "-l", "1")
+    assert process.stdout.readline() == "2 again\n"
+    with log.open("ab") as file:
+        rotated = RotatedFile(log, [file.fileno()], size=20)
+        for number in range(3, 9):
+            rotated.write(f"{number} as before\n".encode())
+            assert process.stdout.readline() == f"{number} as before\n"
+
+
+def test_the_log_of_a_worker_is_shown_and_followed_across_its_limit(bkpool, started, home):
+    (home / "logs").mkdir()
+    log = home / "logs" / "default.w-0.log"
+    with log.open("ab", buffering=0) as daemon:
+        daemon.write(b"one\ntwo\n")
+        slot_log.bound(log, 7)
+        daemon.write(b"three\n")
+        assert bkpool("logs", "w-0").stdout == "two\nthree\n"
+        process = started("logs", "-f", "-l", "1", "w-0")
+        assert process.stdout.readline() == "three\n"
+        daemon.write(b"more than four\n")
+        assert process.stdout.readline() == "more than four\n"
+        slot_log.bound(log, 7)
+        daemon.write(b"five\n")
+        assert process.stdout.readline() == "five\n"
+
+
+@pytest.mark.parametrize("options", [(), ("-f",)])
+def test_a_reader_of_a_log_who_has_enough_is_no_error(started, home, options):
+    (home / "logs").mkdir()
+    (home / "logs" / "appliance.log").write_text("a line\n" * 100_000)
+    process = started("logs", *options)
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    assert process.wait(TIMEOUT) == 1
+    assert process.stderr.read() == ""
+    process.stdout = None
 
 
 def test_the_toolchain_shows_the_path_of_a_tool(bkpool, buildx, environment):

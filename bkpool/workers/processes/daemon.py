@@ -22,6 +22,7 @@ from bkpool.workers.processes import process_table
 from bkpool.workers.processes.child import ChildProcess
 from bkpool.workers.processes.process_table import Process
 from bkpool.workers.processes.slot_files import DaemonRecord
+from bkpool.workers.processes.slot_log import read_end
 
 MARK = "BKPOOL_SLOT"
 """An environment variable of everything that is started for a slot. It finds what a crash left unrecorded."""
@@ -191,9 +192,7 @@ def _checked(pid: int, launch: Launch, wrapper: ChildProcess) -> Daemon:
 def log_tail(log: Path) -> str:
     """The informative lines at the end of a log; empty if there are none."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
-            lines = informative_lines(file.read().decode("utf-8", "replace"))
+        lines = informative_lines(read_end(log, _LOG_BYTES).decode("utf-8", "replace"))
     except OSError:
         return ""
     return "\n".join(lines)

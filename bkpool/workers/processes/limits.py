@@ -20,6 +20,8 @@ class ProcessLimits:
     """For an answer of a daemon that an earlier run has started. One that does not answer is ended."""
     stop_timeout: float = 10.0
     """Between SIGTERM and SIGKILL."""
+    log_size: int = 5 * 1024 * 1024
+    """Bytes of a daemon's log, and of the earlier part that is kept."""
     file_timeout: float = 60.0
     """For the files of a slot around a start or an end, and for a record."""
     concurrent_wipes: int = 4

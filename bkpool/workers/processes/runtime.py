@@ -24,6 +24,7 @@ from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_HOST_
 from bkpool.workers.processes.init_program import InitProgram
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.limits import ProcessLimits
+from bkpool.workers.processes.log_limit import SlotLogs
 from bkpool.workers.processes.process_caches import ProcessCaches
 from bkpool.workers.processes.process_daemons import ProcessDaemons
 from bkpool.workers.processes.sandbox import Binaries, Sandbox
@@ -81,6 +82,11 @@ class ProcessRuntime:
         ignored = IGNORED_BY_PROCESSES if network else IGNORED_IN_HOST_NETWORK
         self.daemons = ProcessDaemons(self._table, self._launcher, self._wiper, limits, ignored)
         self.caches = ProcessCaches(self._table, self._wiper, self.daemons)
+        self._logs = SlotLogs(self._table, limits.log_size)
+
+    async def bound_logs(self) -> None:
+        """Keeps the logs of daemons small until it is cancelled."""
+        await self._logs.run()
 
     async def try_network(self) -> None:
         """Makes a network as workers get it, and removes it.

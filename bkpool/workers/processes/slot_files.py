@@ -24,6 +24,7 @@ from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import Slot, check_name
 from bkpool.home.disk import disk_full, is_full
 from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
+from bkpool.workers.processes import slot_log
 
 
 class CacheState(StrEnum):
@@ -118,7 +119,10 @@ class SlotFiles:
 
     @property
     def log(self) -> Path:
-        """The log since its last start. The log of the run before is beside it, with the suffix .1."""
+        """The log since its last start. The log of the run before is beside it, with the suffix .1.
+
+        Once it was too large, its earlier part is beside it, too (`slot_log`).
+        """
         return self.home / "logs" / f"{self.slot.namespace}.{self.slot.worker.name}.log"
 
     def read_cache(self) -> CacheRecord | None:
@@ -179,6 +183,7 @@ class SlotFiles:
             self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.suppress(FileNotFoundError):
                 self.log.replace(self._older_log)
+            slot_log.earlier_part(self.log).unlink(missing_ok=True)
 
     def set_root_aside(self) -> list[Path]:
         """Renames the cache, so that nothing uses it any more. Returns all directories that must be removed."""
@@ -204,7 +209,7 @@ class SlotFiles:
 
         buildkitd logs commands and errors of builds, which belong to the tenant like the cache.
         """
-        for log in (self.log, self._older_log):
+        for log in (self.log, slot_log.earlier_part(self.log), self._older_log):
             with as_host_fault(log):
                 log.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
