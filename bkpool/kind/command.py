@@ -1,15 +1,21 @@
-"""Runs the `kind` tool, reports what it is doing, and turns its failures into errors."""
+"""Runs the `kind` tool for a limited time, reports what it is doing, and turns its failures into errors."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import subprocess
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
+from bkpool.core import durations
 from bkpool.core.errors import DiskFull, HostFault
 
 ReportText = Callable[[str], None]
@@ -19,61 +25,166 @@ _STAGE = re.compile(r" • (?P<stage>.*?)\s+\.\.\.\s*")  # pkg/internal/cli/stat
 _IN_USE = re.compile(r"(\d+\.\d+\.\d+\.\d+:\d+).*(?:already allocated|address already in use)")
 _ERROR_LINES = 4  # the last lines of kind's output that an error shows
 _ERROR_LINE_LENGTH = 300  # characters of each of them: those of kubeadm are very long
-_KEPT_LINES = 200  # of kind's output, in memory
+_LOOK = 0.1  # seconds between two looks at the output of kind
 
 
-def run_kind(program: Path, arguments: Sequence[str]) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class KindLimits:
+    """How many seconds kind may take. Each is many times what a slow machine needs: kind hangs if the engine does."""
+
+    create: float = 1800.0
+    """It may download the image of the node, of some 400 MB, and waits for the node."""
+    load: float = 1800.0
+    """An archive may have some gigabytes."""
+    delete: float = 300.0
+    other: float = 60.0
+
+    def of(self, arguments: Sequence[str]) -> float:
+        """The limit of a command line."""
+        return {"create": self.create, "load": self.load, "delete": self.delete}.get(arguments[0], self.other)
+
+
+USUAL_LIMITS = KindLimits()
+
+
+def run_kind(program: Path, arguments: Sequence[str], limits: KindLimits) -> list[str]:
     """Runs kind and returns the lines of its standard output.
 
     Raises:
-        HostFault: kind failed; the message shows the end of its output.
+        HostFault: kind failed, and the message shows the end of its output; or it did not end in time.
     """
-    done = subprocess.run(
-        [program, *arguments],
-        env=_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode != 0:
-        _raise_failure(" ".join(arguments[:2]), done.stderr.splitlines())
-    return done.stdout.splitlines(keepends=True)
+    with _output() as out, _output() as errors:
+        code = _run(program, arguments, limits, out=out, errors=errors)
+        if code != 0:
+            _raise_failure(" ".join(arguments[:2]), _text(errors).splitlines())
+        return _text(out).splitlines(keepends=True)
 
 
 def run_kind_in_stages(
-    program: Path, arguments: Sequence[str], *, cluster: str, lock: int, report: ReportText
+    program: Path, arguments: Sequence[str], limits: KindLimits, *, cluster: str, lock: int, report: ReportText
 ) -> None:
     """Runs kind and reports each stage that it announces.
 
     Args:
         program: The `kind` tool.
         arguments: Its command line.
+        limits: How long it may take.
         cluster: The cluster's name, for the reports.
         lock: A locked file that kind inherits: if this process is killed, the next one can wait for kind to end.
         report: Receives the stages.
 
     Raises:
+        KindHangs: It did not end in time. What it has made is still there.
         HostFault: kind failed; the message shows the end of its output.
     """
-    lines: deque[str] = deque(maxlen=_KEPT_LINES)
-    with subprocess.Popen(
-        [program, *arguments],
-        env=_environment(),
-        pass_fds=(lock,),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        for line in process.stdout or ():
-            lines.append(line)
+    reported = 0
+
+    def report_new(out: int) -> None:
+        nonlocal reported
+        complete = _text(out).rpartition("\n")[0].split("\n")
+        for line in complete[reported:]:
             if stage := parse_stage(line, cluster):
                 report(stage)
-    if process.returncode != 0:
-        _raise_failure(" ".join(arguments[:2]), lines)
+        reported = len(complete)
+
+    with _output() as out:
+        code = _run(program, arguments, limits, out=out, errors=out, lock=lock, look=report_new)
+        if code != 0:
+            _raise_failure(" ".join(arguments[:2]), _text(out).splitlines())
+
+
+def _run(
+    program: Path,
+    arguments: Sequence[str],
+    limits: KindLimits,
+    *,
+    out: int,
+    errors: int,
+    lock: int | None = None,
+    look: Callable[[int], None] = lambda _out: None,
+) -> int:
+    """Runs kind until it has ended and returns its exit code.
+
+    Its output goes into files, because the docker that kind starts may hold a pipe open after kind has ended.
+    """
+    seconds = limits.of(arguments)
+    deadline = time.monotonic() + seconds
+    process = subprocess.Popen(
+        [program, *arguments],
+        env=_environment(),
+        pass_fds=() if lock is None else (lock,),
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=errors,
+    )
+    try:
+        while True:
+            left = deadline - time.monotonic()
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(max(0.0, min(left, _LOOK)))
+                look(out)
+                return code
+            look(out)
+            if left <= 0:
+                raise KindHangs(arguments, seconds, _text(errors).splitlines())
+    finally:
+        _end(process)
+
+
+class KindHangs(HostFault):
+    """kind did not end in time, and was killed with what it had started.
+
+    Args:
+        arguments: Its command line.
+        seconds: How long it had.
+        output: The lines that it has printed.
+    """
+
+    def __init__(self, arguments: Sequence[str], seconds: float, output: Sequence[str]) -> None:
+        last = next((line.strip() for line in reversed(output) if line.strip()), "")
+        super().__init__(
+            f"`{shlex.join(['kind', *arguments])}` has not ended after {durations.render(timedelta(seconds=seconds))}"
+            f"{f', its last line: {last[:_ERROR_LINE_LENGTH]}' if last else ''}",
+            hint="Look whether the container engine answers (docker ps) and restart it if it does not, then repeat. "
+            "What kind has left is removed then. If it was downloading an image, docker pull it first.",
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills kind, if it has not ended, and the programs that it waits for.
+
+    They have no process group of their own, so that Ctrl-C ends them, too.
+    """
+    if process.poll() is None:
+        started = _descendants(process.pid)
+        process.kill()
+        for pid in started:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
+
+
+@contextmanager
+def _output() -> Iterator[int]:
+    """A file in memory for the output of a program."""
+    file = os.memfd_create("kind")
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _text(file: int) -> str:
+    return os.pread(file, os.fstat(file).st_size, 0).decode("utf-8", "replace")
 
 
 def parse_stage(line: str, cluster: str) -> str | None:

@@ -8,8 +8,11 @@ runs short commands inside one; it never creates or removes anything.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -123,10 +126,25 @@ class Engine:
         """Runs a program in a node and returns its standard output; None if it failed.
 
         Raises:
-            HostFault: The engine refuses.
+            HostFault: The engine refuses, or the program does not end in time.
         """
+        answer: Future[tuple[int, tuple[bytes | None, bytes | None]]] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._client.containers.get(node).exec_run(list(command), demux=True))
+            except Exception as error:  # noqa: BLE001 - raised below
+                answer.set_exception(error)
+
+        # The SDK waits without a limit for the output of a program. So a thread asks, which may be left behind.
+        threading.Thread(target=ask, name="exec in a node", daemon=True).start()
+        if not wait([answer], _TIMEOUT).done:
+            raise HostFault(
+                f"`{shlex.join(command)}` in the node {node} has not ended after {_TIMEOUT:.0f} s",
+                hint="Look whether the container engine answers (docker ps), and restart it if it does not.",
+            )
         with _as_host_fault():
-            code, (out, _) = self._client.containers.get(node).exec_run(list(command), demux=True)
+            code, (out, _) = answer.result()
         return (out or b"").decode("utf-8", "replace") if code == 0 else None
 
     def has_image(self, reference: str) -> bool:

@@ -11,17 +11,19 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import IO
 
 from bkpool.core import durations
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.home.files import as_host_fault, private_directory, write_private
 from bkpool.kind.api_server import await_api_server
-from bkpool.kind.command import ReportText, run_kind, run_kind_in_stages
+from bkpool.kind.command import USUAL_LIMITS, KindHangs, KindLimits, ReportText, run_kind, run_kind_in_stages
 from bkpool.kind.engine import Engine, Node
 from bkpool.kind.image_archive import archive_images
 from bkpool.kind.marker import Marker, kubeconfig_of
@@ -32,6 +34,7 @@ CONFIG = Path(__file__).with_name("kind-config.yaml")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,49}")
 """kind's own rule for names. 50 characters: the container's name is a host name, which has at most 63."""
+_LOCK_PAUSE = 0.1  # seconds between two questions for the lock
 READY_TIMEOUT = timedelta(minutes=2)
 """For the node of a cluster. In `kind create --wait` the images are loaded by then, and it takes 0 to 20 s."""
 
@@ -59,6 +62,7 @@ class HomeCluster:
         home: BKPOOL_HOME: contains `kind.json` and `kubeconfig`.
         report: Receives what is being done while something takes long.
         ready_timeout: How long the cluster's node may take to become ready.
+        limits: How long kind may take for each of its tasks, beside that.
     """
 
     def __init__(
@@ -68,12 +72,15 @@ class HomeCluster:
         home: Path,
         report: ReportText,
         ready_timeout: timedelta = READY_TIMEOUT,
+        *,
+        limits: KindLimits = USUAL_LIMITS,
     ) -> None:
         self._program = program
         self._engine = engine
         self._home = home
         self._report = report
         self._ready_timeout = ready_timeout
+        self._limits = replace(limits, create=limits.create + ready_timeout.total_seconds())
 
     def ensure(
         self, name: str, *, config: Path = CONFIG, node_image: str | None = None, where: str = "--cluster"
@@ -193,9 +200,23 @@ class HomeCluster:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 self._report("waiting for the kind of an earlier start to end")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._wait_for_lock(lock)
             os.set_inheritable(lock.fileno(), True)
             yield lock.fileno()
+
+    def _wait_for_lock(self, lock: IO[bytes]) -> None:
+        seconds = self._limits.create
+        deadline = time.monotonic() + seconds
+        while True:
+            with suppress(BlockingIOError):
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.monotonic() > deadline:
+                waited = durations.render(timedelta(seconds=seconds))
+                raise HostFault(
+                    f"the kind of an earlier start has not ended after {waited}: it holds {lock.name}",
+                    hint=f"`fuser -v {lock.name}` shows its processes. End them, and repeat.",
+                )
+            time.sleep(_LOCK_PAUSE)
 
     def _remove_interrupted(self) -> Marker | None:
         """Removes the cluster of an interrupted start. Returns the marker of a complete cluster."""
@@ -216,7 +237,9 @@ class HomeCluster:
         arguments += ["--image", node_image] if node_image else []
         self._report(f"cluster {name}: creating it")
         try:
-            run_kind_in_stages(self._program, arguments, cluster=name, lock=lock, report=self._report)
+            run_kind_in_stages(self._program, arguments, self._limits, cluster=name, lock=lock, report=self._report)
+        except KindHangs:
+            raise  # it was killed: the next start, or `down --purge`, removes its nodes
         except HostFault:
             # Either kind has removed its nodes again, or it found nodes of another cluster. Nothing is left to
             # remove.
@@ -245,4 +268,4 @@ class HomeCluster:
             return None
 
     def _kind(self, *arguments: str) -> list[str]:
-        return run_kind(self._program, arguments)
+        return run_kind(self._program, arguments, self._limits)

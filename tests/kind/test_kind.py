@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import stat
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from bkpool.core.errors import BkpoolError, HostFault, InvalidInput
-from bkpool.kind import lifecycle
-from bkpool.kind.command import parse_stage
+from bkpool.kind import command, lifecycle
+from bkpool.kind.command import KindLimits, parse_stage
 from bkpool.kind.engine import Node, port_mappings
 from bkpool.kind.image_archive import archive_images
 from bkpool.kind.lifecycle import HomeCluster
@@ -37,6 +40,7 @@ class World:
         self.clusters.mkdir()
         self.calls = directory / "calls"
         self.failure_output = directory / "failure-output"
+        self.hanging = directory / "hanging"
         self.reported: list[str] = []
         self.started: list[str] = []
         self.ports = MAPPED
@@ -60,13 +64,21 @@ class World:
     def called(self) -> list[str]:
         return self.calls.read_text().splitlines() if self.calls.exists() else []
 
-    def kind(self, home: str = "home", **options: timedelta) -> HomeCluster:
+    def kind(self, home: str = "home", **options: Any) -> HomeCluster:
         program = self.directory / "kind"
         program.write_text(
             f"""#!/bin/sh
 echo "$1 $2" >>{self.calls}
 echo "$*" >>{self.directory}/arguments
 [ -z "$KUBECONFIG" ] || exit 9
+if [ -e {self.directory}/hang-$1 ]; then
+  echo half
+  touch {self.clusters}/$4
+  sleep 99999 &
+  echo $$ $! >{self.hanging}.new
+  mv {self.hanging}.new {self.hanging}
+  wait
+fi
 case "$1 $2" in
   "create cluster")
     [ ! -e {self.failure_output} ] || {{ cat {self.failure_output}; exit 1; }}
@@ -196,6 +208,71 @@ def test_nothing_is_deleted_if_the_marker_is_damaged(world):
     for act in (lambda: world.kind().ensure("bkpool"), world.kind().delete):
         with pytest.raises(HostFault, match=r"kind\.json: is damaged"):
             act()
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}/exe").exists()
+
+
+@pytest.fixture
+def hours_later(world, monkeypatch):
+    """As soon as kind hangs, hours have gone by."""
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return time.monotonic() + 36_000 * world.hanging.exists()
+
+    monkeypatch.setattr(command, "time", Clock)
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        ("create", "`kind create cluster --name bkpool .*` has not ended after 32m, its last line: half"),
+        ("get", "`kind get kubeconfig --name bkpool` has not ended after 1m"),
+        ("load", "`kind load docker-image there:1 --name bkpool` has not ended after 30m"),
+        ("delete", "`kind delete cluster --name bkpool .*` has not ended after 5m"),
+    ],
+)
+@pytest.mark.usefixtures("hours_later")
+def test_a_kind_that_hangs_is_ended_with_what_it_started(world, action, says):
+    cluster = world.kind().ensure("bkpool") if action in {"load", "delete"} else None
+    (world.directory / f"hang-{action}").touch()
+    kind = world.kind()
+    work = {"load": lambda: kind.load_image(cluster, "there:1"), "delete": kind.delete}
+    with pytest.raises(HostFault, match=says) as raised:
+        work.get(action, lambda: kind.ensure("bkpool"))()
+    assert "docker ps" in raised.value.hint
+    left = [int(pid) for pid in world.hanging.read_text().split()]
+    deadline = time.monotonic() + 30
+    while any(map(runs, left)) and time.monotonic() < deadline:  # they were killed; the kernel takes a moment
+        time.sleep(0.01)
+    assert [pid for pid in left if runs(pid)] == []
+
+
+@pytest.mark.usefixtures("hours_later")
+def test_what_a_kind_that_was_ended_has_left_is_removed_by_the_next_start(world):
+    (world.directory / "hang-create").touch()
+    with pytest.raises(HostFault, match="has not ended"):
+        world.kind().ensure("bkpool")
+    for file in (world.directory / "hang-create", world.hanging, world.calls):
+        file.unlink()
+    assert world.kind().ensure("bkpool").made
+    assert world.called()[:2] == ["delete cluster", "create cluster"]
+
+
+def test_the_wait_for_the_kind_of_an_earlier_start_has_an_end(world):
+    home = world.directory / "home"
+    home.mkdir(mode=0o700)
+    with (home / "kind.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kind = world.kind(limits=KindLimits(create=0.0), ready_timeout=timedelta(seconds=1))
+        with pytest.raises(
+            HostFault, match=r"kind of an earlier start has not ended after 1s: it holds .*kind\.lock"
+        ):
+            kind.ensure("bkpool")
+    assert world.called() == []
 
 
 def test_stages_are_reported_without_emoji():
