@@ -74,7 +74,7 @@ async def of_home(home: Path, *, rotate: bool) -> AuthorityState:
         if not directory.exists() or not (home / "state.db").exists():
             raise NotFound(f"{home} has no certificate authority", hint="`bkpool up` makes one.")
         secrets = storage.load_or_create(directory, now)
-        store = await SqliteStore.open(home / "state.db")
+        store = await SqliteStore.open(home / "state.db", only_user=rotate)
         stack.push_async_callback(store.close)
         workers = await store.list(Worker)
         if not rotate:

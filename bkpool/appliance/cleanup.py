@@ -25,6 +25,7 @@ _FILES = (
     *("state.db", "state.db-wal", "state.db-shm", "admin.token", "appliance.json", "backend"),
     *("remembered.toml", "running.json"),
 )
+_COPIES = "state.db.schema-*"  # from before upgrades (store/migration.py)
 
 
 def purge(home: Path, cache: Path) -> str:
@@ -49,8 +50,8 @@ def purge(home: Path, cache: Path) -> str:
         for name in _DIRECTORIES:
             if (home / name).exists():
                 shutil.rmtree(home / name)
-        for name in _FILES:
-            (home / name).unlink(missing_ok=True)
+        for path in (*(home / name for name in _FILES), *home.glob(_COPIES)):
+            path.unlink(missing_ok=True)
     return left
 
 

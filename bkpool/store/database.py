@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
+from bkpool import __version__
 from bkpool.core.errors import BkpoolError, HostFault, Unavailable
 from bkpool.home.disk import disk_full, fault_if_full, is_full
 from bkpool.home.files import sync_directory, unreadable
+from bkpool.store import migration
+from bkpool.store.migration import Step
 
-SCHEMA_VERSION = 1
 _APPLICATION_ID = 0x626B706C  # "bkpl": marks a file as bkpool's (PRAGMA application_id)
 _BUSY_SECONDS = 5.0  # someone with the sqlite3 shell may lock the file for a moment
 
@@ -34,25 +38,37 @@ CREATE TABLE events (version INTEGER PRIMARY KEY, kind TEXT NOT NULL, type TEXT 
 CREATE INDEX events_of_kind ON events (kind, version);
 CREATE TABLE compacted (kind TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
 PRAGMA application_id = {_APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
+PRAGMA user_version = 1;
 """
 
 
-def prepare(path: Path) -> None:
-    """Creates the database if there is none, and checks it.
+def prepare(path: Path, steps: Sequence[Step] = migration.STEPS, *, only_user: bool = True) -> None:
+    """Creates the database if there is none, checks it, and brings it to today's schema.
+
+    Args:
+        path: The database.
+        steps: What leads from schema 1 to today's.
+        only_user: Whether the caller holds the lock of the home. Without it, an earlier schema is refused, too:
+            an earlier bkpool may be running.
 
     Raises:
-        HostFault: `Unreadable` (not a database, damaged, of another program or a newer bkpool), `DiskFull`,
-            `Permission`.
+        HostFault: `Unreadable` (not a database, damaged, of another program, or of another schema that cannot be
+            used), `DiskFull`, `Permission`.
     """
     try:
         if not path.exists():
-            _create(path)
-        db = connect(path)
-        try:
-            _check(path, db)
-        finally:
-            db.close()
+            _create(path, steps)
+        with closing(connect(path)) as db:
+            version = _check(path, db, newest := 1 + len(steps))
+            if version == newest:
+                return
+            if not only_user:
+                raise unreadable(
+                    path,
+                    f"was written by an earlier bkpool (schema {version}; bkpool {__version__} uses {newest})",
+                    hint="`bkpool up` migrates it.",
+                )
+            migration.migrate(path, db, version, steps)
     except sqlite3.Error as error:
         raise fault(error, path) from None
     except OSError as error:
@@ -110,33 +126,37 @@ _PAGE = 64 * 1024  # bytes: the largest piece that one of these files grows by
 _RESTORE = "Restore {path} from a backup, or, to start without the leases in it: bkpool down, then move it away."
 
 
-def _create(path: Path) -> None:
+def _create(path: Path, steps: Sequence[Step]) -> None:
     """Creates the file under another name and renames it, so that a crash never leaves an incomplete one."""
     if path.with_name(f"{path.name}-wal").exists():
         raise unreadable(path, "is missing, although its log (-wal) exists", hint=_RESTORE.format(path=f"{path}*"))
     draft = path.with_name(f"{path.name}.new")
     draft.unlink(missing_ok=True)
     draft.touch(mode=0o600)
-    db = sqlite3.connect(draft, isolation_level=None)
-    try:
+    with closing(sqlite3.connect(draft, isolation_level=None)) as db:
         db.executescript(f"PRAGMA synchronous = FULL; BEGIN;{_SCHEMA}COMMIT; PRAGMA journal_mode = WAL;")
-    finally:
-        db.close()
+        for step in steps:
+            step(db)
+        db.execute(f"PRAGMA user_version = {1 + len(steps)}")
     draft.rename(path)
     sync_directory(path.parent)
 
 
-def _check(path: Path, db: sqlite3.Connection) -> None:
+def _check(path: Path, db: sqlite3.Connection, newest: int) -> int:
+    """The schema of the database, which is intact. Raises HostFault (`Unreadable`) otherwise."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application != _APPLICATION_ID:
         raise unreadable(path, "is not a database of bkpool", hint=_RESTORE.format(path=path))
-    if version > SCHEMA_VERSION:
+    if version > newest:
+        copy = migration.copy_of(path, newest)
+        back = f" Or go back to {copy}, from before the upgrade: see Upgrade in docs/usage.md." * copy.exists()
         raise unreadable(
             path,
-            f"was written by a newer bkpool (schema {version}; this version knows {SCHEMA_VERSION})",
-            hint="Use that version of bkpool.",
+            f"was written by a newer bkpool (schema {version}; bkpool {__version__} knows {newest})",
+            hint=f"Use that version of bkpool.{back}",
         )
     (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if result != "ok":
         raise unreadable(path, f"is damaged ({result})", hint=_RESTORE.format(path=path))
+    return int(version)

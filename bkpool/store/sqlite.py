@@ -47,18 +47,22 @@ class SqliteStore(Store):
         self._reader = start("store reader", "BEGIN", read_only=True)
 
     @classmethod
-    async def open(cls, path: Path, *, now: Callable[[], datetime] = _utc, history: int = HISTORY) -> Self:
+    async def open(
+        cls, path: Path, *, now: Callable[[], datetime] = _utc, history: int = HISTORY, only_user: bool = True
+    ) -> Self:
         """Opens the store, and creates it if there is no file.
 
         Args:
             path: The database file; its directory exists.
             now: The clock for creation and deletion timestamps.
             history: How many events the log keeps for watches.
+            only_user: Whether the caller holds the lock of the home, so that a file of an earlier version may be
+                migrated.
 
         Raises:
             HostFault: `Unreadable` (damaged, of another program, of a newer bkpool), `DiskFull` or `Permission`.
         """
-        await asyncio.to_thread(database.prepare, path)
+        await asyncio.to_thread(database.prepare, path, only_user=only_user)
         return cls(path, now=now, history=history)
 
     async def close(self) -> None:

@@ -244,7 +244,16 @@ def damaged(data: bytes) -> bytes:
         (lambda path: path.write_bytes(damaged(path.read_bytes())), "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (lambda path: alter(path, "PRAGMA application_id = 7"), "not a database of bkpool"),
-        (lambda path: alter(path, "PRAGMA user_version = 999"), r"newer bkpool \(schema 999; this version knows 1\)"),
+        (
+            lambda path: alter(path, "PRAGMA user_version = 999"),
+            r"newer bkpool \(schema 999; bkpool \S+ knows 1\)",
+        ),
+        (
+            lambda path: alter(path, "UPDATE objects SET name = CAST(x'ff' AS TEXT)"),
+            "row 1 of its objects has no name",
+        ),
+        (lambda path: alter(path, "UPDATE objects SET namespace = x'70'"), "row 1 of its objects has no name"),
+        (lambda path: alter(path, "UPDATE objects SET kind = ''"), "row 1 of its objects has no name"),
         (lambda path: path.rename(path.with_name("state.db-wal")), "is missing, although its log"),
     ],
 )
