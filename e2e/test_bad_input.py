@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
+from contextlib import closing
 
 import pytest
 
-from harness import only_on
+from harness import eventually, only_on, pool
 
 pytestmark = only_on("process", "input is checked before the backend is used")
 
@@ -102,6 +104,27 @@ def test_an_unreadable_ca_is_an_error_and_never_replaced(make_appliance):
     assert answer.code == 78, "with leases in the store, a missing CA is not created again"
     key.parent.with_name("elsewhere").rename(key.parent)
     appliance.up()
+
+
+def test_a_row_of_state_db_that_is_not_json_keeps_nothing_from_starting(make_appliance):
+    appliance = make_appliance()
+    pools = [pool(name, scaling={"min": 0, "max": 2}) for name in ("default", "other")]
+    appliance.up_from(pools)
+    worker = appliance.allocate().lease["workerName"]
+    appliance.down().ok()
+    with closing(sqlite3.connect(appliance.home / "state.db")) as db, db:
+        db.execute("UPDATE objects SET data = '{half' WHERE name IN (?, 'other')", [worker])
+
+    appliance.up()
+    eventually(lambda: appliance.pool()["phase"] == "Degraded", "the pool says so")
+    [condition] = [one for one in appliance.pool()["conditions"] if one["type"] == "Unreadable"]
+    assert f"{worker} cannot be read: what is stored in state.db is not JSON" in condition["message"]
+    other = appliance.cli("status", "--pool", "other")
+    assert (other.code, "what is stored in state.db is not JSON" in other.text) == (78, True), other.text
+    appliance.allocate(name="beside")
+
+    appliance.cli("pool", "delete", "other", "--now", "--yes").ok()
+    eventually(lambda: "other" not in appliance.cli("status").text, "the pool is removed")
 
 
 def test_no_log_and_no_argv_has_secrets(appliance, context):

@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
+from bkpool.allocation.known_objects import known_worker, missing_pool
 from bkpool.allocation.leases import LeaseService, find_pool, lease_duration, lease_over
 from bkpool.allocation.open_requests import OpenRequests
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.caller_share import most_leases, most_waiting
-from bkpool.core.durations import render
 from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, Unavailable, WorkerFailed
+from bkpool.core.caller_share import most_waiting
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
@@ -279,10 +280,11 @@ class Allocator:
         Raises:
             WorkerFailed: The lease has ended.
             Gone: It was revoked.
+            UnreadableObject: The worker cannot be read any more.
         """
         while True:
             event = self._changed.setdefault(worker.pool, asyncio.Event())
-            current = self._mirror.workers.get(worker.key)
+            current = known_worker(self._mirror, worker.key)
             ended = _ended_lease(current, worker.held_lease)
             if ended is not None:
                 if ended.end_reason is EndReason.ABANDONED:
@@ -304,41 +306,21 @@ class Allocator:
             token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
         )
         self._open_requests.answered(lease.id)
-        trusted = self._rotation.trusted_by_callers(self._mirror.workers.values())
+        trusted = self._rotation.trusted_by_callers(self._mirror.all_workers())
         return Grant(worker, token, lease.expires_at, trusted, leaf.cert_pem, leaf.key_pem)
 
     def _timed_out(self, order: _Order, worker: Worker | None) -> NoCapacity | Unavailable:
         """The error for a request that waited too long: the pool is full, the worker not ready, or the store slow."""
         request, since = order.request, order.claiming_since
-        where = f"pool {request.pool.name!r}"
         if since is not None and asyncio.get_running_loop().time() - since >= _SLOW_STORE:
-            return Unavailable(
-                f"{where} has a free worker, but the store did not write the lease within {render(request.wait)}",
-                hint="Wait longer. If it happens again, another program has locked the store, or its disk is slow.",
-                retry_after=30,
-            )
+            return no_worker.store_is_slow(request.pool, request.wait)
         if worker is not None:
-            current = self._mirror.workers.get(worker.key, worker)
-            why = current.status.message_with_log or f"it is {current.status.phase.value}"
-            message = f"{worker.key.name} of {where} was not ready within {render(request.wait)}: {why}"
-        elif (most := self._reached_share(order)) is not None:
-            return _has_their_share(order, most)
-        else:
-            message = f"no worker of {where} became free within {render(request.wait)}"
-        return NoCapacity(
-            message,
-            hint="Wait longer, or raise spec.scaling.max of the pool.",
-            retry_after=30,
-        )
+            return no_worker.not_ready(self._mirror.workers.get(worker.key, worker), request.wait)
+        return self._none_free(order)
 
-    def _reached_share(self, order: _Order) -> int | None:
-        """How many leases the caller has, if one more is only for others; else None."""
-        pool = self._mirror.pools.get(order.pool.key, order.pool)
-        most = most_leases(pool.spec, admin=order.caller.admin)
-        if most is None or most == pool.spec.scaling.max:
-            return None
-        live = with_live_lease(self._mirror.workers_of(pool.key), self._now())
-        return most if sum(w.held_lease.holder == order.caller.digest for w in live) >= most else None
+    def _none_free(self, order: _Order) -> NoCapacity:
+        request = order.request
+        return no_worker.none_free(self._mirror, order.caller, request.pool, request.wait, self._now())
 
     # --- the queue --------------------------------------------------------------------------------------------------
 
@@ -348,29 +330,16 @@ class Allocator:
             return
         pool = self._mirror.pools.get(pool_key)
         if pool is None:
-            message = f"pool {pool_key.name!r} was deleted"
-            queue.refuse_all(NotFound(message, hint="`bkpool status` lists the pools."))
+            queue.refuse_all(missing_pool(self._mirror, pool_key))
             return
-        queue.serve(pool, self._mirror.workers_of(pool_key), self._caches(), self._now())
+        workers, unreadable = self._mirror.workers_of(pool_key), self._mirror.unreadable_slots(pool_key)
+        queue.serve(pool, workers, self._caches(), unreadable, self._now())
 
     def _on_change(self, pool: Key) -> None:
         event = self._changed.pop(pool, None)
         if event is not None:
             event.set()
         self._serve(pool)
-
-
-def _has_their_share(order: _Order, most: int) -> NoCapacity:
-    """The error for a request that waited while its caller had all leases that one caller may have."""
-    field, request = "spec.auth.limits.identity.leases", order.request
-    return NoCapacity(
-        f"{field}: {order.caller.name} has {most} of the {most + 1} workers of pool {request.pool.name!r}, one "
-        f"caller gets no more, and none of these leases ended within {render(request.wait)}",
-        hint="Release a lease, or ask the operator of the appliance to set this limit of the pool.",
-        code="LimitReached",
-        field=field,
-        retry_after=30,
-    )
 
 
 def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:

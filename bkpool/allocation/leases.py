@@ -14,11 +14,13 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from bkpool.allocation.known_objects import missing_pool
 from bkpool.core import tokens
 from bkpool.core.durations import render
 from bkpool.core.errors import Conflict, Forbidden, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import EndedLease, EndReason, Lease, Worker
 from bkpool.identity import Identity
 from bkpool.identity.rules import is_theirs
@@ -169,10 +171,15 @@ class LeaseService:
 
     async def _own(self, named: OwnLease) -> Worker:
         """The worker with the caller's lease. Non-owners get the same NotFound as for a missing lease."""
-        with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself may not read workers in that namespace
+        try:
             worker = await self._store.get(Worker, *named.worker)
             if worker.lease and is_theirs(worker.pool, named.identities, worker.lease.holder):
                 return worker
+        except UnreadableObject as error:
+            if may_be_theirs(error.found, named.identities):
+                raise
+        except (NotFound, Forbidden):  # Forbidden: bkpool itself may not read workers in that namespace
+            pass
         raise NotFound(
             f"there is no lease of yours on worker {named.worker.name!r} in namespace {named.worker.namespace!r}",
             hint="It has ended already, or it belongs to somebody else. `bkpool status -p POOL` shows the workers.",
@@ -181,12 +188,20 @@ class LeaseService:
         )
 
     async def _by_token(self, token: str) -> Worker:
-        """The worker whose lease has this token. Raises NotFound, or Gone with the reason for its end."""
+        """The worker whose lease has this token.
+
+        Raises:
+            NotFound: There is none.
+            Gone: The lease has ended, with the reason.
+            UnreadableObject: The worker cannot be read.
+        """
         digest = tokens.digest(token)
         if tokens.well_formed(token):
             found = _by_digest(self._mirror.workers.values(), digest)
             if found is None:  # another replica may have created it a moment ago
-                found = _by_digest((await self._store.list(Worker)).items, digest)
+                listing = await self._store.list(Worker)
+                found = _by_digest(listing.items, digest)
+                _refuse_unreadable(listing.unreadable, digest)
             if isinstance(found, EndedLease):
                 raise lease_over(found.reason, found.message_with_log)
             if found is not None:
@@ -224,6 +239,12 @@ class LeaseService:
         raise Conflict(f"too many requests change {worker.key.name} at once", hint="Try again.", retry_after=1)
 
 
+def may_be_theirs(found: Unreadable, identities: Iterable[Identity]) -> bool:
+    """Whether a worker that cannot be read has a lease that these identities may change, as far as one can tell."""
+    pool = found.pool
+    return pool is not None and found.may_be_leased and is_theirs(pool, identities, found.of_lease("holder"))
+
+
 def _revoked_by(lease: str | OwnLease) -> str:
     return "with its token" if isinstance(lease, str) else revoker(lease.identities)
 
@@ -241,14 +262,10 @@ def lease_facts(worker: Worker) -> dict[str, str]:
 
 
 def find_pool(mirror: Mirror, key: Key) -> Pool:
-    """The pool with that name. Raises NotFound."""
+    """The pool with that name. Raises NotFound, or UnreadableObject."""
     pool = mirror.pools.get(key)
     if pool is None:
-        raise NotFound(
-            f"there is no pool {key.name!r} in namespace {key.namespace!r}",
-            hint="`bkpool status` lists the pools.",
-            field="poolName",
-        )
+        raise missing_pool(mirror, key)
     return pool
 
 
@@ -283,6 +300,13 @@ def _by_digest(workers: Iterable[Worker], digest: str) -> Worker | EndedLease | 
             return worker
     past = (ended for worker in workers for ended in worker.status.ended)
     return next((ended for ended in past if _same(ended.token_sha256, digest)), None)
+
+
+def _refuse_unreadable(workers: Iterable[Unreadable], digest: str) -> None:
+    """Raises UnreadableObject if one of these workers has the lease: it can neither be renewed nor be ended."""
+    for found in workers:
+        if _same(found.of_lease("tokenSHA256"), digest):
+            raise UnreadableObject(found)
 
 
 def _same(stored: str, digest: str) -> bool:

@@ -10,9 +10,10 @@ import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
-from bkpool.allocation.leases import LeaseService, find_pool, revoker
+from bkpool.allocation.leases import LeaseService, find_pool, may_be_theirs, revoker
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound
 from bkpool.core.names import Key
+from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import Worker
 from bkpool.identity import Identity
 from bkpool.identity.rules import is_theirs
@@ -51,6 +52,15 @@ class LeaseSelector:
             or (bool(self.tenant) and tenant == self.tenant)
         )
 
+    def may_select(self, found: Unreadable) -> bool:
+        """Whether the lease on a worker that cannot be read may be meant: nothing that it says is against it."""
+        if self.namespace not in {None, found.key.namespace}:
+            return False
+        if self.worker is not None or self.pool is not None:
+            return found.key == self.worker or found.pool == self.pool
+        wanted = {"id": self.lease_id, "requestedBy": self.identity, "tenant": self.tenant}
+        return any(name and found.of_lease(field) in {"", name} for field, name in wanted.items())
+
     def __str__(self) -> str:
         """For a log line."""
         named = {"lease": self.lease_id, "worker": self.worker, "identity": self.identity, "tenant": self.tenant}
@@ -65,6 +75,8 @@ class Revocation:
     """The workers with the leases that are revoked now."""
     failed: tuple[tuple[Worker, BkpoolError], ...] = ()
     """The workers with the leases that could not be revoked. The same request may be sent again."""
+    unreadable: tuple[Unreadable, ...] = ()
+    """The workers that cannot be read and may have a selected lease, which is not revoked."""
 
 
 class Revoker:
@@ -97,8 +109,8 @@ class Revoker:
             BkpoolError: None of the leases could be revoked; the error of the first.
         """
         admin = any(one.admin for one in identities)
-        selected = await self._selected(selector, identities)
-        if not selected:
+        selected, unreadable = await self._selected(selector, identities)
+        if not selected and not unreadable:
             self._check_named(selector, admin=admin)
         by, slots = revoker(identities), asyncio.Semaphore(_AT_ONCE)
         failed: list[tuple[Worker, BkpoolError]] = []
@@ -116,21 +128,34 @@ class Revoker:
         revoked = tuple(filter(None, await asyncio.gather(*map(end, selected))))
         if failed and not revoked:
             raise failed[0][1]
-        return Revocation(revoked, tuple(failed))
+        if unreadable and not revoked:
+            raise UnreadableObject(unreadable[0])
+        return Revocation(revoked, tuple(failed), unreadable)
 
-    async def _selected(self, selector: LeaseSelector, identities: tuple[Identity, ...]) -> list[Worker]:
+    async def _selected(
+        self, selector: LeaseSelector, identities: tuple[Identity, ...]
+    ) -> tuple[list[Worker], tuple[Unreadable, ...]]:
+        """The workers with the selected leases, and those that cannot be read and may have one of them."""
+        unreadable: list[Unreadable] = []
         if selector.worker is not None:
             workers = await self._worker(selector.worker, admin=any(one.admin for one in identities))
         else:
             namespace = selector.pool.namespace if selector.pool else selector.namespace
-            workers = list((await self._store.list(Worker, namespace=namespace)).items)
+            listing = await self._store.list(Worker, namespace=namespace)
+            workers = list(listing.items)
+            unreadable = [found for found in listing.unreadable if selector.may_select(found)]
         mine = [w for w in workers if w.lease and is_theirs(w.pool, identities, w.lease.holder)]
-        return sorted((w for w in mine if selector.selects(w)), key=lambda worker: worker.key)
+        selected = sorted((w for w in mine if selector.selects(w)), key=lambda worker: worker.key)
+        return selected, tuple(found for found in unreadable if may_be_theirs(found, identities))
 
     async def _worker(self, key: Key, *, admin: bool) -> list[Worker]:
         """The worker, if it exists. The admin is told if it does not."""
         with suppress(NotFound, Forbidden):  # Forbidden: bkpool itself may not read workers in that namespace
-            return [await self._store.get(Worker, *key)]
+            try:
+                return [await self._store.get(Worker, *key)]
+            except UnreadableObject:
+                if admin:
+                    raise
         if not admin:
             return []
         raise NotFound(

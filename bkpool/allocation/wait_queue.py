@@ -91,13 +91,27 @@ class WaitQueue:
             self._waiting.popleft().served.set_exception(error)
 
     def serve(
-        self, pool: Pool, workers: Collection[Worker], caches: Mapping[Slot, str | None], now: datetime
+        self,
+        pool: Pool,
+        workers: Collection[Worker],
+        caches: Mapping[Slot, str | None],
+        unreadable: Collection[Slot],
+        now: datetime,
     ) -> None:
         """Serves the requests that `queueing.assign` gives something to."""
         if not self._waiting:
             return
-        turns, claiming = tuple(self._turns), dict(self._claiming)
-        for given in assign(tuple(self._waiting), pool, workers, caches, turns=turns, claiming=claiming, now=now):
+        served = assign(
+            tuple(waiter for waiter in self._waiting if not waiter.served.done()),  # others leave in a moment
+            pool,
+            workers,
+            caches,
+            turns=tuple(self._turns),
+            claiming=dict(self._claiming),
+            unreadable=unreadable,
+            now=now,
+        )
+        for given in served:
             self._remove(given.waiter)
             if not _is_leased(given.target):
                 self._claiming[slot_of_target(given.target)] = given.waiter.holder

@@ -7,7 +7,7 @@ are part of the contract with clients.
 from __future__ import annotations
 
 import base64
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Self
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
@@ -21,6 +21,7 @@ from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT, DNS_LABEL, Key
 from bkpool.core.plain_words import BEARER
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Duration, Name
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import LONGEST_BEARER
@@ -243,6 +244,19 @@ class PoolView(Body):
             min=pool.spec.scaling.min,
             max=pool.spec.scaling.max,
             conditions=pool.status.conditions,
+            **live,
+        )
+
+    @classmethod
+    def of_unreadable(cls, found: Unreadable, **live: Any) -> Self:
+        """The view of a pool that cannot be read: its name, and why."""
+        return cls(
+            name=found.key.name,
+            namespace=found.key.namespace,
+            phase="Degraded",
+            min=0,
+            max=0,
+            conditions=(found.condition(datetime.now(UTC)),),
             **live,
         )
 

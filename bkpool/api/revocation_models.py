@@ -14,6 +14,7 @@ from bkpool.allocation import LeaseSelector, Revocation
 from bkpool.api.models import Body, Namespace, ObjectName
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEFAULT_NAMESPACE, Key
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 
 Selected = Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -90,6 +91,21 @@ class NotRevokedView(RevokedView):
 
     reason: str
 
+    @classmethod
+    def of_unreadable(cls, found: Unreadable) -> Self:
+        """The view of a lease on a worker that cannot be read, with what can be told of it."""
+        namespace, name = found.key
+        return cls(
+            lease_id=found.of_lease("id"),
+            worker_name=name,
+            namespace=namespace,
+            pool_name=found.pool.name if found.pool else "",
+            job_id=found.of_lease("jobId") or None,
+            requested_by=found.of_lease("requestedBy"),
+            tenant=found.of_lease("tenant") or None,
+            reason=found.message,
+        )
+
 
 class RevokeAnswer(Body):
     """The leases that were selected. The list is empty if a caller, tenant or pool has none."""
@@ -100,5 +116,6 @@ class RevokeAnswer(Body):
     @classmethod
     def of(cls, done: Revocation) -> RevokeAnswer:
         """The response for what was done."""
-        failed = (NotRevokedView.of(worker, reason=error.message) for worker, error in done.failed)
+        failed = [NotRevokedView.of(worker, reason=error.message) for worker, error in done.failed]
+        failed += [NotRevokedView.of_unreadable(found) for found in done.unreadable]
         return cls(revoked=tuple(map(RevokedView.of, done.revoked)), failed=tuple(failed))

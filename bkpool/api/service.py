@@ -189,7 +189,11 @@ class Service:
             if decide(caller.identities, pool, open_to_all=open_to_all).allowed
         ]
         trail.set_decision(allowed=True, reason=f"{len(usable)} of {len(self.mirror.pools)} pools may be used")
-        return models.PoolsAnswer(pools=tuple(models.PoolView.of(pool, **self._live(pool)) for pool in usable))
+        views = [models.PoolView.of(pool, **self._live(pool)) for pool in usable]
+        if any(identity.admin for identity in caller.identities):  # whoever else may use them cannot be read either
+            unreadable = sorted(self.mirror.unreadable_pools.values(), key=lambda found: found.key)
+            views += [models.PoolView.of_unreadable(one, **self._live(one.stand_in(Pool))) for one in unreadable]
+        return models.PoolsAnswer(pools=tuple(views))
 
     async def pool(self, request: web.Request, trail: AuditTrail) -> models.PoolAnswer:
         """Get one pool and its workers."""

@@ -86,13 +86,17 @@ def make_access_control(
     def configs() -> tuple[OIDCConfig, ...]:
         return (*mirror.configs.values(), *extra_configs)
 
+    def any_unreadable() -> bool:
+        return bool(mirror.unreadable_pools or mirror.unreadable_configs)
+
     def trusted() -> list[TrustedIssuer]:
         return trusted_issuers(configs(), pools(), namespace, audience)
 
     oidc = OidcAuthenticator(issuers, trusted, now, leeway)
     own = backend_authenticators(pools)
     only_admin = no_network(missing_network) if missing_network else None
-    return AccessControl(((admin,), (*own.signed, oidc), own.static), pools, configs, only_admin)
+    stages = ((admin,), (*own.signed, oidc), own.static)
+    return AccessControl(stages, pools, configs, only_admin, any_unreadable=any_unreadable)
 
 
 def no_network(fault: HostFault) -> Forbidden:

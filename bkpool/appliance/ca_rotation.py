@@ -137,14 +137,16 @@ async def _restart(api: KubeApi, namespace: str, now: datetime) -> bool:
 def _state(
     authority: Authority, former: Former | None, workers: Listing[Worker], now: datetime, *, restarted: bool = False
 ) -> AuthorityState:
-    return AuthorityState(authority, former, not may_rotate_again(former, workers.items, now), restarted)
+    return AuthorityState(
+        authority, former, not may_rotate_again(former, (*workers.items, *workers.unreadable), now), restarted
+    )
 
 
 def _require_end_of_last(former: Former | None, workers: Listing[Worker], now: datetime) -> None:
     """Raises Conflict while the former CA is needed: there is room for one only."""
     if workers.unreadable:
         raise Conflict(
-            f"the worker {min(workers.unreadable)} cannot be read, and may have a lease",
+            f"the worker {min(found.key for found in workers.unreadable)} cannot be read, and may have a lease",
             hint="Delete the object, or use the version of bkpool that wrote it.",
         )
     if former is not None and not may_rotate_again(former, workers.items, now):

@@ -79,7 +79,7 @@ class CertificateRenewal:
         """Hands the gateway its certificate, newly issued if that is due. Open connections continue."""
         self._named_pools = tuple(sorted(self._mirror.pools))
         names = gateway_names(socket.gethostname(), self._named_pools, self._hosts, self._hosts_from)
-        workers = self._mirror.workers.values()
+        workers = self._mirror.all_workers()
         signer, self._trusted = self._rotation.signer(workers), self._rotation.trusted_by_gateways(workers)
         stored = storage.server_certificate(self._directory, signer, names, self._now(), self._life)
         self._due = stored.renew_at
@@ -122,5 +122,5 @@ class CertificateRenewal:
         return (
             self._now() >= self._due
             or tuple(sorted(self._mirror.pools)) != self._named_pools
-            or self._rotation.trusted_by_gateways(self._mirror.workers.values()) != self._trusted
+            or self._rotation.trusted_by_gateways(self._mirror.all_workers()) != self._trusted
         )

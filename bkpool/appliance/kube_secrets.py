@@ -36,7 +36,9 @@ async def load_or_create_authorities(api: KubeApi, namespace: str, store: Store,
     """
 
     async def create() -> Mapping[str, bytes]:
-        leased = [str(worker.key) for worker in (await store.list(Worker)).items if worker.lease]
+        workers = await store.list(Worker)
+        leased = [str(worker.key) for worker in workers.items if worker.lease]
+        leased += [str(found.key) for found in workers.unreadable]  # they may have a lease
         if leased:
             raise HostFault(
                 f"Secret {namespace}/{PKI} is missing, but it signed the leases of workers such as {leased[0]}",

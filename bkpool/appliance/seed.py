@@ -14,6 +14,7 @@ from bkpool.core.errors import Conflict, NotFound
 from bkpool.core.names import DEFAULT_POOL
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.resource import Metadata, Resource
+from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import Worker
 from bkpool.store import Store
 
@@ -30,7 +31,7 @@ async def seed_objects(store: Store, wanted: Documents, *, only_source: bool) ->
             so is no longer trusted.
     """
     pools = wanted.pools
-    if not pools and not (await store.list(Pool)).items:
+    if not pools and not (await store.list(Pool)).keys:
         pools = (Pool(metadata=Metadata(name=DEFAULT_POOL)),)
     for pool in pools:
         await _write(store, pool, pool.but(status=PoolStatus()))
@@ -38,10 +39,10 @@ async def seed_objects(store: Store, wanted: Documents, *, only_source: bool) ->
         await _write(store, config, config.but(status=OIDCConfigStatus()))
     if only_source:
         in_files = {config.key for config in wanted.configs}
-        for config in (await store.list(OIDCConfig)).items:
-            if config.key not in in_files:
+        for key in (await store.list(OIDCConfig)).keys:
+            if key not in in_files:
                 with suppress(NotFound):
-                    await store.delete(OIDCConfig, *config.key)
+                    await store.delete(OIDCConfig, *key)
 
 
 async def withdraw_old_registrations(store: Store, gateway: str) -> None:
@@ -69,6 +70,9 @@ async def _try_write(store: Store, wanted: P, new: P) -> bool:
         except NotFound:
             await store.create(new.but(metadata=Metadata(**_user_metadata(wanted))))
             return True
+        except UnreadableObject as error:  # the file says what it should be
+            found, metadata = error.found, Metadata(**_user_metadata(wanted))
+            current = new.but(metadata=metadata.but(uid=found.uid, resource_version=found.version))
         metadata = current.metadata.but(labels=wanted.metadata.labels, annotations=wanted.metadata.annotations)
         await store.replace(current.but(metadata=metadata, spec=wanted.spec))
     except (Conflict, NotFound):

@@ -15,10 +15,12 @@ import structlog
 
 from bkpool.allocation.leases import lease_facts
 from bkpool.controller.metrics import ControllerMetrics, Result
+from bkpool.controller.pool_work import PAUSE, PoolWork
+from bkpool.controller.pools_without_spec import PoolsWithoutSpec
 from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
-from bkpool.core.names import LABEL_REQUEST, Key, Slot
-from bkpool.core.observation import Snapshot
+from bkpool.core.names import LABEL_REQUEST, Slot
+from bkpool.core.observation import Snapshot, by_pool
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import (
     Action,
@@ -34,11 +36,11 @@ from bkpool.core.reconcile.actions import (
     WriteStatus,
     slot_of_action,
 )
-from bkpool.core.reconcile.decide import decide, stray_slots
+from bkpool.core.reconcile.decide import decide, stray_slots, wind_up_leases
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
-from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
-from bkpool.core.resource import Metadata
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.events import Recorder
@@ -47,9 +49,6 @@ from bkpool.telemetry.registry import new_registry
 from bkpool.workers import Caches, Daemons
 
 log = structlog.get_logger(__name__)
-
-PAUSE = 2.0
-"""Seconds for which a slot is left alone after an action that failed unexpectedly (no store, or a bug)."""
 
 
 class Controller:
@@ -85,19 +84,17 @@ class Controller:
         self._daemons = daemons
         self._caches = caches
         self._now = now
-        self._status_inputs = status_inputs
         self._recorder = recorder
         self._failure_limits = failure_limits
         self._metrics = metrics or ControllerMetrics(new_registry())
-        self._deleted_pools: dict[Key, Pool] = {}
-        """Pools that are deleted in the store and still have workers, as objects that are being deleted."""
-        self._applied: dict[Key, tuple[str, int | None]] = {}
-        """The version of each pool's spec that was applied to what its workers share."""
+        self._pool_work = PoolWork(
+            store, mirror, daemons, status_inputs, recorder=recorder, look_again=self.look_again
+        )
+        self._without_spec = PoolsWithoutSpec(store, mirror, now, PAUSE)
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
         """When the first change after the last plan became known, in the event loop's time."""
         self._actions: dict[Slot, asyncio.Task[None]] = {}
-        self._pool_tasks: dict[Key, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
@@ -119,7 +116,7 @@ class Controller:
                         await self._wake.wait()
         finally:
             subscriptions.close()
-            tasks = [*self._actions.values(), *self._pool_tasks.values()]
+            tasks = [*self._actions.values(), *self._pool_work.tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,45 +131,32 @@ class Controller:
         """Decides for every pool and starts the actions. Returns when to decide again if nothing changes before."""
         now = self._now()
         deadlines: list[datetime] = []
-        observed, caches = self._daemons.observe(), self._caches.owners()
-        pools = [*self._mirror.pools.values(), *self._pools_with_leftovers()]
-        for pool in pools:
+        observed = self._daemons.observe()
+        observed_of, caches_of, busy_of = by_pool(observed), by_pool(self._caches.owners()), by_pool(self._actions)
+        deleted = self._without_spec.deleted(self._pool_work.tasks, self._pool_work.run)
+        pools = [(pool, decide) for pool in (*self._mirror.pools.values(), *deleted)]
+        pools += [(pool, wind_up_leases) for pool in self._without_spec.unreadable()]
+        for pool, decided in pools:
             snapshot = Snapshot(
                 pool=pool,
                 workers=tuple(self._mirror.workers_of(pool.key)),
-                observed=observed,
-                caches=caches,
-                busy=frozenset(slot for slot in self._actions if (slot.namespace, slot.pool) == pool.key),
+                observed=observed_of.get(pool.key, {}),
+                caches=caches_of.get(pool.key, {}),
+                busy=frozenset(busy_of.get(pool.key, ())),
+                unreadable_slots=self._mirror.unreadable_slots(pool.key),
             )
-            plan = decide(snapshot, now, self._failure_limits)
+            plan = decided(snapshot, now, self._failure_limits)
             for action in plan.actions:
                 self._start_action(slot_of_action(action), type(action), self._carry_out(action, pool))
             if plan.wake_at is not None:
                 deadlines.append(plan.wake_at)
             if pool.key in self._mirror.pools:
-                self._update_pool(pool, snapshot.workers, now)
-        for slot in stray_slots(observed, self._mirror.workers.values(), self._actions):
+                self._pool_work.update(snapshot, now)
+        unreadable = (slot for found in self._mirror.unreadable_workers.values() if (slot := found.slot))
+        for slot in stray_slots(observed, self._mirror.workers.values(), self._actions, unreadable):
             self._start_action(slot, None, self._stop_stray(slot))
         self._metrics.decided(len(pools))
         return min(deadlines, default=None)
-
-    def _pools_with_leftovers(self) -> list[Pool]:
-        """The deleted pools that still have workers. A pool that is only missing in the mirror is read first."""
-        missing = {worker.pool for worker in self._mirror.workers.values()} - set(self._mirror.pools)
-        self._deleted_pools = {key: pool for key, pool in self._deleted_pools.items() if key in missing}
-        for key in missing - set(self._deleted_pools) - set(self._pool_tasks):
-            self._run_for_pool(key, self._check_deleted(key))
-        return list(self._deleted_pools.values())
-
-    async def _check_deleted(self, key: Key) -> None:
-        try:
-            self._mirror.apply(await self._store.get(Pool, *key))
-        except NotFound:
-            metadata = Metadata(name=key.name, namespace=key.namespace, deletion_timestamp=self._now())
-            self._deleted_pools[key] = Pool(metadata=metadata)
-        except BkpoolError as error:
-            log.warning("pool.not_read", pool=str(key), error=error.message)
-            await asyncio.sleep(PAUSE)
 
     def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
         task = asyncio.create_task(self._run_action(slot, kind, work))
@@ -191,8 +175,7 @@ class Controller:
         except (Conflict, NotFound):
             # Another writer was faster. Read the worker now, so that the next plan certainly sees that write.
             self._metrics.ended(kind, Result.CONFLICT)
-            with suppress(BkpoolError):
-                self._mirror.apply(await self._store.get(Worker, *slot.worker))
+            await self._read_again(slot)
         except BkpoolError as error:
             self._metrics.ended(kind, Result.FAILED)
             log.warning("action.failed", slot=str(slot.worker), error=error.message)
@@ -200,6 +183,18 @@ class Controller:
         except Exception:
             self._metrics.ended(kind, Result.CRASHED)
             log.exception("action.crashed", slot=str(slot.worker))
+            await asyncio.sleep(PAUSE)
+
+    async def _read_again(self, slot: Slot) -> None:
+        """Reads the worker of a slot. If it cannot be read, the slot is out of use or left alone for a moment."""
+        try:
+            self._mirror.apply(await self._store.get(Worker, *slot.worker))
+        except NotFound:
+            return
+        except UnreadableObject as error:
+            self._mirror.apply(error.found)
+        except BkpoolError as error:
+            log.warning("action.failed", slot=str(slot.worker), error=error.message)
             await asyncio.sleep(PAUSE)
 
     async def _stop_stray(self, slot: Slot) -> Result:
@@ -303,43 +298,3 @@ class Controller:
         log.info("worker.removed", worker=str(worker.key))
         if pool := self._mirror.pools.get(worker.pool):
             self._recorder.record(pool, "ScaledDown", f"removed {worker.key.name}")
-
-    def _update_pool(self, pool: Pool, workers: tuple[Worker, ...], now: datetime) -> None:
-        """Writes the pool's status if it changed, one write at a time: many leases at once then cost few writes."""
-        if pool.key in self._pool_tasks:
-            return
-        status = pool_status(pool, workers, self._status_inputs(pool), now)
-        if status != pool.status:
-            self._run_for_pool(pool.key, self._write_pool_status(pool.but(status=status)))
-        elif self._applied.get(pool.key) != pool.spec_version:
-            self._run_for_pool(pool.key, self._apply_spec(pool))
-
-    def _run_for_pool(self, pool: Key, work: Coroutine[None, None, None]) -> None:
-        """Runs work for one pool in the background. Until it ends, nothing else is started for that pool."""
-        task = asyncio.create_task(work)
-        self._pool_tasks[pool] = task
-
-        def done(_task: asyncio.Task[None]) -> None:
-            del self._pool_tasks[pool]
-            self.look_again()
-
-        task.add_done_callback(done)
-
-    async def _apply_spec(self, pool: Pool) -> None:
-        """Applies a changed spec to what the pool's workers share."""
-        try:
-            await self._daemons.follow(pool)
-            self._applied[pool.key] = pool.spec_version
-        except BkpoolError as error:
-            log.warning("pool.spec_not_applied", pool=str(pool.key), error=error.message)
-            await asyncio.sleep(PAUSE)
-
-    async def _write_pool_status(self, pool: Pool) -> None:
-        try:
-            self._mirror.apply(await self._store.replace_status(pool))
-        except (Conflict, NotFound):
-            with suppress(BkpoolError):
-                self._mirror.apply(await self._store.get(Pool, *pool.key))
-        except BkpoolError as error:
-            log.warning("pool.status_not_written", pool=str(pool.key), error=error.message)
-            await asyncio.sleep(PAUSE)

@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from bkpool.core.names import Key
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import diallers_fit, gateway_diallers, gateway_server, server_fits
@@ -43,7 +44,7 @@ class GatewayCertificates:
     """
 
     rotation: Rotation
-    all_workers: Callable[[], Iterable[Worker]]
+    all_workers: Callable[[], Iterable[Worker | Unreadable]]
     workers: WorkerAuthorities
     life: timedelta
 

@@ -102,7 +102,7 @@ class PoolGateways:
         self._api = api
         self._mirror = mirror
         rotation = Rotation(authority, former, now)
-        self._certificates = GatewayCertificates(rotation, mirror.workers.values, workers, server_life)
+        self._certificates = GatewayCertificates(rotation, mirror.all_workers, workers, server_life)
         self._overlapped = former is not None
         self._defaults = GatewayDefaults(image, namespace, controller, gateway_variables)
         self._allowed = allowed

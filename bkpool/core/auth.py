@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.public_issuers import lets_strangers_in
-from bkpool.core.resource import Condition, Model, Resource
+from bkpool.core.resource import OBSERVED, Condition, Model, Resource
 from bkpool.core.urls import is_protected
 
 RESERVED_PREFIXES = ("system:", "group:", "pool:")
@@ -115,7 +115,7 @@ class OIDCConfig(Resource):
 
     kind: Literal["BuildKitOIDCConfig"] = "BuildKitOIDCConfig"
     spec: OIDCConfigSpec
-    status: OIDCConfigStatus = OIDCConfigStatus()
+    status: Annotated[OIDCConfigStatus, OBSERVED] = OIDCConfigStatus()
 
 
 # --- spec.auth of a pool --------------------------------------------------------------------------------------------

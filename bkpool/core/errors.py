@@ -148,6 +148,7 @@ class DiskFull(HostFault):
 
 STATUS = {
     "LimitReached": HTTPStatus.TOO_MANY_REQUESTS,
+    "Unreadable": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """HTTP statuses of codes that have another status than their class."""
 EXIT = {

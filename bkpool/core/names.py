@@ -62,6 +62,8 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 """RFC 1123, as Kubernetes wants names."""
+LONGEST_NAME = 63
+"""Characters of a DNS label, and of the value of a label in Kubernetes."""
 _DNS_LABEL = re.compile(DNS_LABEL)
 _WORKER = re.compile(r"(?P<pool>.+)-worker-(?P<slot>0|[1-9][0-9]{0,4})")
 
@@ -106,15 +108,30 @@ def slot_of(worker: Key) -> Slot:
     return Slot(worker.namespace, match["pool"], int(match["slot"]))
 
 
+def longest_pool_name(most_workers: int) -> int:
+    """How many characters the name of a pool may have, so that the names of all its workers can be names.
+
+    Args:
+        most_workers: The pool's `scaling.max`.
+    """
+    return LONGEST_NAME - len(f"-worker-{most_workers - 1}")
+
+
 def check_name(value: str, *, field: str) -> str:
     """Returns the value if it is a DNS label (RFC 1123), as Kubernetes wants names.
 
     Raises:
         InvalidInput: It is not.
     """
+    if len(value) > LONGEST_NAME:
+        raise InvalidInput(
+            f"{field}: {value[:20]!r}... has {len(value)} characters, and a name has at most {LONGEST_NAME}",
+            hint="Give a shorter name.",
+            field=field,
+        )
     if _DNS_LABEL.fullmatch(value) is None:
         raise InvalidInput(
-            f"{field}: {value[:80]!r} is not a valid name",
+            f"{field}: {value!r} is not a valid name",
             hint="Use at most 63 lower-case letters, digits and '-', beginning and ending with a letter or digit.",
             field=field,
         )

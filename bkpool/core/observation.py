@@ -5,11 +5,13 @@ These are plain values. A runtime fills them in, and `core.reconcile` reads them
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
-from bkpool.core.names import Slot
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Worker
 
@@ -47,6 +49,17 @@ class Observation:
     pod_ip: str | None = None
 
 
+V = TypeVar("V")
+
+
+def by_pool(slots: Mapping[Slot, V]) -> dict[Key, dict[Slot, V]]:
+    """What is known of each slot, by the pool of the slot."""
+    found: defaultdict[Key, dict[Slot, V]] = defaultdict(dict)
+    for slot, value in slots.items():
+        found[Key(slot.namespace, slot.pool)][slot] = value
+    return dict(found)
+
+
 def ready_observation(worker: Worker, seen: Observation | None) -> Observation | None:
     """The observation, if it is of this worker's own buildkitd and that is ready; else None."""
     return seen if seen and seen.state is DaemonState.READY and seen.worker_uid == worker.uid else None
@@ -71,6 +84,8 @@ class Snapshot:
     workers: tuple[Worker, ...]
     observed: Mapping[Slot, Observation]
     caches: Mapping[Slot, str | None]
-    """The caches that exist, each with the digest of its owner (None: clean)."""
+    """The caches of the pool's slots, each with the digest of its owner (None: clean)."""
     busy: frozenset[Slot] = frozenset()
     """Slots in which an action is still running. Nothing is decided about them."""
+    unreadable_slots: frozenset[Slot] = frozenset()
+    """Slots whose worker cannot be read. Nothing is created, started, stopped or wiped there."""

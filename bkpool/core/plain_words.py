@@ -6,7 +6,7 @@ Pure. It reads no value, so a message from here never has a secret in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,13 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
         return f"must be {' or '.join(wanted)}"
     error = others[0]
     if error["type"] in _OTHERS:
-        return _OTHERS[error["type"]](error.get("ctx", {}))
+        return _OTHERS[error["type"]](error.get("ctx", {})) + _excess(error)
     text = error["msg"].removeprefix("Value error, ")
     return text.replace("Input should be", "must be", 1) if text.startswith("Input should be") else text
+
+
+def _excess(error: ErrorDetails) -> str:
+    """How long a value is that is too long."""
+    if error["type"] not in {"string_too_long", "too_long"} or not isinstance(error["input"], Sized):
+        return ""
+    return f", and has {len(error['input'])}"

@@ -5,17 +5,17 @@ Fields of a spec that nothing reads are kept, and named in the pool's `IgnoredFi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from enum import StrEnum
 from ipaddress import ip_network
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.auth import Auth
+from bkpool.core.names import LONGEST_NAME, longest_pool_name
 from bkpool.core.plain_words import HOST, QUANTITY, SIZE
-from bkpool.core.resource import Condition, Duration, Model, Resource
+from bkpool.core.resource import OBSERVED, Condition, Duration, FieldProblem, Model, Resource
 
 
 class Scaling(Model):
@@ -74,7 +74,7 @@ class LocalCache(Model):
     """A volume of each slot."""
 
     size: Annotated[StrictStr, Field(pattern=QUANTITY)] = "20Gi"
-    storage_class: StrictStr | None = None
+    storage_class: Annotated[StrictStr, Field(max_length=253)] | None = None
     """None: the cluster's default."""
 
 
@@ -185,7 +185,7 @@ class PoolGateway(Model):
     port: Port | None = None
     """Takes precedence over networking.port."""
     node_port: Port | None = None
-    load_balancer_class: StrictStr | None = None
+    load_balancer_class: Annotated[StrictStr, Field(max_length=317)] | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -251,12 +251,6 @@ class PoolStatus(Model):
     endpoint: StrictStr | None = None
     conditions: tuple[Condition, ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_status_of_go_controller(cls, status: Any) -> Any:
-        """A status of the Go controller has an object in `workers`. It is dropped, and written again by bkpool."""
-        return {} if isinstance(status, Mapping) and isinstance(status.get("workers"), Mapping) else status
-
 
 class Pool(Resource):
     """A pool of workers."""
@@ -266,4 +260,16 @@ class Pool(Resource):
 
     kind: Literal["BuildKitPool"] = "BuildKitPool"
     spec: PoolSpec = PoolSpec()
-    status: PoolStatus = PoolStatus()
+    status: Annotated[PoolStatus, OBSERVED] = PoolStatus()
+
+    @model_validator(mode="after")
+    def _has_room_for_workers(self) -> Self:
+        name, most = self.metadata.name, self.spec.scaling.max
+        limit = longest_pool_name(most)
+        if len(name) > limit:
+            raise FieldProblem(
+                "metadata.name",
+                f"{name!r} has {len(name)} characters, and a pool with scaling.max {most} may have {limit}, because "
+                f"its workers are called {name[:8]}...-worker-{most - 1}, in at most {LONGEST_NAME}",
+            )
+        return self

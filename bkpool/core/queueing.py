@@ -67,6 +67,7 @@ def assign(
     *,
     turns: Sequence[str] = (),
     claiming: Mapping[Slot, str] = _NO_CLAIMS,
+    unreadable: Collection[Slot] = (),
     now: datetime,
 ) -> list[Assignment[W]]:
     """Gives workers and slots to the requests that wait for a pool.
@@ -85,6 +86,7 @@ def assign(
         caches: The caches that exist, each with the digest of its owner (None: clean).
         turns: The tenants in the order of their turns. One that is missing comes after them.
         claiming: Slots that earlier requests were given and are still claiming, each with the digest of the caller.
+        unreadable: Slots whose worker cannot be read: nobody gets one of them.
         now: The time.
 
     Returns:
@@ -101,7 +103,7 @@ def assign(
     in_store = {w.slot for w in live}
     holding.update(holder for slot, holder in claiming.items() if slot not in in_store)
     served: list[Assignment[W]] = []
-    taken = set(claiming)
+    taken = {*claiming, *unreadable}
     ring = deque(queues.values())
     while ring:
         queue = ring.popleft()

@@ -22,6 +22,8 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
 from pydantic.alias_generators import to_camel
 
@@ -32,6 +34,7 @@ from bkpool.core.names import API_VERSION, DEFAULT_NAMESPACE, Key, check_name
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+_LONGEST_PART = 80  # characters of one part of a field's path: it may be a key that the user wrote
 _TYPE_NAMES = frozenset({"str", "int", "bool"})
 
 
@@ -68,6 +71,19 @@ def _dns_label(value: str) -> str:
 
 Name = Annotated[StrictStr, AfterValidator(_dns_label)]
 """The name of an object or of a namespace."""
+
+
+class FieldProblem(ValueError):
+    """Raised by a check of a whole object: one of its fields does not fit the others.
+
+    Args:
+        field: The path of the field, below the object that is checked.
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(problem)
+        self.field = field
 
 
 class OwnerReference(Model):
@@ -167,6 +183,18 @@ class Resource(Model):
 R = TypeVar("R", bound=Resource)
 
 
+def _or_nothing(value: object, read: ValidatorFunctionWrapHandler) -> object:
+    try:
+        return read(value)
+    except ValidationError:
+        return read({})
+
+
+OBSERVED = WrapValidator(_or_nothing)
+"""For a status that only repeats what can be observed again: one that cannot be read (of another version, or of the
+older Go controller) is dropped and written again. That of a worker is no such status."""
+
+
 def parse_object(kind: type[R], data: object, *, source: str = "") -> R:
     """Reads an object from JSON or YAML data.
 
@@ -198,7 +226,7 @@ def explain(error: ValidationError, *, source: str = "", show_value: bool = True
     field, problems = next(iter(by_field.items()))
     first = problems[0]
     value = repr(first["input"]) if show_value and isinstance(first["input"], str | int | float | bool) else ""
-    shown_value = f" (given: {value[:60]})" if value else ""
+    shown_value = f" (given: {value[:60]})" if value and not isinstance(_cause(first), FieldProblem) else ""
     more = f", and {len(by_field) - 1} more" if len(by_field) > 1 else ""
     where = f"{source}: " if source else ""
     return InvalidInput(
@@ -209,8 +237,15 @@ def explain(error: ValidationError, *, source: str = "", show_value: bool = True
 def _field(error: ErrorDetails) -> str:
     """The path of the field as the user wrote it. pydantic adds the type, where a field allows several types."""
     path = error["loc"]
+    cause = _cause(error)
+    if isinstance(cause, FieldProblem):
+        path = (*path, cause.field)
     last = str(path[-1]) if path else ""
     in_list = len(path) > 1 and isinstance(path[-2], int)  # elsewhere, such a part is a name that the user wrote
     if last.startswith("constrained-") or (in_list and last in _TYPE_NAMES):
         path = path[:-1]
-    return ".".join(str(part) for part in path) or "the document"
+    return ".".join(str(part)[:_LONGEST_PART] for part in path) or "the document"
+
+
+def _cause(error: ErrorDetails) -> object:
+    return error.get("ctx", {}).get("error")

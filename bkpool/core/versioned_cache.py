@@ -6,7 +6,7 @@ bkpool.kube.reflector and bkpool.store.mirror feed it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, Literal, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -33,19 +33,17 @@ class VersionedCache(Generic[K, T]):
         self.version = 0
         """Every change up to this version is known: an object that is older and not in `items` has been deleted."""
 
-    def listed(self, objects: Iterable[T], version: int, unreadable: Collection[K] = ()) -> list[T]:
+    def listed(self, objects: Iterable[T], version: int) -> list[T]:
         """Takes over a complete list.
 
         Args:
-            objects: Everything that existed at that version and could be read.
+            objects: Everything that existed at that version.
             version: The version of the list.
-            unreadable: Keys of objects that exist but could not be read. They stay as they were last read.
         """
         self.version = version
         listed = {self._key_of(obj): obj for obj in objects}
-        kept = listed.keys() | set(unreadable)
         deleted = {
-            key: obj for key, obj in self.items.items() if key not in kept and self._version_of(obj) <= version
+            key: obj for key, obj in self.items.items() if key not in listed and self._version_of(obj) <= version
         }
         for key in deleted:
             del self.items[key]

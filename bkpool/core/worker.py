@@ -27,7 +27,7 @@ from bkpool.core.names import (
 )
 from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import RememberedCaller
-from bkpool.core.resource import Condition, Metadata, Model, OwnerReference, Resource
+from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, OwnerReference, Resource
 
 REGISTRATION_LIFE = timedelta(seconds=60)
 """A gateway's registration that was not renewed for this long has expired (rule 10, docs/rules.md#r10)."""
@@ -192,9 +192,11 @@ class Worker(Resource):
     @model_validator(mode="after")
     def _in_a_slot(self) -> Self:
         try:
-            slot_of(self.key)
+            slot = slot_of(self.key)
         except InvalidInput as error:
-            raise ValueError(error.message) from None
+            raise FieldProblem("metadata.name", error.message.removeprefix("metadata.name: ")) from None
+        if self.spec.pool_ref.name != slot.pool:
+            raise FieldProblem("spec.poolRef.name", f"must be {slot.pool!r}, as the worker's name says")
         return self
 
     @property

@@ -43,6 +43,7 @@ class AccessControl:
         pools: Returns all current pools.
         configs: Returns all currently configured issuers.
         only_admin: Why nobody but the admin may be served; None: everybody may who has a right.
+        any_unreadable: Whether a pool or an issuer cannot be read now. It may restrict access.
     """
 
     def __init__(
@@ -51,11 +52,14 @@ class AccessControl:
         pools: Callable[[], Collection[Pool]],
         configs: Callable[[], Collection[OIDCConfig]],
         only_admin: Forbidden | None = None,
+        *,
+        any_unreadable: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stages = stages
         self._pools = pools
         self._configs = configs
         self._only_admin = only_admin
+        self._any_unreadable = any_unreadable
 
     async def caller(self, authorization: Sequence[str], pool: Key | None = None) -> Caller:
         """Identifies the caller of a request.
@@ -133,7 +137,7 @@ class AccessControl:
     @property
     def open_to_all(self) -> bool:
         """Whether access is not configured yet, so that every authenticated caller may use every pool."""
-        return unconfigured(self._pools(), self._configs())
+        return not self._any_unreadable() and unconfigured(self._pools(), self._configs())
 
 
 def refusal(caller: Caller) -> str:

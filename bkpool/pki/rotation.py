@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.pki.authority import Authority
 
@@ -55,16 +56,16 @@ class Rotation:
         before = former is not None and self._now() < former.rotated_at + ROLLOUT
         return former.authority if former is not None and before else self.current
 
-    def overlaps(self, workers: Iterable[Worker]) -> bool:
+    def overlaps(self, workers: Iterable[Worker | Unreadable]) -> bool:
         """Whether the former CA is still needed. Once it is not, it never is again.
 
         Args:
-            workers: All workers, with their leases.
+            workers: All workers, with their leases. One that cannot be read may have an earlier one.
         """
         if self._former is None:
             return False
         now, end = self._now(), self._former.rotated_at + ROLLOUT
-        if now < end or any(worker.lease and worker.lease.allocated_at < end for worker in workers):
+        if now < end or any(_may_need(worker, end) for worker in workers):
             self._over_since = None
             return True
         self._over_since = self._over_since or now
@@ -72,19 +73,19 @@ class Rotation:
             self._former = None
         return False
 
-    def signer(self, workers: Iterable[Worker]) -> Authority:
+    def signer(self, workers: Iterable[Worker | Unreadable]) -> Authority:
         """The CA that signs the certificates of gateways. The argument is as for `overlaps`."""
         former = self._former
         return former.authority if former is not None and self.overlaps(workers) else self.current
 
-    def trusted_by_gateways(self, workers: Iterable[Worker]) -> bytes:
+    def trusted_by_gateways(self, workers: Iterable[Worker | Unreadable]) -> bytes:
         """The CAs of clients' certificates in PEM, that of `signer` first. The argument is as for `overlaps`."""
         former = self._former
         if former is not None and self.overlaps(workers):
             return former.authority.cert_pem + self.current.cert_pem
         return self.current.cert_pem
 
-    def trusted_by_callers(self, workers: Iterable[Worker]) -> bytes:
+    def trusted_by_callers(self, workers: Iterable[Worker | Unreadable]) -> bytes:
         """The CAs of gateways' certificates in PEM, for a new lease. The argument is as for `overlaps`."""
         self.overlaps(workers)  # forgets the former CA when its time is over
         former = self._former
@@ -96,6 +97,12 @@ class Rotation:
         return None if self._former is None else max(self._former.rotated_at + ROLLOUT, self._now() + _LINGER)
 
 
-def may_rotate_again(former: Former | None, workers: Iterable[Worker], now: datetime) -> bool:
+def _may_need(worker: Worker | Unreadable, end: datetime) -> bool:
+    if isinstance(worker, Unreadable):
+        return worker.may_be_leased
+    return worker.lease is not None and worker.lease.allocated_at < end
+
+
+def may_rotate_again(former: Former | None, workers: Iterable[Worker | Unreadable], now: datetime) -> bool:
     """Whether nothing needs the CA that the last rotation has replaced any more."""
     return former is None or not Rotation(former.authority, former, lambda: now).overlaps(workers)

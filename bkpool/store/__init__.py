@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol
 
 from bkpool.core.names import Key
 from bkpool.core.resource import R
+from bkpool.core.unreadable import Unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,13 @@ class Listing(Generic[R]):
 
     items: tuple[R, ...]
     resource_version: str
-    unreadable: frozenset[Key] = frozenset()
+    unreadable: tuple[Unreadable, ...] = ()
     """Objects that exist but cannot be read. They are not in `items`, and they were not deleted."""
+
+    @property
+    def keys(self) -> list[Key]:
+        """The names of all objects, also of those that cannot be read."""
+        return [*(obj.key for obj in self.items), *(found.key for found in self.unreadable)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,7 @@ class WatchEvent(Generic[R]):
     """One change. For a deletion, `object` is the object as it was last."""
 
     type: Literal["ADDED", "MODIFIED", "DELETED"]
-    object: R
+    object: R | Unreadable
 
 
 class Store(Protocol):
@@ -39,7 +45,7 @@ class Store(Protocol):
     """
 
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
-        """Reads one object. Raises NotFound."""
+        """Reads one object. Raises NotFound, or UnreadableObject."""
 
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
@@ -58,6 +64,12 @@ class Store(Protocol):
 
     async def replace_status(self, obj: R) -> R:
         """Replaces only the status if the resourceVersion is unchanged. Raises Conflict or NotFound."""
+
+    async def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
+        """Sets fields of the status of an object that cannot be read, and leaves everything else as it is.
+
+        Raises Conflict (it has changed since it was found) or NotFound.
+        """
 
     async def delete(
         self,
@@ -82,6 +94,6 @@ class Store(Protocol):
     def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
         """Every change after `since`, in order, without end. Close it (contextlib.aclosing) when done.
 
-        A change that makes an object unreadable is left out: readers keep the object as it was before.
+        An object that cannot be read comes as an `Unreadable`.
         Raises Gone if `since`, or the position of a slow reader, is too long ago: list again.
         """

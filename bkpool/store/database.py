@@ -1,6 +1,7 @@
 """The SQLite file: created completely or not at all, and opened only if bkpool created it and it is intact.
 
-Nothing here knows what the rows contain, and nothing ever replaces a file that cannot be read.
+A file of an earlier version is migrated (`migration`), one of a newer version is refused. Of the rows this knows only
+that the columns of each name an object (`rows` reads the rest), and nothing ever replaces a file that cannot be read.
 """
 
 from __future__ import annotations
@@ -159,4 +160,21 @@ def _check(path: Path, db: sqlite3.Connection, newest: int) -> int:
     (result,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if result != "ok":
         raise unreadable(path, f"is damaged ({result})", hint=_RESTORE.format(path=path))
+    names = "SELECT rowid, CAST(kind AS BLOB), CAST(namespace AS BLOB), CAST(name AS BLOB), "
+    types = "typeof(kind) || typeof(namespace) || typeof(name) FROM objects"
+    for rowid, *columns, found in db.execute(names + types):
+        if found != "text" * 3 or not all(_is_name(column) for column in columns):
+            what = f"is damaged (row {rowid} of its objects has no name, so nothing can be kept apart from it)"
+            raise unreadable(path, what, hint=_RESTORE.format(path=path))
     return int(version)
+
+
+def _is_name(column: bytes) -> bool:
+    """Whether a column is text of a length that can be said to somebody."""
+    try:
+        return 0 < len(column.decode()) <= _LONGEST_NAME
+    except UnicodeError:
+        return False
+
+
+_LONGEST_NAME = 253  # as in Kubernetes; the names that bkpool gives are shorter

@@ -1,7 +1,7 @@
 """The Store as custom resources of a Kubernetes cluster, shared by several replicas and kubectl.
 
-It writes only the fields that bkpool owns, and caches nothing. An object that cannot be read (written by another
-version, or wrong) is left out and reported; it never hides or delays another object.
+It writes only the fields that bkpool owns, and remembers nothing. An object that cannot be read (written by another
+version, or wrong) never hides or delays another object.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
+from typing import Any
 
-import structlog
-
-from bkpool.core.errors import BkpoolError, Conflict, Gone, HostFault, InvalidInput, NotFound, Unavailable
+from bkpool.core.errors import BkpoolError, Conflict, Gone, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import API_VERSION, Key
 from bkpool.core.resource import R, Resource
+from bkpool.core.unreadable import Unreadable
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
-from bkpool.store.reading import read
-
-log = structlog.get_logger(__name__)
+from bkpool.store.reading import read, read_or_note
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
 """The metadata fields that bkpool writes. The server sets the others."""
@@ -41,17 +39,11 @@ class KubernetesStore(Store):
         self._api = api
         self._namespace = namespace
         self._jitter = jitter
-        self._unreadable: dict[tuple[str, Key], tuple[str, str]] = {}
-
-    @property
-    def unreadable(self) -> Mapping[tuple[str, Key], str]:
-        """Why objects cannot be read, by kind and key, as the last list or watch found them."""
-        return {where: reason for where, (_, reason) in self._unreadable.items()}
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
-        """See Store. Raises HostFault (`Unreadable`) if the object cannot be read."""
+        """See Store."""
         key = Key(namespace, name)
         with _errors_about(kind, key):
             return _read(kind, await self._api.get(_path(kind, key)))
@@ -63,13 +55,11 @@ class KubernetesStore(Store):
         scope = self._namespace if namespace is None else namespace
         params = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
         docs, version = await self._api.list(paths.custom(kind.PLURAL, scope), **params)
-        if not labels and scope == self._namespace:
-            self._forget_all_but(kind, {paths.key_of(doc) for doc in docs})
-        found = [(paths.key_of(doc), self._readable(kind, doc)) for doc in docs]
+        found = [_read_or_note(kind, doc) for doc in docs]
         return Listing(
-            tuple(obj for _, obj in found if obj is not None),
+            tuple(obj for obj in found if not isinstance(obj, Unreadable)),
             version,
-            frozenset(key for key, obj in found if obj is None),
+            tuple(obj for obj in found if isinstance(obj, Unreadable)),
         )
 
     async def answers(self) -> None:
@@ -82,8 +72,8 @@ class KubernetesStore(Store):
         path = paths.custom(kind.PLURAL, self._namespace)
         async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter)) as events:
             async for event in events:
-                if event["type"] != "BOOKMARK" and (known := self._event(kind, event)):
-                    yield known
+                if event["type"] != "BOOKMARK":
+                    yield WatchEvent(event["type"], _read_or_note(kind, event["object"]))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -113,6 +103,12 @@ class KubernetesStore(Store):
     async def replace_status(self, obj: R) -> R:
         """See Store."""
         return await self._put(obj, "status", "status")
+
+    async def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
+        """See Store."""
+        body = {**found.document, "status": {**found.status, **fields}}
+        with _errors_about(found.kind, found.key):
+            await self._api.replace(_path(found.kind, found.key, "status"), body)
 
     async def delete(
         self,
@@ -158,38 +154,18 @@ class KubernetesStore(Store):
         same = uid in {"", current.uid} and _content(current, parts) == _content(obj, parts)
         return current if same else None
 
-    # --- unreadable objects -----------------------------------------------------------------------------------------
-
-    def _event(self, kind: type[R], event: Doc) -> WatchEvent[R] | None:
-        doc = event["object"]
-        key, obj = paths.key_of(doc), self._readable(kind, doc)
-        if event["type"] == "DELETED":
-            self._unreadable.pop((kind.KIND, key), None)
-            if obj is None:
-                # A reader may still have it as it was when it could be read. Only a list says that it was deleted.
-                raise Gone(f"{kind.KIND} {key} was deleted in a state that cannot be read", hint="List again.")
-        return None if obj is None else WatchEvent(event["type"], obj)
-
-    def _readable(self, kind: type[R], doc: Doc) -> R | None:
-        where, version = (kind.KIND, paths.key_of(doc)), doc["metadata"]["resourceVersion"]
-        try:
-            obj = _read(kind, doc)
-        except HostFault as error:
-            if self._unreadable.get(where, ("", ""))[0] != version:
-                log.warning("store.object_skipped", kind=kind.KIND, reason=error.message)
-            self._unreadable[where] = (version, error.message)
-            return None
-        self._unreadable.pop(where, None)
-        return obj
-
-    def _forget_all_but(self, kind: type[Resource], keys: set[Key]) -> None:
-        for where in [where for where in self._unreadable if where[0] == kind.KIND and where[1] not in keys]:
-            del self._unreadable[where]
-
 
 def _read(kind: type[R], doc: Doc) -> R:
+    return read(kind, _without_writers(doc))
+
+
+def _read_or_note(kind: type[R], doc: Doc) -> R | Unreadable:
+    return read_or_note(kind, _without_writers(doc))
+
+
+def _without_writers(doc: Doc) -> Doc:
     doc["metadata"].pop("managedFields", None)  # which client wrote which field: long, and not used here
-    return read(kind, doc)
+    return doc
 
 
 def _given(doc: Doc) -> Doc:

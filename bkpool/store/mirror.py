@@ -1,6 +1,7 @@
 """A copy of pools, workers and issuers in memory, kept up to date by list and watch. All other code reads this copy.
 
 It never writes to the store. A writer may put in what it has just written, and an older version never replaces it.
+Objects that cannot be read are kept apart: nobody decides by an earlier state of them.
 """
 
 from __future__ import annotations
@@ -10,20 +11,22 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import MappingProxyType
+from typing import Generic
 
 import structlog
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
-from bkpool.core.names import Key
 from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
 from bkpool.core.subscribers import Subscribers
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
 from bkpool.kube.list_and_watch import list_and_watch
-from bkpool.store import Store, WatchEvent
+from bkpool.store import Listing, Store, WatchEvent
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +38,56 @@ roles and custom resource definitions."""
 _UNLISTED = "the store has not been read yet"
 
 
-def _cache() -> VersionedCache[Key, R]:
-    return VersionedCache(lambda obj: obj.key, lambda obj: int(obj.metadata.resource_version or 0))
+class _Copy(Generic[R]):
+    """The objects of one kind: those that can be read, and apart from them those that cannot.
+
+    Args:
+        kind: The kind.
+        changed: Called with each object that has changed, and with what it was if it could not be read before.
+    """
+
+    def __init__(self, kind: type[R], changed: Callable[[R | Unreadable, Unreadable | None], None]) -> None:
+        self.kind = kind
+        self._changed = changed
+        self._cache: VersionedCache[Key, R | Unreadable] = VersionedCache(lambda found: found.key, _version_of)
+        self._readable: dict[Key, R] = {}
+        self._unreadable: dict[Key, Unreadable] = {}
+        self.readable: Mapping[Key, R] = MappingProxyType(self._readable)
+        self.unreadable: Mapping[Key, Unreadable] = MappingProxyType(self._unreadable)
+
+    def listed(self, listing: Listing[R]) -> None:
+        """Takes over a complete list."""
+        found: list[R | Unreadable] = [*listing.items, *listing.unreadable]
+        self._take(self._cache.listed(found, int(listing.resource_version)))
+
+    def event(self, event: WatchEvent[R]) -> None:
+        """Takes over one event of a watch."""
+        self._take(self._cache.event(event.type, event.object))
+
+    def applied(self, found: R | Unreadable) -> None:
+        """Takes over what has just been written or read, if it is news."""
+        self._take(self._cache.applied(found))
+
+    def _take(self, changed: list[R | Unreadable]) -> None:
+        for found in changed:
+            key = found.key
+            before = self._unreadable.pop(key, None)
+            if key not in self._cache.items:
+                self._readable.pop(key, None)
+            elif isinstance(found, Unreadable):
+                self._readable.pop(key, None)
+                self._unreadable[key] = found
+                if before is None or before.reason != found.reason:
+                    log.warning("store.object_unreadable", kind=self.kind.KIND, object=str(key), reason=found.reason)
+            else:
+                self._readable[key] = found
+                if before is not None:
+                    log.info("store.object_readable", kind=self.kind.KIND, object=str(key))
+            self._changed(found, before)
+
+
+def _version_of(found: Resource | Unreadable) -> int:
+    return int(found.version if isinstance(found, Unreadable) else found.metadata.resource_version or 0)
 
 
 class Mirror:
@@ -61,19 +112,23 @@ class Mirror:
         self._store = store
         self._pause = pause
         self._jitter = jitter
-        self._pools: VersionedCache[Key, Pool] = _cache()
-        self._workers: VersionedCache[Key, Worker] = _cache()
-        self._configs: VersionedCache[Key, OIDCConfig] = _cache()
+        self._pools = _Copy(Pool, self._pool_changed)
+        self._workers = _Copy(Worker, self._worker_changed)
+        self._configs = _Copy(OIDCConfig, self._config_changed)
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
+        self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
         self._subscribers: Subscribers[[Key]] = Subscribers()
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
         self._troubles = dict.fromkeys(followed, _UNLISTED)
         self._unlisted = set(followed)
-        self.pools: Mapping[Key, Pool] = MappingProxyType(self._pools.items)
-        self.workers: Mapping[Key, Worker] = MappingProxyType(self._workers.items)
-        self.configs: Mapping[Key, OIDCConfig] = MappingProxyType(self._configs.items)
+        self.pools = self._pools.readable
+        self.workers = self._workers.readable
+        self.configs = self._configs.readable
+        self.unreadable_pools = self._pools.unreadable
+        self.unreadable_workers = self._workers.unreadable
+        self.unreadable_configs = self._configs.unreadable
         self.ready = asyncio.Event()
         """Set once everything has been listed."""
 
@@ -85,21 +140,41 @@ class Mirror:
     async def run(self) -> None:
         """Keeps the copy up to date until cancelled. While the store is away, it is tried ever more slowly."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(Pool, self._pools, self._pools_changed))
-            tasks.create_task(self._follow(Worker, self._workers, self._workers_changed))
+            tasks.create_task(self._follow(self._pools))
+            tasks.create_task(self._follow(self._workers))
             if self._follows_configs:
-                tasks.create_task(self._follow(OIDCConfig, self._configs, self._configs_changed))
+                tasks.create_task(self._follow(self._configs))
 
     def workers_of(self, pool: Key) -> list[Worker]:
         """The workers of a pool, in no particular order."""
         return list(self._members[pool].values()) if pool in self._members else []
 
-    def apply(self, obj: Pool | Worker) -> None:
-        """Takes over what has just been written. Does nothing if it is older than the copy, or was deleted since."""
+    def all_workers(self) -> list[Worker | Unreadable]:
+        """Every worker, also those that cannot be read, in no particular order."""
+        return [*self.workers.values(), *self.unreadable_workers.values()]
+
+    def unreadable_of(self, pool: Key) -> list[Unreadable]:
+        """The workers of a pool that cannot be read, in no particular order."""
+        return list(self._unreadable_members[pool].values()) if pool in self._unreadable_members else []
+
+    def unreadable_slots(self, pool: Key) -> frozenset[Slot]:
+        """The slots of a pool whose worker cannot be read: nothing is created, started or stopped there."""
+        return frozenset(slot for found in self.unreadable_of(pool) if (slot := found.slot))
+
+    def apply(self, obj: Pool | Worker | Unreadable) -> None:
+        """Takes over what has just been written or read. Does nothing if it is older than the copy, or deleted since.
+
+        Args:
+            obj: The object; or a pool or worker that could not be read (`UnreadableObject.found`).
+        """
         if isinstance(obj, Pool):
-            self._pools_changed(self._pools.applied(obj))
-        else:
-            self._workers_changed(self._workers.applied(obj))
+            self._pools.applied(obj)
+        elif isinstance(obj, Worker):
+            self._workers.applied(obj)
+        elif obj.kind is Pool:
+            self._pools.applied(obj)
+        elif obj.kind is Worker:
+            self._workers.applied(obj)
 
     def subscribe(self, callback: Callable[[Key], None]) -> Callable[[], None]:
         """Calls back with a pool's key, in the event loop, whenever the pool or one of its workers has changed.
@@ -113,24 +188,23 @@ class Mirror:
         """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
         return self._config_subscribers.add(callback)
 
-    async def _follow(self, kind: type[R], cache: VersionedCache[Key, R], changed: Callable[[list[R]], None]) -> None:
+    async def _follow(self, copy: _Copy[R]) -> None:
+        kind = copy.kind
+
         async def list_all() -> str:
             listing = await self._store.list(kind)
-            changed(cache.listed(listing.items, int(listing.resource_version), listing.unreadable))
+            copy.listed(listing)
             self._note_listed(kind)
             return listing.resource_version
 
         def watch(version: str) -> AsyncGenerator[WatchEvent[R], None]:
             return self._store.watch(kind, version)
 
-        def take(event: WatchEvent[R]) -> None:
-            changed(cache.event(event.type, event.object))
-
         def goes_on(error: Exception, seconds: float) -> bool:
             return self._note_failure(kind, error, seconds)
 
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
-        await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
+        await list_and_watch(list_all, watch, copy.event, goes_on, backoff=backoff, pause=self._pause)
 
     def _note_listed(self, kind: type[Resource]) -> None:
         if self._troubles.pop(kind, _UNLISTED) != _UNLISTED:
@@ -148,19 +222,22 @@ class Mirror:
         log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
         return True
 
-    def _pools_changed(self, pools: list[Pool]) -> None:
-        for pool in pools:
-            self._subscribers.notify(pool.key)
+    def _pool_changed(self, pool: Pool | Unreadable, _before: Unreadable | None) -> None:
+        self._subscribers.notify(pool.key)
 
-    def _configs_changed(self, configs: list[OIDCConfig]) -> None:
-        if configs:
-            self._config_subscribers.notify()
+    def _config_changed(self, _config: OIDCConfig | Unreadable, _before: Unreadable | None) -> None:
+        self._config_subscribers.notify()
 
-    def _workers_changed(self, workers: list[Worker]) -> None:
-        for worker in workers:
-            members = self._members[worker.pool]
-            if worker.key in self.workers:
-                members[worker.key] = worker
-            else:
-                members.pop(worker.key, None)
-            self._subscribers.notify(worker.pool)
+    def _worker_changed(self, worker: Worker | Unreadable, before: Unreadable | None) -> None:
+        key, pool = worker.key, worker.pool
+        if before is not None and before.pool is not None:
+            self._unreadable_members[before.pool].pop(key, None)
+        if pool is None:
+            return
+        self._members[pool].pop(key, None)
+        if isinstance(worker, Worker):
+            if key in self.workers:
+                self._members[pool][key] = worker
+        elif key in self.unreadable_workers:
+            self._unreadable_members[pool][key] = worker
+        self._subscribers.notify(pool)

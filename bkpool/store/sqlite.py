@@ -12,11 +12,12 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from bkpool.core.errors import Gone
 from bkpool.core.names import Key
 from bkpool.core.resource import R
+from bkpool.core.unreadable import Unreadable
 from bkpool.store import Listing, Store, WatchEvent, database
 from bkpool.store.tables import Tables
 from bkpool.store.thread import SqlThread
@@ -92,6 +93,10 @@ class SqliteStore(Store):
     async def replace_status(self, obj: R) -> R:
         """See Store."""
         return await self._writer.run(lambda tables: tables.replace_status(obj))
+
+    async def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
+        """See Store."""
+        await self._writer.run(lambda tables: tables.patch_status(found, fields))
 
     async def delete(
         self,

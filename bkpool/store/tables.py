@@ -6,22 +6,19 @@ asyncio or commits.
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
-import structlog
-
-from bkpool.core.errors import Conflict, Gone, HostFault, InvalidInput, NotFound
+from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.resource import R, Resource
-from bkpool.store import Listing, WatchEvent
-from bkpool.store.reading import Doc, read
-
-log = structlog.get_logger(__name__)
+from bkpool.core.unreadable import Unreadable, UnreadableObject
+from bkpool.store import Listing, WatchEvent, rows
+from bkpool.store.reading import Doc, read, read_or_note
+from bkpool.store.rows import StoredDocument, StoredRow
 
 _PAGE_SIZE = 256  # events that are read from the log at once: a limit for the memory of a slow watch
 _SET_BY_STORE = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
@@ -50,7 +47,6 @@ class Tables:
         self._db = db
         self._now = now
         self._history = history
-        self._reported: set[str] = set()
         self.touched: set[str] = set()
         """The kinds that were written in this transaction. The code that commits empties it."""
 
@@ -58,18 +54,26 @@ class Tables:
 
     def get(self, kind: type[R], key: Key) -> R:
         """See Store.get."""
-        return read(kind, self._find(kind, key))
+        found = _object(kind, self._find(kind, key))
+        if isinstance(found, Unreadable):
+            raise UnreadableObject(found)
+        return found
 
     def list(self, kind: type[R], namespace: str | None, labels: Mapping[str, str]) -> Listing[R]:
-        """See Store.list. Objects that this version cannot read are left out, and logged."""
+        """See Store.list."""
         terms = _label_terms(labels)
         conditions = ["kind = ?"] + ["namespace = ?"] * (namespace is not None)
         conditions += ["uid IN (SELECT uid FROM terms WHERE term = ?)"] * len(terms)
-        rows = self._db.execute(
-            f"SELECT data FROM objects WHERE {' AND '.join(conditions)} ORDER BY namespace, name",  # noqa: S608 - fixed parts only
+        selected = self._db.execute(
+            f"{_ROW} WHERE {' AND '.join(conditions)} ORDER BY namespace, name",
             [kind.KIND, *([] if namespace is None else [namespace]), *terms],
         )
-        return Listing(tuple(self._readable(kind, (data for (data,) in rows))), str(self._version()))
+        found = [_object(kind, self._read(row)) for row in selected.fetchall()]
+        return Listing(
+            tuple(obj for obj in found if not isinstance(obj, Unreadable)),
+            str(self._version()),
+            tuple(obj for obj in found if isinstance(obj, Unreadable)),
+        )
 
     def events_after(self, kind: type[R], version: int) -> LogPage:
         """The next events of a kind. Raises Gone if some were removed from the log, or the version is of no use."""
@@ -79,13 +83,14 @@ class Tables:
             raise Gone(
                 f"the changes of {kind.KIND} since version {version} are no longer in the log", hint="List again."
             )
-        rows = self._db.execute(
-            "SELECT version, type, data FROM events WHERE kind = ? AND version > ? ORDER BY version LIMIT ?",
+        logged = self._db.execute(
+            f"SELECT version, CAST(type AS BLOB), {rows.DATA} FROM events"  # noqa: S608 - fixed parts only
+            " WHERE kind = ? AND version > ? ORDER BY version LIMIT ?",
             [kind.KIND, version, _PAGE_SIZE],
         ).fetchall()
-        complete = len(rows) < _PAGE_SIZE
-        events = [WatchEvent(type_, obj) for _, type_, data in rows for obj in self._readable(kind, [data])]
-        return LogPage(events, newest if complete else rows[-1][0], complete)
+        complete = len(logged) < _PAGE_SIZE
+        events = [_event(kind, *row) for row in logged]
+        return LogPage(events, newest if complete else logged[-1][0], complete)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -95,50 +100,66 @@ class Tables:
             raise Conflict(f"{obj.KIND} {obj.key} exists already")
         doc = obj.to_json()
         metadata = doc["metadata"]
-        metadata.pop("deletionTimestamp", None)
+        for field in ("deletionTimestamp", "resourceVersion"):
+            metadata.pop(field, None)
         metadata.update(uid=str(uuid4()), generation=1, creationTimestamp=self._timestamp())
         self._put("ADDED", doc)
         self._index(doc)
         if self._orphaned(doc):
-            self._delete_or_mark(doc)
+            self._delete_or_mark(self._find(type(obj), obj.key)._replace(doc=doc))
         return read(type(obj), doc)
 
     def replace(self, obj: R) -> R:
         """See Store.replace."""
-        current = self._unchanged(obj)
-        doc = obj.to_json() | {"status": current["status"]}
+        found = self._unchanged(obj)
+        current = found.doc
+        doc = obj.to_json() | {"status": current.get("status", {})}
         metadata, stored = doc["metadata"], current["metadata"]
         for field in _SET_BY_STORE:
             metadata.pop(field, None)
         metadata.update({field: stored[field] for field in _SET_BY_STORE if field in stored})
+        if found.problem:
+            metadata.update(uid=stored["uid"] or str(uuid4()), creationTimestamp=self._timestamp())
         if doc == current:
             return read(type(obj), doc)
-        if doc["spec"] != current["spec"]:
+        if doc["spec"] != current.get("spec"):
             metadata["generation"] += 1
         if "deletionTimestamp" in metadata:
             _refuse_new_finalizers(obj, stored)
         if "deletionTimestamp" in metadata and not metadata["finalizers"]:
-            self._remove(doc)
+            self._remove(found.rowid, doc)
         else:
-            self._put("MODIFIED", doc)
+            self._put("MODIFIED", doc, found.rowid)
             self._index(doc)
         return read(type(obj), doc)
 
     def replace_status(self, obj: R) -> R:
         """See Store.replace_status."""
-        current = self._unchanged(obj)
-        doc = current | {"status": obj.to_json()["status"]}
-        if doc != current:
-            self._put("MODIFIED", doc)
+        found = self._unchanged(obj)
+        doc = found.doc | {"status": obj.to_json()["status"]}
+        if doc != found.doc:
+            self._put("MODIFIED", doc, found.rowid)
         return read(type(obj), doc)
+
+    def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
+        """See Store.patch_status."""
+        stored = self._find(found.kind, found.key)
+        if stored.problem:  # what somebody may want to correct would be lost
+            raise UnreadableObject(_unreadable(found.kind, stored))
+        current = stored.doc
+        if found.version != current["metadata"]["resourceVersion"]:
+            raise _changed(found.kind, found.key)
+        doc = current | {"status": {**found.status, **fields}}
+        if doc != current:
+            self._put("MODIFIED", doc, stored.rowid)
 
     def delete(self, kind: type[Resource], key: Key, uid: str | None, version: str | None) -> None:
         """See Store.delete."""
-        doc = self._find(kind, key)
-        metadata = doc["metadata"]
+        found = self._find(kind, key)
+        metadata = found.doc["metadata"]
         if uid not in {None, metadata["uid"]} or version not in {None, metadata["resourceVersion"]}:
             raise _changed(kind, key)
-        self._delete_or_mark(doc)
+        self._delete_or_mark(found)
 
     def compact(self) -> None:
         """Removes the events that are older than the history that the log keeps."""
@@ -153,29 +174,29 @@ class Tables:
 
     # --- the rules --------------------------------------------------------------------------------------------------
 
-    def _delete_or_mark(self, doc: Doc) -> None:
+    def _delete_or_mark(self, found: StoredDocument) -> None:
         """Deletes an object, or only marks it as deleted while it has finalizers.
 
         The mark raises the generation, as in Kubernetes.
         """
-        metadata = doc["metadata"]
+        metadata = found.doc["metadata"]
         if not metadata["finalizers"]:
-            self._remove(doc)
+            self._remove(found.rowid, found.doc)
         elif "deletionTimestamp" not in metadata:
             metadata["deletionTimestamp"] = self._timestamp()
             metadata["generation"] += 1
-            self._put("MODIFIED", doc)
+            self._put("MODIFIED", found.doc, found.rowid)
 
-    def _remove(self, doc: Doc) -> None:
+    def _remove(self, rowid: int, doc: Doc) -> None:
         """Removes an object, then the objects that only it owned ("background" deletion in Kubernetes)."""
         uid = doc["metadata"]["uid"]
-        self._db.execute("DELETE FROM objects WHERE uid = ?", [uid])
+        self._db.execute("DELETE FROM objects WHERE rowid = ?", [rowid])
         self._db.execute("DELETE FROM terms WHERE uid = ?", [uid])
         self._log_event("DELETED", doc)
         owned = self._db.execute("SELECT uid FROM terms WHERE term = ?", [f"owner:{uid}"]).fetchall()
         for (dependent,) in owned:
-            row = self._db.execute("SELECT data FROM objects WHERE uid = ?", [dependent]).fetchone()
-            if row and self._orphaned(other := json.loads(row[0])):
+            row = self._db.execute(f"{_ROW} WHERE uid = ?", [dependent]).fetchone()
+            if row and self._orphaned((other := self._read(row)).doc):
                 self._delete_or_mark(other)
 
     def _orphaned(self, doc: Doc) -> bool:
@@ -185,33 +206,53 @@ class Tables:
 
     # --- rows -------------------------------------------------------------------------------------------------------
 
-    def _find(self, kind: type[Resource], key: Key) -> Doc:
+    def _find(self, kind: type[Resource], key: Key) -> StoredDocument:
         row = self._db.execute(_BY_KEY, [kind.KIND, *key]).fetchone()
         if row is None:
             raise NotFound(f"there is no {kind.KIND} {key}")
-        doc: Doc = json.loads(row[0])
-        return doc
+        return self._read(row)
 
-    def _unchanged(self, obj: Resource) -> Doc:
-        current = self._find(type(obj), obj.key)
-        if obj.metadata.resource_version != current["metadata"]["resourceVersion"]:
+    def _read(self, columns: tuple[Any, ...]) -> StoredDocument:
+        """What is stored in a row. An object that cannot be read has the next version: nobody has seen it so far."""
+        row = StoredRow(*columns)
+        found = rows.document(row, 0, [])
+        if not found.problem:
+            return found
+        terms = self._db.execute("SELECT term FROM terms WHERE uid = ? AND term LIKE 'owner:%'", [row.known_uid])
+        return rows.document(row, self._version() + 1, [term.removeprefix("owner:") for (term,) in terms.fetchall()])
+
+    def _unchanged(self, obj: Resource) -> StoredDocument:
+        found = self._find(type(obj), obj.key)
+        if obj.metadata.resource_version != found.doc["metadata"]["resourceVersion"]:
             raise _changed(type(obj), obj.key)
-        return current
+        return found
 
-    def _put(self, event: str, doc: Doc) -> None:
+    def _put(self, event: str, doc: Doc, rowid: int | None = None) -> None:
+        """Writes an object.
+
+        Args:
+            event: What the log says of it.
+            doc: The object.
+            rowid: Where it is stored; None for a new one.
+        """
         self._log_event(event, doc)
-        metadata = doc["metadata"]
+        metadata, text = doc["metadata"], rows.text_of(doc)
+        if rowid is not None:
+            self._db.execute("UPDATE objects SET uid = ?, data = ? WHERE rowid = ?", [metadata["uid"], text, rowid])
+            return
         self._db.execute(
-            "INSERT INTO objects (uid, kind, namespace, name, data) VALUES (?, ?, ?, ?, ?)"
-            " ON CONFLICT (uid) DO UPDATE SET data = excluded.data",
-            [metadata["uid"], doc["kind"], metadata["namespace"], metadata["name"], json.dumps(doc)],
+            "INSERT INTO objects (uid, kind, namespace, name, data) VALUES (?, ?, ?, ?, ?)",
+            [metadata["uid"], doc["kind"], metadata["namespace"], metadata["name"], text],
         )
 
     def _log_event(self, event: str, doc: Doc) -> None:
-        """Gives the object the next version, and writes the event to the log."""
-        version = self._version() + 1
+        """Gives the object the next version, and writes the event to the log.
+
+        An object that could not be read had the next version already (`_read`), and gets the one after it.
+        """
+        version = max(self._version(), int(doc["metadata"].get("resourceVersion", 0))) + 1
         doc["metadata"]["resourceVersion"] = str(version)
-        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, json.dumps(doc)])
+        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, rows.text_of(doc)])
         self.touched.add(doc["kind"])
 
     def _index(self, doc: Doc) -> None:
@@ -232,19 +273,33 @@ class Tables:
         """Whole seconds, as in Kubernetes, so that no code relies on a finer time."""
         return self._now().replace(microsecond=0).isoformat().replace("+00:00", "Z")
 
-    def _readable(self, kind: type[R], rows: Iterable[str]) -> Iterator[R]:
-        for data in rows:
-            doc = json.loads(data)
-            try:
-                yield read(kind, doc)
-            except HostFault as error:
-                uid = doc["metadata"]["uid"]
-                if uid not in self._reported:
-                    self._reported.add(uid)
-                    log.warning("store.object_skipped", kind=kind.KIND, reason=error.message)
+
+_ROW = f"SELECT {rows.COLUMNS} FROM objects"  # noqa: S608 - fixed parts only
+_BY_KEY = f"{_ROW} WHERE kind = ? AND namespace = ? AND name = ?"
 
 
-_BY_KEY = "SELECT data FROM objects WHERE kind = ? AND namespace = ? AND name = ?"
+def _object(kind: type[R], found: StoredDocument) -> R | Unreadable:
+    return _unreadable(kind, found) if found.problem else read_or_note(kind, found.doc)
+
+
+def _unreadable(kind: type[Resource], found: StoredDocument) -> Unreadable:
+    metadata = found.doc["metadata"]
+    return Unreadable(kind, Key(metadata["namespace"], metadata["name"]), found.problem, found.doc)
+
+
+def _event(kind: type[R], version: int, change: bytes, data: object) -> WatchEvent[R]:
+    """An event of the log. Raises Gone if it cannot be told what it says: the list tells what is there now."""
+    try:
+        return WatchEvent(_CHANGES[change], read_or_note(kind, rows.logged(kind.KIND, version, data)))
+    except (rows.NotADocument, KeyError):
+        raise Gone(f"change {version} of {kind.KIND} in the log cannot be read", hint="List again.") from None
+
+
+_CHANGES: Mapping[object, Literal["ADDED", "MODIFIED", "DELETED"]] = {
+    b"ADDED": "ADDED",
+    b"MODIFIED": "MODIFIED",
+    b"DELETED": "DELETED",
+}
 
 
 def _changed(kind: type[Resource], key: Key) -> Conflict:

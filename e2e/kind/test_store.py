@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 from store.test_contract import *  # noqa: F403 - the contract, with the fixture `store` of this directory
 from store.test_contract import a_pool, scaled, seen
-from structlog.testing import capture_logs
 
-from bkpool.core.errors import Gone, HostFault, InvalidInput, NotFound
+from bkpool.core.errors import Conflict, HostFault, InvalidInput, NotFound
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker, new_worker
@@ -53,42 +53,45 @@ async def test_errors_name_an_unknown_namespace_and_a_field_that_the_schema_reje
     assert refused.value.field == "spec.scaling.max"
 
 
-async def test_an_unreadable_object_is_reported_once_and_hides_no_other(api, store):
+async def test_an_unreadable_object_hides_no_other_and_only_its_status_is_written(api, store):
     since = (await store.list(Pool)).resource_version
     odd = a_pool().to_json() | {
         "metadata": {"name": "with.dots", "namespace": "default"}
     }  # a name that only Kubernetes allows
-    with capture_logs() as logs:
-        await api.create(paths.custom(Pool.PLURAL, "default"), odd)
-        good = await store.create(a_pool())
+    await api.create(paths.custom(Pool.PLURAL, "default"), odd)
+    good = await store.create(a_pool())
 
-        assert [e.object for e in await seen(store, Pool, since, lambda e: True)] == [good]
-        listing = await store.list(Pool)
-        await store.list(Pool)
-
-    key = Key("default", "with.dots")
-    assert (listing.items, listing.unreadable) == ((good,), {key})
-    assert "metadata.name" in store.unreadable[Pool.KIND, key]
-    assert [line["event"] for line in logs] == ["store.object_skipped"]
+    events = await seen(store, Pool, since, lambda e: isinstance(e.object, Pool))
+    assert events[-1].object == good
+    listing = await store.list(Pool)
+    [found] = listing.unreadable
+    assert (listing.items, found.key) == ((good,), Key("default", "with.dots"))
+    assert "metadata.name" in found.reason
     with pytest.raises(HostFault, match=r"with\.dots cannot be read"):
-        await store.get(Pool, *key)
-    await store.delete(Pool, *key)
-    await store.list(Pool)
-    assert store.unreadable == {}
+        await store.get(Pool, *found.key)
+
+    await store.patch_status(found, {**(found.noted(datetime.now(UTC)) or {}), "phase": "Degraded"})
+    with pytest.raises(Conflict):
+        await store.patch_status(found, {"phase": "Ready"})
+    [marked] = (await store.list(Pool)).unreadable
+    assert marked.noted(datetime.now(UTC)) is None, "it says so itself now"
+    assert (marked.status["phase"], marked.document["spec"]) == ("Degraded", found.document["spec"])
+    await store.delete(Pool, *found.key)
+    assert (await store.list(Pool)).unreadable == ()
 
 
-async def test_an_object_that_becomes_unreadable_keeps_its_last_state(api, store):
+async def test_an_object_that_becomes_unreadable_is_kept_apart_until_it_can_be_read_again(api, store):
     pool = await store.create(a_pool())
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
-    listing = await store.list(Worker)
     await api.patch(*changed_status(worker, phase="Moonlight"))
     mirror = Mirror(store)
     mirror.apply(worker)
     running = asyncio.create_task(mirror.run())
     async with asyncio.timeout(10):
         await mirror.ready.wait()
-    assert mirror.workers == {worker.key: worker}, "a list that cannot read it does not end it"
-    assert "Moonlight" in store.unreadable[Worker.KIND, worker.key]
+    assert mirror.workers == {}
+    assert "Moonlight" in mirror.unreadable_workers[worker.key].reason
+    assert mirror.unreadable_slots(pool.key) == {worker.slot}
 
     changes: asyncio.Queue[Key] = asyncio.Queue()
     mirror.subscribe(changes.put_nowait)
@@ -97,12 +100,11 @@ async def test_an_object_that_becomes_unreadable_keeps_its_last_state(api, store
         await changes.get()
         assert mirror.workers[worker.key].status.phase == "Idle"
         await api.patch(*changed_status(worker, phase="Moonlight"))
+        await changes.get()
         await store.delete(Worker, *worker.key)
         await changes.get()
     assert mirror.workers == {}
-    assert store.unreadable == {}
-    with pytest.raises(Gone):
-        await seen(store, Worker, listing.resource_version, lambda e: e.type == "DELETED")
+    assert mirror.unreadable_workers == {}
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
 

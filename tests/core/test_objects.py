@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import read_documents
 from bkpool.core.errors import InvalidInput
 from bkpool.core.ignored import ignored_fields
@@ -98,7 +99,7 @@ def test_a_small_file_that_stands_for_millions_of_nodes_costs_nothing():
 
 
 def test_a_file_may_use_aliases_and_merge_keys():
-    text = "labels: &team {team: a}\n" + HEAD.replace("name: p", "name: p, labels: {<<: *team, x: y}")
+    text = HEAD.replace("name: p", "name: p, annotations: &team {team: a}, labels: {<<: *team, x: y}")
     (pool,) = read_documents(text, source="f").pools
     assert dict(pool.metadata.labels) == {"team": "a", "x": "y"}
 
@@ -132,6 +133,39 @@ def test_a_worker_without_a_slot_in_its_name_is_refused():
     data["metadata"]["name"] = "odd"
     with pytest.raises(InvalidInput, match="is not the name of a worker"):
         parse_object(Worker, data)
+
+
+def test_a_worker_whose_name_is_of_another_pool_is_refused():
+    data = worker(0).to_json()
+    data["spec"]["poolRef"]["name"] = "q"
+    with pytest.raises(InvalidInput, match=r"^spec\.poolRef\.name: must be 'p', as the worker's name says$"):
+        parse_object(Worker, data)
+
+
+@pytest.mark.parametrize(("most", "limit"), [(1, 54), (10, 54), (11, 53), (100, 53), (101, 52), (1001, 51)])
+def test_the_name_of_a_pool_leaves_room_for_the_names_of_its_workers(most, limit):
+    def named(length: int) -> Pool:
+        return parse_object(Pool, {"metadata": {"name": "p" * length}, "spec": {"scaling": {"max": most}}})
+
+    slot = Slot("default", named(limit).key.name, most - 1)
+    assert len(slot.worker.name) == 63
+    with pytest.raises(InvalidInput, match=f"metadata.name: .* has {limit + 1} characters, .* may have {limit}"):
+        named(limit + 1)
+
+
+@pytest.mark.parametrize("kind", [Pool, OIDCConfig])
+@pytest.mark.parametrize("field", ["name", "namespace"])
+def test_a_long_name_is_refused_with_its_length_and_the_limit(kind, field):
+    data = {
+        "metadata": {"name": "n", field: "n" * 64},
+        "spec": {"issuer": "https://issuer.example.com", "audience": "a"} if kind is OIDCConfig else {},
+    }
+    with pytest.raises(InvalidInput) as refused:
+        parse_object(kind, data)
+    assert refused.value.field == f"metadata.{field}"
+    assert f"metadata.{field}: 'nnnnnnnnnnnnnnnnnnnn'... has 64 characters, and a name has at most 63" in str(
+        refused.value
+    )
 
 
 def test_objects_are_frozen():

@@ -44,7 +44,7 @@ AMOUNT = "must be an amount as in Kubernetes, such as 500m, 2 or 4Gi"
         ),
         (
             {"networking": {"external": {"hostname": "a" * 300}}},
-            f"spec.networking.external.hostname: must have at most 253 characters (given: '{'a' * 59})",
+            f"spec.networking.external.hostname: must have at most 253 characters, and has 300 (given: '{'a' * 59})",
         ),
         (
             {"networking": {"external": {"hostname": "_"}}},
@@ -81,8 +81,11 @@ def test_a_wrong_field_of_a_pool_is_explained_in_plain_words(spec, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"poolName": "p", "jobId": "x" * 500}, "jobId: must have at most 256 characters"),
-        ({"poolName": "p", "metadata": {str(n): "" for n in range(65)}}, "metadata: must have at most 64 entries"),
+        ({"poolName": "p", "jobId": "x" * 500}, "jobId: must have at most 256 characters, and has 500"),
+        (
+            {"poolName": "p", "metadata": {str(n): "" for n in range(65)}},
+            "metadata: must have at most 64 entries, and has 65",
+        ),
         ({"poolName": "p", "colour": 1}, "colour: there is no such field"),
         ({}, "poolName: is missing"),
         ([], "the document: must be an object with fields"),

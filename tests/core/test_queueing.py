@@ -231,7 +231,7 @@ async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data)
                 overtaken[waiter] = Counter()  # the first of its tenant
             queue.join(waiter)
         before = set(queue._waiting)
-        queue.serve(p, [], {}, NOW)
+        queue.serve(p, [], {}, (), NOW)
         (done,) = before - set(queue._waiting)
         queue.claim_ended(done.served.result())
         overtaken.pop(done, None)

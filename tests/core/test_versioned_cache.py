@@ -63,12 +63,6 @@ def test_a_list_removes_what_is_not_in_it_but_not_what_is_newer():
     assert cache.items == {"b": Thing("b", 9)}
 
 
-def test_a_list_keeps_what_it_could_not_read():
-    cache = a_cache(Thing("a", 1), Thing("b", 1), version=2)
-    assert cache.listed([], 5, {"a"}) == [Thing("b", 1)]
-    assert cache.items == {"a": Thing("a", 1)}
-
-
 def test_a_list_with_nothing_new_reports_nothing():
     cache = a_cache(Thing("a", 1), version=2)
     assert cache.listed([Thing("a", 1)], 8) == []

@@ -183,5 +183,13 @@ def test_while_nothing_is_configured_every_authenticated_caller_has_access():
         assert control.decide([CI, Identity("admin", admin=True)], mine).allowed
 
 
+def test_while_a_pool_or_an_issuer_cannot_be_read_access_counts_as_configured():
+    unreadable = []
+    control = AccessControl([[]], list, list, any_unreadable=lambda: bool(unreadable))
+    assert control.open_to_all
+    unreadable.append("it may be the one that restricts access")
+    assert not control.open_to_all
+
+
 def test_a_caller_without_identity_has_no_access():
     assert "the caller may not use pool p" in forbidden(access().decide([], pool()), "p").message

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
-from bkpool.core.names import API_VERSION, GROUP
+from bkpool.core.names import API_VERSION, GROUP, longest_pool_name
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Duration
 from bkpool.core.worker import Worker, WorkerSpec, WorkerStatus
@@ -117,6 +117,12 @@ def test_every_field_that_bkpool_reads_or_writes_is_in_the_schema_with_its_bound
             bounds.pop("enum", None)  # another version may write more
         in_schema = {key: known[path].get(key) for key in bounds}
         assert in_schema == bounds, f"{kind.KIND}: {path}"
+
+
+def test_the_api_server_refuses_the_name_of_a_pool_that_can_have_no_worker():
+    assert schema(Pool)["properties"]["metadata"]["properties"] == {
+        "name": {"type": "string", "maxLength": longest_pool_name(1)}
+    }
 
 
 @pytest.mark.parametrize(

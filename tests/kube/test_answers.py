@@ -30,6 +30,7 @@ from bkpool.core.errors import (
 )
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits, client
 from bkpool.kube.errors import error_of
 from bkpool.store.kubernetes import KubernetesStore
@@ -166,12 +167,15 @@ async def test_a_watch_continues_from_the_last_version_bookmarks_included(server
     assert {query["timeoutSeconds"] for query in asked} == {"270"}
 
 
-async def test_an_unreadable_object_is_skipped_and_not_requested_again(server, store):
+async def test_an_unreadable_object_is_told_apart_and_not_requested_again(server, store):
     odd = a_pool(7, "odd", scaling={"max": -1})
     server.plays = [streams(event("ADDED", odd)), streams(event("ADDED", a_pool(8)), then="silence")]
-    assert await taken(store, 1) == ["8"]
+    async with aclosing(store.watch(Pool, "5")) as watch:
+        found, good = (await anext(watch)).object, (await anext(watch)).object
+    assert isinstance(found, Unreadable)
+    assert (found.key, found.version, good.metadata.resource_version) == (Key("default", "odd"), "7", "8")
+    assert "spec.scaling.max" in found.reason
     assert [request.query["resourceVersion"] for request in server.asked] == ["5", "7"]
-    assert "spec.scaling.max" in store.unreadable["BuildKitPool", Key("default", "odd")]
 
 
 @pytest.mark.parametrize(
@@ -200,10 +204,21 @@ async def test_an_expired_version_raises_gone_by_status_or_by_event(server, stor
         await taken(store, 1)
 
 
-async def test_an_unreadable_deletion_requires_a_new_list(server, store):
+async def test_the_deletion_of_an_unreadable_object_is_an_event_as_any_other(server, store):
     server.plays = [streams(event("DELETED", a_pool(6, scaling={"max": -1})), then="silence")]
-    with pytest.raises(Gone):
-        await taken(store, 1)
+    async with aclosing(store.watch(Pool, "5")) as watch:
+        deleted = await anext(watch)
+    assert (deleted.type, deleted.object.key.name) == ("DELETED", "p")
+
+
+async def test_only_the_status_of_an_unreadable_object_is_written(server, store):
+    odd = a_pool(7, "odd", scaling={"max": -1})
+    server.plays = [answers(200, odd)]
+    with pytest.raises(UnreadableObject) as raised:
+        await store.get(Pool, "default", "odd")
+    await store.patch_status(raised.value.found, {"phase": "Degraded"})
+    asked = server.asked[-1]
+    assert (asked.method, asked.path.rpartition("/")[2]) == ("PUT", "status")
 
 
 async def test_a_silent_watch_counts_as_frozen(server, store, api):
@@ -317,7 +332,7 @@ async def test_an_idle_connection_is_closed_after_its_limit(connected):
         closed.set()
 
     listening = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with listening, asyncio.timeout(5):
+    async with listening, asyncio.timeout(12):
         api = await connected(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}", idle_timeout=0.05)
         await api.get("/api/v1/x")
         await closed.wait()

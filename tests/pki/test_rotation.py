@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from bkpool.core.unreadable import Unreadable
+from bkpool.core.worker import Worker
 from bkpool.gateway.net.tls_context import server_context
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import ClusterSecrets
@@ -40,6 +42,15 @@ def rotation(clock):
 
 def holders(*allocated_at):
     return [worker(number, lease(id=str(number), now=at)) for number, at in enumerate(allocated_at)]
+
+
+def test_a_worker_that_cannot_be_read_may_have_an_earlier_lease(rotation, clock):
+    [leased] = holders(NOW)
+    found = Unreadable(Worker, leased.key, "status.phase: is unknown", leased.to_json())
+    idle = Unreadable(Worker, leased.key, "status.phase: is unknown", leased.with_lease(None).to_json())
+    clock.now = NOW + 10 * DAY
+    assert rotation.overlaps([found])
+    assert not rotation.overlaps([idle])
 
 
 def connects(rotation, workers, client_authority, trusted):

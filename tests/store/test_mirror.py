@@ -13,9 +13,10 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import new_worker
-from bkpool.store import Listing
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
+from support.captured_logs import capture_logs
+from support.unreadable import spoil
 
 P, Q = Key("default", "p"), Key("default", "q")
 
@@ -173,7 +174,7 @@ async def test_a_late_deletion_does_not_remove_an_object_that_was_created_again(
 
     async with aclosing(store.watch(Pool, made.metadata.resource_version)) as watch:
         deleted = await anext(watch)
-    mirror._pools_changed(mirror._pools.event(deleted.type, deleted.object))
+    mirror._pools.event(deleted)
 
     assert deleted.type == "DELETED"
     assert mirror.pools == {P: again}
@@ -185,7 +186,7 @@ async def test_an_older_list_does_not_remove_an_applied_object(store):
     mirror = Mirror(store)
     mirror.apply(pool)
 
-    mirror._pools_changed(mirror._pools.listed(listing.items, int(listing.resource_version), listing.unreadable))
+    mirror._pools.listed(listing)
 
     assert mirror.pools == {P: pool}
 
@@ -305,19 +306,62 @@ async def test_refusals_are_raised_at_first_and_retried_after_the_first_list(sto
     assert seen == ["the wire is cut", refusal.message]
 
 
-async def test_an_object_that_a_list_cannot_read_stays_as_it_was(store):
-    pool, other = await store.create(a_pool()), await store.create(a_pool("q"))
+async def test_an_object_that_cannot_be_read_is_kept_apart_until_it_can_be_read_again(tmp_path, store):
+    pool = await store.create(a_pool())
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+    path = tmp_path / "state.db"
+
+    with capture_logs() as logs:
+        async with running(store) as mirror:
+            spoil(path, worker.key.name, lambda doc: doc["status"].update(phase="Hibernating"))
+            await store.replace(scaled(pool, 3))  # wakes the watches
+            other = await store.create(new_worker(Slot("default", "p", 1), pool, None, {}))
+            await until(mirror, lambda: worker.key in mirror.unreadable_workers)
+            assert dict(mirror.workers) in ({}, {other.key: other}), "nobody decides by what it was before"
+            assert mirror.unreadable_slots(P) == {Slot("default", "p", 0)}
+            [found] = mirror.unreadable_of(P)
+            assert "status.phase: must be" in found.reason
+            mirror.apply(worker)
+            assert worker.key not in mirror.workers, "an older version of it is no news"
+
+            for number in (4, 5):  # the same again, with other words beside it
+                spoil(
+                    path, worker.key.name, lambda doc, number=number: doc["metadata"]["labels"].update(n=str(number))
+                )
+                await store.create(new_worker(Slot("default", "p", number), pool, None, {}))
+            await until(mirror, lambda: mirror.unreadable_of(P)[0].document["metadata"]["labels"].get("n") == "5")
+
+            spoil(path, worker.key.name, lambda doc: doc["status"].update(phase="Idle"))
+            await store.create(new_worker(Slot("default", "p", 6), pool, None, {}))
+            await until(mirror, lambda: worker.key in mirror.workers)
+            assert mirror.unreadable_slots(P) == frozenset()
+            assert mirror.unreadable_of(P) == []
+
+    told = [line["event"] for line in logs if line["event"].startswith("store.")]
+    assert told == ["store.object_unreadable", "store.object_readable"]
+
+
+async def test_an_object_that_a_list_cannot_read_is_not_served_as_it_was(tmp_path, store):
+    pool = await store.create(a_pool())
     mirror = Mirror(store)
-    for known in (pool, other):
-        mirror.apply(known)
-    await store.delete(Pool, *Q)
-    newer = await store.replace(scaled(pool, 3))
+    mirror.apply(pool)
+    spoil(tmp_path / "state.db", "p", lambda doc: doc["spec"]["scaling"].update(max="many"))
 
-    listing = Listing((), newer.metadata.resource_version, frozenset({P}))
-    mirror._pools_changed(mirror._pools.listed(listing.items, int(listing.resource_version), listing.unreadable))
+    mirror._pools.listed(await store.list(Pool))
 
-    assert mirror.pools == {P: pool}
-    assert other.key not in mirror.pools
+    assert mirror.pools == {}
+    assert mirror.unreadable_pools[P].message.startswith("BuildKitPool default/p cannot be read: spec.scaling.max")
+
+
+async def test_an_unreadable_object_that_is_deleted_leaves_nothing(tmp_path, store):
+    pool = await store.create(a_pool())
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+    spoil(tmp_path / "state.db", worker.key.name, lambda doc: doc["status"].update(phase="Hibernating"))
+    async with running(store) as mirror:
+        assert mirror.unreadable_slots(P) == {Slot("default", "p", 0)}
+        await store.delete(type(worker), *worker.key)
+        await until(mirror, lambda: not mirror.unreadable_workers)
+        assert mirror.unreadable_slots(P) == frozenset()
 
 
 async def test_issuers_are_followed_only_if_configured(store):

@@ -16,11 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from bkpool.core.errors import EXIT, Conflict, DiskFull, Gone, HostFault, Unavailable
 from bkpool.core.pool import Pool, Scaling
 from bkpool.core.resource import Metadata
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.store import database
 from bkpool.store.sqlite import SqliteStore
@@ -290,7 +290,7 @@ async def test_an_error_of_the_disk_names_the_file():
 # --- objects of a future version ------------------------------------------------------------------------------------
 
 
-async def test_an_object_of_a_newer_version_is_logged_once_and_delays_no_other(tmp_path):
+async def test_an_object_of_a_newer_version_is_told_apart_and_delays_no_other(tmp_path):
     path = tmp_path / "state.db"
     await make(path, "future", "present")
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
@@ -301,18 +301,26 @@ async def test_an_object_of_a_newer_version_is_logged_once_and_delays_no_other(t
             db.execute(f"UPDATE {table} SET data = ? WHERE data = ?", [json.dumps(doc), data])
 
     store = await SqliteStore.open(path)
-    with capture_logs() as logs:
-        assert [p.key.name for p in (await store.list(Pool)).items] == ["present"]
-        await store.list(Pool)
-        async with aclosing(store.watch(Pool, "0")) as watch:
-            assert (await anext(watch)).object.key.name == "present"
-    assert [(line["event"], "default/future" in line["reason"]) for line in logs] == [("store.object_skipped", True)]
+    listing = await store.list(Pool)
+    assert [p.key.name for p in listing.items] == ["present"]
+    assert [found.key.name for found in listing.unreadable] == ["future"]
+    async with aclosing(store.watch(Pool, "0")) as watch:
+        found, present = (await anext(watch)).object, (await anext(watch)).object
+    assert isinstance(found, Unreadable)
+    assert present.key.name == "present"
 
     with pytest.raises(HostFault, match=r"BuildKitPool default/future cannot be read: spec\.scaling\.max") as refused:
         await store.get(Pool, "default", "future")
     assert refused.value.code == "Unreadable"
     with pytest.raises(Conflict):
         await store.create(a_pool("future"))
+
+    await store.patch_status(found, {"phase": "Degraded"})
+    with pytest.raises(Conflict, match="has changed since it was read"):
+        await store.patch_status(found, {"phase": "Ready"})
+    [marked] = (await store.list(Pool)).unreadable
+    assert (marked.status["phase"], marked.document["spec"]) == ("Degraded", found.document["spec"])
+
     await store.delete(Pool, "default", "future")
     await store.create(a_pool("future"))
     await store.close()

@@ -13,6 +13,7 @@ from bkpool.appliance.tuning import failure_limits
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.controller.unreadable_objects import UnreadableObjects
 from bkpool.core.allowances import messages
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.pool import Pool
@@ -80,5 +81,6 @@ async def _run(
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(controller.run())
             tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
+            tasks.create_task(UnreadableObjects(backend.store, mirror, backend.recorder, context.now).run())
             if gateways is not None:
                 tasks.create_task(gateways.run())

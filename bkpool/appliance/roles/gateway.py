@@ -128,7 +128,8 @@ def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
     def update() -> None:
         nonlocal scheduled
         scheduled = False
-        gateway.update(build_lease_table(mirror.pools.values(), mirror.workers.values()))
+        unreadable = mirror.unreadable_pools, mirror.unreadable_workers.values()
+        gateway.update(build_lease_table(mirror.pools.values(), mirror.workers.values(), *unreadable))
 
     def on_change(_pool: Key) -> None:
         nonlocal scheduled

@@ -60,9 +60,33 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
     return Plan(tuple(actions), min(deadlines, default=None))
 
 
-def stray_slots(observed: Iterable[Slot], workers: Iterable[Worker], busy: Iterable[Slot]) -> list[Slot]:
-    """Slots in which something runs although they have no worker: the worker object was deleted."""
-    return sorted(set(observed) - {w.slot for w in workers} - set(busy))
+def wind_up_leases(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Plan:
+    """What to do for a pool that cannot be read: leases that have ended leave their workers, and nothing else.
+
+    Without its spec nobody knows which workers it should have. So none is created, started or removed.
+    """
+    actions: list[Action] = []
+    deadlines: list[datetime] = []
+    for worker in snapshot.workers:
+        lease = worker.lease
+        if lease is None or worker.slot in snapshot.busy:
+            continue
+        over = lease.ended(now)
+        step: Action | datetime = lease.expires_at
+        if over is not None:
+            step = lease_end.wind_up(
+                worker,
+                lease,
+                over,
+                snapshot.observed.get(worker.slot),
+                now,
+                limits=limits,
+            )
+        if isinstance(step, datetime):
+            deadlines.append(step)
+        else:
+            actions.append(step)
+    return Plan(tuple(actions), min(deadlines, default=None))
 
 
 def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
@@ -74,6 +98,16 @@ def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
     leased = {worker.slot for worker in snapshot.workers if worker.lease is not None}
     of_pool = {slot for slot in used if (slot.namespace, slot.pool) == snapshot.pool.key}
     return sorted(of_pool - leased - snapshot.busy)
+
+
+def stray_slots(
+    observed: Iterable[Slot], workers: Iterable[Worker], busy: Iterable[Slot], unreadable: Iterable[Slot] = ()
+) -> list[Slot]:
+    """Slots in which something runs although they have no worker: the worker object was deleted.
+
+    A worker that exists and cannot be read is there, so what runs in its slot is no stray.
+    """
+    return sorted(set(observed) - {w.slot for w in workers} - set(busy) - set(unreadable))
 
 
 def _idle(

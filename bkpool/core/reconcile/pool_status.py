@@ -14,6 +14,7 @@ from bkpool.core.auth import MethodType
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.resource import AS_WANTED, Condition, condition
+from bkpool.core.unreadable import CONDITION, Unreadable, named
 from bkpool.core.worker import Phase, Worker
 
 
@@ -33,6 +34,8 @@ class PoolStatusInputs:
     """Which name for the gateway's certificate is not allowed; empty: all are. None: nothing is checked here."""
     not_allowed: str | None = None
     """What else of the pool is not allowed; empty: all is. None: nothing is checked here."""
+    unreadable: Sequence[Unreadable] = ()
+    """Its workers that cannot be read."""
 
 
 _DOWN = "its buildkitd does not run"
@@ -43,33 +46,37 @@ def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs,
     workers = tuple(workers)
     failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
     refused = inputs.host_not_allowed or inputs.not_allowed or ""
-    problem = inputs.gateway_problem or refused
+    problem = inputs.gateway_problem or refused or named(inputs.unreadable)
     if failed:
         problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}"
-    ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
-    conditions = [
-        _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored),
-        _condition(pool, now, "Ready", good="True", reason="NotAsWanted", message=problem),
-    ]
-    if any(pool.spec.auth.oidc):
-        refused = "; ".join(_refused_issuers(pool))
-        conditions.append(_condition(pool, now, "Issuers", good="True", reason="NeedsCondition", message=refused))
-    if inputs.capacity is not None:
-        too_many = _beyond_capacity(pool, inputs.capacity)
-        conditions.append(
-            _condition(pool, now, "Capacity", good="True", reason=inputs.capacity.reason, message=too_many)
-        )
-    for kind, message in (("HostNotAllowed", inputs.host_not_allowed), ("NotAllowed", inputs.not_allowed)):
-        if message is not None:
-            conditions.append(_condition(pool, now, kind, good="False", reason="NotAllowed", message=message))
     return pool.status.but(
         phase="Degraded" if problem else "Ready",
         observed_generation=pool.metadata.generation,
         endpoint=inputs.endpoint,
-        conditions=tuple(conditions),
         connections=sum(entry.connections for worker in workers for entry in worker.live_registrations(now)),
+        conditions=tuple(_conditions(pool, workers, inputs, problem, now)),
         **worker_counts(workers),
     )
+
+
+def _conditions(
+    pool: Pool, workers: tuple[Worker, ...], inputs: PoolStatusInputs, problem: str, now: datetime
+) -> Iterator[Condition]:
+    """The pool's conditions; the problem is what keeps it from being ready, and empty if nothing does."""
+    ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
+    yield _condition(pool, now, "IgnoredFields", good="False", reason="NotImplemented", message=ignored)
+    yield _condition(pool, now, "Ready", good="True", reason="NotAsWanted", message=problem)
+    if any(pool.spec.auth.oidc):
+        refused = "; ".join(_refused_issuers(pool))
+        yield _condition(pool, now, "Issuers", good="True", reason="NeedsCondition", message=refused)
+    if inputs.capacity is not None:
+        too_many = _beyond_capacity(pool, inputs.capacity)
+        yield _condition(pool, now, "Capacity", good="True", reason=inputs.capacity.reason, message=too_many)
+    if unreadable := named(inputs.unreadable):
+        yield _condition(pool, now, CONDITION, good="False", reason="CannotBeRead", message=unreadable)
+    for kind, message in (("HostNotAllowed", inputs.host_not_allowed), ("NotAllowed", inputs.not_allowed)):
+        if message is not None:
+            yield _condition(pool, now, kind, good="False", reason="NotAllowed", message=message)
 
 
 def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:

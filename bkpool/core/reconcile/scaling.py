@@ -46,7 +46,7 @@ def missing(snapshot: Snapshot, wiped: Sequence[Slot]) -> Iterator[Slot]:
         return
     idle = sum(w.lease is None for w in snapshot.workers)
     being_created = len(snapshot.busy - {w.slot for w in snapshot.workers})
-    taken = {*snapshot.busy, *wiped}
+    taken = {*snapshot.busy, *snapshot.unreadable_slots, *wiped}
     for _ in range(snapshot.pool.spec.scaling.min - idle - being_created):
         slot = free_slot(snapshot.pool, snapshot.workers, snapshot.caches, taken=taken)
         if slot is None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
+from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.store import Store
@@ -87,7 +88,7 @@ class StoreLeaseRegistry:
         store: Store,
         gateway: str,
         now: Callable[[], datetime],
-        on_worker: Callable[[Worker], None],
+        on_worker: Callable[[Worker | Unreadable], None],
         *,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -137,7 +138,9 @@ class StoreLeaseRegistry:
         await self._pause(max(0.0, self._list_started_at + _LIST_INTERVAL - time()))
         self._lists_started += 1
         self._list_started_at = time()
-        for worker in (await self._store.list(Worker)).items:
+        listing = await self._store.list(Worker)
+        found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
+        for worker in found:
             self._on_worker(worker)
         await asyncio.sleep(0)  # in this iteration the gateway gets the new table, before the searches return
         self._last_complete_list = self._lists_started

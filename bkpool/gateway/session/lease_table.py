@@ -14,6 +14,7 @@ from types import MappingProxyType
 from bkpool.core.errors import BkpoolError, Gone, Unauthenticated, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolGateway
+from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import EndReason, Lease, Worker
 
 _ALLOCATE_AGAIN = "Run `bkpool allocate` again."
@@ -72,16 +73,36 @@ class PastLease:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableLease:
+    """A lease on a worker that cannot be read. Nobody is connected by it, and whoever is connected stays so."""
+
+    pool: Key
+    worker: Unreadable
+
+    def end_error(self) -> BkpoolError:
+        """Returns the error for new connections."""
+        return UnreadableObject(self.worker)
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseTable:
     """All known leases by the SHA-256 of their token, and the existing pools."""
 
     routes: Mapping[str, LeaseRoute] = field(default_factory=lambda: MappingProxyType({}))
     past: Mapping[str, PastLease] = field(default_factory=lambda: MappingProxyType({}))
     pools: frozenset[Key] = frozenset()
+    """The pools that exist, also those that cannot be read."""
+    unreadable: Mapping[str, UnreadableLease] = field(default_factory=lambda: MappingProxyType({}))
+    unreadable_workers: frozenset[Key] = frozenset()
 
 
-def build_lease_table(pools: Iterable[Pool], workers: Iterable[Worker]) -> LeaseTable:
-    """Returns the table for these pools and workers."""
+def build_lease_table(
+    pools: Iterable[Pool],
+    workers: Iterable[Worker],
+    unreadable_pools: Iterable[Key] = (),
+    unreadable_workers: Iterable[Unreadable] = (),
+) -> LeaseTable:
+    """Returns the table for these pools and workers, and for those that cannot be read."""
     gateways = {pool.key: pool.spec.gateway for pool in pools}
     routes: dict[str, LeaseRoute] = {}
     past: dict[str, PastLease] = {}
@@ -91,7 +112,20 @@ def build_lease_table(pools: Iterable[Pool], workers: Iterable[Worker]) -> Lease
         if worker.lease is not None:
             gateway = gateways.get(worker.pool, PoolGateway())
             routes[worker.lease.token_sha256] = _route(worker, worker.lease, gateway)
-    return LeaseTable(MappingProxyType(routes), MappingProxyType(past), frozenset(gateways))
+    unreadable = tuple(unreadable_workers)
+    return LeaseTable(
+        MappingProxyType(routes),
+        MappingProxyType(past),
+        frozenset({*gateways, *unreadable_pools}),
+        MappingProxyType(
+            {
+                digest: UnreadableLease(found.pool, found)
+                for found in unreadable
+                if found.pool and (digest := found.of_lease("tokenSHA256"))
+            }
+        ),
+        frozenset(found.key for found in unreadable),
+    )
 
 
 def unknown_lease() -> BkpoolError:

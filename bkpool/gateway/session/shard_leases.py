@@ -15,7 +15,7 @@ from bkpool.core.names import Key
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry, LeaseRegistration
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease, unknown_lease
+from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease, UnreadableLease, unknown_lease
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.pki.names import pool_named
 
@@ -86,6 +86,7 @@ class ShardLeases:
         Raises:
             Unauthenticated: No lease has this token.
             Gone, WorkerFailed: The lease has ended.
+            UnreadableObject: Its worker cannot be read.
             Forbidden: The lease is of a pool that this gateway does not serve, or that the client did not ask for.
             NoCapacity: There are too many connections.
         """
@@ -122,7 +123,7 @@ class ShardLeases:
             route = table.routes.get(token_sha256)
             if route is not None and route.lease_id == lease.route.lease_id:
                 lease.change_route(route)
-            else:
+            elif lease.route.worker not in table.unreadable_workers:  # its open connections may go on
                 past = table.past.get(token_sha256)
                 error = past.end_error() if past else unknown_lease()
                 if past is not None and past.revoked:
@@ -149,13 +150,15 @@ class ShardLeases:
         if wanted in self._table.pools and entry.pool != wanted:
             raise _wrong_pool(f"the name {server_name} is that of pool {wanted}", entry.pool)
 
-    def _entry(self, token_sha256: str) -> LeaseRoute | PastLease | None:
-        return self._table.routes.get(token_sha256) or self._table.past.get(token_sha256)
+    def _entry(self, token_sha256: str) -> LeaseRoute | PastLease | UnreadableLease | None:
+        table = self._table
+        return table.routes.get(token_sha256) or table.past.get(token_sha256) or table.unreadable.get(token_sha256)
 
     def _valid_lease(self, token_sha256: str) -> ShardLease:
-        route, past = self._table.routes.get(token_sha256), self._table.past.get(token_sha256)
+        route = self._table.routes.get(token_sha256)
         if route is None:
-            raise past.end_error() if past else unknown_lease()
+            over = self._table.past.get(token_sha256) or self._table.unreadable.get(token_sha256)
+            raise over.end_error() if over else unknown_lease()
         error = route.end_error(self.now())
         if error is not None:
             raise error
