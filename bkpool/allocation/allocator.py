@@ -111,6 +111,7 @@ class Allocator:
         now: The clock.
         limits: Counts what each caller asks for; None: a new counter that is not shared.
         max_waiters: Requests that may wait for one pool at once.
+        on_waiting: Called when a request begins to wait, because nothing was free.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Allocator:
         limits: CallerLimits | None = None,
         max_waiters: int = MAX_WAITERS,
         rotation: Rotation | None = None,
+        on_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._mirror = mirror
         self._rotation = rotation or Rotation(authority, None, now)
@@ -133,6 +135,7 @@ class Allocator:
         self._now = now
         self._limits = limits or CallerLimits()
         self._max_waiters = max_waiters
+        self._on_waiting = on_waiting
         self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
         self._queues: dict[Key, WaitQueue] = {}
         self._open_requests = OpenRequests()
@@ -252,6 +255,8 @@ class Allocator:
     async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target:
         queue.join(waiter, first=first)
         self._serve(pool)
+        if not waiter.served.done():
+            self._on_waiting()
         try:
             return await waiter.served
         except asyncio.CancelledError:

@@ -37,10 +37,15 @@ MakeAuthenticators = Callable[[Callable[[], Iterable[Pool]]], BackendAuthenticat
 """Makes the authenticators of a backend. Its argument returns the pools of the moment."""
 
 
+def _seconds() -> float:
+    """Monotonic time that also counts while the machine sleeps: keys grow old meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def open_issuers(stack: AsyncExitStack, settings: IdentitySettings) -> IssuerKeys:
     """A cache of the issuers' keys, closed with the stack."""
     issuers = IssuerKeys(
-        clock=time.monotonic,
+        clock=_seconds,
         timeout=settings.issuer_timeout.total_seconds(),
         fresh=settings.keys_fresh.total_seconds(),
         stale=settings.keys_stale.total_seconds(),

@@ -23,6 +23,7 @@ from cryptography.x509 import load_pem_x509_certificates
 from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
+from bkpool.core.wall_clock import pause_until
 from bkpool.home.files import write_private
 from bkpool.install.manifests import CONTROLLER
 from bkpool.pki.authority import Authority, renew_at
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 FILE_CHECK_SECONDS = 10.0
 """Time between two checks of the files. Certificates are renewed days before they expire, so this is not critical."""
+_ALWAYS_DUE_SECONDS = 3600.0
 _ALL_INTERFACES = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - addresses that are not a name
 _MISMATCH = frozenset({"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"})  # the last: RSA and EC
 _HINT = "Give a PEM certificate (with its chain) and its key, without a passphrase."
@@ -157,8 +159,9 @@ class IssuedTls(ApiTls):
         return True
 
     def pause(self) -> float:
-        """From an hour to a day: a machine may have slept, and a certificate that its CA caps is always due."""
-        return min(86_400.0, max(3600.0, (self._due - self._now()).total_seconds()))
+        """Until it is due, in short pieces. An hour for one that is always due, because its CA ends soon."""
+        now = self._now()
+        return _ALWAYS_DUE_SECONDS if now >= self._due else pause_until(self._due, now)
 
     @property
     def description(self) -> dict[str, Any]:

@@ -91,9 +91,16 @@ class Backend:
     """What must run in the background while the backend is open."""
 
     def lease_service(
-        self, mirror: Mirror, now: Callable[[], datetime], max_waiters: int
+        self,
+        mirror: Mirror,
+        now: Callable[[], datetime],
+        max_waiters: int,
+        on_waiting: Callable[[], None],
     ) -> tuple[Allocator, LeaseService]:
-        """What creates, changes and ends leases. The caller closes the allocator."""
+        """What creates, changes and ends leases. The caller closes the allocator.
+
+        `on_waiting` is called when a request begins to wait.
+        """
         leases = LeaseService(store=self.store, mirror=mirror, now=now)
         allocator = Allocator(
             store=self.store,
@@ -105,6 +112,7 @@ class Backend:
             now=now,
             max_waiters=max_waiters,
             rotation=Rotation(self.authority, self.former, now),
+            on_waiting=on_waiting,
         )
         return allocator, leases
 

@@ -17,6 +17,7 @@ import structlog
 
 from bkpool.core.errors import DiskFull
 from bkpool.core.names import Key
+from bkpool.core.wall_clock import pause_until
 from bkpool.gateway.control.server import Gateway
 from bkpool.pki import storage
 from bkpool.pki.authority import SERVER_LIFE, Authority
@@ -98,7 +99,7 @@ class CertificateRenewal:
             while True:
                 with suppress(TimeoutError):
                     check_at = min(self._due, self._rotation.next_check or self._due)
-                    async with asyncio.timeout(max(0.0, (check_at - self._now()).total_seconds())):
+                    async with asyncio.timeout(pause_until(check_at, self._now())):
                         await changed.wait()
                 changed.clear()
                 if self._is_due():

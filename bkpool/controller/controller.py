@@ -7,6 +7,7 @@ an action, and slots do not wait for one another.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -40,7 +41,9 @@ from bkpool.core.reconcile.decide import decide, stray_slots, wind_up_leases
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.unreadable import UnreadableObject
+from bkpool.core.wall_clock import ClockReading, pause_until
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.events import Recorder
@@ -64,6 +67,7 @@ class Controller:
         recorder: Gets the events that a person would ask about.
         metrics: Counts decisions and actions; counted nowhere if None.
         failure_limits: How often, and after which pauses, a worker that failed is started again.
+        seconds: Monotonic time, by which the registrations of gateways are judged.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Controller:
         recorder: Recorder,
         metrics: ControllerMetrics | None = None,
         failure_limits: FailureLimits = DEFAULT_LIMITS,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -86,6 +91,12 @@ class Controller:
         self._now = now
         self._recorder = recorder
         self._failure_limits = failure_limits
+        self._seconds = seconds
+        self._registrations = SeenRegistrations()
+        self._decided = ClockReading(now(), seconds())
+        """When it has decided last."""
+        self._wake_at: datetime | None = None
+        """When it wants to decide again if nothing changes before; None: never."""
         self._metrics = metrics or ControllerMetrics(new_registry())
         self._pool_work = PoolWork(
             store, mirror, daemons, status_inputs, recorder=recorder, look_again=self.look_again
@@ -94,6 +105,7 @@ class Controller:
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
         """When the first change after the last plan became known, in the event loop's time."""
+        self._asked: list[asyncio.Future[None]] = []
         self._actions: dict[Slot, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -107,13 +119,10 @@ class Controller:
             while True:
                 self._wake.clear()
                 changed_at, self._changed_at = self._changed_at, None
-                wake_at = self._decide_all()
+                self._wake_at = self._decide_all()
                 if changed_at is not None:
                     self._metrics.lagged(asyncio.get_running_loop().time() - changed_at)
-                pause = None if wake_at is None else max(0.0, (wake_at - self._now()).total_seconds())
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._wake.wait()
+                await self._sleep()
         finally:
             subscriptions.close()
             tasks = [*self._actions.values(), *self._pool_work.tasks.values()]
@@ -127,9 +136,46 @@ class Controller:
             self._changed_at = asyncio.get_running_loop().time()
         self._wake.set()
 
+    def check_clock(self) -> None:
+        """Makes the controller decide again if it is time to. Somebody waits, and the machine may have slept."""
+        if self._is_time():
+            self.look_again()
+
+    def _is_time(self) -> bool:
+        """Whether time alone may have changed what was decided."""
+        reading = ClockReading(self._now(), self._seconds())
+        return self._wake_at is not None and (reading.wall >= self._wake_at or self._decided.jumped(reading))
+
+    async def answers(self) -> None:
+        """Returns when the loop has come round. It decides nothing because of that."""
+        asked = asyncio.get_running_loop().create_future()
+        self._asked.append(asked)
+        self._wake.set()
+        await asked
+
+    def _answer(self) -> None:
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_result(None)
+
+    async def _sleep(self) -> None:
+        """Waits for a change, or until it is time to decide again. It looks at the clock every LONGEST_SLEEP."""
+        while True:
+            self._wake.clear()
+            self._answer()
+            if self._changed_at is not None or self._is_time():
+                return
+            pause = None if self._wake_at is None else pause_until(self._wake_at, self._now())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._wake.wait()
+
     def _decide_all(self) -> datetime | None:
         """Decides for every pool and starts the actions. Returns when to decide again if nothing changes before."""
-        now = self._now()
+        now, seconds = self._now(), self._seconds()
+        self._decided = ClockReading(now, seconds)
+        registered_until = self._registrations.look(self._mirror.workers.values(), now, seconds)
         deadlines: list[datetime] = []
         observed = self._daemons.observe()
         observed_of, caches_of, busy_of = by_pool(observed), by_pool(self._caches.owners()), by_pool(self._actions)
@@ -143,6 +189,7 @@ class Controller:
                 observed=observed_of.get(pool.key, {}),
                 caches=caches_of.get(pool.key, {}),
                 busy=frozenset(busy_of.get(pool.key, ())),
+                registered_until=registered_until,
                 unreadable_slots=self._mirror.unreadable_slots(pool.key),
             )
             plan = decided(snapshot, now, self._failure_limits)
@@ -277,6 +324,7 @@ class Controller:
         """
         lease = action.worker.held_lease
         if history_ends_with_lease(lease.owner, pool.uid):
+            await self._check_unchanged(action.worker)
             await self._daemons.clear_history(action.worker.slot)
         worker = await self._store.replace_status(with_lease_remembered(action, self._now()))
         labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
@@ -288,6 +336,12 @@ class Controller:
         if reason is EndReason.REVOKED:
             message = f"the lease of {lease.requested_by} was revoked {action.ended.message}"
         self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
+
+    async def _check_unchanged(self, worker: Worker) -> None:
+        """Raises Conflict if the worker has changed: a gateway may have renewed its registration unseen."""
+        current = await self._store.get(Worker, *worker.key)
+        if current.metadata.resource_version != worker.metadata.resource_version:
+            raise Conflict(f"{worker.key} has changed")
 
     async def _remove_worker(self, worker: Worker) -> None:
         """Deletes the object first, at the version that was decided on: a claim made in the meantime wins."""

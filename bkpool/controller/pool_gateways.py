@@ -38,6 +38,7 @@ from bkpool.core.errors import BkpoolError, Conflict, Forbidden, NotFound, Unava
 from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
 from bkpool.core.pool import Pool, ServiceType
 from bkpool.core.subscribers import Subscribers
+from bkpool.core.wall_clock import pause_until
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
 from bkpool.pki.authority import SERVER_LIFE, Authority
@@ -207,16 +208,21 @@ class PoolGateways:
                 async with self._slots:
                     due = await self._apply(pool, state)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one pool must not stop the others
-                due = self._now() + timedelta(seconds=backoff.failed())
                 self._report_failure(key, error)
+                await self._pause(state, backoff.failed())
             else:
                 backoff.succeeded()
                 live, certificate = state.objects.get("Service"), (state.bundle or {}).get(TLS_CERT, b"")
                 endpoint = endpoint_of(pool, live, reachable_hosts(pool, live, state.node, certificate))
                 self._publish(key, endpoint=endpoint, trouble=trouble_of(state.objects.get("Deployment")))
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, (due - self._now()).total_seconds())):
-                    await state.wake.wait()
+                while not state.wake.is_set() and (now := self._now()) < due:
+                    await self._pause(state, pause_until(due, now))
+
+    async def _pause(self, state: GatewayState, seconds: float) -> None:
+        """Waits, unless there is a reason to apply the pool's objects again."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await state.wake.wait()
 
     def _report_failure(self, key: Key, error: Exception) -> None:
         endpoint, before = self._endpoints.get(key), self._trouble.get(key, "")

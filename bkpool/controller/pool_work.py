@@ -80,7 +80,7 @@ class PoolWork:
         if pool.key in self.tasks:
             return
         inputs = replace(self._status_inputs(pool), unreadable=self._mirror.unreadable_of(pool.key))
-        status = pool_status(pool, snapshot.workers, inputs, now)
+        status = pool_status(pool, snapshot.workers, inputs, now, snapshot.registered_until)
         if status != pool.status:
             self.run(pool.key, self._write_status(pool.but(status=status)))
         elif self._applied.get(pool.key) != (pool.spec_version, pool.metadata.annotations):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
+from bkpool.core.registrations import Expiries
 from bkpool.core.worker import Worker
 
 
@@ -87,5 +88,7 @@ class Snapshot:
     """The caches of the pool's slots, each with the digest of its owner (None: clean)."""
     busy: frozenset[Slot] = frozenset()
     """Slots in which an action is still running. Nothing is decided about them."""
+    registered_until: Expiries = field(default_factory=dict)
+    """When the registrations of gateways expire, on the clock of the one who decides. A missing one is valid."""
     unreadable_slots: frozenset[Slot] = frozenset()
     """Slots whose worker cannot be read. Nothing is created, started, stopped or wiped there."""

@@ -111,13 +111,10 @@ class GatewayRegistration(Model):
     gateway: StrictStr
     lease_id: Annotated[StrictStr, Field(alias="allocationId")]
     renewed_at: AwareDatetime
+    """On the gateway's own clock. It changes with each renewal, and is compared with no other clock
+    (`core.registrations`)."""
     connections: StrictInt = 0
     """Open connections when it was renewed."""
-
-    @property
-    def expires_at(self) -> datetime:
-        """When it expires unless the gateway renews it."""
-        return self.renewed_at + REGISTRATION_LIFE
 
 
 class Phase(StrEnum):
@@ -235,9 +232,6 @@ class Worker(Resource):
             raise RuntimeError(f"{self.key} is not leased")
         return self.spec.allocation
 
-    def live_registrations(self, now: datetime) -> list[GatewayRegistration]:
-        """The gateway registrations that have not expired."""
-        return [entry for entry in self.status.gateways if entry.expires_at > now]
 
     @property
     def lease_end_message(self) -> str:

@@ -12,7 +12,8 @@ from bkpool.controller import controller
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
-from bkpool.core.worker import REGISTRATION_LIFE, GatewayRegistration, Phase, Worker
+from bkpool.core.registrations import REGISTRATION_LIFE
+from bkpool.core.worker import GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
 from support.captured_logs import capture_logs
 from support.world import ANN, BOB, POOL

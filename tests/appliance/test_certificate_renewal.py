@@ -8,6 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from bkpool.appliance.certificate_renewal import CertificateRenewal
+from bkpool.core import wall_clock
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.home.files import private_directory
@@ -16,6 +17,7 @@ from bkpool.pki.rotation import Former
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from support.objects import lease, worker
+from support.small_disk import fill, make_room, small_disk
 
 
 class Gateway:
@@ -120,3 +122,64 @@ async def test_after_a_rotation_the_former_ca_signs_until_the_last_lease_of_befo
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_certificate_that_came_due_while_the_machine_slept_is_renewed_although_no_pool_changes(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(wall_clock, "LONGEST_SLEEP", 0.01)
+    now = datetime.now(UTC)
+    private_directory(tmp_path / "pki")
+    mirror, gateway = Mirror(store), Gateway()
+    renewal = CertificateRenewal(
+        directory=tmp_path / "pki",
+        authority=Authority.create(now),
+        mirror=mirror,
+        hosts=(),
+        hosts_from="--gateway-host",
+        now=lambda: now,
+        recorder=gateway,
+    )
+    renewal.install(gateway)
+    first = await gateway.next()
+    running = asyncio.create_task(renewal.run(gateway))
+    await asyncio.sleep(0)
+    now += timedelta(days=360)
+    assert (await gateway.next()).not_valid_after_utc > first.not_valid_after_utc
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_certificate_that_finds_no_room_on_the_disk_is_stored_when_there_is_room(store, tmp_path):
+    now = datetime.now(UTC)
+    gateway, mirror, full = Gateway(), Mirror(store), []
+
+    async def pause(_seconds):
+        full.append(len(gateway.given))
+        make_room(disk)
+
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        private_directory(disk / "pki")
+        renewal = CertificateRenewal(
+            directory=disk / "pki",
+            authority=Authority.create(now),
+            mirror=mirror,
+            hosts=(),
+            hosts_from="--gateway-host",
+            now=lambda: now,
+            recorder=gateway,
+            pause=pause,
+        )
+        tasks = [asyncio.create_task(mirror.run())]
+        await mirror.ready.wait()
+        renewal.install(gateway)
+        await gateway.next()
+        tasks.append(asyncio.create_task(renewal.run(gateway)))
+        await asyncio.sleep(0)
+        fill(disk)
+        await store.create(Pool(metadata=Metadata(name="ci")))
+        assert "ci.default.svc" in names(await gateway.next())
+        assert full == [1]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

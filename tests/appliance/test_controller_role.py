@@ -24,7 +24,7 @@ from bkpool.store.mirror import Mirror
 from support.world import MemoryWorkers
 
 TIMES = 2
-SUBSCRIPTIONS = [3, 2, 1, 1]
+SUBSCRIPTIONS = [3, 3, 2, 1]
 """While the controller runs: for daemons, caches and their CAs, for pools, for issuers, for the gateways of pools."""
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from bkpool.controller import pool_gateways
 from bkpool.controller.pool_gateways import PoolGateways
+from bkpool.core import wall_clock
 from bkpool.core.allowances import Allowances, read_allowances
 from bkpool.core.errors import Forbidden, NotFound, Unavailable
 from bkpool.core.names import Key
@@ -28,6 +29,7 @@ from bkpool.pki.authority import Authority, expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.rotation import Former
+from bkpool.store import WatchEvent
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from support.objects import lease, worker
@@ -285,7 +287,7 @@ async def test_with_the_last_pool_of_a_namespace_its_watches_end(cluster, mirror
     mirror.apply(a_pool())
     async with running(cluster, mirror) as gateways:
         await settled(cluster, gateways)
-        mirror._pools_changed(mirror._pools.event("DELETED", a_pool(version=9)))
+        mirror._pools.event(WatchEvent("DELETED", a_pool(version=9)))
         await cluster.until(lambda: cluster.watched == 0)
         assert dict(gateways.endpoints) == {}
 
@@ -390,6 +392,17 @@ async def test_certificates_for_workers_are_renewed_without_touching_the_one_for
     after = cluster.objects[SECRET]["data"]
     assert after["tls.crt"] == before["tls.crt"]
     assert after["dialler.crt"] != before["dialler.crt"]
+
+
+async def test_certificates_that_came_due_while_the_machine_slept_are_renewed(cluster, mirror, monkeypatch):
+    monkeypatch.setattr(wall_clock, "LONGEST_SLEEP", 0.01)
+    now = NOW
+    mirror.apply(a_pool())
+    async with running(cluster, mirror, now=lambda: now) as gateways:
+        await settled(cluster, gateways)
+        before = cluster.objects[SECRET]["data"]
+        now += timedelta(days=2)
+        await cluster.until(lambda: cluster.objects[SECRET]["data"]["dialler.crt"] != before["dialler.crt"])
 
 
 async def test_the_way_to_workers_of_a_former_ca_goes_with_the_last_of_them(cluster, mirror):

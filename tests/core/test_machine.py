@@ -32,6 +32,7 @@ from bkpool.core.reconcile.actions import (
 from bkpool.core.reconcile.decide import decide, stray_slots
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
+from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
 
@@ -114,6 +115,9 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.now = NOW
+        self.skew = timedelta()
+        """How far the gateways' clock is ahead."""
+        self.registrations = SeenRegistrations()
         self.store = TinyStore()
         self.runtime = TinyRuntime()
         self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
@@ -137,8 +141,19 @@ class PoolMachine(RuleBasedStateMachine):
         for worker in list(self.store.workers.values()):
             held = worker.lease
             if held and held.id in self.connected:
-                registration = GatewayRegistration(gateway="g", lease_id=held.id, renewed_at=self.now)
+                registration = self._registration(held.id)
                 self.store.replace_status(worker.with_status(gateways=(registration,)))
+
+    def _registration(self, lease_id):
+        return GatewayRegistration(gateway="g", lease_id=lease_id, renewed_at=self.now + self.skew)
+
+    @rule(hours=st.integers(-2, 2))
+    def the_gateways_clock_is_set(self, hours):
+        self.skew = timedelta(hours=hours)
+
+    @rule()
+    def another_controller_takes_over(self):
+        self.registrations = SeenRegistrations()
 
     @rule(failing=st.booleans())
     def daemons_fail_to_start(self, failing):
@@ -220,7 +235,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         if current.lease.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
             return
-        registration = GatewayRegistration(gateway="g", lease_id=wanted.id, renewed_at=self.now)
+        registration = self._registration(wanted.id)
         self.store.replace_status(current.with_status(gateways=(registration,)))
         daemon = self.runtime.daemons.get(worker.slot)
         if daemon and daemon.state is DaemonState.READY:
@@ -256,7 +271,15 @@ class PoolMachine(RuleBasedStateMachine):
             self._control()
 
     def _control(self):
-        snap = Snapshot(self.pool, tuple(self.view.values()), dict(self.runtime.daemons), dict(self.runtime.caches))
+        workers = tuple(self.view.values())
+        registered_until = self.registrations.look(workers, self.now, self.now.timestamp())
+        snap = Snapshot(
+            self.pool,
+            workers,
+            dict(self.runtime.daemons),
+            dict(self.runtime.caches),
+            registered_until=registered_until,
+        )
         decision = decide(snap, self.now)
         slots = [slot_of_action(action) for action in decision.actions]
         assert len(slots) == len(set(slots)), "two actions at once in one slot"

@@ -8,6 +8,7 @@ from typing import Any
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Lease, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
 
@@ -61,4 +62,5 @@ def seen(
 
 def snapshot(p: Pool, *workers: Worker, observed: dict[int, Observation] | None = None, **more: Any) -> Snapshot:
     by_slot = {slot(number): observation for number, observation in (observed or {}).items()}
+    more.setdefault("registered_until", SeenRegistrations().look(workers, NOW, 0))
     return Snapshot(p, workers, by_slot, more.pop("caches", {}), **more)

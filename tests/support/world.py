@@ -135,7 +135,11 @@ class World:
         self.runtime = MemoryWorkers()
         self.authority = Authority.create(datetime.now(UTC))
         self.replicas: list[Replica] = []
+        self.controller: Controller
         self.registry = new_registry()
+        self.waiting: Subscribers[[]] = Subscribers()
+        self.moment = 0.0
+        """Seconds from an answer to its mark."""
 
     async def pool(self, name: str = "p", **spec: Any) -> Pool:
         pool = await self.store.create(Pool(metadata=Metadata(name=name), spec=PoolSpec.model_validate(spec)))
@@ -189,13 +193,20 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)
+        self.slept = timedelta()
         self.moved: Callable[[], None] = lambda: None
 
     def __call__(self) -> datetime:
         return self.now
 
     def seconds(self) -> float:
-        return self.now.timestamp()
+        """Monotonic time, which stands still while the machine sleeps."""
+        return (self.now - self.slept).timestamp()
+
+    def sleep(self, **by: float) -> None:
+        """Lets the machine sleep for this time. Nothing is called when it wakes up."""
+        self.now += timedelta(**by)
+        self.slept += timedelta(**by)
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)
@@ -210,7 +221,7 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
     world.replicas = [Replica(world) for _ in range(replicas)]
     clock.moved = world.runtime.changed
     mirrors = [replica.mirror for replica in world.replicas]
-    controller = Controller(
+    world.controller = controller = Controller(
         store=store,
         mirror=mirrors[0],
         daemons=world.runtime,
@@ -221,7 +232,10 @@ async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[Wor
         ),
         recorder=LogRecorder(),
         metrics=ControllerMetrics(world.registry),
+        seconds=clock.seconds,
     )
+    world.controller = controller
+    world.waiting.add(controller.check_clock)
     tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]
     await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))
     try:

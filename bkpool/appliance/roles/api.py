@@ -77,7 +77,8 @@ async def open_api(
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
     options, backend, mirror = context.options, state.backend, state.mirror
-    allocator, leases = backend.lease_service(mirror, context.now, options.settings.allocation.max_waiters)
+    max_waiters, on_waiting = options.settings.allocation.max_waiters, state.waiting.notify
+    allocator, leases = backend.lease_service(mirror, context.now, max_waiters, on_waiting)
     stack.push_async_callback(allocator.close)
     access = _access_control(context, state, admin, extra_configs)
     service = Service(

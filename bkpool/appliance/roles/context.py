@@ -23,6 +23,7 @@ from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.supervise import background_task
 from bkpool.appliance.tuning import wanted_shares
 from bkpool.core.descriptors import ConnectionShares, share_descriptors
+from bkpool.core.subscribers import Subscribers
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
@@ -96,6 +97,8 @@ class ControlState:
     """The copy of the backend's store."""
     issuers: IssuerKeys
     """The keys of OIDC issuers."""
+    waiting: Subscribers[[]] = field(default_factory=Subscribers)
+    """Called when a request of this process begins to wait for a worker."""
 
 
 async def follow(stack: AsyncExitStack, context: RoleContext, store: Store, mirror: Mirror) -> None:

@@ -76,6 +76,8 @@ async def _run(
     limits = failure_limits(context.options.settings)
     controller = backend.controller(mirror, status_inputs, metrics, context.now, limits)
     with ExitStack() as subscriptions:
+        subscriptions.callback(context.checks.add("the controller", controller.answers))
+        subscriptions.callback(state.waiting.add(controller.check_clock))
         if gateways is not None:
             subscriptions.callback(gateways.on_change(controller.look_again))
         async with asyncio.TaskGroup() as tasks:

@@ -51,7 +51,7 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
         if lease is None:
             step = _idle(worker, seen, snapshot.pool, now, limits)
         else:
-            step = _leased(worker, lease, seen, snapshot.pool, now, limits=limits)
+            step = _leased(worker, lease, seen, snapshot, now, limits=limits)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
@@ -81,6 +81,7 @@ def wind_up_leases(snapshot: Snapshot, now: datetime, limits: FailureLimits = DE
                 snapshot.observed.get(worker.slot),
                 now,
                 limits=limits,
+                registered_until=snapshot.registered_until,
             )
         if isinstance(step, datetime):
             deadlines.append(step)
@@ -125,12 +126,20 @@ def _idle(
 
 
 def _leased(
-    worker: Worker, lease: Lease, seen: Observation | None, pool: Pool, now: datetime, *, limits: FailureLimits
+    worker: Worker,
+    lease: Lease,
+    seen: Observation | None,
+    snapshot: Snapshot,
+    now: datetime,
+    *,
+    limits: FailureLimits,
 ) -> Action | datetime | None:
     """The next step for a worker with a lease."""
-    over = lease.ended(now)
+    pool, over = snapshot.pool, lease.ended(now)
     if over is not None:
-        return lease_end.wind_up(worker, lease, over, seen, now, limits=limits)
+        return lease_end.wind_up(
+            worker, lease, over, seen, now, limits=limits, registered_until=snapshot.registered_until
+        )
     if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
         deleted = "pool" if pool.metadata.deletion_timestamp else "worker"
         return LoseLease(worker, f"the {deleted} was deleted")

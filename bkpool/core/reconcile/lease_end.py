@@ -10,6 +10,7 @@ from datetime import datetime
 from bkpool.core.observation import DaemonState, Observation, ready_observation
 from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, StopDaemon, WriteStatus
 from bkpool.core.reconcile.failures import FailureLimits, failed_worker
+from bkpool.core.registrations import Expiries, live_registrations
 from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
 
 REMEMBERED_LEASES = 16
@@ -24,6 +25,7 @@ def wind_up(
     now: datetime,
     *,
     limits: FailureLimits,
+    registered_until: Expiries,
 ) -> Action | datetime:
     """The next step for a lease that has ended.
 
@@ -34,6 +36,7 @@ def wind_up(
         seen: What the runtime sees in the worker's slot.
         now: The time.
         limits: Apply if the worker failed meanwhile.
+        registered_until: When the registrations of gateways expire.
 
     Returns:
         An action, or the time at which the last gateway registration expires.
@@ -45,7 +48,8 @@ def wind_up(
     if _used_without_owner(worker, seen):
         # The holder did not have to wait for this mark. The next holder needs it: their cache must be another one.
         return SetCacheOwner(worker, lease.owner)
-    registered = [entry for entry in worker.live_registrations(now) if entry.lease_id == lease.id]
+    live = live_registrations(worker, registered_until, now)
+    registered = [expires_at for entry, expires_at in live if entry.lease_id == lease.id]
     if not registered:
         if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
             # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
@@ -57,7 +61,7 @@ def wind_up(
         builds = "its builds were stopped" if reason is EndReason.REVOKED else "builds may finish"
         message = f"the lease is {reason}; {builds}"
         return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
-    return min(entry.expires_at for entry in registered)
+    return min(registered)
 
 
 def _finish(worker: Worker, lease: Lease, reason: EndReason, up: Observation | None) -> FinishLease:

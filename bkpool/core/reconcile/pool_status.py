@@ -13,6 +13,7 @@ from typing import Literal
 from bkpool.core.auth import MethodType
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.registrations import NONE_SEEN, Expiries, live_registrations
 from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.core.unreadable import CONDITION, Unreadable, named
 from bkpool.core.worker import Phase, Worker
@@ -41,8 +42,22 @@ class PoolStatusInputs:
 _DOWN = "its buildkitd does not run"
 
 
-def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs, now: datetime) -> PoolStatus:
-    """The status to write. It equals the stored one where nothing has changed."""
+def pool_status(
+    pool: Pool,
+    workers: Iterable[Worker],
+    inputs: PoolStatusInputs,
+    now: datetime,
+    registered_until: Expiries = NONE_SEEN,
+) -> PoolStatus:
+    """The status to write. It equals the stored one where nothing has changed.
+
+    Args:
+        pool: The pool.
+        workers: Its workers.
+        inputs: What else it shows.
+        now: The time.
+        registered_until: When the registrations of gateways expire.
+    """
     workers = tuple(workers)
     failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
     refused = inputs.host_not_allowed or inputs.not_allowed or ""
@@ -53,8 +68,12 @@ def pool_status(pool: Pool, workers: Iterable[Worker], inputs: PoolStatusInputs,
         phase="Degraded" if problem else "Ready",
         observed_generation=pool.metadata.generation,
         endpoint=inputs.endpoint,
-        connections=sum(entry.connections for worker in workers for entry in worker.live_registrations(now)),
         conditions=tuple(_conditions(pool, workers, inputs, problem, now)),
+        connections=sum(
+            entry.connections
+            for worker in workers
+            for entry, _expires_at in live_registrations(worker, registered_until, now)
+        ),
         **worker_counts(workers),
     )
 

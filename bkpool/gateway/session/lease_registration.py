@@ -61,6 +61,7 @@ class LeaseRegistration:
         registry: Carries out the requests.
         limits: The gateway's limits.
         lease: The lease.
+        now: Returns the wall clock's time in seconds. It also counts while the machine sleeps, unlike the loop's.
     """
 
     def __init__(
@@ -69,21 +70,24 @@ class LeaseRegistration:
         registry: CallbackLeaseRegistry,
         limits: GatewayLimits,
         lease: RegisteredLease,
+        now: Callable[[], float],
     ) -> None:
         self._loop = loop
         self._registry = registry
         self._limits = limits
         self._lease = lease
+        self._now = now
         self._callers: list[OnDone] = []
         self._request_running = False
         self._withdrawn = False
         self._renewal: asyncio.TimerHandle | None = None
         self._renew_at = 0.0
         self._trusted_until = 0.0
+        self._trusted_until_wall = 0.0
 
     def ensure(self, on_done: OnDone) -> None:
         """Calls back once this gateway is registered (at once if it is already), or with the error."""
-        if self._loop.time() < self._trusted_until:
+        if self._loop.time() < self._trusted_until and self._now() < self._trusted_until_wall:
             on_done(None)
             self.schedule_renewal()
             return
@@ -114,16 +118,21 @@ class LeaseRegistration:
     def _request(self, request: Callable[[LeaseRoute, int, OnDone], None]) -> None:
         self._cancel_renewal()
         self._request_running = True
-        requested_at = self._loop.time()
+        requested_at, requested_at_wall = self._loop.time(), self._now()
         renewing = request == self._registry.renew
         request(
-            self._lease.route, self._lease.connections, lambda error: self._answered(requested_at, renewing, error)
+            self._lease.route,
+            self._lease.connections,
+            lambda error: self._answered(requested_at, requested_at_wall, renewing, error),
         )
 
-    def _answered(self, requested_at: float, renewing: bool, error: BkpoolError | None) -> None:
+    def _answered(
+        self, requested_at: float, requested_at_wall: float, renewing: bool, error: BkpoolError | None
+    ) -> None:
         self._request_running = False
         if error is None:
             self._trusted_until = requested_at + self._limits.registration_trust
+            self._trusted_until_wall = requested_at_wall + self._limits.registration_trust
             self._renew_at = requested_at + self._limits.renew_interval
         else:
             self._renew_at = self._loop.time() + self._limits.renew_interval / 4

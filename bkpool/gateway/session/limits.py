@@ -60,7 +60,7 @@ class GatewayLimits:
     """Between two renewals of a registration that is in use."""
     registration_trust: float = 50.0
     """How long this gateway relies on its own registration. The controller relies on it for REGISTRATION_LIFE (60 s,
-    core.worker); the difference allows for clocks that differ."""
+    core.registrations), counted from when it saw it change, so always for longer."""
     pending_connections: int = 1024
     """Most connections without a lease: in the handshake, or being refused. One more closes the oldest."""
     pending_connections_per_address: int = 512

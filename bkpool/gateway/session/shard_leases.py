@@ -12,6 +12,7 @@ from typing import Protocol
 
 from bkpool.core.errors import BkpoolError, Forbidden, NoCapacity
 from bkpool.core.names import Key
+from bkpool.core.wall_clock import LONGEST_SLEEP
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry, LeaseRegistration
@@ -182,7 +183,7 @@ class ShardLease:
         self.end_error: BkpoolError | None = None
         """The error for new connections after the lease's end; None while the lease is valid."""
         self.hold_budget = HoldBudget(leases.limits)
-        self.registration = LeaseRegistration(leases.loop, leases.registry, leases.limits, self)
+        self.registration = LeaseRegistration(leases.loop, leases.registry, leases.limits, self, leases.now)
         self._leases = leases
         self._expiry: asyncio.TimerHandle | None = None
         self._schedule_expiry()
@@ -224,6 +225,7 @@ class ShardLease:
         cut_in = max(0.0, min(self.route.drain_timeout, self.route.not_after - self._leases.now()))
         for member in list(self.members):
             member.lease_ended(error, cut_in)
+        self._check_life()
         self.clean_up()
 
     def worker_closed_connection(self) -> None:
@@ -245,20 +247,31 @@ class ShardLease:
         """Adjusts the registration to the connections left, and forgets the lease if it has ended and has none."""
         self.registration.schedule_renewal()
         if self.end_error is not None and not self.members:
+            self._cancel_expiry()
             self.registration.withdraw()
             self._leases.forget(self)
 
     def _schedule_expiry(self) -> None:
+        """Looks at the clock when the lease expires, and every LONGEST_SLEEP: the machine may sleep meanwhile."""
         self._cancel_expiry()
         seconds = max(0.0, self.route.expires_at - self._leases.now())
-        self._expiry = self._leases.loop.call_later(seconds, self._check_expiry)
+        self._expiry = self._leases.loop.call_later(min(seconds, LONGEST_SLEEP), self._check_expiry)
 
     def _check_expiry(self) -> None:
         error = self.route.end_error(self._leases.now())
-        if error is None:  # the clock was set back
+        if error is None:
             self._schedule_expiry()
         else:
             self.end(error)
+
+    def _check_life(self) -> None:
+        """Cuts what drains beyond the lease's maximum life. The machine may sleep while it drains."""
+        left = self.route.not_after - self._leases.now()
+        if left > 0:
+            self._expiry = self._leases.loop.call_later(min(left, LONGEST_SLEEP), self._check_life)
+            return
+        for member in list(self.members):
+            member.cut("its lease has ended, and so has the time to drain")
 
     def _cancel_expiry(self) -> None:
         if self._expiry is not None:
