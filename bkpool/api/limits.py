@@ -14,7 +14,7 @@ class HttpLimits:
     """What a client of an HTTP server may do before it has asked for anything."""
 
     connections: int = 4096
-    """Open connections. One more closes the oldest that has no request."""
+    """Open connections. One more closes one that has no request: the oldest of the address that has most of them."""
     connections_per_address: int = 1024
     """Those of one address, or of one IPv6 network of 64 bits."""
     header_timeout: float = 10.0

@@ -15,19 +15,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol, cast
 
-import structlog
 from aiohttp import web
 
 from bkpool.api.limits import HttpLimits
 from bkpool.core.connection_places import ConnectionPlaces, origin_of
-
-log = structlog.get_logger(__name__)
+from bkpool.ports.acceptor import Acceptor
 
 _BACKLOG = 512
-_MAX_ACCEPTS = 64
-"""Connections accepted in one step, before the loop turns to those that it has."""
 _PAUSE = 0.5  # seconds, while the system has no descriptor left
-_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 class AcceptedConnection:
@@ -103,7 +98,7 @@ class BoundedTcpSite(web.BaseSite):
         server: Makes the protocols.
     """
 
-    __slots__ = ("_connections", "_host", "_limits", "_listeners", "_loop", "_port", "_protocols", "places")
+    __slots__ = ("_acceptor", "_connections", "_host", "_limits", "_loop", "_port", "_protocols", "places")
 
     def __init__(
         self,
@@ -120,7 +115,7 @@ class BoundedTcpSite(web.BaseSite):
         self._protocols = server
         self._limits = limits
         self._loop = asyncio.get_running_loop()
-        self._listeners: list[socket.socket] = []
+        self._acceptor: Acceptor | None = None
         self._connections: set[AcceptedConnection] = set()  # whose transport is being made
         self.places: ConnectionPlaces[AcceptedConnection] = ConnectionPlaces(
             limits.connections, limits.connections_per_address
@@ -134,45 +129,22 @@ class BoundedTcpSite(web.BaseSite):
     async def start(self) -> None:
         """Listens. Raises OSError if it cannot."""
         await super().start()
-        self._listeners = await _listen(self._host, self._port)
-        self._server = cast("asyncio.AbstractServer", _Listeners(list(self._listeners), self._close))
-        self._accept_from_now()
+        listeners = await _listen(self._host, self._port)
+        self._server = cast("asyncio.AbstractServer", _Listeners(listeners, self._close))
+        self._acceptor = Acceptor(
+            self._loop, listeners, paused_event="api.accept_paused", pause=_PAUSE, on_accept=self._enter
+        )
+        self._acceptor.start()
 
     def _close(self) -> None:
-        for listener in self._listeners:
-            self._loop.remove_reader(listener)
-            listener.close()
-        self._listeners = []
+        if self._acceptor is not None:
+            self._acceptor.stop()
         for connection in list(self._connections):
             connection.cut()
 
-    def _accept_from_now(self) -> None:
-        for listener in self._listeners:
-            self._loop.add_reader(listener, self._accept, listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_MAX_ACCEPTS):
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError as error:
-                if error.errno in _OUT_OF_RESOURCES:
-                    self._pause(error)
-                    return
-                continue  # only this connection failed, before it was accepted
-            sock.setblocking(False)
-            self._enter(sock, str(address[0]))
-
-    def _pause(self, error: OSError) -> None:
-        log.warning("api.accept_paused", reason=error.strerror, seconds=_PAUSE)
-        for listener in self._listeners:
-            self._loop.remove_reader(listener)
-        self._loop.call_later(_PAUSE, self._accept_from_now)
-
-    def _enter(self, sock: socket.socket, host: str) -> None:
+    def _enter(self, sock: socket.socket, address: tuple[str, int]) -> None:
         connection = AcceptedConnection(sock, self, self._loop.time() + self._limits.header_timeout)
-        surplus = self.places.enter(connection, origin_of(host))
+        surplus = self.places.enter(connection, origin_of(address[0]))
         if surplus is connection:
             sock.close()
             return

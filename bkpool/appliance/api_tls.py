@@ -30,6 +30,7 @@ from bkpool.pki.authority import Authority, renew_at
 from bkpool.pki.bundle import CA_CERT
 from bkpool.pki.chain import load_chain
 from bkpool.pki.names import CertificateNames, gateway_names, parse_host
+from bkpool.ports.server_tls import new_server_context
 
 log = structlog.get_logger(__name__)
 
@@ -249,9 +250,7 @@ class FileTls(ApiTls):
 
 
 def _server_context() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+    return new_server_context(ssl.TLSVersion.TLSv1_2)
 
 
 def _unusable(message: str) -> HostFault:

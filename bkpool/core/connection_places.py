@@ -1,7 +1,7 @@
-"""Which connection is closed when there are too many: the oldest one that has asked for nothing yet.
+"""Which connection is closed when there are too many: one that has asked for nothing yet, the oldest of its address.
 
-So clients that connect and wait cannot keep out a client that has a request. It holds no socket and closes nothing:
-it says which connection must be closed.
+So clients that connect and wait cannot keep out a client that has a request, and the address that has the most such
+connections loses one first. It holds no socket and closes nothing: it says which connection must be closed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ class ConnectionPlaces(Generic[C]):
         self._most_per_origin = most_per_origin
         self._origins: dict[C, str] = {}
         self._count: Counter[str] = Counter()
-        self._waiting: dict[C, None] = {}  # those that have asked for nothing; the oldest first
-        self._waiting_of: dict[str, dict[C, None]] = {}
+        self._waiting: dict[str, dict[C, None]] = {}  # by origin: those that have asked for nothing, the oldest first
+        self._origins_with: dict[int, dict[str, None]] = {}  # by how many of them an origin has
+        self._most_waiting = 0  # how many the origin has that has most
 
     def __len__(self) -> int:
         """The number of connections."""
@@ -70,16 +71,19 @@ class ConnectionPlaces(Generic[C]):
             origin: Where it comes from (`origin_of`).
 
         Returns:
-            The connection that must be closed and has no place any more: an old one, or the new one if all others
-            have asked for something. None if there is room.
+            The connection that must be closed and has no place any more; None if there is room. If its origin has
+            too many, it is the oldest of that origin that has asked for nothing. If there are too many in all, it is
+            the oldest of the origin that has most of them: a client who is slow, or far away, is not closed for the
+            flood of another. It is the new one itself if all others have asked for something.
         """
         self._origins[connection] = origin
         self._count[origin] += 1
         self.asks_nothing(connection)
         if self._count[origin] > self._most_per_origin:
-            closed = next(iter(self._waiting_of[origin]))
+            closed = next(iter(self._waiting[origin]))
         elif len(self._origins) > self._most:
-            closed = next(iter(self._waiting))
+            largest = next(iter(self._origins_with[self._most_waiting]))
+            closed = next(iter(self._waiting[largest]))
         else:
             return None
         self.leave(closed)
@@ -87,15 +91,17 @@ class ConnectionPlaces(Generic[C]):
 
     def asks(self, connection: C) -> None:
         """The connection has asked for something: it is not closed to make room."""
-        if connection in self._waiting:
+        if connection in self._origins:
             self._stop_waiting(connection)
 
     def asks_nothing(self, connection: C) -> None:
         """The connection has asked for nothing, or has got its answer: it is the youngest of those that wait."""
         if connection in self._origins:
             self._stop_waiting(connection)
-            self._waiting[connection] = None
-            self._waiting_of.setdefault(self._origins[connection], {})[connection] = None
+            origin = self._origins[connection]
+            of_origin = self._waiting.setdefault(origin, {})
+            of_origin[connection] = None
+            self._count_waiting(origin, len(of_origin) - 1, len(of_origin))
 
     def leave(self, connection: C) -> None:
         """The connection is closed. Does nothing if it has no place."""
@@ -108,9 +114,22 @@ class ConnectionPlaces(Generic[C]):
             del self._count[origin]
 
     def _stop_waiting(self, connection: C) -> None:
-        self._waiting.pop(connection, None)
         origin = self._origins[connection]
-        of_origin = self._waiting_of.get(origin, {})
-        of_origin.pop(connection, None)
+        of_origin = self._waiting.get(origin, {})
+        if connection not in of_origin:
+            return
+        del of_origin[connection]
         if not of_origin:
-            self._waiting_of.pop(origin, None)
+            del self._waiting[origin]
+        self._count_waiting(origin, len(of_origin) + 1, len(of_origin))
+
+    def _count_waiting(self, origin: str, before: int, now: int) -> None:
+        """Sorts an origin in by its new number, which differs by one: it takes the same time with 4,000 origins."""
+        if before:
+            del self._origins_with[before][origin]
+            if not self._origins_with[before]:
+                del self._origins_with[before]
+        if now:
+            self._origins_with.setdefault(now, {})[origin] = None
+        if now > self._most_waiting or self._most_waiting not in self._origins_with:
+            self._most_waiting = now

@@ -106,9 +106,9 @@ class GatewaySettings(Section):
     )
     pending_connections: Count = setting(
         1024,
-        "Connections that are in their handshake or are being refused. One more closes the oldest. If it is small, "
-        "clients without a certificate can push out those with one. If it is large, they take up memory. The limit "
-        "of file descriptors may allow fewer; the log says how many.",
+        "Connections that are in their handshake or are being refused. One more closes the oldest of the address "
+        "that has most of them. If it is small, clients without a certificate can push out those with one. If it is "
+        "large, they take up memory. The limit of file descriptors may allow fewer; the log says how many.",
         between=(16, 100_000),
     )
     pending_connections_per_address: Count = setting(

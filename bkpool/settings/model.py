@@ -80,9 +80,9 @@ class ApiSettings(Section):
     )
     connections: Count = setting(
         4096,
-        "Open connections. One more closes the oldest one that has no request; if all have one, it is closed itself. "
-        "If it is small, callers who wait for a worker take all of them. If it is large, memory may run out. The "
-        "limit of file descriptors may allow fewer; the log says how many.",
+        "Open connections. One more closes one that has no request: the oldest of the address that has most of them. "
+        "If all have a request, it is closed itself. If it is small, callers who wait for a worker take all of them. "
+        "If it is large, memory may run out. The limit of file descriptors may allow fewer; the log says how many.",
         between=(16, 100_000),
     )
     connections_per_address: Count = setting(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -45,6 +47,28 @@ def test_one_origin_takes_nothing_from_another_once_it_has_its_own_places():
     assert -1 in places
 
 
+def test_the_address_that_has_most_loses_one_and_a_slow_client_stays():
+    """Two networks flood, each below its own limit. A client far away needs some time to ask for something."""
+    places: ConnectionPlaces[object] = ConnectionPlaces(20, 15)
+    for number in range(10):
+        places.enter(("small", number), "192.0.2.1")
+    for number in range(5):
+        places.enter(("early", number), "192.0.2.2")
+    assert places.enter("slow", "198.51.100.7") is None
+    closed = [places.enter((origin, number), origin) for number in range(100) for origin in ("a", "b")]
+    assert "slow" in places
+    assert ("early", 4) in places, "and so does the last of an address that has few"
+    assert closed.count(None) == 4
+    places.asks("slow")
+    assert "slow" in places
+
+
+def test_a_flood_from_many_addresses_closes_the_oldest_of_them():
+    places: ConnectionPlaces[int] = ConnectionPlaces(10, 5)
+    closed = [places.enter(number, f"192.0.2.{number}") for number in range(30)]
+    assert closed == [None] * 10 + list(range(20))
+
+
 def test_a_new_connection_is_closed_itself_if_all_others_have_a_request():
     places: ConnectionPlaces[int] = ConnectionPlaces(2, 2)
     for number in range(2):
@@ -71,14 +95,19 @@ class AnyOrder(RuleBasedStateMachine):
     def enter(self, origin: str) -> None:
         number, self.next = self.next, self.next + 1
         self.waiting.append((number, origin))
-        expected = None
+        waiting = Counter(of for _, of in self.waiting)
+        closed = self.places.enter(number, origin)
         if self.of(origin) > 3:
-            expected = next(one for one in self.waiting if one[1] == origin)
+            candidates = {origin}
         elif len(self.waiting) + len(self.asking) > 5:
-            expected = self.waiting[0]
-        assert self.places.enter(number, origin) == (expected[0] if expected else None)
-        if expected:
-            self.waiting.remove(expected)
+            candidates = {of for of, count in waiting.items() if count == max(waiting.values())}
+        else:
+            assert closed is None
+            return
+        [of] = [of for one, of in self.waiting if one == closed]
+        assert of in candidates
+        assert closed == next(one for one, whose in self.waiting if whose == of), "the oldest of its origin"
+        self.waiting = [one for one in self.waiting if one[0] != closed]
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())

@@ -15,6 +15,8 @@ import pytest
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.server import new_loop
+from bkpool.gateway.net.buffers import MAX_READ, SMALL_READ
+from bkpool.gateway.net.endpoint import SocketEndpoint
 from support import records
 from support.attack import attacked_gateway
 from support.hellos import FIRST_BYTES, client_hello
@@ -204,6 +206,82 @@ async def test_key_updates_that_request_none_are_accepted(attacker):
         attacker.out.update()
         await asyncio.to_thread(attacker.echo, b"with new keys")
     assert attacker.updates == 0
+
+
+# --- many records ---------------------------------------------------------------------------------------------------
+
+
+async def test_records_with_padding_are_no_attack(attacker):
+    """A client may hide the length of its data (RFC 8446 section 5.4). OpenSSL's peers do where they are told to."""
+    for padding in (1, 100, 5000, 16000):
+        for _ in range(20):
+            attacker.sock.sendall(attacker.out.encrypt(records.APPLICATION_DATA, b"x", padding))
+    received = b""
+    while len(received) < 80:
+        received += (await asyncio.to_thread(attacker.receive))[1]
+    assert received == b"x" * 80
+
+
+async def test_key_updates_between_single_bytes_are_an_attack(attacker):
+    """Each pair is 50 bytes, and costs the gateway as much as 100 KB of data."""
+    attacker.sock.sendall(
+        b"".join(attacker.out.encrypt(records.APPLICATION_DATA, b"x") + attacker.key_updates(1) for _ in range(200))
+    )
+    received = b""
+    while len(received) < 200 and (got := await asyncio.to_thread(attacker.receive))[0] == records.APPLICATION_DATA:
+        received += got[1]
+    assert len(received) < 200, "it is cut"
+
+
+async def test_records_that_come_with_the_end_of_the_handshake_are_counted_rightly(attacked, tmp_path):
+    """The last bytes of the handshake, a record and a part of the next one are in one segment."""
+    world = attacked.world
+    world.lease("a")
+    attacked.allowed_connections += 1
+    context = world.ca.client_context(world.certificate(world.token("a")))
+    client = await asyncio.to_thread(RecordClient, world.port, context, tmp_path / "keylog", delay_last=True)
+    first, second = (client.out.encrypt(records.APPLICATION_DATA, b"x" * 300) for _ in range(2))
+    client.sock.sendall(client.unsent + first + second[:100])
+    await world.settle()
+    client.sock.sendall(
+        second[100:] + b"".join(client.out.encrypt(records.APPLICATION_DATA, b"y") for _ in range(500))
+    )
+    received = b""
+    while len(received) < 1100:
+        received += (await asyncio.to_thread(client.receive))[1]
+    client.close()
+
+
+async def test_a_client_with_many_small_records_is_read_in_small_steps(attacker, attacked, monkeypatch):
+    """So that it does not take a loop's time from others; with larger records it is read in large steps again."""
+    steps = []
+    receive = SocketEndpoint.receive
+
+    def recorded(endpoint, into):
+        if endpoint.stream.tls is not None:
+            steps.append(len(into))
+        return receive(endpoint, into)
+
+    monkeypatch.setattr(SocketEndpoint, "receive", recorded)
+    reading = asyncio.create_task(asyncio.to_thread(read_data, attacker, 20_000))
+    await asyncio.to_thread(
+        attacker.sock.sendall, b"".join(attacker.out.encrypt(records.APPLICATION_DATA, b"x") for _ in range(20_000))
+    )
+    await reading
+    large = [step for step in steps if step > SMALL_READ]
+    assert len(large) <= 1, "the first step, because of what came before"
+    assert len(steps) > (23 * 20_000 - MAX_READ) // SMALL_READ
+    steps.clear()
+    await asyncio.to_thread(attacker.echo, b"as a client sends it" * 500)
+    await asyncio.to_thread(attacker.echo, b"as a client sends it" * 500)
+    assert max(steps) == MAX_READ
+
+
+def read_data(client, length):
+    while length > 0:
+        kind, data = client.receive()
+        assert kind == records.APPLICATION_DATA
+        length -= len(data)
 
 
 # --- many KeyUpdates ------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.server import Gateway
-from bkpool.gateway.net.accept import Address
 from bkpool.gateway.net.dial import Dialler, PlainDial
+from bkpool.gateway.net.listen import Address
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import State

@@ -75,9 +75,10 @@ class RecordClient:
         port: The gateway's port on 127.0.0.1.
         context: The client's TLS settings. Nothing else may use them.
         keylog: Path of a file that does not exist yet.
+        delay_last: Whether the last bytes of the handshake stay in `unsent`, for the caller to send.
     """
 
-    def __init__(self, port: int, context: ssl.SSLContext, keylog: Path) -> None:
+    def __init__(self, port: int, context: ssl.SSLContext, keylog: Path, *, delay_last: bool = False) -> None:
         context.keylog_filename = str(keylog)
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -86,7 +87,9 @@ class RecordClient:
             self.sock.sendall(outgoing.read())
             header = self._read_exactly(5)  # reads no more than OpenSSL needs: later records are for us
             incoming.write(header + self._read_exactly(int.from_bytes(header[3:])))
-        self.sock.sendall(outgoing.read())
+        self.unsent = outgoing.read()
+        if not delay_last:
+            self.sock.sendall(self.unsent)
         cipher = tls.cipher()
         assert cipher is not None
         assert cipher[0] == SUITE

@@ -21,14 +21,15 @@ from bkpool.core.errors import HostFault, Unavailable
 from bkpool.core.names import Key
 from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.loop_bridge import LoopBridge
-from bkpool.gateway.net.accept import Acceptor, Address, listen
 from bkpool.gateway.net.dial import Dialler, PlainDial
+from bkpool.gateway.net.listen import Address, listen
 from bkpool.gateway.net.tls_context import server_context
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.lease_table import LeaseTable
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.loop_shard import LoopShard
 from bkpool.gateway.session.metrics import GatewayMetrics
+from bkpool.ports.acceptor import Acceptor
 from bkpool.telemetry.loop_watchdog import LoopWatchdog
 
 log = structlog.get_logger(__name__)
@@ -145,7 +146,13 @@ class Gateway:
         for thread in threads:
             thread.shard.shards = shards  # before any of them has a client
         first = threads[0]
-        self._acceptor = Acceptor(first.loop, listeners, self._limits.accept_pause, _distribute(threads))
+        self._acceptor = Acceptor(
+            first.loop,
+            listeners,
+            paused_event="gateway.accept_paused",
+            pause=self._limits.accept_pause,
+            on_accept=_distribute(threads),
+        )
         first.call(self._acceptor.start)
         self._metrics.set_draining(False)
         log.info("gateway.listening", addresses=[f"{host}:{port}" for host, port in bound], threads=len(threads))
@@ -202,15 +209,16 @@ class Gateway:
         return thread
 
 
-def _distribute(threads: list[_GatewayThread]) -> Callable[[socket.socket, str], None]:
+def _distribute(threads: list[_GatewayThread]) -> Callable[[socket.socket, Address], None]:
     """Returns a function that gives accepted sockets to the threads in turn. It is called in the first thread."""
-    if len(threads) == 1:
-        return threads[0].shard.accept
     turn = itertools.cycle(threads)
 
-    def distribute(sock: socket.socket, peer: str) -> None:
-        thread = next(turn)
-        thread.call(thread.shard.accept, sock, peer)
+    def distribute(sock: socket.socket, address: Address) -> None:
+        thread, peer = next(turn), f"{address[0]}:{address[1]}"
+        if thread is threads[0]:
+            thread.shard.accept(sock, peer)
+        else:
+            thread.call(thread.shard.accept, sock, peer)
 
     return distribute
 

@@ -30,6 +30,12 @@ MAX_READ = 5 * DECRYPT_CHUNK
 """Bytes that are taken from a socket in one step, at most."""
 
 
+SMALL_READ = 4096
+"""Bytes that are read in one step from a peer whose last bytes were many small records, and from a new one. A small
+record costs as much as a large one: a whole step of records with one byte each takes 10 ms, and with hundreds of such
+connections everyone else waits for seconds."""
+
+
 class LoopBuffers:
     """Memory that all connections of one event loop share. Its content is valid within one callback only."""
 

@@ -11,7 +11,7 @@ import contextlib
 import ssl
 from collections.abc import Callable
 
-from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, MAX_READ, PLAINTEXT_CHUNK, LoopBuffers
+from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, MAX_READ, PLAINTEXT_CHUNK, SMALL_READ, LoopBuffers
 from bkpool.gateway.net.duplex import DuplexRelay
 from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
@@ -82,14 +82,18 @@ class SocketRelay:
         self._close(reason, broken=None)
 
     def _readable(self, endpoint: SocketEndpoint) -> None:
-        received = self._buffers.received
-        if endpoint.stream.tls is None:
+        received, tls = self._buffers.received, endpoint.stream.tls
+        if tls is None:
             received = received[:PLAINTEXT_CHUNK]
+        elif tls.small_records:
+            received = received[:SMALL_READ]
         elif self._other(endpoint).stream.tls is not None:
             received = received[:CIPHERTEXT_CHUNK]
         for _ in range(0, MAX_READ, len(received)):  # then the loop turns to other connections
             if not self._forward(endpoint, received):
                 return
+            if tls is not None and tls.small_records:
+                break
         while endpoint.failed and self._forward(endpoint, received):
             pass  # the loop does not report the remaining bytes
 

@@ -11,6 +11,7 @@ import sys
 
 from bkpool.gateway.net.tls_stream import SniSSLObject
 from bkpool.pki.chain import load_chain
+from bkpool.ports.server_tls import new_server_context
 
 # X509_V_FLAG_NO_CHECK_TIME (openssl/x509_vfy.h); Python has no name for it.
 _NO_CHECK_TIME = ssl.VerifyFlags(0x200000)
@@ -27,8 +28,7 @@ def server_context(cert_pem: bytes, key_pem: bytes, ca_pem: bytes) -> ssl.SSLCon
     Raises:
         ssl.SSLError: One of them is unreadable, or the key does not belong to the certificate.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context = new_server_context(ssl.TLSVersion.TLSv1_3)
     # Tickets take a third of a handshake's time, and a resumed session would skip the client's certificate.
     context.num_tickets = 0
     context.set_alpn_protocols(["h2"])  # grpc-go requires it and buildx does not offer it, so it is optional here

@@ -11,11 +11,15 @@ import ssl
 from typing import cast
 
 from bkpool.gateway.net.buffers import DECRYPT_CHUNK, MAX_RECORD
+from bkpool.gateway.net.record_counter import RecordCounter
+from bkpool.ports.server_tls import ServerTlsObject
 
-_MAX_EXPANSION = 24
-"""Bytes of ciphertext allowed for one byte of plaintext. A record of one byte has 23 (RFC 8446 section 5.2)."""
-_MAX_WITHOUT_DATA = 2 * MAX_RECORD
-"""Bytes of ciphertext that may come without plaintext: the first part of a record, and a few KeyUpdates."""
+_DATA_PER_EMPTY = 16
+"""Records with data that allow one without. Padding is data here, however much it is (RFC 8446 section 5.4)."""
+_FEW_RECORDS, _SMALL_RECORD = 64, 128
+"""More records than this in one step, of fewer bytes than this on average, are many small ones."""
+_MOST_EMPTY = 64
+"""Records without data that may come before their records with data."""
 
 
 class EmptyRecordsError(ssl.SSLError):
@@ -24,7 +28,7 @@ class EmptyRecordsError(ssl.SSLError):
     reason = "records without data"
 
 
-class SniSSLObject(ssl.SSLObject):
+class SniSSLObject(ServerTlsObject):
     """The server side of a TLS connection, which remembers the server name that its client sent."""
 
     server_name: str | None = None
@@ -42,12 +46,16 @@ class TlsStream:
         server_hostname: The name that a client sends (SNI) and checks; None sends and checks none.
     """
 
-    __slots__ = ("_incoming", "_object", "_outgoing", "_without_data")
+    __slots__ = ("_empty", "_incoming", "_object", "_outgoing", "_records", "_uncounted", "small_records")
 
     def __init__(
         self, context: ssl.SSLContext, *, server_side: bool = True, server_hostname: str | None = None
     ) -> None:
-        self._without_data = 0
+        self._empty = 0  # _DATA_PER_EMPTY for each record without data, less the records with data
+        self._records = RecordCounter()
+        self._uncounted = 0  # records that came together with the end of the handshake
+        self.small_records = True
+        """The peer's last bytes were many small records, or it has sent none yet: little should be read at once."""
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._object = context.wrap_bio(
@@ -68,6 +76,9 @@ class TlsStream:
             self._object.do_handshake()
         except ssl.SSLWantReadError:
             return False
+        rest = self._incoming.read()  # it begins with a record: OpenSSL has taken no more than it needed
+        self._incoming.write(rest)
+        self._uncounted = self._records.count(memoryview(rest))
         return True
 
     def peer_certificate(self) -> bytes | None:
@@ -93,36 +104,41 @@ class TlsStream:
             ssl.SSLError: The peer violated TLS.
             EmptyRecordsError: The peer sent too many records without data.
         """
-        length, ended = self._read(data[:DECRYPT_CHUNK], into)
-        self._check_expansion(min(len(data), DECRYPT_CHUNK), length)
-        for at in range(DECRYPT_CHUNK, len(data), DECRYPT_CHUNK):
+        length = records = 0
+        for at in range(0, len(data) or 1, DECRYPT_CHUNK):
+            part = data[at : at + DECRYPT_CHUNK]
+            more, with_data, ended = self._read(part, into[length:])
+            length += more
+            all_records, self._uncounted = self._records.count(part) + self._uncounted, 0
+            records += all_records
+            self._check_empty(all_records - with_data, with_data)
             if ended:
                 break
-            more, ended = self._read(data[at : at + DECRYPT_CHUNK], into[length:])
-            length += more
-            self._check_expansion(min(len(data) - at, DECRYPT_CHUNK), more)
+        self.small_records = records > _FEW_RECORDS and records * _SMALL_RECORD > len(data)
         return length, ended
 
-    def _check_expansion(self, ciphertext: int, plaintext: int) -> None:
-        self._without_data = max(0, self._without_data + ciphertext - _MAX_EXPANSION * plaintext)
-        if self._without_data > _MAX_WITHOUT_DATA:
+    def _check_empty(self, without_data: int, with_data: int) -> None:
+        self._empty = max(0, self._empty + _DATA_PER_EMPTY * without_data - with_data)
+        if self._empty > _DATA_PER_EMPTY * _MOST_EMPTY:
             raise EmptyRecordsError
 
-    def _read(self, data: memoryview, into: memoryview) -> tuple[int, bool]:
+    def _read(self, data: memoryview, into: memoryview) -> tuple[int, int, bool]:
+        """Returns the length of the plaintext, the number of its records, and whether the peer has ended."""
         incoming = self._incoming
         incoming.write(data)
         read = self._object.read
-        length = 0
+        length = records = 0
         try:
             while count := cast("int", read(MAX_RECORD, into[length:])):  # with a buffer, read returns a count
                 length += count
+                records += 1  # read never returns the data of two
                 if not incoming.pending:  # OpenSSL has everything; another read would cost an exception per chunk
-                    return length, False
+                    return length, records, False
         except ssl.SSLWantReadError:
-            return length, False
+            return length, records, False
         except ssl.SSLZeroReturnError:  # raised instead of a count of 0 once we have sent close_notify
             pass
-        return length, True
+        return length, records, True
 
     def encrypt(self, data: memoryview) -> None:
         """Encrypts all of the data."""

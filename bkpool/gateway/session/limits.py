@@ -62,7 +62,8 @@ class GatewayLimits:
     """How long this gateway relies on its own registration. The controller relies on it for REGISTRATION_LIFE (60 s,
     core.registrations), counted from when it saw it change, so always for longer."""
     pending_connections: int = 1024
-    """Most connections without a lease: in the handshake, or being refused. One more closes the oldest."""
+    """Most connections without a lease: in the handshake, or being refused. One more closes the oldest of the
+    address that has most of them."""
     pending_connections_per_address: int = 512
     """Most of them from one address, or from one IPv6 network of 64 bits."""
     connections: int = 10_000

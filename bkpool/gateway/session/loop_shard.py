@@ -163,14 +163,14 @@ class LoopShard:
             connection.enter_loop(token_sha256)
 
     def _add_pending(self, connection: Connection) -> None:
-        """Adds a connection without a lease. If there are too many, the oldest is closed.
+        """Adds a connection without a lease. If there are too many, one of the address that has most is closed.
 
         So clients that never complete a handshake cannot keep others out.
         """
         surplus = self._pending.enter(connection, connection.origin)
-        self.metrics.count_pending(+1)
-        if surplus is not None:
-            self.metrics.count_pending(-1)
+        if surplus is None:
+            self.metrics.count_pending(+1)
+        else:  # it takes its place, so the metric never shows more than the limit
             self._surplus[surplus] = None
             surplus.cut("too many connections without a lease")
 
