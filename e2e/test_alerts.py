@@ -65,7 +65,9 @@ def test_promtool_accepts_the_metrics_of_a_running_appliance(promtool, appliance
     eventually(lambda: lag in appliance.metrics(), "the main loop is watched")
     scraped = appliance.metrics()
     assert re.search(
-        r'^buildkit_gateway_bytes_total\{direction="up",pool="default"\} [1-9]', scraped, re.MULTILINE
+        r'^buildkit_gateway_bytes_total\{direction="up",pool="default",pool_namespace="default"\} [1-9]',
+        scraped,
+        re.MULTILINE,
     ), scraped
     assert "\nbuildkit_gateway_draining 0.0\n" in scraped
     promtool("check", "metrics", text=scraped)

@@ -46,13 +46,13 @@ EXPRESSIONS = {name: [rule["expr"]] for name, rule in RULES.items()} | {
 @pytest.fixture(scope="module")
 def samples():
     """Every sample with the names of its labels, of a registry in which each event has happened once."""
-    metrics, meter = GatewayMetrics(), Meter("p", "p-worker-0", PeerStream())
+    metrics, meter = GatewayMetrics(), Meter(Key("default", "p"), "p-worker-0", PeerStream())
     metrics.relay_started(meter)
     metrics.relay_ended(meter, 1.0)
     metrics.relay_started(meter)
-    metrics.refused("p", "Waited")
+    metrics.refused(Key("default", "p"), "Waited")
     metrics.handshake_done(0.1, ok=True)
-    metrics.dial_done("p", 0.1, "reached")
+    metrics.dial_done(Key("default", "p"), 0.1, "reached")
     metrics.count_pending(+1)
     metrics.set_draining(False)
     LogMetrics(metrics.registry, lambda: 1)

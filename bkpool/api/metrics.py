@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from bkpool.core.names import Key
 from bkpool.core.worker import Worker
-from bkpool.telemetry.registry import CachedSeries
+from bkpool.telemetry.registry import POOL_LABELS, CachedSeries
 
 UNMATCHED = "unmatched"
 """The route of requests to a path, or with a method, that no route has."""
@@ -102,7 +102,7 @@ class ApiMetrics:
 
 
 class _PoolGauges(Collector):
-    """Waiting callers and leases by the pool's name. Pools of one name in several namespaces are summed up."""
+    """Waiting callers and leases by pool."""
 
     def __init__(self, waiting: Callable[[Key], int], pools: Iterable[Key], workers: Mapping[Key, Worker]) -> None:
         self._waiting = waiting
@@ -110,20 +110,20 @@ class _PoolGauges(Collector):
         self._workers = workers
 
     def collect(self) -> Iterable[Metric]:
-        waiting: Counter[str] = Counter()
-        leases: Counter[str] = Counter()
+        waiting: Counter[Key] = Counter()
+        leases: Counter[Key] = Counter()
         for key in self._pools:
-            waiting[key.name] += self._waiting(key)
-            leases[key.name] += 0
+            waiting[key] += self._waiting(key)
+            leases[key] += 0
         for worker in self._workers.values():
             if worker.lease is not None:
-                leases[worker.pool.name] += 1
+                leases[worker.pool] += 1
         yield _gauge("buildkit_api_waiters", "Callers that wait at this replica for a worker of the pool.", waiting)
         yield _gauge("buildkit_api_leases", "Leases of the pool, those that still drain included.", leases)
 
 
-def _gauge(name: str, description: str, values: Mapping[str, int]) -> Metric:
-    family = GaugeMetricFamily(name, description, labels=["pool"])
+def _gauge(name: str, description: str, values: Mapping[Key, int]) -> Metric:
+    family = GaugeMetricFamily(name, description, labels=POOL_LABELS)
     for pool, value in values.items():
-        family.add_metric([pool], value)
+        family.add_metric([pool.name, pool.namespace], value)
     return family

@@ -79,7 +79,7 @@ class HostAppliance:
         stack.callback((home / "appliance.json").unlink, missing_ok=True)
         sources = ApiSources(
             gateway_endpoint=lambda _pool: endpoint,
-            connections=lambda pool: gateway.metrics.active(pool.key.name),
+            connections=lambda pool: gateway.metrics.active(pool.key),
             unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
             not_ready_reason=context.checks.trouble,
         )
@@ -162,7 +162,7 @@ class HostAppliance:
 
     async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
         """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
-        busy = any(gateway.metrics.active(key.name) for key in mirror.pools)
+        busy = any(gateway.metrics.active(key) for key in mirror.pools)
         seconds = self._settings.appliance.drain_timeout.total_seconds()
         log.info("appliance.draining", seconds=seconds, busy=busy)
         await gateway.drain(seconds, context.shutdown)

@@ -11,6 +11,9 @@ from typing import Generic, TypeVar
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
+POOL_LABELS = ("pool", "pool_namespace")
+"""The labels that name a pool. `namespace` alone would be that of the pod: Prometheus' operator sets it."""
+
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 """Seconds: upper bounds of the buckets of a histogram of short times."""
 

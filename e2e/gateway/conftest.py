@@ -204,7 +204,7 @@ class AttackedProcess:
         await self.earlier_client.echo()
         self.disconnect_all(but=self.earlier_client)
         await self.wait_until(lambda: self.process.descriptors == self.descriptors)
-        assert self.process.counters["active"] == 1
+        await self.wait_until(lambda: self.process.counters["active"] == 1)
         (await self.served_client()).disconnect()
 
     async def wait_until(self, condition: Any, seconds: float = WAIT_TIMEOUT) -> None:

@@ -53,9 +53,10 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
 
 def counters(metrics: GatewayMetrics) -> dict[str, float]:
     value = metrics.registry.get_sample_value
-    refused = {"pool": "", "reason": "TlsFailed"}
+    refused = {"pool": "", "pool_namespace": "", "reason": "TlsFailed"}
+    pool = {"pool": POOL.name, "pool_namespace": POOL.namespace}
     return {
-        "active": value("buildkit_gateway_active_connections", {"pool": POOL.name}) or 0,
+        "active": value("buildkit_gateway_active_connections", pool) or 0,
         "tls_failed": value("buildkit_gateway_refusals_total", refused) or 0,
     }
 

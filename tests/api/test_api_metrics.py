@@ -25,7 +25,7 @@ def requests(api: Api, route: str, method: str, code: str) -> float | None:
 
 
 def gauge(api: Api, name: str) -> float | None:
-    return api.registry.get_sample_value(name, {"pool": "p"})
+    return api.registry.get_sample_value(name, {"pool": "p", "pool_namespace": "default"})
 
 
 async def test_requests_are_counted_by_the_template_of_their_route(api: Api) -> None:

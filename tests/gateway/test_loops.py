@@ -200,7 +200,7 @@ async def test_every_loop_refuses_clients_without_a_lease(new_gateway):
         assert (await (await world.connect()).call())[0] == 16
     await wait_until_empty(world)
     assert world.metrics.registry.get_sample_value(
-        "buildkit_gateway_refusals_total", {"pool": "", "reason": "UnknownLease"}
+        "buildkit_gateway_refusals_total", {"pool": "", "pool_namespace": "", "reason": "UnknownLease"}
     ) == float(LOOPS)
 
 

@@ -13,23 +13,22 @@ from hypothesis import strategies as st
 
 from bkpool.core.errors import Gone, NoCapacity, Unauthenticated, Unavailable
 from bkpool.core.names import Key
-from bkpool.gateway.session.hold_budget import HoldBudget
-from bkpool.gateway.session.lease_table import LeaseRoute
-from bkpool.gateway.session.limits import GatewayLimits
-from bkpool.gateway.session.machine import (
+from bkpool.gateway.session.commands import (
     CancelDial,
     CloseClient,
-    ConnectionMachine,
     DialWorker,
     FindLease,
     Refuse,
     Register,
     ReturnSlot,
     StartRelay,
-    State,
     StopRelayOrRefusal,
     TakeSlot,
 )
+from bkpool.gateway.session.hold_budget import HoldBudget
+from bkpool.gateway.session.lease_table import LeaseRoute
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.machine import ConnectionMachine, State
 from bkpool.gateway.session.refusal import GrpcCode, Refusal, wrong_worker
 
 LIMITS = GatewayLimits()
@@ -69,6 +68,7 @@ EVENTS = {
     "registration failed": lambda machine, now: machine.registration_done(now, RELEASED),
     "worker reached": lambda machine, now: machine.worker_reached(),
     "dial failed": lambda machine, now: machine.dial_failed(now, "refused"),
+    "dial impossible": lambda machine, now: machine.dial_impossible(now, "Too many open files"),
     "wrong peer": lambda machine, now: machine.wrong_peer(now),
     "route unchanged": lambda machine, now: machine.route_changed(now, READY),
     "route moved": lambda machine, now: machine.route_changed(now, MOVED),
@@ -445,6 +445,19 @@ def test_an_address_without_an_answer_is_dialled_again_until_the_wait_ends():
     assert commands[0] == ReturnSlot()
     assert commands[1].status == "Waited"
     assert "it could not be reached (Connection refused)" in commands[1].refusal.sentence
+
+
+def test_a_gateway_without_descriptors_blames_itself_and_not_the_worker():
+    budget = HoldBudget(LIMITS)
+    for code in (GrpcCode.UNAVAILABLE, GrpcCode.RESOURCE_EXHAUSTED):
+        machine = held(0.0, budget, READY)
+        assert machine.dial_impossible(0.0, "Too many open files") == NOTHING
+        assert machine.deadline_reached(machine.deadline) == (DialWorker(),), "it tries again while there is time"
+        machine.dial_impossible(1.0, "Too many open files")
+        _, refuse = machine.deadline_reached(LIMITS.first_wait)
+        assert (refuse.status, refuse.refusal.code) == ("NoCapacity", code)
+        assert "the gateway has no resources left" in refuse.refusal.sentence
+        assert "not ready" not in refuse.refusal.sentence
 
 
 def test_a_worker_that_answers_a_later_dial_is_connected():

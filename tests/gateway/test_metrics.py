@@ -7,9 +7,12 @@ import threading
 
 import pytest
 
+from bkpool.core.names import Key
 from bkpool.gateway.net.duplex import PeerStream
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics, Meter
+
+P = Key("default", "p")
 
 
 @pytest.fixture
@@ -20,6 +23,8 @@ def metrics():
 @pytest.fixture
 def value(metrics):
     def value(name, **labels):
+        if "pool" in labels:
+            labels.setdefault("pool_namespace", "default" if labels["pool"] else "")
         return metrics.registry.get_sample_value(f"buildkit_gateway_{name}", labels)
 
     return value
@@ -28,7 +33,7 @@ def value(metrics):
 def _series(metrics, name):
     """Returns the samples of a metric, by their labels."""
     return {
-        tuple(sample.labels.values()): sample.value
+        tuple(value for label, value in sample.labels.items() if label != "pool_namespace"): sample.value
         for family in metrics.registry.collect()
         for sample in family.samples
         if sample.name == f"buildkit_gateway_{name}"
@@ -38,7 +43,7 @@ def _series(metrics, name):
 def _meter(pool="p", worker="p-worker-0", up=0, down=0):
     end = PeerStream()
     end.bytes_in, end.bytes_out = up, down
-    return Meter(pool, worker, end)
+    return Meter(Key("default", pool), worker, end)
 
 
 def test_bytes_are_current_while_the_connection_is_open_and_count_once_after_its_end(metrics, value):
@@ -90,18 +95,39 @@ def test_the_byte_total_never_decreases_while_connections_come_and_go_in_other_t
     assert value("bytes_total", pool="p", direction="up") == 4 * 200 * 7
     assert value("connections_total", pool="p", status="success") == 800
     assert value("connection_duration_seconds_count", pool="p") == 800
-    assert value("active_connections", pool="p") == value("pending_connections") == metrics.active("p") == 0
+    assert value("active_connections", pool="p") == value("pending_connections") == metrics.active(P) == 0
 
 
 def test_active_counts_the_relayed_connections_of_a_pool(metrics, value):
     first, second = _meter(), _meter(pool="q")
-    assert metrics.active("p") == 0
+    assert metrics.active(P) == 0
     metrics.relay_started(first)
     metrics.relay_started(second)
-    assert metrics.active("p") == value("active_connections", pool="p") == 1
+    assert metrics.active(P) == value("active_connections", pool="p") == 1
     metrics.relay_ended(first, 1.0)
-    assert metrics.active("p") == value("active_connections", pool="p") == 0
-    assert metrics.active("q") == 1
+    assert metrics.active(P) == value("active_connections", pool="p") == 0
+    assert metrics.active(Key("default", "q")) == 1
+
+
+def test_pools_of_one_name_in_two_namespaces_are_two(metrics, value):
+    other = Key("team", "p")
+    metrics.relay_started(_meter(up=3))
+    metrics.relay_started(Meter(other, "p-worker-0", PeerStream()))
+    metrics.relay_started(Meter(other, "p-worker-0", PeerStream()))
+    metrics.refused(other, "LeaseExpired")
+    metrics.dial_done(other, 0.1, "reached")
+    assert (metrics.active(P), metrics.active(other)) == (1, 2)
+    assert (metrics.active_by_worker(P), metrics.active_by_worker(other)) == ({"p-worker-0": 1}, {"p-worker-0": 2})
+    for name, labels, ours, theirs in (
+        ("active_connections", {}, 1, 2),
+        ("open_connections", {"worker": "p-worker-0"}, 1, 2),
+        ("bytes_total", {"direction": "up"}, 3, 0),
+        ("connections_total", {"status": "success"}, 1, 2),
+        ("refusals_total", {"reason": "LeaseExpired"}, None, 1),
+        ("dial_seconds_count", {"outcome": "reached"}, None, 1),
+    ):
+        assert value(name, pool="p", **labels) == ours
+        assert value(name, pool="p", pool_namespace="team", **labels) == theirs
 
 
 def test_the_series_of_a_worker_disappears_when_nothing_is_open(metrics):
@@ -131,9 +157,9 @@ def test_two_hundred_workers_have_a_series_each_and_the_others_share_one(metrics
 
 
 def test_a_refusal_counts_as_an_error_of_its_pool_with_a_reason(metrics, value):
-    metrics.refused("", "TlsFailed")
-    metrics.refused("p", "LeaseExpired")
-    metrics.refused("p", "LeaseExpired")
+    metrics.refused(None, "TlsFailed")
+    metrics.refused(P, "LeaseExpired")
+    metrics.refused(P, "LeaseExpired")
     assert value("refusals_total", pool="p", reason="LeaseExpired") == 2
     assert value("connections_total", pool="p", status="error") == 2
     assert value("connections_total", pool="", status="error") == 1
@@ -142,9 +168,9 @@ def test_a_refusal_counts_as_an_error_of_its_pool_with_a_reason(metrics, value):
 def test_handshakes_and_dials_are_counted_by_outcome(metrics, value):
     metrics.handshake_done(0.004, ok=True)
     metrics.handshake_done(9.0, ok=False)
-    metrics.dial_done("p", 0.0002, "reached")
-    metrics.dial_done("p", 5.0, "failed")
-    metrics.dial_done("p", 0.003, "stranger")
+    metrics.dial_done(P, 0.0002, "reached")
+    metrics.dial_done(P, 5.0, "failed")
+    metrics.dial_done(P, 0.003, "stranger")
     assert value("handshake_seconds_bucket", outcome="ok", le="0.005") == 1
     assert value("handshake_seconds_bucket", outcome="failed", le="5.0") == 0
     assert value("handshake_seconds_bucket", outcome="failed", le="10.0") == 1
@@ -189,7 +215,7 @@ async def test_a_failed_handshake_is_counted_and_leaves_no_pending_connection(wo
     await world.wait_until(lambda: count("buildkit_gateway_handshake_seconds_count", {"outcome": "failed"}) == 1)
     await world.wait_until(lambda: count("buildkit_gateway_pending_connections") == 0)
     assert world.metrics.registry.get_sample_value(
-        "buildkit_gateway_refusals_total", {"pool": "", "reason": "TlsFailed"}
+        "buildkit_gateway_refusals_total", {"pool": "", "pool_namespace": "", "reason": "TlsFailed"}
     )
 
 

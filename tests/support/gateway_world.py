@@ -266,7 +266,10 @@ class GatewayWorld:
 
     def metric(self, name: str, **labels: str) -> float:
         """Returns a metric of the gateway, by default of pool p."""
-        return self.metrics.registry.get_sample_value(f"buildkit_gateway_{name}", {"pool": "p"} | labels) or 0.0
+        pool = {"pool": "p"} | labels
+        namespaces = {key.name: key.namespace for key in self.pools}
+        pool.setdefault("pool_namespace", namespaces.get(pool["pool"], ""))
+        return self.metrics.registry.get_sample_value(f"buildkit_gateway_{name}", pool) or 0.0
 
 
 class NewWorld(Protocol):

@@ -102,9 +102,11 @@ class StoreLeaseRegistry:
         self._last_complete_list = 0  # the number of the last list that succeeded
         self._list_started_at = -_LIST_INTERVAL
         self._searched_tokens: dict[str, None] = {}  # the oldest first
+        self._withdrawals: dict[str, object] = {}  # by lease: the withdrawal that may still write
 
     async def register(self, route: LeaseRoute, connections: int) -> None:
-        """See LeaseRegistry."""
+        """See LeaseRegistry. It ends a withdrawal that is still under way: its next attempt would remove this."""
+        self._withdrawals.pop(route.lease_id, None)
         await self._change_worker(route, partial(self._registered, connections))
 
     async def renew(self, route: LeaseRoute, connections: int) -> None:
@@ -113,7 +115,18 @@ class StoreLeaseRegistry:
 
     async def withdraw(self, route: LeaseRoute) -> None:
         """See LeaseRegistry."""
-        await self._change_worker(route, self._withdrawn)
+        this = self._withdrawals[route.lease_id] = object()
+
+        def withdrawn(worker: Worker, route: LeaseRoute) -> Worker | None:
+            return self._withdrawn(worker, route) if self._withdrawals.get(route.lease_id) is this else None
+
+        try:
+            await self._change_worker(route, withdrawn)
+        except Gone:  # the worker is deleted, and the registration with it
+            pass
+        finally:
+            if self._withdrawals.get(route.lease_id) is this:
+                del self._withdrawals[route.lease_id]
 
     async def find(self, token_sha256: str) -> None:
         """See LeaseRegistry.
@@ -155,8 +168,6 @@ class StoreLeaseRegistry:
             except Conflict:
                 continue
             except NotFound:
-                if change == self._withdrawn:
-                    return
                 raise _not_held(route) from None
             return
         raise Unavailable(

@@ -78,6 +78,7 @@ class LoopBridge:
 
     async def _run(self, call: Callable[[], Awaitable[None]], on_done: OnDone) -> None:
         error: BkpoolError | None = None
+        say: Callable[[], object] | None = None
         try:
             async with asyncio.timeout(self._timeout):
                 await call()
@@ -86,15 +87,17 @@ class LoopBridge:
         except DiskFull as raised:
             error = Unavailable(f"the gateway cannot confirm this lease: {raised.message}", hint=raised.hint)
         except BkpoolError as raised:  # the store refuses this gateway; the client cannot change that
-            log.warning("gateway.registry_refused", reason=raised.message)
+            say = partial(log.warning, "gateway.registry_refused", reason=raised.message)
             error = _store_unavailable()
         except TimeoutError:
             error = _store_unavailable()
-        except Exception:
-            log.exception("gateway.registry_failed")
+        except Exception as raised:  # noqa: BLE001 - it is logged below
+            say = partial(log.error, "gateway.registry_failed", exc_info=raised)
             error = _store_unavailable()
         with suppress(RuntimeError):  # the gateway's loop is closed, so nothing waits for the answer
             self._gateway.call_soon_threadsafe(on_done, error)
+        if say is not None:  # after the answer, which a log that fails must not hold up
+            say()
 
 
 def _store_unavailable() -> Unavailable:

@@ -18,10 +18,11 @@ import structlog
 
 from bkpool.core.connection_places import origin_of
 from bkpool.core.errors import BkpoolError, WorkerFailed
+from bkpool.core.names import Key
 from bkpool.gateway.net.dial import DialAttempt, Dialler, DialTarget
 from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.relay import SocketRelay
-from bkpool.gateway.session import machine
+from bkpool.gateway.session import commands, machine
 from bkpool.gateway.session.certificate import token_digest
 from bkpool.gateway.session.client_socket import ClientSocket, SocketHost
 from bkpool.gateway.session.grpc_answer import GrpcAnswer
@@ -32,6 +33,7 @@ from bkpool.gateway.session.refusal import Refusal
 from bkpool.gateway.session.refusal_responder import RefusalResponder
 from bkpool.gateway.session.shard_leases import ShardLease, ShardLeases
 from bkpool.pki.worker_tls import check_worker
+from bkpool.ports.acceptor import OUT_OF_RESOURCES
 
 log = structlog.get_logger(__name__)
 
@@ -78,9 +80,10 @@ class Connection:
         self.origin = origin_of(peer.rpartition(":")[0])
         """Where it comes from, for limits of one address."""
         self._log_fields = {"peer": peer, "pool": ""}
+        self._pool: Key | None = None
         self._accepted_at = host.loop.time()
         self._machine = machine.ConnectionMachine(host.limits, self._accepted_at)
-        self._commands: deque[machine.Command] = deque()
+        self._commands: deque[commands.Command] = deque()
         self._executing = False
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -149,7 +152,7 @@ class Connection:
 
     def tls_failed(self, reason: str) -> None:
         """The client broke the TLS protocol."""
-        log.info("connection.tls_failed", **self._log_fields, reason=reason)
+        self._say(log.info, "connection.tls_failed", reason=reason)
         self._execute(self._machine.tls_failed())
 
     def socket_failed(self, reason: str) -> None:
@@ -185,7 +188,7 @@ class Connection:
         """The lease has ended: a relayed connection drains, a held one is refused."""
         self._execute(self._machine.lease_ended(self._host.loop.time(), error, cut_in))
         if self.state is State.DRAINING:
-            log.info("connection.draining", **self._log_fields, reason=error.code, seconds=round(cut_in))
+            self._say(log.info, "connection.draining", reason=error.code, seconds=round(cut_in))
 
     def lease_resumed(self) -> None:
         """The lease was renewed before it ended; this gateway learns of it only now."""
@@ -197,9 +200,9 @@ class Connection:
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
-    def _execute(self, commands: machine.Commands) -> None:
+    def _execute(self, todo: commands.Commands) -> None:
         """Carries out these commands, and those that follow from their immediate results."""
-        self._commands.extend(commands)
+        self._commands.extend(todo)
         if self._executing:
             return
         self._executing = True
@@ -214,28 +217,28 @@ class Connection:
         self._executing = False
         self._update_timer()
 
-    def _execute_one(self, command: machine.Command) -> None:  # noqa: C901 - one case for each command
+    def _execute_one(self, command: commands.Command) -> None:  # noqa: C901 - one case for each command
         match command:
-            case machine.FindLease(token_sha256):
+            case commands.FindLease(token_sha256):
                 self._find_lease(token_sha256)
-            case machine.TakeSlot(token_sha256):
+            case commands.TakeSlot(token_sha256):
                 self._take_slot(token_sha256)
-            case machine.Register():
+            case commands.Register():
                 self._register()
-            case machine.DialWorker():
+            case commands.DialWorker():
                 self._dial_worker()
-            case machine.CancelDial():
+            case commands.CancelDial():
                 self._cancel_dial()
-            case machine.StartRelay():
+            case commands.StartRelay():
                 self._start_relay()
-            case machine.Refuse(status, refusal):
+            case commands.Refuse(status, refusal):
                 self._refuse(status, refusal)
-            case machine.StopRelayOrRefusal(reason):
+            case commands.StopRelayOrRefusal(reason):
                 if self._relay_or_refusal is not None:
                     self._relay_or_refusal.stop(reason)
-            case machine.ReturnSlot():
+            case commands.ReturnSlot():
                 self._return_slot()
-            case machine.CloseClient(reason):
+            case commands.CloseClient(reason):
                 self._close(reason)
             case _:
                 assert_never(command)
@@ -268,10 +271,12 @@ class Connection:
         try:
             self._lease = lease = leases.take_slot(token_sha256, self, self._client.server_name)
         except BkpoolError as error:
-            self._log_fields["pool"] = leases.pool_name(token_sha256)
+            self._pool = leases.pool_of(token_sha256)
+            self._log_fields["pool"] = self._pool.name if self._pool else ""
             self._execute(self._machine.slot_denied(error))
             return
         route = lease.route
+        self._pool = route.pool
         self._log_fields |= {"pool": route.pool.name, "worker": str(route.worker), "allocation": route.lease_id}
         self._host.admitted(self)
         self._execute(self._machine.slot_taken(route, lease.hold_budget))
@@ -296,7 +301,7 @@ class Connection:
     def _dial_done(self, outcome: SocketEndpoint | OSError | WorkerFailed) -> None:
         self._dial_attempt = None
         now = self._host.loop.time()
-        count = partial(self._host.metrics.dial_done, self._log_fields["pool"], now - self._dialled_at)
+        count = partial(self._host.metrics.dial_done, self._pool, now - self._dialled_at)
         if isinstance(outcome, SocketEndpoint):
             count("reached")
             self._worker = outcome
@@ -305,8 +310,11 @@ class Connection:
             count("stranger")
             if not self._machine.wrong_peer_seen:
                 endpoint = self._lease.route.endpoint if self._lease else None
-                log.warning("connection.wrong_worker", **self._log_fields, endpoint=endpoint, reason=outcome.message)
+                self._say(log.warning, "connection.wrong_worker", endpoint=endpoint, reason=outcome.message)
             self._execute(self._machine.wrong_peer(now))
+        elif outcome.errno in OUT_OF_RESOURCES:
+            count("exhausted")
+            self._execute(self._machine.dial_impossible(now, outcome.strerror or str(outcome)))
         else:
             count("failed")
             self._execute(self._machine.dial_failed(now, outcome.strerror or str(outcome)))
@@ -319,7 +327,7 @@ class Connection:
     def _start_relay(self) -> None:
         host = self._host
         assert self._lease is not None and self._worker is not None  # noqa: S101, PT018 - the dial has just succeeded
-        self._meter = Meter(self._log_fields["pool"], self._lease.route.worker.name, self._client.endpoint.stream)
+        self._meter = Meter(self._lease.route.pool, self._lease.route.worker.name, self._client.endpoint.stream)
         host.metrics.relay_started(self._meter)
         relay = SocketRelay(
             host.loop,
@@ -339,8 +347,8 @@ class Connection:
     def _refuse(self, status: str, refusal: Refusal | None) -> None:
         host = self._host
         self._count_failed_handshake()
-        log.info("connection.refused", **self._log_fields, reason=status)
-        host.metrics.refused(self._log_fields["pool"], status)
+        self._say(log.info, "connection.refused", reason=status)
+        host.metrics.refused(self._pool, status)
         host.refused(self)
         responder = RefusalResponder(
             host.loop, host.buffers, self._client.endpoint, host.limits, self._connection_ended
@@ -359,9 +367,10 @@ class Connection:
         self._count_failed_handshake()
         if self._meter is not None:
             self._host.metrics.relay_ended(self._meter, self._age())
-            self._log_closed(reason, self._meter)
+            sums = {"up": self._meter.stream.bytes_in, "down": self._meter.stream.bytes_out}
+            self._say(log.info, "connection.closed", reason=reason, **sums, seconds=round(self._age()))
         else:
-            log.debug("connection.closed", **self._log_fields, reason=reason)
+            self._say(log.debug, "connection.closed", reason=reason)
         self._client.close()
         if self._worker is not None:
             self._worker.close()
@@ -376,13 +385,6 @@ class Connection:
     def _age(self) -> float:
         return self._host.loop.time() - self._accepted_at
 
-    def _log_closed(self, reason: str, meter: Meter) -> None:
-        stream, seconds = meter.stream, round(self._age())
-        log.info(
-            "connection.closed",
-            **self._log_fields,
-            reason=reason,
-            up=stream.bytes_in,
-            down=stream.bytes_out,
-            seconds=seconds,
-        )
+    def _say(self, level: Callable[..., object], event: str, **fields: object) -> None:
+        """Writes a log line in the loop's next step: it may fail there (rule 15, docs/rules.md#r15)."""
+        self._host.loop.call_soon(partial(level, event, **self._log_fields, **fields))

@@ -9,14 +9,34 @@ clock. `connection` carries out the commands and reports their results as events
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from bkpool.core.errors import BkpoolError
+from bkpool.gateway.session.commands import (
+    NOTHING,
+    CancelDial,
+    CloseClient,
+    Command,
+    Commands,
+    DialWorker,
+    FindLease,
+    Refuse,
+    Register,
+    ReturnSlot,
+    StartRelay,
+    StopRelayOrRefusal,
+    TakeSlot,
+)
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.gateway.session.limits import GatewayLimits
-from bkpool.gateway.session.refusal import Refusal, wait_failed_again, worker_not_ready, wrong_worker
+from bkpool.gateway.session.refusal import (
+    Refusal,
+    gateway_exhausted,
+    wait_failed_again,
+    worker_not_ready,
+    wrong_worker,
+)
 
 
 class State(StrEnum):
@@ -39,84 +59,6 @@ HELD = frozenset({State.AUTHENTICATED, State.WAITING, State.DIALLING})
 """The client has a valid certificate and waits for its worker."""
 CONNECTED = frozenset({State.RELAYING, State.DRAINING})
 """Bytes are relayed between client and worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class FindLease:
-    """Look for the lease, in the store if the table does not have it. Answered by `lease_search_done`."""
-
-    token_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class TakeSlot:
-    """Take a slot of the lease. Answered by `slot_taken` or `slot_denied`."""
-
-    token_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Register:
-    """Make sure that this gateway is registered at the worker. Answered by `registration_done`."""
-
-
-@dataclass(frozen=True, slots=True)
-class DialWorker:
-    """Dial the worker. Answered by `worker_reached`, `dial_failed` or `wrong_peer`."""
-
-
-@dataclass(frozen=True, slots=True)
-class CancelDial:
-    """Cancel the dial. No answer to it will come."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartRelay:
-    """Relay bytes between client and worker. Answered by `connection_ended`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Send the client this refusal, or only the pending TLS alert if it is None. Answered by `connection_ended`."""
-
-    status: str
-    refusal: Refusal | None
-
-
-@dataclass(frozen=True, slots=True)
-class StopRelayOrRefusal:
-    """End the relay or the refusal that is running. Answered by `connection_ended`."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReturnSlot:
-    """Give the slot of the lease back."""
-
-
-@dataclass(frozen=True, slots=True)
-class CloseClient:
-    """Close the client's socket. No command follows this one."""
-
-    reason: str
-
-
-Command = (
-    FindLease
-    | TakeSlot
-    | Register
-    | DialWorker
-    | CancelDial
-    | StartRelay
-    | Refuse
-    | StopRelayOrRefusal
-    | ReturnSlot
-    | CloseClient
-)
-Commands = tuple[Command, ...]
-
-NOTHING: Commands = ()
 
 
 class ConnectionMachine:
@@ -145,6 +87,7 @@ class ConnectionMachine:
         self._hold_ends_at: float | None = None
         self._wrong_peer_until: float | None = None
         self._dial_failure = ""
+        self._gateway_exhausted = False  # the last dial failed because of this gateway
         self._client_sent_eof = False
         self._draining_since = self._cut_at = 0.0
 
@@ -216,7 +159,14 @@ class ConnectionMachine:
         if self.state is not State.DIALLING:
             return NOTHING
         self._wrong_peer_until = None
-        self._dial_failure = f"it could not be reached ({reason})"
+        self._gateway_exhausted, self._dial_failure = False, f"it could not be reached ({reason})"
+        return self._wait(now)
+
+    def dial_impossible(self, now: float, reason: str) -> Commands:
+        """This gateway has no descriptor or memory left to dial. That says nothing about the worker."""
+        if self.state is not State.DIALLING:
+            return NOTHING
+        self._gateway_exhausted, self._dial_failure = True, reason
         return self._wait(now)
 
     def wrong_peer(self, now: float) -> Commands:
@@ -340,13 +290,24 @@ class ConnectionMachine:
         if self._wrong_peer_until is not None:
             return self._refuse(wrong_worker(self._route.worker))
         self._hold_budget.wait_failed(now, self._failed_waits)
-        refusal = wait_failed_again if self._failed_waits else worker_not_ready
-        return self._refuse(refusal(self._route.worker, self._route.wait_reason or self._dial_failure))
+        return self._refuse(self._not_connected(self._route, again=self._failed_waits > 0))
 
     def _refuse_now(self) -> Commands:
         """Refuses without a wait. A client that polls, such as a new buildx, tries again and is held then."""
         assert self._route is not None  # noqa: S101 - it has a slot, so it has a route
-        return self._refuse(worker_not_ready(self._route.worker, self._route.wait_reason or self._dial_failure))
+        return self._refuse(self._not_connected(self._route, again=False))
+
+    def _not_connected(self, route: LeaseRoute, *, again: bool) -> Refusal:
+        """Why the client has no worker.
+
+        Args:
+            route: Its route.
+            again: Whether an earlier client of the lease waited in vain.
+        """
+        if self._gateway_exhausted and route.endpoint is not None:
+            return gateway_exhausted(route.worker, self._dial_failure, again=again)
+        refusal = wait_failed_again if again else worker_not_ready
+        return refusal(route.worker, route.wait_reason or self._dial_failure)
 
     def _wait_ends_at(self, now: float) -> float:
         ends_at = now if self._hold_ends_at is None else self._hold_ends_at

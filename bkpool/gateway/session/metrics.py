@@ -17,8 +17,9 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from bkpool.core.names import Key
 from bkpool.gateway.net.duplex import PeerStream
-from bkpool.telemetry.registry import LATENCY_BUCKETS, CachedSeries, new_registry
+from bkpool.telemetry.registry import LATENCY_BUCKETS, POOL_LABELS, CachedSeries, new_registry
 
 OTHER = "other"
 """The label that all workers without a separate series share."""
@@ -34,7 +35,7 @@ _DURATION_BUCKETS = (0.1, 1, 5, 15, _MINUTE, 5 * _MINUTE, 15 * _MINUTE, _HOUR, 4
 class Meter:
     """One relayed connection, and the labels under which its bytes are counted."""
 
-    pool: str
+    pool: Key
     worker: str
     stream: PeerStream
     """The client's stream: its `bytes_in` go up to the worker, its `bytes_out` came down."""
@@ -54,19 +55,19 @@ class GatewayMetrics:
             registry,
             "buildkit_gateway_connections",
             "Connections that reached a worker (success) and those that were refused (error).",
-            ["pool", "status"],
+            [*POOL_LABELS, "status"],
         )
         self._refusals = _counter(
             registry,
             "buildkit_gateway_refusals",
             "Refused connections by reason. The pool is empty if the client had no lease.",
-            ["pool", "reason"],
+            [*POOL_LABELS, "reason"],
         )
         self._durations = _histogram(
             registry,
             "buildkit_gateway_connection_duration_seconds",
             "Duration of relayed connections.",
-            ["pool"],
+            list(POOL_LABELS),
             _DURATION_BUCKETS,
         )
         self._handshakes = _histogram(
@@ -79,8 +80,9 @@ class GatewayMetrics:
         self._dials = _histogram(
             registry,
             "buildkit_gateway_dial_seconds",
-            "Dials of workers: reached, failed, or answered by another peer than the worker (stranger).",
-            ["pool", "outcome"],
+            "Dials of workers: reached, failed, impossible because this process has no descriptor or memory left "
+            "(exhausted), or answered by another peer than the worker (stranger).",
+            [*POOL_LABELS, "outcome"],
             LATENCY_BUCKETS,
         )
         self._current = _Current(worker_series)
@@ -90,24 +92,24 @@ class GatewayMetrics:
         """Counts a TLS handshake that ended this many seconds after its connection was accepted."""
         self._handshakes["ok" if ok else "failed"].observe(seconds)
 
-    def dial_done(self, pool: str, seconds: float, outcome: str) -> None:
-        """Counts a dial of a worker. The outcome is "reached", "failed" or "stranger"."""
-        self._dials[pool, outcome].observe(seconds)
+    def dial_done(self, pool: Key | None, seconds: float, outcome: str) -> None:
+        """Counts a dial of a worker. The outcome is "reached", "failed", "exhausted" or "stranger"."""
+        self._dials[*pool_labels(pool), outcome].observe(seconds)
 
     def relay_started(self, meter: Meter) -> None:
         """Counts a connection that is relayed from now on."""
         self._current.add(meter)
-        self._connections[meter.pool, "success"].inc()
+        self._connections[*pool_labels(meter.pool), "success"].inc()
 
     def relay_ended(self, meter: Meter, seconds: float) -> None:
         """Counts a relayed connection that has ended after this many seconds."""
         self._current.remove(meter)
-        self._durations[meter.pool].observe(seconds)
+        self._durations[pool_labels(meter.pool)].observe(seconds)
 
-    def refused(self, pool: str, reason: str) -> None:
+    def refused(self, pool: Key | None, reason: str) -> None:
         """Counts a refused connection. The reason is the code of an error, from a bounded set."""
-        self._connections[pool, "error"].inc()
-        self._refusals[pool, reason].inc()
+        self._connections[*pool_labels(pool), "error"].inc()
+        self._refusals[*pool_labels(pool), reason].inc()
 
     def set_draining(self, draining: bool) -> None:
         """Reports whether the gateway waits for its open connections to end. There is no series before this call."""
@@ -117,9 +119,14 @@ class GatewayMetrics:
         """Changes the number of connections without a lease by this many."""
         self._current.count_pending(change)
 
-    def active(self, pool: str) -> int:
+    def active(self, pool: Key) -> int:
         """Returns how many connections of this pool are relayed now."""
         return self._current.active(pool)
+
+
+def pool_labels(pool: Key | None) -> tuple[str, str]:
+    """The values of POOL_LABELS; both are empty if a client has no pool."""
+    return ("", "") if pool is None else (pool.name, pool.namespace)
 
 
 def _counter(
@@ -156,7 +163,7 @@ class _Current(Collector):
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: int = 0
     _open: set[Meter] = field(default_factory=set)
-    _pools: dict[str, _PoolCounts] = field(default_factory=dict)
+    _pools: dict[Key, _PoolCounts] = field(default_factory=dict)
 
     def add(self, meter: Meter) -> None:
         with self._lock:
@@ -175,30 +182,31 @@ class _Current(Collector):
         with self._lock:
             self._pending += change
 
-    def active(self, name: str) -> int:
-        pool = self._pools.get(name)
-        return pool.active if pool else 0
+    def active(self, pool: Key) -> int:
+        counts = self._pools.get(pool)
+        return counts.active if counts else 0
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:  # only for the copy, because the gateway's loops need the lock too
             meters = list(self._open)
-            pools = {name: _PoolCounts(pool.active, pool.up, pool.down) for name, pool in self._pools.items()}
+            pools = {key: _PoolCounts(pool.active, pool.up, pool.down) for key, pool in self._pools.items()}
             pending = self._pending
         for meter in meters:
             pools[meter.pool].up += meter.stream.bytes_in
             pools[meter.pool].down += meter.stream.bytes_out
         active = GaugeMetricFamily(
-            "buildkit_gateway_active_connections", "Connections that are relayed now.", labels=["pool"]
+            "buildkit_gateway_active_connections", "Connections that are relayed now.", labels=POOL_LABELS
         )
         relayed = CounterMetricFamily(
             "buildkit_gateway_bytes",
             "Bytes of plaintext relayed to workers (up) and to clients (down), including open connections.",
-            labels=["pool", "direction"],
+            labels=[*POOL_LABELS, "direction"],
         )
-        for name, pool in pools.items():
-            active.add_metric([name], pool.active)
-            relayed.add_metric([name, "up"], pool.up)
-            relayed.add_metric([name, "down"], pool.down)
+        for key, pool in pools.items():
+            labels = pool_labels(key)
+            active.add_metric(labels, pool.active)
+            relayed.add_metric([*labels, "up"], pool.up)
+            relayed.add_metric([*labels, "down"], pool.down)
         yield from (active, relayed, _by_worker(meters, self.worker_series))
         yield GaugeMetricFamily("buildkit_gateway_pending_connections", "Connections without a lease.", pending)
         yield GaugeMetricFamily(
@@ -211,14 +219,14 @@ class _Current(Collector):
 def _by_worker(meters: Iterable[Meter], most: int) -> Metric:
     """Counts open connections by worker, which is by lease: a worker has one lease at a time."""
     ranked = Counter((meter.pool, meter.worker) for meter in meters).most_common()
-    rest: Counter[tuple[str, str]] = Counter()
+    rest: Counter[tuple[Key, str]] = Counter()
     for (pool, _), count in ranked[most:]:
         rest[pool, OTHER] += count
     family = GaugeMetricFamily(
         "buildkit_gateway_open_connections",
         f"Connections that are relayed now, by worker. The {most} workers with the most have a series.",
-        labels=["pool", "worker"],
+        labels=[*POOL_LABELS, "worker"],
     )
-    for labels, count in [*ranked[:most], *rest.items()]:
-        family.add_metric(labels, count)
+    for (pool, worker), count in [*ranked[:most], *rest.items()]:
+        family.add_metric([*pool_labels(pool), worker], count)
     return family

@@ -66,6 +66,22 @@ def worker_not_ready(worker: Key, cause: str) -> Refusal:
     )
 
 
+def gateway_exhausted(worker: Key, cause: str, *, again: bool) -> Refusal:
+    """This gateway could not open a connection to the worker. The worker is not the cause.
+
+    Args:
+        worker: The worker.
+        cause: The system's text.
+        again: Whether an earlier client of the lease waited in vain. Else the client tries again by itself.
+    """
+    return Refusal(
+        GrpcCode.RESOURCE_EXHAUSTED if again else GrpcCode.UNAVAILABLE,
+        "NoCapacity",
+        f"the gateway has no resources left to connect to worker {worker}: {cause}. "
+        "Try again when other builds have ended. The gateway's operator should raise its limit of open files.",
+    )
+
+
 def wait_failed_again(worker: Key, cause: str) -> Refusal:
     """A later client of the lease also waited until its time was over, so the refusal shows the cause to the user."""
     return Refusal(

@@ -112,10 +112,10 @@ class ShardLeases:
         """Whether the table has, or had, a lease with this token."""
         return self._entry(token_sha256) is not None
 
-    def pool_name(self, token_sha256: str) -> str:
-        """Returns the name of the pool of this present or past lease; empty if the lease is unknown."""
+    def pool_of(self, token_sha256: str) -> Key | None:
+        """Returns the pool of this present or past lease; None if the lease is unknown."""
         entry = self._entry(token_sha256)
-        return entry.pool.name if entry else ""
+        return entry.pool if entry else None
 
     def update(self, table: LeaseTable) -> None:
         """Replaces the table and reports the changes to the leases."""
