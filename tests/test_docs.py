@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.core.documents import read_documents
+
+pytestmark = pytest.mark.any_python
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = re.compile(r"\b(docs/[\w/.-]+\.(?:md|yaml|json|svg))\b")
 SETTINGS = ROOT / "docs" / "configuration.md"
@@ -137,6 +141,19 @@ def test_every_log_event_of_a_page_is_in_the_code(page: Path):
     files_and_fields = {event for event in events if event.endswith((".py", ".md", ".yaml"))}
     wrong = [event for event in events - files_and_fields if f'"{event}"' not in source() and not _is_field(event)]
     assert sorted(wrong) == []
+
+
+def test_every_pool_and_issuer_that_a_page_or_an_example_shows_can_be_read():
+    blocks = [
+        (name(page), block)
+        for page in current_pages()
+        for block in re.findall(r"^```yaml\n(.*?)^```", text(page), flags=re.MULTILINE | re.DOTALL)
+    ]
+    blocks += [(name(path), text(path)) for path in files() if path.match("examples/*.yaml")]
+    shown = [(where, block) for where, block in blocks if "kind: BuildKit" in block]
+    assert len(shown) > 5
+    for where, block in shown:
+        read_documents(block, source=where)
 
 
 def test_the_picture_of_the_rooms_shows_their_imports():

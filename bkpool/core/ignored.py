@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from bkpool.core.auth import MethodType, OIDCConfigSpec
 from bkpool.core.names import Key
 from bkpool.core.pool import Egress, Pool, PoolSpec
+from bkpool.core.unknown_fields import with_questions
 
 _FOREIGN_GATEWAY = "/buildkit-controller/gateway"
 OTHER_RESOURCES = "resources.buildkit other than cpu, memory and pids"
@@ -44,8 +45,11 @@ def ignored_fields(spec: PoolSpec, ignored_here: Collection[str]) -> list[str]:
 
 
 def ignored_in_config(spec: OIDCConfigSpec) -> list[str]:
-    """The same for an issuer. Every known field of an issuer has an effect everywhere."""
-    return sorted(path for path, known in _set_fields(spec) if not known)
+    """The same for an issuer, with the name that a misspelt field probably means.
+
+    Every known field of an issuer has an effect everywhere.
+    """
+    return with_questions(sorted(path for path, known in _set_fields(spec) if not known), spec)
 
 
 def _of_methods(spec: PoolSpec) -> Iterator[str]:
@@ -84,10 +88,11 @@ class IgnoredFields:
         self._known: dict[Key, tuple[PoolSpec, list[str]]] = {}
 
     def of(self, pool: Pool) -> list[str]:
-        """The paths of the ignored fields of this pool."""
+        """The paths of the ignored fields of this pool, with the name that a misspelt one probably means."""
         spec, found = self._known.get(pool.key, (None, []))
         if spec is not pool.spec:
-            found = sorted({*ignored_fields(pool.spec, self._ignored_here), *self._ignored_in_file(pool.spec)})
+            paths = sorted({*ignored_fields(pool.spec, self._ignored_here), *self._ignored_in_file(pool.spec)})
+            found = with_questions(paths, pool.spec)
             self._known[pool.key] = (pool.spec, found)
         return found
 

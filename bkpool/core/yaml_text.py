@@ -1,5 +1,7 @@
 """Reads YAML so that no text costs more than its size: aliases, merge keys and long numbers have limits.
 
+A key that a mapping has twice is an error: YAML forbids it, and PyYAML would drop the first value without a word.
+
 All YAML of bkpool is read here. A few hundred bytes of YAML can stand for millions of nodes, because an alias repeats
 what it names, and a merge key copies it. This module reads no file, and an error quotes nothing of a text that others
 wrote.
@@ -7,7 +9,7 @@ wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -24,6 +26,7 @@ _LONGEST_NUMBER = 100
 """Characters. A number with a base of 60 takes time that grows with the square of its length."""
 
 _MERGE, _INT, _FLOAT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NULL = "tag:yaml.org,2002:null"
 
 
 class UnreadableYaml(ValueError):
@@ -71,6 +74,28 @@ def load(text: str) -> object:
 def load_all(text: str) -> list[object]:
     """The same for a text with any number of documents. An empty document is None."""
     return list(_documents(_BoundedLoader, text))
+
+
+def line_of(text: str, document: int, path: Sequence[str | int]) -> int | None:
+    """The line, from 1, in which a key is written; None if it is not known, as for a key that a merge key copied.
+
+    Args:
+        text: What `load_all` has read without an error.
+        document: The number of the document, from 0, without the empty ones.
+        path: Keys and positions in lists that lead to the key.
+    """
+    nodes = [node for node in yaml.compose_all(text, _BoundedLoader) if node.tag != _NULL]
+    node, line = nodes[document], None
+    for part in path:
+        if isinstance(part, int):
+            node = node.value[part]
+            continue
+        found = [pair for pair in node.value if isinstance(pair, tuple) and pair[0].value == part]
+        if not found:
+            return None
+        ((key, node),) = found
+        line = key.start_mark.line + 1
+    return line
 
 
 def load_plain(text: str, *, longest: int) -> object:
@@ -141,6 +166,18 @@ class _BoundedLoader(yaml.SafeLoader):
         self._level -= 1
         if event.anchor is not None:
             self._sizes[event.anchor] = self._nodes - before
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """The next mapping, unless it has a key twice. What a merge key adds is not there yet."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} is there twice"
+                    raise UnreadableYaml(problem, key.start_mark.line + 1, key.start_mark.column + 1, quotes=True)
+                seen.add((key.tag, key.value))
         return node
 
     def _count_alias(self, alias: Any) -> None:

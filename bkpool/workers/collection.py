@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from bkpool.core import durations
+from bkpool.core import disk_size, durations
+from bkpool.core.disk_size import DiskSize
 from bkpool.core.pool import CacheGC
 
 GC_DEFAULTS = CacheGC(
@@ -75,19 +76,21 @@ def _sizes(gc: CacheGC, defaults: CacheGC) -> dict[str, Any]:
 
 
 def _size(text: str | None) -> str:
-    return (text or "").replace(" ", "")  # buildkitd takes "10 GB" but not "10 %"
+    return disk_size.for_buildkitd(text or "0B")
 
 
 def _is_at_most(size: object, limit: object) -> bool:
     """Whether one size is not larger than another. A share of the disk cannot be compared with a number of bytes."""
     one, other = _parsed(size), _parsed(limit)
-    return one is not None and other is not None and one[0] == other[0] and one[1] <= other[1]
+    if one is None or other is None or not (one.fits and other.fits):
+        return False
+    return one.is_share == other.is_share and one.amount <= other.amount
 
 
-def _parsed(size: object) -> tuple[bool, float] | None:
-    """Whether it is a share of the disk, and how much. buildkitd's units are powers of 1024, with or without an i."""
+def _parsed(size: object) -> DiskSize | None:
+    """A size as buildkitd reads it: its units may be in any case, and a number without one is bytes."""
     found = _SIZE.fullmatch(str(size)) if isinstance(size, int | str) and not isinstance(size, bool) else None
     if found is None:
         return None
     power = "kmgtp".index(found["unit"].lower()) + 1 if found["unit"] else 0
-    return bool(found["share"]), float(found["number"]) * 1024**power
+    return DiskSize(disk_size.number(found["number"]) * 1024**power, found["share"] is not None)

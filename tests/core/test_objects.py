@@ -69,6 +69,25 @@ def test_a_wrong_value_names_its_field_and_the_document(spec, field):
     assert caught.value.message.startswith(f"pool.yaml, document 1: {field}: ")
 
 
+@pytest.mark.parametrize("field", ["keepStorage", "reservedSpace", "minFreeSpace"])
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        ("99999999TB", "must be at most 512PB (given: '99999999TB')"),
+        ("101%", "must be a whole number of per cent, at most 100% (given: '101%')"),
+        ("12.5 %", "must be a whole number of per cent, at most 100% (given: '12.5 %')"),
+    ],
+)
+def test_a_size_that_buildkitd_cannot_hold_is_refused_in_a_file(field, size, problem):
+    text = HEAD + f"spec:\n  cache:\n    gc:\n      {field}: {size}\n"
+    with pytest.raises(InvalidInput) as caught:
+        read_documents(text, source="f")
+    line = text.splitlines().index(f"      {field}: {size}") + 1
+    assert caught.value.message == f"f, document 1, line {line}: spec.cache.gc.{field}: {problem}"
+    stored = {"metadata": {"name": "p"}, "spec": {"cache": {"gc": {field: size}}}}
+    assert Pool.model_validate(stored).key.name == "p", "a stored pool stays readable"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -14,6 +14,7 @@ from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
 from bkpool.core.names import API_VERSION, GROUP, longest_pool_name
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Duration
+from bkpool.core.unknown_fields import NOT_READ_YET
 from bkpool.core.worker import Worker, WorkerSpec, WorkerStatus
 from bkpool.install.crds import definitions
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
@@ -237,6 +238,16 @@ def _paths(text):
         else:
             name += char
     yield ".".join([*stems, name])
+
+
+def test_what_is_not_read_yet_is_what_the_definitions_have_and_bkpool_does_not():
+    """A field that is missing here would be refused in a file of `up -f`."""
+    for kind, spec in ((Pool, PoolSpec), (OIDCConfig, OIDCConfigSpec)):
+        known = {path.removeprefix(".") for path, _ in leaves(schema(kind)["properties"]["spec"]) if path}
+        unread = known - {path.removeprefix(".") for path in modelled(spec)}
+        stems = {path for path in unread if not any(path.startswith(f"{other}.") for other in unread)}
+        of_other_types = {"cache.backends[].registry", "cache.backends[].s3"}  # any fields are allowed there
+        assert NOT_READ_YET[spec] - of_other_types == stems
 
 
 def test_a_worker_fits_its_schema():

@@ -31,6 +31,37 @@ def test_buildkitd_gets_the_settings_of_the_pool():
     assert (written["maxUsedSpace"], written["reservedSpace"], written["minFreeSpace"]) == ("20GB", "2GiB", "10%")
 
 
+@pytest.mark.parametrize(
+    ("stored", "written"),
+    [
+        ("99999999TB", "512PB"),
+        ("512.1PB", "512PB"),
+        ("512 PiB", "512PiB"),
+        ("9223372036854775808B", "512PB"),
+        ("9" * 5000 + "kB", "512PB"),
+        ("0." + "1" * 5000 + " GB", "0." + "1" * 5000 + "GB"),
+        ("5PB", "5PB"),
+        ("12.5%", "12%"),
+        ("500 %", "100%"),
+        ("9" * 30 + "%", "100%"),
+    ],
+)
+def test_buildkitd_gets_no_size_that_it_cannot_hold(stored, written):
+    """It would make a negative number of it and keep nothing, or not start."""
+    sizes = oci(keep_storage=stored, reserved_space=stored, min_free_space=stored)
+    assert {sizes[name] for name in ("maxUsedSpace", "reservedSpace", "minFreeSpace")} == {written}
+
+
+@pytest.mark.parametrize("size", ["99999999TB", "12.5%", "101%"])
+def test_a_size_of_the_pools_own_file_that_buildkitd_cannot_hold_is_not_taken(size):
+    names = ("maxUsedSpace", "reservedSpace", "minFreeSpace")
+    text = "[worker.oci]\n" + "".join(f'{name} = "{size}"\n' for name in names)
+    gc = CacheGC(keep_storage="100%", min_free_space="1%") if "%" in size else CacheGC()
+    spec = PoolSpec(buildkit_config=text, cache=Cache(gc=gc))
+    assert not_taken(spec) == sorted(f"buildkitConfig.worker.oci.{name}" for name in names)
+    assert size not in render(spec)
+
+
 def test_with_a_small_maximum_there_is_no_default_reserve():
     assert "reservedSpace" not in oci(keep_storage="500MB")
 

@@ -416,6 +416,16 @@ async def test_buildkitd_takes_every_setting_of_the_collection(runtime, buildctl
     assert text.count("Maximum used space:") == text.count("3.22") == 2
 
 
+async def test_buildkitd_has_no_negative_limit_of_an_absurd_size(runtime, buildctl):
+    gc = CacheGC(keep_storage="99999999TB", min_free_space="12.5%")
+    endpoint = await runtime.daemons.start(SLOT, "uid-1", None, a_pool(cache=Cache(gc=gc)), no_report)
+    process = await asyncio.create_subprocess_exec(
+        buildctl, f"--addr={endpoint}", "debug", "workers", "--verbose", stdout=subprocess.PIPE
+    )
+    text = (await process.communicate())[0].decode()
+    assert re.findall(r"Maximum used space:\s+(\S+)", text) == ["512MB", *3 * ["576.4607523034235PB"]]
+
+
 async def test_a_pools_own_file_raises_no_limit_and_names_no_other_runc(runtime, build, buildctl):
     unsafe = '[worker.oci]\nmaxUsedSpace = "90GB"\nbinary = "/bin/false"\ndefaultCgroupParent = "/bkpool-attack"\n'
     pool = a_pool(buildkit_config=f'[registry."docker.io"]\nmirrors = ["mirror.example"]\n{unsafe}')
