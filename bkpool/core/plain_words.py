@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SIZE = r"^\d+(\.\d+)?\s?([kKMGTP]i?B?|B|%)$"
+LOG_SIZE = r"^(\d+(\.\d+)?\s?([kKMG]i?B?|B)|unlimited)$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
 HOST = r"^[A-Za-z0-9:]([A-Za-z0-9.:-]*[A-Za-z0-9])?$"
 BEARER = r"^[A-Za-z0-9._~+/-]+=*$"
 
 PATTERNS: Mapping[str, str] = {
     SIZE: "must be a size such as 10GB, or a share of the disk such as 20%",
+    LOG_SIZE: "must be a size such as 10MB, or unlimited",
     QUANTITY: "must be an amount as in Kubernetes, such as 500m, 2 or 4Gi",
     HOST: "must be a DNS name or an IP address",
     BEARER: "has characters that a bearer token cannot have",

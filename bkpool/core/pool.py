@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, m
 
 from bkpool.core.auth import Auth
 from bkpool.core.names import LONGEST_NAME, longest_pool_name
-from bkpool.core.plain_words import HOST, QUANTITY, SIZE
+from bkpool.core.plain_words import HOST, LOG_SIZE, QUANTITY, SIZE
 from bkpool.core.resource import OBSERVED, Condition, Duration, FieldProblem, Model, Resource
 
 
@@ -204,6 +204,23 @@ class Security(Model):
     report it as ignored."""
 
 
+LogSize = Annotated[StrictStr, Field(pattern=LOG_SIZE)]
+UNLIMITED = "unlimited"
+"""The `LogSize` of a log that is never clipped."""
+
+
+class StepLog(Model):
+    """How much of a build step's output is shown. Where a field is None, BuildKit's own limit holds.
+
+    On processes a variable of the appliance (`BUILDKIT_STEP_LOG_MAX_SIZE`, `_SPEED`) takes the place of that limit.
+    """
+
+    max_size: LogSize | None = None
+    """Of one step."""
+    max_speed: LogSize | None = None
+    """Per second, on average since the step began."""
+
+
 class PoolSpec(Model):
     """What the user wants. Fields of the contract that nothing reads yet are kept and reported as ignored."""
 
@@ -217,6 +234,7 @@ class PoolSpec(Model):
     auth: Auth = Auth()
     networking: Networking = Networking()
     security: Security = Security()
+    step_log: StepLog = StepLog()
     untrusted: StrictBool = False
     """Its callers are not trusted: no cache is used twice, and workers reach only public addresses."""
     gateway: PoolGateway = PoolGateway()

@@ -540,3 +540,28 @@ async def test_a_write_that_was_given_up_never_comes_after_the_next(tmp_path, bi
     await second
     assert SlotFiles(tmp_path / "home", SLOT).read_cache() == CacheRecord.of("bert")
     assert runtime.caches.owners() == {SLOT: "bert"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "spec", "limit"),
+    [
+        ({"BUILDKIT_STEP_LOG_MAX_SIZE": "9"}, {}, "9B"),
+        ({"BUILDKIT_STEP_LOG_MAX_SIZE": "9"}, {"stepLog": {"maxSize": "8B"}}, "8B"),
+        ({}, {"stepLog": {"maxSpeed": "7B"}}, "7B/s"),
+    ],
+    ids=["of the appliance", "of the pool before that", "a speed"],
+)
+async def test_the_output_of_a_step_is_clipped_as_the_pool_or_the_appliance_says(
+    tmp_path, binaries, build, environ, spec, limit
+):
+    runtime = ProcessRuntime(tmp_path / "home", binaries, environ={**os.environ, **environ})
+    pool = a_pool(**spec)
+    try:
+        shown = await output(build(await runtime.daemons.start(SLOT, "uid-1", "anna", pool, no_report)))
+        assert f"output clipped, log limit {limit} reached" in shown
+        assert (runtime._launcher.confinement(pool.spec) == runtime._launcher.confinement(POOL.spec)) is not bool(
+            spec
+        )
+    finally:
+        await runtime.purge()
+        await runtime.close(stop_workers=True)

@@ -32,6 +32,7 @@ from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc
 from bkpool.pki.authority import Leaf
 from bkpool.toolchain.table import Tool, release_of
+from bkpool.workers.step_log import step_log_environment
 
 _IMAGE = f"docker.io/moby/buildkit:v{release_of(Tool.BUILDKITD).version}"
 ROOTLESS_IMAGE, PRIVILEGED_IMAGE = f"{_IMAGE}-rootless", _IMAGE
@@ -258,6 +259,8 @@ def _container(request: PodRequest, level: Isolation) -> Doc:
     spec, rootless = request.pool.spec, level.rootless
     root = "/home/user/.local/share/buildkit" if rootless else "/var/lib/buildkit"  # as in the images
     socket = "unix:///run/user/1000/buildkit/buildkitd.sock" if rootless else "unix:///run/buildkit/buildkitd.sock"
+    # BUILDKIT_HOST is for `kubectl exec … buildctl`
+    variables = {"BUILDKIT_HOST": socket, **step_log_environment(spec)}
     port: Doc = {"name": "buildkit", "containerPort": WORKER_PORT}
     if request.host_port is not None:
         port["hostPort"] = request.host_port
@@ -266,7 +269,7 @@ def _container(request: PodRequest, level: Isolation) -> Doc:
         "image": spec.buildkit_image or request.image,
         "imagePullPolicy": "IfNotPresent",
         "args": list(_arguments(socket, root, rootless=rootless)),
-        "env": [{"name": "BUILDKIT_HOST", "value": socket}],  # for `kubectl exec … buildctl`
+        "env": [{"name": name, "value": value} for name, value in variables.items()],
         "ports": [port],
         "resources": spec.resources.buildkit.model_dump(mode="json", by_alias=True),
         "securityContext": _security(level),

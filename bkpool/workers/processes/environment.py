@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from bkpool.workers.step_log import MAX_SIZE, MAX_SPEED
+
 PATH = ":".join(
     (
         *("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"),
@@ -30,8 +32,8 @@ NO_METADATA_SERVICE = {
 _PASSED_ON = (
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
-    "BUILDKIT_STEP_LOG_MAX_SIZE",
-    "BUILDKIT_STEP_LOG_MAX_SPEED",
+    MAX_SIZE,
+    MAX_SPEED,
     *(name for lower in ("http_proxy", "https_proxy", "no_proxy", "all_proxy") for name in (lower, lower.upper())),
 )
 

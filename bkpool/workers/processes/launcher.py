@@ -30,6 +30,7 @@ from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 from bkpool.workers.processes.worker_init import MountSettings
+from bkpool.workers.step_log import step_log_environment
 
 _FREE_DESCRIPTORS = 32
 """A start takes some, and the workers that run, the API and the store need some as well."""
@@ -87,7 +88,10 @@ class Launcher:
         try:
             network = self._init.settings_of(spec)
             limits = Limits.of(spec.resources.buildkit)
-            parts = (network, limits, bool(spec.security.net_raw), config.render(spec, self._gc_defaults))
+            parts: list[object] = [network, limits, bool(spec.security.net_raw)]
+            parts.append(config.render(spec, self._gc_defaults))
+            if step_log := step_log_environment(spec):  # else the digest is that of earlier versions
+                parts.append(step_log)
         except WorkerFailed:
             return ""
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -134,6 +138,7 @@ class Launcher:
         for_init = sockets / "init"
         command = [*self._init.command(for_init, spec, self._mounts(files.empty_home)), *command]
         more = {MARK: self._mark(files.slot), "XDG_RUNTIME_DIR": str(sockets), "TMPDIR": str(temporary)}
+        more |= step_log_environment(spec)
         environment = self._sandbox.environment(files.empty_home, **more)
         return Launch(
             self._confine(command, files, spec), environment, socket, files.log, self._init.ready_file(for_init)
