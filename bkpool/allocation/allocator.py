@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 
 from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
@@ -18,6 +19,7 @@ from bkpool.allocation.claiming import Claimer
 from bkpool.allocation.known_objects import known_worker, missing_pool
 from bkpool.allocation.leases import LeaseService, find_pool, lease_duration, lease_over
 from bkpool.allocation.open_requests import OpenRequests
+from bkpool.allocation.presence import Answers, Presence, as_stored
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
@@ -109,6 +111,7 @@ class Allocator:
         token_key: Key of the HMAC of lease tokens.
         caches: Returns the caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
+        answers: Whether a worker's buildkitd answers now (`Daemons.answers`).
         limits: Counts what each caller asks for; None: a new counter that is not shared.
         max_waiters: Requests that may wait for one pool at once.
         on_waiting: Called when a request begins to wait, because nothing was free.
@@ -124,6 +127,7 @@ class Allocator:
         token_key: bytes,
         caches: Callable[[], Mapping[Slot, str | None]],
         now: Callable[[], datetime],
+        answers: Answers = as_stored,
         limits: CallerLimits | None = None,
         max_waiters: int = MAX_WAITERS,
         rotation: Rotation | None = None,
@@ -136,6 +140,7 @@ class Allocator:
         self._limits = limits or CallerLimits()
         self._max_waiters = max_waiters
         self._on_waiting = on_waiting
+        self._presence = Presence(store, mirror, now, answers)
         self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
         self._queues: dict[Key, WaitQueue] = {}
         self._open_requests = OpenRequests()
@@ -240,6 +245,9 @@ class Allocator:
             target = await self._wait_for_turn(queue, pool.key, waiter, first=lost_claim)
             if isinstance(target, Worker) and target.lease is not None:
                 return self._begin_request(target, known=True)  # the same job's lease, made while this one waited
+            if not await self._presence.of_target(target, partial(queue.claim_ended, target)):
+                lost_claim = True
+                continue
             try:
                 lease = order.lease(lease_id, owner, self._now())
                 order.claiming_since = asyncio.get_running_loop().time()
@@ -300,7 +308,7 @@ class Allocator:
                     f"{worker.key.name} did not start: {ended.end_message or 'its lease ended before it was ready'}",
                     hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
                 )
-            if current and current.routable_endpoint is not None:
+            if current and current.routable_endpoint is not None and await self._presence.of(current):
                 return current
             await event.wait()
 

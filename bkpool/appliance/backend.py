@@ -109,6 +109,7 @@ class Backend:
             authority=self.authority,
             token_key=self.token_key,
             caches=self.runtime.caches.owners,
+            answers=self.runtime.daemons.answers,
             now=now,
             max_waiters=max_waiters,
             rotation=Rotation(self.authority, self.former, now),

@@ -21,6 +21,7 @@ from bkpool.appliance.backend import Backend
 from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
 from bkpool.appliance.end_deadline import EndDeadline
+from bkpool.appliance.former_life import forget_unseen_endpoints
 from bkpool.appliance.http import metrics_app, serve, url_host
 from bkpool.appliance.prepare import BackendOpener
 from bkpool.appliance.ready_checks import Ask
@@ -94,7 +95,7 @@ class HostAppliance:
         # finish while the API still answers and the controller still works.
         stack.push_async_callback(self._drain, context, gateway, mirror)
         stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
-        description = self._describe(context, api, local, endpoint, metrics)
+        description = self._describe(context, api, local.path, endpoint, metrics)
         if fault := backend.missing_network:
             description["missingNetwork"] = {"message": fault.message, "hint": fault.hint}
         write_private(home / "appliance.json", json.dumps(description).encode())
@@ -115,6 +116,7 @@ class HostAppliance:
         await follow(stack, context, backend.store, mirror)
         report({"progress": "looking for workers of an earlier run"})
         await backend.runtime.adopt()
+        await forget_unseen_endpoints(backend.store, mirror, backend.runtime.daemons.observe())
         return backend, mirror
 
     async def _open_gateway(

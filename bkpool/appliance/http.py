@@ -5,22 +5,22 @@ It knows no route of the API.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from bkpool.api import HttpLimits, listen, open_runner
+from bkpool.appliance.local_site import LocalSite
 from bkpool.appliance.run_options import Address
+from bkpool.appliance.supervise import background_task
 from bkpool.core.errors import HostFault
-from bkpool.home.files import as_host_fault
+from bkpool.home.local_socket import SocketPlaces
 
 FEW_CLIENTS = HttpLimits(connections=64, connections_per_address=64)
 """For metrics, probes and the development issuer."""
@@ -33,7 +33,7 @@ async def serve(
     where: str,
     ssl_context: ssl.SSLContext | None = None,
     *,
-    local: Path | None = None,
+    local: SocketPlaces | None = None,
     limits: HttpLimits = FEW_CLIENTS,
 ) -> str:
     """Serves an application until the stack is closed. A caller who closes the connection cancels their request.
@@ -44,7 +44,7 @@ async def serve(
         address: Where; port 0 takes a free port.
         where: What gave the address, for error messages: an option, a variable or a place in a file.
         ssl_context: Serves over TLS if given.
-        local: Also serves on this Unix socket, without TLS. Nobody else can make or use files in its directory.
+        local: Also serves on this Unix socket, without TLS. Nobody else can make or use files in its directories.
         limits: Of its connections.
 
     Returns:
@@ -70,9 +70,9 @@ async def serve(
             hint="Choose a port above 1023." if forbidden else "Choose an address of this machine.",
         ) from None
     if local is not None:
-        with as_host_fault(local):
-            await web.UnixSite(runner, local, backlog=512).start()
-            await asyncio.to_thread(local.chmod, 0o600)
+        site = LocalSite(runner, local)
+        await site.start()
+        await stack.enter_async_context(background_task(site.keep(), lambda _error: None))
     return f"{url_host(bound[0])}:{bound[1]}"
 
 

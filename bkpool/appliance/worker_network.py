@@ -43,12 +43,20 @@ async def open_process_workers(options: RunOptions, binaries: Binaries, environ:
         return ProcessWorkers(_runtime(options, binaries, None), None)
     try:
         runtime = _runtime(options, binaries, NetworkPrograms.find(environ.get("PATH", "")))
-        await runtime.try_network()
+        await _try_network(runtime)
     except HostFault as error:
         fault = or_too_many_open_files(error)
         log.warning("workers.no_network", error=fault.message, hint=fault.hint)
         return ProcessWorkers(_runtime(options, binaries, None), fault)
     return ProcessWorkers(runtime, None)
+
+
+async def _try_network(runtime: ProcessRuntime) -> None:
+    """Tries twice: the result counts until the appliance ends, and somebody may just be removing directories."""
+    try:
+        await runtime.try_network()
+    except HostFault:
+        await runtime.try_network()
 
 
 def _runtime(options: RunOptions, binaries: Binaries, network: NetworkPrograms | None) -> ProcessRuntime:

@@ -59,10 +59,22 @@ def dial_tcp(address: str, port: int) -> socket.socket:
 def dial_local(path: Path, home: Path) -> socket.socket:
     """A connection to the Unix socket of the appliance that runs from this home.
 
+    The end of a user's session removes /run/user/UID with the socket. Then the appliance makes it elsewhere.
+
     Raises:
         OSError: Nobody listens there.
         HostFault: Another user listens there. Nothing was sent.
     """
+    try:
+        return _dial_local(path, home)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        spare = local_socket.spare(home)
+        if not os.path.lexists(spare):
+            raise
+        return _dial_local(spare, home)
+
+
+def _dial_local(path: Path, home: Path) -> socket.socket:
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connected.settimeout(CONNECT_TIMEOUT)

@@ -25,10 +25,12 @@ from bkpool.core.observation import Snapshot, by_pool
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import (
     Action,
+    CheckDaemon,
     CreateWorker,
     FinishLease,
     LoseLease,
     RemoveWorker,
+    ReplaceDaemon,
     SetCacheOwner,
     SetProtection,
     StartDaemon,
@@ -111,6 +113,11 @@ class Controller:
     async def run(self) -> None:
         """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
         await self._mirror.ready.wait()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._daemons.watch_health())
+            tasks.create_task(self._decide_again_and_again())
+
+    async def _decide_again_and_again(self) -> None:
         subscriptions = ExitStack()
         try:
             subscriptions.callback(self._daemons.on_change(self.look_again))
@@ -257,7 +264,18 @@ class Controller:
         self._recorder.record(current, "Failed", failed.status.message, warning=True)
         self._mirror.apply(await self._store.replace_status(failed))
 
-    async def _carry_out(self, action: Action, pool: Pool) -> Result:  # noqa: C901 - one case for each action
+    async def _replace_daemon(self, worker: Worker, message: str) -> None:
+        """Writes why, at the version that was decided on: if a gateway has got a byte meanwhile, nothing happens.
+
+        A client whose connection this cuts connects again at once, and reads the reason.
+        """
+        failed = failed_worker(worker, message, "", self._now(), self._failure_limits)
+        self._mirror.apply(await self._store.replace_status(failed))
+        log.warning("worker.hung", worker=str(worker.key), reason=message)
+        self._recorder.record(worker, "Failed", message, warning=True)
+        await self._daemons.stop(worker.slot, at_once=True)
+
+    async def _carry_out(self, action: Action, pool: Pool) -> Result:  # noqa: C901, PLR0912 - one case for each action
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))
@@ -272,6 +290,11 @@ class Controller:
                 await self._caches.wipe(slot)
             case StopDaemon(worker):
                 await self._daemons.stop(worker.slot, at_once=True)
+            case CheckDaemon(worker):
+                if await self._daemons.answers(worker.slot, worker.uid, fresh=False):
+                    self._mirror.apply(await self._store.replace_status(worker.noted_answering()))
+            case ReplaceDaemon(worker, message):
+                await self._replace_daemon(worker, message)
             case WriteStatus(worker):
                 await self._write_status(worker)
             case LoseLease(worker, message):

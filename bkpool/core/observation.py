@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
 from typing import TypeVar
 
@@ -24,6 +25,19 @@ class DaemonState(StrEnum):
     """It exists, but it does not answer: not yet, or no longer."""
     READY = "ready"
     EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A buildkitd that has answered before, and does not answer now."""
+
+    lasted: timedelta
+    """From the begin of the first probe without an answer to the end of the last one. A computer's sleep is no part
+    of it."""
+    lost: str = ""
+    """What of it was removed, so that nobody can use it any more; empty: it may only be slow."""
+    builds_fail: bool = False
+    """Not even a build that runs can succeed: its cache was removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +58,8 @@ class Observation:
     """The cache is deleted together with the worker."""
     protected: bool | None = None
     """Whether the cluster is asked not to evict the worker; None where nothing can evict it."""
+    silence: Silence | None = None
+    """It does not answer at the moment; None: it answered the last probe."""
     outdated: bool = False
     """It was started with a network or limits that the pool's spec of today does not give."""
     pod_name: str | None = None

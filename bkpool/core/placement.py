@@ -27,7 +27,8 @@ def choose(
 
     In this order: an idle worker with the owner's cache, an idle worker that was never used, a worker that is still
     starting, an empty slot, the least recently used idle worker of another owner (its cache will be wiped), a failed
-    worker (so that the caller learns the reason instead of waiting).
+    worker (so that the caller learns the reason instead of waiting). A worker that does not answer is not chosen: in
+    some seconds it answers, or has failed.
 
     Args:
         pool: The pool that the request names.
@@ -41,7 +42,7 @@ def choose(
     """
     limit = pool.spec.scaling.max
     free = [w for w in workers if _claimable(w, limit) and w.slot not in taken]
-    idle = sorted((w for w in free if w.status.phase is Phase.IDLE), key=last_used)
+    idle = sorted((w for w in free if w.status.phase is Phase.IDLE and w.status.silent_since is None), key=last_used)
     with_own_cache = [w for w in idle if w.status.cache_owner == owner]
     unused = [w for w in idle if w.status.cache_owner is None]
     starting = [w for w in free if w.status.phase in {Phase.PENDING, Phase.PROVISIONING}]

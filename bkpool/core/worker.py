@@ -31,6 +31,9 @@ from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, Owner
 
 REGISTRATION_LIFE = timedelta(seconds=60)
 """A gateway's registration that was not renewed for this long has expired (rule 10, docs/rules.md#r10)."""
+_SILENT = "buildkitd does not answer"
+
+
 
 
 class EndReason(StrEnum):
@@ -161,6 +164,11 @@ class WorkerStatus(Model):
     allocation_count: StrictInt = 0
     failures: StrictInt = 0
     """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
+    failures_of: StrictStr = ""
+    """Id of the lease in which they were counted; empty without a lease, and in a status of an earlier version."""
+    silent_since: AwareDatetime | None = None
+    """Since when nobody has heard from buildkitd: it did not answer a probe, or a gateway could not reach it or got
+    no byte from it. Whoever hears from it sets None. None: it answers, as far as is known."""
     failed_at: AwareDatetime | None = None
     message: StrictStr = ""
     """What happened, in bkpool's own words: without text from buildkitd's log."""
@@ -234,6 +242,12 @@ class Worker(Resource):
 
 
     @property
+    def counted_failures(self) -> int:
+        """Failures in a row that count for the lease on the worker. Those before it count only without a lease."""
+        status = self.status
+        return status.failures if self.lease is None or status.failures_of == self.lease.id else 0
+
+    @property
     def lease_end_message(self) -> str:
         """Why the lease on the worker ended, as its holder is shown it; empty if there is no lease or no message."""
         lease = self.lease
@@ -249,6 +263,17 @@ class Worker(Resource):
         others = tuple(name for name in self.metadata.finalizers if name != FINALIZER)
         finalizers = others if lease is None else (*others, FINALIZER)
         return self.but(metadata=self.metadata.but(finalizers=finalizers), spec=self.spec.but(allocation=lease))
+
+    def noted_silent(self, since: datetime) -> Worker:
+        """A copy that says since when nobody has heard from buildkitd, unless it says so already."""
+        if self.status.silent_since is not None:
+            return self
+        return self.with_status(silent_since=since, message=_SILENT, log_tail="")
+
+    def noted_answering(self) -> Worker:
+        """A copy that says that buildkitd was heard."""
+        message = "" if self.status.message == _SILENT else self.status.message
+        return self.with_status(silent_since=None, message=message)
 
     def with_status(self, **changes: Any) -> Worker:
         """A copy with these fields of its status changed."""

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from bkpool.home import runtime_directory
 
@@ -20,8 +21,21 @@ _PEER = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 _ROOT = 0
 
 
-def prepare(home: Path, environ: Mapping[str, str]) -> Path:
-    """The path for the socket of this home, in a directory that only this user may enter.
+class SocketPlaces(NamedTuple):
+    """Where the socket of a home is."""
+
+    path: Path
+    spare: Path
+    """Where it is while the directory of `path` cannot be made, as after the end of a session (/run/user)."""
+
+
+def spare(home: Path) -> Path:
+    """Where a command looks for the socket of this home, if it is not where the appliance made it at its start."""
+    return runtime_directory.last_resort(home) / _NAME
+
+
+def prepare(home: Path, environ: Mapping[str, str]) -> SocketPlaces:
+    """The places for the socket of this home, in directories that only this user may enter.
 
     What a killed appliance of this home has left is removed. The caller holds the lock of the home.
 
@@ -33,7 +47,7 @@ def prepare(home: Path, environ: Mapping[str, str]) -> Path:
     path = directory / _NAME
     runtime_directory.check_length(path, directory)
     runtime_directory.claim(directory)
-    return path
+    return SocketPlaces(path, spare(home))
 
 
 def remove(home: Path, environ: Mapping[str, str]) -> None:

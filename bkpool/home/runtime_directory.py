@@ -6,10 +6,13 @@ may enter it, because everybody who can connect to a worker's socket can use the
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from bkpool.core.errors import HostFault
@@ -34,6 +37,23 @@ def default_directory(home: Path, environ: Mapping[str, str]) -> Path:
     return next(_candidates(home, environ))
 
 
+def possible_directories(home: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """All directories that can be used for this home at the moment, the default first."""
+    return tuple(_candidates(home, environ))
+
+
+def last_resort(home: Path) -> Path:
+    """Where a running appliance makes its sockets if the directory that it had is gone and cannot be made again.
+
+    It does not depend on the environment, so commands of another session find it. It is that of the home's owner.
+    """
+    try:
+        uid = home.stat().st_uid
+    except OSError:
+        uid = os.geteuid()
+    return _in_tmp(home_digest(home), uid)
+
+
 def former_directories(home: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
     """Where an earlier version, or a session with another environment, may have put the sockets of this home."""
     session = Path("/run/user", str(os.geteuid()), f"bkpool-{home_digest(home)}")
@@ -45,12 +65,54 @@ def former_directories(home: Path, environ: Mapping[str, str]) -> tuple[Path, ..
 def claim(directory: Path) -> None:
     """Makes the directory, or checks that the existing one belongs to this user alone. It follows no link.
 
+    One that only this user's group could enter is closed and emptied: buildkitd makes the directory of its socket
+    like that if somebody removed it while buildkitd was starting.
+
     Raises:
         HostFault: It is a link, belongs to another user, is open to others, or cannot be made.
     """
     if directory.parent == _OF_ROOT:
         _claim(_OF_ROOT)
-    _claim(directory)
+    if _claim(directory):
+        for entry in directory.iterdir():
+            _remove(entry)
+
+
+def hold(directory: Path) -> int:
+    """Locks the directory, so that systemd-tmpfiles leaves it alone with all that is in there (tmpfiles.d(5)).
+
+    Returns:
+        A descriptor. The lock ends when it is closed.
+
+    Raises:
+        HostFault: The directory cannot be opened.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise HostFault(
+            f"{directory} cannot be opened: {error.strerror}", hint="Make it readable for this user."
+        ) from None
+    with suppress(OSError):  # somebody else has locked it, or this file system has no locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def first_usable(directories: Iterable[Path]) -> Path:
+    """Makes the first of these directories that this user can have, see `claim`.
+
+    Raises:
+        HostFault: None of them; the reason is that of the first.
+    """
+    fault: HostFault | None = None
+    for directory in directories:
+        try:
+            claim(directory)
+        except HostFault as error:
+            fault = fault or error
+        else:
+            return directory
+    raise fault or HostFault("there is no directory for sockets", hint="Set XDG_RUNTIME_DIR to one of your own.")
 
 
 def check(directory: Path) -> None:
@@ -99,7 +161,11 @@ def _candidates(home: Path, environ: Mapping[str, str], *, every: bool = False) 
         yield _OF_ROOT / digest
     if session.startswith("/") and (every or _is_own(Path(session))):
         yield Path(session, f"bkpool-{digest}")
-    yield Path("/tmp", f"bkpool-{os.geteuid()}-{digest}")  # noqa: S108 - claim() checks that it is ours
+    yield _in_tmp(digest, os.geteuid())
+
+
+def _in_tmp(digest: str, uid: int) -> Path:
+    return Path("/tmp", f"bkpool-{uid}-{digest}")  # noqa: S108 - claim() checks that it is ours
 
 
 def _is_own(session: Path) -> bool:
@@ -112,10 +178,11 @@ def _is_own(session: Path) -> bool:
     return own and os.access(session, os.W_OK | os.X_OK)
 
 
-def _claim(directory: Path) -> None:
+def _claim(directory: Path) -> bool:
+    """Makes or checks a directory. Returns whether the user's group could enter it until now."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.lstat()
+        was_open = _close(directory)
     except OSError as error:
         raise HostFault(
             f"the directory {directory} for sockets cannot be made: {error.strerror}",
@@ -123,6 +190,29 @@ def _claim(directory: Path) -> None:
             code="Permission",
         ) from None
     _check(directory)
+    return was_open
+
+
+def _close(directory: Path) -> bool:
+    """Takes a directory of this user from its group. Returns whether that was necessary."""
+    found = directory.lstat()
+    only_group = found.st_mode & 0o070 and not found.st_mode & 0o007
+    if not (stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and only_group):
+        return False
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _remove(entry: Path) -> None:
+    with suppress(OSError):  # what cannot be removed is reported by whoever needs its name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _check(directory: Path) -> None:

@@ -41,6 +41,21 @@ class Daemons(Protocol):
             A function that unsubscribes.
         """
 
+    async def watch_health(self) -> None:
+        """Asks all daemons that are up again and again whether they answer, until it is cancelled.
+
+        `Observation.silence` shows those that do not. Their processes or pods are left alone.
+        """
+
+    async def answers(self, slot: Slot, worker_uid: str, *, fresh: bool = True) -> bool:
+        """Whether a worker's daemon answers now, within seconds. One that this process has not seen yet does not.
+
+        Args:
+            slot: Where it is.
+            worker_uid: The uid of the worker.
+            fresh: An answer of a moment ago counts as well.
+        """
+
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
     ) -> str:

@@ -509,3 +509,28 @@ async def test_the_next_runtime_recovers_from_a_crash_after_any_write(
     await asyncio.gather(*(runtime.caches.wipe(dead) for dead, _, _ in deaths))
     for plural in counts:
         assert await uids(api, slot.namespace, plural) == set()
+
+
+async def test_a_pod_that_hangs_is_noticed_goes_on_after_a_stall_and_can_be_ended(runtime, slot, kubectl, api):
+    """The kernel accepts connections for a stopped process, so a TCP probe would say that all is well."""
+
+    async def signal_buildkitd(name: str) -> None:
+        script = (
+            f"for p in /proc/[0-9]*; do read -r c <$p/comm; [ $c = buildkitd ] && kill -{name} ${{p#/proc/}}; done"
+        )
+        await in_pod(kubectl, slot, f"{script}; true")
+
+    pool = a_pool(slot.namespace)
+    await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
+    before = await uids(api, slot.namespace)
+    await signal_buildkitd("STOP")
+    assert not await runtime.daemons.answers(slot, "uid-1", fresh=False)
+    assert runtime.daemons.observe()[slot].silence is not None
+    await signal_buildkitd("CONT")
+    assert await runtime.daemons.answers(slot, "uid-1", fresh=False)
+    assert runtime.daemons.observe()[slot].silence is None
+    await signal_buildkitd("STOP")
+    await runtime.daemons.stop(slot, at_once=True)
+    await runtime.daemons.start(slot, "uid-1", "anna", pool, WaitingReports())
+    assert await runtime.daemons.answers(slot, "uid-1", fresh=False)
+    assert not before & await uids(api, slot.namespace)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -15,9 +17,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from prometheus_client import CollectorRegistry
 
-from bkpool.appliance.http import metrics_app, serve
+from bkpool.api import open_runner
+from bkpool.appliance.http import FEW_CLIENTS, metrics_app, serve
+from bkpool.appliance.local_site import LocalSite
 from bkpool.appliance.run_options import Address
-from bkpool.home import local_socket
+from bkpool.cli.api_connection import dial_local
+from bkpool.home import local_socket, runtime_directory
+from bkpool.home.local_socket import SocketPlaces
 from bkpool.home.runtime_directory import default_directory
 
 REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -46,7 +52,9 @@ def place() -> Iterator[Path]:
 async def served(place: Path) -> AsyncIterator[Path]:
     path = place / "api.sock"
     async with AsyncExitStack() as stack:
-        await serve(stack, metrics_app(CollectorRegistry()), Address("127.0.0.1", 0), "here", local=path)
+        await serve(
+            stack, metrics_app(CollectorRegistry()), Address("127.0.0.1", 0), "here", local=SocketPlaces(path, path)
+        )
         yield path
 
 
@@ -89,10 +97,72 @@ async def test_another_user_gets_nothing_even_if_the_modes_are_open(served: Path
 
 def test_what_a_killed_appliance_left_is_removed_and_the_directory_goes_with_the_socket(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    path = local_socket.prepare(home, os.environ)
+    path, _ = places = local_socket.prepare(home, os.environ)
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(path))
-    assert local_socket.prepare(home, os.environ) == path
+    assert local_socket.prepare(home, os.environ) == places
     assert not path.exists()
     local_socket.remove(home, os.environ)
     assert not default_directory(home, os.environ).exists()
+
+
+async def test_a_socket_that_somebody_removed_is_made_again_with_its_directory(place):
+    """As at the end of a session, while the appliance runs on."""
+    directory = place / "sockets"
+    runtime_directory.claim(directory)
+    path = directory / "api.sock"
+    async with AsyncExitStack() as stack:
+        runner = await open_runner(stack, metrics_app(CollectorRegistry()), shutdown_timeout=2, limits=FEW_CLIENTS)
+        site = LocalSite(runner, SocketPlaces(path, path), interval=0.01)
+        await site.start()
+        keeping = asyncio.create_task(site.keep())
+        for remove in (path.unlink, lambda: shutil.rmtree(directory)):
+            remove()
+            async with asyncio.timeout(60):
+                while not path.exists():  # noqa: ASYNC110 - no event announces a file
+                    await asyncio.sleep(0.01)
+            assert b"200 OK" in await answer(path)
+            assert runtime_directory.is_private(directory)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_commands_find_the_socket_when_its_directory_cannot_be_made_again(place):
+    """As at the end of a session: only root can make /run/user/UID again."""
+    home, session = place / "home", place / "session"
+    home.mkdir(mode=0o700)
+    path, spare = session / "sockets" / "api.sock", local_socket.spare(home)
+    runtime_directory.claim(path.parent)
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, spare.parent, ignore_errors=True)
+        runner = await open_runner(stack, metrics_app(CollectorRegistry()), shutdown_timeout=2, limits=FEW_CLIENTS)
+        site = LocalSite(runner, SocketPlaces(path, spare), interval=0.01)
+        await site.start()
+        keeping = asyncio.create_task(site.keep())
+        dial_local(path, home).close()
+        session.rename(place / "gone")
+        session.touch()  # so that not even root can make a directory there
+        async with asyncio.timeout(60):
+            while not is_there(spare):  # noqa: ASYNC110 - no event announces a file
+                await asyncio.sleep(0.01)
+        assert runtime_directory.is_private(spare.parent)
+        with await asyncio.to_thread(eventually_dialled, path, home) as connected:
+            assert connected.getpeername() == str(spare)
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+def is_there(path: Path) -> bool:
+    return path.exists()
+
+
+def eventually_dialled(path: Path, home: Path) -> socket.socket:
+    """A connection as a command makes it. The file of a socket is there a moment before anybody listens."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return dial_local(path, home)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

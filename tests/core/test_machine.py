@@ -6,7 +6,7 @@ the real queue, placement and decisions, and rules 2, 3, 4 and 10 (docs/rules.md
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from hypothesis import settings
@@ -15,13 +15,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import Slot
-from bkpool.core.observation import DaemonState, Observation, Snapshot
+from bkpool.core.observation import DaemonState, Observation, Silence, Snapshot
 from bkpool.core.queueing import assign
 from bkpool.core.reconcile.actions import (
+    CheckDaemon,
     CreateWorker,
     FinishLease,
     LoseLease,
     RemoveWorker,
+    ReplaceDaemon,
     SetCacheOwner,
     StartDaemon,
     StopDaemon,
@@ -31,6 +33,7 @@ from bkpool.core.reconcile.actions import (
 )
 from bkpool.core.reconcile.decide import decide, stray_slots
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
+from bkpool.core.reconcile.health import DEFAULT_HEALTH
 from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
@@ -169,6 +172,21 @@ class PoolMachine(RuleBasedStateMachine):
                 dead.worker_uid, DaemonState.EXITED, "", dead.cache_owner, "killed", log_tail=dead.cache_owner or ""
             )
         self.connected = {lease: uid for lease, uid in self.connected.items() if uid != dead.worker_uid}
+
+    @precondition(lambda self: any(d.state is DaemonState.READY for d in self.runtime.daemons.values()))
+    @rule(data=st.data(), seconds=st.sampled_from([None, 2, 9, 20]))
+    def a_daemon_stalls(self, data, seconds):
+        """It does not answer for this long, or answers again."""
+        up = sorted(one for one, seen in self.runtime.daemons.items() if seen.state is DaemonState.READY)
+        slot = data.draw(st.sampled_from(up))
+        silence = None if seconds is None else Silence(timedelta(seconds=seconds))
+        self.runtime.daemons[slot] = replace(self.runtime.daemons[slot], silence=silence)
+
+    @precondition(lambda self: self.store.workers)
+    @rule(data=st.data(), answers=st.booleans())
+    def a_gateway_reports(self, data, answers):
+        worker = data.draw(st.sampled_from(sorted(self.store.workers.values(), key=lambda w: w.key)))
+        self.store.replace_status(worker.noted_answering() if answers else worker.noted_silent(self.now))
 
     # --- what callers do ---
 
@@ -316,6 +334,16 @@ class PoolMachine(RuleBasedStateMachine):
                 assert worker.lease.end_reason is EndReason.REVOKED
                 stopped = runtime.daemons.pop(worker.slot)
                 self.connected = {lease: uid for lease, uid in self.connected.items() if uid != stopped.worker_uid}
+            case CheckDaemon(worker):
+                if runtime.daemons[worker.slot].silence is None:
+                    store.replace_status(worker.noted_answering())
+            case ReplaceDaemon(worker, message):
+                quiet = worker.status.silent_since and self.now - worker.status.silent_since
+                store.replace_status(failed_worker(worker, message, "", self.now))  # not if it has changed meanwhile
+                unused = worker.uid not in self.connected.values()
+                assert unused or quiet >= DEFAULT_HEALTH.quiet, "cut although bytes have come"
+                ended = runtime.daemons.pop(worker.slot)
+                self.connected = {lease: uid for lease, uid in self.connected.items() if uid != ended.worker_uid}
             case WriteStatus(worker):
                 store.replace_status(worker)
             case LoseLease(worker, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 
 from bkpool.core.errors import HostFault
 from bkpool.home import runtime_directory
-from bkpool.home.runtime_directory import check_length, claim, default_directory, former_directories, home_digest
+from bkpool.home.runtime_directory import (
+    check_length,
+    claim,
+    default_directory,
+    first_usable,
+    former_directories,
+    hold,
+    home_digest,
+)
 
 ROOT = os.geteuid() == 0
 
@@ -29,9 +38,29 @@ def test_a_link_is_refused(tmp_path):
 
 def test_one_that_others_may_enter_is_refused(tmp_path):
     (tmp_path / "sockets").mkdir()
-    (tmp_path / "sockets").chmod(0o750)
+    (tmp_path / "sockets").chmod(0o705)
     with pytest.raises(HostFault, match="mode 0700"):
         claim(tmp_path / "sockets")
+
+
+def test_one_that_the_group_could_enter_is_closed_and_emptied(tmp_path):
+    """buildkitd makes it with mode 0770 if it was removed while buildkitd was starting."""
+    (tmp_path / "sockets" / "default-0").mkdir(parents=True)
+    (tmp_path / "sockets" / "default-0" / "buildkitd.sock").write_text("")
+    (tmp_path / "sockets" / "link").symlink_to(tmp_path)
+    (tmp_path / "sockets").chmod(0o770)
+    claim(tmp_path / "sockets")
+    assert (tmp_path / "sockets").stat().st_mode & 0o777 == 0o700
+    assert list((tmp_path / "sockets").iterdir()) == []
+
+
+def test_the_common_parent_is_closed_and_not_emptied(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime_directory, "_OF_ROOT", tmp_path / "bkpool")
+    claim(tmp_path / "bkpool" / "one")
+    (tmp_path / "bkpool").chmod(0o770)
+    claim(tmp_path / "bkpool" / "two")
+    assert (tmp_path / "bkpool").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "bkpool" / "one").is_dir()
 
 
 @pytest.mark.skipif(not ROOT, reason="only root can give a directory away")
@@ -109,3 +138,30 @@ def test_a_path_that_is_too_long_for_a_socket_says_what_to_do(tmp_path):
     with pytest.raises(HostFault, match="too deep for sockets") as fault:
         check_length(tmp_path / ("x" * 100), tmp_path)
     assert "XDG_RUNTIME_DIR" in fault.value.hint
+
+
+def test_the_first_one_that_can_be_made_is_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert first_usable([tmp_path / "file" / "below", tmp_path / "two", tmp_path / "three"]) == tmp_path / "two"
+    assert not (tmp_path / "three").exists()
+    with pytest.raises(HostFault, match="below"):
+        first_usable([tmp_path / "file" / "below", tmp_path / "file"])
+
+
+@pytest.mark.parametrize("theirs", [fcntl.LOCK_SH, fcntl.LOCK_EX], ids=["shared", "exclusive"])
+def test_programs_that_tidy_up_find_it_locked(tmp_path, theirs):
+    """systemd-tmpfiles asks for a shared lock of each directory, earlier versions for an exclusive one."""
+    held = hold(tmp_path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(descriptor, theirs | fcntl.LOCK_NB)
+    os.close(held)
+    fcntl.flock(descriptor, theirs | fcntl.LOCK_NB)
+    hold_again = hold(tmp_path)  # somebody else has it: that is no error
+    os.close(hold_again)
+    os.close(descriptor)
+
+
+def test_one_that_is_gone_cannot_be_locked(tmp_path):
+    with pytest.raises(HostFault, match="cannot be opened"):
+        hold(tmp_path / "gone")

@@ -17,9 +17,11 @@ class RecordingRegistry:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
-        """The method and the lease's id of each call but `find`."""
+        """The method and the lease's id of each call but `report_worker` and `find`."""
         self.connections: list[int] = []
         """The number of connections in each registration and renewal."""
+        self.silences: list[float | None] = []
+        """What was reported of workers."""
         self.lookups: list[str] = []
         """The token digests of `find`."""
         self.on_find: Callable[[], None] = lambda: None
@@ -40,6 +42,9 @@ class RecordingRegistry:
 
     async def withdraw(self, route: LeaseRoute) -> None:
         await self._record("withdraw", route)
+
+    async def report_worker(self, route: LeaseRoute, silent_for: float | None) -> None:
+        self.silences.append(silent_for)
 
     async def find(self, token_sha256: str) -> None:
         self.lookups.append(token_sha256)

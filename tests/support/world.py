@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
+from bkpool.core.observation import DaemonState, Observation, Silence, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
@@ -52,6 +53,9 @@ class MemoryWorkers:
         self.may_start.set()  # while it is cleared, starts do not end
         self.wiped: list[Slot] = []
         self.stopped_at_once: list[Slot] = []
+        self.asked: list[Slot] = []
+        """Slots whose daemon was asked whether it answers."""
+        self.hung: set[Slot] = set()
         self.cleared: list[Slot] = []
         """Slots whose build history was cleared at the end of a lease."""
         self.subscribers: Subscribers[[]] = Subscribers()
@@ -89,6 +93,27 @@ class MemoryWorkers:
         self.changed()
         return endpoint
 
+    async def watch_health(self) -> None:
+        await asyncio.Event().wait()
+
+    async def answers(self, slot: Slot, worker_uid: str, *, fresh: bool = True) -> bool:
+        self.asked.append(slot)
+        seen = self.daemons.get(slot)
+        up = seen is not None and seen.worker_uid == worker_uid and seen.state is DaemonState.READY
+        return up and slot not in self.hung
+
+    def hang(self, slot: Slot, seconds: float = 1.0, lost: str = "") -> None:
+        """The daemon does not answer any more, and probes have seen that for this long."""
+        self.hung.add(slot)
+        self.daemons[slot] = replace(self.daemons[slot], silence=Silence(timedelta(seconds=seconds), lost))
+        self.changed()
+
+    def go_on(self, slot: Slot) -> None:
+        """The daemon answers again, and a probe has seen that."""
+        self.hung.discard(slot)
+        self.daemons[slot] = replace(self.daemons[slot], silence=None)
+        self.changed()
+
     async def own(self, slot: Slot, owner: str) -> None:
         if self.cache_owners.get(slot) not in {None, owner}:
             raise Conflict("another's")
@@ -110,6 +135,7 @@ class MemoryWorkers:
         if at_once:
             self.stopped_at_once.append(slot)
         self.daemons.pop(slot, None)
+        self.hung.discard(slot)
         self.changed()
 
     async def wipe(self, slot: Slot) -> None:
@@ -180,6 +206,7 @@ class Replica:
             authority=world.authority,
             token_key=TOKEN_KEY,
             caches=world.runtime.owners,
+            answers=world.runtime.answers,
             now=world.clock,
             limits=CallerLimits(world.clock.seconds),
         )

@@ -79,7 +79,8 @@ async def test_a_worker_has_only_the_variables_that_it_needs(runtime, tmp_path):
 def test_ssh_looks_for_keys_in_the_empty_home_of_the_worker(binaries, tmp_path):
     sandbox = Sandbox(binaries, {})
     mounts: MountSettings = {"home": str(tmp_path / "empty"), "cgroups": []}
-    init = InitProgram(None, tmp_path, {}, frozenset).command(tmp_path / "init", PoolSpec(), mounts)
+    (tmp_path / "worker").mkdir()
+    init = InitProgram(None, {}, frozenset).command(tmp_path / "worker" / "init", PoolSpec(), mounts)
     command = sandbox.wrap([*init, "/usr/bin/getent", "passwd", "root"], tmp_path / "state")
     environment = sandbox.environment(tmp_path / "empty")
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout

@@ -6,14 +6,13 @@ The cluster is a dictionary here; e2e/test_tenants.py does the same with real po
 from __future__ import annotations
 
 import asyncio
-import copy
 from types import SimpleNamespace
 
 import pytest
 
 from bkpool.buildkit.stubs import control_pb2 as pb
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.errors import NotFound, Unavailable, WorkerFailed
+from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.pool import Reuse
 from bkpool.kube.reflector import KubeCollection, Reflector
 from bkpool.pki.pool_authority import PoolAuthorities
@@ -24,6 +23,7 @@ from bkpool.workers.pods.pod_probe import PodProbe
 from bkpool.workers.pods.pod_spec import SELECTOR, PodRequest
 from bkpool.workers.pods.pod_writes import CLAIMS, PODS, PodWrites
 from bkpool.workers.pods.start_deadline import Deadlines
+from support.memory_cluster import MemoryCluster
 from support.objects import pool, slot
 from support.stub_control import BACKEND, NOW, StubControl, serve, server_context, tls
 
@@ -32,40 +32,9 @@ SHARED = cache_owner_digest(Reuse.POOL, "ann", POOL.uid, "")
 KEPT = cache_owner_digest(Reuse.POOL, "ann", POOL.uid, "", keep_history=True)
 
 
-class Cluster:
-    """What `PodWrites` needs of an API server."""
-
-    def __init__(self) -> None:
-        self.objects: dict[str, dict] = {}
-        self.versions = 0
-
-    async def create(self, where, doc):
-        return await self.apply(f"{where}/{doc['metadata']['name']}", doc)
-
-    async def apply(self, path, doc):
-        self.versions += 1
-        made = copy.deepcopy(doc)
-        made["metadata"] |= {"uid": f"uid-of-{path}", "resourceVersion": str(self.versions)}
-        self.objects[str(path)] = made
-        return copy.deepcopy(made)
-
-    async def patch(self, path, change):
-        doc = self.objects[str(path)]
-        self.versions += 1
-        doc["metadata"]["resourceVersion"] = str(self.versions)
-        for name, value in change["metadata"].get("annotations", {}).items():
-            doc["metadata"]["annotations"].pop(name, None)
-            if value is not None:
-                doc["metadata"]["annotations"][name] = value
-        return copy.deepcopy(doc)
-
-    async def get(self, path):
-        raise NotFound(str(path))
-
-
 @pytest.fixture
 def writes():
-    api = Cluster()
+    api = MemoryCluster()
     pods, claims = (Reflector(api, KubeCollection("v1", plural, SELECTOR)) for plural in (PODS, CLAIMS))
     return PodWrites(
         api,

@@ -144,6 +144,21 @@ def test_a_record_is_enough_to_remove_cgroups_and_one_that_stays_keeps_it(machin
     other.remove(tmp_path / "record")
 
 
+def test_cgroups_are_removed_though_somebody_has_removed_their_record(machine, tmp_path):
+    cgroups = SlotCgroups("home", machine.root)
+    slot = tmp_path / "slot"
+    slot.mkdir()
+    (made,) = cgroups.make(slot / "record", "default.p.0", Limits(pids=None))
+    for file in made.parent.glob("*.*"):
+        if file.is_file():
+            file.unlink()
+    (slot / "record").unlink()
+    slot.rmdir()
+    cgroups.remove(slot / "record")
+    assert not made.parent.exists()
+    cgroups.remove(slot / "record")
+
+
 def test_the_score_of_a_worker_is_higher_than_the_appliances(machine):
     cgroups = SlotCgroups("home", machine.root)
     assert cgroups.oom_score_adj == -400

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bkpool.allocation import Allocator, Revoker
@@ -19,6 +18,7 @@ from bkpool.appliance.tuning import api_limits, http_limits
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import Pool
+from bkpool.home.local_socket import SocketPlaces
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
 
@@ -60,7 +60,7 @@ async def open_api(
     admin: AdminTokenAuthenticator,
     sources: ApiSources,
     extra_configs: tuple[OIDCConfig, ...] = (),
-    local: Path | None = None,
+    local: SocketPlaces | None = None,
 ) -> ApiRole:
     """Serves the API until the stack is closed. Then the server ends first, and after it the lease service.
 
@@ -71,7 +71,7 @@ async def open_api(
         admin: The admin token.
         sources: What the API asks other parts of the process.
         extra_configs: Trusted issuers that are configured in no object.
-        local: The Unix socket for the commands of this machine; None serves on the address only.
+        local: Where the Unix socket is for the commands of this machine; None serves on the address only.
 
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.

@@ -58,6 +58,22 @@ class StopDaemon:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckDaemon:
+    """Ask buildkitd whether it answers, because somebody else heard nothing from it. If it does, note that."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceDaemon:
+    """Note that buildkitd has failed, and end it with everything that runs in it. Afterwards it is started again."""
+
+    worker: Worker
+    message: str
+    """Why."""
+
+
+@dataclass(frozen=True, slots=True)
 class WriteStatus:
     """Store the status that this copy of the worker has."""
 
@@ -96,6 +112,8 @@ Action = (
     | SetProtection
     | WipeCache
     | StopDaemon
+    | CheckDaemon
+    | ReplaceDaemon
     | WriteStatus
     | LoseLease
     | FinishLease

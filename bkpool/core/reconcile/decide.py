@@ -29,6 +29,7 @@ from bkpool.core.reconcile.actions import (
 )
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, only_of_holder, retry_at
 from bkpool.core.worker import Lease, Phase, Worker
+from bkpool.core.reconcile.health import health_step
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
 """A lease without a token after this time never gets one: the process that was creating it was killed."""
@@ -122,7 +123,7 @@ def _idle(
         return StopDaemon(worker)
     if up.protected:
         return SetProtection(worker, protected=False)
-    return _status(worker, up, Phase.IDLE, now, worker.status.failures)
+    return _status(worker, up, Phase.IDLE, now, worker.status.failures) or health_step(worker, up, now)
 
 
 def _leased(
@@ -148,11 +149,12 @@ def _leased(
         return LoseLease(worker, "the request for it was never answered")
     up = ready_observation(worker, seen)
     if up is None:
-        if worker.status.failures >= limits.max_failures:
+        if worker.counted_failures >= limits.max_failures:
             return LoseLease(worker, worker.status.message)
         return _start(worker, seen, lease.owner, pool, now, limits=limits)
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
-    step = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
+    action = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
+    step = action or health_step(worker, up, now, registered_until=snapshot.registered_until)
     return step or token_deadline or lease.expires_at
 
 

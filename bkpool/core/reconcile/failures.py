@@ -60,14 +60,16 @@ def failed_worker(
         now: The time.
         limits: Say when a worker was stable.
     """
-    ready_at = worker.status.ready_at
-    used_by_an_earlier_holder = worker.lease is None and worker.status.cache_owner is not None
+    lease, ready_at = worker.lease, worker.status.ready_at
+    used_by_an_earlier_holder = lease is None and worker.status.cache_owner is not None
     was_stable = worker.status.endpoint is not None and ready_at is not None and now - ready_at >= limits.stable_after
     return worker.with_status(
-        phase=Phase.FAILED if worker.lease is None else Phase.PROVISIONING,
+        phase=Phase.FAILED if lease is None else Phase.PROVISIONING,
         endpoint=None,
         pod_ip=None,
-        failures=1 if was_stable else min(worker.status.failures + 1, _COUNTED_FAILURES),
+        silent_since=None,
+        failures=1 if was_stable else min(worker.counted_failures + 1, _COUNTED_FAILURES),
+        failures_of="" if lease is None else lease.id,
         failed_at=now,
         message=message,
         log_tail="" if used_by_an_earlier_holder else log_tail,
@@ -75,8 +77,11 @@ def failed_worker(
 
 
 def retry_at(worker: Worker, limits: FailureLimits = DEFAULT_LIMITS) -> datetime | None:
-    """When a failed worker may be started again; None if it has not failed since it was last stable."""
-    status = worker.status
-    if status.failed_at is None or not status.failures:
+    """When a failed worker may be started again; None: at once.
+
+    It is started at once if it has not failed since it was last stable, or not in the lease that it has now.
+    """
+    failed_at, failures = worker.status.failed_at, worker.counted_failures
+    if failed_at is None or not failures:
         return None
-    return status.failed_at + min(limits.backoff * (1 << (status.failures - 1)), limits.backoff_max)
+    return failed_at + min(limits.backoff * (1 << (failures - 1)), limits.backoff_max)

@@ -103,10 +103,14 @@ def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:
     workers = tuple(workers)
     return {
         "workers": len(workers),
-        "ready": sum(w.status.endpoint is not None for w in workers),
-        "idle": sum(w.lease is None and w.status.phase is Phase.IDLE for w in workers),
+        "ready": sum(_is_ready(w) for w in workers),
+        "idle": sum(w.lease is None and w.status.phase is Phase.IDLE and _is_ready(w) for w in workers),
         "allocated": sum(w.lease is not None for w in workers),
     }
+
+
+def _is_ready(worker: Worker) -> bool:
+    return worker.status.endpoint is not None and worker.status.silent_since is None
 
 
 def _refused_issuers(pool: Pool) -> Iterator[str]:

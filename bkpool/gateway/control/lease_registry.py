@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +22,8 @@ _LIST_INTERVAL = 1.0
 """Seconds between two lists of all workers, so that many old certificates cannot load the API server."""
 _REMEMBERED_TOKENS = 4096
 """Tokens that were searched for, and are not searched for again."""
+_REPORTS_AT_ONCE = 8
+"""Reports about workers that are written at once."""
 _MAX_ATTEMPTS = 10
 """Attempts of a compare-and-swap. More are only needed if another program writes the worker's status all the time."""
 
@@ -61,6 +63,18 @@ class LeaseRegistry(Protocol):
             Unavailable: The store does not answer, or the worker changes too often.
         """
 
+    async def report_worker(self, route: LeaseRoute, silent_for: float | None) -> None:
+        """Notes on the worker that nobody hears from it, or that it answers. Does nothing if it says so already.
+
+        Args:
+            route: The lease.
+            silent_for: Seconds since the last sign of the worker; None: bytes come from it.
+
+        Raises:
+            Gone: The worker was deleted.
+            Unavailable: The store does not answer, or the worker changes too often.
+        """
+
     async def find(self, token_sha256: str) -> None:
         """Searches the store itself, not a copy of it, for the lease with this token.
 
@@ -97,6 +111,7 @@ class StoreLeaseRegistry:
         self._now = now
         self._on_worker = on_worker
         self._pause = pause
+        self._reports = asyncio.Semaphore(_REPORTS_AT_ONCE)
         self._list_lock = asyncio.Lock()
         self._lists_started = 0
         self._last_complete_list = 0  # the number of the last list that succeeded
@@ -127,6 +142,11 @@ class StoreLeaseRegistry:
         finally:
             if self._withdrawals.get(route.lease_id) is this:
                 del self._withdrawals[route.lease_id]
+
+    async def report_worker(self, route: LeaseRoute, silent_for: float | None) -> None:
+        """See LeaseRegistry. When a node is lost, all gateways report many workers: few of them at once."""
+        async with self._reports:
+            await self._change_worker(route, partial(self._reported, silent_for))
 
     async def find(self, token_sha256: str) -> None:
         """See LeaseRegistry.
@@ -198,6 +218,15 @@ class StoreLeaseRegistry:
         )
         others = (other for other in worker.status.gateways if other.gateway != self._gateway)
         return worker.with_status(gateways=(*others, registration))
+
+    def _reported(self, silent_for: float | None, worker: Worker, route: LeaseRoute) -> Worker | None:
+        held = worker.lease is not None and worker.lease.id == route.lease_id
+        if not held or worker.status.endpoint is None or worker.status.endpoint != route.endpoint:
+            return None  # this is about a buildkitd that is known to have ended
+        if silent_for is None:
+            return worker.noted_answering() if worker.status.silent_since is not None else None
+        changed = worker.noted_silent(self._now() - timedelta(seconds=silent_for))
+        return None if changed is worker else changed
 
     def _withdrawn(self, worker: Worker, route: LeaseRoute) -> Worker | None:
         others = tuple(

@@ -55,6 +55,10 @@ class LoopBridge:
         """See CallbackLeaseRegistry."""
         self._request(partial(self._registry.withdraw, route), on_done)
 
+    def report_worker(self, route: LeaseRoute, silent_for: float | None, on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.report_worker, route, silent_for), on_done)
+
     def find(self, token_sha256: str, on_done: OnDone) -> None:
         """See CallbackLeaseRegistry."""
         self._request(partial(self._registry.find, token_sha256), on_done)

@@ -10,11 +10,21 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, MAX_READ, PLAINTEXT_CHUNK, SMALL_READ, LoopBuffers
 from bkpool.gateway.net.duplex import DuplexRelay
 from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
+
+
+@dataclass(slots=True)
+class WorkerBytes:
+    """What a relayed connection knows of its worker. Times are seconds of the loop's clock."""
+
+    began_at: float
+    received_at: float | None = None
+    """When the last byte came from the worker; None: there was none yet."""
 
 
 class SocketRelay:
@@ -53,6 +63,7 @@ class SocketRelay:
         self._stopped = False
         self.active_at = loop.time()
         """When bytes last moved, in seconds of the loop's clock."""
+        self.worker_bytes = WorkerBytes(self.active_at)
         self.worker_closed_first = False
         """The worker has ended the connection before its client did."""
 
@@ -116,6 +127,8 @@ class SocketRelay:
             data = endpoint.receive(received)
             if data is None:
                 return False
+            if endpoint is self._worker and data:
+                self.worker_bytes.received_at = self._loop.time()
             self._duplex.received(endpoint.stream, data)
         except ssl.SSLError as error:
             with contextlib.suppress(OSError):

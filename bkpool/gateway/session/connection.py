@@ -21,7 +21,7 @@ from bkpool.core.errors import BkpoolError, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.gateway.net.dial import DialAttempt, Dialler, DialTarget
 from bkpool.gateway.net.endpoint import SocketEndpoint
-from bkpool.gateway.net.relay import SocketRelay
+from bkpool.gateway.net.relay import SocketRelay, WorkerBytes
 from bkpool.gateway.session import commands, machine
 from bkpool.gateway.session.certificate import token_digest
 from bkpool.gateway.session.client_socket import ClientSocket, SocketHost
@@ -107,6 +107,11 @@ class Connection:
     def relaying(self) -> bool:
         """Whether the client is connected to its worker."""
         return self._relay is not None
+
+    @property
+    def worker_bytes(self) -> WorkerBytes | None:
+        """What it knows of its worker; None: it is not connected to it."""
+        return self._relay.worker_bytes if self._relay else None
 
     # --- its loop ---------------------------------------------------------------------------------------------------
 
@@ -317,6 +322,8 @@ class Connection:
             self._execute(self._machine.dial_impossible(now, outcome.strerror or str(outcome)))
         else:
             count("failed")
+            if self._lease is not None:
+                self._lease.worker_unreachable()
             self._execute(self._machine.dial_failed(now, outcome.strerror or str(outcome)))
 
     def _cancel_dial(self) -> None:

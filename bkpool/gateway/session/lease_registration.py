@@ -33,6 +33,9 @@ class CallbackLeaseRegistry(Protocol):
     def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
         """Removes the registration."""
 
+    def report_worker(self, route: LeaseRoute, silent_for: float | None, on_done: OnDone) -> None:
+        """Notes on the worker that it has been silent for these seconds, or that bytes come from it (None)."""
+
     def find(self, token_sha256: str, on_done: OnDone) -> None:
         """Searches the store for the lease with this token. If it exists, it is in the table before `on_done`."""
 

@@ -38,6 +38,8 @@ class LeaseRoute:
     drain_timeout: float
     end_reason: EndReason | None = None
     end_message: str = ""
+    silent: bool = False
+    """Whether the worker is noted as silent (`WorkerStatus.silent_since`)."""
 
     @property
     def revoked(self) -> bool:
@@ -150,6 +152,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         drain_timeout=gateway.drain_timeout.total_seconds(),
         end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
         end_message=worker.lease_end_message,
+        silent=worker.status.silent_since is not None,
     )
 
 

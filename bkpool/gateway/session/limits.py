@@ -52,6 +52,15 @@ class GatewayLimits:
     """A worker that does not answer for this long is given up. It must not be shorter than BuildKit's own health
     check of a session (docs/clients.md#cuts): a worker whose disk is too busy for it to read looks the same to the
     system once its buffers are full (tcp(7), TCP_USER_TIMEOUT). The end of a worker's process is noticed at once."""
+    worker_first_byte: float = 2.0
+    """A worker from which no byte has come for so long after it was connected is reported as silent: buildkitd sends
+    its settings at once."""
+    worker_quiet: float = 8.0
+    """The same after the last byte. During a build buildkitd checks its session every 5 s (docs/clients.md#cuts)."""
+    worker_look_interval: float = 2.0
+    """How often a lease with connections looks for that."""
+    report_interval: float = 5.0
+    """The shortest time between two reports about the worker of one lease, where each may write to the store."""
     half_open_timeout: float = 60.0
     """How long one direction of a connection may stay open after the other has ended."""
     drain_idle_timeout: float = 60.0

@@ -13,16 +13,22 @@ from typing import Protocol
 from bkpool.core.errors import BkpoolError, Forbidden, NoCapacity
 from bkpool.core.names import Key
 from bkpool.core.wall_clock import LONGEST_SLEEP
+from bkpool.gateway.net.relay import WorkerBytes
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry, LeaseRegistration
 from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease, UnreadableLease, unknown_lease
 from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.worker_silence import Report, WorkerSilence
 from bkpool.pki.names import pool_named
 
 
 class LeaseMember(Protocol):
     """A connection, as its lease sees it."""
+
+    @property
+    def worker_bytes(self) -> WorkerBytes | None:
+        """What it knows of its worker; None: it is not connected to it."""
 
     def route_changed(self, route: LeaseRoute) -> None:
         """The worker has started or ended, or the lease has a new expiry."""
@@ -100,6 +106,7 @@ class ShardLeases:
             )
         self._capacity.take(lease.route.pool)
         lease.members[member] = None
+        lease.watch_worker()
         return lease
 
     def return_slot(self, lease: ShardLease, member: LeaseMember) -> None:
@@ -185,6 +192,9 @@ class ShardLease:
         self.hold_budget = HoldBudget(leases.limits)
         self.registration = LeaseRegistration(leases.loop, leases.registry, leases.limits, self, leases.now)
         self._leases = leases
+        self._silence = WorkerSilence(leases.limits)
+        self._silence.noted(leases.loop.time(), silent=route.silent)
+        self._next_look: asyncio.TimerHandle | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._schedule_expiry()
 
@@ -198,6 +208,7 @@ class ShardLease:
         if route == self.route and self.end_error is None:
             return
         self.route = route
+        self._silence.noted(self._leases.loop.time(), silent=route.silent)
         error = route.end_error(self._leases.now())
         if error is not None:
             if route.revoked:
@@ -234,6 +245,31 @@ class ShardLease:
         for member in list(self.members):
             member.worker_closed_sibling()
 
+    def worker_unreachable(self) -> None:
+        """The worker could not be dialled."""
+        self._report(self._silence.unreachable(self._leases.loop.time()))
+
+    def watch_worker(self) -> None:
+        """Looks from time to time whether bytes come from the worker, while the lease has connections."""
+        if self._next_look is None:
+            limits, loop = self._leases.limits, self._leases.loop
+            self._next_look = loop.call_later(limits.worker_look_interval, self._look_at_worker)
+
+    def _look_at_worker(self) -> None:
+        self._next_look = None
+        if self.members:
+            connections = [known for member in self.members if (known := member.worker_bytes) is not None]
+            self._report(self._silence.look(self._leases.loop.time(), connections))
+            self.watch_worker()
+
+    def _report(self, report: Report | None) -> None:
+        if report is not None:
+            self._leases.registry.report_worker(self.route, report.silent_for, self._reported)
+
+    def _reported(self, error: BkpoolError | None) -> None:
+        if error is not None:
+            self._silence.not_reported()
+
     def cut(self, error: BkpoolError) -> None:
         """Ends the lease and cuts its connections, also those that drain already.
 
@@ -248,6 +284,8 @@ class ShardLease:
         self.registration.schedule_renewal()
         if self.end_error is not None and not self.members:
             self._cancel_expiry()
+            if self._next_look is not None:
+                self._next_look.cancel()
             self.registration.withdraw()
             self._leases.forget(self)
 

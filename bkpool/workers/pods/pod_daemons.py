@@ -92,6 +92,23 @@ class PodDaemons:
         """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
         return self._slots.subscribers.add(callback)
 
+    async def watch_health(self) -> None:
+        """Asks the pods in turn; see `Daemons`. Only one replica does: the one that runs the controller."""
+        await self._slots.health.run()
+
+    async def answers(self, slot: Slot, worker_uid: str, *, fresh: bool = True) -> bool:
+        """Whether the worker's pod answers; see `Daemons`."""
+        pod = self._slots.pods.get(slot.worker)
+        if pod is None or pod_view.worker_uid(pod) != worker_uid or pod_view.has_old_history(pod):
+            return False
+        if self._slots.get(slot).endpoint is not None:
+            return await self._slots.health.answers(slot, fresh=fresh)
+        endpoint = self._probe.endpoint(pod)  # another replica has started it
+        if endpoint is None or not await self._probe.answers(pod):
+            return False
+        self._slots.mark_ready(slot, pod_view.uid(pod), endpoint)
+        return True
+
     async def start(
         self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, report_waiting: ReportWaiting
     ) -> str:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bkpool.core.errors import WorkerFailed
 from bkpool.core.names import Slot
+from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.reflector import Change, KubeCollection, Reflector
+from bkpool.workers.health import Health
 from bkpool.workers.pods import pod_view
 from bkpool.workers.pods.pod_diagnosis import PodDiagnosis
 from bkpool.workers.pods.pod_probe import PodProbe
@@ -63,6 +64,7 @@ class PodSlots:
     ) -> None:
         self._probe = probe
         self._diagnosis = diagnosis
+        self.health = Health(self._ask, self._refresh)
         self.pods = Reflector(
             api, KubeCollection("v1", PODS, SELECTOR), self._on_pod, namespaces=namespaces, fail_fast=True
         )
@@ -110,6 +112,7 @@ class PodSlots:
         entry = self._slots[slot]
         if entry.pod_uid == pod_uid:
             entry.endpoint = endpoint
+            self.health.began(slot)
             self._refresh(slot)
 
     def is_lost(self, pod: Doc) -> bool:
@@ -143,14 +146,15 @@ class PodSlots:
         pod_uid = pod_view.uid(pod) if pod else ""
         if pod_uid != entry.pod_uid:
             entry.pod_uid, entry.endpoint, entry.failure = pod_uid, None, None
+            self.health.ended(slot)
             if entry.inquiry:
                 entry.inquiry.cancel()
                 entry.inquiry = None
-        before, entry.observation = entry.observation, self._observation(entry, pod) if pod else None
+        before, entry.observation = entry.observation, self._observation(slot, entry, pod) if pod else None
         if entry.observation != before:
             self.subscribers.notify()
 
-    def _observation(self, entry: PodSlot, pod: Doc) -> Observation | None:
+    def _observation(self, slot: Slot, entry: PodSlot, pod: Doc) -> Observation | None:
         state = DaemonState.STARTING if entry.endpoint is None else DaemonState.READY
         message, log_tail = "", ""
         if pod_view.ended(pod):
@@ -171,11 +175,19 @@ class PodSlots:
             self.cache_owner_of(pod),
             message,
             log_tail,
+            silence=self.health.silence(slot) if state is DaemonState.READY else None,
             ephemeral_cache=pod_view.claim_of(pod) is None,
             protected=pod_view.protected(pod),
             pod_name=paths.key_of(pod).name,
             pod_ip=pod_view.address(pod),
         )
+
+    async def _ask(self, slot: Slot) -> None:
+        """Returns when the pod in a slot has answered a call."""
+        pod = self.pods.get(slot.worker)
+        if pod is None or pod_view.ended(pod):
+            raise Unavailable("the pod has ended")
+        await self._probe.probe(pod)
 
     # --- inquiries --------------------------------------------------------------------------------------------------
 
@@ -200,8 +212,9 @@ class PodSlots:
             entry = self._slots[slot]
             entry.inquiry = None
             if failures >= _FAILED_PROBES:
-                log.warning("worker.silent", worker=str(slot.worker))
+                log.warning("worker.unreachable", worker=str(slot.worker))
                 entry.endpoint = None
+                self.health.ended(slot)
             self._refresh(slot)
 
     async def _find_failure(self, pod: Doc) -> None:

@@ -41,7 +41,6 @@ class InitProgram:
 
     Args:
         programs: What makes the network of a worker; None: workers use the host's network.
-        runtime_dir: Where the program is put, once for all workers.
         environ: The appliance's own; a proxy in it is for workers too.
         own_ports: Returns the ports that this appliance listens on.
     """
@@ -49,12 +48,10 @@ class InitProgram:
     def __init__(
         self,
         programs: NetworkPrograms | None,
-        runtime_dir: Path,
         environ: Mapping[str, str],
         own_ports: Callable[[], Collection[int]],
     ) -> None:
         self._programs = programs
-        self._program = runtime_dir / f".init-{_DIGEST}"
         self._environ = environ
         self._own_ports = own_ports
 
@@ -67,7 +64,8 @@ class InitProgram:
         """The command line of `worker_init`, which ends where that of the worker begins.
 
         Args:
-            directory: A private directory that does not exist yet, for what this worker needs.
+            directory: A private directory that does not exist yet, for what this worker needs. It is in one of the
+                worker, in the runtime directory: there the program is put, once for all workers.
             spec: The pool's.
             mounts: What a worker of root sees differently from the host.
 
@@ -75,14 +73,14 @@ class InitProgram:
             WorkerFailed: `spec.networking.hostPorts` has a port of bkpool itself.
             HostFault: A file cannot be written.
         """
-        settings = directory / "settings.json"
+        settings, program = directory / "settings.json", directory.parent.parent / f".init-{_DIGEST}"
         with as_host_fault(directory):
-            self._install()
+            _install(program)
             directory.mkdir(mode=0o700)
             wanted: WorkerSettings = {"mounts": mounts, "network": self._network(directory, spec)}
             settings.write_text(json.dumps(wanted))
         # Isolated and without site-packages: no variable and no package of the user changes what runs.
-        return [sys.executable, "-I", "-S", str(self._program), str(settings)]
+        return [sys.executable, "-I", "-S", str(program), str(settings)]
 
     def settings_of(self, spec: PoolSpec) -> tuple[str, list[int]] | None:
         """The packet filter and the ports of the host for a pool; None: workers use the host's network.
@@ -102,19 +100,6 @@ class InitProgram:
         """
         return directory / _READY if self.makes_network else None
 
-    def _install(self) -> None:
-        """Puts the program into its directory, all at once."""
-        if self._program.exists():
-            return
-        with tempfile.TemporaryDirectory(prefix=".init-", dir=self._program.parent) as draft:
-            package = Path(draft, "program", _NAME)
-            package.mkdir(parents=True)
-            for name, source in _SOURCES.items():
-                (package / name).write_bytes(source)
-            (package.parent / "__main__.py").write_text(_MAIN)
-            with suppress(OSError):  # another start was faster
-                package.parent.rename(self._program)
-
     def _network(self, directory: Path, spec: PoolSpec) -> NetworkSettings | None:
         if self._programs is None:
             return None
@@ -131,6 +116,26 @@ class InitProgram:
             "rules": network.rules(spec),
             "host_ports": network.host_ports(spec, self._own_ports()),
         }
+
+
+def _install(program: Path) -> None:
+    """Puts the program into its directory, all at once, also where somebody has removed a part of it."""
+    if _is_complete(program):
+        return
+    with tempfile.TemporaryDirectory(prefix=".init-", dir=program.parent) as draft:
+        package = Path(draft, "program", _NAME)
+        package.mkdir(parents=True)
+        for name, source in _SOURCES.items():
+            (package / name).write_bytes(source)
+        (package.parent / "__main__.py").write_text(_MAIN)
+        with suppress(OSError):  # there is nothing, or another start was faster
+            program.rename(Path(draft, "incomplete"))
+        with suppress(OSError):  # another start was faster
+            package.parent.rename(program)
+
+
+def _is_complete(program: Path) -> bool:
+    return all(path.exists() for path in (program / "__main__.py", *(program / _NAME / name for name in _SOURCES)))
 
 
 def remove(runtime_dir: Path) -> None:

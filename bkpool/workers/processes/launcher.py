@@ -20,7 +20,7 @@ from bkpool.core.pool import CacheGC, PoolSpec
 from bkpool.home import runtime_directory
 from bkpool.toolchain.descriptor_limit import free_descriptors, too_many_open_files
 from bkpool.workers import config
-from bkpool.workers.processes import init_program, process_table, socket_directory
+from bkpool.workers.processes import init_program, process_table, slot_upkeep, socket_directory
 from bkpool.workers.processes.cgroup_entry import cgroup_mounts, entering
 from bkpool.workers.processes.cgroup_limits import Limits
 from bkpool.workers.processes.daemon import MARK, Launch
@@ -50,7 +50,7 @@ class Launcher:
 
     Args:
         home: BKPOOL_HOME.
-        runtime_dir: For the sockets.
+        runtime_dirs: For the sockets: the first that can be made is used. The end of a user's session removes one.
         former_dirs: Where earlier runs may have put the sockets of daemons that still run, or left them.
         sandbox: Puts commands into namespaces.
         init: Gives each worker its network.
@@ -60,15 +60,16 @@ class Launcher:
     def __init__(
         self,
         home: Path,
-        runtime_dir: Path,
+        runtime_dirs: Sequence[Path],
         former_dirs: Sequence[Path],
         *,
         sandbox: Sandbox,
         init: InitProgram,
         gc_defaults: CacheGC,
     ) -> None:
-        self._runtime_dir = runtime_dir
-        self._former_dirs = former_dirs
+        self._runtime_dirs = runtime_dirs
+        self._runtime_dir = runtime_dirs[0]
+        self._known_dirs = tuple(dict.fromkeys((*runtime_dirs, *former_dirs)))
         self._sandbox = sandbox
         self._init = init
         self._gc_defaults = gc_defaults
@@ -106,8 +107,8 @@ class Launcher:
         if free_descriptors() < _FREE_DESCRIPTORS:
             raise too_many_open_files(f"{files.slot.worker} cannot be started")
         self._sandbox.check()
-        socket_directory.check_slot_directory(self._runtime_dir, files.slot)
-        runtime_directory.claim(self._runtime_dir)
+        socket_directory.check_slot_directory(self._runtime_dirs[0], files.slot)
+        self._choose_runtime_dir()
         if files.read_daemon() is not None:  # something of an earlier start may be left
             self.end_all_of(files.slot)
         self.clear(files)
@@ -117,7 +118,7 @@ class Launcher:
         files.make_scratch()
         files.make_empty_home()
         # buildkitd makes sockets for ssh-agents in its TMPDIR, so that path must be short: see socket_directory.
-        temporary = sockets / "tmp"
+        temporary = sockets / slot_upkeep.TEMPORARY
         with as_host_fault(temporary):
             temporary.symlink_to(files.scratch)
         files.write_config(config.render(spec, self._gc_defaults))
@@ -151,7 +152,7 @@ class Launcher:
             HostFault: It cannot; the message has what the programs said.
         """
         self._sandbox.check()
-        runtime_directory.claim(self._runtime_dir)
+        self._choose_runtime_dir()
         with tempfile.TemporaryDirectory(prefix="try-", dir=self._runtime_dir) as directory:
             command = self._init.command(Path(directory, "init"), PoolSpec(), self._mounts(Path(directory)))
             wrapped = self._sandbox.wrap([*command, "/bin/sh", "-c", "exit 0"], Path(directory, "rootlesskit"))
@@ -215,7 +216,7 @@ class Launcher:
         command = ["rm", "-rf", "--one-file-system", "--", *map(str, directories)]
         if self._sandbox.rootless:
             self._sandbox.check()
-            runtime_directory.claim(self._runtime_dir)
+            self._choose_runtime_dir()
             command = self._sandbox.wrap(command, self._sockets(slot))
         # The mark lets the next run of the appliance find it after a crash.
         return Removal(command, self._sandbox.environment(directories[0].parent, **{MARK: self._mark(slot)}))
@@ -247,7 +248,10 @@ class Launcher:
 
     def _directories(self) -> list[Path]:
         """The directories of sockets that are ours at this moment. In /tmp, another user can make the others."""
-        return [path for path in (self._runtime_dir, *self._former_dirs) if runtime_directory.is_private(path)]
+        return [path for path in self._known_dirs if runtime_directory.is_private(path)]
+
+    def _choose_runtime_dir(self) -> None:
+        self._runtime_dir = runtime_directory.first_usable(self._runtime_dirs)
 
     def _sockets(self, slot: Slot) -> Path:
         return socket_directory.slot_directory(self._runtime_dir, slot)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bkpool.workers.health import DEFAULT_PROBES, ProbeLimits
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessLimits:
@@ -20,6 +22,8 @@ class ProcessLimits:
     """For an answer of a daemon that an earlier run has started. One that does not answer is ended."""
     stop_timeout: float = 10.0
     """Between SIGTERM and SIGKILL."""
+    probes: ProbeLimits = DEFAULT_PROBES
+    """Of daemons that are up."""
     log_size: int = 5 * 1024 * 1024
     """Bytes of a daemon's log, and of the earlier part that is kept."""
     file_timeout: float = 60.0

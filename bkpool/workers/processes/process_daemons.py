@@ -23,8 +23,10 @@ from bkpool.home.disk import fault_if_full
 from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 from bkpool.workers import history
 from bkpool.workers.daemons import ReportWaiting
+from bkpool.workers.health import Health
 from bkpool.workers.history import not_cleared
-from bkpool.workers.processes import process_table
+from bkpool.workers.probe import probe
+from bkpool.workers.processes import process_table, slot_upkeep
 from bkpool.workers.processes.daemon import Daemon
 from bkpool.workers.processes.launcher import Launcher
 from bkpool.workers.processes.limits import ProcessLimits
@@ -67,6 +69,7 @@ class ProcessDaemons:
         self._wiper = wiper
         self._starting = asyncio.Semaphore(limits.concurrent_starts)
         self._limits = limits
+        self._health = Health(self._ask, self._health_changed, limits.probes)
 
     def ignored_config(self, spec: PoolSpec) -> list[str]:
         """What is not taken from the pool's own buildkitd.toml; see `Daemons`."""
@@ -79,6 +82,15 @@ class ProcessDaemons:
     def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
         return self._table.subscribers.add(callback)
+
+    async def watch_health(self) -> None:
+        """Asks the daemons in turn; see `Daemons`."""
+        await self._health.run()
+
+    async def answers(self, slot: Slot, worker_uid: str, *, fresh: bool = True) -> bool:
+        """Whether the worker's daemon answers; see `Daemons`."""
+        seen = self._table.get(slot).observation
+        return seen is not None and seen.worker_uid == worker_uid and await self._health.answers(slot, fresh=fresh)
 
     async def start(
         self,
@@ -108,6 +120,20 @@ class ProcessDaemons:
         await assign_owner(self._table, entry, owner)
         async with self._starting:
             return await self._launch(entry, worker_uid, pool)
+
+    async def _ask(self, slot: Slot) -> None:
+        """Returns when the daemon in a slot has answered a call, and can work."""
+        entry = self._table.get(slot)
+        if entry.daemon is None:
+            raise Unavailable("it has ended")
+        slot_upkeep.keep(entry.files, entry.daemon.socket, entry.cache_identity)
+        await probe(entry.daemon.socket)
+
+    def _health_changed(self, slot: Slot) -> None:
+        entry = self._table.get(slot)
+        if entry.observation:
+            entry.observation = replace(entry.observation, silence=self._health.silence(slot))
+            self._table.changed()
 
     async def clear_history(self, slot: Slot) -> None:
         """Clears the build history, or ends buildkitd; see `Daemons`."""
@@ -154,6 +180,7 @@ class ProcessDaemons:
             WorkerFailed: It does not end. It is watched as before.
         """
         await self._cancel_exit_watch(slot)
+        self._health.ended(slot.files.slot)
         if daemon := slot.daemon:
             try:
                 await daemon.stop(self._limits.stop_timeout if grace is None else grace)
@@ -169,6 +196,10 @@ class ProcessDaemons:
             await self._end_rest(slot)
             await self._forget(slot)
         await self._clear(slot)
+        if (
+            slot_upkeep.identity(slot.files.root) is None
+        ):  # somebody has removed it, maybe with the record of its owner
+            slot.cache = slot.files.read_cache()
         if slot.observation:
             slot.observation = None
             self._table.changed()
@@ -263,6 +294,8 @@ class ProcessDaemons:
         slot.daemon = daemon
         slot.confinement = record.confinement
         slot.observation = Observation(record.worker_uid, DaemonState.READY, _endpoint(daemon), owner)
+        slot.cache_identity = slot_upkeep.identity(slot.files.root)
+        self._health.began(slot.files.slot)
         self._watch_for_exit(slot, daemon)
         self._table.changed()
 
@@ -271,10 +304,15 @@ class ProcessDaemons:
 
     async def _note_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
         failure = await daemon.wait_for_exit()
+        self._health.ended(slot.files.slot)
         slot.daemon = slot.exit_watch = None
         if slot.observation:
             slot.observation = replace(
-                slot.observation, state=DaemonState.EXITED, message=failure.message, log_tail=failure.log_tail
+                slot.observation,
+                state=DaemonState.EXITED,
+                message=failure.message,
+                log_tail=failure.log_tail,
+                silence=None,
             )
         self._table.changed()
         if not daemon.is_adopted:  # else the record says that something may be left, for `stop_locked`

@@ -67,11 +67,11 @@ class ProcessRuntime:
         environ = os.environ if environ is None else environ
         home = home.resolve()
         former_dirs = () if runtime_dir else runtime_directory.former_directories(home, environ)
-        runtime_dir = runtime_dir or runtime_directory.default_directory(home, environ)
-        init = InitProgram(network, runtime_dir, environ, own_ports)
+        possible = (runtime_dir,) if runtime_dir else runtime_directory.possible_directories(home, environ)
+        init = InitProgram(network, environ, own_ports)
         self._launcher = Launcher(
             home,
-            runtime_dir,
+            possible,
             former_dirs,
             sandbox=Sandbox(binaries, environ),
             init=init,

@@ -52,6 +52,8 @@ class SlotCgroups:
         self._name = f"bkpool-{digest}"
         self._root = root
         self._told: set[str] = set()
+        self._made: dict[Path, list[Path]] = {}
+        """By record: what it says, because somebody may remove the slot with the record."""
 
     @cached_property
     def hierarchies(self) -> tuple[Hierarchy, ...]:
@@ -81,6 +83,7 @@ class SlotCgroups:
         places = self._places
         wanted = [place.parent / self._name / slot for place in places]
         record.write_text(json.dumps([str(path) for path in wanted]))
+        self._made[record] = wanted
         made = []
         for place, path in zip(places, wanted, strict=True):
             unified = place.hierarchy.unified
@@ -103,12 +106,14 @@ class SlotCgroups:
         try:
             slots = [Path(path) for path in json.loads(record.read_bytes())]
         except (OSError, ValueError):
-            return
+            slots = self._made.get(record, [])
         for slot in slots:
             _remove_tree(slot)
         self._remove_empty({slot.parent for slot in slots})
         if not any(slot.exists() for slot in slots):
-            record.unlink(missing_ok=True)
+            self._made.pop(record, None)
+            with suppress(NotADirectoryError):
+                record.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Removes the cgroup of all slots if there is none any more, and takes the appliance back to where it was."""

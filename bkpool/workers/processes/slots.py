@@ -29,6 +29,8 @@ class ProcessSlot:
     exit_watch: asyncio.Task[None] | None = None
     """Waits for the daemon's exit."""
     observation: Observation | None = None
+    cache_identity: tuple[int, int] | None = None
+    """That of the daemon's cache, see `slot_upkeep.identity`."""
     confinement: str = ""
     """That of the daemon, see `DaemonRecord`."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
