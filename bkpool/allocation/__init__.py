@@ -5,19 +5,24 @@ at the same time. Who is served next is decided in `core.queueing`. The controll
 that have ended; this room does not.
 """
 
-from bkpool.allocation.allocator import AllocationRequest, Allocator, Grant
+from bkpool.allocation.allocator import Allocator
 from bkpool.allocation.caller_limits import CallerLimits
+from bkpool.allocation.deliveries import Delivery, Receipt
 from bkpool.allocation.leases import LeaseService, OwnLease
+from bkpool.allocation.orders import AllocationRequest, Grant, Offer
 from bkpool.allocation.revocation import LeaseSelector, Revocation, Revoker
 
 __all__ = [
     "AllocationRequest",
     "Allocator",
     "CallerLimits",
+    "Delivery",
     "Grant",
     "LeaseSelector",
     "LeaseService",
+    "Offer",
     "OwnLease",
+    "Receipt",
     "Revocation",
     "Revoker",
 ]

@@ -1,4 +1,4 @@
-"""Leases a worker to a caller: wait in the queue, claim the worker, wait until it is ready, answer.
+"""Leases a worker to a caller: wait in the queue, claim the worker, wait until it is ready, offer it.
 
 In memory it keeps only who waits and which requests are open, so a caller who goes away leaves nothing behind. It
 never starts a worker: the controller does, when it sees the claim in the store.
@@ -8,95 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 
 from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
+from bkpool.allocation.deliveries import Deliveries
 from bkpool.allocation.known_objects import known_worker, missing_pool
 from bkpool.allocation.leases import LeaseService, find_pool, lease_duration, lease_over
-from bkpool.allocation.open_requests import OpenRequests
+from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order
 from bkpool.allocation.presence import Answers, Presence, as_stored
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.errors import BkpoolError, Conflict, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.caller_share import most_waiting
+from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key, Slot
-from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
 from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
 from bkpool.identity import Identity
-from bkpool.identity.remembering import remembered
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.rotation import Rotation
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
-
-@dataclass(frozen=True, slots=True)
-class AllocationRequest:
-    """What a caller asks for."""
-
-    pool: Key
-    wait: timedelta
-    """How long to wait for a worker."""
-    ttl: timedelta | None = None
-    """None: the pool's tokenTTL."""
-    job_id: str = ""
-    csr_pem: bytes | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """A lease as its holder gets it. The token and the key are in this object and in the answer, and nowhere else."""
-
-    worker: Worker
-    token: str
-    expires_at: datetime
-    ca_pem: bytes
-    certificate_pem: bytes
-    key_pem: bytes | None
-    """None if the caller sent a CSR."""
-
-
 _SLOW_STORE = 0.1
 """Seconds after which a claim that the store has not answered is the reason why a request got no worker."""
-
-
-@dataclass(slots=True)
-class _Order:
-    """A request that has been checked."""
-
-    caller: Identity
-    pool: Pool
-    ttl: timedelta
-    request: AllocationRequest
-    request_key: str | None
-    """Digest of the caller and their jobId; None without a jobId."""
-    claiming_since: float | None = None
-    """The loop's time at which the claim that is being written began; None where there is none."""
-
-    def lease(self, lease_id: str, owner: str, now: datetime) -> Lease:
-        """The lease that this request asks for, without its token's digest."""
-        return Lease(
-            id=lease_id,
-            job_id=self.request.job_id,
-            token_sha256="",
-            requested_by=self.caller.name,
-            holder=self.caller.digest,
-            owner=owner,
-            tenant=self.caller.tenant_name or self.caller.name,
-            caller=remembered(self.caller),
-            allocated_at=now,
-            expires_at=now + self.ttl,
-            not_after=now + self.pool.spec.gateway.max_token_ttl,
-            metadata=dict(self.request.metadata),
-        )
 
 
 class Allocator:
@@ -115,6 +55,8 @@ class Allocator:
         limits: Counts what each caller asks for; None: a new counter that is not shared.
         max_waiters: Requests that may wait for one pool at once.
         on_waiting: Called when a request begins to wait, because nothing was free.
+        replica: The name of this replica, which no other has.
+        pause: Waits that many seconds.
     """
 
     def __init__(
@@ -132,6 +74,8 @@ class Allocator:
         max_waiters: int = MAX_WAITERS,
         rotation: Rotation | None = None,
         on_waiting: Callable[[], None] = lambda: None,
+        replica: str = "api",
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._mirror = mirror
         self._rotation = rotation or Rotation(authority, None, now)
@@ -143,13 +87,16 @@ class Allocator:
         self._presence = Presence(store, mirror, now, answers)
         self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
         self._queues: dict[Key, WaitQueue] = {}
-        self._open_requests = OpenRequests()
+        self._leases = leases
+        self._replica = f"{replica}/{uuid.uuid4().hex[:8]}"  # after a start it is another one
+        self._deliveries = Deliveries(leases, self._claimer.abandon, self._replica, pause=pause)
         self._changed: dict[Key, asyncio.Event] = {}
         self._unsubscribe = mirror.subscribe(self._on_change)
 
     async def close(self) -> None:
         """Stops listening, and waits until everything that callers left behind is undone."""
         self._unsubscribe()
+        await self._deliveries.close()
         await self._claimer.close()
 
     def refuse_all(self, error: BkpoolError) -> None:
@@ -162,8 +109,12 @@ class Allocator:
         queue = self._queues.get(pool)
         return len(queue) if queue else 0
 
-    async def allocate(self, caller: Identity, request: AllocationRequest) -> Grant:
+    @asynccontextmanager
+    async def offer(self, caller: Identity, request: AllocationRequest) -> AsyncIterator[Offer]:
         """Leases a worker, and waits for one if necessary. The same caller and jobId get the same lease.
+
+        The body sends the answer and calls `Offer.answered`. If it fails before that, no caller has the lease, and it
+        ends.
 
         Raises:
             NotFound: There is no such pool.
@@ -179,31 +130,44 @@ class Allocator:
         if request.csr_pem is not None:
             key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
         request_key = tokens.request_key(caller.digest, request.job_id) if request.job_id else None
-        order = _Order(caller, pool, ttl, request, request_key)
+        worker = await self._ready_worker(Order(caller, pool, ttl, request, request_key))
+        offer: Offer | None = None
+        try:
+            offer = Offer(self._grant(worker, request.csr_pem))
+            yield offer
+        finally:
+            if offer is None or offer.receipt is None:
+                self._deliveries.give_up(worker)
+            else:
+                self._deliveries.answered(worker, offer.receipt)
+
+    async def _ready_worker(self, order: Order) -> Worker:
+        """A worker with a lease for this request, which is ready. `_deliveries` counts the request."""
         worker: Worker | None = None
         try:
-            async with asyncio.timeout(request.wait.total_seconds()):
+            async with asyncio.timeout(order.request.wait.total_seconds()):
                 while True:
                     worker = await self._find_or_make_lease(order)
                     ready = await self._until_ready(worker)
                     if ready is not None:
-                        return self._grant(ready, request.csr_pem)
-                    self._finish_request(worker)
+                        worker = None
+                        return ready
+                    self._deliveries.give_up(worker)
                     worker = None
         except TimeoutError:
             raise self._timed_out(order, worker) from None
         finally:
             if worker is not None:
-                self._finish_request(worker)
+                self._deliveries.give_up(worker)
 
     # --- a lease for a request --------------------------------------------------------------------------------------
 
-    async def _find_or_make_lease(self, order: _Order) -> Worker:
-        """A worker with a lease for this request, made now or before. `_finish_request` must be called for it."""
+    async def _find_or_make_lease(self, order: Order) -> Worker:
+        """A worker with a lease for this request, made now or before. `_deliveries` counts the request."""
         pool, key = order.pool, order.request_key
-        earlier = await self._claimer.existing(pool, key, self._now()) if key else None
-        if earlier is not None:
-            return self._begin_request(earlier, known=True)
+        while key and (earlier := await self._claimer.existing(pool, key, self._now())) is not None:
+            if await self._join(earlier):
+                return earlier
         held = [w.held_lease for w in with_live_lease(self._mirror.workers_of(pool.key), self._now())]
         waiting = most_waiting(pool.spec, admin=order.caller.admin, places=self._max_waiters)
         with self._limits.one_more(pool, order.caller, key or object(), held, waiting) as about_to_claim:
@@ -214,14 +178,16 @@ class Allocator:
         try:
             oldest = await self._claimer.existing(pool, key, self._now())
         except BaseException:
-            self._finish_request(claimed)
+            self._deliveries.give_up(claimed)
             raise
         if oldest is None or oldest.uid == claimed.uid:
             return claimed
-        self._finish_request(claimed)
-        return self._begin_request(oldest, known=True)
+        self._deliveries.give_up(claimed, surplus=True)
+        if await self._join(oldest):
+            return oldest
+        return await self._find_or_make_lease(order)
 
-    async def _claim_in_turn(self, order: _Order, about_to_claim: Callable[[str], None]) -> Worker:
+    async def _claim_in_turn(self, order: Order, about_to_claim: Callable[[str], None]) -> Worker:
         """Waits for a turn and claims what it brings; if another replica is faster, waits again at the front.
 
         Args:
@@ -244,16 +210,21 @@ class Allocator:
             waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
             target = await self._wait_for_turn(queue, pool.key, waiter, first=lost_claim)
             if isinstance(target, Worker) and target.lease is not None:
-                return self._begin_request(target, known=True)  # the same job's lease, made while this one waited
+                if await self._join(target):
+                    return target  # the same job's lease, made while this one waited
+                lost_claim = True
+                await self._claimer.refresh(target)
+                continue
             if not await self._presence.of_target(target, partial(queue.claim_ended, target)):
                 lost_claim = True
                 continue
             try:
-                lease = order.lease(lease_id, owner, self._now())
+                lease = order.lease(lease_id, owner, self._replica, self._now())
                 order.claiming_since = asyncio.get_running_loop().time()
                 claimed = await self._claimer.claim(pool, target, lease, order.request_key)
                 order.claiming_since = None
-                return self._begin_request(claimed, known=False)
+                self._deliveries.begin(claimed, known=False)
+                return claimed
             except (Conflict, NotFound):
                 lost_claim, order.claiming_since = True, None
                 await self._claimer.refresh(target)
@@ -272,15 +243,23 @@ class Allocator:
             self._serve(pool)
             raise
 
-    def _begin_request(self, worker: Worker, *, known: bool) -> Worker:
-        """Counts one more request for the worker's lease, and returns the worker."""
-        self._open_requests.add(worker.held_lease.id, known=known)
-        return worker
-
-    def _finish_request(self, worker: Worker) -> None:
-        """Counts one request fewer. If nobody knows the lease now, it ends."""
-        if self._open_requests.remove(worker.held_lease.id):
-            self._claimer.abandon(worker)
+    async def _join(self, worker: Worker) -> bool:
+        """Counts this request for a lease that exists. Returns False if the lease ends meanwhile."""
+        if await self._claimer.wait_if_ending(worker):
+            return False
+        self._deliveries.begin(worker, known=True)
+        undelivered = worker.undelivered
+        if undelivered is None or undelivered.replica == self._replica:
+            return True
+        try:  # the other replica must not end it, or was killed
+            await self._leases.renew_undelivered(worker, self._replica, renewals=0)
+        except (Gone, NotFound):
+            self._deliveries.give_up(worker)
+            return False
+        except BaseException:
+            self._deliveries.give_up(worker)
+            raise
+        return True
 
     # --- the answer -------------------------------------------------------------------------------------------------
 
@@ -318,11 +297,10 @@ class Allocator:
         leaf = self._rotation.lease_signer.issue_client(
             token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
         )
-        self._open_requests.answered(lease.id)
         trusted = self._rotation.trusted_by_callers(self._mirror.all_workers())
         return Grant(worker, token, lease.expires_at, trusted, leaf.cert_pem, leaf.key_pem)
 
-    def _timed_out(self, order: _Order, worker: Worker | None) -> NoCapacity | Unavailable:
+    def _timed_out(self, order: Order, worker: Worker | None) -> NoCapacity | Unavailable:
         """The error for a request that waited too long: the pool is full, the worker not ready, or the store slow."""
         request, since = order.request, order.claiming_since
         if since is not None and asyncio.get_running_loop().time() - since >= _SLOW_STORE:
@@ -331,7 +309,7 @@ class Allocator:
             return no_worker.not_ready(self._mirror.workers.get(worker.key, worker), request.wait)
         return self._none_free(order)
 
-    def _none_free(self, order: _Order) -> NoCapacity:
+    def _none_free(self, order: Order) -> NoCapacity:
         request = order.request
         return no_worker.none_free(self._mirror, order.caller, request.pool, request.wait, self._now())
 

@@ -15,15 +15,19 @@ import structlog
 
 from bkpool.allocation.leases import LeaseService, lease_facts
 from bkpool.core import tokens
-from bkpool.core.errors import Gone, NotFound
+from bkpool.core.errors import DiskFull, Gone, NotFound, Unavailable
 from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
+from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import Lease, Worker, new_worker, with_live_lease
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
+
+ABANDON_INTERVAL = 2.0
+"""Seconds until a lease that nobody knows of is ended again, if the store could not write that."""
 
 
 class Claimer:
@@ -41,13 +45,19 @@ class Claimer:
         self._mirror = mirror
         self._leases = leases
         self._token_key = token_key
+        self._closing = asyncio.Event()
         self._cleanups: set[asyncio.Future[Any]] = set()
         """Claims whose caller has gone, and abandoned leases that are being ended."""
+        self._ending: dict[str, asyncio.Task[None]] = {}
+        """The abandoned leases that are being ended, by id."""
 
     async def close(self) -> None:
-        """Waits until everything that callers left behind is undone."""
+        """Waits until everything that callers left behind is undone, or cannot be undone now."""
+        self._closing.set()
         while self._cleanups:
             await asyncio.gather(*self._cleanups, return_exceptions=True)
+            # Their callbacks remove them, and since Python 3.12 gather does not pause if all are done already.
+            await asyncio.sleep(0)
 
     def token(self, worker: Worker) -> str:
         """The token of the worker's lease."""
@@ -78,8 +88,12 @@ class Claimer:
             self._cleanups.add(writing)
             writing.add_done_callback(self._undo)
             raise
-        self._mirror.apply(worker)
-        log.info("lease.claimed", **lease_facts(worker))
+        try:
+            self._mirror.apply(worker)
+            log.info("lease.claimed", **lease_facts(worker))
+        except BaseException:
+            self.abandon(worker)
+            raise
         return worker
 
     async def existing(self, pool: Pool, request_key: str, now: datetime) -> Worker | None:
@@ -108,14 +122,56 @@ class Claimer:
     async def refresh(self, target: Target) -> None:
         """Reads a worker from the store after a lost claim, so that the same choice is not made again."""
         key = target.worker if isinstance(target, Slot) else target.key
-        with suppress(NotFound):
+        try:
             self._mirror.apply(await self._store.get(Worker, *key))
+        except NotFound:
+            return
+        except UnreadableObject as error:  # its slot is out of use from now on
+            self._mirror.apply(error.found)
 
-    def abandon(self, worker: Worker) -> None:
-        """Ends the worker's lease in the background, because no caller knows of it."""
-        task = asyncio.get_running_loop().create_task(self._leases.abandon(worker))
+    def abandon(self, worker: Worker, *, surplus: bool = False) -> None:
+        """Ends the worker's lease in the background, because no caller has it.
+
+        Args:
+            worker: The worker, as this replica claimed it.
+            surplus: The job has an older lease.
+        """
+        lease_id = worker.held_lease.id
+        task = asyncio.get_running_loop().create_task(self._abandon(worker, surplus=surplus))
         self._cleanups.add(task)
-        task.add_done_callback(self._cleanups.discard)
+        self._ending[lease_id] = task
+
+        def ended(_task: asyncio.Task[None]) -> None:
+            self._cleanups.discard(task)
+            self._ending.pop(lease_id, None)
+
+        task.add_done_callback(ended)
+
+    async def wait_if_ending(self, worker: Worker) -> bool:
+        """Whether `abandon` is ending the worker's lease at this moment. If so, returns when that is done."""
+        task = self._ending.get(worker.held_lease.id)
+        if task is None:
+            return False
+        await asyncio.wait([task])
+        return True
+
+    async def _abandon(self, worker: Worker, *, surplus: bool) -> None:
+        """Tries again while the store has no room or does not answer.
+
+        If this process ends before that, the controller ends the lease later: nobody renews it any more.
+        """
+        while True:
+            try:
+                await self._leases.abandon(worker, surplus=surplus)
+            except (DiskFull, Unavailable) as error:
+                log.warning("lease.not_abandoned", **lease_facts(worker), reason=error.message)
+                if self._closing.is_set():
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(ABANDON_INTERVAL):
+                        await self._closing.wait()
+            else:
+                return
 
     async def _claim_worker(self, worker: Worker, lease: Lease, labels: Mapping[str, str]) -> Worker:
         metadata = worker.metadata.but(labels={**worker.metadata.labels, **labels})

@@ -17,7 +17,7 @@ import structlog
 from bkpool.allocation.known_objects import missing_pool
 from bkpool.core import tokens
 from bkpool.core.durations import render
-from bkpool.core.errors import Conflict, Forbidden, Gone, InvalidInput, NotFound
+from bkpool.core.errors import BkpoolError, Conflict, Forbidden, Gone, InvalidInput, NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.unreadable import Unreadable, UnreadableObject
@@ -88,7 +88,7 @@ class LeaseService:
             over = lease.ended(now)
             if over:
                 raise lease_over(over, lease.end_message)
-            return lease.but(expires_at=min(now + wanted, _latest_end(lease, pool, now)))
+            return lease.but(expires_at=min(now + wanted, _latest_end(lease, pool, now)), undelivered=None)
 
         worker = await self.change(worker, renewed)
         log.info("lease.renewed", **lease_facts(worker), expires_at=worker.held_lease.expires_at.isoformat())
@@ -141,19 +141,80 @@ class LeaseService:
         return worker
 
     async def lookup(self, token: str) -> Worker:
-        """The worker of a live lease. Raises NotFound or Gone."""
+        """The worker of a live lease. Who looks it up has its token, so it counts as delivered.
+
+        Raises:
+            NotFound: There is no such lease.
+            Gone: It has ended.
+        """
         worker = await self._by_token(token)
         lease = worker.lease
         over = lease.ended(self._now()) if lease else EndReason.RELEASED
         if over:
             raise lease_over(over, worker.lease_end_message)
+        if worker.undelivered is not None:
+            with suppress(BkpoolError):  # the answer does not depend on it
+                await self.mark_delivered(worker)
         return worker
 
-    async def abandon(self, worker: Worker) -> None:
-        """Ends a lease that no caller knows of. It is no error if it has ended already."""
+    async def abandon(self, worker: Worker, *, surplus: bool = False) -> None:
+        """Ends a lease that no caller has. It is no error if it has ended already.
+
+        Args:
+            worker: The worker with the lease, as this replica claimed it.
+            surplus: The job has an older lease, so this one must end in any case. Otherwise nothing ends if a caller
+                has got it meanwhile, or if another replica answers a request for it now.
+        """
+        claimed = worker.held_lease.undelivered
+
+        def abandoned(lease: Lease) -> Lease:
+            now = lease.undelivered
+            if not surplus and claimed is not None and (now is None or now.replica != claimed.replica):
+                raise lease_over(EndReason.ABANDONED, "")
+            return self._ended(lease, EndReason.ABANDONED)
+
         with suppress(Gone, NotFound):
-            await self.change(worker, lambda lease: self._ended(lease, EndReason.ABANDONED))
-        log.info("lease.abandoned", **lease_facts(worker))
+            await self.change(worker, abandoned)
+            log.info("lease.abandoned", **lease_facts(worker))
+
+    async def mark_delivered(self, worker: Worker) -> None:
+        """Writes that a caller has the lease, unless the store has a sign of that already, or the lease is over.
+
+        Args:
+            worker: The worker with the lease, perhaps stale.
+        """
+        newest = self._mirror.workers.get(worker.key, worker)
+        lease = newest.lease
+        if lease is None or lease.id != worker.held_lease.id or newest.undelivered is None or lease.ended_at:
+            return
+        with suppress(Gone, NotFound):
+            await self.change(newest, lambda lease: lease.but(undelivered=None))
+
+    async def renew_undelivered(self, worker: Worker, replica: str, *, renewals: int = 1) -> None:
+        """Writes that this replica answers a request for the lease, unless a caller has it.
+
+        Args:
+            worker: The worker with the lease, perhaps stale.
+            replica: The replica.
+            renewals: Added to the number of renewals; 0 only takes the request over from another replica.
+
+        Raises:
+            Gone: The lease is over.
+            NotFound: The worker was deleted.
+        """
+        newest = self._mirror.workers.get(worker.key, worker)
+        if newest.lease is None or newest.lease.id != worker.held_lease.id:
+            newest = worker
+
+        def renewed(lease: Lease) -> Lease:
+            if lease.ended_at is not None:
+                raise lease_over(lease.end_reason or EndReason.RELEASED, lease.end_message)
+            earlier = lease.undelivered
+            if earlier is None:
+                return lease
+            return lease.but(undelivered=earlier.but(replica=replica, renewals=earlier.renewals + renewals))
+
+        await self.change(newest, renewed)
 
     def _ended(self, lease: Lease, reason: EndReason) -> Lease:
         if lease.ended_at is not None:

@@ -25,6 +25,9 @@ class OpenRequests:
     def __len__(self) -> int:
         return len(self._leases)
 
+    def __contains__(self, lease_id: str) -> bool:
+        return lease_id in self._leases
+
     def add(self, lease_id: str, *, known: bool) -> None:
         """Notes one more request for a lease.
 

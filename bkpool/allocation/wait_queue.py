@@ -88,7 +88,9 @@ class WaitQueue:
         """Fails every request that waits: the pool was deleted, or the appliance stops."""
         self._turns.clear()
         while self._waiting:
-            self._waiting.popleft().served.set_exception(error)
+            served = self._waiting.popleft().served
+            if not served.done():  # the caller has gone a moment ago
+                served.set_exception(error)
 
     def serve(
         self,

@@ -13,6 +13,7 @@ from http import HTTPStatus
 import structlog
 from aiohttp import web
 
+from bkpool.api.answering import SENT, json_answer
 from bkpool.api.audit import audited
 from bkpool.api.bodies import BODY_TIMEOUT
 from bkpool.api.error_responses import error_response, internal_error
@@ -24,6 +25,7 @@ from bkpool.core.errors import BkpoolError
 log = structlog.get_logger(__name__)
 
 _MAX_BODY = web.AppKey("max_body", int)
+_REQUEST_ID = web.RequestKey("request_id", str)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -37,6 +39,7 @@ def make_app(service: Service, metrics: ApiMetrics) -> web.Application:
     """
     middlewares = [metrics.middleware(), _request_id, _errors]
     app = web.Application(client_max_size=service.limits.max_body, middlewares=middlewares)
+    app.on_response_prepare.append(_add_request_id)
     app[_MAX_BODY] = service.limits.max_body
     app[BODY_TIMEOUT] = service.limits.body_timeout
     routes = service.routes()
@@ -56,7 +59,7 @@ def _handler(route: ApiRoute) -> Handler:
     async def respond(request: web.Request) -> web.StreamResponse:
         with audited(route.action, request.remote or "local socket") as trail:
             answer = await route.handler(request, trail)
-        return web.json_response(text=answer.model_dump_json(by_alias=True, exclude_none=True))
+        return answer if isinstance(answer, web.StreamResponse) else json_answer(answer)
 
     return respond
 
@@ -70,11 +73,15 @@ async def _continue(request: web.Request) -> None:
 @web.middleware
 async def _request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives the request an id, for its log lines and its caller."""
-    request_id = secrets.token_hex(6)
+    request[_REQUEST_ID] = request_id = secrets.token_hex(6)
     with structlog.contextvars.bound_contextvars(request_id=request_id):
-        response = await handler(request)
-    response.headers["X-Request-Id"] = request_id
-    return response
+        return await handler(request)
+
+
+async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Adds the id to every response, just before it is sent."""
+    if request_id := request.get(_REQUEST_ID):
+        response.headers["X-Request-Id"] = request_id
 
 
 @web.middleware
@@ -88,7 +95,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _aiohttp_error(request, error)
     except Exception:
         log.exception("api.crashed", path=request.path)
-        return error_response(internal_error())
+        return request.get(SENT) or error_response(internal_error())
 
 
 def _aiohttp_error(request: web.Request, error: web.HTTPException) -> web.Response:

@@ -57,7 +57,8 @@ class ApiRoute:
 
     method: str
     path: str
-    handler: Callable[[web.Request, AuditTrail], Awaitable[BaseModel]]
+    handler: Callable[[web.Request, AuditTrail], Awaitable[BaseModel | web.StreamResponse]]
+    """Returns the body of the answer, or the response if it was sent already (`answering.send_now`)."""
     body: type[BaseModel] | None
     answer: type[BaseModel]
     bearer: Bearer = Bearer.REQUIRED

@@ -14,6 +14,7 @@ from aiohttp import web
 from bkpool.allocation import Allocator, LeaseService, OwnLease, Revoker
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
+from bkpool.api.answering import json_answer, send_now
 from bkpool.api.audit import AuditTrail
 from bkpool.api.bodies import read_body
 from bkpool.api.limits import ApiLimits
@@ -103,7 +104,7 @@ class Service:
             *(ApiRoute("GET", f"{at}/ready", self.ready, None, status, nothing, errors=(503,)) for at in ("", v1)),
         ]
 
-    async def allocate(self, request: web.Request, trail: AuditTrail) -> models.AllocateAnswer:
+    async def allocate(self, request: web.Request, trail: AuditTrail) -> web.StreamResponse:
         """Lease a worker; waits until one is ready."""
         bearer_token(_authorization(request))
         self._check_ready()
@@ -112,9 +113,12 @@ class Service:
         pool, identity = self._admit(caller, wanted.pool, trail)
         if full := self.full_disk():
             raise full
-        grant = await self.allocator.allocate(identity, wanted)
-        _add_lease(trail, grant.worker)
-        return models.AllocateAnswer.of(grant, self.gateway_endpoint(self.mirror.pools.get(pool.key, pool)))
+        async with self.allocator.offer(identity, wanted) as offer:
+            _add_lease(trail, offer.grant.worker)
+            endpoint = self.gateway_endpoint(self.mirror.pools.get(pool.key, pool))
+            response = json_answer(models.AllocateAnswer.of(offer.grant, endpoint))
+            offer.answered(await send_now(request, response))
+        return response
 
     async def renew(self, request: web.Request, trail: AuditTrail) -> models.RenewAnswer:
         """Extend a lease."""

@@ -96,6 +96,7 @@ class Backend:
         now: Callable[[], datetime],
         max_waiters: int,
         on_waiting: Callable[[], None],
+        replica: str,
     ) -> tuple[Allocator, LeaseService]:
         """What creates, changes and ends leases. The caller closes the allocator.
 
@@ -114,6 +115,7 @@ class Backend:
             max_waiters=max_waiters,
             rotation=Rotation(self.authority, self.former, now),
             on_waiting=on_waiting,
+            replica=replica,
         )
         return allocator, leases
 

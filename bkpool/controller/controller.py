@@ -43,6 +43,7 @@ from bkpool.core.reconcile.decide import decide, stray_slots, wind_up_leases
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.wall_clock import ClockReading, pause_until
@@ -104,6 +105,7 @@ class Controller:
             store, mirror, daemons, status_inputs, recorder=recorder, look_again=self.look_again
         )
         self._without_spec = PoolsWithoutSpec(store, mirror, now, PAUSE)
+        self._undelivered = UndeliveredLeases()
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
         """When the first change after the last plan became known, in the event loop's time."""
@@ -186,6 +188,7 @@ class Controller:
         deadlines: list[datetime] = []
         observed = self._daemons.observe()
         observed_of, caches_of, busy_of = by_pool(observed), by_pool(self._caches.owners()), by_pool(self._actions)
+        undelivered_for = self._undelivered.look(self._mirror.workers.values(), now)
         deleted = self._without_spec.deleted(self._pool_work.tasks, self._pool_work.run)
         pools = [(pool, decide) for pool in (*self._mirror.pools.values(), *deleted)]
         pools += [(pool, wind_up_leases) for pool in self._without_spec.unreadable()]
@@ -198,6 +201,7 @@ class Controller:
                 busy=frozenset(busy_of.get(pool.key, ())),
                 registered_until=registered_until,
                 unreadable_slots=self._mirror.unreadable_slots(pool.key),
+                undelivered_for=undelivered_for,
             )
             plan = decided(snapshot, now, self._failure_limits)
             for action in plan.actions:
@@ -297,8 +301,8 @@ class Controller:
                 await self._replace_daemon(worker, message)
             case WriteStatus(worker):
                 await self._write_status(worker)
-            case LoseLease(worker, message):
-                await self._lose_lease(worker, message)
+            case LoseLease(worker, message, reason):
+                await self._lose_lease(worker, message, reason)
             case FinishLease():
                 await self._finish_lease(action, pool)
             case RemoveWorker(worker):
@@ -334,11 +338,11 @@ class Controller:
                 worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}"
             )
 
-    async def _lose_lease(self, worker: Worker, message: str) -> None:
-        lease = worker.held_lease
-        log.error("lease.lost", **lease_facts(worker), reason=message)
-        lost = lease.but(ended_at=self._now(), end_reason=EndReason.LOST, end_message=message)
+    async def _lose_lease(self, worker: Worker, message: str, reason: EndReason) -> None:
+        lost = worker.held_lease.but(ended_at=self._now(), end_reason=reason, end_message=message)
         self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
+        tell = log.error if reason is EndReason.LOST else log.info
+        tell(f"lease.{reason.value}", **lease_facts(worker), reason=message)
 
     async def _finish_lease(self, action: FinishLease, pool: Pool) -> None:
         """Remembers the lease in the status first, so that a crash before the second write loses nothing.

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TypeVar
 
 from bkpool.core.names import Key, Slot
@@ -108,3 +109,6 @@ class Snapshot:
     """When the registrations of gateways expire, on the clock of the one who decides. A missing one is valid."""
     unreadable_slots: frozenset[Slot] = frozenset()
     """Slots whose worker cannot be read. Nothing is created, started, stopped or wiped there."""
+    undelivered_for: Mapping[str, timedelta] = field(default_factory=lambda: MappingProxyType({}))
+    """For each lease that no caller is known to have: for how long the controller has seen it unchanged
+    (`reconcile.undelivered`)."""

@@ -29,11 +29,13 @@ from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import RememberedCaller
 from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, OwnerReference, Resource
 
-REGISTRATION_LIFE = timedelta(seconds=60)
-"""A gateway's registration that was not renewed for this long has expired (rule 10, docs/rules.md#r10)."""
 _SILENT = "buildkitd does not answer"
 
 
+UNDELIVERED_RENEWAL = timedelta(seconds=30)
+"""How often an API replica notes on a lease that a request still waits for it."""
+UNDELIVERED_LIFE = timedelta(minutes=2)
+"""A lease that no caller has ends when its replica has not renewed it for so long (rule 14, docs/rules.md#r14)."""
 
 
 class EndReason(StrEnum):
@@ -45,6 +47,15 @@ class EndReason(StrEnum):
     ABANDONED = "abandoned"
     REVOKED = "revoked"
     """Its connections and builds are cut at once; every other end lets builds finish (rule 8, docs/rules.md#r8)."""
+
+
+class Undelivered(Model):
+    """Says that no caller is known to have a lease yet: its answer is still being made, or on its way."""
+
+    replica: StrictStr
+    """The API replica that answers. It has another name after each start."""
+    renewals: StrictInt = 0
+    """Grows every `UNDELIVERED_RENEWAL` while that replica still has a request for the lease."""
 
 
 class Lease(Model):
@@ -70,6 +81,8 @@ class Lease(Model):
     end_reason: EndReason | None = None
     end_message: StrictStr = ""
     metadata: dict[str, str] = Field(default_factory=dict)
+    undelivered: Undelivered | None = None
+    """None once a caller has the lease; also in a lease of an earlier version, which did not note this."""
 
     def ended(self, now: datetime) -> EndReason | None:
         """Why this lease is over at this time; None while it runs."""
@@ -175,6 +188,8 @@ class WorkerStatus(Model):
     log_tail: StrictStr = ""
     """The last lines of buildkitd's log after a failure; empty if they may be of somebody else's builds."""
     gateways: tuple[GatewayRegistration, ...] = ()
+    connected_lease: Annotated[StrictStr, Field(alias="connectedAllocationId")] = ""
+    """The last lease that somebody connected with. It stays here when the gateways are gone."""
     ended: tuple[EndedLease, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
@@ -218,6 +233,12 @@ class Worker(Resource):
     def lease(self) -> Lease | None:
         """The lease on this worker, if there is one."""
         return self.spec.allocation
+
+    @property
+    def undelivered(self) -> Undelivered | None:
+        """What the lease says while no caller is known to have it. Who has connected with it has it."""
+        lease = self.lease
+        return None if lease is None or self.status.connected_lease == lease.id else lease.undelivered
 
     @property
     def routable_endpoint(self) -> str | None:

@@ -188,7 +188,7 @@ async def test_two_hundred_requests_at_once_never_share_a_worker(two_replicas):
 
     async def job(number):
         api = world.replicas[number % 2]
-        grant = await api.allocate(wait=30)
+        grant = await api.allocate(wait=300, marked=False)
         assert slot_name(grant) not in holders
         holders.add(slot_name(grant))
         await asyncio.sleep(0)
@@ -261,6 +261,23 @@ async def test_a_claim_that_is_being_written_is_undone_before_the_service_closes
     may_go_on.set()
     await closing
     assert not [w for w in (await world.workers()).values() if w.lease and not w.lease.ended_at]
+
+
+async def test_a_lease_that_has_just_been_given_up_does_not_keep_the_service_from_closing(world, monkeypatch):
+    await world.pool()
+    api = world.replicas[0]
+    worker = (await api.allocate()).worker
+
+    async def at_once(_worker, *, surplus):
+        pass
+
+    monkeypatch.setattr(api.leases, "abandon", at_once)
+    claimer = api.allocator._claimer
+    claimer.abandon(worker)
+    await asyncio.sleep(0)  # its task has ended, and the loop has not told anybody yet
+    assert claimer._cleanups
+    await claimer.close()
+    assert not claimer._cleanups
 
 
 async def test_the_error_for_a_full_pool_names_the_pool_and_the_time(world):
@@ -404,7 +421,7 @@ async def test_a_cancelled_repetition_does_not_end_the_lease_of_its_job(world, m
 
     monkeypatch.setattr(api.allocator._claimer, "existing", looked_too_early)
     late = asyncio.create_task(api.allocate(job_id="j"))
-    await world.until(lambda: api.allocator._open_requests)
+    await world.until(lambda: api.allocator._deliveries)
     late.cancel()
     await asyncio.gather(late, return_exceptions=True)
     await api.allocator.close()

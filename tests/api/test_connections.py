@@ -13,14 +13,14 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientError, ClientSession, web
 
 from bkpool.api import HttpLimits, listen, open_runner
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import new_loop
 from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
-from support.api import ALLOCATE, running_api
+from support.api import ALLOCATE, Api, running_api
 from support.gateway_world import open_descriptors
 
 HALF = b"POST /api/v1/workers/allocate HTTP/1.1\r\nHost: x\r\n"
@@ -120,6 +120,12 @@ async def test_a_caller_who_waits_for_a_worker_is_not_closed_to_make_room(tmp_pa
                 assert (await waiting)[0] == 200
 
 
+async def answered(api: Api) -> bool:
+    with contextlib.suppress(ClientError):
+        return (await api("GET", "/health"))[0] == 200
+    return False
+
+
 @pytest.mark.parametrize("sent", [b"", HALF], ids=["nothing", "half a header"])
 async def test_a_first_header_that_does_not_come_in_time_ends_the_connection(tmp_path, sent):
     async with running_api(tmp_path, http=HttpLimits(header_timeout=0.2)) as api:
@@ -127,7 +133,9 @@ async def test_a_first_header_that_does_not_come_in_time_ends_the_connection(tmp
         async with clients(api.port, 3, sent) as many:
             await closed(many, 3)
         assert time.monotonic() - begin >= 0.2
-        assert (await api("GET", "/health"))[0] == 200
+        async with asyncio.timeout(60):
+            while not await answered(api):  # a busy machine may need more than 0.2 s for a header, too
+                pass
 
 
 async def test_an_idle_connection_ends_and_a_header_in_bytes_gets_no_more_time(tmp_path):
@@ -140,10 +148,10 @@ async def test_an_idle_connection_ends_and_a_header_in_bytes_gets_no_more_time(t
 
 
 async def test_a_request_that_takes_long_is_not_cut_by_any_of_these_times(tmp_path):
-    http = HttpLimits(header_timeout=0.1, idle_timeout=0.1)
+    http = HttpLimits(header_timeout=0.5, idle_timeout=0.1)
     async with running_api(tmp_path, http=http) as api:
         await api.world.pool(scaling={"max": 1})
-        await api("POST", ALLOCATE, {"poolName": "p"})
+        await api.world.replicas[0].allocate()
         status, reply, _ = await api("POST", ALLOCATE, {"poolName": "p", "wait": "1s"})
         assert (status, reply["error"]["code"]) == (503, "NoCapacity")
 

@@ -23,7 +23,8 @@ from bkpool.core.reconcile.decide import TOKEN_TIMEOUT, decide, stray_slots
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
-from bkpool.core.worker import REGISTRATION_LIFE, EndReason, GatewayRegistration, Phase
+from bkpool.core.registrations import REGISTRATION_LIFE
+from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Undelivered
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
 EXITED = DaemonState.EXITED
@@ -427,6 +428,13 @@ def test_a_finalizer_keeps_a_worker_exactly_while_it_is_leased():
     assert held.metadata.finalizers == (FINALIZER,)
     assert held.with_lease(lease()).metadata.finalizers == (FINALIZER,)
     assert held.with_lease(None).metadata.finalizers == ()
+
+
+def test_a_lease_whose_token_is_being_made_is_not_lost_because_the_clocks_of_two_machines_differ():
+    behind = NOW - timedelta(minutes=10)
+    given = lease(token_sha256="", now=behind, undelivered=Undelivered(replica="r"), expires_at=NOW + TOKEN_TIMEOUT)
+    held = worker(0, given, phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")})) == []
 
 
 def test_a_lease_that_never_got_its_token_is_lost():

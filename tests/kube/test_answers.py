@@ -34,6 +34,7 @@ from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits, client
 from bkpool.kube.errors import error_of
 from bkpool.store.kubernetes import KubernetesStore
+from support.world import WAIT, skip_real_time
 
 KUBECONFIG = """
 apiVersion: v1
@@ -77,7 +78,7 @@ async def api(server: Server) -> AsyncIterator[KubeApi]:
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", server.answer)
     async with TestServer(app, handler_cancellation=True) as running:
-        timeout = aiohttp.ClientTimeout(total=0.2)
+        timeout = aiohttp.ClientTimeout(total=WAIT)
         session = aiohttp.ClientSession(base_url=running.make_url("/"), timeout=timeout)
         api = KubeApi(session, NoToken(), "default")
         yield api
@@ -144,6 +145,12 @@ def answers(code: int, body: object, **headers: str) -> Play:
 async def never(_request: web.Request) -> web.StreamResponse:
     await asyncio.Event().wait()
     raise AssertionError("unreachable")
+
+
+async def too_late(request: web.Request) -> web.StreamResponse:
+    """The limit of the request passes while the server has it."""
+    skip_real_time()
+    return await never(request)
 
 
 async def taken(store: KubernetesStore, count: int, since: str = "5") -> list[str]:
@@ -339,21 +346,21 @@ async def test_an_idle_connection_is_closed_after_its_limit(connected):
 
 
 async def test_a_server_that_does_not_respond_in_time_is_unavailable(server, store):
-    server.plays = [never]
+    server.plays = [too_late]
     with pytest.raises(Unavailable, match="does not answer"):
         await store.get(Pool, "default", "p")
 
 
 async def test_a_write_that_timed_out_but_was_stored_succeeds(server, store):
     pool = Pool.model_validate(a_pool(6, scaling={"max": 3}))
-    server.plays = [never, answers(200, a_pool(7, scaling={"max": 3}))]
+    server.plays = [too_late, answers(200, a_pool(7, scaling={"max": 3}))]
     assert (await store.replace(pool)).metadata.resource_version == "7"
 
 
 @pytest.mark.parametrize(
     "stored", [answers(200, a_pool(7, scaling={"max": 4})), answers(404, status(404)), answers(503, status(503))]
 )
-@pytest.mark.parametrize(("lost", "error"), [(never, Unavailable), (answers(409, status(409)), Conflict)])
+@pytest.mark.parametrize(("lost", "error"), [(too_late, Unavailable), (answers(409, status(409)), Conflict)])
 async def test_a_write_that_was_not_stored_raises_its_error(server, store, lost, error, stored):
     server.plays = [lost, stored]
     with pytest.raises(error):

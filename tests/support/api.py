@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession
+from aiohttp.web import BaseRunner
 from multidict import CIMultiDictProxy
 
 from bkpool.allocation import Revoker
@@ -55,6 +56,9 @@ class Api:
         self.authenticator = StubAuthenticator()
         self.trouble: str | None = None
         self.full: DiskFull | None = None
+        self.before_answer: Callable[[], None] = lambda: None
+        """Called when a lease is ready, just before its answer is written."""
+        self.runner: BaseRunner
         self.registry = new_registry()
 
     async def __call__(
@@ -73,7 +77,7 @@ class Api:
         async with self.session.request(method, url, json=body, data=data, headers=headers) as answer:
             return answer.status, await answer.json(), answer.headers
 
-    async def raw(self, request: bytes, seconds: float = 5, until: bytes = b"\0") -> bytes:
+    async def raw(self, request: bytes, seconds: float = 60, until: bytes = b"\0") -> bytes:
         """Sends these bytes and returns the response, empty if they make no request within `seconds`."""
         reader, writer = await asyncio.open_connection(self.host, self.port)
         answer = b""
@@ -96,6 +100,9 @@ async def running_api(
     http: HttpLimits = HttpLimits(),  # noqa: B008
     reader: TokenReader | None = None,
     make_authenticators: Callable[[Mirror], Sequence[Authenticator]] = lambda _mirror: (),
+    *,
+    only_files: bool = True,
+    others_timeout: float = 60.0,
 ) -> AsyncIterator[Api]:
     """One replica's API.
 
@@ -104,24 +111,32 @@ async def running_api(
         limits: Of the API.
         reader: Reads the tokens of pools; None: nobody has such a token.
         make_authenticators: Makes authenticators to ask besides `Api.authenticator`.
+        only_files: Whether pools come from files; False: they are custom resources.
+        others_timeout: Seconds that a caller waits for the tokens of pools that they did not ask for.
     """
     async with running_world(directory) as world, AsyncExitStack() as stack:
         replica = world.replicas[0]
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
         pools = replica.mirror.pools.values
         signed = (api.authenticator, *make_authenticators(replica.mirror))
-        static = () if reader is None else (StaticTokenAuthenticator(reader, pools, others_timeout=0.1),)
+        static = () if reader is None else (StaticTokenAuthenticator(reader, pools, others_timeout),)
+        revoker = Revoker(store=world.store, mirror=replica.mirror, leases=replica.leases)
+
+        def gateway_endpoint(_pool: Pool) -> str:
+            api.before_answer()
+            return "tcp://localhost:1235"
+
         service = Service(
             allocator=replica.allocator,
             leases=replica.leases,
-            revoker=Revoker(store=world.store, mirror=replica.mirror, leases=replica.leases),
+            revoker=revoker,
             mirror=replica.mirror,
             access=AccessControl(
                 ((AdminTokenAuthenticator(ADMIN),), signed, static),
                 replica.mirror.pools.values,
                 replica.mirror.configs.values,
             ),
-            gateway_endpoint=lambda _pool: "tcp://localhost:1235",
+            gateway_endpoint=gateway_endpoint,
             connections=lambda _pool: 0,
             unavailable_reason=lambda: api.trouble,
             full_disk=lambda: api.full,
@@ -133,8 +148,8 @@ async def running_api(
             pools=replica.mirror.pools,
             workers=replica.mirror.workers,
         )
-        runner = await open_runner(stack, make_app(service, metrics), shutdown_timeout=0, limits=http)
-        _, api.port = await listen(runner, "127.0.0.1", 0)
+        api.runner = await open_runner(stack, make_app(service, metrics), shutdown_timeout=0, limits=http)
+        _, api.port = await listen(api.runner, "127.0.0.1", 0)
         yield api
 
 

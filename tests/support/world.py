@@ -7,14 +7,16 @@ Real workers have other tests.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Grant, LeaseService
+from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Delivery, Grant, LeaseService, deliveries
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
@@ -39,6 +41,18 @@ from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 ANN, BOB = Identity("ann"), Identity("bob")
 POOL = Key("default", "p")
 TOKEN_KEY = b"k" * 32
+WAIT = 60.0
+"""Seconds that a caller waits for a worker, and a test for a condition: only a fault takes so long."""
+
+
+class Taken:
+    """The receipt of an answer that its caller has."""
+
+    def delivery(self) -> Delivery:
+        return Delivery.TAKEN
+
+
+TAKEN = Taken()
 
 
 class MemoryWorkers:
@@ -140,7 +154,7 @@ class MemoryWorkers:
 
     async def wipe(self, slot: Slot) -> None:
         self.wiped.append(slot)
-        self.cache_owners[slot] = None
+        self.cache_owners.pop(slot, None)
         await self.stop(slot)
 
     async def close(self, *, stop_workers: bool) -> None:
@@ -155,10 +169,12 @@ class MemoryWorkers:
 class World:
     """One store, one controller, and any number of API replicas."""
 
-    def __init__(self, store: SqliteStore, clock: Clock) -> None:
+    controller: Controller
+
+    def __init__(self, store: SqliteStore, clock: Clock, runtime: MemoryWorkers | None = None) -> None:
         self.store = store
         self.clock = clock
-        self.runtime = MemoryWorkers()
+        self.runtime = runtime or MemoryWorkers()
         self.authority = Authority.create(datetime.now(UTC))
         self.replicas: list[Replica] = []
         self.controller: Controller
@@ -169,7 +185,7 @@ class World:
 
     async def pool(self, name: str = "p", **spec: Any) -> Pool:
         pool = await self.store.create(Pool(metadata=Metadata(name=name), spec=PoolSpec.model_validate(spec)))
-        await self.until(lambda: pool.key in self.replicas[0].mirror.pools)
+        await self.until(lambda: all(pool.key in replica.mirror.pools for replica in self.replicas))
         return pool
 
     async def workers(self) -> dict[str, Worker]:
@@ -180,7 +196,7 @@ class World:
         changed = asyncio.Event()
         unsubscribe = self.replicas[0].mirror.subscribe(lambda _pool: changed.set())
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(WAIT):
                 while not condition():
                     changed.clear()
                     with suppress(TimeoutError):
@@ -197,6 +213,7 @@ class Replica:
     """One API replica that uses the world's store."""
 
     def __init__(self, world: World) -> None:
+        self.world = world
         self.mirror = Mirror(world.store, configs=True)
         self.leases = LeaseService(store=world.store, mirror=self.mirror, now=world.clock)
         self.allocator = Allocator(
@@ -209,10 +226,42 @@ class Replica:
             answers=world.runtime.answers,
             now=world.clock,
             limits=CallerLimits(world.clock.seconds),
+            on_waiting=world.waiting.notify,
+            pause=self.pause,
         )
 
-    async def allocate(self, caller: Identity = ANN, *, wait: float = 5, **request: Any) -> Grant:
-        return await self.allocator.allocate(caller, AllocationRequest(POOL, timedelta(seconds=wait), **request))
+    async def pause(self, seconds: float) -> None:
+        """Waits for the clock where production waits long, and for `World.moment` where it waits for a moment."""
+        until = self.world.clock.seconds() + (seconds if seconds > 1 else 0)
+        while self.world.clock.seconds() < until:
+            await self.world.clock.moving.wait()
+        await asyncio.sleep(self.world.moment)
+
+    async def allocate(
+        self, caller: Identity = ANN, *, wait: float = WAIT, marked: bool = True, **request: Any
+    ) -> Grant:
+        """Leases a worker. With `marked`, it is in the store that the caller has it, so nothing else writes that."""
+        wanted = AllocationRequest(POOL, timedelta(seconds=wait), **request)
+        async with self.allocator.offer(caller, wanted) as offer:
+            offer.answered(TAKEN)
+        worker = offer.grant.worker
+        if marked:
+            await self.world.until(lambda: not self.is_undelivered(worker))
+        return offer.grant
+
+    def is_undelivered(self, worker: Worker) -> bool:
+        """Whether the lease that this worker had is still there, and nobody has it."""
+        now = self.mirror.workers.get(worker.key)
+        if now is None or now.lease is None or now.lease.id != worker.held_lease.id:
+            return False
+        return now.undelivered is not None
+
+
+def skip_real_time(seconds: float = 2 * WAIT) -> None:
+    """Lets every time-out of the running loop pass that has begun. Later ones last as long as ever."""
+    loop = asyncio.get_running_loop()
+    passed = loop.time
+    loop.time = lambda: passed() + seconds  # type: ignore[method-assign]
 
 
 class Clock:
@@ -222,6 +271,8 @@ class Clock:
         self.now = datetime.now(UTC)
         self.slept = timedelta()
         self.moved: Callable[[], None] = lambda: None
+        self.moving = asyncio.Event()
+        """Set at each move; who waits for it gets a new one."""
 
     def __call__(self) -> datetime:
         return self.now
@@ -237,14 +288,26 @@ class Clock:
 
     def advance(self, **by: float) -> None:
         self.now += timedelta(**by)
+        moving, self.moving = self.moving, asyncio.Event()
+        moving.set()
         self.moved()
 
 
 @asynccontextmanager
-async def running_world(directory: Path, replicas: int = 1) -> AsyncIterator[World]:
+async def running_world(
+    directory: Path, replicas: int = 1, runtime: MemoryWorkers | None = None
+) -> AsyncIterator[World]:
+    # A replica counts how often it has looked for what became of an answer, and here that takes no time at all.
+    with patch.dict(deliveries._MAY_CHANGE_FOR, {Delivery.ON_ITS_WAY: math.inf}):
+        async with _running_world(directory, replicas, runtime) as world:
+            yield world
+
+
+@asynccontextmanager
+async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers | None) -> AsyncIterator[World]:
     clock = Clock()
     store = await SqliteStore.open(directory / "state.db", now=clock)
-    world = World(store, clock)
+    world = World(store, clock, runtime)
     world.replicas = [Replica(world) for _ in range(replicas)]
     clock.moved = world.runtime.changed
     mirrors = [replica.mirror for replica in world.replicas]

@@ -13,7 +13,7 @@ from bkpool.api.service import always_ready
 from bkpool.appliance.access_control import make_access_control
 from bkpool.appliance.api_tls import make_api_tls
 from bkpool.appliance.http import serve
-from bkpool.appliance.roles.context import ControlState, RoleContext
+from bkpool.appliance.roles.context import ControlState, RoleContext, replica_name
 from bkpool.appliance.tuning import api_limits, http_limits
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Unavailable
@@ -78,7 +78,7 @@ async def open_api(
     """
     options, backend, mirror = context.options, state.backend, state.mirror
     max_waiters, on_waiting = options.settings.allocation.max_waiters, state.waiting.notify
-    allocator, leases = backend.lease_service(mirror, context.now, max_waiters, on_waiting)
+    allocator, leases = backend.lease_service(mirror, context.now, max_waiters, on_waiting, replica_name())
     stack.push_async_callback(allocator.close)
     access = _access_control(context, state, admin, extra_configs)
     service = Service(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from bkpool.core.names import Slot
-from bkpool.core.worker import EndedLease, Phase, Worker
+from bkpool.core.worker import EndedLease, EndReason, Phase, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,11 @@ class WriteStatus:
 
 @dataclass(frozen=True, slots=True)
 class LoseLease:
-    """End the lease as lost, because its worker cannot be kept running."""
+    """End the lease: as lost, because its worker cannot be kept running, or for another reason."""
 
     worker: Worker
     message: str
+    reason: EndReason = EndReason.LOST
 
 
 @dataclass(frozen=True, slots=True)

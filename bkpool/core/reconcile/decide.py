@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 from typing import Any
 
+from bkpool.core.durations import render
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot, ready_observation
 from bkpool.core.pool import Pool, Reuse
@@ -28,11 +29,15 @@ from bkpool.core.reconcile.actions import (
     WriteStatus,
 )
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, only_of_holder, retry_at
-from bkpool.core.worker import Lease, Phase, Worker
 from bkpool.core.reconcile.health import health_step
+from bkpool.core.reconcile.undelivered import LONGEST_STEP
+from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease, Phase, Worker
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
-"""A lease without a token after this time never gets one: the process that was creating it was killed."""
+"""A lease of an earlier version that has no token after this time never gets one: who was creating it was killed."""
+
+
+_NOT_DELIVERED = f"its answer did not reach its caller, and nobody used it for {render(UNDELIVERED_LIFE)}"
 
 
 def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Plan:
@@ -52,7 +57,12 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
         if lease is None:
             step = _idle(worker, seen, snapshot.pool, now, limits)
         else:
-            step = _leased(worker, lease, seen, snapshot, now, limits=limits)
+            abandoned_in = _abandoned_in(worker, lease, snapshot, now)
+            if abandoned_in is not None and abandoned_in <= timedelta(0):
+                step = LoseLease(worker, _NOT_DELIVERED, EndReason.ABANDONED)
+            else:
+                deadlines += [] if abandoned_in is None else [now + min(abandoned_in, LONGEST_STEP)]
+                step = _leased(worker, lease, seen, snapshot, now, limits=limits)
         if isinstance(step, datetime):
             deadlines.append(step)
         elif step is not None:
@@ -126,6 +136,14 @@ def _idle(
     return _status(worker, up, Phase.IDLE, now, worker.status.failures) or health_step(worker, up, now)
 
 
+def _abandoned_in(worker: Worker, lease: Lease, snapshot: Snapshot, now: datetime) -> timedelta | None:
+    """The time until a lease that no caller has ends, unless it is renewed; None: a caller has it, or it is over."""
+    unchanged_for = snapshot.undelivered_for.get(lease.id)
+    if unchanged_for is None or worker.undelivered is None or lease.ended(now):
+        return None
+    return UNDELIVERED_LIFE - unchanged_for
+
+
 def _leased(
     worker: Worker,
     lease: Lease,
@@ -144,7 +162,9 @@ def _leased(
     if worker.metadata.deletion_timestamp or pool.metadata.deletion_timestamp:
         deleted = "pool" if pool.metadata.deletion_timestamp else "worker"
         return LoseLease(worker, f"the {deleted} was deleted")
-    token_deadline = None if lease.token_sha256 else lease.allocated_at + TOKEN_TIMEOUT
+    # A lease that says that no caller has it yet is judged by that, and not by the clock of another machine.
+    judged_by_time = not lease.token_sha256 and lease.undelivered is None
+    token_deadline = lease.allocated_at + TOKEN_TIMEOUT if judged_by_time else None
     if token_deadline is not None and now >= token_deadline:
         return LoseLease(worker, "the request for it was never answered")
     up = ready_observation(worker, seen)

@@ -217,7 +217,7 @@ class StoreLeaseRegistry:
             connections=connections,
         )
         others = (other for other in worker.status.gateways if other.gateway != self._gateway)
-        return worker.with_status(gateways=(*others, registration))
+        return worker.with_status(gateways=(*others, registration), connected_lease=route.lease_id)
 
     def _reported(self, silent_for: float | None, worker: Worker, route: LeaseRoute) -> Worker | None:
         held = worker.lease is not None and worker.lease.id == route.lease_id

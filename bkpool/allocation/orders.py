@@ -1,0 +1,97 @@
+"""What a caller asks for, and what they get: the values that an allocate request passes through.
+
+They are plain values. Nothing here claims a worker or waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from bkpool.allocation.deliveries import Receipt
+from bkpool.core.names import Key
+from bkpool.core.pool import Pool
+from bkpool.core.worker import Lease, Undelivered, Worker
+from bkpool.identity import Identity
+from bkpool.identity.remembering import remembered
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationRequest:
+    """What a caller asks for."""
+
+    pool: Key
+    wait: timedelta
+    """How long to wait for a worker. Zero: only a worker that is ready now will do."""
+    ttl: timedelta | None = None
+    """None: the pool's tokenTTL."""
+    job_id: str = ""
+    csr_pem: bytes | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def only_ready(self) -> bool:
+        """Whether the request does not wait: it gets a worker that is ready now, or none."""
+        return self.wait <= timedelta(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A lease as its holder gets it. The token and the key are in this object and in the answer, and nowhere else."""
+
+    worker: Worker
+    token: str
+    expires_at: datetime
+    ca_pem: bytes
+    certificate_pem: bytes
+    key_pem: bytes | None
+    """None if the caller sent a CSR."""
+
+
+class Offer:
+    """A lease whose caller gets it now.
+
+    Args:
+        grant: What the caller gets.
+    """
+
+    def __init__(self, grant: Grant) -> None:
+        self.grant = grant
+        self.receipt: Receipt | None = None
+
+    def answered(self, receipt: Receipt) -> None:
+        """Notes that the whole answer was written."""
+        self.receipt = receipt
+
+
+@dataclass(slots=True)
+class Order:
+    """A request that has been checked."""
+
+    caller: Identity
+    pool: Pool
+    ttl: timedelta
+    request: AllocationRequest
+    request_key: str | None
+    """Digest of the caller and their jobId; None without a jobId."""
+    claiming_since: float | None = None
+    """The loop's time at which the claim that is being written began; None where there is none."""
+
+    def lease(self, lease_id: str, owner: str, replica: str, now: datetime) -> Lease:
+        """The lease that this request asks for, without its token's digest."""
+        return Lease(
+            id=lease_id,
+            job_id=self.request.job_id,
+            token_sha256="",
+            requested_by=self.caller.name,
+            holder=self.caller.digest,
+            owner=owner,
+            tenant=self.caller.tenant_name or self.caller.name,
+            caller=remembered(self.caller),
+            allocated_at=now,
+            undelivered=Undelivered(replica=replica),
+            expires_at=now + self.ttl,
+            not_after=now + self.pool.spec.gateway.max_token_ttl,
+            metadata=dict(self.request.metadata),
+        )
