@@ -21,7 +21,7 @@ from bkpool.controller.pools_without_spec import PoolsWithoutSpec
 from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import LABEL_REQUEST, Slot
-from bkpool.core.observation import Snapshot, by_pool
+from bkpool.core.observation import MOST_RESTARTS, Snapshot, by_pool
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import (
     Action,
@@ -43,6 +43,7 @@ from bkpool.core.reconcile.decide import decide, stray_slots, wind_up_leases
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.unreadable import UnreadableObject
@@ -111,6 +112,8 @@ class Controller:
         """When the first change after the last plan became known, in the event loop's time."""
         self._asked: list[asyncio.Future[None]] = []
         self._actions: dict[Slot, asyncio.Task[None]] = {}
+        self._restarting: set[Slot] = set()
+        """The slots in which a daemon is being started or stopped."""
 
     async def run(self) -> None:
         """Runs until it is cancelled. Running actions are cancelled too; the next start finishes them."""
@@ -200,6 +203,7 @@ class Controller:
                 caches=caches_of.get(pool.key, {}),
                 busy=frozenset(busy_of.get(pool.key, ())),
                 registered_until=registered_until,
+                restarts_left=MOST_RESTARTS - len(self._restarting),
                 unreadable_slots=self._mirror.unreadable_slots(pool.key),
                 undelivered_for=undelivered_for,
             )
@@ -219,9 +223,12 @@ class Controller:
     def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
         task = asyncio.create_task(self._run_action(slot, kind, work))
         self._actions[slot] = task
+        if kind in {StartDaemon, StopDaemon, ReplaceDaemon}:
+            self._restarting.add(slot)
 
         def ended(_task: asyncio.Task[None]) -> None:
             del self._actions[slot]
+            self._restarting.discard(slot)
             self.look_again()
 
         task.add_done_callback(ended)
@@ -293,7 +300,7 @@ class Controller:
             case WipeCache(slot):
                 await self._caches.wipe(slot)
             case StopDaemon(worker):
-                await self._daemons.stop(worker.slot, at_once=True)
+                await self._stop_daemon(worker)
             case CheckDaemon(worker):
                 if await self._daemons.answers(worker.slot, worker.uid, fresh=False):
                     self._mirror.apply(await self._store.replace_status(worker.noted_answering()))
@@ -327,6 +334,11 @@ class Controller:
             await self._write_failure(worker, error)
             return Result.FAILED
         return Result.DONE
+
+    async def _stop_daemon(self, worker: Worker) -> None:
+        if worker.lease is None or worker.lease.end_reason is not EndReason.REVOKED:
+            self._mirror.apply(await self._store.replace_status(out_of_use(worker)))
+        await self._daemons.stop(worker.slot, at_once=True)
 
     async def _write_status(self, worker: Worker) -> None:
         before = self._mirror.workers.get(worker.key)

@@ -61,10 +61,18 @@ class Observation:
     """Whether the cluster is asked not to evict the worker; None where nothing can evict it."""
     silence: Silence | None = None
     """It does not answer at the moment; None: it answered the last probe."""
+    spec_digest: str = ""
+    """Of what of the pool's spec it was started with; empty if that is not known."""
     outdated: bool = False
-    """It was started with a network or limits that the pool's spec of today does not give."""
+    """It was started with another configuration, image, limits or network than the pool's spec of today gives."""
+    reaches_other: bool = False
+    """Its builds reach, or may do, something else than the pool's spec of today opens. Then it is outdated, too."""
     pod_name: str | None = None
     pod_ip: str | None = None
+
+
+MOST_RESTARTS = 4
+"""Outdated daemons of all pools that are replaced at once. While others start or stop, there are fewer."""
 
 
 V = TypeVar("V")
@@ -107,6 +115,8 @@ class Snapshot:
     """Slots in which an action is still running. Nothing is decided about them."""
     registered_until: Expiries = field(default_factory=dict)
     """When the registrations of gateways expire, on the clock of the one who decides. A missing one is valid."""
+    restarts_left: int = MOST_RESTARTS
+    """How many outdated daemons may be replaced now, beside the starts and stops of all pools that are under way."""
     unreadable_slots: frozenset[Slot] = frozenset()
     """Slots whose worker cannot be read. Nothing is created, started, stopped or wiped there."""
     undelivered_for: Mapping[str, timedelta] = field(default_factory=lambda: MappingProxyType({}))

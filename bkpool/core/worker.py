@@ -167,6 +167,8 @@ class WorkerStatus(Model):
     """Where the gateway reaches buildkitd (`unix:///…` or `tcp://…`); None while buildkitd does not answer."""
     cache_owner: StrictStr | None = None
     """Digest of the owner of the cache; None while nobody has used it."""
+    spec_digest: StrictStr | None = None
+    """Digest of what of the pool's spec buildkitd was started with (`workers.spec_digest`); None: not known."""
     ephemeral_cache: StrictBool = False
     """The cache is deleted together with the worker, so its owner need not be recorded before its first use."""
     pod_name: StrictStr | None = None

@@ -101,7 +101,7 @@ class Daemons(Protocol):
     async def follow(self, pool: Pool) -> None:
         """Applies a changed spec to what the daemons of a pool share.
 
-        Daemons of which it would open or give less or more are observed as outdated, if they cannot follow it.
+        Daemons that cannot follow it are observed as outdated (`Observation.outdated`, `reaches_other`).
 
         Raises:
             WorkerFailed: It cannot be applied; the message names the field.

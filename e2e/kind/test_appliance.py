@@ -68,6 +68,55 @@ def test_a_waiting_caller_gets_the_error_of_the_image_pull(make_appliance):
     assert "pulled" in answer.err
 
 
+# --- a spec that changes while workers run -------------------------------------------------------------------------
+
+
+def test_a_changed_spec_reaches_an_idle_pod_and_a_leased_one_after_its_lease(make_appliance, world):
+    appliance = make_appliance()
+    appliance.up_with({"scaling": {"min": 1, "max": 2}})
+    appliance.all_idle()
+    held = appliance.allocate()
+    eventually(lambda: appliance.pool()["idle"] == 1, "the floor is filled")
+    before = {name: pod_uid(world, name) for name in ("default-worker-0", "default-worker-1")}
+    assert worker_of(world)["status"]["specDigest"]
+
+    patch(world, {"spec": {"cache": {"gc": {"keepStorage": "3GB"}}}})
+    idle = eventually(lambda: replaced(world, "default-worker-1", before), "the idle pod is another one")
+    toml = "cat /etc/bkpool/config/buildkitd.toml"
+    assert "3GB" in world.kubectl("exec", idle, "--", "sh", "-c", toml)
+    assert pod_uid(world, "default-worker-0") == before["default-worker-0"], "a lease keeps its pod"
+    appliance.release(held.lease).ok()
+    eventually(lambda: replaced(world, "default-worker-0", before), "the leased pod follows")
+
+    image = world.kubectl("get", "pod", idle, "-o", "jsonpath={.spec.containers[0].image}")
+    before = {idle: pod_uid(world, idle)}
+    patch(world, {"spec": {"buildkitImage": f"docker.io/{image}" if "docker.io" not in image else image[10:]}})
+    eventually(lambda: replaced(world, idle, before), "the same image by another name is another pod")
+    patch(world, {"spec": {"scaling": {"max": 3}}})
+    before = {idle: pod_uid(world, idle)}
+    eventually(lambda: appliance.pool()["max"] == 3, "the maximum is known")
+    assert pod_uid(world, idle) == before[idle], "the size of the pool replaces nothing"
+
+    refused = appliance.cli("pool", "delete", "default")
+    assert refused.code != 0
+    assert "kubectl -n default delete buildkitpool default" in refused.err
+
+
+def patch(world, change):
+    world.kubectl("patch", "buildkitpool", "default", "--type=merge", "-p", json.dumps(change))
+
+
+def pod_uid(world, name):
+    return world.kubectl("get", "pod", name, "--ignore-not-found", "-o", "jsonpath={.metadata.uid}")
+
+
+def replaced(world, name, before):
+    """The name, if another pod has it and that is ready; else an empty text."""
+    uid = pod_uid(world, name)
+    ready = uid and uid != before[name] and worker_of(world, name)["status"]["phase"] == "Idle"
+    return name if ready and worker_of(world, name)["status"].get("endpoint") else ""
+
+
 # --- objects that others delete -------------------------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from bkpool.core.reconcile.decide import decide, stray_slots
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.health import DEFAULT_HEALTH
 from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
+from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
@@ -161,6 +162,11 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(failing=st.booleans())
     def daemons_fail_to_start(self, failing):
         self.runtime.failing = failing
+
+    @rule(reaches_other=st.booleans())
+    def the_spec_changes(self, reaches_other):
+        for slot, seen in self.runtime.daemons.items():
+            self.runtime.daemons[slot] = replace(seen, outdated=True, reaches_other=reaches_other)
 
     @precondition(lambda self: self.runtime.daemons)
     @rule(data=st.data(), silently=st.booleans())
@@ -324,14 +330,16 @@ class PoolMachine(RuleBasedStateMachine):
                 if runtime.caches.get(worker.slot) is None:
                     runtime.caches[worker.slot] = owner
                     was = runtime.daemons[worker.slot]
-                    runtime.daemons[worker.slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
+                    runtime.daemons[worker.slot] = replace(was, cache_owner=owner)
             case WipeCache(slot):
                 if (worker := store.workers.get(slot.worker.name)) is not None:
                     self._must_be_unused(worker)
                 runtime.daemons.pop(slot, None)
                 runtime.caches.pop(slot, None)
             case StopDaemon(worker):
-                assert worker.lease.end_reason is EndReason.REVOKED
+                if worker.lease is None or worker.lease.end_reason is not EndReason.REVOKED:
+                    store.replace_status(out_of_use(worker))
+                    self._must_be_unused(worker)
                 stopped = runtime.daemons.pop(worker.slot)
                 self.connected = {lease: uid for lease, uid in self.connected.items() if uid != stopped.worker_uid}
             case CheckDaemon(worker):
@@ -419,6 +427,8 @@ class PoolMachine(RuleBasedStateMachine):
         for worker in self.store.workers.values():
             if worker.lease and not worker.lease.ended(self.now):
                 assert worker.status.phase is Phase.ALLOCATED
+            else:
+                assert not self.runtime.daemons[worker.slot].outdated, "an idle worker has today's spec in the end"
 
 
 TestPool = PoolMachine.TestCase

@@ -5,7 +5,7 @@ import pytest
 
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import FINALIZER
-from bkpool.core.observation import DaemonState, Observation, WorkerCapacity
+from bkpool.core.observation import MOST_RESTARTS, DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Reuse
 from bkpool.core.reconcile.actions import (
     CreateWorker,
@@ -153,12 +153,70 @@ def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
     assert isinstance(actions(draining, NOW + REGISTRATION_LIFE)[0], FinishLease)
 
 
-def test_a_worker_that_reaches_what_its_pool_no_longer_opens_is_given_to_nobody():
-    outdated = {0: replace(seen(0, "owner-a"), outdated=True)}
-    free = worker(0, phase=Phase.ALLOCATED, cache_owner="owner-a")
-    assert actions(snapshot(pool(), free, observed=outdated)) == [StopDaemon(free)]
+def outdated(number, **changes):
+    return replace(seen(number, **changes), outdated=True)
+
+
+def test_a_worker_of_an_earlier_spec_is_started_again_and_a_lease_keeps_the_one_that_it_has():
+    free = worker(0, phase=Phase.IDLE, cache_owner="owner-a")
+    assert actions(snapshot(pool(), free, observed={0: outdated(0, owner="owner-a")})) == [StopDaemon(free)]
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a")
-    assert actions(snapshot(pool(), held, observed=outdated)) == [], "a lease keeps the worker that it has"
+    assert actions(snapshot(pool(), held, observed={0: outdated(0, owner="owner-a")})) == []
+
+
+def test_a_leased_worker_of_an_earlier_spec_is_stopped_after_its_last_connection_and_before_anybody_gets_it():
+    old = {0: outdated(0, owner="owner-a")}
+    registered = GatewayRegistration(gateway="g", lease_id="lease", renewed_at=NOW)
+    over = lease(ended_at=NOW)
+    draining = worker(0, over, phase=Phase.DRAINING, cache_owner="owner-a", gateways=(registered,))
+    assert actions(snapshot(pool(), draining, observed=old)) == [], "builds may finish"
+    ended = worker(0, over, phase=Phase.ALLOCATED, cache_owner="owner-a")
+    assert actions(snapshot(pool(), ended, observed=old)) == [StopDaemon(ended)]
+    (finish,) = actions(snapshot(pool(), ended))
+    assert isinstance(finish, FinishLease)
+    assert finish.phase is Phase.PENDING, "the next holder waits for a daemon of today's spec"
+
+
+def fleet(count, old, down=(), **busy):
+    """A pool of idle workers, some of an earlier spec, and some that do not run."""
+    workers = [
+        worker(n, last_activity_at=NOW - timedelta(minutes=n), phase=Phase.FAILED if n in down else Phase.IDLE)
+        for n in range(count)
+    ]
+    observed = {n: outdated(n) if n in old else seen(n) for n in range(count) if n not in down}
+    return snapshot(pool(scaling={"min": count, "max": 200}), *workers, observed=observed, **busy)
+
+
+def stopped(snap):
+    return [action.worker.slot.number for action in actions(snap) if isinstance(action, StopDaemon)]
+
+
+def test_idle_workers_of_an_earlier_spec_are_replaced_a_few_at_a_time():
+    assert stopped(fleet(1, {0})) == [0], "even the only one"
+    assert stopped(fleet(3, {0, 1, 2})) == [2], "the least recently used one first"
+    assert stopped(fleet(8, set(range(8)))) == [6, 7], "a quarter"
+    assert len(stopped(fleet(100, set(range(100))))) == MOST_RESTARTS, "and never more than a few of all pools"
+    assert stopped(fleet(100, set(range(100)), restarts_left=0)) == []
+    assert stopped(fleet(100, set(range(100)), restarts_left=-3)) == []
+    assert stopped(fleet(8, {1, 2}, busy=frozenset({slot(0)}))) == [2], "one is being started already"
+
+
+def test_if_new_workers_do_not_start_the_last_ready_ones_are_kept():
+    assert stopped(fleet(3, {0, 1}, down={2})) == []
+    assert stopped(fleet(8, {0, 1, 2, 3, 4, 5}, down={6, 7})) == []
+
+
+def test_a_worker_that_reaches_what_its_pool_no_longer_opens_is_given_to_nobody():
+    snap = fleet(3, {0, 1, 2}, restarts_left=0)
+    observed = {place: replace(up, reaches_other=True) for place, up in snap.observed.items()}
+    assert stopped(replace(snap, observed=observed)) == [0, 1, 2], "all at once"
+
+
+def test_a_status_has_the_digest_of_the_spec_and_an_upgrade_writes_none_by_itself():
+    up = replace(seen(0), spec_digest="d1")
+    (report,) = actions(snapshot(pool(), worker(0, phase=Phase.PENDING), observed={0: up}))
+    assert report.worker.status.spec_digest == "d1"
+    assert actions(snapshot(pool(), worker(0), observed={0: up})) == []
 
 
 def test_the_daemon_of_a_revoked_lease_is_stopped_even_if_a_gateway_is_frozen_and_before_anybody_gets_the_worker():

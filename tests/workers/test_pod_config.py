@@ -9,7 +9,7 @@ import pytest
 
 from bkpool.core.allowances import Allowances, read_allowances
 from bkpool.core.errors import NotFound, WorkerFailed
-from bkpool.core.names import ANNOTATION_ISOLATION
+from bkpool.core.names import ANNOTATION_ISOLATION, ANNOTATION_SPEC_DIGEST
 from bkpool.core.pool import CacheGC, Pool
 from bkpool.core.resource import Metadata
 from bkpool.pki.bundle import ClusterSecrets
@@ -102,3 +102,53 @@ async def test_a_cluster_that_drops_the_user_namespace_gets_no_pod_with_roots_ri
     new = Cluster()
     await runtime_of(new).daemons._writes.make(request)
     assert [made["spec"]["hostUsers"] for made in new.created] == [False]
+
+
+PLAIN = isolated("rootless")
+
+
+@pytest.mark.parametrize(
+    ("today", "outdated"),
+    [
+        (PLAIN, False),
+        (isolated("rootless", scaling={"max": 3}, auth={"rbac": {"enabled": False}}), False),
+        (isolated("rootless", networking={"egress": {"policy": "public"}}), False),  # a NetworkPolicy changes at once
+        (isolated("rootless", cache={"gc": {"keepStorage": "3GB"}}), True),
+        (isolated("rootless", buildkit_config="debug = true"), True),
+        (isolated("rootless", buildkit_image="registry.example.com/b:1"), True),
+        (isolated("rootless", resources={"buildkit": {"limits": {"cpu": 2}}}), True),
+        (isolated("rootless", cache={"backends": [{"type": "local"}]}), True),
+        (isolated("baseline"), True),
+        (isolated("nonsense"), False),  # no pod can be made with it, so those that run stay
+        (isolated("rootless", buildkit_config="= no TOML"), False),
+    ],
+)
+async def test_a_pod_of_another_spec_is_outdated(today, outdated):
+    api = Cluster()
+    runtime = runtime_of(api)
+    await runtime.daemons._make(slot(0), "uid-1", None, PLAIN, set())
+    (made,) = api.created
+    made["metadata"] |= {"uid": "pod", "resourceVersion": "7"}
+    runtime._slots.pods.apply(made)
+    seen = runtime.daemons.observe()[slot(0)]
+    assert seen.spec_digest
+    assert not seen.outdated, "nothing is known of the pool's spec of today"
+    await runtime.daemons.follow(today)
+    assert runtime.daemons.observe()[slot(0)].outdated is outdated
+    await runtime.daemons.follow(PLAIN)
+    assert runtime.daemons.observe()[slot(0)].outdated is False
+
+
+async def test_a_pod_of_an_earlier_version_is_outdated_unless_no_other_could_be_made():
+    for allowed, outdated in ((None, True), (Allowances(), False)):
+        api = Cluster()
+        runtime = runtime_of(api)
+        asked = isolated("privileged")
+        await runtime.daemons._make(slot(0), "uid-1", None, asked, set())
+        (made,) = api.created
+        made["metadata"] |= {"uid": "pod", "resourceVersion": "7"}
+        del made["metadata"]["annotations"][ANNOTATION_SPEC_DIGEST]
+        later = runtime_of(api, allowed)
+        later._slots.pods.apply(made)
+        await later.daemons.follow(asked)
+        assert later.daemons.observe()[slot(0)].outdated is outdated

@@ -273,14 +273,16 @@ async def test_a_daemon_that_is_less_isolated_than_those_of_today_is_ended(tmp_p
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "reaches_other"),
     [
-        {"untrusted": True},
-        {"networking": {"hostPorts": [5000]}},
-        {"resources": {"buildkit": {"limits": {"pids": "99"}}}},
+        ({"untrusted": True}, True),
+        ({"networking": {"hostPorts": [5000]}}, True),
+        ({"security": {"netRaw": True}}, True),
+        ({"resources": {"buildkit": {"limits": {"pids": "99"}}}}, False),
+        ({"cache": {"gc": {"keepStorage": "3GB"}}}, False),
     ],
 )
-async def test_a_daemon_of_another_spec_is_outdated_also_after_a_crash(tmp_path, binaries, spec):
+async def test_a_daemon_of_another_spec_is_outdated_also_after_a_crash(tmp_path, binaries, spec, reaches_other):
     network = NetworkPrograms.find(os.environ["PATH"])
     runtime = ProcessRuntime(tmp_path / "home", binaries, network=network)
     await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
@@ -290,7 +292,8 @@ async def test_a_daemon_of_another_spec_is_outdated_also_after_a_crash(tmp_path,
     for given, outdated in (({}, False), (spec, True), ({}, False)):
         pool = a_pool(**given)
         await after.daemons.follow(pool.but(metadata=pool.metadata.but(name=SLOT.pool)))
-        assert after.daemons.observe()[SLOT].outdated is outdated
+        seen = after.daemons.observe()[SLOT]
+        assert (seen.outdated, seen.reaches_other) == (outdated, outdated and reaches_other)
     await after.purge()
     await after.close(stop_workers=True)
 

@@ -52,7 +52,11 @@ class WipeCache:
 
 @dataclass(frozen=True, slots=True)
 class StopDaemon:
-    """End buildkitd with everything that runs in it, because the lease was revoked or the spec changed."""
+    """End buildkitd with everything that runs in it, because the lease was revoked or the spec changed.
+
+    Unless the lease was revoked, the worker is taken out of use first, by compare-and-swap: if somebody leases it or
+    connects meanwhile, it runs on.
+    """
 
     worker: Worker
 

@@ -30,6 +30,7 @@ from bkpool.core.reconcile.actions import (
 )
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, only_of_holder, retry_at
 from bkpool.core.reconcile.health import health_step
+from bkpool.core.reconcile.replacing import to_replace
 from bkpool.core.reconcile.undelivered import LONGEST_STEP
 from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease, Phase, Worker
 
@@ -45,12 +46,17 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
     actions: list[Action] = []
     surplus, deadlines = scaling.surplus(snapshot, now)
     wiped = _caches_to_wipe(snapshot)
+    too_many = {worker.slot for worker in surplus}
     actions += [WipeCache(slot) for slot in wiped]
+    replaced = to_replace(snapshot, [w for w in snapshot.workers if w.lease is None and w.slot not in too_many])
     for worker in snapshot.workers:
         if worker.slot in snapshot.busy or worker.slot in wiped:
             continue
-        if worker in surplus:
+        if worker.slot in too_many:
             actions.append(RemoveWorker(worker))
+            continue
+        if worker.slot in replaced:
+            actions.append(StopDaemon(worker))
             continue
         seen = snapshot.observed.get(worker.slot)
         lease = worker.lease
@@ -129,8 +135,6 @@ def _idle(
     up = ready_observation(worker, seen)
     if up is None:
         return _start(worker, seen, None, pool, now, limits=limits)
-    if up.outdated:  # nobody gets a worker that reaches what their pool no longer opens
-        return StopDaemon(worker)
     if up.protected:
         return SetProtection(worker, protected=False)
     return _status(worker, up, Phase.IDLE, now, worker.status.failures) or health_step(worker, up, now)
@@ -216,4 +220,6 @@ def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, fail
     if seen.cache_owner != status.cache_owner:  # the log was deleted together with the old cache
         wanted["ended"] = tuple(past.but(log_tail="") for past in status.ended)
     ready_at = status.ready_at if status.endpoint is not None else now
+    # It goes with a status that is written anyway: an upgrade that makes other digests writes nothing by itself.
+    wanted["spec_digest"] = seen.spec_digest or None
     return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message="", log_tail=""))

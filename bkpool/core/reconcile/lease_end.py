@@ -51,10 +51,7 @@ def wind_up(
     live = live_registrations(worker, registered_until, now)
     registered = [expires_at for entry, expires_at in live if entry.lease_id == lease.id]
     if not registered:
-        if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
-            # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
-            worker = failed_worker(worker, seen.message, "", now, limits)
-        return _finish(worker, lease, reason, ready_observation(worker, seen))
+        return _leave(worker, lease, reason, seen, now, limits=limits)
     if worker.status.phase is not Phase.DRAINING:
         if reason is EndReason.LOST:  # its clients are still told why, with the log
             return WriteStatus(worker.with_status(phase=Phase.DRAINING))
@@ -62,6 +59,25 @@ def wind_up(
         message = f"the lease is {reason}; {builds}"
         return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
     return min(registered)
+
+
+def _leave(
+    worker: Worker,
+    lease: Lease,
+    reason: EndReason,
+    seen: Observation | None,
+    now: datetime,
+    *,
+    limits: FailureLimits,
+) -> Action:
+    """The next step for a lease that has ended, and of which no connection is left. The arguments are `wind_up`'s."""
+    up = ready_observation(worker, seen)
+    if up is not None and (up.outdated or up.reaches_other):
+        return StopDaemon(worker)  # while the lease is on the worker, nobody else gets this daemon
+    if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
+        # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
+        worker = failed_worker(worker, seen.message, "", now, limits)
+    return _finish(worker, lease, reason, up)
 
 
 def _finish(worker: Worker, lease: Lease, reason: EndReason, up: Observation | None) -> FinishLease:

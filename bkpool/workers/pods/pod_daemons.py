@@ -177,8 +177,10 @@ class PodDaemons:
     async def follow(self, pool: Pool) -> None:
         """Changes what the pool's pods may reach. If there are none yet, their start does it; see `Daemons`.
 
-        A pod of a former CA is replaced, if its worker is not leased.
+        A pod of a former CA is replaced, if its worker is not leased. Other pods that were made with another spec are
+        observed as outdated.
         """
+        self._slots.want_digest(pool.key, self._digest(pool))
         pods = self._pods_of(pool.key)
         if pods:
             await self._writes.apply_egress(pool)
@@ -223,8 +225,7 @@ class PodDaemons:
     async def _make(self, slot: Slot, worker_uid: str, owner: str | None, pool: Pool, taken: set[int]) -> Doc | None:
         if self._allowed is not None and (refused := worker_refusals(pool, self._allowed)):
             raise WorkerFailed(refused[0].message, field=refused[0].field)
-        default = ROOTLESS_IMAGE if isolation(pool).rootless else PRIVILEGED_IMAGE
-        request = PodRequest(slot, worker_uid, owner, pool, self._image or default)
+        request = PodRequest(slot, worker_uid, owner, pool, self._default_image(pool))
         if self._ports is None:
             pod = await self._writes.make(request)
         else:
@@ -233,6 +234,18 @@ class PodDaemons:
         if pod is not None:
             log.info("worker.pod_created", worker=str(slot.worker), pod=pod_view.uid(pod))
         return pod
+
+    def _default_image(self, pool: Pool) -> str:
+        return self._image or (ROOTLESS_IMAGE if isolation(pool).rootless else PRIVILEGED_IMAGE)
+
+    def _digest(self, pool: Pool) -> str | None:
+        """The digest of what the pool's pods are made with today; None: none can be made, so those that run stay."""
+        if self._allowed is not None and worker_refusals(pool, self._allowed):
+            return None
+        try:
+            return self._writes.digest(pool, self._default_image(pool))
+        except WorkerFailed:
+            return None
 
     async def _begin_history(self, pod: Doc) -> None:
         """Clears what a volume of the whole pool brings along. The pod is not ready yet, so nobody is connected.

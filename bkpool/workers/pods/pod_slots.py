@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from bkpool.core.names import Slot
 from bkpool.core.errors import Unavailable, WorkerFailed
+from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.subscribers import Subscribers
 from bkpool.kube import Doc, KubeApi, paths
@@ -72,6 +72,7 @@ class PodSlots:
             api, KubeCollection("v1", CLAIMS, SELECTOR), self._on_claim, namespaces=namespaces, fail_fast=True
         )
         self._slots: defaultdict[Slot, PodSlot] = defaultdict(PodSlot)
+        self._wanted: dict[Key, str | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.subscribers: Subscribers[[]] = Subscribers()
         """Called whenever a pod or a claim has changed."""
@@ -113,6 +114,19 @@ class PodSlots:
         if entry.pod_uid == pod_uid:
             entry.endpoint = endpoint
             self.health.began(slot)
+            self._refresh(slot)
+
+    def want_digest(self, pool: Key, digest: str | None) -> None:
+        """Notes the digest of what of its spec a pool's pods are made with today. Pods with another one are outdated.
+
+        Args:
+            pool: The pool.
+            digest: None: no pod of this pool is outdated, because no other could be made.
+        """
+        if digest == self._wanted.get(pool):
+            return
+        self._wanted[pool] = digest
+        for slot in [slot for slot in self._slots if (slot.namespace, slot.pool) == pool]:
             self._refresh(slot)
 
     def is_lost(self, pod: Doc) -> bool:
@@ -168,6 +182,7 @@ class PodSlots:
                 message, log_tail = entry.failure.message_and_hint, entry.failure.log_tail
         elif entry.endpoint is not None and pod_view.may_be_ending(pod):
             self._inquire(entry, self._probe_until_certain(pod))
+        digest, wanted = pod_view.spec_digest(pod), self._wanted.get(pod_view.pool_of(pod))
         return Observation(
             pod_view.worker_uid(pod),
             state,
@@ -178,6 +193,8 @@ class PodSlots:
             silence=self.health.silence(slot) if state is DaemonState.READY else None,
             ephemeral_cache=pod_view.claim_of(pod) is None,
             protected=pod_view.protected(pod),
+            spec_digest=digest,
+            outdated=wanted is not None and digest != wanted,
             pod_name=paths.key_of(pod).name,
             pod_ip=pod_view.address(pod),
         )

@@ -32,6 +32,7 @@ from bkpool.core.pool import LocalCache, Pool
 from bkpool.kube import Doc
 from bkpool.pki.authority import Leaf
 from bkpool.toolchain.table import Tool, release_of
+from bkpool.workers.spec_digest import spec_digest
 from bkpool.workers.step_log import step_log_environment
 
 _IMAGE = f"docker.io/moby/buildkit:v{release_of(Tool.BUILDKITD).version}"
@@ -163,6 +164,25 @@ def pod(request: PodRequest) -> Doc:
     metadata = _metadata(slot, slot.worker.name, pool, LABEL_WORKER) | {"annotations": annotations}
     metadata["labels"] |= leased
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def pod_digest(pool: Pool, image: str, toml: str) -> str:
+    """The digest of what of a pool's spec reaches the buildkitd in its pods. A NetworkPolicy changes beside them.
+
+    Args:
+        pool: The pool.
+        image: Used if the pool names none.
+        toml: The rendered configuration.
+
+    Raises:
+        WorkerFailed: The pool asks for what is not possible.
+    """
+    spec = pool.spec
+    resources = spec.resources.buildkit.model_dump(mode="json", by_alias=True)
+    has_volume = spec.local_cache is not None
+    step_log = step_log_environment(spec)
+    more = (step_log,) if step_log else ()  # else the digest is that of earlier versions
+    return spec_digest(spec.buildkit_image or image, resources, str(isolation(pool)), has_volume, toml, *more)
 
 
 def secret(slot: Slot, pool: Pool, leaf: Leaf, ca_pem: bytes) -> Doc:

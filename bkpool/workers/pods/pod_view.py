@@ -14,6 +14,7 @@ from bkpool.core.names import (
     ANNOTATION_AUTHORITY,
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_HISTORY,
+    ANNOTATION_SPEC_DIGEST,
     ANNOTATION_WORKER_UID,
     HISTORY_OLD,
     LABEL_LEASED,
@@ -105,6 +106,11 @@ def pool_of(pod: Doc) -> Key:
 def authority(pod: Doc) -> str:
     """The mark of the CA that has signed the worker's certificate; empty if each pool had no CA of its own yet."""
     return str(_annotations(pod).get(ANNOTATION_AUTHORITY, ""))
+
+
+def spec_digest(pod: Doc) -> str:
+    """The digest of what of the pool's spec the pod was made with; empty if an earlier version made it."""
+    return str(_annotations(pod).get(ANNOTATION_SPEC_DIGEST, ""))
 
 
 def cache_owner(doc: Doc) -> str | None:

@@ -18,6 +18,7 @@ from bkpool.core.errors import Conflict, Forbidden, InvalidInput, NotFound, Work
 from bkpool.core.names import (
     ANNOTATION_CACHE_OWNER,
     ANNOTATION_HISTORY,
+    ANNOTATION_SPEC_DIGEST,
     HISTORY_OLD,
     LABEL_MANAGED,
     MANAGER,
@@ -77,6 +78,18 @@ class PodWrites:
         """What the ConfigMap of a pool does not take from the pool's own buildkitd.toml."""
         return not_taken(spec, self._gc_defaults)
 
+    def digest(self, pool: Pool, image: str) -> str:
+        """The digest of what of a pool's spec a pod is made with today.
+
+        Args:
+            pool: The pool.
+            image: Used if the pool names none.
+
+        Raises:
+            WorkerFailed: The pool asks for what is not possible.
+        """
+        return pod_spec.pod_digest(pool, image, render(pool.spec, self._gc_defaults))
+
     async def make(self, request: pod_spec.PodRequest) -> Doc | None:
         """Creates a pod with everything that it needs.
 
@@ -91,6 +104,7 @@ class PodWrites:
         request = replace(request, authority=authority.mark)
         # These may raise, so before the first write.
         pod, toml = pod_spec.pod(request), render(pool.spec, self._gc_defaults)
+        pod["metadata"]["annotations"][ANNOTATION_SPEC_DIGEST] = pod_spec.pod_digest(pool, request.image, toml)
         if pod_spec.has_user_namespace(pod):
             await self._require_user_namespaces(pod)
         if (local := pool.spec.local_cache) is not None:

@@ -5,7 +5,6 @@ It starts no daemon and keeps nothing in memory.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +29,7 @@ from bkpool.workers.processes.sandbox import Sandbox
 from bkpool.workers.processes.slot_cgroups import SlotCgroups
 from bkpool.workers.processes.slot_files import SlotFiles, as_host_fault
 from bkpool.workers.processes.worker_init import MountSettings
+from bkpool.workers.spec_digest import spec_digest
 from bkpool.workers.step_log import step_log_environment
 
 _FREE_DESCRIPTORS = 32
@@ -82,7 +82,7 @@ class Launcher:
         return f"{'own' if self._init.makes_network else 'host'} network, own cgroup, no raw sockets"
 
     def confinement(self, spec: PoolSpec) -> str:
-        """A digest of what a spec opens to a daemon and gives it: network, raw sockets, limits, buildkitd.toml.
+        """A digest of what a spec opens to a daemon and gives it: network, raw sockets, limits, logs, toml.
 
         It is empty if the spec cannot be used: then no running daemon has it.
         """
@@ -95,7 +95,17 @@ class Launcher:
                 parts.append(step_log)
         except WorkerFailed:
             return ""
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return spec_digest(*parts)
+
+    def reach(self, spec: PoolSpec) -> str:
+        """A digest of what builds reach and may do with a spec: network and raw sockets.
+
+        It is empty if the spec cannot be used: then no running daemon has it.
+        """
+        try:
+            return spec_digest(self._init.settings_of(spec), bool(spec.security.net_raw))
+        except WorkerFailed:
+            return ""
 
     def prepare(self, files: SlotFiles, spec: PoolSpec) -> Launch:
         """Makes the files and directories for a start, and returns the command.

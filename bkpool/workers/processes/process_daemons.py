@@ -15,8 +15,8 @@ import structlog
 
 from bkpool.buildkit import connect
 from bkpool.core.cache_owner import history_ends_with_lease
-from bkpool.core.names import Slot
 from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
+from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.home.disk import fault_if_full
@@ -70,6 +70,8 @@ class ProcessDaemons:
         self._starting = asyncio.Semaphore(limits.concurrent_starts)
         self._limits = limits
         self._health = Health(self._ask, self._health_changed, limits.probes)
+        self._wanted: dict[Key, tuple[str, str]] = {}
+        """Each pool's confinement and reach of today (`Launcher`)."""
 
     def ignored_config(self, spec: PoolSpec) -> list[str]:
         """What is not taken from the pool's own buildkitd.toml; see `Daemons`."""
@@ -158,14 +160,13 @@ class ProcessDaemons:
 
     async def follow(self, pool: Pool) -> None:
         """Marks the daemons that were started with a spec that opens or gives something else than this one."""
-        wanted = await self._table.threads.run(FileWork.PREPARE, None, self._launcher.confinement, pool.spec)
-        for entry in self._table:
-            slot = entry.files.slot
-            if (slot.namespace, slot.pool) == pool.key and entry.observation:
-                outdated = not wanted or entry.confinement != wanted
-                if outdated != entry.observation.outdated:
-                    entry.observation = replace(entry.observation, outdated=outdated)
-                    self._table.changed()
+        run = self._table.threads.run
+        confinement = await run(FileWork.PREPARE, None, self._launcher.confinement, pool.spec)
+        reach = await run(FileWork.PREPARE, None, self._launcher.reach, pool.spec)
+        self._wanted[pool.key] = confinement, reach
+        changed = [self._compare(entry) for entry in self._table]
+        if any(changed):
+            self._table.changed()
 
     # --- for the runtime and the caches: one slot, whose lock the caller holds --------------------------------------
 
@@ -234,6 +235,7 @@ class ProcessDaemons:
             process_table.boot_id(),
             isolation=self._launcher.isolation,
             confinement=await run(FileWork.PREPARE, files.slot, self._launcher.confinement, pool.spec),
+            reach=await run(FileWork.PREPARE, files.slot, self._launcher.reach, pool.spec),
         )
         await run(FileWork.RECORD, files.slot, files.write_daemon, intent)
         try:
@@ -292,12 +294,29 @@ class ProcessDaemons:
     def _register(self, slot: ProcessSlot, daemon: Daemon, record: DaemonRecord) -> None:
         owner = slot.cache.owner if slot.cache else None
         slot.daemon = daemon
-        slot.confinement = record.confinement
-        slot.observation = Observation(record.worker_uid, DaemonState.READY, _endpoint(daemon), owner)
         slot.cache_identity = slot_upkeep.identity(slot.files.root)
+        slot.confinement, slot.reach = record.confinement, record.reach
+        slot.observation = Observation(
+            record.worker_uid, DaemonState.READY, _endpoint(daemon), owner, spec_digest=record.confinement
+        )
+        self._compare(slot)
         self._health.began(slot.files.slot)
         self._watch_for_exit(slot, daemon)
         self._table.changed()
+
+    def _compare(self, slot: ProcessSlot) -> bool:
+        """Notes whether the daemon was started with the pool's spec of today. Returns whether that has changed."""
+        wanted = self._wanted.get(Key(slot.files.slot.namespace, slot.files.slot.pool))
+        if slot.observation is None or wanted is None:
+            return False
+        before = slot.observation
+        confinement, reach = wanted
+        slot.observation = replace(
+            before,
+            outdated=not confinement or slot.confinement != confinement,
+            reaches_other=bool(slot.reach) and slot.reach != reach,
+        )
+        return slot.observation != before
 
     def _watch_for_exit(self, slot: ProcessSlot, daemon: Daemon) -> None:
         slot.exit_watch = asyncio.create_task(self._note_exit(slot, daemon), name=f"watch {slot.name}")

@@ -68,6 +68,8 @@ class DaemonRecord:
     """What was done to isolate it. One that was isolated in another way is not taken over."""
     confinement: str = ""
     """Digest of what the pool's spec opened to it and gave it; see `Launcher.confinement`."""
+    reach: str = ""
+    """Digest of what its builds reach and may do; see `Launcher.reach`. Empty: of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)

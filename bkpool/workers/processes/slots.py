@@ -33,6 +33,8 @@ class ProcessSlot:
     """That of the daemon's cache, see `slot_upkeep.identity`."""
     confinement: str = ""
     """That of the daemon, see `DaemonRecord`."""
+    reach: str = ""
+    """The same."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
