@@ -10,6 +10,7 @@ from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.deliveries import Delivery, Receipt
 from bkpool.allocation.leases import LeaseService, OwnLease
 from bkpool.allocation.orders import AllocationRequest, Grant, Offer
+from bkpool.allocation.pool_removal import PoolRemover
 from bkpool.allocation.revocation import LeaseSelector, Revocation, Revoker
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LeaseService",
     "Offer",
     "OwnLease",
+    "PoolRemover",
     "Receipt",
     "Revocation",
     "Revoker",

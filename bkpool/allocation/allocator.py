@@ -17,8 +17,8 @@ from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
 from bkpool.allocation.deliveries import Deliveries
-from bkpool.allocation.known_objects import known_worker, missing_pool
-from bkpool.allocation.leases import LeaseService, find_pool, lease_duration, lease_over
+from bkpool.allocation.known_objects import find_lending_pool, known_worker, no_lease_from
+from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
 from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order
 from bkpool.allocation.presence import Answers, Presence, as_stored
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
@@ -28,6 +28,7 @@ from bkpool.core.caller_share import most_waiting
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key, Slot
 from bkpool.core.queueing import Target
+from bkpool.core.removal import removal_of
 from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
@@ -122,10 +123,10 @@ class Allocator:
             NoCapacity: No worker was ready within `request.wait`, too many requests wait, or a limit of the pool is
                 reached (`LimitReached`).
             Unavailable: The store does not write the lease in time.
-            Gone: The lease was revoked before its worker was ready.
+            Gone: The lease was revoked before its worker was ready, or the pool is being removed.
             WorkerFailed: The worker does not start; the message has the reason.
         """
-        pool = find_pool(self._mirror, request.pool)
+        pool = find_lending_pool(self._mirror, request.pool)
         ttl = lease_duration(pool, request.ttl)
         if request.csr_pem is not None:
             key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
@@ -320,8 +321,8 @@ class Allocator:
         if not queue:
             return
         pool = self._mirror.pools.get(pool_key)
-        if pool is None:
-            queue.refuse_all(missing_pool(self._mirror, pool_key))
+        if pool is None or removal_of(pool) is not None:
+            queue.refuse_all(no_lease_from(self._mirror, pool_key))
             return
         workers, unreadable = self._mirror.workers_of(pool_key), self._mirror.unreadable_slots(pool_key)
         queue.serve(pool, workers, self._caches(), unreadable, self._now())

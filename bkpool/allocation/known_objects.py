@@ -5,8 +5,10 @@ It looks at the copy in memory only, and decides nothing.
 
 from __future__ import annotations
 
-from bkpool.core.errors import NotFound
+from bkpool.core.errors import Gone, NotFound
 from bkpool.core.names import Key
+from bkpool.core.pool import Pool
+from bkpool.core.removal import refusal, removal_of
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import Worker
 from bkpool.store.mirror import Mirror
@@ -23,6 +25,20 @@ def unusable_workers(mirror: Mirror, pool: Key) -> str:
     """The end of a sentence about a pool without a free worker: which cannot be used; empty if all can be."""
     found = mirror.unreadable_of(pool)
     return f", and {len(found)} of them cannot be used: {found[0].message}" if found else ""
+
+
+def find_lending_pool(mirror: Mirror, key: Key) -> Pool:
+    """The pool of that name, which may give a new lease. Raises the error of `no_lease_from` if there is none."""
+    pool = mirror.pools.get(key)
+    if pool is None or removal_of(pool) is not None:
+        raise no_lease_from(mirror, key)
+    return pool
+
+
+def no_lease_from(mirror: Mirror, key: Key) -> NotFound | UnreadableObject | Gone:
+    """The error for requests that wait for a pool that gives no lease any more: it is not there, or being removed."""
+    pool = mirror.pools.get(key)
+    return missing_pool(mirror, key) if pool is None else refusal(pool)
 
 
 def missing_pool(mirror: Mirror, key: Key) -> NotFound | UnreadableObject:

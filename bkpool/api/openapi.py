@@ -25,7 +25,7 @@ _STATUS_DESCRIPTIONS = {
     HTTPStatus.UNAUTHORIZED: "There is not exactly one bearer token, or it is not accepted; the error says why",
     HTTPStatus.FORBIDDEN: "The caller may not use this pool, or the pool does not exist; the error says why",
     HTTPStatus.NOT_FOUND: "There is no such pool or lease, or the lease is not the caller's",
-    HTTPStatus.CONFLICT: "Others change the same lease all the time; try again",
+    HTTPStatus.CONFLICT: "Others change the same object all the time, or it is not this appliance's to delete",
     HTTPStatus.GONE: "The lease has ended; the error says how",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "The body is too large",
     HTTPStatus.TOO_MANY_REQUESTS: "A limit of the pool is reached (spec.auth.limits); the error names it",

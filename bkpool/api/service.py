@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from bkpool.allocation import Allocator, LeaseService, OwnLease, Revoker
+from bkpool.allocation import Allocator, LeaseService, OwnLease, PoolRemover, Revoker
 from bkpool.allocation.leases import find_pool
 from bkpool.api import models
 from bkpool.api.answering import json_answer, send_now
@@ -19,11 +19,14 @@ from bkpool.api.audit import AuditTrail
 from bkpool.api.bodies import read_body
 from bkpool.api.limits import ApiLimits
 from bkpool.api.openapi import ApiRoute, Bearer
+from bkpool.api.removal_models import DeletePoolAnswer, DeletePoolBody
 from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import DiskFull, Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import worker_counts
+from bkpool.core.removal import REASON as REMOVED
+from bkpool.core.removal import removal_of
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
 from bkpool.identity.access import AccessControl, bearer_token, forbidden, not_renewable, refusal
@@ -43,6 +46,7 @@ class Service:
     allocator: Allocator
     leases: LeaseService
     revoker: Revoker
+    remover: PoolRemover
     mirror: Mirror
     access: AccessControl
     gateway_endpoint: Callable[[Pool], str]
@@ -98,6 +102,11 @@ class Service:
             ApiRoute(
                 "GET", f"{v1}/pools/{{name}}", self.pool, None, models.PoolAnswer, action="pool", errors=(400, 404)
             ),
+            ApiRoute(
+                *("POST", f"{v1}/pools/delete", self.delete_pool, DeletePoolBody, DeletePoolAnswer),
+                action="pool-delete",
+                errors=(404, 409),
+            ),
             ApiRoute("GET", f"{v1}/issuers", self.issuers, None, models.IssuersAnswer, action="issuers"),
             ApiRoute("GET", f"{v1}/audience", self.own_audience, None, models.AudienceAnswer, nothing),
             *(ApiRoute("GET", f"{at}/health", self.health, None, status, nothing) for at in ("", v1)),
@@ -128,7 +137,9 @@ class Service:
         async def may_renew(worker: Worker, pool: Pool) -> None:
             _add_lease(trail, worker)
             trail.add_facts(identity=worker.held_lease.requested_by)
-            if isinstance(lease, OwnLease):
+            if removal_of(pool) is not None:
+                decision = AccessDecision(allowed=False, reason=REMOVED)
+            elif isinstance(lease, OwnLease):
                 decision = self.access.decide(lease.identities, pool)
             else:
                 decision = await self.access.still_allowed(worker.held_lease, pool)
@@ -209,6 +220,21 @@ class Service:
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         members = tuple(models.WorkerView.of(one, whole=_is_theirs(caller, one)) for one in workers)
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
+
+    async def delete_pool(self, request: web.Request, trail: AuditTrail) -> DeletePoolAnswer:
+        """Delete a pool: it gives no more leases, and is gone when nothing of it is left."""
+        caller = await self._caller(request, trail)
+        admin = next((one for one in caller.identities if one.admin), None)
+        if admin is None:
+            name = caller.identities[0].name
+            raise Forbidden(f"{name} may not delete pools", hint="Use the admin's token.")
+        body = await read_body(request, DeletePoolBody)
+        pool = Key(body.namespace, body.pool_name)
+        trail.add_facts(pool=str(pool), **({"now": "true"} if body.now else {}))
+        trail.add_identity(admin)
+        trail.set_decision(allowed=True, reason="the admin may")
+        removal = await self.remover.remove(pool, caller.identities, at_once=body.now)
+        return DeletePoolAnswer(status="removing", leases=removal.leases, message=removal.what_happens)
 
     async def issuers(self, request: web.Request, trail: AuditTrail) -> models.IssuersAnswer:
         """List the BuildKitOIDCConfigs, and whether each works."""

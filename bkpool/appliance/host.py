@@ -110,7 +110,11 @@ class HostAppliance:
         for work in backend.background:
             await context.run_in_background(stack, work)
         files_given = bool(self._options.pool_files)
-        await seed_objects(backend.store, self._documents, only_source=backend.only_files and files_given)
+        only_source = backend.only_files and files_given
+        removed = await seed_objects(backend.store, self._documents, only_source=only_source, now=context.now())
+        for pool in removed:
+            what = f"no file names pool {pool} any more, so it is being removed"
+            report({"progress": f"note: {what}; `bkpool status` says when its caches are deleted"})
         await withdraw_old_registrations(backend.store, backend.gateway)
         mirror = Mirror(backend.store, configs=True)
         await follow(stack, context, backend.store, mirror)

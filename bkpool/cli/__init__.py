@@ -24,6 +24,7 @@ COMMANDS = {
     "renew": "Extend a lease.",
     "release": "End a lease and give its worker back.",
     "revoke": "End leases and cut their builds.",
+    "pool": "Delete a pool.",
     "config": "Show the settings of `up` and where each comes from.",
     "logs": "Show the log of the appliance or of a worker.",
     "kubeconfig": "Show how kubectl reaches the cluster of this home.",

@@ -109,6 +109,12 @@ class Client:
         """Ends the leases that the body of the call selects, and cuts their connections and builds."""
         return self._call("POST", "/api/v1/workers/revoke", selection, self._credential)
 
+    def delete_pool(self, name: str, namespace: str, *, now: bool) -> dict[str, Any]:
+        """Begins to delete a pool. With `now`, its builds are cut and its caches are not kept."""
+        body = {"poolName": name, "namespace": namespace, "now": now}
+        options = {**api_errors.OPTIONS, "poolName": "NAME"}
+        return self._call("POST", "/api/v1/pools/delete", body, self._credential, options=options)
+
     def check(self, token: str, pool: str, namespace: str) -> dict[str, Any]:
         """Whether the bearer of a token may use a pool, and why. The admin of this machine gets more details."""
         body = {"token": token, "poolName": pool, "namespace": namespace}

@@ -18,6 +18,7 @@ from bkpool.core.names import Key
 from bkpool.core.observation import Snapshot
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
+from bkpool.core.removal import is_gone, removal_of
 from bkpool.core.unreadable import CONDITION, noted_by
 from bkpool.store import Store
 from bkpool.store.events import Recorder
@@ -79,8 +80,11 @@ class PoolWork:
         pool = snapshot.pool
         if pool.key in self.tasks:
             return
+        if removal_of(pool) is not None and is_gone(snapshot):
+            self.run(pool.key, self._delete(pool))
+            return
         inputs = replace(self._status_inputs(pool), unreadable=self._mirror.unreadable_of(pool.key))
-        status = pool_status(pool, snapshot.workers, inputs, now, snapshot.registered_until)
+        status = pool_status(pool, snapshot.workers, inputs, now, snapshot.registered_until, caches=snapshot.caches)
         if status != pool.status:
             self.run(pool.key, self._write_status(pool.but(status=status)))
         elif self._applied.get(pool.key) != (pool.spec_version, pool.metadata.annotations):
@@ -93,6 +97,18 @@ class PoolWork:
             self._applied[pool.key] = (pool.spec_version, pool.metadata.annotations)
         except BkpoolError as error:
             log.warning("pool.spec_not_applied", pool=str(pool.key), error=error.message)
+            await asyncio.sleep(PAUSE)
+
+    async def _delete(self, pool: Pool) -> None:
+        """Deletes a removed pool of which nothing is left, unless it has changed: it may be named again."""
+        try:
+            await self._store.delete(Pool, *pool.key, uid=pool.uid, resource_version=pool.metadata.resource_version)
+            log.info("pool.removed", pool=str(pool.key))
+        except (Conflict, NotFound):
+            with suppress(BkpoolError):
+                self._mirror.apply(await self._store.get(Pool, *pool.key))
+        except BkpoolError as error:
+            log.warning("pool.not_removed", pool=str(pool.key), error=error.message)
             await asyncio.sleep(PAUSE)
 
     async def _write_status(self, pool: Pool) -> None:

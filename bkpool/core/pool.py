@@ -10,7 +10,7 @@ from enum import StrEnum
 from ipaddress import ip_network
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.auth import Auth
 from bkpool.core.names import LONGEST_NAME, longest_pool_name
@@ -255,6 +255,15 @@ class PoolSpec(Model):
         return self.networking.egress.policy or (Egress.PUBLIC if self.untrusted else Egress.OPEN)
 
 
+class CachesBeyondMax(Model):
+    """Caches of slots beyond `scaling.max`, which nobody can get at present."""
+
+    since: AwareDatetime
+    """When the controller first saw them there without a lease."""
+    slots: tuple[StrictInt, ...]
+    """The numbers of the slots."""
+
+
 class PoolStatus(Model):
     """The observed state of a pool."""
 
@@ -267,6 +276,9 @@ class PoolStatus(Model):
     connections: StrictInt = 0
     """Open connections, as the gateways last reported them."""
     endpoint: StrictStr | None = None
+    last_lease_at: AwareDatetime | None = None
+    """When a lease of the pool last left its worker; None: it never had one, or that was in an earlier version."""
+    caches_beyond_max: tuple[CachesBeyondMax, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
 

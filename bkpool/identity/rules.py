@@ -1,5 +1,6 @@
 """Decides which pools an authenticated caller may use. Pure: no I/O and no clock.
 
+Only the admin may use a pool that is being removed: they see what is left of it, but get no lease of it either.
 If a pool has rules, they alone decide. Otherwise access is granted by the pool's own authentication method, by the
 configuration of an issuer, or by the pools that the token names. Otherwise only the admin may use the pool, unless no
 access is configured at all.
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.removal import REASON as REMOVED
+from bkpool.core.removal import removal_of
 from bkpool.core.wildcards import any_matches
 from bkpool.identity import Identity
 
@@ -56,6 +59,8 @@ def _decide_one(identity: Identity, pool: Pool, *, open_to_all: bool) -> tuple[b
     rbac, key = pool.spec.auth.rbac, pool.key
     if identity.admin:
         return True, "the admin may use every pool"
+    if removal_of(pool) is not None:
+        return False, REMOVED
     if not identity.scope.covers(key):
         return False, f"{identity.source} is not valid for this pool"
     if not rbac.enabled:

@@ -12,7 +12,7 @@ from aiohttp import ClientSession
 from aiohttp.web import BaseRunner
 from multidict import CIMultiDictProxy
 
-from bkpool.allocation import Revoker
+from bkpool.allocation import PoolRemover, Revoker
 from bkpool.api import ApiLimits, ApiMetrics, HttpLimits, Service, listen, make_app, open_runner
 from bkpool.core.errors import DiskFull
 from bkpool.core.names import Key
@@ -130,6 +130,9 @@ async def running_api(
             allocator=replica.allocator,
             leases=replica.leases,
             revoker=revoker,
+            remover=PoolRemover(
+                store=world.store, mirror=replica.mirror, revoker=revoker, now=world.clock, only_files=only_files
+            ),
             mirror=replica.mirror,
             access=AccessControl(
                 ((AdminTokenAuthenticator(ADMIN),), signed, static),

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from bkpool.allocation import Allocator, Revoker
+from bkpool.allocation import Allocator, PoolRemover, Revoker
 from bkpool.api import ApiMetrics, Service, make_app
 from bkpool.api.service import always_ready
 from bkpool.appliance.access_control import make_access_control
@@ -81,10 +81,14 @@ async def open_api(
     allocator, leases = backend.lease_service(mirror, context.now, max_waiters, on_waiting, replica_name())
     stack.push_async_callback(allocator.close)
     access = _access_control(context, state, admin, extra_configs)
+    revoker = Revoker(store=backend.store, mirror=mirror, leases=leases)
     service = Service(
         allocator=allocator,
         leases=leases,
-        revoker=Revoker(store=backend.store, mirror=mirror, leases=leases),
+        revoker=revoker,
+        remover=PoolRemover(
+            store=backend.store, mirror=mirror, revoker=revoker, now=context.now, only_files=backend.only_files
+        ),
         mirror=mirror,
         access=access,
         gateway_endpoint=sources.gateway_endpoint,

@@ -13,7 +13,7 @@ from typing import Any
 from bkpool.core.durations import render
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot, ready_observation
-from bkpool.core.pool import Pool, Reuse
+from bkpool.core.pool import Pool
 from bkpool.core.reconcile import lease_end, scaling
 from bkpool.core.reconcile.actions import (
     Action,
@@ -32,6 +32,7 @@ from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed
 from bkpool.core.reconcile.health import health_step
 from bkpool.core.reconcile.replacing import to_replace
 from bkpool.core.reconcile.undelivered import LONGEST_STEP
+from bkpool.core.reconcile.unneeded_caches import caches_to_wipe
 from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease, Phase, Worker
 
 TOKEN_TIMEOUT = timedelta(minutes=1)
@@ -45,8 +46,9 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
     """What to do now for one pool. The limits apply to workers that fail."""
     actions: list[Action] = []
     surplus, deadlines = scaling.surplus(snapshot, now)
-    wiped = _caches_to_wipe(snapshot)
     too_many = {worker.slot for worker in surplus}
+    wiped, more_to_wipe_at = caches_to_wipe(snapshot, now)
+    deadlines += [more_to_wipe_at] if more_to_wipe_at else []
     actions += [WipeCache(slot) for slot in wiped]
     replaced = to_replace(snapshot, [w for w in snapshot.workers if w.lease is None and w.slot not in too_many])
     for worker in snapshot.workers:
@@ -105,17 +107,6 @@ def wind_up_leases(snapshot: Snapshot, now: datetime, limits: FailureLimits = DE
         else:
             actions.append(step)
     return Plan(tuple(actions), min(deadlines, default=None))
-
-
-def _caches_to_wipe(snapshot: Snapshot) -> list[Slot]:
-    """With reuse `never`: the slots without a lease whose cache was used. They are wiped before anything else."""
-    if snapshot.pool.spec.reuse is not Reuse.NEVER:
-        return []
-    seen = {slot: snapshot.observed[slot].cache_owner for slot in snapshot.observed}
-    used = {slot for slot, owner in {**snapshot.caches, **seen}.items() if owner is not None}
-    leased = {worker.slot for worker in snapshot.workers if worker.lease is not None}
-    of_pool = {slot for slot in used if (slot.namespace, slot.pool) == snapshot.pool.key}
-    return sorted(of_pool - leased - snapshot.busy)
 
 
 def stray_slots(

@@ -5,15 +5,19 @@ It composes the status; the controller writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Literal
 
 from bkpool.core.auth import MethodType
+from bkpool.core.names import Slot
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.reconcile.unneeded_caches import caches_beyond_max
 from bkpool.core.registrations import NONE_SEEN, Expiries, live_registrations
+from bkpool.core.removal import last_lease_at, removal_of, what_happens
 from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.core.unreadable import CONDITION, Unreadable, named
 from bkpool.core.worker import Phase, Worker
@@ -39,6 +43,8 @@ class PoolStatusInputs:
     """Its workers that cannot be read."""
 
 
+NO_CACHES: Mapping[Slot, str | None] = MappingProxyType({})
+
 _DOWN = "its buildkitd does not run"
 
 
@@ -48,6 +54,8 @@ def pool_status(
     inputs: PoolStatusInputs,
     now: datetime,
     registered_until: Expiries = NONE_SEEN,
+    *,
+    caches: Mapping[Slot, str | None] = NO_CACHES,
 ) -> PoolStatus:
     """The status to write. It equals the stored one where nothing has changed.
 
@@ -57,15 +65,20 @@ def pool_status(
         inputs: What else it shows.
         now: The time.
         registered_until: When the registrations of gateways expire.
+        caches: The caches of the pool's slots, with their owners.
     """
     workers = tuple(workers)
+    removal = removal_of(pool)
     failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
     refused = inputs.host_not_allowed or inputs.not_allowed or ""
     problem = inputs.gateway_problem or refused or named(inputs.unreadable)
     if failed:
         problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}"
+    phase = "Removing" if removal else "Degraded" if problem else "Ready"
     return pool.status.but(
-        phase="Degraded" if problem else "Ready",
+        phase=phase,
+        last_lease_at=last_lease_at(pool, workers, now),
+        caches_beyond_max=() if removal else caches_beyond_max(pool, workers, caches, now),
         observed_generation=pool.metadata.generation,
         endpoint=inputs.endpoint,
         conditions=tuple(_conditions(pool, workers, inputs, problem, now)),
@@ -96,6 +109,9 @@ def _conditions(
     for kind, message in (("HostNotAllowed", inputs.host_not_allowed), ("NotAllowed", inputs.not_allowed)):
         if message is not None:
             yield _condition(pool, now, kind, good="False", reason="NotAllowed", message=message)
+    if removal := removal_of(pool):
+        what = what_happens(pool, removal, workers, now)
+        yield _condition(pool, now, "Removing", good="False", reason="NotNamed", message=what)
 
 
 def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:

@@ -11,24 +11,32 @@ from datetime import datetime
 from bkpool.core.names import Slot
 from bkpool.core.observation import Snapshot
 from bkpool.core.placement import free_slot, last_used
+from bkpool.core.pool import Pool
+from bkpool.core.removal import removal_of
 from bkpool.core.worker import Worker
 
 
 def surplus(snapshot: Snapshot, now: datetime) -> tuple[list[Worker], list[datetime]]:
     """The workers to remove now, and the times at which further ones are to be removed.
 
-    Without a lease, a worker is removed at once if it or its pool is being deleted, or if its slot is beyond
-    `scaling.max`. Beyond `scaling.min`, the least recently used ones are removed after `scaling.scaleDownDelay`.
+    Without a lease, a worker is removed at once if it or its pool is being deleted or removed, or if its slot is
+    beyond `scaling.max`. Beyond `scaling.min`, the least recently used ones are removed after
+    `scaling.scaleDownDelay`.
     """
     scaling = snapshot.pool.spec.scaling
     idle = sorted((w for w in snapshot.workers if w.lease is None), key=last_used)
-    pool_ends = snapshot.pool.metadata.deletion_timestamp
-    removed = [w for w in idle if pool_ends or w.metadata.deletion_timestamp or w.slot.number >= scaling.max]
-    kept = [w for w in idle if w not in removed]
+    pool_ends = _ends(snapshot.pool)
+    gone = {w.slot for w in idle if pool_ends or w.metadata.deletion_timestamp or w.slot.number >= scaling.max}
+    removed = [w for w in idle if w.slot in gone]
+    kept = [w for w in idle if w.slot not in gone]
     spare = kept[: max(0, len(kept) - scaling.min)]
     due = {w.key: _idle_since(w, now) + scaling.scale_down_delay for w in spare}
     removed += [w for w in spare if due[w.key] <= now]
     return removed, [at for at in due.values() if at > now]
+
+
+def _ends(pool: Pool) -> bool:
+    return pool.metadata.deletion_timestamp is not None or removal_of(pool) is not None
 
 
 def _idle_since(worker: Worker, now: datetime) -> datetime:
@@ -42,7 +50,7 @@ def missing(snapshot: Snapshot, wiped: Sequence[Slot]) -> Iterator[Slot]:
         snapshot: The pool.
         wiped: Slots whose cache is about to be wiped: not to be used yet.
     """
-    if snapshot.pool.metadata.deletion_timestamp:
+    if _ends(snapshot.pool):
         return
     idle = sum(w.lease is None for w in snapshot.workers)
     being_created = len(snapshot.busy - {w.slot for w in snapshot.workers})
