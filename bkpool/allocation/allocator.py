@@ -36,6 +36,8 @@ from bkpool.pki.rotation import Rotation
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
+_NOW = 5.0
+"""Seconds that a request without a wait has for what a ready worker still takes: the writes of the claim."""
 _SLOW_STORE = 0.1
 """Seconds after which a claim that the store has not answered is the reason why a request got no worker."""
 
@@ -146,7 +148,8 @@ class Allocator:
         """A worker with a lease for this request, which is ready. `_deliveries` counts the request."""
         worker: Worker | None = None
         try:
-            async with asyncio.timeout(order.request.wait.total_seconds()):
+            seconds = _NOW if order.request.only_ready else order.request.wait.total_seconds()
+            async with asyncio.timeout(seconds):
                 while True:
                     worker = await self._find_or_make_lease(order)
                     ready = await self._until_ready(worker)
@@ -209,7 +212,10 @@ class Allocator:
                 keep_history=pool.spec.cache.keep_history,
             )
             waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
+            waiter.only_ready = order.request.only_ready
             target = await self._wait_for_turn(queue, pool.key, waiter, first=lost_claim)
+            if target is None:
+                raise self._none_free(order)
             if isinstance(target, Worker) and target.lease is not None:
                 if await self._join(target):
                     return target  # the same job's lease, made while this one waited
@@ -232,10 +238,14 @@ class Allocator:
             finally:
                 queue.claim_ended(target)
 
-    async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target:
+    async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target | None:
+        """What the request gets; None if it takes only a worker that is ready now and there is none."""
         queue.join(waiter, first=first)
         self._serve(pool)
         if not waiter.served.done():
+            if waiter.only_ready:
+                queue.leave(waiter)
+                return None
             self._on_waiting()
         try:
             return await waiter.served

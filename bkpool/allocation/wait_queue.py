@@ -31,6 +31,7 @@ class Waiter:
     tenant: str
     holder: str
     admin: bool
+    only_ready: bool = False
     served: asyncio.Future[Target] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Gets the worker or slot that the request was given."""
 

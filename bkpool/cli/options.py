@@ -70,7 +70,10 @@ def duration(_ctx: click.Context, param: click.Parameter, value: str | None) -> 
 def wait(command: F) -> F:
     """The option --wait. Without it the appliance decides."""
     default = durations.render(DEFAULT_WAIT)
-    shown = f"How long to wait for a free worker.  [default: {default}, or less if the appliance allows less]"
+    shown = (
+        "How long to wait for a free worker; 0s takes only one that is ready now.  "
+        f"[default: {default}, or less if the appliance allows less]"
+    )
     return click.option("--wait", default=None, callback=duration, help=shown)(command)
 
 

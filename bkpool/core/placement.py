@@ -22,6 +22,8 @@ def choose(
     caches: Mapping[Slot, str | None],
     owner: str,
     taken: Collection[Slot] = (),
+    *,
+    only_ready: bool = False,
 ) -> Worker | Slot | None:
     """Chooses a worker, or a slot to create one in, for one request.
 
@@ -36,6 +38,7 @@ def choose(
         caches: The caches of all slots, with their owners.
         owner: The digest of the owner of the cache that the lease will use.
         taken: Slots that other requests are claiming now.
+        only_ready: Chooses only a worker that serves at once: no start and no wipe comes before.
 
     Returns:
         The worker to claim, the slot to create one in, or None: the request must wait.
@@ -48,6 +51,8 @@ def choose(
     starting = [w for w in free if w.status.phase in {Phase.PENDING, Phase.PROVISIONING}]
     if with_own_cache:
         return with_own_cache[-1]
+    if only_ready:
+        return next(iter(unused), None)
     if unused or starting:
         return (unused or starting)[0]
     slot = free_slot(pool, workers, caches, owner, taken)

@@ -43,6 +43,10 @@ class QueuedRequest(Protocol):
         """Whether the caller is the admin, who may have every lease."""
 
     @property
+    def only_ready(self) -> bool:
+        """Whether only a worker that serves at once will do."""
+
+    @property
     def request_key(self) -> str | None:
         """Digest of the caller and their jobId. A live lease with the same key is this request's as well."""
 
@@ -77,7 +81,8 @@ def assign(
     2. Of all others each tenant in turn gets one worker, so that no tenant waits for more than one request of each
        other tenant. The requests of one tenant are served first come, first served, except that a caller with as many
        leases as they may have waits until one of these ends. Which worker or slot a request gets is the choice of
-       `placement.choose`. The first request for which there is nothing stops the rest.
+       `placement.choose`. The first request for which there is nothing stops the rest, but for one that takes only a
+       worker which serves at once: it is passed over.
 
     Args:
         waiters: The requests, in the order of their arrival.
@@ -99,9 +104,7 @@ def assign(
     for waiter in waiters:
         if waiter.request_key not in leased:
             queues.setdefault(waiter.tenant, deque()).append(waiter)
-    holding = Counter({w.slot: w.held_lease.holder for w in live}.values())
-    in_store = {w.slot for w in live}
-    holding.update(holder for slot, holder in claiming.items() if slot not in in_store)
+    holding = _holding(live, claiming)
     served: list[Assignment[W]] = []
     taken = {*claiming, *unreadable}
     ring = deque(queues.values())
@@ -110,15 +113,22 @@ def assign(
         first = _next_of_tenant(queue, pool, holding)
         if first is None:
             continue  # nobody of this tenant waits, or only callers who have as many leases as they may have
-        target = choose(pool, workers, caches, first.owner, taken)
-        if target is None:
+        target = choose(pool, workers, caches, first.owner, taken, only_ready=first.only_ready)
+        if target is None and not first.only_ready:
             break
-        served.append(Assignment(first, target))
-        taken.add(slot_of_target(target))
-        holding[first.holder] += 1
         queue.remove(first)
         ring.append(queue)
+        if target is not None:
+            served.append(Assignment(first, target))
+            taken.add(slot_of_target(target))
+            holding[first.holder] += 1
     return repeated + served
+
+
+def _holding(live: Iterable[Worker], claiming: Mapping[Slot, str]) -> Counter[str]:
+    """How many leases each caller has, with those that are being claimed."""
+    in_store = {worker.slot: worker.held_lease.holder for worker in live}
+    return Counter({**claiming, **in_store}.values())
 
 
 def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Mapping[str, int]) -> W | None:

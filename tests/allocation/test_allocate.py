@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 from cryptography import x509
 
+from bkpool.allocation import allocator
 from bkpool.core import tokens
 from bkpool.core.errors import InvalidInput, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.pool import Pool
@@ -13,9 +14,10 @@ from bkpool.core.worker import Phase
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
 from bkpool.pki.rotation import Former, Rotation
-from support.world import ANN, BOB, POOL
+from support.world import ANN, BOB, POOL, WAIT, skip_real_time
 
 CARL, ADMIN = Identity("carl"), Identity("admin", admin=True)
+HOUR = 3600.0
 NO_LIMITS = {"limits": {"identity": {"leases": 1000, "waiters": 1000}}}
 """A pool of which one caller may have everything."""
 
@@ -296,30 +298,80 @@ async def test_a_store_that_does_not_write_in_time_is_named_as_the_reason(world,
     if write == "replace":
         await api.leases.release((await api.allocate()).token)
         await world.until(lambda: not world.held())
-    may_go_on, original = asyncio.Event(), getattr(world.store, write)
+    writing, may_go_on, original = asyncio.Event(), asyncio.Event(), getattr(world.store, write)
 
     async def slow(worker):
+        writing.set()
         await may_go_on.wait()
         return await original(worker)
 
     monkeypatch.setattr(world.store, write, slow)
+    waiting = asyncio.create_task(api.allocate())
+    await writing.wait()
+    skip_real_time()
     with pytest.raises(
         Unavailable, match="pool 'p' has a free worker, but the store did not write the lease"
     ) as caught:
-        await api.allocate(wait=0.15)
+        await waiting
     assert "locked" in caught.value.hint
-    with pytest.raises(NoCapacity, match="became free within 0s"):
-        await api.allocate(wait=0)
+    monkeypatch.setattr(allocator, "_SLOW_STORE", HOUR)  # the next one ends long before that
+    with pytest.raises(NoCapacity, match="became free within 1ms"):
+        await api.allocate(wait=0.001)
     may_go_on.set()
     await api.allocator.close()
     await world.until(lambda: not world.held())
 
 
-async def test_a_worker_that_is_not_ready_in_time_is_released(world):
+async def test_without_a_wait_a_caller_gets_a_worker_that_is_ready_or_at_once_an_error(world, monkeypatch):
+    """Also if its claim takes some time. One that would have to be started or emptied is not ready."""
+    monkeypatch.setattr(allocator, "_NOW", HOUR)  # nothing below waits for the end of it
+    await world.pool(scaling={"min": 2, "max": 3}, auth=NO_LIMITS)
+    api = world.replicas[0]
+    await world.until(lambda: [w.status.phase for w in api.mirror.workers.values()] == [Phase.IDLE] * 2)
+    world.runtime.may_start.clear()
+    grants = [await api.allocate(wait=0), await api.allocate(wait=0)]
+    assert {slot_name(grant) for grant in grants} == {"p-worker-0", "p-worker-1"}
+    async with asyncio.timeout(WAIT):
+        with pytest.raises(NoCapacity, match="no worker of pool 'p' is ready now"):
+            await api.allocate(wait=0)
+    await api.leases.release(grants[0].token)
+    await world.until(lambda: len(world.held()) == 1)
+    with pytest.raises(NoCapacity, match="no worker of pool 'p' is ready now"):
+        await api.allocate(BOB, wait=0)  # the idle worker has the cache of ann
+    assert slot_name(await api.allocate(ANN, wait=0)) == slot_name(grants[0])
+    assert api.allocator.waiting(POOL) == 0
+    world.runtime.may_start.set()
+
+
+async def test_without_a_wait_nobody_overtakes_those_who_wait(world):
+    await world.pool(scaling={"max": 1})
+    api = world.replicas[0]
+    grant = await api.allocate(ANN)
+    waiting = asyncio.create_task(api.allocate(ANN, wait=60))
+    await world.until(lambda: api.allocator.waiting(POOL) == 1)
+    with pytest.raises(NoCapacity, match="is ready now"):
+        await api.allocate(ANN, wait=0)
+    await api.leases.release(grant.token)
+    await waiting
+
+
+async def test_a_worker_that_is_not_ready_in_time_is_released(world, monkeypatch):
     await world.pool()
     world.runtime.may_start.clear()
-    with pytest.raises(NoCapacity, match="p-worker-0 of pool 'p' was not ready within 500ms"):
-        await world.replicas[0].allocate(wait=0.5)
+    api, waits = world.replicas[0], asyncio.Event()
+    until_ready = api.allocator._until_ready
+
+    async def noted(worker):
+        waits.set()
+        return await until_ready(worker)
+
+    monkeypatch.setattr(api.allocator, "_until_ready", noted)
+    waiting = asyncio.create_task(api.allocate())
+    await waits.wait()
+    skip_real_time()
+    with pytest.raises(NoCapacity, match="p-worker-0 of pool 'p' was not ready within 1m") as caught:
+        await waiting
+    assert caught.value.hint.startswith("Wait longer. `bkpool logs p-worker-0` shows")
     world.runtime.may_start.set()
     await world.until(lambda: not world.held())
 
@@ -331,7 +383,7 @@ async def test_a_caller_reads_why_their_worker_did_not_start_with_the_end_of_its
     asking = asyncio.create_task(world.replicas[0].allocate())
 
     def push():
-        world.clock.advance(minutes=1)
+        world.clock.advance(seconds=2)
         return asking.done()
 
     await world.until(push)
@@ -403,7 +455,7 @@ async def test_a_missing_pool_and_a_pool_that_is_deleted_while_a_request_waits(w
     waiting = asyncio.create_task(api.allocate())
     await world.until(lambda: api.allocator.waiting(POOL) == 1)
     await world.store.delete(Pool, *POOL)
-    with pytest.raises(NotFound, match="was deleted"):
+    with pytest.raises(NotFound, match="there is no pool"):
         await waiting
     await world.until(lambda: not world.runtime.daemons)
 

@@ -51,6 +51,7 @@ class Request:
     owner: str
     request_key: str | None = None
     admin: bool = True
+    only_ready: bool = False
 
     @property
     def holder(self) -> str:

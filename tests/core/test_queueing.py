@@ -25,6 +25,7 @@ class Request:
     tenant: str = "tenant"
     holder: str = "caller"
     admin: bool = True
+    only_ready: bool = False
 
 
 def leased(number, key=None, **changes):
