@@ -183,7 +183,9 @@ class WorkerView(Body):
     lease_id: str | None = None
     job_id: str | None = None
     requested_by: str | None = None
+    allocated_at: AwareDatetime | None = None
     expires_at: AwareDatetime | None = None
+    connections: int | None = None
     message: str | None = None
     failures: int | None = None
     allocation_count: int | None = None
@@ -191,12 +193,13 @@ class WorkerView(Body):
     last_activity_at: AwareDatetime | None = None
 
     @classmethod
-    def of(cls, worker: Worker, *, whole: bool) -> WorkerView:
+    def of(cls, worker: Worker, *, whole: bool, connections: int = 0) -> WorkerView:
         """The view of a worker.
 
         Args:
             worker: The worker.
             whole: Whether the caller may see more than name and phase.
+            connections: The worker's open connections.
         """
         name, phase = worker.key.name, worker.status.phase.value
         if not whole:
@@ -208,7 +211,9 @@ class WorkerView(Body):
             lease_id=lease.id if lease else None,
             job_id=(lease.job_id or None) if lease else None,
             requested_by=lease.requested_by if lease else None,
+            allocated_at=lease.allocated_at if lease else None,
             expires_at=lease.expires_at if lease else None,
+            connections=connections,
             message=worker.status.message_with_log,
             failures=worker.status.failures,
             allocation_count=worker.status.allocation_count,

@@ -5,7 +5,7 @@ A response never reveals pools that the caller may not use, or leases of others.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,8 @@ class Service:
     """The number of open connections of a pool."""
     unavailable_reason: Callable[[], str | None]
     """Why nothing can be leased at the moment; None if leases are possible."""
+    worker_connections: Callable[[Pool], Mapping[str, int]] | None = None
+    """The number of open connections of each worker of a pool; None: what its gateways registered."""
     not_ready_reason: Callable[[], Awaitable[str | None]] = always_ready
     """Returns why this replica should get no new requests although it still answers them; None if it should."""
     full_disk: Callable[[], DiskFull | None] = lambda: None
@@ -218,7 +220,15 @@ class Service:
         caller = await self._caller(request, trail, wanted)
         pool, _ = self._admit(caller, wanted, trail)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
-        members = tuple(models.WorkerView.of(one, whole=_is_theirs(caller, one)) for one in workers)
+        open_now = self.worker_connections(pool) if self.worker_connections else None
+        members = tuple(
+            models.WorkerView.of(
+                one,
+                whole=_is_theirs(caller, one),
+                connections=one.registered_connections if open_now is None else open_now.get(one.key.name, 0),
+            )
+            for one in workers
+        )
         return models.PoolAnswer.of(pool, members=members, **self._live(pool))
 
     async def delete_pool(self, request: web.Request, trail: AuditTrail) -> DeletePoolAnswer:

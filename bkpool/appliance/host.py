@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AsyncExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from bkpool.appliance.seed import seed_objects, withdraw_old_registrations
 from bkpool.appliance.shutdown import Shutdown, run_until_stopped
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.documents import Documents
+from bkpool.core.errors import HostFault
 from bkpool.gateway.control.server import default_threads
 from bkpool.home import local_socket
 from bkpool.home.files import private_directory, write_private
@@ -81,6 +83,7 @@ class HostAppliance:
         sources = ApiSources(
             gateway_endpoint=lambda _pool: endpoint,
             connections=lambda pool: gateway.metrics.active(pool.key),
+            worker_connections=lambda pool: gateway.metrics.active_by_worker(pool.key),
             unavailable_reason=lambda: "the appliance is stopping" if shutdown.requested.is_set() else mirror.trouble,
             not_ready_reason=context.checks.trouble,
         )
@@ -93,11 +96,11 @@ class HostAppliance:
         metrics = await serve(stack, metrics_app(context.registry), self._settings.metrics.address, where)
         # These two are entered last, so they come first when it stops: waiting callers are refused, then open builds
         # finish while the API still answers and the controller still works.
-        stack.push_async_callback(self._drain, context, gateway, mirror)
-        stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
         description = self._describe(context, api, local.path, endpoint, metrics)
         if fault := backend.missing_network:
             description["missingNetwork"] = {"message": fault.message, "hint": fault.hint}
+        stack.push_async_callback(self._drain, context, gateway, mirror, description)
+        stack.callback(api.refuse_waiting, "the appliance is stopping", hint="Try again once it is up.")
         write_private(home / "appliance.json", json.dumps(description).encode())
         log.info("appliance.ready", **description)
         report(description)
@@ -166,15 +169,28 @@ class HostAppliance:
         await serve(stack, app, self._settings.dev_issuer.address, options.where("dev_issuer.address"))
         return (dev_config(options.dev_issuer_url, self._settings.kubernetes.namespace),)
 
-    async def _drain(self, context: RoleContext, gateway: GatewayRole, mirror: Mirror) -> None:
+    async def _drain(
+        self, context: RoleContext, gateway: GatewayRole, mirror: Mirror, description: dict[str, Any]
+    ) -> None:
         """Accepts nothing new and lets open builds finish, until the drain time-out or a second signal."""
         busy = any(gateway.metrics.active(key) for key in mirror.pools)
-        seconds = self._settings.appliance.drain_timeout.total_seconds()
-        log.info("appliance.draining", seconds=seconds, busy=busy)
-        await gateway.drain(seconds, context.shutdown)
+        timeout = self._settings.appliance.drain_timeout
+        self._describe_drain(description, context.now(), timeout)
+        log.info("appliance.draining", seconds=timeout.total_seconds(), busy=busy)
+        await gateway.drain(timeout.total_seconds(), context.shutdown)
         if busy and not context.shutdown.forced.is_set():
             await context.shutdown.pause(self._settings.appliance.release_grace.total_seconds())
         context.shutdown.drained()
+
+    def _describe_drain(self, description: dict[str, Any], now: datetime, timeout: timedelta) -> None:
+        """Adds to `appliance.json` that it drains and until when, for `bkpool down` and `bkpool up`."""
+        until = {"since": now.isoformat(timespec="seconds"), "until": (now + timeout).isoformat(timespec="seconds")}
+        try:
+            write_private(
+                self._options.home / "appliance.json", json.dumps({**description, "draining": until}).encode()
+            )
+        except HostFault as fault:  # the disk may be full; the drain itself needs no file
+            log.warning("appliance.drain_not_described", error=fault.message)
 
     def _describe(
         self, context: RoleContext, api: ApiRole, local: Path, endpoint: str, metrics: str
@@ -192,6 +208,7 @@ class HostAppliance:
             "metricsEndpoint": f"http://{metrics}/metrics",
             **({"devIssuer": options.dev_issuer_url} if options.dev_issuer_url else {}),
             "startedAt": context.now().isoformat(timespec="seconds"),
+            "draining": None,
         }
 
 

@@ -18,6 +18,7 @@ import structlog
 
 from bkpool.appliance.end_deadline import EndDeadline
 from bkpool.core.errors import BkpoolError
+from bkpool.home.holder_process import DRAIN_SIGNAL
 
 log = structlog.get_logger(__name__)
 
@@ -29,8 +30,8 @@ main loop delays every byte through the gateway's loops: a round trip took ten t
 class Shutdown:
     """Whether this process should end, and whether it should end at once.
 
-    The first SIGTERM or SIGINT requests the end; the second one forces it. Create it in the event loop that it is
-    for.
+    The first SIGTERM or SIGINT requests the end; the second one forces it. DRAIN_SIGNAL requests it too and never
+    forces it, however often it comes: `bkpool down` sends it. Create it in the event loop that it is for.
 
     Args:
         deadline: Ends the process if its end takes too long; None: nothing does.
@@ -44,6 +45,7 @@ class Shutdown:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(DRAIN_SIGNAL, self.requested.set)
 
     def fail(self, error: BaseException) -> None:
         """Ends the process with this error and without waiting for builds: half an appliance is of no use."""

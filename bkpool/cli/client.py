@@ -52,15 +52,23 @@ class Client:
     Args:
         claims: Who the caller wants to be, where there is a development issuer.
         only_here: Calls the appliance that runs from this home, whatever $BKCTL_ENDPOINT says.
+        answer_timeout: Seconds that each answer may take.
     """
 
-    def __init__(self, claims: credentials.RequestedClaims | None = None, *, only_here: bool = False) -> None:
+    def __init__(
+        self,
+        claims: credentials.RequestedClaims | None = None,
+        *,
+        only_here: bool = False,
+        answer_timeout: float = ANSWER_TIMEOUT,
+    ) -> None:
         """Finds the endpoint and the credential: first in the environment, then from the appliance that runs here.
 
         Raises:
             InvalidInput: An environment variable is not valid; the message names it.
         """
         appliance = home.running()
+        self._answer_timeout = answer_timeout
         given = "" if only_here else os.environ.get("BKCTL_ENDPOINT", "")
         own = endpoints.parse(appliance.api) if appliance else None
         url = endpoints.parse(given) if given else own or endpoints.parse(f"http://localhost:{API_PORT}")
@@ -193,11 +201,12 @@ class Client:
         body: dict[str, Any] | None,
         credential: credentials.Credential | None,
         *,
-        timeout: float = ANSWER_TIMEOUT,
+        timeout: float | None = None,
         options: Mapping[str, str] = api_errors.OPTIONS,
     ) -> dict[str, Any]:
         """One call. If the credential is refused and there is a newer one, the call is repeated once."""
         self._request_sent, self._giving_up = False, None
+        timeout = self._answer_timeout if timeout is None else timeout
         if credential and credential.only_local and self._socket is None:
             raise _no_local_socket()
         token = credential.bearer() if credential else None

@@ -77,12 +77,14 @@ def answer(data: Mapping[str, Any], *, as_json: bool, show: Callable[[], Rendera
 class Progress:
     """Shows on stderr what the command waits for, once the wait has lasted a second.
 
-    On a terminal it is one line with a spinner, which disappears at the end. Elsewhere it is a plain line for each
-    new subject (the text before the colon) and one every ten seconds, so that the log of a CI job stays readable.
+    On a terminal it is a line with a spinner, and details below it; they disappear at the end. Elsewhere it is a
+    plain line for each new subject (the text before the colon) and one every ten seconds, so that the log of a CI job
+    stays readable.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
+        self._detail = ""
         self._lock = Lock()
         self._visible = False
         self._last_note = 0.0
@@ -104,14 +106,29 @@ class Progress:
                 self._spinner.stop()
         self._timer.join()
 
-    def update(self, text: str, fraction: float | None = None) -> None:
-        """Changes the text. Only a terminal shows the fraction that is done (0 to 1)."""
+    def update(self, text: str, fraction: float | None = None, *, detail: str = "") -> None:
+        """Changes the text.
+
+        Args:
+            text: One line.
+            fraction: The part that is done (0 to 1). Only a terminal shows it.
+            detail: Further lines. A terminal always shows them, others see them together with the text.
+        """
         with self._lock:
+            self._detail = detail
             if self._spinner is not None:
-                self._spinner.update(text if fraction is None else f"{text} ({fraction:.0%})")
+                self._spinner.update(self._whole(text if fraction is None else f"{text} ({fraction:.0%})"))
             elif self._visible and self._needs_line(text):
                 self._note(text)
             self._text = text
+
+    def keep(self, text: str) -> None:
+        """Writes a line that stays, above the line with the spinner if that is shown."""
+        with self._lock:
+            if self._spinner is None:
+                note(text)
+            else:
+                self._spinner.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _needs_line(self, text: str) -> bool:
         if text.partition(":")[0] != self._text.partition(":")[0]:
@@ -120,7 +137,10 @@ class Progress:
 
     def _note(self, text: str) -> None:
         self._last_note = monotonic()
-        note(text)
+        note(self._whole(text))
+
+    def _whole(self, text: str) -> str:
+        return f"{text}\n{self._detail}" if self._detail else text
 
     def _show(self) -> None:
         with self._lock:
@@ -132,5 +152,5 @@ class Progress:
                 return
             from rich.console import Console  # noqa: PLC0415 - a short wait never needs it
 
-            self._spinner = Console(stderr=True, markup=False).status(self._text)
+            self._spinner = Console(stderr=True, markup=False).status(self._whole(self._text))
             self._spinner.start()

@@ -1,27 +1,29 @@
 """`bkpool down`: stops the appliance and waits until it has ended.
 
-It signals only the process that holds the lock of this home. It uses a pidfd, so it never signals another process
-that got the same number.
+It signals only the process that holds the lock of this home. A `down` while the appliance drains already joins that
+drain: only `--now` cuts builds. Every wait ends, also if the appliance hangs.
 """
 
 from __future__ import annotations
 
-import os
-import select
 import shutil
-import signal
-from contextlib import suppress
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Self
 
 import click
 
-from bkpool.cli import console, home, options
-from bkpool.cli.client import Client
+from bkpool.cli import console, drain_view, home, options, running_settings
 from bkpool.cli.errors import INTERRUPTED
-from bkpool.core.errors import BkpoolError, HostFault
-from bkpool.home.lock import holder
+from bkpool.core.errors import HostFault
+from bkpool.home.holder_process import HolderProcess
 
 POLL_INTERVAL = 1.0
-"""Seconds between two requests for the number of open connections that is shown."""
+"""Seconds between two questions for the open builds that are shown."""
+END_TIMEOUT = 120.0
+"""Seconds for an appliance to end, beyond the time that its builds have. It stops every worker in them."""
 
 
 @click.command(short_help="Stop the appliance; open builds may finish first.")
@@ -29,13 +31,18 @@ POLL_INTERVAL = 1.0
 @click.option(
     "--purge", is_flag=True, help="Also remove all state and caches: leases, keys, build caches, remembered options."
 )
+@click.option("-y", "--yes", is_flag=True, help="Do not ask before --purge removes everything.")
 @options.as_json
-def command(now: bool, purge: bool, as_json: bool) -> int:
+def command(now: bool, purge: bool, yes: bool, as_json: bool) -> int:
     """Stop the appliance of this machine and wait until it has ended.
 
-    Running builds may finish first. Ctrl-C ends only this command; the appliance goes on draining.
+    Running builds may finish first. Ctrl-C ends only this command; the appliance goes on draining, and another `down`
+    waits for it again. On a terminal, --purge asks first.
     """
-    process = _process()
+    if purge and not yes and not _confirmed():
+        console.note("nothing was changed")
+        return 1
+    process = HolderProcess.find(home.home())
     if process is not None:
         try:
             _end(process, now=now)
@@ -43,7 +50,7 @@ def command(now: bool, purge: bool, as_json: bool) -> int:
             console.note("\nthe appliance goes on draining; `bkpool down --now` closes the open connections")
             return INTERRUPTED
         finally:
-            os.close(process)
+            process.close()
     left = 0 if process is not None or purge else _stop_leftover_workers()
     if purge:
         _purge()
@@ -85,50 +92,65 @@ def _purge() -> None:
         console.note(left)
 
 
-def _process() -> int | None:
-    """A pidfd of the appliance; None if there is none.
+def _confirmed() -> bool:
+    """Whether the user agrees that everything is removed. A script is not asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return True
+    return click.confirm(
+        f"This removes all leases, keys, build caches and remembered options in {home.home()}. Go on?", err=True
+    )
+
+
+def _end(process: HolderProcess, *, now: bool) -> None:
+    """Asks the appliance to end and waits for it.
 
     Raises:
-        HostFault: It belongs to another user.
+        HostFault: It does not end in its time.
     """
-    pid = holder(home.home())
-    if pid is None:
-        return None
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    if holder(home.home()) != pid:  # it has ended meanwhile, and the number may belong to another process
-        os.close(process)
-        return None
-    return process
+    if now:
+        process.cut()
+    else:
+        process.drain()
+    stage = _Stage.of_moment(now=now)
+    deadline = monotonic() + stage.seconds
+    with console.Progress("waiting for the appliance to end") as progress:
+        while not process.ended(POLL_INTERVAL):
+            current = _Stage.of_moment(now=now)
+            if current.name != stage.name:
+                stage, deadline = current, monotonic() + current.seconds
+            if monotonic() >= deadline:
+                raise HostFault(
+                    f"the appliance (pid {process.pid}) {stage.fault}",
+                    hint=f"It may hang: `bkpool logs` may say why. `kill -9 {process.pid}` ends it, and the next "
+                    "`bkpool down` stops its workers.",
+                )
+            if stage.ask_builds:
+                seen = drain_view.look(stage.until, datetime.now(UTC))
+                progress.update(seen.headline, detail=seen.detail)
 
 
-def _end(process: int, *, now: bool) -> None:
-    wait_for = _waiting_for() or "waiting for the appliance to end"
-    # Two signals with the same number may be merged into one; signals with different numbers are not.
-    for number in (signal.SIGTERM, signal.SIGINT) if now else (signal.SIGTERM,):
-        with suppress(ProcessLookupError):
-            try:
-                signal.pidfd_send_signal(process, number)
-            except PermissionError:
-                raise HostFault("the appliance belongs to another user", hint="Stop it as that user.") from None
-    ended = select.poll()
-    ended.register(process, select.POLLIN)
-    with console.Progress(wait_for) as progress:
-        while not ended.poll(POLL_INTERVAL * 1000):
-            progress.update(_waiting_for() or wait_for)
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """How far an appliance has come with its end, and what that allows it."""
 
+    name: str
+    seconds: float
+    """How long this stage may last."""
+    fault: str
+    """What is said when it lasts longer."""
+    ask_builds: bool = False
+    until: datetime | None = None
 
-def _waiting_for() -> str | None:
-    """How many connections are open, in words; None if there are none or the API does not answer."""
-    appliance = home.running()
-    try:
-        pools = Client(only_here=True).pools()["pools"] if appliance else []
-        open_now = sum(int(pool["connections"]) for pool in pools)
-    except (BkpoolError, KeyError, TypeError, ValueError):
-        return None
-    if not open_now:
-        return None
-    plural = "" if open_now == 1 else "s"
-    return f"waiting for {open_now} open connection{plural}; Ctrl-C stops waiting, `bkpool down --now` closes them"
+    @classmethod
+    def of_moment(cls, *, now: bool) -> Self:
+        """The stage at this moment; with `now`, no build is waited for."""
+        appliance = home.running()
+        if now or appliance is None:
+            return cls("closing", END_TIMEOUT, f"was told to end, and has not ended within {END_TIMEOUT:g} s")
+        until = appliance.draining_until
+        if until is None:
+            allowed = END_TIMEOUT + (0 if appliance.tells_drain else running_settings.drain_timeout(appliance.pid))
+            return cls("asked", allowed, f"has not begun to end within {allowed:g} s", ask_builds=True)
+        left = max(0.0, (until - datetime.now(UTC)).total_seconds())
+        fault = f"should have cut its builds at {until.astimezone():%H:%M:%S}, and still runs"
+        return cls(f"draining until {until}", left + END_TIMEOUT, fault, ask_builds=True, until=until)

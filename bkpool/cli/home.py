@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,6 +57,19 @@ class Appliance:
         """Its Unix socket for the commands of this machine; None if an older version started it."""
         path = self.described.get("apiSocket")
         return Path(path) if isinstance(path, str) and path.startswith("/") else None
+
+    @property
+    def tells_drain(self) -> bool:
+        """Whether it says in `appliance.json` that it drains. Earlier versions do not."""
+        return "draining" in self.described
+
+    @property
+    def draining_until(self) -> datetime | None:
+        """When it cuts the builds that it waits for; None while it does not drain."""
+        try:
+            return datetime.fromisoformat(self.described["draining"]["until"])
+        except (KeyError, TypeError, ValueError):
+            return None
 
     @property
     def ports(self) -> frozenset[int]:

@@ -132,7 +132,7 @@ def _result(pipe: BinaryIO, log: Path, size_before: int) -> dict[str, Any]:
         for line in pipe:
             message: dict[str, Any] = json.loads(line)
             if "progress" in message:
-                _show(progress, str(message["progress"]))
+                show(progress, str(message["progress"]))
             elif "failed" in message:
                 raise BkpoolError(**message["failed"])
             else:
@@ -146,11 +146,11 @@ def _result(pipe: BinaryIO, log: Path, size_before: int) -> dict[str, Any]:
     raise HostFault(f"the appliance ended before it was ready{last}", hint=f"Read {log}.")
 
 
-def _show(progress: console.Progress, text: str) -> None:
-    """Shows progress for a moment; the choice of the backend stays on the screen."""
-    if text.startswith("backend: "):
-        console.note(text)
-    else:
+def show(progress: console.Progress | None, text: str) -> None:
+    """Shows progress for a moment; the choice of the backend and notes stay on the screen."""
+    if text.startswith(("backend: ", "note: ")):
+        (progress.keep if progress is not None else console.note)(text)
+    elif progress is not None:
         progress.update(text)
 
 

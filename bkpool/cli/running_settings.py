@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bkpool.cli import home
+from bkpool.core import durations
 from bkpool.core.errors import HostFault
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.home.files import write_private
@@ -38,6 +39,11 @@ def save(pid: int, resolved: ResolvedSettings) -> None:
     """
     used = {one.setting.name: one.text for one in resolved.values}
     write_private(home.home() / _FILE, json.dumps({"pid": pid, "settings": used}).encode())
+
+
+def drain_timeout(pid: int) -> float:
+    """Seconds that the appliance with this pid gives its builds when it ends."""
+    return durations.parse(_used(pid)["appliance.drain_timeout"] or "10m").total_seconds()
 
 
 def check_same(running: home.Appliance, resolved: ResolvedSettings, backend: str) -> None:

@@ -6,13 +6,14 @@ A pipe tells the parent of a background appliance that it is ready, or why it is
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bkpool.cli import console, home, launch, options, running_settings, up_options
-from bkpool.core.errors import BkpoolError
+from bkpool.cli import console, drain_view, home, launch, options, running_settings, up_options
+from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.settings import files
 from bkpool.settings.sources import ResolvedSettings, ValueSource
 
@@ -85,6 +86,7 @@ def _up(
 def _answer_running(
     running: home.Appliance, resolved: ResolvedSettings, backend: str, pool_files: tuple[Path, ...], *, as_json: bool
 ) -> int:
+    _check_stays(running)
     running_settings.check_same(running, resolved, backend)
     _answer(running.described, "bkpool is already running", as_json=as_json)
     if running.socket is None:
@@ -92,6 +94,21 @@ def _answer_running(
     if pool_files:
         console.note("note: pool files are read at the start only: `bkpool down`, then `bkpool up -f` again.")
     return 0
+
+
+def _check_stays(running: home.Appliance) -> None:
+    """Raises HostFault if the appliance is about to end: nobody can lease from it any more."""
+    if (until := running.draining_until) is None:
+        return
+    seen = drain_view.look(until, datetime.now(UTC))
+    if seen.lines:
+        console.note("\n".join((seen.headline, *seen.lines)))
+    latest = f"{until.astimezone():%H:%M:%S}"
+    raise HostFault(
+        f"bkpool is stopping (pid {running.pid}); its builds may go on until {latest}",
+        hint="Run `bkpool down`, which waits until it has ended, and then `bkpool up` again.",
+        code="AlreadyRunning",
+    )
 
 
 def _run_here(

@@ -263,6 +263,11 @@ class Worker(Resource):
             raise RuntimeError(f"{self.key} is not leased")
         return self.spec.allocation
 
+    @property
+    def registered_connections(self) -> int:
+        """Open connections of the lease, as its gateways last registered them."""
+        lease = self.lease
+        return sum(entry.connections for entry in self.status.gateways if lease and entry.lease_id == lease.id)
 
     @property
     def counted_failures(self) -> int:

@@ -126,6 +126,7 @@ async def test_a_pool_is_shown_with_its_workers_and_ignored_fields(api):
     status, reply, _ = await api("GET", "/api/v1/pools/p?namespace=default")
     assert status == 200
     assert [(w["name"], w["jobId"], w["requestedBy"]) for w in reply["members"]] == [("p-worker-0", "job-1", "admin")]
+    assert [(w["connections"], w["allocatedAt"] < w["expiresAt"]) for w in reply["members"]] == [(0, True)]
     assert {c["type"]: c["message"] for c in reply["conditions"]}["IgnoredFields"] == "spec.tls"
     status, reply, _ = await api("GET", "/api/v1/pools")
     assert [pool["name"] for pool in reply["pools"]] == ["p"]

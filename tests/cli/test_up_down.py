@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from bkpool.home.lock import holder
+from bkpool.cli import down
+from bkpool.home.lock import HomeLock, holder
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
+WAITING = "waiting for the appliance to end"
+"""The line may go on: nothing answers at the address of the stand-in's API."""
 
 APPLIANCE = """
-import json, os, signal, sys, time, types
+import json, os, signal, sys, threading, time, types
 from dataclasses import dataclass
 
 module = types.ModuleType("bkpool.appliance")
@@ -30,6 +33,16 @@ def passed_on(fd):
         return os.get_inheritable(fd)
     except OSError:
         return False
+
+received, arrived = os.pipe()
+
+def catch(*numbers):
+    # A mask would not do: a thread that began before it, or that is ending, can still take a signal.
+    for number in numbers:
+        signal.signal(number, lambda number, _frame: os.write(arrived, bytes([number])))
+
+def next_signal():
+    return os.read(received, 1)[0]
 
 def run(options, ready):
     from bkpool.core.errors import HostFault
@@ -45,15 +58,15 @@ def run(options, ready):
         os._exit(9)
     if do == "crash":
         raise ZeroDivisionError("internal detail")
-    signals = (signal.SIGTERM, signal.SIGINT)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    catch(signal.SIGINT)  # SIGTERM ends a start
+    if do in {"drain", "deaf"}:
+        catch(signal.SIGUSR2)
     with HomeLock(options.home):
         if do == "slow":
             ready({"progress": "backend: process (as asked)"})
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             while not (options.home / "go").exists():
                 time.sleep(0.01)
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        catch(signal.SIGTERM)
         described = {
             "pid": os.getpid(), "apiEndpoint": "http://127.0.0.1:8082", "gatewayEndpoint": "tcp://localhost:1235",
             "metricsEndpoint": "http://127.0.0.1:9090", "backend": "process",
@@ -61,15 +74,30 @@ def run(options, ready):
         (options.home / "appliance.json").write_text(json.dumps(described))
         ready({"progress": "backend: process (as asked)"})
         ready({"progress": "getting buildkitd"})
+        if do in {"many", "many, then fail"}:
+            for thread in threading.enumerate():
+                if isinstance(thread, threading.Timer):
+                    thread.join()  # progress is shown from its end on
+            for step in range(1469):
+                ready({"progress": f"buildkitd: building with go, step {step}"})
+        if do == "many, then fail":
+            raise HostFault("no", hint="Try.")
         inherited = [int(fd) for fd in os.listdir("/proc/self/fd") if int(fd) > 2 and passed_on(int(fd))]
         shown = {"pool_files": str(options.pool_files)} | {
             f"{section}.{field}": str(value) for section, values in options.settings for field, value in values
         }
         ready(described | {"settings": shown, "cwd": os.getcwd(), "inherited": inherited})
         print("up and running", file=sys.stderr, flush=True)
-        got = [signal.sigwait(signals)]
+        got = [next_signal()]
         if do == "drain":
-            got.append(signal.sigwait(signals))
+            until = os.environ.get("UNTIL", "2030-01-01T00:00:00+00:00")
+            (options.home / "appliance.new").write_text(json.dumps(described | {"draining": {"until": until}}))
+            (options.home / "appliance.new").replace(options.home / "appliance.json")
+        while do == "deaf" or (do == "drain" and got[-1] == signal.SIGUSR2):
+            got.append(next_signal())
+            (options.home / "got").write_text(json.dumps(got))
+        if do == "drain" and len(got) == 1:
+            got.append(next_signal())
         (options.home / "got").write_text(json.dumps(got))
         (options.home / "appliance.json").unlink()
     return 0
@@ -115,9 +143,18 @@ def _ended(process, seconds):
     return bool(poll.poll(seconds * 1000))
 
 
+def _is_progress(line):
+    """Whether it is shown only because the machine is slow."""
+    return line in {"starting\n", "getting buildkitd\n"} or line.startswith(WAITING)
+
+
 def _settled(stderr):
     """What stays on the screen, without the progress that a slow machine shows meanwhile."""
-    return "".join(line for line in stderr.splitlines(True) if line not in {"starting\n", "getting buildkitd\n"})
+    return "".join(line for line in stderr.splitlines(True) if not _is_progress(line))
+
+
+def _next_said(process):
+    return next(line for line in iter(process.stderr.readline, "") if not _is_progress(line))
 
 
 def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ended(up, bkpool, home):
@@ -128,8 +165,10 @@ def test_up_in_the_background_returns_when_it_is_ready_and_down_when_it_has_ende
     assert "up and running" in (home / "logs" / "appliance.log").read_text()
 
 
-def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, bkpool, home):
+def test_the_appliance_holds_no_directory_or_pipe_of_its_parent(up, bkpool, started, home):
     report = up(run=bkpool)
+    # It closes its end of the parent's pipe after the parent has read that it is ready.
+    assert any(line == "up and running\n" for line in started("logs", "-f").stdout)
     assert report["cwd"] == str(home)
     assert report["inherited"] == []
     assert os.getsid(report["pid"]) == report["pid"]
@@ -206,21 +245,21 @@ def test_a_second_up_with_the_values_in_use_succeeds(up, bkpool_here, home):
     assert bkpool_here("up", "-d", "--drain-timeout", "5m").returncode == 74
 
 
-def test_of_two_ups_at_once_the_second_waits_for_the_first(started, bkpool, home):
+def test_of_two_ups_at_once_the_second_waits_for_the_first(started, bkpool_here, home):
     first = started("up", DO="slow")
-    assert first.stderr.readline() == "backend: process (as asked)\n"
+    assert _next_said(first) == "backend: process (as asked)\n"
     second = started("up", "-d")
     assert any(line.startswith("waiting for another `bkpool up`") for line in iter(second.stderr.readline, ""))
     (home / "go").touch()
     shown, told = second.communicate(timeout=TIMEOUT)
     assert (second.returncode, json.loads(shown)["pid"]) == (0, first.pid)
     assert "is already running" in told
-    assert bkpool("down").returncode == 0
+    assert bkpool_here("down").returncode == 0
 
 
 def test_of_two_ups_at_once_the_second_fails_if_the_first_ends(started, home):
     first = started("up", DO="slow")
-    assert first.stderr.readline() == "backend: process (as asked)\n"
+    assert _next_said(first) == "backend: process (as asked)\n"
     second = started("up", "-d")
     for line in iter(second.stderr.readline, ""):
         if line.startswith("waiting"):
@@ -261,14 +300,14 @@ def test_up_shows_the_error_of_the_appliance(bkpool, detach):
     assert _settled(done.stderr) == "error: port 8082 is taken\nhint: Free it.\n"
 
 
-def test_for_an_appliance_that_dies_silently_up_shows_its_log(bkpool, home):
-    done = bkpool("up", "-d", DO="die")
+def test_for_an_appliance_that_dies_silently_up_shows_its_log(bkpool_here, home):
+    done = bkpool_here("up", "-d", DO="die")
     assert done.returncode == 71
     assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: last words\nhint: Read ")
 
 
-def test_of_an_appliance_that_ends_with_an_error_in_its_log_up_shows_the_error_and_not_its_hint(bkpool):
-    done = bkpool("up", "-d", DO="refuse")
+def test_of_an_appliance_that_ends_with_an_error_in_its_log_up_shows_the_error_and_not_its_hint(bkpool_here):
+    done = bkpool_here("up", "-d", DO="refuse")
     assert _settled(done.stderr).startswith("error: the appliance ended before it was ready: no room\nhint: Read ")
 
 
@@ -306,15 +345,36 @@ def test_a_debug_run_shows_the_traceback(bkpool):
 
 def test_up_in_the_foreground_runs_until_its_signal(started, home):
     process = started("up")
-    assert process.stderr.readline() == "backend: process (as asked)\n"
-    assert process.stderr.readline() == "getting buildkitd\n"
-    shown = ""
-    while not shown.endswith("}\n"):
-        shown += process.stdout.readline()
-    assert json.loads(shown)["backend"] == "process"
+    assert _next_said(process) == "backend: process (as asked)\n"
+    shown = []
+    for line in process.stdout:
+        shown.append(line)
+        if line == "}\n":
+            break
+    assert json.loads("".join(shown))["backend"] == "process"
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 0
     assert json.loads((home / "got").read_text()) == [signal.SIGINT]
+
+
+def test_many_steps_on_a_terminal_are_one_line(on_terminal):
+    code, shown = on_terminal("up", DO="many, then fail", TERM="xterm")
+    assert code == 71
+    assert "building with go, step 1468" in shown
+    assert shown.count("\n") <= 6, shown
+
+
+def test_many_steps_in_the_foreground_are_few_lines(started):
+    process = started("up", DO="many")
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("bkpool is up"):
+            break
+    assert lines[-1].startswith("bkpool is up"), lines
+    assert len(lines) <= 5, lines
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 0
 
 
 def test_down_without_an_appliance_succeeds(bkpool, home):
@@ -326,11 +386,100 @@ def test_down_without_an_appliance_succeeds(bkpool, home):
 def test_down_waits_for_the_drain_and_ctrl_c_ends_only_the_wait(up, started, home):
     report = up(DO="drain")
     process = started("down")
-    assert process.stderr.readline() == "waiting for the appliance to end\n"
+    assert process.stderr.readline().startswith(WAITING)
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT) == 130
     assert "goes on draining" in process.stderr.read()
     assert Path(f"/proc/{report['pid']}").exists()
+
+
+def test_a_second_down_joins_the_drain_and_cuts_nothing(up, started, bkpool_here, home):
+    """The first one was ended by Ctrl-C. SIGTERM of somebody else is a second signal and does cut."""
+    report = up(DO="drain")
+    for _ in range(2):
+        down = started("down")
+        assert down.stderr.readline().startswith(WAITING)
+        down.send_signal(signal.SIGINT)
+        assert down.wait(TIMEOUT) == 130
+    last = started("down")
+    assert last.stderr.readline().startswith(WAITING)
+    os.kill(report["pid"], signal.SIGTERM)
+    assert last.wait(TIMEOUT) == 0
+    assert json.loads((home / "got").read_text()) == [signal.SIGUSR2] * 3 + [signal.SIGTERM]
+
+
+def test_up_while_it_drains_says_that_it_stops(up, started, bkpool_here):
+    report = up(DO="drain", TZ="UTC")
+    down = started("down")
+    assert down.stderr.readline().startswith(WAITING)
+    for detach in ((), ("-d",)):
+        again = bkpool_here("up", *detach, TZ="UTC")
+        assert (again.returncode, again.stdout) == (74, "")
+        assert again.stderr == (
+            f"error: bkpool is stopping (pid {report['pid']}); its builds may go on until 00:00:00\n"
+            "hint: Run `bkpool down`, which waits until it has ended, and then `bkpool up` again.\n"
+        )
+    assert bkpool_here("down", "--now").returncode == 0
+    assert down.wait(TIMEOUT) == 0
+
+
+@pytest.mark.parametrize(
+    ("do", "until", "options", "fault"),
+    [
+        ("deaf", "", (), "was told to end, and has not ended within 0 s"),
+        ("deaf", "", ("--now",), "was told to end, and has not ended within 0 s"),
+        ("drain", "2026-01-01T00:00:00+00:00", (), "should have cut its builds at 00:00:00, and still runs"),
+    ],
+)
+def test_down_does_not_wait_for_ever_for_an_appliance_that_hangs(
+    up, bkpool_here, home, monkeypatch, do, until, options, fault
+):
+    report = up(DO=do, UNTIL=until)
+    if do == "deaf":
+        (home / "appliance.json").unlink()
+    monkeypatch.setattr(down, "END_TIMEOUT", 0.0)
+    monkeypatch.setattr(down, "POLL_INTERVAL", 0.05)
+    done = bkpool_here("down", *options, TZ="UTC")
+    assert done.returncode == 71
+    assert _settled(done.stderr).startswith(f"error: the appliance (pid {report['pid']}) {fault}\n")
+    assert f"`kill -9 {report['pid']}` ends it" in done.stderr
+
+
+def test_down_of_an_appliance_whose_signals_are_not_handled_is_bounded(up, bkpool_here, monkeypatch):
+    report = up(DO="deaf", BKPOOL_APPLIANCE_DRAIN_TIMEOUT="0s")
+    os.kill(report["pid"], signal.SIGSTOP)
+    monkeypatch.setattr(down, "END_TIMEOUT", 0.0)
+    monkeypatch.setattr(down, "POLL_INTERVAL", 0.05)
+    done = bkpool_here("down")
+    assert done.returncode == 71
+    fault = "has not begun to end within 0 s"
+    assert _settled(done.stderr).startswith(f"error: the appliance (pid {report['pid']}) {fault}\n")
+
+
+def test_down_signals_no_program_that_does_not_hold_the_home(bkpool, bkpool_here, home):
+    """As with an appliance in a container: its number means another program here."""
+    with subprocess.Popen(["sleep", "100"]) as other:
+        with HomeLock(home):
+            (home / "lock").write_text(f"{other.pid:<20}\n")
+            done = bkpool_here("down", "--now")
+        assert other.poll() is None
+        other.kill()
+    assert done.returncode == 71
+    assert done.stderr == (
+        f"error: {home} is held, but not by process {other.pid} of this machine, which its lock names\n"
+        "hint: The appliance runs in a container, or on another machine that shares the directory: stop it there.\n"
+    )
+
+
+def test_on_a_terminal_purge_asks_first(up, on_terminal, bkpool_here, home):
+    report = up()
+    question = f"This removes all leases, keys, build caches and remembered options in {home}. Go on? [y/N]: "
+    assert on_terminal("down", "--purge", typed="n\n") == (1, f"n\n{question}nothing was changed\n")
+    assert holder(home) == report["pid"]
+    code, shown = on_terminal("down", "--purge", typed="y\n")
+    assert (code, shown) == (0, f"y\n{question}bkpool is down, and state and caches are removed\n")
+    up()
+    assert on_terminal("down", "--purge", "--yes") == (0, "bkpool is down, and state and caches are removed\n")
 
 
 def test_down_now_sends_the_second_signal(up, bkpool_here, home):
@@ -383,8 +532,8 @@ def test_the_next_up_uses_the_options_of_the_last_one_and_says_so(up, bkpool_her
     assert up()["settings"]["api.address"] == "127.0.0.1:8082"
 
 
-def test_an_up_that_fails_is_not_remembered(bkpool, home):
-    assert bkpool("up", "-d", "--api-address", "127.0.0.1:1", DO="fail").returncode == 72
+def test_an_up_that_fails_is_not_remembered(bkpool_here, home):
+    assert bkpool_here("up", "-d", "--api-address", "127.0.0.1:1", DO="fail").returncode == 72
     assert not (home / "remembered.toml").exists()
 
 

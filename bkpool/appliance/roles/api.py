@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,8 @@ class ApiSources:
     """How many connections of a pool are open."""
     unavailable_reason: Callable[[], str | None]
     """Why nothing can be leased at the moment; None if leases are possible."""
+    worker_connections: Callable[[Pool], Mapping[str, int]] | None = None
+    """How many connections each worker of a pool has, by its name; None: only its gateways' registrations tell."""
     not_ready_reason: Callable[[], Awaitable[str | None]] = always_ready
     """Returns why this replica should get no new requests although it still answers them; None if it should."""
 
@@ -93,6 +95,7 @@ async def open_api(
         access=access,
         gateway_endpoint=sources.gateway_endpoint,
         connections=sources.connections,
+        worker_connections=sources.worker_connections,
         unavailable_reason=sources.unavailable_reason,
         not_ready_reason=sources.not_ready_reason,
         full_disk=backend.full_disk,

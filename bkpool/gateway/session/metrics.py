@@ -123,6 +123,10 @@ class GatewayMetrics:
         """Returns how many connections of this pool are relayed now."""
         return self._current.active(pool)
 
+    def active_by_worker(self, pool: Key) -> Counter[str]:
+        """Returns how many connections are relayed now to each worker of this pool that has any."""
+        return self._current.active_by_worker(pool)
+
 
 def pool_labels(pool: Key | None) -> tuple[str, str]:
     """The values of POOL_LABELS; both are empty if a client has no pool."""
@@ -185,6 +189,11 @@ class _Current(Collector):
     def active(self, pool: Key) -> int:
         counts = self._pools.get(pool)
         return counts.active if counts else 0
+
+    def active_by_worker(self, pool: Key) -> Counter[str]:
+        with self._lock:
+            meters = list(self._open)
+        return Counter(meter.worker for meter in meters if meter.pool == pool)
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:  # only for the copy, because the gateway's loops need the lock too
