@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from copy import copy
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -21,11 +20,13 @@ import click
 
 from bkpool.cli import console, options, refused_ports
 from bkpool.cli import lease as leases
+from bkpool.cli.child import Child
 from bkpool.cli.client import Client
+from bkpool.cli.private_directory import private_directory
 from bkpool.cli.signals import Signals, typed_at_terminal
 from bkpool.core import durations
 from bkpool.core.errors import BkpoolError, Forbidden, Gone, HostFault, InvalidInput, NotFound, Unauthenticated
-from bkpool.core.names import DEFAULT_POOL
+from bkpool.core.names import DEFAULT_POOL, END_WHEN_UNUSED
 
 BUILDER = "bkpool"
 MIN_RENEW_INTERVAL = 0.5
@@ -73,7 +74,8 @@ class SplittingCommand(click.Command):
     default="10m",
     show_default=True,
     callback=options.duration,
-    help="How long the lease remains if bkpool is killed; bkpool renews it while running.",
+    help="How long the lease remains without a renewal; bkpool renews it while running. If bkpool is killed, the "
+    "lease ends a minute after its last connection.",
 )
 @options.wait
 @options.older_identity
@@ -97,7 +99,9 @@ def command(args: list[str], /, *, pool: str, namespace: str, ttl: str, wait: st
     from bkpool.toolchain import Tool  # noqa: PLC0415
 
     buildx = str(tools.ensure([Tool.BUILDX])[Tool.BUILDX])
-    request = {"poolName": pool, "namespace": namespace, "jobId": uuid.uuid4().hex, "ttl": ttl, "wait": wait}
+    request: dict[str, Any] = {"poolName": pool, "namespace": namespace, "ttl": ttl, "wait": wait}
+    # Nobody else has the key, so nobody else can use the lease.
+    request |= {"jobId": uuid.uuid4().hex, "metadata": {END_WHEN_UNUSED: "true"}}
     with Signals() as signals, _leased(Client(claims=options.claims()), request, signals) as lease:
         if lease is not None:
             with _builder(buildx, lease, signals) as environment:
@@ -145,10 +149,7 @@ def _renew_until(released: Event, client: Client, token: str, ttl: str) -> None:
 @contextmanager
 def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[dict[str, str]]:
     """A builder for the lease in a private configuration. Yields the environment in which buildx finds it."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    parent = runtime if runtime and os.access(runtime, os.W_OK | os.X_OK) else None
-    with tempfile.TemporaryDirectory(prefix="bkpool-build-", dir=parent) as private:
-        directory = Path(private).absolute()
+    with private_directory("bkpool-private-") as directory:
         leases.save(lease, directory, token=False)
         environment = os.environ | {"BUILDX_CONFIG": str(directory / "buildx")}
         _create([buildx, *leases.create_arguments(lease, directory, BUILDER)], environment, signals)
@@ -158,7 +159,7 @@ def _builder(buildx: str, lease: dict[str, Any], signals: Signals) -> Iterator[d
 def _create(command: list[str], environment: dict[str, str], signals: Signals) -> None:
     with tempfile.TemporaryFile() as errors:
         try:
-            child = subprocess.Popen(
+            child = Child(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
             )
         except OSError as error:
@@ -176,7 +177,7 @@ def _create(command: list[str], environment: dict[str, str], signals: Signals) -
 def _run(command: list[str], environment: dict[str, str], signals: Signals) -> int:
     if signals.received is not None:
         return 128 + signals.received
-    code = _wait(subprocess.Popen(command, env=environment), signals)
+    code = _wait(Child(command, env=environment), signals)
     return 128 - code if code < 0 else code
 
 

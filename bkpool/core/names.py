@@ -62,6 +62,9 @@ AUDIENCE = "buildkit-controller"
 """The audience of callers' tokens where nobody sets another one: that of the Go controller, so that existing
 workflows keep working."""
 DEFAULT_POOL = "default"
+END_WHEN_UNUSED = "endWhenUnused"
+"""Metadata of a lease whose only user is the command that made it: with the value "true" it ends soon after its last
+connection. In the metadata, because a service of an earlier version keeps it there and ignores it."""
 DEFAULT_WAIT = timedelta(minutes=5)
 """How long an allocate request waits that names no wait, unless the appliance allows less."""
 

@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, Field, StrictBool, StrictInt, StrictStr, mod
 
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import (
+    END_WHEN_UNUSED,
     FINALIZER,
     LABEL_MANAGED,
     LABEL_POOL,
@@ -89,6 +90,11 @@ class Lease(Model):
         if self.ended_at is not None:
             return self.end_reason or EndReason.RELEASED
         return EndReason.EXPIRED if now >= self.expires_at else None
+
+    @property
+    def ends_when_unused(self) -> bool:
+        """Whether the lease ends soon after its last connection has closed."""
+        return self.metadata.get(END_WHEN_UNUSED) == "true"
 
     def over_since(self) -> datetime:
         """When the lease ended or, if nothing ends it earlier, when it will expire."""

@@ -4,14 +4,19 @@ The real buildx is in e2e.
 """
 
 import json
+import os
+import select
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from bkpool.cli import lease
+from bkpool.cli import child, lease
 from bkpool.cli.build import command as build_command
+from bkpool.cli.private_directory import remove_abandoned
+
+from .conftest import next_said, settled
 
 TOKEN = "t0ken-" + "A" * 37
 TIMEOUT = 60.0
@@ -38,6 +43,7 @@ else:
             signal.signal(getattr(signal, name), signal.SIG_DFL)
     print(json.dumps({{
         "argv": sys.argv[1:],
+        "pid": os.getpid(),
         "created": json.load(open(os.path.join(config, "argv"))),
         "private": private,
         "mode": oct(os.stat(private).st_mode & 0o777),
@@ -144,7 +150,7 @@ def test_a_lease_that_may_not_be_renewed_is_reported_once_and_the_build_continue
     refused = {"code": "NotRenewable", "message": "this lease cannot be renewed: no rule names this caller"}
     api.answers["renew"] = (403, {"error": refused})
     process = started("build", "--ttl", "1s", ".")
-    assert process.stderr.readline() == f"warning: {refused['message']}\n"
+    assert next_said(process) == f"warning: {refused['message']}\n"
     process.communicate("", timeout=TIMEOUT)
     assert process.returncode == 0
 
@@ -152,7 +158,7 @@ def test_a_lease_that_may_not_be_renewed_is_reported_once_and_the_build_continue
 def test_a_lost_lease_is_reported_and_the_build_continues(started, api, appliance):
     api.answers["renew"] = (410, {"error": {"code": "Gone", "message": "the worker was lost"}})
     process = started("build", "--ttl", "1s", ".")
-    assert process.stderr.readline() == "warning: the lease is lost: the worker was lost\n"
+    assert next_said(process) == "warning: the lease is lost: the worker was lost\n"
     process.communicate("", timeout=TIMEOUT)
     assert process.returncode == 0
 
@@ -160,7 +166,7 @@ def test_a_lost_lease_is_reported_and_the_build_continues(started, api, applianc
 def test_a_builder_that_cannot_be_made_is_one_line_and_the_lease_is_released(bkpool, api, appliance):
     done = bkpool("build", ".", CREATE_FAILS="1")
     assert done.returncode == 71
-    assert done.stderr.startswith("error: buildx could not create a builder: ERROR: no such driver\nhint: ")
+    assert settled(done.stderr).startswith("error: buildx could not create a builder: ERROR: no such driver\nhint: ")
     api.next("allocate")
     assert api.next("release").body == {"token": TOKEN}
 
@@ -202,3 +208,58 @@ def test_our_options_are_separated_from_those_of_buildx(given, ours, theirs, mon
 def test_driver_options_survive_a_comma_in_a_path():
     arguments = lease.create_arguments({"gatewayEndpoint": "gw:1"}, Path("/a,b"), "x")
     assert arguments[-2:] == ['"cacert=/a,b/ca.crt","cert=/a,b/client.crt","key=/a,b/client.key"', "tcp://gw:1"]
+
+
+def test_kill_9_of_bkpool_ends_buildx_and_the_next_build_removes_the_keys(started, bkpool, api, appliance, tmp_path):
+    process = started("build", ".")
+    report = json.loads(process.stdout.readline())
+    private = Path(report["private"])
+    buildx = os.pidfd_open(report["pid"])
+    process.kill()
+    assert select.select([buildx], [], [], TIMEOUT)[0], "buildx goes on"
+    os.close(buildx)
+    assert (private / "client.key").exists()
+    assert bkpool("build", ".").returncode == 0
+    assert not private.exists()
+
+
+def test_the_keys_of_a_build_that_runs_are_not_removed_by_another(started, bkpool, api, appliance):
+    process = started("build", ".")
+    private = Path(json.loads(process.stdout.readline())["private"])
+    assert bkpool("build", ".").returncode == 0
+    assert (private / "client.key").exists()
+    process.communicate("", timeout=TIMEOUT)
+    assert not private.exists()
+
+
+def test_a_child_whose_parent_has_ended_before_it_could_ask_for_the_signal_ends():
+    """The child of a child calls what the first process prepared, so its parent is not the one that it should be."""
+    prepare = child.ends_with_parent()
+    ours, theirs = os.pipe()
+    if (middle := os.fork()) == 0:
+        if (last := os.fork()) == 0:
+            prepare()
+            os._exit(0)
+        _, status = os.waitpid(last, 0)
+        os.write(theirs, bytes([os.waitstatus_to_exitcode(status) & 0xFF]))
+        os._exit(0)
+    os.waitpid(middle, 0)
+    os.close(theirs)
+    assert os.read(ours, 1) == bytes([128 + signal.SIGKILL])
+    os.close(ours)
+
+
+def test_the_lease_of_a_build_ends_when_it_is_unused(bkpool, api, appliance):
+    """A service of an earlier version takes any metadata."""
+    bkpool("build", ".")
+    assert api.next("allocate").body["metadata"] == {"endWhenUnused": "true"}
+
+
+def test_only_own_directories_that_nobody_holds_are_removed(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "bkpool-private-link").symlink_to(tmp_path / "kept")
+    (tmp_path / "bkpool-private-file").touch()
+    (tmp_path / "bkpool-private-left").mkdir()
+    (tmp_path / "bkpool-private-left" / "client.key").touch()
+    remove_abandoned(tmp_path, "bkpool-private-")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bkpool-private-file", "bkpool-private-link", "kept"]

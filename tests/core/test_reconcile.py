@@ -4,13 +4,14 @@ from datetime import timedelta
 import pytest
 
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.names import FINALIZER
+from bkpool.core.names import END_WHEN_UNUSED, FINALIZER
 from bkpool.core.observation import MOST_RESTARTS, DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Reuse
 from bkpool.core.reconcile.actions import (
     CreateWorker,
     FinishLease,
     LoseLease,
+    Plan,
     RemoveWorker,
     SetCacheOwner,
     SetProtection,
@@ -23,7 +24,7 @@ from bkpool.core.reconcile.decide import TOKEN_TIMEOUT, decide, stray_slots
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
-from bkpool.core.registrations import REGISTRATION_LIFE
+from bkpool.core.registrations import REGISTRATION_LIFE, RegistrationKey
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Undelivered
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
@@ -433,6 +434,53 @@ def test_the_lease_of_a_deleted_worker_is_lost():
     (finish,) = actions(snapshot(pool(), over, observed=up))
     assert isinstance(finish, FinishLease)
     assert actions(snapshot(pool(), deleted(worker(0)), observed=up)) == [RemoveWorker(deleted(worker(0)))]
+
+
+def unused(*connections, ready=NOW, **changes):
+    """A worker with a lease that ends when it is unused, and the registrations of gateways with these connections."""
+    held = lease(metadata={END_WHEN_UNUSED: "true"}, **changes)
+    registrations = tuple(
+        GatewayRegistration(gateway=f"g{n}", lease_id=held.id, renewed_at=NOW + timedelta(days=n), connections=count)
+        for n, count in enumerate(connections)
+    )
+    return worker(0, held, phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=ready, gateways=registrations)
+
+
+def decided(held, now, **expiries):
+    """What is decided. The registrations expire at these times on the clock of the controller."""
+    until = {RegistrationKey(held.key, gateway, held.lease.id): at for gateway, at in expiries.items()}
+    return decide(snapshot(pool(), held, observed={0: seen(0, "owner-a")}, registered_until=until), now)
+
+
+def test_a_lease_that_nobody_ever_used_ends_two_minutes_after_its_worker_is_ready():
+    """Only if it was made so. A start that takes long does not count."""
+    held = unused(ready=NOW + timedelta(minutes=5))
+    end = NOW + timedelta(minutes=7)
+    assert decided(held, end - timedelta(seconds=1)) == Plan((), end)
+    assert decided(held, end).actions == (LoseLease(held, "nobody was connected to its worker", EndReason.ABANDONED),)
+    other = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
+    assert decided(other, end) == Plan((), other.lease.expires_at)
+
+
+def test_a_lease_whose_last_connection_has_closed_ends_when_its_registrations_expire():
+    """Their life is counted on one clock, whatever the clocks of the gateways say."""
+    held = unused(0, 0)
+    end = NOW + timedelta(seconds=70)
+    expiries = {"g0": end - timedelta(seconds=10), "g1": end}
+    assert decided(held, end - timedelta(seconds=1), **expiries) == Plan((), end)
+    assert [type(action) for action in decided(held, end, **expiries).actions] == [LoseLease]
+
+
+def test_a_lease_with_a_connection_at_one_gateway_goes_on():
+    """Also if the registration has expired: the gateway or the store may have been away while the build went on."""
+    held = unused(0, 1)
+    for now in (NOW + timedelta(seconds=61), NOW + timedelta(minutes=59)):
+        assert decided(held, now, g0=NOW, g1=NOW) == Plan((), held.lease.expires_at)
+
+
+def test_a_lease_that_ends_when_it_is_unused_has_no_longer_life_than_its_ttl():
+    held = unused(0, expires_at=NOW + timedelta(seconds=5))
+    assert decided(held, NOW).wake_at == NOW + timedelta(seconds=5)
 
 
 def test_a_deleted_pool_ends_its_leases_and_removes_the_rest():

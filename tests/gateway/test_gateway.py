@@ -220,6 +220,51 @@ async def test_a_registration_without_connections_is_withdrawn_when_the_lease_en
     await world.registry.wait_for("withdraw")
 
 
+async def test_of_a_lease_that_ends_when_it_is_unused_the_gateway_tells_that_it_is(world):
+    token = world.lease(ends_when_unused=True)
+    first = await world.connect(token)
+    await first.echo(b"x")
+    first.writer.close()
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
+    second = await world.connect(token)  # before the pause is over: nothing is told
+    await second.echo(b"x")
+    await world.advance(6)
+    await world.registry.wait_for("renew")
+    assert world.registry.connections == [1, 1]
+    second.writer.close()
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
+    await world.advance(6)
+    await world.registry.wait_for("renew", 2)
+    assert world.registry.connections == [1, 1, 0]
+    await world.advance(30)
+    third = await world.connect(token)
+    await third.echo(b"x")
+    await world.registry.wait_for("renew", 3)
+    assert world.registry.connections == [1, 1, 0, 1], (
+        "told once that it is unused, and at once that it is used again"
+    )
+    world.lease(end_reason=EndReason.RELEASED)
+    third.writer.close()
+    await world.registry.wait_for("withdraw")
+    told = len(world.registry.calls)
+    await world.advance(60)
+    assert len(world.registry.calls) == told, "a withdrawn registration does not come back"
+
+
+async def test_that_it_is_unused_is_told_again_when_the_store_is_back(world):
+    streams = await world.connect(world.lease(ends_when_unused=True))
+    await streams.echo(b"x")
+    world.registry.error = Unavailable("the store is away", hint="Wait.")
+    streams.writer.close()
+    await world.wait_until(lambda: world.metric("active_connections") == 0)
+    await world.advance(6)
+    await world.registry.wait_for("renew")
+    world.registry.error = None
+    await world.advance(6)
+    await world.registry.wait_for("renew", 2)
+    assert world.registry.connections[-1] == 0
+
+
 async def test_connections_are_cut_at_once_when_another_lease_holds_the_worker(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")

@@ -170,7 +170,13 @@ def _leased(
     failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
     action = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
     step = action or health_step(worker, up, now, registered_until=snapshot.registered_until)
-    return step or token_deadline or lease.expires_at
+    if not isinstance(step, Action):
+        end = lease_end.unused_until(worker, lease, now, registered_until=snapshot.registered_until)
+        if end is not None and now >= end:
+            step = LoseLease(worker, "nobody was connected to its worker", EndReason.ABANDONED)
+        else:
+            step = min(filter(None, (step, token_deadline, end, lease.expires_at)))
+    return step
 
 
 def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action | None:

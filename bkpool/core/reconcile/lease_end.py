@@ -5,16 +5,37 @@ A lease that has ended stays on its worker while a gateway may still have connec
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from bkpool.core.observation import DaemonState, Observation, ready_observation
 from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, StopDaemon, WriteStatus
 from bkpool.core.reconcile.failures import FailureLimits, failed_worker
-from bkpool.core.registrations import Expiries, live_registrations
+from bkpool.core.registrations import REGISTRATION_LIFE, Expiries, RegistrationKey, live_registrations
 from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
 
+FIRST_USE_TIMEOUT = timedelta(minutes=2)
+"""A lease that ends when it is unused ends so long after its worker is ready, if nobody has connected."""
 REMEMBERED_LEASES = 16
 """Ended leases that a worker remembers, so that a client that comes too late learns why its lease ended."""
+
+
+def unused_until(worker: Worker, lease: Lease, now: datetime, *, registered_until: Expiries) -> datetime | None:
+    """When a running lease ends because nobody uses it; None for most leases, and while it is used.
+
+    buildx makes several connections with pauses between them. So the lease goes on for the life of a registration
+    (60 s) after the gateways said that they have no connection. A registration that has expired with connections
+    proves nothing: its gateway, or the store, may have been away while the build went on. Such a lease ends by its
+    ttl.
+    """
+    if not (lease.ends_when_unused and lease.token_sha256):
+        return None
+    entries = [entry for entry in worker.status.gateways if entry.lease_id == lease.id]
+    if any(entry.connections for entry in entries):
+        return None
+    if entries:
+        keys = (RegistrationKey(worker.key, entry.gateway, entry.lease_id) for entry in entries)
+        return max(registered_until.get(key, now + REGISTRATION_LIFE) for key in keys)
+    return max(lease.allocated_at, worker.status.ready_at or lease.allocated_at) + FIRST_USE_TIMEOUT
 
 
 def wind_up(

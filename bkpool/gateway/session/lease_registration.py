@@ -87,6 +87,8 @@ class LeaseRegistration:
         self._renew_at = 0.0
         self._trusted_until = 0.0
         self._trusted_until_wall = 0.0
+        self._told_unused = False
+        """Whether the registration says that there is no connection."""
 
     def ensure(self, on_done: OnDone) -> None:
         """Calls back once this gateway is registered (at once if it is already), or with the error."""
@@ -99,16 +101,26 @@ class LeaseRegistration:
             self._request(self._registry.register)
 
     def schedule_renewal(self) -> None:
-        """Renews the registration in time while there are connections, and lets it expire when there are none."""
-        needed = bool(self._lease.connections and self._trusted_until and not self._request_running)
-        if needed and self._renewal is None:
-            self._renewal = self._loop.call_at(self._renew_at, self._request, self._registry.renew)
-        elif not needed:
+        """Renews the registration in time while there are connections, and lets it expire when there are none.
+
+        Of a lease that ends when it is unused, it also tells soon that there is no connection, or one again.
+        """
+        unused = self._lease.route.ends_when_unused and not self._lease.connections
+        registered = bool(self._trusted_until and not self._request_running and not self._withdrawn)
+        if not registered or (not self._lease.connections and (not unused or self._told_unused)):
             self._cancel_renewal()
+            return
+        at = self._loop.time() + self._limits.unused_pause if unused else self._renew_at
+        if self._told_unused:
+            at = 0.0
+        if self._renewal is None or at < self._renewal.when():
+            self._cancel_renewal()
+            self._renewal = self._loop.call_at(at, self._request, self._registry.renew)
 
     def withdraw(self) -> None:
         """Removes the registration now, or after the running request, which would write it again."""
         self._withdrawn = True
+        self._cancel_renewal()
         if not self._request_running and self._trusted_until:
             self._trusted_until = 0.0
             self._registry.withdraw(self._lease.route, _ignore_result)
@@ -121,13 +133,14 @@ class LeaseRegistration:
     def _request(self, request: Callable[[LeaseRoute, int, OnDone], None]) -> None:
         self._cancel_renewal()
         self._request_running = True
-        requested_at, requested_at_wall = self._loop.time(), self._now()
+        requested_at, requested_at_wall, connections = self._loop.time(), self._now(), self._lease.connections
         renewing = request == self._registry.renew
-        request(
-            self._lease.route,
-            self._lease.connections,
-            lambda error: self._answered(requested_at, requested_at_wall, renewing, error),
-        )
+
+        def answered(error: BkpoolError | None) -> None:
+            self._told_unused = not connections if error is None else self._told_unused
+            self._answered(requested_at, requested_at_wall, renewing, error)
+
+        request(self._lease.route, connections, answered)
 
     def _answered(
         self, requested_at: float, requested_at_wall: float, renewing: bool, error: BkpoolError | None

@@ -38,6 +38,8 @@ class LeaseRoute:
     drain_timeout: float
     end_reason: EndReason | None = None
     end_message: str = ""
+    ends_when_unused: bool = False
+    """The gateway tells when the last connection has closed, because the lease then ends soon."""
     silent: bool = False
     """Whether the worker is noted as silent (`WorkerStatus.silent_since`)."""
 
@@ -152,6 +154,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         drain_timeout=gateway.drain_timeout.total_seconds(),
         end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
         end_message=worker.lease_end_message,
+        ends_when_unused=lease.ends_when_unused,
         silent=worker.status.silent_since is not None,
     )
 

@@ -67,6 +67,9 @@ class GatewayLimits:
     """How long a connection may be silent after its lease has ended (rule 8, docs/rules.md#r8)."""
     renew_interval: float = 20.0
     """Between two renewals of a registration that is in use."""
+    unused_pause: float = 5.0
+    """After the last connection of a lease that ends when it is unused, before the gateway tells that it has none. A
+    command that ends in order has released its lease by then."""
     registration_trust: float = 50.0
     """How long this gateway relies on its own registration. The controller relies on it for REGISTRATION_LIFE (60 s,
     core.registrations), counted from when it saw it change, so always for longer."""
