@@ -8,6 +8,7 @@ from bkpool.appliance.addresses import check_distinct
 from bkpool.appliance.run_options import ALL_ROLES, RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.names import LOOPBACK
+from bkpool.toolchain.doctor import worker_faults
 
 
 def check_settings(options: RunOptions) -> None:
@@ -64,6 +65,22 @@ def _check_dev_issuer(options: RunOptions) -> None:
             f"{where}: cannot be used together with {options.where('appliance.roles')}",
             hint="Configure the cluster's own issuer, or another real one.",
             field=where,
+        )
+
+
+def check_workers_can_start(options: RunOptions) -> None:
+    """Checks what every worker process needs of this machine and user.
+
+    Raises:
+        HostFault: `NoWorker`: none could start; with the first reason, and how many more there are.
+    """
+    faults = worker_faults(options.home, host_network=options.settings.workers.host_network)
+    if faults:
+        first, more = faults[0], f" (and {len(faults) - 1} more: see `bkpool doctor`)" if faults[1:] else ""
+        raise HostFault(
+            f"no worker could start on this machine: {first.name}: {first.detail}{more}",
+            hint=first.fix,
+            code="NoWorker",
         )
 
 

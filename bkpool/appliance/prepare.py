@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 
 from bkpool.appliance import backend_choice
 from bkpool.appliance.backend import Backend, open_pod_backend, open_process_backend
-from bkpool.appliance.preflight import check_home_complete
+from bkpool.appliance.preflight import check_home_complete, check_workers_can_start
 from bkpool.appliance.reporting import StartupReporter
 from bkpool.appliance.run_options import RunOptions
 from bkpool.home.files import write_private
@@ -56,6 +56,7 @@ def prepare_backend(backend: str, options: RunOptions, report: StartupReporter) 
     match backend:
         case backend_choice.PROCESS:
             check_home_complete(options.home)
+            check_workers_can_start(options)
             binaries = _ensure_binaries(options, report)
             return lambda stack, report: open_process_backend(stack, options, binaries, report)
         case backend_choice.KIND:

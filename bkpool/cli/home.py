@@ -72,10 +72,17 @@ class Appliance:
             return None
 
     @property
-    def ports(self) -> frozenset[int]:
+    def ports_by_purpose(self) -> dict[str, int]:
         """The TCP ports that it listens on."""
-        others = (str(self.described.get(name, "")) for name in ("metricsEndpoint", "devIssuer"))
-        return frozenset(port for url in (self.api, self.gateway, *others) if (port := urlsplit(url).port))
+        others = {"metrics": "metricsEndpoint", "development issuer": "devIssuer"}
+        urls = {"API": self.api, "gateway": self.gateway}
+        urls |= {purpose: str(self.described.get(name, "")) for purpose, name in others.items()}
+        return {purpose: port for purpose, url in urls.items() if (port := urlsplit(url).port)}
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """The same, without their purposes."""
+        return frozenset(self.ports_by_purpose.values())
 
 
 def running() -> Appliance | None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from bkpool.cli import home
 from bkpool.core import durations
+from bkpool.core.descriptors import ConnectionShares
 from bkpool.core.errors import HostFault
 from bkpool.core.names import GATEWAY_PORT
 from bkpool.home.files import write_private
@@ -44,6 +45,22 @@ def save(pid: int, resolved: ResolvedSettings) -> None:
 def drain_timeout(pid: int) -> float:
     """Seconds that the appliance with this pid gives its builds when it ends."""
     return durations.parse(_used(pid)["appliance.drain_timeout"] or "10m").total_seconds()
+
+
+def host_network(pid: int) -> bool:
+    """Whether the worker processes of the appliance with this pid use the network of the machine."""
+    return _used(pid)["workers.host_network"] == "true"
+
+
+def connections(pid: int) -> ConnectionShares:
+    """How many connections the settings of the appliance with this pid allow."""
+    used = _used(pid)
+    names = {
+        "api": "api.connections",
+        "gateway_pending": "gateway.pending_connections",
+        "gateway": "gateway.connections",
+    }
+    return ConnectionShares(**{field: int(used[name] or 0) for field, name in names.items()})
 
 
 def check_same(running: home.Appliance, resolved: ResolvedSettings, backend: str) -> None:

@@ -9,7 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MOST_RESERVED = 4096
-"""For workers, the store, logs, the API server of a cluster, metrics and the local socket. A worker takes about 6."""
+"""For worker processes, the store, logs, the API server of a cluster, metrics and the local socket."""
+_OF_WORKER = 6
+"""Descriptors of a worker process: those that watch it, and the probes."""
+_OF_OTHERS = 64
+"""Descriptors of everything else for which some are reserved."""
 _LEAST = 16
 """Connections of each kind that a server gets even where the limit is too small for it."""
 
@@ -36,10 +40,19 @@ def share_descriptors(limit: int, wanted: ConnectionShares) -> ConnectionShares:
         limit: The soft limit of open descriptors of this process.
         wanted: What the settings say; 0 for a server that does not run here.
     """
-    rest = limit - min(_MOST_RESERVED, limit // 4)
+    rest = limit - _reserved(limit)
     api = _part(wanted.api, rest // 4)
     pending = _part(wanted.gateway_pending, rest // 4)
     return ConnectionShares(api, pending, _part(wanted.gateway, (rest - api - pending) // 2))
+
+
+def workers_within(limit: int) -> int:
+    """For how many worker processes the reserved descriptors suffice, about."""
+    return max(0, (_reserved(limit) - _OF_OTHERS) // _OF_WORKER)
+
+
+def _reserved(limit: int) -> int:
+    return min(_MOST_RESERVED, limit // 4)
 
 
 def _part(wanted: int, most: int) -> int:

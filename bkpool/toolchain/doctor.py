@@ -9,10 +9,13 @@ import errno
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from bkpool.core.descriptors import ConnectionShares, share_descriptors, workers_within
 from bkpool.core.errors import BkpoolError, HostFault
 from bkpool.home import runtime_directory
 from bkpool.toolchain import descriptor_limit, gobuild, kernel
@@ -21,12 +24,27 @@ from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.toolchain.resolver import Toolchain
 from bkpool.toolchain.table import Tool, release_of
 
-__all__ = ["Check", "HostFacts", "checks"]
+__all__ = ["Check", "DescriptorLoad", "HostFacts", "checks"]
 
 _PYTHON = (3, 11)
 _GB = 10**9
+_DOCKER_TIMEOUT = 10  # seconds
+_NAME_SERVERS = "name servers"
+_NEEDED_BY_EVERY_WORKER = {"privileges", "user namespaces", "id mapping", "subuid", "subgid", _NAME_SERVERS}
 _MIN_DISK = 2 * _GB  # the tools and the layers of one ordinary build
 _ENOUGH_DISK = 10 * _GB  # buildkitd keeps this much for its cache by default (its DiskSpaceReserveBytes)
+
+
+@dataclass(frozen=True, slots=True)
+class DescriptorLoad:
+    """What shares the open files of an appliance."""
+
+    wanted: ConnectionShares = field(default_factory=ConnectionShares)
+    """How many connections the settings allow."""
+    workers: int = 0
+    """How many worker processes the pools may have; 0 if that is not known."""
+    limit: int = 0
+    """The limit of the appliance that runs; 0 if none does, so that it is that of the machine."""
 
 
 def checks(
@@ -36,6 +54,7 @@ def checks(
     *,
     own_ports: AbstractSet[int] = frozenset(),
     host_network: bool = False,
+    load: DescriptorLoad | None = None,
     host: HostFacts | None = None,
 ) -> Iterator[Check]:
     """All findings about this machine, one after the other.
@@ -46,6 +65,7 @@ def checks(
         ports: The ports that the appliance needs, by their purpose ("API": 8082).
         own_ports: The ports that the appliance of this home uses already.
         host_network: Whether worker processes shall use the network of the machine.
+        load: What shall share the open files of the appliance; by default nothing is known of it.
         host: The machine and user; by default this one.
     """
     host = host or HostFacts()
@@ -54,9 +74,14 @@ def checks(
         yield _tool(toolchain, tool)
     yield from kernel.checks(host, home)
     yield _network(host, host_network=host_network)
+    if not host_network:
+        yield _name_servers(host)
+    yield _git(host)
+    yield _docker_buildx(host)
     for purpose, port in ports.items():
         yield _port(purpose, port, own_ports)
     yield _descriptors(host)
+    yield _descriptor_budget(host, load or DescriptorLoad())
     yield _disk(home)
     yield _home(home, host)
     yield _sockets(home)
@@ -97,6 +122,53 @@ def _network(host: HostFacts, *, host_network: bool) -> Check:
     return Check("network", True, f"each worker process has its own ({found.pasta}, {found.nft})")
 
 
+def _name_servers(host: HostFacts) -> Check:
+    if host.read("etc/resolv.conf") is not None:
+        return Check(_NAME_SERVERS, True, "/etc/resolv.conf names them")
+    fix = "Make it; without a name server it may be empty. Or share the network of this machine: --host-network."
+    return Check(_NAME_SERVERS, False, "there is no /etc/resolv.conf, so no worker starts", fix)
+
+
+def _git(host: HostFacts) -> Check:
+    """Buildkitd runs git for contexts and sources from git; it finds it in the PATH of the appliance."""
+    if found := shutil.which("git", path=host.search_path):
+        return Check("git", True, found)
+    detail = "not installed: builds from git (git:// contexts, ADD of a repository) fail"
+    return Check("git", None, detail, "Install git, for example with `apt-get install git` as root.")
+
+
+def _docker_buildx(host: HostFacts) -> Check:
+    name = "docker buildx"
+    docker = shutil.which("docker", path=host.search_path)
+    if docker is None:
+        return Check(name, True, "there is no docker; `bkpool build` needs none")
+    try:
+        command = [docker, "buildx", "version"]
+        done = subprocess.run(command, capture_output=True, timeout=_DOCKER_TIMEOUT, check=False)
+        version = done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        version = ""
+    if version:
+        return Check(name, True, version)
+    fix = 'Use `bkpool build`, or write "$(bkpool toolchain buildx)" in place of `docker buildx`.'
+    return Check(name, None, f"{docker} has no buildx: `docker buildx` of the guides does not work", fix)
+
+
+def worker_faults(home: Path, *, host_network: bool = False, host: HostFacts | None = None) -> list[Check]:
+    """The findings that would make every worker process fail; `bkpool up` asks for them before it starts.
+
+    Args:
+        home: BKPOOL_HOME.
+        host_network: Whether worker processes shall use the network of the machine.
+        host: The machine and user; by default this one.
+    """
+    host = host or HostFacts()
+    found = list(kernel.checks(host, home))
+    if _network(host, host_network=host_network).ok:  # else workers use the network of the machine
+        found.append(_name_servers(host))
+    return [check for check in found if check.ok is False and check.name in _NEEDED_BY_EVERY_WORKER]
+
+
 def _port(purpose: str, port: int, own_ports: AbstractSet[int]) -> Check:
     name = f"port {port}"
     if port in own_ports:
@@ -122,6 +194,28 @@ def _descriptors(host: HostFacts) -> Check:
         return Check("open files", True, detail)
     fix = "Raise the hard limit: LimitNOFILE= of the systemd unit, or /etc/security/limits.conf."
     return Check("open files", None, f"{detail}: the API and the gateway have room for few connections", fix)
+
+
+def _descriptor_budget(host: HostFacts, load: DescriptorLoad) -> Check:
+    """For how many connections and workers the open files suffice."""
+    limit = load.limit or descriptor_limit.highest(host.descriptors[1])
+    shares, workers = share_descriptors(limit, load.wanted), workers_within(limit)
+    room = (
+        f"{shares.gateway} connections of builds, {shares.gateway_pending} that have no lease yet, "
+        f"{shares.api} of the API and, beside all these, about {workers} worker processes"
+    )
+    detail = f"{limit} open files suffice for {room}"
+    lacks = [
+        *(["worker processes"] if load.workers > workers else []),
+        *(["connections of builds"] if load.workers > shares.gateway else []),
+    ]
+    if not lacks:
+        return Check("budget of files", True, detail)
+    short = f"{detail}; the pools may have {load.workers} workers, so there are too few {' and '.join(lacks)}"
+    fix = (
+        "Raise the hard limit (LimitNOFILE= of the systemd unit, or /etc/security/limits.conf) and start bkpool again"
+    )
+    return Check("budget of files", None, short, f"{fix}, or lower scaling.max of pools.")
 
 
 def _disk(home: Path) -> Check:

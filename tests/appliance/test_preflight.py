@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from bkpool.appliance import preflight
 from bkpool.appliance.preflight import check_home_complete, check_settings
 from bkpool.appliance.run_options import ALL_ROLES, Role, RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.settings import Address, Settings
 from bkpool.settings.model import ApiSettings
+from bkpool.toolchain.host import Check
 
 
 def everywhere(**api):
@@ -99,3 +101,15 @@ def test_a_home_with_leases_but_without_their_ca_is_refused(tmp_path):
     assert caught.value.code == "Unreadable"
     (tmp_path / "pki").mkdir()
     check_home_complete(tmp_path)
+
+
+def test_up_is_refused_where_no_worker_could_start(tmp_path, monkeypatch):
+    found = [Check("privileges", False, "root without CAP_SYS_ADMIN", "Give it."), Check("subuid", False, "none", "")]
+    monkeypatch.setattr(preflight, "worker_faults", lambda *_, **__: found)
+    with pytest.raises(HostFault) as caught:
+        preflight.check_workers_can_start(RunOptions(home=tmp_path, cache=tmp_path))
+    assert caught.value.message == (
+        "no worker could start on this machine: privileges: root without CAP_SYS_ADMIN "
+        "(and 1 more: see `bkpool doctor`)"
+    )
+    assert caught.value.hint == "Give it."

@@ -220,3 +220,13 @@ def test_doctor_shows_a_fault_in_the_settings(bkpool, home):
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert (done.returncode, checks["settings"]["ok"]) == (1, False)
     assert checks["settings"]["detail"].endswith("[api] colour: there is no such field")
+
+
+def test_doctor_judges_the_appliance_that_runs(called, appliance, home):
+    """Not the ports that another `up` would use."""
+    (home / "config.toml").write_text('[api]\naddress = "127.0.0.1:1"\n')
+    checks = {one["name"]: one for one in json.loads(called("doctor")[1])["checks"]}
+    port = appliance["apiEndpoint"].rpartition(":")[2]
+    assert checks[f"port {port}"]["detail"] == "API: used by this bkpool"
+    assert checks["port 1235"]["detail"] == "gateway: used by this bkpool"
+    assert "port 1" not in checks

@@ -550,3 +550,11 @@ def test_a_lease_that_never_got_its_token_is_lost():
     assert actions(snapshot(pool(), held, observed=seen_up), NOW + TOKEN_TIMEOUT) == [
         LoseLease(held, "the request for it was never answered")
     ]
+
+
+def test_a_failure_without_words_gets_some():
+    failed = failed_worker(worker(0), " ", "", NOW)
+    assert failed.status.message == "its buildkitd ended, and nothing said why"
+    for wordless in (failed.with_status(message=""), failed.with_status(message="", log_tail="its end")):
+        ready = pool_status(pool(), [wordless], PoolStatusInputs("tcp://localhost:1235"), NOW).conditions[1]
+        assert ready.message.startswith("p-worker-0: its buildkitd does not run")

@@ -4,13 +4,16 @@ import dataclasses
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bkpool.core.descriptors import ConnectionShares
 from bkpool.home import runtime_directory
-from bkpool.toolchain import Toolchain
-from bkpool.toolchain.doctor import HostFacts, checks
+from bkpool.toolchain import Toolchain, doctor
+from bkpool.toolchain.doctor import DescriptorLoad, HostFacts, checks, worker_faults
 
+USUAL = ConnectionShares(api=4096, gateway_pending=1024, gateway=10_000)
 ALL_CAPS = "000001ffffffffff"
 FILES = {
     "proc/self/status": f"Name:\tx\nCapEff:\t{ALL_CAPS}\n",
@@ -28,7 +31,9 @@ FILES = {
     "bin/newgidmap": "",
     "bin/pasta": "",
     "bin/nft": "",
+    "bin/git": "",
     "dev/net/tun": "",
+    "etc/resolv.conf": "nameserver 192.0.2.53\n",
 }
 
 
@@ -39,20 +44,24 @@ def machine(tmp_path):
     for name, text in FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    for name in ("newuidmap", "newgidmap", "pasta", "nft"):
+    for name in ("newuidmap", "newgidmap", "pasta", "nft", "git"):
         (root / "bin" / name).chmod(0o4755)
     return root
 
 
 @pytest.fixture
-def examine(machine, tmp_path, releases, no_go):
+def examine(machine, tmp_path, releases, no_go, monkeypatch):
     home = tmp_path / "home"
     chain = Toolchain(tmp_path / "cache", search_path="", mirror=releases.url)
+    # What else runs on this machine takes room of its disk between two looks.
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _place: SimpleNamespace(free=10**12))
 
-    def _examine(uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, host_network=False, **changes):
+    def _examine(
+        uid: int = 0, ports=None, own_ports=frozenset(), home: Path = home, host_network=False, load=None, **changes
+    ):
         host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"), descriptors=(1024, 65_536))
         host = dataclasses.replace(host, **changes)
-        found = checks(home, chain, ports or {}, own_ports=own_ports, host_network=host_network, host=host)
+        found = checks(home, chain, ports or {}, own_ports=own_ports, host_network=host_network, load=load, host=host)
         return {check.name: check for check in found}
 
     return _examine
@@ -80,6 +89,32 @@ def test_the_limit_of_open_files_is_shown(examine, limits, ok, says):
     assert check.ok is ok
     assert check.detail.startswith(says)
     assert bool(check.fix) is (ok is None)
+
+
+@pytest.mark.parametrize(
+    ("load", "ok", "says"),
+    [
+        (
+            DescriptorLoad(USUAL),
+            True,
+            "10000 connections of builds, 1024 that have no lease yet, 4096 of the API and, beside all these, about ",
+        ),
+        (DescriptorLoad(USUAL, workers=672), True, "65536 open files suffice for 10000"),
+        (DescriptorLoad(USUAL, workers=673), None, "the pools may have 673 workers, so there are too few worker pro"),
+        (DescriptorLoad(USUAL, workers=10, limit=1024), True, "1024 open files suffice for 192 connections of"),
+        (DescriptorLoad(USUAL, workers=40, limit=1024), None, "about 32 worker processes; the pools may have 40"),
+        (
+            DescriptorLoad(ConnectionShares(100, 100, 5), workers=6),
+            None,
+            "6 workers, so there are too few connections of builds",
+        ),
+    ],
+)
+def test_the_budget_of_open_files_is_shown(examine, load, ok, says):
+    check = examine(load=load)["budget of files"]
+    assert check.ok is ok
+    assert says in check.detail
+    assert ("scaling.max" in check.fix) is (ok is None)
 
 
 def test_an_installed_tool_is_shown_with_version_and_origin(tmp_path, put):
@@ -111,6 +146,8 @@ def test_a_tool_on_path_that_is_too_old_is_shown_with_the_reason(tmp_path, put):
             "BKPOOL_HOME",
         ),
         (0, "proc/sys/kernel/seccomp/actions_avail", None, "seccomp", None, "kernel"),
+        (0, "bin/git", None, "git", None, "Install git"),
+        (0, "etc/resolv.conf", None, "name servers", False, "Make it"),
         (1000, "proc/self/ns/user", None, "user namespaces", False, "CONFIG_USER_NS"),
         (
             1000,
@@ -164,6 +201,47 @@ def test_a_device_that_is_missing_and_one_of_root_have_different_fixes(examine, 
     (machine / "dev/net/tun").unlink()
     check = examine()["network"]
     assert (check.ok, check.detail.startswith("there is no ")) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("script", "ok", "detail"),
+    [
+        (None, True, "there is no docker"),
+        ("echo github.com/docker/buildx v0.38.2", True, "github.com/docker/buildx v0.38.2"),
+        ("echo unknown command >&2; exit 1", None, "/bin/docker has no buildx"),
+    ],
+)
+def test_docker_is_asked_for_its_buildx(examine, machine, script, ok, detail):
+    if script:
+        (machine / "bin/docker").write_text(f"#!/bin/sh\n{script}\n")
+        (machine / "bin/docker").chmod(0o755)
+    check = examine()["docker buildx"]
+    assert (check.ok, detail in check.detail, bool(check.fix)) == (ok, True, ok is None)
+
+
+@pytest.mark.parametrize(
+    ("uid", "spoiled", "names"),
+    [
+        (0, (), []),
+        (0, ("proc/self/status",), ["privileges"]),
+        (0, ("proc/self/status", "etc/resolv.conf"), ["privileges", "name servers"]),
+        (0, ("sys/fs/cgroup/cgroup.controllers", "bin/git"), []),
+        (1000, ("bin/newuidmap", "etc/subgid"), ["id mapping", "subgid"]),
+    ],
+)
+def test_what_keeps_every_worker_from_starting(machine, tmp_path, uid, spoiled, names):
+    for path in spoiled:
+        (machine / path).unlink()
+    host = HostFacts(machine, uid, "joe", "x86_64", str(machine / "bin"))
+    assert [check.name for check in worker_faults(tmp_path / "home", host=host)] == names
+
+
+def test_without_a_network_of_its_own_a_worker_needs_no_resolv_conf(machine, tmp_path):
+    (machine / "etc/resolv.conf").unlink()
+    host = HostFacts(machine, 0, "joe", "x86_64", str(machine / "bin"))
+    assert worker_faults(tmp_path / "home", host=host, host_network=True) == []
+    (machine / "dev/net/tun").unlink()
+    assert worker_faults(tmp_path / "home", host=host) == []
 
 
 def test_only_platforms_that_can_run_are_listed(examine, machine):

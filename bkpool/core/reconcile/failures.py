@@ -44,6 +44,10 @@ def only_of_holder(worker: Worker, seen: Observation, pool_uid: str) -> bool:
     return owners <= {worker.lease.owner} and not history_ends_with_lease(worker.lease.owner, pool_uid)
 
 
+NO_REASON = "its buildkitd ended, and nothing said why"
+"""What is said of a failure without a message."""
+
+
 def failed_worker(
     worker: Worker, message: str, log_tail: str, now: datetime, limits: FailureLimits = DEFAULT_LIMITS
 ) -> Worker:
@@ -71,7 +75,7 @@ def failed_worker(
         failures=1 if was_stable else min(worker.counted_failures + 1, _COUNTED_FAILURES),
         failures_of="" if lease is None else lease.id,
         failed_at=now,
-        message=message,
+        message=message.strip() or NO_REASON,
         log_tail="" if used_by_an_earlier_holder else log_tail,
     )
 

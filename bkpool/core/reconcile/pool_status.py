@@ -20,7 +20,7 @@ from bkpool.core.registrations import NONE_SEEN, Expiries, live_registrations
 from bkpool.core.removal import last_lease_at, removal_of, what_happens
 from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.core.unreadable import CONDITION, Unreadable, named
-from bkpool.core.worker import Phase, Worker
+from bkpool.core.worker import Phase, Worker, with_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def pool_status(
     refused = inputs.host_not_allowed or inputs.not_allowed or ""
     problem = inputs.gateway_problem or refused or named(inputs.unreadable)
     if failed:
-        problem = f"{failed.key.name}: {failed.status.message_with_log or _DOWN}"
+        problem = f"{failed.key.name}: {_reason(failed)}"
     phase = "Removing" if removal else "Degraded" if problem else "Ready"
     return pool.status.but(
         phase=phase,
@@ -112,6 +112,12 @@ def _conditions(
     if removal := removal_of(pool):
         what = what_happens(pool, removal, workers, now)
         yield _condition(pool, now, "Removing", good="False", reason="NotNamed", message=what)
+
+
+def _reason(failed: Worker) -> str:
+    """Why a worker failed. One that an earlier version wrote may have no words of its own."""
+    status = failed.status
+    return with_log(status.message.strip() or _DOWN, status.log_tail)
 
 
 def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:
