@@ -9,16 +9,21 @@ from bkpool.cli import console, options
 
 @click.command(short_help="Get the tools that bkpool runs, and show where they are.")
 @click.argument("names", metavar="[TOOL]...", nargs=-1)
+@click.option("--clean", is_flag=True, help="Only remove what Go downloaded and compiled for them; the tools stay.")
 @options.as_json
-def command(names: tuple[str, ...], as_json: bool) -> None:
+def command(names: tuple[str, ...], clean: bool, as_json: bool) -> None:
     """Get the tools that bkpool runs and this machine does not have, and show where they are.
 
     With names of tools, only their paths are printed, one on each line, also if stdout is not a terminal.
     """
     from bkpool.cli import tools  # noqa: PLC0415 - the toolchain is slow to import
     from bkpool.core.errors import InvalidInput  # noqa: PLC0415
-    from bkpool.toolchain import Tool  # noqa: PLC0415
+    from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415
 
+    if clean:
+        Toolchain(default_cache()).clean()
+        console.answer({"cleaned": True}, as_json=as_json, show=lambda: "the caches of Go are removed")
+        return
     unknown = [name for name in names if name not in set(Tool)]
     if unknown:
         raise InvalidInput(

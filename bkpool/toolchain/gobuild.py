@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import threading
 from collections import deque
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -55,12 +57,13 @@ def missing_for(release: Release) -> HostFault | None:
     return _missing_library(release)
 
 
-def build(release: Release, work: Path, report: ReportStep) -> dict[Tool, Path]:
+def build(release: Release, work: Path, caches: Path, report: ReportStep) -> dict[Tool, Path]:
     """Builds all tools of a release in one run of go.
 
     Args:
         release: The release.
         work: A private directory on a disk with 1 GB of free space.
+        caches: The directory for what Go downloads and compiles. It stays, and may be removed at any time.
         report: Called with each step.
 
     Returns:
@@ -80,7 +83,7 @@ def build(release: Release, work: Path, report: ReportStep) -> dict[Tool, Path]:
     command += [source.package for source in release.tools.values()]
     names = " and ".join(release.tools)
     report(f"building {names} {release.version} with go ({release.build_time}, once)", None)
-    code, lines = _run(command, work, _environment(release, work), report)
+    code, lines = _run(command, work, _environment(release, work, caches), report)
     if code != 0:
         raise HostFault(
             f"go could not build {names}: {' | '.join(lines) or f'exit code {code}'}",
@@ -101,8 +104,9 @@ def _run(command: list[str], work: Path, environment: dict[str, str], report: Re
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        start_new_session=True,
     ) as process:
-        timer = threading.Timer(_BUILD_TIMEOUT, process.kill)
+        timer = threading.Timer(_BUILD_TIMEOUT, _end, [process])
         timer.start()
         try:
             for number, line in enumerate(process.stderr or (), 1):
@@ -112,16 +116,33 @@ def _run(command: list[str], work: Path, environment: dict[str, str], report: Re
         finally:
             timer.cancel()
             timer.join()
-            process.kill()  # does nothing after its end; after an exception it ends go
+            _end(process)  # does nothing after its end; after an exception it ends go
     return process.returncode, list(lines)
 
 
-def _environment(release: Release, work: Path) -> dict[str, str]:
-    """The environment of the user, without variables that choose another machine or another module."""
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kills go with the compilers that it has started: they hold the other end of its output."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _environment(release: Release, work: Path, caches: Path) -> dict[str, str]:
+    """The environment of the user, without variables that choose another machine or another module.
+
+    What Go keeps is ours, so that it can be removed: nothing goes to ~/go, unless a variable says where. Modules that
+    the user has already are read from there.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in {"GOOS", "GOARCH"}}
-    return kept | {
+    modules, proxy = _go_env("GOMODCACHE", "GOPROXY")
+    downloaded = Path(modules or "/nonexistent", "cache", "download")
+    sources = [f"file://{downloaded}"] if downloaded.is_dir() else []
+    own = {"GOMODCACHE": str(caches / "modules"), "GOCACHE": str(caches / "build")}
+    return {**own, **kept} | {
+        "GOPATH": str(caches),
+        "GOPROXY": ",".join([*sources, proxy]) if proxy else kept.get("GOPROXY", ""),
         "CGO_ENABLED": "1" if release.cgo_library else "0",
-        "GOFLAGS": "-mod=readonly",
+        "GOFLAGS": "-mod=readonly -modcacherw",
         "GOWORK": "off",
         "GOTMPDIR": str(work),
     }

@@ -75,6 +75,7 @@ class Toolchain:
         self._mirror = mirror or os.environ.get("BKPOOL_MIRROR") or download.GITHUB
         self._progress: ReportProgress = progress or (lambda _tool, _text, _fraction: None)
         self._bin = cache / "tools" / "bin"
+        self._go_caches = cache / "go"
         self._located: dict[Tool, Found] = {}
         self._unreachable: HostFault | None = None
 
@@ -114,6 +115,18 @@ class Toolchain:
             InvalidInput: As ensure.
         """
         return {tool: self.find(tool) or self._acquire(tool) for tool in dict.fromkeys(tools)}
+
+    def clean(self) -> None:
+        """Removes what Go has downloaded and compiled. The tools stay.
+
+        Raises:
+            HostFault: It cannot be removed.
+        """
+        try:
+            if self._go_caches.exists():
+                shutil.rmtree(self._go_caches)
+        except OSError as error:
+            raise _cache_error(error, self.cache) from error
 
     def _on_path(self, tool: Tool) -> Found | None:
         for candidate in candidates(tool, self._search_path):
@@ -189,7 +202,7 @@ class Toolchain:
             raise
 
     def _build(self, release: Release, tool: Tool, work: Path) -> Mapping[Tool, Path]:
-        return gobuild.build(release, work, self._reporter(tool))
+        return gobuild.build(release, work, self._go_caches, self._reporter(tool))
 
     def _reporter(self, tool: Tool) -> ReportStep:
         return lambda text, fraction: self._progress(tool, text, fraction)

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
+import threading
 
 import pytest
 
@@ -66,16 +65,36 @@ def test_a_failed_build_shows_the_output_of_go_and_leaves_nothing(tmp_path, monk
     assert list((tmp_path / "cache" / "tools" / "bin").iterdir()) == []
 
 
-@pytest.mark.network
-@pytest.mark.skipif(shutil.which("go") is None, reason="builds a tool with Go, and there is no go on PATH")
-def test_without_releases_a_tool_is_built_from_the_module_in_the_package(tmp_path, monkeypatch):
-    monkeypatch.setenv("GOFLAGS", "-mod=vendor -tags=nonsense")
-    monkeypatch.setenv("GOARCH", "s390x")  # left over from a cross build
-    monkeypatch.setenv("GOWORK", str(tmp_path / "go.work"))
-    messages = []
-    chain = Toolchain(tmp_path, search_path="", mirror=NOWHERE, progress=lambda *step: messages.append(step[1]))
-    rootlesskit = chain.ensure(Tool.ROOTLESSKIT)
-    assert subprocess.check_output([rootlesskit, "--version"], text=True) == "rootlesskit version 2.3.6\n"
-    assert any("cannot be reached" in text for text in messages)
-    assert any("building rootlesskit 2.3.6 with go" in text for text in messages)
-    assert [path.name for path in (tmp_path / "tools" / "bin").iterdir()] == ["rootlesskit-2.3.6"]
+def test_a_build_that_hangs_is_ended_with_what_it_has_started(tmp_path, monkeypatch):
+    """A compiler that go has started holds the other end of the output for as long as it lives."""
+    begun = threading.Event()
+
+    class AfterTheFirstLine(threading.Timer):
+        def run(self) -> None:
+            begun.wait(60)
+            super().run()
+
+    monkeypatch.setattr(gobuild, "_BUILD_TIMEOUT", 0.2)
+    monkeypatch.setattr(threading, "Timer", AfterTheFirstLine)
+    command = ["/bin/sh", "-c", "sleep 1000 & echo begun >&2; wait"]
+    code, lines = gobuild._run(command, tmp_path, dict(os.environ), lambda _text, _part: begun.set())
+    assert (code, lines) == (-9, ["begun"])
+
+
+def test_what_go_keeps_is_in_the_cache_of_bkpool_and_modules_of_the_user_are_read(tmp_path, monkeypatch):
+    for name in ("GOCACHE", "GOMODCACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gobuild, "_go_env", lambda *_: [str(tmp_path / "theirs"), "https://proxy.example,direct"])
+    release, caches = release_of(Tool.BUILDX), tmp_path / "go"
+    alone = gobuild._environment(release, tmp_path, caches)
+    assert (alone["GOPATH"], alone["GOMODCACHE"], alone["GOCACHE"]) == (
+        str(caches),
+        str(caches / "modules"),
+        str(caches / "build"),
+    )
+    assert alone["GOPROXY"] == "https://proxy.example,direct"
+    (tmp_path / "theirs/cache/download").mkdir(parents=True)
+    warm = gobuild._environment(release, tmp_path, caches)
+    assert warm["GOPROXY"] == f"file://{tmp_path}/theirs/cache/download,https://proxy.example,direct"
+    monkeypatch.setenv("GOCACHE", "/elsewhere")
+    assert gobuild._environment(release, tmp_path, caches)["GOCACHE"] == "/elsewhere"
