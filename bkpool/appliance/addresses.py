@@ -5,6 +5,7 @@ Pure: it opens nothing and asks no resolver.
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from itertools import combinations
 
 from bkpool.appliance.run_options import ALL_ROLES, Address, Role, RunOptions
@@ -17,6 +18,7 @@ _SERVERS = {
     "metrics.address": "the metrics",
     "dev_issuer.address": "the development issuer",
 }
+_LOCALHOST = ip_address("127.0.0.1")
 _BOTH_FAMILIES = {"localhost": frozenset({"127.0.0.1", "::1"}), "": frozenset({"0.0.0.0", "::"})}  # noqa: S104
 
 
@@ -32,6 +34,24 @@ def gateway_address(options: RunOptions) -> Address:
         return gateway.address
     everywhere = gateway.hosts or options.settings.appliance.roles != ALL_ROLES
     return Address("0.0.0.0" if everywhere else "127.0.0.1", GATEWAY_PORT)  # noqa: S104 - mTLS, and asked for
+
+
+def gateway_hosts(options: RunOptions) -> tuple[str, ...]:
+    """The names and addresses at which callers reach the gateway, the one for answers first.
+
+    Returns:
+        Those of the settings. Otherwise the address that the gateway listens on, if `localhost` does not
+        lead to it. Empty: `localhost`.
+    """
+    gateway = options.settings.gateway
+    if gateway.hosts or gateway.address is None:
+        return gateway.hosts
+    try:
+        literal = ip_address(gateway.address.host)
+    except ValueError:
+        return ()
+    special = literal.is_unspecified or literal == _LOCALHOST or getattr(literal, "scope_id", None)
+    return () if special else (str(literal),)
 
 
 def check_distinct(options: RunOptions) -> None:

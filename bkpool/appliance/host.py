@@ -17,7 +17,7 @@ import structlog
 
 from bkpool import __version__
 from bkpool.appliance.access_control import open_issuers
-from bkpool.appliance.addresses import gateway_address
+from bkpool.appliance.addresses import gateway_address, gateway_hosts
 from bkpool.appliance.backend import Backend
 from bkpool.appliance.certificate_renewal import CertificateRenewal
 from bkpool.appliance.dev_issuer import dev_config, make_dev_issuer
@@ -137,7 +137,7 @@ class HostAppliance:
             authority=backend.authority,
             former=backend.former,
             mirror=mirror,
-            hosts=self._settings.gateway.hosts,
+            hosts=gateway_hosts(options),
             hosts_from=options.where("gateway.hosts"),
             now=context.now,
             recorder=backend.recorder,
@@ -154,7 +154,7 @@ class HostAppliance:
             address=gateway_address(self._options),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
         )
-        host = next(iter(self._settings.gateway.hosts), "localhost")
+        host = next(iter(gateway_hosts(options)), "localhost")
         return gateway, f"tcp://{url_host(host)}:{gateway.port}"
 
     async def _open_dev_issuer(self, stack: AsyncExitStack, context: RoleContext) -> tuple[OIDCConfig, ...]:

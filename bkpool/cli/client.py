@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
+from itertools import count
 from threading import Timer
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -67,9 +68,9 @@ class Client:
         Raises:
             InvalidInput: An environment variable is not valid; the message names it.
         """
-        appliance = home.running()
         self._answer_timeout = answer_timeout
         given = "" if only_here else os.environ.get("BKCTL_ENDPOINT", "")
+        appliance = _running_here(needed=not given)
         own = endpoints.parse(appliance.api) if appliance else None
         url = endpoints.parse(given) if given else own or endpoints.parse(f"http://localhost:{API_PORT}")
         self._is_guess = not given and appliance is None
@@ -92,6 +93,8 @@ class Client:
         self._connection: http.client.HTTPConnection | None = None
         self._request_sent = False
         self._giving_up: Timer | None = None
+        self._signals = count()
+        """Of the current call."""
         if os.environ.get("BKCTL_ALLOW_NO_AUTH"):
             console.note("note: BKCTL_ALLOW_NO_AUTH is no longer needed: bkpool finds the local admin token itself.")
 
@@ -179,7 +182,8 @@ class Client:
             Whether a request was sent. If not, the call goes on.
         """
         if self._request_sent and self._connection is not None:
-            if self._giving_up is None:
+            # Counted in one step: the second signal may arrive while the first is still handled.
+            if next(self._signals) == 0:
                 self._giving_up = Timer(GIVE_UP_TIMEOUT, _shut, (self._connection.sock, socket.SHUT_RDWR))
                 self._giving_up.daemon = True
                 self._giving_up.start()
@@ -205,7 +209,7 @@ class Client:
         options: Mapping[str, str] = api_errors.OPTIONS,
     ) -> dict[str, Any]:
         """One call. If the credential is refused and there is a newer one, the call is repeated once."""
-        self._request_sent, self._giving_up = False, None
+        self._begin_call()
         timeout = self._answer_timeout if timeout is None else timeout
         if credential and credential.only_local and self._socket is None:
             raise _no_local_socket()
@@ -213,13 +217,16 @@ class Client:
         try:
             return self._exchange(method, path, body, timeout, token, options)
         except errors.Unauthenticated as error:
-            self._request_sent, self._giving_up = False, None
+            self._begin_call()
             newer = credential.bearer(fresh=True) if credential else None
             if newer != token:
                 return self._exchange(method, path, body, timeout, newer, options)
             if credential:
                 error.hint = f"{error.hint} The token came from {credential.name}.".lstrip()
             raise
+
+    def _begin_call(self) -> None:
+        self._request_sent, self._giving_up, self._signals = False, None, count()
 
     def _exchange(  # noqa: PLR0917 - private, and called in one place
         self,
@@ -276,6 +283,8 @@ class Client:
                 other = self.endpoint if self._is_guess else ""
                 error.hint = credentials.hint_without_credential(os.environ, other_home=other)
             raise error
+        if self._is_guess:
+            raise self._not_running(f"what answers at {self.endpoint} is another program")
         raise Unavailable(
             f"{self.endpoint} answered HTTP {status} in a form that is not that of bkpool's API",
             hint="Check that BKCTL_ENDPOINT names a bkpool appliance, and no proxy in front of it.",
@@ -292,23 +301,50 @@ class Client:
                 f"no TLS connection to {self.endpoint}: {getattr(error, 'verify_message', '') or error.reason}",
                 hint=hint,
             )
-        if isinstance(error, TimeoutError):
-            return Unavailable(f"{self.endpoint} did not answer in time", hint="`bkpool logs` shows its log.")
         if isinstance(error, socket.gaierror):
             return Unavailable(f"{self.endpoint}: there is no host of this name", hint="Check BKCTL_ENDPOINT.")
         if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+            if self._is_guess:
+                return Unavailable(
+                    f"the appliance of this home ({home.home()}) is not running, and no appliance answers at "
+                    f"{self.endpoint}",
+                    hint="Start it with `bkpool up -d`, or set BKCTL_ENDPOINT.",
+                )
             # It runs, or there were no socket. /run/user of a user goes with their last session.
             restart = "Restart it: `bkpool down`, then `bkpool up -d`."
             return Unavailable(
                 f"no appliance answers at {self.endpoint}",
                 hint=restart if self._socket else "Start it with `bkpool up -d`, or set BKCTL_ENDPOINT.",
             )
-        if isinstance(error, ConnectionError | http.client.HTTPException):
-            return Unavailable(
-                f"{self.endpoint} closed the connection without a full answer",
-                hint="`bkpool logs` shows what the appliance did. If it has ended, start it with `bkpool up -d`.",
-            )
+        if isinstance(error, ConnectionError | http.client.HTTPException | TimeoutError):
+            return self._no_full_answer(late=isinstance(error, TimeoutError))
         return Unavailable(f"{self.endpoint} cannot be reached: {getattr(error, 'strerror', None) or error}")
+
+    def _no_full_answer(self, *, late: bool) -> Unavailable:
+        if self._is_guess:
+            return self._not_running(f"another program listens at {self.endpoint}")
+        if late:
+            return Unavailable(f"{self.endpoint} did not answer in time", hint="`bkpool logs` shows its log.")
+        return Unavailable(
+            f"{self.endpoint} closed the connection without a full answer",
+            hint="`bkpool logs` shows what the appliance did. If it has ended, start it with `bkpool up -d`.",
+        )
+
+    def _not_running(self, instead: str) -> Unavailable:
+        return Unavailable(
+            f"the appliance of this home ({home.home()}) is not running, and {instead}",
+            hint="Start it: bkpool up -d --api-address 127.0.0.1:PORT, with a free port. Or set BKCTL_ENDPOINT.",
+        )
+
+
+def _running_here(*, needed: bool) -> home.Appliance | None:
+    """The appliance of this home. Where it is not needed, a home that cannot be read is none."""
+    try:
+        return home.running()
+    except errors.HostFault:
+        if needed:
+            raise
+        return None
 
 
 def _shut(sock: socket.socket | None, direction: int) -> None:

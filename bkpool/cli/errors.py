@@ -35,18 +35,26 @@ def guarded(call: Callable[[], Any], name: str = "bkpool") -> int:
     except BkpoolError as error:
         show_error(error)
         return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        _print(error.format_message())
-        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
+        click.echo(error.format_message())
+        return 0
     except click.ClickException as error:
         _print(_of_click(error, name))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - this is the last resort
+        return _unexpected(error)
+    return result if isinstance(result, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    fault = home.fault_at_home(error) if isinstance(error, OSError) else None
+    if fault is None:
         _print(f"error: internal error ({type(error).__name__}); please report it{_save_traceback(error)}")
         return INTERNAL
-    return result if isinstance(result, int) else 0
+    show_error(fault)
+    return fault.exit_code
 
 
 def show_error(error: BkpoolError) -> None:

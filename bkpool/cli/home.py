@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bkpool.core.errors import InvalidInput
+from bkpool.core.errors import HostFault, InvalidInput
+from bkpool.home.files import as_host_fault
 from bkpool.home.lock import holder
 
 
@@ -25,7 +26,7 @@ def home() -> Path:
     """
     if given := os.environ.get("BKPOOL_HOME"):
         path = Path(given).absolute()
-        if path.exists() and not path.is_dir():
+        if os.path.exists(path) and not os.path.isdir(path):  # noqa: PTH110, PTH112 - Path.exists raises without rights
             raise InvalidInput(
                 f"BKPOOL_HOME: {path} is not a directory",
                 hint="Set BKPOOL_HOME to a directory, or to a path that does not exist yet.",
@@ -85,8 +86,26 @@ class Appliance:
         return frozenset(self.ports_by_purpose.values())
 
 
+def fault_at_home(error: OSError) -> HostFault | None:
+    """The sentence for an error at the home, such as that of another user; None if it is about something else."""
+    if not isinstance(error.filename, str | bytes):
+        return None
+    path, directory = Path(os.fsdecode(error.filename)).absolute(), home()
+    if path != directory and directory not in path.parents and path not in directory.parents:
+        return None
+    try:
+        with as_host_fault(path):
+            raise error
+    except HostFault as fault:
+        return fault
+
+
 def running() -> Appliance | None:
-    """The appliance of this home; None if there is none, or it is not ready yet, or it was killed."""
+    """The appliance of this home; None if there is none, or it is not ready yet, or it was killed.
+
+    Raises:
+        HostFault: `Permission`: this user may not read the home.
+    """
     try:
         described = json.loads((home() / "appliance.json").read_bytes())
         found = Appliance(
@@ -96,6 +115,9 @@ def running() -> Appliance | None:
             described["backend"],
             described,
         )
+    except PermissionError:
+        with as_host_fault(home() / "appliance.json"):
+            raise
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if holder(home()) == found.pid else None

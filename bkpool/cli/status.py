@@ -35,10 +35,17 @@ def command(pool: str | None, namespace: str, as_json: bool) -> None:
         answer = client.pools()
         if of_namespace is not None:
             answer["pools"] = [one for one in answer.get("pools", []) if one.get("namespace") == of_namespace]
-        console.answer(answer, as_json=as_json, show=lambda: _pools(answer.get("pools", [])))
+        console.answer(answer, as_json=as_json, show=lambda: _pools_of(answer.get("pools", []), of_namespace))
         return
     answer = client.pool(pool, namespace)
     console.answer(answer, as_json=as_json, show=lambda: _pool_with_workers(answer))
+
+
+def _pools_of(pools: Sequence[dict[str, Any]], namespace: str | None) -> RenderableType | str:
+    if pools:
+        return _pools(pools)
+    where = f" in namespace {namespace!r}" if namespace else ""
+    return f"there is no pool{where} that you may use"
 
 
 def _pool_with_workers(pool: dict[str, Any]) -> RenderableType:

@@ -6,6 +6,7 @@ A pipe tells the parent of a background appliance that it is ready, or why it is
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ def _run_here(
         if parent is not None:
             parent.send(message)
         elif "progress" in message:
-            console.note(str(message["progress"]))
+            launch.show(progress, str(message["progress"]))
         else:
+            starting.close()
             _answer(message, "bkpool is up", as_json=as_json)
 
     run_options = RunOptions(
@@ -143,7 +145,9 @@ def _run_here(
         settings=resolved.settings,
         places=resolved.places,
     )
-    return run(run_options, report)
+    with ExitStack() as starting:
+        progress = starting.enter_context(console.Progress("starting")) if parent is None else None
+        return run(run_options, report)
 
 
 def _remember(pid: int, resolved: ResolvedSettings) -> None:

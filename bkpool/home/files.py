@@ -113,7 +113,22 @@ def as_host_fault(path: Path) -> Iterator[None]:
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise HostFault(
                 where,
-                hint="Give your user write access to it, or set BKPOOL_HOME to a directory of yours.",
+                hint=permission_hint(Path(error.filename or path))
+                or "Give your user write access to it, or set BKPOOL_HOME to a directory of yours.",
                 code="Permission",
             ) from None
         raise HostFault(where, hint="Check that path.") from None
+
+
+def permission_hint(path: Path) -> str:
+    """What to do about a path that this user may not use, if another user owns it or its directory; else ""."""
+    for place in (path, *path.absolute().parents):
+        try:
+            owner = place.stat().st_uid
+        except OSError:  # it is in a directory of another user, or does not exist
+            continue
+        if owner == os.geteuid():
+            return ""
+        whose = f"{place} belongs to user {owner}."
+        return f"{whose} Run bkpool as that user, or set BKPOOL_HOME to a directory of yours."
+    return ""

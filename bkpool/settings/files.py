@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bkpool.core.errors import HostFault, InvalidInput
-from bkpool.home.files import as_host_fault, private_directory, write_private
+from bkpool.home.files import as_host_fault, permission_hint, private_directory, write_private
 from bkpool.settings.catalogue import Setting
 from bkpool.settings.kinds import Toml
 from bkpool.settings.sources import (
@@ -202,9 +202,8 @@ def _text(file: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise HostFault(
-            f"{file} cannot be read: {error.strerror}", hint="Make it readable.", code="Unreadable"
-        ) from None
+        hint = permission_hint(file) or "Make it readable."
+        raise HostFault(f"{file} cannot be read: {error.strerror}", hint=hint, code="Unreadable") from None
     try:
         text = content.decode()
     except UnicodeDecodeError:

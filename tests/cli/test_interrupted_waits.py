@@ -248,6 +248,20 @@ def test_a_second_signal_gives_such_a_server_up_at_once(program, api, appliance,
     assert hang_up.seen.is_set()
 
 
+def test_a_second_signal_counts_while_the_first_is_still_handled(program, api, appliance, never_answers, monkeypatch):
+    signals = iter([signal.SIGINT])
+
+    def timer(*args):
+        for number in signals:
+            signal.raise_signal(number)
+        return threading.Timer(*args)
+
+    monkeypatch.setattr(client_module, "GIVE_UP_TIMEOUT", 3600.0)
+    monkeypatch.setattr(client_module, "Timer", timer)
+    api.before_answer["allocate"] = never_answers(interrupt)
+    assert program("allocate") == 130
+
+
 def test_a_release_at_the_end_of_a_build_is_given_up_a_time_after_a_signal(
     program, api, appliance, never_answers, monkeypatch, capfd
 ):
