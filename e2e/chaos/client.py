@@ -11,11 +11,15 @@ import json
 import os
 import random
 import re
+import select
 import shutil
+import socket
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from http import HTTPStatus
@@ -31,6 +35,8 @@ WAIT = 60.0
 """Seconds that a client waits for a worker (`wait` of the request)."""
 RETRY_PAUSE = 0.25
 """Seconds before a client repeats a request."""
+HANG_UPS = 0.3
+"""The share of jobs before which the client asks for a worker and hangs up."""
 TRIES = 3
 """The most builds on one lease. The client stops after one that succeeds."""
 SHORTEST, LONGEST = 0.2, 3.0
@@ -106,13 +112,15 @@ class Client:
             chance = random.Random(f"{self.seed}/{self.name}")
             for number in count(1):
                 last = self.done.is_set()
-                if self._job(f"{self.name}.{number}", chance.uniform(SHORTEST, self.longest)) and last:
+                if self._job(f"{self.name}.{number}", chance.uniform(SHORTEST, self.longest), chance) and last:
                     return
         except Exception as error:
             self.record.note(self.name, "wrong", text=f"the client {self.name} itself failed: {error!r}")
             raise
 
-    def _job(self, job: str, seconds: float) -> bool:
+    def _job(self, job: str, seconds: float, chance: random.Random) -> bool:
+        if chance.random() < HANG_UPS:
+            self._hang_up(job, chance)
         lease = self._allocate(job)
         certificates = Certificates.of(lease, self.directory / "keys")
         succeeded = False
@@ -124,6 +132,35 @@ class Client:
         return succeeded
 
     # --- the API ----------------------------------------------------------------------------------------------------
+
+    def _hang_up(self, job: str, chance: random.Random) -> None:
+        """Asks for a worker and resets the connection at a random byte of the request or of the answer.
+
+        A caller that leaves before an answer can be there has no jobId in half of the cases. Then nobody can ever use
+        the lease, so it must not stay. All others ask again with the same jobId, as `_allocate` does after this.
+        """
+        reads = chance.choice([0, 0, chance.randrange(1, 4000)])
+        named = bool(reads) or chance.random() < 0.5
+        body = json.dumps(
+            {"poolName": "default", "wait": f"{WAIT:.0f}s", "ttl": "1h"} | ({"jobId": job} if named else {})
+        ).encode()
+        head = (
+            f"POST /api/v1/workers/allocate HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.bearer()}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        request = head.encode() + body
+        sent = chance.randrange(len(request)) if not reads and chance.random() < 0.3 else len(request)
+        self.record.note(self.name, "hang-up", sent=sent, of=len(request), reads=reads, named=named)
+        with (
+            suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.appliance.ports["api"]), 10) as connection,
+        ):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() resets
+            connection.sendall(request[:sent])
+            connection.settimeout(1.0 if reads else chance.uniform(0.0, 0.08 if named else 0.01))
+            while reads > 0 and (got := connection.recv(reads)):
+                reads -= len(got)
+            select.select([], [], [], 0 if reads else connection.gettimeout())
 
     def _allocate(self, job: str) -> dict[str, Any]:
         body = {"poolName": "default", "jobId": job, "wait": f"{WAIT:.0f}s", "ttl": "1h"}

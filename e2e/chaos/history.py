@@ -7,6 +7,7 @@ asks bkpool whether bkpool was right. `chaos.run` records the history. docs/test
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,12 +22,18 @@ HUNG = 90.0
 RECOVERY = 30.0
 """Seconds after the kill of a worker in which new connections to it may fail."""
 
-SEVERS = {"kill-appliance", "kill-worker", "delete-pod"}
-"""Faults that end open builds at once: all of them, or those on one worker."""
-GENTLE = {"end-appliance", "stop-worker", "expire-watches", "freeze-watches", "cut-api"}
+SEVERS = {"kill-appliance": 0.0, "kill-worker": 0.0, "delete-pod": 0.0, "hang-worker": 20.0}
+"""Faults that end open builds, all of them or those on one worker, and the seconds that this may take. A worker
+counts as hung after 15 s without an answer or a byte; its clients are told within 5 s of that."""
+SILENT = {"kill-appliance": math.inf, "end-appliance": math.inf, "hang-worker": SEVERS["hang-worker"]}
+"""Faults in which nobody answers a build that is not connected, and for how many seconds at most. They do not count
+for HELD: the appliance drains, is away and starts, or the gateway waits for a byte of the worker."""
+GENTLE = {"end-appliance", "stop-worker", "expire-watches", "freeze-watches", "cut-api", "unread-log"}
 """Faults that must not make an open build fail. The appliance drains, or the build was connected before, or it pauses
 and then continues. A worker that is stopped for some seconds looks like a slow one, so its builds must not be
 ended."""
+UNNOTICED = {"unread-log"}
+"""Faults that nobody but the reader of the log may notice: they explain no failure and no refusal."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ def tenant(name: str) -> str:
 
 def _waiters(events: list[Event]) -> Iterator[str]:
     asked: dict[str, Event] = {}
-    faults = harms(events)
+    faults = [harm for harm in harms(events) if harm.kind not in UNNOTICED]
     for event in events:
         if event.what in {"ask", "release"}:
             asked[event.of["call"]] = event
@@ -256,7 +263,7 @@ def _answered(asked: Event, answer: Event, faults: list[Harm]) -> Iterator[str]:
 
 
 def _builds(events: list[Event]) -> Iterator[str]:
-    faults = harms(events)
+    faults = [harm for harm in harms(events) if harm.kind not in UNNOTICED]
     for build in builds(events):
         what = f"{build.end:.2f}: build {build.name} on {build.worker}"
         if build.of.get("hung"):
@@ -287,13 +294,29 @@ def _late(build: Build, faults: list[Harm], what: str) -> Iterator[str]:
     A build that is cut must end at once. A build that is not connected must end after the waits at the gateway.
     """
     if build.connected is None:
-        if not build.ok and build.end - build.begin > HELD:
+        if not build.ok and build.end - build.begin - _silence(build, faults) > HELD:
             yield f"{what} was not connected, and ended only after {build.end - build.begin:.1f} s"
         return
     for harm in faults:
-        severed = harm.kind in SEVERS and _concerns(harm, build) and build.connected < harm.begin
-        if severed and build.end > harm.done + PROMPT:
+        within = SEVERS.get(harm.kind)
+        if within is None or not _concerns(harm, build) or build.connected >= harm.begin:
+            continue
+        if build.end > harm.done + within + PROMPT:
             yield f"{what} was cut by {harm.kind} at {harm.done:.2f} and ended {build.end - harm.done:.1f} s later"
+
+
+def _silence(build: Build, faults: list[Harm]) -> float:
+    """Returns the seconds of this build in which a fault kept everybody from answering it."""
+    spans = sorted(
+        (max(harm.begin, build.begin), min(harm.end, harm.begin + SILENT[harm.kind], build.end))
+        for harm in faults
+        if harm.kind in SILENT and _concerns(harm, build)
+    )
+    seconds, until = 0.0, build.begin
+    for begin, end in spans:  # they may overlap
+        seconds += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return seconds
 
 
 def _concerns(harm: Harm, build: Build) -> bool:

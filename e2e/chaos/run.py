@@ -28,13 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from chaos.client import Client, Record
-from chaos.damage import Damage, ProcessDamage, victim, wrong_in_log
+from chaos.damage import Damage, ForegroundAppliance, ProcessDamage, small_home, victim, wrong_in_log
 from chaos.history import Event, builds, judge, load, stragglers
 from chaos.schedule import LANES, Fault, schedule
 from chaos.timeline import draw
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import Appliance, eventually, oidc_config, pool
+from support.environment import forget_settings
 from support.issuer import AUDIENCE, Issuer
 from worlds import Processes
 
@@ -43,7 +44,7 @@ CLIENTS = ("ann.1", "ann.2", "bob.1", "bob.2")
 """Two tenants with two clients each."""
 WORKERS = 3
 """Fewer than clients, so that a client always waits, and workers go from one tenant to the other."""
-HEALED = 60.0
+HEALED = 120.0
 """Seconds after the last fault within which all workers must be idle. A worker that was killed repeatedly is
 restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row."""
 SHOWN = 40
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="only print what would be broken, and when")
     parser.add_argument("--judge", type=Path, metavar="HISTORY", help="only judge a history, and draw it again")
     options = parser.parse_args()
+    forget_settings()
     if options.judge:
         return report(load(options.judge.read_text()), options.judge, "", sys.maxsize)
     faults = schedule(options.seed, options.minutes * 60, options.backend)
@@ -74,7 +76,10 @@ def main() -> int:
     base = Path(tempfile.mkdtemp(prefix="bkpool-chaos-"))
     record = Record(base / "history.jsonl")
     try:
-        with world(options.backend, base) as (appliance, damage, issuer):
+        with (
+            small_home(base / "appliance"),
+            world(options.backend, base, process_appliance=ForegroundAppliance) as (appliance, damage, issuer),
+        ):
             Run(appliance, damage, issuer, record, base, options).go(faults)
     finally:
         record.close()
@@ -86,7 +91,10 @@ def main() -> int:
 
 @contextmanager
 def world(
-    backend: str, base: Path, env: Mapping[str, str] | None = None
+    backend: str,
+    base: Path,
+    env: Mapping[str, str] | None = None,
+    process_appliance: type[Appliance] = Appliance,
 ) -> Iterator[tuple[Appliance, Damage, Issuer]]:
     """Starts an appliance with two tenants and one pool. Yields it, the object that breaks it, and the issuer."""
     wanted = [Tool.BUILDKITD, Tool.BUILDX, Tool.RUNC]
@@ -100,7 +108,7 @@ def world(
 
             appliance, damage = stack.enter_context(kind_world(base, tools))
         else:
-            appliance = Appliance(base / "appliance", tools, Processes(), extra_env=dict(env or {}))
+            appliance = process_appliance(base / "appliance", tools, Processes(), extra_env=dict(env or {}))
             damage = ProcessDamage(appliance, WORKERS)
             stack.callback(appliance.down, "--now", "--purge")
         appliance.up_from(objects)
@@ -205,7 +213,7 @@ class Run:
             self._record.note("driver", "healed", seconds=round(self._record.now() - self._calm, 1))
         except Exception as error:  # noqa: BLE001
             self._record.note("driver", "wrong", text=f"the pool does not recover: {error!r}: {self._members()}")
-        shutil.copytree(self._appliance.home / "logs", self._base / "logs")
+        shutil.copytree(self._appliance.home / "logs", self._base / "logs", dirs_exist_ok=True)
         for look in (self._damage.left_over, lambda: wrong_in_log(self._appliance), self._damage.left_behind):
             try:
                 for what in look():
@@ -257,6 +265,7 @@ def report(history: list[Event], file: Path, repeat: str, shown: int = SHOWN, *,
         "builds that succeeded": sum(build.ok for build in made),
         "builds that failed": sum(not build.ok for build in made),
         "leases": sum(e.what == "answer" and e.of["outcome"] == "lease" for e in events),
+        "callers that hung up": sum(event.what == "hang-up" for event in events),
         "requests refused or cut": sum(
             e.what in {"answer", "released"} and e.of["outcome"] in {"refused", "cut"} for e in events
         ),

@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-Lane = Literal["appliance", "workers", "cluster"]
+Lane = Literal["appliance", "workers", "cluster", "machine"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,14 @@ KINDS = {
         Kind("freeze-watches", "cluster", 2.0, 8.0),
         Kind("expire-watches", "cluster"),
         Kind("cut-pods", "cluster", 1.0, 4.0),
+        Kind("full-disk", "machine", 2.0, 6.0),
+        Kind("hang-worker", "machine", 22.0, 26.0),
+        Kind("remove-runtime", "machine"),
+        Kind("unread-log", "machine", 2.0, 6.0),
     )
 }
 PAUSES: dict[str, dict[Lane, tuple[float, float]]] = {
-    "process": {"appliance": (6.0, 12.0), "workers": (2.0, 6.0)},
+    "process": {"appliance": (6.0, 12.0), "workers": (2.0, 6.0), "machine": (1.0, 4.0)},
     "kind": {"appliance": (12.0, 18.0), "workers": (5.0, 10.0), "cluster": (6.0, 12.0)},
 }
 """By backend: limits for the seconds between one fault of a lane and the next one. Lanes are independent, so faults

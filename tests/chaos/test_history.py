@@ -119,6 +119,25 @@ def test_a_step_that_outlives_its_lease_is_a_violation_only_beside_another_tenan
     assert len(ending_well(story, "ann.1", "bob.1")) == 1
 
 
+def hung(end: float) -> list[str]:
+    """The violations of a build that began before its worker hung at 2 s and that ended at this time."""
+    story = Story().lease(1, "ann.1", "a").fault(0, "hang-worker", 2, 27, "w-0")
+    story.build("ann.1.1.1", "a", 1.1, end, ok=False, sentence=EOF_TOLD)
+    return ending_well(story.release(end + 1, "ann.1", "a"), "ann.1")
+
+
+def test_a_build_on_a_worker_that_hangs_must_end_soon():
+    assert hung(20) == []
+    (found,) = hung(30)
+    assert "was cut by hang-worker at 2.00 and ended 28.0 s later" in found
+
+
+def test_a_log_that_nobody_reads_explains_no_failure():
+    story = Story().fault(0, "unread-log", 1, 6).refused(5, "ann.1", "refused", "503: the pool has no idle worker")
+    (found,) = ending_well(story, "ann.1")
+    assert "was refused with no fault to cause it" in found
+
+
 def test_an_earlier_try_of_the_same_holder_may_still_run():
     story = Story().lease(1, "ann.1", "a").fault(0, "kill-appliance", 2, 3)
     story.build("ann.1.1.1", "a", 1.1, 2.1, ok=False, sentence=EOF_TOLD)
@@ -222,6 +241,35 @@ def test_a_build_that_is_not_connected_must_end_after_the_waits_at_the_gateway(b
     changes = {"ok": False, "correct": False, "connected": None, "sentence": "ERROR: worker w-0 is not back yet"}
     story.whole("ann.1.1.1", "a", begin, end, **changes)
     assert (ending_well(story, "ann.1") == []) is fine
+
+
+@pytest.mark.parametrize(
+    ("fault", "worker", "begin", "end", "fine"),
+    [
+        ("end-appliance", "", 10, 20, True),
+        ("kill-appliance", "", 10, 20, True),
+        ("hang-worker", "w-0", 10, 20, True),
+        ("hang-worker", "w-1", 10, 20, False),  # another worker
+        ("stop-worker", "w-0", 10, 20, False),
+        ("end-appliance", "", 10, 16, False),  # too short: 34 s remain
+        ("hang-worker", "w-0", 4, 30, True),  # it is noticed after 20 s
+        ("hang-worker", "w-0", -10, 16, False),
+    ],
+)
+def test_the_time_without_anybody_who_answers_is_no_wait_at_the_gateway(fault, worker, begin, end, fine):
+    story = Story().fault(0, "kill-worker", 4, 4, "w-0").fault(1, fault, begin, end, worker)
+    changes = {"ok": False, "correct": False, "connected": None, "sentence": "ERROR: context deadline exceeded"}
+    story.whole("ann.1.1.1", "a", 5, 45.2, **changes)
+    assert (ending_well(story, "ann.1") == []) is fine
+
+
+def test_such_times_count_once_if_they_overlap():
+    story = Story().fault(0, "hang-worker", 10, 30, "w-0").fault(1, "end-appliance", 12, 16)
+    story.fault(2, "kill-appliance", 14, 20)
+    changes = {"ok": False, "correct": False, "connected": None, "sentence": "ERROR: context deadline exceeded"}
+    story.whole("ann.1.1.1", "a", 5, 59, **changes)
+    (found,) = ending_well(story, "ann.1")
+    assert "was not connected, and ended only after 53.8 s" in found
 
 
 @pytest.mark.parametrize("message", ["", "ERROR: 14", "Traceback (most recent call last): something is wrong here"])

@@ -17,7 +17,7 @@ BACKENDS = st.sampled_from(sorted(LANES))
 
 
 def test_a_seed_gives_the_same_faults_as_in_earlier_versions():
-    first = schedule(6, 60, "process")[:3]
+    first = [fault for fault in schedule(6, 60, "process") if fault.lane != "machine"][:3]
     assert [(fault.at, fault.kind, fault.seconds, fault.victim) for fault in first] == [
         (5.5, "stop-worker", 1.59, 300),
         (10.07, "end-appliance", 0.86, 207),
