@@ -41,6 +41,9 @@ COVERAGE = ["--cov", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL
 ONLY_PYTHON = ["-m", "not any_python"] if os.environ.get("BKPOOL_BRIEF") else []
 FEW_EXAMPLES = {"BKPOOL_BRIEF": ""}
 
+# Then a session that fails so often stops and shows why: waiting for every other test could take hours.
+GIVE_UP = ["--maxfail=10"] if os.environ.get("BKPOOL_BRIEF") else []
+
 # One more than there are cores, because many tests wait.
 PROCESSES = ["--numprocesses", str((os.cpu_count() or 1) + 1)]
 
@@ -111,7 +114,7 @@ def _environment(session: nox.Session, version: str, interpreter: str) -> str:
 @nox.session
 def e2e(session: nox.Session) -> None:
     """The end-to-end tests: real buildkitd, buildx and registry, and the commands of the usage guide."""
-    session.run("pytest", "e2e", "--ignore=e2e/kind", *session.posargs)
+    session.run("pytest", "e2e", "--ignore=e2e/kind", *GIVE_UP, *session.posargs)
 
 
 @nox.session
@@ -121,10 +124,21 @@ def kind(session: nox.Session) -> None:
 
     if fault := engine_fault():
         (session.error if os.environ.get("BKPOOL_CI") else session.skip)(f"no tests on kind: {fault}")
+    if os.environ.get("BKPOOL_CI"):
+        _delete_clusters(session)
     if not session.posargs:
         session.run("pytest", "e2e/adoption", *_pytest_kind(session), env={"BKPOOL_E2E_BACKEND": "kind"})
     # e2e/gateway starts gateways without an appliance. They are the same on every backend.
-    session.run("pytest", "e2e", "--ignore=e2e/gateway", *session.posargs, env={"BKPOOL_E2E_BACKEND": "kind"})
+    kind_backend = {"BKPOOL_E2E_BACKEND": "kind"}
+    session.run("pytest", "e2e", "--ignore=e2e/gateway", *GIVE_UP, *session.posargs, env=kind_backend)
+
+
+def _delete_clusters(session: nox.Session) -> None:
+    """Deletes the clusters that a run left behind when it was killed: nobody knows what else runs in them."""
+    from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415 - as above
+
+    program = str(Toolchain(default_cache()).ensure(Tool.KIND))
+    session.run(program, "delete", "clusters", "bkpool-e2e", "bkpool-e2e-life", "bkpool-e2e-foreign", external=True)
 
 
 def _pytest_kind(session: nox.Session) -> list[str]:

@@ -178,15 +178,45 @@ class Installed:
             (SYSTEM, "app.kubernetes.io/name=buildkit-controller"),
             ("default", f"buildkit.smrt-devops.net/pool={POOL}"),
         ):
-            log = self.world.kubectl("-n", namespace, "logs", "-l", selector, "--tail=-1", "--prefix", check=False)
-            assert "[pod/" in log, "there is a log to read"
-            found += secrets_in(log)
+            # One pod at a time: for a selector, a pod that is being replaced can keep back the logs of all others.
+            for pod in self.pods(selector, namespace):
+                log = self.world.kubectl("-n", namespace, "logs", pod, "--all-containers")
+                assert log, f"{pod} has a log to read"
+                found += secrets_in(log)
         return found
 
     def close(self) -> None:
         for process in self.forwards:
             process.kill()
             process.communicate()
+
+
+CALLER = {
+    "apiVersion": "v1",
+    "kind": "Pod",
+    "metadata": {"name": "caller"},
+    "spec": {
+        "terminationGracePeriodSeconds": 1,
+        "containers": [
+            {
+                "name": "caller",
+                "image": IMAGE,
+                "command": ["sleep", "infinity"],
+                "imagePullPolicy": "IfNotPresent",
+            }
+        ],
+    },
+}
+
+
+def _pool(image: str | None) -> dict[str, Any]:
+    named = {"buildkitImage": image} if image else {}
+    return {
+        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
+        "kind": "BuildKitPool",
+        "metadata": {"name": POOL},
+        "spec": {"scaling": {"max": 4}, "gateway": {"replicas": 2}, **named},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -198,56 +228,48 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     printed = run(sys.executable, "-m", "bkpool", "manifests", *options, env=dict(os.environ), cwd=ROOT).ok().out
     (made.base / "manifests.yaml").write_text(printed)
     kubectl("delete", "lease", "-n", SYSTEM, "bkpool-controller", "--ignore-not-found")
-    kubectl("apply", "-f", str(made.base / "manifests.yaml"))
-    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=120s")
-    pool = {
-        "apiVersion": "buildkit.smrt-devops.net/v1alpha1",
-        "kind": "BuildKitPool",
-        "metadata": {"name": POOL},
-        "spec": {
-            "scaling": {"max": 4},
-            "gateway": {"replicas": 2},
-            **({"buildkitImage": buildkit} if buildkit else {}),
-        },
-    }
-    kubectl("apply", "-f", "-", stdin=json.dumps(pool))
-    caller = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": "caller"},
-        "spec": {
-            "terminationGracePeriodSeconds": 1,
-            "containers": [
-                {
-                    "name": "caller",
-                    "image": IMAGE,
-                    "command": ["sleep", "infinity"],
-                    "imagePullPolicy": "IfNotPresent",
-                }
-            ],
-        },
-    }
-    kubectl("apply", "-f", "-", stdin=json.dumps(caller))
-    kubectl("wait", "--for=condition=Ready", "pod/caller", "--timeout=60s")
-    context = Context(made.base / "context", program).dockerfile("say in-the-cluster")
-    kubectl("cp", str(tools["buildx"]), "caller:/home/bkpool/buildx")
-    kubectl("cp", str(context), "caller:/home/bkpool/context")
-    eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", timeout=120)
-    yield made
-    made.close()
-    leaked = made.leaked()
-    kubectl("delete", "pod", "caller", "--ignore-not-found", "--wait=false")
-    kubectl("delete", "buildkitpools", "-A", "--all", "--wait=false")
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "the workers are removed", timeout=120)
-    kubectl("-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
-    policies = "validatingadmissionpolicy,validatingadmissionpolicybinding"
-    kubectl("delete", policies, f"bkpool-pools-{SYSTEM}")  # other tests have pools of their own
-    eventually(
-        lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM), "the replicas are removed"
-    )
-    # One test has replaced the CAs. There is no lease any more, so the appliances of other tests make new ones.
-    kubectl("-n", SYSTEM, "delete", "secret", "bkpool-pki", "--ignore-not-found")
+    try:
+        kubectl("apply", "-f", str(made.base / "manifests.yaml"))
+        kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=120s")
+        kubectl("apply", "-f", "-", stdin=json.dumps(_pool(buildkit)))
+        kubectl("apply", "-f", "-", stdin=json.dumps(CALLER))
+        kubectl("wait", "--for=condition=Ready", "pod/caller", "--timeout=60s")
+        context = Context(made.base / "context", program).dockerfile("say in-the-cluster")
+        kubectl("cp", str(tools["buildx"]), "caller:/home/bkpool/buildx")
+        kubectl("cp", str(context), "caller:/home/bkpool/context")
+        eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", timeout=120)
+        yield made
+        made.close()
+        leaked = made.leaked()
+    finally:
+        _uninstall(made)
     assert not leaked, leaked
+
+
+def _uninstall(made: Installed) -> None:
+    """Removes all of it. What was left would act on the pools of later tests, so no step depends on another one."""
+    kubectl = made.world.kubectl
+    with contextlib.ExitStack() as stack:
+        # One test has replaced the CAs. There is no lease any more, so the appliances of other tests make new ones.
+        stack.callback(kubectl, "-n", SYSTEM, "delete", "secret", "bkpool-pki", "--ignore-not-found")
+        stack.callback(
+            eventually,
+            lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM),
+            "the replicas are removed",
+        )
+        policies = "validatingadmissionpolicy,validatingadmissionpolicybinding"
+        # Other tests have pools of their own.
+        stack.callback(kubectl, "delete", policies, f"bkpool-pools-{SYSTEM}", "--ignore-not-found")
+        stack.callback(kubectl, "-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
+        stack.callback(
+            eventually,
+            lambda: not made.world.objects("buildkitworkers", "-A"),
+            "the workers are removed",
+            timeout=120,
+        )
+        stack.callback(kubectl, "delete", "buildkitpools", "-A", "--all", "--wait=false")
+        stack.callback(kubectl, "delete", "pod", "caller", "--ignore-not-found", "--wait=false")
+        stack.callback(made.close)
 
 
 SETUP = f"""
