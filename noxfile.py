@@ -138,7 +138,8 @@ def _delete_clusters(session: nox.Session) -> None:
     from bkpool.toolchain import Tool, Toolchain, default_cache  # noqa: PLC0415 - as above
 
     program = str(Toolchain(default_cache()).ensure(Tool.KIND))
-    session.run(program, "delete", "clusters", "bkpool-e2e", "bkpool-e2e-life", "bkpool-e2e-foreign", external=True)
+    names = (f"bkpool-e2e{end}" for end in ("", "-life", "-life-late", "-foreign"))
+    session.run(program, "delete", "clusters", *names, external=True)
 
 
 def _pytest_kind(session: nox.Session) -> list[str]:

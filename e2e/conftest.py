@@ -16,7 +16,7 @@ import pytest
 
 from bkpool.kind.engine import engine_fault
 from bkpool.toolchain import Tool, Toolchain, default_cache
-from harness import HERE, Appliance, Context, World, registry
+from harness import HERE, Appliance, Context, World, do_all, registry, unfinished
 from kind_cluster import E2eCluster, Kubectl, e2e_cluster
 from support.environment import forget_settings
 from support.issuer import Issuer
@@ -107,6 +107,13 @@ def registry_host(registry_program: Path, tmp_path_factory: pytest.TempPathFacto
         yield host
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_appliance_is_left() -> Iterator[None]:
+    """Ends the appliances of fixtures that failed before their `yield`: they would disturb later modules."""
+    yield
+    do_all(*(appliance.finish for appliance in tuple(unfinished)))
+
+
 @pytest.fixture
 def context(tmp_path: Path, program: Path) -> Context:
     return Context(tmp_path / "context", program)
@@ -132,5 +139,6 @@ def make_appliance(tmp_path: Path, tools: dict[str, Path], world: World) -> Iter
         return made[-1]
 
     yield make
-    for appliance in made:
-        appliance.finish()
+    # One that still runs would act on the objects that the end of another one removes.
+    others = made if len(made) > 1 else []
+    do_all(*(appliance.stop for appliance in others), *(appliance.finish for appliance in made))

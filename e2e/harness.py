@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -64,7 +65,10 @@ class World(Protocol):
         """Removes after `down` what the next test must not find. Fails if something still runs."""
 
 
-WAIT_TIMEOUT = 60.0  # seconds that a test waits for a condition before it fails
+WAIT_TIMEOUT = 120.0 if os.environ.get("BKPOOL_E2E_BACKEND") == "kind" else 60.0
+"""Seconds that a test waits for a condition before it fails. On a slow machine a pod is replaced in one minute."""
+READ_TIMEOUT = 300.0
+"""Seconds that a test waits for the output of a program. A build may wait for its worker first."""
 GATEWAY_HOLDS = 15.0
 """Seconds for which the gateway holds a client whose worker is away. A build that ends earlier was not held."""
 WAITED = 'reason="Waited'
@@ -96,6 +100,16 @@ def eventually(condition: Callable[[], Any], what: str, timeout: float = WAIT_TI
             raise AssertionError(f"did not happen within {timeout:g} s: {what}")
         select.select([], [], [], 0.02)
     return value
+
+
+def do_all(*steps: Callable[[], object]) -> None:
+    """Does every step, also after one that failed; then it raises the last error.
+
+    The end of a test never stops half-way: what it leaves would disturb other tests.
+    """
+    with contextlib.ExitStack() as stack:
+        for step in reversed(steps):
+            stack.callback(step)
 
 
 def alive(pid: int) -> bool:
@@ -194,7 +208,11 @@ class Certificates:
         return [f"--tlscacert={d}/ca.crt", f"--tlscert={d}/client.crt", f"--tlskey={d}/client.key"]
 
 
-@dataclass
+unfinished: list[Appliance] = []
+"""The appliances whose end has not come yet."""
+
+
+@dataclass(eq=False)
 class Appliance:
     """One appliance with its home, and the commands that its user runs."""
 
@@ -207,6 +225,7 @@ class Appliance:
     def __post_init__(self) -> None:
         self.home = self.base / "home"
         self.started: list[subprocess.Popen[str]] = []
+        self._leaked: list[str] = []
         self.ports = {name: free_port() for name in ("api", "gateway", "metrics")}
         docker = self.base / "docker"
         (docker / "cli-plugins").mkdir(parents=True)
@@ -217,6 +236,7 @@ class Appliance:
             self._script(name, f'exec {" ".join(self.program)} "$@"')
         if shutil.which("docker") is None:  # the standalone buildx behind docker's name: the same program
             self._script("docker", f'shift; exec {self.tools["buildx"]} "$@"')
+        unfinished.append(self)
 
     def _script(self, name: str, body: str) -> None:
         (self.bin / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -366,19 +386,32 @@ class Appliance:
         self.started.append(process)
         return process
 
-    def finish(self) -> None:
-        """Ends all programs that a test started and the appliance, and checks that nothing is left."""
+    def stop(self) -> None:
+        """Ends all programs that a test started, and the appliance."""
+        do_all(self._end_programs, lambda: self._leaked.extend(secrets_in(self.metrics())), self._end)
+
+    def _end_programs(self) -> None:
         for process in self.started:
             process.kill()
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        leaked = secrets_in(self.metrics())
-        if self.home.exists():
-            self.down("--now")
-        leaked += self.leaked()
-        self.world.clean(self)
-        assert not leaked, leaked
+
+    def _end(self) -> None:
+        if not self.home.exists():
+            return
+        answer = self.down("--now")
+        if answer.code and (hung := re.search(r"the appliance \(pid (\d+)\) ", answer.err)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(hung[1]), signal.SIGKILL)
+            self.down("--now")  # its workers
+
+    def finish(self) -> None:
+        """Ends all programs that a test started and the appliance, and checks that nothing is left."""
+        if self in unfinished:
+            unfinished.remove(self)
+        do_all(self.stop, lambda: self._leaked.extend(self.leaked()), lambda: self.world.clean(self))
+        assert not self._leaked, self._leaked
 
 
 def only_on(backend: str, why: str) -> Any:
@@ -392,14 +425,19 @@ def really_ran(answer: Answer, text: str) -> bool:
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """Reads the program's output up to the line with this text."""
+    """Reads the program's output up to the line with this text. Ends the program if the line does not come."""
     seen = ""
     assert process.stdout is not None
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"the program ended without the output {text!r}:\n{seen}")
+    limit = threading.Timer(READ_TIMEOUT, process.kill)
+    limit.start()
+    try:
+        for line in process.stdout:
+            seen += line
+            if text in line:
+                return seen
+    finally:
+        limit.cancel()
+    raise AssertionError(f"the program ended without the output {text!r}, or after {READ_TIMEOUT:g} s:\n{seen}")
 
 
 class Context:

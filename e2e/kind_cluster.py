@@ -32,6 +32,8 @@ NODE_IMAGE = os.environ.get("BKPOOL_E2E_NODE_IMAGE") or None
 BUILDKIT_IMAGE = os.environ.get("BKPOOL_E2E_BUILDKIT_IMAGE") or None
 """None for the default of bkpool, which the node pulls."""
 IMAGE_ARCHIVES = tuple(Path(file) for file in os.environ.get("BKPOOL_E2E_IMAGE_ARCHIVE", "").split(":") if file)
+KUBECTL_TIMEOUT = 300.0
+"""Seconds for one command of kubectl: longer than any `--timeout` of the tests, which says better what is missing."""
 KEEP = bool(os.environ.get("BKPOOL_E2E_KEEP"))
 """Whether the cluster stays for the next run, which then adopts it."""
 
@@ -119,17 +121,23 @@ class Kubectl:
 
     kubeconfig: Path
 
-    def __call__(self, *arguments: str, stdin: str | None = None, check: bool = True) -> str:
-        """Runs kubectl and returns its standard output."""
+    def __call__(
+        self, *arguments: str, stdin: str | None = None, check: bool = True, timeout: float = KUBECTL_TIMEOUT
+    ) -> str:
+        """Runs kubectl and returns its standard output; without `check` also if it fails or does not end."""
         program = shutil.which("kubectl")
         assert program, "the tests on kind need kubectl on PATH"
-        done = subprocess.run(
-            [program, "--kubeconfig", self.kubeconfig, *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=180,
-        )
+        try:
+            done = subprocess.run(
+                [program, "--kubeconfig", self.kubeconfig, *arguments],
+                input=stdin,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            assert not check, f"kubectl {' '.join(arguments)}: it has not ended within {timeout:g} s"
+            return ""
         assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
         return done.stdout

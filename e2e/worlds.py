@@ -13,13 +13,14 @@ import shutil
 import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bkpool.home.runtime_directory import home_digest
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
-from harness import Appliance
+from harness import Appliance, do_all, eventually
 from kind_cluster import E2eCluster, Kubectl
 
 SYSTEM = "buildkit-system"
@@ -105,20 +106,32 @@ class Pods:
 
     def clean(self, appliance: Appliance) -> None:
         """Removes the pools and all their objects. The cluster stays for the next test."""
-        self.kubectl("delete", "buildkitpools,buildkitoidcconfigs", "-A", "--all", "--wait=false")
-        for worker in self.objects("buildkitworkers", "-A"):
+        do_all(self.empty, lambda: shutil.rmtree(appliance.home, ignore_errors=True))
+
+    def empty(self) -> None:
+        """Removes all pools, issuers, workers and their objects. No appliance may run. Fails if a worker stays."""
+        labelled = ("-A", "-l", "app.kubernetes.io/managed-by=bkpool", "--grace-period=1", "--timeout=120s")
+        # The keys of the appliance have no label. The next test adopts them.
+        ours = (*labelled, "--field-selector=metadata.namespace!=" + SYSTEM)
+        kinds = ("pods", "pvc", "secrets", "configmaps")
+        do_all(
+            partial(self.kubectl, "delete", "buildkitpools,buildkitoidcconfigs", "-A", "--all", "--wait=false"),
+            partial(self.kubectl, "delete", "buildkitworkers", "-A", "--all", "--wait=false"),
+            partial(eventually, self._no_worker_is_left, "all workers are removed; does an appliance still run?"),
+            *(partial(self.kubectl, "delete", kind, *ours, check=False) for kind in kinds),
+        )
+
+    def _no_worker_is_left(self) -> bool:
+        """Whether there is no worker. Takes off the finalizers of those that are left."""
+        left = self.objects("buildkitworkers", "-A")
+        for worker in left:
             metadata = worker["metadata"]
-            if not metadata.get("finalizers"):
-                continue
             patch = ("-p", '{"metadata":{"finalizers":null}}', "--type=merge")
-            self.kubectl(
-                "-n", metadata["namespace"], "patch", "buildkitworker", metadata["name"], *patch, check=False
-            )
-        ours = ("-A", "-l", "app.kubernetes.io/managed-by=bkpool", "--grace-period=1")
-        for kind in ("buildkitworkers", "pods", "pvc", "secrets", "configmaps"):
-            # The keys of the appliance have no label. The next test adopts them.
-            self.kubectl("delete", kind, *ours, "--field-selector=metadata.namespace!=" + SYSTEM, check=False)
-        shutil.rmtree(appliance.home, ignore_errors=True)
+            if metadata.get("finalizers"):
+                self.kubectl(
+                    "-n", metadata["namespace"], "patch", "buildkitworker", metadata["name"], *patch, check=False
+                )
+        return not left
 
 
 def _cgroups(home: Path) -> list[str]:

@@ -40,8 +40,9 @@ def namespace(kubectl: Kubectl) -> Iterator[str]:
     """Makes a new namespace. The test does not wait for its deletion."""
     name = f"e2e-{uuid.uuid4().hex[:8]}"
     kubectl("create", "namespace", name)
-    kubectl(
-        "wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s"
-    )  # without it no pod can be created
-    yield name
-    kubectl("delete", "namespace", name, "--wait=false")
+    try:
+        # Without it no pod can be created.
+        kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=120s")
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=false")

@@ -45,7 +45,7 @@ def faulty(make_appliance, world, tmp_path, pod_addresses):
         proxy.up()
         proxy.stop_refusing()
         proxy.slow, proxy.frozen = 0.0, False
-        appliance.down("--now")
+        appliance.stop()  # while it still reaches the API server
 
 
 def ready(appliance):
@@ -70,11 +70,11 @@ def test_builds_continue_while_the_api_server_is_down_for_a_minute(faulty, conte
     assert refused.code == 69, refused.text
     assert "Traceback" not in refused.text
     appliance.build(builder, context.dockerfile("say while-it-is-down")).ok()  # a registered lease continues
-    out, _ = running.communicate(timeout=DOWN + 30)
+    out, _ = running.communicate(timeout=DOWN + 60)
     assert running.returncode == 0, out
     eventually(lambda: time.monotonic() - begun >= DOWN, "a minute has passed", timeout=DOWN + 5)
     proxy.up()
-    eventually(lambda: ready(appliance), "the appliance recovers without help", timeout=30)
+    eventually(lambda: ready(appliance), "the appliance recovers without help")
     appliance.build(appliance.builder(appliance.allocate(name="after"), "after"), context.path).ok()
     appliance.release(certificates.lease).ok()
     eventually(lambda: appliance.pool()["allocated"] == 1, "and catches up")
@@ -148,7 +148,7 @@ def test_everything_converges_after_a_kill_at_any_write(faulty, world, context, 
             "patch", "buildkitpool", "default", "--type=merge", "-p", '{"spec":{"scaling":{"scaleDownDelay":"0s"}}}'
         )
     else:
-        appliance.start(*appliance.program, "allocate", "--job-id", "job-1", "--wait", "20s")
+        appliance.start(*appliance.program, "allocate", "--job-id", "job-1", "--wait", "2m")
     eventually(reached, f"{method} {path}")
     appliance.kill()
     proxy.stop_refusing()
