@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,18 @@ from kind.faults import FaultProxy
 
 from bkpool.kind.engine import Engine
 from bkpool.toolchain import default_cache
-from harness import Appliance, Certificates, Context, eventually, free_port, read_until, really_ran, run
+from harness import (
+    WAIT_TIMEOUT,
+    Appliance,
+    Certificates,
+    Context,
+    do_all,
+    eventually,
+    free_port,
+    read_until,
+    really_ran,
+    run,
+)
 from kind_cluster import kind_of
 from support.secrets import secrets_in
 from worlds import SYSTEM, Processes
@@ -37,6 +49,8 @@ IMAGE = "docker.io/library/bkpool:e2e"
 ROOT = Path(__file__).parents[2]
 PYTHON = "python:3.13-slim-bookworm"
 SERVICE = f"tcp://{POOL}.default.svc:1235"
+CALL_TIMEOUT = 300.0  # seconds; some calls wait 3 minutes for a worker
+SCRIPT_TIMEOUT = 600.0  # seconds for a script with many builds in the caller's pod
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +62,15 @@ def image(cluster, tools, zipapp, tmp_path_factory) -> None:
     stand_in = os.environ.get("BKPOOL_E2E_PYTHON_BASE")  # set where no image can be pulled
     named = ["--build-context", f"docker.io/library/{PYTHON}={stand_in}"] if stand_in else []
     output = f"type=docker,name={IMAGE},dest={base / 'bkpool.tar'}"
-    built = run(
-        *(*builder.program, "build", "--progress", "plain", "-f", str(ROOT / "Containerfile"), *named),
-        *("--output", output, str(ROOT)),
-        env=builder.env,
-        timeout=600,
-    )
-    builder.finish()
-    built.ok()
+    try:
+        run(
+            *(*builder.program, "build", "--progress", "plain", "-f", str(ROOT / "Containerfile"), *named),
+            *("--output", output, str(ROOT)),
+            env=builder.env,
+            timeout=600,
+        ).ok()
+    finally:
+        builder.finish()
     with Engine.connect() as engine:
         kind_of(engine, default_cache() / "e2e" / "kind").load_archive(cluster, base / "bkpool.tar")
 
@@ -68,6 +83,8 @@ class Installed:
     base: Path
     tools: dict[str, Path]
     forwards: list[subprocess.Popen[str]] = field(default_factory=list)
+    settled: bool = True
+    """Whether all replicas were ready when the last test began."""
 
     @property
     def token(self) -> str:
@@ -113,13 +130,13 @@ class Installed:
             text=True,
         )
         self.forwards.append(process)
-        assert "Forwarding" in process.stdout.readline()
+        read_until(process, "Forwarding")
         return local
 
     def call(
         self, port: int, method: str, path: str, body: Any = None, *, bearer: str | None = None
     ) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=CALL_TIMEOUT)
         with contextlib.closing(connection):
             headers = {"Authorization": f"Bearer {bearer or self.token}"}
             connection.request(
@@ -161,15 +178,24 @@ class Installed:
     def inside(self, script: str, *, check: bool = True) -> str:
         """Runs a script in the caller's pod."""
         return self.world.kubectl(
-            "exec", "caller", "--", "bash", "-c", f"set -euo pipefail; cd /home/bkpool; {script}", check=check
+            *("exec", "caller", "--", "bash", "-c", f"set -euo pipefail; cd /home/bkpool; {script}"),
+            check=check,
+            timeout=SCRIPT_TIMEOUT,
         )
 
-    def all_free(self) -> None:
-        def free() -> bool:
-            workers = self.world.objects("buildkitworkers", "-A")
-            return not any(worker["spec"].get("allocation") for worker in workers)
+    def leased(self) -> list[str]:
+        workers = self.world.objects("buildkitworkers", "-n", "default")
+        return [worker["metadata"]["name"] for worker in workers if worker["spec"].get("allocation")]
 
-        eventually(free, "every lease has ended")
+    def all_free(self) -> None:
+        eventually(lambda: not self.leased(), "every lease has ended")
+
+    def settle(self) -> None:
+        """Waits until all replicas are ready: the test before may have replaced some."""
+        assert self.settled, "replicas were not ready again after an earlier test"
+        self.settled = False
+        eventually(lambda: len(self.controllers()) == len(self.gateways()) == 2, "all replicas are ready")
+        self.settled = True
 
     def leaked(self) -> list[str]:
         """Returns the secrets found in the logs of the replicas, gateways and workers."""
@@ -186,7 +212,8 @@ class Installed:
         return found
 
     def close(self) -> None:
-        for process in self.forwards:
+        while self.forwards:
+            process = self.forwards.pop()
             process.kill()
             process.communicate()
 
@@ -230,14 +257,14 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
     kubectl("delete", "lease", "-n", SYSTEM, "bkpool-controller", "--ignore-not-found")
     try:
         kubectl("apply", "-f", str(made.base / "manifests.yaml"))
-        kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=120s")
+        kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=240s")
         kubectl("apply", "-f", "-", stdin=json.dumps(_pool(buildkit)))
         kubectl("apply", "-f", "-", stdin=json.dumps(CALLER))
-        kubectl("wait", "--for=condition=Ready", "pod/caller", "--timeout=60s")
+        kubectl("wait", "--for=condition=Ready", "pod/caller", "--timeout=180s")
         context = Context(made.base / "context", program).dockerfile("say in-the-cluster")
         kubectl("cp", str(tools["buildx"]), "caller:/home/bkpool/buildx")
         kubectl("cp", str(context), "caller:/home/bkpool/context")
-        eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", timeout=120)
+        eventually(lambda: len(made.gateways()) == 2, "two gateways are ready", timeout=240)
         yield made
         made.close()
         leaked = made.leaked()
@@ -248,28 +275,36 @@ def installed(world, image, tools, program, tmp_path_factory) -> Iterator[Instal
 
 def _uninstall(made: Installed) -> None:
     """Removes all of it. What was left would act on the pools of later tests, so no step depends on another one."""
-    kubectl = made.world.kubectl
-    with contextlib.ExitStack() as stack:
-        # One test has replaced the CAs. There is no lease any more, so the appliances of other tests make new ones.
-        stack.callback(kubectl, "-n", SYSTEM, "delete", "secret", "bkpool-pki", "--ignore-not-found")
-        stack.callback(
-            eventually,
-            lambda: not made.pods("app.kubernetes.io/name=buildkit-controller", SYSTEM),
-            "the replicas are removed",
-        )
-        policies = "validatingadmissionpolicy,validatingadmissionpolicybinding"
+    kubectl, objects = made.world.kubectl, made.world.objects
+    policies = "validatingadmissionpolicy,validatingadmissionpolicybinding"
+    controllers = ("pods", "-n", SYSTEM, "-l", "app.kubernetes.io/name=buildkit-controller")
+    do_all(
+        made.close,
+        partial(kubectl, "delete", "pod", "caller", "--ignore-not-found", "--wait=false"),
+        partial(kubectl, "delete", "buildkitpools", "-A", "--all", "--wait=false"),
+        # A registration that no gateway withdraws any more lives for a minute.
+        partial(eventually, lambda: not objects("buildkitworkers", "-A"), "the workers are removed", timeout=240),
+        partial(kubectl, "-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all"),
         # Other tests have pools of their own.
-        stack.callback(kubectl, "delete", policies, f"bkpool-pools-{SYSTEM}", "--ignore-not-found")
-        stack.callback(kubectl, "-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all")
-        stack.callback(
-            eventually,
-            lambda: not made.world.objects("buildkitworkers", "-A"),
-            "the workers are removed",
-            timeout=120,
-        )
-        stack.callback(kubectl, "delete", "buildkitpools", "-A", "--all", "--wait=false")
-        stack.callback(kubectl, "delete", "pod", "caller", "--ignore-not-found", "--wait=false")
-        stack.callback(made.close)
+        partial(kubectl, "delete", policies, f"bkpool-pools-{SYSTEM}", "--ignore-not-found"),
+        # Also those that are ending: until then they lead, and write.
+        partial(eventually, lambda: not objects(*controllers), "the replicas are removed", timeout=180),
+        partial(kubectl, "-n", SYSTEM, "delete", "lease", "--all"),
+        made.world.empty,
+        # One test has replaced the CAs. There is no lease any more, so the appliances of other tests make new ones.
+        partial(kubectl, "-n", SYSTEM, "delete", "secret", "bkpool-pki", "--ignore-not-found"),
+    )
+
+
+@pytest.fixture(autouse=True)
+def settled(installed: Installed) -> Iterator[None]:
+    """All replicas are ready when a test begins, and a test that fails leaves no lease to the next one."""
+    installed.settle()
+    yield
+    if left := installed.leased():
+        installed.close()  # without a connection a lease ends sooner
+        delete = ("delete", "buildkitworkers", "-n", "default", *left, "--timeout=60s")  # that ends their leases
+        installed.world.kubectl(*delete, check=False)
 
 
 SETUP = f"""
@@ -339,6 +374,12 @@ def test_a_service_account_builds_where_a_rule_allows_it(installed):
     def asked(bearer: str) -> tuple[int, Any]:
         return installed.call(port, "POST", "workers/allocate", {"poolName": POOL}, bearer=bearer)
 
+    def refused(bearer: str, code: int) -> bool:
+        status, reply = asked(bearer)
+        if status == 200:
+            installed.release(port, reply)
+        return status == code
+
     try:
         status, lease = asked(token("default"))
         assert status == 200, "nothing is configured yet, so every authenticated caller may build"
@@ -350,7 +391,7 @@ def test_a_service_account_builds_where_a_rule_allows_it(installed):
         patch = {"spec": {"auth": {"rbac": {"rules": [rule]}}}}
         kubectl("patch", "buildkitpool", POOL, "-n", "default", "--type=merge", "-p", json.dumps(patch))
         others = token("default")
-        eventually(lambda: asked(others)[0] == 403, "the rule is applied")
+        eventually(lambda: refused(others, 403), "the rule is applied")
         assert "system:serviceaccount:default:default may not use" in asked(others)[1]["error"]["message"]
         status, lease = asked(token("builder"))
         assert status == 200, lease
@@ -361,7 +402,7 @@ def test_a_service_account_builds_where_a_rule_allows_it(installed):
         )
         gone = token("builder")
         kubectl("delete", "serviceaccount", "builder", "-n", "default")
-        eventually(lambda: asked(gone)[0] == 401, "the token of a deleted account is refused")
+        eventually(lambda: refused(gone, 401), "the token of a deleted account is refused")
     finally:
         kubectl("delete", "serviceaccount", "builder", "-n", "default", "--ignore-not-found")
         kubectl(
@@ -400,12 +441,12 @@ def test_the_troubleshooting_commands_of_the_guide_work(installed):
     assert "1235" in kubectl("get", "svc", POOL, "-n", "default")
     selector = f"buildkit.smrt-devops.net/pool={POOL},buildkit.smrt-devops.net/purpose=gateway"
     assert kubectl("get", "pods", "-n", "default", "-l", selector).count("Running") == 2
-    assert "gateway.listening" in kubectl("logs", "-n", "default", "-l", selector)
+    assert "gateway.listening" in kubectl("logs", "-n", "default", "-l", selector, "--tail=-1")
     assert "replica.ready" in kubectl(
         "logs", "-n", SYSTEM, "-l", "app.kubernetes.io/name=buildkit-controller", "--tail=-1"
     )
-    workers = kubectl("get", "buildkitworkers", "-n", "default")
-    assert re.search(rf"{lease['workerName']}\s+{POOL}\s+Allocated", workers)
+    row = rf"{lease['workerName']}\s+{POOL}\s+Allocated"
+    eventually(lambda: re.search(row, kubectl("get", "buildkitworkers", "-n", "default")), "the phase is shown")
     certificates = installed.certificates(lease, "openssl")
     shown = run(
         "openssl", "x509", "-in", certificates.directory / "client.crt", "-noout", "-subject", env=dict(os.environ)
@@ -526,10 +567,16 @@ def _builds(installed, seconds: int, count: int = 20) -> threading.Thread:
         )
     script.append("wait")
     script += [f"bkpool release --token many/{lease}/lease.json >/dev/null" for lease in range(4)]
+    installed.inside("rm -rf many")  # an earlier test's would say that this one has begun
     thread = threading.Thread(target=installed.inside, args=("\n".join(script),))
     thread.start()
-    eventually(lambda: "begun" in installed.inside("cat many/begun 2>/dev/null || true"), "leased", timeout=120)
-    eventually(lambda: _many_connections(installed), "builds are under way", timeout=120)
+
+    def begun() -> bool:
+        assert thread.is_alive(), "the script has ended already"
+        return "begun" in installed.inside("cat many/begun 2>/dev/null || true")
+
+    eventually(begun, "leased", timeout=300)
+    eventually(lambda: not thread.is_alive() or _many_connections(installed), "builds are under way")
     return thread
 
 
@@ -552,7 +599,7 @@ def test_no_build_is_lost_when_the_leader_is_killed(installed):
     kubectl("-n", SYSTEM, "delete", "pod", leader, "--grace-period=0", "--force")
     thread.join()
     assert _codes(installed) == ["0"] * 20, installed.inside("tail -n 3 many/log-*")
-    assert installed.leader() != leader
+    eventually(lambda: installed.leader() not in {"", leader}, "another replica leads")
     installed.all_free()
 
 
@@ -561,10 +608,10 @@ def test_no_build_is_lost_in_a_rolling_update_of_everything(installed):
     thread = _builds(installed, seconds=25)
     kubectl("-n", SYSTEM, "rollout", "restart", "deployment/buildkit-controller")
     kubectl("rollout", "restart", f"deployment/{POOL}-gateway")
-    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=180s")
+    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=240s")
     thread.join()
     assert _codes(installed) == ["0"] * 20, installed.inside("tail -n 3 many/log-*")
-    kubectl("rollout", "status", f"deployment/{POOL}-gateway", "--timeout=180s")
+    kubectl("rollout", "status", f"deployment/{POOL}-gateway", "--timeout=240s")
     installed.all_free()
 
 
@@ -578,17 +625,17 @@ def test_a_lease_of_before_goes_on_when_the_cas_are_replaced(installed, program,
     env = {**os.environ, "BKPOOL_HOME": str(tmp_path / "home")}
     rotated = run(sys.executable, "-m", "bkpool", "pki", "rotate", *where, env=env, cwd=ROOT).ok()
     assert json.loads(rotated.out)["restarted"] is True
-    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=180s")
+    kubectl("-n", SYSTEM, "rollout", "status", "deployment/buildkit-controller", "--timeout=240s")
 
     def both_are_trusted() -> bool:
         encoded = kubectl("get", "secret", f"{POOL}-gateway", "-o", "jsonpath={.data.ca\\.crt}")
         return base64.b64decode(encoded).count(b"BEGIN CERTIFICATE") == 2
 
-    eventually(both_are_trusted, "the gateways trust both CAs", timeout=120)
+    eventually(both_are_trusted, "the gateways trust both CAs", timeout=240)
     gateway = installed.forward("default", installed.gateways()[0], 1235)
     installed.build(old, gateway, context, "rotation-old").ok()
     port = installed.forward(SYSTEM, installed.controllers()[0], 8082)
-    after = installed.allocate(port, wait="60s")
+    after = installed.allocate(port, wait="3m")
     assert base64.b64decode(after["caCert"]).count(b"BEGIN CERTIFICATE") == 2
     installed.build(installed.certificates(after, "rotation-new"), gateway, context, "rotation-new").ok()
     refused = run(sys.executable, "-m", "bkpool", "pki", "rotate", *where, env=env, cwd=ROOT)
@@ -633,7 +680,11 @@ def test_a_gateway_with_a_frozen_watch_does_not_connect_a_former_tenant(installe
                 installed.release(port, lease)
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            try:
+                process.wait(timeout=90)
+            finally:
+                process.kill()
+                process.wait()
     installed.all_free()
 
 
@@ -659,7 +710,7 @@ def test_a_revoked_lease_is_cut_at_every_gateway_replica_within_two_seconds(inst
                 while connection.recv(65536):
                     pass
         assert time.monotonic() - revoked < 2
-    assert build.wait(timeout=30) != 0
+    assert build.wait(timeout=WAIT_TIMEOUT) != 0
     installed.all_free()
     assert pod not in {pod["metadata"]["uid"] for pod in installed.world.objects("pods", "-n", "default")}
     refused = installed.build(certificates, gateways[1], context, "revoked")
@@ -678,7 +729,7 @@ def _relayed(certificates: Certificates, port: int) -> ssl.SSLSocket:
     context = ssl.create_default_context(cafile=str(certificates.directory / "ca.crt"))
     context.load_cert_chain(certificates.directory / "client.crt", certificates.directory / "client.key")
     context.set_alpn_protocols(["h2"])
-    raw = socket.create_connection(("127.0.0.1", port), timeout=30)
+    raw = socket.create_connection(("127.0.0.1", port), timeout=WAIT_TIMEOUT)
     connection = context.wrap_socket(raw, server_hostname="localhost")
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000"))
     assert connection.recv(9)[3] == 4, "the worker sends its SETTINGS"
