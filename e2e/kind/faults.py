@@ -78,9 +78,10 @@ class FaultProxy:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._started.wait(30)
+        started = self._started.wait(120)
         if self._failure is not None:
             raise self._failure
+        assert started, "the proxy has not started: the API server does not answer"
         return self
 
     def __exit__(self, *_exc: object) -> None:

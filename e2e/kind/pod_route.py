@@ -5,6 +5,7 @@ It never changes the cluster, and it removes only a route that it added.
 
 from __future__ import annotations
 
+import ipaddress
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,8 +34,13 @@ def routed_pods(world: Pods) -> Iterator[str]:
 
     subnet, address = eventually(subnet_and_address, "the node has a podCIDR and an InternalIP", NODE_TIMEOUT)
     route = (subnet, "via", address)
-    added = subprocess.run(["ip", "route", "add", *route], check=False, capture_output=True).returncode == 0
+    done = subprocess.run(["ip", "route", "add", *route], check=False, capture_output=True, text=True)
+    added = done.returncode == 0
     try:
+        pod = str(ipaddress.ip_network(subnet)[1])
+        found = subprocess.run(["ip", "route", "get", pod], check=False, capture_output=True, text=True).stdout
+        # A run that was killed leaves its route, which may lead to a node that is gone.
+        assert f" via {address} " in found, f"no pod can be reached: {found or done.stderr}"
         yield subnet
     finally:
         if added:

@@ -6,7 +6,7 @@ import json
 import threading
 
 from bkpool.core.names import FINALIZER
-from harness import Certificates, eventually, read_until, really_ran
+from harness import WAIT_TIMEOUT, Certificates, eventually, read_until, really_ran
 
 LOCAL = {"cache": {"backends": [{"type": "local", "local": {"size": "1Gi"}}]}}
 
@@ -164,9 +164,9 @@ def test_a_pool_deleted_with_a_lease_lets_the_build_finish_and_can_be_created_ag
     running = build(appliance, builder, context.dockerfile("say begun", "sleep 6s"))
     read_until(running, "sleeping")
     world.kubectl("delete", "buildkitpool", "default", "--wait=false")
-    out, _ = running.communicate(timeout=60)
+    out, _ = running.communicate(timeout=WAIT_TIMEOUT)
     assert running.returncode == 0, out
-    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers are removed", timeout=120)
+    eventually(lambda: not world.objects("buildkitworkers", "-A"), "its workers are removed", timeout=240)
     eventually(lambda: not appliance.workers(), "and their pods")
     world.kubectl("apply", "-f", str(appliance.base / "objects.yaml"))
     eventually(lambda: appliance.http("GET", "/api/v1/pools/default")[0] == 200, "the pool exists again")

@@ -13,6 +13,7 @@ from bkpool.core.ignored import ignored_fields, ignored_in_config
 from bkpool.install import crds
 from bkpool.install.manifests import Install, render
 from bkpool.workers.ignored_fields import IGNORED_IN_CLUSTER
+from harness import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -65,7 +66,9 @@ def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
         ("create", "tokenreviews.authentication.k8s.io"),
         ("update", "buildkitoidcconfigs.buildkit.smrt-devops.net", "--subresource=status"),
     ):
-        assert kubectl("auth", "can-i", *right, "-n", namespace, *_as(namespace)).strip() == "yes", right
+        asked = ("auth", "can-i", *right, "-n", namespace, *_as(namespace))
+        # The API server learns of new rights a moment later.
+        eventually(lambda asked=asked: kubectl(*asked, check=False).strip() == "yes", str(right))
     kubectl("delete", "clusterrolebinding", f"buildkit-controller-{namespace}")
 
 

@@ -51,7 +51,7 @@ def proxied_store(proxied_api: KubeApi) -> KubernetesStore:
 async def mirror(store: KubernetesStore, proxied_store: KubernetesStore) -> AsyncIterator[Mirror]:
     mirror = Mirror(proxied_store)
     task = asyncio.create_task(mirror.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await mirror.ready.wait()
     yield mirror
     assert not task.done()
@@ -59,7 +59,7 @@ async def mirror(store: KubernetesStore, proxied_store: KubernetesStore) -> Asyn
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def eventually(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> None:
+async def eventually(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     """Waits for a condition that another thread or process makes true."""
     try:
         async with asyncio.timeout(seconds):
@@ -126,7 +126,7 @@ async def test_a_frozen_watch_is_detected_and_replaced(store, proxy, proxied_sto
     proxy.frozen = True
     mirror = Mirror(proxied_store)
     task = asyncio.create_task(mirror.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await mirror.ready.wait()
 
     pool = await store.create(a_pool())

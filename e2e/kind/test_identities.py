@@ -74,7 +74,7 @@ async def test_a_deleted_serviceaccount_is_refused_within_seconds(api, kubectl, 
 
 async def refused(accounts, token):
     """Waits until a token is refused, and returns the verdict. The API server caches a token for some seconds."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             (verdict,) = await accounts.authenticate(token)
             if verdict.identity is None:
@@ -260,7 +260,7 @@ async def test_kubectl_shows_the_status_of_an_issuer(api, kubectl, namespace, em
     mirror.on_config(body.set)
     tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(keeper.run())]
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while [bool(config.status.conditions) for config in mirror.configs.values()] != [True] * 3:
                 await body.wait()
                 body.clear()
@@ -277,7 +277,7 @@ async def test_kubectl_shows_the_status_of_an_issuer(api, kubectl, namespace, em
             "IgnoredFields": ("True", "spec.clientSecretRef"),
             "Ready": ("True", "2 keys"),
         }
-        kubectl("wait", "--for=condition=Ready", "bkoidc/good", "-n", namespace, "--timeout=5s")
+        kubectl("wait", "--for=condition=Ready", "bkoidc/good", "-n", namespace, "--timeout=60s")
     finally:
         for task in tasks:
             task.cancel()

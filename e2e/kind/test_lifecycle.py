@@ -73,7 +73,7 @@ def users_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     assert [(each.st_ino, each.st_mtime_ns) for each in after] == [(each.st_ino, each.st_mtime_ns) for each in before]
 
 
-def wait(condition: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+def wait(condition: Callable[[], object], what: str, seconds: float = 180.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
@@ -90,7 +90,8 @@ def test_the_rest_of_an_interrupted_start_is_removed_and_the_cluster_made(engine
     program = Toolchain(default_cache()).ensure(Tool.KIND)
     command = [sys.executable, "-c", script, program, homes / "one", NAME, config, NODE_IMAGE or ""]
     with subprocess.Popen(command, start_new_session=True, cwd=Path(__file__).parents[2]) as up:
-        wait(lambda: engine.nodes(NAME), "the half-made node")
+        wait(lambda: engine.nodes(NAME) or up.poll() is not None, "the half-made node")
+        assert up.poll() is None, "the start has ended"
         os.killpg(up.pid, signal.SIGKILL)
     assert Marker.read(homes / "one") == Marker(NAME, "creating", made=True)
     (half_made,) = engine.nodes(NAME)
@@ -123,7 +124,7 @@ def test_a_stopped_node_is_started_again(engine, kind, cluster):
     # while it is frozen never ends.
     kubectl = Kubectl(cluster.kubeconfig)
     for deployment in ("coredns -n kube-system", "local-path-provisioner -n local-path-storage"):
-        kubectl("rollout", "status", "--timeout=90s", "deployment", *deployment.split())
+        kubectl("rollout", "status", "--timeout=240s", "deployment", *deployment.split())
     client = docker.from_env()
     client.containers.get(cluster.node).kill()
     client.close()

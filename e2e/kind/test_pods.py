@@ -81,10 +81,12 @@ async def make_runtime(api: KubeApi, cluster: E2eCluster, namespace: str) -> Asy
         return runtime
 
     yield make
-    if made:  # the ports are to be free for the next test
-        await asyncio.gather(*(made[-1].daemons.stop(slot) for slot in made[-1].daemons.observe()))
-    for runtime in made:
-        await runtime.close(stop_workers=True)
+    try:
+        if made:  # the ports are to be free for the next test
+            await asyncio.gather(*(made[-1].daemons.stop(slot) for slot in made[-1].daemons.observe()))
+    finally:
+        for runtime in made:
+            await runtime.close(stop_workers=True)
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ async def uids(api: KubeApi, namespace: str, plural: str = "pods") -> set[str]:
     return {doc["metadata"]["uid"] for doc in docs}
 
 
-async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 30) -> None:
+async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 90) -> None:
     """Waits for a change after which the condition is true."""
     changed = asyncio.Event()
     runtime.daemons.on_change(changed.set)
@@ -146,7 +148,7 @@ async def test_a_pod_builds_in_every_isolation(runtime, slot, kubectl, api):
 async def test_a_node_that_cannot_make_user_namespaces_gets_no_privileged_pod_and_says_why(make_runtime, slot, api):
     if await has_user_namespaces(api):
         pytest.skip("this node can make them; the test above builds in one")
-    runtime = await make_runtime(deadlines=Deadlines(creating=5))
+    runtime = await make_runtime(deadlines=Deadlines(creating=20))
     with pytest.raises(WorkerFailed, match="user namespaces"):
         await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace, "userns"), WaitingReports())
 
@@ -239,7 +241,7 @@ async def test_a_leased_worker_is_protected_from_eviction(runtime, slot, api):
 
 
 async def test_the_reason_that_a_pod_does_not_start_is_reported_at_once_and_fails_at_the_deadline(make_runtime, slot):
-    runtime = await make_runtime(deadlines=Deadlines(scheduling=1, pulling=1))
+    runtime = await make_runtime(deadlines=Deadlines(scheduling=4, pulling=1))
 
     async def run(number: int, expected: str, field: str | None, **spec: object) -> None:
         messages = WaitingReports()
@@ -326,7 +328,11 @@ async def test_used_host_ports_are_skipped_and_it_is_an_error_if_none_is_left(ma
         "metadata": {"name": "blocker"},
         "spec": {
             "containers": [
-                {"name": "c", "image": cluster.buildkit_image, "ports": [{"containerPort": 1, "hostPort": first}]}
+                {
+                    "name": "c",
+                    "image": cluster.buildkit_image or pod_spec.ROOTLESS_IMAGE,
+                    "ports": [{"containerPort": 1, "hostPort": first}],
+                }
             ]
         },
     }
@@ -371,7 +377,7 @@ async def test_a_deleted_pod_waits_for_its_connections(runtime, slot, kubectl):
     endpoint = await runtime.daemons.start(slot, "uid-1", "anna", a_pool(slot.namespace), WaitingReports())
     _, writer = await asyncio.open_connection(*address(endpoint), ssl=dialler(slot.namespace))
     kubectl("delete", "pod", "-n", slot.namespace, slot.worker.name, "--wait=false")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await runtime._slots.pods.until(slot.worker, pod_view.deleted)
     for _ in range(3):
         await probe_tls(*address(endpoint), dialler(slot.namespace), "uid-1")
@@ -470,7 +476,7 @@ def die(cluster: E2eCluster, pool: Pool, number: int, what: str, writes: int) ->
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
