@@ -178,6 +178,14 @@ def test_a_leased_worker_of_an_earlier_spec_is_stopped_after_its_last_connection
     assert finish.phase is Phase.PENDING, "the next holder waits for a daemon of today's spec"
 
 
+def test_the_lease_of_a_deleted_worker_ends_without_a_stop_of_its_outdated_daemon():
+    over = deleted(worker(0, lease(ended_at=NOW), phase=Phase.ALLOCATED, cache_owner="owner-a"))
+    (finish,) = actions(snapshot(pool(), over, observed={0: outdated(0, owner="owner-a")}))
+    assert isinstance(finish, FinishLease)
+    free = finish.worker.with_lease(None)
+    assert actions(snapshot(pool(), free, observed={0: outdated(0, owner="owner-a")})) == [RemoveWorker(free)]
+
+
 def fleet(count, old, down=(), **busy):
     """A pool of idle workers, some of an earlier spec, and some that do not run."""
     workers = [

@@ -93,8 +93,10 @@ def _leave(
 ) -> Action:
     """The next step for a lease that has ended, and of which no connection is left. The arguments are `wind_up`'s."""
     up = ready_observation(worker, seen)
-    if up is not None and (up.outdated or up.reaches_other):
-        return StopDaemon(worker)  # while the lease is on the worker, nobody else gets this daemon
+    if up is not None and (up.outdated or up.reaches_other) and not worker.metadata.deletion_timestamp:
+        # While the lease is on the worker, nobody else gets this daemon. And nobody gets a worker that is being
+        # deleted: the end of its pod may wait for builds that other gateways still relay, and the lease need not.
+        return StopDaemon(worker)
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
         # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
         worker = failed_worker(worker, seen.message, "", now, limits)
