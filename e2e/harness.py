@@ -295,6 +295,12 @@ class Appliance:
     def log(self) -> str:
         return (self.home / "logs" / "appliance.log").read_text()
 
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of the log so far. The last one is left out while it is being written."""
+        lines = self.log.splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+
     def daemons(self) -> list[int]:
         """Returns the processes of this home's workers: every buildkitd, runc and build container."""
         found = []

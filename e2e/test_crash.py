@@ -200,8 +200,7 @@ def test_leases_whose_answer_the_killed_appliance_had_not_sent_end_and_others_go
     eventually(lambda: appliance.pool()["allocated"] == 1, "leases that nobody has end", timeout=240)
 
     def abandoned():
-        lines = [json.loads(line) for line in appliance.log.splitlines()]
-        return [line["timestamp"] for line in lines if line["event"] == "lease.abandoned"]
+        return [line["timestamp"] for line in appliance.events if line["event"] == "lease.abandoned"]
 
     ends = eventually(lambda: len(found := abandoned()) == 4 and found, "their ends are in the log")
     first = datetime.fromisoformat(min(ends)) - datetime.fromisoformat(appliance.described["startedAt"])

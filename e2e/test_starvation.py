@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import socket
 from collections.abc import Iterator
@@ -47,8 +46,7 @@ def test_users_and_the_admin_are_served_beside_two_floods(make_appliance):
     appliance.program = ["prlimit", f"--nofile={AT_START}:{LIMIT}", *appliance.program]
     appliance.up_with({"scaling": {"min": 1, "max": 2}})
     appliance.all_idle()
-    events = [json.loads(line) for line in appliance.log.splitlines() if line.startswith("{")]
-    (shared,) = [event for event in events if event["event"] == "appliance.descriptors"]
+    (shared,) = [event for event in appliance.events if event["event"] == "appliance.descriptors"]
     assert shared["limit"] == LIMIT
     assert shared["api"] + shared["gateway_pending"] + 2 * shared["gateway"] < LIMIT
 
