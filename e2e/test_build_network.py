@@ -108,7 +108,8 @@ def connected(output: str) -> dict[str, str]:
 
 @pytest.fixture
 def another_address() -> Iterator[str]:
-    subprocess.run(["ip", "address", "add", f"{ANOTHER_ADDRESS}/32", "dev", "lo"], check=True)
+    # `replace`: a run that was killed has left it.
+    subprocess.run(["ip", "address", "replace", f"{ANOTHER_ADDRESS}/32", "dev", "lo"], check=True)
     yield ANOTHER_ADDRESS
     subprocess.run(["ip", "address", "del", f"{ANOTHER_ADDRESS}/32", "dev", "lo"], check=True)
 
@@ -245,14 +246,16 @@ async def test_workers_that_come_and_go_leave_nothing(tmp_path, tools):
         raise AssertionError(message)
 
     before = interfaces()
-    for round_ in range(ROUNDS):
-        starts = (runtime.daemons.start(slot, f"uid-{round_}", None, a_pool(), no_report) for slot in slots)
-        await asyncio.gather(*starts)
-        if round_ % 2:
-            for slot in slots:
-                os.kill(SlotFiles(tmp_path / "home", slot).read_daemon().pid, signal.SIGKILL)
-        await asyncio.gather(*(runtime.daemons.stop(slot) for slot in slots))
-    await runtime.close(stop_workers=True)
+    try:
+        for round_ in range(ROUNDS):
+            starts = (runtime.daemons.start(slot, f"uid-{round_}", None, a_pool(), no_report) for slot in slots)
+            await asyncio.gather(*starts)
+            if round_ % 2:
+                for slot in slots:
+                    os.kill(SlotFiles(tmp_path / "home", slot).read_daemon().pid, signal.SIGKILL)
+            await asyncio.gather(*(runtime.daemons.stop(slot) for slot in slots))
+    finally:
+        await runtime.close(stop_workers=True)
     eventually(lambda: not marked(tmp_path / "home"), "every process has ended, pasta too")
     assert interfaces() == before
 

@@ -65,6 +65,7 @@ def _shell(appliance, script, directory, registry_host):
         "API_PORT": str(appliance.ports["api"]),
         "TOKEN": (appliance.home / "admin.token").read_text().strip(),
         "REGISTRY": registry_host,
+        "BUILDX_CONFIG": str(directory / "buildx"),  # without the builder of a test that failed
     }
     return run("bash", "-c", script, env=env, cwd=directory)
 

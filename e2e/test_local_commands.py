@@ -9,10 +9,11 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import pytest
 
-from harness import Appliance
+from harness import WAIT_TIMEOUT, Appliance
 
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _EVERY_PROTOCOL = 0x0003  # ETH_P_ALL of packet(7)
@@ -29,7 +30,7 @@ def appliance(tmp_path_factory, tools, world) -> Iterator[Appliance]:
 
 
 class Sniffer:
-    """Everything that crosses loopback, as a packet socket there hears it."""
+    """Everything that crosses loopback, as a packet socket there hears it until the end of a `with` block."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_EVERY_PROTOCOL))
@@ -40,16 +41,25 @@ class Sniffer:
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._socket.close()
+
     def received(self) -> bytes:
         """Ends listening, and returns what was received. Fails if a packet was lost."""
+        self._stop()
+        _, lost = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        assert not lost, f"{lost} packets were lost"
+        return b"".join(self._received)
+
+    def _stop(self) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as last:
             while self._thread.is_alive():
                 last.sendto(self._end, ("127.0.0.1", 9))
                 self._thread.join(0.1)
-        _, lost = struct.unpack("II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
-        self._socket.close()
-        assert not lost, f"{lost} packets were lost"
-        return b"".join(self._received)
 
     def _listen(self) -> None:
         while self._end not in (packet := self._socket.recv(1 << 17)):
@@ -67,18 +77,18 @@ def listener(address: str, port: int) -> Iterator[socket.socket]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can listen in on loopback")
 def test_no_command_sends_a_token_over_loopback_in_clear(appliance: Appliance) -> None:
     admin = (appliance.home / "admin.token").read_bytes().strip()
-    sniffer = Sniffer()
-    appliance.cli("status").ok()
-    lease = appliance.cli("allocate").ok().json
-    appliance.cli("status", BKCTL_ENDPOINT=f"http://localhost:{appliance.ports['api']}").ok()
-    appliance.release(lease).ok()
-    received = sniffer.received()
+    with Sniffer() as sniffer:
+        appliance.cli("status").ok()
+        lease = appliance.cli("allocate").ok().json
+        appliance.cli("status", BKCTL_ENDPOINT=f"http://localhost:{appliance.ports['api']}").ok()
+        appliance.release(lease).ok()
+        received = sniffer.received()
     assert admin not in received
     assert lease["token"].encode() not in received
 
-    sniffer = Sniffer()  # the attack itself works: the port is in clear for those who use it
-    assert appliance.http("GET", "/api/v1/pools")[0] == 200
-    assert admin in sniffer.received()
+    with Sniffer() as sniffer:  # the attack itself works: the port is in clear for those who use it
+        assert appliance.http("GET", "/api/v1/pools")[0] == 200
+        assert admin in sniffer.received()
 
 
 def test_a_listener_on_the_other_loopback_address_is_not_called(appliance: Appliance) -> None:
@@ -97,6 +107,7 @@ def test_a_listener_on_the_other_loopback_address_is_not_called(appliance: Appli
 def test_another_endpoint_is_not_sent_the_admins_token(appliance: Appliance) -> None:
     received: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as stranger:
+        stranger.settimeout(WAIT_TIMEOUT)
 
         def hear() -> None:
             connection, _ = stranger.accept()

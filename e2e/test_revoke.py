@@ -11,6 +11,14 @@ from harness import WAIT_TIMEOUT, WAITED, eventually, only_on, read_until
 pytestmark = only_on("process", "only here a test sees the processes of a build")
 
 
+@pytest.fixture
+def cleared(appliance):
+    """The appliance of the module. Also a test that fails leaves no lease and no build to the next one."""
+    yield appliance
+    appliance.cli("revoke", "--pool", "default").ok()
+    appliance.all_idle()
+
+
 def running(mark: str) -> list[int]:
     """The processes whose command line has this text: those of build steps, as seen from the host."""
     found = []
@@ -44,8 +52,9 @@ REVOCATIONS = {
 
 
 @pytest.mark.parametrize("how", REVOCATIONS)
-def test_a_revoked_build_is_cut_and_its_step_ends(appliance, context, how):
+def test_a_revoked_build_is_cut_and_its_step_ends(cleared, context, how):
     """Its lease could drain for an hour. How soon it is cut is tested in tests/gateway/test_revoked_leases.py."""
+    appliance = cleared
     mark = f"{3000 + list(REVOCATIONS).index(how)}s"
     lease, builder, build = build_that_sleeps(appliance, context, f"cut{mark}", mark)
     appliance.cli(*REVOCATIONS[how](lease)).ok()
@@ -59,11 +68,10 @@ def test_a_revoked_build_is_cut_and_its_step_ends(appliance, context, how):
     appliance.all_idle()
     again = appliance.builder(appliance.allocate(name=f"again{mark}"), f"again{mark}")
     appliance.build(again, context.dockerfile("say well")).ok()
-    appliance.cli("revoke", "--pool", "default").ok()
-    appliance.all_idle()
 
 
-def test_a_build_that_outlived_its_release_is_cut_by_a_revocation(appliance, context):
+def test_a_build_that_outlived_its_release_is_cut_by_a_revocation(cleared, context):
+    appliance = cleared
     lease, _, build = build_that_sleeps(appliance, context, "drained", "3100s")
     appliance.release(lease).ok()
     eventually(lambda: "Draining" in {one["phase"] for one in appliance.pool()["members"]}, "the worker drains")
@@ -72,7 +80,6 @@ def test_a_build_that_outlived_its_release_is_cut_by_a_revocation(appliance, con
     assert ended["workerName"] == lease["workerName"]
     eventually(lambda: not running("3100s"), "the step has ended")
     assert build.wait(WAIT_TIMEOUT) != 0
-    appliance.all_idle()
 
 
 def test_a_crash_right_after_the_revocation_does_not_save_the_build(make_appliance, context):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bkpool.toolchain import Tool, Toolchain, default_cache
-from harness import only_on
+from harness import eventually, only_on
 
 pytestmark = [
     only_on("process", "it tests the runtime of processes"),
@@ -135,7 +137,7 @@ def home(user: pwd.struct_passwd) -> Path:
 
 
 @pytest.fixture
-def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
+def as_user(user: pwd.struct_passwd, home: Path) -> Iterator[Runs]:
     def run(script: str, delegated: Iterable[Path] = ()) -> str:
         arguments = [str(user.pw_uid), str(user.pw_gid), str(home), *map(str, delegated)]
         indented = "\n".join(f"    {line}" for line in script.strip().splitlines())
@@ -146,16 +148,22 @@ def as_user(user: pwd.struct_passwd, home: Path) -> Runs:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    return run
+    yield run
+    # What a test that failed has left: the next one would find it, and with it the user cannot be removed.
+    for pid in processes_of(user):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not processes_of(user), "no process of the user is left")
 
 
-def processes_of(user: pwd.struct_passwd) -> list[str]:
-    found = []
+def processes_of(user: pwd.struct_passwd) -> dict[int, str]:
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if entry.stat().st_uid == user.pw_uid:
-                    found += filter(None, [(entry / "cmdline").read_text()])  # empty: has ended, not yet reaped
+                command = (entry / "cmdline").read_text()
+                if entry.stat().st_uid == user.pw_uid and command:  # empty: has ended, not yet reaped
+                    found[int(entry.name)] = command
             except OSError:
                 continue
     return found
@@ -181,7 +189,7 @@ await runtime.close(stop_workers=True)
     assert "CACHED" in output.partition("SECOND")[2]
     assert "subordinate True" in output
     assert "left [] {}" in output
-    assert processes_of(user) == []
+    assert processes_of(user) == {}
 
 
 def test_the_containers_of_a_killed_rootless_daemon_end_and_the_next_runtime_adopts(as_user, user, home):
@@ -217,7 +225,7 @@ await second.close(stop_workers=True)
     assert output.startswith("exited") or "\nexited" in output
     assert "killed by SIGKILL" in output, output
     assert "ADOPTED ready" in output
-    assert processes_of(user) == []
+    assert processes_of(user) == {}
 
 
 @pytest.fixture
@@ -327,7 +335,7 @@ closed.close(), chosen.close()
     assert chosen.count("through any: reached") == 1
     assert "through eth0: reached" not in chosen
     assert "ERROR" not in chosen.partition("ADD True")[2]
-    assert processes_of(user) == []
+    assert processes_of(user) == {}
 
 
 def test_errors_name_what_an_unprivileged_user_lacks_and_the_fix(as_user):
