@@ -421,7 +421,10 @@ class Appliance:
 
 
 def only_on(backend: str, why: str) -> Any:
-    """Marks a test of one backend. It is not collected on other backends."""
+    """Marks a test of one backend. It is not collected on other backends.
+
+    A test that says nothing about where workers run is marked for `process`, where it is quicker.
+    """
     return pytest.mark.only(backend, why)
 
 

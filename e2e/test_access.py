@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from harness import Appliance, eventually, free_port, oidc_config, pool
+from harness import Appliance, eventually, free_port, oidc_config, only_on, pool
 from support.issuer import forge, signing_key
 
 ALLOCATE = "/api/v1/workers/allocate"
@@ -60,6 +60,7 @@ def test_a_job_builds_with_the_token_of_its_platform(guarded, job, context):
     eventually(lambda: guarded.pool("alices")["allocated"] == 0, "the lease is over")
 
 
+@only_on("process", "claims are judged without the backend; the other tests show that pools and issuers arrive there")
 @pytest.mark.parametrize(
     ("actor", "claims", "name", "status", "expected_message"),
     [
@@ -105,6 +106,7 @@ def test_only_callers_with_access_get_a_worker(guarded, job, actor, claims, name
         assert "Traceback" not in json.dumps(body)
 
 
+@only_on("process", "tokens are checked without the backend; e2e/kind/test_identities.py has those of a cluster")
 def test_hostile_tokens_are_refused(guarded, issuer):
     claims = issuer.claims(aud="ci", actor="alice", repository_owner="my-org", ref="refs/heads/main")
     public = json.dumps(issuer.keys[0].jwk).encode()
@@ -197,6 +199,7 @@ def test_a_public_issuer_without_a_condition_is_not_trusted(guarded):
     assert issuers["buildkit-system/off"]["ready"] is False
 
 
+@only_on("process", "keys are fetched without the backend")
 def test_rotated_keys_are_fetched_and_an_unreachable_issuer_is_no_outage(guarded, issuer, job):
     issuer.rotate("key-2", keep=True)
     assert guarded.http("GET", "/api/v1/pools", bearer=job("bob"))[0] in {200, 401}
@@ -208,6 +211,7 @@ def test_rotated_keys_are_fetched_and_an_unreachable_issuer_is_no_outage(guarded
         issuer.start()
 
 
+@only_on("process", "test_ci.py uses the API over TLS on every backend")
 def test_the_api_works_over_tls(make_appliance, context):
     appliance = make_appliance()
     body = appliance.up_with({}, "--api-tls")
@@ -222,6 +226,7 @@ def test_the_api_works_over_tls(make_appliance, context):
     appliance.cli("status", **trusted, BKCTL_TOKEN=token).ok()
 
 
+@only_on("process", "options are checked before the backend is used")
 def test_unsafe_addresses_beyond_this_machine_are_refused(make_appliance):
     appliance = make_appliance()
     beyond = ("--api-address", f"0.0.0.0:{free_port()}")

@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness import only_on
+
+pytestmark = only_on("process", "it measures gateways alone, without an appliance or a worker")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import Appliance, Context, eventually, free_port, run
+from harness import Appliance, Context, eventually, free_port, only_on, run
 
 ROOT = Path(__file__).parents[1]
 POOL = "ci"
@@ -38,6 +38,11 @@ def platform(tmp_path_factory, tools, world, registry_host):
     described = appliance.up_with(spec, *options, name=POOL)
     yield appliance, described
     appliance.finish()
+
+
+of_the_job = only_on(
+    "process", "it is about files and programs of the job; other tests of this module lease and build"
+)
 
 
 @dataclass
@@ -205,6 +210,7 @@ def test_a_job_builds_on_its_worker_and_releases_it(platform, job, program):
     assert outputs["builder"] not in run("docker", "buildx", "ls", env=running.env).out
 
 
+@of_the_job
 def test_the_action_accepts_its_optional_inputs(platform, job):
     _, described = platform
     running = job(**github(described))
@@ -217,6 +223,7 @@ def test_the_action_accepts_its_optional_inputs(platform, job):
     assert "mine" not in run("docker", "buildx", "ls", env=running.env).out
 
 
+@of_the_job
 def test_the_action_installs_its_own_source_and_what_the_lock_pins(platform, job, tmp_path):
     """The attack: an index, or a directory of wheels, offers a newer bkpool and a newer click."""
     _, described = platform
@@ -253,6 +260,7 @@ def wheel(directory: Path, name: str, version: str) -> None:
         file.writestr(f"{about}/RECORD", "")
 
 
+@of_the_job
 def test_an_existing_builder_is_not_removed(platform, job):
     appliance, described = platform
     running = job(**github(described))
@@ -264,6 +272,7 @@ def test_an_existing_builder_is_not_removed(platform, job):
     eventually(lambda: not leased(appliance), "the worker is released")
 
 
+@of_the_job
 def test_the_error_of_a_job_without_the_permission_names_it(platform, job):
     _, described = platform
     running = job()
@@ -274,6 +283,7 @@ def test_the_error_of_a_job_without_the_permission_names_it(platform, job):
     assert running.left() == []
 
 
+@of_the_job
 def test_a_failed_release_does_not_fail_the_job(platform, job):
     _, described = platform
     running = job(**github(described))
@@ -287,6 +297,7 @@ def test_a_failed_release_does_not_fail_the_job(platform, job):
     platform[0].release(lease).ok()
 
 
+@of_the_job
 def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
     """The runner sends the signal only to node, which must forward it to bkpool."""
     appliance, described = platform
@@ -312,6 +323,7 @@ def test_a_job_that_is_cancelled_while_it_waits_leaves_nothing(platform, job):
         appliance.release(lease).ok()
 
 
+@only_on("process", "the commands are the same for every backend; test_access.py names leases by their workers there")
 def test_a_user_can_do_the_same_by_hand(platform, tmp_path):
     """It shows tokens of the issuer, what they grant, and a lease that is named by its worker."""
     appliance, described = platform
@@ -359,7 +371,7 @@ def gitlab(platform, job, name: str, registry: str) -> tuple[int, Job]:
     return max(codes), running
 
 
-@pytest.mark.parametrize("name", ["build", "build-in-steps"])
+@pytest.mark.parametrize("name", ["build", pytest.param("build-in-steps", marks=of_the_job)])
 def test_the_example_for_gitlab_runs_unchanged(platform, job, name, registry_host):
     appliance, _ = platform
     code, running = gitlab(platform, job, name, registry_host)

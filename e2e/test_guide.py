@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from harness import Appliance, Context, from_registry, really_ran, run
+from harness import Appliance, Context, from_registry, only_on, really_ran, run
 
 POOL = "my-buildkit-pool"
 SETUP = f"""
@@ -70,7 +70,13 @@ def _shell(appliance, script, directory, registry_host):
     return run("bash", "-c", script, env=env, cwd=directory)
 
 
-@pytest.mark.parametrize("allocation", [SETUP, CURL], ids=["bkctl", "curl"])
+@pytest.mark.parametrize(
+    "allocation",
+    [
+        pytest.param(SETUP, id="bkctl"),
+        pytest.param(CURL, id="curl", marks=only_on("process", "only the program that calls the API is another one")),
+    ],
+)
 def test_the_commands_of_the_guide_work(guided, allocation, tmp_path, program, registry_host):
     context = Context(tmp_path / "context", program)
     context.write("FROM scratch\nCOPY program /program\n")  # files only, because emulation is not promised

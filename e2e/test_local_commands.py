@@ -13,7 +13,9 @@ from typing import Self
 
 import pytest
 
-from harness import WAIT_TIMEOUT, Appliance
+from harness import WAIT_TIMEOUT, Appliance, only_on
+
+pytestmark = only_on("process", "the commands reach an appliance of this machine in the same way on every backend")
 
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _EVERY_PROTOCOL = 0x0003  # ETH_P_ALL of packet(7)

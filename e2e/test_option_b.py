@@ -10,7 +10,9 @@ import json
 
 import pytest
 
-from harness import Appliance, Context, free_port, from_registry, run
+from harness import Appliance, Context, free_port, from_registry, only_on, run
+
+pytestmark = only_on("process", "only curl differs from test_guide.py and test_ci.py, which every backend has")
 
 POOL = "my-buildkit-pool"
 TOKEN = """

@@ -10,7 +10,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from bkpool.pki.authority import Authority
-from harness import WAIT_TIMEOUT, Certificates, eventually
+from harness import WAIT_TIMEOUT, Certificates, eventually, only_on
+
+of_the_gateway = only_on("process", "the gateway judges a certificate without the backend")
 
 MOST_CONNECTIONS = 8
 """buildx makes three if it is answered with a reason. With a closed socket or grpc-status 14 it polls for 20 s, and
@@ -88,6 +90,7 @@ def test_an_unknown_token_is_refused(appliance, context, authority, tmp_path):
     appliance.release(certificates.lease)
 
 
+@of_the_gateway
 def test_an_expired_certificate_is_refused_with_a_message_and_not_in_tls(appliance, context, authority, tmp_path):
     certificates = appliance.allocate(name="old")
     leaf = _leaf(authority, certificates.lease["token"], timedelta(minutes=-4), timedelta(minutes=-1))
@@ -96,6 +99,7 @@ def test_an_expired_certificate_is_refused_with_a_message_and_not_in_tls(applian
     appliance.release(certificates.lease)
 
 
+@of_the_gateway
 def test_a_client_without_a_certificate_is_refused(appliance, context):
     endpoint = f"tcp://localhost:{appliance.ports['gateway']}"
     certificates = appliance.allocate(name="none")
@@ -122,6 +126,7 @@ def _handshake(appliance, authority, chain=None, version=None):
             raise ConnectionResetError
 
 
+@of_the_gateway
 @pytest.mark.parametrize("kind", ["foreign", "server"])
 def test_a_certificate_of_another_ca_or_of_a_server_fails_in_tls(appliance, authority, tmp_path, kind):
     now = datetime.now(UTC)
@@ -136,6 +141,7 @@ def test_a_certificate_of_another_ca_or_of_a_server_fails_in_tls(appliance, auth
         _handshake(appliance, authority, (tmp_path / "c.crt", tmp_path / "c.key"))
 
 
+@of_the_gateway
 def test_tls_1_2_is_refused(appliance, authority):
     with pytest.raises(CLOSED):
         _handshake(appliance, authority, version=ssl.TLSVersion.TLSv1_2)
