@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 
 from harness import WAIT_TIMEOUT, Appliance, Context, eventually, only_on, really_ran
+from support.unread_pipes import full_pipe, pipe_without_reader
 
 pytestmark = only_on("process", "what is tested is the log of a process on this machine")
 
 
-@contextmanager
-def full_pipe() -> Iterator[int]:
-    """The writing end of a pipe that is full and that nobody reads."""
-    reader, writer = os.pipe()
-    try:
-        os.set_blocking(writer, False)
-        with suppress(BlockingIOError):
-            while True:
-                os.write(writer, b"x" * 4096)
-        os.set_blocking(writer, True)
-        yield writer
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-@contextmanager
-def pipe_without_reader() -> Iterator[int]:
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        yield writer
-    finally:
-        os.close(writer)
-
-
 @pytest.mark.parametrize("stderr", [full_pipe, pipe_without_reader])
 def test_everything_works_and_down_ends(
-    make_appliance: Callable[[], Appliance], context: Context, stderr: Callable[[], Iterator[int]]
+    make_appliance: Callable[[], Appliance], context: Context, stderr: Callable[[], AbstractContextManager[int]]
 ) -> None:
     appliance = make_appliance()
     command = [*appliance.program, "up", *appliance.world.options(), *appliance.addresses]
-    with stderr() as descriptor:  # type: ignore[attr-defined]
+    with stderr() as descriptor:
         process = subprocess.Popen(command, env=appliance.env, stdout=descriptor, stderr=descriptor)
         try:
             eventually((appliance.home / "appliance.json").exists, "it is ready")

@@ -104,7 +104,7 @@ class Deliveries:
         self._open: dict[str, Worker] = {}
         self._answers: list[_Answer] = []
         self._marks: dict[str, _Mark] = {}
-        """Leases whose caller has them, which is not in the store yet."""
+        """Leases that their callers have. The store does not say so yet."""
         self._waited = 0.0
         """Seconds that were waited for answers and marks: the time of both."""
         self._marking: asyncio.Task[None] | None = None

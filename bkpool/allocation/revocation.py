@@ -76,7 +76,7 @@ class Revocation:
     failed: tuple[tuple[Worker, BkpoolError], ...] = ()
     """The workers with the leases that could not be revoked. The same request may be sent again."""
     unreadable: tuple[Unreadable, ...] = ()
-    """The workers that cannot be read and may have a selected lease, which is not revoked."""
+    """The workers that cannot be read. They may have selected leases, which are not revoked."""
 
 
 class Revoker:

@@ -160,7 +160,7 @@ class IssuedTls(ApiTls):
         return True
 
     def pause(self) -> float:
-        """Until it is due, in short pieces. An hour for one that is always due, because its CA ends soon."""
+        """Seconds until the next look: an hour if it is always due, because its CA ends soon."""
         now = self._now()
         return _ALWAYS_DUE_SECONDS if now >= self._due else pause_until(self._due, now)
 

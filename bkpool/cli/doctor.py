@@ -60,7 +60,7 @@ def command(as_json: bool) -> int:
 
 
 def _running() -> home.Appliance | None:
-    """The appliance that is judged; None: what `up` would start is. A home that cannot be read has its own check."""
+    """The appliance to judge; None: judge what `up` would start. Another check reports an unreadable home."""
     try:
         return home.running()
     except BkpoolError:

@@ -62,7 +62,7 @@ class Observation:
     silence: Silence | None = None
     """It does not answer at the moment; None: it answered the last probe."""
     spec_digest: str = ""
-    """Of what of the pool's spec it was started with; empty if that is not known."""
+    """The digest of those parts of the pool's spec that it was started with; empty if that is not known."""
     outdated: bool = False
     """It was started with another configuration, image, limits or network than the pool's spec of today gives."""
     reaches_other: bool = False

@@ -98,7 +98,7 @@ def problem(errors: Sequence[ErrorDetails]) -> str:
 
 
 def _excess(error: ErrorDetails) -> str:
-    """How long a value is that is too long."""
+    """The length of a value that is too long, as words."""
     if error["type"] not in {"string_too_long", "too_long"} or not isinstance(error["input"], Sized):
         return ""
     return f", and has {len(error['input'])}"

@@ -87,7 +87,7 @@ class HolderProcess:
 
 
 def _has_open(pid: int, file: Path) -> bool:
-    """Whether the process has this file open. Of another user's process that is not known; it is believed."""
+    """Whether the process has this file open. For another user's process nobody can tell; the answer is yes."""
     wanted = file.stat()
     try:
         entries = list(Path(f"/proc/{pid}/fd").iterdir())

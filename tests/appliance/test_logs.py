@@ -7,11 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
 
 import pytest
 
 from bkpool.telemetry.log_file import RotatedFile
+from support.unread_pipes import full_pipe, pipe_without_reader
 
 UNREACHABLE = """
 apiVersion: v1
@@ -42,32 +42,6 @@ def run(script, home, **options):
         check=False,
         **given,
     )
-
-
-@contextmanager
-def full_pipe():
-    """The writing end of a pipe that is full and that nobody reads."""
-    reader, writer = os.pipe()
-    try:
-        os.set_blocking(writer, False)
-        with suppress(BlockingIOError):
-            while True:
-                os.write(writer, b"x" * 4096)
-        os.set_blocking(writer, True)
-        yield writer
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
-@contextmanager
-def pipe_without_reader():
-    reader, writer = os.pipe()
-    os.close(reader)
-    try:
-        yield writer
-    finally:
-        os.close(writer)
 
 
 @pytest.mark.parametrize("stderr", [full_pipe, pipe_without_reader])

@@ -21,12 +21,12 @@ class HealthLimits:
     """When a daemon that does not answer is replaced (rule 9, docs/rules.md#r9)."""
 
     unanswered: timedelta = timedelta(seconds=8)
-    """For so long probes must have been unanswered, where nobody is connected. Less than that is a stall."""
+    """How long no probe was answered, if nobody is connected. A shorter silence is a stall."""
     quiet: timedelta = timedelta(seconds=15)
-    """Where a gateway may have connections, for so long neither an answer nor a byte must have come. BuildKit's own
+    """How long neither an answer nor a byte came, if a gateway may have connections. BuildKit's own
     health check of a session gives up after the same time (docs/clients.md#cuts)."""
     unanswered_meanwhile: timedelta = timedelta(seconds=5)
-    """For so long of this, probes must have been unanswered: that no byte came is no sign by itself."""
+    """How long of that no probe was answered: that no byte came is no sign by itself."""
     quiet_if_lost: timedelta = timedelta(seconds=10)
     """The same as `quiet` for one that lost its socket, so that only connections of before can still be used: a build
     on one of them brings a byte every 5 s (docs/clients.md#cuts). Less than the 15 s for which a gateway holds a
