@@ -2,7 +2,8 @@
 
 It imports nothing of bkpool. It finds bkpool's objects by the module of their class, so it does not depend on the
 tables that hold them. It returns free memory to the system and empties caches that have a bound, because their size
-is no leak. It changes nothing else.
+is no leak. For the same reason it does not count the threads of groups that grow up to a bound. It changes nothing
+else.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import asyncio
 import ctypes
 import gc
 import os
+import re
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 _Cache = type(lru_cache(lambda: None))
+_IN_A_GROUP = re.compile(r"asyncio_\d+|.+ \d+")
+"""The names of threads of asyncio's default executor, and of `bkpool.home.threads`."""
 
 
 def census() -> dict[str, Any]:
@@ -39,12 +44,22 @@ def census() -> dict[str, Any]:
     )
     return {
         "descriptors": len(list(Path("/proc/self/fd").iterdir())) - 1,  # without the one that lists the directory
-        "threads": threading.active_count(),
+        "threads": count_threads([thread.name for thread in threading.enumerate()]),
         "tasks": sum(isinstance(one, asyncio.Task) and not one.done() for one in objects),
         "permits that are not free": -sum(one._value for one in objects if type(one) is asyncio.Semaphore),
         "rss": resident(os.getpid()),
         "objects": dict(ours),
     }
+
+
+def count_threads(names: Iterable[str]) -> int:
+    """Counts threads by their names, without those of groups: a group makes a thread when it finds none free.
+
+    The threads of one group are numbered up to a bound. So the second thread of a name belongs to a group that was
+    made again and not ended, and is counted.
+    """
+    named = Counter(names)
+    return sum(count - (_IN_A_GROUP.fullmatch(name) is not None) for name, count in named.items())
 
 
 def empty_caches() -> None:

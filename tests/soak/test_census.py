@@ -1,14 +1,17 @@
-"""A soak empties caches with a bound before it counts. The tests use caches made for them."""
+"""What a soak counts: it empties caches with a bound before, and leaves out the threads of groups with a bound."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from functools import lru_cache
 from types import ModuleType
 
 import pytest
-from soak.census import census, empty_caches
+from soak.census import census, count_threads, empty_caches
+
+from bkpool.home.threads import Threads
 
 
 @pytest.mark.parametrize(
@@ -30,3 +33,15 @@ def test_a_permit_that_is_not_given_back_is_counted():
     before = census()["permits that are not free"]
     asyncio.run(semaphore.acquire())
     assert census()["permits that are not free"] == before + 1
+
+
+def test_threads_of_groups_with_a_bound_are_not_counted_and_all_others_are():
+    group = Threads("worker files", 2)
+    both = threading.Barrier(3)
+    names = [group.submit(lambda: (both.wait(), threading.current_thread().name)[1]) for _ in range(2)]  # two threads
+    both.wait()
+    found = ["MainThread", "gateway-0", "asyncio_0", "asyncio_1", *(name.result() for name in names)]
+    group.close()
+    assert count_threads(found) == 2
+    assert count_threads([*found, "Thread-7 (run)"]) == 3
+    assert count_threads([*found, names[0].result()]) == 3, "the group was made again, and not ended"
