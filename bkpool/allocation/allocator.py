@@ -34,7 +34,7 @@ from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.rotation import Rotation
 from bkpool.store import Store
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 
 _NOW = 5.0
 """Seconds that a request without a wait has for what a ready worker still takes: the writes of the claim."""
@@ -337,7 +337,8 @@ class Allocator:
         workers, unreadable = self._mirror.workers_of(pool_key), self._mirror.unreadable_slots(pool_key)
         queue.serve(pool, workers, self._caches(), unreadable, self._now())
 
-    def _on_change(self, pool: Key) -> None:
+    def _on_change(self, change: MirrorChange) -> None:
+        pool = change.pool
         event = self._changed.pop(pool, None)
         if event is not None:
             event.set()

@@ -6,7 +6,7 @@ A response never reveals pools that the caller may not use, or leases of others.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from aiohttp import web
@@ -24,7 +24,7 @@ from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import DiskFull, Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
-from bkpool.core.reconcile.pool_status import worker_counts
+from bkpool.core.reconcile.pool_counts import count_workers
 from bkpool.core.removal import REASON as REMOVED
 from bkpool.core.removal import removal_of
 from bkpool.core.worker import Worker
@@ -339,7 +339,7 @@ class Service:
 
     def _live(self, pool: Pool) -> dict[str, Any]:
         return {
-            **worker_counts(self.mirror.workers_of(pool.key)),
+            **asdict(count_workers(self.mirror.workers_of(pool.key))),
             "waiting": self.allocator.waiting(pool.key),
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint(pool),

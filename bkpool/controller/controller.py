@@ -9,19 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime
 
 import structlog
 
 from bkpool.allocation.leases import lease_facts
 from bkpool.controller.metrics import ControllerMetrics, Result
+from bkpool.controller.missing_pools import MissingPools
+from bkpool.controller.pool_states import PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
-from bkpool.controller.pools_without_spec import PoolsWithoutSpec
 from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
-from bkpool.core.names import LABEL_REQUEST, Slot
-from bkpool.core.observation import MOST_RESTARTS, Snapshot, by_pool
+from bkpool.core.names import LABEL_REQUEST, Key, Slot
+from bkpool.core.observation import MOST_RESTARTS
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import (
     Action,
@@ -39,13 +40,12 @@ from bkpool.core.reconcile.actions import (
     WriteStatus,
     slot_of_action,
 )
-from bkpool.core.reconcile.decide import decide, stray_slots, wind_up_leases
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
+from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.reconcile.replacing import out_of_use
-from bkpool.core.reconcile.undelivered import UndeliveredLeases
-from bkpool.core.registrations import SeenRegistrations
+from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.wall_clock import ClockReading, pause_until
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
@@ -96,7 +96,7 @@ class Controller:
         self._recorder = recorder
         self._failure_limits = failure_limits
         self._seconds = seconds
-        self._registrations = SeenRegistrations()
+        self._states = PoolStates(mirror, daemons, caches)
         self._decided = ClockReading(now(), seconds())
         """When it has decided last."""
         self._wake_at: datetime | None = None
@@ -105,13 +105,12 @@ class Controller:
         self._pool_work = PoolWork(
             store, mirror, daemons, status_inputs, recorder=recorder, look_again=self.look_again
         )
-        self._without_spec = PoolsWithoutSpec(store, mirror, now, PAUSE)
-        self._undelivered = UndeliveredLeases()
+        self._missing_pools = MissingPools(store, mirror, now, self._states.pool_deleted, PAUSE)
         self._wake = asyncio.Event()
         self._changed_at: float | None = None
         """When the first change after the last plan became known, in the event loop's time."""
         self._asked: list[asyncio.Future[None]] = []
-        self._actions: dict[Slot, asyncio.Task[None]] = {}
+        self._actions: set[asyncio.Task[None]] = set()
         self._restarting: set[Slot] = set()
         """The slots in which a daemon is being started or stopped."""
 
@@ -123,27 +122,30 @@ class Controller:
             tasks.create_task(self._decide_again_and_again())
 
     async def _decide_again_and_again(self) -> None:
-        subscriptions = ExitStack()
+        subscriptions = self._states.follow(self._wake_up)
         try:
-            subscriptions.callback(self._daemons.on_change(self.look_again))
-            subscriptions.callback(self._caches.on_change(self.look_again))
-            subscriptions.callback(self._mirror.subscribe(lambda _pool: self.look_again()))
             while True:
                 self._wake.clear()
                 changed_at, self._changed_at = self._changed_at, None
-                self._wake_at = self._decide_all()
+                self._wake_at = self._decide()
                 if changed_at is not None:
                     self._metrics.lagged(asyncio.get_running_loop().time() - changed_at)
                 await self._sleep()
         finally:
             subscriptions.close()
-            tasks = [*self._actions.values(), *self._pool_work.tasks.values()]
+            tasks = [*self._actions, *self._pool_work.tasks.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def look_again(self) -> None:
-        """Makes the controller decide again, because something has changed."""
+    def look_again(self, pool: Key | None = None) -> None:
+        """Makes the controller decide again for a pool, because something has changed; None: for every pool."""
+        if pool is None:
+            self._states.note_everything()
+        else:
+            self._states.pool_changed(pool)
+
+    def _wake_up(self) -> None:
         if self._changed_at is None:
             self._changed_at = asyncio.get_running_loop().time()
         self._wake.set()
@@ -151,7 +153,7 @@ class Controller:
     def check_clock(self) -> None:
         """Makes the controller decide again if it is time to. Somebody waits, and the machine may have slept."""
         if self._is_time():
-            self.look_again()
+            self._wake_up()
 
     def _is_time(self) -> bool:
         """Whether time alone may have changed what was decided."""
@@ -183,53 +185,56 @@ class Controller:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()
 
-    def _decide_all(self) -> datetime | None:
-        """Decides for every pool and starts the actions. Returns when to decide again if nothing changes before."""
-        now, seconds = self._now(), self._seconds()
-        self._decided = ClockReading(now, seconds)
-        registered_until = self._registrations.look(self._mirror.workers.values(), now, seconds)
-        deadlines: list[datetime] = []
-        observed = self._daemons.observe()
-        observed_of, caches_of, busy_of = by_pool(observed), by_pool(self._caches.owners()), by_pool(self._actions)
-        undelivered_for = self._undelivered.look(self._mirror.workers.values(), now)
-        deleted = self._without_spec.deleted(self._pool_work.tasks, self._pool_work.run)
-        pools = [(pool, decide) for pool in (*self._mirror.pools.values(), *deleted)]
-        pools += [(pool, wind_up_leases) for pool in self._without_spec.unreadable()]
-        for pool, decided in pools:
-            snapshot = Snapshot(
-                pool=pool,
-                workers=tuple(self._mirror.workers_of(pool.key)),
-                observed=observed_of.get(pool.key, {}),
-                caches=caches_of.get(pool.key, {}),
-                busy=frozenset(busy_of.get(pool.key, ())),
-                registered_until=registered_until,
-                restarts_left=MOST_RESTARTS - len(self._restarting),
-                unreadable_slots=self._mirror.unreadable_slots(pool.key),
-                undelivered_for=undelivered_for,
-            )
-            plan = decided(snapshot, now, self._failure_limits)
-            for action in plan.actions:
-                self._start_action(slot_of_action(action), type(action), self._carry_out(action, pool))
-            if plan.wake_at is not None:
-                deadlines.append(plan.wake_at)
-            if pool.key in self._mirror.pools:
-                self._pool_work.update(snapshot, now)
-        unreadable = (slot for found in self._mirror.unreadable_workers.values() if (slot := found.slot))
-        for slot in stray_slots(observed, self._mirror.workers.values(), self._actions, unreadable):
-            self._start_action(slot, None, self._stop_stray(slot))
+    def _decide(self) -> datetime | None:
+        """Decides for the pools that have changed or are due, and starts actions. Returns when it is due again."""
+        reading = ClockReading(self._now(), self._seconds())
+        if self._decided.jumped(reading):
+            self._states.look_at_everything()
+        self._decided = reading
+        self._states.undelivered.pass_time(reading.wall)
+        pools = self._states.take_over(reading)
+        for key, state in pools.items():
+            self._decide_pool(key, state, reading)
         self._metrics.decided(len(pools))
-        return min(deadlines, default=None)
+        return self._states.due_at
+
+    def _decide_pool(self, key: Key, state: PoolState, reading: ClockReading) -> None:
+        moment = self._moment(reading)
+        plan = state.plan(moment)
+        for action in plan.actions:
+            self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool))
+        for slot in state.strays:
+            self._start_action(slot, None, self._stop_stray(slot))
+        self._states.look_again_at(key, plan.wake_at)
+        if key in self._mirror.pools:
+            self._pool_work.update(state, moment)
+        elif state.is_gone:
+            self._states.forget(key)
+        elif state.spec is Spec.MISSING and state.has_workers and key not in self._pool_work.tasks:
+            self._pool_work.run(key, self._missing_pools.ask(key))
+
+    def _moment(self, reading: ClockReading) -> Moment:
+        return Moment(
+            reading.wall,
+            self._states.registrations.at(reading.wall, reading.seconds),
+            self._states.undelivered.now(),
+            MOST_RESTARTS - len(self._restarting),
+            self._failure_limits,
+        )
 
     def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
         task = asyncio.create_task(self._run_action(slot, kind, work))
-        self._actions[slot] = task
+        self._actions.add(task)
+        self._states.action_began(slot)
         if kind in {StartDaemon, StopDaemon, ReplaceDaemon}:
             self._restarting.add(slot)
 
         def ended(_task: asyncio.Task[None]) -> None:
-            del self._actions[slot]
-            self._restarting.discard(slot)
-            self.look_again()
+            self._actions.discard(task)
+            if slot in self._restarting:
+                self._restarting.discard(slot)
+                self._states.restart_ended()
+            self._states.action_ended(slot)
 
         task.add_done_callback(ended)
 

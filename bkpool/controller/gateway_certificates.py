@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Protocol
 
-from bkpool.core.names import Key
+from bkpool.core.names import Key, Slot
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.pki.authority import Authority
@@ -28,7 +28,7 @@ class WorkerAuthorities(Protocol):
     def former_authority(self, pool: Key) -> Authority | None:
         """The CA of those workers that were made with another one; None if there are none."""
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         """Calls back when workers have changed; returns what unsubscribes."""
 
 

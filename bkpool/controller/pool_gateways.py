@@ -35,7 +35,7 @@ from bkpool.controller.pool_hosts import certificate_names, reachable_hosts
 from bkpool.core.allowances import Allowances, host_refusals, permitted, service_refusals
 from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Conflict, Forbidden, NotFound, Unavailable
-from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key
+from bkpool.core.names import LABEL_MANAGED, LABEL_POOL, LABEL_PURPOSE, MANAGER, PURPOSE_GATEWAY, Key, Slot
 from bkpool.core.pool import Pool, ServiceType
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.wall_clock import pause_until
@@ -45,7 +45,7 @@ from bkpool.pki.authority import SERVER_LIFE, Authority
 from bkpool.pki.bundle import FORMER_DIALLER_CERT, SERVER_ENTRIES, TLS_CERT, bundle_renew_at
 from bkpool.pki.rotation import Former, Rotation
 from bkpool.store.events import Recorder
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 
 log = structlog.get_logger(__name__)
 
@@ -115,15 +115,15 @@ class PoolGateways:
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
         self._endpoints: dict[Key, str] = {}
         self._trouble: dict[Key, str] = {}
-        self._subscribers: Subscribers[[]] = Subscribers()
+        self._subscribers: Subscribers[[Key]] = Subscribers()
         self._slots = asyncio.Semaphore(_CONCURRENCY)
         self.endpoints: Mapping[Key, str] = MappingProxyType(self._endpoints)
         """The endpoint that callers of a pool get. It is missing until the gateway has been applied."""
         self.trouble: Mapping[Key, str] = MappingProxyType(self._trouble)
         """Why a pool's gateway is not as it should be."""
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, when `endpoints` or `trouble` have changed.
+    def on_change(self, callback: Callable[[Key], None]) -> Callable[[], None]:
+        """Calls back with a pool, in the event loop, when its `endpoints` or `trouble` have changed.
 
         Returns:
             A function that unsubscribes.
@@ -134,8 +134,8 @@ class PoolGateways:
         """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
         await self._mirror.ready.wait()
         subscriptions = ExitStack()
-        subscriptions.callback(self._mirror.subscribe(self._pool_changed))
-        subscriptions.callback(self._certificates.workers.on_change(self._workers_changed))
+        subscriptions.callback(self._mirror.subscribe(self._on_change))
+        subscriptions.callback(self._certificates.workers.on_change(self._worker_changed))
         try:
             for key in tuple(self._mirror.pools):
                 self._pool_changed(key)
@@ -151,12 +151,17 @@ class PoolGateways:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _pool_changed(self, key: Key) -> None:
-        """Follows a pool's creation, deletion and spec. The mirror also reports its workers, which do not matter."""
+    def _on_change(self, change: MirrorChange) -> None:
+        """Follows pools. Of workers it only matters whether one still has a lease of the time before a rotation."""
         if self._overlapped and not self._certificates.overlaps():
             self._overlapped = False
             for other in self._states.values():
                 other.wake.set()
+        if change.slot is None:
+            self._pool_changed(change.pool)
+
+    def _pool_changed(self, key: Key) -> None:
+        """Follows a pool's creation, deletion and spec."""
         pool = self._mirror.pools.get(key)
         if pool is None or pool.metadata.deletion_timestamp is not None:
             self._forget(key)
@@ -169,11 +174,14 @@ class PoolGateways:
         elif state.version != pool.spec_version:
             state.wake.set()
 
-    def _workers_changed(self) -> None:
+    def _worker_changed(self, slot: Slot) -> None:
         """Takes the certificates for workers of a former CA away from a gateway when the last such worker is gone."""
-        for key, state in self._states.items():
-            if FORMER_DIALLER_CERT in (state.bundle or ()) and not self._certificates.workers.former_authority(key):
-                state.wake.set()
+        key = Key(slot.namespace, slot.pool)
+        state = self._states.get(key)
+        if state is None or FORMER_DIALLER_CERT not in (state.bundle or ()):
+            return
+        if not self._certificates.workers.former_authority(key):
+            state.wake.set()
 
     def _forget(self, key: Key) -> None:
         """Stops work for a pool that was deleted. The cluster deletes the objects that it owned."""
@@ -194,7 +202,7 @@ class PoolGateways:
             else:
                 published.pop(key, None)
         if before != (self._endpoints.get(key), self._trouble.get(key)):
-            self._subscribers.notify()
+            self._subscribers.notify(key)
 
     # --- one pool ---------------------------------------------------------------------------------------------------
 

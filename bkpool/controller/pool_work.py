@@ -9,16 +9,16 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime
 
 import structlog
 
 from bkpool.core.errors import BkpoolError, Conflict, NotFound
 from bkpool.core.names import Key
-from bkpool.core.observation import Snapshot
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.pool_state import PoolState
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
-from bkpool.core.removal import is_gone, removal_of
+from bkpool.core.reconcile.slot_step import Moment
+from bkpool.core.removal import removal_of
 from bkpool.core.unreadable import CONDITION, noted_by
 from bkpool.store import Store
 from bkpool.store.events import Recorder
@@ -40,7 +40,7 @@ class PoolWork:
         daemons: Follow a changed spec.
         status_inputs: What a pool's status shows besides its workers.
         recorder: Gets an event when a pool has workers that cannot be read.
-        look_again: Called when some work has ended.
+        look_again: Called with a pool when some work for it has ended.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class PoolWork:
         status_inputs: Callable[[Pool], PoolStatusInputs],
         *,
         recorder: Recorder,
-        look_again: Callable[[], None],
+        look_again: Callable[[Key], None],
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -71,20 +71,25 @@ class PoolWork:
 
         def done(_task: asyncio.Task[None]) -> None:
             del self.tasks[pool]
-            self._look_again()
+            self._look_again(pool)
 
         task.add_done_callback(done)
 
-    def update(self, snapshot: Snapshot, now: datetime) -> None:
-        """Writes the pool's status if it changed, one write at a time: many leases at once then cost few writes."""
-        pool = snapshot.pool
+    def update(self, state: PoolState, moment: Moment) -> None:
+        """Writes the pool's status if it changed, one write at a time: many leases at once then cost few writes.
+
+        Args:
+            state: The pool, after a plan.
+            moment: The moment of that plan.
+        """
+        pool = state.pool
         if pool.key in self.tasks:
             return
-        if removal_of(pool) is not None and is_gone(snapshot):
+        if removal_of(pool) is not None and state.is_gone:
             self.run(pool.key, self._delete(pool))
             return
         inputs = replace(self._status_inputs(pool), unreadable=self._mirror.unreadable_of(pool.key))
-        status = pool_status(pool, snapshot.workers, inputs, now, snapshot.registered_until, caches=snapshot.caches)
+        status = pool_status(state, inputs, moment.now, moment.registered_until)
         if status != pool.status:
             self.run(pool.key, self._write_status(pool.but(status=status)))
         elif self._applied.get(pool.key) != (pool.spec_version, pool.metadata.annotations):

@@ -5,17 +5,15 @@ These are plain values. A runtime fills them in, and `core.reconcile` reads them
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TypeVar
 
-from bkpool.core.names import Key, Slot
+from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
-from bkpool.core.registrations import Expiries
+from bkpool.core.registrations import NONE_SEEN, Expiries
 from bkpool.core.worker import Worker
 
 
@@ -71,19 +69,16 @@ class Observation:
     pod_ip: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class SeenCache:
+    """A cache that outlives its daemon."""
+
+    owner: str | None
+    """The digest of its owner; None: it is clean."""
+
+
 MOST_RESTARTS = 4
 """Outdated daemons of all pools that are replaced at once. While others start or stop, there are fewer."""
-
-
-V = TypeVar("V")
-
-
-def by_pool(slots: Mapping[Slot, V]) -> dict[Key, dict[Slot, V]]:
-    """What is known of each slot, by the pool of the slot."""
-    found: defaultdict[Key, dict[Slot, V]] = defaultdict(dict)
-    for slot, value in slots.items():
-        found[Key(slot.namespace, slot.pool)][slot] = value
-    return dict(found)
 
 
 def ready_observation(worker: Worker, seen: Observation | None) -> Observation | None:
@@ -113,7 +108,7 @@ class Snapshot:
     """The caches of the pool's slots, each with the digest of its owner (None: clean)."""
     busy: frozenset[Slot] = frozenset()
     """Slots in which an action is still running. Nothing is decided about them."""
-    registered_until: Expiries = field(default_factory=dict)
+    registered_until: Expiries = field(default_factory=lambda: NONE_SEEN)
     """When the registrations of gateways expire, on the clock of the one who decides. A missing one is valid."""
     restarts_left: int = MOST_RESTARTS
     """How many outdated daemons may be replaced now, beside the starts and stops of all pools that are under way."""

@@ -6,10 +6,11 @@ from the moment when it saw an entry for the first time, or saw it change. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from bkpool.core.names import Key
 from bkpool.core.worker import GatewayRegistration, Worker
@@ -26,8 +27,13 @@ class RegistrationKey(NamedTuple):
     lease_id: str
 
 
-Expiries = Mapping[RegistrationKey, datetime]
-"""When each registration expires unless it changes. One that is missing was not seen before: it is valid."""
+class Expiries(Protocol):
+    """When each registration expires unless it changes."""
+
+    def get(self, key: RegistrationKey, default: datetime, /) -> datetime:
+        """When this one does; the default if it was not seen before, so that it is valid."""
+
+
 NONE_SEEN: Expiries = MappingProxyType({})
 
 
@@ -35,27 +41,44 @@ class SeenRegistrations:
     """Remembers since when each registration has been as it is."""
 
     def __init__(self) -> None:
-        self._seen: dict[RegistrationKey, tuple[GatewayRegistration, float]] = {}
+        self._seen: dict[Key, dict[RegistrationKey, tuple[GatewayRegistration, float]]] = {}
 
-    def look(self, workers: Iterable[Worker], now: datetime, seconds: float) -> Expiries:
-        """Takes note of all registrations, and forgets those that are gone.
+    def look(self, key: Key, worker: Worker | None, seconds: float) -> None:
+        """Takes note of the registrations on a worker that has changed, and forgets those that are gone.
 
         Args:
-            workers: All workers, as they are known now.
-            now: The time, in which the answer is given.
+            key: The worker's name.
+            worker: The worker as it is now; None: it was deleted, or cannot be read.
             seconds: Monotonic time, by which the age of a registration is judged.
         """
-        before, self._seen = self._seen, {}
-        expiries: dict[RegistrationKey, datetime] = {}
-        for worker in workers:
-            for entry in worker.status.gateways:
-                key = RegistrationKey(worker.key, entry.gateway, entry.lease_id)
-                known, since = before.get(key, (None, seconds))
-                if known != entry:
-                    since = seconds
-                self._seen[key] = entry, since
-                expiries[key] = now + REGISTRATION_LIFE - timedelta(seconds=seconds - since)
-        return expiries
+        before = self._seen.pop(key, {})
+        if worker is None or not worker.status.gateways:
+            return
+        self._seen[key] = now = {}
+        for entry in worker.status.gateways:
+            name = RegistrationKey(key, entry.gateway, entry.lease_id)
+            known, since = before.get(name, (None, seconds))
+            now[name] = entry, since if known == entry else seconds
+
+    def at(self, now: datetime, seconds: float) -> Expiries:
+        """When they expire.
+
+        Args:
+            now: The time, in which the answer is given.
+            seconds: Monotonic time of the same moment.
+        """
+        return _AtMoment(self._seen, now, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _AtMoment:
+    seen: Mapping[Key, Mapping[RegistrationKey, tuple[GatewayRegistration, float]]]
+    now: datetime
+    seconds: float
+
+    def get(self, key: RegistrationKey, default: datetime, /) -> datetime:
+        found = self.seen.get(key.worker, {}).get(key)
+        return default if found is None else self.now + REGISTRATION_LIFE - timedelta(seconds=self.seconds - found[1])
 
 
 def live_registrations(

@@ -6,15 +6,13 @@ caches stay for a day, so that a pool that was left out of a file by mistake is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from bkpool.core.errors import Gone
 from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, ANNOTATION_SOURCE, Slot
-from bkpool.core.observation import Snapshot
 from bkpool.core.pool import Pool
-from bkpool.core.worker import Worker
 
 CACHES_KEPT = timedelta(hours=24)
 """How long the caches of a removed pool stay after its last lease, and at least after its removal has begun."""
@@ -84,55 +82,66 @@ def refusal(pool: Pool) -> Gone:
     )
 
 
-def caches_due(snapshot: Snapshot, removal: RemovalMark, now: datetime) -> tuple[list[Slot], datetime | None]:
+def caches_due(
+    free: Mapping[Slot, str | None], removal: RemovalMark, leases: int, last_lease: datetime | None, now: datetime
+) -> tuple[list[Slot], datetime | None]:
     """The slots whose cache goes now, and when time alone brings the next ones.
 
-    A cache that nobody has used goes at once, any other when it is not kept any longer. The cache of a slot that has
-    a worker stays.
+    A cache that nobody has used goes at once, any other when it is not kept any longer.
+
+    Args:
+        free: The caches of slots without a worker, with their owners.
+        removal: The removal of the pool.
+        leases: How many leases the pool has.
+        last_lease: When the last one left its worker (`last_lease_at`).
+        now: The time.
     """
-    taken = {worker.slot for worker in snapshot.workers} | snapshot.unreadable_slots
-    free = {slot: owner for slot, owner in snapshot.caches.items() if slot not in taken}
     unused = [slot for slot, owner in free.items() if owner is None]
     used = [slot for slot, owner in free.items() if owner is not None]
-    if any(worker.lease for worker in snapshot.workers) or not used:
+    if leases or not used:
         return unused, None
-    due = removal.caches_go_at(last_lease_at(snapshot.pool, snapshot.workers, now))
+    due = removal.caches_go_at(last_lease)
     return (unused + used, None) if due <= now else (unused, due)
 
 
-def last_lease_at(pool: Pool, workers: Iterable[Worker], now: datetime) -> datetime | None:
+def last_lease_at(pool: Pool, last_end: datetime | None, leases: int, now: datetime) -> datetime | None:
     """When the pool's last lease left its worker, as the pool's status has it next; None: it never had one.
 
     It is taken from the workers, and from the pool's status, because workers are removed. The status also tells of a
     lease that has ended since it was written.
+
+    Args:
+        pool: The pool with its status as it is stored.
+        last_end: When the last lease left one of its workers of today.
+        leases: How many leases it has.
+        now: The time.
     """
-    workers = tuple(workers)
-    ends = [worker.status.last_activity_at for worker in workers]
-    known = max((end for end in (*ends, pool.status.last_lease_at) if end is not None), default=None)
-    if pool.status.allocated and not any(worker.lease for worker in workers) and known == pool.status.last_lease_at:
+    known = max((end for end in (last_end, pool.status.last_lease_at) if end is not None), default=None)
+    if pool.status.allocated and not leases and known == pool.status.last_lease_at:
         return now  # the worker that had it is gone already
     return known
 
 
-def is_gone(snapshot: Snapshot) -> bool:
-    """Whether nothing is left of a pool that is being removed, so that the pool itself can be deleted."""
-    there = snapshot.workers or snapshot.unreadable_slots or snapshot.busy or snapshot.observed or snapshot.caches
-    return not there
+def what_happens(pool: Pool, removal: RemovalMark, leases: int, last_end: datetime | None, now: datetime) -> str:
+    """One sentence for a person about what is left of a removed pool, and until when.
+
+    Args:
+        pool: The pool with its status as it is stored.
+        removal: Its removal.
+        leases: How many leases it has.
+        last_end: When the last lease left one of its workers of today.
+        now: The time.
+    """
+    return "; ".join(("it is being removed", *_parts(pool, removal, leases, last_end, now)))
 
 
-def what_happens(pool: Pool, removal: RemovalMark, workers: Iterable[Worker], now: datetime) -> str:
-    """One sentence for a person about what is left of a removed pool, and until when."""
-    return "; ".join(("it is being removed", *_parts(pool, removal, tuple(workers), now)))
-
-
-def _parts(pool: Pool, removal: RemovalMark, workers: tuple[Worker, ...], now: datetime) -> Iterator[str]:
+def _parts(pool: Pool, removal: RemovalMark, leases: int, last_end: datetime | None, now: datetime) -> Iterator[str]:
     if removal.caches_at_once:
         yield "its builds are cut and its caches are deleted now"
         return
-    leases = sum(worker.lease is not None for worker in workers)
     if leases:
         yield f"{leases} lease{'s go' if leases > 1 else ' goes'} on; its caches are deleted 24 h after the last one"
     else:
-        at = removal.caches_go_at(last_lease_at(pool, workers, now))
+        at = removal.caches_go_at(last_lease_at(pool, last_end, leases, now))
         yield f"its caches are deleted at {at:%Y-%m-%d %H:%M} UTC"
     yield "a file of `up -f` that names it keeps it"

@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Generic
+from typing import Generic, NamedTuple
 
 import structlog
 
@@ -90,6 +90,14 @@ def _version_of(found: Resource | Unreadable) -> int:
     return int(found.version if isinstance(found, Unreadable) else found.metadata.resource_version or 0)
 
 
+class MirrorChange(NamedTuple):
+    """What has changed: a pool, or one of its workers."""
+
+    pool: Key
+    slot: Slot | None = None
+    """The slot of the worker; None: the pool itself has changed, or a worker that is in no slot."""
+
+
 class Mirror:
     """Pools, workers and issuers as they were a moment ago.
 
@@ -117,7 +125,7 @@ class Mirror:
         self._configs = _Copy(OIDCConfig, self._config_changed)
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
-        self._subscribers: Subscribers[[Key]] = Subscribers()
+        self._subscribers: Subscribers[[MirrorChange]] = Subscribers()
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
@@ -176,8 +184,8 @@ class Mirror:
         elif obj.kind is Worker:
             self._workers.applied(obj)
 
-    def subscribe(self, callback: Callable[[Key], None]) -> Callable[[], None]:
-        """Calls back with a pool's key, in the event loop, whenever the pool or one of its workers has changed.
+    def subscribe(self, callback: Callable[[MirrorChange], None]) -> Callable[[], None]:
+        """Calls back, in the event loop, whenever a pool or a worker has changed.
 
         Returns:
             A function that unsubscribes.
@@ -223,7 +231,7 @@ class Mirror:
         return True
 
     def _pool_changed(self, pool: Pool | Unreadable, _before: Unreadable | None) -> None:
-        self._subscribers.notify(pool.key)
+        self._subscribers.notify(MirrorChange(pool.key))
 
     def _config_changed(self, _config: OIDCConfig | Unreadable, _before: Unreadable | None) -> None:
         self._config_subscribers.notify()
@@ -240,4 +248,4 @@ class Mirror:
                 self._members[pool][key] = worker
         elif key in self.unreadable_workers:
             self._unreadable_members[pool][key] = worker
-        self._subscribers.notify(pool)
+        self._subscribers.notify(MirrorChange(pool, worker.slot))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from bkpool.core.names import Slot
+from bkpool.core.observation import SeenCache
 
 
 class Caches(Protocol):
@@ -20,8 +21,11 @@ class Caches(Protocol):
         It comes from memory, without I/O.
         """
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, whenever `owners()` may have changed.
+    def cache(self, slot: Slot) -> SeenCache | None:
+        """The cache of one slot that outlives its daemon; None: there is none. It comes from memory, without I/O."""
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
+        """Calls back with a slot, in the event loop, whenever what `owners()` says of it may have changed.
 
         Returns:
             A function that unsubscribes.

@@ -34,8 +34,11 @@ class Daemons(Protocol):
     def observe(self) -> Mapping[Slot, Observation]:
         """What is known of each slot that is not empty. It comes from memory, without I/O."""
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Calls back, in the event loop, whenever `observe()` may have changed.
+    def seen(self, slot: Slot) -> Observation | None:
+        """What is known of one slot; None: it is empty. It comes from memory, without I/O."""
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
+        """Calls back with a slot, in the event loop, whenever what `observe()` says of it may have changed.
 
         Returns:
             A function that unsubscribes.

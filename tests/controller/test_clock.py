@@ -10,7 +10,6 @@ from datetime import timedelta
 import pytest
 
 from bkpool.core import wall_clock
-from bkpool.core.pool import Pool
 from bkpool.core.worker import GatewayRegistration, Phase, Worker
 from support.world import BOB, running_world
 
@@ -34,18 +33,8 @@ async def held(world):
     await world.pool(scaling={"max": 1})
     grant = await world.replicas[0].allocate(ttl=timedelta(minutes=15))
     await world.until(lambda: world.held()[0].status.phase is Phase.ALLOCATED)
-    await asleep(world)
+    await world.asleep()
     return grant
-
-
-async def asleep(world):
-    """Waits until the controller has written what it wanted to, and nothing wakes it any more."""
-    quiet, controller = 0, world.controller
-    while quiet < 20:
-        pools = (await world.store.list(Pool)).items
-        written = all(world.replicas[0].mirror.pools.get(pool.key) == pool for pool in pools)
-        busy = controller._actions or controller._pool_work.tasks or controller._wake.is_set()
-        quiet = quiet + 1 if written and not busy else 0
 
 
 async def test_after_a_sleep_a_caller_who_waits_gets_the_worker_of_an_expired_lease_at_once(world, held):
@@ -66,8 +55,8 @@ async def test_a_sleep_does_not_take_a_worker_from_under_a_gateway(short, world,
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
     world.clock.sleep(hours=10)
     await world.until(lambda: world.held()[0].status.phase is Phase.DRAINING)
-    world.runtime.changed()
-    await asleep(world)
+    world.controller.look_again()
+    await world.asleep()
     assert world.held()
     world.clock.advance(seconds=61)
     await world.until(lambda: not world.held())
@@ -79,7 +68,7 @@ async def test_a_clock_that_is_set_back_delays_no_end_of_a_registration(short, w
     await world.store.replace_status(worker.with_status(gateways=(entry,)))
     await world.replicas[0].leases.release(held.token)
     await world.until(lambda: world.held()[0].status.phase is Phase.DRAINING)
-    await asleep(world)
+    await world.asleep()
     world.clock.sleep(hours=-5)
     world.clock.advance(seconds=61)
     await world.until(lambda: not world.held())

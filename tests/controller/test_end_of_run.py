@@ -13,17 +13,20 @@ from typing import Any
 import pytest
 
 from bkpool.controller import Controller
+from bkpool.core.names import Slot
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.subscribers import Subscribers
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.store.events import LogRecorder
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 from bkpool.workers import Caches, Daemons
 from bkpool.workers.pods.runtime import PodRuntime
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
 from support.world import POOL, MemoryWorkers
+
+SLOT = Slot(*POOL, 0)
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Workers:
 
     daemons: Daemons
     caches: Caches
-    subscribers: Subscribers[[]]
+    subscribers: Subscribers[[Slot]]
 
 
 def in_memory(_home: Path) -> Workers:
@@ -55,9 +58,9 @@ def pods(_home: Path) -> Workers:
 class CountingController(Controller):
     calls = 0
 
-    def look_again(self) -> None:
+    def _wake_up(self) -> None:
         self.calls += 1
-        super().look_again()
+        super()._wake_up()
 
 
 @asynccontextmanager
@@ -95,24 +98,24 @@ async def test_a_controller_that_has_ended_leaves_no_subscription(
     for _ in range(2):
         async with running(mirror, workers) as controller:
             before = controller.calls
-            workers.subscribers.notify()
-            mirror._subscribers.notify(POOL)
+            workers.subscribers.notify(SLOT)
+            mirror._subscribers.notify(MirrorChange(POOL))
             assert controller.calls == before + 3, "called by its daemons, its caches and the mirror"
         ended.append(controller)
         assert len(workers.subscribers) == len(mirror._subscribers) == 0
     calls = [controller.calls for controller in ended]
-    workers.subscribers.notify()
+    workers.subscribers.notify(SLOT)
     assert [controller.calls for controller in ended] == calls
 
 
 @pytest.mark.parametrize("make", [in_memory, processes, pods])
 def test_daemons_and_caches_end_each_subscription_alone(make: Callable[[Path], Workers], tmp_path: Path) -> None:
     workers, called = make(tmp_path), []
-    end_daemons = workers.daemons.on_change(lambda: called.append("daemons"))
-    end_caches = workers.caches.on_change(lambda: called.append("caches"))
-    workers.subscribers.notify()
+    end_daemons = workers.daemons.on_change(lambda _slot: called.append("daemons"))
+    end_caches = workers.caches.on_change(lambda _slot: called.append("caches"))
+    workers.subscribers.notify(SLOT)
     end_daemons()
-    workers.subscribers.notify()
+    workers.subscribers.notify(SLOT)
     end_caches()
-    workers.subscribers.notify()
+    workers.subscribers.notify(SLOT)
     assert called == ["daemons", "caches", "caches"]

@@ -20,7 +20,7 @@ from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core import wall_clock
 from bkpool.core.allowances import Allowances, read_allowances
 from bkpool.core.errors import Forbidden, NotFound, Unavailable
-from bkpool.core.names import Key
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.subscribers import Subscribers
@@ -146,7 +146,7 @@ class Workers:
     def __init__(self) -> None:
         self.authorities = PoolAuthorities(SECRETS.backend)
         self.former: Authority | None = None
-        self.subscribers: Subscribers[[]] = Subscribers()
+        self.subscribers: Subscribers[[Slot]] = Subscribers()
 
     def current_authority(self, pool: Key) -> Authority:
         return self.authorities.current(pool)
@@ -414,7 +414,7 @@ async def test_the_way_to_workers_of_a_former_ca_goes_with_the_last_of_them(clus
         assert "backend.crt" in cluster.objects[SECRET]["data"]
         server = served(cluster)
         workers.former = None
-        workers.subscribers.notify()
+        workers.subscribers.notify(Slot("team", "p", 0))
         await cluster.until(lambda: "backend.crt" not in cluster.objects[SECRET]["data"])
         assert served(cluster) == server
 

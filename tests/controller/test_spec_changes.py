@@ -57,7 +57,7 @@ class Running:
     def subscribed(self, changed: asyncio.Event) -> ExitStack:
         stack = ExitStack()
         stack.callback(self.mirror.subscribe(lambda _pool: changed.set()))
-        stack.callback(self.runtime.daemons.on_change(changed.set))
+        stack.callback(self.runtime.daemons.on_change(lambda _slot: changed.set()))
         return stack
 
     def config(self) -> dict[str, Any]:

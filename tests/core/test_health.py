@@ -19,7 +19,7 @@ from bkpool.core.reconcile.actions import (
 from bkpool.core.reconcile.decide import decide
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.health import DEFAULT_HEALTH
-from bkpool.core.reconcile.pool_status import worker_counts
+from bkpool.core.reconcile.pool_counts import count_workers
 from bkpool.core.registrations import RegistrationKey
 from bkpool.core.worker import GatewayRegistration, Phase
 from bkpool.gateway.session.limits import GatewayLimits
@@ -56,8 +56,8 @@ def test_an_idle_worker_that_does_not_answer_is_given_to_nobody_and_is_not_count
     assert noted.worker.status.message == "buildkitd does not answer"
     assert choose(pool(scaling={"max": 1}), [noted.worker], {}, "owner-a") is None
     assert choose(pool(scaling={"max": 1}), [idle()], {}, "owner-a") == idle()
-    counts = worker_counts([noted.worker])
-    assert (counts["workers"], counts["ready"], counts["idle"]) == (1, 0, 0)
+    counts = count_workers([noted.worker])
+    assert (counts.workers, counts.ready, counts.idle) == (1, 0, 0)
     assert step(noted.worker, silent(STALL)) is None, "a stall ends nothing"
 
 

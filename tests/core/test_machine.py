@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.names import Slot
+from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation, Silence, Snapshot
 from bkpool.core.queueing import assign
 from bkpool.core.reconcile.actions import (
@@ -31,11 +31,12 @@ from bkpool.core.reconcile.actions import (
     WriteStatus,
     slot_of_action,
 )
-from bkpool.core.reconcile.decide import decide, stray_slots
+from bkpool.core.reconcile.decide import decide, state_of
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.health import DEFAULT_HEALTH
 from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
 from bkpool.core.reconcile.replacing import out_of_use
+from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, lease, pool
@@ -123,6 +124,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.skew = timedelta()
         """How far the gateways' clock is ahead."""
         self.registrations = SeenRegistrations()
+        self.known: set[Key] = set()
         self.store = TinyStore()
         self.runtime = TinyRuntime()
         self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
@@ -159,6 +161,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def another_controller_takes_over(self):
         self.registrations = SeenRegistrations()
+        self.known: set[Key] = set()
 
     @rule(failing=st.booleans())
     def daemons_fail_to_start(self, failing):
@@ -297,7 +300,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _control(self):
         workers = tuple(self.view.values())
-        registered_until = self.registrations.look(workers, self.now, self.now.timestamp())
+        for key in self.known | {worker.key for worker in workers}:
+            self.registrations.look(key, self.view.get(key.name), self.now.timestamp())
+        self.known = {worker.key for worker in workers}
+        registered_until = self.registrations.at(self.now, self.now.timestamp())
         snap = Snapshot(
             self.pool,
             workers,
@@ -313,7 +319,9 @@ class PoolMachine(RuleBasedStateMachine):
                 self._act(action)
             except Lost:
                 continue
-        for slot in stray_slots(self.runtime.daemons, self.store.workers.values(), ()):
+        state = state_of(Snapshot(self.pool, tuple(self.store.workers.values()), dict(self.runtime.daemons), {}))
+        state.plan(Moment(self.now))
+        for slot in state.strays:
             del self.runtime.daemons[slot]
 
     def _act(self, action):  # noqa: PLR0912 - one case for each action

@@ -20,13 +20,14 @@ from bkpool.core.reconcile.actions import (
     WipeCache,
     WriteStatus,
 )
-from bkpool.core.reconcile.decide import TOKEN_TIMEOUT, decide, stray_slots
+from bkpool.core.reconcile.decide import decide, state_of
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.lease_end import with_lease_remembered
-from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.reconcile.slot_step import TOKEN_TIMEOUT, Moment
 from bkpool.core.registrations import REGISTRATION_LIFE, RegistrationKey
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Undelivered
-from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
+from support.objects import NOW, lease, pool, pool_status, seen, slot, snapshot, worker
 
 EXITED = DaemonState.EXITED
 
@@ -267,7 +268,7 @@ def test_with_reuse_never_the_cache_is_wiped_after_the_lease(never):
 
 def test_with_reuse_never_used_caches_are_wiped_before_anything_else():
     never = pool(cache={"reuse": "never"}, scaling={"min": 1, "scaleDownDelay": "0s"})
-    left = {slot(0): "lease-1", slot(1): "lease-2", slot(2): None, slot(3)._replace(pool="other"): "lease-3"}
+    left = {slot(0): "lease-1", slot(1): "lease-2", slot(2): None}
     surplus, down = worker(0, last_activity_at=NOW), worker(1, phase=Phase.FAILED, failures=9, failed_at=NOW)
     observed = {0: seen(0, "lease-1"), 1: seen(1, "lease-2", EXITED, "killed")}
     assert actions(snapshot(never, surplus, down, observed=observed, caches=left)) == [
@@ -375,7 +376,11 @@ def test_nothing_is_decided_for_a_busy_slot():
 
 
 def test_a_stray_slot_has_a_daemon_and_no_worker():
-    assert stray_slots([slot(0), slot(1), slot(2)], [worker(0)], [slot(2)]) == [slot(1)]
+    running = {number: seen(number) for number in range(4)}
+    given = snapshot(pool(), worker(0), observed=running, busy={slot(2)}, unreadable_slots=frozenset({slot(3)}))
+    state = state_of(given)
+    state.plan(Moment(NOW))
+    assert state.strays == [slot(1)]
 
 
 def test_a_pools_status_has_counts_and_conditions():

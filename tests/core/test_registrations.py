@@ -6,7 +6,7 @@ import pytest
 
 from bkpool.core.reconcile.actions import FinishLease
 from bkpool.core.reconcile.decide import decide
-from bkpool.core.registrations import REGISTRATION_LIFE, RegistrationKey, SeenRegistrations, live_registrations
+from bkpool.core.registrations import REGISTRATION_LIFE, SeenRegistrations, live_registrations
 from bkpool.core.worker import GatewayRegistration, Phase
 from support.objects import NOW, lease, pool, seen, snapshot, worker
 
@@ -24,7 +24,8 @@ def released(*gateways):
 def decided(held, registrations, passed):
     """What is decided this many seconds after NOW, on the clock of the controller."""
     now = NOW + timedelta(seconds=passed)
-    registered_until = registrations.look([held], now, passed)
+    registrations.look(held.key, held, passed)
+    registered_until = registrations.at(now, passed)
     by_slot = {held.slot: seen(0, "owner-a")}
     given = snapshot(pool(), held)
     return decide(type(given)(given.pool, (held,), by_slot, {}, registered_until=registered_until), now)
@@ -64,15 +65,16 @@ def test_another_controller_counts_from_when_it_saw_the_entry_first():
 def test_the_wall_clock_alone_ends_no_registration():
     """A laptop slept: the wall clock is ten hours further, the monotonic one is not, and the gateway goes on."""
     registrations, held = SeenRegistrations(), released(registered())
-    registrations.look([held], NOW, 0)
+    registrations.look(held.key, held, 0)
     now = NOW + timedelta(hours=10)
-    expiries = registrations.look([held], now, 5)
-    assert expiries == {RegistrationKey(held.key, "g", "lease"): now + REGISTRATION_LIFE - timedelta(seconds=5)}
+    assert live_registrations(held, registrations.at(now, 5), now) == [
+        (registered(), now + REGISTRATION_LIFE - timedelta(seconds=5))
+    ]
 
 
 def test_what_nobody_has_looked_at_is_valid_and_what_is_gone_is_forgotten():
     held, registrations = released(registered()), SeenRegistrations()
     assert live_registrations(held, {}, NOW) == [(registered(), NOW + REGISTRATION_LIFE)]
-    registrations.look([held], NOW, 0)
-    registrations.look([released()], NOW, 10)
-    assert registrations.look([held], NOW, 50)[RegistrationKey(held.key, "g", "lease")] == NOW + REGISTRATION_LIFE
+    for passed, found in ((0, held), (10, released()), (20, held), (30, None), (50, held)):
+        registrations.look(held.key, found, passed)
+    assert live_registrations(held, registrations.at(NOW, 50), NOW) == [(registered(), NOW + REGISTRATION_LIFE)]

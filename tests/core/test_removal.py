@@ -1,17 +1,14 @@
 from dataclasses import replace
 from datetime import timedelta
 
-import pytest
-
-from bkpool.core.names import ANNOTATION_REMOVING, Key
-from bkpool.core.observation import by_pool
+from bkpool.core.names import ANNOTATION_REMOVING
 from bkpool.core.pool import CachesBeyondMax
 from bkpool.core.reconcile.actions import FinishLease, RemoveWorker, WipeCache
-from bkpool.core.reconcile.decide import decide
-from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
-from bkpool.core.removal import CACHES_KEPT, RemovalMark, being_removed, is_gone, removal_of, what_happens
+from bkpool.core.reconcile.decide import decide, state_of
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.removal import CACHES_KEPT, RemovalMark, being_removed, removal_of, what_happens
 from bkpool.core.worker import Phase
-from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
+from support.objects import NOW, lease, pool, pool_status, seen, slot, snapshot, worker
 
 HOUR = timedelta(hours=1)
 INPUTS = PoolStatusInputs("tcp://localhost:1235")
@@ -83,11 +80,11 @@ def test_the_status_remembers_the_last_lease_also_without_its_worker_and_over_a_
 
 
 def test_a_pool_is_gone_when_nothing_is_left_of_it():
-    assert is_gone(snapshot(removed()))
-    assert not is_gone(snapshot(removed(), worker(0)))
-    assert not is_gone(snapshot(removed(), caches={slot(0): "a"}))
-    assert not is_gone(snapshot(removed(), busy=frozenset({slot(0)})))
-    assert not is_gone(snapshot(removed(), observed={0: seen(0)}))
+    assert state_of(snapshot(removed())).is_gone
+    assert not state_of(snapshot(removed(), worker(0))).is_gone
+    assert not state_of(snapshot(removed(), caches={slot(0): "a"})).is_gone
+    assert not state_of(snapshot(removed(), busy=frozenset({slot(0)}))).is_gone
+    assert not state_of(snapshot(removed(), observed={0: seen(0)})).is_gone
 
 
 def test_the_status_says_what_happens_and_until_when():
@@ -100,8 +97,8 @@ def test_the_status_says_what_happens_and_until_when():
         "it is being removed; 1 lease goes on; its caches are deleted 24 h after the last one; "
         "a file of `up -f` that names it keeps it"
     )
-    assert "its caches are deleted at 2026-01-02 12:00 UTC" in what_happens(removed(), RemovalMark(NOW), (), NOW)
-    at_once = what_happens(removed(at_once=True), RemovalMark(NOW, caches_at_once=True), [held], NOW)
+    assert "its caches are deleted at 2026-01-02 12:00 UTC" in what_happens(removed(), RemovalMark(NOW), 0, None, NOW)
+    at_once = what_happens(removed(at_once=True), RemovalMark(NOW, caches_at_once=True), 1, None, NOW)
     assert at_once == "it is being removed; its builds are cut and its caches are deleted now"
     assert "Removing" not in {found.type for found in pool_status(pool(), [], INPUTS, NOW).conditions}
 
@@ -172,11 +169,3 @@ def test_the_cache_of_a_leased_slot_stays_and_its_time_begins_after_the_lease():
     assert WipeCache(slot(4)) not in acts(snap)
     p = after(p, NOW + HOUR)
     assert p.status.caches_beyond_max[-1] == CachesBeyondMax(since=NOW + HOUR, slots=(4,))
-
-
-@pytest.mark.parametrize("count", [100])
-def test_a_round_looks_at_each_slot_once_and_not_at_those_of_other_pools(count):
-    slots = {slot(number)._replace(pool=f"p{number % 10}"): number for number in range(count)}
-    assert {key: len(found) for key, found in by_pool(slots).items()} == {
-        Key("default", f"p{n}"): count // 10 for n in range(10)
-    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -10,7 +10,7 @@ from bkpool.core.names import Slot
 from bkpool.core.observation import Snapshot
 from bkpool.core.reconcile.actions import Action, LoseLease
 from bkpool.core.reconcile.decide import decide
-from bkpool.core.reconcile.undelivered import LONGEST_STEP, UndeliveredLeases
+from bkpool.core.reconcile.undelivered import LONGEST_STEP, UndeliveredFor, UndeliveredLeases
 from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Phase, Undelivered, Worker
 from support.objects import NOW, lease, pool, seen, worker
 
@@ -23,13 +23,20 @@ def leased(**changes: object) -> Worker:
     return worker(0, lease(**given), phase=Phase.ALLOCATED, cache_owner="owner-a")
 
 
-def decided(one: Worker, watched: UndeliveredLeases, now: object = NOW) -> tuple[Action, ...]:
+def look(watched: UndeliveredLeases, one: Worker | None, now: datetime) -> UndeliveredFor:
+    """What is known after the only worker was looked at."""
+    watched.pass_time(now)
+    watched.look(leased().key, one)
+    return watched.now()
+
+
+def decided(one: Worker, watched: UndeliveredLeases, now: datetime = NOW) -> tuple[Action, ...]:
     snapshot = Snapshot(
         pool=pool(scaling={"max": 1}),
         workers=(one,),
         observed={Slot("default", "p", 0): seen(0, "owner-a")},
         caches={},
-        undelivered_for=watched.look([one], now),
+        undelivered_for=look(watched, one, now),
     )
     return decide(snapshot, now).actions
 
@@ -48,7 +55,7 @@ def test_a_lease_that_nobody_renews_ends_two_minutes_after_it_was_first_seen():
 def test_the_controller_looks_again_in_time():
     watched = UndeliveredLeases()
     held = leased()
-    snapshot = Snapshot(pool(), (held,), {}, {}, undelivered_for=watched.look([held], NOW))
+    snapshot = Snapshot(pool(), (held,), {}, {}, undelivered_for=look(watched, held, NOW))
     wake_at = decide(snapshot, NOW).wake_at
     assert wake_at is not None
     assert wake_at <= NOW + LONGEST_STEP
@@ -67,9 +74,9 @@ def test_after_a_start_the_time_begins_again_however_long_nothing_ran():
 
 def test_a_clock_that_jumps_counts_as_one_step():
     watched = UndeliveredLeases()
-    watched.look([leased()], NOW)
-    assert watched.look([leased()], NOW + timedelta(hours=10)) == {"lease": LONGEST_STEP}
-    assert watched.look([leased()], NOW) == {"lease": LONGEST_STEP}
+    look(watched, leased(), NOW)
+    assert look(watched, leased(), NOW + timedelta(hours=10)).get("lease") == LONGEST_STEP
+    assert look(watched, leased(), NOW).get("lease") == LONGEST_STEP
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,12 @@ def test_a_connection_with_an_earlier_lease_of_the_worker_says_nothing():
 
 def test_leases_that_are_gone_are_forgotten():
     watched = UndeliveredLeases()
-    watched.look([leased()], NOW)
-    assert watched.look([], NOW + LONGEST_STEP) == {}
-    assert watched.look([leased()], NOW + 2 * LONGEST_STEP) == {"lease": timedelta(0)}
+    look(watched, leased(), NOW)
+    assert look(watched, None, NOW + LONGEST_STEP).get("lease") is None
+    assert look(watched, leased(), NOW + 2 * LONGEST_STEP).get("lease") == timedelta(0)
+
+
+def test_the_next_lease_of_a_worker_begins_its_own_time():
+    watched = UndeliveredLeases()
+    look(watched, leased(), NOW)
+    assert look(watched, leased(id="next"), NOW + LONGEST_STEP).get("next") == timedelta(0)

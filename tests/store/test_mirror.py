@@ -13,7 +13,7 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import new_worker
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 from bkpool.store.sqlite import SqliteStore
 from support.captured_logs import capture_logs
 from support.unreadable import spoil
@@ -114,27 +114,27 @@ async def test_workers_of_a_pool_are_only_that_pools_workers(store):
         await until(mirror, lambda: mirror.workers_of(P) == [mine[1]])
 
 
-async def test_subscribers_get_the_key_of_the_changed_pool_until_they_unsubscribe(store):
+async def test_subscribers_get_what_has_changed_until_they_unsubscribe(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
-        reported: list[Key] = []
+        reported: list[MirrorChange] = []
         unsubscribe = mirror.subscribe(reported.append)
 
         mirror.apply(await store.create(a_pool("q")))
         mirror.apply(await store.create(new_worker(Slot("default", "p", 0), pool, None, {})))
-        assert reported == [Q, P]
+        assert reported == [MirrorChange(Q), MirrorChange(P, Slot("default", "p", 0))]
 
         unsubscribe()
         unsubscribe()
         mirror.apply(await store.create(new_worker(Slot("default", "p", 1), pool, None, {})))
-        assert reported == [Q, P]
+        assert len(reported) == 2
 
 
 async def test_a_writer_sees_its_own_write_at_once_and_is_called_back_once(store):
     pool = await store.create(a_pool())
     async with running(store) as mirror:
         reported: list[Key] = []
-        mirror.subscribe(reported.append)
+        mirror.subscribe(lambda change: reported.append(change.pool))
         changed = await store.replace(scaled(pool, 3))
         mirror.apply(changed)
         assert mirror.pools[P] == changed
@@ -213,7 +213,7 @@ async def test_after_an_expired_watch_it_lists_again_and_reports_what_was_delete
             pool = await store.replace(scaled(pool, number))
         assert mirror.workers, "the copy is out of date"
         reported: list[Key] = []
-        mirror.subscribe(reported.append)
+        mirror.subscribe(lambda change: reported.append(change.pool))
         wire.cut = False
         resume.set()
         await until(mirror, lambda: not mirror.workers and mirror.pools == {P: pool})

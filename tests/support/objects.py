@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot
-from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.pool import Pool, PoolSpec, PoolStatus
+from bkpool.core.reconcile.decide import state_of
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.reconcile.pool_status import pool_status as status_to_write
+from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Lease, Phase, PoolRef, Worker, WorkerSpec, WorkerStatus
@@ -60,7 +65,24 @@ def seen(
     return Observation(f"uid-{number}", state, f"unix:///{number}", owner, message)
 
 
+def pool_status(
+    p: Pool,
+    workers: Iterable[Worker],
+    inputs: PoolStatusInputs,
+    now: datetime,
+    *,
+    caches: dict[Slot, str | None] | None = None,
+) -> PoolStatus:
+    """The status of a pool with these workers, from scratch."""
+    state = state_of(Snapshot(p, tuple(workers), {}, caches or {}))
+    state.plan(Moment(now))
+    return status_to_write(state, inputs, now)
+
+
 def snapshot(p: Pool, *workers: Worker, observed: dict[int, Observation] | None = None, **more: Any) -> Snapshot:
     by_slot = {slot(number): observation for number, observation in (observed or {}).items()}
-    more.setdefault("registered_until", SeenRegistrations().look(workers, NOW, 0))
+    seen_now = SeenRegistrations()
+    for one in workers:
+        seen_now.look(one.key, one, 0)
+    more.setdefault("registered_until", seen_now.at(NOW, 0))
     return Snapshot(p, workers, by_slot, more.pop("caches", {}), **more)

@@ -22,7 +22,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.observation import DaemonState, Observation, Silence, WorkerCapacity
+from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
@@ -72,7 +72,7 @@ class MemoryWorkers:
         self.hung: set[Slot] = set()
         self.cleared: list[Slot] = []
         """Slots whose build history was cleared at the end of a lease."""
-        self.subscribers: Subscribers[[]] = Subscribers()
+        self.subscribers: Subscribers[[Slot]] = Subscribers()
 
     def observe(self) -> dict[Slot, Observation]:
         return dict(self.daemons)
@@ -80,11 +80,17 @@ class MemoryWorkers:
     def owners(self) -> dict[Slot, str | None]:
         return dict(self.cache_owners)
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def seen(self, slot: Slot) -> Observation | None:
+        return self.daemons.get(slot)
+
+    def cache(self, slot: Slot) -> SeenCache | None:
+        return SeenCache(self.cache_owners[slot]) if slot in self.cache_owners else None
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         return self.subscribers.add(callback)
 
-    def changed(self) -> None:
-        self.subscribers.notify()
+    def changed(self, slot: Slot) -> None:
+        self.subscribers.notify(slot)
 
     capacity: WorkerCapacity | None = None
     ignored_spec_fields = IGNORED_BY_PROCESSES
@@ -104,7 +110,7 @@ class MemoryWorkers:
         self.cache_owners[slot] = held if owner is None else owner
         endpoint = f"unix:///{slot.number}"
         self.daemons[slot] = Observation(worker_uid, DaemonState.READY, endpoint, self.cache_owners[slot])
-        self.changed()
+        self.changed(slot)
         return endpoint
 
     async def watch_health(self) -> None:
@@ -120,13 +126,13 @@ class MemoryWorkers:
         """The daemon does not answer any more, and probes have seen that for this long."""
         self.hung.add(slot)
         self.daemons[slot] = replace(self.daemons[slot], silence=Silence(timedelta(seconds=seconds), lost))
-        self.changed()
+        self.changed(slot)
 
     def go_on(self, slot: Slot) -> None:
         """The daemon answers again, and a probe has seen that."""
         self.hung.discard(slot)
         self.daemons[slot] = replace(self.daemons[slot], silence=None)
-        self.changed()
+        self.changed(slot)
 
     async def own(self, slot: Slot, owner: str) -> None:
         if self.cache_owners.get(slot) not in {None, owner}:
@@ -134,7 +140,7 @@ class MemoryWorkers:
         self.cache_owners[slot] = owner
         was = self.daemons[slot]
         self.daemons[slot] = Observation(was.worker_uid, was.state, was.endpoint, owner)
-        self.changed()
+        self.changed(slot)
 
     async def follow(self, pool: Pool) -> None:
         pass
@@ -150,7 +156,7 @@ class MemoryWorkers:
             self.stopped_at_once.append(slot)
         self.daemons.pop(slot, None)
         self.hung.discard(slot)
-        self.changed()
+        self.changed(slot)
 
     async def wipe(self, slot: Slot) -> None:
         self.wiped.append(slot)
@@ -163,7 +169,7 @@ class MemoryWorkers:
     def die(self, slot: Slot, message: str = "killed by signal 9") -> None:
         was = self.daemons[slot]
         self.daemons[slot] = Observation(was.worker_uid, DaemonState.EXITED, "", was.cache_owner, message)
-        self.changed()
+        self.changed(slot)
 
 
 class World:
@@ -204,6 +210,15 @@ class World:
                             await changed.wait()
         finally:
             unsubscribe()
+
+    async def asleep(self) -> None:
+        """Waits until the controller has written what it wanted to, and nothing wakes it any more."""
+        quiet, controller = 0, self.controller
+        while quiet < 20:
+            pools = (await self.store.list(Pool)).items
+            written = all(self.replicas[0].mirror.pools.get(pool.key) == pool for pool in pools)
+            busy = controller._actions or controller._pool_work.tasks or controller._wake.is_set()
+            quiet = quiet + 1 if written and not busy else 0
 
     def held(self) -> list[Worker]:
         return [w for w in self.replicas[0].mirror.workers.values() if w.lease]
@@ -309,7 +324,6 @@ async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers 
     store = await SqliteStore.open(directory / "state.db", now=clock)
     world = World(store, clock, runtime)
     world.replicas = [Replica(world) for _ in range(replicas)]
-    clock.moved = world.runtime.changed
     mirrors = [replica.mirror for replica in world.replicas]
     world.controller = controller = Controller(
         store=store,
@@ -325,6 +339,7 @@ async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers 
         seconds=clock.seconds,
     )
     world.controller = controller
+    clock.moved = controller.look_again
     world.waiting.add(controller.check_clock)
     tasks = [asyncio.create_task(work) for work in (*(mirror.run() for mirror in mirrors), controller.run())]
     await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))

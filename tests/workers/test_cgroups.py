@@ -145,7 +145,7 @@ async def test_a_crash_leaves_cgroups_only_until_the_next_start(runtime, build, 
     assert f"/bkpool-{home_digest(home)}/" in "".join(cgroups(pid))  # those of a daemon that runs stay
 
     changed = asyncio.Event()
-    adopting.daemons.on_change(changed.set)
+    adopting.daemons.on_change(lambda _slot: changed.set())
     os.kill(pid, signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 60)
     await adopting.close(stop_workers=False)

@@ -70,7 +70,7 @@ async def silence(runtime, *, wanted=True):
     """Waits until the runtime reports a silence, or the end of one."""
     async with asyncio.timeout(60):
         changed = asyncio.Event()
-        unsubscribe = runtime.daemons.on_change(changed.set)
+        unsubscribe = runtime.daemons.on_change(lambda _slot: changed.set())
         while ((found := runtime.daemons.observe()[SLOT].silence) is not None) != wanted:
             await changed.wait()
             changed.clear()

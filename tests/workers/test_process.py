@@ -132,7 +132,7 @@ async def test_what_a_daemon_leaves_beside_its_cache_goes_with_it(runtime, build
 
 async def test_a_killed_daemon_is_seen_at_once_and_takes_its_containers_with_it(runtime, build, tmp_path):
     changed = asyncio.Event()
-    runtime.daemons.on_change(changed.set)
+    runtime.daemons.on_change(lambda _slot: changed.set())
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
     building = await in_mid_step(build(endpoint, LONG_STEPS[0]), LONG_STEPS[0])
 
@@ -195,7 +195,7 @@ async def test_a_daemon_is_taken_over_by_the_next_runtime(runtime, tmp_path, bin
 
     after = ProcessRuntime(tmp_path / "home", binaries)
     changed = asyncio.Event()
-    after.daemons.on_change(changed.set)
+    after.daemons.on_change(lambda _slot: changed.set())
     await after.adopt()
     assert after.daemons.observe()[SLOT].endpoint == endpoint
     assert after.daemons.observe()[SLOT].worker_uid == "uid-1"
@@ -221,7 +221,7 @@ async def test_nothing_stays_of_an_adopted_daemon_whose_wrapper_hangs(tmp_path, 
 
     after = ProcessRuntime(home, binaries)
     changed = asyncio.Event()
-    after.daemons.on_change(changed.set)
+    after.daemons.on_change(lambda _slot: changed.set())
     await after.adopt()
     freeze(wrapper)
     if killed:
@@ -484,7 +484,7 @@ def test_it_works_on_uvloop_too(tmp_path, binaries):
     async def live() -> None:
         runtime = ProcessRuntime(tmp_path / "home", binaries)
         changed = asyncio.Event()
-        runtime.daemons.on_change(changed.set)
+        runtime.daemons.on_change(lambda _slot: changed.set())
         await runtime.daemons.start(SLOT, "uid-1", "anna", POOL, no_report)
         changed.clear()
         os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
@@ -512,7 +512,7 @@ async def test_a_stop_that_is_given_up_leaves_the_daemon_watched(tmp_path, binar
     assert runtime.daemons.observe()[SLOT].state is DaemonState.READY
 
     changed = asyncio.Event()
-    runtime.daemons.on_change(changed.set)
+    runtime.daemons.on_change(lambda _slot: changed.set())
     os.kill(record(tmp_path / "home")["pid"], signal.SIGKILL)
     await asyncio.wait_for(changed.wait(), 60)
     assert runtime.daemons.observe()[SLOT].state is DaemonState.EXITED

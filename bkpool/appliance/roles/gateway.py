@@ -22,7 +22,7 @@ from bkpool.gateway.net.dial import Dialler
 from bkpool.gateway.session.lease_table import build_lease_table
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.store import Store
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 
 log = structlog.get_logger(__name__)
 
@@ -131,7 +131,7 @@ def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
         unreadable = mirror.unreadable_pools, mirror.unreadable_workers.values()
         gateway.update(build_lease_table(mirror.pools.values(), mirror.workers.values(), *unreadable))
 
-    def on_change(_pool: Key) -> None:
+    def on_change(_change: MirrorChange) -> None:
         nonlocal scheduled
         if not scheduled:
             scheduled = True

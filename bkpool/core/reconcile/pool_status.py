@@ -5,22 +5,22 @@ It composes the status; the controller writes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
-from types import MappingProxyType
 from typing import Literal
 
 from bkpool.core.auth import MethodType
-from bkpool.core.names import Slot
 from bkpool.core.observation import WorkerCapacity
 from bkpool.core.pool import Pool, PoolStatus
+from bkpool.core.reconcile.pool_counts import PoolCounts
+from bkpool.core.reconcile.pool_state import PoolState
 from bkpool.core.reconcile.unneeded_caches import caches_beyond_max
-from bkpool.core.registrations import NONE_SEEN, Expiries, live_registrations
+from bkpool.core.registrations import NONE_SEEN, Expiries
 from bkpool.core.removal import last_lease_at, removal_of, what_happens
 from bkpool.core.resource import AS_WANTED, Condition, condition
 from bkpool.core.unreadable import CONDITION, Unreadable, named
-from bkpool.core.worker import Phase, Worker, with_log
+from bkpool.core.worker import Worker, with_log
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,56 +43,42 @@ class PoolStatusInputs:
     """Its workers that cannot be read."""
 
 
-NO_CACHES: Mapping[Slot, str | None] = MappingProxyType({})
-
 _DOWN = "its buildkitd does not run"
 
 
 def pool_status(
-    pool: Pool,
-    workers: Iterable[Worker],
-    inputs: PoolStatusInputs,
-    now: datetime,
-    registered_until: Expiries = NONE_SEEN,
-    *,
-    caches: Mapping[Slot, str | None] = NO_CACHES,
+    state: PoolState, inputs: PoolStatusInputs, now: datetime, registered_until: Expiries = NONE_SEEN
 ) -> PoolStatus:
     """The status to write. It equals the stored one where nothing has changed.
 
     Args:
-        pool: The pool.
-        workers: Its workers.
+        state: The pool, after a plan has taken note of its changes.
         inputs: What else it shows.
         now: The time.
         registered_until: When the registrations of gateways expire.
-        caches: The caches of the pool's slots, with their owners.
     """
-    workers = tuple(workers)
+    pool, counts = state.pool, state.counts
     removal = removal_of(pool)
-    failed = next((w for w in workers if w.status.phase is Phase.FAILED), None)
     refused = inputs.host_not_allowed or inputs.not_allowed or ""
     problem = inputs.gateway_problem or refused or named(inputs.unreadable)
-    if failed:
+    if failed := counts.failed:
         problem = f"{failed.key.name}: {_reason(failed)}"
     phase = "Removing" if removal else "Degraded" if problem else "Ready"
+    beyond = state.caches.beyond(pool.spec.scaling.max)
     return pool.status.but(
         phase=phase,
-        last_lease_at=last_lease_at(pool, workers, now),
-        caches_beyond_max=() if removal else caches_beyond_max(pool, workers, caches, now),
+        last_lease_at=last_lease_at(pool, counts.last_end, counts.workers.allocated, now),
+        caches_beyond_max=() if removal else caches_beyond_max(pool, beyond, now),
         observed_generation=pool.metadata.generation,
         endpoint=inputs.endpoint,
-        conditions=tuple(_conditions(pool, workers, inputs, problem, now)),
-        connections=sum(
-            entry.connections
-            for worker in workers
-            for entry, _expires_at in live_registrations(worker, registered_until, now)
-        ),
-        **worker_counts(workers),
+        conditions=tuple(_conditions(pool, counts, inputs, problem, now)),
+        connections=counts.connections(registered_until, now),
+        **asdict(counts.workers),
     )
 
 
 def _conditions(
-    pool: Pool, workers: tuple[Worker, ...], inputs: PoolStatusInputs, problem: str, now: datetime
+    pool: Pool, counts: PoolCounts, inputs: PoolStatusInputs, problem: str, now: datetime
 ) -> Iterator[Condition]:
     """The pool's conditions; the problem is what keeps it from being ready, and empty if nothing does."""
     ignored = ", ".join(f"spec.{name}" for name in inputs.ignored)
@@ -110,7 +96,7 @@ def _conditions(
         if message is not None:
             yield _condition(pool, now, kind, good="False", reason="NotAllowed", message=message)
     if removal := removal_of(pool):
-        what = what_happens(pool, removal, workers, now)
+        what = what_happens(pool, removal, counts.workers.allocated, counts.last_end, now)
         yield _condition(pool, now, "Removing", good="False", reason="NotNamed", message=what)
 
 
@@ -118,21 +104,6 @@ def _reason(failed: Worker) -> str:
     """Why a worker failed. One that an earlier version wrote may have no words of its own."""
     status = failed.status
     return with_log(status.message.strip() or _DOWN, status.log_tail)
-
-
-def worker_counts(workers: Iterable[Worker]) -> dict[str, int]:
-    """How many workers there are in all, and how many of them are ready, idle and leased."""
-    workers = tuple(workers)
-    return {
-        "workers": len(workers),
-        "ready": sum(_is_ready(w) for w in workers),
-        "idle": sum(w.lease is None and w.status.phase is Phase.IDLE and _is_ready(w) for w in workers),
-        "allocated": sum(w.lease is not None for w in workers),
-    }
-
-
-def _is_ready(worker: Worker) -> bool:
-    return worker.status.endpoint is not None and worker.status.silent_since is None
 
 
 def _refused_issuers(pool: Pool) -> Iterator[str]:

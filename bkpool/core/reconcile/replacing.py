@@ -6,8 +6,12 @@ in which a new version of bkpool makes the digest. Leased workers follow when th
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from datetime import datetime
+from itertools import islice
+
 from bkpool.core.names import Slot
-from bkpool.core.observation import Snapshot, ready_observation
+from bkpool.core.observation import Observation, ready_observation
 from bkpool.core.placement import last_used
 from bkpool.core.worker import Phase, Worker
 
@@ -15,24 +19,56 @@ _SHARE = 4
 """At most one of so many idle workers of a pool is down for this, but at least one."""
 
 
-def to_replace(snapshot: Snapshot, idle: list[Worker]) -> set[Slot]:
-    """The slots whose daemon is stopped now. Then it is started again as today's spec wants it.
+class IdleDaemons:
+    """The daemons of a pool's workers without a lease that are to stay."""
 
-    A daemon whose builds reach what the spec does not open is stopped at once. Of the others, the least recently used
-    come first. If new ones do not start, they count as down, so the last ready ones are kept.
+    def __init__(self) -> None:
+        self._ready: set[Slot] = set()
+        self._at_once: set[Slot] = set()
+        self._outdated: list[tuple[datetime, Slot]] = []
+        """Those that are ready and outdated, the least recently used first."""
+        self._places: dict[Slot, tuple[datetime, Slot]] = {}
 
-    Args:
-        snapshot: The pool.
-        idle: Its workers without a lease that are to stay.
-    """
-    seen = {worker.slot: ready_observation(worker, snapshot.observed.get(worker.slot)) for worker in idle}
-    ready = {slot: up for slot, up in seen.items() if up is not None and slot not in snapshot.busy}
-    at_once = {slot for slot, up in ready.items() if up.reaches_other}
-    down = len(idle) - len(ready) + len(at_once)
-    most = min(max(1, len(idle) // _SHARE) - down, snapshot.restarts_left)
-    outdated = sorted((w for w in idle if w.slot in ready and ready[w.slot].outdated), key=last_used)
-    gradually = [worker.slot for worker in outdated if worker.slot not in at_once]
-    return at_once | set(gradually[: max(0, most)])
+    def put(self, slot: Slot, worker: Worker | None, seen: Observation | None, *, busy: bool) -> None:
+        """Takes note of a slot as it is now.
+
+        Args:
+            slot: The slot.
+            worker: Its worker, if that has no lease and is to stay; else None.
+            seen: What the runtime sees there.
+            busy: An action is under way.
+        """
+        up = ready_observation(worker, seen) if worker is not None and not busy else None
+        for slots, belongs in (
+            (self._ready, up is not None),
+            (self._at_once, up is not None and up.reaches_other),
+        ):
+            (slots.add if belongs else slots.discard)(slot)
+        if (place := self._places.pop(slot, None)) is not None:
+            del self._outdated[bisect_left(self._outdated, place)]
+        if worker is not None and up is not None and up.outdated:
+            self._places[slot] = place = (last_used(worker), slot)
+            insort(self._outdated, place)
+
+    @property
+    def has_outdated(self) -> bool:
+        """Whether one of them is outdated."""
+        return bool(self._outdated)
+
+    def to_replace(self, idle: int, restarts_left: int) -> set[Slot]:
+        """The slots whose daemon is stopped now. Then it is started again as today's spec wants it.
+
+        A daemon whose builds reach what the spec does not open is stopped at once. Of the others, the least recently
+        used come first. If new ones do not start, they count as down, so the last ready ones are kept.
+
+        Args:
+            idle: How many workers without a lease are to stay.
+            restarts_left: How many may be replaced now, beside what is under way in all pools.
+        """
+        down = idle - len(self._ready) + len(self._at_once)
+        most = min(max(1, idle // _SHARE) - down, restarts_left)
+        gradually = (slot for _, slot in self._outdated if slot not in self._at_once)
+        return self._at_once | set(islice(gradually, max(0, most)))
 
 
 def out_of_use(worker: Worker) -> Worker:

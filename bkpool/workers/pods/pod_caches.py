@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from bkpool.core.errors import NotFound
 from bkpool.core.names import Slot
+from bkpool.core.observation import SeenCache
 from bkpool.workers.pods import pod_view
 from bkpool.workers.pods.pod_slots import PodSlots
 from bkpool.workers.pods.pod_writes import PodWrites
@@ -31,7 +32,14 @@ class PodCaches:
         claims = [(pod_view.slot_in(claim), claim) for claim in self._slots.claims if not pod_view.deleted(claim)]
         return {slot: pod_view.cache_owner(claim) for slot, claim in claims if slot}
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def cache(self, slot: Slot) -> SeenCache | None:
+        """The volume claim of one slot, with its owner; see `Caches`."""
+        claim = self._slots.claims.get(slot.worker)
+        if claim is None or pod_view.deleted(claim) or pod_view.slot_in(claim) != slot:
+            return None
+        return SeenCache(pod_view.cache_owner(claim))
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         """Calls back when `owners()` may have changed; returns a function that unsubscribes. See `Caches`."""
         return self._slots.subscribers.add(callback)
 

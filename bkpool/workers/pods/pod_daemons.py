@@ -88,7 +88,11 @@ class PodDaemons:
         """The pod in each slot; see `Daemons`."""
         return self._slots.observe()
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def seen(self, slot: Slot) -> Observation | None:
+        """The pod in one slot; see `Daemons`."""
+        return self._slots.seen(slot)
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
         return self._slots.subscribers.add(callback)
 

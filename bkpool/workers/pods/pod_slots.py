@@ -74,8 +74,8 @@ class PodSlots:
         self._slots: defaultdict[Slot, PodSlot] = defaultdict(PodSlot)
         self._wanted: dict[Key, str | None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.subscribers: Subscribers[[]] = Subscribers()
-        """Called whenever a pod or a claim has changed."""
+        self.subscribers: Subscribers[[Slot]] = Subscribers()
+        """Called with each slot whose pod or claim has changed."""
 
     def get(self, slot: Slot) -> PodSlot:
         """The slot; an empty one if nothing is known of it."""
@@ -84,6 +84,11 @@ class PodSlots:
     def observe(self) -> Mapping[Slot, Observation]:
         """What is known of each slot that has a pod."""
         return {slot: entry.observation for slot, entry in self._slots.items() if entry.observation}
+
+    def seen(self, slot: Slot) -> Observation | None:
+        """What is known of one slot; None: it has no pod."""
+        entry = self._slots.get(slot)
+        return None if entry is None else entry.observation
 
     async def open(self) -> None:
         """Begins to watch, and probes every pod that is there.
@@ -150,7 +155,8 @@ class PodSlots:
 
     def _on_claim(self, change: Change) -> None:
         self._on_pod(change)
-        self.subscribers.notify()
+        if (slot := pod_view.slot_called(change.key)) is not None:
+            self.subscribers.notify(slot)
 
     def _refresh(self, slot: Slot) -> None:
         """Brings what is known of a slot up to date with its pod."""
@@ -166,7 +172,7 @@ class PodSlots:
                 entry.inquiry = None
         before, entry.observation = entry.observation, self._observation(slot, entry, pod) if pod else None
         if entry.observation != before:
-            self.subscribers.notify()
+            self.subscribers.notify(slot)
 
     def _observation(self, slot: Slot, entry: PodSlot, pod: Doc) -> Observation | None:
         state = DaemonState.STARTING if entry.endpoint is None else DaemonState.READY

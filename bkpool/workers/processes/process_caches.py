@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from bkpool.core.cache_owner import belongs_to_another
 from bkpool.core.names import Slot
+from bkpool.core.observation import SeenCache
 from bkpool.workers.processes.process_daemons import ProcessDaemons
 from bkpool.workers.processes.slot_cache import assign_owner
 from bkpool.workers.processes.slots import SlotTable
@@ -30,7 +31,12 @@ class ProcessCaches:
         """The caches that exist, with their owners; see `Caches`."""
         return {slot.files.slot: slot.cache.owner for slot in self._table if slot.cache}
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def cache(self, slot: Slot) -> SeenCache | None:
+        """The cache of one slot; see `Caches`."""
+        entry = self._table.find(slot)
+        return SeenCache(entry.cache.owner) if entry is not None and entry.cache else None
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         """Calls back when `owners()` may have changed; returns a function that unsubscribes. See `Caches`."""
         return self._table.subscribers.add(callback)
 

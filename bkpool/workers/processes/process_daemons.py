@@ -81,7 +81,12 @@ class ProcessDaemons:
         """The daemon in each slot, also one that has exited."""
         return {slot.files.slot: slot.observation for slot in self._table if slot.observation}
 
-    def on_change(self, callback: Callable[[], None]) -> Callable[[], None]:
+    def seen(self, slot: Slot) -> Observation | None:
+        """The daemon in one slot, also if it has exited."""
+        entry = self._table.find(slot)
+        return entry.observation if entry is not None else None
+
+    def on_change(self, callback: Callable[[Slot], None]) -> Callable[[], None]:
         """Calls back when `observe()` may have changed; returns a function that unsubscribes. See `Daemons`."""
         return self._table.subscribers.add(callback)
 
@@ -135,7 +140,7 @@ class ProcessDaemons:
         entry = self._table.get(slot)
         if entry.observation:
             entry.observation = replace(entry.observation, silence=self._health.silence(slot))
-            self._table.changed()
+            self._table.changed(slot)
 
     async def clear_history(self, slot: Slot) -> None:
         """Clears the build history, or ends buildkitd; see `Daemons`."""
@@ -164,9 +169,8 @@ class ProcessDaemons:
         confinement = await run(FileWork.PREPARE, None, self._launcher.confinement, pool.spec)
         reach = await run(FileWork.PREPARE, None, self._launcher.reach, pool.spec)
         self._wanted[pool.key] = confinement, reach
-        changed = [self._compare(entry) for entry in self._table]
-        if any(changed):
-            self._table.changed()
+        for slot in [entry.files.slot for entry in self._table if self._compare(entry)]:
+            self._table.changed(slot)
 
     # --- for the runtime and the caches: one slot, whose lock the caller holds --------------------------------------
 
@@ -203,7 +207,7 @@ class ProcessDaemons:
             slot.cache = slot.files.read_cache()
         if slot.observation:
             slot.observation = None
-            self._table.changed()
+            self._table.changed(slot.files.slot)
 
     async def adopt(self, slot: ProcessSlot, *, to_stop: bool) -> None:
         """Takes over the daemon that an earlier run has started, if it answers. Called before any start.
@@ -302,7 +306,7 @@ class ProcessDaemons:
         self._compare(slot)
         self._health.began(slot.files.slot)
         self._watch_for_exit(slot, daemon)
-        self._table.changed()
+        self._table.changed(slot.files.slot)
 
     def _compare(self, slot: ProcessSlot) -> bool:
         """Notes whether the daemon was started with the pool's spec of today. Returns whether that has changed."""
@@ -333,7 +337,7 @@ class ProcessDaemons:
                 log_tail=failure.log_tail,
                 silence=None,
             )
-        self._table.changed()
+        self._table.changed(slot.files.slot)
         if not daemon.is_adopted:  # else the record says that something may be left, for `stop_locked`
             with suppress(HostFault):  # a record of a process that has ended is as good as none
                 slot.files.forget_daemon()

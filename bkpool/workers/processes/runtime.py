@@ -108,7 +108,8 @@ class ProcessRuntime:
         if ended := await self._table.threads.run(FileWork.PREPARE, None, self._launcher.end_all_but, adopted):
             log.warning("workers.leftovers_ended", processes=ended)
         await asyncio.gather(*(self._recover(slot) for slot in slots if slot.daemon is None))
-        self._table.changed()
+        for entry in self._table:
+            self._table.changed(entry.files.slot)
 
     async def close(self, *, stop_workers: bool) -> None:
         """Ends all background work. Daemons run on, and the next run adopts them.

@@ -30,4 +30,4 @@ async def assign_owner(table: SlotTable, slot: ProcessSlot, owner: str | None) -
     slot.cache = record
     if slot.observation:
         slot.observation = replace(slot.observation, cache_owner=record.owner)
-    table.changed()
+    table.changed(slot.files.slot)

@@ -55,8 +55,8 @@ class SlotTable:
         self.home = home
         self.threads = threads
         self._slots: dict[Slot, ProcessSlot] = {}
-        self.subscribers: Subscribers[[]] = Subscribers()
-        """Called whenever a slot may have changed."""
+        self.subscribers: Subscribers[[Slot]] = Subscribers()
+        """Called with each slot that may have changed."""
 
     def get(self, slot: Slot) -> ProcessSlot:
         """The slot; the first call reads from disk who owns its cache."""
@@ -65,6 +65,10 @@ class SlotTable:
             self._slots[slot] = ProcessSlot(files, files.read_cache())
         return self._slots[slot]
 
+    def find(self, slot: Slot) -> ProcessSlot | None:
+        """The slot, if it was used or found; None: nothing is known of it."""
+        return self._slots.get(slot)
+
     def __iter__(self) -> Iterator[ProcessSlot]:
         return iter(list(self._slots.values()))
 
@@ -72,6 +76,6 @@ class SlotTable:
         """Forgets all slots; nothing on disk changes."""
         self._slots.clear()
 
-    def changed(self) -> None:
-        """Tells the subscribers."""
-        self.subscribers.notify()
+    def changed(self, slot: Slot) -> None:
+        """Tells the subscribers that this slot may have changed."""
+        self.subscribers.notify(slot)

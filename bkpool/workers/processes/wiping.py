@@ -63,7 +63,7 @@ class Wiper:
             await run(FileWork.WIPE, files.slot, files.remove)
         slot.cache = None
         log.info("cache.wiped", worker=slot.name)
-        self._table.changed()
+        self._table.changed(slot.files.slot)
 
     async def _remove(self, slot: Slot, directories: Sequence[Path]) -> None:
         removal = await self._table.threads.run(FileWork.WIPE, slot, self._launcher.removal, slot, directories)

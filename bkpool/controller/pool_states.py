@@ -1,0 +1,186 @@
+"""Keeps the state of every pool (`core.reconcile.pool_state`) as the mirror, the daemons and the caches change.
+
+A change is only noted when it comes. The states take it over in the next round, so that many changes of one slot cost
+one. It decides nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime, timedelta
+
+from bkpool.core.names import Key, Slot
+from bkpool.core.pool import Pool
+from bkpool.core.reconcile.due_times import DueTimes
+from bkpool.core.reconcile.pool_state import PoolState, Spec
+from bkpool.core.reconcile.undelivered import UndeliveredLeases
+from bkpool.core.registrations import SeenRegistrations
+from bkpool.core.resource import Metadata
+from bkpool.core.wall_clock import ClockReading
+from bkpool.store.mirror import Mirror, MirrorChange
+from bkpool.workers import Caches, Daemons
+
+CHECK_INTERVAL = timedelta(minutes=1)
+"""A slot of which nothing was reported is looked at again after this time, in case a report was lost (rule 14,
+docs/rules.md#r14)."""
+_SPREAD = 30
+"""Slots with other numbers are looked at again up to so many seconds later, so that not all come at once."""
+
+
+class PoolStates:
+    """The states of all pools that exist, or of which something is left.
+
+    Args:
+        mirror: Has pools and workers.
+        daemons: Know what runs in each slot.
+        caches: Know the cache of each slot.
+    """
+
+    def __init__(self, mirror: Mirror, daemons: Daemons, caches: Caches) -> None:
+        self.registrations = SeenRegistrations()
+        self.undelivered = UndeliveredLeases()
+        self._mirror = mirror
+        self._daemons = daemons
+        self._caches = caches
+        self._states: dict[Key, PoolState] = {}
+        self._deleted: dict[Key, Pool] = {}
+        self._pools: set[Key] = set()
+        self._slots: set[Slot] = set()
+        self._due: DueTimes[Key] = DueTimes()
+        self._checks: DueTimes[Slot] = DueTimes()
+        self._on_change: Callable[[], None] = lambda: None
+
+    def follow(self, on_change: Callable[[], None]) -> ExitStack:
+        """Begins to note changes, and notes everything that is there. Closing the stack ends it.
+
+        Args:
+            on_change: Called when there is something to take over.
+        """
+        self._on_change = on_change
+        subscriptions = ExitStack()
+        subscriptions.callback(self._daemons.on_change(self.slot_changed))
+        subscriptions.callback(self._caches.on_change(self.slot_changed))
+        subscriptions.callback(self._mirror.subscribe(self._note))
+        self.note_everything()
+        return subscriptions
+
+    def note_everything(self) -> None:
+        """Notes all pools and slots, whether they have changed or not."""
+        self._pools |= {*self._mirror.pools, *self._mirror.unreadable_pools, *self._states}
+        self._slots |= {worker.slot for worker in self._mirror.workers.values()}
+        self._slots |= {*self._daemons.observe(), *self._caches.owners()}
+        self._on_change()
+
+    def slot_changed(self, slot: Slot) -> None:
+        """Notes that a slot may have changed."""
+        self._slots.add(slot)
+        self._on_change()
+
+    def pool_changed(self, pool: Key) -> None:
+        """Notes that a pool may have changed."""
+        self._pools.add(pool)
+        self._on_change()
+
+    def pool_deleted(self, pool: Pool) -> None:
+        """Notes that a pool is deleted, of which something is left. The object says so."""
+        self._deleted[pool.key] = pool
+        self.pool_changed(pool.key)
+
+    def action_began(self, slot: Slot) -> None:
+        """Notes that an action in the slot has begun. Nothing follows from that at once."""
+        self._state(_pool_of(slot)).set_busy(slot, busy=True)
+
+    def action_ended(self, slot: Slot) -> None:
+        """Notes that it has ended."""
+        self._state(_pool_of(slot)).set_busy(slot, busy=False)
+        self.pool_changed(_pool_of(slot))
+
+    def look_at_everything(self) -> None:
+        """Makes every pool look at all of its slots: the clock has jumped, so no time that was noted is right."""
+        for state in self._states.values():
+            state.look_at_everything()
+        self.note_everything()
+
+    def look_again_at(self, pool: Key, at: datetime | None) -> None:
+        """Notes when a pool is to be looked at again if nothing changes before; None: never."""
+        self._due.put(pool, at)
+
+    @property
+    def due_at(self) -> datetime | None:
+        """When the next pool or slot is due."""
+        return min(filter(None, (self._due.first, self._checks.first)), default=None)
+
+    def restart_ended(self) -> None:
+        """Notes that one of the daemons has started or stopped that all pools together may restart at once."""
+        for key, state in self._states.items():
+            if state.has_outdated:
+                self.pool_changed(key)
+
+    def take_over(self, reading: ClockReading) -> dict[Key, PoolState]:
+        """Takes over all that has been noted, and the slots that were not looked at for `CHECK_INTERVAL`.
+
+        Args:
+            reading: The clocks.
+
+        Returns:
+            The states of the pools that have changed or are due.
+        """
+        pools, self._pools = self._pools | self._due.due(reading.wall), set()
+        slots, self._slots = self._slots | self._checks.due(reading.wall), set()
+        for slot in slots:
+            self._take_slot(slot, reading.seconds)
+            self._checks.put(slot, reading.wall + CHECK_INTERVAL + slot.number % _SPREAD * timedelta(seconds=1))
+        changed = {}
+        for key in pools | {_pool_of(slot) for slot in slots}:
+            state = changed[key] = self._state(key)
+            self._take_pool(key, state)
+        return changed
+
+    def get(self, pool: Key) -> PoolState:
+        """The state of a pool."""
+        return self._state(pool)
+
+    def forget(self, pool: Key) -> None:
+        """Forgets a pool that does not exist, and of which nothing is left."""
+        self._states.pop(pool, None)
+        self._deleted.pop(pool, None)
+
+    def _note(self, change: MirrorChange) -> None:
+        if change.slot is None:
+            self.pool_changed(change.pool)
+        else:
+            self.slot_changed(change.slot)
+
+    def _state(self, key: Key) -> PoolState:
+        if key not in self._states:
+            self._states[key] = PoolState(
+                Pool(metadata=Metadata(name=key.name, namespace=key.namespace)), Spec.MISSING
+            )
+        return self._states[key]
+
+    def _take_slot(self, slot: Slot, seconds: float) -> None:
+        state, worker = self._state(_pool_of(slot)), self._mirror.workers.get(slot.worker)
+        self.registrations.look(slot.worker, worker, seconds)
+        self.undelivered.look(slot.worker, worker)
+        state.set_worker(slot, worker)
+        state.set_observation(slot, self._daemons.seen(slot))
+        state.set_cache(slot, self._caches.cache(slot))
+        if worker is None and state.is_empty(slot):
+            self._checks.put(slot, None)
+
+    def _take_pool(self, key: Key, state: PoolState) -> None:
+        state.set_unreadable(self._mirror.unreadable_slots(key))
+        if (pool := self._mirror.pools.get(key)) is not None:
+            self._deleted.pop(key, None)
+            state.set_pool(pool)
+        elif (found := self._mirror.unreadable_pools.get(key)) is not None:
+            state.set_pool(found.stand_in(Pool), Spec.UNREADABLE)
+        elif key in self._deleted:
+            state.set_pool(self._deleted[key])
+        else:
+            state.set_pool(state.pool, Spec.MISSING)
+
+
+def _pool_of(slot: Slot) -> Key:
+    return Key(slot.namespace, slot.pool)

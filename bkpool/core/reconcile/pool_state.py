@@ -1,0 +1,251 @@
+"""One pool as its controller knows it, kept up to date change by change, and what to do for it next.
+
+What a plan costs follows from what has changed or is due since the last one. `decide` makes a new state from a whole
+snapshot; both give the same plan. Nothing here does I/O or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum, auto
+from typing import TypeVar
+
+from bkpool.core.names import Slot
+from bkpool.core.observation import Observation, SeenCache
+from bkpool.core.pool import Pool
+from bkpool.core.reconcile.actions import Action, CreateWorker, Plan, RemoveWorker, StopDaemon, WipeCache
+from bkpool.core.reconcile.due_times import DueTimes
+from bkpool.core.reconcile.empty_slots import EmptySlots
+from bkpool.core.reconcile.free_workers import FreeWorkers
+from bkpool.core.reconcile.pool_counts import PoolCounts
+from bkpool.core.reconcile.replacing import IdleDaemons
+from bkpool.core.reconcile.slot_step import Moment, Step, next_step, wind_up_step
+from bkpool.core.reconcile.unneeded_caches import SpareCaches
+from bkpool.core.removal import last_lease_at, removal_of
+from bkpool.core.worker import Worker
+
+T = TypeVar("T")
+
+
+class Spec(Enum):
+    """What is known of a pool's spec."""
+
+    KNOWN = auto()
+    UNREADABLE = auto()
+    """Ended leases leave their workers, and nothing else happens: nobody knows which workers it should have."""
+    MISSING = auto()
+    """There is no such pool here: it was deleted, or is only not known yet. Nothing happens."""
+
+
+@dataclass(slots=True)
+class _LastPlan:
+    actions: dict[Slot, Action] = field(default_factory=dict)
+    wiped: set[Slot] = field(default_factory=set)
+    replaced: set[Slot] = field(default_factory=set)
+
+
+class PoolState:
+    """The pool, and for each of its slots the worker, what runs there, the cache, and whether an action is under way.
+
+    Args:
+        pool: The pool, or an object with its name while nothing else is known of it.
+        spec: What is known of its spec.
+    """
+
+    def __init__(self, pool: Pool, spec: Spec = Spec.KNOWN) -> None:
+        self.pool = pool
+        self.spec = spec
+        self.counts = PoolCounts()
+        self.caches = SpareCaches()
+        self._workers: dict[Slot, Worker] = {}
+        self._observed: dict[Slot, Observation] = {}
+        self._cached: dict[Slot, str | None] = {}
+        self._busy: set[Slot] = set()
+        self._unreadable: frozenset[Slot] = frozenset()
+        self._stray: set[Slot] = set()
+        self._being_created: set[Slot] = set()
+        self._changed: set[Slot] = set()
+        self._free = FreeWorkers()
+        self._empty = EmptySlots(pool.spec.scaling.max)
+        self._idle = IdleDaemons()
+        self._deadlines: DueTimes[Slot] = DueTimes()
+        self._last = _LastPlan()
+
+    # --- what has changed -------------------------------------------------------------------------------------------
+
+    def set_pool(self, pool: Pool, spec: Spec = Spec.KNOWN) -> None:
+        """Takes over the pool as it is now. All slots are looked at again, unless only its status has changed."""
+        before, spec_before = self.pool, self.spec
+        self.pool, self.spec = pool, spec
+        if before is pool and spec_before is spec:
+            return
+        if spec_before is not spec or before.spec != pool.spec or _decisive(before) != _decisive(pool):
+            self._empty.resize(pool.spec.scaling.max)
+            self.look_at_everything()
+
+    def set_worker(self, slot: Slot, worker: Worker | None) -> None:
+        """Takes over the slot's worker as it is now; None: it has none, or one that cannot be read."""
+        _put(self._workers, slot, worker)
+        self._changed.add(slot)
+
+    def set_observation(self, slot: Slot, seen: Observation | None) -> None:
+        """Takes over what the runtime sees in the slot; None: it is empty."""
+        if self._observed.get(slot) != seen:
+            _put(self._observed, slot, seen)
+            self._changed.add(slot)
+
+    def set_cache(self, slot: Slot, cache: SeenCache | None) -> None:
+        """Takes over the slot's cache; None: it has none."""
+        if cache is None:
+            self._cached.pop(slot, None)
+        else:
+            self._cached[slot] = cache.owner
+        self._changed.add(slot)
+
+    def set_busy(self, slot: Slot, *, busy: bool) -> None:
+        """Notes that an action in the slot has begun or ended. While it runs, nothing is decided about the slot."""
+        (self._busy.add if busy else self._busy.discard)(slot)
+        self._changed.add(slot)
+
+    def set_unreadable(self, slots: Collection[Slot]) -> None:
+        """Takes over in which slots there is a worker that cannot be read: nothing is done there."""
+        self._changed |= self._unreadable ^ frozenset(slots)
+        self._unreadable = frozenset(slots)
+
+    def look_at_everything(self) -> None:
+        """Makes the next plan look at every slot, because the spec has changed or a clock has jumped."""
+        self._changed |= {*self._workers, *self._observed, *self._cached, *self._busy, *self._unreadable}
+
+    def is_empty(self, slot: Slot) -> bool:
+        """Whether nothing is in a slot."""
+        return slot not in self._workers and slot not in self._observed and slot not in self._cached
+
+    # --- what follows -----------------------------------------------------------------------------------------------
+
+    @property
+    def has_outdated(self) -> bool:
+        """Whether a daemon without a lease was started with an earlier spec, and may have to wait for its end."""
+        return self._idle.has_outdated
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether it has a worker that can be read."""
+        return bool(self._workers)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nothing is left of the pool, so that the pool itself can be deleted if it is being removed."""
+        return not (self._workers or self._unreadable or self._busy or self._observed or self._cached)
+
+    @property
+    def strays(self) -> list[Slot]:
+        """Slots in which something runs although they have no worker: the object was deleted. As of the last plan.
+
+        A worker that exists and cannot be read is there, so what runs in its slot is no stray.
+        """
+        return sorted(self._stray - self._busy)
+
+    def plan(self, moment: Moment) -> Plan:
+        """What to do now, at most one action for each slot, and when to plan again if nothing changes before."""
+        changed, self._changed = self._changed, set()
+        for slot in changed:
+            self._classify(slot)
+        if self.spec is not Spec.KNOWN:
+            return self._plan_slots(changed, moment, set(), set())
+        moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
+        wiped, more_to_wipe_at = self._to_wipe(moment)
+        for slot in changed | moved:
+            stays = self._workers.get(slot) if self._free.keeps(slot) else None
+            self._idle.put(slot, stays, self._observed.get(slot), busy=slot in self._busy)
+        replaced = self._idle.to_replace(self._free.kept, moment.restarts_left)
+        plan = self._plan_slots(changed | moved, moment, wiped, replaced)
+        creates = tuple(CreateWorker(slot) for slot in self._missing(wiped))
+        wake_at = min(filter(None, (plan.wake_at, more_at, more_to_wipe_at)), default=None)
+        return Plan((*plan.actions, *creates), wake_at)
+
+    def _plan_slots(self, changed: set[Slot], moment: Moment, wiped: set[Slot], replaced: set[Slot]) -> Plan:
+        last = self._last
+        again = changed | self._deadlines.due(moment.now) | (wiped ^ last.wiped) | (replaced ^ last.replaced)
+        again |= last.actions.keys()
+        self._last = _LastPlan(last.actions, wiped, replaced)
+        for slot in again:
+            step = self._step(slot, moment)
+            _put(self._last.actions, slot, step.action)
+            self._deadlines.put(slot, step.look_again_at)
+        actions = sorted(self._last.actions.items(), key=_number)
+        return Plan(tuple(action for _, action in actions), self._deadlines.first)
+
+    def _step(self, slot: Slot, moment: Moment) -> Step:
+        """The next step for one slot."""
+        worker = self._workers.get(slot)
+        if slot in self._last.wiped:
+            return Step(WipeCache(slot))
+        if worker is None or slot in self._busy or self.spec is Spec.MISSING:
+            return Step(None)
+        seen = self._observed.get(slot)
+        if self.spec is Spec.UNREADABLE:
+            return wind_up_step(worker, seen, moment)
+        if self._free.is_too_many(slot):
+            return Step(RemoveWorker(worker))
+        if slot in self._last.replaced:
+            return Step(StopDaemon(worker))
+        return next_step(worker, seen, self.pool, moment)
+
+    def _classify(self, slot: Slot) -> None:
+        """Puts a slot that has changed into the right place of each order and count."""
+        worker, unreadable = self._workers.get(slot), slot in self._unreadable
+        free = worker if worker is not None and worker.lease is None else None
+        doomed = self._ends or (free is not None and self._is_doomed(slot, free))
+        self._free.put(slot, free, doomed=doomed)
+        self._empty.put(slot.number, filled=worker is not None)
+        self.counts.put(slot, worker)
+        busy, there = slot in self._busy, worker is not None or unreadable
+        _mark(self._stray, slot, slot in self._observed and not busy and not there)
+        _mark(self._being_created, slot, busy and worker is None)
+        cache = SeenCache(self._cached[slot]) if slot in self._cached else None
+        self.caches.put(slot, cache, self._observed.get(slot), worker, unreadable=unreadable)
+
+    def _is_doomed(self, slot: Slot, worker: Worker) -> bool:
+        """Whether a worker without a lease is removed at once."""
+        return worker.metadata.deletion_timestamp is not None or slot.number >= self.pool.spec.scaling.max
+
+    @property
+    def _ends(self) -> bool:
+        return self.pool.metadata.deletion_timestamp is not None or removal_of(self.pool) is not None
+
+    def _to_wipe(self, moment: Moment) -> tuple[set[Slot], datetime | None]:
+        leases = self.counts.workers.allocated
+        last_lease = last_lease_at(self.pool, self.counts.last_end, leases, moment.now)
+        return self.caches.to_wipe(self.pool, self._busy, leases, last_lease, moment.now)
+
+    def _missing(self, wiped: Collection[Slot]) -> list[Slot]:
+        """The slots to create workers in, so that `scaling.min` workers are idle, within `scaling.max` in all."""
+        if self._ends:
+            return []
+        wanted = self.pool.spec.scaling.min - len(self._free) - len(self._being_created)
+        if wanted <= 0:
+            return []
+        taken = {*self._busy, *self._unreadable, *wiped}
+        return self._empty.first(wanted, self.pool.key, self._cached, taken)
+
+
+def _put(found: dict[Slot, T], slot: Slot, value: T | None) -> None:
+    if value is None:
+        found.pop(slot, None)
+    else:
+        found[slot] = value
+
+
+def _number(item: tuple[Slot, Action]) -> int:
+    return item[0].number
+
+
+def _mark(slots: set[Slot], slot: Slot, belongs: bool) -> None:
+    (slots.add if belongs else slots.discard)(slot)
+
+
+def _decisive(pool: Pool) -> tuple[object, ...]:
+    """What of a pool's metadata decisions follow."""
+    return pool.uid, pool.metadata.deletion_timestamp, pool.metadata.annotations

@@ -1,0 +1,217 @@
+"""A pool's state that is kept by its changes gives the same plan, counts and strays as one made from scratch."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, Slot
+from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, Snapshot
+from bkpool.core.pool import Pool
+from bkpool.core.reconcile.decide import decide, state_of
+from bkpool.core.reconcile.pool_state import PoolState
+from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
+from bkpool.core.reconcile.slot_step import Moment
+from bkpool.core.reconcile.undelivered import UndeliveredLeases
+from bkpool.core.registrations import SeenRegistrations
+from bkpool.core.worker import GatewayRegistration, Phase, Undelivered, Worker
+from support.objects import NOW, lease, pool, worker
+
+SLOTS = st.integers(0, 5)
+OWNERS = st.sampled_from([None, "owner-a", "owner-b", "pool-uid"])
+SECONDS = st.integers(-90, 90)
+INPUTS = PoolStatusInputs("tcp://gateway:1235")
+
+
+@st.composite
+def workers(draw: st.DrawFn, number: int, now: datetime) -> Worker:
+    """Any worker of a slot."""
+
+    def ago() -> datetime | None:
+        return draw(st.none() | SECONDS.map(lambda seconds: now - timedelta(seconds=seconds)))
+
+    held = None
+    if draw(st.booleans()):
+        held = lease(
+            id=draw(st.sampled_from(["one", "two"])),
+            now=now - timedelta(seconds=60),
+            expires_at=now + timedelta(seconds=draw(SECONDS)),
+            ended_at=ago(),
+            undelivered=draw(st.none() | st.just(Undelivered(replica="api"))),
+            token_sha256=draw(st.sampled_from(["", "digest"])),
+            metadata=draw(st.sampled_from([{}, {"endWhenUnused": "true"}])),
+        )
+    entries = [GatewayRegistration(gateway=g, lease_id="one", renewed_at=now, connections=2) for g in ("g", "h")]
+    found = worker(
+        number,
+        held,
+        phase=draw(st.sampled_from([Phase.IDLE, Phase.ALLOCATED, Phase.FAILED, Phase.PENDING, Phase.DRAINING])),
+        cache_owner=draw(OWNERS),
+        last_activity_at=ago(),
+        failed_at=ago(),
+        failures=draw(st.integers(0, 6)),
+        silent_since=ago(),
+        gateways=tuple(entries[: draw(st.integers(0, 2))]),
+        ready_at=ago(),
+    )
+    return found.but(metadata=found.metadata.but(deletion_timestamp=draw(st.sampled_from([None, None, now]))))
+
+
+@st.composite
+def observations(draw: st.DrawFn, number: int) -> Observation:
+    """Whatever a runtime may see in a slot."""
+    silent = st.none() | SECONDS.map(lambda seconds: Silence(timedelta(seconds=abs(seconds) / 5)))
+    return Observation(
+        f"uid-{number}",
+        draw(st.sampled_from(DaemonState)),
+        f"unix:///{number}",
+        draw(OWNERS),
+        silence=draw(silent),
+        outdated=draw(st.booleans()),
+        reaches_other=draw(st.sampled_from([False, False, True])),
+        protected=draw(st.sampled_from([None, True, False])),
+    )
+
+
+class Changes(RuleBasedStateMachine):
+    """The same pool twice: kept by its changes, and as a whole."""
+
+    @initialize()
+    def start(self) -> None:
+        self.now, self.seconds = NOW, 0.0
+        self.pool: Pool = pool(scaling={"min": 1, "max": 4, "scaleDownDelay": "30s"})
+        self.workers: dict[Slot, Worker] = {}
+        self.observed: dict[Slot, Observation] = {}
+        self.caches: dict[Slot, str | None] = {}
+        self.busy: set[Slot] = set()
+        self.unreadable: frozenset[Slot] = frozenset()
+        self.registrations, self.undelivered = SeenRegistrations(), UndeliveredLeases()
+        self.restarts_left = 4
+        self.state = PoolState(self.pool)
+
+    @rule(number=SLOTS, data=st.data(), there=st.booleans())
+    def change_worker(self, number: int, data: st.DataObject, there: bool) -> None:
+        slot = Slot("default", "p", number)
+        self._put_worker(slot, data.draw(workers(number, self.now)) if there else None)
+
+    def _put_worker(self, slot: Slot, found: Worker | None) -> None:
+        if found is None:
+            self.workers.pop(slot, None)
+        else:
+            self.workers[slot] = found
+        self.registrations.look(slot.worker, found, self.seconds)
+        self.undelivered.look(slot.worker, found)
+        self.state.set_worker(slot, found)
+
+    @rule(number=SLOTS, used=st.none() | SECONDS, outdated=st.booleans())
+    def settle(self, number: int, used: int | None, outdated: bool) -> None:
+        """An idle worker for which there is nothing to do now."""
+        slot = Slot("default", "p", number)
+        at = None if used is None else self.now - timedelta(seconds=used)
+        self._put_worker(slot, worker(number, last_activity_at=at))
+        self._put_daemon(
+            slot, Observation(f"uid-{number}", DaemonState.READY, f"unix:///{number}", None, outdated=outdated)
+        )
+
+    @rule(number=SLOTS, data=st.data(), there=st.booleans())
+    def change_daemon(self, number: int, data: st.DataObject, there: bool) -> None:
+        slot = Slot("default", "p", number)
+        self._put_daemon(slot, data.draw(observations(number)) if there else None)
+
+    def _put_daemon(self, slot: Slot, seen: Observation | None) -> None:
+        if seen is None:
+            self.observed.pop(slot, None)
+        else:
+            self.observed[slot] = seen
+        self.state.set_observation(slot, seen)
+
+    @rule(number=SLOTS, owner=OWNERS, there=st.booleans())
+    def change_cache(self, number: int, owner: str | None, there: bool) -> None:
+        slot = Slot("default", "p", number)
+        if there:
+            self.caches[slot] = owner
+        else:
+            self.caches.pop(slot, None)
+        self.state.set_cache(slot, SeenCache(owner) if there else None)
+
+    @rule(number=SLOTS, busy=st.booleans())
+    def change_action(self, number: int, busy: bool) -> None:
+        slot = Slot("default", "p", number)
+        (self.busy.add if busy else self.busy.discard)(slot)
+        self.state.set_busy(slot, busy=busy)
+
+    @rule(numbers=st.sets(SLOTS, max_size=2))
+    def change_unreadable(self, numbers: set[int]) -> None:
+        self.unreadable = frozenset(Slot("default", "p", number) for number in numbers)
+        for slot in self.unreadable & self.workers.keys():
+            del self.workers[slot]
+            self.state.set_worker(slot, None)
+            self.undelivered.look(slot.worker, None)
+            self.registrations.look(slot.worker, None, self.seconds)
+        self.state.set_unreadable(self.unreadable)
+
+    @rule(
+        least=st.integers(0, 3),
+        most=st.integers(3, 6),
+        reuse=st.sampled_from(["identity", "never"]),
+        marks=st.sampled_from([{}, {}, {ANNOTATION_REMOVING: NOW.isoformat()}]),
+        at_once=st.booleans(),
+    )
+    def change_spec(self, least: int, most: int, reuse: str, marks: dict[str, str], at_once: bool) -> None:
+        spec = {"scaling": {"min": least, "max": most, "scaleDownDelay": "30s"}, "cache": {"reuse": reuse}}
+        marks = {**marks, ANNOTATION_REMOVE_CACHES: "at-once"} if marks and at_once else marks
+        changed = pool(**spec)
+        self.pool = changed.but(metadata=changed.metadata.but(annotations=marks), status=self.pool.status)
+        self.state.set_pool(self.pool)
+
+    @rule(left=st.integers(0, 4))
+    def change_restarts(self, left: int) -> None:
+        self.restarts_left = left
+
+    @rule(seconds=st.integers(0, 90))
+    def pass_time(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+        self.seconds += seconds
+        self.undelivered.pass_time(self.now)
+
+    @rule()
+    def write_status(self) -> None:
+        self.state.plan(self._moment())
+        status = pool_status(self.state, INPUTS, self.now, self._moment().registered_until)
+        self.pool = self.pool.but(status=status)
+        self.state.set_pool(self.pool)
+
+    def _moment(self) -> Moment:
+        at = self.registrations.at(self.now, self.seconds)
+        return Moment(self.now, at, self.undelivered.now(), self.restarts_left)
+
+    @invariant()
+    def same_as_from_scratch(self) -> None:
+        if not hasattr(self, "state"):
+            return
+        moment = self._moment()
+        snapshot = Snapshot(
+            self.pool,
+            tuple(self.workers.values()),
+            self.observed,
+            self.caches,
+            busy=frozenset(self.busy),
+            registered_until=moment.registered_until,
+            restarts_left=self.restarts_left,
+            unreadable_slots=self.unreadable,
+            undelivered_for=moment.undelivered_for,
+        )
+        plan = self.state.plan(moment)
+        assert plan == decide(snapshot, self.now)
+        fresh = state_of(snapshot)
+        fresh.plan(moment)
+        assert (self.state.strays, self.state.is_gone) == (fresh.strays, fresh.is_gone)
+        statuses = [pool_status(state, INPUTS, self.now, moment.registered_until) for state in (self.state, fresh)]
+        assert statuses[0] == statuses[1]
+
+
+Changes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_a_state_that_is_kept_by_its_changes_equals_one_from_scratch = Changes.TestCase
