@@ -13,7 +13,6 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from bench.certificates import WORKER_UID
@@ -23,7 +22,7 @@ from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway, new_loop
 from bkpool.gateway.net.dial import Dialler, PlainDial, TlsDialler
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.lease_table import LeaseRoute, TableChange, WorkerLeases
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki.worker_tls import worker_context
@@ -50,16 +49,16 @@ class AcceptingRegistry:
     async def find(self, token_sha256: str) -> None: ...
 
 
-def _table(config: dict[str, Any]) -> LeaseTable:
+def _table(config: dict[str, Any]) -> TableChange:
     pool = Key("default", "bench")
     now = time.time()
-    routes = {}
+    workers = {}
     for number, token in enumerate(config["tokens"]):
-        digest = tokens.digest(token)
-        routes[digest] = LeaseRoute(
-            token_sha256=digest,
+        worker = Key("default", f"bench-worker-{number}")
+        route = LeaseRoute(
+            token_sha256=tokens.digest(token),
             lease_id=f"allocation-{number}",
-            worker=Key("default", f"bench-worker-{number}"),
+            worker=worker,
             worker_uid=WORKER_UID,
             pool=pool,
             endpoint=config["endpoint"],
@@ -68,7 +67,8 @@ def _table(config: dict[str, Any]) -> LeaseTable:
             not_after=now + _HOUR,
             drain_timeout=_HOUR,
         )
-    return LeaseTable(MappingProxyType(routes), MappingProxyType({}), frozenset({pool}))
+        workers[worker] = WorkerLeases(route)
+    return TableChange(workers, frozenset({pool}))
 
 
 async def serve(config: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import os
 import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
-from types import MappingProxyType
 
 import pytest
 
@@ -16,7 +15,7 @@ from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import TlsDialler
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.lease_table import LeaseRoute, TableChange, WorkerLeases
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.pki import bundle
 from bkpool.pki.names import gateway_names
@@ -115,9 +114,8 @@ async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, t
     )
     gateway.set_server_certificate(given["tls.crt"], given["tls.key"], given["ca.crt"])
     [(_, entrance)] = await gateway.start([("127.0.0.1", 0)])
-    digest = tokens.digest(TOKEN)
     route = LeaseRoute(
-        token_sha256=digest,
+        token_sha256=tokens.digest(TOKEN),
         lease_id="lease",
         worker=Key("default", "p-worker-0"),
         worker_uid=UID,
@@ -128,7 +126,7 @@ async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, t
         not_after=(NOW + DAY).timestamp(),
         drain_timeout=60.0,
     )
-    gateway.update(LeaseTable(MappingProxyType({digest: route})))
+    gateway.update(TableChange({route.worker: WorkerLeases(route)}, frozenset({POOL})))
     lease = SECRETS.authority.issue_client(TOKEN, NOW, NOW + DAY)
     for name, data in (("ca.crt", given["ca.crt"]), ("c.crt", lease.cert_pem), ("c.key", lease.key_pem)):
         (tmp_path / name).write_bytes(data)

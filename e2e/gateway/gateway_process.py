@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -21,7 +20,7 @@ import structlog
 from bkpool.core import tokens
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway, default_threads
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable
+from bkpool.gateway.session.lease_table import LeaseRoute, TableChange, WorkerLeases
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.metrics import GatewayMetrics
 from support.accepting_registry import AcceptingRegistry
@@ -30,16 +29,16 @@ HOUR = 3600.0
 POOL = Key("default", "p")
 
 
-def table(leases: dict[str, str | None]) -> LeaseTable:
+def table(leases: dict[str, str | None]) -> TableChange:
     """Makes a table of tokens and the endpoints of their workers; None for a worker that is not ready."""
     now = time.time()
-    routes = {}
+    workers = {}
     for number, (token, endpoint) in enumerate(leases.items()):
-        digest = tokens.digest(token)
-        routes[digest] = LeaseRoute(
-            token_sha256=digest,
+        worker = Key("default", f"p-worker-{number}")
+        route = LeaseRoute(
+            token_sha256=tokens.digest(token),
             lease_id=f"allocation-{number}",
-            worker=Key("default", f"p-worker-{number}"),
+            worker=worker,
             worker_uid=f"uid-{number}",
             pool=POOL,
             endpoint=endpoint,
@@ -48,7 +47,8 @@ def table(leases: dict[str, str | None]) -> LeaseTable:
             not_after=now + HOUR,
             drain_timeout=HOUR,
         )
-    return LeaseTable(MappingProxyType(routes), MappingProxyType({}), frozenset({POOL}))
+        workers[worker] = WorkerLeases(route)
+    return TableChange(workers, frozenset({POOL}))
 
 
 def counters(metrics: GatewayMetrics) -> dict[str, float]:

@@ -11,10 +11,11 @@ import pytest
 from bkpool.allocation import AllocationRequest, Delivery
 from bkpool.core.durations import parse
 from bkpool.core.errors import Unavailable
+from bkpool.core.pool import PoolGateway
 from bkpool.core.reconcile.undelivered import LONGEST_STEP
 from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
-from bkpool.gateway.session.lease_table import build_lease_table
+from bkpool.gateway.session.lease_table import leases_of
 from support.world import ANN, POOL, WAIT, Replica, World, running_world
 
 NO_LIMITS = {"limits": {"identity": {"leases": 1000, "waiters": 1000}}}
@@ -156,7 +157,7 @@ async def test_what_a_killed_appliance_had_not_answered_ends_and_the_rest_goes_o
         await api.leases.renew(renewed.token, None, anybody)
         await api.leases.lookup(looked_up.token)
         worker = api.mirror.workers[connected.worker.key]
-        [route] = build_lease_table([], [worker]).routes.values()
+        route = leases_of(worker, PoolGateway()).route
         registry = StoreLeaseRegistry(world.store, "gateway", world.clock, api.mirror.apply)
         await registry.register(route, 1)
         await registry.withdraw(route)

@@ -231,8 +231,7 @@ async def test_a_refused_lease_takes_no_slot(world, how):
         case "expired":
             world.lease("a", expires_at=NOW.timestamp())
         case "forgotten":
-            world._routes.pop(tokens.digest(VICTIM))
-            world._update()
+            world.forget_lease("a")
     name = "q.team.svc" if how == "another pool's" else "localhost"
     assert Key("team", "q") in world.pools
     for _ in range(10):

@@ -9,11 +9,11 @@ import pytest
 
 from bkpool.core.errors import Gone, Unavailable
 from bkpool.core.names import Slot
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolGateway
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker, new_worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
-from bkpool.gateway.session.lease_table import build_lease_table
+from bkpool.gateway.session.lease_table import leases_of
 from bkpool.store.sqlite import SqliteStore
 
 
@@ -32,8 +32,7 @@ async def worker(store, worker_lease):
 
 @pytest.fixture
 def route(worker):
-    [route] = build_lease_table([], [worker]).routes.values()
-    return route
+    return leases_of(worker, PoolGateway()).route
 
 
 @pytest.fixture

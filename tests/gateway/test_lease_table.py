@@ -1,7 +1,8 @@
-"""The table that is built from pools and workers: which leases have an endpoint, wait, or have ended."""
+"""What the table has of one worker: which of its leases has an endpoint, waits, or has ended."""
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from datetime import timedelta
 
 import pytest
@@ -11,7 +12,7 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolGateway, PoolSpec
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndedLease, EndReason, Phase, new_worker
-from bkpool.gateway.session.lease_table import build_lease_table
+from bkpool.gateway.session.lease_table import LeaseTable, TableChange, WorkerLeases, leases_of
 
 POOL = Pool(
     metadata=Metadata(name="p", uid="pool-uid"),
@@ -26,9 +27,8 @@ def worker(worker_lease):
     return worker.with_status(phase=Phase.ALLOCATED, endpoint="unix:///run/w", cache_owner=worker_lease.owner)
 
 
-def route_of(worker, pools=(POOL,)):
-    [route] = build_lease_table(pools, [worker]).routes.values()
-    return route
+def route_of(worker):
+    return leases_of(worker, POOL.spec.gateway).route
 
 
 def test_a_ready_worker_has_an_endpoint(worker, now):
@@ -73,23 +73,27 @@ def test_a_released_lease_has_ended_at_any_time(worker, worker_lease, now):
 
 def test_a_lease_that_no_longer_holds_its_worker_is_remembered(worker, now):
     ended = EndedLease(token_sha256="d", ended_at=now, reason=EndReason.LOST, message="it died")
-    table = build_lease_table([POOL], [worker.with_lease(None).with_status(ended=(ended,))])
-    assert not table.routes
-    error = table.past["d"].end_error()
+    leases = leases_of(worker.with_lease(None).with_status(ended=(ended,)), POOL.spec.gateway)
+    assert leases.route is None
+    error = leases.past["d"].end_error()
     assert isinstance(error, WorkerFailed)
     assert error.message == "the lease ended because its worker failed: it died"
 
 
-def test_a_worker_of_a_deleted_pool_keeps_its_lease(worker):
-    assert route_of(worker, pools=()).drain_timeout == 3600
-
-
-def test_the_table_cannot_be_changed(worker):
-    table = build_lease_table([POOL], [worker])
+def test_what_crosses_threads_cannot_be_changed(worker):
+    leases = leases_of(worker, POOL.spec.gateway)
     with pytest.raises(TypeError):
-        table.routes["x"] = None
+        leases.past["x"] = None
+    with pytest.raises(FrozenInstanceError):
+        leases.route = None
 
 
-def test_the_table_has_the_names_of_the_pools(worker):
-    assert build_lease_table([POOL], [worker]).pools == {Key("default", "p")}
-    assert build_lease_table([], [worker]).pools == frozenset()
+def test_a_change_concerns_the_leases_that_its_workers_have_or_had(worker, worker_lease):
+    ended = EndedLease(token_sha256="past", ended_at=worker_lease.allocated_at, reason=EndReason.LOST)
+    leases = leases_of(worker.with_status(ended=(ended,)), POOL.spec.gateway)
+    other = leases_of(worker.with_lease(worker_lease.but(token_sha256="other")), POOL.spec.gateway)
+    table, pools = LeaseTable(), frozenset({POOL.key})
+    assert table.apply(TableChange({Key("default", "p-worker-1"): other}, pools)) == {"other"}
+    assert table.apply(TableChange({worker.key: leases}, pools)) == {worker_lease.token_sha256, "past"}
+    assert table.apply(TableChange({worker.key: WorkerLeases()}, pools)) == {worker_lease.token_sha256, "past"}
+    assert table.apply(TableChange({}, pools)) == frozenset()

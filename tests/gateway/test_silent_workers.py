@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from bkpool.core.names import Key
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolGateway
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Phase, Worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.net.relay import WorkerBytes
-from bkpool.gateway.session.lease_table import build_lease_table
+from bkpool.gateway.session.lease_table import leases_of
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.worker_silence import Report, WorkerSilence
 from bkpool.store.sqlite import SqliteStore
@@ -121,14 +121,14 @@ async def test_what_a_gateway_reports_is_written_on_the_worker_and_never_on_a_la
     async def stored() -> Worker:
         return await store.get(Worker, *Key("default", "p-worker-0"))
 
-    (route,) = build_lease_table([], [await stored()]).routes.values()
+    route = leases_of(await stored(), PoolGateway()).route
     assert not route.silent
     await registry.report_worker(route, None)
     unchanged = (await stored()).metadata.resource_version
     await registry.report_worker(route, 6.0)
     silent = await stored()
     assert silent.status.silent_since == now - timedelta(seconds=6)
-    assert next(iter(build_lease_table([], [silent]).routes.values())).silent
+    assert leases_of(silent, PoolGateway()).route.silent
     await registry.report_worker(route, 0.0)
     assert (await stored()).metadata.resource_version == silent.metadata.resource_version, "there is nothing to write"
     assert silent.metadata.resource_version != unchanged
@@ -155,6 +155,6 @@ async def test_of_300_reports_at_once_few_are_written_at_once(tmp_path):
 
     store, now = SlowStore(), datetime.now(UTC)
     registry = StoreLeaseRegistry(store, "g", lambda: now, lambda _worker: None)
-    (route,) = build_lease_table([], [worker(0, lease())]).routes.values()
+    route = leases_of(worker(0, lease()), PoolGateway()).route
     await asyncio.gather(*(registry.report_worker(route, None) for _ in range(300)))
     assert store.most <= 8

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from bkpool.core import tokens
@@ -24,7 +23,7 @@ from bkpool.gateway.control.lease_registry import LeaseRegistry
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import Dialler, PlainDial
 from bkpool.gateway.net.listen import Address
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease
+from bkpool.gateway.session.lease_table import LeaseRoute, PastLease, TableChange, WorkerLeases
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import State
 from bkpool.gateway.session.metrics import GatewayMetrics
@@ -66,6 +65,7 @@ class GatewayWorld:
         self._directory = directory
         self._routes: dict[str, LeaseRoute] = {}
         self._past: dict[str, PastLease] = {}
+        self._workers: dict[str, Key] = {}  # by the digest of the lease: each lease has a worker of its own
         self._clients: list[GatewayClient] = []
         self._certificates: dict[str, IssuedCertificate] = {}
         self._contexts: dict[tuple[IssuedCertificate | None, bool], ssl.SSLContext] = {}
@@ -173,7 +173,7 @@ class GatewayWorld:
     # --- leases -----------------------------------------------------------------------------------------------------
 
     def lease(self, name: str = "a", **changes: Any) -> str:
-        """Makes a lease, or changes the one of this name, and returns its token.
+        """Makes a lease on a worker of its own, or changes the one of this name, and returns its token.
 
         Args:
             name: The lease's name in this test.
@@ -184,7 +184,7 @@ class GatewayWorld:
         route = self._routes.get(digest) or LeaseRoute(
             token_sha256=digest,
             lease_id=f"allocation-{name}",
-            worker=Key("default", "p-worker-0"),
+            worker=self._worker(digest),
             worker_uid="uid",
             pool=Key("default", "p"),
             endpoint=self.endpoint,
@@ -194,7 +194,8 @@ class GatewayWorld:
             drain_timeout=HOUR.total_seconds(),
         )
         self._routes[digest] = replace(route, **changes)
-        self._update()
+        self._workers[digest] = self._routes[digest].worker
+        self._send(digest)
         return token
 
     def end_lease(self, name: str, reason: EndReason, message: str = "") -> None:
@@ -202,22 +203,35 @@ class GatewayWorld:
         digest = tokens.digest(self.token(name))
         self._routes.pop(digest, None)
         self._past[digest] = PastLease(Key("default", "p"), reason, message)
-        self._update()
+        self._send(digest)
 
     def forget_lease(self, name: str) -> None:
         """Takes the lease off its worker, and lets the gateway forget it and every other ended lease."""
         token = self.token(name)
-        self._routes.pop(tokens.digest(token), None)
+        digest = tokens.digest(token)
+        self._routes.pop(digest, None)
+        forgotten = {*self._past, digest}
         self._past.clear()
-        self._update()
+        self._send(*forgotten)
         self._certificates.pop(token, None)
+
+    def send_worker(self, worker: Key, leases: WorkerLeases) -> None:
+        """Lets the gateway have this of a worker, until one of the worker's leases is changed again."""
+        self.gateway.update(TableChange({worker: leases}, frozenset(self.pools)))
 
     def token(self, name: str) -> str:
         return tokens.derive(b"key", "uid", name)
 
-    def _update(self) -> None:
-        routes, past = MappingProxyType(dict(self._routes)), MappingProxyType(dict(self._past))
-        self.gateway.update(LeaseTable(routes, past, frozenset(self.pools)))
+    def _worker(self, digest: str) -> Key:
+        return self._workers.setdefault(digest, Key("default", f"p-worker-{len(self._workers)}"))
+
+    def _send(self, *digests: str) -> None:
+        """Lets the gateway have what the workers of these leases have now."""
+        workers = {}
+        for digest in digests:
+            past = {digest: self._past[digest]} if digest in self._past else {}
+            workers[self._worker(digest)] = WorkerLeases(self._routes.get(digest), past)
+        self.gateway.update(TableChange(workers, frozenset(self.pools)))
 
     # --- clients ----------------------------------------------------------------------------------------------------
 

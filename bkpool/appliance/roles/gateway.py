@@ -1,4 +1,4 @@
-"""Opens the gateway role: the gateway's threads, its certificate, and the table of leases that it gets."""
+"""Opens the gateway role: the gateway's threads, its certificate, and the leases that it is told of."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import gateway_limits
 from bkpool.core.errors import HostFault
 from bkpool.core.names import Key
+from bkpool.gateway.control.lease_feed import LeaseFeed
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import Dialler
-from bkpool.gateway.session.lease_table import build_lease_table
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror, MirrorChange
@@ -117,22 +117,25 @@ async def open_gateway(
 
 
 def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
-    """Hands the gateway a new table of leases after each change; a burst of changes gives one table.
+    """Hands the gateway all leases, and later each change of them; a burst of changes gives one.
 
     Returns:
         What ends it.
     """
     loop = asyncio.get_running_loop()
+    feed = LeaseFeed(mirror)
     scheduled = False
 
     def update() -> None:
         nonlocal scheduled
         scheduled = False
-        unreadable = mirror.unreadable_pools, mirror.unreadable_workers.values()
-        gateway.update(build_lease_table(mirror.pools.values(), mirror.workers.values(), *unreadable))
+        change = feed.take()
+        if change is not None:
+            gateway.update(change)
 
-    def on_change(_change: MirrorChange) -> None:
+    def on_change(change: MirrorChange) -> None:
         nonlocal scheduled
+        feed.note(change)
         if not scheduled:
             scheduled = True
             loop.call_soon(update)

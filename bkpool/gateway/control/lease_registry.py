@@ -78,7 +78,7 @@ class LeaseRegistry(Protocol):
     async def find(self, token_sha256: str) -> None:
         """Searches the store itself, not a copy of it, for the lease with this token.
 
-        When it returns, the gateway has got a table with the lease in it, if the lease exists.
+        When it returns, the gateway has got the change of its table with the lease in it, if the lease exists.
 
         Raises:
             Unavailable: The store does not answer.
@@ -92,8 +92,8 @@ class StoreLeaseRegistry:
         store: The store with the workers.
         gateway: This gateway's name, unique among the replicas.
         now: Returns the time that is written and compared.
-        on_worker: Called with every worker that was written or found (mirror.apply). The gateway's new table must
-            follow from it in the loop's next iteration at the latest (Gateway.update).
+        on_worker: Called with every worker that was written or found (mirror.apply). The change of the gateway's
+            table must follow from it in the loop's next iteration at the latest (Gateway.update).
         pause: Waits this many seconds before the workers are listed again.
     """
 
@@ -175,7 +175,7 @@ class StoreLeaseRegistry:
         found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
         for worker in found:
             self._on_worker(worker)
-        await asyncio.sleep(0)  # in this iteration the gateway gets the new table, before the searches return
+        await asyncio.sleep(0)  # in this iteration the gateway gets the change, before the searches return
         self._last_complete_list = self._lists_started
 
     async def _change_worker(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> None:

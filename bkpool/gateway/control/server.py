@@ -1,7 +1,7 @@
 """The gateway as the rest of bkpool sees it: its threads, each with an event loop, and the bridges to them.
 
-Every method is called in the main loop. Only immutable objects cross between loops: tables, TLS contexts, routes and
-errors.
+Every method is called in the main loop. Only immutable objects cross between loops: changes of the table of leases,
+TLS contexts, routes and errors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bkpool.gateway.net.dial import Dialler, PlainDial
 from bkpool.gateway.net.listen import Address, listen
 from bkpool.gateway.net.tls_context import server_context
 from bkpool.gateway.session.capacity import Capacity
-from bkpool.gateway.session.lease_table import LeaseTable
+from bkpool.gateway.session.lease_table import TableChange
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.loop_shard import LoopShard
 from bkpool.gateway.session.metrics import GatewayMetrics
@@ -163,10 +163,14 @@ class Gateway:
         """For each loop, by its name, a function that returns when the loop has run something."""
         return {thread.name: thread.answers for thread in self._threads}
 
-    def update(self, table: LeaseTable) -> None:
-        """Gives the loops a newer table of leases. They get it before the registry's answers that come later."""
+    def update(self, change: TableChange) -> None:
+        """Gives each loop a change of its table of leases. They get it before the registry's answers that come later.
+
+        Changes are applied in the order of the calls, each once. The first one has everything that there is; it is
+        given after `start`, because only loops that run get it.
+        """
         for thread in self._threads:
-            thread.call(thread.shard.leases.update, table)
+            thread.call(thread.shard.leases.update, change)
 
     async def drain(self, seconds: float) -> None:
         """Closes the ports and returns when no connection is left, after this many seconds at most.

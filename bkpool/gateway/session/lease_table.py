@@ -1,23 +1,25 @@
 """All leases as the gateway's loops need them: which token leads to which worker.
 
-A table is built from pools and workers after each change. It is immutable, so threads can share it. Nothing here does
-I/O or has a clock; the caller passes the time.
+What the table has of one worker is an immutable value, so threads can share it. Each loop keeps its own table and
+applies changes to it. Nothing here does I/O or has a clock; the caller passes the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
+from typing import TypeVar
 
 from bkpool.core.errors import BkpoolError, Gone, Unauthenticated, WorkerFailed
 from bkpool.core.names import Key
-from bkpool.core.pool import Pool, PoolGateway
+from bkpool.core.pool import PoolGateway
 from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import EndReason, Lease, Worker
 
 _ALLOCATE_AGAIN = "Run `bkpool allocate` again."
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class PastLease:
 class UnreadableLease:
     """A lease on a worker that cannot be read. Nobody is connected by it, and whoever is connected stays so."""
 
+    token_sha256: str
     pool: Key
     worker: Unreadable
 
@@ -89,47 +92,118 @@ class UnreadableLease:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseTable:
-    """All known leases by the SHA-256 of their token, and the existing pools."""
+class WorkerLeases:
+    """What the table has of one worker. Without arguments: there is no such worker, or it has and had no lease."""
 
-    routes: Mapping[str, LeaseRoute] = field(default_factory=lambda: MappingProxyType({}))
+    route: LeaseRoute | None = None
     past: Mapping[str, PastLease] = field(default_factory=lambda: MappingProxyType({}))
-    pools: frozenset[Key] = frozenset()
-    """The pools that exist, also those that cannot be read."""
-    unreadable: Mapping[str, UnreadableLease] = field(default_factory=lambda: MappingProxyType({}))
-    unreadable_workers: frozenset[Key] = frozenset()
+    """The leases that it had, by the SHA-256 of their token."""
+    unreadable: UnreadableLease | None = None
+    """Its lease if it cannot be read; None if not even the lease's token can be read."""
+    can_be_read: bool = True
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """The SHA-256 of the token of each of these leases."""
+        present = (lease.token_sha256 for lease in (self.route, self.unreadable) if lease is not None)
+        return frozenset({*self.past, *present})
 
 
-def build_lease_table(
-    pools: Iterable[Pool],
-    workers: Iterable[Worker],
-    unreadable_pools: Iterable[Key] = (),
-    unreadable_workers: Iterable[Unreadable] = (),
-) -> LeaseTable:
-    """Returns the table for these pools and workers, and for those that cannot be read."""
-    gateways = {pool.key: pool.spec.gateway for pool in pools}
-    routes: dict[str, LeaseRoute] = {}
-    past: dict[str, PastLease] = {}
-    for worker in workers:
-        for ended in worker.status.ended:
-            past[ended.token_sha256] = PastLease(worker.pool, ended.reason, ended.message_with_log)
-        if worker.lease is not None:
-            gateway = gateways.get(worker.pool, PoolGateway())
-            routes[worker.lease.token_sha256] = _route(worker, worker.lease, gateway)
-    unreadable = tuple(unreadable_workers)
-    return LeaseTable(
-        MappingProxyType(routes),
-        MappingProxyType(past),
-        frozenset({*gateways, *unreadable_pools}),
-        MappingProxyType(
-            {
-                digest: UnreadableLease(found.pool, found)
-                for found in unreadable
-                if found.pool and (digest := found.of_lease("tokenSHA256"))
-            }
-        ),
-        frozenset(found.key for found in unreadable),
-    )
+@dataclass(frozen=True, slots=True)
+class TableChange:
+    """What a table takes over: the workers that have changed, and the pools."""
+
+    workers: Mapping[Key, WorkerLeases]
+    """An empty WorkerLeases for a worker that is gone."""
+    pools: frozenset[Key]
+    """All pools that exist, also those that cannot be read."""
+
+
+class LeaseTable:
+    """All known leases by the SHA-256 of their token, and the existing pools. It belongs to one loop."""
+
+    def __init__(self) -> None:
+        self.pools: frozenset[Key] = frozenset()
+        """The pools that exist, also those that cannot be read."""
+        self._workers: dict[Key, WorkerLeases] = {}
+        self._holders: dict[str, tuple[Key, ...]] = {}  # by digest, in order; almost always one worker
+        self._last_read: dict[Key, frozenset[str]] = {}  # of unreadable workers: the digests since they could be read
+
+    def apply(self, change: TableChange) -> frozenset[str]:
+        """Takes over a change.
+
+        Returns:
+            The digests of the leases that it concerns. A worker that cannot be read keeps concerning the leases that
+            it had when it could be read.
+        """
+        self.pools = change.pools
+        return frozenset().union(*(self._replace(worker, leases) for worker, leases in change.workers.items()))
+
+    def route(self, token_sha256: str) -> LeaseRoute | None:
+        """Returns the lease with this token, if a worker has it."""
+
+        def of(leases: WorkerLeases) -> LeaseRoute | None:
+            return leases.route if leases.route and leases.route.token_sha256 == token_sha256 else None
+
+        return self._first(token_sha256, of)
+
+    def past(self, token_sha256: str) -> PastLease | None:
+        """Returns the past lease with this token, if a worker remembers it."""
+        return self._first(token_sha256, lambda leases: leases.past.get(token_sha256))
+
+    def unreadable(self, token_sha256: str) -> UnreadableLease | None:
+        """Returns the lease with this token, if it is on a worker that cannot be read."""
+        return self._first(token_sha256, lambda leases: leases.unreadable)
+
+    def can_be_read(self, worker: Key) -> bool:
+        """Whether this worker can be read, or does not exist."""
+        return worker not in self._last_read
+
+    def _first(self, token_sha256: str, of: Callable[[WorkerLeases], _Found | None]) -> _Found | None:
+        for worker in self._holders.get(token_sha256, ()):
+            found = of(self._workers[worker])
+            if found is not None:
+                return found
+        return None
+
+    def _replace(self, worker: Key, leases: WorkerLeases) -> frozenset[str]:
+        before, after = self._workers.pop(worker, WorkerLeases()).digests, leases.digests
+        concerned = before | after | self._last_read.pop(worker, frozenset())
+        if not leases.can_be_read:
+            self._last_read[worker] = concerned
+        for digest in before - after:
+            self._set_holders(digest, {*self._holders[digest]} - {worker})
+        if after:
+            self._workers[worker] = leases
+        for digest in after - before:
+            self._set_holders(digest, {*self._holders.get(digest, ()), worker})
+        return concerned
+
+    def _set_holders(self, digest: str, workers: set[Key]) -> None:
+        if workers:
+            self._holders[digest] = tuple(sorted(workers))
+        else:
+            del self._holders[digest]
+
+
+def leases_of(worker: Worker, gateway: PoolGateway) -> WorkerLeases:
+    """Returns what the table has of a worker.
+
+    Args:
+        worker: The worker.
+        gateway: `spec.gateway` of its pool, or the default if the pool does not exist or cannot be read.
+    """
+    pool = worker.pool
+    past = {one.token_sha256: PastLease(pool, one.reason, one.message_with_log) for one in worker.status.ended}
+    route = _route(worker, worker.lease, gateway) if worker.lease is not None else None
+    return WorkerLeases(route, MappingProxyType(past))
+
+
+def unreadable_leases(found: Unreadable) -> WorkerLeases:
+    """Returns what the table has of a worker that cannot be read."""
+    pool, digest = found.pool, found.of_lease("tokenSHA256")
+    lease = UnreadableLease(digest, pool, found) if pool and digest else None
+    return WorkerLeases(unreadable=lease, can_be_read=False)
 
 
 def unknown_lease() -> BkpoolError:

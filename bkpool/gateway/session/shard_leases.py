@@ -17,7 +17,14 @@ from bkpool.gateway.net.relay import WorkerBytes
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry, LeaseRegistration
-from bkpool.gateway.session.lease_table import LeaseRoute, LeaseTable, PastLease, UnreadableLease, unknown_lease
+from bkpool.gateway.session.lease_table import (
+    LeaseRoute,
+    LeaseTable,
+    PastLease,
+    TableChange,
+    UnreadableLease,
+    unknown_lease,
+)
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.worker_silence import Report, WorkerSilence
 from bkpool.pki.names import pool_named
@@ -124,20 +131,12 @@ class ShardLeases:
         entry = self._entry(token_sha256)
         return entry.pool if entry else None
 
-    def update(self, table: LeaseTable) -> None:
-        """Replaces the table and reports the changes to the leases."""
-        self._table = table
-        for token_sha256, lease in list(self._leases.items()):
-            route = table.routes.get(token_sha256)
-            if route is not None and route.lease_id == lease.route.lease_id:
-                lease.change_route(route)
-            elif lease.route.worker not in table.unreadable_workers:  # its open connections may go on
-                past = table.past.get(token_sha256)
-                error = past.end_error() if past else unknown_lease()
-                if past is not None and past.revoked:
-                    lease.cut(error)
-                else:
-                    lease.end(error)
+    def update(self, change: TableChange) -> None:
+        """Changes the table, and reports that to the leases that the change concerns."""
+        for token_sha256 in self._table.apply(change):
+            lease = self._leases.get(token_sha256)
+            if lease is not None:
+                self._review(lease)
 
     def withdraw_all(self) -> None:
         """Withdraws all registrations. Called when the gateway closes and has no connection left."""
@@ -147,6 +146,19 @@ class ShardLeases:
     def forget(self, lease: ShardLease) -> None:
         """Removes a lease that has ended and has no connection left."""
         self._leases.pop(lease.route.token_sha256, None)
+
+    def _review(self, lease: ShardLease) -> None:
+        token_sha256 = lease.route.token_sha256
+        route = self._table.route(token_sha256)
+        if route is not None and route.lease_id == lease.route.lease_id:
+            lease.change_route(route)
+        elif self._table.can_be_read(lease.route.worker):  # else its open connections may go on
+            past = self._table.past(token_sha256)
+            error = past.end_error() if past else unknown_lease()
+            if past is not None and past.revoked:
+                lease.cut(error)
+            else:
+                lease.end(error)
 
     def _check_pool(self, token_sha256: str, server_name: str | None) -> None:
         entry = self._entry(token_sha256)
@@ -160,12 +172,12 @@ class ShardLeases:
 
     def _entry(self, token_sha256: str) -> LeaseRoute | PastLease | UnreadableLease | None:
         table = self._table
-        return table.routes.get(token_sha256) or table.past.get(token_sha256) or table.unreadable.get(token_sha256)
+        return table.route(token_sha256) or table.past(token_sha256) or table.unreadable(token_sha256)
 
     def _valid_lease(self, token_sha256: str) -> ShardLease:
-        route = self._table.routes.get(token_sha256)
+        route = self._table.route(token_sha256)
         if route is None:
-            over = self._table.past.get(token_sha256) or self._table.unreadable.get(token_sha256)
+            over = self._table.past(token_sha256) or self._table.unreadable(token_sha256)
             raise over.end_error() if over else unknown_lease()
         error = route.end_error(self.now())
         if error is not None:

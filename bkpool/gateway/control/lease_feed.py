@@ -1,0 +1,79 @@
+"""Works out what a change of the store's copy changes in the gateway's table of leases.
+
+It notes which pools and workers have changed, so that a burst of changes costs one look at each of them. It never
+waits, writes nothing, and gives nothing to the gateway itself.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from bkpool.core.names import Key
+from bkpool.core.pool import PoolGateway
+from bkpool.gateway.session.lease_table import TableChange, WorkerLeases, leases_of, unreadable_leases
+from bkpool.store.mirror import Mirror, MirrorChange
+
+_DEFAULTS = PoolGateway()
+"""For the workers of a pool that does not exist or cannot be read."""
+
+
+class LeaseFeed:
+    """The changes of the table of leases. The first one has all pools and workers that there are.
+
+    Args:
+        mirror: Has pools and workers.
+    """
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+        self._workers: set[Key] = {*mirror.workers, *mirror.unreadable_workers}
+        self._pools: set[Key] = {*mirror.pools, *mirror.unreadable_pools}
+        self._gateways: dict[Key, PoolGateway] = {}
+        self._existing: frozenset[Key] = frozenset()
+        self._slotless: set[Key] = (
+            set()
+        )  # unreadable workers in no slot; the mirror does not name them in its changes
+
+    def note(self, change: MirrorChange) -> None:
+        """Notes that a pool or a worker has changed (`Mirror.subscribe`)."""
+        if change.slot is None:
+            self._pools.add(change.pool)
+        else:
+            self._workers.add(change.slot.worker)
+
+    def take(self) -> TableChange | None:
+        """Returns what has changed in the table since the last call; None: nothing."""
+        existing = self._existing
+        workers, self._workers = self._workers | self._slotless, set()
+        pools, self._pools = self._pools, set()
+        for pool in pools:
+            workers |= self._concerned(pool)
+        self._slotless = {key for key in workers if self._is_slotless(key)}
+        if not workers and self._existing == existing:
+            return None
+        return TableChange(MappingProxyType({key: self._leases_of(key) for key in workers}), self._existing)
+
+    def _concerned(self, pool: Key) -> set[Key]:
+        """Takes over a pool, and returns the workers of which the table has something else now, or may have."""
+        mirror = self._mirror
+        exists = pool in mirror.pools or pool in mirror.unreadable_pools
+        if exists != (pool in self._existing):
+            self._existing ^= {pool}
+        concerned = {found.key for found in mirror.unreadable_of(pool) if found.slot is None}
+        before = self._gateways.pop(pool, _DEFAULTS)
+        if pool in mirror.pools:
+            self._gateways[pool] = mirror.pools[pool].spec.gateway
+        if self._gateways.get(pool, _DEFAULTS) != before:
+            concerned |= {worker.key for worker in mirror.workers_of(pool) if worker.lease is not None}
+        return concerned
+
+    def _is_slotless(self, worker: Key) -> bool:
+        found = self._mirror.unreadable_workers.get(worker)
+        return found is not None and found.slot is None
+
+    def _leases_of(self, key: Key) -> WorkerLeases:
+        worker = self._mirror.workers.get(key)
+        if worker is not None:
+            return leases_of(worker, self._gateways.get(worker.pool, _DEFAULTS))
+        found = self._mirror.unreadable_workers.get(key)
+        return WorkerLeases() if found is None else unreadable_leases(found)
