@@ -195,7 +195,7 @@ def zipapp(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The gateway beside nginx, HAProxy and ghostunnel, the appliance beside BuildKit: one table, never a test."""
+    """The gateway beside nginx, HAProxy and ghostunnel, the appliance beside BuildKit, leases by size."""
     session.run("python", "-m", "bench", *session.posargs)
 
 

@@ -1,4 +1,4 @@
-"""The command that `nox -s bench` runs. It prints one table.
+"""The command that `nox -s bench` runs. It prints its tables.
 
 usage: nox -s bench [-- --only PART] [-- --runs N] [-- --quick] [-- --json | --markdown] [-- --plot]
 """
@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import compare, plot, table
+from bench import compare, decisions, plot, scale, table
 from bench.appliance import PARTS as OF_THE_APPLIANCE
 from bench.appliance import programs
+from bench.installation import Size
 from bench.loads import LOADS, SMOKE, Sizes
 from bench.peers import LEGS
 from bench.process import FaultError
@@ -28,23 +29,33 @@ GATEWAY: dict[str, Callable[[compare.Plan, compare.Notes], list[dict[str, Any]]]
     "gateway": compare.side_by_side,
     "scaling": compare.scaling,
 }
+SCALE = "scale"
+"""The part that measures leases and decisions by the size of the installation."""
 APPLIANCE = {part.__name__: part for part in OF_THE_APPLIANCE}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s bench --", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=[*GATEWAY, *APPLIANCE], help="measure only this part")
+    parser.add_argument("--only", choices=[*GATEWAY, SCALE, *APPLIANCE], help="measure only this part")
     parser.add_argument("--runs", type=int, default=5, help="interleaved runs of each figure")
     parser.add_argument("--quick", action="store_true", help="run the gateway's parts once, with little load")
     parser.add_argument("--size", type=float, default=Sizes.transfer / 1e9, help="GB that a transfer moves")
     parser.add_argument("--loads", help=f"the loads of the gateway's parts, separated by commas: {','.join(LOADS)}")
     parser.add_argument("--legs", help=f"the legs of the gateway's parts, separated by commas: {','.join(LEGS)}")
+    parser.add_argument(
+        "--sizes", type=_sizes, default=scale.SIZES, help=f"the sizes of {SCALE}: POOLSxWORKERS_OF_EACH,…"
+    )
+    parser.add_argument("--seconds", type=float, default=scale.SECONDS, help=f"how long {SCALE} leases at each size")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="the gateway's event loop")
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing, but show this output of --json")
     parser.add_argument("--json", action="store_true", help="print the figures of every run")
     parser.add_argument("--markdown", action="store_true", help="print the table for docs/benchmarks.md")
     parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help=f"draw the comparison ({PICTURE})")
     return parser.parse_args()
+
+
+def _sizes(given: str) -> list[Size]:
+    return [Size.parse(size) for size in given.split(",")]
 
 
 def _chosen(given: str | None, all_of_them: dict[str, Any]) -> list[str]:
@@ -72,13 +83,21 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
                 document[name] = compared(plan, notes)
             except FaultError as fault:
                 notes.add(f"{name}: {fault}")
-    wanted = [part for name, part in APPLIANCE.items() if options.only == name or not (options.only or options.quick)]
+    if _is_wanted(SCALE, options):
+        document["sizes"] = scale.by_size(options.sizes, options.seconds)
+        document["decisions"] = decisions.by_change(decisions.WORKERS, options.runs)
+    wanted = [part for name, part in APPLIANCE.items() if _is_wanted(name, options)]
     if wanted:
         tools, document["figures"] = programs(), {}
         for part in wanted:
             print(f"measuring: {(part.__doc__ or '').splitlines()[0]}", file=sys.stderr)
             document["figures"] |= part(tools, options.runs)
     return document | {"notes": list(notes.texts)}
+
+
+def _is_wanted(part: str, options: argparse.Namespace) -> bool:
+    """Whether a part that is not the gateway's is measured."""
+    return options.only == part or not (options.only or options.quick)
 
 
 def _machine() -> dict[str, Any]:

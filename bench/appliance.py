@@ -23,7 +23,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from bench.table import spread
+from bench.table import percentile, spread
 from bench.worker_network import worker_network
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.toolchain import Tool, Toolchain, default_cache
@@ -34,10 +34,6 @@ from worlds import Processes
 
 CONTEXT_MB = 200
 AT_ONCE = 20
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 @contextmanager

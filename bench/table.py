@@ -1,4 +1,4 @@
-"""Makes the table from the data of the parts, as aligned text or as Markdown. It is pure.
+"""Makes the tables from the data of the parts, as aligned text or as Markdown. It is pure.
 
 The figure of a proxy is its ratio to nginx in the same run. For nginx and bkpool the table also has the figures.
 """
@@ -16,7 +16,18 @@ _NOT_TO_THE_FULL = {"pingpong", "idle", "messages"}
 """Loads that wait for answers."""
 COLUMNS = ("what", "nginx", "HAProxy ÷ nginx", "ghostunnel ÷ nginx", "bkpool ÷ nginx", "bkpool")
 TableRow = tuple[str, ...]
-"""One line of the table, with a cell for each of COLUMNS. A line with only one cell is a heading."""
+"""One line of a table, with a cell for each column. A line with only one cell is a heading."""
+SIZE_COLUMNS = (
+    "pools × workers each",
+    "workers",
+    "allocate p50 / p99, ms",
+    "CPU per lease, ms",
+    "one look, ms",
+    "looks per lease",
+    "one gateway table, ms",
+    "tables per lease",
+    "leases/s",
+)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -26,6 +37,11 @@ def spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return _number(values[0])
     return f"{_number(statistics.median(values))} ({_number(min(values))} – {_number(max(values))})"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Returns the value that this share of the values is below."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 def known(figures: Sequence[float | None]) -> list[float]:
@@ -54,20 +70,50 @@ def lines(document: Mapping[str, Any]) -> list[TableRow]:
     return made
 
 
+def sizes(rows: Sequence[Mapping[str, Any]]) -> list[TableRow]:
+    """Returns the table of leases by the size of the installation, with its head; nothing without rows."""
+    return [SIZE_COLUMNS, *map(_size, rows)] if rows else []
+
+
+def decisions(rows: Sequence[Mapping[str, Any]]) -> list[TableRow]:
+    """Returns the table of decisions, with a column for each number of workers; nothing without rows."""
+    counts = sorted({row["workers"] for row in rows})
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        cells.setdefault(row["what"], {})[row["workers"]] = spread(row["ms"])
+    head = ("one decision, ms", *(f"{count:,} workers" for count in counts))
+    return [head, *((what, *(of[count] for count in counts)) for what, of in cells.items())] if rows else []
+
+
 def text(document: Mapping[str, Any]) -> str:
     """For a terminal."""
-    table = _used([COLUMNS, *lines(document)])
-    widths = [max(len(line[column]) for line in table if any(line[1:])) for column in range(len(table[0]))]
-    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
-    return "\n".join([*(line.rstrip() for line in aligned), "", *_below(document)])
+    return "\n\n".join([*map(_aligned, _tables(document)), "\n".join(_below(document))])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """For docs/benchmarks.md."""
-    head, *body = _used([COLUMNS, *lines(document)])
-    table = [head, tuple("---" for _ in head)]
-    table += [line if any(line[1:]) else (f"**{line[0]}**", *line[1:]) for line in body]
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in table), "", *(f"* {say}" for say in _below(document))])
+    return "\n\n".join([*map(_piped, _tables(document)), "\n".join(f"* {say}" for say in _below(document))])
+
+
+def _tables(document: Mapping[str, Any]) -> list[list[TableRow]]:
+    """Returns the tables that have lines, each with its head."""
+    compared = lines(document)
+    tables = [_used([COLUMNS, *compared]) if compared else []]
+    tables += [sizes(document.get("sizes", [])), decisions(document.get("decisions", []))]
+    return [table for table in tables if table]
+
+
+def _aligned(table: Sequence[TableRow]) -> str:
+    widths = [max(len(line[column]) for line in table if any(line[1:])) for column in range(len(table[0]))]
+    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _piped(table: Sequence[TableRow]) -> str:
+    head, *body = table
+    made = [head, tuple("---" for _ in head)]
+    made += [line if any(line[1:]) else (f"**{line[0]}**", *line[1:]) for line in body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
 
 
 def _number(value: float) -> str:
@@ -89,6 +135,18 @@ def _compared(row: Mapping[str, Any]) -> TableRow:
         spread(known(row["figures"].get(_NGINX, []))),
         *(spread(ratios(row, peer)) for peer in ("HAProxy", "ghostunnel", _BKPOOL)),
         spread(known(ours)),
+    )
+
+
+def _size(row: Mapping[str, Any]) -> TableRow:
+    def number(name: str) -> str:
+        return _number(row[name])
+
+    return (
+        f"{row['pools']:,} × {row['each']:,}",
+        f"{row['pools'] * row['each']:,}",
+        f"{number('p50')} / {number('p99')}",
+        *map(number, ("cpu", "look", "looks", "table", "tables", "rate")),
     )
 
 

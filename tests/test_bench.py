@@ -1,4 +1,4 @@
-"""The table and the picture of bench/: figures of a run end up where they belong. Measuring is no test's business."""
+"""What bench/ shows: figures of a run end up where they belong, and the small parts run. No test judges a figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import plot, table
+from bench import decisions, plot, scale, table
+from bench.installation import Size
 
 FIGURES = {"nginx": [2.0, 4.0, 1.0], "HAProxy": [1.0, None, 1.0], "ghostunnel": [None] * 3, "bkpool": [3.0, 4.0, 0.5]}
 
@@ -51,3 +52,34 @@ def test_the_picture_has_a_mark_for_each_proxy_that_was_measured() -> None:
     lines = {mark.get("class"): mark for mark in root if mark.tag.endswith("}line")}
     nginx = float(lines["nginx"].get("x1", ""))
     assert float(lines["bkpool"].get("x1", "")) < nginx < float(lines["bkpool"].get("x2", ""))
+
+
+def test_each_size_has_every_figure() -> None:
+    [row] = scale.by_size([Size(2, 3)], seconds=0.1)
+    assert (row["pools"], row["each"]) == (2, 3)
+    assert all(figure > 0 for figure in row.values())
+    assert row["looks"] > 1, "a look follows at least the lease and its end"
+    assert row["tables"] > 1
+
+
+def test_sizes_and_decisions_have_tables_of_their_own() -> None:
+    size = {"pools": 10, "each": 1000, "p50": 8.12, "p99": 30, "cpu": 17, "look": 0.35, "looks": 6, "table": 0.4}
+    size |= {"tables": 4, "rate": 57}
+    took = [{"workers": count, "what": "steady", "ms": [2.0, 1.0, 3.0]} for count in (1000, 3000)]
+    shown = table.markdown(
+        {"machine": {"what": "2 cores", "load": 0.0}, "runs": 3, "sizes": [size], "decisions": took}
+    )
+    assert "| 10 × 1,000 | 10,000 | 8.12 / 30 | 17 | 0.35 | 6 | 0.4 | 4 | 57 |" in shown.splitlines()
+    assert "| one decision, ms | 1,000 workers | 3,000 workers |" in shown.splitlines()
+    assert "| steady | 2 (1 – 3) | 2 (1 – 3) |" in shown.splitlines()
+
+
+def test_the_decisions_that_are_timed_decide_what_their_names_say() -> None:
+    found = {what: [len(decide().actions) for _ in range(2)] for what, decide in decisions.decisions(20).items()}
+    assert found == {
+        "steady": [0, 0],
+        "one worker has changed": [0, 0],
+        "all workers are surplus": [20, 20],
+        "max lowered to 1": [20, 20],
+        "floor from nothing": [20, 20],
+    }

@@ -1,0 +1,249 @@
+"""An installation in this process, without HTTP, buildkitd and a gateway's port: what bench/scale.py measures.
+
+The store, its mirror, the controller, the allocator and the feed of the gateway's lease table are the real ones. Only
+the workers are not (bench/memory_workers.py). It measures nothing by itself, but counts looks and tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self, cast
+
+from bench.memory_workers import MemoryWorkers
+from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Delivery, LeaseService
+from bkpool.appliance.roles.gateway import feed_leases
+from bkpool.controller import Controller
+from bkpool.controller.metrics import ControllerMetrics
+from bkpool.core.cache_owner import cache_owner_digest
+from bkpool.core.names import Slot
+from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES
+from bkpool.core.reconcile.pool_status import PoolStatusInputs
+from bkpool.core.resource import Metadata
+from bkpool.core.tokens import digest
+from bkpool.core.worker import EndedLease, EndReason, Phase, Worker, new_worker
+from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.session.capacity import Capacity
+from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry
+from bkpool.gateway.session.limits import GatewayLimits
+from bkpool.gateway.session.shard_leases import ShardLeases
+from bkpool.identity import Identity
+from bkpool.pki.authority import Authority
+from bkpool.store.events import LogRecorder
+from bkpool.store.mirror import Mirror
+from bkpool.store.sqlite import SqliteStore
+from bkpool.telemetry.registry import new_registry
+
+_CALLER = Identity("ann")
+_WAIT = timedelta(minutes=1)
+_AT_ONCE = 50
+"""Workers that are made at once."""
+_RESTS_WITHIN = 900.0
+"""Seconds until an installation has taken note of all that was made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many pools there are, and how many workers each of them has."""
+
+    pools: int
+    each: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads `POOLSxEACH`.
+
+        Raises:
+            ValueError: It is not of this form.
+        """
+        pools, _, each = text.partition("x")
+        return cls(int(pools), int(each))
+
+    def __str__(self) -> str:
+        return f"{self.pools}x{self.each}"
+
+
+class Looks(ControllerMetrics):
+    """Times the looks of a controller: one begins when the controller reads `clock`, and ends when it is counted."""
+
+    def __init__(self) -> None:
+        super().__init__(new_registry())
+        self.took: list[float] = []
+        self._began = 0.0
+
+    def clock(self) -> float:
+        """Monotonic time."""
+        self._began = time.perf_counter()
+        return time.monotonic()
+
+    def decided(self, pools: int) -> None:
+        """Notes how long the look took that ends now."""
+        super().decided(pools)
+        self.took.append(time.perf_counter() - self._began)
+
+
+class Tables:
+    """The gateway's table of leases as one loop of it has it, without connections. It counts what it gets."""
+
+    def __init__(self) -> None:
+        no_registry = cast("CallbackLeaseRegistry", None)  # only connections use it
+        limits = GatewayLimits()
+        self._leases = ShardLeases(asyncio.get_running_loop(), no_registry, now, limits, Capacity(limits))
+        self.count = 0
+        self.came = asyncio.Event()
+
+    def update(self, news: Any) -> None:
+        """Takes over what a gateway gets when leases have changed."""
+        self._leases.update(news)
+        self.count += 1
+        self.came.set()
+
+    def follow(self, mirror: Mirror) -> Callable[[], None]:
+        """Follows the leases until the returned function is called. Nothing else here knows how a gateway does it."""
+        return feed_leases(cast("Gateway", self), mirror)
+
+
+class _Taken:
+    """The receipt of an answer that its caller has."""
+
+    def delivery(self) -> Delivery:
+        return Delivery.TAKEN
+
+
+@dataclass(slots=True)
+class Installation:
+    """What runs, and what it counts."""
+
+    store: SqliteStore
+    mirror: Mirror
+    allocator: Allocator
+    leases: LeaseService
+    pools: list[Pool]
+    looks: Looks = field(default_factory=Looks)
+    tables: Tables = field(default_factory=Tables)
+
+    async def lease(self) -> float:
+        """Leases a worker of any pool, and releases it. Returns the seconds until the caller had the lease."""
+        request = AllocationRequest(random.choice(self.pools).key, _WAIT)  # noqa: S311 - no secret
+        begin = time.perf_counter()
+        async with self.allocator.offer(_CALLER, request) as offer:
+            offer.answered(_Taken())
+        took = time.perf_counter() - begin
+        await self.leases.release(offer.grant.token)
+        return took
+
+    async def at_rest(self, idle: int) -> None:
+        """Waits until each pool's status shows so many idle workers, and the controller looks at nothing more."""
+        async with asyncio.timeout(_RESTS_WITHIN):
+            looks = -1
+            while looks != len(self.looks.took) or any(
+                pool.status.idle < idle for pool in self.mirror.pools.values()
+            ):
+                looks = len(self.looks.took)
+                await asyncio.sleep(0.3)
+
+
+@asynccontextmanager
+async def installation(size: Size) -> AsyncIterator[Installation]:
+    """An installation with this many pools and idle workers, which runs and is at rest."""
+    async with AsyncExitStack() as stack:
+        directory = stack.enter_context(TemporaryDirectory(prefix="bkpool-bench-"))
+        store = await SqliteStore.open(Path(directory) / "state.db", now=now)
+        stack.push_async_callback(store.close)
+        workers, mirror = MemoryWorkers(), Mirror(store, configs=True)
+        pools = [await _filled_pool(store, workers, f"p{number}", size.each) for number in range(size.pools)]
+        leases = LeaseService(store=store, mirror=mirror, now=now)
+        made = Installation(store, mirror, _allocator(store, mirror, leases, workers), leases, pools)
+        _run(stack, mirror.run())
+        await mirror.ready.wait()
+        _run(stack, _controller(made, workers).run())
+        stack.callback(made.tables.follow(mirror))
+        stack.push_async_callback(made.allocator.close)
+        await made.at_rest(size.each)
+        yield made
+
+
+def after_one_more_lease(worker: Worker, token: str) -> Worker:
+    """The next version of a worker, which remembers one more lease that has ended."""
+    version = str(int(worker.metadata.resource_version or 0) + 1)
+    ended = (*worker.status.ended, _ended(token))[-REMEMBERED_LEASES:]
+    return worker.but(metadata=worker.metadata.but(resource_version=version)).with_status(ended=ended)
+
+
+def now() -> datetime:
+    """The time."""
+    return datetime.now(UTC)
+
+
+def _run(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Runs this until the stack is closed."""
+    task = asyncio.create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    stack.push_async_callback(end)
+
+
+async def _filled_pool(store: SqliteStore, workers: MemoryWorkers, name: str, count: int) -> Pool:
+    spec = PoolSpec.model_validate({"scaling": {"min": count, "max": count}})
+    pool = await store.create(Pool(metadata=Metadata(name=name), spec=spec))
+    owner = cache_owner_digest(spec.reuse, _CALLER.tenant, pool.uid, "")
+
+    async def fill(number: int) -> None:
+        slot = Slot(pool.key.namespace, name, number)
+        worker = await store.create(new_worker(slot, pool, None, {}))
+        worker = worker.with_status(
+            phase=Phase.IDLE,
+            endpoint=workers.put(slot, worker.uid, owner),
+            cache_owner=owner,
+            ready_at=now(),
+            last_activity_at=now(),
+            ended=tuple(_ended(f"{slot.worker}-{lease}") for lease in range(REMEMBERED_LEASES)),
+        )
+        await store.replace_status(worker)
+
+    for begin in range(0, count, _AT_ONCE):
+        await asyncio.gather(*map(fill, range(begin, min(count, begin + _AT_ONCE))))
+    return pool
+
+
+def _ended(token: str) -> EndedLease:
+    return EndedLease(token_sha256=digest(token), ended_at=now(), reason=EndReason.RELEASED)
+
+
+def _allocator(store: SqliteStore, mirror: Mirror, leases: LeaseService, workers: MemoryWorkers) -> Allocator:
+    return Allocator(
+        store=store,
+        mirror=mirror,
+        leases=leases,
+        authority=Authority.create(now()),
+        token_key=b"k" * 32,
+        caches=workers.owners,
+        answers=workers.answers,
+        now=now,
+        limits=CallerLimits(time.monotonic),
+    )
+
+
+def _controller(made: Installation, workers: MemoryWorkers) -> Controller:
+    return Controller(
+        store=made.store,
+        mirror=made.mirror,
+        daemons=workers,
+        caches=workers,
+        now=now,
+        status_inputs=lambda _pool: PoolStatusInputs("tcp://localhost:1235"),
+        recorder=LogRecorder(),
+        metrics=made.looks,
+        seconds=made.looks.clock,
+    )
