@@ -6,7 +6,7 @@ token (rule 8, docs/rules.md#r8), or if they asked for it. This module creates n
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from bkpool.core.worker import EndedLease, EndReason, Lease, Worker
 from bkpool.identity import Identity
 from bkpool.identity.rules import is_theirs
 from bkpool.store import Store
+from bkpool.store.lease_search import LeaseSearch
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
@@ -53,12 +54,21 @@ class LeaseService:
         store: Where the workers are.
         mirror: The copy in memory. Where it is stale, the store decides.
         now: The clock.
+        pause: Waits that many seconds, before the store is searched again for unknown tokens.
     """
 
-    def __init__(self, *, store: Store, mirror: Mirror, now: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        mirror: Mirror,
+        now: Callable[[], datetime],
+        pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._store = store
         self._mirror = mirror
         self._now = now
+        self._search = LeaseSearch(store, mirror.apply, pause=pause)
 
     async def renew(self, lease: str | OwnLease, ttl: timedelta | None, may_renew: MayRenew) -> Worker:
         """Makes the lease end `ttl` from now, at most when its certificate expires.
@@ -255,14 +265,16 @@ class LeaseService:
             NotFound: There is none.
             Gone: The lease has ended, with the reason.
             UnreadableObject: The worker cannot be read.
+            Unavailable: The lease is not known, and the store does not answer.
         """
         digest = tokens.digest(token)
         if tokens.well_formed(token):
-            found = _by_digest(self._mirror.workers.values(), digest)
+            found = self._mirror.leases.find(digest)
             if found is None:  # another replica may have created it a moment ago
-                listing = await self._store.list(Worker)
-                found = _by_digest(listing.items, digest)
-                _refuse_unreadable(listing.unreadable, digest)
+                await self._search.find(digest)
+                found = self._mirror.leases.find(digest)
+            if isinstance(found, Unreadable):  # the lease can neither be renewed nor be ended
+                raise UnreadableObject(found)
             if isinstance(found, EndedLease):
                 raise lease_over(found.reason, found.message_with_log)
             if found is not None:
@@ -352,26 +364,6 @@ def lease_duration(pool: Pool, wanted: timedelta | None) -> timedelta:
             field="ttl",
         )
     return wanted
-
-
-def _by_digest(workers: Iterable[Worker], digest: str) -> Worker | EndedLease | None:
-    workers = tuple(workers)
-    for worker in workers:
-        if worker.lease is not None and _same(worker.lease.token_sha256, digest):
-            return worker
-    past = (ended for worker in workers for ended in worker.status.ended)
-    return next((ended for ended in past if _same(ended.token_sha256, digest)), None)
-
-
-def _refuse_unreadable(workers: Iterable[Unreadable], digest: str) -> None:
-    """Raises UnreadableObject if one of these workers has the lease: it can neither be renewed nor be ended."""
-    for found in workers:
-        if _same(found.of_lease("tokenSHA256"), digest):
-            raise UnreadableObject(found)
-
-
-def _same(stored: str, digest: str) -> bool:
-    return hmac.compare_digest(stored.encode(), digest.encode())
 
 
 def _latest_end(lease: Lease, pool: Pool, now: datetime) -> datetime:

@@ -18,6 +18,7 @@ import structlog
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
 from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
+from bkpool.core.lease_index import LeaseIndex
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import R, Resource
@@ -125,6 +126,8 @@ class Mirror:
         self._configs = _Copy(OIDCConfig, self._config_changed)
         self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
+        self.leases = LeaseIndex()
+        """The leases of all workers, by the digests of their tokens."""
         self._subscribers: Subscribers[[MirrorChange]] = Subscribers()
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
@@ -238,6 +241,7 @@ class Mirror:
 
     def _worker_changed(self, worker: Worker | Unreadable, before: Unreadable | None) -> None:
         key, pool = worker.key, worker.pool
+        self.leases.put(key, self.workers.get(key) or self.unreadable_workers.get(key))
         if before is not None and before.pool is not None:
             self._unreadable_members[before.pool].pop(key, None)
         if pool is None:

@@ -7,15 +7,18 @@ from datetime import timedelta
 
 import pytest
 
-from bkpool.allocation import OwnLease
+from bkpool.allocation import LeaseService, OwnLease
 from bkpool.controller import controller
 from bkpool.core.errors import Conflict, Gone, InvalidInput, NotFound, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.registrations import REGISTRATION_LIFE
+from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
+from bkpool.store.mirror import Mirror
 from support.captured_logs import capture_logs
+from support.unreadable import spoil
 from support.world import ANN, BOB, POOL
 
 
@@ -71,6 +74,48 @@ async def test_an_unknown_or_malformed_token_is_not_found(grant, leases, token):
         with pytest.raises(NotFound) as caught:
             await ask(token)
         assert token not in caught.value.message or not token
+
+
+async def test_forged_tokens_cost_one_list_together_and_each_only_once(world, grant, monkeypatch):
+    lists, pauses, list_workers = [], [], world.store.list
+
+    async def counted(kind, **filters):
+        lists.append(kind)
+        return await list_workers(kind, **filters)
+
+    async def pause(seconds):
+        pauses.append(seconds)
+        await asyncio.sleep(0)
+
+    mirror = world.replicas[0].mirror
+    leases = LeaseService(store=world.store, mirror=mirror, now=world.clock, pause=pause)
+    monkeypatch.setattr(world.store, "list", counted)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: 1000.0)
+
+    async def ask(numbers):
+        asked = await asyncio.gather(*(leases.lookup(f"{n:043}") for n in numbers), return_exceptions=True)
+        assert all(isinstance(error, NotFound) for error in asked)
+
+    await ask(range(100))
+    assert (lists, pauses) == ([Worker], [0])
+    await ask(range(100))
+    assert (await leases.lookup(grant.token)).key == grant.worker.key
+    assert (lists, pauses) == ([Worker], [0])
+    await ask(range(100, 200))
+    assert (lists, pauses) == ([Worker] * 2, [0, 1])
+
+
+async def test_a_lease_of_which_the_copy_knows_nothing_is_searched_for_in_the_store(world, grant):
+    leases = LeaseService(store=world.store, mirror=Mirror(world.store), now=world.clock)
+    assert (await leases.lookup(grant.token)).key == grant.worker.key
+
+
+async def test_a_lease_on_a_worker_that_cannot_be_read_is_known_and_left_alone(world, grant, tmp_path):
+    spoil(tmp_path / "state.db", grant.worker.key.name, lambda document: document["status"].update(phase="Later"))
+    leases = LeaseService(store=world.store, mirror=Mirror(world.store), now=world.clock)
+    for _ in range(2):  # found in the store, then in memory
+        with pytest.raises(UnreadableObject):
+            await leases.lookup(grant.token)
 
 
 async def test_a_worker_that_dies_is_restarted_with_its_lease_and_cache(world, grant, leases):

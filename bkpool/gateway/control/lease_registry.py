@@ -17,11 +17,8 @@ from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.store import Store
+from bkpool.store.lease_search import LeaseSearch
 
-_LIST_INTERVAL = 1.0
-"""Seconds between two lists of all workers, so that many old certificates cannot load the API server."""
-_REMEMBERED_TOKENS = 4096
-"""Tokens that were searched for, and are not searched for again."""
 _REPORTS_AT_ONCE = 8
 """Reports about workers that are written at once."""
 _MAX_ATTEMPTS = 10
@@ -110,13 +107,8 @@ class StoreLeaseRegistry:
         self._gateway = gateway
         self._now = now
         self._on_worker = on_worker
-        self._pause = pause
+        self._search = LeaseSearch(store, on_worker, pause=pause)
         self._reports = asyncio.Semaphore(_REPORTS_AT_ONCE)
-        self._list_lock = asyncio.Lock()
-        self._lists_started = 0
-        self._last_complete_list = 0  # the number of the last list that succeeded
-        self._list_started_at = -_LIST_INTERVAL
-        self._searched_tokens: dict[str, None] = {}  # the oldest first
         self._withdrawals: dict[str, object] = {}  # by lease: the withdrawal that may still write
 
     async def register(self, route: LeaseRoute, connections: int) -> None:
@@ -149,34 +141,8 @@ class StoreLeaseRegistry:
             await self._change_worker(route, partial(self._reported, silent_for))
 
     async def find(self, token_sha256: str) -> None:
-        """See LeaseRegistry.
-
-        It lists the workers at most once a second. Searches that wait share the next list. Each token is searched for
-        only once: a client gets its token after the lease is in the store, so a lease that is not there now will not
-        be there later.
-        """
-        if token_sha256 in self._searched_tokens:
-            return
-        lists_started = self._lists_started
-        async with self._list_lock:
-            if self._last_complete_list <= lists_started:  # else a list that started after this call has succeeded
-                await self._list_workers()
-        self._searched_tokens[token_sha256] = None
-        if len(self._searched_tokens) > _REMEMBERED_TOKENS:
-            del self._searched_tokens[next(iter(self._searched_tokens))]
-
-    async def _list_workers(self) -> None:
-        time = asyncio.get_running_loop().time
-        # Also with 0 seconds: the searches that start in this iteration of the loop share this list.
-        await self._pause(max(0.0, self._list_started_at + _LIST_INTERVAL - time()))
-        self._lists_started += 1
-        self._list_started_at = time()
-        listing = await self._store.list(Worker)
-        found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
-        for worker in found:
-            self._on_worker(worker)
-        await asyncio.sleep(0)  # in this iteration the gateway gets the change, before the searches return
-        self._last_complete_list = self._lists_started
+        """See LeaseRegistry."""
+        await self._search.find(token_sha256)
 
     async def _change_worker(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> None:
         for _ in range(_MAX_ATTEMPTS):

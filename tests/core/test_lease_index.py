@@ -1,0 +1,82 @@
+"""The index of leases by the digest of their token, compared with a search through all workers."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bkpool.core.lease_index import LeaseIndex
+from bkpool.core.unreadable import Unreadable
+from bkpool.core.worker import EndedLease, EndReason, Worker
+from support.objects import NOW, lease, worker
+
+
+def ended(digest):
+    return EndedLease(token_sha256=digest, ended_at=NOW, reason=EndReason.RELEASED)
+
+
+def unreadable(number, digest):
+    document = {"spec": {"allocation": {"tokenSHA256": digest}}}
+    return Unreadable(Worker, worker(number).key, "spec: cannot be read", document)
+
+
+def searched(workers, digest):
+    """What a search through all workers finds."""
+    for one in workers:
+        if isinstance(one, Unreadable) and one.of_lease("tokenSHA256") == digest:
+            return one
+        if isinstance(one, Worker) and one.lease is not None and one.lease.token_sha256 == digest:
+            return one
+    readable = [one for one in workers if isinstance(one, Worker)]
+    return next((past for one in readable for past in one.status.ended if past.token_sha256 == digest), None)
+
+
+# A token belongs to one worker: its digest begins with the worker's number.
+LEASES = st.integers(0, 4)
+CHANGES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from(["gone", "unreadable", "free", "leased", "being claimed"]),
+        LEASES,
+        st.lists(LEASES, max_size=3),
+    )
+)
+
+
+def made(number, kind, held, past):
+    remembered = tuple(ended(f"{number}/{one}") for one in past)
+    if kind == "gone":
+        return None
+    if kind == "unreadable":
+        return unreadable(number, f"{number}/{held}")
+    if kind == "free":
+        return worker(number, ended=remembered)
+    return worker(number, lease(token_sha256=f"{number}/{held}" if kind == "leased" else ""), ended=remembered)
+
+
+@given(CHANGES)
+def test_it_finds_what_a_search_through_all_workers_finds(changes):
+    index, workers = LeaseIndex(), {}
+    for number, kind, held, past in changes:
+        one = made(number, kind, held, past)
+        key = worker(number).key
+        index.put(key, one)
+        workers.pop(key, None)
+        if one is not None:
+            workers[key] = one
+        for digest in (f"{of}/{lease_number}" for of in range(4) for lease_number in range(5)):
+            assert index.find(digest) == searched(workers.values(), digest)
+
+
+@given(CHANGES)
+def test_it_keeps_nothing_of_workers_that_are_gone(changes):
+    index = LeaseIndex()
+    for number, kind, held, past in changes:
+        index.put(worker(number).key, made(number, kind, held, past))
+    for number in range(4):
+        index.put(worker(number).key, None)
+    assert (index._holders, index._ended, index._workers) == ({}, {}, {})
+
+
+def test_a_lease_without_a_digest_is_not_found():
+    index = LeaseIndex()
+    index.put(worker(0).key, worker(0, lease(token_sha256="")))
+    assert index.find("") is None
