@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -45,9 +44,10 @@ class WaitQueue:
 
     def __init__(self, max_waiters: int = MAX_WAITERS) -> None:
         self._max_waiters = max_waiters
-        self._waiting: deque[Waiter] = deque()
+        self._waiting: OrderedDict[Waiter, None] = OrderedDict()
+        self._of_tenant: Counter[str] = Counter()  # how many of them wait
         self._claiming: dict[Slot, str] = {}  # to the digest of the caller
-        self._turns: dict[str, None] = {}  # the tenants that wait, in the order of their turns
+        self._turns: OrderedDict[str, None] = OrderedDict()  # the tenants that wait, in the order of their turns
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -67,15 +67,16 @@ class WaitQueue:
                 code="TooManyWaiters",
                 retry_after=30,
             )
-        (self._waiting.appendleft if first else self._waiting.append)(waiter)
+        self._waiting[waiter] = None
+        self._of_tenant[waiter.tenant] += 1
+        self._turns.setdefault(waiter.tenant)
         if first:
-            self._turns = {waiter.tenant: None, **self._turns}
-        else:
-            self._turns.setdefault(waiter.tenant)
+            self._waiting.move_to_end(waiter, last=False)
+            self._turns.move_to_end(waiter.tenant, last=False)
 
     def leave(self, waiter: Waiter) -> None:
         """Removes a request that no longer waits. What it was given already becomes free again."""
-        with suppress(ValueError):
+        if waiter in self._waiting:
             self._remove(waiter)
         if waiter.served.done() and not waiter.served.cancelled() and not waiter.served.exception():
             self.claim_ended(waiter.served.result())
@@ -87,11 +88,10 @@ class WaitQueue:
 
     def refuse_all(self, error: Exception) -> None:
         """Fails every request that waits: the pool was deleted, or the appliance stops."""
-        self._turns.clear()
-        while self._waiting:
-            served = self._waiting.popleft().served
-            if not served.done():  # the caller has gone a moment ago
-                served.set_exception(error)
+        for waiter in tuple(self._waiting):
+            self._remove(waiter)
+            if not waiter.served.done():  # the caller has gone a moment ago
+                waiter.served.set_exception(error)
 
     def serve(
         self,
@@ -122,16 +122,17 @@ class WaitQueue:
             given.waiter.served.set_result(given.target)
 
     def _remove(self, waiter: Waiter) -> None:
-        """Raises ValueError if it does not wait."""
-        self._waiting.remove(waiter)
-        if all(other.tenant != waiter.tenant for other in self._waiting):
-            self._turns.pop(waiter.tenant, None)
+        """Its cost does not depend on how many others wait."""
+        del self._waiting[waiter]
+        self._of_tenant[waiter.tenant] -= 1
+        if not self._of_tenant[waiter.tenant]:
+            del self._of_tenant[waiter.tenant]
+            del self._turns[waiter.tenant]
 
     def _end_turn(self, tenant: str) -> None:
         """The tenant has got a worker: the turns of all others come first."""
         if tenant in self._turns:
-            del self._turns[tenant]
-            self._turns[tenant] = None
+            self._turns.move_to_end(tenant)
 
 
 def _is_leased(target: Target) -> bool:

@@ -245,11 +245,8 @@ async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data)
             overtaken[following] = Counter()
 
 
-def calls_to_assign(requests, workers):
-    """How many functions are called, in Python and in C, to find that no request can be served."""
-    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(requests)]
-    busy = [leased(number, holder="other") for number in range(workers)]
-    full = pool(scaling={"max": workers})
+def calls_of(work):
+    """What a function returns, and how many functions it calls, in Python and in C."""
     calls = 0
 
     def count(_frame, event, _arg):
@@ -259,9 +256,18 @@ def calls_to_assign(requests, workers):
     before = sys.getprofile()
     sys.setprofile(count)
     try:
-        given = assign(waiters, full, busy, {}, now=NOW)
+        result = work()
     finally:
         sys.setprofile(before)
+    return result, calls
+
+
+def calls_to_assign(requests, workers):
+    """How many functions are called to find that no request can be served."""
+    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(requests)]
+    busy = [leased(number, holder="other") for number in range(workers)]
+    full = pool(scaling={"max": workers})
+    given, calls = calls_of(lambda: assign(waiters, full, busy, {}, now=NOW))
     assert given == []
     return calls
 
@@ -270,6 +276,38 @@ def calls_to_assign(requests, workers):
 def test_many_requests_and_workers_cost_little_each(requests, workers):
     """A queue is looked at after every change of a worker. So nothing may cost requests times workers."""
     assert calls_to_assign(requests, workers) <= 30 * (requests + workers)
+
+
+async def test_a_request_leaves_at_the_same_cost_however_many_wait():
+    def calls_to_leave(waiting):
+        queue = WaitQueue()
+        waiters = [Waiter("owner", None, f"tenant-{n}", "caller", admin=True) for n in range(waiting)]
+        for waiter in waiters:
+            queue.join(waiter)
+        _, calls = calls_of(lambda: queue.leave(waiters[-1]))
+        assert len(queue) == len(queue._turns) == waiting - 1
+        return calls
+
+    assert calls_to_leave(1000) == calls_to_leave(10)
+
+
+@given(st.lists(st.tuples(TENANTS, st.sampled_from(["join", "join first", "leave"]))))
+async def test_the_turns_are_those_of_the_tenants_who_wait(changes):
+    queue, waiting = WaitQueue(), []
+    for tenant, change in changes:
+        if change == "leave":
+            leaving = next((one for one in waiting if one.tenant == tenant), None)
+            if leaving is not None:
+                waiting.remove(leaving)
+                queue.leave(leaving)
+                queue.leave(leaving)
+        else:
+            one = Waiter("owner", None, tenant, tenant, admin=True)
+            waiting.insert(0 if change == "join first" else len(waiting), one)
+            queue.join(one, first=change == "join first")
+            assert change == "join" or next(iter(queue._turns)) == tenant
+        assert list(queue._waiting) == waiting
+        assert set(queue._turns) == {one.tenant for one in waiting}
 
 
 def test_a_request_that_does_not_wait_stops_nobody_and_takes_no_empty_slot():
