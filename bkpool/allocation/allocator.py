@@ -29,7 +29,7 @@ from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound
 from bkpool.core.names import Key, Slot
 from bkpool.core.queueing import Target
 from bkpool.core.removal import removal_of
-from bkpool.core.worker import EndReason, Lease, Worker, with_live_lease
+from bkpool.core.worker import EndReason, Lease, Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.rotation import Rotation
@@ -172,9 +172,11 @@ class Allocator:
         while key and (earlier := await self._claimer.existing(pool, key, self._now())) is not None:
             if await self._join(earlier):
                 return earlier
-        held = [w.held_lease for w in with_live_lease(self._mirror.workers_of(pool.key), self._now())]
+        held, now = self._mirror.index_of(pool.key).leases, self._now()
         waiting = most_waiting(pool.spec, admin=order.caller.admin, places=self._max_waiters)
-        with self._limits.one_more(pool, order.caller, key or object(), held, waiting) as about_to_claim:
+        with self._limits.one_more(
+            pool, order.caller, key or object(), held, at=now, most_waiting=waiting
+        ) as about_to_claim:
             claimed = await self._claim_in_turn(order, about_to_claim)
         if key is None:
             return claimed
@@ -334,8 +336,8 @@ class Allocator:
         if pool is None or removal_of(pool) is not None:
             queue.refuse_all(no_lease_from(self._mirror, pool_key))
             return
-        workers, unreadable = self._mirror.workers_of(pool_key), self._mirror.unreadable_slots(pool_key)
-        queue.serve(pool, workers, self._caches(), unreadable, self._now())
+        index, unreadable = self._mirror.index_of(pool_key), self._mirror.unreadable_slots(pool_key)
+        queue.serve(pool, index, self._caches, unreadable, self._now())
 
     def _on_change(self, change: MirrorChange) -> None:
         pool = change.pool

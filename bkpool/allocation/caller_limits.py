@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 
 from bkpool.core.auth import Allowance
 from bkpool.core.errors import NoCapacity
+from bkpool.core.live_leases import LiveLeases
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
-from bkpool.core.worker import Lease
 from bkpool.identity import Identity
 
 _WINDOW = 60.0  # seconds: "per minute"
@@ -43,10 +45,9 @@ class _Account:
                 _RETRY_AFTER,
             )
 
-    def check(self, allowed: Allowance, limit: str, who: str, leases: int, now: float) -> None:
-        """Raises NoCapacity if one more would be too many."""
-        have = leases + len(self.open_requests)
-        if allowed.leases is not None and have >= allowed.leases:
+    def check(self, allowed: Allowance, limit: str, who: str, leases: Callable[[], int], now: float) -> None:
+        """Raises NoCapacity if one more would be too many. Leases are counted only if there is a limit of them."""
+        if allowed.leases is not None and (have := leases() + len(self.open_requests)) >= allowed.leases:
             raise _reached(
                 f"{limit}.leases: {who} may have {allowed.leases} leases at once, and has or waits for {have}",
                 "Release a lease",
@@ -101,7 +102,9 @@ class CallerLimits:
         pool: Pool,
         caller: Identity,
         request: Hashable,
-        held: Collection[Lease],
+        held: LiveLeases,
+        *,
+        at: datetime,
         most_waiting: int | None = None,
     ) -> Iterator[Callable[[str], None]]:
         """Admits one request for a lease, which is open until the block ends.
@@ -113,7 +116,8 @@ class CallerLimits:
             pool: The pool that has the limits.
             caller: The caller.
             request: Identifies the request; equal for a request that repeats another one.
-            held: The live leases of the pool.
+            held: The leases of the pool.
+            at: The time, by which leases expire.
             most_waiting: How many requests of this caller may wait; None: no limit.
 
         Raises:
@@ -127,10 +131,9 @@ class CallerLimits:
         of_caller.check_waiting(most_waiting, of_one, caller.name)
         of_all.check_waiting(limits.pool.waiters, of_pool, who)
         if request not in of_caller.open_requests:
-            holders = [lease.holder for lease in held if lease.id not in self._claiming]
-            own_leases = holders.count(caller.digest)
+            own_leases = partial(held.count_of, caller.digest, at, self._claiming)
             of_caller.check(limits.identity, of_one, caller.name, own_leases, now)
-            of_all.check(limits.pool, of_pool, f"{who} together", len(holders), now)
+            of_all.check(limits.pool, of_pool, f"{who} together", partial(held.count, at, self._claiming), now)
         of_caller.enter(limits.identity, request, now)
         of_all.enter(limits.pool, request, now)
         claims: list[str] = []

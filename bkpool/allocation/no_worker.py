@@ -12,7 +12,7 @@ from bkpool.core.caller_share import most_leases
 from bkpool.core.durations import render
 from bkpool.core.errors import NoCapacity, Unavailable
 from bkpool.core.names import Key
-from bkpool.core.worker import Worker, with_live_lease
+from bkpool.core.worker import Worker
 from bkpool.identity import Identity
 from bkpool.store.mirror import Mirror
 
@@ -69,8 +69,7 @@ def _reached_share(mirror: Mirror, caller: Identity, key: Key, now: datetime) ->
     most = most_leases(pool.spec, admin=caller.admin) if pool else None
     if pool is None or most is None or most == pool.spec.scaling.max:
         return None
-    live = with_live_lease(mirror.workers_of(key), now)
-    return most if sum(w.held_lease.holder == caller.digest for w in live) >= most else None
+    return most if mirror.index_of(key).leases.count_of(caller.digest, now) >= most else None
 
 
 def _has_their_share(caller: Identity, pool: Key, most: int, wait: timedelta) -> NoCapacity:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from bkpool.core.errors import NoCapacity
 from bkpool.core.names import Slot
+from bkpool.core.placement import Caches
 from bkpool.core.pool import Pool
+from bkpool.core.pool_index import PoolIndex
 from bkpool.core.queueing import Target, assign, slot_of_target
 from bkpool.core.worker import Worker
 
@@ -96,8 +98,8 @@ class WaitQueue:
     def serve(
         self,
         pool: Pool,
-        workers: Collection[Worker],
-        caches: Mapping[Slot, str | None],
+        index: PoolIndex,
+        caches: Caches,
         unreadable: Collection[Slot],
         now: datetime,
     ) -> None:
@@ -107,7 +109,7 @@ class WaitQueue:
         served = assign(
             tuple(waiter for waiter in self._waiting if not waiter.served.done()),  # others leave in a moment
             pool,
-            workers,
+            index,
             caches,
             turns=tuple(self._turns),
             claiming=dict(self._claiming),

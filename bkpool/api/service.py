@@ -24,7 +24,6 @@ from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import DiskFull, Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
-from bkpool.core.reconcile.pool_counts import count_workers
 from bkpool.core.removal import REASON as REMOVED
 from bkpool.core.removal import removal_of
 from bkpool.core.worker import Worker
@@ -339,7 +338,7 @@ class Service:
 
     def _live(self, pool: Pool) -> dict[str, Any]:
         return {
-            **asdict(count_workers(self.mirror.workers_of(pool.key))),
+            **asdict(self.mirror.index_of(pool.key).counts),
             "waiting": self.allocator.waiting(pool.key),
             "connections": self.connections(pool),
             "gateway_endpoint": self.gateway_endpoint(pool),

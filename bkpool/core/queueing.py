@@ -7,17 +7,19 @@ fail, and then the request is put at the front of the queue and `assign` is call
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from bkpool.core.caller_share import most_leases
-from bkpool.core.names import LABEL_REQUEST, Slot
-from bkpool.core.placement import choose
+from bkpool.core.names import Slot
+from bkpool.core.placement import Caches, choose
 from bkpool.core.pool import Pool
-from bkpool.core.worker import Worker, with_live_lease
+from bkpool.core.pool_index import PoolIndex
+from bkpool.core.worker import Worker
 
 Target = Worker | Slot
 """What a request gets: a worker to claim, a slot to create a worker in, or a worker that it has leased already."""
@@ -66,8 +68,8 @@ class Assignment(Generic[W]):
 def assign(
     waiters: Sequence[W],
     pool: Pool,
-    workers: Collection[Worker],
-    caches: Mapping[Slot, str | None],
+    index: PoolIndex,
+    caches: Caches,
     *,
     turns: Sequence[str] = (),
     claiming: Mapping[Slot, str] = _NO_CLAIMS,
@@ -87,8 +89,8 @@ def assign(
     Args:
         waiters: The requests, in the order of their arrival.
         pool: The pool that they wait for.
-        workers: All workers of the pool.
-        caches: The caches that exist, each with the digest of its owner (None: clean).
+        index: All workers of the pool.
+        caches: Returns the caches that exist, each with the digest of its owner (None: clean).
         turns: The tenants in the order of their turns. One that is missing comes after them.
         claiming: Slots that earlier requests were given and are still claiming, each with the digest of the caller.
         unreadable: Slots whose worker cannot be read: nobody gets one of them.
@@ -97,14 +99,13 @@ def assign(
     Returns:
         The requests that are served now, in this order. All others go on waiting.
     """
-    live = with_live_lease(workers, now)
-    leased = {key: w for w in live if (key := w.metadata.labels.get(LABEL_REQUEST))}
-    repeated = [Assignment(w, leased[w.request_key]) for w in waiters if w.request_key in leased]
-    queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
-    for waiter in waiters:
-        if waiter.request_key not in leased:
-            queues.setdefault(waiter.tenant, deque()).append(waiter)
-    holding = _holding(live, claiming)
+    repeated, queues = _repeated_and_others(waiters, index, turns, now)
+    claimed = Counter(holder for slot, holder in claiming.items() if not index.leases.is_live(slot, now))
+
+    def holding(holder: str) -> int:
+        return index.leases.count_of(holder, now) + claimed[holder]
+
+    caches = cache(caches)
     served: list[Assignment[W]] = []
     taken = {*claiming, *unreadable}
     ring = deque(queues.values())
@@ -113,7 +114,7 @@ def assign(
         first = _next_of_tenant(queue, pool, holding)
         if first is None:
             continue  # nobody of this tenant waits, or only callers who have as many leases as they may have
-        target = choose(pool, workers, caches, first.owner, taken, only_ready=first.only_ready)
+        target = choose(pool, index, caches, first.owner, taken, only_ready=first.only_ready)
         if target is None and not first.only_ready:
             break
         queue.remove(first)
@@ -121,21 +122,36 @@ def assign(
         if target is not None:
             served.append(Assignment(first, target))
             taken.add(slot_of_target(target))
-            holding[first.holder] += 1
+            claimed[first.holder] += 1
     return repeated + served
 
 
-def _holding(live: Iterable[Worker], claiming: Mapping[Slot, str]) -> Counter[str]:
-    """How many leases each caller has, with those that are being claimed."""
-    in_store = {worker.slot: worker.held_lease.holder for worker in live}
-    return Counter({**claiming, **in_store}.values())
+def _repeated_and_others(
+    waiters: Iterable[W], index: PoolIndex, turns: Iterable[str], now: datetime
+) -> tuple[list[Assignment[W]], dict[str, deque[W]]]:
+    """The requests that have a live lease already, and the queues of all others by tenant."""
+    repeated: list[Assignment[W]] = []
+    queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
+    for waiter in waiters:
+        leased = index.leases.of_request(waiter.request_key, now)
+        if leased is not None:
+            repeated.append(Assignment(waiter, leased))
+        else:
+            queues.setdefault(waiter.tenant, deque()).append(waiter)
+    return repeated, queues
 
 
-def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Mapping[str, int]) -> W | None:
-    """The first request whose caller may have one more lease."""
+def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Callable[[str], int]) -> W | None:
+    """The first request whose caller may have one more lease.
+
+    Args:
+        queue: The requests of one tenant.
+        pool: The pool.
+        holding: How many leases a caller has, with those that are being claimed.
+    """
     for waiter in queue:
         most = most_leases(pool.spec, admin=waiter.admin)
-        if most is None or holding.get(waiter.holder, 0) < most:
+        if most is None or holding(waiter.holder) < most:
             return waiter
     return None
 

@@ -21,6 +21,7 @@ from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthentica
 from bkpool.core.lease_index import LeaseIndex
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
+from bkpool.core.pool_index import PoolIndex
 from bkpool.core.resource import R, Resource
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.unreadable import Unreadable
@@ -124,7 +125,7 @@ class Mirror:
         self._pools = _Copy(Pool, self._pool_changed)
         self._workers = _Copy(Worker, self._worker_changed)
         self._configs = _Copy(OIDCConfig, self._config_changed)
-        self._members: defaultdict[Key, dict[Key, Worker]] = defaultdict(dict)
+        self._indexes: dict[Key, PoolIndex] = {}
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
         self.leases = LeaseIndex()
         """The leases of all workers, by the digests of their tokens."""
@@ -158,7 +159,16 @@ class Mirror:
 
     def workers_of(self, pool: Key) -> list[Worker]:
         """The workers of a pool, in no particular order."""
-        return list(self._members[pool].values()) if pool in self._members else []
+        return list(self._indexes[pool].workers.values()) if pool in self._indexes else []
+
+    def index_of(self, pool: Key) -> PoolIndex:
+        """The workers of a pool by what allocation asks for. It changes as they do."""
+        index = self._indexes.get(pool)
+        if index is None:
+            index = PoolIndex()
+            if pool in self.pools:
+                self._indexes[pool] = index
+        return index
 
     def all_workers(self) -> list[Worker | Unreadable]:
         """Every worker, also those that cannot be read, in no particular order."""
@@ -234,6 +244,7 @@ class Mirror:
         return True
 
     def _pool_changed(self, pool: Pool | Unreadable, _before: Unreadable | None) -> None:
+        self._drop_index_of_nothing(pool.key)
         self._subscribers.notify(MirrorChange(pool.key))
 
     def _config_changed(self, _config: OIDCConfig | Unreadable, _before: Unreadable | None) -> None:
@@ -246,10 +257,14 @@ class Mirror:
             self._unreadable_members[before.pool].pop(key, None)
         if pool is None:
             return
-        self._members[pool].pop(key, None)
-        if isinstance(worker, Worker):
-            if key in self.workers:
-                self._members[pool][key] = worker
-        elif key in self.unreadable_workers:
+        slot = worker.slot
+        if slot is not None:
+            self._indexes.setdefault(pool, PoolIndex()).put(slot, self.workers.get(key))
+            self._drop_index_of_nothing(pool)
+        if isinstance(worker, Unreadable) and key in self.unreadable_workers:
             self._unreadable_members[pool][key] = worker
-        self._subscribers.notify(MirrorChange(pool, worker.slot))
+        self._subscribers.notify(MirrorChange(pool, slot))
+
+    def _drop_index_of_nothing(self, pool: Key) -> None:
+        if pool not in self.pools and pool in self._indexes and not self._indexes[pool].workers:
+            del self._indexes[pool]

@@ -1,15 +1,15 @@
 """Limits of a pool: what is counted, what is refused, and that nothing is kept for ever."""
 
 import asyncio
-from datetime import UTC, datetime
 
 import pytest
 
 from bkpool.allocation import CallerLimits
 from bkpool.core.errors import NoCapacity
+from bkpool.core.live_leases import LiveLeases
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
-from bkpool.core.worker import Lease
+from support.objects import NOW, indexed, lease, worker
 from support.world import ANN, BOB, POOL
 
 
@@ -35,7 +35,7 @@ def pool(**limits):
 
 
 def ask(limits, pool, caller=ANN, request=None):
-    with limits.one_more(pool, caller, request or object(), ()):
+    with limits.one_more(pool, caller, request or object(), LiveLeases(), at=NOW):
         pass
 
 
@@ -89,7 +89,7 @@ def test_a_lowered_limit_has_an_effect_at_once(limits, time):
 
 def test_a_request_and_its_repetitions_count_once_until_the_last_ends(limits):
     one = pool(identity={"leases": 1, "perMinute": 1})
-    first, again = (limits.one_more(one, ANN, "job", ()) for _ in range(2))
+    first, again = (limits.one_more(one, ANN, "job", LiveLeases(), at=NOW) for _ in range(2))
     first.__enter__()
     again.__enter__()
     first.__exit__(None, None, None)
@@ -98,16 +98,14 @@ def test_a_request_and_its_repetitions_count_once_until_the_last_ends(limits):
 
 
 def test_a_lease_that_is_stored_while_its_request_is_open_counts_once(limits):
-    when = datetime.now(UTC)
-    ends = {"allocated_at": when, "expires_at": when, "not_after": when}
-    lease = Lease(id="i", token_sha256="", requested_by="ann", holder=ANN.digest, owner="", **ends)
+    held = indexed([worker(0, lease(id="i", holder=ANN.digest))]).leases
     two = pool(identity={"leases": 2}, pool={"leases": 2})
-    with limits.one_more(two, ANN, "a", ()) as claiming:
+    with limits.one_more(two, ANN, "a", LiveLeases(), at=NOW) as claiming:
         claiming("i")
-        with limits.one_more(two, ANN, "b", (lease,)), pytest.raises(NoCapacity), limits.one_more(two, ANN, "c", ()):
-            pass
-    with pytest.raises(NoCapacity), limits.one_more(pool(identity={"leases": 1}), ANN, "b", (lease,)):
-        pass
+        with limits.one_more(two, ANN, "b", held, at=NOW), pytest.raises(NoCapacity):
+            limits.one_more(two, ANN, "c", LiveLeases(), at=NOW).__enter__()
+    with pytest.raises(NoCapacity):
+        limits.one_more(pool(identity={"leases": 1}), ANN, "b", held, at=NOW).__enter__()
 
 
 def test_accounts_of_inactive_callers_are_dropped(limits, time):

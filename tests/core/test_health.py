@@ -19,11 +19,10 @@ from bkpool.core.reconcile.actions import (
 from bkpool.core.reconcile.decide import decide
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.health import DEFAULT_HEALTH
-from bkpool.core.reconcile.pool_counts import count_workers
 from bkpool.core.registrations import RegistrationKey
 from bkpool.core.worker import GatewayRegistration, Phase
 from bkpool.gateway.session.limits import GatewayLimits
-from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
+from support.objects import NOW, indexed, lease, pool, seen, slot, snapshot, worker
 
 STALL = timedelta(seconds=5)
 """The longest stall of the chaos test, which ends nothing."""
@@ -54,9 +53,9 @@ def test_an_idle_worker_that_does_not_answer_is_given_to_nobody_and_is_not_count
     assert isinstance(noted, WriteStatus)
     assert (noted.worker.status.silent_since, noted.worker.status.phase) == (NOW, Phase.IDLE)
     assert noted.worker.status.message == "buildkitd does not answer"
-    assert choose(pool(scaling={"max": 1}), [noted.worker], {}, "owner-a") is None
-    assert choose(pool(scaling={"max": 1}), [idle()], {}, "owner-a") == idle()
-    counts = count_workers([noted.worker])
+    assert choose(pool(scaling={"max": 1}), indexed([noted.worker]), dict, "owner-a") is None
+    assert choose(pool(scaling={"max": 1}), indexed([idle()]), dict, "owner-a") == idle()
+    counts = indexed([noted.worker]).counts
     assert (counts.workers, counts.ready, counts.idle) == (1, 0, 0)
     assert step(noted.worker, silent(STALL)) is None, "a stall ends nothing"
 

@@ -39,7 +39,7 @@ from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
-from support.objects import NOW, lease, pool
+from support.objects import NOW, indexed, lease, pool
 
 TENANTS = st.sampled_from(["ann", "bob", "cyd"])
 
@@ -205,7 +205,8 @@ class PoolMachine(RuleBasedStateMachine):
         """Makes some requests at once. Those that get no worker leave the queue."""
         reuse = self.pool.spec.cache.reuse
         requests = [Request(name, cache_owner_digest(reuse, name, "pool-uid", "")) for name in tenants]
-        for given in assign(requests, self.pool, list(self.view.values()), self.runtime.caches, now=self.now):
+        index = indexed(self.view.values())
+        for given in assign(requests, self.pool, index, lambda: self.runtime.caches, now=self.now):
             self.claim(given.waiter, given.target)
 
     def claim(self, request, target):

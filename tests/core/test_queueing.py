@@ -14,7 +14,7 @@ from bkpool.core.names import LABEL_REQUEST
 from bkpool.core.placement import choose
 from bkpool.core.queueing import Assignment, assign, slot_of_target
 from bkpool.core.worker import Phase
-from support.objects import NOW, lease, pool, slot, worker
+from support.objects import NOW, indexed, lease, pool, slot, worker
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def leased(number, key=None, **changes):
 def served(waiters, p, workers, caches=None, claiming=(), turns=()):
     """Name of the request and name of the worker it gets, for each request that is served."""
     claiming = dict.fromkeys(claiming, "somebody else")
-    given = assign(waiters, p, workers, caches or {}, claiming=claiming, turns=turns, now=NOW)
+    given = assign(waiters, p, indexed(workers), lambda: caches or {}, claiming=claiming, turns=turns, now=NOW)
     return [(one.waiter.name, slot_of_target(one.target).worker.name[-1]) for one in given]
 
 
@@ -114,7 +114,7 @@ POOLS = st.integers(1, 6).map(lambda n: pool(scaling={"max": n}))
 
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
 def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, workers, caches, claiming):
-    result = assign(waiters, p, workers, caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
+    result = assign(waiters, p, indexed(workers), lambda: caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
     live = {w.metadata.labels.get(LABEL_REQUEST): w for w in workers if w.lease and not w.lease.ended(NOW)}
     repeated = [one for one in result if one.waiter.request_key is not None and one.waiter.request_key in live]
     new = [one for one in result if one not in repeated]
@@ -141,24 +141,24 @@ def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, w
 def test_each_request_gets_the_best_of_what_is_left_and_none_waits_without_need(
     waiters, p, workers, caches, claiming
 ):
-    result = assign(waiters, p, workers, caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
+    result = assign(waiters, p, indexed(workers), lambda: caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
     new = [one for one in result if slot_of_target(one.target) not in {w.slot for w in workers if w.lease}]
     taken = set(claiming)
     for one in new:
-        assert one.target == choose(p, workers, caches, one.waiter.owner, taken)
+        assert one.target == choose(p, indexed(workers), lambda: caches, one.waiter.owner, taken)
         taken.add(slot_of_target(one.target))
     for waiter in waiters:
         if waiter not in [one.waiter for one in result]:
-            assert choose(p, workers, caches, waiter.owner, taken) is None
+            assert choose(p, indexed(workers), lambda: caches, waiter.owner, taken) is None
 
 
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
 def test_asking_again_with_the_rest_of_the_queue_gives_nothing_more(waiters, p, workers, caches, claiming):
     claims = dict.fromkeys(claiming, "caller")
-    result: list[Assignment[Request]] = assign(waiters, p, workers, caches, claiming=claims, now=NOW)
+    result: list[Assignment[Request]] = assign(waiters, p, indexed(workers), lambda: caches, claiming=claims, now=NOW)
     rest = [waiter for waiter in waiters if waiter not in [one.waiter for one in result]]
     claims |= {slot_of_target(one.target): one.waiter.holder for one in result}
-    assert assign(rest, p, workers, caches, claiming=claims, now=NOW) == []
+    assert assign(rest, p, indexed(workers), lambda: caches, claiming=claims, now=NOW) == []
 
 
 # --- tenants in turn, and the share of one caller -------------------------------------------------------------------
@@ -193,9 +193,9 @@ def test_one_worker_is_left_for_others_and_the_admin_may_have_it():
 def test_a_claim_that_is_being_written_counts_for_its_caller():
     p, waiters = pool(scaling={"max": 3}), of("a", "A1", "A2", admin=False)
     claims = {slot(0): "a"}
-    assert [one.waiter.name for one in assign(waiters, p, [], {}, claiming=claims, now=NOW)] == ["A1"]
+    assert [one.waiter.name for one in assign(waiters, p, indexed([]), dict, claiming=claims, now=NOW)] == ["A1"]
     stored = [leased(0, holder="a")]
-    assert [one.waiter.name for one in assign(waiters, p, stored, {}, claiming=claims, now=NOW)] == ["A1"]
+    assert [one.waiter.name for one in assign(waiters, p, indexed(stored), dict, claiming=claims, now=NOW)] == ["A1"]
 
 
 def test_a_limit_in_the_spec_wins():
@@ -212,7 +212,7 @@ def test_a_caller_at_their_limit_stops_no_other_caller_of_their_tenant():
 @given(st.lists(TENANTS, max_size=12), st.integers(1, 6))
 def test_no_tenant_gets_two_workers_more_than_another_who_waits(tenants, workers):
     waiters = [Request(str(number), tenant=tenant) for number, tenant in enumerate(tenants)]
-    result = assign(waiters, pool(scaling={"max": workers}), [], {}, now=NOW)
+    result = assign(waiters, pool(scaling={"max": workers}), indexed([]), dict, now=NOW)
     got = Counter(one.waiter.tenant for one in result)
     left = Counter(tenants) - got
     assert len(result) == min(workers, len(waiters))
@@ -232,7 +232,7 @@ async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data)
                 overtaken[waiter] = Counter()  # the first of its tenant
             queue.join(waiter)
         before = set(queue._waiting)
-        queue.serve(p, [], {}, (), NOW)
+        queue.serve(p, indexed([]), dict, (), NOW)
         (done,) = before - set(queue._waiting)
         queue.claim_ended(done.served.result())
         overtaken.pop(done, None)
@@ -267,7 +267,7 @@ def calls_to_assign(requests, workers):
     waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n % 60}", admin=False) for n in range(requests)]
     busy = [leased(number, holder="other") for number in range(workers)]
     full = pool(scaling={"max": workers})
-    given, calls = calls_of(lambda: assign(waiters, full, busy, {}, now=NOW))
+    given, calls = calls_of(lambda: assign(waiters, full, indexed(busy), dict, now=NOW))
     assert given == []
     return calls
 

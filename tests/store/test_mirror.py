@@ -112,6 +112,18 @@ async def test_workers_of_a_pool_are_only_that_pools_workers(store):
         await until(mirror, lambda: changed in mirror.workers_of(P))
         await store.delete(type(changed), *changed.key)
         await until(mirror, lambda: mirror.workers_of(P) == [mine[1]])
+        assert list(mirror.index_of(P).workers.values()) == [mine[1]]
+
+
+async def test_the_index_of_a_pool_goes_when_the_pool_and_its_workers_are_gone(store):
+    async with running(store) as mirror:
+        pool = await store.create(a_pool())
+        await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+        await until(mirror, lambda: mirror.index_of(P).counts.workers == 1)
+        await store.delete(Pool, *P)  # and its worker with it
+        await until(mirror, lambda: not mirror.workers and not mirror.pools)
+        assert mirror.index_of(P).counts.workers == 0
+        assert mirror._indexes == {}
 
 
 async def test_subscribers_get_what_has_changed_until_they_unsubscribe(store):

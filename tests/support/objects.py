@@ -9,6 +9,7 @@ from typing import Any
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot
 from bkpool.core.pool import Pool, PoolSpec, PoolStatus
+from bkpool.core.pool_index import PoolIndex
 from bkpool.core.reconcile.decide import state_of
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.reconcile.pool_status import pool_status as status_to_write
@@ -29,6 +30,14 @@ def pool(**spec: Any) -> Pool:
 
 def slot(number: int) -> Slot:
     return Slot("default", "p", number)
+
+
+def indexed(workers: Iterable[Worker]) -> PoolIndex:
+    """The workers of one pool as allocation sees them. They have changed in this order."""
+    index = PoolIndex()
+    for one in workers:
+        index.put(one.slot, one)
+    return index
 
 
 def lease(identity: str = "a", *, id: str = "lease", now: datetime = NOW, **changes: Any) -> Lease:

@@ -44,6 +44,13 @@ class EmptySlots:
         else:
             insort(self._numbers, number)
 
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def has(self, number: int) -> bool:
+        """Whether the slot with this number is one of them."""
+        return number < self._limit and number not in self._filled
+
     def first(self, count: int, pool: Key, caches: Mapping[Slot, str | None], taken: Collection[Slot]) -> list[Slot]:
         """So many empty slots at most: those with a clean cache or none first, then those with a used one.
 

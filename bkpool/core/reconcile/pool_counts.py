@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -29,14 +28,6 @@ class WorkerCounts:
         self.ready += times * ready
         self.idle += times * (ready and worker.lease is None and worker.status.phase is Phase.IDLE)
         self.allocated += times * (worker.lease is not None)
-
-
-def count_workers(workers: Iterable[Worker]) -> WorkerCounts:
-    """The counts of these workers."""
-    counts = WorkerCounts()
-    for worker in workers:
-        counts.add(worker)
-    return counts
 
 
 class PoolCounts:

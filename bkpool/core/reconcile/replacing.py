@@ -12,7 +12,7 @@ from itertools import islice
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, ready_observation
-from bkpool.core.placement import last_used
+from bkpool.core.pool_index import last_used
 from bkpool.core.worker import Phase, Worker
 
 _SHARE = 4
