@@ -198,7 +198,7 @@ def test_the_containers_of_a_killed_rootless_daemon_end_and_the_next_runtime_ado
     output = as_user("""
 changed = asyncio.Event()
 first = ProcessRuntime(home / "state", binaries)
-first.daemons.on_change(changed.set)
+first.daemons.on_change(lambda _slot: changed.set())
 endpoint = await first.daemons.start(slot, "uid-1", "anna", pool, no_report)
 building = await build(endpoint)
 while b"the step runs" not in (line := await building.stdout.readline()):

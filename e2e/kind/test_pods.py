@@ -106,7 +106,7 @@ async def uids(api: KubeApi, namespace: str, plural: str = "pods") -> set[str]:
 async def seen(runtime: PodRuntime, condition: Callable[[], object], seconds: float = 90) -> None:
     """Waits for a change after which the condition is true."""
     changed = asyncio.Event()
-    runtime.daemons.on_change(changed.set)
+    runtime.daemons.on_change(lambda _slot: changed.set())
     async with asyncio.timeout(seconds):
         while not condition():
             await changed.wait()

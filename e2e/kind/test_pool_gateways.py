@@ -155,7 +155,7 @@ async def running(api, *, now=lambda: datetime.now(UTC), allowed=NOTHING):
     )
     gateways.reasons = recorder.reasons
     gateways.changed = asyncio.Event()
-    gateways.on_change(gateways.changed.set)
+    gateways.on_change(lambda _pool: gateways.changed.set())
     tasks = [asyncio.create_task(mirror.run()), asyncio.create_task(gateways.run())]
     try:
         yield gateways

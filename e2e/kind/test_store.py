@@ -15,7 +15,7 @@ from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker, new_worker
 from bkpool.kube import paths
 from bkpool.store.kubernetes import KubernetesStore
-from bkpool.store.mirror import Mirror
+from bkpool.store.mirror import Mirror, MirrorChange
 
 
 def changed_status(worker: Worker, **status: object) -> tuple[str, dict]:
@@ -93,7 +93,7 @@ async def test_an_object_that_becomes_unreadable_is_kept_apart_until_it_can_be_r
     assert "Moonlight" in mirror.unreadable_workers[worker.key].reason
     assert mirror.unreadable_slots(pool.key) == {worker.slot}
 
-    changes: asyncio.Queue[Key] = asyncio.Queue()
+    changes: asyncio.Queue[MirrorChange] = asyncio.Queue()
     mirror.subscribe(changes.put_nowait)
     await api.patch(*changed_status(worker, phase="Idle"))
     async with asyncio.timeout(60):
