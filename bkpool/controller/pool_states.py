@@ -154,9 +154,7 @@ class PoolStates:
 
     def _state(self, key: Key) -> PoolState:
         if key not in self._states:
-            self._states[key] = PoolState(
-                Pool(metadata=Metadata(name=key.name, namespace=key.namespace)), Spec.MISSING
-            )
+            self._states[key] = PoolState(_unknown_pool(key), Spec.MISSING)
         return self._states[key]
 
     def _take_slot(self, slot: Slot, seconds: float) -> None:
@@ -184,3 +182,8 @@ class PoolStates:
 
 def _pool_of(slot: Slot) -> Key:
     return Key(slot.namespace, slot.pool)
+
+
+def _unknown_pool(key: Key) -> Pool:
+    """An object with only the name of a pool. The name is not checked: a pool that cannot be read may have any."""
+    return Pool.model_construct(metadata=Metadata.model_construct(name=key.name, namespace=key.namespace))

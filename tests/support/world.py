@@ -350,5 +350,8 @@ async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers 
             await replica.allocator.close()
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
         await store.close()
+        for how in ended:  # a mirror or the controller has failed: in production the appliance ends with that
+            if isinstance(how, Exception):
+                raise how
