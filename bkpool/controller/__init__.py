@@ -1,4 +1,4 @@
-"""The controller: carries out what core.reconcile decides, for every pool, whenever something changed.
+"""The controller: carries out what core.reconcile decides for the pools that have changed or are due.
 
 It is woken by changes in the store, by the runtime and by the next deadline that the policy named; it never polls and
 never decides.

@@ -1,4 +1,4 @@
-"""The control loop: it decides for every pool and starts the actions, at most one for each slot at a time.
+"""The control loop: it decides for pools that have changed or are due, and starts at most one action for each slot.
 
 What an action could not do (a conflict, a failed start) is decided again in the next round. The loop never waits for
 an action, and slots do not wait for one another.

@@ -67,10 +67,13 @@ class PoolStates:
 
     def note_everything(self) -> None:
         """Notes all pools and slots, whether they have changed or not."""
+        self._note_everything()
+        self._on_change()
+
+    def _note_everything(self) -> None:
         self._pools |= {*self._mirror.pools, *self._mirror.unreadable_pools, *self._states}
         self._slots |= {worker.slot for worker in self._mirror.workers.values()}
         self._slots |= {*self._daemons.observe(), *self._caches.owners()}
-        self._on_change()
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
@@ -94,13 +97,13 @@ class PoolStates:
     def action_ended(self, slot: Slot) -> None:
         """Notes that it has ended."""
         self._state(_pool_of(slot)).set_busy(slot, busy=False)
-        self.pool_changed(_pool_of(slot))
+        self.slot_changed(slot)  # the action may have changed more than is reported
 
     def look_at_everything(self) -> None:
         """Makes every pool look at all of its slots: the clock has jumped, so no time that was noted is right."""
         for state in self._states.values():
             state.look_at_everything()
-        self.note_everything()
+        self._note_everything()
 
     def look_again_at(self, pool: Key, at: datetime | None) -> None:
         """Notes when a pool is to be looked at again if nothing changes before; None: never."""
@@ -129,17 +132,12 @@ class PoolStates:
         pools, self._pools = self._pools | self._due.due(reading.wall), set()
         slots, self._slots = self._slots | self._checks.due(reading.wall), set()
         for slot in slots:
-            self._take_slot(slot, reading.seconds)
-            self._checks.put(slot, reading.wall + CHECK_INTERVAL + slot.number % _SPREAD * timedelta(seconds=1))
+            self._take_slot(slot, reading)
         changed = {}
         for key in pools | {_pool_of(slot) for slot in slots}:
             state = changed[key] = self._state(key)
             self._take_pool(key, state)
         return changed
-
-    def get(self, pool: Key) -> PoolState:
-        """The state of a pool."""
-        return self._state(pool)
 
     def forget(self, pool: Key) -> None:
         """Forgets a pool that does not exist, and of which nothing is left."""
@@ -157,15 +155,15 @@ class PoolStates:
             self._states[key] = PoolState(_unknown_pool(key), Spec.MISSING)
         return self._states[key]
 
-    def _take_slot(self, slot: Slot, seconds: float) -> None:
+    def _take_slot(self, slot: Slot, reading: ClockReading) -> None:
         state, worker = self._state(_pool_of(slot)), self._mirror.workers.get(slot.worker)
-        self.registrations.look(slot.worker, worker, seconds)
+        self.registrations.look(slot.worker, worker, reading.seconds)
         self.undelivered.look(slot.worker, worker)
         state.set_worker(slot, worker)
         state.set_observation(slot, self._daemons.seen(slot))
         state.set_cache(slot, self._caches.cache(slot))
-        if worker is None and state.is_empty(slot):
-            self._checks.put(slot, None)
+        check_at = reading.wall + CHECK_INTERVAL + slot.number % _SPREAD * timedelta(seconds=1)
+        self._checks.put(slot, None if state.is_empty(slot) else check_at)
 
     def _take_pool(self, key: Key, state: PoolState) -> None:
         state.set_unreadable(self._mirror.unreadable_slots(key))
@@ -173,10 +171,12 @@ class PoolStates:
             self._deleted.pop(key, None)
             state.set_pool(pool)
         elif (found := self._mirror.unreadable_pools.get(key)) is not None:
+            self._deleted.pop(key, None)
             state.set_pool(found.stand_in(Pool), Spec.UNREADABLE)
-        elif key in self._deleted:
+        elif key in self._deleted and state.has_workers:
             state.set_pool(self._deleted[key])
-        else:
+        else:  # if it gets a worker again, it may have been created again
+            self._deleted.pop(key, None)
             state.set_pool(state.pool, Spec.MISSING)
 
 

@@ -102,7 +102,7 @@ class Slot(NamedTuple):
         return Key(self.namespace, f"{self.pool}-worker-{self.number}")
 
 
-@lru_cache(maxsize=16_384)  # asked for every worker in every decision
+@lru_cache(maxsize=16_384)  # asked several times for each change of a worker
 def slot_of(worker: Key) -> Slot:
     """The slot of a worker, from its name.
 

@@ -14,7 +14,7 @@ from bkpool.core.pool_index import PoolIndex
 from bkpool.core.worker import Worker
 
 Caches = Callable[[], Mapping[Slot, str | None]]
-"""Returns the caches of all slots, with their owners. It is asked only when a slot is to be filled."""
+"""Returns caches with their owners. It is asked only when a slot is to be filled."""
 
 
 def choose(
@@ -36,7 +36,7 @@ def choose(
     Args:
         pool: The pool that the request names.
         index: The workers of the pool.
-        caches: Returns the caches of all slots.
+        caches: Returns the caches of the pool's slots.
         owner: The digest of the owner of the cache that the lease will use.
         taken: Slots that other requests are claiming now.
         only_ready: Chooses only a worker that serves at once: no start and no wipe comes before.
@@ -66,6 +66,6 @@ def _empty_slot(pool: Pool, index: PoolIndex, caches: Caches, owner: str, taken:
     if not empty:
         return None
     cached = caches()
-    own = (slot for slot, of in cached.items() if of == owner and (slot.namespace, slot.pool) == pool.key)
+    own = (slot for slot, of in cached.items() if of == owner)
     with_own_cache = (slot for slot in own if slot not in taken and empty.has(slot.number))
     return min(with_own_cache, default=None) or next(iter(empty.first(1, pool.key, cached, taken)), None)

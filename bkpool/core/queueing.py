@@ -105,7 +105,7 @@ def assign(
     def holding(holder: str) -> int:
         return index.leases.count_of(holder, now) + claimed[holder]
 
-    caches = cache(caches)
+    caches_of_pool = cache(lambda: _of_pool(caches(), pool))  # the caches of other pools may be many more
     served: list[Assignment[W]] = []
     taken = {*claiming, *unreadable}
     ring = deque(queues.values())
@@ -114,7 +114,7 @@ def assign(
         first = _next_of_tenant(queue, pool, holding)
         if first is None:
             continue  # nobody of this tenant waits, or only callers who have as many leases as they may have
-        target = choose(pool, index, caches, first.owner, taken, only_ready=first.only_ready)
+        target = choose(pool, index, caches_of_pool, first.owner, taken, only_ready=first.only_ready)
         if target is None and not first.only_ready:
             break
         queue.remove(first)
@@ -139,6 +139,10 @@ def _repeated_and_others(
         else:
             queues.setdefault(waiter.tenant, deque()).append(waiter)
     return repeated, queues
+
+
+def _of_pool(caches: Mapping[Slot, str | None], pool: Pool) -> Mapping[Slot, str | None]:
+    return {slot: owner for slot, owner in caches.items() if (slot.namespace, slot.pool) == pool.key}
 
 
 def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Callable[[str], int]) -> W | None:

@@ -1,13 +1,14 @@
 """Searches the store itself for a lease that a copy in memory does not have: another replica may have just made it.
 
-However many unknown tokens come, the workers are listed at most once a second. It never says whether the lease was
-found: the caller looks into its copy again.
+However many unknown tokens come, the workers are listed at most once a second. No search ends or delays another one.
+It never says whether the lease was found: the caller looks into its copy again.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
@@ -20,7 +21,7 @@ _REMEMBERED_TOKENS = 4096
 
 
 class LeaseSearch:
-    """The searches of one process for tokens that it does not know.
+    """The searches of one role of a process for tokens that it does not know.
 
     Args:
         store: The store with the workers.
@@ -38,17 +39,17 @@ class LeaseSearch:
         self._store = store
         self._on_worker = on_worker
         self._pause = pause
-        self._list_lock = asyncio.Lock()
-        self._lists_started = 0
-        self._last_complete_list = 0  # the number of the last list that succeeded
+        self._next: _Round | None = None
+        """The list that has not begun. Who searches now waits for it."""
+        self._last: _Round | None = None
         self._list_started_at = -_LIST_INTERVAL
         self._searched_tokens: dict[str, None] = {}  # the oldest first
 
     async def find(self, token_sha256: str) -> None:
         """Lists the workers, unless this token was searched for before.
 
-        Searches that wait share the next list. Each token is searched for only once: a client gets its token after
-        the lease is in the store, so a lease that is not there now will not be there later.
+        Searches that wait share the next list, and its error. Each token is searched for only once: a client gets its
+        token after the lease is in the store, so a lease that is not there now will not be there later.
 
         Args:
             token_sha256: The digest of a well-formed token.
@@ -58,23 +59,43 @@ class LeaseSearch:
         """
         if token_sha256 in self._searched_tokens:
             return
-        lists_started = self._lists_started
-        async with self._list_lock:
-            if self._last_complete_list <= lists_started:  # else a list that started after this call has succeeded
-                await self._list_workers()
+        await self._next_list()
         self._searched_tokens[token_sha256] = None
         if len(self._searched_tokens) > _REMEMBERED_TOKENS:
             del self._searched_tokens[next(iter(self._searched_tokens))]
 
-    async def _list_workers(self) -> None:
+    async def _next_list(self) -> None:
+        """Waits for a list that begins after this call. A search that is given up ends it only if no other waits."""
+        if self._next is None:
+            self._next = self._last = _Round(asyncio.create_task(self._list_workers(self._last)))
+        this = self._next
+        this.searches += 1
+        try:
+            await asyncio.shield(this.list)
+        finally:
+            this.searches -= 1
+            if not this.searches:
+                this.list.cancel()
+                self._next = None if self._next is this else self._next
+
+    async def _list_workers(self, before: _Round | None) -> None:
         time = asyncio.get_running_loop().time
+        if before is not None:
+            await asyncio.wait([before.list])
         # Also with 0 seconds: the searches that start in this iteration of the loop share this list.
         await self._pause(max(0.0, self._list_started_at + _LIST_INTERVAL - time()))
-        self._lists_started += 1
+        self._next = None
         self._list_started_at = time()
         listing = await self._store.list(Worker)
         found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
         for worker in found:
             self._on_worker(worker)
         await asyncio.sleep(0)  # in this iteration whoever follows the copy takes the news over
-        self._last_complete_list = self._lists_started
+
+
+@dataclass(slots=True)
+class _Round:
+    """One list, and how many searches wait for it."""
+
+    list: asyncio.Task[None]
+    searches: int = 0

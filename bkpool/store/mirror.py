@@ -255,6 +255,8 @@ class Mirror:
         self.leases.put(key, self.workers.get(key) or self.unreadable_workers.get(key))
         if before is not None and before.pool is not None:
             self._unreadable_members[before.pool].pop(key, None)
+            if before.pool != pool:
+                self._subscribers.notify(MirrorChange(before.pool))
         if pool is None:
             return
         slot = worker.slot

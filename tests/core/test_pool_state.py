@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from hypothesis import settings
@@ -11,14 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, Slot
 from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, Snapshot
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.actions import StopDaemon
 from bkpool.core.reconcile.decide import decide, state_of
-from bkpool.core.reconcile.pool_state import PoolState
+from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import GatewayRegistration, Phase, Undelivered, Worker
-from support.objects import NOW, lease, pool, worker
+from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
 SLOTS = st.integers(0, 5)
 OWNERS = st.sampled_from([None, "owner-a", "owner-b", "pool-uid"])
@@ -91,6 +93,7 @@ class Changes(RuleBasedStateMachine):
         self.registrations, self.undelivered = SeenRegistrations(), UndeliveredLeases()
         self.restarts_left = 4
         self.state = PoolState(self.pool)
+        self.known = True
 
     @rule(number=SLOTS, data=st.data(), there=st.booleans())
     def change_worker(self, number: int, data: st.DataObject, there: bool) -> None:
@@ -146,11 +149,11 @@ class Changes(RuleBasedStateMachine):
     @rule(numbers=st.sets(SLOTS, max_size=2))
     def change_unreadable(self, numbers: set[int]) -> None:
         self.unreadable = frozenset(Slot("default", "p", number) for number in numbers)
-        for slot in self.unreadable & self.workers.keys():
-            del self.workers[slot]
-            self.state.set_worker(slot, None)
-            self.undelivered.look(slot.worker, None)
-            self.registrations.look(slot.worker, None, self.seconds)
+        for found in self.unreadable & self.workers.keys():
+            del self.workers[found]
+            self.state.set_worker(found, None)
+            self.undelivered.look(found.worker, None)
+            self.registrations.look(found.worker, None, self.seconds)
         self.state.set_unreadable(self.unreadable)
 
     @rule(
@@ -165,7 +168,7 @@ class Changes(RuleBasedStateMachine):
         marks = {**marks, ANNOTATION_REMOVE_CACHES: "at-once"} if marks and at_once else marks
         changed = pool(**spec)
         self.pool = changed.but(metadata=changed.metadata.but(annotations=marks), status=self.pool.status)
-        self.state.set_pool(self.pool)
+        self.learn_spec(Spec.KNOWN)
 
     @rule(left=st.integers(0, 4))
     def change_restarts(self, left: int) -> None:
@@ -177,12 +180,18 @@ class Changes(RuleBasedStateMachine):
         self.seconds += seconds
         self.undelivered.pass_time(self.now)
 
+    @rule(spec=st.sampled_from(Spec))
+    def learn_spec(self, spec: Spec) -> None:
+        """While it is not known, other things are decided; afterwards nothing of that time may be left."""
+        self.known = spec is Spec.KNOWN
+        self.state.set_pool(self.pool, spec)
+
     @rule()
     def write_status(self) -> None:
         self.state.plan(self._moment())
         status = pool_status(self.state, INPUTS, self.now, self._moment().registered_until)
         self.pool = self.pool.but(status=status)
-        self.state.set_pool(self.pool)
+        self.learn_spec(Spec.KNOWN)
 
     def _moment(self) -> Moment:
         at = self.registrations.at(self.now, self.seconds)
@@ -193,6 +202,9 @@ class Changes(RuleBasedStateMachine):
         if not hasattr(self, "state"):
             return
         moment = self._moment()
+        if not self.known:
+            self.state.plan(moment)
+            return
         snapshot = Snapshot(
             self.pool,
             tuple(self.workers.values()),
@@ -215,3 +227,17 @@ class Changes(RuleBasedStateMachine):
 
 Changes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_a_state_that_is_kept_by_its_changes_equals_one_from_scratch = Changes.TestCase
+
+
+def test_a_worker_that_goes_while_the_spec_cannot_be_read_is_not_counted_afterwards():
+    outdated = {number: replace(seen(number), outdated=True) for number in range(4)}
+    spec = pool(scaling={"min": 4, "max": 4})
+    state = state_of(snapshot(spec, *(worker(number) for number in range(4)), observed=outdated))
+    state.plan(Moment(NOW, restarts_left=0))
+    state.set_pool(spec, Spec.UNREADABLE)
+    state.set_worker(slot(3), None)
+    state.set_observation(slot(3), None)
+    state.plan(Moment(NOW))
+    state.set_pool(spec)
+    stopped = [action for action in state.plan(Moment(NOW)).actions if isinstance(action, StopDaemon)]
+    assert len(stopped) == 1, "one of three may be down"

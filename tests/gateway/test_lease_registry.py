@@ -223,21 +223,34 @@ async def test_a_search_during_a_list_gets_the_next_one_and_not_within_a_second(
     assert pauses == [0, 1]
 
 
-async def test_a_list_that_fails_or_is_cancelled_does_not_count(finder, counted_store, worker):
+async def test_a_list_that_fails_is_an_error_for_all_who_waited_for_it_and_does_not_count(
+    finder, counted_store, worker
+):
     counted_store.error = Unavailable("the store is away", hint="")
-    searches = [asyncio.create_task(finder.find("token")) for _ in range(2)]
-    await counted_store.started.wait()
     counted_store.may_continue.set()
-    with pytest.raises(Unavailable):
-        await searches[0]
+    failed = await asyncio.gather(*(finder.find("token") for _ in range(20)), return_exceptions=True)
+    assert [type(error) for error in failed] == [Unavailable] * 20
+    assert counted_store.lists == 1
     counted_store.error = None
-    counted_store.may_continue.clear()
-    counted_store.started.clear()
-    async with asyncio.timeout(60):
-        await counted_store.started.wait()
-    third = asyncio.create_task(finder.find("token"))
-    await run_loop()
-    searches[1].cancel()
+    await finder.find("token")
+    assert counted_store.lists == 2
+
+
+async def test_a_search_that_is_given_up_neither_ends_nor_delays_another(finder, counted_store, worker, pauses):
+    given_up, other = (asyncio.create_task(finder.find(name)) for name in ("given up", "other"))
+    await counted_store.started.wait()
+    given_up.cancel()
     counted_store.may_continue.set()
-    await third
-    assert counted_store.lists == 3
+    async with asyncio.timeout(60):
+        await other
+    assert (counted_store.lists, pauses) == (1, [0])
+
+
+async def test_a_list_that_nobody_waits_for_any_more_is_ended_and_does_not_count(finder, counted_store, worker):
+    alone = asyncio.create_task(finder.find("token"))
+    await counted_store.started.wait()
+    alone.cancel()
+    await run_loop()
+    counted_store.may_continue.set()
+    await finder.find("token")
+    assert counted_store.lists == 2

@@ -25,7 +25,7 @@ class _Row:
 
     places: list[_Place] = field(default_factory=list)
     last_removed: _Place | None = None
-    """The workers up to this place are too many; None: none of them is."""
+    """The workers up to this place are too many; None: none of them is. Its own worker may be gone meanwhile."""
 
     def removed(self, place: _Place) -> bool:
         return self.last_removed is not None and place <= self.last_removed

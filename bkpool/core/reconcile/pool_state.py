@@ -153,6 +153,8 @@ class PoolState:
         for slot in changed:
             self._classify(slot)
         if self.spec is not Spec.KNOWN:
+            for slot in changed:
+                self._idle.put(slot, None, None, busy=False)
             return self._plan_slots(changed, moment, set(), set())
         moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
         wiped, more_to_wipe_at = self._to_wipe(moment)

@@ -164,14 +164,15 @@ class PodSlots:
         if pod is not None and pod_view.slot_in(pod) is None:
             pod = None
         pod_uid = pod_view.uid(pod) if pod else ""
-        if pod_uid != entry.pod_uid:
+        another = pod_uid != entry.pod_uid
+        if another:
             entry.pod_uid, entry.endpoint, entry.failure = pod_uid, None, None
             self.health.ended(slot)
             if entry.inquiry:
                 entry.inquiry.cancel()
                 entry.inquiry = None
         before, entry.observation = entry.observation, self._observation(slot, entry, pod) if pod else None
-        if entry.observation != before:
+        if another or entry.observation != before:
             self.subscribers.notify(slot)
 
     def _observation(self, slot: Slot, entry: PodSlot, pod: Doc) -> Observation | None:
