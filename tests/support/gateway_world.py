@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -66,6 +67,7 @@ class GatewayWorld:
         self._routes: dict[str, LeaseRoute] = {}
         self._past: dict[str, PastLease] = {}
         self._workers: dict[str, Key] = {}  # by the digest of the lease: each lease has a worker of its own
+        self._numbers = itertools.count()
         self._clients: list[GatewayClient] = []
         self._certificates: dict[str, IssuedCertificate] = {}
         self._contexts: dict[tuple[IssuedCertificate | None, bool], ssl.SSLContext] = {}
@@ -213,6 +215,8 @@ class GatewayWorld:
         forgotten = {*self._past, digest}
         self._past.clear()
         self._send(*forgotten)
+        for one in forgotten:
+            self._workers.pop(one, None)
         self._certificates.pop(token, None)
 
     def send_worker(self, worker: Key, leases: WorkerLeases) -> None:
@@ -223,7 +227,9 @@ class GatewayWorld:
         return tokens.derive(b"key", "uid", name)
 
     def _worker(self, digest: str) -> Key:
-        return self._workers.setdefault(digest, Key("default", f"p-worker-{len(self._workers)}"))
+        if digest not in self._workers:
+            self._workers[digest] = Key("default", f"p-worker-{next(self._numbers)}")
+        return self._workers[digest]
 
     def _send(self, *digests: str) -> None:
         """Lets the gateway have what the workers of these leases have now."""
