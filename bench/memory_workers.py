@@ -36,7 +36,7 @@ class MemoryWorkers:
         return endpoint
 
     def ignored_config(self, _spec: PoolSpec) -> list[str]:
-        """See Daemons; this and what follows without a text of its own."""
+        """See Daemons. The methods below without a description are described there, too."""
         return []
 
     def observe(self) -> Mapping[Slot, Observation]:

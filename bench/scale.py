@@ -1,7 +1,7 @@
 """Measures what one lease costs in installations of several sizes (bench/installation.py). It is no test.
 
-Each size is measured in a process of its own, which is set up as the appliance's is: no size finds the objects of
-another. It judges nothing.
+Each size is measured in a process of its own, which is set up like the appliance's. So the objects of one size are
+not in memory while another is measured. It judges nothing.
 
 usage: python -m bench.scale POOLSxEACH SECONDS     It measures one size and prints its figures as JSON.
 """

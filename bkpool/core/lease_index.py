@@ -15,8 +15,8 @@ from bkpool.core.worker import EndedLease, Worker
 class LeaseIndex:
     """The leases of all workers, also of those that cannot be read.
 
-    A dict compares digests, not tokens. Its time says nothing of use: whoever asks with a token cannot choose the
-    digest, and a digest that is known does not give its token. So there is no constant-time comparison.
+    The time of a look-up in a dict tells an attacker nothing: it depends on digests, and nobody can choose a token
+    for a wanted digest. So there is no comparison in constant time.
     """
 
     def __init__(self) -> None:

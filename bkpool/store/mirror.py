@@ -162,7 +162,7 @@ class Mirror:
         return list(self._indexes[pool].workers.values()) if pool in self._indexes else []
 
     def index_of(self, pool: Key) -> PoolIndex:
-        """The workers of a pool by what allocation asks for. It changes as they do."""
+        """The workers of a pool by what allocation asks for, kept up to date. That of an unknown pool stays empty."""
         index = self._indexes.get(pool)
         if index is None:
             index = PoolIndex()

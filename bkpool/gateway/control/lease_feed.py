@@ -30,9 +30,8 @@ class LeaseFeed:
         self._pools: set[Key] = {*mirror.pools, *mirror.unreadable_pools}
         self._gateways: dict[Key, PoolGateway] = {}
         self._existing: frozenset[Key] = frozenset()
-        self._slotless: set[Key] = (
-            set()
-        )  # unreadable workers in no slot; the mirror does not name them in its changes
+        # Unreadable workers in no slot: the mirror does not name them in its changes.
+        self._slotless: set[Key] = set()
 
     def note(self, change: MirrorChange) -> None:
         """Notes that a pool or a worker has changed (`Mirror.subscribe`)."""
