@@ -155,6 +155,77 @@ async def test_a_withdrawal_that_is_tried_again_keeps_a_newer_registration(store
     assert await gateways(store) == ()
 
 
+# --- the copy of the workers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(store, monkeypatch):
+    """The names of the workers that were read."""
+    found = []
+    get = store.get
+
+    async def counted(kind, namespace, name):
+        found.append(name)
+        return await get(kind, namespace, name)
+
+    monkeypatch.setattr(store, "get", counted)
+    return found
+
+
+@pytest.fixture
+def copies(worker):
+    return {worker.key: worker}
+
+
+@pytest.fixture
+def copying(store, now, copies):
+    """A registry with a copy of the workers, which gets what is written."""
+
+    def apply(found):
+        copies[found.key] = found
+
+    return StoreLeaseRegistry(store, "gateway-1", lambda: now, apply, known=copies.get)
+
+
+async def test_with_a_copy_of_the_worker_nothing_is_read(copying, route, reads, copies):
+    await copying.register(route, 1)
+    await copying.renew(route, 2)
+    await copying.withdraw(route)
+    assert reads == []
+    assert next(iter(copies.values())).status.gateways == ()
+
+
+async def test_a_copy_that_is_old_costs_one_read(store, copying, route, reads, worker):
+    await store.replace_status(worker.with_status(failures=1))
+    await copying.register(route, 1)
+    assert reads == ["p-worker-0"]
+    current = await store.get(Worker, "default", "p-worker-0")
+    assert (current.status.failures, len(current.status.gateways)) == (1, 1)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_an_old_copy_refuses_nobody(store, copying, route, copies, worker, now, ended):
+    """It says that the lease has ended, or that another one holds the worker; the store says that it goes on."""
+    held = worker.lease.but(ended_at=now) if ended else worker.lease.but(id="allocation-0")
+    copies[worker.key] = worker.with_lease(held)
+    await copying.register(route, 1)
+    assert len(await gateways(store)) == 1
+
+
+async def test_what_an_old_copy_allows_the_store_refuses(store, copying, route, worker, worker_lease):
+    await store.replace(worker.with_lease(worker_lease.but(id="allocation-2")))
+    with pytest.raises(Gone, match="does not hold worker"):
+        await copying.register(route, 1)
+    assert await gateways(store) == ()
+
+
+async def test_a_withdrawal_reads_if_its_copy_has_no_registration(store, copying, route, copies, worker):
+    await copying.register(route, 1)
+    copies[worker.key] = worker
+    await copying.withdraw(route)
+    assert await gateways(store) == ()
+
+
 # --- leases that the table does not have ----------------------------------------------------------------------------
 
 

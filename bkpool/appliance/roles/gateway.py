@@ -93,7 +93,7 @@ async def open_gateway(
     worker_series = context.options.settings.metrics.worker_series
     metrics = GatewayMetrics(context.registry, worker_series=worker_series)
     gateway = Gateway(
-        StoreLeaseRegistry(store, name, context.now, mirror.apply),
+        StoreLeaseRegistry(store, name, context.now, mirror.apply, known=mirror.workers.get),
         now=context.now,
         metrics=metrics,
         limits=gateway_limits(context.options.settings, context.shares),

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
+from bkpool.core.names import Key
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker
 from bkpool.gateway.session.lease_table import LeaseRoute
@@ -91,6 +92,8 @@ class StoreLeaseRegistry:
         now: Returns the time that is written and compared.
         on_worker: Called with every worker that was written or found (mirror.apply). The change of the gateway's
             table must follow from it in the loop's next iteration at the latest (Gateway.update).
+        known: Returns the worker of this name as it was a moment ago (mirror.workers.get). A write tries this copy
+            first, so that it needs no read; the store refuses it if the copy is old.
         pause: Waits this many seconds before the workers are listed again.
     """
 
@@ -101,12 +104,14 @@ class StoreLeaseRegistry:
         now: Callable[[], datetime],
         on_worker: Callable[[Worker | Unreadable], None],
         *,
+        known: Callable[[Key], Worker | None] = lambda _: None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._store = store
         self._gateway = gateway
         self._now = now
         self._on_worker = on_worker
+        self._known = known
         self._search = LeaseSearch(store, on_worker, pause=pause)
         self._reports = asyncio.Semaphore(_REPORTS_AT_ONCE)
         self._withdrawals: dict[str, object] = {}  # by lease: the withdrawal that may still write
@@ -145,6 +150,8 @@ class StoreLeaseRegistry:
         await self._search.find(token_sha256)
 
     async def _change_worker(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> None:
+        if await self._change_copy(route, change):
+            return
         for _ in range(_MAX_ATTEMPTS):
             try:
                 worker = await self._store.get(Worker, route.worker.namespace, route.worker.name)
@@ -160,6 +167,18 @@ class StoreLeaseRegistry:
             f"worker {route.worker} changes too often to register a connection",
             hint="Try again in a moment. `bkpool status` shows details.",
         )
+
+    async def _change_copy(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> bool:
+        """Tries the write with the copy of the worker. Returns whether it was written: nothing else is certain."""
+        copy = self._known(route.worker)
+        try:
+            changed = change(copy, route) if copy is not None else None
+            if changed is None:
+                return False
+            self._on_worker(await self._store.replace_status(changed))
+        except (Conflict, Gone, NotFound):  # the copy may be old
+            return False
+        return True
 
     def _registered(self, connections: int, worker: Worker, route: LeaseRoute) -> Worker:
         self._check_holder(worker, route)
