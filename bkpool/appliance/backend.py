@@ -43,6 +43,7 @@ from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.rotation import Former, Rotation
 from bkpool.store import Store
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.events import KubernetesRecorder, LogRecorder, Recorder
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
@@ -251,16 +252,17 @@ async def _open_pods(
     host_ports: tuple[int, ...] | None,
     allowed: Allowances | None,
 ) -> ClusterBackend:
-    store = KubernetesStore(api)
+    kubernetes = options.settings.kubernetes
+    store = KubernetesStore(api, StoreBounds.of_installation(kubernetes.pool_namespaces, kubernetes.namespace))
     now = datetime.now(UTC)
-    secrets = await kube_secrets.load_or_create_authorities(api, options.settings.kubernetes.namespace, store, now)
+    secrets = await kube_secrets.load_or_create_authorities(api, kubernetes.namespace, store, now)
     runtime = PodRuntime(
         api,
         authorities=PoolAuthorities(*secrets.backends),
         name=name,
         image=options.settings.workers.buildkit_image,
         host_ports=host_ports,
-        namespaces=options.settings.kubernetes.pool_namespaces or None,
+        namespaces=kubernetes.pool_namespaces or None,
         ignored_spec_fields=ignored_fields,
         deadlines=pod_deadlines(options.settings),
         gc_defaults=gc_defaults(options.settings),
@@ -280,7 +282,7 @@ async def _open_pods(
         authenticators=_cluster_authenticators(api, options),
         leadership=LeaderElection(
             api,
-            options.settings.kubernetes.namespace,
+            kubernetes.namespace,
             LEASE,
             name,
             times=leader_times(options.settings),

@@ -25,11 +25,14 @@ from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.rotation import ROLLOUT, Former, may_rotate_again
 from bkpool.store import Listing, Store
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.sqlite import SqliteStore
 
 _RESTARTED = f"{GROUP}/rotated-at"
 """An annotation of the pods of an appliance in a cluster: its change makes Kubernetes replace them."""
+_POOL_NAMESPACE = "--pool-namespace="
+"""How the manifests give a namespace of pools to the appliance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ async def of_cluster(access: ClusterAccess, namespace: str, *, rotate: bool) -> 
             raise NotFound(f"{source} does not exist", hint="Give the appliance's --namespace.") from None
         data = {key: base64.b64decode(value) for key, value in (found.get("data") or {}).items()}
         secrets = ClusterSecrets.of_data(data, source)
-        workers = await _workers(KubernetesStore(api))
+        bounds = StoreBounds.of_installation(await _pool_namespaces(api, namespace), namespace)
+        workers = await _workers(KubernetesStore(api, bounds))
         if not rotate:
             return _state(secrets.authority, secrets.former, workers, now)
         _require_end_of_last(secrets.former, workers, now)
@@ -121,6 +125,20 @@ async def of_cluster(access: ClusterAccess, namespace: str, *, rotate: bool) -> 
 
 async def _workers(store: Store) -> Listing[Worker]:
     return await store.list(Worker)
+
+
+async def _pool_namespaces(api: KubeApi, namespace: str) -> tuple[str, ...]:
+    """The namespaces of the pools of an appliance in the cluster, as its Deployment names them; empty: all of them.
+
+    The workers of another installation are signed by its own CAs, so they say nothing about these.
+    """
+    try:
+        deployment = await api.get(paths.group("apps/v1", "deployments", namespace, CONTROLLER))
+    except NotFound:
+        return ()
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    given = [str(arg) for one in containers for arg in one.get("args") or ()]
+    return tuple(arg.removeprefix(_POOL_NAMESPACE) for arg in given if arg.startswith(_POOL_NAMESPACE))
 
 
 async def _restart(api: KubeApi, namespace: str, now: datetime) -> bool:

@@ -1,7 +1,7 @@
 """A gateway replica: the gateway of one pool, in a pod.
 
-It reads only its pool's namespace, and of Secrets only the one that the controller keeps for it. On SIGTERM it
-accepts for a few more seconds, then lets open builds finish.
+It follows only its pool and the workers of that pool. Of Secrets it reads only the one that the controller keeps for
+it. On SIGTERM it accepts for a few more seconds, then lets open builds finish.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bkpool.core.names import Key
 from bkpool.core.pool import PoolGateway
 from bkpool.gateway.control.server import default_threads
 from bkpool.kube import KubeApi
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
@@ -51,7 +52,7 @@ class GatewayReplica:
         context = open_context(stack, options, shutdown)
         api = await KubeApi.connect(options.access, kube_limits(options.settings))
         stack.push_async_callback(api.close)
-        store = KubernetesStore(api, namespace=self._pool.namespace)
+        store = KubernetesStore(api, StoreBounds.of_pool(self._pool))
         mirror = Mirror(store)
 
         async def not_ready_reason() -> str | None:

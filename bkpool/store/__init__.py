@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol
 
 from bkpool.core.names import Key
-from bkpool.core.resource import R
+from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable
 
 
@@ -50,7 +50,10 @@ class Store(Protocol):
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
     ) -> Listing[R]:
-        """Reads all objects of a kind. With `labels`, only those that have all of them with these values."""
+        """Reads all objects of a kind. With `labels`, only those that have all of them with these values.
+
+        Without `namespace` where there are several scopes: all of them, one after the other.
+        """
 
     async def create(self, obj: R) -> R:
         """Stores a new object with its status. Raises Conflict if the name is taken."""
@@ -85,15 +88,31 @@ class Store(Protocol):
         Raises NotFound, or Conflict if uid or resource_version is given and is not the object's.
         """
 
+    def scopes(self, kind: type[Resource]) -> tuple[str | None, ...]:
+        """The namespaces in which objects of a kind are listed and watched one by one; (None,): all of them at once.
+
+        Versions of different scopes must not be compared.
+        """
+
     async def answers(self) -> None:
         """Returns when reads and writes are answered at all. It writes nothing.
 
         A store on another machine is not asked: who watches it learns by that when it is gone.
         """
 
-    def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
+    def watch(
+        self, kind: type[R], since: str, *, namespace: str | None = None
+    ) -> AsyncGenerator[WatchEvent[R], None]:
         """Every change after `since`, in order, without end. Close it (contextlib.aclosing) when done.
 
         An object that cannot be read comes as an `Unreadable`.
-        Raises Gone if `since`, or the position of a slow reader, is too long ago: list again.
+
+        Args:
+            kind: What to follow.
+            since: The version of a list of the same scope.
+            namespace: One of `scopes`.
+
+        Raises:
+            Gone: `since`, or the position of a slow reader, is too long ago: list again.
+            InvalidInput: The namespace is none of `scopes`.
         """

@@ -6,8 +6,9 @@ version, or wrong) never hides or delays another object.
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -18,10 +19,13 @@ from bkpool.core.unreadable import Unreadable
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.reading import read, read_or_note
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
 """The metadata fields that bkpool writes. The server sets the others."""
+_AT_ONCE = 32
+"""Documents of a list that are read without a pause: about 5 ms."""
 
 
 class KubernetesStore(Store):
@@ -29,15 +33,19 @@ class KubernetesStore(Store):
 
     Args:
         api: The cluster. Its creator closes it.
-        namespace: The only namespace that is listed and watched; None: all of them.
+        bounds: Which objects of the cluster this store has. All others do not exist for it.
         jitter: Returns a number from 0 to 1, to spread the lengths of watches.
     """
 
     def __init__(
-        self, api: KubeApi, *, namespace: str | None = None, jitter: Callable[[], float] = random.random
+        self,
+        api: KubeApi,
+        bounds: StoreBounds = StoreBounds(),  # noqa: B008 - immutable
+        *,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._api = api
-        self._namespace = namespace
+        self._bounds = bounds
         self._jitter = jitter
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -46,31 +54,44 @@ class KubernetesStore(Store):
         """See Store."""
         key = Key(namespace, name)
         with _errors_about(kind, key):
-            return _read(kind, await self._api.get(_path(kind, key)))
+            return _read(kind, await self._api.get(self._path(kind, key)))
 
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
     ) -> Listing[R]:
         """See Store."""
-        scope = self._namespace if namespace is None else namespace
-        params = {"labelSelector": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
-        docs, version = await self._api.list(paths.custom(kind.PLURAL, scope), **params)
-        found = [_read_or_note(kind, doc) for doc in docs]
+        scopes = self._bounds.scopes(kind) if namespace is None else (namespace,)
+        found: list[R | Unreadable] = []
+        versions = []
+        for scope in scopes:
+            if self._bounds.has(kind, scope):
+                docs, version = await self._api.list(
+                    paths.custom(kind.PLURAL, scope), **self._bounds.selectors(kind, labels)
+                )
+                versions.append(version)
+                found += await _all_read(kind, docs)
         return Listing(
             tuple(obj for obj in found if not isinstance(obj, Unreadable)),
-            version,
+            min(versions, key=int, default="0"),
             tuple(obj for obj in found if isinstance(obj, Unreadable)),
         )
+
+    def scopes(self, kind: type[Resource]) -> tuple[str | None, ...]:
+        """See Store."""
+        return self._bounds.scopes(kind)
 
     async def answers(self) -> None:
         """See Store. The mirror's watches tell when the API server is gone."""
 
-    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
+    async def watch(
+        self, kind: type[R], since: str, *, namespace: str | None = None
+    ) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store."""
         if not since.isdecimal() or int(since) == 0:  # to Kubernetes, 0 means "any version"
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
-        path = paths.custom(kind.PLURAL, self._namespace)
-        async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter)) as events:
+        path = paths.custom(kind.PLURAL, self._scope(kind, namespace))
+        selectors = self._bounds.selectors(kind)
+        async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter, **selectors)) as events:
             async for event in events:
                 if event["type"] != "BOOKMARK":
                     yield WatchEvent(event["type"], _read_or_note(kind, event["object"]))
@@ -79,6 +100,8 @@ class KubernetesStore(Store):
 
     async def create(self, obj: R) -> R:
         """See Store. A status that is not the default needs a second write: Kubernetes ignores it in the first."""
+        if not self._bounds.has(type(obj), obj.key.namespace):
+            raise _not_here(obj)
         doc = obj.to_json()
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
         try:
@@ -108,7 +131,7 @@ class KubernetesStore(Store):
         """See Store."""
         body = {**found.document, "status": {**found.status, **fields}}
         with _errors_about(found.kind, found.key):
-            await self._api.replace(_path(found.kind, found.key, "status"), body)
+            await self._api.replace(self._path(found.kind, found.key, "status"), body)
 
     async def delete(
         self,
@@ -122,7 +145,7 @@ class KubernetesStore(Store):
         """See Store."""
         key = Key(namespace, name)
         with _errors_about(kind, key):
-            await self._api.delete(_path(kind, key), uid=uid, resource_version=resource_version)
+            await self._api.delete(self._path(kind, key), uid=uid, resource_version=resource_version)
 
     async def _put(self, obj: R, sub: str | None, *parts: str) -> R:
         """Writes these parts, if the object still has the version that was read."""
@@ -131,7 +154,7 @@ class KubernetesStore(Store):
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
         with _errors_about(type(obj), obj.key):
             try:
-                return _read(type(obj), await self._api.replace(_path(type(obj), obj.key, sub), body))
+                return _read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
             except InvalidInput as error:
                 raise _refused(obj, error) from None
             except (Conflict, Unavailable):
@@ -153,6 +176,32 @@ class KubernetesStore(Store):
             return None
         same = uid in {"", current.uid} and _content(current, parts) == _content(obj, parts)
         return current if same else None
+
+    # --- bounds -----------------------------------------------------------------------------------------------------
+
+    def _path(self, kind: type[Resource], key: Key, sub: str | None = None) -> str:
+        """The path of an object. Raises NotFound if it is outside of the bounds."""
+        if not self._bounds.has(kind, key.namespace):
+            raise NotFound(f"there is no {kind.KIND} {key}")
+        return paths.custom(kind.PLURAL, key.namespace, key.name, sub)
+
+    def _scope(self, kind: type[Resource], namespace: str | None) -> str | None:
+        """The scope to watch. Without a namespace there must be only one."""
+        scopes = self._bounds.scopes(kind)
+        if namespace is None and len(scopes) == 1:
+            return scopes[0]
+        if namespace not in scopes:
+            raise InvalidInput(f"{kind.KIND} is not watched in namespace {namespace!r}, but in {scopes}")
+        return namespace
+
+
+async def _all_read(kind: type[R], docs: Sequence[Doc]) -> list[R | Unreadable]:
+    """The objects that these documents describe. The loop gets its turn in between."""
+    found: list[R | Unreadable] = []
+    for start in range(0, len(docs), _AT_ONCE):
+        found += [_read_or_note(kind, doc) for doc in docs[start : start + _AT_ONCE]]
+        await asyncio.sleep(0)
+    return found
 
 
 def _read(kind: type[R], doc: Doc) -> R:
@@ -177,8 +226,12 @@ def _content(obj: Resource, parts: tuple[str, ...]) -> Doc:
     return {part: _given(doc) if part == "metadata" else doc[part] for part in parts}
 
 
-def _path(kind: type[Resource], key: Key, sub: str | None = None) -> str:
-    return paths.custom(kind.PLURAL, key.namespace, key.name, sub)
+def _not_here(obj: Resource) -> InvalidInput:
+    return InvalidInput(
+        f"{obj.KIND} {obj.key}: this installation has no pools in namespace {obj.key.namespace!r}",
+        hint=f"Add --pool-namespace {obj.key.namespace}, or use another namespace.",
+        field="metadata.namespace",
+    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Generic, NamedTuple
 
@@ -17,7 +17,7 @@ import structlog
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
-from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
+from bkpool.core.errors import BkpoolError, DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.lease_index import LeaseIndex
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
@@ -45,36 +45,53 @@ class _Copy(Generic[R]):
 
     Args:
         kind: The kind.
+        scopes: The namespaces that are followed one by one; (None,): all of them at once.
         changed: Called with each object that has changed, and with what it was if it could not be read before.
     """
 
-    def __init__(self, kind: type[R], changed: Callable[[R | Unreadable, Unreadable | None], None]) -> None:
+    def __init__(
+        self,
+        kind: type[R],
+        scopes: tuple[str | None, ...],
+        changed: Callable[[R | Unreadable, Unreadable | None], None],
+    ) -> None:
         self.kind = kind
         self._changed = changed
-        self._cache: VersionedCache[Key, R | Unreadable] = VersionedCache(lambda found: found.key, _version_of)
+        self._caches: dict[str | None, VersionedCache[Key, R | Unreadable]] = {
+            scope: VersionedCache(lambda found: found.key, _version_of) for scope in scopes
+        }
         self._readable: dict[Key, R] = {}
         self._unreadable: dict[Key, Unreadable] = {}
         self.readable: Mapping[Key, R] = MappingProxyType(self._readable)
         self.unreadable: Mapping[Key, Unreadable] = MappingProxyType(self._unreadable)
 
-    def listed(self, listing: Listing[R]) -> None:
-        """Takes over a complete list."""
-        found: list[R | Unreadable] = [*listing.items, *listing.unreadable]
-        self._take(self._cache.listed(found, int(listing.resource_version)))
+    @property
+    def scopes(self) -> tuple[str | None, ...]:
+        """The namespaces that are followed one by one."""
+        return tuple(self._caches)
 
-    def event(self, event: WatchEvent[R]) -> None:
-        """Takes over one event of a watch."""
-        self._take(self._cache.event(event.type, event.object))
+    def listed(self, listing: Listing[R], scope: str | None = None) -> None:
+        """Takes over a complete list of a scope."""
+        cache = self._caches[scope]
+        found: list[R | Unreadable] = [*listing.items, *listing.unreadable]
+        self._take(cache, cache.listed(found, int(listing.resource_version)))
+
+    def event(self, event: WatchEvent[R], scope: str | None = None) -> None:
+        """Takes over one event of a scope's watch."""
+        cache = self._caches[scope]
+        self._take(cache, cache.event(event.type, event.object))
 
     def applied(self, found: R | Unreadable) -> None:
         """Takes over what has just been written or read, if it is news."""
-        self._take(self._cache.applied(found))
+        cache = self._caches.get(found.key.namespace) or self._caches.get(None)
+        if cache is not None:
+            self._take(cache, cache.applied(found))
 
-    def _take(self, changed: list[R | Unreadable]) -> None:
+    def _take(self, cache: VersionedCache[Key, R | Unreadable], changed: list[R | Unreadable]) -> None:
         for found in changed:
             key = found.key
             before = self._unreadable.pop(key, None)
-            if key not in self._cache.items:
+            if key not in cache.items:
                 self._readable.pop(key, None)
             elif isinstance(found, Unreadable):
                 self._readable.pop(key, None)
@@ -90,6 +107,45 @@ class _Copy(Generic[R]):
 
 def _version_of(found: Resource | Unreadable) -> int:
     return int(found.version if isinstance(found, Unreadable) else found.metadata.resource_version or 0)
+
+
+_Followed = tuple[type[Resource], str | None]
+"""A kind in a scope."""
+
+
+def _where(scope: str | None) -> dict[str, str]:
+    return {} if scope is None else {"namespace": scope}
+
+
+class _Troubles:
+    """Why parts of the copy may be out of date."""
+
+    def __init__(self, followed: Iterable[_Followed]) -> None:
+        self.unlisted = set(followed)
+        """What was never listed."""
+        self._all = frozenset(self.unlisted)
+        self._found: dict[_Followed, BkpoolError] = {}
+
+    @property
+    def worst(self) -> str | None:
+        """A reason why everything may be out of date. A right that is missing in some namespaces is none."""
+        wide = (error.message for followed, error in self._found.items() if self._is_wide(followed, error))
+        return next(wide, _UNLISTED if self.unlisted else None)
+
+    def listed(self, followed: _Followed) -> bool:
+        """Notes that this is up to date. Returns whether it was not."""
+        self.unlisted.discard(followed)
+        return self._found.pop(followed, None) is not None
+
+    def note(self, followed: _Followed, error: BkpoolError) -> None:
+        """Notes why this may be out of date."""
+        self._found[followed] = error
+
+    def _is_wide(self, followed: _Followed, error: BkpoolError) -> bool:
+        kind, _ = followed
+        return not isinstance(error, Forbidden) or all(
+            isinstance(self._found.get(other), Forbidden) for other in self._all if other[0] is kind
+        )
 
 
 class MirrorChange(NamedTuple):
@@ -122,9 +178,9 @@ class Mirror:
         self._store = store
         self._pause = pause
         self._jitter = jitter
-        self._pools = _Copy(Pool, self._pool_changed)
-        self._workers = _Copy(Worker, self._worker_changed)
-        self._configs = _Copy(OIDCConfig, self._config_changed)
+        self._pools = _Copy(Pool, store.scopes(Pool), self._pool_changed)
+        self._workers = _Copy(Worker, store.scopes(Worker), self._worker_changed)
+        self._configs = _Copy(OIDCConfig, store.scopes(OIDCConfig), self._config_changed)
         self._indexes: dict[Key, PoolIndex] = {}
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
         self.leases = LeaseIndex()
@@ -133,8 +189,7 @@ class Mirror:
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
-        self._troubles = dict.fromkeys(followed, _UNLISTED)
-        self._unlisted = set(followed)
+        self._troubles = _Troubles((kind, scope) for kind in followed for scope in store.scopes(kind))
         self.pools = self._pools.readable
         self.workers = self._workers.readable
         self.configs = self._configs.readable
@@ -146,16 +201,22 @@ class Mirror:
 
     @property
     def trouble(self) -> str | None:
-        """Why the copy may be out of date: not listed yet, or the store cannot be reached. None: it is up to date."""
-        return next(iter(self._troubles.values()), None)
+        """Why the copy may be out of date: not listed yet, or the store cannot be reached. None: it is up to date.
+
+        One namespace that may not be read any more is no reason: its pools alone stand still.
+        """
+        return self._troubles.worst
 
     async def run(self) -> None:
         """Keeps the copy up to date until cancelled. While the store is away, it is tried ever more slowly."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._follow(self._pools))
-            tasks.create_task(self._follow(self._workers))
+            for scope in self._pools.scopes:
+                tasks.create_task(self._follow(self._pools, scope))
+            for scope in self._workers.scopes:
+                tasks.create_task(self._follow(self._workers, scope))
             if self._follows_configs:
-                tasks.create_task(self._follow(self._configs))
+                for scope in self._configs.scopes:
+                    tasks.create_task(self._follow(self._configs, scope))
 
     def workers_of(self, pool: Key) -> list[Worker]:
         """The workers of a pool, in no particular order."""
@@ -209,38 +270,40 @@ class Mirror:
         """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
         return self._config_subscribers.add(callback)
 
-    async def _follow(self, copy: _Copy[R]) -> None:
+    async def _follow(self, copy: _Copy[R], scope: str | None) -> None:
         kind = copy.kind
 
         async def list_all() -> str:
-            listing = await self._store.list(kind)
-            copy.listed(listing)
-            self._note_listed(kind)
+            listing = await self._store.list(kind, namespace=scope)
+            copy.listed(listing, scope)
+            if self._troubles.listed((kind, scope)):
+                log.info("mirror.resumed", kind=kind.KIND, **_where(scope))
+            if not self._troubles.unlisted:
+                self.ready.set()
             return listing.resource_version
 
         def watch(version: str) -> AsyncGenerator[WatchEvent[R], None]:
-            return self._store.watch(kind, version)
+            return self._store.watch(kind, version, namespace=scope)
 
         def goes_on(error: Exception, seconds: float) -> bool:
-            return self._note_failure(kind, error, seconds)
+            return self._note_failure((kind, scope), error, seconds)
+
+        def take(event: WatchEvent[R]) -> None:
+            copy.event(event, scope)
 
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
-        await list_and_watch(list_all, watch, copy.event, goes_on, backoff=backoff, pause=self._pause)
+        await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
 
-    def _note_listed(self, kind: type[Resource]) -> None:
-        if self._troubles.pop(kind, _UNLISTED) != _UNLISTED:
-            log.info("mirror.resumed", kind=kind.KIND)
-        self._unlisted.discard(kind)
-        if not self._troubles:
-            self.ready.set()
-
-    def _note_failure(self, kind: type[Resource], error: Exception, seconds: float) -> bool:
+    def _note_failure(self, followed: _Followed, error: Exception, seconds: float) -> bool:
         """Notes and logs a failure that may pass. Returns whether to try again: any other failure ends the mirror."""
-        passing = _TRANSIENT if kind in self._unlisted else _TRANSIENT_ONCE_LISTED
+        kind, scope = followed
+        passing = _TRANSIENT if followed in self._troubles.unlisted else _TRANSIENT_ONCE_LISTED
         if not isinstance(error, passing):
             return False
-        self._troubles[kind] = error.message
-        log.warning("mirror.interrupted", kind=kind.KIND, reason=error.message, again_in=round(seconds, 3))
+        self._troubles.note(followed, error)
+        log.warning(
+            "mirror.interrupted", kind=kind.KIND, **_where(scope), reason=error.message, again_in=round(seconds, 3)
+        )
         return True
 
     def _pool_changed(self, pool: Pool | Unreadable, _before: Unreadable | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from bkpool.core.errors import Gone
 from bkpool.core.names import Key
-from bkpool.core.resource import R
+from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable
 from bkpool.store import Listing, Store, WatchEvent, database
 from bkpool.store.tables import Tables
@@ -114,7 +114,13 @@ class SqliteStore(Store):
         """See Store."""
         await asyncio.gather(self._reader.run(_nothing), self._writer.run(_nothing))
 
-    async def watch(self, kind: type[R], since: str) -> AsyncGenerator[WatchEvent[R], None]:
+    def scopes(self, kind: type[Resource]) -> tuple[str | None, ...]:  # noqa: ARG002
+        """See Store."""
+        return (None,)
+
+    async def watch(
+        self, kind: type[R], since: str, *, namespace: str | None = None
+    ) -> AsyncGenerator[WatchEvent[R], None]:
         """See Store."""
         if not since.isdecimal():
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
@@ -126,7 +132,8 @@ class SqliteStore(Store):
                 changed.clear()
                 page = await self._reader.run(partial(Tables.events_after, kind=kind, version=version))
                 for event in page.events:
-                    yield event
+                    if namespace in {None, event.object.key.namespace}:
+                        yield event
                 version = page.reached
                 if page.complete:
                     await changed.wait()

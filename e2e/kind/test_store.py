@@ -14,6 +14,7 @@ from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker, new_worker
 from bkpool.kube import paths
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror, MirrorChange
 
@@ -32,7 +33,7 @@ async def test_only_fields_of_bkpool_are_sent_and_only_used_metadata_is_kept(sto
 
 
 async def test_a_scoped_store_lists_and_watches_its_own_namespace_only(api, store):
-    scoped = KubernetesStore(api, namespace="other")
+    scoped = KubernetesStore(api, StoreBounds(("other",)))
     mine = await store.create(a_pool("mine", "other"))
     await store.create(a_pool("foreign"))
 

@@ -21,10 +21,11 @@ from bkpool.appliance.shutdown import Shutdown
 from bkpool.controller import Controller
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.store.mirror import Mirror
+from support.no_store import NoStore
 from support.world import MemoryWorkers
 
 TIMES = 2
-SUBSCRIPTIONS = [3, 3, 2, 1]
+SUBSCRIPTIONS = [3, 4, 2, 1]
 """While the controller runs: for daemons, caches and their CAs, for pools, for issuers, for the gateways of pools."""
 
 
@@ -70,7 +71,7 @@ def controllers(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Controller]
 async def test_a_controller_is_forgotten_when_the_lease_is_lost(
     tmp_path: Path, controllers: list[weakref.ref[Controller]]
 ) -> None:
-    nothing: Any = None  # there is no pool and no issuer, so these are not used
+    nothing: Any = NoStore()  # there is no pool and no issuer, so these are not used
     mirror, workers, made = Mirror(nothing), MemoryWorkers(), []
     mirror.ready.set()
 

@@ -16,6 +16,7 @@ from bkpool.core.wall_clock import ClockReading
 from bkpool.core.worker import Phase
 from bkpool.store import WatchEvent
 from bkpool.store.mirror import Mirror
+from support.no_store import NoStore
 from support.objects import NOW, lease, pool, worker
 from support.world import POOL, MemoryWorkers, running_world
 
@@ -71,7 +72,7 @@ async def test_nothing_is_looked_at_again_for_a_pool_that_is_gone(world):
 
 def test_a_pool_that_was_deleted_may_have_been_created_again_when_it_has_a_worker_again():
     """Its cache is still there. Another replica leases a worker, and this mirror sees it before the pool."""
-    store: Any = None
+    store: Any = NoStore()
     mirror, runtime = Mirror(store), MemoryWorkers()
     reading = ClockReading(NOW, 0)
     states = PoolStates(mirror, runtime, runtime)

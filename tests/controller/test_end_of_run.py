@@ -24,6 +24,7 @@ from bkpool.workers import Caches, Daemons
 from bkpool.workers.pods.runtime import PodRuntime
 from bkpool.workers.processes.runtime import ProcessRuntime
 from bkpool.workers.processes.sandbox import Binaries
+from support.no_store import NoStore
 from support.world import POOL, MemoryWorkers
 
 SLOT = Slot(*POOL, 0)
@@ -91,7 +92,7 @@ async def running(mirror: Mirror, workers: Workers) -> AsyncIterator[CountingCon
 async def test_a_controller_that_has_ended_leaves_no_subscription(
     make: Callable[[Path], Workers], tmp_path: Path
 ) -> None:
-    store: Any = None
+    store: Any = NoStore()
     mirror, workers = Mirror(store), make(tmp_path)
     mirror.ready.set()
     ended: list[CountingController] = []

@@ -32,6 +32,7 @@ from bkpool.pki.rotation import Former
 from bkpool.store import WatchEvent
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
+from support.no_store import NoStore
 from support.objects import lease, worker
 
 Doc = dict[str, Any]
@@ -128,7 +129,7 @@ def cluster() -> Cluster:
 def mirror(monkeypatch) -> Mirror:
     monkeypatch.setattr(pool_gateways, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(pool_gateways, "_LONGEST_PAUSE", 0.05)
-    found = Mirror(None)
+    found = Mirror(NoStore())
     found.ready.set()
     return found
 

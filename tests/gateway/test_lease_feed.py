@@ -17,6 +17,7 @@ from bkpool.gateway.control.lease_feed import LeaseFeed
 from bkpool.gateway.session.lease_table import LeaseTable, TableChange, WorkerLeases, leases_of, unreadable_leases
 from bkpool.store import WatchEvent
 from bkpool.store.mirror import Mirror
+from support.no_store import NoStore
 from support.objects import NOW, lease
 
 POOLS = [Key("default", "p"), Key("team", "p"), Key("default", "q")]
@@ -30,7 +31,7 @@ class Stored:
     """A copy of a store that nobody has. What a test puts in has ever higher versions."""
 
     def __init__(self) -> None:
-        self.mirror = Mirror(None)
+        self.mirror = Mirror(NoStore())
         self._version = 0
 
     def put(self, found: Pool | Worker | Unreadable) -> None:

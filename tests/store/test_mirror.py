@@ -47,10 +47,10 @@ class Cut:
             raise self.refusal
         return await self._store.list(kind, **narrowed)
 
-    async def watch(self, kind, since):
+    async def watch(self, kind, since, **narrowed):
         if self.silent:
             raise Unavailable("nothing can be followed")
-        async for event in self._store.watch(kind, since):
+        async for event in self._store.watch(kind, since, **narrowed):
             if self.cut:
                 raise Unavailable("the wire is cut")
             yield event

@@ -14,6 +14,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.controller.unreadable_objects import UnreadableObjects
+from bkpool.controller.worker_labels import WorkerLabels
 from bkpool.core.allowances import messages
 from bkpool.core.ignored import IgnoredFields
 from bkpool.core.pool import Pool
@@ -85,4 +86,8 @@ async def _run(
             tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
             tasks.create_task(UnreadableObjects(backend.store, mirror, backend.recorder, context.now).run())
             if gateways is not None:
+                labels = WorkerLabels(backend.store, mirror)
+                tasks.create_task(labels.run())
+                # A gateway follows workers by their label, so none is begun before all have it.
+                await labels.complete.wait()
                 tasks.create_task(gateways.run())
