@@ -55,6 +55,13 @@ def _allow(option: str, parameter: str, metavar: str, text: str) -> Callable[[F]
     help="The oldest version of Kubernetes that the manifests must work with. Below 1.30 the API server does not "
     "check pools itself; the controller always does.",
 )
+@click.option(
+    "--crds/--no-crds",
+    "definitions",
+    default=True,
+    show_default=True,
+    help="Print the custom resource definitions, too. The installations of a cluster share one set of them.",
+)
 def command(
     *,
     namespace: str,
@@ -63,6 +70,7 @@ def command(
     pool_namespaces: tuple[str, ...],
     api_tls: bool,
     kubernetes_version: str,
+    definitions: bool,
     **allowed: tuple[str, ...],
 ) -> None:
     """Print the manifests of an appliance in a cluster, as YAML.
@@ -80,5 +88,6 @@ def command(
         api_tls,
         read_allowances(**allowed),
         kubernetes_version,
+        definitions,
     )
     click.echo(render(install), nl=False)

@@ -1,6 +1,7 @@
 """The custom resource definitions: the YAML files beside this module, and their installation in a cluster.
 
-The files are the only source: `bkpool manifests` prints them unchanged. Nothing is generated.
+The files are the only source: `bkpool manifests` prints them unchanged. Nothing is generated. Several installations
+share the definitions, so an older one never takes a field away that a newer one has added.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from importlib.resources import files
 from typing import cast
 
 from bkpool.core import yaml_text
-from bkpool.core.errors import Unavailable
+from bkpool.core.errors import NotFound, Unavailable
 from bkpool.kube.client import Doc, KubeApi
 from bkpool.kube.paths import group
 
@@ -35,21 +36,46 @@ def definitions() -> tuple[Doc, ...]:
 async def install(api: KubeApi) -> None:
     """Applies the definitions and returns when the API server serves them. Fields that others have set stay.
 
+    A definition that has everything already is left alone.
+
     Raises:
         Forbidden: The user of the kubeconfig lacks a right.
         Unavailable: The API server does not answer, or does not serve them within 30 s.
     """
     for definition in definitions():
         name = definition["metadata"]["name"]
-        applied = await api.apply(group(_API, _PLURAL, name=name), definition)
+        found = await _live(api, name)
+        if found is None or not covers(found["spec"], definition["spec"]):
+            found = await api.apply(group(_API, _PLURAL, name=name), definition)
         try:
             async with asyncio.timeout(_TIMEOUT):
-                await _wait_until_served(api, name, applied)
+                await _wait_until_served(api, name, found)
         except TimeoutError:
             raise Unavailable(
                 f"Kubernetes: {name} was applied but is not served",
                 hint=f"Look at its conditions: kubectl get crd {name} -o yaml",
             ) from None
+
+
+def covers(live: object, wanted: object) -> bool:
+    """Whether a definition has everything that is wanted. It may have more, and other descriptions."""
+    if isinstance(wanted, dict) and isinstance(live, dict):
+        return all(_covers_entry(live, name, value) for name, value in wanted.items())
+    if isinstance(wanted, list) and isinstance(live, list):
+        return all(any(covers(one, value) for one in live) for value in wanted)
+    return live == wanted
+
+
+def _covers_entry(live: Doc, name: str, value: object) -> bool:
+    is_text = name == "description" and isinstance(value, str)
+    return is_text or (name in live and covers(live[name], value))
+
+
+async def _live(api: KubeApi, name: str) -> Doc | None:
+    try:
+        return await api.get(group(_API, _PLURAL, name=name))
+    except NotFound:
+        return None
 
 
 async def _wait_until_served(api: KubeApi, name: str, seen: Doc) -> None:

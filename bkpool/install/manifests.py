@@ -27,6 +27,8 @@ CONTROLLER = "buildkit-controller"
 MAX_REPLICAS = 100
 FIRST_WITH_POLICIES = "1.30"
 """The first version of Kubernetes that has ValidatingAdmissionPolicies without a feature gate."""
+_FIRST_WITH_PRIORITIES = "1.29"
+"""The first version with FlowSchemas in their final form."""
 
 _SELECTOR = f"{{app.kubernetes.io/name: {CONTROLLER}}}"
 _LABELS = f"{{app.kubernetes.io/name: {CONTROLLER}, app.kubernetes.io/part-of: bkpool}}"
@@ -45,6 +47,9 @@ _NO_POLICY = f"""\
 # The ValidatingAdmissionPolicy for pools is left out: it needs Kubernetes {FIRST_WITH_POLICIES}. The controller still
 # checks pools.
 """
+_NO_PRIORITIES = f"""\
+# The FlowSchemas are left out: they need Kubernetes {_FIRST_WITH_PRIORITIES}.
+"""
 _VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(\.\d+)?(?:[-+][0-9A-Za-z.+-]*)?\Z")
 _IMAGE = re.compile(
     r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}"
@@ -59,13 +64,15 @@ class Install:
     replicas: int = 2
     image: str = IMAGE
     pool_namespaces: tuple[str, ...] = (DEFAULT_NAMESPACE,)
-    """The namespaces that may contain pools. The controller has no right to create workers elsewhere."""
+    """The namespaces that may contain pools. The controller sees no pool elsewhere, and has no right to."""
     api_tls: bool = False
     """Whether the API is served over TLS, with a certificate of a CA that signs nothing else."""
     allowed: Allowances = Allowances()  # noqa: RUF009 - immutable
     """What pools may ask for."""
     kubernetes_version: str = FIRST_WITH_POLICIES
     """The oldest version of Kubernetes in which the manifests must work."""
+    definitions: bool = True
+    """Whether the custom resource definitions are among them. The installations of a cluster share one set."""
 
 
 def render(install: Install) -> str:
@@ -93,9 +100,22 @@ def render(install: Install) -> str:
     )
     pools = [_fill("pool-namespace.yaml", namespace=name, appliance=install.namespace) for name in namespaces]
     policy = pool_policy.render(install.allowed, install.namespace, namespaces, _LABELS)
-    if not _has_policies(install.kubernetes_version):
+    if not _is_at_least(install.kubernetes_version, FIRST_WITH_POLICIES):
         policy = _NO_POLICY
-    return _stream([appliance, *crds.texts(), *pools, policy])
+    definitions = crds.texts() if install.definitions else ()
+    return _stream([appliance, *definitions, *pools, policy, _priority(install, namespaces)])
+
+
+def _priority(install: Install, namespaces: Sequence[str]) -> str:
+    """How the API server divides its time between this installation and everything else."""
+    if not _is_at_least(install.kubernetes_version, _FIRST_WITH_PRIORITIES):
+        return _NO_PRIORITIES
+    accounts = "".join(
+        f'        - kind: ServiceAccount\n          serviceAccount: {{name: "*", namespace: "{name}"}}\n'
+        for name in namespaces
+    )
+    listed = "[" + ", ".join(f'"{name}"' for name in namespaces) + "]"
+    return _fill("priority.yaml", appliance=install.namespace, accounts=accounts, namespaces=listed)
 
 
 def _fill(name: str, **values: str) -> str:
@@ -112,14 +132,15 @@ def _options(install: Install) -> str:
     pools = [f"--pool-namespace {name}" for name in install.pool_namespaces]
     parts = [f"--namespace {install.namespace}", f"--replicas {install.replicas}", f"--image {install.image}", *pools]
     parts += ["--api-tls"] if install.api_tls else []
+    parts += [] if install.definitions else ["--no-crds"]
     if install.kubernetes_version != FIRST_WITH_POLICIES:
         parts.append(f"--kubernetes-version {install.kubernetes_version}")
     return " ".join([*parts, *(f"{option} {shlex.quote(value)}" for option, value in allow_options(install.allowed))])
 
 
-def _has_policies(version: str) -> bool:
-    """Whether Kubernetes of this version has ValidatingAdmissionPolicies without a feature gate."""
-    return _numbers(version) >= _numbers(FIRST_WITH_POLICIES)
+def _is_at_least(version: str, first: str) -> bool:
+    """Whether a version of Kubernetes has what came with `first`."""
+    return _numbers(version) >= _numbers(first)
 
 
 def _numbers(version: str) -> tuple[int, int]:

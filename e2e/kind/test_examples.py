@@ -69,7 +69,10 @@ def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
         asked = ("auth", "can-i", *right, "-n", namespace, *_as(namespace))
         # The API server learns of new rights a moment later.
         eventually(lambda asked=asked: kubectl(*asked, check=False).strip() == "yes", str(right))
-    kubectl("delete", "clusterrolebinding", f"buildkit-controller-{namespace}")
+    kubectl("delete", "clusterrolebinding,clusterrole", f"bkpool-tokens-{namespace}")
+    kubectl("delete", "prioritylevelconfiguration", f"bkpool-{namespace}")
+    for name in ("bkpool", "bkpool-leader", "bkpool-events"):
+        kubectl("delete", "flowschema", f"{name}-{namespace}")
 
 
 def _as(namespace):

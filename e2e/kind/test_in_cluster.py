@@ -287,6 +287,7 @@ def _uninstall(made: Installed) -> None:
         partial(kubectl, "-n", SYSTEM, "delete", "deployment,service,pdb,networkpolicy,lease", "--all"),
         # Other tests have pools of their own.
         partial(kubectl, "delete", policies, f"bkpool-pools-{SYSTEM}", "--ignore-not-found"),
+        partial(kubectl, "delete", "flowschema,prioritylevelconfiguration", "-l", "app.kubernetes.io/part-of=bkpool"),
         # Also those that are ending: until then they lead, and write.
         partial(eventually, lambda: not objects(*controllers), "the replicas are removed", timeout=180),
         partial(kubectl, "-n", SYSTEM, "delete", "lease", "--all"),

@@ -90,9 +90,9 @@ async def system(api):
     """The namespace of the appliance."""
     async with a_namespace(api, "system") as name:
         yield name
-        binding = {"kind": "ClusterRoleBinding", "metadata": {"name": f"buildkit-controller-{name}"}}
-        with suppress(NotFound):
-            await api.delete(where(binding))
+        for kind in ("ClusterRoleBinding", "ClusterRole"):
+            with suppress(NotFound):
+                await api.delete(where({"kind": kind, "metadata": {"name": f"bkpool-tokens-{name}"}}))
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ def test_the_manifests_are_complete():
         "CustomResourceDefinition": 3,
         "ValidatingAdmissionPolicy": 1,
         "ValidatingAdmissionPolicyBinding": 1,
+        "PriorityLevelConfiguration": 1,
+        "FlowSchema": 3,
     }
 
 
@@ -99,12 +101,10 @@ def test_the_kubelet_probes_with_the_scheme_of_the_api(tls, option, scheme):
     assert ("--api-tls" in render(Install(api_tls=tls)).splitlines()[0]) is tls
 
 
-def test_no_right_reaches_secrets_of_the_whole_cluster():
+def test_the_only_right_in_the_whole_cluster_is_to_check_tokens():
     everywhere = rules(documents(), "ClusterRole")
-    others = [rule for rule in everywhere if rule["apiGroups"] != ["buildkit.smrt-devops.net"]]
     reviews = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"], "verbs": ["create"]}
-    assert others == [reviews], "beside bkpool's own kinds only what tells whose a token is"
-    assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitworkers", "create")
+    assert everywhere == [reviews]
     home = rules(documents(), "Role", "buildkit-system")
     assert allows(home, "", "secrets", "get", PKI)
     assert not allows(home, "", "secrets", "get", "another")
@@ -119,21 +119,22 @@ def test_no_right_reaches_secrets_of_the_whole_cluster():
 
 
 def test_the_controller_may_read_issuers_and_write_their_status():
-    everywhere = rules(documents(), "ClusterRole")
-    for verb in ("get", "list", "watch"):
-        assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb)
-    assert allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs/status", "update")
-    for verb in ("update", "patch", "create", "delete"):
-        assert not allows(everywhere, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb), (
-            "nobody lets himself in"
-        )
+    for namespace in ("buildkit-system", "default"):
+        granted = rules(documents(), "Role", namespace)
+        for verb in ("get", "list", "watch"):
+            assert allows(granted, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb)
+        assert allows(granted, "buildkit.smrt-devops.net", "buildkitoidcconfigs/status", "update")
+        for verb in ("update", "patch", "create", "delete"):
+            assert not allows(granted, "buildkit.smrt-devops.net", "buildkitoidcconfigs", verb), (
+                "nobody lets himself in"
+            )
     assert allows(rules(documents(), "Role", "default"), "", "secrets", "get"), "of tokens"
 
 
 def test_the_controller_holds_every_right_that_it_grants():
     """Otherwise the API server refuses the gateways' Roles: a subject can grant only rights that it has."""
     docs = documents(pool_namespaces=("team",))
-    held = [*rules(docs, "ClusterRole"), *rules(docs, "Role", "team")]
+    held = rules(docs, "Role", "team")
     pool = Pool.model_validate({"metadata": {"name": "p", "namespace": "team"}, "spec": {}})
     (role,) = of_kind(pool_objects(pool, GatewayDefaults(IMAGE, "buildkit-system", "buildkit-controller")), "Role")
     for rule in role["rules"]:
@@ -242,3 +243,72 @@ def test_no_other_pods_may_run_beside_the_keys():
     (namespace,) = of_kind(documents(namespace="team", pool_namespaces=("team",)), "Namespace")
     assert namespace["metadata"]["labels"][level] == "privileged", "workers are made there"
     assert Install().allowed == Allowances()
+
+
+def test_two_installations_share_nothing_but_the_definitions():
+    """Otherwise applying one would change the other, and deleting it would take something away."""
+
+    def made(**options):
+        docs = [doc for doc in documents(**options) if doc["kind"] != "CustomResourceDefinition"]
+        return {(doc["kind"], doc["metadata"].get("namespace"), doc["metadata"]["name"]) for doc in docs}
+
+    first = made(namespace="one", pool_namespaces=("a", "b"))
+    assert not first & made(namespace="two", pool_namespaces=("c",), definitions=False)
+    shared = first & made(namespace="two", pool_namespaces=("a",))
+    binding = ("RoleBinding", "a", "buildkit-controller-pools")
+    assert binding in shared, "a namespace belongs to one installation: the binding names its account"
+
+
+def test_the_definitions_can_be_left_out():
+    install = Install(definitions=False)
+    assert not of_kind(documents(definitions=False), "CustomResourceDefinition")
+    assert "--no-crds" in render(install).splitlines()[0]
+    assert CliRunner().invoke(program, ["manifests", "--no-crds"]).stdout == render(install)
+
+
+def level_of(docs, account, namespace, group, resource, where):
+    """The priority level of a request, as the API server finds it: the FlowSchema that comes first."""
+
+    def fits(rule):
+        accounts = [subject["serviceAccount"] for subject in rule["subjects"]]
+        asked = any(one["name"] in {"*", account} and one["namespace"] == namespace for one in accounts)
+        return asked and any(
+            {"*", group} & set(one["apiGroups"])
+            and {"*", resource} & set(one["resources"])
+            and {"*", where} & set(one["namespaces"])
+            for one in rule["resourceRules"]
+        )
+
+    found = [doc for doc in of_kind(docs, "FlowSchema") if any(fits(rule) for rule in doc["spec"]["rules"])]
+    first = min(found, key=lambda doc: doc["spec"]["matchingPrecedence"], default=None)
+    return first and first["spec"]["priorityLevelConfiguration"]["name"]
+
+
+@pytest.mark.parametrize(
+    ("account", "namespace", "group", "resource", "where", "level"),
+    [
+        ("buildkit-controller", "bk", "buildkit.smrt-devops.net", "buildkitworkers", "team", "bkpool-bk"),
+        ("buildkit-controller", "bk", "", "pods", "team", "bkpool-bk"),
+        ("p-gateway", "team", "buildkit.smrt-devops.net", "buildkitworkers", "team", "bkpool-bk"),
+        ("buildkit-controller", "bk", "coordination.k8s.io", "leases", "bk", "leader-election"),
+        ("buildkit-controller", "bk", "events.k8s.io", "events", "team", "workload-low"),
+        ("buildkit-controller", "bk", "", "events", "team", "workload-low"),
+        ("another", "team", "", "pods", "team", None),
+        ("another", "bk", "", "pods", "bk", None),
+        ("p-gateway", "foreign", "buildkit.smrt-devops.net", "buildkitworkers", "foreign", None),
+    ],
+)
+def test_leases_have_a_priority_level_of_their_own(account, namespace, group, resource, where, level):
+    docs = documents(namespace="bk", pool_namespaces=("team",))
+    assert level_of(docs, account, namespace, group, resource, where) == level
+    (own,) = of_kind(docs, "PriorityLevelConfiguration")
+    assert own["metadata"]["name"] == "bkpool-bk"
+    for schema in of_kind(docs, "FlowSchema"):
+        assert schema["spec"]["matchingPrecedence"] < 9000, "service-accounts would take it"
+
+
+@pytest.mark.parametrize(("version", "there"), [("1.28", False), ("1.29", True), ("v1.34.4", True)])
+def test_below_1_29_the_flow_schemas_are_left_out_with_a_line_that_says_so(version, there):
+    docs = documents(kubernetes_version=version)
+    assert bool(of_kind(docs, "FlowSchema")) is bool(of_kind(docs, "PriorityLevelConfiguration")) is there
+    assert ("# The FlowSchemas are left out" in render(Install(kubernetes_version=version))) is (not there)

@@ -1,0 +1,97 @@
+"""Installations of different versions share one set of definitions: the older one takes nothing away."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from bkpool.core.errors import NotFound
+from bkpool.install import crds
+
+ESTABLISHED = {"conditions": [{"type": "Established", "status": "True"}]}
+
+
+class Served:
+    """An API server that has some definitions."""
+
+    def __init__(self, definitions) -> None:
+        self.definitions = {doc["metadata"]["name"]: doc for doc in definitions}
+        self.applied: list[str] = []
+
+    async def get(self, path):
+        name = path.rpartition("/")[2]
+        if name not in self.definitions:
+            raise NotFound(name)
+        return {**self.definitions[name], "status": ESTABLISHED}
+
+    async def apply(self, path, definition):
+        self.applied.append(path.rpartition("/")[2])
+        return {**definition, "status": ESTABLISHED}
+
+
+def worker_spec(definition):
+    return definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+
+
+@pytest.fixture
+def newer():
+    """The definitions of a later version: with one more field, another text, and what the server adds."""
+    found = copy.deepcopy(crds.definitions())
+    for definition in found:
+        spec = worker_spec(definition)
+        spec["description"] = "Written anew."
+        spec["properties"]["later"] = {"type": "string"}
+        definition["spec"]["conversion"] = {"strategy": "None"}
+    return found
+
+
+NAMES = [definition["metadata"]["name"] for definition in crds.definitions()]
+
+
+async def test_missing_definitions_are_applied():
+    server = Served([])
+    await crds.install(server)
+    assert server.applied == NAMES
+
+
+async def test_a_definition_that_has_everything_is_left_alone(newer):
+    server = Served(newer)
+    await crds.install(server)
+    assert server.applied == []
+
+
+async def test_an_older_definition_gets_the_new_fields(newer):
+    older = copy.deepcopy(newer)
+    for definition in older:
+        properties = worker_spec(definition)["properties"]
+        del properties[next(iter(properties))]
+    server = Served(older)
+    await crds.install(server)
+    assert server.applied == NAMES
+
+
+async def test_a_bound_that_differs_is_applied():
+    live = copy.deepcopy(crds.definitions())
+    name = live[1]["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]["poolRef"]
+    name["properties"]["name"]["maxLength"] = 7
+    server = Served(live)
+    await crds.install(server)
+    assert server.applied == [NAMES[1]]
+
+
+@pytest.mark.parametrize(
+    ("live", "wanted", "has"),
+    [
+        ({"a": 1, "b": 2}, {"a": 1}, True),
+        ({"a": 1}, {"a": 1, "b": 2}, False),
+        ({"enum": ["x", "y"]}, {"enum": ["y"]}, True),
+        ({"enum": ["x"]}, {"enum": ["x", "y"]}, False),
+        ({"columns": [{"name": "a", "priority": 0}]}, {"columns": [{"name": "a"}]}, True),
+        ({"description": "old"}, {"description": "new"}, True),
+        ({}, {"description": "new"}, True),
+        ({"properties": {}}, {"properties": {"description": {"type": "string"}}}, False),
+    ],
+)
+def test_what_counts_as_everything(live, wanted, has):
+    assert crds.covers(live, wanted) is has
