@@ -25,11 +25,10 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
-from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
 from bkpool.core.tokens import digest
-from bkpool.core.worker import EndedLease, EndReason, Phase, Worker, new_worker
+from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Phase, Worker, new_worker
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry
@@ -174,7 +173,7 @@ async def installation(size: Size) -> AsyncIterator[Installation]:
 def after_one_more_lease(worker: Worker, token: str) -> Worker:
     """The next version of a worker, which remembers one more lease that has ended."""
     version = str(int(worker.metadata.resource_version or 0) + 1)
-    ended = (*worker.status.ended, _ended(token))[-REMEMBERED_LEASES:]
+    ended = (*worker.ended_leases, _ended(token))[-REMEMBERED_LEASES:]
     return worker.but(metadata=worker.metadata.but(resource_version=version)).with_status(ended=ended)
 
 

@@ -353,5 +353,5 @@ def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:
         return lease.but(end_message="the worker was removed while it was being prepared")
     if worker.lease is not None and worker.lease.id == lease.id:
         return worker.lease.but(end_message=worker.lease_end_message) if worker.lease.ended_at is not None else None
-    past = next((ended for ended in worker.status.ended if ended.token_sha256 == lease.token_sha256), None)
+    past = next((ended for ended in worker.ended_leases if ended.token_sha256 == lease.token_sha256), None)
     return lease.but(end_reason=past.reason, end_message=past.message_with_log) if past else lease

@@ -30,7 +30,7 @@ def store_is_slow(pool: Key, wait: timedelta) -> Unavailable:
 
 def not_ready(worker: Worker, wait: timedelta) -> NoCapacity:
     """The leased worker was not ready in time."""
-    why = worker.status.message_with_log or f"it is {worker.status.phase.value}"
+    why = worker.status.message_with_log or f"it is {worker.phase.value}"
     return NoCapacity(
         f"{worker.key.name} of pool {worker.pool.name!r} was not ready within {render(wait)}: {why}",
         hint=f"Wait longer. `bkpool logs {worker.key.name}` shows what its buildkitd wrote.",

@@ -78,7 +78,7 @@ class PoolRemover:
                 await self._revoker.revoke(LeaseSelector(pool=key), identities)
         workers = [w for w in (await self._store.list(Worker, namespace=key.namespace)).items if w.pool == key]
         leased = [worker for worker in workers if worker.lease and not worker.lease.ended(self._now())]
-        last_end = max((end for w in workers if (end := w.status.last_activity_at)), default=None)
+        last_end = max((end for w in workers if (end := w.last_activity_at)), default=None)
         leases = sum(worker.lease is not None for worker in workers)
         sentence = what_happens(pool, removal, leases, last_end, self._now()) if removal else ""
         return PoolRemoval(pool, len(leased), sentence)

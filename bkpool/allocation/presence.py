@@ -48,7 +48,7 @@ class Presence:
             target: What the request was given.
             otherwise: Called if it may not, or if the request goes away.
         """
-        if not isinstance(target, Worker) or target.status.phase is not Phase.IDLE:
+        if not isinstance(target, Worker) or target.phase is not Phase.IDLE:
             return True
         there = False
         try:

@@ -201,7 +201,7 @@ class WorkerView(Body):
             whole: Whether the caller may see more than name and phase.
             connections: The worker's open connections.
         """
-        name, phase = worker.key.name, worker.status.phase.value
+        name, phase = worker.key.name, worker.shown_phase.value
         if not whole:
             return cls(name=name, phase=phase)
         lease = worker.lease
@@ -216,9 +216,9 @@ class WorkerView(Body):
             connections=connections,
             message=worker.status.message_with_log,
             failures=worker.status.failures,
-            allocation_count=worker.status.allocation_count,
+            allocation_count=worker.allocation_count,
             created_at=worker.metadata.creation_timestamp,
-            last_activity_at=worker.status.last_activity_at,
+            last_activity_at=worker.last_activity_at,
         )
 
 

@@ -14,14 +14,13 @@ from datetime import datetime
 
 import structlog
 
-from bkpool.allocation.leases import lease_facts
+from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
 from bkpool.controller.pool_states import PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
-from bkpool.core.cache_owner import history_ends_with_lease
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
-from bkpool.core.names import LABEL_REQUEST, Key, Slot
+from bkpool.core.names import Key, Slot
 from bkpool.core.observation import MOST_RESTARTS
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import (
@@ -29,6 +28,7 @@ from bkpool.core.reconcile.actions import (
     CheckDaemon,
     CreateWorker,
     FinishLease,
+    ForgetLogs,
     LoseLease,
     RemoveWorker,
     ReplaceDaemon,
@@ -41,14 +41,15 @@ from bkpool.core.reconcile.actions import (
     slot_of_action,
 )
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker
-from bkpool.core.reconcile.lease_end import with_lease_remembered
+from bkpool.core.reconcile.later_writes import DEFAULT_PAUSES, WritePauses
+from bkpool.core.reconcile.lease_end import without_logs
 from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.wall_clock import ClockReading, pause_until
-from bkpool.core.worker import EndReason, Phase, Worker, new_worker
+from bkpool.core.worker import EndReason, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.events import Recorder
 from bkpool.store.mirror import Mirror
@@ -72,6 +73,7 @@ class Controller:
         metrics: Counts decisions and actions; counted nowhere if None.
         failure_limits: How often, and after which pauses, a worker that failed is started again.
         seconds: Monotonic time, by which the registrations of gateways are judged.
+        pauses: For how long something must hold before it is written.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Controller:
         metrics: ControllerMetrics | None = None,
         failure_limits: FailureLimits = DEFAULT_LIMITS,
         seconds: Callable[[], float] = time.monotonic,
+        pauses: WritePauses = DEFAULT_PAUSES,
     ) -> None:
         self._store = store
         self._mirror = mirror
@@ -96,6 +99,8 @@ class Controller:
         self._recorder = recorder
         self._failure_limits = failure_limits
         self._seconds = seconds
+        self._pauses = pauses
+        self._lease_ends = LeaseEnds(store, mirror, daemons, recorder, now)
         self._states = PoolStates(mirror, daemons, caches)
         self._decided = ClockReading(now(), seconds())
         """When it has decided last."""
@@ -193,6 +198,7 @@ class Controller:
         self._decided = reading
         self._states.undelivered.pass_time(reading.wall)
         pools = self._states.take_over(reading)
+        self._announce()
         for key, state in pools.items():
             self._decide_pool(key, state, reading)
         self._metrics.decided(len(pools))
@@ -205,11 +211,16 @@ class Controller:
             self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool))
         for slot in state.strays:
             self._start_action(slot, None, self._stop_stray(slot))
-        self._states.look_again_at(key, plan.wake_at)
+        wake_at = plan.wake_at
         if key in self._mirror.pools:
-            self._pool_work.update(state, moment)
-        elif state.is_gone:
+            due = self._pool_work.update(state, moment, reading.seconds)
+            wake_at = min(filter(None, (wake_at, due)), default=None)
+        self._states.look_again_at(key, wake_at)
+        if key in self._mirror.pools:
+            return
+        if state.is_gone:
             self._states.forget(key)
+            self._pool_work.forget(key)
         elif state.spec is Spec.MISSING and state.has_workers and key not in self._pool_work.tasks:
             self._pool_work.run(key, self._missing_pools.ask(key))
 
@@ -220,6 +231,8 @@ class Controller:
             self._states.undelivered.now(),
             MOST_RESTARTS - len(self._restarting),
             self._failure_limits,
+            self._states.leases.at(reading.wall, reading.seconds),
+            self._pauses,
         )
 
     def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
@@ -312,11 +325,13 @@ class Controller:
             case ReplaceDaemon(worker, message):
                 await self._replace_daemon(worker, message)
             case WriteStatus(worker):
-                await self._write_status(worker)
-            case LoseLease(worker, message, reason):
-                await self._lose_lease(worker, message, reason)
+                self._mirror.apply(await self._store.replace_status(worker))
+            case ForgetLogs(worker):
+                self._mirror.apply(await self._store.replace(without_logs(worker)))
+            case LoseLease():
+                await self._lease_ends.lose(action)
             case FinishLease():
-                await self._finish_lease(action, pool)
+                await self._lease_ends.finish(action, pool)
             case RemoveWorker(worker):
                 await self._remove_worker(worker)
         return Result.DONE
@@ -345,47 +360,13 @@ class Controller:
             self._mirror.apply(await self._store.replace_status(out_of_use(worker)))
         await self._daemons.stop(worker.slot, at_once=True)
 
-    async def _write_status(self, worker: Worker) -> None:
-        before = self._mirror.workers.get(worker.key)
-        self._mirror.apply(await self._store.replace_status(worker))
-        if worker.status.phase is Phase.ALLOCATED and (before is None or before.status.phase is not Phase.ALLOCATED):
-            job = f" for job {worker.held_lease.job_id}" if worker.held_lease.job_id else ""
-            until = f"{worker.held_lease.expires_at:%H:%M:%S} UTC"
-            self._recorder.record(
-                worker, "Allocated", f"leased to {worker.held_lease.requested_by}{job} until {until}"
-            )
-
-    async def _lose_lease(self, worker: Worker, message: str, reason: EndReason) -> None:
-        lost = worker.held_lease.but(ended_at=self._now(), end_reason=reason, end_message=message)
-        self._mirror.apply(await self._store.replace(worker.with_lease(lost)))
-        tell = log.error if reason is EndReason.LOST else log.info
-        tell(f"lease.{reason.value}", **lease_facts(worker), reason=message)
-
-    async def _finish_lease(self, action: FinishLease, pool: Pool) -> None:
-        """Remembers the lease in the status first, so that a crash before the second write loses nothing.
-
-        What the next holder may not read is cleared before that: while the lease is on the worker, nobody gets it.
-        """
-        lease = action.worker.held_lease
-        if history_ends_with_lease(lease.owner, pool.uid):
-            await self._check_unchanged(action.worker)
-            await self._daemons.clear_history(action.worker.slot)
-        worker = await self._store.replace_status(with_lease_remembered(action, self._now()))
-        labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
-        worker = worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)
-        self._mirror.apply(await self._store.replace(worker))
-        reason = action.ended.reason
-        log.info("lease.ended", **lease_facts(action.worker), reason=reason.value)
-        message = action.ended.message or f"the lease of {lease.requested_by} has ended"
-        if reason is EndReason.REVOKED:
-            message = f"the lease of {lease.requested_by} was revoked {action.ended.message}"
-        self._recorder.record(worker, reason.value.capitalize(), message, warning=reason is EndReason.LOST)
-
-    async def _check_unchanged(self, worker: Worker) -> None:
-        """Raises Conflict if the worker has changed: a gateway may have renewed its registration unseen."""
-        current = await self._store.get(Worker, *worker.key)
-        if current.metadata.resource_version != worker.metadata.resource_version:
-            raise Conflict(f"{worker.key} has changed")
+    def _announce(self) -> None:
+        """Records an event for each lease whose holder can use the worker since the last round."""
+        for worker in self._states.announcements.take():
+            lease = worker.held_lease
+            job = f" for job {lease.job_id}" if lease.job_id else ""
+            until = f"{lease.expires_at:%H:%M:%S} UTC"
+            self._recorder.record(worker, "Allocated", f"leased to {lease.requested_by}{job} until {until}")
 
     async def _remove_worker(self, worker: Worker) -> None:
         """Deletes the object first, at the version that was decided on: a claim made in the meantime wins."""

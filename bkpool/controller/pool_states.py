@@ -12,7 +12,9 @@ from datetime import datetime, timedelta
 
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
+from bkpool.core.reconcile.announcements import Announcements
 from bkpool.core.reconcile.due_times import DueTimes
+from bkpool.core.reconcile.later_writes import SeenLeases
 from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
@@ -40,6 +42,8 @@ class PoolStates:
     def __init__(self, mirror: Mirror, daemons: Daemons, caches: Caches) -> None:
         self.registrations = SeenRegistrations()
         self.undelivered = UndeliveredLeases()
+        self.leases = SeenLeases()
+        self.announcements = Announcements()
         self._mirror = mirror
         self._daemons = daemons
         self._caches = caches
@@ -159,6 +163,8 @@ class PoolStates:
         state, worker = self._state(_pool_of(slot)), self._mirror.workers.get(slot.worker)
         self.registrations.look(slot.worker, worker, reading.seconds)
         self.undelivered.look(slot.worker, worker)
+        self.leases.look(slot.worker, worker, reading.seconds)
+        self.announcements.look(slot.worker, worker, reading.wall)
         state.set_worker(slot, worker)
         state.set_observation(slot, self._daemons.seen(slot))
         state.set_cache(slot, self._caches.cache(slot))

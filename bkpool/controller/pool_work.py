@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import structlog
 
@@ -61,6 +62,8 @@ class PoolWork:
         self._look_again = look_again
         self._applied: dict[Key, tuple[tuple[str, int | None], Mapping[str, str]]] = {}
         """The version of each pool's spec that was applied to its workers, with the annotations that it had."""
+        self._written_at: dict[Key, float] = {}
+        """When each pool's status was written last, in monotonic time."""
         self.tasks: dict[Key, asyncio.Task[None]] = {}
         """What is under way, by pool."""
 
@@ -75,25 +78,46 @@ class PoolWork:
 
         task.add_done_callback(done)
 
-    def update(self, state: PoolState, moment: Moment) -> None:
+    def update(self, state: PoolState, moment: Moment, seconds: float) -> datetime | None:
         """Writes the pool's status if it changed, one write at a time: many leases at once then cost few writes.
 
         Args:
             state: The pool, after a plan.
             moment: The moment of that plan.
+            seconds: Monotonic time of that moment.
+
+        Returns:
+            When the pool's status may be written that must wait now; None: nothing waits for a time.
         """
         pool = state.pool
         if pool.key in self.tasks:
-            return
+            return None
         if removal_of(pool) is not None and state.is_gone:
             self.run(pool.key, self._delete(pool))
-            return
+            return None
         inputs = replace(self._status_inputs(pool), unreadable=self._mirror.unreadable_of(pool.key))
         status = pool_status(state, inputs, moment.now, moment.registered_until)
-        if status != pool.status:
+        changed, wait = status != pool.status, self._wait(pool.key, moment, seconds)
+        if changed and wait <= timedelta(0):
+            self._written_at[pool.key] = seconds
             self.run(pool.key, self._write_status(pool.but(status=status)))
         elif self._applied.get(pool.key) != (pool.spec_version, pool.metadata.annotations):
             self.run(pool.key, self._apply_spec(pool))
+        elif changed:
+            return moment.now + wait
+        return None
+
+    def forget(self, pool: Key) -> None:
+        """Forgets a pool that does not exist any more."""
+        self._applied.pop(pool, None)
+        self._written_at.pop(pool, None)
+
+    def _wait(self, pool: Key, moment: Moment, seconds: float) -> timedelta:
+        """For how long a status that has changed is not written yet."""
+        written_at = self._written_at.get(pool)
+        if written_at is None:
+            return timedelta(0)
+        return moment.pauses.pool - timedelta(seconds=seconds - written_at)
 
     async def _apply_spec(self, pool: Pool) -> None:
         """Applies a changed spec to what the pool's workers share."""

@@ -58,4 +58,4 @@ def _held_digest(worker: Worker | Unreadable) -> str:
 
 def _ended_of(worker: Worker | Unreadable) -> Iterator[EndedLease]:
     """The ended leases that a worker remembers. Of two with the same token the first counts, so it comes last."""
-    return reversed(worker.status.ended) if isinstance(worker, Worker) else iter(())
+    return reversed(worker.ended_leases) if isinstance(worker, Worker) else iter(())

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 
-from bkpool.core.names import Slot
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.registrations import NONE_SEEN, Expiries
 from bkpool.core.worker import Worker
@@ -57,6 +57,8 @@ class Observation:
     """The cache is deleted together with the worker."""
     protected: bool | None = None
     """Whether the cluster is asked not to evict the worker; None where nothing can evict it."""
+    goes_unprotected: bool = False
+    """It is replaced as soon as it is not protected."""
     silence: Silence | None = None
     """It does not answer at the moment; None: it answered the last probe."""
     spec_digest: str = ""
@@ -117,3 +119,5 @@ class Snapshot:
     undelivered_for: Mapping[str, timedelta] = field(default_factory=lambda: MappingProxyType({}))
     """For each lease that no caller is known to have: for how long the controller has seen it unchanged
     (`reconcile.undelivered`)."""
+    lease_since: Mapping[Key, datetime] = field(default_factory=lambda: MappingProxyType({}))
+    """Since when each worker has the lease that it has, or none. What is missing has been so for long."""

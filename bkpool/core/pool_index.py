@@ -80,11 +80,11 @@ class PoolIndex:
     def _put_in(self, slot: Slot, worker: Worker) -> None:
         if not _is_free(worker):
             return
-        phase = worker.status.phase
+        phase = worker.phase
         if phase is Phase.IDLE and worker.status.silent_since is None:
             self._idle.add(worker, self._changed[slot])
             self._idle_of[worker.status.cache_owner].add(worker, self._changed[slot])
-        elif phase in {Phase.PENDING, Phase.PROVISIONING}:
+        elif phase is Phase.PENDING:
             self._starting[slot] = worker
         elif phase is Phase.FAILED:
             self._failed[slot] = worker
@@ -93,7 +93,7 @@ class PoolIndex:
         changed, owner = self._changed.pop(slot), worker.status.cache_owner
         self._starting.pop(slot, None)
         self._failed.pop(slot, None)
-        if _is_free(worker) and worker.status.phase is Phase.IDLE and worker.status.silent_since is None:
+        if _is_free(worker) and worker.phase is Phase.IDLE and worker.status.silent_since is None:
             self._idle.remove(worker, changed)
             self._idle_of[owner].remove(worker, changed)
             if not self._idle_of[owner]:
@@ -125,7 +125,7 @@ class _ByUse:
 
 def last_used(worker: Worker) -> datetime:
     """When the worker last had a lease; the earliest possible time if it never had one."""
-    return worker.status.last_activity_at or _NEVER_USED
+    return worker.last_activity_at or _NEVER_USED
 
 
 def _is_free(worker: Worker) -> bool:

@@ -32,6 +32,8 @@ from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, Owner
 
 _SILENT = "buildkitd does not answer"
 
+REMEMBERED_LEASES = 16
+"""Ended leases that a worker remembers, so that a client that comes too late learns why its lease ended."""
 
 UNDELIVERED_RENEWAL = timedelta(seconds=30)
 """How often an API replica notes on a lease that a request still waits for it."""
@@ -151,6 +153,10 @@ class Phase(StrEnum):
     TERMINATING = "Terminating"
 
 
+_LEASED = frozenset({Phase.PROVISIONING, Phase.ALLOCATED, Phase.DRAINING})
+"""The phases that are only written while a worker has a lease."""
+
+
 class PoolRef(Model):
     """Names the pool of a worker."""
 
@@ -159,16 +165,26 @@ class PoolRef(Model):
 
 
 class WorkerSpec(Model):
-    """The pool of the worker, and its lease."""
+    """The pool of the worker, its lease, and what is remembered of the leases before.
+
+    A lease leaves the worker and is remembered in one write, so both are in the spec.
+    """
 
     pool_ref: PoolRef
     allocation: Lease | None = None
+    ended: tuple[EndedLease, ...] = ()
+    """The leases that left it, the last one at the end. Read `Worker.ended_leases`."""
+    last_activity_at: AwareDatetime | None = None
+    """When the last lease left it. Read `Worker.last_activity_at`."""
+    allocation_count: StrictInt = 0
+    """How many leases have left it. Read `Worker.allocation_count`."""
 
 
 class WorkerStatus(Model):
     """The observed state of the worker."""
 
     phase: Phase = Phase.PENDING
+    """It follows a lease about a second later, or not at all if the lease was shorter. Read `Worker.phase`."""
     endpoint: StrictStr | None = None
     """Where the gateway reaches buildkitd (`unix:///…` or `tcp://…`); None while buildkitd does not answer."""
     cache_owner: StrictStr | None = None
@@ -182,7 +198,9 @@ class WorkerStatus(Model):
     created_at: AwareDatetime | None = None
     ready_at: AwareDatetime | None = None
     last_activity_at: AwareDatetime | None = None
+    """The spec's, as of the last write of the status; before there was one in the spec, the only one."""
     allocation_count: StrictInt = 0
+    """The same of the spec's number."""
     failures: StrictInt = 0
     """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
     failures_of: StrictStr = ""
@@ -199,6 +217,7 @@ class WorkerStatus(Model):
     connected_lease: Annotated[StrictStr, Field(alias="connectedAllocationId")] = ""
     """The last lease that somebody connected with. It stays here when the gateways are gone."""
     ended: tuple[EndedLease, ...] = ()
+    """Leases that ended while an earlier version took them off. Read `Worker.ended_leases`."""
     conditions: tuple[Condition, ...] = ()
 
     @property
@@ -241,6 +260,46 @@ class Worker(Resource):
     def lease(self) -> Lease | None:
         """The lease on this worker, if there is one."""
         return self.spec.allocation
+
+    @property
+    def phase(self) -> Phase:
+        """The stored phase. Without a lease it is that of a free worker, although it is stored only later."""
+        lease, status = self.spec.allocation, self.status
+        if lease is not None or status.phase not in _LEASED:
+            return status.phase
+        if status.endpoint is not None:
+            return Phase.IDLE
+        return Phase.FAILED if status.failures else Phase.PENDING
+
+    @property
+    def shown_phase(self) -> Phase:
+        """The phase as a person is shown it: with a lease, it need not be stored yet."""
+        lease, phase = self.spec.allocation, self.phase
+        if lease is None or phase not in {Phase.IDLE, Phase.ALLOCATED}:
+            return phase
+        if lease.ended_at is not None:
+            return Phase.DRAINING
+        return phase if self.routable_endpoint is None else Phase.ALLOCATED
+
+    @property
+    def ended_leases(self) -> tuple[EndedLease, ...]:
+        """The leases that the worker remembers, the last one at the end; also those that an earlier version wrote."""
+        ended, earlier = self.spec.ended, self.status.ended
+        if not earlier:
+            return ended
+        known = {past.token_sha256 for past in ended}
+        return (*(past for past in earlier if past.token_sha256 not in known), *ended)[-REMEMBERED_LEASES:]
+
+    @property
+    def last_activity_at(self) -> datetime | None:
+        """When the last lease left the worker; None: it never had one."""
+        at, noted = self.spec.last_activity_at, self.status.last_activity_at
+        return max(at, noted) if at and noted else at or noted
+
+    @property
+    def allocation_count(self) -> int:
+        """How many leases have left the worker."""
+        return max(self.spec.allocation_count, self.status.allocation_count)
 
     @property
     def undelivered(self) -> Undelivered | None:
@@ -287,7 +346,7 @@ class Worker(Resource):
         lease = self.lease
         if lease is None:
             return ""
-        for past in self.status.ended:  # a lease is remembered before it is taken off; its log tail moves with it
+        for past in self.ended_leases:  # one that was lost is remembered before it leaves; its log tail moves with it
             if past.token_sha256 == lease.token_sha256:
                 return past.message_with_log
         return with_log(lease.end_message, self.status.log_tail if lease.end_reason is EndReason.LOST else "")

@@ -24,7 +24,7 @@ from chaos.history import builds, judge
 from chaos.run import CLIENTS, WORKERS, compile_program, world
 from soak.growth import Row, compare
 
-from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES
+from bkpool.core.worker import REMEMBERED_LEASES
 from bkpool.store.sqlite import HISTORY
 from harness import Appliance, eventually
 from support.issuer import Issuer

@@ -169,8 +169,8 @@ async def test_what_a_killed_appliance_had_not_answered_ends_and_the_rest_goes_o
         await world.until(lambda: len(live(world)) == 5)
         ids = {lease.id for lease in live(world)}
         assert ids == {g.worker.held_lease.id for g in (renewed, looked_up, connected, old, kept)}
-        await world.until(lambda: api.mirror.workers[lost.worker.key].status.ended)
-        ended = api.mirror.workers[lost.worker.key].status.ended[-1]
+        await world.until(lambda: api.mirror.workers[lost.worker.key].ended_leases)
+        ended = api.mirror.workers[lost.worker.key].ended_leases[-1]
         assert ended.reason is EndReason.ABANDONED
         assert "did not reach its caller" in ended.message
 

@@ -26,7 +26,7 @@ def searched(workers, digest):
         if isinstance(one, Worker) and one.lease is not None and one.lease.token_sha256 == digest:
             return one
     readable = [one for one in workers if isinstance(one, Worker)]
-    return next((past for one in readable for past in one.status.ended if past.token_sha256 == digest), None)
+    return next((past for one in readable for past in one.ended_leases if past.token_sha256 == digest), None)
 
 
 # A token belongs to one worker: its digest begins with the worker's number.

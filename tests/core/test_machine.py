@@ -21,6 +21,7 @@ from bkpool.core.reconcile.actions import (
     CheckDaemon,
     CreateWorker,
     FinishLease,
+    ForgetLogs,
     LoseLease,
     RemoveWorker,
     ReplaceDaemon,
@@ -34,11 +35,12 @@ from bkpool.core.reconcile.actions import (
 from bkpool.core.reconcile.decide import decide, state_of
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
 from bkpool.core.reconcile.health import DEFAULT_HEALTH
-from bkpool.core.reconcile.lease_end import REMEMBERED_LEASES, with_lease_remembered
+from bkpool.core.reconcile.later_writes import SeenLeases
+from bkpool.core.reconcile.lease_end import with_lease_remembered, without_lease, without_logs
 from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.registrations import SeenRegistrations
-from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker, new_worker
+from bkpool.core.worker import REMEMBERED_LEASES, EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, indexed, lease, pool
 
 TENANTS = st.sampled_from(["ann", "bob", "cyd"])
@@ -123,8 +125,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.now = NOW
         self.skew = timedelta()
         """How far the gateways' clock is ahead."""
-        self.registrations = SeenRegistrations()
+        self.registrations, self.leases = SeenRegistrations(), SeenLeases()
         self.known: set[Key] = set()
+        self.writes_until_crash: int | None = None
+        """Writes of one action that come before the controller is killed; None: it is not."""
         self.store = TinyStore()
         self.runtime = TinyRuntime()
         self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
@@ -160,8 +164,20 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def another_controller_takes_over(self):
-        self.registrations = SeenRegistrations()
+        self.registrations, self.leases = SeenRegistrations(), SeenLeases()
         self.known: set[Key] = set()
+
+    @rule(writes=st.integers(1, 2))
+    def the_controller_is_killed_between_two_writes(self, writes):
+        self.writes_until_crash = writes
+
+    def _may_be_killed(self):
+        if self.writes_until_crash is not None:
+            self.writes_until_crash -= 1
+            if self.writes_until_crash == 0:
+                self.writes_until_crash = None
+                self.another_controller_takes_over()
+                raise Lost
 
     @rule(failing=st.booleans())
     def daemons_fail_to_start(self, failing):
@@ -248,7 +264,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.store.replace(worker.with_lease(worker.lease.but(expires_at=until)))
 
     def _routable(self):
-        return [w for w in self.view.values() if w.lease and w.status.phase is Phase.ALLOCATED and w.status.endpoint]
+        return [w for w in self.view.values() if w.routable_endpoint]
 
     @precondition(lambda self: self._routable())
     @rule(data=st.data())
@@ -262,7 +278,7 @@ class PoolMachine(RuleBasedStateMachine):
         current = self.store.workers.get(worker.key.name)
         if current is None or current.lease is None or current.lease.id != wanted.id:
             return
-        if current.lease.ended(self.now) or current.status.phase is not Phase.ALLOCATED:
+        if current.lease.ended(self.now):
             return
         registration = self._registration(wanted.id)
         self.store.replace_status(current.with_status(gateways=(registration,)))
@@ -303,6 +319,7 @@ class PoolMachine(RuleBasedStateMachine):
         workers = tuple(self.view.values())
         for key in self.known | {worker.key for worker in workers}:
             self.registrations.look(key, self.view.get(key.name), self.now.timestamp())
+            self.leases.look(key, self.view.get(key.name), self.now.timestamp())
         self.known = {worker.key for worker in workers}
         registered_until = self.registrations.at(self.now, self.now.timestamp())
         snap = Snapshot(
@@ -311,6 +328,7 @@ class PoolMachine(RuleBasedStateMachine):
             dict(self.runtime.daemons),
             dict(self.runtime.caches),
             registered_until=registered_until,
+            lease_since=self.leases.at(self.now, self.now.timestamp()),
         )
         decision = decide(snap, self.now)
         slots = [slot_of_action(action) for action in decision.actions]
@@ -368,16 +386,27 @@ class PoolMachine(RuleBasedStateMachine):
                 ended = worker.lease.but(ended_at=self.now, end_reason=EndReason.LOST, end_message=message)
                 store.replace(worker.with_lease(ended))
             case FinishLease(worker):
-                after = store.replace_status(with_lease_remembered(action, self.now))
-                store.replace(after.with_lease(None))
-                assert worker.lease.id not in self.connected, "taken from under an open connection"
-                if worker.lease.end_reason is EndReason.REVOKED:
-                    daemon = runtime.daemons.get(worker.slot)
-                    assert daemon is None or daemon.state is DaemonState.EXITED, "its builds may still run"
+                self._finish(action, worker)
+            case ForgetLogs(worker):
+                store.replace(without_logs(worker))
             case RemoveWorker(worker):
                 store.delete(worker)
                 self._must_be_unused(worker)
                 runtime.daemons.pop(worker.slot, None)
+
+    def _finish(self, action, worker):
+        store, lease, slot = self.store, worker.lease, worker.slot
+        if action.status is not None:
+            if action.ended.log_tail:
+                worker = store.replace(with_lease_remembered(worker, action.ended, self.now))
+                self._may_be_killed()
+            worker = store.replace_status(worker.but(status=action.status))
+            self._may_be_killed()
+        store.replace(without_lease(with_lease_remembered(worker, action.ended, self.now)))
+        assert lease.id not in self.connected, "taken from under an open connection"
+        if lease.end_reason is EndReason.REVOKED:
+            daemon = self.runtime.daemons.get(slot)
+            assert daemon is None or daemon.state is DaemonState.EXITED, "its builds may still run"
 
     def _must_be_unused(self, worker):
         daemon = self.runtime.daemons.get(worker.slot)
@@ -392,7 +421,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def a_lease_that_was_answered_stays_its_holders_until_it_ends(self):
-        remembered = {past.token_sha256 for w in self.store.workers.values() for past in w.status.ended}
+        remembered = {past.token_sha256 for w in self.store.workers.values() for past in w.ended_leases}
         holders = {w.lease.id: w.key.name for w in self.store.workers.values() if w.lease}
         for lease_id, (name, _tenant) in list(self.answered.items()):
             if lease_id in holders:
@@ -400,7 +429,7 @@ class PoolMachine(RuleBasedStateMachine):
             else:
                 # The lease has ended. While its worker exists, a late caller still gets the reason.
                 worker = self.store.workers.get(name)
-                if worker is not None and worker.status.allocation_count < REMEMBERED_LEASES:
+                if worker is not None and worker.allocation_count < REMEMBERED_LEASES:
                     assert f"digest-{lease_id}" in remembered or worker.metadata.creation_timestamp > NOW
                 del self.answered[lease_id]
 
@@ -409,9 +438,7 @@ class PoolMachine(RuleBasedStateMachine):
         for worker in self.store.workers.values():
             daemon = self.runtime.daemons.get(worker.slot)
             if (
-                worker.lease
-                and worker.status.phase is Phase.ALLOCATED
-                and worker.status.endpoint
+                worker.routable_endpoint
                 and daemon
                 and daemon.state is DaemonState.READY
                 and daemon.worker_uid == worker.uid

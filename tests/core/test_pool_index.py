@@ -29,11 +29,11 @@ def scanned_choice(p, workers, caches, owner, taken, only_ready):
         if w.lease is None and not w.metadata.deletion_timestamp and w.slot.number < limit and w.slot not in taken
     ]
     never = datetime.min.replace(tzinfo=UTC)
-    idle = [w for w in free if w.status.phase is Phase.IDLE and w.status.silent_since is None]
-    idle.sort(key=lambda w: w.status.last_activity_at or never)
+    idle = [w for w in free if w.phase is Phase.IDLE and w.status.silent_since is None]
+    idle.sort(key=lambda w: w.last_activity_at or never)
     own = [w for w in idle if w.status.cache_owner == owner]
     unused = [w for w in idle if w.status.cache_owner is None]
-    starting = [w for w in free if w.status.phase in {Phase.PENDING, Phase.PROVISIONING}]
+    starting = [w for w in free if w.phase is Phase.PENDING]
     if own:
         return own[-1]
     if only_ready:
@@ -44,7 +44,7 @@ def scanned_choice(p, workers, caches, owner, taken, only_ready):
     empty = [one for one in map(slot, range(limit)) if one not in filled and one not in taken]
     if empty:
         return min(empty, key=lambda one: 0 if caches.get(one) == owner else 1 if caches.get(one) is None else 2)
-    return next(iter(idle + [w for w in free if w.status.phase is Phase.FAILED]), None)
+    return next(iter(idle + [w for w in free if w.phase is Phase.FAILED]), None)
 
 
 def scanned_assignment(waiters, p, workers, caches, turns, claiming, unreadable, now):
@@ -104,6 +104,7 @@ def workers(draw, number):
         last_activity_at=draw(st.none() | TIMES),
         silent_since=draw(st.sampled_from([None, None, NOW])),
     )
+    one = one.but(spec=one.spec.but(last_activity_at=draw(st.none() | TIMES)))
     labels = draw(st.none() | KEYS)
     deleted = draw(st.sampled_from([None, None, None, NOW]))
     metadata = one.metadata.but(labels={LABEL_REQUEST: labels} if labels else {}, deletion_timestamp=deleted)

@@ -14,6 +14,7 @@ from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import StopDaemon
 from bkpool.core.reconcile.decide import decide, state_of
+from bkpool.core.reconcile.later_writes import SeenLeases
 from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.reconcile.slot_step import Moment
@@ -75,6 +76,7 @@ def observations(draw: st.DrawFn, number: int) -> Observation:
         outdated=draw(st.booleans()),
         reaches_other=draw(st.sampled_from([False, False, True])),
         protected=draw(st.sampled_from([None, True, False])),
+        goes_unprotected=draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -90,7 +92,7 @@ class Changes(RuleBasedStateMachine):
         self.caches: dict[Slot, str | None] = {}
         self.busy: set[Slot] = set()
         self.unreadable: frozenset[Slot] = frozenset()
-        self.registrations, self.undelivered = SeenRegistrations(), UndeliveredLeases()
+        self.registrations, self.undelivered, self.leases = SeenRegistrations(), UndeliveredLeases(), SeenLeases()
         self.restarts_left = 4
         self.state = PoolState(self.pool)
         self.known = True
@@ -107,6 +109,7 @@ class Changes(RuleBasedStateMachine):
             self.workers[slot] = found
         self.registrations.look(slot.worker, found, self.seconds)
         self.undelivered.look(slot.worker, found)
+        self.leases.look(slot.worker, found, self.seconds)
         self.state.set_worker(slot, found)
 
     @rule(number=SLOTS, used=st.none() | SECONDS, outdated=st.booleans())
@@ -153,6 +156,7 @@ class Changes(RuleBasedStateMachine):
             del self.workers[found]
             self.state.set_worker(found, None)
             self.undelivered.look(found.worker, None)
+            self.leases.look(found.worker, None, self.seconds)
             self.registrations.look(found.worker, None, self.seconds)
         self.state.set_unreadable(self.unreadable)
 
@@ -195,7 +199,8 @@ class Changes(RuleBasedStateMachine):
 
     def _moment(self) -> Moment:
         at = self.registrations.at(self.now, self.seconds)
-        return Moment(self.now, at, self.undelivered.now(), self.restarts_left)
+        since = self.leases.at(self.now, self.seconds)
+        return Moment(self.now, at, self.undelivered.now(), self.restarts_left, lease_since=since)
 
     @invariant()
     def same_as_from_scratch(self) -> None:
@@ -215,6 +220,7 @@ class Changes(RuleBasedStateMachine):
             restarts_left=self.restarts_left,
             unreadable_slots=self.unreadable,
             undelivered_for=moment.undelivered_for,
+            lease_since=moment.lease_since,
         )
         plan = self.state.plan(moment)
         assert plan == decide(snapshot, self.now)

@@ -10,6 +10,7 @@ from bkpool.core.pool import Reuse
 from bkpool.core.reconcile.actions import (
     CreateWorker,
     FinishLease,
+    ForgetLogs,
     LoseLease,
     Plan,
     RemoveWorker,
@@ -22,7 +23,7 @@ from bkpool.core.reconcile.actions import (
 )
 from bkpool.core.reconcile.decide import decide, state_of
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, failed_worker
-from bkpool.core.reconcile.lease_end import with_lease_remembered
+from bkpool.core.reconcile.lease_end import with_lease_remembered, without_lease, without_logs
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.reconcile.slot_step import TOKEN_TIMEOUT, Moment
 from bkpool.core.registrations import REGISTRATION_LIFE, RegistrationKey
@@ -119,6 +120,12 @@ def test_a_worker_that_was_stable_counts_from_the_beginning():
     assert failed_worker(shaky, "x", "", NOW).status.failures == 5
 
 
+def finished(action):
+    """The worker after the writes of a FinishLease, as `controller.lease_ends` makes them."""
+    worker = action.worker if action.status is None else action.worker.but(status=action.status)
+    return without_lease(with_lease_remembered(worker, action.ended, NOW))
+
+
 def test_after_a_reboot_a_worker_starts_at_once():
     held = worker(0, lease(), phase=Phase.ALLOCATED, cache_owner="owner-a", ready_at=NOW)
     assert actions(snapshot(pool(), held)) == [StartDaemon(held, "owner-a")]
@@ -136,11 +143,12 @@ def test_an_ended_lease_leaves_its_worker(change, reason):
     (action,) = actions(snapshot(pool(), held, observed={0: seen(0, "owner-a")}))
     assert isinstance(action, FinishLease)
     assert action.ended.reason is reason
-    after = with_lease_remembered(action, NOW)
-    assert after.status.ended[-1].token_sha256 == "digest-lease"
-    assert (
-        with_lease_remembered(FinishLease(after, action.ended, action.phase), NOW).status.ended == after.status.ended
-    )
+    assert action.status is None, "one write is enough"
+    after = finished(action)
+    assert (after.phase, after.lease, after.last_activity_at, after.allocation_count) == (Phase.IDLE, None, NOW, 1)
+    assert after.ended_leases[-1].token_sha256 == "digest-lease"
+    again = with_lease_remembered(after, action.ended, NOW)
+    assert (again.ended_leases, again.allocation_count) == (after.ended_leases, 1), "it can be repeated after a crash"
 
 
 def test_a_lease_stays_while_a_gateway_may_have_connections_of_it():
@@ -176,7 +184,7 @@ def test_a_leased_worker_of_an_earlier_spec_is_stopped_after_its_last_connection
     assert actions(snapshot(pool(), ended, observed=old)) == [StopDaemon(ended)]
     (finish,) = actions(snapshot(pool(), ended))
     assert isinstance(finish, FinishLease)
-    assert finish.phase is Phase.PENDING, "the next holder waits for a daemon of today's spec"
+    assert finished(finish).phase is Phase.PENDING, "the next holder waits for a daemon of today's spec"
 
 
 def test_the_lease_of_a_deleted_worker_ends_without_a_stop_of_its_outdated_daemon():
@@ -247,8 +255,8 @@ def test_the_daemon_of_a_revoked_lease_is_stopped_even_if_a_gateway_is_frozen_an
     (finish,) = actions(stopped, NOW + REGISTRATION_LIFE)
     assert isinstance(finish, FinishLease)
     assert (finish.ended.reason, finish.ended.message) == (EndReason.REVOKED, "by the admin")
-    assert finish.phase is Phase.PENDING, "it is started again like a new one"
-    after = with_lease_remembered(finish, NOW).with_lease(None)
+    assert finished(finish).phase is Phase.PENDING, "it is started again like a new one"
+    after = finished(finish)
     assert actions(snapshot(pool(), after)) == [StartDaemon(after, None)]
 
 
@@ -300,8 +308,8 @@ def test_the_next_holder_never_reads_the_log_of_the_holder_before():
     over = lease().but(ended_at=NOW, end_reason=EndReason.RELEASED)
     draining = worker(0, over, phase=Phase.DRAINING, cache_owner="owner-a", endpoint="unix:///0")
     (finish,) = actions(snapshot(pool(), draining, observed={0: secret}))
-    after = with_lease_remembered(finish, NOW)
-    assert (after.status.phase, after.status.endpoint, after.status.failures) == (Phase.FAILED, None, 1)
+    after = finished(finish)
+    assert (after.phase, after.status.endpoint, after.status.failures) == (Phase.FAILED, None, 1)
     assert after.status.message == "buildkitd was killed"
     claimed = after.with_lease(lease("b").but(owner="owner-b"))
     assert "SECRET" not in str(actions(snapshot(pool(), claimed, observed={0: secret}), NOW + timedelta(minutes=1)))
@@ -321,16 +329,16 @@ def test_the_log_tail_of_a_lost_lease_is_forgotten_with_its_cache():
     assert drain.worker.status.phase is Phase.DRAINING
     assert drain.worker.lease_end_message == held.lease_end_message, "its waiting clients are told"
     (finish,) = actions(snapshot(pool(), drain.worker.with_status(gateways=())))
-    after = with_lease_remembered(finish, NOW).with_lease(None)
-    assert "SECRET" in after.status.ended[-1].message_with_log, "its holder asks why it ended"
+    after = finished(finish)
+    assert "SECRET" in after.ended_leases[-1].message_with_log, "its holder asks why it ended"
     assert after.status.message_with_log == "buildkitd was killed"
     (step,) = actions(snapshot(pool(), after, observed={0: seen(0)}))
-    assert "SECRET" not in str(step), "the cache was wiped"
-    again = worker(
-        0, over := lease("b", id="other").but(ended_at=NOW, end_reason=EndReason.RELEASED), ended=after.status.ended
-    )
-    (finish,) = actions(snapshot(pool(), again, observed={0: seen(0, over.owner)}))
-    assert [past.log_tail for past in with_lease_remembered(finish, NOW).status.ended] == ["", ""]
+    assert step == ForgetLogs(after), "the cache was wiped"
+    (step,) = actions(snapshot(pool(), without_logs(after), observed={0: seen(0)}))
+    assert "SECRET" not in str(step)
+    over = lease("b", id="other").but(ended_at=NOW, end_reason=EndReason.RELEASED)
+    (finish,) = actions(snapshot(pool(), after.with_lease(over), observed={0: seen(0, over.owner)}))
+    assert [past.log_tail for past in finished(finish).ended_leases] == ["", ""]
 
 
 def test_the_log_of_a_shared_cache_is_shown_to_nobody():
@@ -347,7 +355,7 @@ def test_a_worker_that_failed_says_why_after_its_lease_too():
     over = lease().but(ended_at=NOW, end_reason=EndReason.LOST)
     held = worker(0, over, phase=Phase.PROVISIONING, failures=5, endpoint=None, message="no space left\nold log")
     (finish,) = actions(snapshot(pool(), held))
-    after = with_lease_remembered(finish, NOW).with_lease(None)
+    after = finished(finish)
     ready = next(
         c
         for c in pool_status(pool(), [after], PoolStatusInputs("tcp://gateway:1235"), NOW).conditions
@@ -521,7 +529,7 @@ def test_an_ephemeral_cache_gets_its_owner_before_the_next_lease():
     silent = replace(unmarked, state=DaemonState.STARTING)
     assert actions(snapshot(pool(), held, observed={0: silent})) == [SetCacheOwner(held, over.owner)]
     (finish,) = actions(snapshot(pool(), held, observed={0: replace(unmarked, cache_owner=over.owner)}))
-    after = with_lease_remembered(finish, NOW).with_lease(lease("b"))
+    after = finished(finish).with_lease(lease("b"))
     assert after.routable_endpoint is None, "otherwise the next holder would be routed to a cache that is not theirs"
 
 

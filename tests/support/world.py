@@ -24,6 +24,7 @@ from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
+from bkpool.core.reconcile.later_writes import WritePauses
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
 from bkpool.core.subscribers import Subscribers
@@ -41,6 +42,8 @@ from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES
 ANN, BOB = Identity("ann"), Identity("bob")
 POOL = Key("default", "p")
 TOKEN_KEY = b"k" * 32
+AT_ONCE = WritePauses(timedelta(0), timedelta(0), timedelta(0))
+"""The controller writes everything at once: the clock of a test need not go on for that."""
 WAIT = 60.0
 """Seconds that a caller waits for a worker, and a test for a condition: only a fault takes so long."""
 
@@ -310,16 +313,18 @@ class Clock:
 
 @asynccontextmanager
 async def running_world(
-    directory: Path, replicas: int = 1, runtime: MemoryWorkers | None = None
+    directory: Path, replicas: int = 1, runtime: MemoryWorkers | None = None, pauses: WritePauses = AT_ONCE
 ) -> AsyncIterator[World]:
     # A replica counts how often it has looked for what became of an answer, and here that takes no time at all.
     with patch.dict(deliveries._MAY_CHANGE_FOR, {Delivery.ON_ITS_WAY: math.inf}):
-        async with _running_world(directory, replicas, runtime) as world:
+        async with _running_world(directory, replicas, runtime, pauses) as world:
             yield world
 
 
 @asynccontextmanager
-async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers | None) -> AsyncIterator[World]:
+async def _running_world(
+    directory: Path, replicas: int, runtime: MemoryWorkers | None, pauses: WritePauses
+) -> AsyncIterator[World]:
     clock = Clock()
     store = await SqliteStore.open(directory / "state.db", now=clock)
     world = World(store, clock, runtime)
@@ -337,6 +342,7 @@ async def _running_world(directory: Path, replicas: int, runtime: MemoryWorkers 
         recorder=LogRecorder(),
         metrics=ControllerMetrics(world.registry),
         seconds=clock.seconds,
+        pauses=pauses,
     )
     world.controller = controller
     clock.moved = controller.look_again

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from bkpool.core.names import Slot
-from bkpool.core.worker import EndedLease, EndReason, Phase, Worker
+from bkpool.core.worker import EndedLease, EndReason, Worker, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,13 @@ class WriteStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetLogs:
+    """Forget the log tails of leases that were lost: their cache, and the log with it, is deleted."""
+
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True)
 class LoseLease:
     """End the lease: as lost, because its worker cannot be kept running, or for another reason."""
 
@@ -98,9 +105,10 @@ class FinishLease:
     """Take an ended lease off its worker and remember it. No gateway has a connection of it any more."""
 
     worker: Worker
+    """As it is stored."""
     ended: EndedLease
-    phase: Phase
-    """The worker's phase afterwards."""
+    status: WorkerStatus | None = None
+    """Must be stored before the lease leaves the worker; None: the stored one will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,7 @@ Action = (
     | CheckDaemon
     | ReplaceDaemon
     | WriteStatus
+    | ForgetLogs
     | LoseLease
     | FinishLease
     | RemoveWorker

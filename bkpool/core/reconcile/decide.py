@@ -17,7 +17,14 @@ from bkpool.core.reconcile.slot_step import Moment
 
 def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LIMITS) -> Plan:
     """What to do now for one pool. The limits apply to workers that fail."""
-    moment = Moment(now, snapshot.registered_until, snapshot.undelivered_for, snapshot.restarts_left, limits)
+    moment = Moment(
+        now,
+        snapshot.registered_until,
+        snapshot.undelivered_for,
+        snapshot.restarts_left,
+        limits,
+        snapshot.lease_since,
+    )
     return state_of(snapshot).plan(moment)
 
 

@@ -70,7 +70,7 @@ class FreeWorkers:
         if doomed:
             self._doomed.add(slot)
             return
-        used = worker.status.last_activity_at
+        used = worker.last_activity_at
         row = self._never if used is None else self._used
         place = (used or worker.metadata.creation_timestamp or _NEW, slot)
         insort(row.places, place)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from bkpool.core.names import LABEL_REQUEST
 from bkpool.core.observation import DaemonState, Observation, ready_observation
 from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, StopDaemon, WriteStatus
 from bkpool.core.reconcile.failures import FailureLimits, failed_worker
 from bkpool.core.registrations import REGISTRATION_LIFE, Expiries, RegistrationKey, live_registrations
-from bkpool.core.worker import EndedLease, EndReason, Lease, Phase, Worker
+from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Lease, Phase, Worker, WorkerStatus
 
 FIRST_USE_TIMEOUT = timedelta(minutes=2)
 """A lease that ends when it is unused ends so long after its worker is ready, if nobody has connected."""
-REMEMBERED_LEASES = 16
-"""Ended leases that a worker remembers, so that a client that comes too late learns why its lease ended."""
 
 
 def unused_until(worker: Worker, lease: Lease, now: datetime, *, registered_until: Expiries) -> datetime | None:
@@ -47,6 +46,7 @@ def wind_up(
     *,
     limits: FailureLimits,
     registered_until: Expiries,
+    draining_at: datetime,
 ) -> Action | datetime:
     """The next step for a lease that has ended.
 
@@ -58,9 +58,10 @@ def wind_up(
         now: The time.
         limits: Apply if the worker failed meanwhile.
         registered_until: When the registrations of gateways expire.
+        draining_at: When it may be written that the worker is draining.
 
     Returns:
-        An action, or the time at which the last gateway registration expires.
+        An action, or the time at which there may be one.
     """
     if reason is EndReason.REVOKED and seen is not None and seen.state is not DaemonState.EXITED:
         # Gateways cut the connections, but one that is frozen cuts none, and in a rootless pod a process that a step
@@ -73,13 +74,18 @@ def wind_up(
     registered = [expires_at for entry, expires_at in live if entry.lease_id == lease.id]
     if not registered:
         return _leave(worker, lease, reason, seen, now, limits=limits)
-    if worker.status.phase is not Phase.DRAINING:
-        if reason is EndReason.LOST:  # its clients are still told why, with the log
-            return WriteStatus(worker.with_status(phase=Phase.DRAINING))
-        builds = "its builds were stopped" if reason is EndReason.REVOKED else "builds may finish"
-        message = f"the lease is {reason}; {builds}"
-        return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
-    return min(registered)
+    if worker.status.phase is Phase.DRAINING:
+        return min(registered)
+    return _draining(worker, reason) if now >= draining_at else min(draining_at, *registered)
+
+
+def _draining(worker: Worker, reason: EndReason) -> WriteStatus:
+    """Notes that connections of a lease that has ended may be left."""
+    if reason is EndReason.LOST:  # its clients are still told why, with the log
+        return WriteStatus(worker.with_status(phase=Phase.DRAINING))
+    builds = "its builds were stopped" if reason is EndReason.REVOKED else "builds may finish"
+    message = f"the lease is {reason}; {builds}"
+    return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
 
 
 def _leave(
@@ -97,26 +103,44 @@ def _leave(
         # While the lease is on the worker, nobody else gets this daemon. And nobody gets a worker that is being
         # deleted: the end of its pod may wait for builds that other gateways still relay, and the lease need not.
         return StopDaemon(worker)
+    failed = worker
     if seen is not None and seen.state is DaemonState.EXITED and worker.status.endpoint is not None:
         # It exited during this lease. The next holder must not find this exit, nor the log of these builds.
-        worker = failed_worker(worker, seen.message, "", now, limits)
-    return _finish(worker, lease, reason, up)
-
-
-def _finish(worker: Worker, lease: Lease, reason: EndReason, up: Observation | None) -> FinishLease:
-    if up:
-        # Write cache_owner together with the lease's end. Otherwise the next lease could be routed here before the
-        # owner is known.
-        worker = worker.with_status(cache_owner=up.cache_owner)
+        failed = failed_worker(worker, seen.message, "", now, limits)
     ended = EndedLease(
         token_sha256=lease.token_sha256,
         ended_at=lease.over_since(),
         reason=reason,
         message=lease.end_message,
-        log_tail=worker.status.log_tail if reason is EndReason.LOST else "",
+        log_tail=failed.status.log_tail if reason is EndReason.LOST else "",
     )
-    down = Phase.FAILED if worker.status.failures else Phase.PENDING
-    return FinishLease(worker, ended, Phase.IDLE if up else down)
+    return FinishLease(worker, ended, _status_before(worker, failed, reason, up))
+
+
+def _status_before(worker: Worker, failed: Worker, reason: EndReason, up: Observation | None) -> WorkerStatus | None:
+    """The status that must be stored before a lease leaves its worker; None: the stored one will do.
+
+    Nobody may get the worker as idle if it is not ready, nor before the owner of its cache is known, nor read the log
+    of these builds. Everything else of the status may follow.
+
+    Args:
+        worker: The worker as it is stored.
+        failed: The same, with an exit that happened during this lease.
+        reason: Why the lease ended.
+        up: What the runtime sees of its daemon, if that is ready.
+    """
+    status = failed.status
+    owner = up.cache_owner if up else status.cache_owner
+    has_log = status.log_tail or "\n" in status.message  # earlier versions stored it below the message's first line
+    says_ready = up is None and status.phase in {Phase.IDLE, Phase.ALLOCATED, Phase.DRAINING}
+    if failed is worker and owner == status.cache_owner and not has_log and not says_ready:
+        return None
+    down = Phase.FAILED if status.failures else Phase.PENDING
+    phase = Phase.IDLE if up else down
+    # A failed worker goes on saying why.
+    has_reason = reason is EndReason.LOST or status.phase is not Phase.DRAINING
+    message = status.message.partition("\n")[0] if phase is Phase.FAILED and has_reason else ""
+    return status.but(phase=phase, cache_owner=owner, message=message, log_tail="", gateways=())
 
 
 def _used_without_owner(worker: Worker, seen: Observation | None) -> bool:
@@ -126,23 +150,28 @@ def _used_without_owner(worker: Worker, seen: Observation | None) -> bool:
     return seen.ephemeral_cache and seen.cache_owner is None
 
 
-def with_lease_remembered(action: FinishLease, now: datetime) -> Worker:
-    """The worker with the ended lease in its status. The lease is still in its spec, to be taken off afterwards.
+def with_lease_remembered(worker: Worker, ended: EndedLease, now: datetime) -> Worker:
+    """The worker with the ended lease in its spec, beside the leases that ended before it. Their logs are forgotten.
 
-    It is idempotent: a crash between the two writes repeats this one.
+    A lease that is remembered already stays as it is: it was written together with the log, which may be gone now.
     """
-    status = action.worker.status
-    known = any(past.token_sha256 == action.ended.token_sha256 for past in status.ended)
-    # A failed worker goes on saying why. Earlier versions stored the log below the first line of the message.
-    has_reason = action.ended.reason is EndReason.LOST or status.phase is not Phase.DRAINING
-    failed = action.phase is Phase.FAILED and has_reason
-    earlier = tuple(past.but(log_tail="") for past in status.ended)
-    return action.worker.with_status(
-        phase=action.phase,
+    earlier = worker.ended_leases
+    known = next((past for past in earlier if past.token_sha256 == ended.token_sha256), None)
+    others = tuple(past.but(log_tail="") if past.log_tail else past for past in earlier if past is not known)
+    spec = worker.spec.but(
+        ended=(*others, known or ended)[-REMEMBERED_LEASES:],
         last_activity_at=now,
-        allocation_count=status.allocation_count + (not known),
-        gateways=(),
-        ended=status.ended if known else (*earlier, action.ended)[-REMEMBERED_LEASES:],
-        message=status.message.partition("\n")[0] if failed else "",
-        log_tail="",
+        allocation_count=worker.allocation_count + (known is None),
     )
+    return worker.but(spec=spec)
+
+
+def without_lease(worker: Worker) -> Worker:
+    """The worker without its lease, and without the label of the request for it."""
+    labels = {key: value for key, value in worker.metadata.labels.items() if key != LABEL_REQUEST}
+    return worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None)
+
+
+def without_logs(worker: Worker) -> Worker:
+    """The worker that remembers its ended leases without the logs of those that were lost."""
+    return worker.but(spec=worker.spec.but(ended=tuple(past.but(log_tail="") for past in worker.spec.ended)))

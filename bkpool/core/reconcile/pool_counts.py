@@ -26,7 +26,7 @@ class WorkerCounts:
         ready = worker.status.endpoint is not None and worker.status.silent_since is None
         self.workers += times
         self.ready += times * ready
-        self.idle += times * (ready and worker.lease is None and worker.status.phase is Phase.IDLE)
+        self.idle += times * (ready and worker.lease is None and worker.phase is Phase.IDLE)
         self.allocated += times * (worker.lease is not None)
 
 
@@ -50,14 +50,14 @@ class PoolCounts:
         if before is not None:
             self.workers.add(before, -1)
             self._failed.pop(slot, None)
-            if (end := before.status.last_activity_at) is not None:
+            if (end := before.last_activity_at) is not None:
                 del self._ends[bisect_left(self._ends, (end, slot))]
         if worker is not None:
             self._counted[slot] = worker
             self.workers.add(worker)
-            if worker.status.phase is Phase.FAILED:
+            if worker.phase is Phase.FAILED:
                 self._failed[slot] = worker
-            if (end := worker.status.last_activity_at) is not None:
+            if (end := worker.last_activity_at) is not None:
                 insort(self._ends, (end, slot))
         if slot in self._connections or (worker is not None and worker.status.gateways):
             self._uncounted.add(slot)

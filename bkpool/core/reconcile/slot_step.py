@@ -13,9 +13,18 @@ from bkpool.core.durations import render
 from bkpool.core.observation import MOST_RESTARTS, DaemonState, Observation, ready_observation
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile import lease_end
-from bkpool.core.reconcile.actions import Action, LoseLease, SetCacheOwner, SetProtection, StartDaemon, WriteStatus
+from bkpool.core.reconcile.actions import (
+    Action,
+    ForgetLogs,
+    LoseLease,
+    SetCacheOwner,
+    SetProtection,
+    StartDaemon,
+    WriteStatus,
+)
 from bkpool.core.reconcile.failures import DEFAULT_LIMITS, FailureLimits, failed_worker, only_of_holder, retry_at
 from bkpool.core.reconcile.health import health_step
+from bkpool.core.reconcile.later_writes import DEFAULT_PAUSES, NONE_NOTED, LeaseSince, WritePauses, due_at
 from bkpool.core.reconcile.undelivered import LONGEST_STEP, NONE_UNDELIVERED, UndeliveredFor
 from bkpool.core.registrations import NONE_SEEN, Expiries
 from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease, Phase, Worker
@@ -24,6 +33,10 @@ TOKEN_TIMEOUT = timedelta(minutes=1)
 """A lease of an earlier version that has no token after this time never gets one: who was creating it was killed."""
 
 _NOT_DELIVERED = f"its answer did not reach its caller, and nobody used it for {render(UNDELIVERED_LIFE)}"
+
+
+_READY = frozenset({Phase.IDLE, Phase.ALLOCATED, Phase.DRAINING})
+"""The phases of a worker that is ready. Which of them it is, the lease tells as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,10 @@ class Moment:
     """How many outdated daemons may be replaced now, beside the starts and stops of all pools that are under way."""
     limits: FailureLimits = DEFAULT_LIMITS
     """Apply to workers that fail."""
+    lease_since: LeaseSince = field(default_factory=lambda: NONE_NOTED)
+    """Since when each worker has the lease that it has, or none. What is missing has been so for long."""
+    pauses: WritePauses = DEFAULT_PAUSES
+    """How long it must be so until it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +100,11 @@ def _idle(worker: Worker, seen: Observation | None, pool: Pool, moment: Moment) 
     up = ready_observation(worker, seen)
     if up is None:
         return _start(worker, seen, None, pool, moment)
-    if up.protected:
-        return SetProtection(worker, protected=False)
-    return _status(worker, up, Phase.IDLE, now, worker.status.failures) or health_step(worker, up, now)
+    return _first(
+        _status(worker, up, Phase.IDLE, moment),
+        health_step(worker, up, now),
+        _unprotect(worker, up, moment) if up.protected else None,
+    )
 
 
 def _abandoned_in(worker: Worker, lease: Lease, moment: Moment) -> timedelta | None:
@@ -100,9 +119,15 @@ def _over(
     worker: Worker, lease: Lease, reason: EndReason, seen: Observation | None, moment: Moment
 ) -> Action | datetime:
     """The next step for a worker whose lease has ended."""
-    registered_until = moment.registered_until
     return lease_end.wind_up(
-        worker, lease, reason, seen, moment.now, limits=moment.limits, registered_until=registered_until
+        worker,
+        lease,
+        reason,
+        seen,
+        moment.now,
+        limits=moment.limits,
+        registered_until=moment.registered_until,
+        draining_at=due_at(worker, moment.lease_since, moment.pauses.phase),
     )
 
 
@@ -127,9 +152,11 @@ def _leased(
         if worker.counted_failures >= moment.limits.max_failures:
             return LoseLease(worker, worker.status.message)
         return _start(worker, seen, lease.owner, pool, moment)
-    failures = 0 if worker.status.phase is Phase.IDLE else worker.status.failures
-    action = _prepare_for_holder(worker, lease.owner, up) or _status(worker, up, Phase.ALLOCATED, now, failures)
-    step = action or health_step(worker, up, now, registered_until=moment.registered_until)
+    step = _prepare_for_holder(worker, lease.owner, up) or _first(
+        _status(worker, up, Phase.ALLOCATED, moment),
+        health_step(worker, up, now, registered_until=moment.registered_until),
+        _protect(worker, moment) if up.protected is False else None,
+    )
     if not isinstance(step, Action):
         end = lease_end.unused_until(worker, lease, now, registered_until=moment.registered_until)
         if end is not None and now >= end:
@@ -140,12 +167,29 @@ def _leased(
 
 
 def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action | None:
-    """What is missing until the cache belongs to the lease's owner and the worker is protected; None: nothing."""
+    """What is missing until the cache belongs to the lease's owner; None: nothing."""
     if up.cache_owner is None:
         return SetCacheOwner(worker, owner)
-    if up.cache_owner != owner:
-        return StartDaemon(worker, owner)
-    return SetProtection(worker, protected=True) if up.protected is False else None
+    return StartDaemon(worker, owner) if up.cache_owner != owner else None
+
+
+def _protect(worker: Worker, moment: Moment) -> Action | datetime:
+    due = due_at(worker, moment.lease_since, moment.pauses.phase)
+    return SetProtection(worker, protected=True) if moment.now >= due else due
+
+
+def _unprotect(worker: Worker, up: Observation, moment: Moment) -> Action | datetime:
+    """Ends the protection of a worker without a lease, unless it has another lease soon."""
+    due = due_at(worker, moment.lease_since, moment.pauses.protected)
+    return SetProtection(worker, protected=False) if up.goes_unprotected or moment.now >= due else due
+
+
+def _first(*steps: Action | datetime | None) -> Action | datetime | None:
+    """The first of these that is an action; else the earliest of the times."""
+    for step in steps:
+        if step is not None and not isinstance(step, datetime):
+            return step
+    return min((step for step in steps if isinstance(step, datetime)), default=None)
 
 
 def _start(
@@ -162,30 +206,30 @@ def _start(
     return StartDaemon(worker, owner)
 
 
-def _status(worker: Worker, seen: Observation, phase: Phase, now: datetime, failures: int) -> WriteStatus | None:
-    """A status to write, if the stored one differs from what is seen."""
+def _status(worker: Worker, seen: Observation, phase: Phase, moment: Moment) -> Action | datetime | None:
+    """A status to write, if the stored one differs from what is seen. If only its phase does, it is written later."""
     status = worker.status
     wanted: dict[str, Any] = {
-        "phase": phase,
         "endpoint": seen.endpoint,
         "cache_owner": seen.cache_owner,
         "ephemeral_cache": seen.ephemeral_cache,
         "pod_name": seen.pod_name,
         "pod_ip": seen.pod_ip,
     }
-    stored = (
-        status.phase,
-        status.endpoint,
-        status.cache_owner,
-        status.ephemeral_cache,
-        status.pod_name,
-        status.pod_ip,
-    )
+    stored = (status.endpoint, status.cache_owner, status.ephemeral_cache, status.pod_name, status.pod_ip)
     if stored == tuple(wanted.values()):
-        return None
+        if status.phase is phase:
+            return None
+        due = due_at(worker, moment.lease_since, moment.pauses.phase)
+        if moment.now < due and status.phase in _READY:
+            return due
     if seen.cache_owner != status.cache_owner:  # the log was deleted together with the old cache
+        if any(past.log_tail for past in worker.spec.ended):
+            return ForgetLogs(worker)
         wanted["ended"] = tuple(past.but(log_tail="") for past in status.ended)
-    ready_at = status.ready_at if status.endpoint is not None else now
-    # It goes with a status that is written anyway: an upgrade that makes other digests writes nothing by itself.
+    wanted["ready_at"] = status.ready_at if status.endpoint is not None else moment.now
+    wanted["failures"] = worker.counted_failures
+    # These go with a status that is written anyway. An upgrade that makes other digests writes nothing by itself.
     wanted["spec_digest"] = seen.spec_digest or None
-    return WriteStatus(worker.with_status(**wanted, ready_at=ready_at, failures=failures, message="", log_tail=""))
+    wanted["last_activity_at"], wanted["allocation_count"] = worker.last_activity_at, worker.allocation_count
+    return WriteStatus(worker.with_status(**wanted, phase=phase, message="", log_tail=""))

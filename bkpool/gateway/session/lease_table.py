@@ -194,7 +194,7 @@ def leases_of(worker: Worker, gateway: PoolGateway) -> WorkerLeases:
         gateway: `spec.gateway` of its pool, or the default if the pool does not exist or cannot be read.
     """
     pool = worker.pool
-    past = {one.token_sha256: PastLease(pool, one.reason, one.message_with_log) for one in worker.status.ended}
+    past = {one.token_sha256: PastLease(pool, one.reason, one.message_with_log) for one in worker.ended_leases}
     route = _route(worker, worker.lease, gateway) if worker.lease is not None else None
     return WorkerLeases(route, MappingProxyType(past))
 

@@ -184,7 +184,7 @@ class PodDaemons:
         A pod of a former CA is replaced, if its worker is not leased. Other pods that were made with another spec are
         observed as outdated.
         """
-        self._slots.want_digest(pool.key, self._digest(pool))
+        self._slots.want(pool.key, self._digest(pool), self._authorities.current(pool.key).mark)
         pods = self._pods_of(pool.key)
         if pods:
             await self._writes.apply_egress(pool)

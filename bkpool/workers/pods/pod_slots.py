@@ -72,7 +72,7 @@ class PodSlots:
             api, KubeCollection("v1", CLAIMS, SELECTOR), self._on_claim, namespaces=namespaces, fail_fast=True
         )
         self._slots: defaultdict[Slot, PodSlot] = defaultdict(PodSlot)
-        self._wanted: dict[Key, str | None] = {}
+        self._wanted: dict[Key, tuple[str | None, str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.subscribers: Subscribers[[Slot]] = Subscribers()
         """Called with each slot whose pod or claim has changed."""
@@ -121,16 +121,18 @@ class PodSlots:
             self.health.began(slot)
             self._refresh(slot)
 
-    def want_digest(self, pool: Key, digest: str | None) -> None:
-        """Notes the digest of what of its spec a pool's pods are made with today. Pods with another one are outdated.
+    def want(self, pool: Key, digest: str | None, authority: str) -> None:
+        """Notes with what a pool's pods are made today.
 
         Args:
             pool: The pool.
-            digest: None: no pod of this pool is outdated, because no other could be made.
+            digest: Of what of its spec they are made with. Pods with another one are outdated. None: no pod of this
+                pool is outdated, because no other could be made.
+            authority: The mark of its CA. Pods of another one are replaced when they are not protected.
         """
-        if digest == self._wanted.get(pool):
+        if self._wanted.get(pool) == (digest, authority):
             return
-        self._wanted[pool] = digest
+        self._wanted[pool] = digest, authority
         for slot in [slot for slot in self._slots if (slot.namespace, slot.pool) == pool]:
             self._refresh(slot)
 
@@ -189,7 +191,8 @@ class PodSlots:
                 message, log_tail = entry.failure.message_and_hint, entry.failure.log_tail
         elif entry.endpoint is not None and pod_view.may_be_ending(pod):
             self._inquire(entry, self._probe_until_certain(pod))
-        digest, wanted = pod_view.spec_digest(pod), self._wanted.get(pod_view.pool_of(pod))
+        digest, made_by = pod_view.spec_digest(pod), pod_view.authority(pod)
+        wanted, authority = self._wanted.get(pod_view.pool_of(pod), (None, made_by))
         return Observation(
             pod_view.worker_uid(pod),
             state,
@@ -200,6 +203,7 @@ class PodSlots:
             silence=self.health.silence(slot) if state is DaemonState.READY else None,
             ephemeral_cache=pod_view.claim_of(pod) is None,
             protected=pod_view.protected(pod),
+            goes_unprotected=made_by != authority,
             spec_digest=digest,
             outdated=wanted is not None and digest != wanted,
             pod_name=paths.key_of(pod).name,
