@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bkpool.buildkit.client import CallTimeouts, ControlClient, connect
 from bkpool.buildkit.connection import WorkerTls
+from bkpool.buildkit.readiness import ask_on_socket, ask_over_tls
 from bkpool.buildkit.records import (
     BuildEvent,
     BuildEventType,
@@ -28,5 +29,7 @@ __all__ = [
     "UsageRecord",
     "WorkerRecord",
     "WorkerTls",
+    "ask_on_socket",
+    "ask_over_tls",
     "connect",
 ]

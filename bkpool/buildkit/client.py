@@ -83,10 +83,6 @@ class ControlClient:
         """The process behind a Unix socket, as this process sees it (SO_PEERCRED of unix(7))."""
         return self._connection.peer_pid
 
-    async def ready(self) -> None:
-        """Returns when buildkitd has answered the call with which buildx begins too."""
-        await self._unary(self._stub.ListWorkers, pb.ListWorkersRequest(), self._timeouts.answer)
-
     async def info(self) -> BuildkitVersion:
         """Which buildkitd it is."""
         reply = await self._unary(self._stub.Info, pb.InfoRequest(), self._timeouts.answer)

@@ -85,16 +85,23 @@ class IgnoredFields:
     ) -> None:
         self._ignored_here = ignored_here
         self._ignored_in_file = ignored_in_file
-        self._known: dict[Key, tuple[PoolSpec, list[str]]] = {}
+        self._known: dict[Key, tuple[Pool, list[str]]] = {}
 
     def of(self, pool: Pool) -> list[str]:
         """The paths of the ignored fields of this pool, with the name that a misspelt one probably means."""
-        spec, found = self._known.get(pool.key, (None, []))
-        if spec is not pool.spec:
+        known, found = self._known.get(pool.key, (None, []))
+        if known is None or not _has_same_spec(known, pool):
             paths = sorted({*ignored_fields(pool.spec, self._ignored_here), *self._ignored_in_file(pool.spec)})
             found = with_questions(paths, pool.spec)
-            self._known[pool.key] = (pool.spec, found)
+            self._known[pool.key] = (pool, found)
         return found
+
+
+def _has_same_spec(one: Pool, other: Pool) -> bool:
+    """Whether the spec is the same, although each change of the status makes a new object of it."""
+    return one.spec is other.spec or (
+        other.metadata.generation is not None and one.spec_version == other.spec_version
+    )
 
 
 def is_foreign_gateway(image: str | None) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bkpool.buildkit import WorkerTls, connect
+from bkpool.buildkit import WorkerTls, ask_on_socket, ask_over_tls
 from bkpool.core.errors import Unavailable
 from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 
@@ -27,9 +27,7 @@ async def probe(path: Path) -> int:
         HostFault: `TooManyOpenFiles`: this process could not ask. The worker may be ready.
     """
     with _own_lack_named(str(path)):
-        async with connect(f"unix://{path}") as client:
-            await client.ready()
-            return client.peer_pid
+        return await ask_on_socket(path)
 
 
 async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: str) -> None:
@@ -48,8 +46,7 @@ async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: s
     """
     endpoint = tcp_endpoint(host, port)
     with _own_lack_named(endpoint):
-        async with connect(endpoint, tls=WorkerTls(context, worker_uid)) as client:
-            await client.ready()
+        await ask_over_tls(endpoint, host, port, WorkerTls(context, worker_uid))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ async def test_info_and_workers(control, endpoint):
         pb.WorkerRecord(ID="w", Labels={"a": "b"}, platforms=[pb.Platform(OS="linux", Architecture="amd64"), arm])
     ]
     async with connect(endpoint) as client:
-        await client.ready()
+        await client.list_workers()
         assert await client.info() == BuildkitVersion("p", "v0.34.2", "r")
         (worker,) = await client.list_workers()
         assert client.peer_pid == os.getpid()
@@ -125,7 +125,7 @@ async def test_calls_run_beside_a_stream(control, endpoint):
     async with connect(endpoint) as client, aclosing(client.history()) as history:
         assert (await anext(history)).record.ref == "ref-1"
         control.stalled = False
-        await asyncio.gather(*(client.ready() for _ in range(5)))
+        await asyncio.gather(*(client.list_workers() for _ in range(5)))
 
 
 async def test_a_stream_that_nobody_reads_any_more_is_cancelled_at_the_server(control, endpoint):
@@ -135,7 +135,7 @@ async def test_a_stream_that_nobody_reads_any_more_is_cancelled_at_the_server(co
             await anext(history)
         await asyncio.wait_for(control.cancelled.wait(), 60)
         control.stalled = False
-        await client.ready()
+        await client.list_workers()
 
 
 async def test_a_slow_reader_holds_the_server_up(control, endpoint):
@@ -156,7 +156,7 @@ def test_it_works_on_uvloop_too(socket_path):
     async def main() -> None:
         control = StubControl(events=[event(1)])
         async with serve(control, path=str(socket_path)), connect(f"unix://{socket_path}") as client:
-            await client.ready()
+            await client.list_workers()
             assert client.peer_pid == os.getpid()
             assert [seen.record.ref async for seen in client.history()] == ["ref-1"]
 
@@ -218,7 +218,7 @@ async def test_a_connection_that_is_lost_in_the_middle_of_a_call(control, socket
         # grpclib cancels the waiting task. A timeout or a TaskGroup around the call must not count that.
         assert await asyncio.wait_for(task, 60) == 0
         with pytest.raises(Unavailable, match="lost"):
-            await client.ready()
+            await client.list_workers()
         assert len(control.requests) == 1  # it never connects a second time
 
 
@@ -296,15 +296,15 @@ async def test_over_tls(control, tmp_path):
     async with serve(control, host="127.0.0.1", port=0, ssl=server_context(tmp_path)) as server:
         port = server._server.sockets[0].getsockname()[1]
         async with connect(f"tcp://127.0.0.1:{port}", tls=tls()) as client:
-            await client.ready()
+            await client.list_workers()
         with pytest.raises(WorkerFailed, match="uid-2") as error:
             async with connect(f"tcp://127.0.0.1:{port}", tls=tls("uid-2")) as client:
-                await client.ready()
+                await client.list_workers()
         assert error.value.code == "WrongWorker"
         assert len(control.requests) == 1  # the second worker was not called
         with pytest.raises(Unavailable):
             async with connect(f"tcp://127.0.0.1:{port}", tls=tls(authority=Authority.create(NOW))) as client:
-                await client.ready()
+                await client.list_workers()
         assert len(control.requests) == 1
 
 

@@ -154,6 +154,19 @@ def test_the_result_is_remembered_until_the_spec_changes():
     assert remembered.of(before.but(spec=PoolSpec())) == []
 
 
+def test_the_result_is_remembered_when_the_pool_is_read_again():
+    """The store reads a pool anew after each change of its status."""
+    remembered = IgnoredFields(IGNORED_BY_PROCESSES)
+
+    def read(generation, uid="uid-1", **spec):
+        return Pool(metadata=Metadata(name="p", uid=uid, generation=generation), spec=PoolSpec.model_validate(spec))
+
+    found = remembered.of(read(1, buildkitImage="x"))
+    assert remembered.of(read(1, buildkitImage="x")) is found == ["buildkitImage"]
+    assert remembered.of(read(2)) == []
+    assert remembered.of(read(2, "uid-2", buildkitImage="x")) == ["buildkitImage"]
+
+
 def test_parts_of_the_pools_own_configuration_that_are_not_taken_are_named_beside_the_fields():
     remembered = IgnoredFields(IGNORED_BY_PROCESSES, not_taken)
     spec = PoolSpec(buildkit_config='root = "/elsewhere"\n', buildkit_image="moby/buildkit")

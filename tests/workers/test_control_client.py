@@ -32,7 +32,6 @@ async def run(build) -> None:
 async def test_a_real_daemon_reports_its_version_and_its_builds(runtime, build):
     endpoint = await runtime.daemons.start(SLOT, "uid-1", "anna", a_pool(), no_report)
     async with connect(endpoint) as client:
-        await client.ready()
         assert (await client.info()).version.removeprefix("v") == release_of(Tool.BUILDKITD).version
         (worker,) = await client.list_workers()
         assert worker.platforms[0].startswith("linux/")
