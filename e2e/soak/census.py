@@ -33,7 +33,9 @@ def census() -> dict[str, Any]:
     The permits of all semaphores are counted down from 0, because only those that are free are known.
     """
     empty_caches()
+    gc.unfreeze()  # the appliance sets apart what has survived a collection, and does so again after this one
     gc.collect()
+    gc.unfreeze()
     with suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     objects = gc.get_objects()
