@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import compare, decisions, plot, scale, table
+from bench import busy, compare, decisions, plot, scale, table
 from bench.appliance import PARTS as OF_THE_APPLIANCE
 from bench.appliance import programs
-from bench.installation import Size
+from bench.installation import Filling
 from bench.loads import LOADS, SMOKE, Sizes
 from bench.peers import LEGS
 from bench.process import FaultError
@@ -30,7 +30,7 @@ GATEWAY: dict[str, Callable[[compare.Plan, compare.Notes], list[dict[str, Any]]]
     "scaling": compare.scaling,
 }
 SCALE = "scale"
-"""The part that measures leases and decisions by the size of the installation."""
+"""The part that measures leases, decisions and steps of loops by the size of the installation."""
 APPLIANCE = {part.__name__: part for part in OF_THE_APPLIANCE}
 
 
@@ -54,8 +54,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _sizes(given: str) -> list[Size]:
-    return [Size.parse(size) for size in given.split(",")]
+def _sizes(given: str) -> list[Filling]:
+    return [Filling.parse(size) for size in given.split(",")]
 
 
 def _chosen(given: str | None, all_of_them: dict[str, Any]) -> list[str]:
@@ -85,6 +85,7 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
                 notes.add(f"{name}: {fault}")
     if _is_wanted(SCALE, options):
         document["sizes"] = scale.by_size(options.sizes, options.seconds)
+        document["steps"] = busy.by_event(options.seconds)
         document["decisions"] = decisions.by_change(decisions.WORKERS, options.runs)
     wanted = [part for name, part in APPLIANCE.items() if _is_wanted(name, options)]
     if wanted:

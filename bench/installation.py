@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,8 +27,8 @@ from bkpool.core.names import Slot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
-from bkpool.core.tokens import digest
-from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Phase, Worker, new_worker
+from bkpool.core.tokens import derive, digest
+from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Lease, Phase, Worker, new_worker
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry
@@ -41,8 +41,10 @@ from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
 from bkpool.telemetry.registry import new_registry
 
-_CALLER = Identity("ann")
+_CALLER = Identity("ann", tenant_name="all")
+_TOKEN_KEY = b"k" * 32
 _WAIT = timedelta(minutes=1)
+_LONG = timedelta(hours=6)
 _AT_ONCE = 50
 """Workers that are made at once."""
 _RESTS_WITHIN = 900.0
@@ -50,11 +52,13 @@ _RESTS_WITHIN = 900.0
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How many pools there are, and how many workers each of them has."""
+class Filling:
+    """So many pools that are alike, and the number of workers of each of them."""
 
     pools: int
     each: int
+    leased: bool = False
+    """Whether all these workers are leased from the beginning."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -76,12 +80,14 @@ class Looks(ControllerMetrics):
     def __init__(self) -> None:
         super().__init__(new_registry())
         self.took: list[float] = []
+        self.slept = 0.0
+        """For how many seconds the machine has slept, as the controller's clock tells."""
         self._began = 0.0
 
     def clock(self) -> float:
         """Monotonic time."""
         self._began = time.perf_counter()
-        return time.monotonic()
+        return time.monotonic() - self.slept
 
     def decided(self, pools: int) -> None:
         """Notes how long the look took that ends now."""
@@ -97,17 +103,25 @@ class Tables:
         limits = GatewayLimits()
         self._leases = ShardLeases(asyncio.get_running_loop(), no_registry, now, limits, Capacity(limits))
         self.count = 0
+        self.workers = 0
+        """Of how many workers it has got news, counting each time."""
         self.came = asyncio.Event()
 
     def update(self, news: Any) -> None:
         """Takes over what a gateway gets when leases have changed."""
         self._leases.update(news)
         self.count += 1
+        self.workers += len(news.workers)
         self.came.set()
 
     def follow(self, mirror: Mirror) -> Callable[[], None]:
         """Follows the leases until the returned function is called. Nothing else here knows how a gateway does it."""
         return feed_leases(cast("Gateway", self), mirror)
+
+
+def caller(number: int) -> Identity:
+    """One of many callers. They use the same caches."""
+    return Identity(f"caller-{number}", tenant_name="all")
 
 
 class _Taken:
@@ -126,48 +140,78 @@ class Installation:
     allocator: Allocator
     leases: LeaseService
     pools: list[Pool]
+    idle_pools: list[Pool]
+    """Those whose workers were idle in the beginning."""
+    leased_pools: list[Pool]
+    """The others."""
+    workers: MemoryWorkers
     looks: Looks = field(default_factory=Looks)
     tables: Tables = field(default_factory=Tables)
 
-    async def lease(self) -> float:
-        """Leases a worker of any pool, and releases it. Returns the seconds until the caller had the lease."""
-        request = AllocationRequest(random.choice(self.pools).key, _WAIT)  # noqa: S311 - no secret
+    async def lease(self, who: Identity = _CALLER, pool: Pool | None = None) -> float:
+        """Leases a worker of the pool (None: of any with idle ones), and releases it.
+
+        Returns:
+            The seconds until the caller had the lease.
+        """
+        request = AllocationRequest((pool or random.choice(self.idle_pools)).key, _WAIT)  # noqa: S311 - no secret
         begin = time.perf_counter()
-        async with self.allocator.offer(_CALLER, request) as offer:
+        async with self.allocator.offer(who, request) as offer:
             offer.answered(_Taken())
         took = time.perf_counter() - begin
         await self.leases.release(offer.grant.token)
         return took
 
-    async def at_rest(self, idle: int) -> None:
-        """Waits until each pool's status shows so many idle workers, and the controller looks at nothing more."""
+    async def at_rest(self) -> None:
+        """Waits until the status of each pool is right, and the controller looks at nothing more."""
         async with asyncio.timeout(_RESTS_WITHIN):
             looks = -1
-            while looks != len(self.looks.took) or any(
-                pool.status.idle < idle for pool in self.mirror.pools.values()
-            ):
+            while looks != len(self.looks.took) or not all(map(self._is_noted, self.pools)):
                 looks = len(self.looks.took)
-                await asyncio.sleep(0.3)
+                await asyncio.sleep(0.1)
+
+    def _is_noted(self, pool: Pool) -> bool:
+        counts, status = self.mirror.index_of(pool.key).counts, self.mirror.pools[pool.key].status
+        return (counts.idle, counts.allocated) == (status.idle, status.allocated)
+
+    @asynccontextmanager
+    async def another_replica(self) -> AsyncIterator[None]:
+        """A second controller and a second table, on a mirror of their own. They have looked at everything."""
+        mirror = Mirror(self.store)
+        other = replace(self, mirror=mirror, looks=Looks(), tables=Tables())
+        async with AsyncExitStack() as stack:
+            await _run_replica(stack, other)
+            yield
 
 
 @asynccontextmanager
-async def installation(size: Size) -> AsyncIterator[Installation]:
-    """An installation with this many pools and idle workers, which runs and is at rest."""
+async def installation(*fillings: Filling) -> AsyncIterator[Installation]:
+    """An installation with these pools and workers, which runs and is at rest."""
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(TemporaryDirectory(prefix="bkpool-bench-"))
         store = await SqliteStore.open(Path(directory) / "state.db", now=now)
         stack.push_async_callback(store.close)
         workers, mirror = MemoryWorkers(), Mirror(store, configs=True)
-        pools = [await _filled_pool(store, workers, f"p{number}", size.each) for number in range(size.pools)]
+        wanted = [filling for filling in fillings for _ in range(filling.pools)]
+        pools = [await _filled_pool(store, workers, number, filling) for number, filling in enumerate(wanted)]
+        idle = [pool for pool, filling in zip(pools, wanted, strict=True) if not filling.leased]
+        leased = [pool for pool, filling in zip(pools, wanted, strict=True) if filling.leased]
         leases = LeaseService(store=store, mirror=mirror, now=now)
-        made = Installation(store, mirror, _allocator(store, mirror, leases, workers), leases, pools)
-        _run(stack, mirror.run())
-        await mirror.ready.wait()
-        _run(stack, _controller(made, workers).run())
-        stack.callback(made.tables.follow(mirror))
+        made = Installation(
+            store, mirror, _allocator(store, mirror, leases, workers), leases, pools, idle, leased, workers
+        )
+        await _run_replica(stack, made)
         stack.push_async_callback(made.allocator.close)
-        await made.at_rest(size.each)
         yield made
+
+
+async def _run_replica(stack: AsyncExitStack, made: Installation) -> None:
+    """Runs mirror, controller and table until the stack is closed. They have looked at everything."""
+    _run(stack, made.mirror.run())
+    await made.mirror.ready.wait()
+    _run(stack, _controller(made).run())
+    stack.callback(made.tables.follow(made.mirror))
+    await made.at_rest()
 
 
 def after_one_more_lease(worker: Worker, token: str) -> Worker:
@@ -193,16 +237,18 @@ def _run(stack: AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
     stack.push_async_callback(end)
 
 
-async def _filled_pool(store: SqliteStore, workers: MemoryWorkers, name: str, count: int) -> Pool:
+async def _filled_pool(store: SqliteStore, workers: MemoryWorkers, number: int, filling: Filling) -> Pool:
+    name, count = f"p{number}", filling.each
     spec = PoolSpec.model_validate({"scaling": {"min": count, "max": count}})
     pool = await store.create(Pool(metadata=Metadata(name=name), spec=spec))
     owner = cache_owner_digest(spec.reuse, _CALLER.tenant, pool.uid, "")
 
     async def fill(number: int) -> None:
         slot = Slot(pool.key.namespace, name, number)
-        worker = await store.create(new_worker(slot, pool, None, {}))
+        lease = _lease(slot, owner) if filling.leased else None
+        worker = await store.create(new_worker(slot, pool, lease, {}))
         worker = worker.with_status(
-            phase=Phase.IDLE,
+            phase=Phase.ALLOCATED if lease else Phase.IDLE,
             endpoint=workers.put(slot, worker.uid, owner),
             cache_owner=owner,
             ready_at=now(),
@@ -220,13 +266,31 @@ def _ended(token: str) -> EndedLease:
     return EndedLease(token_sha256=digest(token), ended_at=now(), reason=EndReason.RELEASED)
 
 
+def token_of(slot: Slot) -> str:
+    """The token of the lease that a worker has from the beginning."""
+    return derive(_TOKEN_KEY, "", str(slot.worker))
+
+
+def _lease(slot: Slot, owner: str) -> Lease:
+    begin = now()
+    return Lease(
+        id=str(slot.worker),
+        token_sha256=digest(token_of(slot)),
+        requested_by=_CALLER.name,
+        owner=owner,
+        allocated_at=begin,
+        expires_at=begin + _LONG,
+        not_after=begin + _LONG,
+    )
+
+
 def _allocator(store: SqliteStore, mirror: Mirror, leases: LeaseService, workers: MemoryWorkers) -> Allocator:
     return Allocator(
         store=store,
         mirror=mirror,
         leases=leases,
         authority=Authority.create(now()),
-        token_key=b"k" * 32,
+        token_key=_TOKEN_KEY,
         caches=workers.owners,
         answers=workers.answers,
         now=now,
@@ -234,12 +298,12 @@ def _allocator(store: SqliteStore, mirror: Mirror, leases: LeaseService, workers
     )
 
 
-def _controller(made: Installation, workers: MemoryWorkers) -> Controller:
+def _controller(made: Installation) -> Controller:
     return Controller(
         store=made.store,
         mirror=made.mirror,
-        daemons=workers,
-        caches=workers,
+        daemons=made.workers,
+        caches=made.workers,
         now=now,
         status_inputs=lambda _pool: PoolStatusInputs("tcp://localhost:1235"),
         recorder=LogRecorder(),

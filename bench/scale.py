@@ -9,7 +9,6 @@ usage: python -m bench.scale POOLSxEACH SECONDS     It measures one size and pri
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import json
 import logging
@@ -23,8 +22,9 @@ from typing import Any
 
 import structlog
 
-from bench.installation import Size, Tables, after_one_more_lease, installation
+from bench.installation import Filling, Tables, after_one_more_lease, installation
 from bench.table import percentile
+from bkpool.appliance.garbage import short_pauses
 from bkpool.appliance.shutdown import SWITCH_INTERVAL
 from bkpool.gateway.control.server import new_loop
 from bkpool.store import Store
@@ -38,7 +38,7 @@ _UNMEASURED = 5
 _CHANGES, _CHANGES_WITHIN = 21, 300.0
 
 
-def by_size(sizes: Sequence[Size], seconds: float) -> list[dict[str, Any]]:
+def by_size(sizes: Sequence[Filling], seconds: float) -> list[dict[str, Any]]:
     """Leases workers for this many seconds in an installation of each size."""
     rows = []
     for size in sizes:
@@ -49,7 +49,7 @@ def by_size(sizes: Sequence[Size], seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-async def measured(size: Size, seconds: float) -> dict[str, Any]:
+async def measured(size: Filling, seconds: float) -> dict[str, Any]:
     """Leases one worker after another for this many seconds. Times are in milliseconds."""
     async with installation(size) as made:
         for _ in range(_UNMEASURED):
@@ -106,9 +106,8 @@ def main() -> None:
     """Measures one size."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    gc.freeze()
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        print(json.dumps(runner.run(measured(Size.parse(sys.argv[1]), float(sys.argv[2])))))
+    with short_pauses(), asyncio.Runner(loop_factory=new_loop) as runner:
+        print(json.dumps(runner.run(measured(Filling.parse(sys.argv[1]), float(sys.argv[2])))))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,13 @@ SIZE_COLUMNS = (
     "tables per lease",
     "leases/s",
 )
+STEP_COLUMNS = (
+    "what happens",
+    "steps",
+    "over 10 ms",
+    "longest step, ms (where)",
+    "longest garbage collection, ms",
+)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -85,6 +92,11 @@ def decisions(rows: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     return [head, *((what, *(of[count] for count in counts)) for what, of in cells.items())] if rows else []
 
 
+def steps(rows: Sequence[Mapping[str, Any]]) -> list[TableRow]:
+    """Returns the table of the steps of loops, with its head; nothing without rows."""
+    return [STEP_COLUMNS, *map(_step, rows)] if rows else []
+
+
 def text(document: Mapping[str, Any]) -> str:
     """For a terminal."""
     return "\n\n".join([*map(_aligned, _tables(document)), "\n".join(_below(document))])
@@ -100,6 +112,7 @@ def _tables(document: Mapping[str, Any]) -> list[list[TableRow]]:
     compared = lines(document)
     tables = [_used([COLUMNS, *compared]) if compared else []]
     tables += [sizes(document.get("sizes", [])), decisions(document.get("decisions", []))]
+    tables += [steps(document.get("steps", []))]
     return [table for table in tables if table]
 
 
@@ -148,6 +161,11 @@ def _size(row: Mapping[str, Any]) -> TableRow:
         f"{number('p50')} / {number('p99')}",
         *map(number, ("cpu", "look", "looks", "table", "tables", "rate")),
     )
+
+
+def _step(row: Mapping[str, Any]) -> TableRow:
+    longest = f"{_number(row['longest'])} ({row['longest_what']})"
+    return (row["what"], f"{row['steps']:,}", str(row["beyond"]), longest, _number(row["collecting"]))
 
 
 def _scaled(row: Mapping[str, Any]) -> TableRow:

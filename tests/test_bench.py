@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import decisions, plot, scale, table
-from bench.installation import Size
+from bench import busy, decisions, plot, scale, table
+from bench.installation import Filling
+from bench.loop_steps import LIMIT, recorded
 
 FIGURES = {"nginx": [2.0, 4.0, 1.0], "HAProxy": [1.0, None, 1.0], "ghostunnel": [None] * 3, "bkpool": [3.0, 4.0, 0.5]}
 
@@ -55,7 +58,7 @@ def test_the_picture_has_a_mark_for_each_proxy_that_was_measured() -> None:
 
 
 def test_each_size_has_every_figure() -> None:
-    [row] = scale.by_size([Size(2, 3)], seconds=0.1)
+    [row] = scale.by_size([Filling(2, 3)], seconds=0.1)
     assert (row["pools"], row["each"]) == (2, 3)
     assert all(figure > 0 for figure in row.values())
     assert row["looks"] > 1, "a look follows at least the lease and its end"
@@ -72,6 +75,36 @@ def test_sizes_and_decisions_have_tables_of_their_own() -> None:
     assert "| 10 × 1,000 | 10,000 | 8.12 / 30 | 17 | 0.35 | 6 | 0.4 | 4 | 57 |" in shown.splitlines()
     assert "| one decision, ms | 1,000 workers | 3,000 workers |" in shown.splitlines()
     assert "| steady | 2 (1 – 3) | 2 (1 – 3) |" in shown.splitlines()
+
+
+async def test_all_events_happen_in_a_small_installation() -> None:
+    fillings = [Filling(2, 2), Filling(1, 6, leased=True), Filling(1, 2, leased=True)]
+    rows = await busy.measured(fillings, seconds=0.1, waiters=8)
+    assert [row["what"] for row in rows] == list(busy.events(0.1, 8))
+    assert all(row["steps"] > 0 and row["longest"] > 0 for row in rows)
+
+
+async def test_a_long_step_is_counted_and_named() -> None:
+    async def long() -> None:
+        begin = time.thread_time()
+        while time.thread_time() < begin + 2 * LIMIT:
+            pass
+
+    async def driver() -> None:
+        await long()
+        await asyncio.create_task(long())
+
+    with recorded(but=driver.__qualname__) as steps:
+        await asyncio.create_task(driver())
+    assert steps.beyond == {long.__qualname__: 1}, "that of the driver is not counted"
+    assert steps.longest_what == long.__qualname__
+
+
+def test_the_steps_of_loops_have_a_table() -> None:
+    row = {"what": "a pool changes", "steps": 1200, "beyond": 1, "longest": 12.34, "longest_what": "f"}
+    head, shown = table.steps([row | {"collecting": 3.21}])
+    assert shown == ("a pool changes", "1,200", "1", "12.3 (f)", "3.21")
+    assert len(head) == len(shown)
 
 
 def test_the_decisions_that_are_timed_decide_what_their_names_say() -> None:
