@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bkpool.appliance.roles.gateway import feed_leases
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolGateway, PoolSpec, PoolStatus
 from bkpool.core.resource import Metadata
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndedLease, EndReason, PoolRef, Worker, WorkerSpec, WorkerStatus
-from bkpool.gateway.control.lease_feed import LeaseFeed
+from bkpool.gateway.control.lease_feed import AT_ONCE, LeaseFeed
 from bkpool.gateway.session.lease_table import LeaseTable, TableChange, WorkerLeases, leases_of, unreadable_leases
 from bkpool.store import WatchEvent
 from bkpool.store.mirror import Mirror
@@ -102,6 +105,40 @@ def test_the_first_change_has_everything(stored):
     first = LeaseFeed(stored.mirror).take()
     assert first.workers.keys() == {*WORKERS[:3], *WORKERS[4:], ODD}
     assert first.pools == {POOLS[0], POOLS[2]}
+
+
+def test_the_leases_of_a_large_pool_come_in_parts_and_other_changes_before_them(stored):
+    large = [Key("default", f"p-worker-{number}") for number in range(3 * AT_ONCE)]
+    for key in large:
+        stored.put(worker(key, f"lease-{key.name}"))
+    feed = LeaseFeed(stored.mirror)
+    stored.mirror.subscribe(feed.note)
+    while feed.has_more:
+        feed.take()
+    stored.put(pool(POOLS[0], drain=61))
+    parts = [feed.take()]
+    stored.put(worker(WORKERS[4], "other"))
+    while feed.has_more:
+        parts.append(feed.take())
+    assert all(len(part.workers) <= AT_ONCE for part in parts)
+    assert WORKERS[4] in parts[1].workers
+    routes = [leases.route for part in parts for key, leases in part.workers.items() if key in large]
+    assert {route.worker: route.drain_timeout for route in routes} == dict.fromkeys(large, 61)
+    assert len(routes) == len(large), "each of them once"
+
+
+async def test_the_gateway_gets_all_parts_until_the_feed_is_ended(stored):
+    for number in range(3 * AT_ONCE):
+        stored.put(worker(Key("default", f"p-worker-{number}"), f"lease-{number}"))
+    got: list[Key] = []
+    for parts in (2, 10):
+        got.clear()
+        end = feed_leases(SimpleNamespace(update=lambda change: got.extend(change.workers)), stored.mirror)
+        for _ in range(parts - 1):
+            await asyncio.sleep(0)
+        end()
+        await asyncio.sleep(0)
+        assert len(got) == min(parts * AT_ONCE, 3 * AT_ONCE + 2)
 
 
 def test_an_empty_store_changes_nothing():

@@ -117,28 +117,38 @@ async def open_gateway(
 
 
 def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
-    """Hands the gateway all leases, and later each change of them; a burst of changes gives one.
+    """Hands the gateway all leases, and later each change of them; a burst of changes gives one, or a few in turn.
 
     Returns:
         What ends it.
     """
     loop = asyncio.get_running_loop()
     feed = LeaseFeed(mirror)
-    scheduled = False
+    next_update: asyncio.Handle | None = None
 
     def update() -> None:
-        nonlocal scheduled
-        scheduled = False
+        nonlocal next_update
+        next_update = None
         change = feed.take()
         if change is not None:
             gateway.update(change)
+        if feed.has_more:
+            schedule()
+
+    def schedule() -> None:
+        nonlocal next_update
+        if next_update is None:
+            next_update = loop.call_soon(update)
 
     def on_change(change: MirrorChange) -> None:
-        nonlocal scheduled
         feed.note(change)
-        if not scheduled:
-            scheduled = True
-            loop.call_soon(update)
+        schedule()
+
+    def end() -> None:
+        unsubscribe()
+        if next_update is not None:
+            next_update.cancel()
 
     update()
-    return mirror.subscribe(on_change)
+    unsubscribe = mirror.subscribe(on_change)
+    return end
