@@ -16,9 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import busy, compare, decisions, plot, scale, table
+from bench import busy, cluster, compare, decisions, plot, scale, table
 from bench.appliance import PARTS as OF_THE_APPLIANCE
 from bench.appliance import programs
+from bench.cluster_figures import SIZE, ClusterSize
 from bench.installation import Filling
 from bench.loads import LOADS, SMOKE, Sizes
 from bench.peers import LEGS
@@ -31,12 +32,14 @@ GATEWAY: dict[str, Callable[[compare.Plan, compare.Notes], list[dict[str, Any]]]
 }
 SCALE = "scale"
 """The part that measures leases, decisions and steps of loops by the size of the installation."""
+CLUSTER = "cluster"
+"""The part that measures leases in a cluster, with a fake API server that counts."""
 APPLIANCE = {part.__name__: part for part in OF_THE_APPLIANCE}
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="nox -s bench --", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=[*GATEWAY, SCALE, *APPLIANCE], help="measure only this part")
+    parser.add_argument("--only", choices=[*GATEWAY, SCALE, CLUSTER, *APPLIANCE], help="measure only this part")
     parser.add_argument("--runs", type=int, default=5, help="interleaved runs of each figure")
     parser.add_argument("--quick", action="store_true", help="run the gateway's parts once, with little load")
     parser.add_argument("--size", type=float, default=Sizes.transfer / 1e9, help="GB that a transfer moves")
@@ -45,7 +48,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=_sizes, default=scale.SIZES, help=f"the sizes of {SCALE}: POOLSxWORKERS_OF_EACH,…"
     )
-    parser.add_argument("--seconds", type=float, default=scale.SECONDS, help=f"how long {SCALE} leases at each size")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"how long {SCALE} leases at each size ({scale.SECONDS:g}), and {CLUSTER} ({SIZE.seconds:g})",
+    )
+    parser.add_argument("--pools", type=int, default=SIZE.pools, help=f"the pools of {CLUSTER}")
+    parser.add_argument("--workers", type=int, default=SIZE.workers, help=f"the workers of {CLUSTER} in all")
+    parser.add_argument("--replicas", type=int, default=SIZE.replicas, help=f"the control replicas of {CLUSTER}")
     parser.add_argument("--loop", choices=["uvloop", "asyncio"], default="uvloop", help="the gateway's event loop")
     parser.add_argument("--from", dest="source", type=Path, help="measure nothing, but show this output of --json")
     parser.add_argument("--json", action="store_true", help="print the figures of every run")
@@ -84,9 +94,13 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
             except FaultError as fault:
                 notes.add(f"{name}: {fault}")
     if _is_wanted(SCALE, options):
-        document["sizes"] = scale.by_size(options.sizes, options.seconds)
-        document["steps"] = busy.by_event(options.seconds)
+        document["sizes"] = scale.by_size(options.sizes, options.seconds or scale.SECONDS)
+        document["steps"] = busy.by_event(options.seconds or scale.SECONDS)
         document["decisions"] = decisions.by_change(decisions.WORKERS, options.runs)
+    if _is_wanted(CLUSTER, options):
+        seconds = options.seconds or SIZE.seconds
+        size = ClusterSize(options.pools, options.workers, options.replicas, seconds)
+        document[CLUSTER] = cluster.figures(size)
     wanted = [part for name, part in APPLIANCE.items() if _is_wanted(name, options)]
     if wanted:
         tools, document["figures"] = programs(), {}

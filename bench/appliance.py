@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import aiohttp
 
@@ -57,13 +58,17 @@ def timed(work: Callable[[], Any]) -> float:
 # --- allocate -------------------------------------------------------------------------------------------------------
 
 
-async def _burst(session: aiohttp.ClientSession, base: str, count: int) -> list[float]:
-    """Allocates `count` times at once, and returns the seconds of each call. Releases all of them."""
+async def burst(session: aiohttp.ClientSession, base: str, count: int, *, job_ids: bool = False) -> list[float]:
+    """Allocates `count` times at once, and returns the seconds of each call. Releases all of them.
+
+    With `job_ids` each call names a job of its own.
+    """
     tokens = []
 
     async def one() -> float:
+        asked = {"poolName": "default", **({"jobId": uuid4().hex} if job_ids else {})}
         begin = time.perf_counter()
-        async with session.post(f"{base}/workers/allocate", json={"poolName": "default"}) as answer:
+        async with session.post(f"{base}/workers/allocate", json=asked) as answer:
             lease = await answer.json()
         assert answer.status == 200, lease
         tokens.append(lease["token"])
@@ -88,23 +93,27 @@ def warm_allocate(tools: dict[str, Path], runs: int) -> dict[str, Any]:
         return warm_allocate_on(running, runs)
 
 
+def api_of(running: Appliance) -> tuple[str, str]:
+    """Returns the URL of the API, and the admin's token."""
+    return f"http://127.0.0.1:{running.ports['api']}/api/v1", (running.home / "admin.token").read_text().strip()
+
+
 def warm_allocate_on(running: Appliance, runs: int) -> dict[str, Any]:
     """The same on a running appliance that has enough idle workers."""
 
     async def measure(running: Appliance) -> tuple[list[float], list[float]]:
-        base = f"http://127.0.0.1:{running.ports['api']}/api/v1"
-        bearer = (running.home / "admin.token").read_text().strip()
+        base, bearer = api_of(running)
         headers = {"Authorization": f"Bearer {bearer}"}
         connector = aiohttp.TCPConnector(limit=0)
         single, many = [], []
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-            await _burst(
+            await burst(
                 session, base, AT_ONCE
             )  # afterwards every worker has been used, so all caches belong to this caller
             for _ in range(max(runs, 5)):
-                many += await _burst(session, base, AT_ONCE)
+                many += await burst(session, base, AT_ONCE)
                 for _ in range(4):
-                    single += await _burst(session, base, 1)
+                    single += await burst(session, base, 1)
         return single, many
 
     single, many = asyncio.run(measure(running))

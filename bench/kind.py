@@ -21,7 +21,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bench.appliance import CONTEXT_MB, warm_allocate_on, with_context
+from bench.appliance import AT_ONCE, CONTEXT_MB, api_of, warm_allocate_on, with_context
+from bench.kind_writes import beside_writes
 from bench.table import spread
 from bkpool.core.names import Slot
 from bkpool.core.observation import DaemonState, Observation, Snapshot
@@ -55,10 +56,12 @@ def appliance(world: Pods, tools: dict[str, Path], spec: dict[str, Any]) -> Iter
 
 
 def warm_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:
-    """Measures whole HTTP calls with warm workers: one at a time, and 20 at once."""
-    with appliance(world, tools, {"scaling": {"min": 20, "max": 20}}) as running:
-        eventually(lambda: running.pool()["idle"] == 20, "20 workers", timeout=300)
-        return warm_allocate_on(running, runs)
+    """Measures whole HTTP calls with warm workers, one at a time and 20 at once, and bare writes beside them."""
+    with appliance(world, tools, {"scaling": {"min": AT_ONCE, "max": AT_ONCE}}) as running:
+        eventually(lambda: running.pool()["idle"] == AT_ONCE, f"{AT_ONCE} workers", timeout=300)
+        table = warm_allocate_on(running, runs)
+        base, bearer = api_of(running)
+        return table | asyncio.run(beside_writes(base, bearer, world.cluster.kubeconfig, max(runs, 5)))
 
 
 def cold_allocate(world: Pods, tools: dict[str, Path], runs: int) -> dict[str, Any]:

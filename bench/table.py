@@ -97,6 +97,11 @@ def steps(rows: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     return [STEP_COLUMNS, *map(_step, rows)] if rows else []
 
 
+def cluster(found: Mapping[str, Any]) -> list[TableRow]:
+    """Returns the table of leases in a cluster, with its head; nothing if it was not measured."""
+    return [(str(found["what"]), "bar", "measured"), *map(tuple, found["rows"])] if found else []
+
+
 def text(document: Mapping[str, Any]) -> str:
     """For a terminal."""
     return "\n\n".join([*map(_aligned, _tables(document)), "\n".join(_below(document))])
@@ -113,6 +118,7 @@ def _tables(document: Mapping[str, Any]) -> list[list[TableRow]]:
     tables = [_used([COLUMNS, *compared]) if compared else []]
     tables += [sizes(document.get("sizes", [])), decisions(document.get("decisions", []))]
     tables += [steps(document.get("steps", []))]
+    tables += [cluster(document.get("cluster", {}))]
     return [table for table in tables if table]
 
 

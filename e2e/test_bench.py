@@ -61,3 +61,17 @@ def _has_open(process: Path, prefix: str) -> bool:
         return any(str(descriptor.readlink()).startswith(prefix) for descriptor in (process / "fd").iterdir())
     except OSError:
         return False  # it has ended, or belongs to another user
+
+
+def test_bench_measures_leases_in_a_cluster_without_nodes() -> None:
+    wanted = ["--only", "cluster", "--pools", "2", "--workers", "4", "--replicas", "2", "--seconds", "2", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *wanted], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {what: value for what, _, value in json.loads(done.stdout)["cluster"]["rows"]}
+    assert not [what for what in rows if what.startswith("failed")], rows
+    assert float(rows["writes per lease"]) > 2, "at least the claim and its end"
+    assert float(rows["CPU of 2 control replicas per lease, ms"]) > 0
+    assert float(rows["bytes of watches per lease, KB"]) > 1
+    assert any(what.startswith("writes per lease: gateways") for what in rows), "a gateway has registered"

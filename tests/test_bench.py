@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+from collections import Counter
 from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from bench import busy, decisions, plot, scale, table
+from bench import busy, decisions, kind_writes, plot, scale, table
+from bench.cluster_figures import ClusterFigures, ClusterSize
+from bench.cluster_figures import rows as cluster_rows
 from bench.installation import Filling
 from bench.loop_steps import LIMIT, recorded
 
@@ -116,3 +120,48 @@ def test_the_decisions_that_are_timed_decide_what_their_names_say() -> None:
         "max lowered to 1": [20, 20],
         "floor from nothing": [20, 20],
     }
+
+
+def cluster_figures(**given: Any) -> ClusterFigures:
+    counts = {
+        "requests": [
+            ["control", "update", "buildkitworkers", 20],
+            ["gateways", "update", "buildkitworkers/status", 10],
+            ["control", "get", "buildkitworkers", 5],
+            ["driver", "create", "buildkitpools", 999],
+        ],
+        "watch_bytes": [["control", "buildkitworkers", 40_000], ["gateways", "buildkitworkers", 60_000]],
+        "watch_events": [["control", "buildkitworkers", 30]],
+        "probes": 1,
+    }
+    cpu = {"control": 0.1, "gateways": 0.02, "the API server": 0.03}
+    found = ClusterFigures(ClusterSize(), took=[0.01] * 10, lasted=2.0, cpu=cpu, memory=[100.0, 90.0], counts=counts)
+    return dataclasses.replace(found, **given)
+
+
+def test_what_a_lease_costs_in_a_cluster_is_counted_without_the_driver() -> None:
+    shown = {what: (bar, figure) for what, bar, figure in cluster_rows(cluster_figures())}
+    assert shown["writes per lease"] == ("12", "3.00")
+    assert shown["GETs / LISTs per lease"] == ("", "0.50 / 0.00")
+    assert shown["bytes of watches per lease, KB"] == ("250", "10.0")
+    assert shown["CPU of 2 control replicas per lease, ms"] == ("12", "10.0")
+    assert shown["leases/s, as many as the machine carries"] == ("", "5.0")
+    assert shown["writes per lease: control, update buildkitworkers"] == ("", "2.00")
+    assert shown["at 200 leases/s, extrapolated: writes/s"] == ("", "600")
+
+
+def test_what_has_failed_in_a_cluster_is_shown() -> None:
+    shown = cluster_rows(cluster_figures(failed=Counter({"too many": 3})))
+    assert ("failed: too many", "", "3") in shown
+    document = {"machine": {"what": "2 cores", "load": 0.0}, "runs": 1, "cluster": {"what": "1 pool", "rows": shown}}
+    assert "| writes per lease | 12 | 3.00 |" in table.markdown(document).splitlines()
+
+
+def test_a_lease_on_kind_is_compared_with_the_bare_writes_of_the_same_burst() -> None:
+    leases = {1: [[0.012]], 20: [[0.1] * 20, [0.2] * 20]}
+    writes = {1: [[0.008]], 20: [[0.05] * 20, [0.2] * 20]}
+    found = kind_writes.shown(leases, writes)
+    assert found["warm allocate with a jobId, one at a time, ms p50 / p99"] == "12.0 / 12.0"
+    assert found["ratio of the medians, one at a time"] == "1.5"
+    assert found["ratio of the medians, 20 at once"] == "1.5 (1 – 2)"
+    assert found["ratio of the last of 20"] == "1.5 (1 – 2)"
