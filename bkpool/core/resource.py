@@ -175,9 +175,10 @@ class Resource(Model):
         """A value that changes with the object's spec and not with its status."""
         return self.uid, self.metadata.generation
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, without_status: bool = False) -> dict[str, Any]:
         """The object as JSON data, as in the API and in the store."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        left_out = {"status"} if without_status else None
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=left_out)
 
 
 R = TypeVar("R", bound=Resource)

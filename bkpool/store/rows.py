@@ -11,6 +11,8 @@ import json
 import re
 from typing import NamedTuple
 
+from pydantic_core import PydanticSerializationError, to_json
+
 from bkpool.core.errors import InvalidInput
 from bkpool.store.reading import Doc
 
@@ -57,17 +59,18 @@ class NotADocument(ValueError):
     """What is stored is not one JSON object."""
 
 
-def document(row: StoredRow, version: int, owners: list[str]) -> StoredDocument:
+def document(row: StoredRow, version: int, owners: list[str], parsed: Doc | None = None) -> StoredDocument:
     """The document of an object, or what stands for it.
 
     Args:
         row: The row.
         version: The resourceVersion of the stand-in.
         owners: The uids of its owners, as they are in the index.
+        parsed: What `parse` makes of its content; None: not known.
     """
     stored: Doc = {}
     try:
-        stored = parse(row.data)
+        stored = parse(row.data) if parsed is None else parsed
         _check(row, stored)
     except NotADocument as problem:
         return StoredDocument(
@@ -126,9 +129,14 @@ def parse(data: object) -> Doc:
     return doc
 
 
-def text_of(doc: Doc) -> str:
-    """The document as it is stored. Raises InvalidInput if it is too large to be read again."""
-    text = json.dumps(doc)
+def text_of(doc: Doc) -> bytes:
+    """The document as it is stored. Raises InvalidInput if it could not be read again: too large, or no Unicode."""
+    try:
+        text = to_json(doc)
+    except PydanticSerializationError:  # a half of a surrogate pair
+        raise InvalidInput(
+            f"{doc['kind']} {doc['metadata']['name']} has a text that is not Unicode", hint="Correct that text."
+        ) from None
     if len(text) > LARGEST:
         raise InvalidInput(
             f"{doc['kind']} {doc['metadata']['name']} has {len(text):,} bytes, and an object may have {LARGEST:,}",

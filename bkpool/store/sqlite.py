@@ -19,6 +19,7 @@ from bkpool.core.names import Key
 from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable
 from bkpool.store import Listing, Store, WatchEvent, database
+from bkpool.store.recent import RecentlyWritten
 from bkpool.store.tables import Tables
 from bkpool.store.thread import SqlThread
 
@@ -39,10 +40,13 @@ class SqliteStore(Store):
 
     def __init__(self, path: Path, *, now: Callable[[], datetime], history: int) -> None:
         self._watches: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        recent = RecentlyWritten()
 
         def start(name: str, begin: str, *, read_only: bool) -> SqlThread:
             db = database.connect(path, read_only=read_only)
-            return SqlThread(path, db, Tables(db, now=now, history=history), begin, self._wake, name=name)
+            return SqlThread(
+                path, db, Tables(db, now=now, history=history, recent=recent), begin, self._wake, name=name
+            )
 
         self._writer = start("store writer", "BEGIN IMMEDIATE", read_only=False)
         self._reader = start("store reader", "BEGIN", read_only=True)

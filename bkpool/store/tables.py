@@ -18,6 +18,7 @@ from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.store import Listing, WatchEvent, rows
 from bkpool.store.reading import Doc, read, read_or_note
+from bkpool.store.recent import RecentlyWritten
 from bkpool.store.rows import StoredDocument, StoredRow
 
 _PAGE_SIZE = 256  # events that are read from the log at once: a limit for the memory of a slow watch
@@ -41,10 +42,19 @@ class Tables:
         db: A connection in autocommit mode.
         now: The clock for creation and deletion timestamps.
         history: How many events the log keeps.
+        recent: What was written last, shared with the thread that reads.
     """
 
-    def __init__(self, db: sqlite3.Connection, *, now: Callable[[], datetime], history: int) -> None:
+    def __init__(
+        self,
+        db: sqlite3.Connection,
+        *,
+        now: Callable[[], datetime],
+        history: int,
+        recent: RecentlyWritten | None = None,
+    ) -> None:
         self._db = db
+        self._recent = recent or RecentlyWritten()
         self._now = now
         self._history = history
         self.touched: set[str] = set()
@@ -89,7 +99,7 @@ class Tables:
             [kind.KIND, version, _PAGE_SIZE],
         ).fetchall()
         complete = len(logged) < _PAGE_SIZE
-        events = [_event(kind, *row) for row in logged]
+        events = [self._event(kind, *row) for row in logged]
         return LogPage(events, newest if complete else logged[-1][0], complete)
 
     # --- writing ----------------------------------------------------------------------------------------------------
@@ -103,17 +113,18 @@ class Tables:
         for field in ("deletionTimestamp", "resourceVersion"):
             metadata.pop(field, None)
         metadata.update(uid=str(uuid4()), generation=1, creationTimestamp=self._timestamp())
-        self._put("ADDED", doc)
+        text = self._put("ADDED", doc)
         self._index(doc)
         if self._orphaned(doc):
             self._delete_or_mark(self._find(type(obj), obj.key)._replace(doc=doc))
-        return read(type(obj), doc)
+            return read(type(obj), doc)
+        return self._written(type(obj), text, doc)
 
     def replace(self, obj: R) -> R:
         """See Store.replace."""
         found = self._unchanged(obj)
         current = found.doc
-        doc = obj.to_json() | {"status": current.get("status", {})}
+        doc = obj.to_json(without_status=True) | {"status": current.get("status", {})}
         metadata, stored = doc["metadata"], current["metadata"]
         for field in _SET_BY_STORE:
             metadata.pop(field, None)
@@ -128,18 +139,19 @@ class Tables:
             _refuse_new_finalizers(obj, stored)
         if "deletionTimestamp" in metadata and not metadata["finalizers"]:
             self._remove(found.rowid, doc)
-        else:
-            self._put("MODIFIED", doc, found.rowid)
+            return read(type(obj), doc)
+        text = self._put("MODIFIED", doc, found.rowid)
+        if found.problem or _terms(metadata) != _terms(stored):
             self._index(doc)
-        return read(type(obj), doc)
+        return self._written(type(obj), text, doc)
 
     def replace_status(self, obj: R) -> R:
         """See Store.replace_status."""
         found = self._unchanged(obj)
         doc = found.doc | {"status": obj.to_json()["status"]}
-        if doc != found.doc:
-            self._put("MODIFIED", doc, found.rowid)
-        return read(type(obj), doc)
+        if doc == found.doc:
+            return read(type(obj), doc)
+        return self._written(type(obj), self._put("MODIFIED", doc, found.rowid), doc)
 
     def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
         """See Store.patch_status."""
@@ -215,7 +227,7 @@ class Tables:
     def _read(self, columns: tuple[Any, ...]) -> StoredDocument:
         """What is stored in a row. An object that cannot be read has the next version: nobody has seen it so far."""
         row = StoredRow(*columns)
-        found = rows.document(row, 0, [])
+        found = rows.document(row, 0, [], self._recent.doc(row.data))
         if not found.problem:
             return found
         terms = self._db.execute("SELECT term FROM terms WHERE uid = ? AND term LIKE 'owner:%'", [row.known_uid])
@@ -227,43 +239,58 @@ class Tables:
             raise _changed(type(obj), obj.key)
         return found
 
-    def _put(self, event: str, doc: Doc, rowid: int | None = None) -> None:
-        """Writes an object.
+    def _event(self, kind: type[R], version: int, change: bytes, data: object) -> WatchEvent[R]:
+        """An event of the log. Raises Gone if it cannot be told what it says: the list tells what is there now."""
+        known = self._recent.obj(kind, data)
+        try:
+            if known is not None and known.metadata.resource_version == str(version):
+                return WatchEvent(_CHANGES[change], known)
+            return WatchEvent(_CHANGES[change], read_or_note(kind, rows.logged(kind.KIND, version, data)))
+        except (rows.NotADocument, KeyError):
+            raise Gone(f"change {version} of {kind.KIND} in the log cannot be read", hint="List again.") from None
+
+    def _written(self, kind: type[R], text: str, doc: Doc) -> R:
+        """The object that was just written. The document may not be changed any more."""
+        obj = read(kind, doc)
+        self._recent.add(text.encode(), doc, obj)
+        return obj
+
+    def _put(self, event: str, doc: Doc, rowid: int | None = None) -> str:
+        """Writes an object, and returns its text.
 
         Args:
             event: What the log says of it.
             doc: The object.
             rowid: Where it is stored; None for a new one.
         """
-        self._log_event(event, doc)
-        metadata, text = doc["metadata"], rows.text_of(doc)
+        metadata, text = doc["metadata"], self._log_event(event, doc)
         if rowid is not None:
             self._db.execute("UPDATE objects SET uid = ?, data = ? WHERE rowid = ?", [metadata["uid"], text, rowid])
-            return
+            return text
         self._db.execute(
             "INSERT INTO objects (uid, kind, namespace, name, data) VALUES (?, ?, ?, ?, ?)",
             [metadata["uid"], doc["kind"], metadata["namespace"], metadata["name"], text],
         )
+        return text
 
-    def _log_event(self, event: str, doc: Doc) -> None:
-        """Gives the object the next version, and writes the event to the log.
+    def _log_event(self, event: str, doc: Doc) -> str:
+        """Gives the object the next version, and writes the event to the log. Returns the object's text.
 
         An object that could not be read had the next version already (`_read`), and gets the one after it.
         """
         version = max(self._version(), int(doc["metadata"].get("resourceVersion", 0))) + 1
         doc["metadata"]["resourceVersion"] = str(version)
-        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, rows.text_of(doc)])
+        text = rows.text_of(doc).decode()
+        self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, text])
         self.touched.add(doc["kind"])
+        return text
 
     def _index(self, doc: Doc) -> None:
         metadata = doc["metadata"]
         uid = metadata["uid"]
-        owners = {f"owner:{owner['uid']}" for owner in metadata["ownerReferences"]}
         self._db.execute("DELETE FROM terms WHERE uid = ?", [uid])
-        self._db.executemany(
-            "INSERT INTO terms (term, uid) VALUES (?, ?)",
-            [(term, uid) for term in owners.union(_label_terms(metadata["labels"]))],
-        )
+        terms = [(term, uid) for term in _terms(metadata)]
+        self._db.executemany("INSERT INTO terms (term, uid) VALUES (?, ?)", terms)
 
     def _version(self) -> int:
         version: int = self._db.execute("SELECT COALESCE(MAX(version), 0) FROM events").fetchone()[0]
@@ -287,14 +314,6 @@ def _unreadable(kind: type[Resource], found: StoredDocument) -> Unreadable:
     return Unreadable(kind, Key(metadata["namespace"], metadata["name"]), found.problem, found.doc)
 
 
-def _event(kind: type[R], version: int, change: bytes, data: object) -> WatchEvent[R]:
-    """An event of the log. Raises Gone if it cannot be told what it says: the list tells what is there now."""
-    try:
-        return WatchEvent(_CHANGES[change], read_or_note(kind, rows.logged(kind.KIND, version, data)))
-    except (rows.NotADocument, KeyError):
-        raise Gone(f"change {version} of {kind.KIND} in the log cannot be read", hint="List again.") from None
-
-
 _CHANGES: Mapping[object, Literal["ADDED", "MODIFIED", "DELETED"]] = {
     b"ADDED": "ADDED",
     b"MODIFIED": "MODIFIED",
@@ -312,6 +331,12 @@ def _refuse_new_finalizers(obj: Resource, stored: Doc) -> None:
             f"metadata.finalizers: {obj.KIND} {obj.key} is being deleted, so it cannot get new finalizers",
             field="metadata.finalizers",
         )
+
+
+def _terms(metadata: Doc) -> set[str]:
+    """By what an object is found: its labels and its owners."""
+    owners = {f"owner:{owner['uid']}" for owner in metadata["ownerReferences"]}
+    return owners.union(_label_terms(metadata["labels"]))
 
 
 def _label_terms(labels: Mapping[str, str]) -> list[str]:
