@@ -7,10 +7,11 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from bkpool.core.errors import NotFound, Unavailable
+from bkpool.core.errors import InvalidInput, NotFound, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
-from bkpool.store.events import QUEUE_SIZE, SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
+from bkpool.store.events import SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
+from bkpool.store.pending_events import MOST_PENDING, PendingEvents
 from support.captured_logs import capture_logs
 
 POOL = Pool(metadata=Metadata(name="p", uid="u", resource_version="7"))
@@ -20,17 +21,30 @@ class Api:
     def __init__(self) -> None:
         self.events: dict[str, dict] = {}
         self.fault: Exception | None = None
+        self._written = asyncio.Event()
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(60):
+            while not condition():
+                self._written.clear()
+                await self._written.wait()
 
     async def create(self, path, body):
+        self._written.set()
         if self.fault:
             raise self.fault
         self.events[f"{path}/{body['metadata']['name']}"] = body
         return body
 
     async def patch(self, path, body):
-        if path not in self.events:
+        """By the path of the core group, where the note is called message."""
+        self._written.set()
+        found = self.events.get(path.replace("/api/v1/", "/apis/events.k8s.io/v1/"))
+        if found is None:
             raise NotFound(path)
-        self.events[path] |= body
+        if self.fault:
+            raise self.fault
+        found |= {"note" if name == "message" else name: value for name, value in body.items()}
 
     @property
     def notes(self) -> list[tuple[str, int]]:
@@ -60,6 +74,21 @@ def recorder(api, clock) -> KubernetesRecorder:
     return KubernetesRecorder(api, "replica-1", now=clock)
 
 
+class Seconds:
+    """A monotonic clock that only the test, or a pause, moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
 async def test_an_event_names_the_object_what_happened_and_the_reporter(api, recorder):
     recorder.record(POOL, "ScaledUp", "p-worker-0 is made", warning=True)
     await recorder.close()
@@ -76,7 +105,7 @@ async def test_an_event_names_the_object_what_happened_and_the_reporter(api, rec
 async def test_events_are_written_in_the_background(api, recorder):
     running = asyncio.create_task(recorder.run())
     for message in ("one", "two"):
-        recorder.record(POOL, "Allocated", message)
+        recorder.record(POOL, f"Reason{message}", message)
         for _ in range(10):
             await asyncio.sleep(0)
         assert (message, 1) in api.notes
@@ -86,15 +115,46 @@ async def test_events_are_written_in_the_background(api, recorder):
     assert ("at the very end", 1) in api.notes
 
 
-async def test_a_repeated_event_raises_the_count_for_ten_minutes(api, clock, recorder):
-    for minutes in (0, 1, 9, 11):
+async def test_a_repeated_event_changes_the_object_for_ten_minutes(api, clock, recorder):
+    for minutes, note in ((0, "no image"), (1, "no room"), (9, "no node"), (11, "no image")):
         clock.now = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(minutes=minutes)
-        recorder.record(POOL, "Failed", "no image", warning=True)
-        recorder.record(POOL, "Failed", f"another at {minutes}")
+        recorder.record(POOL, "Failed", note, warning=True)
+        recorder.record(POOL, f"Another{minutes}", "something else")
         await recorder.close()
 
-    assert [entry for entry in api.notes if entry[0] == "no image"] == [("no image", 3), ("no image", 1)]
+    assert [entry for entry in api.notes if entry[0] != "something else"] == [
+        ("no node (3 times with others like it)", 3),
+        ("no image", 1),
+    ]
     assert len(api.notes) == 6
+    (series,) = (event["series"] for event in api.events.values() if "series" in event)
+    assert series["lastObservedTime"] == "2030-01-01T00:09:00.000000Z"
+
+
+async def test_events_that_wait_together_are_written_as_one(api, clock, recorder):
+    for minute in range(3):
+        clock.now = datetime(2030, 1, 1, 0, minute, tzinfo=UTC)
+        recorder.record(POOL, "Failed", f"try {minute}")
+    await recorder.close()
+    (event,) = api.events.values()
+    assert event["note"] == "try 2 (3 times with others like it)"
+    assert event["eventTime"] == "2030-01-01T00:00:00.000000Z"
+    assert event["series"] == {"count": 3, "lastObservedTime": "2030-01-01T00:02:00.000000Z"}
+
+
+async def test_the_writing_is_slow_and_goes_on_by_itself(api):
+    seconds = Seconds()
+    pending = PendingEvents(rate=2, burst=1, merge_time=30)
+    recorder = KubernetesRecorder(api, "r", clock=seconds, pause=seconds.pause, pending=pending)
+    for number in range(3):
+        recorder.record(POOL, f"Reason{number}", "x")
+    running = asyncio.create_task(recorder.run())
+    await api.until(lambda: len(api.events) == 3)
+    recorder.record(POOL, "Reason0", "y")
+    await api.until(lambda: ("y (2 times with others like it)", 2) in api.notes)
+    assert seconds.pauses == [0.5, 0.5, 29.0], "the same event is not written again before"
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_an_event_that_was_deleted_is_created_again(api, recorder):
@@ -119,16 +179,44 @@ async def test_an_event_that_cannot_be_written_is_logged_and_the_others_are_writ
     assert api.notes == [("there", 1)]
 
 
-async def test_of_too_many_events_the_newest_are_kept_and_that_is_logged_once(api, recorder):
+async def test_the_same_trouble_is_logged_once(api, recorder):
+    api.fault = Unavailable("the API server does not answer")
     with capture_logs() as logs:
-        for number in range(QUEUE_SIZE + 50):
-            recorder.record(POOL, "Flood", str(number))
+        for number in range(3):
+            recorder.record(POOL, f"Reason{number}", "x")
+        await recorder.close()
+        api.fault = None
+        recorder.record(POOL, "Ready", "there")
+        await recorder.close()
+        api.fault = Unavailable("the API server does not answer")
+        recorder.record(POOL, "Again", "x")
+        await recorder.close()
+    assert [line["event"] for line in logs] == ["events.not_written"] * 2
+
+
+async def test_an_object_that_cannot_be_changed_is_followed_by_a_new_one(api, recorder):
+    recorder.record(POOL, "Failed", "no image")
     await recorder.close()
 
-    assert [line["event"] for line in logs] == ["events.dropped"]
-    assert [note for note, _ in api.notes] == [str(number) for number in range(50, QUEUE_SIZE + 50)]
-    recorder.record(POOL, "Calm", "one more")
+    async def refuse(_path, _body):
+        raise InvalidInput("message: is immutable")
+
+    api.patch = refuse
+    recorder.record(POOL, "Failed", "no room")
     await recorder.close()
+    assert api.notes == [("no image", 1), ("no room", 1)]
+
+
+async def test_what_is_left_out_is_logged_once_and_memory_has_a_bound(api, recorder):
+    with capture_logs() as logs:
+        for number in range(MOST_PENDING + 50):
+            recorder.record(POOL, f"Flood{number}", "x")
+    assert [line["event"] for line in logs] == ["events.dropped"]
+    await recorder.close()
+    assert len(api.events) == MOST_PENDING
+    for number in range(SERIES_REMEMBERED + 10):
+        recorder.record(POOL, f"Calm{number}", "x")
+        await recorder.close()
     assert len(recorder._series) == SERIES_REMEMBERED
 
 
