@@ -13,7 +13,8 @@ from typing import cast
 
 from bkpool.core import yaml_text
 from bkpool.core.errors import NotFound, Unavailable
-from bkpool.kube.client import Doc, KubeApi
+from bkpool.kube.client import KubeApi
+from bkpool.kube.documents import Doc
 from bkpool.kube.paths import group
 
 _FILES = ("buildkitpools.yaml", "buildkitworkers.yaml", "buildkitoidcconfigs.yaml")

@@ -5,7 +5,8 @@ nothing about pools, workers or pods.
 """
 
 from bkpool.kube.access import ClusterAccess
-from bkpool.kube.client import Doc, KubeApi
+from bkpool.kube.client import KubeApi
+from bkpool.kube.documents import Doc
 from bkpool.kube.limits import KubeLimits
 
 __all__ = ["ClusterAccess", "Doc", "KubeApi", "KubeLimits"]

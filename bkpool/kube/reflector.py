@@ -21,7 +21,8 @@ from bkpool.core.errors import BkpoolError, Gone, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.versioned_cache import VersionedCache
 from bkpool.kube import paths
-from bkpool.kube.client import Doc, KubeApi
+from bkpool.kube.client import KubeApi
+from bkpool.kube.documents import Doc
 from bkpool.kube.list_and_watch import list_and_watch
 from bkpool.kube.watching import endless_watch
 

@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from bkpool.core.errors import Unavailable
-from bkpool.kube.client import Doc, KubeApi
+from bkpool.kube.client import KubeApi
+from bkpool.kube.documents import Doc
 
 SHORTEST_WATCH = 1.0
 """Seconds. A watch that ends sooner and brings nothing new is a fault, as in client-go's reflector."""

@@ -54,7 +54,7 @@ class KubernetesStore(Store):
         """See Store."""
         key = Key(namespace, name)
         with _errors_about(kind, key):
-            return _read(kind, await self._api.get(self._path(kind, key)))
+            return read(kind, await self._api.get(self._path(kind, key)))
 
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
@@ -94,7 +94,7 @@ class KubernetesStore(Store):
         async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter, **selectors)) as events:
             async for event in events:
                 if event["type"] != "BOOKMARK":
-                    yield WatchEvent(event["type"], _read_or_note(kind, event["object"]))
+                    yield WatchEvent(event["type"], read_or_note(kind, event["object"]))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ class KubernetesStore(Store):
         doc = obj.to_json()
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
         try:
-            created = _read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
+            created = read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
         except Conflict:
             raise Conflict(f"{obj.KIND} {obj.key} exists already") from None
         except InvalidInput as error:
@@ -154,7 +154,7 @@ class KubernetesStore(Store):
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
         with _errors_about(type(obj), obj.key):
             try:
-                return _read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
+                return read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
             except InvalidInput as error:
                 raise _refused(obj, error) from None
             except (Conflict, Unavailable):
@@ -199,22 +199,9 @@ async def _all_read(kind: type[R], docs: Sequence[Doc]) -> list[R | Unreadable]:
     """The objects that these documents describe. The loop gets its turn in between."""
     found: list[R | Unreadable] = []
     for start in range(0, len(docs), _AT_ONCE):
-        found += [_read_or_note(kind, doc) for doc in docs[start : start + _AT_ONCE]]
+        found += [read_or_note(kind, doc) for doc in docs[start : start + _AT_ONCE]]
         await asyncio.sleep(0)
     return found
-
-
-def _read(kind: type[R], doc: Doc) -> R:
-    return read(kind, _without_writers(doc))
-
-
-def _read_or_note(kind: type[R], doc: Doc) -> R | Unreadable:
-    return read_or_note(kind, _without_writers(doc))
-
-
-def _without_writers(doc: Doc) -> Doc:
-    doc["metadata"].pop("managedFields", None)  # which client wrote which field: long, and not used here
-    return doc
 
 
 def _given(doc: Doc) -> Doc:
