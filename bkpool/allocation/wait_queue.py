@@ -48,7 +48,7 @@ class WaitQueue:
         self._max_waiters = max_waiters
         self._waiting: OrderedDict[Waiter, None] = OrderedDict()
         self._of_tenant: Counter[str] = Counter()  # how many of them wait
-        self._claiming: dict[Slot, str] = {}  # to the digest of the caller
+        self._claiming: dict[Slot, Waiter] = {}
         self._turns: OrderedDict[str, None] = OrderedDict()  # the tenants that wait, in the order of their turns
 
     def __len__(self) -> int:
@@ -112,14 +112,15 @@ class WaitQueue:
             index,
             caches,
             turns=tuple(self._turns),
-            claiming=dict(self._claiming),
+            claiming={slot: waiter.holder for slot, waiter in self._claiming.items()},
+            claiming_requests={waiter.request_key for waiter in self._claiming.values()},
             unreadable=unreadable,
             now=now,
         )
         for given in served:
             self._remove(given.waiter)
             if not _is_leased(given.target):
-                self._claiming[slot_of_target(given.target)] = given.waiter.holder
+                self._claiming[slot_of_target(given.target)] = given.waiter
                 self._end_turn(given.waiter.tenant)
             given.waiter.served.set_result(given.target)
 

@@ -10,13 +10,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from bkpool.core.caller_share import most_leases
 from bkpool.core.names import Slot
-from bkpool.core.placement import Caches, choose
+from bkpool.core.placement import Caches, Choices
 from bkpool.core.pool import Pool
 from bkpool.core.pool_index import PoolIndex
 from bkpool.core.worker import Worker
@@ -73,6 +72,7 @@ def assign(
     *,
     turns: Sequence[str] = (),
     claiming: Mapping[Slot, str] = _NO_CLAIMS,
+    claiming_requests: Collection[str | None] = (),
     unreadable: Collection[Slot] = (),
     now: datetime,
 ) -> list[Assignment[W]]:
@@ -82,17 +82,20 @@ def assign(
        an earlier request, and takes nothing from the others.
     2. Of all others each tenant in turn gets one worker, so that no tenant waits for more than one request of each
        other tenant. The requests of one tenant are served first come, first served, except that a caller with as many
-       leases as they may have waits until one of these ends. Which worker or slot a request gets is the choice of
-       `placement.choose`. The first request for which there is nothing stops the rest, but for one that takes only a
+       leases as they may have waits until one of these ends, and a request waits while another with its key is
+       claiming. Which worker or slot a request gets is the choice of
+       `placement.Choices`. The first request for which there is nothing stops the rest, but for one that takes only a
        worker which serves at once: it is passed over.
 
     Args:
         waiters: The requests, in the order of their arrival.
         pool: The pool that they wait for.
         index: All workers of the pool.
-        caches: Returns the caches that exist, each with the digest of its owner (None: clean).
+        caches: Returns the caches of the pool's slots, each with the digest of its owner (None: clean).
         turns: The tenants in the order of their turns. One that is missing comes after them.
         claiming: Slots that earlier requests were given and are still claiming, each with the digest of the caller.
+        claiming_requests: The keys of these earlier requests. Another request with the same key waits until the claim
+            is written or has failed, so that one job does not claim two workers.
         unreadable: Slots whose worker cannot be read: nobody gets one of them.
         now: The time.
 
@@ -100,30 +103,56 @@ def assign(
         The requests that are served now, in this order. All others go on waiting.
     """
     repeated, queues = _repeated_and_others(waiters, index, turns, now)
-    claimed = Counter(holder for slot, holder in claiming.items() if not index.leases.is_live(slot, now))
-
-    def holding(holder: str) -> int:
-        return index.leases.count_of(holder, now) + claimed[holder]
-
-    caches_of_pool = cache(lambda: _of_pool(caches(), pool))  # the caches of other pools may be many more
+    shares = _Shares(pool, index, claiming, claiming_requests, now)
     served: list[Assignment[W]] = []
     taken = {*claiming, *unreadable}
+    choices = Choices(pool, index, caches, taken)
     ring = deque(queues.values())
     while ring:
         queue = ring.popleft()
-        first = _next_of_tenant(queue, pool, holding)
+        first = _next_of_tenant(queue, shares.may_be_served)
         if first is None:
-            continue  # nobody of this tenant waits, or only callers who have as many leases as they may have
-        target = choose(pool, index, caches_of_pool, first.owner, taken, only_ready=first.only_ready)
+            continue  # nobody of this tenant waits, or only those who may have no more now
+        target = choices.best(first.owner, only_ready=first.only_ready)
         if target is None and not first.only_ready:
             break
-        queue.remove(first)
         ring.append(queue)
         if target is not None:
             served.append(Assignment(first, target))
             taken.add(slot_of_target(target))
-            claimed[first.holder] += 1
+            shares.served(first)
     return repeated + served
+
+
+class _Shares:
+    """Who may have one more lease at this moment. Who may not does not until the next look."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        index: PoolIndex,
+        claiming: Mapping[Slot, str],
+        requests: Iterable[str | None],
+        now: datetime,
+    ) -> None:
+        self._leases = index.leases
+        self._now = now
+        self._most = {admin: most_leases(pool.spec, admin=admin) for admin in (False, True)}
+        self._claimed = Counter(holder for slot, holder in claiming.items() if not self._leases.is_live(slot, now))
+        self._requests = {*requests} - {None}
+
+    def may_be_served(self, waiter: QueuedRequest) -> bool:
+        """Whether the caller may have one more lease, and no request with the same key is claiming."""
+        if waiter.request_key in self._requests:
+            return False
+        most, holder = self._most[waiter.admin], waiter.holder
+        return most is None or self._leases.count_of(holder, self._now) + self._claimed[holder] < most
+
+    def served(self, waiter: QueuedRequest) -> None:
+        """Notes that a request was given something to claim."""
+        self._claimed[waiter.holder] += 1
+        if waiter.request_key is not None:
+            self._requests.add(waiter.request_key)
 
 
 def _repeated_and_others(
@@ -141,21 +170,11 @@ def _repeated_and_others(
     return repeated, queues
 
 
-def _of_pool(caches: Mapping[Slot, str | None], pool: Pool) -> Mapping[Slot, str | None]:
-    return {slot: owner for slot, owner in caches.items() if (slot.namespace, slot.pool) == pool.key}
-
-
-def _next_of_tenant(queue: Iterable[W], pool: Pool, holding: Callable[[str], int]) -> W | None:
-    """The first request whose caller may have one more lease.
-
-    Args:
-        queue: The requests of one tenant.
-        pool: The pool.
-        holding: How many leases a caller has, with those that are being claimed.
-    """
-    for waiter in queue:
-        most = most_leases(pool.spec, admin=waiter.admin)
-        if most is None or holding(waiter.holder) < most:
+def _next_of_tenant(queue: deque[W], may_be_served: Callable[[W], bool]) -> W | None:
+    """Takes the first request out of a tenant's queue that may be served, and those before it, which may not now."""
+    while queue:
+        waiter = queue.popleft()
+        if may_be_served(waiter):
             return waiter
     return None
 

@@ -60,7 +60,9 @@ def scanned_assignment(waiters, p, workers, caches, turns, claiming, unreadable,
     while ring:
         queue = ring.popleft()
         most = {waiter: most_leases(p.spec, admin=waiter.admin) for waiter in queue}
-        first = next((w for w in queue if most[w] is None or holding[w.holder] < most[w]), None)
+        asked = {one.waiter.request_key for one in served} - {None}
+        may = [w for w in queue if w.request_key not in asked and (most[w] is None or holding[w.holder] < most[w])]
+        first = next(iter(may), None)
         if first is None:
             continue
         target = scanned_choice(p, workers, caches, first.owner, taken, first.only_ready)

@@ -112,6 +112,12 @@ CLAIMING = st.sets(NUMBERS.map(slot))
 POOLS = st.integers(1, 6).map(lambda n: pool(scaling={"max": n}))
 
 
+def first_of_each_job(waiters):
+    """The requests without the repetitions of those before them."""
+    jobs = [waiter.request_key or object() for waiter in waiters]
+    return [waiter for place, waiter in enumerate(waiters) if jobs[place] not in jobs[:place]]
+
+
 @given(QUEUES, POOLS, workers_of_a_pool(), CACHES, CLAIMING)
 def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, workers, caches, claiming):
     result = assign(waiters, p, indexed(workers), lambda: caches, claiming=dict.fromkeys(claiming, "caller"), now=NOW)
@@ -131,9 +137,12 @@ def test_no_worker_is_assigned_twice_and_requests_keep_their_order(waiters, p, w
 
     queue = [waiter for waiter in waiters if waiter.request_key is None or waiter.request_key not in live]
     for tenant in {waiter.tenant for waiter in waiters}:
-        asked = [waiter for waiter in queue if waiter.tenant == tenant]
         got = [one.waiter for one in new if one.waiter.tenant == tenant]
+        others = {one.waiter.request_key for one in new if one.waiter not in got} - {None}
+        asked = [w for w in first_of_each_job(queue) if w.tenant == tenant and w.request_key not in others]
         assert got == asked[: len(got)], "within a tenant: first come, first served"
+    jobs = [one.waiter.request_key for one in new if one.waiter.request_key is not None]
+    assert len(set(jobs)) == len(jobs), "one job claims one worker at a time"
     assert len(repeated) == len(waiters) - len(queue), "repeated requests never wait"
 
 
@@ -147,8 +156,9 @@ def test_each_request_gets_the_best_of_what_is_left_and_none_waits_without_need(
     for one in new:
         assert one.target == choose(p, indexed(workers), lambda: caches, one.waiter.owner, taken)
         taken.add(slot_of_target(one.target))
+    jobs = {one.waiter.request_key for one in result} - {None}
     for waiter in waiters:
-        if waiter not in [one.waiter for one in result]:
+        if waiter not in [one.waiter for one in result] and waiter.request_key not in jobs:
             assert choose(p, indexed(workers), lambda: caches, waiter.owner, taken) is None
 
 
@@ -158,7 +168,9 @@ def test_asking_again_with_the_rest_of_the_queue_gives_nothing_more(waiters, p, 
     result: list[Assignment[Request]] = assign(waiters, p, indexed(workers), lambda: caches, claiming=claims, now=NOW)
     rest = [waiter for waiter in waiters if waiter not in [one.waiter for one in result]]
     claims |= {slot_of_target(one.target): one.waiter.holder for one in result}
-    assert assign(rest, p, indexed(workers), lambda: caches, claiming=claims, now=NOW) == []
+    jobs = {one.waiter.request_key for one in result}
+    again = assign(rest, p, indexed(workers), lambda: caches, claiming=claims, claiming_requests=jobs, now=NOW)
+    assert again == []
 
 
 # --- tenants in turn, and the share of one caller -------------------------------------------------------------------
@@ -196,6 +208,16 @@ def test_a_claim_that_is_being_written_counts_for_its_caller():
     assert [one.waiter.name for one in assign(waiters, p, indexed([]), dict, claiming=claims, now=NOW)] == ["A1"]
     stored = [leased(0, holder="a")]
     assert [one.waiter.name for one in assign(waiters, p, indexed(stored), dict, claiming=claims, now=NOW)] == ["A1"]
+
+
+def test_a_job_that_is_claiming_already_waits_and_stops_nobody():
+    p, job, again = pool(scaling={"max": 3}), Request("J", request_key="key"), Request("K", request_key="key")
+    assert served([job, again, A], p, []) == [("J", "0"), ("A", "1")]
+    waiters: list[Request] = [again, A]
+    given = assign(
+        waiters, p, indexed([]), dict, claiming={slot(0): "caller"}, claiming_requests={"key", None}, now=NOW
+    )
+    assert [one.waiter.name for one in given] == ["A"]
 
 
 def test_a_limit_in_the_spec_wins():
@@ -270,6 +292,25 @@ def calls_to_assign(requests, workers):
     given, calls = calls_of(lambda: assign(waiters, full, indexed(busy), dict, now=NOW))
     assert given == []
     return calls
+
+
+@pytest.mark.parametrize("offered", ["idle", "idle of others", "starting", "empty", "empty with caches", "failed"])
+def test_many_requests_that_are_served_at_once_cost_little_each(offered):
+    """Nobody looks past the workers that others were given: that would cost requests times workers."""
+    number = 400
+    some = {
+        "idle": {"cache_owner": "owner"},
+        "idle of others": {"cache_owner": "another"},
+        "starting": {"phase": Phase.PENDING},
+        "failed": {"phase": Phase.FAILED},
+    }.get(offered)
+    workers = [worker(n, **some) for n in range(number)] if some else []
+    caches = {slot(n): ("another", "owner", None)[n % 3] for n in range(number)} if "caches" in offered else {}
+    waiters = [Request(str(n), "owner", tenant="one", holder=f"h-{n % 2}", admin=False) for n in range(number)]
+    index, p = indexed(workers), pool(scaling={"max": number}, auth={"limits": {"identity": {"leases": 1000}}})
+    given, calls = calls_of(lambda: assign(waiters, p, index, lambda: caches, now=NOW))
+    assert len({slot_of_target(one.target) for one in given}) == number
+    assert calls <= 60 * number
 
 
 @pytest.mark.parametrize(("requests", "workers"), [(300, 50), (50, 300), (1000, 1)])

@@ -6,7 +6,7 @@ They are kept in order from change to change, so that filling a large pool does 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from bkpool.core.names import Key, Slot
 
@@ -50,6 +50,10 @@ class EmptySlots:
     def has(self, number: int) -> bool:
         """Whether the slot with this number is one of them."""
         return number < self._limit and number not in self._filled
+
+    def slots(self, pool: Key) -> Iterator[Slot]:
+        """All of them, as slots of this pool, the lowest first."""
+        return (Slot(*pool, number) for number in self._numbers)
 
     def first(self, count: int, pool: Key, caches: Mapping[Slot, str | None], taken: Collection[Slot]) -> list[Slot]:
         """So many empty slots at most: those with a clean cache or none first, then those with a used one.
