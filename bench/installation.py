@@ -291,7 +291,7 @@ def _allocator(store: SqliteStore, mirror: Mirror, leases: LeaseService, workers
         leases=leases,
         authority=Authority.create(now()),
         token_key=_TOKEN_KEY,
-        caches=workers.owners,
+        caches=workers,
         answers=workers.answers,
         now=now,
         limits=CallerLimits(time.monotonic),

@@ -7,8 +7,9 @@ never starts a worker: the controller does, when it sees the claim in the store.
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -17,6 +18,8 @@ from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
 from bkpool.allocation.deliveries import Deliveries
+from bkpool.allocation.job_leases import JobLeases
+from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
 from bkpool.allocation.known_objects import find_lending_pool, known_worker, no_lease_from
 from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
 from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order
@@ -25,8 +28,9 @@ from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.caller_share import most_waiting
+from bkpool.core.claim_order import Request
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable, WorkerFailed
-from bkpool.core.names import Key, Slot
+from bkpool.core.names import Key
 from bkpool.core.queueing import Target
 from bkpool.core.removal import removal_of
 from bkpool.core.worker import EndReason, Lease, Worker
@@ -40,6 +44,8 @@ _NOW = 5.0
 """Seconds that a request without a wait has for what a ready worker still takes: the writes of the claim."""
 _SLOW_STORE = 0.1
 """Seconds after which a claim that the store has not answered is the reason why a request got no worker."""
+_LONGEST_AFTER_TIE = 0.1
+"""Seconds, at most, until a request claims again after it gave up a claim and found no other lease of its job."""
 
 
 class Allocator:
@@ -52,7 +58,7 @@ class Allocator:
         authority: Signs the client certificates.
         rotation: Says which CA signs and is trusted after a rotation; None: there was none.
         token_key: Key of the HMAC of lease tokens.
-        caches: Returns the caches that exist, with their owners (`Runtime.caches`).
+        caches: The caches that exist, with their owners (`Runtime.caches`).
         now: The clock.
         answers: Whether a worker's buildkitd answers now (`Daemons.answers`).
         limits: Counts what each caller asks for; None: a new counter that is not shared.
@@ -60,6 +66,7 @@ class Allocator:
         on_waiting: Called when a request begins to wait, because nothing was free.
         replica: The name of this replica, which no other has.
         pause: Waits that many seconds.
+        jitter: Returns a number from 0 to 1.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Allocator:
         leases: LeaseService,
         authority: Authority,
         token_key: bytes,
-        caches: Callable[[], Mapping[Slot, str | None]],
+        caches: ReportedCaches,
         now: Callable[[], datetime],
         answers: Answers = as_stored,
         limits: CallerLimits | None = None,
@@ -79,10 +86,11 @@ class Allocator:
         on_waiting: Callable[[], None] = lambda: None,
         replica: str = "api",
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._mirror = mirror
         self._rotation = rotation or Rotation(authority, None, now)
-        self._caches = caches
+        self._caches = KnownCaches(caches)
         self._now = now
         self._limits = limits or CallerLimits()
         self._max_waiters = max_waiters
@@ -93,12 +101,17 @@ class Allocator:
         self._leases = leases
         self._replica = f"{replica}/{uuid.uuid4().hex[:8]}"  # after a start it is another one
         self._deliveries = Deliveries(leases, self._claimer.abandon, self._replica, pause=pause)
+        self._jobs = JobLeases(store, mirror, self._claimer, now)
+        self._pause = pause
+        self._jitter = jitter
         self._changed: dict[Key, asyncio.Event] = {}
         self._unsubscribe = mirror.subscribe(self._on_change)
 
     async def close(self) -> None:
         """Stops listening, and waits until everything that callers left behind is undone."""
         self._unsubscribe()
+        self._jobs.close()
+        self._caches.close()
         await self._deliveries.close()
         await self._claimer.close()
 
@@ -132,8 +145,8 @@ class Allocator:
         ttl = lease_duration(pool, request.ttl)
         if request.csr_pem is not None:
             key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
-        request_key = tokens.request_key(caller.digest, request.job_id) if request.job_id else None
-        worker = await self._ready_worker(Order(caller, pool, ttl, request, request_key))
+        key = tokens.request_key(caller.digest, request.job_id) if request.job_id else ""
+        worker = await self._ready_worker(Order(caller, pool, ttl, request, Request(pool.key, key) if key else None))
         offer: Offer | None = None
         try:
             offer = Offer(self._grant(worker, request.csr_pem))
@@ -168,77 +181,89 @@ class Allocator:
 
     async def _find_or_make_lease(self, order: Order) -> Worker:
         """A worker with a lease for this request, made now or before. `_deliveries` counts the request."""
-        pool, key = order.pool, order.request_key
-        while key and (earlier := await self._claimer.existing(pool, key, self._now())) is not None:
-            if await self._join(earlier):
-                return earlier
-        held, now = self._mirror.index_of(pool.key).leases, self._now()
+        earlier = await self._join_earlier(order)
+        if earlier is not None:
+            return earlier
+        pool, held, now = order.pool, self._mirror.index_of(order.pool.key).leases, self._now()
         waiting = most_waiting(pool.spec, admin=order.caller.admin, places=self._max_waiters)
         with self._limits.one_more(
-            pool, order.caller, key or object(), held, at=now, most_waiting=waiting
+            pool, order.caller, order.request_key or object(), held, at=now, most_waiting=waiting
         ) as about_to_claim:
-            claimed = await self._claim_in_turn(order, about_to_claim)
-        if key is None:
-            return claimed
-        # Another replica may have claimed for the same job at the same moment. Every replica keeps the oldest lease.
-        try:
-            oldest = await self._claimer.existing(pool, key, self._now())
-        except BaseException:
-            self._deliveries.give_up(claimed)
-            raise
-        if oldest is None or oldest.uid == claimed.uid:
-            return claimed
-        self._deliveries.give_up(claimed, surplus=True)
-        if await self._join(oldest):
-            return oldest
-        return await self._find_or_make_lease(order)
+            return await self._lease_in_turn(order, about_to_claim)
 
-    async def _claim_in_turn(self, order: Order, about_to_claim: Callable[[str], None]) -> Worker:
-        """Waits for a turn and claims what it brings; if another replica is faster, waits again at the front.
+    async def _lease_in_turn(self, order: Order, about_to_claim: Callable[[str], None]) -> Worker:
+        """Waits for a turn, and takes what it brings: the job's lease, or one that is claimed.
+
+        Where another replica was faster it waits again at the front. `_deliveries` counts the request.
 
         Args:
             order: The request.
             about_to_claim: Gets the id of each lease before it may be stored, so that it is not counted twice.
         """
+        again = False
+        while True:
+            worker = await self._claim_in_turn(order, about_to_claim, again=again)
+            if worker is not None and (order.job is None or await self._is_first(worker, order.job)):
+                return worker
+            earlier = await self._join_earlier(order)
+            if earlier is not None:
+                return earlier
+            if worker is not None:  # each of several replicas may have given up its claim because of another
+                await self._pause(_LONGEST_AFTER_TIE * self._jitter())
+            again = True
+
+    async def _is_first(self, claimed: Worker, job: Request) -> bool:
+        """Whether the claimed lease is the job's. If not, it is given up."""
+        is_first = False
+        try:
+            is_first = await self._jobs.is_first(claimed, job)
+        finally:
+            if not is_first:
+                self._deliveries.give_up(claimed)
+        return is_first
+
+    async def _claim_in_turn(
+        self, order: Order, about_to_claim: Callable[[str], None], *, again: bool
+    ) -> Worker | None:
+        """Waits for a turn and claims what it brings. `_deliveries` counts the request.
+
+        Args:
+            order: The request.
+            about_to_claim: See `_lease_in_turn`.
+            again: It has had its turn before, so it waits at the front.
+
+        Returns:
+            The worker; None if nothing was claimed: another was faster, or the job has a lease by now.
+        """
         pool, caller = order.pool, order.caller
         queue = self._queues.setdefault(pool.key, WaitQueue(self._max_waiters))
-        lost_claim = False
-        while True:
-            lease_id = str(uuid.uuid4())
-            about_to_claim(lease_id)
-            owner = cache_owner_digest(
-                pool.spec.reuse,
-                caller.tenant,
-                pool.uid,
-                lease_id,
-                keep_history=pool.spec.cache.keep_history,
-            )
-            waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
-            waiter.only_ready = order.request.only_ready
-            target = await self._wait_for_turn(queue, pool.key, waiter, first=lost_claim)
-            if target is None:
-                raise self._none_free(order)
-            if isinstance(target, Worker) and target.lease is not None:
-                if await self._join(target):
-                    return target  # the same job's lease, made while this one waited
-                lost_claim = True
-                await self._claimer.refresh(target)
-                continue
-            if not await self._presence.of_target(target, partial(queue.claim_ended, target)):
-                lost_claim = True
-                continue
-            try:
-                lease = order.lease(lease_id, owner, self._replica, self._now())
-                order.claiming_since = asyncio.get_running_loop().time()
-                claimed = await self._claimer.claim(pool, target, lease, order.request_key)
-                order.claiming_since = None
-                self._deliveries.begin(claimed, known=False)
-                return claimed
-            except (Conflict, NotFound):
-                lost_claim, order.claiming_since = True, None
-                await self._claimer.refresh(target)
-            finally:
-                queue.claim_ended(target)
+        lease_id = str(uuid.uuid4())
+        about_to_claim(lease_id)
+        owner = cache_owner_digest(
+            pool.spec.reuse, caller.tenant, pool.uid, lease_id, keep_history=pool.spec.cache.keep_history
+        )
+        waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
+        waiter.only_ready = order.request.only_ready
+        target = await self._wait_for_turn(queue, pool.key, waiter, first=again)
+        if target is None:
+            raise self._none_free(order)
+        if isinstance(target, Worker) and target.lease is not None:
+            return None
+        if not await self._presence.of_target(target, partial(queue.claim_ended, target)):
+            return None
+        try:
+            lease = order.lease(lease_id, owner, self._replica, self._now())
+            order.claiming_since = asyncio.get_running_loop().time()
+            claimed = await self._claimer.claim(pool, target, lease, order.request_key)
+            order.claiming_since = None
+            self._deliveries.begin(claimed, known=False)
+            return claimed
+        except (Conflict, NotFound):
+            order.claiming_since = None
+            await self._claimer.refresh(target)
+            return None
+        finally:
+            queue.claim_ended(target)
 
     async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target | None:
         """What the request gets; None if it takes only a worker that is ready now and there is none."""
@@ -255,6 +280,14 @@ class Allocator:
             queue.leave(waiter)
             self._serve(pool)
             raise
+
+    async def _join_earlier(self, order: Order) -> Worker | None:
+        """Counts this request for the lease that its job has already; None if it has none."""
+        while order.job is not None:
+            earlier = await self._jobs.find(order.job)
+            if earlier is None or await self._join(earlier):
+                return earlier
+        return None
 
     async def _join(self, worker: Worker) -> bool:
         """Counts this request for a lease that exists. Returns False if the lease ends meanwhile."""
@@ -337,7 +370,7 @@ class Allocator:
             queue.refuse_all(no_lease_from(self._mirror, pool_key))
             return
         index, unreadable = self._mirror.index_of(pool_key), self._mirror.unreadable_slots(pool_key)
-        queue.serve(pool, index, self._caches, unreadable, self._now())
+        queue.serve(pool, index, partial(self._caches.of, pool_key), unreadable, self._now())
 
     def _on_change(self, change: MirrorChange) -> None:
         pool = change.pool

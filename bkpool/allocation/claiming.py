@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from typing import Any
 
 import structlog
@@ -20,7 +19,7 @@ from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
 from bkpool.core.unreadable import UnreadableObject
-from bkpool.core.worker import Lease, Worker, new_worker, with_live_lease
+from bkpool.core.worker import Lease, Worker, new_worker
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
@@ -96,26 +95,16 @@ class Claimer:
             raise
         return worker
 
-    async def existing(self, pool: Pool, request_key: str, now: datetime) -> Worker | None:
-        """The worker with the oldest live lease of a request, read from the store; None if there is none.
+    async def completed(self, worker: Worker) -> Worker | None:
+        """The worker with the digest of its lease's token in the store; None if the lease has gone meanwhile.
 
-        Args:
-            pool: The pool that the request names.
-            request_key: Digest of the caller and their jobId.
-            now: The time.
+        It is missing if the process that created the worker was killed, or is about to write it. Both would write the
+        same digest, so it may be written here as well.
         """
-        listing = await self._store.list(Worker, namespace=pool.key.namespace, labels={LABEL_REQUEST: request_key})
-        found = [w for w in with_live_lease(listing.items, now) if w.pool == pool.key]
-        if not found:
-            return None
-        oldest = min(found, key=lambda worker: (worker.held_lease.allocated_at, worker.key.name))
-        self._mirror.apply(oldest)
-        if oldest.held_lease.token_sha256:
-            return oldest
-        # The process that created it was killed, or is about to write the digest of the token. Both would write the
-        # same digest, so it may be written here as well.
+        if worker.held_lease.token_sha256:
+            return worker
         try:
-            return await self._leases.change(oldest, lambda lease: self._with_digest(oldest, lease))
+            return await self._leases.change(worker, lambda lease: self._with_digest(worker, lease))
         except (Gone, NotFound):
             return None
 
@@ -129,15 +118,14 @@ class Claimer:
         except UnreadableObject as error:  # its slot is out of use from now on
             self._mirror.apply(error.found)
 
-    def abandon(self, worker: Worker, *, surplus: bool = False) -> None:
+    def abandon(self, worker: Worker) -> None:
         """Ends the worker's lease in the background, because no caller has it.
 
         Args:
             worker: The worker, as this replica claimed it.
-            surplus: The job has an older lease.
         """
         lease_id = worker.held_lease.id
-        task = asyncio.get_running_loop().create_task(self._abandon(worker, surplus=surplus))
+        task = asyncio.get_running_loop().create_task(self._abandon(worker))
         self._cleanups.add(task)
         self._ending[lease_id] = task
 
@@ -155,14 +143,14 @@ class Claimer:
         await asyncio.wait([task])
         return True
 
-    async def _abandon(self, worker: Worker, *, surplus: bool) -> None:
+    async def _abandon(self, worker: Worker) -> None:
         """Tries again while the store has no room or does not answer.
 
         If this process ends before that, the controller ends the lease later: nobody renews it any more.
         """
         while True:
             try:
-                await self._leases.abandon(worker, surplus=surplus)
+                await self._leases.abandon(worker)
             except (DiskFull, Unavailable) as error:
                 log.warning("lease.not_abandoned", **lease_facts(worker), reason=error.message)
                 if self._closing.is_set():
@@ -174,7 +162,8 @@ class Claimer:
                 return
 
     async def _claim_worker(self, worker: Worker, lease: Lease, labels: Mapping[str, str]) -> Worker:
-        metadata = worker.metadata.but(labels={**worker.metadata.labels, **labels})
+        others = {name: value for name, value in worker.metadata.labels.items() if name != LABEL_REQUEST}
+        metadata = worker.metadata.but(labels={**others, **labels})
         return await self._store.replace(worker.but(metadata=metadata).with_lease(self._with_digest(worker, lease)))
 
     async def _create_worker(self, pool: Pool, slot: Slot, lease: Lease, labels: Mapping[str, str]) -> Worker:

@@ -61,8 +61,8 @@ class Receipt(Protocol):
 class Abandon(Protocol):
     """Ends leases in the background (`Claimer.abandon`)."""
 
-    def __call__(self, worker: Worker, *, surplus: bool = False) -> None:
-        """Ends the lease of this worker. With `surplus`, its job has an older lease."""
+    def __call__(self, worker: Worker) -> None:
+        """Ends the lease of this worker."""
 
 
 @dataclass(slots=True)
@@ -135,19 +135,14 @@ class Deliveries:
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_while_open())
 
-    def give_up(self, worker: Worker, *, surplus: bool = False) -> None:
-        """Notes that one request for the lease is over. If no other needs it and no caller has it, the lease ends.
-
-        Args:
-            worker: The worker.
-            surplus: The job has an older lease.
-        """
+    def give_up(self, worker: Worker) -> None:
+        """Notes that one request for the lease is over. If no other needs it and no caller has it, the lease ends."""
         lease_id = worker.held_lease.id
         abandoned = self._requests.remove(lease_id)
         if lease_id not in self._requests:
             del self._open[lease_id]
         if abandoned:
-            self._abandon(worker, surplus=surplus)
+            self._abandon(worker)
 
     def answered(self, worker: Worker, receipt: Receipt) -> None:
         """Notes that the answer to one request was written. Once it is known what became of it, the request ends."""

@@ -167,19 +167,19 @@ class LeaseService:
                 await self.mark_delivered(worker)
         return worker
 
-    async def abandon(self, worker: Worker, *, surplus: bool = False) -> None:
+    async def abandon(self, worker: Worker) -> None:
         """Ends a lease that no caller has. It is no error if it has ended already.
+
+        Nothing ends if a caller has got it meanwhile, or if another replica answers a request for it now.
 
         Args:
             worker: The worker with the lease, as this replica claimed it.
-            surplus: The job has an older lease, so this one must end in any case. Otherwise nothing ends if a caller
-                has got it meanwhile, or if another replica answers a request for it now.
         """
         claimed = worker.held_lease.undelivered
 
         def abandoned(lease: Lease) -> Lease:
             now = lease.undelivered
-            if not surplus and claimed is not None and (now is None or now.replica != claimed.replica):
+            if claimed is not None and (now is None or now.replica != claimed.replica):
                 raise lease_over(EndReason.ABANDONED, "")
             return self._ended(lease, EndReason.ABANDONED)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from bkpool.allocation.deliveries import Receipt
+from bkpool.core.claim_order import Request
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Lease, Undelivered, Worker
@@ -73,10 +74,15 @@ class Order:
     pool: Pool
     ttl: timedelta
     request: AllocationRequest
-    request_key: str | None
-    """Digest of the caller and their jobId; None without a jobId."""
+    job: Request | None
+    """The pool and the digest of the caller and their jobId; None without a jobId."""
     claiming_since: float | None = None
     """The loop's time at which the claim that is being written began; None where there is none."""
+
+    @property
+    def request_key(self) -> str | None:
+        """Digest of the caller and their jobId; None without a jobId."""
+        return self.job.key if self.job else None
 
     def lease(self, lease_id: str, owner: str, replica: str, now: datetime) -> Lease:
         """The lease that this request asks for, without its token's digest."""

@@ -110,7 +110,7 @@ class Backend:
             leases=leases,
             authority=self.authority,
             token_key=self.token_key,
-            caches=self.runtime.caches.owners,
+            caches=self.runtime.caches,
             answers=self.runtime.daemons.answers,
             now=now,
             max_waiters=max_waiters,

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
-from typing import Generic, NamedTuple
+from typing import Generic, NamedTuple, cast
 
 import structlog
 
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
+from bkpool.core.claim_order import ClaimOrder, Request
 from bkpool.core.errors import BkpoolError, DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.lease_index import LeaseIndex
 from bkpool.core.names import Key, Slot
@@ -148,6 +150,16 @@ class _Troubles:
         )
 
 
+class _AllOf:
+    """The values of several mappings. It can be looked through again and again."""
+
+    def __init__(self, *mappings: Mapping[Key, Worker | Unreadable]) -> None:
+        self._mappings = mappings
+
+    def __iter__(self) -> Iterator[Worker | Unreadable]:
+        return chain.from_iterable(mapping.values() for mapping in self._mappings)
+
+
 class MirrorChange(NamedTuple):
     """What has changed: a pool, or one of its workers."""
 
@@ -185,7 +197,9 @@ class Mirror:
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
         self.leases = LeaseIndex()
         """The leases of all workers, by the digests of their tokens."""
+        self._claims = {scope: ClaimOrder() for scope in self._workers.scopes}
         self._subscribers: Subscribers[[MirrorChange]] = Subscribers()
+        self._claim_subscribers: Subscribers[[Request]] = Subscribers()
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
@@ -231,9 +245,13 @@ class Mirror:
                 self._indexes[pool] = index
         return index
 
-    def all_workers(self) -> list[Worker | Unreadable]:
-        """Every worker, also those that cannot be read, in no particular order."""
-        return [*self.workers.values(), *self.unreadable_workers.values()]
+    def claims_in(self, namespace: str) -> ClaimOrder:
+        """Which lease of a request was claimed first, of the pools in this namespace."""
+        return self._claims.get(namespace) or self._claims[None]
+
+    def all_workers(self) -> Iterable[Worker | Unreadable]:
+        """Every worker, also those that cannot be read, in no particular order. It is no copy."""
+        return _AllOf(self.workers, self.unreadable_workers)
 
     def unreadable_of(self, pool: Key) -> list[Unreadable]:
         """The workers of a pool that cannot be read, in no particular order."""
@@ -266,6 +284,14 @@ class Mirror:
         """
         return self._subscribers.add(callback)
 
+    def on_claims(self, callback: Callable[[Request], None]) -> Callable[[], None]:
+        """Calls back, in the event loop, when list or watch has shown a change of a request's leases.
+
+        Returns:
+            A function that unsubscribes.
+        """
+        return self._claim_subscribers.add(callback)
+
     def on_config(self, callback: Callable[[], None]) -> Callable[[], None]:
         """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
         return self._config_subscribers.add(callback)
@@ -276,6 +302,9 @@ class Mirror:
         async def list_all() -> str:
             listing = await self._store.list(kind, namespace=scope)
             copy.listed(listing, scope)
+            if kind is Worker:
+                found = cast("list[Worker | Unreadable]", [*listing.items, *listing.unreadable])
+                self._claims_changed(self._claims[scope].listed(found, int(listing.resource_version)))
             if self._troubles.listed((kind, scope)):
                 log.info("mirror.resumed", kind=kind.KIND, **_where(scope))
             if not self._troubles.unlisted:
@@ -290,9 +319,16 @@ class Mirror:
 
         def take(event: WatchEvent[R]) -> None:
             copy.event(event, scope)
+            if kind is Worker:
+                now = None if event.type == "DELETED" else cast("Worker | Unreadable", event.object)
+                self._claims_changed(self._claims[scope].event(event.object.key, now, _version_of(event.object)))
 
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
         await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
+
+    def _claims_changed(self, requests: set[Request]) -> None:
+        for request in requests:
+            self._claim_subscribers.notify(request)
 
     def _note_failure(self, followed: _Followed, error: Exception, seconds: float) -> bool:
         """Notes and logs a failure that may pass. Returns whether to try again: any other failure ends the mirror."""

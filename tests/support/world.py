@@ -240,7 +240,7 @@ class Replica:
             leases=self.leases,
             authority=world.authority,
             token_key=TOKEN_KEY,
-            caches=world.runtime.owners,
+            caches=world.runtime,
             answers=world.runtime.answers,
             now=world.clock,
             limits=CallerLimits(world.clock.seconds),

@@ -1,0 +1,134 @@
+"""The lease of a job: what it costs, and what a replica does that knows too little (rule 2, docs/rules.md#r2)."""
+
+import asyncio
+
+import pytest
+
+from bkpool.core.names import LABEL_REQUEST, Key
+from bkpool.core.unreadable import UnreadableObject
+from bkpool.core.worker import Worker
+from bkpool.store.sqlite import SqliteStore
+from support.job_race import ANN, JobRace
+from support.unreadable import spoil
+from support.world import TAKEN
+
+POOL = Key("default", "p")
+
+
+@pytest.fixture
+async def race(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db")
+    race = JobRace(store, 0, POOL)
+    async with race.running():
+        yield race
+    await store.close()
+
+
+async def lease_of(replica, job="j"):
+    async with replica.ask(POOL, job) as offer:
+        offer.answered(TAKEN)
+    return offer.grant
+
+
+def freeze(replica):
+    """Its watches say nothing more."""
+    replica.connection.flowing.clear()
+
+
+async def live(race):
+    return [w for w in (await race.store.list(Worker)).items if w.lease and not w.lease.ended_at]
+
+
+async def test_a_warm_lease_of_a_job_costs_one_request(race):
+    one = race.replicas[0]
+    one.connection.calls.clear()
+    async with one.ask(POOL, "j") as offer:
+        assert one.connection.calls == ["replace"]
+        offer.answered(TAKEN)
+
+
+async def test_a_repeated_request_reads_the_worker_and_claims_none(race):
+    one, other = race.replicas
+    given = await lease_of(one)
+    await race.known_to(other, given.worker)
+    other.connection.calls.clear()
+    async with other.ask(POOL, "j") as offer:
+        assert offer.grant.token == given.token
+        assert other.connection.calls.count("get") == 1
+        assert not {"list", "create"} & set(other.connection.calls)
+        offer.answered(TAKEN)
+
+
+async def test_many_requests_of_one_job_at_one_replica_claim_one_worker(race):
+    one = race.replicas[0]
+    grants = await asyncio.gather(*(lease_of(one) for _ in range(20)))
+    assert len({grant.token for grant in grants}) == 1
+    workers = (await race.store.list(Worker)).items
+    assert sum(int(w.metadata.generation or 0) > 1 for w in workers) == 1, "no other worker was ever claimed"
+
+
+async def test_a_lease_that_has_ended_unseen_is_not_given_again(race):
+    one, other = race.replicas
+    given = await lease_of(one)
+    await race.known_to(other, given.worker)
+    freeze(other)
+    await one.leases.release(given.token)
+    again = await lease_of(other)
+    assert again.token != given.token
+    assert await other.leases.lookup(again.token)
+
+
+async def test_a_replica_whose_watch_is_silent_asks_the_store_and_gives_up_its_claim(race):
+    one, other = race.replicas
+    freeze(other)
+    given = await lease_of(one)
+    other.connection.calls.clear()
+    assert (await lease_of(other)).token == given.token
+    assert "list" in other.connection.calls
+    await race.quiet(other)
+    assert [w.key for w in await live(race)] == [given.worker.key]
+
+
+async def test_a_replica_whose_watch_is_silent_still_leases_workers(race):
+    one = race.replicas[0]
+    freeze(one)
+    one.connection.calls.clear()
+    given = await lease_of(one)
+    assert one.connection.calls[:2] == ["replace", "list"]
+    assert [w.key for w in await live(race)] == [given.worker.key]
+
+
+async def test_a_claim_that_another_replica_has_taken_over_is_not_ended(race):
+    """It gave its claim up because it could not know the order, and the other replica knew it."""
+    one, other = race.replicas
+    async with one.ask(POOL, "j") as offer:
+        claimed = offer.grant.worker
+        await race.known_to(other, claimed)
+        async with other.ask(POOL, "j") as joined:
+            assert joined.grant.worker.key == claimed.key
+            one.allocator._claimer.abandon(claimed)
+            await race.quiet(one)
+            assert [w.key for w in await live(race)] == [claimed.key]
+            joined.answered(TAKEN)
+        offer.answered(TAKEN)
+
+
+async def test_a_lease_that_cannot_be_read_is_still_the_lease_of_its_job(race, tmp_path):
+    one, other = race.replicas
+    given = await lease_of(one)
+    await race.known_to(other, given.worker)
+    spoil(tmp_path / "state.db", given.worker.key.name, lambda doc: doc["spec"].update(poolRef=7))
+    await race.store.replace_status((await race.free_worker()).with_status(failures=1))
+    await race.known_to(other, given.worker, lambda: given.worker.key in other.mirror.unreadable_workers)
+    with pytest.raises(UnreadableObject, match="cannot be read"):
+        await lease_of(other)
+
+
+async def test_a_lease_without_a_job_has_no_label_of_an_earlier_one(race):
+    one = race.replicas[0]
+    for worker in (await race.store.list(Worker)).items:
+        labels = {**worker.metadata.labels, LABEL_REQUEST: "earlier"}
+        await race.store.replace(worker.but(metadata=worker.metadata.but(labels=labels)))
+    given = await lease_of(one, "")
+    assert LABEL_REQUEST not in (await race.store.get(Worker, *given.worker.key)).metadata.labels
+    assert ANN.name == given.worker.held_lease.requested_by
