@@ -30,6 +30,7 @@ from bkpool.gateway.net.relay import WorkerBytes
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.gateway.session.shard_leases import ShardLease
 from bkpool.settings import Address, Settings
+from bkpool.toolchain.descriptor_limit import raise_limit
 
 _POOL: ContextVar[str] = ContextVar("pool")
 _STARTED_AT_ONCE = 4
@@ -151,6 +152,7 @@ def _options(home: Path, kubeconfig: Path, namespace: str, pool: str) -> RunOpti
 
 
 if __name__ == "__main__":
+    raise_limit()
     sys.setswitchinterval(SWITCH_INTERVAL)
     _, kubeconfig, namespace, *pools = sys.argv
     with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -18,6 +18,7 @@ from bkpool.core.errors import Conflict, Forbidden, Gone, InvalidInput, NotFound
 from bkpool.core.names import LABEL_POOL, Slot
 from bkpool.core.pool import Pool, PoolStatus
 from bkpool.core.worker import Worker, new_worker
+from bkpool.install import crds
 from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.kube.reflector import KubeCollection, Reflector
 from bkpool.store.kubernetes import KubernetesStore
@@ -113,6 +114,11 @@ async def test_patches_of_three_kinds(api):
     assert again["data"] == {"b": "3", "c": "4"}, "what the manager applied before and does not apply now goes away"
     with pytest.raises(InvalidInput):
         await api.patch(path, [{"op": "test", "path": "/data/b", "value": "9"}])
+
+
+async def test_definitions_are_established_at_once(api):
+    await crds.install(api)
+    await crds.install(api)
 
 
 async def test_a_dry_run_changes_nothing(api):

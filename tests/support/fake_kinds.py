@@ -8,13 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-import bkpool.install
+from bkpool.install import crds
 
 Doc = dict[str, Any]
 Matches = Callable[[Doc], bool]
@@ -96,13 +92,6 @@ _BUILT_IN = (
 )
 
 
-@cache
-def definitions() -> tuple[Doc, ...]:
-    """The custom resource definitions that bkpool installs."""
-    files = sorted((Path(bkpool.install.__file__).parent / "crds").glob("*.yaml"))
-    return tuple(yaml.safe_load(file.read_text()) for file in files)
-
-
 def _custom(definition: Doc) -> ServedKind:
     spec, version = definition["spec"], definition["spec"]["versions"][0]
     return ServedKind(
@@ -119,7 +108,7 @@ def _custom(definition: Doc) -> ServedKind:
 
 def served_kinds() -> dict[tuple[str, str], ServedKind]:
     """Every kind, by API version and plural."""
-    kinds = (*_BUILT_IN, *(_custom(definition) for definition in definitions()))
+    kinds = (*_BUILT_IN, *(_custom(definition) for definition in crds.definitions()))
     return {(kind.api_version, kind.plural): kind for kind in kinds}
 
 

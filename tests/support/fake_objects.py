@@ -153,8 +153,10 @@ class FakeObjects:
         doc = {**body, "apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata}
         if kind.has_status:
             doc.pop("status", None)
-        if not kind.custom and kind.plural in {"pods", "persistentvolumeclaims"}:
+        if kind.api_version == "v1" and kind.plural in {"pods", "persistentvolumeclaims"}:
             doc["status"] = {"phase": "Pending"}
+        if kind.plural == "customresourcedefinitions":  # all kinds are served from the beginning
+            doc["status"] = {"conditions": [{"type": "Established", "status": "True"}]}
         return self._written(collection, key, doc, manager, "Update", "", dry_run=dry_run)
 
     def replace(self, where: Where, body: Doc, manager: str = "", operation: str = "Update") -> Stored:

@@ -17,7 +17,7 @@ from grpclib.server import Server
 from bkpool.core.names import WORKER_PORT
 from bkpool.pki.chain import load_chain
 from support.fake_kinds import Doc, Refused, Where
-from support.fake_objects import FakeObjects
+from support.fake_objects import FakeObjects, Stored
 from support.stub_control import StubControl
 
 _BACKLOG = 16
@@ -37,11 +37,13 @@ class FakeWorkers:
         self._control = StubControl()
         self._server = Server([self._control])
         self._tasks: set[asyncio.Task[None]] = set()
+        self._contexts: dict[str, tuple[int, ssl.SSLContext]] = {}
+        """The TLS settings of each worker, by the uid of its Secret, with the Secret's version."""
         self.calls = 0
         """How many connections there were."""
 
     async def run(self, pod: Doc) -> None:
-        """Listens at the pod's address. One context for each connection: 2,000 of them at once would be large."""
+        """Listens at the pod's address."""
         address = pod["status"]["podIP"]
         listener = socket.create_server((address, WORKER_PORT), backlog=_BACKLOG)
         listener.setblocking(False)
@@ -76,15 +78,22 @@ class FakeWorkers:
         self._control.requests.clear()  # nobody reads them, and they would grow
         self._control.transports.clear()
         try:
-            context = _context(self._objects.get(secret).doc["data"])
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._server._protocol_factory,
                 accepted,
-                ssl=context,
+                ssl=self._context(self._objects.get(secret)),
                 ssl_handshake_timeout=_HANDSHAKE,
             )
         except (OSError, Refused):
             accepted.close()
+
+    def _context(self, secret: Stored) -> ssl.SSLContext:
+        uid = secret.doc["metadata"]["uid"]
+        version, context = self._contexts.get(uid, (0, None))
+        if context is None or version != secret.version:
+            context = _context(secret.doc["data"])
+            self._contexts[uid] = secret.version, context
+        return context
 
 
 def _context(data: dict[str, str]) -> ssl.SSLContext:
