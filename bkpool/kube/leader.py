@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
@@ -91,6 +92,8 @@ class LeaderElection:
         """The other replica that held the Lease when it was last read; empty: none."""
         self._version = ""
         self._version_since = 0.0
+        self._written: Doc | None = None
+        """The Lease as this replica has written it last; None: not known whether it is still so."""
         self._renewed = 0.0
         self._trouble = ""
         self.leading = False
@@ -190,16 +193,26 @@ class LeaderElection:
         return held
 
     async def _take(self) -> bool:
+        """Gets or renews the Lease. A renewal reads nothing: the write fails if others have changed the Lease."""
+        written, self._written = self._written, None
+        if written is not None:
+            with suppress(Conflict, NotFound):
+                self._written = await self._api.replace(self._path, self._with_holder(written))
+                return True
+        return await self._read_and_take()
+
+    async def _read_and_take(self) -> bool:
         try:
             lease = await self._api.get(self._path)
         except NotFound:
-            await self._api.create(self._collection, self._with_holder({"metadata": {"name": self._name}}))
+            new = self._with_holder({"metadata": {"name": self._name}})
+            self._written = await self._api.create(self._collection, new)
             return True
         holder = lease.get("spec", {}).get("holderIdentity") or ""
         self._other_holder = "" if holder == self._identity else holder
         if self._other_holder and not self._expired(lease):
             return False
-        await self._api.replace(self._path, self._with_holder(lease))
+        self._written = await self._api.replace(self._path, self._with_holder(lease))
         self._other_holder = ""
         return True
 

@@ -16,6 +16,8 @@ from bkpool.store import Store
 
 _LIST_INTERVAL = 1.0
 """Seconds between two lists of all workers, so that many old or forged tokens cannot load the API server."""
+_AT_ONCE = 100
+"""Workers that are handed on without a pause: some milliseconds."""
 _REMEMBERED_TOKENS = 4096
 """Tokens that were searched for, and are not searched for again."""
 
@@ -88,8 +90,10 @@ class LeaseSearch:
         self._list_started_at = time()
         listing = await self._store.list(Worker)
         found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
-        for worker in found:
-            self._on_worker(worker)
+        for start in range(0, len(found), _AT_ONCE):
+            for worker in found[start : start + _AT_ONCE]:
+                self._on_worker(worker)
+            await asyncio.sleep(0)
         await asyncio.sleep(0)  # in this iteration whoever follows the copy takes the news over
 
 

@@ -23,11 +23,13 @@ from bkpool.core.errors import Conflict, Forbidden, NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
+from bkpool.core.worker import Worker
 from bkpool.install import crds
 from bkpool.install.manifests import Install, render
 from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
+from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 
@@ -60,6 +62,27 @@ def rights(system, *namespaces):
     return [doc for doc in docs if doc and doc["kind"] in PLURALS]
 
 
+def rights_to_see_pools(system, namespace):
+    """A Role and its binding with only the first rules of those that the manifests have for a pool's namespace."""
+    docs = [doc for doc in rights(system, namespace) if doc["metadata"].get("namespace") == namespace]
+    for doc in docs:
+        if doc["kind"] == "Role":
+            doc["rules"] = [rule for rule in doc["rules"] if rule["apiGroups"] == ["buildkit.smrt-devops.net"]]
+    return docs
+
+
+async def until_allowed(api, path):
+    """The API server learns of new rights a moment later."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await api.list(path)
+            except Forbidden:
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+
 @pytest.fixture
 async def store(api, namespace):
     """The custom resources, and a namespace for pools. The pools end with the test."""
@@ -80,7 +103,7 @@ async def a_namespace(api, kind):
 
 @pytest.fixture
 async def barred(api):
-    """A second namespace for pools, in which the appliance has no rights."""
+    """A second namespace, in which the appliance has no rights."""
     async with a_namespace(api, "barred") as name:
         yield name
 
@@ -109,6 +132,7 @@ async def appliance(api, cluster, system, namespace, tmp_path):
     file = tmp_path / "kubeconfig"
     file.write_text(yaml.safe_dump(config))
     opened = await KubeApi.connect(ClusterAccess(file))
+    await until_allowed(opened, paths.custom(Worker.PLURAL, namespace))
     yield opened
     await opened.close()
 
@@ -137,9 +161,9 @@ class Workers:
 
 
 @asynccontextmanager
-async def running(api, *, now=lambda: datetime.now(UTC), allowed=NOTHING):
-    """Runs the gateways of all pools until the end of the block."""
-    mirror = Mirror(KubernetesStore(api))
+async def running(api, *namespaces, now=lambda: datetime.now(UTC), allowed=NOTHING):
+    """Runs the gateways of all pools in these namespaces until the end of the block."""
+    mirror = Mirror(KubernetesStore(api, StoreBounds(namespaces)))
     image, recorder = "registry.example.com/bkpool:1", RecordedReasons()
     gateways = PoolGateways(
         api,
@@ -231,7 +255,7 @@ def addresses(secret):
 
 async def test_all_objects_are_made_with_a_pool_and_removed_with_it(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235"
         for kind in KINDS:
@@ -246,7 +270,7 @@ async def test_all_objects_are_made_with_a_pool_and_removed_with_it(appliance, s
 
 async def test_objects_that_others_change_or_delete_are_restored(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         await api.patch(at("Deployment", namespace), {"spec": {"replicas": 0}})
         await becomes(api, at("Deployment", namespace), lambda doc: doc and doc["spec"]["replicas"] == 2)
@@ -269,12 +293,12 @@ async def test_objects_that_others_change_or_delete_are_restored(appliance, stor
 
 async def test_objects_that_were_deleted_while_no_controller_ran_are_made_again(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
     before = certificate(await api.get(at("Secret", namespace))).serial_number
     for kind in ("Role", "NetworkPolicy", "ServiceAccount"):
         await api.delete(at(kind, namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         for kind in KINDS:
             await api.get(at(kind, namespace))
@@ -285,7 +309,7 @@ async def test_objects_that_were_deleted_while_no_controller_ran_are_made_again(
 
 async def test_a_pool_that_is_created_again_gets_new_objects(appliance, store, api, namespace):
     first = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: first.key in g.endpoints)
         await store.delete(Pool, *first.key)
         second = await store.create(a_pool(namespace))
@@ -299,7 +323,7 @@ async def test_a_pool_that_is_created_again_gets_new_objects(appliance, store, a
 
 async def test_a_changed_spec_is_applied(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         await becomes(
             api, at("Deployment", namespace), lambda doc: doc and doc["status"].get("unavailableReplicas") == 2
@@ -314,7 +338,7 @@ async def test_a_changed_spec_is_applied(appliance, store, api, namespace):
 
 async def test_callers_get_the_load_balancers_address_and_the_certificate_has_it(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace, gateway={"serviceType": "LoadBalancer"}))
-    async with running(appliance, allowed=Allowances(load_balancers=frozenset({namespace}))) as gateways:
+    async with running(appliance, namespace, allowed=Allowances(load_balancers=frozenset({namespace}))) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         assert gateways.endpoints[pool.key] == f"tcp://p.{namespace}.svc:1235", (
             "the address in the cluster, until there is a load balancer"
@@ -327,11 +351,11 @@ async def test_callers_get_the_load_balancers_address_and_the_certificate_has_it
 
 async def test_certificates_are_renewed_before_they_expire(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
     first = certificate(await api.get(at("Secret", namespace)))
     later = first.not_valid_after_utc - timedelta(days=1)
-    async with running(appliance, now=lambda: later) as gateways:
+    async with running(appliance, namespace, now=lambda: later) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.endpoints)
         assert gateways.reasons == ["CertificateRotated"]
     second = certificate(await api.get(at("Secret", namespace)))
@@ -346,7 +370,10 @@ async def test_missing_rights_in_a_namespace_are_reported_and_other_namespaces_a
 ):
     poor = await store.create(a_pool(barred))
     fine = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    for doc in rights_to_see_pools(system, barred):
+        await api.apply(where(doc), doc)
+    await until_allowed(appliance, paths.custom(Worker.PLURAL, barred))
+    async with running(appliance, namespace, barred) as gateways:
         await wait_for_gateways(gateways, lambda g: fine.key in g.endpoints and poor.key in g.trouble)
         assert f"--pool-namespace {barred}" in gateways.trouble[poor.key]
         assert poor.key not in gateways.endpoints
@@ -357,7 +384,7 @@ async def test_missing_rights_in_a_namespace_are_reported_and_other_namespaces_a
 
 async def test_an_error_of_the_cluster_is_reported_with_the_field(appliance, store, api, namespace):
     pool = await store.create(a_pool(namespace, gateway={"serviceType": "NodePort", "nodePort": 80}))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.trouble)
         assert "nodePort" in gateways.trouble[pool.key]
         await api.patch(paths.custom(Pool.PLURAL, *pool.key), {"spec": {"gateway": {"nodePort": None}}})
@@ -368,7 +395,7 @@ async def test_an_object_that_bkpool_did_not_make_is_left_alone(appliance, store
     theirs = {"metadata": {"name": "p"}, "spec": {"selector": {"app": "web"}, "ports": [{"port": 80}]}}
     await api.create(paths.core("services", namespace), theirs)
     pool = await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: pool.key in g.trouble)
         assert f"Service {namespace}/p" in gateways.trouble[pool.key]
         assert (await api.get(at("Service", namespace)))["spec"]["selector"] == {"app": "web"}
@@ -378,7 +405,7 @@ async def test_an_object_that_bkpool_did_not_make_is_left_alone(appliance, store
 
 async def test_a_gateway_has_only_the_rights_that_it_needs(appliance, store, api, namespace):
     await store.create(a_pool(namespace))
-    async with running(appliance) as gateways:
+    async with running(appliance, namespace) as gateways:
         await wait_for_gateways(gateways, lambda g: Key(namespace, "p") in g.endpoints)
     allowed = {
         ("list", "buildkitpools", ""),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
@@ -58,6 +59,7 @@ class Api:
         self.version = 0
         self.cut: set[str] = set()
         self.stuck: set[str] = set()
+        self.reads: Counter[str] = Counter()
 
     def of(self, identity: str) -> _View:
         return _View(self, identity)
@@ -79,6 +81,7 @@ class _View:
             raise Unavailable("the API server does not answer")
 
     async def get(self, path):
+        self._api.reads[self._identity] += 1
         await self._reach()
         if self._api.lease is None:
             raise NotFound(path)
@@ -92,6 +95,8 @@ class _View:
 
     async def replace(self, path, body):
         await self._reach()
+        if self._api.lease is None:
+            raise NotFound(path)
         if body["metadata"]["resourceVersion"] != self._api.lease["metadata"]["resourceVersion"]:
             raise Conflict(path)
         return self._store(body)
@@ -100,6 +105,7 @@ class _View:
         self._api.version += 1
         self._api.lease = copy.deepcopy(body)
         self._api.lease["metadata"]["resourceVersion"] = str(self._api.version)
+        return copy.deepcopy(self._api.lease)
 
 
 class Replica:
@@ -249,6 +255,32 @@ async def test_of_many_replicas_that_start_at_once_one_leads(api, time, replica)
     many = [await replica(name) for name in "abcdefgh"]
     await time.passes(60)
     assert sum(one.works for one in many) == 1
+
+
+async def test_a_renewal_reads_nothing(api, time, replica):
+    leader = await replica("a")
+    await time.passes(1)
+    assert leader.works == 1
+    before, version = api.reads["a"], api.version
+    await time.passes(60)
+    assert api.reads["a"] == before
+    assert api.version == version + 12, "renewed every five seconds"
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+async def test_a_lease_that_somebody_has_edited_or_deleted_is_still_renewed(api, time, replica, deleted):
+    leader = await replica("a")
+    await time.passes(1)
+    api.version += 1
+    if deleted:
+        api.lease = None
+    else:
+        api.lease["metadata"] |= {"resourceVersion": str(api.version), "labels": {"a": "b"}}
+    await time.passes(20)
+    assert leader.works == 1
+    assert leader.ended == []
+    assert api.holder == "a"
+    assert deleted or api.lease["metadata"]["labels"] == {"a": "b"}
 
 
 async def test_an_error_of_the_work_is_raised(api, time):
