@@ -22,6 +22,7 @@ from bkpool.api.openapi import ApiRoute, Bearer
 from bkpool.api.removal_models import DeletePoolAnswer, DeletePoolBody
 from bkpool.api.revocation_models import RevokeAnswer, RevokeBody
 from bkpool.core.errors import DiskFull, Forbidden, Unauthenticated, Unavailable
+from bkpool.core.gateway_heartbeat import open_connections
 from bkpool.core.names import AUDIENCE, DEFAULT_NAMESPACE, Key, check_name
 from bkpool.core.pool import Pool
 from bkpool.core.removal import REASON as REMOVED
@@ -220,11 +221,12 @@ class Service:
         pool, _ = self._admit(caller, wanted, trail)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         open_now = self.worker_connections(pool) if self.worker_connections else None
+        heartbeats = self.mirror.heartbeats.gateways
         members = tuple(
             models.WorkerView.of(
                 one,
                 whole=_is_theirs(caller, one),
-                connections=one.registered_connections if open_now is None else open_now.get(one.key.name, 0),
+                connections=open_connections(one, heartbeats) if open_now is None else open_now.get(one.key.name, 0),
             )
             for one in workers
         )

@@ -54,7 +54,7 @@ class ControlReplica:
         backend = cluster.backend
         for work in backend.background:
             await context.run_in_background(stack, work)
-        mirror = Mirror(backend.store, configs=True)
+        mirror = Mirror(backend.store, configs=True, heartbeats=True)
         await follow(stack, context, backend.store, mirror)
         await backend.runtime.adopt()
         state = ControlState(backend, mirror, open_issuers(stack, settings.identity))

@@ -119,7 +119,7 @@ class HostAppliance:
             what = f"no file names pool {pool} any more, so it is being removed"
             report({"progress": f"note: {what}; `bkpool status` says when its caches are deleted"})
         await withdraw_old_registrations(backend.store, backend.gateway)
-        mirror = Mirror(backend.store, configs=True)
+        mirror = Mirror(backend.store, configs=True, heartbeats=True)
         await follow(stack, context, backend.store, mirror)
         report({"progress": "looking for workers of an earlier run"})
         await backend.runtime.adopt()

@@ -14,6 +14,7 @@ from datetime import datetime
 
 import structlog
 
+from bkpool.controller.expired_registrations import check_expired
 from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
@@ -305,6 +306,7 @@ class Controller:
         await self._daemons.stop(worker.slot, at_once=True)
 
     async def _carry_out(self, action: Action, pool: Pool) -> Result:  # noqa: C901, PLR0912 - one case for each action
+        await check_expired(action, self._mirror.heartbeats)
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))

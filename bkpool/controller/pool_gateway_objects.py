@@ -63,6 +63,8 @@ class GatewayDefaults:
     """The label app.kubernetes.io/name of the appliance's pods."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Further environment variables of the gateways: settings that are not the default."""
+    heartbeats: bool = False
+    """Whether the controller follows their heartbeats. Without the right to write them they renew each lease."""
 
 
 def gateway_name(pool: Pool) -> str:
@@ -83,7 +85,7 @@ def pool_objects(pool: Pool, defaults: GatewayDefaults) -> list[Doc]:
     return [
         service(pool),
         _service_account(pool),
-        _role(pool),
+        _role(pool, defaults),
         _role_binding(pool),
         _gateway_policy(pool),
         _worker_policy(pool, defaults),
@@ -297,13 +299,15 @@ def _service_account(pool: Pool) -> Doc:
     return _doc(pool, "v1", "ServiceAccount", gateway_name(pool))
 
 
-def _role(pool: Pool) -> Doc:
+def _role(pool: Pool, defaults: GatewayDefaults) -> Doc:
     """A gateway may read pools and workers, register itself on a worker, and read its own certificates."""
+    beat = [("gateways", ["get", "create"]), ("gateways/status", ["update"])] if defaults.heartbeats else []
     rules = [
         _rule([GROUP], ["buildkitpools", "buildkitworkers"], ["get", "list", "watch"]),
         _rule([GROUP], ["buildkitworkers/status"], ["update", "patch"]),
         _rule([""], ["secrets"], ["get", "list", "watch"], [gateway_name(pool)]),
         _rule(["", "events.k8s.io"], ["events"], ["create"]),
+        *(_rule([GROUP], [f"buildkit{what}"], verbs) for what, verbs in beat),
     ]
     return _doc(pool, "rbac.authorization.k8s.io/v1", "Role", gateway_name(pool), rules=rules)
 

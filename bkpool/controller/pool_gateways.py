@@ -12,6 +12,7 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from types import MappingProxyType
@@ -133,7 +134,9 @@ class PoolGateways:
     async def run(self) -> None:
         """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
         await self._mirror.ready.wait()
+        await self._mirror.heartbeats.answered.wait()  # so that no gateway loses a right for a moment
         subscriptions = ExitStack()
+        subscriptions.callback(self._mirror.heartbeats.on_followed(self._apply_all))
         subscriptions.callback(self._mirror.subscribe(self._on_change))
         subscriptions.callback(self._certificates.workers.on_change(self._worker_changed))
         try:
@@ -155,10 +158,13 @@ class PoolGateways:
         """Follows pools. Of workers it only matters whether one still has a lease of the time before a rotation."""
         if self._overlapped and not self._certificates.overlaps():
             self._overlapped = False
-            for other in self._states.values():
-                other.wake.set()
+            self._apply_all()
         if change.slot is None:
             self._pool_changed(change.pool)
+
+    def _apply_all(self) -> None:
+        for state in self._states.values():
+            state.wake.set()
 
     def _pool_changed(self, key: Key) -> None:
         """Follows a pool's creation, deletion and spec."""
@@ -253,7 +259,8 @@ class PoolGateways:
         are as long as the pool asks for more than is allowed of them, so that an upgrade cuts nobody off.
         """
         wanted = permitted(pool, self._allowed)
-        service, *others = pool_objects(wanted, self._defaults)
+        defaults = replace(self._defaults, heartbeats=self._mirror.heartbeats.followed_in(pool.key.namespace))
+        service, *others = pool_objects(wanted, defaults)
         if not (service_refusals(pool, self._allowed) and await self._has_service(service, state)):
             await self._ensure(service, state)
         if service_type(wanted) is ServiceType.NODE_PORT:

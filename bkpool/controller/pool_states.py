@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 
-from bkpool.core.names import Key, Slot
+from bkpool.core.names import Key, Slot, slot_of
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.announcements import Announcements
 from bkpool.core.reconcile.due_times import DueTimes
@@ -51,6 +51,7 @@ class PoolStates:
         self._deleted: dict[Key, Pool] = {}
         self._pools: set[Key] = set()
         self._slots: set[Slot] = set()
+        self._heartbeats: set[Key] = set()
         self._due: DueTimes[Key] = DueTimes()
         self._checks: DueTimes[Slot] = DueTimes()
         self._on_change: Callable[[], None] = lambda: None
@@ -66,6 +67,7 @@ class PoolStates:
         subscriptions.callback(self._daemons.on_change(self.slot_changed))
         subscriptions.callback(self._caches.on_change(self.slot_changed))
         subscriptions.callback(self._mirror.subscribe(self._note))
+        subscriptions.callback(self._mirror.heartbeats.subscribe(self._heartbeat_changed))
         self.note_everything()
         return subscriptions
 
@@ -78,10 +80,16 @@ class PoolStates:
         self._pools |= {*self._mirror.pools, *self._mirror.unreadable_pools, *self._states}
         self._slots |= {worker.slot for worker in self._mirror.workers.values()}
         self._slots |= {*self._daemons.observe(), *self._caches.owners()}
+        self._heartbeats |= self._mirror.heartbeats.gateways.keys()
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
         self._slots.add(slot)
+        self._on_change()
+
+    def _heartbeat_changed(self, gateway: Key) -> None:
+        """Notes that a gateway has renewed its registrations. That puts off what is due, so no slot is looked at."""
+        self._heartbeats.add(gateway)
         self._on_change()
 
     def pool_changed(self, pool: Key) -> None:
@@ -137,6 +145,9 @@ class PoolStates:
         slots, self._slots = self._slots | self._checks.due(reading.wall), set()
         for slot in slots:
             self._take_slot(slot, reading)
+        heartbeats, self._heartbeats = self._heartbeats, set()
+        for key in heartbeats:
+            pools |= self._take_heartbeat(key, reading)
         changed = {}
         for key in pools | {_pool_of(slot) for slot in slots}:
             state = changed[key] = self._state(key)
@@ -170,6 +181,14 @@ class PoolStates:
         state.set_cache(slot, self._caches.cache(slot))
         check_at = reading.wall + CHECK_INTERVAL + slot.number % _SPREAD * timedelta(seconds=1)
         self._checks.put(slot, None if state.is_empty(slot) else check_at)
+
+    def _take_heartbeat(self, key: Key, reading: ClockReading) -> set[Key]:
+        """Returns the pools whose number of connections may have changed."""
+        heartbeat = self._mirror.heartbeats.gateways.get(key)
+        slots = {slot_of(one) for one in self.registrations.look_at_heartbeat(key, heartbeat, reading.seconds)}
+        for slot in slots:
+            self._state(_pool_of(slot)).counts.count_again(slot)
+        return {_pool_of(slot) for slot in slots}
 
     def _take_pool(self, key: Key, state: PoolState) -> None:
         state.set_unreadable(self._mirror.unreadable_slots(key))

@@ -1,22 +1,23 @@
 """How long the registration of a gateway is valid, on the clock of the one who reads it (rule 10, docs/rules.md#r10).
 
 The clocks of two machines may differ by more than a registration lives, so they are not compared. The reader counts
-from the moment when it saw an entry for the first time, or saw it change. Nothing here reads a clock.
+from the moment when it saw an entry for the first time, saw it change, or saw a new heartbeat of its gateway that
+names the lease. Nothing here reads a clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat, connections_of
 from bkpool.core.names import Key
 from bkpool.core.worker import GatewayRegistration, Worker
 
 REGISTRATION_LIFE = timedelta(seconds=60)
-"""A registration that did not change for this long has expired."""
+"""A registration that was not renewed for this long has expired."""
+_LIFE = REGISTRATION_LIFE.total_seconds()
 
 
 class RegistrationKey(NamedTuple):
@@ -28,20 +29,76 @@ class RegistrationKey(NamedTuple):
 
 
 class Expiries(Protocol):
-    """When each registration expires unless it changes."""
+    """When each registration expires unless it is renewed."""
 
     def get(self, key: RegistrationKey, default: datetime, /) -> datetime:
         """When this one does; the default if it was not seen before, so that it is valid."""
 
+    def connections(self, entry: GatewayRegistration, /) -> int:
+        """How many connections its gateway has said last."""
 
-NONE_SEEN: Expiries = MappingProxyType({})
+
+class _NoneSeen:
+    def get(self, _key: RegistrationKey, default: datetime, /) -> datetime:
+        return default
+
+    def connections(self, entry: GatewayRegistration, /) -> int:
+        return entry.connections
+
+
+NONE_SEEN: Expiries = _NoneSeen()
+
+
+class SeenHeartbeats:
+    """Remembers when each gateway has named each lease last."""
+
+    def __init__(self) -> None:
+        self._latest: dict[Key, GatewayHeartbeat] = {}
+        self._named: dict[Key, dict[str, float]] = {}
+        self._deleted: dict[Key, float] = {}
+
+    def look(self, key: Key, heartbeat: GatewayHeartbeat | None, seconds: float) -> None:
+        """Takes note of a heartbeat that may have changed.
+
+        Args:
+            key: Its name.
+            heartbeat: As it is now; None: it was deleted. Its gateway may have written it once more before that.
+            seconds: Monotonic time.
+        """
+        before = self._latest.pop(key, None)
+        if heartbeat is None:
+            if before is not None:
+                self._named.pop(key, None)
+                self._deleted = {old: at for old, at in self._deleted.items() if seconds - at < _LIFE}
+                self._deleted[key] = seconds
+            return
+        self._latest[key] = heartbeat
+        if before is not None and (before.uid, before.status) == (heartbeat.uid, heartbeat.status):
+            return  # something else of the object has changed
+        kept = {lease: at for lease, at in self._named.get(key, {}).items() if seconds - at < _LIFE}
+        self._named[key] = {**kept, **dict.fromkeys(heartbeat.status.leases, seconds)}
+
+    def named_at(self, entry: GatewayRegistration, default: float) -> float:
+        """When the gateway of a registration has named its lease last; the default if that was earlier, or never."""
+        key = entry.heartbeat_key
+        if key is None:
+            return default
+        named = self._named.get(key, {}).get(entry.lease_id, default)
+        return max(named, self._deleted.get(key, default), default)
+
+    def connections(self, entry: GatewayRegistration) -> int:
+        """How many connections the gateway of a registration has said last."""
+        key = entry.heartbeat_key
+        return connections_of(entry, self._latest.get(key) if key else None)
 
 
 class SeenRegistrations:
-    """Remembers since when each registration has been as it is."""
+    """Remembers since when each registration has been as it is, and when a heartbeat has renewed it."""
 
     def __init__(self) -> None:
         self._seen: dict[Key, dict[RegistrationKey, tuple[GatewayRegistration, float]]] = {}
+        self._renewed_by: dict[Key, dict[RegistrationKey, GatewayRegistration]] = {}  # by the name of the heartbeat
+        self._heartbeats = SeenHeartbeats()
 
     def look(self, key: Key, worker: Worker | None, seconds: float) -> None:
         """Takes note of the registrations on a worker that has changed, and forgets those that are gone.
@@ -52,6 +109,8 @@ class SeenRegistrations:
             seconds: Monotonic time, by which the age of a registration is judged.
         """
         before = self._seen.pop(key, {})
+        for name, (entry, _) in before.items():
+            self._set_renewed_by(entry.heartbeat_key, name, None)
         if worker is None or not worker.status.gateways:
             return
         self._seen[key] = now = {}
@@ -59,6 +118,18 @@ class SeenRegistrations:
             name = RegistrationKey(key, entry.gateway, entry.lease_id)
             known, since = before.get(name, (None, seconds))
             now[name] = entry, since if known == entry else seconds
+            self._set_renewed_by(entry.heartbeat_key, name, entry)
+
+    def look_at_heartbeat(self, key: Key, heartbeat: GatewayHeartbeat | None, seconds: float) -> set[Key]:
+        """Takes note of a gateway's heartbeat that may have changed, or was deleted.
+
+        Returns:
+            The workers of which the gateway says another number of connections than before.
+        """
+        entries = self._renewed_by.get(key, {})
+        before = {name: self.connections(entry) for name, entry in entries.items()}
+        self._heartbeats.look(key, heartbeat, seconds)
+        return {name.worker for name, entry in entries.items() if self.connections(entry) != before[name]}
 
     def at(self, now: datetime, seconds: float) -> Expiries:
         """When they expire.
@@ -67,18 +138,42 @@ class SeenRegistrations:
             now: The time, in which the answer is given.
             seconds: Monotonic time of the same moment.
         """
-        return _AtMoment(self._seen, now, seconds)
+        return _AtMoment(self, now, seconds)
+
+    def renewed_at(self, key: RegistrationKey) -> float | None:
+        """When this registration was seen to be renewed last; None: it was not seen."""
+        found = self._seen.get(key.worker, {}).get(key)
+        return None if found is None else self._heartbeats.named_at(*found)
+
+    def connections(self, entry: GatewayRegistration) -> int:
+        """How many connections the gateway of a registration has said last."""
+        return self._heartbeats.connections(entry)
+
+    def _set_renewed_by(self, key: Key | None, name: RegistrationKey, entry: GatewayRegistration | None) -> None:
+        if key is None:
+            return
+        if entry is not None:
+            self._renewed_by.setdefault(key, {})[name] = entry
+        elif key in self._renewed_by:
+            self._renewed_by[key].pop(name, None)
+            if not self._renewed_by[key]:
+                del self._renewed_by[key]
 
 
 @dataclass(frozen=True, slots=True)
 class _AtMoment:
-    seen: Mapping[Key, Mapping[RegistrationKey, tuple[GatewayRegistration, float]]]
+    seen: SeenRegistrations
     now: datetime
     seconds: float
 
     def get(self, key: RegistrationKey, default: datetime, /) -> datetime:
-        found = self.seen.get(key.worker, {}).get(key)
-        return default if found is None else self.now + REGISTRATION_LIFE - timedelta(seconds=self.seconds - found[1])
+        renewed_at = self.seen.renewed_at(key)
+        if renewed_at is None:
+            return default
+        return self.now + REGISTRATION_LIFE - timedelta(seconds=self.seconds - renewed_at)
+
+    def connections(self, entry: GatewayRegistration, /) -> int:
+        return self.seen.connections(entry)
 
 
 def live_registrations(

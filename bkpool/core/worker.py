@@ -139,6 +139,14 @@ class GatewayRegistration(Model):
     (`core.registrations`)."""
     connections: StrictInt = 0
     """Open connections when it was renewed."""
+    heartbeat: StrictStr = ""
+    """`NAMESPACE/NAME` of the BuildKitGateway that may renew it, too (`core.gateway_heartbeat`); empty: none does."""
+
+    @property
+    def heartbeat_key(self) -> Key | None:
+        """The name of that BuildKitGateway."""
+        namespace, _, name = self.heartbeat.partition("/")
+        return Key(namespace, name) if name else None
 
 
 class Phase(StrEnum):
@@ -327,12 +335,6 @@ class Worker(Resource):
         if self.spec.allocation is None:
             raise RuntimeError(f"{self.key} is not leased")
         return self.spec.allocation
-
-    @property
-    def registered_connections(self) -> int:
-        """Open connections of the lease, as its gateways last registered them."""
-        lease = self.lease
-        return sum(entry.connections for entry in self.status.gateways if lease and entry.lease_id == lease.id)
 
     @property
     def counted_failures(self) -> int:

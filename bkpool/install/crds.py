@@ -17,7 +17,7 @@ from bkpool.kube.client import KubeApi
 from bkpool.kube.documents import Doc
 from bkpool.kube.paths import group
 
-_FILES = ("buildkitpools.yaml", "buildkitworkers.yaml", "buildkitoidcconfigs.yaml")
+_FILES = ("buildkitpools.yaml", "buildkitworkers.yaml", "buildkitgateways.yaml", "buildkitoidcconfigs.yaml")
 _API, _PLURAL = "apiextensions.k8s.io/v1", "customresourcedefinitions"
 _TIMEOUT = 30.0
 """Seconds until a definition must be served. The API server takes well under one."""

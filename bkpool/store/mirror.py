@@ -31,6 +31,7 @@ from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
 from bkpool.kube.list_and_watch import list_and_watch
 from bkpool.store import Listing, Store, WatchEvent
+from bkpool.store.heartbeats import Heartbeats
 
 log = structlog.get_logger(__name__)
 
@@ -174,6 +175,7 @@ class Mirror:
     Args:
         store: Has the objects.
         configs: Whether to follow issuers, too. A gateway does not need them, and has no right to read them.
+        heartbeats: Whether to follow the heartbeats of gateways, too. The same is true of them.
         pause: Waits that many seconds before the store is asked again.
         jitter: Returns a number from 0 to 1: how much of the longest allowed pause is waited, so that replicas spread
             out.
@@ -184,6 +186,7 @@ class Mirror:
         store: Store,
         *,
         configs: bool = False,
+        heartbeats: bool = False,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -202,6 +205,11 @@ class Mirror:
         self._claim_subscribers: Subscribers[[Request]] = Subscribers()
         self._config_subscribers: Subscribers[[]] = Subscribers()
         self._follows_configs = configs
+        self._follows_heartbeats = heartbeats
+        self.heartbeats = Heartbeats(store, pause=pause, jitter=jitter)
+        """The heartbeats of gateways; empty where they are not followed."""
+        if not heartbeats:
+            self.heartbeats.answered.set()
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
         self._troubles = _Troubles((kind, scope) for kind in followed for scope in store.scopes(kind))
         self.pools = self._pools.readable
@@ -231,6 +239,8 @@ class Mirror:
             if self._follows_configs:
                 for scope in self._configs.scopes:
                     tasks.create_task(self._follow(self._configs, scope))
+            if self._follows_heartbeats:
+                tasks.create_task(self.heartbeats.run())
 
     def workers_of(self, pool: Key) -> list[Worker]:
         """The workers of a pool, in no particular order."""

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from cryptography import x509
@@ -12,6 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from bkpool.api import ApiLimits
 from bkpool.core.errors import DiskFull
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
+from bkpool.core.resource import Metadata
+from bkpool.core.worker import GatewayRegistration, Worker
 from bkpool.pki.authority import Authority
 from support.api import ADMIN, ALLOCATE, running_api, status_and_code
 
@@ -131,6 +134,31 @@ async def test_a_pool_is_shown_with_its_workers_and_ignored_fields(api):
     status, reply, _ = await api("GET", "/api/v1/pools")
     assert [pool["name"] for pool in reply["pools"]] == ["p"]
     assert (await api("GET", "/api/v1/pools/nope"))[0] == 404
+
+
+async def test_the_connections_of_a_worker_are_those_that_its_gateway_has_said_last(api):
+    """In its registration, or in the heartbeat that renews it."""
+    await api("POST", ALLOCATE, {"poolName": "p"})
+    mirror, store = api.world.replicas[0].mirror, api.world.store
+    await api.world.until(lambda: any(one.lease and not one.undelivered for one in mirror.workers.values()))
+    await api.world.asleep()
+    worker = next(one for one in mirror.workers.values() if one.lease)
+    now = datetime.now(UTC)
+    entry = GatewayRegistration(
+        gateway="g", lease_id=worker.lease.id, renewed_at=now, connections=2, heartbeat="default/g"
+    )
+    await store.replace_status((await store.get(Worker, *worker.key)).with_status(gateways=(entry,)))
+    await api.world.until(lambda: mirror.workers[worker.key].status.gateways)
+
+    async def shown():
+        _, reply, _ = await api("GET", "/api/v1/pools/p?namespace=default")
+        return [one["connections"] for one in reply["members"]]
+
+    assert await shown() == [2]
+    told = HeartbeatStatus(renewed_at=now + timedelta(seconds=20), leases={worker.lease.id: 5})
+    beat = await store.create(GatewayHeartbeat(metadata=Metadata(name="g"), status=told))
+    await api.world.until(lambda: beat.key in mirror.heartbeats.gateways)
+    assert await shown() == [5]
 
 
 async def test_tokens_without_a_lease_are_refused(api):

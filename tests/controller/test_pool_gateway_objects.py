@@ -1,5 +1,7 @@
 """The documents of a pool's objects. The tests that apply them to a cluster are in e2e/kind."""
 
+from dataclasses import replace
+
 import pytest
 
 from bkpool.controller.pool_gateway_objects import (
@@ -222,6 +224,19 @@ def test_a_gateway_may_read_one_secret_and_write_only_registrations():
     }
     (subject,) = made("RoleBinding")["subjects"]
     assert subject == {"kind": "ServiceAccount", "name": "p-gateway", "namespace": "team"}
+
+
+def test_a_gateway_may_write_its_heartbeat_only_where_the_controller_follows_it():
+    """An earlier definition or right is missing, and to grant a right that one does not have is refused."""
+    granted = [rule["resources"] for rule in made("Role")["rules"]]
+    assert not [one for one in granted if "buildkitgateways" in str(one)]
+    (role,) = (doc for doc in pool_objects(pool(), replace(SETTING, heartbeats=True)) if doc["kind"] == "Role")
+    written = {(res, verb) for rule in role["rules"] for res in rule["resources"] for verb in rule["verbs"]}
+    assert {(res, verb) for res, verb in written if res.startswith("buildkitgateways")} == {
+        ("buildkitgateways", "get"),
+        ("buildkitgateways", "create"),
+        ("buildkitgateways/status", "update"),
+    }
 
 
 def test_only_gateways_and_the_appliance_may_reach_workers():

@@ -29,7 +29,7 @@ from bkpool.pki.authority import Authority, expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.rotation import Former
-from bkpool.store import WatchEvent
+from bkpool.store import Listing, WatchEvent
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from support.no_store import NoStore
@@ -230,6 +230,44 @@ async def test_an_object_that_was_made_and_deleted_while_no_watch_was_open_is_ap
         cluster.reachable.set()
         await cluster.until(lambda: DEPLOYMENT in cluster.objects)
         assert set(cluster.applied) == {DEPLOYMENT}
+
+
+async def test_a_gateway_gets_the_right_to_write_heartbeats_when_the_controller_follows_them(cluster):
+    """Before that, nobody could read them. The manifests of this version may be applied later than its image."""
+    may_ask = asyncio.Event()
+
+    class Store(NoStore):
+        refusal: Exception | None = Forbidden("no right", hint="")
+
+        async def list(self, kind, **_narrowed):
+            if self.refusal is not None:
+                raise self.refusal
+            return Listing((), "1")
+
+        async def watch(self, kind, since, **_narrowed):
+            await asyncio.Event().wait()
+            yield
+
+    async def pause(_seconds):
+        await may_ask.wait()
+
+    def rights():
+        role = cluster.objects["/apis/rbac.authorization.k8s.io/v1/namespaces/team/roles/p-gateway"]
+        return {resource for rule in role["rules"] for resource in rule["resources"]}
+
+    store = Store()
+    mirror = Mirror(store, heartbeats=True, pause=pause)
+    mirror.ready.set()
+    mirror.apply(a_pool())
+    following = asyncio.create_task(mirror.heartbeats.run())
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        assert "buildkitgateways" not in rights()
+        Store.refusal = None
+        may_ask.set()
+        await cluster.until(lambda: "buildkitgateways" in rights())
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_the_certificates_have_the_life_of_the_settings(cluster, mirror):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bkpool.core.cache_owner import cache_owner_digest
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation, Silence, Snapshot
 from bkpool.core.queueing import assign
@@ -40,9 +41,12 @@ from bkpool.core.reconcile.lease_end import with_lease_remembered, without_lease
 from bkpool.core.reconcile.replacing import out_of_use
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.registrations import SeenRegistrations
+from bkpool.core.resource import Metadata
 from bkpool.core.worker import REMEMBERED_LEASES, EndReason, GatewayRegistration, Phase, Worker, new_worker
 from support.objects import NOW, indexed, lease, pool
 
+BEAT = Key("default", "g")
+"""The name of the gateway's heartbeat."""
 TENANTS = st.sampled_from(["ann", "bob", "cyd"])
 
 
@@ -129,6 +133,10 @@ class PoolMachine(RuleBasedStateMachine):
         self.known: set[Key] = set()
         self.writes_until_crash: int | None = None
         """Writes of one action that come before the controller is killed; None: it is not."""
+        self.heartbeat: GatewayHeartbeat | None = None
+        """Where the gateway renews registrations, unless it renews each entry."""
+        self.seen_heartbeat: GatewayHeartbeat | None = None
+        """As the controller's copy has it, which may be old."""
         self.store = TinyStore()
         self.runtime = TinyRuntime()
         self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
@@ -145,10 +153,14 @@ class PoolMachine(RuleBasedStateMachine):
     def catch_up(self):
         self.view = dict(self.store.workers)
 
-    @rule(minutes=st.sampled_from([0.01, 0.5, 1.5, 20, 59, 61, 1500]))
-    def time_passes(self, minutes):
-        """Running gateways renew their registrations. Those of the others expire."""
+    @rule(minutes=st.sampled_from([0.01, 0.5, 1.5, 20, 59, 61, 1500]), beats=st.booleans())
+    def time_passes(self, minutes, beats):
+        """Running gateways renew their registrations, each or all by a heartbeat. Those of the others expire."""
         self.now += timedelta(minutes=minutes)
+        if beats:
+            status = HeartbeatStatus(renewed_at=self.now + self.skew, leases=dict.fromkeys(self.connected, 1))
+            self.heartbeat = GatewayHeartbeat(metadata=Metadata(name=BEAT.name, uid="h"), status=status)
+            return
         for worker in list(self.store.workers.values()):
             held = worker.lease
             if held and held.id in self.connected:
@@ -156,7 +168,18 @@ class PoolMachine(RuleBasedStateMachine):
                 self.store.replace_status(worker.with_status(gateways=(registration,)))
 
     def _registration(self, lease_id):
-        return GatewayRegistration(gateway="g", lease_id=lease_id, renewed_at=self.now + self.skew)
+        return GatewayRegistration(
+            gateway="g", lease_id=lease_id, renewed_at=self.now + self.skew, heartbeat=str(BEAT)
+        )
+
+    @rule()
+    def the_heartbeat_is_seen(self):
+        self.seen_heartbeat = self.heartbeat
+
+    @precondition(lambda self: self.seen_heartbeat)
+    @rule()
+    def the_heartbeat_is_deleted(self):
+        self.heartbeat = None
 
     @rule(hours=st.integers(-2, 2))
     def the_gateways_clock_is_set(self, hours):
@@ -321,6 +344,7 @@ class PoolMachine(RuleBasedStateMachine):
             self.registrations.look(key, self.view.get(key.name), self.now.timestamp())
             self.leases.look(key, self.view.get(key.name), self.now.timestamp())
         self.known = {worker.key for worker in workers}
+        self.registrations.look_at_heartbeat(BEAT, self.seen_heartbeat, self.now.timestamp())
         registered_until = self.registrations.at(self.now, self.now.timestamp())
         snap = Snapshot(
             self.pool,
@@ -343,8 +367,18 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in state.strays:
             del self.runtime.daemons[slot]
 
+    def _check_expired(self, action):
+        """As `controller.expired_registrations` does."""
+        if not isinstance(action, FinishLease | StopDaemon | ReplaceDaemon) or action.worker.lease is None:
+            return
+        registered = {entry.lease_id for entry in action.worker.status.gateways}
+        if action.worker.lease.id in registered and self.seen_heartbeat != self.heartbeat:
+            self.seen_heartbeat = self.heartbeat
+            raise Lost
+
     def _act(self, action):  # noqa: PLR0912 - one case for each action
         store, runtime = self.store, self.runtime
+        self._check_expired(action)
         match action:
             case CreateWorker(slot):
                 store.create(new_worker(slot, self.pool, None, {}), self.now)

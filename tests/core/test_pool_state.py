@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, Slot
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
+from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, Slot, slot_of
 from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, Snapshot
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.actions import StopDaemon
@@ -20,6 +21,7 @@ from bkpool.core.reconcile.pool_status import PoolStatusInputs, pool_status
 from bkpool.core.reconcile.slot_step import Moment
 from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
+from bkpool.core.resource import Metadata
 from bkpool.core.worker import GatewayRegistration, Phase, Undelivered, Worker
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
@@ -47,7 +49,10 @@ def workers(draw: st.DrawFn, number: int, now: datetime) -> Worker:
             token_sha256=draw(st.sampled_from(["", "digest"])),
             metadata=draw(st.sampled_from([{}, {"endWhenUnused": "true"}])),
         )
-    entries = [GatewayRegistration(gateway=g, lease_id="one", renewed_at=now, connections=2) for g in ("g", "h")]
+    entries = [
+        GatewayRegistration(gateway=g, lease_id="one", renewed_at=now, connections=2, heartbeat=f"default/{g}")
+        for g in ("g", "h")
+    ]
     found = worker(
         number,
         held,
@@ -94,6 +99,8 @@ class Changes(RuleBasedStateMachine):
         self.unreadable: frozenset[Slot] = frozenset()
         self.registrations, self.undelivered, self.leases = SeenRegistrations(), UndeliveredLeases(), SeenLeases()
         self.restarts_left = 4
+        self.put_off = False
+        """Whether a heartbeat has put off what is due. Slots are looked at again at the time before that."""
         self.state = PoolState(self.pool)
         self.known = True
 
@@ -178,6 +185,17 @@ class Changes(RuleBasedStateMachine):
     def change_restarts(self, left: int) -> None:
         self.restarts_left = left
 
+    @rule(name=st.sampled_from("gh"), connections=st.none() | st.integers(0, 3), there=st.booleans())
+    def beat(self, name: str, connections: int | None, there: bool) -> None:
+        """A gateway renews its registrations."""
+        leases = {} if connections is None else {"one": connections}
+        status = HeartbeatStatus(renewed_at=self.now + timedelta(seconds=1), leases=leases)
+        found = GatewayHeartbeat(metadata=Metadata(name=name), status=status)
+        changed = self.registrations.look_at_heartbeat(found.key, found if there else None, self.seconds)
+        for key in changed:
+            self.state.counts.count_again(slot_of(key))
+        self.put_off = True
+
     @rule(seconds=st.integers(0, 90))
     def pass_time(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
@@ -223,7 +241,10 @@ class Changes(RuleBasedStateMachine):
             lease_since=moment.lease_since,
         )
         plan = self.state.plan(moment)
-        assert plan == decide(snapshot, self.now)
+        whole = decide(snapshot, self.now)
+        assert plan.actions == whole.actions
+        early = self.put_off and plan.wake_at is not None and whole.wake_at is not None
+        assert plan.wake_at == whole.wake_at or (early and plan.wake_at < whole.wake_at)
         fresh = state_of(snapshot)
         fresh.plan(moment)
         assert (self.state.strays, self.state.is_gone) == (fresh.strays, fresh.is_gone)

@@ -11,6 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat
 from bkpool.core.names import API_VERSION, GROUP, longest_pool_name
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Duration
@@ -78,7 +79,7 @@ def defaulted(node, value):
 
 def test_the_names_are_those_of_the_contract():
     names = {doc["spec"]["names"]["plural"]: doc["spec"]["names"] for doc in DEFINITIONS}
-    assert set(names) == {"buildkitpools", "buildkitworkers", "buildkitoidcconfigs"}
+    assert set(names) == {"buildkitpools", "buildkitworkers", "buildkitgateways", "buildkitoidcconfigs"}
     assert names["buildkitpools"]["shortNames"] == ["bkpool"]
     assert names["buildkitworkers"]["shortNames"] == ["bkworker"]
     for doc in DEFINITIONS:
@@ -95,6 +96,7 @@ def test_the_names_are_those_of_the_contract():
     [
         (Pool, "PHASE WORKERS READY IDLE ALLOCATED CONNECTIONS ENDPOINT AGE"),
         (Worker, "POOL PHASE POD JOB EXPIRES AGE"),
+        (GatewayHeartbeat, "POOL RENEWED AGE"),
         (OIDCConfig, "ISSUER AUDIENCE ENABLED READY AGE"),
     ],
 )
@@ -106,7 +108,7 @@ def test_kubectl_get_shows_the_columns_of_the_field(kind, columns):
     assert {column["jsonPath"] for column in shown} <= known
 
 
-@pytest.mark.parametrize("kind", [Pool, Worker, OIDCConfig])
+@pytest.mark.parametrize("kind", [Pool, Worker, GatewayHeartbeat, OIDCConfig])
 def test_every_field_that_bkpool_reads_or_writes_is_in_the_schema_with_its_bounds(kind):
     known = dict(leaves(schema(kind)))
     for path, field in modelled(kind).items():

@@ -53,7 +53,7 @@ def test_the_manifests_are_complete():
         "Service": 1,
         "PodDisruptionBudget": 1,
         "NetworkPolicy": 1,
-        "CustomResourceDefinition": 3,
+        "CustomResourceDefinition": 4,
         "ValidatingAdmissionPolicy": 1,
         "ValidatingAdmissionPolicyBinding": 1,
         "PriorityLevelConfiguration": 1,
@@ -136,7 +136,8 @@ def test_the_controller_holds_every_right_that_it_grants():
     docs = documents(pool_namespaces=("team",))
     held = rules(docs, "Role", "team")
     pool = Pool.model_validate({"metadata": {"name": "p", "namespace": "team"}, "spec": {}})
-    (role,) = of_kind(pool_objects(pool, GatewayDefaults(IMAGE, "buildkit-system", "buildkit-controller")), "Role")
+    defaults = GatewayDefaults(IMAGE, "buildkit-system", "buildkit-controller", heartbeats=True)
+    (role,) = of_kind(pool_objects(pool, defaults), "Role")
     for rule in role["rules"]:
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:

@@ -232,7 +232,7 @@ class Replica:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.mirror = Mirror(world.store, configs=True)
+        self.mirror = Mirror(world.store, configs=True, heartbeats=True)
         self.leases = LeaseService(store=world.store, mirror=self.mirror, now=world.clock)
         self.allocator = Allocator(
             store=world.store,

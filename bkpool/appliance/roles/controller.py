@@ -10,6 +10,7 @@ from functools import partial
 from bkpool.appliance.roles.context import ControlState, RoleContext
 from bkpool.appliance.supervise import run_while_leading
 from bkpool.appliance.tuning import failure_limits
+from bkpool.controller.dead_gateways import DeadGateways
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.controller.oidc_configs import OIDCConfigController
 from bkpool.controller.pool_gateways import PoolGateways
@@ -85,6 +86,7 @@ async def _run(
             tasks.create_task(controller.run())
             tasks.create_task(OIDCConfigController(backend.store, mirror, state.issuers.probe, context.now).run())
             tasks.create_task(UnreadableObjects(backend.store, mirror, backend.recorder, context.now).run())
+            tasks.create_task(DeadGateways(backend.store, mirror.heartbeats).run())
             if gateways is not None:
                 labels = WorkerLabels(backend.store, mirror)
                 tasks.create_task(labels.run())

@@ -62,6 +62,10 @@ class PoolCounts:
         if slot in self._connections or (worker is not None and worker.status.gateways):
             self._uncounted.add(slot)
 
+    def count_again(self, slot: Slot) -> None:
+        """Notes that a gateway may have another number of connections to the slot's worker."""
+        self._uncounted.add(slot)
+
     @property
     def last_end(self) -> datetime | None:
         """When the last lease left one of the workers; None: none of them ever had one."""
@@ -81,6 +85,6 @@ class PoolCounts:
             live = live_registrations(worker, registered_until, now) if worker is not None else []
             self._expiries.put(slot, min((expires_at for _, expires_at in live), default=None))
             if live:
-                self._connections[slot] = sum(entry.connections for entry, _ in live)
+                self._connections[slot] = sum(registered_until.connections(entry) for entry, _ in live)
                 self._all_connections += self._connections[slot]
         return self._all_connections
