@@ -82,6 +82,13 @@ async def test_a_leased_worker_of_a_former_ca_is_replaced_when_its_lease_has_end
     assert cluster.deleted == ["p-worker-0"]
 
 
+async def test_a_pod_of_a_former_ca_is_seen_so_and_does_not_wait_for_the_end_of_its_protection(runtime):
+    for number, mark in ((0, ROTATED), (1, CURRENT)):
+        runtime._slots.pods.apply(a_pod(number, held=True, mark=mark))
+    await runtime.daemons.follow(POOL)
+    assert [runtime.daemons.seen(slot(number)).goes_unprotected for number in (0, 1)] == [True, False]
+
+
 async def test_the_former_ca_is_known_as_long_as_it_has_a_worker(runtime):
     daemons, pods = runtime.daemons, runtime._slots.pods
     assert daemons.former_authority(P) is None
