@@ -86,11 +86,10 @@ class LeaseEnds:
 
     async def _kept_by_store(self, worker: Worker, ended: EndedLease) -> Worker:
         """Remembers the lease in the status if the custom resource definition of an earlier version dropped it."""
-        if ended in worker.spec.ended or worker.metadata.deletion_timestamp is not None:
+        kept = any(past.token_sha256 == ended.token_sha256 for past in worker.spec.ended)
+        if kept or worker.metadata.deletion_timestamp is not None:
             return worker
-        log.warning(
-            "worker.old_definition", worker=str(worker.key), hint="Apply the manifests of this version again."
-        )
+        log.warning("worker.old_definition", worker=str(worker.key), hint="Apply this version's manifests.")
         remembered = with_lease_remembered(worker, ended, self._now())
         spec = remembered.spec
         return await self._store.replace_status(

@@ -113,6 +113,7 @@ async def test_a_worker_is_leased_again_before_its_end_is_in_the_status(world):
 
 async def test_a_pools_status_is_written_at_most_once_a_second(world, monkeypatch):
     await ready_pool(world)
+    await used_once(world)
     written = []
     write = world.store.replace_status
 
@@ -128,6 +129,7 @@ async def test_a_pools_status_is_written_at_most_once_a_second(world, monkeypatc
     world.clock.advance(seconds=1)
     api = world.replicas[0]
     began = world.clock.seconds()
+    world.clock.moved = world.controller.check_clock
     for _ in range(3):
         grant = await api.allocate()
         await world.asleep()
@@ -221,6 +223,7 @@ async def test_the_reason_and_the_log_of_a_lost_lease_survive_a_kill_at_each_wri
     (one,) = (await store.list(Worker)).items
     assert (one.lease, one.metadata.finalizers, one.metadata.labels) == (None, (), {})
     assert [past.message_with_log for past in one.ended_leases] == [before.lease_end_message]
+    assert one.status.ended == (), "nothing was dropped"
     assert (one.phase, one.status.message_with_log, one.allocation_count) == (Phase.FAILED, "buildkitd was killed", 1)
 
 
