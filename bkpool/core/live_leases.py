@@ -65,8 +65,11 @@ class LiveLeases:
         """Of two leases of one request the one that changed last counts: it is the last one."""
 
     def _take_out_expired(self, now: datetime) -> None:
+        if now == self._as_of:
+            return
         if now < self._as_of:
             self._clear()
+            self._as_of = now
             for slot, worker in self._not_ended.items():
                 self._enter(slot, worker)
         self._as_of = now
@@ -75,6 +78,8 @@ class LiveLeases:
 
     def _enter(self, slot: Slot, worker: Worker) -> None:
         lease = worker.held_lease
+        if lease.expires_at <= self._as_of:
+            return
         self._live[slot] = worker
         self._slots[lease.id] = slot
         self._held[lease.holder] += 1

@@ -64,6 +64,12 @@ class Choices:
         self._failed = self._untaken(index.failed())
         self._empty: _EmptySlots | None = None
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no request gets anything, whoever it is of."""
+        free = self._unused.first() or self._starting.first() or self._idle.first() or self._failed.first()
+        return free is None and not self._index.empty_slots(self._pool.spec.scaling.max)
+
     def best(self, owner: str, *, only_ready: bool = False) -> Worker | Slot | None:
         """The best that is left for one request.
 

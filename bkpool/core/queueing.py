@@ -83,9 +83,9 @@ def assign(
     2. Of all others each tenant in turn gets one worker, so that no tenant waits for more than one request of each
        other tenant. The requests of one tenant are served first come, first served, except that a caller with as many
        leases as they may have waits until one of these ends, and a request waits while another with its key is
-       claiming. Which worker or slot a request gets is the choice of
-       `placement.Choices`. The first request for which there is nothing stops the rest, but for one that takes only a
-       worker which serves at once: it is passed over.
+       claiming. Which worker or slot a request gets is the choice of `placement.Choices`. The first request for
+       which there is nothing stops the rest, but for one that takes only a worker which serves at once: it is passed
+       over.
 
     Args:
         waiters: The requests, in the order of their arrival.
@@ -102,12 +102,23 @@ def assign(
     Returns:
         The requests that are served now, in this order. All others go on waiting.
     """
-    repeated, queues = _repeated_and_others(waiters, index, turns, now)
-    shares = _Shares(pool, index, claiming, claiming_requests, now)
-    served: list[Assignment[W]] = []
     taken = {*claiming, *unreadable}
     choices = Choices(pool, index, caches, taken)
-    ring = deque(queues.values())
+    repeated, others = _repeated_and_others(waiters, index, now)
+    if choices.nothing_left:  # so it is after most changes of a pool for which many wait
+        return repeated
+    queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
+    for waiter in others:
+        queues.setdefault(waiter.tenant, deque()).append(waiter)
+    shares = _Shares(pool, index, claiming, claiming_requests, now)
+    return repeated + _served_in_turn(deque(queues.values()), choices, taken, shares)
+
+
+def _served_in_turn(
+    ring: deque[deque[W]], choices: Choices, taken: set[Slot], shares: _Shares
+) -> list[Assignment[W]]:
+    """What the queues of the tenants get. What was given is in `taken` afterwards."""
+    served: list[Assignment[W]] = []
     while ring:
         queue = ring.popleft()
         first = _next_of_tenant(queue, shares.may_be_served)
@@ -121,7 +132,7 @@ def assign(
             served.append(Assignment(first, target))
             taken.add(slot_of_target(target))
             shares.served(first)
-    return repeated + served
+    return served
 
 
 class _Shares:
@@ -156,18 +167,19 @@ class _Shares:
 
 
 def _repeated_and_others(
-    waiters: Iterable[W], index: PoolIndex, turns: Iterable[str], now: datetime
-) -> tuple[list[Assignment[W]], dict[str, deque[W]]]:
-    """The requests that have a live lease already, and the queues of all others by tenant."""
+    waiters: Iterable[W], index: PoolIndex, now: datetime
+) -> tuple[list[Assignment[W]], list[W]]:
+    """The requests that have a live lease already, and all others."""
     repeated: list[Assignment[W]] = []
-    queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
+    others: list[W] = []
     for waiter in waiters:
-        leased = index.leases.of_request(waiter.request_key, now)
-        if leased is not None:
-            repeated.append(Assignment(waiter, leased))
+        key = waiter.request_key
+        leased = index.leases.of_request(key, now) if key is not None else None
+        if leased is None:
+            others.append(waiter)
         else:
-            queues.setdefault(waiter.tenant, deque()).append(waiter)
-    return repeated, queues
+            repeated.append(Assignment(waiter, leased))
+    return repeated, others
 
 
 def _next_of_tenant(queue: deque[W], may_be_served: Callable[[W], bool]) -> W | None:

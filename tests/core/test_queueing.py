@@ -358,3 +358,11 @@ def test_a_request_that_does_not_wait_stops_nobody_and_takes_no_empty_slot():
     assert served([now, later], p, [worker(1)]) == [("now", "1"), ("later", "0")]
     assert served([now], p, [worker(1, cache_owner="owner-b")]) == []
     assert served([now], p, [worker(1, phase=Phase.PENDING)]) == []
+
+
+def test_a_change_of_a_pool_in_which_nothing_is_free_costs_next_to_nothing_for_those_who_wait():
+    waiters = [Request(str(n), tenant=f"tenant-{n % 40}", holder=f"h-{n}", admin=False) for n in range(1000)]
+    index, full = indexed([leased(n, holder="other") for n in range(10)]), pool(scaling={"max": 10})
+    given, calls = calls_of(lambda: assign(waiters, full, index, dict, now=NOW))
+    assert given == []
+    assert calls <= 2 * len(waiters) + 100
