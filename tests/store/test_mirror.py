@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from bkpool.core.auth import OIDCConfig, OIDCConfigSpec
+from bkpool.core.claim_order import Request
 from bkpool.core.errors import Forbidden, NotFound, Unauthenticated, Unavailable
-from bkpool.core.names import Key, Slot
+from bkpool.core.names import LABEL_REQUEST, Key, Slot
 from bkpool.core.pool import Pool, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
-from bkpool.core.worker import new_worker
+from bkpool.core.worker import Worker, new_worker
 from bkpool.store.mirror import Mirror, MirrorChange
 from bkpool.store.sqlite import SqliteStore
 from support.captured_logs import capture_logs
+from support.objects import lease
 from support.unreadable import spoil
 
 P, Q = Key("default", "p"), Key("default", "q")
@@ -392,3 +395,43 @@ async def test_issuers_are_followed_only_if_configured(store):
         await until(mirror, lambda: not mirror.configs)
         assert not notified.is_set()
         assert not other.configs
+
+
+def a_claim(pool: Pool, number: int) -> Worker:
+    made = lease(id=f"lease-{number}", expires_at=datetime.now(UTC) + timedelta(hours=1))
+    return new_worker(Slot("default", "p", number), pool, made, {LABEL_REQUEST: "job"})
+
+
+async def test_the_order_of_claims_is_that_of_the_changes_and_not_of_what_was_written_here(store):
+    pool, job = await store.create(a_pool()), Request(P, "job")
+    connection = Cut(store)
+    async with running(connection) as mirror:
+        order, news = mirror.claims_in("default"), asyncio.Event()
+        mirror.on_claims(lambda request: news.set() if request == job else None)
+        first, second = [await store.create(a_claim(pool, number)) for number in (1, 0)]
+        mirror.apply(second)
+        while not (order.knows(job, "lease-0") and order.knows(job, "lease-1")):
+            news.clear()
+            await news.wait()
+        assert order.first(job, lambda _worker: True) == first
+
+        connection.cut = True
+        await store.replace(first.with_lease(None))
+        mirror.apply(await store.get(Worker, *first.key))
+        assert mirror.workers[first.key].lease is None
+        assert order.knows(job, "lease-1"), "no change has said so"
+
+
+async def test_a_list_shows_claims_too(store):
+    pool = await store.create(a_pool())
+    claim = await store.create(a_claim(pool, 0))
+    async with running(store) as mirror:
+        assert mirror.claims_in("default").first(Request(P, "job"), lambda _worker: True) == claim
+
+
+async def test_all_workers_can_be_looked_through_again_and_again(store):
+    pool = await store.create(a_pool())
+    claim = await store.create(a_claim(pool, 0))
+    async with running(store) as mirror:
+        workers = mirror.all_workers()
+        assert list(workers) == list(workers) == [claim]

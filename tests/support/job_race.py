@@ -318,8 +318,11 @@ class JobRace:
                 await asyncio.sleep(0)
 
     async def _end_leases_once(self) -> None:
+        """Callers use what they have, so it does not end, although their replica was killed before it noted that."""
         for worker in (await self.store.list(Worker, namespace=self.pool.namespace)).items:
             undelivered = worker.undelivered
+            if any(worker.lease and one.held_lease.id == worker.lease.id for one in self._given):
+                continue
             if undelivered is not None and undelivered.replica in self.dead and worker.held_lease.ended_at is None:
                 ended = worker.held_lease.but(ended_at=_now(), end_reason=EndReason.ABANDONED)
                 with suppress(Conflict, NotFound):
