@@ -19,9 +19,9 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-THRESHOLDS = 700, 5, 1
+THRESHOLDS = 700, 5, 0
 """After how many objects, and collections of younger ones, Python collects. A full collection then has at most about
-13,000 objects to go through; with Python's own 10 and 10 it would be 90,000."""
+8,000 objects to go through; with Python's own 10 and 10 it would be 90,000."""
 CHECK_INTERVAL = 60.0
 """Seconds between two looks at the memory."""
 _SOME = 64 * 1024 * 1024

@@ -18,7 +18,7 @@ from bkpool.controller.expired_registrations import check_expired
 from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
-from bkpool.controller.pool_states import PoolStates
+from bkpool.controller.pool_states import AT_ONCE, PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import Key, Slot
@@ -136,7 +136,11 @@ class Controller:
                 self._wake_at = self._decide()
                 if changed_at is not None:
                     self._metrics.lagged(asyncio.get_running_loop().time() - changed_at)
-                await self._sleep()
+                if self._states.has_more:
+                    self._answer()
+                    await asyncio.sleep(0)  # everything else in the loop comes before the next round
+                else:
+                    await self._sleep()
         finally:
             subscriptions.close()
             tasks = [*self._actions, *self._pool_work.tasks.values()]
@@ -207,11 +211,14 @@ class Controller:
 
     def _decide_pool(self, key: Key, state: PoolState, reading: ClockReading) -> None:
         moment = self._moment(reading)
-        plan = state.plan(moment)
+        plan = state.plan(moment, AT_ONCE)
         for action in plan.actions:
             self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool))
-        for slot in state.strays:
+        for slot in state.strays[:AT_ONCE]:
             self._start_action(slot, None, self._stop_stray(slot))
+        if plan.unfinished:
+            self._states.pool_changed(key)
+            return
         wake_at = plan.wake_at
         if key in self._mirror.pools:
             due = self._pool_work.update(state, moment, reading.seconds)

@@ -26,6 +26,11 @@ from bkpool.workers import Caches, Daemons
 CHECK_INTERVAL = timedelta(minutes=1)
 """A slot of which nothing was reported is looked at again after this time, in case a report was lost (rule 14,
 docs/rules.md#r14)."""
+AT_ONCE = 32
+"""How many slots one round takes over, and then looks at, for each pool: a few milliseconds (rule 16,
+docs/rules.md#r16)."""
+_OF_A_POOL = 8
+"""How many slots a pool counts as. Its status is worked out, too."""
 _SPREAD = 30
 """Slots with other numbers are looked at again up to so many seconds later, so that not all come at once."""
 
@@ -49,8 +54,8 @@ class PoolStates:
         self._caches = caches
         self._states: dict[Key, PoolState] = {}
         self._deleted: dict[Key, Pool] = {}
-        self._pools: set[Key] = set()
-        self._slots: set[Slot] = set()
+        self._noted: dict[Key, set[Slot]] = {}
+        """The pools that have changed, each with its slots that have."""
         self._heartbeats: set[Key] = set()
         self._due: DueTimes[Key] = DueTimes()
         self._checks: DueTimes[Slot] = DueTimes()
@@ -77,14 +82,20 @@ class PoolStates:
         self._on_change()
 
     def _note_everything(self) -> None:
-        self._pools |= {*self._mirror.pools, *self._mirror.unreadable_pools, *self._states}
-        self._slots |= {worker.slot for worker in self._mirror.workers.values()}
-        self._slots |= {*self._daemons.observe(), *self._caches.owners()}
+        for pool in (*self._mirror.pools, *self._mirror.unreadable_pools, *self._states):
+            self._noted.setdefault(pool, set())
+        for worker in self._mirror.workers.values():
+            self._note_slot(worker.slot)
+        for slot in (*self._daemons.observe(), *self._caches.owners()):
+            self._note_slot(slot)
         self._heartbeats |= self._mirror.heartbeats.gateways.keys()
+
+    def _note_slot(self, slot: Slot) -> None:
+        self._noted.setdefault(_pool_of(slot), set()).add(slot)
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
-        self._slots.add(slot)
+        self._note_slot(slot)
         self._on_change()
 
     def _heartbeat_changed(self, gateway: Key) -> None:
@@ -94,7 +105,7 @@ class PoolStates:
 
     def pool_changed(self, pool: Key) -> None:
         """Notes that a pool may have changed."""
-        self._pools.add(pool)
+        self._noted.setdefault(pool, set())
         self._on_change()
 
     def pool_deleted(self, pool: Pool) -> None:
@@ -132,26 +143,43 @@ class PoolStates:
             if state.has_outdated:
                 self.pool_changed(key)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether more was noted than the last round has taken over."""
+        return bool(self._noted)
+
     def take_over(self, reading: ClockReading) -> dict[Key, PoolState]:
-        """Takes over all that has been noted, and the slots that were not looked at for `CHECK_INTERVAL`.
+        """Takes over what has been noted, and the slots that were not looked at for `CHECK_INTERVAL`.
+
+        It takes over as much as one round may cost. The rest comes in the next one.
 
         Args:
             reading: The clocks.
 
         Returns:
-            The states of the pools that have changed or are due.
+            The states of the pools that have changed or are due. Of these, everything has been taken over.
         """
-        pools, self._pools = self._pools | self._due.due(reading.wall), set()
-        slots, self._slots = self._slots | self._checks.due(reading.wall), set()
-        for slot in slots:
-            self._take_slot(slot, reading)
+        for key in self._due.due(reading.wall):
+            self._noted.setdefault(key, set())
+        for slot in self._checks.due(reading.wall):
+            self._note_slot(slot)
         heartbeats, self._heartbeats = self._heartbeats, set()
         for key in heartbeats:
-            pools |= self._take_heartbeat(key, reading)
-        changed = {}
-        for key in pools | {_pool_of(slot) for slot in slots}:
-            state = changed[key] = self._state(key)
-            self._take_pool(key, state)
+            for pool in self._take_heartbeat(key, reading):
+                self._noted.setdefault(pool, set())
+        changed: dict[Key, PoolState] = {}
+        left = AT_ONCE
+        while self._noted and left > 0:
+            key = next(iter(self._noted))
+            slots, state = self._noted.pop(key), self._state(key)
+            left -= _OF_A_POOL + len(slots)
+            for _ in range(min(len(slots), AT_ONCE)):
+                self._take_slot(slots.pop(), reading)
+            if slots:
+                self._noted[key] = slots
+            else:
+                self._take_pool(key, state)
+                changed[key] = state
         return changed
 
     def forget(self, pool: Key) -> None:

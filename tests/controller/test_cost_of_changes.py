@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from bkpool.controller.pool_states import CHECK_INTERVAL, PoolStates
+from bkpool.controller.pool_states import AT_ONCE, CHECK_INTERVAL, PoolStates
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState
-from bkpool.core.pool import Pool
+from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.pool_state import PoolState, Spec
 from bkpool.core.wall_clock import ClockReading
 from bkpool.core.worker import Phase
@@ -35,9 +35,9 @@ async def test_a_lease_of_one_pool_makes_it_look_at_no_other(world, monkeypatch)
     planned: list[Key] = []
     plan = PoolState.plan
 
-    def noted(state, moment):
+    def noted(state, *args):
         planned.append(state.pool.key)
-        return plan(state, moment)
+        return plan(state, *args)
 
     monkeypatch.setattr(PoolState, "plan", noted)
     grant = await world.replicas[0].allocate()
@@ -88,6 +88,45 @@ def test_a_pool_that_was_deleted_may_have_been_created_again_when_it_has_a_worke
     again = worker(0, lease())
     mirror.apply(again.but(metadata=again.metadata.but(uid="another", resource_version="3")))
     assert states.take_over(reading)[POOL].spec is Spec.MISSING, "the store must be asked about it"
+
+
+def test_a_large_pool_is_taken_over_in_parts_and_holds_up_no_other():
+    store: Any = NoStore()
+    mirror, runtime, reading = Mirror(store), MemoryWorkers(), ClockReading(NOW, 0)
+    mirror.apply(pool(scaling={"min": 0, "max": 1000}))
+    for number in range(3 * AT_ONCE):
+        mirror.apply(worker(number))
+    states = PoolStates(mirror, runtime, runtime)
+    states.follow(lambda: None)
+    assert states.take_over(reading) == {}
+    states.pool_changed(other := Key("default", "other"))
+    rounds: list[set[Key]] = []
+    while states.has_more:
+        rounds.append({*states.take_over(reading)})
+    assert sum(POOL in found for found in rounds) == 1, "once, with all its slots"
+    assert other in rounds[1], "the first pool has its turn, and then the other one"
+    assert len(rounds) < 5
+
+
+async def test_one_round_starts_few_actions_and_the_next_ones_go_on(world):
+    count = 3 * AT_ONCE
+    await world.pool(scaling={"min": count, "max": count, "scaleDownDelay": "0s"})
+    await world.until(lambda: len(idle_workers(world)) == count)
+    began: list[int] = []
+    decide = world.controller._decide
+
+    def counted():
+        before = len(world.controller._actions)
+        at = decide()
+        began.append(len(world.controller._actions) - before)
+        return at
+
+    world.controller._decide = counted
+    await world.asleep()
+    spec = PoolSpec.model_validate({"scaling": {"min": 0, "max": 1}})
+    await world.store.replace(world.replicas[0].mirror.pools[POOL].but(spec=spec))
+    await world.until(lambda: len(idle_workers(world)) <= 1)
+    assert max(began) <= AT_ONCE
 
 
 def idle_workers(world):

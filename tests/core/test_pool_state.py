@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -13,7 +14,7 @@ from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
 from bkpool.core.names import ANNOTATION_REMOVE_CACHES, ANNOTATION_REMOVING, Slot, slot_of
 from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, Snapshot
 from bkpool.core.pool import Pool
-from bkpool.core.reconcile.actions import StopDaemon
+from bkpool.core.reconcile.actions import Action, CreateWorker, Plan, StopDaemon, slot_of_action
 from bkpool.core.reconcile.decide import decide, state_of
 from bkpool.core.reconcile.later_writes import SeenLeases
 from bkpool.core.reconcile.pool_state import PoolState, Spec
@@ -28,6 +29,7 @@ from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 SLOTS = st.integers(0, 5)
 OWNERS = st.sampled_from([None, "owner-a", "owner-b", "pool-uid"])
 SECONDS = st.integers(-90, 90)
+_MOST_PARTS = 40
 INPUTS = PoolStatusInputs("tcp://gateway:1235")
 
 
@@ -101,6 +103,7 @@ class Changes(RuleBasedStateMachine):
         self.restarts_left = 4
         self.put_off = False
         """Whether a heartbeat has put off what is due. Slots are looked at again at the time before that."""
+        self.at_most: int | None = None
         self.state = PoolState(self.pool)
         self.known = True
 
@@ -196,6 +199,11 @@ class Changes(RuleBasedStateMachine):
             self.state.counts.count_again(slot_of(key))
         self.put_off = True
 
+    @rule(at_most=st.none() | st.integers(1, 3))
+    def change_parts(self, at_most: int | None) -> None:
+        """From now on the plan is made in parts with so many slots (None: as a whole)."""
+        self.at_most = at_most
+
     @rule(seconds=st.integers(0, 90))
     def pass_time(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
@@ -210,7 +218,7 @@ class Changes(RuleBasedStateMachine):
 
     @rule()
     def write_status(self) -> None:
-        self.state.plan(self._moment())
+        self._plan(self._moment())
         status = pool_status(self.state, INPUTS, self.now, self._moment().registered_until)
         self.pool = self.pool.but(status=status)
         self.learn_spec(Spec.KNOWN)
@@ -220,13 +228,27 @@ class Changes(RuleBasedStateMachine):
         since = self.leases.at(self.now, self.seconds)
         return Moment(self.now, at, self.undelivered.now(), self.restarts_left, lease_since=since)
 
+    def _plan(self, moment: Moment) -> Plan:
+        """The whole plan, whatever its parts are."""
+        steps: dict[Slot, Action] = {}
+        creates: dict[Slot, Action] = {}
+        for _ in range(_MOST_PARTS):
+            plan = self.state.plan(moment, self.at_most)
+            for action in plan.actions:
+                (creates if isinstance(action, CreateWorker) else steps)[slot_of_action(action)] = action
+            if not plan.unfinished:
+                break
+        steps = dict(sorted(steps.items()))
+        assert not plan.unfinished or len(creates) == self.at_most, "nobody creates the first ones here"
+        return Plan((*steps.values(), *creates.values()), plan.wake_at)
+
     @invariant()
     def same_as_from_scratch(self) -> None:
         if not hasattr(self, "state"):
             return
         moment = self._moment()
         if not self.known:
-            self.state.plan(moment)
+            self._plan(moment)
             return
         snapshot = Snapshot(
             self.pool,
@@ -240,9 +262,10 @@ class Changes(RuleBasedStateMachine):
             undelivered_for=moment.undelivered_for,
             lease_since=moment.lease_since,
         )
-        plan = self.state.plan(moment)
-        whole = decide(snapshot, self.now)
-        assert plan.actions == whole.actions
+        plan, whole = self._plan(moment), decide(snapshot, self.now)
+        creates = [action for action in whole.actions if isinstance(action, CreateWorker)]
+        steps = whole.actions[: len(whole.actions) - len(creates)]
+        assert plan.actions == (*steps, *creates[: self.at_most])
         early = self.put_off and plan.wake_at is not None and whole.wake_at is not None
         assert plan.wake_at == whole.wake_at or (early and plan.wake_at < whole.wake_at)
         fresh = state_of(snapshot)
@@ -268,3 +291,26 @@ def test_a_worker_that_goes_while_the_spec_cannot_be_read_is_not_counted_afterwa
     state.set_pool(spec)
     stopped = [action for action in state.plan(Moment(NOW)).actions if isinstance(action, StopDaemon)]
     assert len(stopped) == 1, "one of three may be down"
+
+
+@pytest.mark.parametrize("at_most", [1, 7])
+def test_no_part_of_a_plan_has_more_slots_and_no_slot_is_looked_at_twice(at_most, monkeypatch):
+    looked_at: list[Slot] = []
+    step = PoolState._step
+    monkeypatch.setattr(
+        PoolState, "_step", lambda state, slot, *rest: looked_at.append(slot) or step(state, slot, *rest)
+    )
+    state = state_of(snapshot(pool(scaling={"min": 0, "max": 1}), *(worker(number) for number in range(40))))
+    parts = [state.plan(Moment(NOW), at_most)]
+    while parts[-1].unfinished:
+        parts.append(state.plan(Moment(NOW), at_most))
+    assert max(len(part.actions) for part in parts) == at_most
+    assert sum(len(part.actions) for part in parts) == 40
+    assert len(looked_at) == 40
+    assert {*looked_at} == {slot(number) for number in range(40)}
+
+
+def test_a_part_has_so_many_new_workers_at_most():
+    state = state_of(snapshot(pool(scaling={"min": 9, "max": 9})))
+    plan = state.plan(Moment(NOW), 4)
+    assert (len(plan.actions), plan.unfinished) == (4, True)

@@ -145,5 +145,7 @@ class Plan:
     """What to do now, at most one action for each slot, and when to decide again."""
 
     actions: tuple[Action, ...]
-    wake_at: datetime | None
+    wake_at: datetime | None = None
     """When time alone changes the decision, if nothing else changes before; None: never."""
+    unfinished: bool = False
+    """There is more to do now than this. What is here can be carried out already."""

@@ -1,15 +1,16 @@
 """One pool as its controller knows it, kept up to date change by change, and what to do for it next.
 
-What a plan costs follows from what has changed or is due since the last one. `decide` makes a new state from a whole
-snapshot; both give the same plan. Nothing here does I/O or reads a clock.
+What a plan costs follows from what has changed or is due since the last one, and much of it can be planned in parts.
+`decide` makes a new state from a whole snapshot; both give the same plan. Nothing here does I/O or reads a clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
+from itertools import islice
 from typing import TypeVar
 
 from bkpool.core.names import Slot
@@ -28,6 +29,8 @@ from bkpool.core.worker import Worker
 
 T = TypeVar("T")
 
+_UNFINISHED = Plan((), unfinished=True)
+
 
 class Spec(Enum):
     """What is known of a pool's spec."""
@@ -41,9 +44,11 @@ class Spec(Enum):
 
 @dataclass(slots=True)
 class _LastPlan:
-    actions: dict[Slot, Action] = field(default_factory=dict)
+    acted: set[Slot] = field(default_factory=set)
+    """The slots for which it had an action, also in its earlier parts."""
     wiped: set[Slot] = field(default_factory=set)
     replaced: set[Slot] = field(default_factory=set)
+    unfinished: bool = False
 
 
 class PoolState:
@@ -67,6 +72,10 @@ class PoolState:
         self._stray: set[Slot] = set()
         self._being_created: set[Slot] = set()
         self._changed: set[Slot] = set()
+        self._moved: dict[Slot, None] = {}
+        """The slots whose place among the idle daemons is not known yet."""
+        self._waiting: dict[Slot, None] = {}
+        """The slots whose next step is not known yet."""
         self._free = FreeWorkers()
         self._empty = EmptySlots(pool.spec.scaling.max)
         self._idle = IdleDaemons()
@@ -147,37 +156,61 @@ class PoolState:
         """
         return sorted(self._stray - self._busy)
 
-    def plan(self, moment: Moment) -> Plan:
-        """What to do now, at most one action for each slot, and when to plan again if nothing changes before."""
-        changed, self._changed = self._changed, set()
-        for slot in changed:
-            self._classify(slot)
-        if self.spec is not Spec.KNOWN:
-            for slot in changed:
-                self._idle.put(slot, None, None, busy=False)
-            return self._plan_slots(changed, moment, set(), set())
-        moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
-        wiped, more_to_wipe_at = self._to_wipe(moment)
-        for slot in changed | moved:
-            stays = self._workers.get(slot) if self._free.keeps(slot) else None
-            self._idle.put(slot, stays, self._observed.get(slot), busy=slot in self._busy)
-        replaced = self._idle.to_replace(self._free.kept, moment.restarts_left)
-        plan = self._plan_slots(changed | moved, moment, wiped, replaced)
-        creates = tuple(CreateWorker(slot) for slot in self._missing(wiped))
-        wake_at = min(filter(None, (plan.wake_at, more_at, more_to_wipe_at)), default=None)
-        return Plan((*plan.actions, *creates), wake_at)
+    def plan(self, moment: Moment, at_most: int | None = None) -> Plan:
+        """What to do now, at most one action for each slot, and when to plan again if nothing changes before.
 
-    def _plan_slots(self, changed: set[Slot], moment: Moment, wiped: set[Slot], replaced: set[Slot]) -> Plan:
+        Args:
+            moment: The time, and what depends on it.
+            at_most: How many slots are looked at. If more are to be looked at, the plan is unfinished: the next one
+                goes on with them. None: all.
+        """
+        known, more_at, wiped, replaced = self.spec is Spec.KNOWN, None, set[Slot](), set[Slot]()
+        if not self._last.unfinished:  # what was not carried out is decided again
+            self._waiting |= dict.fromkeys(self._last.acted)
+            self._last = replace(self._last, acted=set(), unfinished=True)
+        for slot in _taken(self._changed, at_most):
+            self._changed.discard(slot)
+            self._classify(slot)
+            self._moved[slot] = self._waiting[slot] = None
+        if self._changed:
+            return _UNFINISHED
+        if known:
+            moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
+            self._moved |= dict.fromkeys(moved)
+            self._waiting |= dict.fromkeys(moved)
+        for slot in _taken(self._moved, at_most):
+            del self._moved[slot]
+            stays = self._workers.get(slot) if known and self._free.keeps(slot) else None
+            self._idle.put(slot, stays, self._observed.get(slot), busy=slot in self._busy)
+        if self._moved:
+            return _UNFINISHED
+        if known:
+            wiped, more_to_wipe_at = self._to_wipe(moment)
+            more_at = min(filter(None, (more_at, more_to_wipe_at)), default=None)
+            replaced = self._idle.to_replace(self._free.kept, moment.restarts_left)
+        return self._plan_slots(moment, wiped, replaced, more_at, at_most)
+
+    def _plan_slots(
+        self, moment: Moment, wiped: set[Slot], replaced: set[Slot], more_at: datetime | None, at_most: int | None
+    ) -> Plan:
         last = self._last
-        again = changed | self._deadlines.due(moment.now) | (wiped ^ last.wiped) | (replaced ^ last.replaced)
-        again |= last.actions.keys()
-        self._last = _LastPlan(last.actions, wiped, replaced)
-        for slot in again:
+        again = self._deadlines.due(moment.now) | (wiped ^ last.wiped) | (replaced ^ last.replaced)
+        self._waiting |= dict.fromkeys(again)
+        self._last = _LastPlan(last.acted, wiped, replaced)
+        actions: dict[Slot, Action] = {}
+        for slot in _taken(self._waiting, at_most):
+            del self._waiting[slot]
             step = self._step(slot, moment)
-            _put(self._last.actions, slot, step.action)
+            _put(actions, slot, step.action)
             self._deadlines.put(slot, step.look_again_at)
-        actions = sorted(self._last.actions.items(), key=_number)
-        return Plan(tuple(action for _, action in actions), self._deadlines.first)
+        self._last.acted |= actions.keys()
+        self._last.unfinished = bool(self._waiting)
+        missing = self._missing(wiped) if self.spec is Spec.KNOWN else []
+        created = missing[:at_most]
+        ordered = (actions[slot] for slot in sorted(actions, key=_number))
+        wake_at = min(filter(None, (self._deadlines.first, more_at)), default=None)
+        unfinished = self._last.unfinished or len(missing) > len(created)
+        return Plan((*ordered, *map(CreateWorker, created)), wake_at, unfinished=unfinished)
 
     def _step(self, slot: Slot, moment: Moment) -> Step:
         """The next step for one slot."""
@@ -240,8 +273,13 @@ def _put(found: dict[Slot, T], slot: Slot, value: T | None) -> None:
         found[slot] = value
 
 
-def _number(item: tuple[Slot, Action]) -> int:
-    return item[0].number
+def _number(slot: Slot) -> int:
+    return slot.number
+
+
+def _taken(slots: Iterable[Slot], at_most: int | None) -> list[Slot]:
+    """The first ones."""
+    return list(islice(slots, at_most))
 
 
 def _mark(slots: set[Slot], slot: Slot, belongs: bool) -> None:

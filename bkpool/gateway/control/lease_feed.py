@@ -18,7 +18,7 @@ _DEFAULTS = PoolGateway()
 """For the workers of a pool that does not exist or cannot be read."""
 
 
-AT_ONCE = 64
+AT_ONCE = 32
 """Workers of which one change of the table has news: about 2 ms for each loop (rule 16, docs/rules.md#r16)."""
 
 
