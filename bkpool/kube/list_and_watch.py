@@ -6,6 +6,7 @@ issuers, from SQLite too) say how to list, how to watch, and which failures end 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import NoReturn, TypeVar
@@ -13,6 +14,10 @@ from typing import NoReturn, TypeVar
 from bkpool.core.backoff import Backoff
 
 Event = TypeVar("Event")
+
+IN_A_STEP = 16
+"""Events after which everything else in the loop has its turn, if they are there without waiting (rule 16,
+docs/rules.md#r16)."""
 
 
 async def list_and_watch(
@@ -41,10 +46,14 @@ async def list_and_watch(
     while True:
         try:
             version = await list_all()
+            count = 0
             async with aclosing(watch(version)) as events:
                 async for event in events:
                     backoff.succeeded()  # not after the list: a server that only fails to watch must not be flooded
                     on_event(event)
+                    count += 1
+                    if count % IN_A_STEP == 0:
+                        await asyncio.sleep(0)
         except Exception as error:
             seconds = backoff.failed()
             if not on_failure(error, seconds):
