@@ -10,12 +10,12 @@ from enum import StrEnum
 from ipaddress import ip_network
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AwareDatetime, BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.auth import Auth
 from bkpool.core.names import LONGEST_NAME, longest_pool_name
 from bkpool.core.plain_words import HOST, LOG_SIZE, QUANTITY, SIZE
-from bkpool.core.resource import OBSERVED, Condition, Duration, FieldProblem, Model, Resource
+from bkpool.core.resource import OBSERVED, Condition, Duration, FieldProblem, Model, Resource, Time
 
 
 class Scaling(Model):
@@ -258,7 +258,7 @@ class PoolSpec(Model):
 class CachesBeyondMax(Model):
     """Caches of slots beyond `scaling.max`, which nobody can get at present."""
 
-    since: AwareDatetime
+    since: Time
     """When the controller first saw them there without a lease."""
     slots: tuple[StrictInt, ...]
     """The numbers of the slots."""
@@ -276,7 +276,7 @@ class PoolStatus(Model):
     connections: StrictInt = 0
     """Open connections, as the gateways last reported them."""
     endpoint: StrictStr | None = None
-    last_lease_at: AwareDatetime | None = None
+    last_lease_at: Time | None = None
     """When a lease of the pool last left its worker; None: it never had one, or that was in an earlier version."""
     caches_beyond_max: tuple[CachesBeyondMax, ...] = ()
     conditions: tuple[Condition, ...] = ()

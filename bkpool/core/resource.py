@@ -52,6 +52,20 @@ def _read_duration(value: object) -> object:
 Duration = Annotated[timedelta, BeforeValidator(_read_duration), PlainSerializer(durations.render, return_type=str)]
 
 
+def _read_utc(value: object) -> object:
+    if type(value) is str and value.endswith("Z") and value[10:11] == "T":
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:
+            return value
+    return value
+
+
+Time = Annotated[AwareDatetime, BeforeValidator(_read_utc)]
+"""A time with a zone. What is in UTC gets `datetime.UTC` instead of pydantic's own zone: two times with the same zone
+are compared in a twentieth of the time."""
+
+
 class Model(BaseModel):
     """The base of everything that is stored: frozen, with camelCase names in JSON, and unknown fields kept."""
 
@@ -104,8 +118,8 @@ class Metadata(Model):
     uid: StrictStr | None = None
     resource_version: StrictStr | None = None
     generation: StrictInt | None = None
-    creation_timestamp: AwareDatetime | None = None
-    deletion_timestamp: AwareDatetime | None = None
+    creation_timestamp: Time | None = None
+    deletion_timestamp: Time | None = None
     labels: dict[str, str] = Field(default_factory=dict)
     annotations: dict[str, str] = Field(default_factory=dict)
     finalizers: tuple[StrictStr, ...] = ()
@@ -123,7 +137,7 @@ class Condition(Model):
     status: Literal["True", "False", "Unknown"]
     reason: StrictStr
     message: StrictStr = ""
-    last_transition_time: AwareDatetime
+    last_transition_time: Time
     observed_generation: StrictInt | None = None
 
 

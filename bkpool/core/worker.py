@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AwareDatetime, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import (
@@ -28,7 +28,7 @@ from bkpool.core.names import (
 )
 from bkpool.core.pool import Pool
 from bkpool.core.remembered_caller import RememberedCaller
-from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, OwnerReference, Resource
+from bkpool.core.resource import Condition, FieldProblem, Metadata, Model, OwnerReference, Resource, Time
 
 _SILENT = "buildkitd does not answer"
 
@@ -76,11 +76,11 @@ class Lease(Model):
     """Name of the tenant whose cache it uses, for people; empty in a lease of an earlier version."""
     caller: RememberedCaller | None = None
     """What is remembered of the caller, for renewals; None in a lease of an earlier version."""
-    allocated_at: AwareDatetime
-    expires_at: AwareDatetime
-    not_after: AwareDatetime
+    allocated_at: Time
+    expires_at: Time
+    not_after: Time
     """allocatedAt + maxTokenTTL: when the client certificate expires. The lease cannot be renewed beyond it."""
-    ended_at: AwareDatetime | None = None
+    ended_at: Time | None = None
     end_reason: EndReason | None = None
     end_message: StrictStr = ""
     metadata: dict[str, str] = Field(default_factory=dict)
@@ -116,7 +116,7 @@ class EndedLease(Model):
     """
 
     token_sha256: Annotated[StrictStr, Field(alias="tokenSHA256")]
-    ended_at: AwareDatetime
+    ended_at: Time
     reason: EndReason
     message: StrictStr = ""
     """What happened, without text from buildkitd's log."""
@@ -134,7 +134,7 @@ class GatewayRegistration(Model):
 
     gateway: StrictStr
     lease_id: Annotated[StrictStr, Field(alias="allocationId")]
-    renewed_at: AwareDatetime
+    renewed_at: Time
     """On the gateway's own clock. It changes with each renewal, and is compared with no other clock
     (`core.registrations`)."""
     connections: StrictInt = 0
@@ -182,7 +182,7 @@ class WorkerSpec(Model):
     allocation: Lease | None = None
     ended: tuple[EndedLease, ...] = ()
     """The leases that left it, the last one at the end. Read `Worker.ended_leases`."""
-    last_activity_at: AwareDatetime | None = None
+    last_activity_at: Time | None = None
     """When the last lease left it. Read `Worker.last_activity_at`."""
     allocation_count: StrictInt = 0
     """How many leases have left it. Read `Worker.allocation_count`."""
@@ -203,9 +203,9 @@ class WorkerStatus(Model):
     """The cache is deleted together with the worker, so its owner need not be recorded before its first use."""
     pod_name: StrictStr | None = None
     pod_ip: Annotated[StrictStr | None, Field(alias="podIP")] = None
-    created_at: AwareDatetime | None = None
-    ready_at: AwareDatetime | None = None
-    last_activity_at: AwareDatetime | None = None
+    created_at: Time | None = None
+    ready_at: Time | None = None
+    last_activity_at: Time | None = None
     """The spec's, as of the last write of the status; before there was one in the spec, the only one."""
     allocation_count: StrictInt = 0
     """The same of the spec's number."""
@@ -213,10 +213,10 @@ class WorkerStatus(Model):
     """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
     failures_of: StrictStr = ""
     """Id of the lease in which they were counted; empty without a lease, and in a status of an earlier version."""
-    silent_since: AwareDatetime | None = None
+    silent_since: Time | None = None
     """Since when nobody has heard from buildkitd: it did not answer a probe, or a gateway could not reach it or got
     no byte from it. Whoever hears from it sets None. None: it answers, as far as is known."""
-    failed_at: AwareDatetime | None = None
+    failed_at: Time | None = None
     message: StrictStr = ""
     """What happened, in bkpool's own words: without text from buildkitd's log."""
     log_tail: StrictStr = ""

@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from bkpool.core.errors import InvalidInput
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
-from bkpool.core.resource import parse_object
+from bkpool.core.resource import Metadata, parse_object
 from bkpool.core.worker import Worker
 from support.objects import lease, worker
 
@@ -140,6 +141,19 @@ def test_objects_are_the_same_after_json():
     assert after == before
     assert after.slot == Slot("default", "p", 3)
     assert before.to_json()["spec"]["allocation"]["tokenSHA256"] == "digest-lease"
+
+
+@pytest.mark.parametrize("text", ["2026-01-01T12:00:00Z", "2026-01-01T12:00:00.25Z", "2026-01-01T13:00:00+01:00"])
+def test_a_time_is_read_with_its_zone(text):
+    at = Metadata.model_validate({"name": "p", "creationTimestamp": text}).creation_timestamp
+    assert at == datetime.fromisoformat(text)
+    assert (at.tzinfo is UTC) is text.endswith("Z"), "times with one zone are compared quickly"
+
+
+@pytest.mark.parametrize("text", ["2026-13-01T12:00:00Z", "TZ", "2026-01-01T12:00:00", "2026-01-01Z", ""])
+def test_what_is_no_time_with_a_zone_is_refused(text):
+    with pytest.raises(InvalidInput, match=r"metadata.creationTimestamp"):
+        parse_object(Pool, {"metadata": {"name": "p", "creationTimestamp": text}})
 
 
 def test_unknown_fields_of_another_version_are_written_back():
