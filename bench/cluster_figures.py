@@ -13,7 +13,9 @@ CONTROL, GATEWAYS, DRIVER = "control", "gateways", "driver"
 """The clients of the API server, by their names there."""
 AT_RATE = 200
 """Leases a second to which the figures are extrapolated."""
-_WRITES = {"create", "update", "patch", "delete"}
+_WRITES, _READS = {"create", "update", "patch", "delete"}, {"get", "list"}
+_RARE = 0.005
+"""Requests of one kind for each lease that need no line of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def rows(found: ClusterFigures) -> list[tuple[str, str, str]]:
         ("CPU of others per lease, ms", "", others),
         ("probes of workers per lease", "", f"{found.counts['probes'] / leases:.2f}"),
         *((f"at {AT_RATE} leases/s, extrapolated: {what}", "", value) for what, value in _at_rate(found)),
-        *((f"writes per lease: {by}, {what}", "", f"{times / leases:.2f}") for (by, what), times in _writes(found)),
+        *((f"per lease: {by}, {what}", "", f"{times / leases:.2f}") for (by, what), times in _requests(found)),
     ]
     return made + [(f"failed: {why}", "", str(times)) for why, times in found.failed.items()]
 
@@ -99,10 +101,10 @@ def _events(found: ClusterFigures) -> int:
     return sum(count for *_, count in found.counts["watch_events"])
 
 
-def _writes(found: ClusterFigures) -> list[tuple[tuple[str, str], int]]:
-    """The writes by who made them and of what, the most frequent ones first."""
-    writes: Counter[tuple[str, str]] = Counter()
+def _requests(found: ClusterFigures) -> list[tuple[tuple[str, str], int]]:
+    """The requests by who made them and of what, the most frequent ones first. Those that are rare are left out."""
+    requests: Counter[tuple[str, str]] = Counter()
     for user, verb, resource, times in found.counts["requests"]:
-        if verb in _WRITES and user != DRIVER:
-            writes[user, f"{verb} {resource}"] += times
-    return writes.most_common()
+        if verb in _WRITES | _READS and user != DRIVER:
+            requests[user, f"{verb} {resource}"] += times
+    return [(what, times) for what, times in requests.most_common() if times >= _RARE * found.leases]

@@ -146,7 +146,7 @@ def test_what_a_lease_costs_in_a_cluster_is_counted_without_the_driver() -> None
     assert shown["bytes of watches per lease, KB"] == ("250", "10.0")
     assert shown["CPU of 2 control replicas per lease, ms"] == ("12", "10.0")
     assert shown["leases/s, as many as the machine carries"] == ("", "5.0")
-    assert shown["writes per lease: control, update buildkitworkers"] == ("", "2.00")
+    assert shown["per lease: control, update buildkitworkers"] == ("", "2.00")
     assert shown["at 200 leases/s, extrapolated: writes/s"] == ("", "600")
 
 
