@@ -77,6 +77,9 @@ class Authority:
         if constraints is None or not constraints.ca:
             raise ValueError("the certificate is not a CA certificate")
         self._key_id = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        self._begin, self._end = self._cert.not_valid_before_utc, self._cert.not_valid_after_utc
+        self._drafts: dict[x509.ObjectIdentifier, x509.CertificateBuilder] = {}
+        """What all leaves of a use have in common."""
 
     @classmethod
     def create(cls, now: datetime, *, name: str = "bkpool CA") -> Self:
@@ -93,8 +96,7 @@ class Authority:
 
     def derived(self, label: str) -> Authority:
         """Another CA, for what the label says, with the validity of this one. The same label gives the same CA."""
-        begin, end = self._cert.not_valid_before_utc, self.not_after
-        return Authority(*derived_root(self._key, label, "bkpool backend CA", begin, end))
+        return Authority(*derived_root(self._key, label, "bkpool backend CA", self._begin, self._end))
 
     @property
     def mark(self) -> str:
@@ -104,7 +106,7 @@ class Authority:
     @property
     def not_after(self) -> datetime:
         """When the CA expires. Every leaf expires then at the latest."""
-        return self._cert.not_valid_after_utc
+        return self._end
 
     def issue_client(
         self, token: str, not_before: datetime, not_after: datetime, csr_pem: bytes | None = None
@@ -200,7 +202,7 @@ class Authority:
         not_before: datetime,
         not_after: datetime,
     ) -> bytes:
-        begin = max(not_before - BACK_DATED, self._cert.not_valid_before_utc)
+        begin = max(not_before - BACK_DATED, self._begin)
         end = min(not_after, self.not_after)
         if not begin < end:
             raise HostFault(
@@ -209,21 +211,29 @@ class Authority:
                 code="AuthorityExpired",
             )
         builder = (
-            x509.CertificateBuilder()
+            self._draft(use)
             .subject_name(subject(common_name))
-            .issuer_name(self._cert.subject)
             .public_key(public)
             .serial_number(_serial())
             .not_valid_before(begin)
             .not_valid_after(end)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(key_usage(authority=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
-            .add_extension(self._key_id, critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def _draft(self, use: x509.ObjectIdentifier) -> x509.CertificateBuilder:
+        """A certificate for this use, without anything of its owner. A builder never changes."""
+        if use not in self._drafts:
+            self._drafts[use] = (
+                x509.CertificateBuilder()
+                .issuer_name(self._cert.subject)
+                .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+                .add_extension(key_usage(authority=False), critical=True)
+                .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+                .add_extension(self._key_id, critical=False)
+            )
+        return self._drafts[use]
 
 
 def worker_uri(worker_uid: str) -> str:
