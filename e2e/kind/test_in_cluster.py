@@ -47,7 +47,7 @@ from worlds import SYSTEM, Processes
 POOL = "my-buildkit-pool"
 IMAGE = "docker.io/library/bkpool:e2e"
 ROOT = Path(__file__).parents[2]
-PYTHON = "python:3.13-slim-bookworm"
+PYTHON = "python:3.13-slim-trixie"
 SERVICE = f"tcp://{POOL}.default.svc:1235"
 CALL_TIMEOUT = 300.0  # seconds; some calls wait 3 minutes for a worker
 SCRIPT_TIMEOUT = 600.0  # seconds for a script with many builds in the caller's pod
