@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +42,8 @@ class AcceptingRegistry:
     async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
     async def renew(self, route: LeaseRoute, connections: int) -> None: ...
+
+    async def beat(self, loop: object, leases: Mapping[str, int]) -> None: ...
 
     async def withdraw(self, route: LeaseRoute) -> None: ...
 

@@ -153,6 +153,8 @@ class HostAppliance:
             dial=backend.dial,
             address=gateway_address(self._options),
             threads=default_threads(cores_each=2),  # clients and workers are on this machine too
+            # Another appliance that leads may be of an earlier version, and the rights here are those of a person.
+            followed=lambda: backend.leadership is None or backend.leadership.leading,
         )
         host = next(iter(gateway_hosts(options)), "localhost")
         return gateway, f"tcp://{url_host(host)}:{gateway.port}"

@@ -198,15 +198,18 @@ async def test_a_registration_is_renewed_while_in_use_and_withdrawn_after_the_la
     streams = await world.connect(token)
     await streams.echo(b"x")
     await world.advance(20)
-    await world.registry.wait_for("renew")
+    await world.registry.wait_for_beats(1)
     await streams.echo(b"x")
     await world.advance(20)
-    await world.registry.wait_for("renew", 2)
+    await world.registry.wait_for_beats(2)
     world.lease(end_reason=EndReason.RELEASED)
     await streams.echo(b"draining")
+    await world.advance(20)
+    await world.registry.wait_for_beats(3)
     streams.writer.close()
     await world.registry.wait_for("withdraw")
-    assert [what for what, _ in world.registry.calls] == ["register", "renew", "renew", "withdraw"]
+    assert world.registry.beats == [{"allocation-a": 1}] * 3
+    assert [what for what, _ in world.registry.calls] == ["register", "withdraw"]
 
 
 async def test_a_registration_without_connections_is_withdrawn_when_the_lease_ends(world):
@@ -229,20 +232,21 @@ async def test_of_a_lease_that_ends_when_it_is_unused_the_gateway_tells_that_it_
     second = await world.connect(token)  # before the pause is over: nothing is told
     await second.echo(b"x")
     await world.advance(6)
-    await world.registry.wait_for("renew")
-    assert world.registry.connections == [1, 1]
+    assert world.registry.connections == [1]
     second.writer.close()
     await world.wait_until(lambda: world.metric("active_connections") == 0)
     await world.advance(6)
-    await world.registry.wait_for("renew", 2)
-    assert world.registry.connections == [1, 1, 0]
+    await world.registry.wait_for("renew")
+    assert world.registry.connections == [1, 0]
     await world.advance(30)
+    assert world.registry.beats == [], "a heartbeat would put off the lease's end"
     third = await world.connect(token)
     await third.echo(b"x")
-    await world.registry.wait_for("renew", 3)
-    assert world.registry.connections == [1, 1, 0, 1], (
-        "told once that it is unused, and at once that it is used again"
-    )
+    await world.registry.wait_for("renew", 2)
+    assert world.registry.connections == [1, 0, 1], "told once that it is unused, and at once that it is used again"
+    await world.advance(20)
+    await world.registry.wait_for_beats(1)
+    assert world.registry.beats == [{"allocation-a": 1}]
     world.lease(end_reason=EndReason.RELEASED)
     third.writer.close()
     await world.registry.wait_for("withdraw")
@@ -268,8 +272,9 @@ async def test_that_it_is_unused_is_told_again_when_the_store_is_back(world):
 async def test_connections_are_cut_at_once_when_another_lease_holds_the_worker(world):
     streams = await world.connect(world.lease())
     await streams.echo(b"x")
+    world.registry.beat_error = Unavailable("this gateway's heartbeat is refused")
     world.registry.error = Gone("another lease holds the worker", hint="")
-    await world.advance(20)
+    await world.advance(30)
     assert await streams.read_to_end() == b""
 
 
@@ -675,6 +680,10 @@ async def test_a_registration_contains_the_number_of_connections(world):
     for _ in range(3):
         await (await world.connect(token)).echo(b"x")
     await world.advance(20)
+    await world.registry.wait_for_beats(1)
+    assert (world.registry.connections, world.registry.beats) == ([1], [{"allocation-a": 3}])
+    world.registry.beat_error = Unavailable("this gateway's heartbeat is refused")
+    await world.advance(30)
     await world.registry.wait_for("renew")
     assert world.registry.connections == [1, 3]
 

@@ -8,10 +8,12 @@ from datetime import timedelta
 import pytest
 
 from bkpool.core.errors import Gone, Unavailable
-from bkpool.core.names import Slot
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolGateway
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker, new_worker
+from bkpool.gateway.control.heartbeat_writer import HeartbeatWriter
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.session.lease_table import leases_of
 from bkpool.store.sqlite import SqliteStore
@@ -153,6 +155,23 @@ async def test_a_withdrawal_that_is_tried_again_keeps_a_newer_registration(store
     assert [entry.connections for entry in await gateways(store)] == [2]
     await registry.withdraw(route)
     assert await gateways(store) == ()
+
+
+async def test_a_registration_names_the_heartbeat_that_may_renew_it(store, route, now):
+    writer = HeartbeatWriter(store, Key("default", "g-1"), lambda: now)
+    registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, lambda _: None, heartbeat=writer)
+    await registry.register(route, 1)
+    assert [entry.heartbeat for entry in await gateways(store)] == ["default/g-1"]
+    await registry.beat("loop", {"allocation-1": 3})
+    assert (await store.get(GatewayHeartbeat, "default", "g-1")).status.leases == {"allocation-1": 3}
+    assert [entry.connections for entry in await gateways(store)] == [1], "the worker is not written again"
+
+
+async def test_without_a_heartbeat_none_is_named_and_each_lease_must_be_renewed(registry, route, store):
+    await registry.register(route, 1)
+    assert [entry.heartbeat for entry in await gateways(store)] == [""]
+    with pytest.raises(Unavailable):
+        await registry.beat("loop", {"allocation-1": 3})
 
 
 # --- the copy of the workers ----------------------------------------------------------------------------------------

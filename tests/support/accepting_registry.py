@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bkpool.gateway.session.lease_table import LeaseRoute
 
 
@@ -11,6 +13,8 @@ class AcceptingRegistry:
     async def register(self, route: LeaseRoute, connections: int) -> None: ...
 
     async def renew(self, route: LeaseRoute, connections: int) -> None: ...
+
+    async def beat(self, loop: object, leases: Mapping[str, int]) -> None: ...
 
     async def withdraw(self, route: LeaseRoute) -> None: ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from bkpool.core.errors import BkpoolError
 from bkpool.gateway.session.lease_table import LeaseRoute
@@ -20,6 +20,10 @@ class RecordingRegistry:
         """The method and the lease's id of each call but `report_worker` and `find`."""
         self.connections: list[int] = []
         """The number of connections in each registration and renewal."""
+        self.beats: list[dict[str, int]] = []
+        """The leases of each heartbeat."""
+        self.beat_error: BkpoolError | None = None
+        """Raised by each heartbeat."""
         self.silences: list[float | None] = []
         """What was reported of workers."""
         self.lookups: list[str] = []
@@ -39,6 +43,20 @@ class RecordingRegistry:
     async def renew(self, route: LeaseRoute, connections: int) -> None:
         self.connections.append(connections)
         await self._record("renew", route)
+
+    async def beat(self, loop: object, leases: Mapping[str, int]) -> None:
+        await self.may_answer.wait()
+        async with self._changed:
+            self.beats.append(dict(leases))
+            self._changed.notify_all()
+        error = self.beat_error or self.error
+        if error is not None:
+            raise error
+
+    async def wait_for_beats(self, count: int) -> None:
+        """Waits for this many heartbeats."""
+        async with asyncio.timeout(_WAIT), self._changed:
+            await self._changed.wait_for(lambda: len(self.beats) >= count)
 
     async def withdraw(self, route: LeaseRoute) -> None:
         await self._record("withdraw", route)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -15,7 +16,9 @@ from bkpool.appliance.run_options import Address
 from bkpool.appliance.shutdown import Shutdown
 from bkpool.appliance.tuning import gateway_limits
 from bkpool.core.errors import HostFault
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat
 from bkpool.core.names import Key
+from bkpool.gateway.control.heartbeat_writer import HeartbeatWriter, heartbeat_name
 from bkpool.gateway.control.lease_feed import LeaseFeed
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
@@ -72,6 +75,7 @@ async def open_gateway(
     address: Address,
     threads: int,
     pool: Key | None = None,
+    followed: Callable[[], bool] = lambda: True,
 ) -> GatewayRole:
     """Serves connections until the stack is closed, which cuts those that are open. `GatewayRole.drain` goes before.
 
@@ -86,17 +90,22 @@ async def open_gateway(
         address: Where it listens.
         threads: The number of event loops.
         pool: The only pool that it serves; None serves all.
+        followed: Whether the controller that leads is known to follow the gateway's heartbeat. Where its rights say
+            that, this need not.
 
     Raises:
         HostFault: `PortTaken`, or the certificate cannot be used.
     """
     worker_series = context.options.settings.metrics.worker_series
     metrics = GatewayMetrics(context.registry, worker_series=worker_series)
+    limits = gateway_limits(context.options.settings, context.shares)
+    place = _heartbeat_place(store, context, name, pool)
+    heartbeat = HeartbeatWriter(store, place, context.now, pool=pool, allowed=followed)
     gateway = Gateway(
-        StoreLeaseRegistry(store, name, context.now, mirror.apply, known=mirror.workers.get),
+        StoreLeaseRegistry(store, name, context.now, mirror.apply, known=mirror.workers.get, heartbeat=heartbeat),
         now=context.now,
         metrics=metrics,
-        limits=gateway_limits(context.options.settings, context.shares),
+        limits=replace(limits, heartbeat_phase=limits.heartbeat_interval * random.random()),  # noqa: S311
         dial=dial,
         pool=pool,
         threads=threads,
@@ -114,6 +123,12 @@ async def open_gateway(
     stack.callback(feed_leases(gateway, mirror))
     await context.run_in_background(stack, certificate.run(gateway))
     return GatewayRole(gateway, metrics, port)
+
+
+def _heartbeat_place(store: Store, context: RoleContext, gateway: str, pool: Key | None) -> Key:
+    """The name of a gateway's heartbeat: with its pool, else in a namespace that the store has."""
+    namespace = pool.namespace if pool else store.scopes(GatewayHeartbeat)[0]
+    return Key(namespace or context.options.settings.kubernetes.namespace, heartbeat_name(gateway))
 
 
 def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:

@@ -7,7 +7,7 @@ docs/rules.md#r10). It runs in the main loop. The gateway's own loops never call
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Protocol
@@ -16,6 +16,7 @@ from bkpool.core.errors import Conflict, Gone, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndReason, GatewayRegistration, Worker
+from bkpool.gateway.control.heartbeat_writer import HeartbeatWriter
 from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.store import Store
 from bkpool.store.lease_search import LeaseSearch
@@ -46,12 +47,23 @@ class LeaseRegistry(Protocol):
 
         Args:
             route: The lease.
-            connections: How many connections the gateway has now. A reader sees a number that is up to
-                `GatewayLimits.renew_interval` old (20 s).
+            connections: How many connections the gateway has now.
 
         Raises:
             Gone: The lease does not hold the worker any more.
             Unavailable: The store does not answer, or the worker changes too often.
+        """
+
+    async def beat(self, loop: object, leases: Mapping[str, int]) -> None:
+        """Renews the registrations of these leases by one write. What other loops have named last is in it, too.
+
+        Args:
+            loop: Which of the gateway's loops has these leases.
+            leases: By their id, how many connections the gateway has. A reader sees numbers that are up to
+                `GatewayLimits.heartbeat_interval` old (20 s).
+
+        Raises:
+            Unavailable: It was not written.
         """
 
     async def withdraw(self, route: LeaseRoute) -> None:
@@ -94,6 +106,7 @@ class StoreLeaseRegistry:
             table must follow from it in the loop's next iteration at the latest (Gateway.update).
         known: Returns the worker of this name as it was a moment ago (mirror.workers.get). A write tries this copy
             first, so that it needs no read; the store refuses it if the copy is old.
+        heartbeat: Renews registrations by the gateway's heartbeat; None: it has none.
         pause: Waits this many seconds before the workers are listed again.
     """
 
@@ -105,6 +118,7 @@ class StoreLeaseRegistry:
         on_worker: Callable[[Worker | Unreadable], None],
         *,
         known: Callable[[Key], Worker | None] = lambda _: None,
+        heartbeat: HeartbeatWriter | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._store = store
@@ -112,6 +126,7 @@ class StoreLeaseRegistry:
         self._now = now
         self._on_worker = on_worker
         self._known = known
+        self._heartbeat = heartbeat
         self._search = LeaseSearch(store, on_worker, pause=pause)
         self._reports = asyncio.Semaphore(_REPORTS_AT_ONCE)
         self._withdrawals: dict[str, object] = {}  # by lease: the withdrawal that may still write
@@ -124,6 +139,12 @@ class StoreLeaseRegistry:
     async def renew(self, route: LeaseRoute, connections: int) -> None:
         """See LeaseRegistry."""
         await self._change_worker(route, partial(self._renewed, connections))
+
+    async def beat(self, loop: object, leases: Mapping[str, int]) -> None:
+        """See LeaseRegistry."""
+        if self._heartbeat is None:
+            raise Unavailable("this gateway has no heartbeat")
+        await self._heartbeat.write(loop, leases)
 
     async def withdraw(self, route: LeaseRoute) -> None:
         """See LeaseRegistry."""
@@ -200,6 +221,7 @@ class StoreLeaseRegistry:
             lease_id=route.lease_id,
             renewed_at=self._now(),
             connections=connections,
+            heartbeat=str(self._heartbeat.key) if self._heartbeat is not None else "",
         )
         others = (other for other in worker.status.gateways if other.gateway != self._gateway)
         return worker.with_status(gateways=(*others, registration), connected_lease=route.lease_id)

@@ -6,7 +6,7 @@ Only immutable routes, digests and errors cross between the loops.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 
@@ -50,6 +50,10 @@ class LoopBridge:
     def renew(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
         """See CallbackLeaseRegistry."""
         self._request(partial(self._registry.renew, route, connections), on_done)
+
+    def beat(self, leases: Mapping[str, int], on_done: OnDone) -> None:
+        """See CallbackLeaseRegistry."""
+        self._request(partial(self._registry.beat, self, leases), on_done)
 
     def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
         """See CallbackLeaseRegistry."""

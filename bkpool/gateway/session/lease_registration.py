@@ -7,7 +7,7 @@ does I/O: a `CallbackLeaseRegistry` carries out the requests. Everything runs in
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from bkpool.core.errors import BkpoolError, Gone
@@ -29,6 +29,9 @@ class CallbackLeaseRegistry(Protocol):
 
     def renew(self, route: LeaseRoute, connections: int, on_done: OnDone) -> None:
         """Renews the registration with this many connections. Gone: the lease does not hold the worker."""
+
+    def beat(self, leases: Mapping[str, int], on_done: OnDone) -> None:
+        """Renews the registrations of these leases of this loop, by their id, with these connections."""
 
     def withdraw(self, route: LeaseRoute, on_done: OnDone) -> None:
         """Removes the registration."""
@@ -58,6 +61,9 @@ class RegisteredLease(Protocol):
 
 class LeaseRegistration:
     """This gateway's registration for one lease. Only one request runs at a time.
+
+    The gateway's heartbeat renews it (`lease_heartbeat`). If none does for `GatewayLimits.renew_interval`, it is
+    renewed on the worker.
 
     Args:
         loop: The lease's loop.
@@ -92,13 +98,50 @@ class LeaseRegistration:
 
     def ensure(self, on_done: OnDone) -> None:
         """Calls back once this gateway is registered (at once if it is already), or with the error."""
-        if self._loop.time() < self._trusted_until and self._now() < self._trusted_until_wall:
+        if self._is_trusted:
             on_done(None)
             self.schedule_renewal()
             return
         self._callers.append(on_done)
         if not self._request_running:
             self._request(self._registry.register)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether it was written, and neither withdrawn nor lost since. It may have expired."""
+        return bool(self._trusted_until)
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self._loop.time() < self._trusted_until and self._now() < self._trusted_until_wall
+
+    def to_name(self) -> int | None:
+        """The connections with which a heartbeat that is put together now must name the lease; None: it must not.
+
+        It is named as long as it is trusted: a reader may have missed the heartbeat that renewed it. If the worker
+        says that there is no connection, no heartbeat puts that off.
+        """
+        connections = self._lease.connections
+        idle = not connections and (self._told_unused or not self._is_trusted)
+        return None if self._withdrawn or idle or not self._trusted_until else connections
+
+    def renewed_by_heartbeat(self, asked_at: float, asked_at_wall: float) -> None:
+        """Notes that a heartbeat was written that named the lease with connections.
+
+        One whose answer comes too late is not relied on: the controller may have taken the lease off its worker
+        before the heartbeat was written (docs/decisions/0036).
+
+        Args:
+            asked_at: When it was put together, in the loop's time.
+            asked_at_wall: The same by the wall clock.
+        """
+        if self._is_trusted:
+            self._trust(asked_at, asked_at_wall)
+
+    def _trust(self, since: float, since_wall: float) -> None:
+        self._trusted_until = since + self._limits.registration_trust
+        self._trusted_until_wall = since_wall + self._limits.registration_trust
+        self._renew_at = since + self._limits.renew_interval
 
     def schedule_renewal(self) -> None:
         """Renews the registration in time while there are connections, and lets it expire when there are none.
@@ -115,7 +158,16 @@ class LeaseRegistration:
             at = 0.0
         if self._renewal is None or at < self._renewal.when():
             self._cancel_renewal()
-            self._renewal = self._loop.call_at(at, self._request, self._registry.renew)
+            self._renewal = self._loop.call_at(at, self._renew_unless_put_off)
+
+    def _renew_unless_put_off(self) -> None:
+        """Renews it on the worker, unless a heartbeat has renewed it since this was scheduled."""
+        self._renewal = None
+        in_use = bool(self._lease.connections) and not self._told_unused
+        if in_use and self._loop.time() < self._renew_at:
+            self.schedule_renewal()
+        else:
+            self._request(self._registry.renew)
 
     def withdraw(self) -> None:
         """Removes the registration now, or after the running request, which would write it again."""
@@ -147,11 +199,9 @@ class LeaseRegistration:
     ) -> None:
         self._request_running = False
         if error is None:
-            self._trusted_until = requested_at + self._limits.registration_trust
-            self._trusted_until_wall = requested_at_wall + self._limits.registration_trust
-            self._renew_at = requested_at + self._limits.renew_interval
+            self._trust(requested_at, requested_at_wall)
         else:
-            self._renew_at = self._loop.time() + self._limits.renew_interval / 4
+            self._renew_at = self._loop.time() + self._limits.retry_renewal_after
         callers, self._callers = self._callers, []
         for on_done in callers:
             on_done(error)

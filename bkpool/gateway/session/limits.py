@@ -65,8 +65,14 @@ class GatewayLimits:
     """How long one direction of a connection may stay open after the other has ended."""
     drain_idle_timeout: float = 60.0
     """How long a connection may be silent after its lease has ended (rule 8, docs/rules.md#r8)."""
-    renew_interval: float = 20.0
-    """Between two renewals of a registration that is in use."""
+    heartbeat_interval: float = 20.0
+    """Between two heartbeats, which renew all registrations that are in use."""
+    heartbeat_phase: float = 0.0
+    """The time of the first one after the clock's zero: gateways that differ in it do not all write at once."""
+    renew_interval: float = 30.0
+    """After this time without a renewal by a heartbeat, a registration that is in use is renewed on its worker."""
+    retry_renewal_after: float = 5.0
+    """After a renewal or a heartbeat that failed, until the next attempt."""
     unused_pause: float = 5.0
     """After the last connection of a lease that ends when it is unused, before the gateway tells that it has none. A
     command that ends in order has released its lease by then."""

@@ -6,7 +6,7 @@ A lease reports changes to its connections. Nothing here does I/O. Everything ru
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from bkpool.core.wall_clock import LONGEST_SLEEP
 from bkpool.gateway.net.relay import WorkerBytes
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.hold_budget import HoldBudget
+from bkpool.gateway.session.lease_heartbeat import LeaseHeartbeat
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry, LeaseRegistration
 from bkpool.gateway.session.lease_table import (
     LeaseRoute,
@@ -83,6 +84,7 @@ class ShardLeases:
         self._pool = pool
         self._table = LeaseTable()
         self._leases: dict[str, ShardLease] = {}  # by the digest of the token
+        self._heartbeat = LeaseHeartbeat(loop, registry, limits, self._registrations, self.now)
 
     def now(self) -> float:
         """Returns the time in seconds since the epoch."""
@@ -114,6 +116,7 @@ class ShardLeases:
         self._capacity.take(lease.route.pool)
         lease.members[member] = None
         lease.watch_worker()
+        self._heartbeat.start()
         return lease
 
     def return_slot(self, lease: ShardLease, member: LeaseMember) -> None:
@@ -140,6 +143,7 @@ class ShardLeases:
 
     def withdraw_all(self) -> None:
         """Withdraws all registrations. Called when the gateway closes and has no connection left."""
+        self._heartbeat.stop()
         for lease in list(self._leases.values()):
             lease.registration.withdraw()
 
@@ -155,10 +159,14 @@ class ShardLeases:
         elif self._table.can_be_read(lease.route.worker):  # else its open connections may go on
             past = self._table.past(token_sha256)
             error = past.end_error() if past else unknown_lease()
-            if past is not None and past.revoked:
-                lease.cut(error)
+            if lease.registration.is_registered or (past is not None and past.revoked):
+                lease.cut(error)  # it leaves its worker only when nobody is registered, so another may hold that
             else:
                 lease.end(error)
+
+    def _registrations(self) -> Iterator[tuple[str, LeaseRegistration]]:
+        for lease in self._leases.values():
+            yield lease.route.lease_id, lease.registration
 
     def _check_pool(self, token_sha256: str, server_name: str | None) -> None:
         entry = self._entry(token_sha256)
