@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,6 @@ _RESTS = 3.0
 """Seconds until what is written with a delay has been written."""
 _READY_WITHIN = 1800.0
 _SHOWN_EVERY = 15.0
-_STARTING = 40
-"""Workers that start at once, at most: a pool's floor would start all of its workers together."""
 
 
 class ClusterBench:
@@ -178,14 +176,24 @@ async def measured(size: ClusterSize) -> ClusterFigures:
         configs = {user: _kubeconfig(directory, url, user) for user in (CONTROL, GATEWAYS, DRIVER)}
         api = await KubeApi.connect(ClusterAccess(configs[DRIVER]))
         stack.push_async_callback(api.close)
-        replicas = []
-        for number in range(size.replicas):
+        await _make_pools(api, size)
+
+        async def control(number: int) -> tuple[BenchProcess, str]:
             port = free_port()
-            control = await start(
-                f"control-{number}", *_control_arguments(configs[CONTROL], port), env=_env(directory, number)
-            )
-            replicas.append((control, f"http://127.0.0.1:{port}"))
-        await _start_workers(api, server, [process for process, _ in replicas], size)
+            arguments = _control_arguments(configs[CONTROL], port)
+            return await start(
+                f"control-{number}", *arguments, env=_env(directory, number)
+            ), f"http://127.0.0.1:{port}"
+
+        first, _ = await control(0)
+        await _until_idle(server, [first], size.pools)
+        await first.end()
+        await server.ask(f"fill {size.each}")
+        await _scale(api, size)
+        replicas = [await control(number) for number in range(size.replicas)]
+        for process, url in replicas:
+            await _until_ready(process, url)
+        await _until_idle(server, [process for process, _ in replicas], size.pools * size.each)
         bearer = await _admin_token(api)
         pools = map(pool_name, range(size.pools))
         gateways = await start("gateways", "bench.cluster_gateways", str(configs[GATEWAYS]), NAMESPACE, *pools)
@@ -230,24 +238,41 @@ def _env(directory: Path, number: int) -> dict[str, str]:
     return {"POD_NAME": f"control-{number}", "BKPOOL_HOME": str(directory / f"home-{number}")}
 
 
-async def _start_workers(
-    api: KubeApi, server: BenchProcess, replicas: Sequence[BenchProcess], size: ClusterSize
-) -> None:
-    """Makes the pools, each when few workers of those before still start, and waits until every worker is idle."""
-    each, store, shown = size.workers // size.pools, KubernetesStore(api), time.monotonic()
-    spec = PoolSpec.model_validate({"scaling": {"min": each, "max": each}})
-    made = 0
+async def _make_pools(api: KubeApi, size: ClusterSize) -> None:
+    """Makes the pools, each with one worker."""
+    store = KubernetesStore(api)
+    spec = PoolSpec.model_validate({"scaling": {"min": 1, "max": 1}})
+    for number in range(size.pools):
+        await store.create(Pool(metadata=Metadata(name=pool_name(number), namespace=NAMESPACE), spec=spec))
+
+
+async def _scale(api: KubeApi, size: ClusterSize) -> None:
+    """Gives the pools the number of workers that they have by now. No control replica runs."""
+    scaling = {"spec": {"scaling": {"min": size.each, "max": size.each}}}
+    for number in range(size.pools):
+        await api.patch(paths.custom(Pool.PLURAL, NAMESPACE, pool_name(number)), scaling)
+
+
+async def _until_idle(server: BenchProcess, replicas: Sequence[BenchProcess], wanted: int) -> None:
+    shown = time.monotonic()
     async with asyncio.timeout(_READY_WITHIN):
-        while (idle := await server.ask("idle")) < size.pools * each:
-            if made < size.pools and made * each - idle < _STARTING:
-                await store.create(Pool(metadata=Metadata(name=pool_name(made), namespace=NAMESPACE), spec=spec))
-                made += 1
-                continue
+        while (idle := await server.ask("idle")) < wanted:
             for process in replicas:
                 process.check()
             if time.monotonic() - shown > _SHOWN_EVERY:
                 shown = time.monotonic()
-                print(f"{idle:,} of {size.pools * each:,} workers are idle", file=sys.stderr)
+                print(f"{idle:,} of {wanted:,} workers are idle", file=sys.stderr)
+            await asyncio.sleep(0.2)
+
+
+async def _until_ready(replica: BenchProcess, url: str) -> None:
+    async with asyncio.timeout(_READY_WITHIN), aiohttp.ClientSession() as session:
+        while True:
+            replica.check()
+            with suppress(aiohttp.ClientError):
+                async with session.get(f"{url}/ready") as answer:
+                    if answer.status == HTTPStatus.OK:
+                        return
             await asyncio.sleep(0.2)
 
 

@@ -29,6 +29,11 @@ class ClusterSize:
     """Of API and controller, as the manifests have them."""
     seconds: float = 300.0
 
+    @property
+    def each(self) -> int:
+        """Workers of a pool."""
+        return self.workers // self.pools
+
 
 SIZE = ClusterSize()
 """What is measured if nothing else is asked for."""

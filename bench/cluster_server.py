@@ -12,10 +12,13 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from bench.cluster_workers import copies
+from bkpool.appliance.kube_secrets import PKI
 from bkpool.core.worker import Worker
 from bkpool.gateway.control.server import new_loop
 from bkpool.toolchain.descriptor_limit import raise_limit
@@ -23,6 +26,7 @@ from bkpool.toolchain.descriptor_limit import raise_limit
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from support.fake_api_server import FakeApiServer, fake_api_server
+from support.fake_kinds import Where
 from support.fake_kubelet import FakeKubelet
 from support.fake_workers import FakeWorkers
 
@@ -37,27 +41,46 @@ async def serve() -> None:
         kubelet = FakeKubelet(server.objects, network=network, run=workers.run, ended=workers.ended)
         print(json.dumps({"url": server.url}), flush=True)
         try:
-            await _obey(server, workers)
+            await _obey(server, workers, kubelet)
         finally:
             await kubelet.close()
             await workers.close()
 
 
-async def _obey(server: FakeApiServer, workers: FakeWorkers) -> None:
-    def reset() -> None:
+async def _obey(server: FakeApiServer, workers: FakeWorkers, kubelet: FakeKubelet) -> None:
+    """Answers commands. `fill 40` gives each pool 40 workers."""
+
+    async def reset() -> None:
         server.reset_counts()
         workers.calls = 0
 
-    commands: dict[str, Callable[[], Any]] = {
-        "reset": reset,
-        "counts": lambda: _counts(server) | {"probes": workers.calls},
-        "leased": lambda: sum("allocation" in doc["spec"] for doc in _documents(server)),
-        "idle": lambda: sum(doc.get("status", {}).get("phase") == "Idle" for doc in _documents(server)),
+    async def counts() -> dict[str, Any]:
+        return _counts(server) | {"probes": workers.calls}
+
+    async def leased() -> int:
+        return sum("allocation" in doc["spec"] for doc in _documents(server))
+
+    async def idle() -> int:
+        return sum(doc.get("status", {}).get("phase") == "Idle" for doc in _documents(server))
+
+    async def fill(each: str) -> None:
+        objects = server.objects
+        secrets = objects.get(Where("v1", "secrets", SYSTEM, PKI)).doc
+        version = count(objects.version + 1)
+        made = [*copies(objects.documents(), secrets, int(each), kubelet.next_address, version.__next__)]
+        objects.restore(made)
+        for doc in made:
+            if doc["kind"] == "Pod":
+                await workers.run(doc)
+
+    commands: dict[str, Callable[..., Awaitable[Any]]] = {
+        command.__name__: command for command in (reset, counts, leased, idle, fill)
     }
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := (await reader.readline()).decode().strip():
-        print(json.dumps(commands[line]()), flush=True)
+    while line := (await reader.readline()).decode().split():
+        name, *arguments = line
+        print(json.dumps(await commands[name](*arguments)), flush=True)
 
 
 def _documents(server: FakeApiServer) -> list[dict[str, Any]]:

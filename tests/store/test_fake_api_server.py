@@ -278,3 +278,17 @@ async def test_late_events_come_in_order(server, store):
     assert not watching.done()
     may_send.set()
     assert [event.object.spec.scaling.max for event in await watching] == [10, 3, 4]
+
+
+async def test_kept_objects_can_be_restored_with_their_versions_and_owners(server, store, tmp_path):
+    pool = await store.create(a_pool())
+    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
+    async with fake_api_server(namespaces=()) as again:
+        again.objects.restore(server.objects.documents())
+        api = await KubeApi.connect(ClusterAccess(again.write_kubeconfig(tmp_path / "again")))
+        restored = KubernetesStore(api)
+        listing = await restored.list(Worker)
+        assert listing.items == (worker,)
+        await restored.delete(Pool, *pool.key)
+        await seen(restored, Worker, listing.resource_version, lambda event: event.type == "DELETED")
+        await api.close()

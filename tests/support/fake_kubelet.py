@@ -59,6 +59,11 @@ class FakeKubelet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def next_address(self) -> str:
+        """An address that no pod has had."""
+        number = next(self._numbers)
+        return f"{self._network}.{number // 250}.{number % 250 + 1}"
+
     def _pod(self, entry: HistoryEntry) -> None:
         doc = entry.new.doc
         if entry.type == "ADDED":
@@ -69,8 +74,7 @@ class FakeKubelet:
             self._soon(self._removed(doc))
 
     async def _began(self, pod: Doc) -> None:
-        number = next(self._numbers)
-        address = f"{self._network}.{number // 250}.{number % 250 + 1}"
+        address = self.next_address()
         try:
             self._objects.patch(_where("v1", "pods", pod), {"spec": {"nodeName": NODE}}, "", "kube-scheduler")
         except Refused:  # it has been deleted meanwhile

@@ -10,7 +10,7 @@ import bisect
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -235,6 +235,24 @@ class FakeObjects:
         collection = self.collections["v1", "pods"]
         if (namespace, name) in collection.objects:
             self._removed(collection, (namespace, name))
+
+    # --- all of it --------------------------------------------------------------------------------------------------
+
+    def documents(self) -> list[Doc]:
+        """Every object, to be kept and restored."""
+        return [stored.doc for collection in self.collections.values() for stored in collection.objects.values()]
+
+    def restore(self, documents: Iterable[Doc]) -> None:
+        """Takes over objects as they were kept, with their uids and versions. Nobody who watches is told."""
+        by_kind = {(one.kind.api_version, one.kind.kind): one for one in self.collections.values()}
+        for doc in documents:
+            collection, metadata = by_kind[doc["apiVersion"], doc["kind"]], doc["metadata"]
+            key, stored = (metadata.get("namespace", ""), metadata["name"]), _stored(doc)
+            self.version = max(self.version, stored.version)
+            self._note_owners(collection, key, None, stored)
+            collection.objects[key] = stored
+        for collection in self.collections.values():
+            collection.forgotten = self.version
 
     # --- the parts of a write ---------------------------------------------------------------------------------------
 
