@@ -19,6 +19,7 @@ from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import Claimer
 from bkpool.allocation.deliveries import Deliveries
 from bkpool.allocation.job_leases import JobLeases
+from bkpool.allocation.keys_ahead import KeysAhead
 from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
 from bkpool.allocation.known_objects import find_lending_pool, known_worker, no_lease_from
 from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
@@ -104,6 +105,7 @@ class Allocator:
         self._jobs = JobLeases(store, mirror, self._claimer, now)
         self._pause = pause
         self._jitter = jitter
+        self._keys = KeysAhead()
         self._changed: dict[Key, asyncio.Event] = {}
         self._unsubscribe = mirror.subscribe(self._on_change)
 
@@ -341,7 +343,7 @@ class Allocator:
         lease = worker.held_lease
         token = self._claimer.token(worker)
         leaf = self._rotation.lease_signer.issue_client(
-            token, not_before=lease.allocated_at, not_after=lease.not_after, csr_pem=csr_pem
+            token, lease.allocated_at, lease.not_after, csr_pem, make_key=self._keys.take
         )
         trusted = self._rotation.trusted_by_callers(self._mirror.all_workers())
         return Grant(worker, token, lease.expires_at, trusted, leaf.cert_pem, leaf.key_pem)

@@ -7,8 +7,8 @@ for one use only (server or client).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from ipaddress import ip_address
 from typing import Self, TypeVar
@@ -53,6 +53,21 @@ class Leaf:
 
     cert_pem: bytes
     key_pem: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class LeafKey:
+    """A new key, and what a certificate needs of it."""
+
+    private: ec.EllipticCurvePrivateKey = field(repr=False)
+    pem: bytes = field(repr=False)
+    digest: x509.SubjectKeyIdentifier
+
+    @classmethod
+    def new(cls) -> Self:
+        """A new P-256 key."""
+        private = ec.generate_private_key(ec.SECP256R1())
+        return cls(private, private_pem(private), x509.SubjectKeyIdentifier.from_public_key(private.public_key()))
 
 
 class Authority:
@@ -109,7 +124,13 @@ class Authority:
         return self._end
 
     def issue_client(
-        self, token: str, not_before: datetime, not_after: datetime, csr_pem: bytes | None = None
+        self,
+        token: str,
+        not_before: datetime,
+        not_after: datetime,
+        csr_pem: bytes | None = None,
+        *,
+        make_key: Callable[[], LeafKey] = LeafKey.new,
     ) -> Leaf:
         """The client certificate of a lease. Its subject and its URI contain the token, by which the gateway routes.
 
@@ -117,18 +138,20 @@ class Authority:
             token: The lease's token.
             not_before: The start of its validity, less BACK_DATED.
             not_after: When it expires at the latest.
-            csr_pem: A PKCS #10 request. Only its public key is used. Without a request, a new P-256 key is made.
+            csr_pem: A PKCS #10 request. Only its public key is used.
+            make_key: Gives a key that nobody has, if there is no request.
 
         Raises:
             InvalidInput: The request is malformed, its signature is wrong, or its key is too weak; `field` is "csr".
             HostFault: `AuthorityExpired`.
         """
-        key = None if csr_pem is not None else ec.generate_private_key(ec.SECP256R1())
-        public = key.public_key() if key else key_of_request(csr_pem or b"")
         names = [x509.UniformResourceIdentifier(f"buildkit://allocation/{token}")]
         use = ExtendedKeyUsageOID.CLIENT_AUTH
-        cert = self._issue(f"alloc:{token}", public, names, use, not_before=not_before, not_after=not_after)
-        return Leaf(cert, private_pem(key) if key else None)
+        key = make_key() if csr_pem is None else None
+        public = key.private.public_key() if key is not None else key_of_request(csr_pem or b"")
+        digest = key.digest if key is not None else x509.SubjectKeyIdentifier.from_public_key(public)
+        cert = self._issue(f"alloc:{token}", public, digest, names, use, not_before=not_before, not_after=not_after)
+        return Leaf(cert, key.pem if key is not None else None)
 
     def issue_server(
         self, dns_names: Iterable[str], ips: Iterable[IP], not_before: datetime, not_after: datetime
@@ -188,14 +211,16 @@ class Authority:
         not_before: datetime,
         not_after: datetime,
     ) -> Leaf:
-        key = ec.generate_private_key(ec.SECP256R1())
-        cert = self._issue(common_name, key.public_key(), names, use, not_before=not_before, not_after=not_after)
-        return Leaf(cert, private_pem(key))
+        key = LeafKey.new()
+        public = key.private.public_key()
+        cert = self._issue(common_name, public, key.digest, names, use, not_before=not_before, not_after=not_after)
+        return Leaf(cert, key.pem)
 
     def _issue(
         self,
         common_name: str,
         public: PublicKey,
+        digest: x509.SubjectKeyIdentifier,
         names: Iterable[x509.GeneralName],
         use: x509.ObjectIdentifier,
         *,
@@ -218,7 +243,7 @@ class Authority:
             .not_valid_before(begin)
             .not_valid_after(end)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .add_extension(digest, critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
