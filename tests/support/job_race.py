@@ -69,6 +69,8 @@ class Connection:
         self.flowing = asyncio.Event()
         self.flowing.set()
         """Cleared while its watches say nothing."""
+        self.silent_calls = 0
+        """Calls until they go on."""
         self.relist = False
         """Its next event of a watch is lost, so it must list."""
         self.calls: list[str] = []
@@ -102,6 +104,9 @@ class Connection:
         """A replica that is killed during a call has sent it, or has not. It never sees the answer."""
         await self.stop_if_killed()
         self.calls.append(name)
+        self.silent_calls -= 1
+        if not self.silent_calls:
+            self.flowing.set()
         self.calls_left -= 1
         if self.calls_left < 0:
             self.killed.set()
@@ -258,6 +263,7 @@ class JobRace:
                 replica.connection.calls_left = self.dice.randrange(8)
             if self.dice.random() < 0.15:
                 replica.connection.flowing.clear()
+                replica.connection.silent_calls = self.dice.randrange(2, 20)
             replica.connection.relist = self.dice.random() < 0.2
         cleaning = asyncio.create_task(self._end_leases_of_the_dead())
         asks = [self.dice.randrange(2) for _ in range(self.dice.choice((1, 2, 3)))]
@@ -286,12 +292,16 @@ class JobRace:
                 asking.result()
                 return
             replica.left.append(asking)
-            if self.replicas[place] is replica:
-                self.kills += 1
-                self.dead.add(replica.name)
-                self.replicas[place] = self._replica()
-                self._killed.append(replica)
-                await replica.end()
+            await self._replace_killed(replica)
+
+    async def _replace_killed(self, replica: RacingReplica) -> None:
+        """Starts another replica instead of a killed one."""
+        if replica in self.replicas:
+            self.kills += 1
+            self.dead.add(replica.name)
+            self.replicas[self.replicas.index(replica)] = self._replica()
+            self._killed.append(replica)
+            await replica.end()
 
     async def _ask(self, replica: RacingReplica, job: str) -> None:
         await replica.mirror.ready.wait()
@@ -318,12 +328,17 @@ class JobRace:
                 await asyncio.sleep(0)
 
     async def _end_leases_once(self) -> None:
-        """Callers use what they have, so it does not end, although their replica was killed before it noted that."""
+        """Callers use what they have, so it does not end, although their replica was killed before it noted that.
+
+        A lease that has ended is taken off its worker, so that there are always free ones.
+        """
         for worker in (await self.store.list(Worker, namespace=self.pool.namespace)).items:
             undelivered = worker.undelivered
             if any(worker.lease and one.held_lease.id == worker.lease.id for one in self._given):
                 continue
-            if undelivered is not None and undelivered.replica in self.dead and worker.held_lease.ended_at is None:
+            if worker.lease is not None and worker.lease.ended_at is not None:
+                await self._take_lease_off(worker)
+            elif undelivered is not None and undelivered.replica in self.dead and worker.held_lease.ended_at is None:
                 ended = worker.held_lease.but(ended_at=_now(), end_reason=EndReason.ABANDONED)
                 with suppress(Conflict, NotFound):
                     await self.store.replace(worker.with_lease(ended))
@@ -332,8 +347,13 @@ class JobRace:
         """The callers have one live lease. Everything else ends by itself; then all leases are taken off."""
         live = [one for one in self._given if await self._is_live(one)]
         assert len({one.held_lease.id for one in live}) == 1, f"{job}: {len(live)} of {len(self._given)} are live"
-        for replica in self.replicas:
-            await self.quiet(replica)
+        for replica in tuple(self.replicas):
+            replica.connection.calls_left = float("inf")
+            if replica.connection.killed.is_set():
+                await self._replace_killed(replica)
+            else:
+                await self.quiet(replica)
+        await self._end_leases_once()
         workers = (await self.store.list(Worker, namespace=self.pool.namespace)).items
         left = [one for one in workers if one.lease and one.lease.ended_at is None]
         assert [one.held_lease.id for one in left] == [live[0].held_lease.id], f"{job}: others are left"
@@ -342,7 +362,8 @@ class JobRace:
                 await self._take_lease_off(worker)
 
     async def _take_lease_off(self, worker: Worker) -> None:
-        while True:
+        lease_id = worker.held_lease.id
+        while worker.lease is not None and worker.lease.id == lease_id:
             labels = {name: value for name, value in worker.metadata.labels.items() if name != LABEL_REQUEST}
             try:
                 await self.store.replace(worker.but(metadata=worker.metadata.but(labels=labels)).with_lease(None))
