@@ -160,21 +160,16 @@ async def test_when_no_lease_is_left_the_gateway_says_so_once_and_beats_no_more(
 
 
 async def test_a_lease_that_is_registered_late_is_named_too(world):
-    """Its worker was not ready when its client came."""
-    token = world.lease(endpoint=None)
-    waiting = asyncio.create_task(world.connect(token))
-    await world.wait_until(world.holds_client)
-    await world.advance(10)
-    await world.advance(4)
-    world.lease(endpoint=world.endpoint)
-    streams = await waiting
+    """At the moment of a heartbeat, its registration was on its way to the store."""
+    await world.advance(15)
+    world.registry.may_answer.clear()
+    streams = await world.connect(world.lease())
+    await world.wait_until(lambda: world.registry.connections == [1])
+    await world.advance(5)
+    world.registry.may_answer.set()
     await streams.echo(b"x")
-    await leave(world, streams)
-    await world.advance(6)
-    again = await use(world)
     await beats(world, 20)
-    assert world.registry.beats[-1] == {"allocation-a": 1}
-    await again.echo(b"x")
+    assert world.registry.beats == [{"allocation-a": 1}]
 
 
 @pytest.mark.parametrize("revoked", [False, True])
