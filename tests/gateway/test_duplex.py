@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, PLAINTEXT_CHUNK, LoopBuffers
+from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, PLAINTEXT_CHUNK, RECORD_OVERHEAD, LoopBuffers
 from bkpool.gateway.net.duplex import DuplexRelay, PeerStream
 from bkpool.gateway.net.tls_context import server_context
 from bkpool.gateway.net.tls_stream import TlsStream
@@ -155,6 +155,22 @@ def test_a_chunk_of_the_largest_records_fits_into_the_buffer(tls_pair):
         peer.decode(data[start : start + PLAINTEXT_CHUNK], buffers.plaintext)
         assert not peer.eof_received
     assert peer.bytes_in == 4 * PLAINTEXT_CHUNK
+
+
+def test_records_are_counted_right_when_each_read_ends_in_another_record(tls_pair):
+    """Each part is as long as the records that it completes: by their lengths alone none would have to be counted."""
+    client, server = tls_pair
+    into = LoopBuffers().plaintext
+    lengths, cut = [100, 300, 200], 50
+    for length in lengths:
+        client.encrypt(memoryview(bytes(length)))
+    stream, begin = memoryview(client.take()), 0
+    for length in lengths:
+        end = min(len(stream), begin + length + RECORD_OVERHEAD + (0 if begin else cut))
+        server.decrypt(stream[begin:end], into)
+        begin = end
+    assert begin == len(stream)
+    assert server._records.between, "the counter knows that it has seen whole records"
 
 
 TCP_PIECE = 65_536 - 20 - 32

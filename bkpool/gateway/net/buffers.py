@@ -39,9 +39,16 @@ connections everyone else waits for seconds."""
 class LoopBuffers:
     """Memory that all connections of one event loop share. Its content is valid within one callback only."""
 
-    __slots__ = ("plaintext", "received")
+    __slots__ = ("plaintext", "received", "received_ciphertext", "received_plaintext", "received_small")
 
     def __init__(self) -> None:
         self.received = memoryview(bytearray(MAX_READ))
+        """For what is only decrypted. The other three are its beginning."""
+        self.received_ciphertext = self.received[:CIPHERTEXT_CHUNK]
+        """For what is decrypted and encrypted again."""
+        self.received_plaintext = self.received[:PLAINTEXT_CHUNK]
+        """For what is not encrypted."""
+        self.received_small = self.received[:SMALL_READ]
+        """For many small records."""
         # Room for what one step decrypts, and for the record of which the earlier steps have read a part.
         self.plaintext = memoryview(bytearray(MAX_READ + 2 * MAX_RECORD))

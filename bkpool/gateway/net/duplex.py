@@ -48,24 +48,29 @@ class PeerStream:
         Raises:
             ssl.SSLError: The peer violated TLS. An alert is then in `unsent`.
         """
-        if self.tls is None:
+        tls = self.tls
+        if tls is None:
             self.bytes_in += len(data)
             return data
         try:
-            length, self.eof_received = self.tls.decrypt(data, plaintext)
+            length, self.eof_received = tls.decrypt(data, plaintext)
         finally:
-            self.queue(self.tls.take())
+            if tls.outgoing.pending:  # TLS itself answers
+                self.queue(tls.take())
         self.bytes_in += length
         return plaintext[:length]
 
     def encode(self, data: memoryview) -> None:
         """Encrypts this plaintext, if the peer has TLS, and adds it to `unsent`."""
         self.bytes_out += len(data)
-        if self.tls is None:
+        tls = self.tls
+        if tls is not None:
+            tls.encrypt(data)
+            data = memoryview(tls.take())
+        if self.unsent or self.write_closed:
             self.queue(data)
         else:
-            self.tls.encrypt(data)
-            self.queue(self.tls.take())
+            self.unsent = data
 
     def write_eof(self) -> None:
         """Adds the end of this direction after the unsent bytes. Does nothing if it was added before."""
@@ -84,6 +89,9 @@ class PeerStream:
 
     def sent(self, count: int) -> None:
         """Removes `count` unsent bytes, which the socket took, and keeps a copy of the rest."""
+        if count == len(self.unsent):
+            self.unsent = _EMPTY
+            return
         rest = self.unsent[count:]
         # Only bytes can be kept. Anything else is a view of a LoopBuffers, which the next callback overwrites.
         self.unsent = rest if isinstance(rest.obj, bytes) else memoryview(bytes(rest))
@@ -119,7 +127,7 @@ class DuplexRelay:
         Raises:
             ssl.SSLError: The peer violated TLS.
         """
-        other = self._other(peer)
+        other = self._b if peer is self._a else self._a
         if data:
             plaintext = peer.decode(data, self._plaintext)
             if plaintext:

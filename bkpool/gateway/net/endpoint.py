@@ -143,9 +143,10 @@ class SocketEndpoint:
             OSError: The socket has failed.
         """
         stream = self.stream
-        if stream.unsent:
+        unsent = stream.unsent
+        if unsent:
             try:
-                count = self.sock.send(stream.unsent)
+                count = self.sock.send(unsent)
             except (BlockingIOError, InterruptedError):
                 count = 0
             stream.sent(count)

@@ -18,6 +18,11 @@ class RecordCounter:
         self._next = 0  # where the next header begins, in the bytes that come next
         self._split = b""  # the part of a header that has come
 
+    @property
+    def between(self) -> bool:
+        """The bytes that come next begin with a header."""
+        return not (self._next or self._split)
+
     def count(self, data: memoryview) -> int:
         """Returns how many records have their header complete with these bytes of the stream."""
         at, count = self._next, 0

@@ -11,8 +11,9 @@ import contextlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from bkpool.gateway.net.buffers import CIPHERTEXT_CHUNK, MAX_READ, PLAINTEXT_CHUNK, SMALL_READ, LoopBuffers
+from bkpool.gateway.net.buffers import MAX_READ, LoopBuffers
 from bkpool.gateway.net.duplex import DuplexRelay
 from bkpool.gateway.net.endpoint import SocketEndpoint
 from bkpool.gateway.net.socket_errors import SocketErrorWatcher
@@ -74,10 +75,10 @@ class SocketRelay:
             first_bytes: Plaintext that the client has sent already.
         """
         client, worker = self._client, self._worker
-        client.set_callbacks(lambda: self._readable(client), self._flush_and_watch)
-        worker.set_callbacks(lambda: self._readable(worker), self._flush_and_watch)
-        client.watch_errors(self._error_watcher, lambda error: self._failed(client, error=error))
-        worker.watch_errors(self._error_watcher, lambda error: self._failed(worker, error=error))
+        client.set_callbacks(partial(self._readable, client, worker), self._flush_and_watch)
+        worker.set_callbacks(partial(self._readable, worker, client), self._flush_and_watch)
+        client.watch_errors(self._error_watcher, partial(self._failed, client, worker))
+        worker.watch_errors(self._error_watcher, partial(self._failed, worker, client))
         if first_bytes:
             worker.stream.encode(memoryview(first_bytes))
         if client.stream.eof_received:
@@ -92,23 +93,25 @@ class SocketRelay:
                 endpoint.flush()
         self._close(reason, broken=None)
 
-    def _readable(self, endpoint: SocketEndpoint) -> None:
-        received, tls = self._buffers.received, endpoint.stream.tls
+    def _readable(self, source: SocketEndpoint, target: SocketEndpoint) -> None:
+        buffers, tls = self._buffers, source.stream.tls
         if tls is None:
-            received = received[:PLAINTEXT_CHUNK]
+            received = buffers.received_plaintext
         elif tls.small_records:
-            received = received[:SMALL_READ]
-        elif self._other(endpoint).stream.tls is not None:
-            received = received[:CIPHERTEXT_CHUNK]
+            received = buffers.received_small
+        elif target.stream.tls is not None:
+            received = buffers.received_ciphertext
+        else:
+            received = buffers.received
         for _ in range(0, MAX_READ, len(received)):  # then the loop turns to other connections
-            if not self._forward(endpoint, received):
+            if not self._forward(source, target, received):
                 return
             if tls is not None and tls.small_records:
                 break
-        while endpoint.failed and self._forward(endpoint, received):
+        while source.failed and self._forward(source, target, received):
             pass  # the loop does not report the remaining bytes
 
-    def _failed(self, endpoint: SocketEndpoint, *, error: bool) -> None:
+    def _failed(self, endpoint: SocketEndpoint, other: SocketEndpoint, error: bool) -> None:
         """Handles an error or the hang-up of the socket.
 
         Over TCP an error is a reset, or a peer that does not answer. On a Unix socket the peer was closed with bytes
@@ -119,46 +122,46 @@ class SocketRelay:
             return
         endpoint.failed = True
         if self._duplex.may_read(endpoint.stream):
-            self._readable(endpoint)
+            self._readable(endpoint, other)
 
-    def _forward(self, endpoint: SocketEndpoint, received: memoryview) -> bool:
-        """Reads once and sends that to the other; True if there may be more and the other accepted all of this."""
+    def _forward(self, source: SocketEndpoint, target: SocketEndpoint, received: memoryview) -> bool:
+        """Reads once and sends that; True if there may be more and the target accepted all of this."""
         try:
-            data = endpoint.receive(received)
+            data = source.receive(received)
             if data is None:
                 return False
-            if endpoint is self._worker and data:
-                self.worker_bytes.received_at = self._loop.time()
-            self._duplex.received(endpoint.stream, data)
+            self.active_at = self._loop.time()
+            if source is self._worker and data:
+                self.worker_bytes.received_at = self.active_at
+            self._duplex.received(source.stream, data)
         except ssl.SSLError as error:
             with contextlib.suppress(OSError):
-                endpoint.flush()  # the alert
-            self._close(f"{self._name(endpoint)}: TLS failed: {error.reason}", broken=endpoint)
+                source.flush()  # the alert
+            self._close(f"{self._name(source)}: TLS failed: {error.reason}", broken=source)
         except OSError as error:
-            self._close(f"{self._name(endpoint)}: {error.strerror}", broken=endpoint)
+            self._close(f"{self._name(source)}: {error.strerror}", broken=source)
         except Exception:
-            self._close("an internal fault", broken=endpoint)  # frees the slot; the loop's handler logs the error
+            self._close("an internal fault", broken=source)  # frees the slot; the loop's handler logs the error
             raise
         else:
-            if data and self._sent_all(endpoint):
-                self.active_at = self._loop.time()
-                return endpoint.failed or len(data) == len(received)
+            if data and self._sent_all(source, target):
+                return source.failed or len(data) == len(received)
             self._flush_and_watch()
         return False
 
-    def _sent_all(self, endpoint: SocketEndpoint) -> bool:
-        """Sends to the other what was received here.
+    def _sent_all(self, source: SocketEndpoint, target: SocketEndpoint) -> bool:
+        """Sends to the target what was received from the source.
 
         Returns:
             True if nothing else is to be done: all is sent and no direction ends. That is so for almost every chunk
             of a build.
         """
-        other, stream = self._other(endpoint), endpoint.stream
         try:
-            other.flush()
+            target.flush()
         except OSError:
             return False  # the next flush gets the same error and handles it
-        return not (other.stream.unsent or stream.unsent or stream.eof_received or other.stream.eof_queued)
+        ours, theirs = source.stream, target.stream
+        return not (theirs.unsent or ours.unsent or ours.eof_received or theirs.eof_queued)
 
     def _flush_and_watch(self) -> None:
         """Sends what can be sent, and watches for what can happen next."""
@@ -191,9 +194,6 @@ class SocketRelay:
         self._client.close(reset=broken is self._worker)
         self._worker.close(reset=broken is self._client)
         self._on_closed(reason)
-
-    def _other(self, endpoint: SocketEndpoint) -> SocketEndpoint:
-        return self._worker if endpoint is self._client else self._client
 
     def _name(self, endpoint: SocketEndpoint) -> str:
         return "client" if endpoint is self._client else "worker"

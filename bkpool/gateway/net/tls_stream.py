@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from typing import cast
+from collections.abc import Callable
+from typing import Final, cast
 
-from bkpool.gateway.net.buffers import DECRYPT_CHUNK, MAX_RECORD
+from bkpool.gateway.net.buffers import DECRYPT_CHUNK, MAX_RECORD, RECORD_OVERHEAD
 from bkpool.gateway.net.record_counter import RecordCounter
 from bkpool.ports.server_tls import ServerTlsObject
 
@@ -46,7 +47,10 @@ class TlsStream:
         server_hostname: The name that a client sends (SNI) and checks; None sends and checks none.
     """
 
-    __slots__ = ("_empty", "_incoming", "_object", "_outgoing", "_records", "_uncounted", "small_records")
+    __slots__ = (
+        *("_empty", "_incoming", "_object", "_read_into", "_records", "_uncounted"),
+        *("outgoing", "small_records", "take"),
+    )
 
     def __init__(
         self, context: ssl.SSLContext, *, server_side: bool = True, server_hostname: str | None = None
@@ -57,10 +61,15 @@ class TlsStream:
         self.small_records = True
         """The peer's last bytes were many small records, or it has sent none yet: little should be read at once."""
         self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
+        self.outgoing: Final = ssl.MemoryBIO()
+        """The ciphertext that must be sent now."""
+        self.take: Final[Callable[[], bytes]] = self.outgoing.read
+        """Removes and returns what is in `outgoing`."""
         self._object = context.wrap_bio(
-            self._incoming, self._outgoing, server_side=server_side, server_hostname=server_hostname
+            self._incoming, self.outgoing, server_side=server_side, server_hostname=server_hostname
         )
+        # With a buffer, read returns a count.
+        self._read_into = cast("Callable[[int, memoryview], int]", self._object.read)
 
     def handshake(self, data: memoryview) -> bool:
         """Continues the handshake with these bytes of the peer.
@@ -109,27 +118,32 @@ class TlsStream:
             part = data[at : at + DECRYPT_CHUNK]
             more, with_data, ended = self._read(part, into[length:])
             length += more
-            all_records, self._uncounted = self._records.count(part) + self._uncounted, 0
-            records += all_records
-            self._check_empty(all_records - with_data, with_data)
+            if self._records.between and len(part) == more + with_data * RECORD_OVERHEAD and not self._uncounted:
+                records += with_data  # nothing is left for a record without data
+                self._empty = max(0, self._empty - with_data)
+            else:
+                records += self._count(part, with_data)
             if ended:
                 break
         self.small_records = records > _FEW_RECORDS and records * _SMALL_RECORD > len(data)
         return length, ended
 
-    def _check_empty(self, without_data: int, with_data: int) -> None:
-        self._empty = max(0, self._empty + _DATA_PER_EMPTY * without_data - with_data)
+    def _count(self, data: memoryview, with_data: int) -> int:
+        """Returns how many records begin in this ciphertext, and refuses it if too many are without data."""
+        records, self._uncounted = self._records.count(data) + self._uncounted, 0
+        self._empty = max(0, self._empty + _DATA_PER_EMPTY * (records - with_data) - with_data)
         if self._empty > _DATA_PER_EMPTY * _MOST_EMPTY:
             raise EmptyRecordsError
+        return records
 
     def _read(self, data: memoryview, into: memoryview) -> tuple[int, int, bool]:
         """Returns the length of the plaintext, the number of its records, and whether the peer has ended."""
         incoming = self._incoming
         incoming.write(data)
-        read = self._object.read
+        read = self._read_into
         length = records = 0
         try:
-            while count := cast("int", read(MAX_RECORD, into[length:])):  # with a buffer, read returns a count
+            while count := read(MAX_RECORD, into[length:]):
                 length += count
                 records += 1  # read never returns the data of two
                 if not incoming.pending:  # OpenSSL has everything; another read would cost an exception per chunk
@@ -152,7 +166,3 @@ class TlsStream:
             return
         with contextlib.suppress(ssl.SSLError):  # WANT_READ: the peer has not sent its close_notify yet
             self._object.unwrap()
-
-    def take(self) -> bytes:
-        """Removes and returns the ciphertext that must be sent now."""
-        return self._outgoing.read()
