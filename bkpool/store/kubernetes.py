@@ -16,6 +16,7 @@ from bkpool.core.errors import BkpoolError, Conflict, Gone, InvalidInput, NotFou
 from bkpool.core.names import API_VERSION, Key
 from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable
+from bkpool.core.worker import Worker
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
@@ -24,6 +25,9 @@ from bkpool.store.reading import read, read_or_note
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
 """The metadata fields that bkpool writes. The server sets the others."""
+_FORGET_WRITERS: Doc = {"managedFields": [{}]}
+"""In a write of metadata and spec: the server forgets who wrote which field, and later writes do not change that.
+Only for workers, which nobody else writes. It is almost half of such an object, in each event of each watch."""
 _AT_ONCE = 32
 """Documents of a list that are read without a pause: about 5 ms."""
 
@@ -151,6 +155,7 @@ class KubernetesStore(Store):
         """Writes these parts, if the object still has the version that was read."""
         doc = obj.to_json()
         metadata = _given(doc) | {"resourceVersion": obj.metadata.resource_version}
+        metadata |= _FORGET_WRITERS if isinstance(obj, Worker) and sub is None else {}
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
         with _errors_about(type(obj), obj.key):
             try:
