@@ -124,9 +124,10 @@ class PoolStates:
 
     def look_at_everything(self) -> None:
         """Makes every pool look at all of its slots: the clock has jumped, so no time that was noted is right."""
-        for state in self._states.values():
+        for pool, state in self._states.items():
             state.look_at_everything()
-        self._note_everything()
+            self._noted.setdefault(pool, set()).update(state.slots)
+        self._heartbeats |= self._mirror.heartbeats.gateways.keys()
 
     def look_again_at(self, pool: Key, at: datetime | None) -> None:
         """Notes when a pool is to be looked at again if nothing changes before; None: never."""
@@ -199,11 +200,12 @@ class PoolStates:
         return self._states[key]
 
     def _take_slot(self, slot: Slot, reading: ClockReading) -> None:
-        state, worker = self._state(_pool_of(slot)), self._mirror.workers.get(slot.worker)
-        self.registrations.look(slot.worker, worker, reading.seconds)
-        self.undelivered.look(slot.worker, worker)
-        self.leases.look(slot.worker, worker, reading.seconds)
-        self.announcements.look(slot.worker, worker, reading.wall)
+        state, key = self._state(_pool_of(slot)), slot.worker
+        worker = self._mirror.workers.get(key)
+        self.registrations.look(key, worker, reading.seconds)
+        self.undelivered.look(key, worker)
+        self.leases.look(key, worker, reading.seconds)
+        self.announcements.look(key, worker, reading.wall)
         state.set_worker(slot, worker)
         state.set_observation(slot, self._daemons.seen(slot))
         state.set_cache(slot, self._caches.cache(slot))

@@ -370,7 +370,9 @@ class Mirror:
             return
         slot = worker.slot
         if slot is not None:
-            self._indexes.setdefault(pool, PoolIndex()).put(slot, self.workers.get(key))
+            if pool not in self._indexes:
+                self._indexes[pool] = PoolIndex()
+            self._indexes[pool].put(slot, self.workers.get(key))
             self._drop_index_of_nothing(pool)
         if isinstance(worker, Unreadable) and key in self.unreadable_workers:
             self._unreadable_members[pool][key] = worker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,11 +22,15 @@ class WorkerCounts:
 
     def add(self, worker: Worker, times: int = 1) -> None:
         """Counts one worker; with -1, does not count it any more."""
-        ready = worker.status.endpoint is not None and worker.status.silent_since is None
+        status, leased = worker.status, worker.lease is not None
+        ready = status.endpoint is not None and status.silent_since is None
         self.workers += times
-        self.ready += times * ready
-        self.idle += times * (ready and worker.lease is None and worker.phase is Phase.IDLE)
-        self.allocated += times * (worker.lease is not None)
+        if ready:
+            self.ready += times
+        if leased:
+            self.allocated += times
+        elif ready and worker.phase is Phase.IDLE:
+            self.idle += times
 
 
 class PoolCounts:
@@ -37,7 +40,10 @@ class PoolCounts:
         self.workers = WorkerCounts()
         self._counted: dict[Slot, Worker] = {}
         self._failed: dict[Slot, Worker] = {}
-        self._ends: list[tuple[datetime, Slot]] = []
+        self._ends: dict[Slot, datetime] = {}
+        self._last_end: datetime | None = None
+        self._last_end_left = False
+        """Whether `_last_end` may not be that of any worker any more."""
         self._connections: dict[Slot, int] = {}
         self._all_connections = 0
         self._expiries: DueTimes[Slot] = DueTimes()
@@ -50,15 +56,12 @@ class PoolCounts:
         if before is not None:
             self.workers.add(before, -1)
             self._failed.pop(slot, None)
-            if (end := before.last_activity_at) is not None:
-                del self._ends[bisect_left(self._ends, (end, slot))]
+        self._put_end(slot, worker.last_activity_at if worker is not None else None)
         if worker is not None:
             self._counted[slot] = worker
             self.workers.add(worker)
             if worker.phase is Phase.FAILED:
                 self._failed[slot] = worker
-            if (end := worker.last_activity_at) is not None:
-                insort(self._ends, (end, slot))
         if slot in self._connections or (worker is not None and worker.status.gateways):
             self._uncounted.add(slot)
 
@@ -69,7 +72,20 @@ class PoolCounts:
     @property
     def last_end(self) -> datetime | None:
         """When the last lease left one of the workers; None: none of them ever had one."""
-        return self._ends[-1][0] if self._ends else None
+        if self._last_end_left:
+            self._last_end, self._last_end_left = max(self._ends.values(), default=None), False
+        return self._last_end
+
+    def _put_end(self, slot: Slot, end: datetime | None) -> None:
+        """Takes note of when the last lease left the slot's worker. It becomes later, until the worker goes."""
+        before = self._ends.pop(slot, None)
+        if end is not None:
+            self._ends[slot] = end
+            if self._last_end is None or end >= self._last_end:
+                self._last_end, self._last_end_left = end, False
+                return
+        if before is not None and before == self._last_end and before != end:
+            self._last_end_left = True
 
     @property
     def failed(self) -> Worker | None:

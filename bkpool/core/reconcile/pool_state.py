@@ -6,7 +6,7 @@ What a plan costs follows from what has changed or is due since the last one, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
@@ -22,7 +22,7 @@ from bkpool.core.reconcile.empty_slots import EmptySlots
 from bkpool.core.reconcile.free_workers import FreeWorkers
 from bkpool.core.reconcile.pool_counts import PoolCounts
 from bkpool.core.reconcile.replacing import IdleDaemons
-from bkpool.core.reconcile.slot_step import Moment, Step, next_step, wind_up_step
+from bkpool.core.reconcile.slot_step import NO_STEP, Moment, Step, next_step, wind_up_step
 from bkpool.core.reconcile.unneeded_caches import SpareCaches
 from bkpool.core.removal import last_lease_at, removal_of
 from bkpool.core.worker import Worker
@@ -71,7 +71,7 @@ class PoolState:
         self._unreadable: frozenset[Slot] = frozenset()
         self._stray: set[Slot] = set()
         self._being_created: set[Slot] = set()
-        self._changed: set[Slot] = set()
+        self._changed: dict[Slot, None] = {}
         self._moved: dict[Slot, None] = {}
         """The slots whose place among the idle daemons is not known yet."""
         self._waiting: dict[Slot, None] = {}
@@ -97,13 +97,13 @@ class PoolState:
     def set_worker(self, slot: Slot, worker: Worker | None) -> None:
         """Takes over the slot's worker as it is now; None: it has none, or one that cannot be read."""
         _put(self._workers, slot, worker)
-        self._changed.add(slot)
+        self._changed[slot] = None
 
     def set_observation(self, slot: Slot, seen: Observation | None) -> None:
         """Takes over what the runtime sees in the slot; None: it is empty."""
         if self._observed.get(slot) != seen:
             _put(self._observed, slot, seen)
-            self._changed.add(slot)
+            self._changed[slot] = None
 
     def set_cache(self, slot: Slot, cache: SeenCache | None) -> None:
         """Takes over the slot's cache; None: it has none."""
@@ -111,21 +111,26 @@ class PoolState:
             self._cached.pop(slot, None)
         else:
             self._cached[slot] = cache.owner
-        self._changed.add(slot)
+        self._changed[slot] = None
 
     def set_busy(self, slot: Slot, *, busy: bool) -> None:
         """Notes that an action in the slot has begun or ended. While it runs, nothing is decided about the slot."""
         (self._busy.add if busy else self._busy.discard)(slot)
-        self._changed.add(slot)
+        self._changed[slot] = None
 
     def set_unreadable(self, slots: Collection[Slot]) -> None:
         """Takes over in which slots there is a worker that cannot be read: nothing is done there."""
-        self._changed |= self._unreadable ^ frozenset(slots)
+        self._changed |= dict.fromkeys(self._unreadable ^ frozenset(slots))
         self._unreadable = frozenset(slots)
 
     def look_at_everything(self) -> None:
         """Makes the next plan look at every slot, because the spec has changed or a clock has jumped."""
-        self._changed |= {*self._workers, *self._observed, *self._cached, *self._busy, *self._unreadable}
+        self._changed |= dict.fromkeys(self.slots)
+
+    @property
+    def slots(self) -> set[Slot]:
+        """The slots in which there is something."""
+        return {*self._workers, *self._observed, *self._cached, *self._busy, *self._unreadable}
 
     def is_empty(self, slot: Slot) -> bool:
         """Whether nothing is in a slot."""
@@ -168,9 +173,9 @@ class PoolState:
         if not self._last.unfinished:  # what was not carried out is decided again
             self._waiting |= dict.fromkeys(self._last.acted)
             self._last = replace(self._last, acted=set(), unfinished=True)
-        for slot in _taken(self._changed, at_most):
-            self._changed.discard(slot)
-            self._classify(slot)
+        ends = self._ends
+        for slot in _take(self._changed, at_most):
+            self._classify(slot, ends=ends)
             self._moved[slot] = self._waiting[slot] = None
         if self._changed:
             return _UNFINISHED
@@ -178,8 +183,7 @@ class PoolState:
             moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
             self._moved |= dict.fromkeys(moved)
             self._waiting |= dict.fromkeys(moved)
-        for slot in _taken(self._moved, at_most):
-            del self._moved[slot]
+        for slot in _take(self._moved, at_most):
             stays = self._workers.get(slot) if known and self._free.keeps(slot) else None
             self._idle.put(slot, stays, self._observed.get(slot), busy=slot in self._busy)
         if self._moved:
@@ -198,11 +202,11 @@ class PoolState:
         self._waiting |= dict.fromkeys(again)
         self._last = _LastPlan(last.acted, wiped, replaced)
         actions: dict[Slot, Action] = {}
-        for slot in _taken(self._waiting, at_most):
-            del self._waiting[slot]
+        for slot in _take(self._waiting, at_most):
             step = self._step(slot, moment)
-            _put(actions, slot, step.action)
             self._deadlines.put(slot, step.look_again_at)
+            if step.action is not None:
+                actions[slot] = step.action
         self._last.acted |= actions.keys()
         self._last.unfinished = bool(self._waiting)
         missing = self._missing(wiped) if self.spec is Spec.KNOWN else []
@@ -218,7 +222,7 @@ class PoolState:
         if slot in self._last.wiped:
             return Step(WipeCache(slot))
         if worker is None or slot in self._busy or self.spec is Spec.MISSING:
-            return Step(None)
+            return NO_STEP
         seen = self._observed.get(slot)
         if self.spec is Spec.UNREADABLE:
             return wind_up_step(worker, seen, moment)
@@ -228,19 +232,19 @@ class PoolState:
             return Step(StopDaemon(worker))
         return next_step(worker, seen, self.pool, moment)
 
-    def _classify(self, slot: Slot) -> None:
+    def _classify(self, slot: Slot, *, ends: bool) -> None:
         """Puts a slot that has changed into the right place of each order and count."""
-        worker, unreadable = self._workers.get(slot), slot in self._unreadable
+        worker, seen, unreadable = self._workers.get(slot), self._observed.get(slot), slot in self._unreadable
         free = worker if worker is not None and worker.lease is None else None
-        doomed = self._ends or (free is not None and self._is_doomed(slot, free))
+        doomed = ends or (free is not None and self._is_doomed(slot, free))
         self._free.put(slot, free, doomed=doomed)
         self._empty.put(slot.number, filled=worker is not None)
         self.counts.put(slot, worker)
-        busy, there = slot in self._busy, worker is not None or unreadable
-        _mark(self._stray, slot, slot in self._observed and not busy and not there)
-        _mark(self._being_created, slot, busy and worker is None)
+        busy = slot in self._busy
+        _mark(self._stray, slot, seen is not None and worker is None and not busy and not unreadable)
+        _mark(self._being_created, slot, worker is None and busy)
         cache = SeenCache(self._cached[slot]) if slot in self._cached else None
-        self.caches.put(slot, cache, self._observed.get(slot), worker, unreadable=unreadable)
+        self.caches.put(slot, cache, seen, worker, unreadable=unreadable)
 
     def _is_doomed(self, slot: Slot, worker: Worker) -> bool:
         """Whether a worker without a lease is removed at once."""
@@ -277,9 +281,15 @@ def _number(slot: Slot) -> int:
     return slot.number
 
 
-def _taken(slots: Iterable[Slot], at_most: int | None) -> list[Slot]:
-    """The first ones."""
-    return list(islice(slots, at_most))
+def _take(slots: dict[Slot, None], at_most: int | None) -> list[Slot]:
+    """Removes the first ones and returns them."""
+    taken = list(islice(slots, at_most))
+    if len(taken) == len(slots):
+        slots.clear()
+    else:
+        for slot in taken:
+            del slots[slot]
+    return taken
 
 
 def _mark(slots: set[Slot], slot: Slot, belongs: bool) -> None:

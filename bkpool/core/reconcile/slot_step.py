@@ -66,6 +66,9 @@ class Step:
     look_again_at: datetime | None = None
 
 
+NO_STEP = Step(None)
+
+
 def next_step(worker: Worker, seen: Observation | None, pool: Pool, moment: Moment) -> Step:
     """The next step for a worker that is to stay."""
     lease = worker.lease
@@ -91,6 +94,8 @@ def wind_up_step(worker: Worker, seen: Observation | None, moment: Moment) -> St
 
 
 def _step(found: Action | datetime | None) -> Step:
+    if found is None:
+        return NO_STEP
     return Step(None, found) if isinstance(found, datetime) else Step(found)
 
 
@@ -186,10 +191,13 @@ def _unprotect(worker: Worker, up: Observation, moment: Moment) -> Action | date
 
 def _first(*steps: Action | datetime | None) -> Action | datetime | None:
     """The first of these that is an action; else the earliest of the times."""
+    earliest: datetime | None = None
     for step in steps:
-        if step is not None and not isinstance(step, datetime):
+        if isinstance(step, datetime):
+            earliest = step if earliest is None else min(step, earliest)
+        elif step is not None:
             return step
-    return min((step for step in steps if isinstance(step, datetime)), default=None)
+    return earliest
 
 
 def _start(
@@ -209,20 +217,17 @@ def _start(
 def _status(worker: Worker, seen: Observation, phase: Phase, moment: Moment) -> Action | datetime | None:
     """A status to write, if the stored one differs from what is seen. If only its phase does, it is written later."""
     status = worker.status
-    wanted: dict[str, Any] = {
-        "endpoint": seen.endpoint,
-        "cache_owner": seen.cache_owner,
-        "ephemeral_cache": seen.ephemeral_cache,
-        "pod_name": seen.pod_name,
-        "pod_ip": seen.pod_ip,
-    }
     stored = (status.endpoint, status.cache_owner, status.ephemeral_cache, status.pod_name, status.pod_ip)
-    if stored == tuple(wanted.values()):
+    found = (seen.endpoint, seen.cache_owner, seen.ephemeral_cache, seen.pod_name, seen.pod_ip)
+    if stored == found:
         if status.phase is phase:
             return None
         due = due_at(worker, moment.lease_since, moment.pauses.phase)
         if moment.now < due and status.phase in _READY:
             return due
+    wanted: dict[str, Any] = dict(
+        zip(("endpoint", "cache_owner", "ephemeral_cache", "pod_name", "pod_ip"), found, strict=True)
+    )
     if seen.cache_owner != status.cache_owner:  # the log was deleted together with the old cache
         if any(past.log_tail for past in worker.spec.ended):
             return ForgetLogs(worker)

@@ -227,7 +227,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
         end_reason=None if lease.ended_at is None else lease.end_reason or EndReason.RELEASED,
-        end_message=worker.lease_end_message,
+        end_message="" if lease.ended_at is None else worker.lease_end_message,
         ends_when_unused=lease.ends_when_unused,
         silent=worker.status.silent_since is not None,
     )
