@@ -218,7 +218,7 @@ def after_one_more_lease(worker: Worker, token: str) -> Worker:
     """The next version of a worker, which remembers one more lease that has ended."""
     version = str(int(worker.metadata.resource_version or 0) + 1)
     ended = (*worker.ended_leases, _ended(token))[-REMEMBERED_LEASES:]
-    return worker.but(metadata=worker.metadata.but(resource_version=version)).with_status(ended=ended)
+    return worker.but(metadata=worker.metadata.but(resource_version=version), spec=worker.spec.but(ended=ended))
 
 
 def now() -> datetime:
@@ -246,14 +246,15 @@ async def _filled_pool(store: SqliteStore, workers: MemoryWorkers, number: int, 
     async def fill(number: int) -> None:
         slot = Slot(pool.key.namespace, name, number)
         lease = _lease(slot, owner) if filling.leased else None
-        worker = await store.create(new_worker(slot, pool, lease, {}))
+        worker = new_worker(slot, pool, lease, {})
+        past = tuple(_ended(f"{slot.worker}-{number}") for number in range(REMEMBERED_LEASES))
+        worker = await store.create(worker.but(spec=worker.spec.but(ended=past)))
         worker = worker.with_status(
             phase=Phase.ALLOCATED if lease else Phase.IDLE,
             endpoint=workers.put(slot, worker.uid, owner),
             cache_owner=owner,
             ready_at=now(),
             last_activity_at=now(),
-            ended=tuple(_ended(f"{slot.worker}-{lease}") for lease in range(REMEMBERED_LEASES)),
         )
         await store.replace_status(worker)
 

@@ -91,6 +91,9 @@ async def one_table(store: Store, full: Mirror) -> float:
         mirror.apply(worker)
     end = tables.follow(mirror)
     async with asyncio.timeout(_CHANGES_WITHIN):
+        while tables.workers < len(full.workers):  # it gets those that there are in parts
+            tables.came.clear()
+            await tables.came.wait()
         for number, key in zip(range(_CHANGES), itertools.cycle(full.workers), strict=False):
             worker = after_one_more_lease(mirror.workers[key], f"change-{number}")
             tables.came.clear()
