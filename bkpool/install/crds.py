@@ -19,6 +19,8 @@ from bkpool.kube.paths import group
 
 _FILES = ("buildkitpools.yaml", "buildkitworkers.yaml", "buildkitgateways.yaml", "buildkitoidcconfigs.yaml")
 _API, _PLURAL = "apiextensions.k8s.io/v1", "customresourcedefinitions"
+_COMPARED_APART = {"properties", "required", "enum", "description"}
+"""The parts of a schema that may differ: none of them counts just because it is different."""
 _TIMEOUT = 30.0
 """Seconds until a definition must be served. The API server takes well under one."""
 
@@ -59,17 +61,30 @@ async def install(api: KubeApi) -> None:
 
 
 def covers(live: object, wanted: object) -> bool:
-    """Whether a definition has everything that is wanted. It may have more, and other descriptions."""
+    """Whether a definition accepts and keeps everything that is wanted. It may have more, and other descriptions."""
     if isinstance(wanted, dict) and isinstance(live, dict):
-        return all(_covers_entry(live, name, value) for name, value in wanted.items())
+        return all(
+            name in live and (_schema_covers if name == "openAPIV3Schema" else covers)(live[name], value)
+            for name, value in wanted.items()
+        )
     if isinstance(wanted, list) and isinstance(live, list):
         return all(any(covers(one, value) for one in live) for value in wanted)
     return live == wanted
 
 
-def _covers_entry(live: Doc, name: str, value: object) -> bool:
-    is_text = name == "description" and isinstance(value, str)
-    return is_text or (name in live and covers(live[name], value))
+def _schema_covers(live: object, wanted: object) -> bool:
+    """Whether a schema has every field that is wanted and is not stricter. It may have more fields and values."""
+    if not isinstance(wanted, dict) or not isinstance(live, dict):
+        return live == wanted
+    fields, wanted_fields = live.get("properties", {}), wanted.get("properties", {})
+    others = (live.keys() | wanted.keys()) - _COMPARED_APART
+    return (
+        all(name in fields and _schema_covers(fields[name], value) for name, value in wanted_fields.items())
+        and set(live.get("required", ())) <= set(wanted.get("required", ()))
+        and ("enum" in live) == ("enum" in wanted)
+        and set(wanted.get("enum", ())) <= set(live.get("enum", ()))
+        and all(_schema_covers(live.get(name), wanted.get(name)) for name in others)
+    )
 
 
 async def _live(api: KubeApi, name: str) -> Doc | None:

@@ -81,17 +81,57 @@ async def test_a_bound_that_differs_is_applied():
 
 
 @pytest.mark.parametrize(
+    "stricter",
+    [
+        {"required": ["poolRef", "audience"]},
+        {"minProperties": 1},
+        {"x-kubernetes-validations": [{"rule": "has(self.audience)"}]},
+    ],
+)
+async def test_an_older_definition_that_is_stricter_is_replaced(stricter):
+    live = copy.deepcopy(crds.definitions())
+    worker_spec(live[1]).update(stricter)
+    server = Served(live)
+    await crds.install(server)
+    assert server.applied == [NAMES[1]]
+
+
+@pytest.mark.parametrize(
     ("live", "wanted", "has"),
     [
         ({"a": 1, "b": 2}, {"a": 1}, True),
         ({"a": 1}, {"a": 1, "b": 2}, False),
-        ({"enum": ["x", "y"]}, {"enum": ["y"]}, True),
-        ({"enum": ["x"]}, {"enum": ["x", "y"]}, False),
         ({"columns": [{"name": "a", "priority": 0}]}, {"columns": [{"name": "a"}]}, True),
-        ({"description": "old"}, {"description": "new"}, True),
-        ({}, {"description": "new"}, True),
-        ({"properties": {}}, {"properties": {"description": {"type": "string"}}}, False),
+        ({"columns": []}, {"columns": [{"name": "a"}]}, False),
     ],
 )
 def test_what_counts_as_everything(live, wanted, has):
     assert crds.covers(live, wanted) is has
+
+
+TEXT = {"type": "string"}
+
+
+@pytest.mark.parametrize(
+    ("live", "wanted", "has"),
+    [
+        ({**TEXT, "enum": ["x", "y"]}, {**TEXT, "enum": ["y"]}, True),
+        ({**TEXT, "enum": ["x"]}, {**TEXT, "enum": ["x", "y"]}, False),
+        ({**TEXT, "enum": ["x"]}, TEXT, False),
+        (TEXT, {**TEXT, "enum": ["x"]}, False),
+        ({**TEXT, "description": "old"}, {**TEXT, "description": "new"}, True),
+        (TEXT, {**TEXT, "description": "new"}, True),
+        ({"properties": {}}, {"properties": {"description": TEXT}}, False),
+        (
+            {"properties": {"a": TEXT, "b": TEXT}, "required": []},
+            {"properties": {"a": TEXT}, "required": ["a"]},
+            True,
+        ),
+        ({"properties": {"a": TEXT}, "required": ["a"]}, {"properties": {"a": TEXT}}, False),
+        ({**TEXT, "maxLength": 63}, TEXT, False),
+        ({"items": {**TEXT, "pattern": "x"}}, {"items": TEXT}, False),
+        ({"items": {"properties": {"a": TEXT, "b": TEXT}}}, {"items": {"properties": {"a": TEXT}}}, True),
+    ],
+)
+def test_a_schema_may_have_more_fields_and_values_but_not_be_stricter(live, wanted, has):
+    assert crds.covers({"schema": {"openAPIV3Schema": live}}, {"schema": {"openAPIV3Schema": wanted}}) is has
