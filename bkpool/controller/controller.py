@@ -14,7 +14,7 @@ from datetime import datetime
 
 import structlog
 
-from bkpool.controller.expired_registrations import check_expired
+from bkpool.controller.expired_registrations import Judged, check_expired, judged
 from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
@@ -213,7 +213,8 @@ class Controller:
         moment = self._moment(reading)
         plan = state.plan(moment, AT_ONCE)
         for action in plan.actions:
-            self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool))
+            known = judged(action, self._mirror.heartbeats)
+            self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool, known))
         for slot in state.strays[:AT_ONCE]:
             self._start_action(slot, None, self._stop_stray(slot))
         if plan.unfinished:
@@ -312,8 +313,10 @@ class Controller:
         self._recorder.record(worker, "Failed", message, warning=True)
         await self._daemons.stop(worker.slot, at_once=True)
 
-    async def _carry_out(self, action: Action, pool: Pool) -> Result:  # noqa: C901, PLR0912 - one case for each action
-        await check_expired(action, self._mirror.heartbeats)
+    async def _carry_out(  # noqa: C901, PLR0912 - one case for each action
+        self, action: Action, pool: Pool, known: Judged
+    ) -> Result:
+        await check_expired(known, self._mirror.heartbeats)
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))

@@ -79,17 +79,21 @@ class Heartbeats:
         """Calls back when `followed_in` may have changed. Returns a function that unsubscribes."""
         return self._followed_subscribers.add(callback)
 
-    async def is_current(self, key: Key) -> bool:
-        """Asks the store itself whether the copy of a heartbeat is as it is there. If not, the copy is corrected.
+    async def is_current(self, key: Key, known: GatewayHeartbeat | None) -> bool:
+        """Asks the store itself whether a heartbeat is there as it was known. The copy has afterwards what is there.
 
         Where heartbeats cannot be read, no gateway relies on one, so that none is missing.
+
+        Args:
+            key: Its name.
+            known: It as it was known to the caller, perhaps before the copy was corrected; None: there was none.
         """
-        known, cache = self.gateways.get(key), self._cache_of(key)
+        cache = self._cache_of(key)
         try:
             found = await self._store.get(GatewayHeartbeat, *key)
         except NotFound:
-            if known is not None:
-                self._take(cache, cache.event("DELETED", known))
+            if (held := self.gateways.get(key)) is not None:
+                self._take(cache, cache.event("DELETED", held))
             return known is None
         except (Forbidden, UnreadableObject):
             return True

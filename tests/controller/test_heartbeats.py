@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from bkpool.controller.expired_registrations import check_expired
+from bkpool.controller.expired_registrations import check_expired, judged
 from bkpool.core.errors import Conflict
 from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
 from bkpool.core.names import Key
@@ -29,6 +29,10 @@ LIFE = REGISTRATION_LIFE.total_seconds()
 async def world(tmp_path):
     async with running_world(tmp_path) as world:
         yield world
+
+
+async def checked(one, heartbeats) -> None:
+    await check_expired(judged(one, heartbeats), heartbeats)
 
 
 def told(at: datetime, **leases: int) -> HeartbeatStatus:
@@ -139,8 +143,8 @@ def action(kind, *gateways, reason=EndReason.RELEASED):
 async def test_what_ends_connections_is_decided_again_after_a_missed_heartbeat(missed, kind):
     heartbeats = await missed()
     with pytest.raises(Conflict, match="the heartbeat of gateway default/g has changed"):
-        await check_expired(action(kind, entry()), heartbeats)
-    await check_expired(action(kind, entry()), heartbeats)
+        await checked(action(kind, entry()), heartbeats)
+    await checked(action(kind, entry()), heartbeats)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +160,19 @@ async def test_what_ends_connections_is_decided_again_after_a_missed_heartbeat(m
 )
 async def test_nothing_else_asks_the_store(missed, harmless):
     heartbeats = await missed()
-    await check_expired(harmless, heartbeats)
+    await checked(harmless, heartbeats)
     assert not heartbeats.gateways
 
 
 async def test_a_revoked_lease_leaves_its_worker_only_after_the_question(missed):
     with pytest.raises(Conflict):
-        await check_expired(action(FinishLease, entry(), reason=EndReason.REVOKED), await missed())
+        await checked(action(FinishLease, entry(), reason=EndReason.REVOKED), await missed())
+
+
+async def test_the_question_of_one_lease_answers_for_no_other_that_was_judged_before(missed):
+    """Both were decided by the old heartbeat. The first one corrects the copy before the second one asks."""
+    heartbeats = await missed()
+    first, second = [judged(action(FinishLease, entry()), heartbeats) for _ in range(2)]
+    for known in (first, second):
+        with pytest.raises(Conflict):
+            await check_expired(known, heartbeats)

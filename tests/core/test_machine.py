@@ -354,7 +354,7 @@ class PoolMachine(RuleBasedStateMachine):
             registered_until=registered_until,
             lease_since=self.leases.at(self.now, self.now.timestamp()),
         )
-        decision = decide(snap, self.now)
+        decision, self.judged_heartbeat = decide(snap, self.now), self.seen_heartbeat
         slots = [slot_of_action(action) for action in decision.actions]
         assert len(slots) == len(set(slots)), "two actions at once in one slot"
         for action in decision.actions:
@@ -372,7 +372,7 @@ class PoolMachine(RuleBasedStateMachine):
         if not isinstance(action, FinishLease | StopDaemon | ReplaceDaemon) or action.worker.lease is None:
             return
         registered = {entry.lease_id for entry in action.worker.status.gateways}
-        if action.worker.lease.id in registered and self.seen_heartbeat != self.heartbeat:
+        if action.worker.lease.id in registered and self.judged_heartbeat != self.heartbeat:
             self.seen_heartbeat = self.heartbeat
             raise Lost
 

@@ -19,6 +19,10 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 KEY = Key("default", "g")
 
 
+async def is_current(heartbeats):
+    return await heartbeats.is_current(KEY, heartbeats.gateways.get(KEY))
+
+
 def beat(seconds: int = 0, **leases: int) -> HeartbeatStatus:
     return HeartbeatStatus(renewed_at=NOW + timedelta(seconds=seconds), leases=leases)
 
@@ -101,7 +105,7 @@ async def test_without_the_kind_the_mirror_works_and_when_it_is_there_it_is_foll
     async with running(heartbeats):
         assert not heartbeats.followed_in("default")
         assert heartbeats.gateways == {}
-        assert await heartbeats.is_current(KEY), "where nobody may read them no gateway may write them"
+        assert await is_current(heartbeats), "where nobody may read them no gateway may write them"
         wire.refusal = None
         await store.create(gateway())
         may_ask.set()
@@ -136,17 +140,17 @@ async def test_the_copy_is_compared_with_the_store_and_corrected(store):
     """Its watch hangs: it only has what it is told here."""
     heartbeats, changes = Heartbeats(store), []
     heartbeats.subscribe(changes.append)
-    assert await heartbeats.is_current(KEY), "there is none"
+    assert await is_current(heartbeats), "there is none"
     made = await store.create(gateway())
-    assert not await heartbeats.is_current(KEY)
-    assert await heartbeats.is_current(KEY)
+    assert not await is_current(heartbeats)
+    assert await is_current(heartbeats)
     await store.replace_status(made.but(status=beat(20, lease=1)))
-    assert not await heartbeats.is_current(KEY)
+    assert not await is_current(heartbeats)
     assert heartbeats.gateways[KEY].status.leases == {"lease": 1}
     await store.delete(GatewayHeartbeat, *KEY)
-    assert not await heartbeats.is_current(KEY)
+    assert not await is_current(heartbeats)
     assert heartbeats.gateways == {}
-    assert await heartbeats.is_current(KEY)
+    assert await is_current(heartbeats)
     assert changes == [KEY] * 3
 
 
@@ -154,4 +158,4 @@ async def test_a_store_that_does_not_answer_confirms_nothing(store):
     wire = Refusing(store)
     wire.refusal = Unavailable("away")
     with pytest.raises(Unavailable):
-        await Heartbeats(wire).is_current(KEY)
+        await is_current(Heartbeats(wire))
