@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import os
 import socket
@@ -21,6 +22,7 @@ from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Worker, new_worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway, new_loop
+from bkpool.gateway.session.connection import Connection
 from bkpool.store.sqlite import SqliteStore
 
 MINUTE = timedelta(minutes=1)
@@ -34,6 +36,24 @@ async def test_a_client_with_a_lease_reaches_its_worker_and_h2_is_selected(world
     assert world.registry.calls == [("register", "allocation-a")]
     assert world.metric("connections_total", status="success") == 1
     assert world.metric("active_connections") == 1
+
+
+@pytest.mark.parametrize("lease", ["a lease", "no lease"])
+async def test_a_closed_connection_is_freed_without_the_garbage_collector(world, lease):
+    """Its TLS is 30 KiB, and a full collection is rare."""
+    worker = world.lease()
+    streams = await world.connect(worker if lease == "a lease" else world.token("unknown"))
+    gc.disable()
+    try:
+        if lease == "a lease":
+            await streams.echo(b"hello")
+        else:
+            await streams.reader.read(1)
+        assert [one for one in gc.get_objects() if isinstance(one, Connection)]
+        streams.writer.transport.abort()
+        await world.wait_until(lambda: not [one for one in gc.get_objects() if isinstance(one, Connection)])
+    finally:
+        gc.enable()
 
 
 async def test_a_client_without_alpn_is_served_too(world):

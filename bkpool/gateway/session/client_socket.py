@@ -55,6 +55,27 @@ class ClientSocketEvents(Protocol):
         """A callback raised an exception that is a fault in bkpool. The loop's handler logs it."""
 
 
+class _Nobody:
+    """Gets the events of a closed socket. So its connection and its TLS are freed without the garbage collector."""
+
+    def first_bytes_received(self) -> None: ...
+
+    def handshake_complete(self) -> None: ...
+
+    def certificate_received(self, der: bytes | None) -> None: ...
+
+    def client_sent_eof(self) -> None: ...
+
+    def tls_failed(self, reason: str) -> None: ...
+
+    def socket_failed(self, reason: str) -> None: ...
+
+    def internal_error(self) -> None: ...
+
+
+_NOBODY = _Nobody()
+
+
 class ClientSocket:
     """One accepted socket, until `release` hands it to a relay or a refusal.
 
@@ -69,7 +90,7 @@ class ClientSocket:
 
     def __init__(self, host: SocketHost, sock: socket.socket, events: ClientSocketEvents) -> None:
         self._host = host
-        self._events = events
+        self._events: ClientSocketEvents = events
         self._tls = TlsStream(host.context)
         peer_timeout = host.limits.client_peer_timeout
         self.endpoint = SocketEndpoint(host.loop, sock, PeerStream(self._tls), peer_timeout=peer_timeout)
@@ -118,9 +139,10 @@ class ClientSocket:
         return held
 
     def close(self) -> None:
-        """Closes the socket. Does nothing if it is closed."""
+        """Closes the socket, and reports nothing any more. Does nothing if it is closed."""
         self._released = True
         self.endpoint.close()
+        self._events = _NOBODY
 
     def _watch(self) -> None:
         self.endpoint.set_callbacks(self._readable, self.flush)

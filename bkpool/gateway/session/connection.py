@@ -381,6 +381,7 @@ class Connection:
         self._client.close()
         if self._worker is not None:
             self._worker.close()
+        self._relay = self._relay_or_refusal = None  # they refer to this connection
         self._host.closed(self)
 
     def _count_failed_handshake(self) -> None:
