@@ -19,7 +19,6 @@ from typing import Any, Self, cast
 
 from bench.memory_workers import MemoryWorkers
 from bkpool.allocation import AllocationRequest, Allocator, CallerLimits, Delivery, LeaseService
-from bkpool.appliance.roles.gateway import feed_leases
 from bkpool.controller import Controller
 from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.cache_owner import cache_owner_digest
@@ -29,7 +28,7 @@ from bkpool.core.reconcile.pool_status import PoolStatusInputs
 from bkpool.core.resource import Metadata
 from bkpool.core.tokens import derive, digest
 from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Lease, Phase, Worker, new_worker
-from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.control.table_feeder import TableFeeder
 from bkpool.gateway.session.capacity import Capacity
 from bkpool.gateway.session.lease_registration import CallbackLeaseRegistry
 from bkpool.gateway.session.limits import GatewayLimits
@@ -116,7 +115,7 @@ class Tables:
 
     def follow(self, mirror: Mirror) -> Callable[[], None]:
         """Follows the leases until the returned function is called. Nothing else here knows how a gateway does it."""
-        return feed_leases(cast("Gateway", self), mirror)
+        return TableFeeder(mirror).start(self.update)
 
 
 def caller(number: int) -> Identity:

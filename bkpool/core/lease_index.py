@@ -21,7 +21,7 @@ class LeaseIndex:
 
     def __init__(self) -> None:
         self._holders: dict[str, Worker | Unreadable] = {}
-        self._ended: dict[str, EndedLease] = {}
+        self._ended: dict[str, tuple[Key, EndedLease]] = {}
         self._workers: dict[Key, Worker | Unreadable] = {}
 
     def put(self, key: Key, worker: Worker | Unreadable | None) -> None:
@@ -34,18 +34,28 @@ class LeaseIndex:
         self._workers[key] = worker
         if digest := _held_digest(worker):
             self._holders[digest] = worker
-        self._ended.update((ended.token_sha256, ended) for ended in _ended_of(worker))
+        self._ended.update((ended.token_sha256, (key, ended)) for ended in _ended_of(worker))
 
     def find(self, digest: str) -> Worker | Unreadable | EndedLease | None:
         """The worker that holds the lease with this token digest; else what is remembered of the lease's end."""
-        return self._holders.get(digest) or self._ended.get(digest)
+        found = self._holders.get(digest)
+        if found is None and digest in self._ended:
+            _, ended = self._ended[digest]
+            return ended
+        return found
+
+    def worker_of(self, digest: str) -> Key | None:
+        """The worker that holds the lease with this token digest, or else remembers its end."""
+        if digest in self._holders:
+            return self._holders[digest].key
+        return self._ended[digest][0] if digest in self._ended else None
 
     def _forget(self, worker: Worker | Unreadable) -> None:
         digest = _held_digest(worker)
         if self._holders.get(digest) is worker:
             del self._holders[digest]
         for ended in _ended_of(worker):
-            if self._ended.get(ended.token_sha256) is ended:
+            if ended.token_sha256 in self._ended and self._ended[ended.token_sha256][1] is ended:
                 del self._ended[ended.token_sha256]
 
 

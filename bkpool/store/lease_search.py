@@ -94,7 +94,6 @@ class LeaseSearch:
             for worker in found[start : start + _AT_ONCE]:
                 self._on_worker(worker)
             await asyncio.sleep(0)
-        await asyncio.sleep(0)  # in this iteration whoever follows the copy takes the news over
 
 
 @dataclass(slots=True)

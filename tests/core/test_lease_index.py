@@ -63,7 +63,10 @@ def test_it_finds_what_a_search_through_all_workers_finds(changes):
         if one is not None:
             workers[key] = one
         for digest in (f"{of}/{lease_number}" for of in range(4) for lease_number in range(5)):
-            assert index.find(digest) == searched(workers.values(), digest)
+            found = searched(workers.values(), digest)
+            assert index.find(digest) == found
+            holder = workers.get(index.worker_of(digest))
+            assert holder is found or found in holder.ended_leases
 
 
 @given(CHANGES)

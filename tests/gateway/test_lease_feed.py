@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bkpool.appliance.roles.gateway import feed_leases
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool, PoolGateway, PoolSpec, PoolStatus
 from bkpool.core.resource import Metadata
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndedLease, EndReason, PoolRef, Worker, WorkerSpec, WorkerStatus
 from bkpool.gateway.control.lease_feed import AT_ONCE, LeaseFeed
+from bkpool.gateway.control.table_feeder import TableFeeder
 from bkpool.gateway.session.lease_table import LeaseTable, TableChange, WorkerLeases, leases_of, unreadable_leases
 from bkpool.store import WatchEvent
 from bkpool.store.mirror import Mirror
@@ -133,12 +132,77 @@ async def test_the_gateway_gets_all_parts_until_the_feed_is_ended(stored):
     got: list[Key] = []
     for parts in (2, 10):
         got.clear()
-        end = feed_leases(SimpleNamespace(update=lambda change: got.extend(change.workers)), stored.mirror)
+        end = TableFeeder(stored.mirror).start(lambda change: got.extend(change.workers))
         for _ in range(parts - 1):
             await asyncio.sleep(0)
         end()
         await asyncio.sleep(0)
         assert len(got) == min(parts * AT_ONCE, 3 * AT_ONCE + 2)
+
+
+def leased(count: int) -> list[Worker]:
+    return [worker(Key("default", f"p-worker-{number}"), f"lease-{number}") for number in range(count)]
+
+
+async def test_all_leases_are_there_when_the_feeder_is_complete(stored):
+    for one in leased(3 * AT_ONCE):
+        stored.put(one)
+    got: list[Key] = []
+    feeder = TableFeeder(stored.mirror)
+    end = feeder.start(lambda change: got.extend(change.workers))
+    assert not feeder.complete.is_set()
+    await feeder.complete.wait()
+    assert len(got) == 3 * AT_ONCE + 2
+    end()
+
+
+async def test_a_lease_that_somebody_waits_for_is_handed_on_at_once(stored):
+    table = LeaseTable()
+    feeder = TableFeeder(stored.mirror)
+    end = feeder.start(table.apply)
+    for one in leased(3 * AT_ONCE):
+        stored.put(one)
+    stored.put(worker(WORKERS[4], ended=("just over",)))
+    stored.put(broken(Worker, ODD, "unreadable", of="p"))
+    last = f"lease-{3 * AT_ONCE - 1}"
+    assert not any((*answers(table, last), *answers(table, "just over"), *answers(table, "unreadable")))
+    assert all(feeder.hand_on(digest) for digest in (last, "just over", "unreadable"))
+    assert table.route(last)
+    assert table.past("just over")
+    assert table.unreadable("unreadable")
+    assert not feeder.hand_on("nobody's")
+    end()
+
+
+@pytest.mark.parametrize("how", ["revoked", "its worker is gone", "its worker has another lease"])
+def test_a_lease_that_has_ended_comes_before_all_other_changes(stored, feed, how):
+    many = leased(3000)
+    one = worker(WORKERS[4], "ends")
+    for found in (*many, one):
+        stored.put(found)
+    while feed.has_more:
+        feed.take()
+    for found in many:
+        stored.put(found)
+    if how == "revoked":
+        stored.put(one.with_lease(one.lease.but(ended_at=NOW, end_reason=EndReason.REVOKED)))
+    elif how == "its worker is gone":
+        stored.remove(Worker, one.key)
+    else:
+        stored.put(worker(one.key, "next"))
+    stored.put(many[0])
+    assert one.key in feed.take().workers
+
+
+def test_a_lease_that_drains_comes_first_when_it_is_revoked(stored, feed):
+    one = worker(WORKERS[4], "ends")
+    many = leased(3 * AT_ONCE)
+    stored.put(one.with_lease(one.lease.but(ended_at=NOW, end_reason=EndReason.RELEASED)))
+    feed.take()
+    for found in many:
+        stored.put(found)
+    stored.put(one.with_lease(one.lease.but(ended_at=NOW, end_reason=EndReason.REVOKED)))
+    assert feed.take().workers[one.key].route.revoked
 
 
 def test_an_empty_store_changes_nothing():

@@ -7,13 +7,13 @@ import asyncio
 import pytest
 
 from bkpool.allocation import LeaseService
-from bkpool.appliance.roles.gateway import feed_leases
 from bkpool.core import tokens
 from bkpool.core.names import Slot
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import EndReason, Phase, Worker, new_worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
+from bkpool.gateway.control.table_feeder import TableFeeder
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.store.mirror import Mirror
 from bkpool.store.sqlite import SqliteStore
@@ -100,9 +100,10 @@ async def test_a_revocation_cuts_the_connections_at_every_replica_and_waits_for_
     await asyncio.gather(*(mirror.ready.wait() for mirror in mirrors))
     replicas, feeds = [], []
     for number, mirror in enumerate(mirrors[:2]):
-        registry = StoreLeaseRegistry(store, f"gateway-{number}", lambda: now, mirror.apply)
+        feeder = TableFeeder(mirror)
+        registry = StoreLeaseRegistry(store, f"gateway-{number}", lambda: now, mirror.apply, hand_on=feeder.hand_on)
         replicas.append(await new_world(registry=registry))
-        feeds.append(feed_leases(replicas[-1].gateway, mirror))
+        feeds.append(feeder.start(replicas[-1].gateway.update))
     token = replicas[0].token("a")
     lease = worker_lease.but(token_sha256=tokens.digest(token))
     worker = await store.create(new_worker(Slot("default", "p", 0), pool, lease, {}))
@@ -134,9 +135,10 @@ async def test_a_replica_whose_watch_says_nothing_cuts_when_it_renews_its_regist
     store, new_world, worker_lease, now
 ):
     mirror = Mirror(store)  # it does not run, like a watch that hangs
-    registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, mirror.apply)
+    feeder = TableFeeder(mirror)
+    registry = StoreLeaseRegistry(store, "gateway-1", lambda: now, mirror.apply, hand_on=feeder.hand_on)
     world = await new_world(registry=registry)
-    unsubscribe = feed_leases(world.gateway, mirror)
+    unsubscribe = feeder.start(world.gateway.update)
     token = world.token("a")
     pool = await store.create(Pool(metadata=Metadata(name="p")))
     lease = worker_lease.but(token_sha256=tokens.digest(token))

@@ -19,13 +19,13 @@ from bkpool.core.errors import HostFault
 from bkpool.core.gateway_heartbeat import GatewayHeartbeat
 from bkpool.core.names import Key
 from bkpool.gateway.control.heartbeat_writer import HeartbeatWriter, heartbeat_name
-from bkpool.gateway.control.lease_feed import LeaseFeed
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.control.server import Gateway
+from bkpool.gateway.control.table_feeder import TableFeeder
 from bkpool.gateway.net.dial import Dialler
 from bkpool.gateway.session.metrics import GatewayMetrics
 from bkpool.store import Store
-from bkpool.store.mirror import Mirror, MirrorChange
+from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +79,8 @@ async def open_gateway(
 ) -> GatewayRole:
     """Serves connections until the stack is closed, which cuts those that are open. `GatewayRole.drain` goes before.
 
+    It returns when the gateway knows all leases. A client that comes earlier is served, too: its lease is looked for.
+
     Args:
         stack: Closes it.
         context: Of this process.
@@ -99,10 +101,9 @@ async def open_gateway(
     worker_series = context.options.settings.metrics.worker_series
     metrics = GatewayMetrics(context.registry, worker_series=worker_series)
     limits = gateway_limits(context.options.settings, context.shares)
-    place = _heartbeat_place(store, context, name, pool)
-    heartbeat = HeartbeatWriter(store, place, context.now, pool=pool, allowed=followed)
+    feeder = TableFeeder(mirror)
     gateway = Gateway(
-        StoreLeaseRegistry(store, name, context.now, mirror.apply, known=mirror.workers.get, heartbeat=heartbeat),
+        _registry(store, mirror, context, name, pool, feeder=feeder, followed=followed),
         now=context.now,
         metrics=metrics,
         limits=replace(limits, heartbeat_phase=limits.heartbeat_interval * random.random()),  # noqa: S311
@@ -112,58 +113,49 @@ async def open_gateway(
         watchdog=context.watchdog,
     )
     certificate.install(gateway)
+    port = await _start(gateway, context, address)
+    stack.push_async_callback(gateway.close)
+    for loop, answers in gateway.loops.items():
+        stack.callback(context.checks.add(f"{loop}, a loop of the gateway,", answers))
+    stack.callback(feeder.start(gateway.update))
+    await context.run_in_background(stack, certificate.run(gateway))
+    await feeder.complete.wait()
+    return GatewayRole(gateway, metrics, port)
+
+
+async def _start(gateway: Gateway, context: RoleContext, address: Address) -> int:
     try:
         [(_, port)] = await gateway.start([address])
     except HostFault as fault:
         where = context.options.where("gateway.address")  # the gateway knows no settings
         raise HostFault(f"{where}: {fault.message}", hint=fault.hint, code=fault.code) from None
-    stack.push_async_callback(gateway.close)
-    for loop, answers in gateway.loops.items():
-        stack.callback(context.checks.add(f"{loop}, a loop of the gateway,", answers))
-    stack.callback(feed_leases(gateway, mirror))
-    await context.run_in_background(stack, certificate.run(gateway))
-    return GatewayRole(gateway, metrics, port)
+    return port
+
+
+def _registry(
+    store: Store,
+    mirror: Mirror,
+    context: RoleContext,
+    name: str,
+    pool: Key | None,
+    *,
+    feeder: TableFeeder,
+    followed: Callable[[], bool],
+) -> StoreLeaseRegistry:
+    """What the gateway needs from the store. The other arguments are as for `open_gateway`."""
+    place = _heartbeat_place(store, context, name, pool)
+    return StoreLeaseRegistry(
+        store,
+        name,
+        context.now,
+        mirror.apply,
+        hand_on=feeder.hand_on,
+        known=mirror.workers.get,
+        heartbeat=HeartbeatWriter(store, place, context.now, pool=pool, allowed=followed),
+    )
 
 
 def _heartbeat_place(store: Store, context: RoleContext, gateway: str, pool: Key | None) -> Key:
     """The name of a gateway's heartbeat: with its pool, else in a namespace that the store has."""
     namespace = pool.namespace if pool else store.scopes(GatewayHeartbeat)[0]
     return Key(namespace or context.options.settings.kubernetes.namespace, heartbeat_name(gateway))
-
-
-def feed_leases(gateway: Gateway, mirror: Mirror) -> Callable[[], None]:
-    """Hands the gateway all leases, and later each change of them; a burst of changes gives one, or a few in turn.
-
-    Returns:
-        What ends it.
-    """
-    loop = asyncio.get_running_loop()
-    feed = LeaseFeed(mirror)
-    next_update: asyncio.Handle | None = None
-
-    def update() -> None:
-        nonlocal next_update
-        next_update = None
-        change = feed.take()
-        if change is not None:
-            gateway.update(change)
-        if feed.has_more:
-            schedule()
-
-    def schedule() -> None:
-        nonlocal next_update
-        if next_update is None:
-            next_update = loop.call_soon(update)
-
-    def on_change(change: MirrorChange) -> None:
-        feed.note(change)
-        schedule()
-
-    def end() -> None:
-        unsubscribe()
-        if next_update is not None:
-            next_update.cancel()
-
-    update()
-    unsubscribe = mirror.subscribe(on_change)
-    return end

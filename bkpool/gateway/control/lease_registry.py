@@ -86,9 +86,10 @@ class LeaseRegistry(Protocol):
         """
 
     async def find(self, token_sha256: str) -> None:
-        """Searches the store itself, not a copy of it, for the lease with this token.
+        """Searches for the lease with this token: if the copy of the store does not have it, in the store itself.
 
-        When it returns, the gateway has got the change of its table with the lease in it, if the lease exists.
+        When it returns, the gateway has got the change of its table with the lease in it, if the lease exists. Other
+        changes may still be on their way.
 
         Raises:
             Unavailable: The store does not answer.
@@ -103,7 +104,9 @@ class StoreLeaseRegistry:
         gateway: This gateway's name, unique among the replicas.
         now: Returns the time that is written and compared.
         on_worker: Called with every worker that was written or found (mirror.apply). The change of the gateway's
-            table must follow from it in the loop's next iteration at the latest (Gateway.update).
+            table follows from it soon; nothing here waits for that.
+        hand_on: Hands the gateway at once what the copy has of the lease with this token, and returns whether it has
+            any (TableFeeder.hand_on).
         known: Returns the worker of this name as it was a moment ago (mirror.workers.get). A write tries this copy
             first, so that it needs no read; the store refuses it if the copy is old.
         heartbeat: Renews registrations by the gateway's heartbeat; None: it has none.
@@ -117,6 +120,7 @@ class StoreLeaseRegistry:
         now: Callable[[], datetime],
         on_worker: Callable[[Worker | Unreadable], None],
         *,
+        hand_on: Callable[[str], bool] = lambda _: False,
         known: Callable[[Key], Worker | None] = lambda _: None,
         heartbeat: HeartbeatWriter | None = None,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -125,6 +129,7 @@ class StoreLeaseRegistry:
         self._gateway = gateway
         self._now = now
         self._on_worker = on_worker
+        self._hand_on = hand_on
         self._known = known
         self._heartbeat = heartbeat
         self._search = LeaseSearch(store, on_worker, pause=pause)
@@ -167,8 +172,10 @@ class StoreLeaseRegistry:
             await self._change_worker(route, partial(self._reported, silent_for))
 
     async def find(self, token_sha256: str) -> None:
-        """See LeaseRegistry."""
-        await self._search.find(token_sha256)
+        """See LeaseRegistry. Where the copy has the lease already, the store is not asked."""
+        if not self._hand_on(token_sha256):
+            await self._search.find(token_sha256)
+            self._hand_on(token_sha256)
 
     async def _change_worker(self, route: LeaseRoute, change: Callable[[Worker, LeaseRoute], Worker | None]) -> None:
         if await self._change_copy(route, change):

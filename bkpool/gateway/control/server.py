@@ -166,8 +166,8 @@ class Gateway:
     def update(self, change: TableChange) -> None:
         """Gives each loop a change of its table of leases. They get it before the registry's answers that come later.
 
-        Changes are applied in the order of the calls, each once. The first one has everything that there is; it is
-        given after `start`, because only loops that run get it.
+        Changes are applied in the order of the calls, each once. They begin after `start`, because only loops that
+        run get them. The first ones together have everything that there is (`TableFeeder`).
         """
         for thread in self._threads:
             thread.call(thread.shard.leases.update, change)
