@@ -18,8 +18,9 @@ from bkpool.controller.expired_registrations import Judged, check_expired, judge
 from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
-from bkpool.controller.pool_states import AT_ONCE, PoolStates
+from bkpool.controller.pool_states import PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
+from bkpool.controller.turns import AT_ONCE
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import MOST_RESTARTS
@@ -218,7 +219,7 @@ class Controller:
         for slot in state.strays[:AT_ONCE]:
             self._start_action(slot, None, self._stop_stray(slot))
         if plan.unfinished:
-            self._states.pool_changed(key)
+            self._states.plan_goes_on(key)
             return
         wake_at = plan.wake_at
         if key in self._mirror.pools:

@@ -1,7 +1,7 @@
 """Keeps the state of every pool (`core.reconcile.pool_state`) as the mirror, the daemons and the caches change.
 
-A change is only noted when it comes. The states take it over in the next round, so that many changes of one slot cost
-one. It decides nothing and writes nothing.
+A change is only noted when it comes. The states take it over in one of the next rounds, so that many changes of one
+slot cost one. It decides nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 
+from bkpool.controller.turns import Turns, pool_of
 from bkpool.core.names import Key, Slot, slot_of
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.announcements import Announcements
@@ -26,11 +27,6 @@ from bkpool.workers import Caches, Daemons
 CHECK_INTERVAL = timedelta(minutes=1)
 """A slot of which nothing was reported is looked at again after this time, in case a report was lost (rule 14,
 docs/rules.md#r14)."""
-AT_ONCE = 32
-"""How many slots one round takes over, and then looks at, for each pool: a few milliseconds (rule 16,
-docs/rules.md#r16)."""
-_OF_A_POOL = 8
-"""How many slots a pool counts as. Its status is worked out, too."""
 _SPREAD = 30
 """Slots with other numbers are looked at again up to so many seconds later, so that not all come at once."""
 
@@ -54,8 +50,9 @@ class PoolStates:
         self._caches = caches
         self._states: dict[Key, PoolState] = {}
         self._deleted: dict[Key, Pool] = {}
-        self._noted: dict[Key, set[Slot]] = {}
-        """The pools that have changed, each with its slots that have."""
+        self._turns = Turns()
+        self._ended: set[Slot] = set()
+        """Slots in which an action has ended, and which were not taken over since."""
         self._heartbeats: set[Key] = set()
         self._due: DueTimes[Key] = DueTimes()
         self._checks: DueTimes[Slot] = DueTimes()
@@ -83,19 +80,16 @@ class PoolStates:
 
     def _note_everything(self) -> None:
         for pool in (*self._mirror.pools, *self._mirror.unreadable_pools, *self._states):
-            self._noted.setdefault(pool, set())
+            self._turns.note(pool)
         for worker in self._mirror.workers.values():
-            self._note_slot(worker.slot)
+            self._turns.note_slot(worker.slot)
         for slot in (*self._daemons.observe(), *self._caches.owners()):
-            self._note_slot(slot)
+            self._turns.note_slot(slot)
         self._heartbeats |= self._mirror.heartbeats.gateways.keys()
-
-    def _note_slot(self, slot: Slot) -> None:
-        self._noted.setdefault(_pool_of(slot), set()).add(slot)
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
-        self._note_slot(slot)
+        self._turns.note_slot(slot)
         self._on_change()
 
     def _heartbeat_changed(self, gateway: Key) -> None:
@@ -105,8 +99,12 @@ class PoolStates:
 
     def pool_changed(self, pool: Key) -> None:
         """Notes that a pool may have changed."""
-        self._noted.setdefault(pool, set())
+        self._turns.note(pool)
         self._on_change()
+
+    def plan_goes_on(self, pool: Key) -> None:
+        """Notes that the plan of a pool has more parts. What has changed meanwhile is for the next plan."""
+        self._turns.goes_on(pool)
 
     def pool_deleted(self, pool: Pool) -> None:
         """Notes that a pool is deleted, of which something is left. The object says so."""
@@ -115,18 +113,20 @@ class PoolStates:
 
     def action_began(self, slot: Slot) -> None:
         """Notes that an action in the slot has begun. Nothing follows from that at once."""
-        self._state(_pool_of(slot)).set_busy(slot, busy=True)
+        self._state(pool_of(slot)).set_busy(slot, busy=True)
 
     def action_ended(self, slot: Slot) -> None:
-        """Notes that it has ended."""
-        self._state(_pool_of(slot)).set_busy(slot, busy=False)
+        """Notes that it has ended. Nothing is decided about the slot before it was taken over as it is now."""
+        self._ended.add(slot)
         self.slot_changed(slot)  # the action may have changed more than is reported
 
     def look_at_everything(self) -> None:
         """Makes every pool look at all of its slots: the clock has jumped, so no time that was noted is right."""
         for pool, state in self._states.items():
             state.look_at_everything()
-            self._noted.setdefault(pool, set()).update(state.slots)
+            self._turns.note(pool)
+            for slot in state.slots:
+                self._turns.note_slot(slot)
         self._heartbeats |= self._mirror.heartbeats.gateways.keys()
 
     def look_again_at(self, pool: Key, at: datetime | None) -> None:
@@ -147,40 +147,35 @@ class PoolStates:
     @property
     def has_more(self) -> bool:
         """Whether more was noted than the last round has taken over."""
-        return bool(self._noted)
+        return self._turns.has_more
 
     def take_over(self, reading: ClockReading) -> dict[Key, PoolState]:
         """Takes over what has been noted, and the slots that were not looked at for `CHECK_INTERVAL`.
 
-        It takes over as much as one round may cost. The rest comes in the next one.
+        It takes over as much as one round may cost. The rest comes in the next ones.
 
         Args:
             reading: The clocks.
 
         Returns:
-            The states of the pools that have changed or are due. Of these, everything has been taken over.
+            The states of the pools whose turn it is, to be planned. Those of which slots are left `expect_more`.
         """
         for key in self._due.due(reading.wall):
-            self._noted.setdefault(key, set())
+            self._turns.note(key)
         for slot in self._checks.due(reading.wall):
-            self._note_slot(slot)
+            self._turns.note_slot(slot)
         heartbeats, self._heartbeats = self._heartbeats, set()
         for key in heartbeats:
             for pool in self._take_heartbeat(key, reading):
-                self._noted.setdefault(pool, set())
+                self._turns.note(pool)
         changed: dict[Key, PoolState] = {}
-        left = AT_ONCE
-        while self._noted and left > 0:
-            key = next(iter(self._noted))
-            slots, state = self._noted.pop(key), self._state(key)
-            left -= _OF_A_POOL + len(slots)
-            for _ in range(min(len(slots), AT_ONCE)):
-                self._take_slot(slots.pop(), reading)
-            if slots:
-                self._noted[key] = slots
-            else:
-                self._take_pool(key, state)
-                changed[key] = state
+        for part in self._turns.next_round():
+            changed[part.pool] = state = self._state(part.pool)
+            for slot in part.slots:
+                self._take_slot(slot, reading)
+            if part.last:
+                self._take_pool(part.pool, state)
+            state.expects_more = part.more
         return changed
 
     def forget(self, pool: Key) -> None:
@@ -200,7 +195,7 @@ class PoolStates:
         return self._states[key]
 
     def _take_slot(self, slot: Slot, reading: ClockReading) -> None:
-        state, key = self._state(_pool_of(slot)), slot.worker
+        state, key = self._state(pool_of(slot)), slot.worker
         worker = self._mirror.workers.get(key)
         self.registrations.look(key, worker, reading.seconds)
         self.undelivered.look(key, worker)
@@ -209,6 +204,9 @@ class PoolStates:
         state.set_worker(slot, worker)
         state.set_observation(slot, self._daemons.seen(slot))
         state.set_cache(slot, self._caches.cache(slot))
+        if slot in self._ended:
+            self._ended.discard(slot)
+            state.set_busy(slot, busy=False)
         check_at = reading.wall + CHECK_INTERVAL + slot.number % _SPREAD * timedelta(seconds=1)
         self._checks.put(slot, None if state.is_empty(slot) else check_at)
 
@@ -217,8 +215,8 @@ class PoolStates:
         heartbeat = self._mirror.heartbeats.gateways.get(key)
         slots = {slot_of(one) for one in self.registrations.look_at_heartbeat(key, heartbeat, reading.seconds)}
         for slot in slots:
-            self._state(_pool_of(slot)).counts.count_again(slot)
-        return {_pool_of(slot) for slot in slots}
+            self._state(pool_of(slot)).counts.count_again(slot)
+        return {pool_of(slot) for slot in slots}
 
     def _take_pool(self, key: Key, state: PoolState) -> None:
         state.set_unreadable(self._mirror.unreadable_slots(key))
@@ -233,10 +231,6 @@ class PoolStates:
         else:  # if it gets a worker again, it may have been created again
             self._deleted.pop(key, None)
             state.set_pool(state.pool, Spec.MISSING)
-
-
-def _pool_of(slot: Slot) -> Key:
-    return Key(slot.namespace, slot.pool)
 
 
 def _unknown_pool(key: Key) -> Pool:

@@ -104,6 +104,8 @@ class Changes(RuleBasedStateMachine):
         self.put_off = False
         """Whether a heartbeat has put off what is due. Slots are looked at again at the time before that."""
         self.at_most: int | None = None
+        self.early = 0
+        """So many parts are planned before everything is known to be taken over."""
         self.state = PoolState(self.pool)
         self.known = True
 
@@ -204,6 +206,11 @@ class Changes(RuleBasedStateMachine):
         """From now on the plan is made in parts with so many slots (None: as a whole)."""
         self.at_most = at_most
 
+    @rule(early=st.integers(0, 2))
+    def change_early_parts(self, early: int) -> None:
+        """From now on so many parts of a plan come before the last slots are taken over."""
+        self.early = early
+
     @rule(seconds=st.integers(0, 90))
     def pass_time(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
@@ -232,8 +239,10 @@ class Changes(RuleBasedStateMachine):
         """The whole plan, whatever its parts are."""
         steps: dict[Slot, Action] = {}
         creates: dict[Slot, Action] = {}
-        for _ in range(_MOST_PARTS):
+        for number in range(_MOST_PARTS):
+            self.state.expects_more = number < self.early
             plan = self.state.plan(moment, self.at_most)
+            assert plan.unfinished or not self.state.expects_more
             for action in plan.actions:
                 (creates if isinstance(action, CreateWorker) else steps)[slot_of_action(action)] = action
             if not plan.unfinished:

@@ -1,12 +1,12 @@
 """One pool as its controller knows it, kept up to date change by change, and what to do for it next.
 
-What a plan costs follows from what has changed or is due since the last one, and much of it can be planned in parts.
+What a plan costs follows from what has changed or is due since the last one, and it can be made in parts.
 `decide` makes a new state from a whole snapshot; both give the same plan. Nothing here does I/O or reads a clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
@@ -28,8 +28,6 @@ from bkpool.core.removal import last_lease_at, removal_of
 from bkpool.core.worker import Worker
 
 T = TypeVar("T")
-
-_UNFINISHED = Plan((), unfinished=True)
 
 
 class Spec(Enum):
@@ -62,6 +60,8 @@ class PoolState:
     def __init__(self, pool: Pool, spec: Spec = Spec.KNOWN) -> None:
         self.pool = pool
         self.spec = spec
+        self.expects_more = False
+        """Some slots that have changed are not taken over yet, so nothing is planned that depends on their number."""
         self.counts = PoolCounts()
         self.caches = SpareCaches()
         self._workers: dict[Slot, Worker] = {}
@@ -155,11 +155,11 @@ class PoolState:
 
     @property
     def strays(self) -> list[Slot]:
-        """Slots in which something runs although they have no worker: the object was deleted. As of the last plan.
+        """Slots in which something runs although they have no worker: the object was deleted.
 
         A worker that exists and cannot be read is there, so what runs in its slot is no stray.
         """
-        return sorted(self._stray - self._busy)
+        return sorted(self._stray - self._busy - self._changed.keys())
 
     def plan(self, moment: Moment, at_most: int | None = None) -> Plan:
         """What to do now, at most one action for each slot, and when to plan again if nothing changes before.
@@ -168,17 +168,17 @@ class PoolState:
             moment: The time, and what depends on it.
             at_most: How many slots are looked at. If more are to be looked at, the plan is unfinished: the next one
                 goes on with them. None: all.
+
+        A worker with a lease is looked at as soon as its slot was taken over: its next step does not follow from the
+        others. So a lease that is revoked does not wait for a large pool.
         """
         known, more_at, wiped, replaced = self.spec is Spec.KNOWN, None, set[Slot](), set[Slot]()
         if not self._last.unfinished:  # what was not carried out is decided again
             self._waiting |= dict.fromkeys(self._last.acted)
             self._last = replace(self._last, acted=set(), unfinished=True)
-        ends = self._ends
-        for slot in _take(self._changed, at_most):
-            self._classify(slot, ends=ends)
-            self._moved[slot] = self._waiting[slot] = None
-        if self._changed:
-            return _UNFINISHED
+        actions = self._take_changed(moment, at_most)
+        if self._changed or self.expects_more:
+            return _unfinished(actions)
         if known:
             moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)
             self._moved |= dict.fromkeys(moved)
@@ -187,49 +187,78 @@ class PoolState:
             stays = self._workers.get(slot) if known and self._free.keeps(slot) else None
             self._idle.put(slot, stays, self._observed.get(slot), busy=slot in self._busy)
         if self._moved:
-            return _UNFINISHED
+            return _unfinished(actions)
         if known:
             wiped, more_to_wipe_at = self._to_wipe(moment)
             more_at = min(filter(None, (more_at, more_to_wipe_at)), default=None)
             replaced = self._idle.to_replace(self._free.kept, moment.restarts_left)
-        return self._plan_slots(moment, wiped, replaced, more_at, at_most)
+        self._note_again(moment.now, wiped, replaced)
+        left = None if at_most is None else at_most - len(actions)
+        for slot in _take(self._waiting, left):
+            self._put_step(slot, self._step(slot, moment), actions)
+        return self._with_new_workers(actions, more_at, at_most)
 
-    def _plan_slots(
-        self, moment: Moment, wiped: set[Slot], replaced: set[Slot], more_at: datetime | None, at_most: int | None
-    ) -> Plan:
+    def _take_changed(self, moment: Moment, at_most: int | None) -> dict[Slot, Action]:
+        """Puts slots that have changed into their places. Returns what to do for those of them that are leased."""
+        ends, actions = self._ends, dict[Slot, Action]()
+        for slot in _take(self._changed, at_most):
+            self._classify(slot, ends=ends)
+            worker = self._workers.get(slot)
+            if worker is not None and worker.lease is None:
+                self._moved[slot] = self._waiting[slot] = None
+                continue
+            self._idle.put(slot, None, None, busy=False)
+            self._moved.pop(slot, None)
+            if worker is None:
+                self._waiting[slot] = None
+            else:
+                self._waiting.pop(slot, None)
+                self._put_step(slot, self._own_step(slot, worker, moment), actions)
+        return actions
+
+    def _put_step(self, slot: Slot, step: Step, actions: dict[Slot, Action]) -> None:
+        self._deadlines.put(slot, step.look_again_at)
+        if step.action is not None:
+            actions[slot] = step.action
+            self._last.acted.add(slot)
+
+    def _note_again(self, now: datetime, wiped: set[Slot], replaced: set[Slot]) -> None:
+        """Notes the slots that are to be looked at although they have not changed."""
         last = self._last
-        again = self._deadlines.due(moment.now) | (wiped ^ last.wiped) | (replaced ^ last.replaced)
+        again = self._deadlines.due(now) | (wiped ^ last.wiped) | (replaced ^ last.replaced)
         self._waiting |= dict.fromkeys(again)
         self._last = _LastPlan(last.acted, wiped, replaced)
-        actions: dict[Slot, Action] = {}
-        for slot in _take(self._waiting, at_most):
-            step = self._step(slot, moment)
-            self._deadlines.put(slot, step.look_again_at)
-            if step.action is not None:
-                actions[slot] = step.action
-        self._last.acted |= actions.keys()
+
+    def _with_new_workers(self, actions: dict[Slot, Action], more_at: datetime | None, at_most: int | None) -> Plan:
+        """The plan with these actions, and with the workers that are to be created."""
         self._last.unfinished = bool(self._waiting)
-        missing = self._missing(wiped) if self.spec is Spec.KNOWN else []
+        missing = self._missing(self._last.wiped) if self.spec is Spec.KNOWN else []
         created = missing[:at_most]
-        ordered = (actions[slot] for slot in sorted(actions, key=_number))
         wake_at = min(filter(None, (self._deadlines.first, more_at)), default=None)
         unfinished = self._last.unfinished or len(missing) > len(created)
-        return Plan((*ordered, *map(CreateWorker, created)), wake_at, unfinished=unfinished)
+        return Plan((*_ordered(actions), *map(CreateWorker, created)), wake_at, unfinished=unfinished)
 
     def _step(self, slot: Slot, moment: Moment) -> Step:
         """The next step for one slot."""
         worker = self._workers.get(slot)
         if slot in self._last.wiped:
             return Step(WipeCache(slot))
-        if worker is None or slot in self._busy or self.spec is Spec.MISSING:
+        if worker is None:
+            return NO_STEP
+        if self.spec is Spec.KNOWN and slot not in self._busy:
+            if self._free.is_too_many(slot):
+                return Step(RemoveWorker(worker))
+            if slot in self._last.replaced:
+                return Step(StopDaemon(worker))
+        return self._own_step(slot, worker, moment)
+
+    def _own_step(self, slot: Slot, worker: Worker, moment: Moment) -> Step:
+        """The next step for a worker if nothing follows from the other ones; with a lease, nothing does."""
+        if slot in self._busy or self.spec is Spec.MISSING:
             return NO_STEP
         seen = self._observed.get(slot)
         if self.spec is Spec.UNREADABLE:
             return wind_up_step(worker, seen, moment)
-        if self._free.is_too_many(slot):
-            return Step(RemoveWorker(worker))
-        if slot in self._last.replaced:
-            return Step(StopDaemon(worker))
         return next_step(worker, seen, self.pool, moment)
 
     def _classify(self, slot: Slot, *, ends: bool) -> None:
@@ -275,6 +304,14 @@ def _put(found: dict[Slot, T], slot: Slot, value: T | None) -> None:
         found.pop(slot, None)
     else:
         found[slot] = value
+
+
+def _ordered(actions: dict[Slot, Action]) -> Iterator[Action]:
+    return (actions[slot] for slot in sorted(actions, key=_number))
+
+
+def _unfinished(actions: dict[Slot, Action]) -> Plan:
+    return Plan(tuple(_ordered(actions)), unfinished=True)
 
 
 def _number(slot: Slot) -> int:
