@@ -14,7 +14,7 @@ from datetime import datetime
 
 import structlog
 
-from bkpool.controller.expired_registrations import Judged, check_expired, judged
+from bkpool.controller.expired_registrations import Judged, check_expired, judged_heartbeats
 from bkpool.controller.lease_ends import LeaseEnds
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
@@ -214,8 +214,8 @@ class Controller:
         moment = self._moment(reading)
         plan = state.plan(moment, AT_ONCE)
         for action in plan.actions:
-            known = judged(action, self._mirror.heartbeats)
-            self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool, known))
+            judged = judged_heartbeats(action, self._states.registrations)
+            self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool, judged))
         for slot in state.strays[:AT_ONCE]:
             self._start_action(slot, None, self._stop_stray(slot))
         if plan.unfinished:
@@ -315,9 +315,9 @@ class Controller:
         await self._daemons.stop(worker.slot, at_once=True)
 
     async def _carry_out(  # noqa: C901, PLR0912 - one case for each action
-        self, action: Action, pool: Pool, known: Judged
+        self, action: Action, pool: Pool, judged: Judged
     ) -> Result:
-        await check_expired(known, self._mirror.heartbeats)
+        await check_expired(judged, self._mirror.heartbeats)
         match action:
             case CreateWorker(slot):
                 self._mirror.apply(await self._store.create(new_worker(slot, pool, None, {})))

@@ -7,40 +7,43 @@ notice a renewal that the copy in memory has missed; this does (docs/decisions/0
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from bkpool.core.errors import Conflict
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat
+from bkpool.core.gateway_heartbeat import HeartbeatVersion
 from bkpool.core.names import Key
 from bkpool.core.reconcile.actions import Action, FinishLease, ReplaceDaemon, StopDaemon
+from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.worker import EndReason
 from bkpool.store.heartbeats import Heartbeats
 
-Judged = Mapping[Key, GatewayHeartbeat | None]
-"""The heartbeats that a decision has judged, by their names; None: there was none."""
+Judged = Mapping[Key, HeartbeatVersion | None]
+"""The heartbeats behind the registrations that an action counts as expired, as they were when that was decided."""
+_NONE: Judged = MappingProxyType({})
 
 
-def judged(action: Action, heartbeats: Heartbeats) -> Judged:
-    """The heartbeats behind the lease's registrations, if the action ends what they protect. Mostly there are none.
+def judged_heartbeats(action: Action, registrations: SeenRegistrations) -> Judged:
+    """What the action was decided by. It must be called before anything else has its turn in the loop.
 
-    It must be called in the step of the loop in which the action was decided: of two leases of one gateway, the first
-    one's question corrects the copy. A revoked lease is cut in any case, and waits for nothing.
+    Mostly there are none. A revoked lease is cut in any case, and waits for nothing.
     """
     if not isinstance(action, FinishLease | StopDaemon | ReplaceDaemon):
-        return {}
+        return _NONE
     worker, lease = action.worker, action.worker.lease
     if lease is None or (lease.end_reason is EndReason.REVOKED and not isinstance(action, FinishLease)):
-        return {}
-    entries = (entry for entry in worker.status.gateways if entry.lease_id == lease.id)
-    return {key: heartbeats.gateways.get(key) for entry in entries if (key := entry.heartbeat_key) is not None}
+        return _NONE
+    return registrations.heartbeats_of(worker, lease.id)
 
 
-async def check_expired(known: Judged, heartbeats: Heartbeats) -> None:
-    """Asks the store whether the heartbeats are those that were judged.
+async def check_expired(judged: Judged, heartbeats: Heartbeats) -> None:
+    """Asks the store whether the heartbeats are still as they were when the action was decided.
+
+    The copy of heartbeats is no measure: another action may have corrected it since.
 
     Raises:
         Conflict: One has changed. The copy of it is right now, so that it can be decided again.
         Unavailable: The store does not answer.
     """
-    for key, heartbeat in known.items():
-        if not await heartbeats.is_current(key, heartbeat):
+    for key, version in judged.items():
+        if not await heartbeats.is_still(key, version):
             raise Conflict(f"the heartbeat of gateway {key} has changed")

@@ -7,7 +7,7 @@ docs/rules.md#r10). It only renews what is registered on a worker; it never regi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import AwareDatetime, Field, StrictInt
 
@@ -41,6 +41,22 @@ class GatewayHeartbeat(Resource):
     kind: Literal["BuildKitGateway"] = "BuildKitGateway"
     spec: HeartbeatSpec = HeartbeatSpec()
     status: Annotated[HeartbeatStatus, OBSERVED] = HeartbeatStatus()
+
+
+class HeartbeatVersion(NamedTuple):
+    """Which heartbeat was judged: none is written without getting another version."""
+
+    uid: str
+    resource_version: str | None
+
+    @classmethod
+    def of(cls, heartbeat: GatewayHeartbeat) -> HeartbeatVersion:
+        """The version of this heartbeat."""
+        return cls(heartbeat.uid, heartbeat.metadata.resource_version)
+
+
+ABSENT = HeartbeatVersion("", None)
+"""It is known that there is none, or none that can be read."""
 
 
 def connections_of(entry: GatewayRegistration, heartbeat: GatewayHeartbeat | None) -> int:

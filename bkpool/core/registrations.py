@@ -7,11 +7,12 @@ names the lease. Nothing here reads a clock.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
 
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat, connections_of
+from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatVersion, connections_of
 from bkpool.core.names import Key
 from bkpool.core.worker import GatewayRegistration, Worker
 
@@ -55,22 +56,25 @@ class SeenHeartbeats:
     def __init__(self) -> None:
         self._latest: dict[Key, GatewayHeartbeat] = {}
         self._named: dict[Key, dict[str, float]] = {}
-        self._deleted: dict[Key, float] = {}
+        self._absent: dict[Key, float] = {}
+        """When somebody saw that there is none, or none any more."""
 
-    def look(self, key: Key, heartbeat: GatewayHeartbeat | None, seconds: float) -> None:
+    def look(
+        self, key: Key, heartbeat: GatewayHeartbeat | None, seconds: float, needed: Collection[Key] = ()
+    ) -> None:
         """Takes note of a heartbeat that may have changed.
 
         Args:
             key: Its name.
-            heartbeat: As it is now; None: it was deleted. Its gateway may have written it once more before that.
+            heartbeat: As it is now; None: there is none. Its gateway may have written it shortly before that.
             seconds: Monotonic time.
+            needed: The heartbeats of which it must not be forgotten that there is none.
         """
         before = self._latest.pop(key, None)
         if heartbeat is None:
-            if before is not None:
-                self._named.pop(key, None)
-                self._deleted = {old: at for old, at in self._deleted.items() if seconds - at < _LIFE}
-                self._deleted[key] = seconds
+            self._named.pop(key, None)
+            self._absent = {old: at for old, at in self._absent.items() if seconds - at < _LIFE or old in needed}
+            self._absent[key] = seconds
             return
         self._latest[key] = heartbeat
         if before is not None and (before.uid, before.status) == (heartbeat.uid, heartbeat.status):
@@ -84,7 +88,14 @@ class SeenHeartbeats:
         if key is None:
             return default
         named = self._named.get(key, {}).get(entry.lease_id, default)
-        return max(named, self._deleted.get(key, default), default)
+        return max(named, self._absent.get(key, default), default)
+
+    def version(self, key: Key) -> HeartbeatVersion | None:
+        """The version by which registrations are judged; None: it was never seen, nor that there is none."""
+        found = self._latest.get(key)
+        if found is not None:
+            return HeartbeatVersion.of(found)
+        return ABSENT if key in self._absent else None
 
     def connections(self, entry: GatewayRegistration) -> int:
         """How many connections the gateway of a registration has said last."""
@@ -128,8 +139,13 @@ class SeenRegistrations:
         """
         entries = self._renewed_by.get(key, {})
         before = {name: self.connections(entry) for name, entry in entries.items()}
-        self._heartbeats.look(key, heartbeat, seconds)
+        self._heartbeats.look(key, heartbeat, seconds, self._renewed_by)
         return {name.worker for name, entry in entries.items() if self.connections(entry) != before[name]}
+
+    def heartbeats_of(self, worker: Worker, lease_id: str) -> Mapping[Key, HeartbeatVersion | None]:
+        """The heartbeats by which the registrations of a lease are judged at the moment."""
+        keys = (one.heartbeat_key for one in worker.status.gateways if one.lease_id == lease_id)
+        return {key: self._heartbeats.version(key) for key in keys if key is not None}
 
     def at(self, now: datetime, seconds: float) -> Expiries:
         """When they expire.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 
@@ -15,7 +16,7 @@ import structlog
 
 from bkpool.core.backoff import Backoff
 from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat
+from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatVersion
 from bkpool.core.names import Key
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.unreadable import Unreadable, UnreadableObject
@@ -27,6 +28,14 @@ log = structlog.get_logger(__name__)
 
 _LONGEST_PAUSE = 60.0
 """Seconds until a copy that is refused is tried again: somebody may apply the manifests meanwhile."""
+_SOON = 5.0
+"""The longest pause while heartbeats are still taken to be followed."""
+_LASTS = 20.0
+"""Seconds for which what was followed must be refused without interruption until it counts. An API server that
+restarts, or is weak, refuses for a moment. Two changes of the rights of all gateways would only burden it more."""
+_RELIED_ON = 120.0
+"""Seconds for which gateways may rely on heartbeats that this process may not read any more: 60 s until no gateway
+may write them, and 50 s for which a gateway relies on one."""
 _REFUSED = (Forbidden, NotFound)
 _TRANSIENT = (Gone, Unavailable, DiskFull, Unauthenticated)
 _Cache = VersionedCache[Key, GatewayHeartbeat]
@@ -39,6 +48,7 @@ class Heartbeats:
         store: Has the objects.
         pause: Waits that many seconds before the store is asked again.
         jitter: Returns a number from 0 to 1: how much of the longest allowed pause is waited.
+        seconds: Monotonic time.
     """
 
     def __init__(
@@ -47,14 +57,18 @@ class Heartbeats:
         *,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._pause = pause
         self._jitter = jitter
+        self._seconds = seconds
         self._caches = {scope: _empty_cache() for scope in store.scopes(GatewayHeartbeat)}
         self._gateways: dict[Key, GatewayHeartbeat] = {}
         self._asked: set[str | None] = set()
         self._followed: set[str | None] = set()
+        self._refused_since: dict[str | None, float] = {}
+        self._unfollowed_since: dict[str | None, float] = {}
         self._subscribers: Subscribers[[Key]] = Subscribers()
         self._followed_subscribers: Subscribers[[]] = Subscribers()
         self.gateways: Mapping[Key, GatewayHeartbeat] = MappingProxyType(self._gateways)
@@ -79,26 +93,36 @@ class Heartbeats:
         """Calls back when `followed_in` may have changed. Returns a function that unsubscribes."""
         return self._followed_subscribers.add(callback)
 
-    async def is_current(self, key: Key, known: GatewayHeartbeat | None) -> bool:
-        """Asks the store itself whether a heartbeat is there as it was known. The copy has afterwards what is there.
-
-        Where heartbeats cannot be read, no gateway relies on one, so that none is missing.
+    async def is_still(self, key: Key, judged: HeartbeatVersion | None) -> bool:
+        """Asks the store itself whether a heartbeat is still as it was judged. The copy is corrected.
 
         Args:
             key: Its name.
-            known: It as it was known to the caller, perhaps before the copy was corrected; None: there was none.
+            judged: Its version then. None: nobody has seen it, nor asked for it. If there is none then, it may have
+                been deleted unseen, so the answer is no, and whoever subscribes learns that there is none.
+
+        Raises:
+            Unavailable: The store does not answer, or does not allow the question while gateways may rely on it.
         """
         cache = self._cache_of(key)
         try:
             found = await self._store.get(GatewayHeartbeat, *key)
-        except NotFound:
-            if (held := self.gateways.get(key)) is not None:
-                self._take(cache, cache.event("DELETED", held))
-            return known is None
-        except (Forbidden, UnreadableObject):
-            return True
+        except (NotFound, UnreadableObject):
+            if judged == ABSENT and key not in self.gateways:
+                return True
+            self._take_absence(key, cache)
+            return False
+        except Forbidden as error:
+            if self._is_given_up(key.namespace):
+                return True
+            raise Unavailable(f"the heartbeat of gateway {key} cannot be read: {error.message}") from None
         self._take(cache, cache.applied(found))
-        return known is not None and (known.uid, _version_of(known)) == (found.uid, _version_of(found))
+        return judged == HeartbeatVersion.of(found)
+
+    def _is_given_up(self, namespace: str) -> bool:
+        """Whether heartbeats have not been followed there for so long that no gateway relies on one."""
+        since = self._unfollowed_since.get(namespace if namespace in self._caches else None)
+        return since is not None and self._seconds() - since >= _RELIED_ON
 
     async def _follow(self, scope: str | None) -> None:
         cache = self._caches[scope]
@@ -113,22 +137,41 @@ class Heartbeats:
             return self._store.watch(GatewayHeartbeat, version, namespace=scope)
 
         def on_event(event: WatchEvent[GatewayHeartbeat]) -> None:
-            if not isinstance(event.object, Unreadable):
+            if isinstance(event.object, Unreadable):
+                self._take_absence(event.object.key, cache)
+            else:
                 self._take(cache, cache.event(event.type, event.object))
 
         def goes_on(error: Exception, _seconds: float) -> bool:
             if isinstance(error, _REFUSED):
-                if scope in self._followed or scope not in self._asked:
-                    log.info("heartbeats.not_followed", reason=error.message)
-                self._note(scope, followed=False)
+                self._note_refusal(scope, error.message)
+            else:
+                self._refused_since.pop(scope, None)
             return isinstance(error, (*_REFUSED, *_TRANSIENT))
 
+        async def pause(seconds: float) -> None:
+            await self._pause(min(seconds, _SOON) if scope in self._followed else seconds)
+
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
-        await list_and_watch(list_all, watch, on_event, goes_on, backoff=backoff, pause=self._pause)
+        await list_and_watch(list_all, watch, on_event, goes_on, backoff=backoff, pause=pause)
+
+    def _note_refusal(self, scope: str | None, reason: str) -> None:
+        now = self._seconds()
+        since = self._refused_since.setdefault(scope, now)
+        if scope in self._followed and now - since < _LASTS:
+            return
+        if scope in self._followed or scope not in self._asked:
+            log.info("heartbeats.not_followed", reason=reason)
+        self._note(scope, followed=False)
 
     def _note(self, scope: str | None, *, followed: bool) -> None:
         changed = (scope in self._followed) is not followed
         (self._followed.add if followed else self._followed.discard)(scope)
+        if followed:
+            self._refused_since.pop(scope, None)
+            self._unfollowed_since.pop(scope, None)
+        else:
+            self._unfollowed_since.setdefault(scope, self._seconds())
         self._asked.add(scope)
         if self._asked == self._caches.keys():
             self.answered.set()
@@ -137,6 +180,14 @@ class Heartbeats:
 
     def _cache_of(self, key: Key) -> _Cache:
         return self._caches.get(key.namespace) or self._caches.get(None) or _empty_cache()
+
+    def _take_absence(self, key: Key, cache: _Cache) -> None:
+        """Notes that there is no heartbeat of this name, or none that can be read."""
+        known = self.gateways.get(key)
+        if known is not None:
+            self._take(cache, cache.event("DELETED", known))
+        else:
+            self._subscribers.notify(key)
 
     def _take(self, cache: _Cache, changed: list[GatewayHeartbeat]) -> None:
         for found in changed:

@@ -52,7 +52,7 @@ async def look_for(dead, time, heartbeats, store, minutes, *living):
             status = HeartbeatStatus(renewed_at=NOW + timedelta(minutes=minute, seconds=time.seconds))
             await store.replace_status(found.but(status=status))
         for key in (await store.list(GatewayHeartbeat)).keys:
-            await heartbeats.is_current(key, None)
+            await heartbeats.is_still(key, None)
         await dead.look()
         time.seconds += 60
 
@@ -70,7 +70,7 @@ async def test_only_what_has_not_changed_for_ten_minutes_is_deleted(store, time,
 async def test_one_that_lives_unseen_is_not_deleted(store, time, heartbeats):
     """The watch hangs, so the copy is old."""
     made = await store.create(GatewayHeartbeat(metadata=Metadata(name="g")))
-    await heartbeats.is_current(made.key, None)
+    await heartbeats.is_still(made.key, None)
     dead = DeadGateways(store, heartbeats, seconds=time)
     await dead.look()
     await store.replace_status(made.but(status=HeartbeatStatus(renewed_at=NOW)))
@@ -81,7 +81,7 @@ async def test_one_that_lives_unseen_is_not_deleted(store, time, heartbeats):
 
 async def test_a_store_that_is_away_ends_nothing(store, time, heartbeats, monkeypatch):
     made = await store.create(GatewayHeartbeat(metadata=Metadata(name="g")))
-    await heartbeats.is_current(made.key, None)
+    await heartbeats.is_still(made.key, None)
     dead = DeadGateways(store, heartbeats, seconds=time)
     await dead.look()
     time.seconds = 3600

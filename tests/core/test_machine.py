@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from bkpool.controller.expired_registrations import judged_heartbeats
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
+from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatStatus, HeartbeatVersion
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation, Silence, Snapshot
 from bkpool.core.queueing import assign
@@ -137,6 +138,8 @@ class PoolMachine(RuleBasedStateMachine):
         """Where the gateway renews registrations, unless it renews each entry."""
         self.seen_heartbeat: GatewayHeartbeat | None = None
         """As the controller's copy has it, which may be old."""
+        self.looked_at: GatewayHeartbeat | None = None
+        """As the controller has judged by it last."""
         self.store = TinyStore()
         self.runtime = TinyRuntime()
         self.pool = pool(scaling={"min": 1, "max": 3, "scaleDownDelay": "10m"}, cache={"reuse": "identity"})
@@ -159,7 +162,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.now += timedelta(minutes=minutes)
         if beats:
             status = HeartbeatStatus(renewed_at=self.now + self.skew, leases=dict.fromkeys(self.connected, 1))
-            self.heartbeat = GatewayHeartbeat(metadata=Metadata(name=BEAT.name, uid="h"), status=status)
+            self.count += 1
+            metadata = Metadata(name=BEAT.name, uid="h", resource_version=str(self.count))
+            self.heartbeat = GatewayHeartbeat(metadata=metadata, status=status)
             return
         for worker in list(self.store.workers.values()):
             held = worker.lease
@@ -176,9 +181,10 @@ class PoolMachine(RuleBasedStateMachine):
     def the_heartbeat_is_seen(self):
         self.seen_heartbeat = self.heartbeat
 
-    @precondition(lambda self: self.seen_heartbeat)
+    @precondition(lambda self: self.looked_at or self.registrations._heartbeats.version(BEAT) is None)
     @rule()
     def the_heartbeat_is_deleted(self):
+        """Twice within a minute, both times unseen, would be too much (docs/decisions/0036)."""
         self.heartbeat = None
 
     @rule(hours=st.integers(-2, 2))
@@ -189,6 +195,7 @@ class PoolMachine(RuleBasedStateMachine):
     def another_controller_takes_over(self):
         self.registrations, self.leases = SeenRegistrations(), SeenLeases()
         self.known: set[Key] = set()
+        self.looked_at = None
 
     @rule(writes=st.integers(1, 2))
     def the_controller_is_killed_between_two_writes(self, writes):
@@ -344,7 +351,8 @@ class PoolMachine(RuleBasedStateMachine):
             self.registrations.look(key, self.view.get(key.name), self.now.timestamp())
             self.leases.look(key, self.view.get(key.name), self.now.timestamp())
         self.known = {worker.key for worker in workers}
-        self.registrations.look_at_heartbeat(BEAT, self.seen_heartbeat, self.now.timestamp())
+        if self.looked_at != self.seen_heartbeat:
+            self._look_at_heartbeat()
         registered_until = self.registrations.at(self.now, self.now.timestamp())
         snap = Snapshot(
             self.pool,
@@ -354,11 +362,13 @@ class PoolMachine(RuleBasedStateMachine):
             registered_until=registered_until,
             lease_since=self.leases.at(self.now, self.now.timestamp()),
         )
-        decision, self.judged_heartbeat = decide(snap, self.now), self.seen_heartbeat
+        decision = decide(snap, self.now)
         slots = [slot_of_action(action) for action in decision.actions]
         assert len(slots) == len(set(slots)), "two actions at once in one slot"
-        for action in decision.actions:
+        judged = [judged_heartbeats(action, self.registrations) for action in decision.actions]
+        for action, versions in zip(decision.actions, judged, strict=True):
             try:
+                self._check_expired(versions)
                 self._act(action)
             except Lost:
                 continue
@@ -367,18 +377,20 @@ class PoolMachine(RuleBasedStateMachine):
         for slot in state.strays:
             del self.runtime.daemons[slot]
 
-    def _check_expired(self, action):
+    def _look_at_heartbeat(self):
+        self.looked_at = self.seen_heartbeat
+        self.registrations.look_at_heartbeat(BEAT, self.looked_at, self.now.timestamp())
+
+    def _check_expired(self, judged):
         """As `controller.expired_registrations` does."""
-        if not isinstance(action, FinishLease | StopDaemon | ReplaceDaemon) or action.worker.lease is None:
-            return
-        registered = {entry.lease_id for entry in action.worker.status.gateways}
-        if action.worker.lease.id in registered and self.judged_heartbeat != self.heartbeat:
+        current = ABSENT if self.heartbeat is None else HeartbeatVersion.of(self.heartbeat)
+        if judged and judged[BEAT] != current:
             self.seen_heartbeat = self.heartbeat
+            self._look_at_heartbeat()
             raise Lost
 
     def _act(self, action):  # noqa: PLR0912 - one case for each action
         store, runtime = self.store, self.runtime
-        self._check_expired(action)
         match action:
             case CreateWorker(slot):
                 store.create(new_worker(slot, self.pool, None, {}), self.now)

@@ -4,7 +4,13 @@ from datetime import timedelta
 
 import pytest
 
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus, open_connections
+from bkpool.core.gateway_heartbeat import (
+    ABSENT,
+    GatewayHeartbeat,
+    HeartbeatStatus,
+    HeartbeatVersion,
+    open_connections,
+)
 from bkpool.core.names import Key
 from bkpool.core.reconcile.actions import FinishLease
 from bkpool.core.reconcile.decide import decide
@@ -151,8 +157,25 @@ def test_a_heartbeat_that_is_deleted_may_have_been_written_once_more_unseen(seen
     seen_entry.look_at_heartbeat(BEAT, heartbeat(20, lease=1), 20)
     seen_entry.look_at_heartbeat(BEAT, None, 70)
     assert kept(seen_entry, 70 + LIFE - 1)
-    seen_entry.look_at_heartbeat(BEAT, None, 120)
     assert not kept(seen_entry, 70 + LIFE)
+
+
+def test_one_that_was_never_seen_may_have_been_written_before_somebody_learned_that_there_is_none(seen_entry):
+    held = released(registered(heartbeat=str(BEAT)))
+    assert seen_entry.heartbeats_of(held, "lease") == {BEAT: None}
+    seen_entry.look_at_heartbeat(BEAT, None, 50)
+    assert kept(seen_entry, 50 + LIFE - 1)
+    for at in range(60, 600, 60):
+        seen_entry.look_at_heartbeat(Key("team", "other"), None, at)
+    assert seen_entry.heartbeats_of(held, "lease") == {BEAT: ABSENT}, "it is remembered as long as there is the entry"
+    assert not kept(seen_entry, 50 + LIFE)
+
+
+def test_what_registrations_are_judged_by_is_the_heartbeat_that_was_looked_at(seen_entry):
+    held, found = released(registered(heartbeat=str(BEAT))), heartbeat(20, lease=1)
+    seen_entry.look_at_heartbeat(BEAT, found, 20)
+    assert seen_entry.heartbeats_of(held, "lease") == {BEAT: HeartbeatVersion.of(found)}
+    assert seen_entry.heartbeats_of(held, "another") == {}
 
 
 def test_a_heartbeat_that_was_there_before_the_entry_keeps_it_alive():
@@ -172,7 +195,7 @@ def test_a_gateway_with_many_leases_in_turn_leaves_nothing_behind():
         registrations.look_at_heartbeat(Key("team", f"gone-{number}"), None, at)
     remembered = registrations._heartbeats
     assert len(remembered._named[BEAT]) <= 4
-    assert max(len(remembered._named), len(remembered._latest), len(remembered._deleted)) <= 4
+    assert max(len(remembered._named), len(remembered._latest), len(remembered._absent)) <= 4
 
 
 def test_a_heartbeat_tells_of_which_workers_the_connections_have_changed(seen_entry):

@@ -9,18 +9,15 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from bkpool.core.errors import Forbidden, NotFound, Unavailable
-from bkpool.core.gateway_heartbeat import GatewayHeartbeat, HeartbeatStatus
+from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatStatus, HeartbeatVersion
 from bkpool.core.names import Key
 from bkpool.core.resource import Metadata
+from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.store.heartbeats import Heartbeats
 from bkpool.store.mirror import Mirror
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 KEY = Key("default", "g")
-
-
-async def is_current(heartbeats):
-    return await heartbeats.is_current(KEY, heartbeats.gateways.get(KEY))
 
 
 def beat(seconds: int = 0, **leases: int) -> HeartbeatStatus:
@@ -105,7 +102,6 @@ async def test_without_the_kind_the_mirror_works_and_when_it_is_there_it_is_foll
     async with running(heartbeats):
         assert not heartbeats.followed_in("default")
         assert heartbeats.gateways == {}
-        assert await is_current(heartbeats), "where nobody may read them no gateway may write them"
         wire.refusal = None
         await store.create(gateway())
         may_ask.set()
@@ -136,26 +132,149 @@ async def test_a_mirror_that_does_not_follow_them_lets_nobody_wait(store):
     assert not mirror.heartbeats.followed_in("default")
 
 
-async def test_the_copy_is_compared_with_the_store_and_corrected(store):
+async def test_what_was_judged_is_compared_with_the_store_and_the_copy_is_corrected(store):
     """Its watch hangs: it only has what it is told here."""
     heartbeats, changes = Heartbeats(store), []
     heartbeats.subscribe(changes.append)
-    assert await is_current(heartbeats), "there is none"
+    assert not await heartbeats.is_still(KEY, None), "it may have been written and deleted unseen"
+    assert changes == [KEY], "whoever judges counts from now"
+    assert await heartbeats.is_still(KEY, ABSENT)
     made = await store.create(gateway())
-    assert not await is_current(heartbeats)
-    assert await is_current(heartbeats)
+    first = HeartbeatVersion.of(made)
+    assert not await heartbeats.is_still(KEY, ABSENT)
+    assert not await heartbeats.is_still(KEY, ABSENT), "the copy is right by now, but what was judged is not"
+    assert await heartbeats.is_still(KEY, first)
     await store.replace_status(made.but(status=beat(20, lease=1)))
-    assert not await is_current(heartbeats)
+    assert not await heartbeats.is_still(KEY, first)
+    assert not await heartbeats.is_still(KEY, first)
     assert heartbeats.gateways[KEY].status.leases == {"lease": 1}
     await store.delete(GatewayHeartbeat, *KEY)
-    assert not await is_current(heartbeats)
+    assert not await heartbeats.is_still(KEY, ABSENT), "there was one since"
     assert heartbeats.gateways == {}
-    assert await is_current(heartbeats)
-    assert changes == [KEY] * 3
+    assert await heartbeats.is_still(KEY, ABSENT)
+    assert changes == [KEY] * 4
+
+
+async def test_one_that_cannot_be_read_counts_as_none(store):
+    """A gateway that cannot read its own writes nothing over it."""
+    made = await store.create(gateway())
+    async with running(Heartbeats(Unreadables(store))) as heartbeats:
+        assert heartbeats.gateways.keys() == {KEY}
+        assert not await heartbeats.is_still(KEY, HeartbeatVersion.of(made))
+        assert heartbeats.gateways == {}
+        assert await heartbeats.is_still(KEY, ABSENT)
+
+
+class Unreadables:
+    """A store whose objects cannot be read one by one."""
+
+    def __init__(self, store) -> None:
+        self._store = store
+
+    async def get(self, kind, namespace, name):
+        raise UnreadableObject(Unreadable(kind, Key(namespace, name), "it is broken", {}))
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+async def test_a_question_that_is_forbidden_is_an_answer_only_after_nobody_may_write_any_more(store):
+    """Until the controller has taken the right away, gateways may write what it cannot see."""
+    wire, clock = Refusing(store), [0.0]
+    wire.refusal = Forbidden("no right", hint="")
+
+    async def never(_seconds):
+        await asyncio.Event().wait()
+
+    async with running(Heartbeats(wire, pause=never, seconds=lambda: clock[0])) as heartbeats:
+        for clock[0] in (0.0, 119.0):
+            with pytest.raises(Unavailable, match="cannot be read: no right"):
+                await heartbeats.is_still(KEY, None)
+        clock[0] = 120.0
+        assert await heartbeats.is_still(KEY, None)
+    followed = Heartbeats(store)
+    followed._store = wire
+    with pytest.raises(Unavailable):
+        await followed.is_still(KEY, None)
+
+
+class Weak:
+    """A store that refuses as it is told to, and whose watches end as they are told to."""
+
+    def __init__(self, store) -> None:
+        self._store = store
+        self.refusals: list[Exception | None] = []
+        self.ends = asyncio.Event()
+        self.watches = 0
+
+    async def list(self, kind, **narrowed):
+        refusal = self.refusals.pop(0) if self.refusals else None
+        if refusal is not None:
+            raise refusal
+        return await self._store.list(kind, **narrowed)
+
+    async def watch(self, _kind, _since, **_narrowed):
+        self.watches += 1
+        await self.ends.wait()
+        self.ends.clear()
+        raise Unavailable("the watch has ended")
+        yield
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("refusal", [Forbidden("no right", hint=""), NotFound("no such kind")])
+@pytest.mark.parametrize(("seconds", "told"), [([0, 19], []), ([0, 20], [False, True])])
+async def test_only_a_refusal_that_lasts_changes_what_is_followed(store, refusal, seconds, told):
+    """An API server that has just restarted refuses for a moment."""
+    wire, clock, pauses, found = Weak(store), [0.0], [], []
+
+    async def pause(asked):
+        pauses.append(asked)
+        clock[0] = 100.0 + seconds[min(len(pauses), len(seconds)) - 1]
+
+    heartbeats = Heartbeats(wire, pause=pause, jitter=lambda: 1.0, seconds=lambda: clock[0])
+    async with running(heartbeats):
+        assert heartbeats.followed_in("default")
+        heartbeats.on_followed(lambda: found.append(heartbeats.followed_in("default")))
+        wire.refusals = [refusal] * len(seconds)
+        wire.ends.set()
+        async with asyncio.timeout(60):
+            while wire.watches < 2:  # noqa: ASYNC110 - the fake store tells nobody
+                await asyncio.sleep(0)
+        assert found == told
+        assert heartbeats.followed_in("default")
+
+
+async def test_while_it_is_not_known_whether_a_refusal_lasts_the_store_is_asked_soon_again(store):
+    wire, clock, pauses = Weak(store), [0.0], []
+    over = asyncio.Event()
+
+    async def pause(asked):
+        pauses.append(asked)
+        if len(pauses) == 12:
+            over.set()
+            await asyncio.Event().wait()
+        clock[0] += asked
+
+    heartbeats = Heartbeats(wire, pause=pause, jitter=lambda: 1.0, seconds=lambda: clock[0])
+    async with running(heartbeats):
+        wire.refusals = [Forbidden("no right", hint="")] * 20
+        wire.ends.set()
+        async with asyncio.timeout(60):
+            await over.wait()
+    followed = [one for one, at in zip(pauses, accumulated(pauses), strict=True) if at < 20]
+    assert max(followed) <= 5
+    assert max(pauses) > 5, "afterwards there is no hurry"
+
+
+def accumulated(pauses):
+    return [sum(pauses[:count]) for count in range(len(pauses))]
 
 
 async def test_a_store_that_does_not_answer_confirms_nothing(store):
     wire = Refusing(store)
     wire.refusal = Unavailable("away")
     with pytest.raises(Unavailable):
-        await is_current(Heartbeats(wire))
+        await Heartbeats(wire).is_still(KEY, ABSENT)
