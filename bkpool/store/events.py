@@ -1,6 +1,7 @@
 """Records for people what happened to an object: in the log, and in a cluster as Event objects.
 
-Recording never waits and never fails, and nothing depends on it. If an Event cannot be written, the log says so.
+Recording never waits and never fails, and nothing depends on it. An Event that the API server does not take now waits
+for it. What is left out is counted, and the log says how many.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from uuid import uuid4
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, InvalidInput, NotFound
+from bkpool.core.errors import BkpoolError, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import API_VERSION, GROUP
 from bkpool.core.resource import Resource
 from bkpool.kube import Doc, KubeApi, paths
@@ -31,6 +32,8 @@ SERIES_TIME = timedelta(minutes=10)
 correlator."""
 SERIES_REMEMBERED = 4096
 """Event objects that can be changed. The one that was used the longest ago is forgotten first."""
+RETRY_PAUSE = 5.0
+"""Seconds without a request after one that the API server did not answer."""
 CLOSE_TIMEOUT = 2.0
 """Seconds in which `close` writes what still waits."""
 _LONGEST_NOTE, _LONGEST_REASON = 1024, 128  # characters: the API's own limits (events.k8s.io/v1)
@@ -98,16 +101,22 @@ class KubernetesRecorder(Recorder):
         self._pending = PendingEvents() if pending is None else pending
         self._series: OrderedDict[EventKey, _Series] = OrderedDict()
         self._trouble = ""
-        self._dropped = 0
+        """Why the last event was not written; empty: it was."""
+        self._refused = 0
+        """Events that the API has refused for good."""
+        self._told = 0
+        """How many events that were left out the log has told of."""
+        self._told_of_flood = False
         self._recorded = asyncio.Event()
 
     def record(self, about: Resource, reason: str, message: str, *, warning: bool = False) -> None:
         """See Recorder."""
         event = pending_event(about, reason[:_LONGEST_REASON], message, warning=warning, at=self._now())
+        before = self._pending.dropped
         self._pending.add(event, self._clock())
-        if self._pending.dropped and not self._dropped:
-            log.warning("events.dropped", waiting=len(self._pending))
-        self._dropped = self._pending.dropped
+        if self._pending.dropped > before and not self._told_of_flood:
+            log.warning("events.too_many", waiting=len(self._pending))  # how many are left out is told at the end
+            self._told_of_flood = True
         self._recorded.set()
 
     async def run(self) -> None:
@@ -115,9 +124,10 @@ class KubernetesRecorder(Recorder):
         try:
             while True:
                 self._recorded.clear()
-                while (event := self._pending.take(self._clock())) is not None:
-                    await self._try_to_write(event)
-                await self._until_due(self._pending.wait(self._clock()))
+                if await self._write_all(hurry=False):
+                    await self._until_due(self._pending.wait(self._clock()))
+                else:
+                    await self._pause(RETRY_PAUSE)
         finally:
             await self.close()
 
@@ -125,10 +135,13 @@ class KubernetesRecorder(Recorder):
         """Writes what still waits, within CLOSE_TIMEOUT."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT):
-                while (event := self._pending.take(self._clock(), hurry=True)) is not None:
-                    await self._try_to_write(event)
+                await self._write_all(hurry=True)
         except TimeoutError:
-            log.warning("events.dropped", waiting=len(self._pending))
+            pass
+        if self._left_out > self._told or self._pending:
+            waiting = sum(event.times for event in self._pending.waiting.values())
+            log.warning("events.left_out", events=self._left_out - self._told + waiting)
+            self._told = self._left_out
 
     async def _until_due(self, seconds: float | None) -> None:
         """Waits that long, but no longer than until something is recorded."""
@@ -140,18 +153,49 @@ class KubernetesRecorder(Recorder):
             for wait in waits:
                 wait.cancel()
 
-    async def _try_to_write(self, event: PendingEvent) -> None:
+    @property
+    def _left_out(self) -> int:
+        """How many events will never be written."""
+        return self._pending.dropped + self._refused
+
+    async def _write_all(self, *, hurry: bool) -> bool:
+        """Writes what may be written now. Returns False as soon as the API server does not answer."""
+        while (event := self._pending.take(self._clock(), hurry=hurry)) is not None:
+            if not await self._try_to_write(event):
+                return False
+        return True
+
+    async def _try_to_write(self, event: PendingEvent) -> bool:
+        """Writes an event, or counts that it was refused. Returns False if the API server does not answer."""
         try:
             await self._write(event)
+        except asyncio.CancelledError:
+            self._pending.put_back(event, self._clock())
+            raise
+        except Unavailable as error:
+            self._pending.put_back(event, self._clock())
+            self._note_trouble(event, error)
+            return False
         except BkpoolError as error:
-            if error.message != self._trouble:  # once, and not for each of them
-                log.warning("events.not_written", object=event.about.name, reason=event.reason, error=error.message)
-            self._trouble = error.message
+            self._refused += event.times
+            self._note_trouble(event, error)
         else:
-            self._trouble = ""
+            self._note_success()
+        return True
+
+    def _note_trouble(self, event: PendingEvent, error: BkpoolError) -> None:
+        if error.message != self._trouble:  # once, and not for each of them
+            log.warning("events.not_written", object=event.about.name, reason=event.reason, error=error.message)
+        self._trouble = error.message
+
+    def _note_success(self) -> None:
+        """After trouble, or when what a flood has left is written, the log tells how many events are left out."""
+        if self._trouble or (self._told_of_flood and not self._pending):
+            log.warning("events.written_again", left_out=self._left_out - self._told)
+            self._told, self._trouble, self._told_of_flood = self._left_out, "", False
 
     async def _write(self, event: PendingEvent) -> None:
-        before = self._series.pop(event.key, None)
+        before = self._series.get(event.key)
         if before is not None and event.last - before.since <= SERIES_TIME and await self._change(before, event):
             return
         created = await self._api.create(paths.group(_API, "events", event.about.namespace), self._document(event))
@@ -174,6 +218,7 @@ class KubernetesRecorder(Recorder):
 
     def _remember(self, event: PendingEvent, series: _Series) -> None:
         self._series[event.key] = series
+        self._series.move_to_end(event.key)
         if len(self._series) > SERIES_REMEMBERED:
             self._series.popitem(last=False)
 

@@ -140,6 +140,17 @@ class PendingEvents:
             self._of_workers[event.key] = None
         self._schedule(event, now)
 
+    def put_back(self, event: PendingEvent, now: float) -> None:
+        """Takes back an event that was taken out and could not be written. It may be written at once."""
+        self._written.pop(event.key, None)
+        waits = event.key in self._pending
+        self.add(event, now)
+        if waits:
+            self._schedule(self._pending[event.key], now)
+        self._pending.move_to_end(event.key, last=False)
+        if event.key in self._of_workers:
+            self._of_workers.move_to_end(event.key, last=False)
+
     def wait(self, now: float) -> float | None:
         """Seconds until `take` has something; None: nothing waits."""
         self._forget_entries()

@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from bkpool.core.errors import InvalidInput, NotFound, Unavailable
+from bkpool.core.errors import Forbidden, InvalidInput, NotFound, Unavailable
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
-from bkpool.store.events import SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
+from bkpool.store.events import RETRY_PAUSE, SERIES_REMEMBERED, KubernetesRecorder, LogRecorder
 from bkpool.store.pending_events import MOST_PENDING, PendingEvents
 from support.captured_logs import capture_logs
 
@@ -175,8 +175,116 @@ async def test_an_event_that_cannot_be_written_is_logged_and_the_others_are_writ
     recorder.record(POOL, "Ready", "there")
     await recorder.close()
 
-    assert [line["event"] for line in logs] == ["events.not_written"]
-    assert api.notes == [("there", 1)]
+    assert [line["event"] for line in logs] == ["events.not_written", "events.left_out"]
+    assert api.notes == [("no image", 1), ("there", 1)]
+
+
+class Outage:
+    """A fault of the API that is over after so many requests."""
+
+    def __init__(self, api: Api, fault: Exception, requests: int) -> None:
+        self._api, self._left = api, requests
+        api.fault = fault
+        self._create, self._patch = api.create, api.patch
+        api.create, api.patch = self.create, self.patch
+
+    async def create(self, path, body):
+        self._count()
+        return await self._create(path, body)
+
+    async def patch(self, path, body):
+        self._count()
+        return await self._patch(path, body)
+
+    def _count(self):
+        self._left -= 1
+        if self._left < 0:
+            self._api.fault = None
+
+
+@pytest.fixture
+async def run():
+    """Runs recorders until the end of the test."""
+    tasks = []
+
+    def start(recorder):
+        tasks.append(asyncio.create_task(recorder.run()))
+
+    yield start
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_an_event_waits_until_the_api_server_answers_again(api, run):
+    seconds = Seconds()
+    recorder = KubernetesRecorder(api, "r", clock=seconds, pause=seconds.pause)
+    Outage(api, Unavailable("the API server does not answer"), 3)
+    with capture_logs() as logs:
+        recorder.record(POOL, "Failed", "no image")
+        recorder.record(POOL, "Failed", "no room")
+        run(recorder)
+        await api.until(lambda: api.events)
+    assert api.notes == [("no room (2 times with others like it)", 2)]
+    assert seconds.pauses[:3] == [RETRY_PAUSE] * 3, "one request in this time"
+    assert [(line["event"], line.get("left_out")) for line in logs] == [
+        ("events.not_written", None),
+        ("events.written_again", 0),
+    ]
+
+
+async def test_an_event_that_could_not_be_changed_is_changed_when_the_api_server_answers_again(api, run):
+    seconds = Seconds()
+    recorder = KubernetesRecorder(api, "r", clock=seconds, pause=seconds.pause)
+    recorder.record(POOL, "Failed", "no image")
+    await recorder.close()
+    Outage(api, Unavailable("the API server does not answer"), 2)
+    recorder.record(POOL, "Failed", "no room")
+    run(recorder)
+    await api.until(lambda: ("no room (2 times with others like it)", 2) in api.notes)
+    assert len(api.events) == 1
+
+
+async def test_an_event_that_is_being_written_when_the_recorder_ends_is_written(api, clock, recorder):
+    hangs, create = asyncio.Event(), api.create
+
+    async def hang(_path, _body):
+        hangs.set()
+        await asyncio.Event().wait()
+
+    api.create = hang
+    running = asyncio.create_task(recorder.run())
+    recorder.record(POOL, "Failed", "no image")
+    await hangs.wait()
+    api.create = create
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert api.notes == [("no image", 1)]
+
+
+async def test_events_that_are_refused_are_counted_and_the_log_says_how_many_when_others_are_written(api, run):
+    seconds = Seconds()
+    recorder = KubernetesRecorder(api, "r", clock=seconds, pause=seconds.pause)
+    Outage(api, Forbidden("it may not create events"), 3)
+    with capture_logs() as logs:
+        for number in range(5):
+            recorder.record(POOL, f"Reason{number}", "x")
+        run(recorder)
+        await api.until(lambda: len(api.events) == 2)
+    assert [(line["event"], line.get("left_out")) for line in logs] == [
+        ("events.not_written", None),
+        ("events.written_again", 3),
+    ]
+
+
+async def test_events_that_are_still_not_written_at_the_end_are_counted(api, recorder):
+    api.fault = Unavailable("the API server does not answer")
+    for number in range(3):
+        recorder.record(POOL, "Failed", f"try {number}")
+    recorder.record(POOL, "Lost", "x")
+    with capture_logs() as logs:
+        await recorder.close()
+    assert (logs[-1]["event"], logs[-1]["events"]) == ("events.left_out", 4)
 
 
 async def test_the_same_trouble_is_logged_once(api, recorder):
@@ -191,7 +299,8 @@ async def test_the_same_trouble_is_logged_once(api, recorder):
         api.fault = Unavailable("the API server does not answer")
         recorder.record(POOL, "Again", "x")
         await recorder.close()
-    assert [line["event"] for line in logs] == ["events.not_written"] * 2
+    told = [line["event"] for line in logs if line["event"] != "events.left_out"]
+    assert told == ["events.not_written", "events.written_again", "events.not_written"]
 
 
 async def test_an_object_that_cannot_be_changed_is_followed_by_a_new_one(api, recorder):
@@ -211,8 +320,10 @@ async def test_what_is_left_out_is_logged_once_and_memory_has_a_bound(api, recor
     with capture_logs() as logs:
         for number in range(MOST_PENDING + 50):
             recorder.record(POOL, f"Flood{number}", "x")
-    assert [line["event"] for line in logs] == ["events.dropped"]
-    await recorder.close()
+    assert [line["event"] for line in logs] == ["events.too_many"]
+    with capture_logs() as logs:
+        await recorder.close()
+    assert [(line["event"], line["left_out"]) for line in logs] == [("events.written_again", 50)]
     assert len(api.events) == MOST_PENDING
     for number in range(SERIES_REMEMBERED + 10):
         recorder.record(POOL, f"Calm{number}", "x")

@@ -110,6 +110,22 @@ def test_only_what_cannot_be_counted_elsewhere_is_left_out():
     assert pending.dropped == 3
 
 
+def test_an_event_that_could_not_be_written_waits_again_with_what_came_meanwhile():
+    pending = PendingEvents(merge_time=30)
+    pending.add(event(worker(0), message="first"), 0)
+    pending.add(event(worker(1), "Other"), 0)
+    out = pending.take(0)
+    pending.add(event(worker(0), message="second", at=1), 1)
+    pending.put_back(out, 2)
+    assert next(iter(pending.waiting)) == out.key, "it is the oldest again"
+    again = [one for _ in range(2) if (one := pending.take(2))]
+    assert [(one.about.name, one.times) for one in again] == [("p-worker-1", 1), ("p-worker-0", 2)]
+    assert (again[1].message, again[1].at) == ("second", BEGIN)
+    pending.put_back(again[1], 3)
+    assert taken(pending, 3) == [("p-worker-0", "Allocated", 2)]
+    assert pending.wait(3) is None
+
+
 def test_at_the_end_everything_is_taken_whatever_the_rate():
     pending = PendingEvents(burst=1)
     for _ in range(2):
