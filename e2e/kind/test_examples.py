@@ -71,8 +71,8 @@ def test_the_manifests_are_applied_as_they_are_printed(kubectl, namespace):
         eventually(lambda asked=asked: kubectl(*asked, check=False).strip() == "yes", str(right))
     kubectl("delete", "clusterrolebinding,clusterrole", f"bkpool-tokens-{namespace}")
     kubectl("delete", "prioritylevelconfiguration", f"bkpool-{namespace}")
-    for name in ("bkpool", "bkpool-leader", "bkpool-events"):
-        kubectl("delete", "flowschema", f"{name}-{namespace}")
+    for name in ("", ".leader", ".events"):
+        kubectl("delete", "flowschema", f"bkpool-{namespace}{name}")
 
 
 def _as(namespace):

@@ -176,13 +176,13 @@ async def test_an_installation_has_no_right_in_the_others_namespaces(
 async def test_the_requests_of_an_installation_have_its_own_priority(both: tuple[Installation, Installation]) -> None:
     one, _ = both
     asked = {
-        paths.custom(Worker.PLURAL, one.namespace): "bkpool",
-        paths.core("pods", one.namespace): "bkpool",
-        paths.core("events", one.namespace): "bkpool-events",
+        paths.custom(Worker.PLURAL, one.namespace): "",
+        paths.core("pods", one.namespace): "",
+        paths.core("events", one.namespace): ".events",
     }
     for path, schema in asked.items():
         found = await one.admin.get(
-            paths.group("flowcontrol.apiserver.k8s.io/v1", "flowschemas", name=f"{schema}-{one.system}")
+            paths.group("flowcontrol.apiserver.k8s.io/v1", "flowschemas", name=f"bkpool-{one.system}{schema}")
         )
         async with asyncio.timeout(60):
             while await _flow_schema(one.api, path) != found["metadata"]["uid"]:

@@ -1,5 +1,6 @@
 """What `bkpool manifests` prints: complete, the same each time, and without superfluous rights."""
 
+import re
 from functools import cache
 
 import pytest
@@ -258,6 +259,26 @@ def test_two_installations_share_nothing_but_the_definitions():
     shared = first & made(namespace="two", pool_namespaces=("a",))
     binding = ("RoleBinding", "a", "buildkit-controller-pools")
     assert binding in shared, "a namespace belongs to one installation: the binding names its account"
+
+
+def wide_names(namespace: str) -> set[tuple[str, str]]:
+    """The objects of an installation that are in no namespace."""
+    docs = documents(namespace=namespace, pool_namespaces=("team",), definitions=False)
+    wide = (doc for doc in docs if "namespace" not in doc["metadata"] and doc["kind"] != "Namespace")
+    return {(doc["kind"], doc["metadata"]["name"]) for doc in wide}
+
+
+def test_no_namespace_gives_an_installation_the_names_of_another_one():
+    """What is before and behind a namespace must not be part of a longer namespace."""
+    patterns = [(kind, *name.split("build")) for kind, name in wide_names("build")]
+    assert patterns
+    for kind, name in wide_names("build"):
+        for other_kind, before, behind in patterns:
+            if kind == other_kind and name.startswith(before) and name.endswith(behind):
+                namespace = name[len(before) : len(name) - len(behind)]
+                assert namespace == "build" or not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", namespace)
+    for other in ("events-build", "leader-build", "build-events", "build-leader", "tokens-build", "pools-build"):
+        assert not wide_names("build") & wide_names(other)
 
 
 def test_the_definitions_can_be_left_out():
