@@ -116,6 +116,7 @@ class Allocator:
         self._caches.close()
         await self._deliveries.close()
         await self._claimer.close()
+        self._keys.close()
 
     def refuse_all(self, error: BkpoolError) -> None:
         """Fails every request that waits, because this process is about to end."""

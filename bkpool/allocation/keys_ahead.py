@@ -33,12 +33,15 @@ class KeysAhead:
         self._timer: asyncio.TimerHandle | None = None
         self._taken = False
         """Whether a key was taken while the timer ran."""
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def take(self) -> LeafKey:
         """A key that nobody else has or gets: one that was made ahead, else a new one."""
+        if self._closed:
+            return LeafKey.new()
         if self._timer is None:
             self._set_timer(_QUIET)
         else:
@@ -46,7 +49,8 @@ class KeysAhead:
         return self._keys.pop() if self._keys else LeafKey.new()
 
     def close(self) -> None:
-        """Makes no more keys, and forgets those that there are."""
+        """Makes no more keys ahead, and forgets those that there are."""
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
         self._keys.clear()

@@ -91,13 +91,28 @@ def test_while_leases_are_made_no_keys_are(clock, made):
     assert len(made) == 6
 
 
-def test_it_ends_with_the_allocator(clock, made):
+def test_after_its_end_no_key_is_made_ahead(clock, made):
     ahead = KeysAhead(clock.later)
     ahead.take()
     clock.run_next()
     ahead.close()
     assert len(ahead) == 0
     assert clock.timers[-1].cancelled
+    clock.waiting.clear()
+    assert ahead.take() is made[-1]
+    assert not clock.waiting
+
+
+async def test_it_ends_with_the_allocator(world):
+    await world.pool(min=1)
+    api = world.replicas[0]
+    await api.allocate()
+    keys = api.allocator._keys
+    assert keys._timer is not None
+    await api.allocator.close()
+    assert keys._timer.cancelled()
+    keys.take()
+    assert (keys._timer.cancelled(), len(keys)) == (True, 0)
 
 
 def test_the_certificate_is_for_that_key():
