@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from bkpool.core.names import GROUP
 from bkpool.core.worker import Worker
 from bkpool.home.lock import HomeLock
 from bkpool.install.manifests import CONTROLLER
-from bkpool.kube import ClusterAccess, KubeApi, paths
+from bkpool.kube import ClusterAccess, Doc, KubeApi, paths
 from bkpool.pki import storage
 from bkpool.pki.authority import Authority
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.rotation import ROLLOUT, Former, may_rotate_again
+from bkpool.settings.catalogue import all_settings
 from bkpool.store import Listing, Store
 from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
@@ -31,8 +33,7 @@ from bkpool.store.sqlite import SqliteStore
 
 _RESTARTED = f"{GROUP}/rotated-at"
 """An annotation of the pods of an appliance in a cluster: its change makes Kubernetes replace them."""
-_POOL_NAMESPACE = "--pool-namespace="
-"""How the manifests give a namespace of pools to the appliance."""
+_POOL_NAMESPACES = all_settings()["kubernetes.pool_namespaces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class AuthorityState:
     """Whether the former CA is still trusted, because earlier leases may need it."""
     restarted: bool = False
     """Whether the appliance's pods are being replaced, so that they read the new CAs."""
+    namespaces: tuple[str, ...] | None = None
+    """The namespaces whose leases were looked at; empty: all of the cluster; None: there is no cluster."""
 
     def to_json(self) -> dict[str, Any]:
         """For the answer of a command. It has no key in it."""
@@ -55,6 +58,7 @@ class AuthorityState:
             "formerAuthority": self.former.authority.mark if self.former else None,
             "formerTrusted": self.overlaps,
             "restarted": self.restarted,
+            "namespaces": None if self.namespaces is None else list(self.namespaces) or ["*"],
         }
 
 
@@ -111,16 +115,17 @@ async def of_cluster(access: ClusterAccess, namespace: str, *, rotate: bool) -> 
             raise NotFound(f"{source} does not exist", hint="Give the appliance's --namespace.") from None
         data = {key: base64.b64decode(value) for key, value in (found.get("data") or {}).items()}
         secrets = ClusterSecrets.of_data(data, source)
-        bounds = StoreBounds.of_installation(await _pool_namespaces(api, namespace), namespace)
-        workers = await _workers(KubernetesStore(api, bounds))
+        namespaces = await _pool_namespaces(api, namespace)
+        workers = await _workers(KubernetesStore(api, StoreBounds.of_installation(namespaces, namespace)))
         if not rotate:
-            return _state(secrets.authority, secrets.former, workers, now)
+            return replace(_state(secrets.authority, secrets.former, workers, now), namespaces=namespaces)
         _require_end_of_last(secrets.former, workers, now)
         rotated = secrets.rotated(now)
         new = {key: base64.b64encode(value).decode() for key, value in rotated.to_data().items()}
         await api.replace(path, {**found, "data": new})  # with its resourceVersion: never over another change
         restarted = await _restart(api, namespace, now)
-        return _state(rotated.authority, rotated.former, workers, now, restarted=restarted)
+        state = _state(rotated.authority, rotated.former, workers, now)
+        return replace(state, restarted=restarted, namespaces=namespaces)
 
 
 async def _workers(store: Store) -> Listing[Worker]:
@@ -137,8 +142,22 @@ async def _pool_namespaces(api: KubeApi, namespace: str) -> tuple[str, ...]:
     except NotFound:
         return ()
     containers = deployment["spec"]["template"]["spec"]["containers"]
-    given = [str(arg) for one in containers for arg in one.get("args") or ()]
-    return tuple(arg.removeprefix(_POOL_NAMESPACE) for arg in given if arg.startswith(_POOL_NAMESPACE))
+    found = (_of_arguments(one) or _of_environment(one) for one in containers)
+    return next(filter(None, found), ())
+
+
+def _of_arguments(container: Doc) -> tuple[str, ...]:
+    """What --pool-namespace=NAME and --pool-namespace NAME give: as in the appliance, before the environment."""
+    option, given = _POOL_NAMESPACES.option, [*(container.get("command") or ()), *(container.get("args") or ())]
+    whole = [arg.removeprefix(f"{option}=") for arg in given if arg.startswith(f"{option}=")]
+    return (*whole, *(name for arg, name in pairwise(given) if arg == option))
+
+
+def _of_environment(container: Doc) -> tuple[str, ...]:
+    """What the environment gives. A value from a ConfigMap is not known here, so all namespaces count."""
+    name = _POOL_NAMESPACES.variable
+    text = next((one.get("value") for one in container.get("env") or () if one["name"] == name), None)
+    return _POOL_NAMESPACES.from_text(text, where=name, directory=Path()) if text else ()
 
 
 async def _restart(api: KubeApi, namespace: str, now: datetime) -> bool:
@@ -152,12 +171,8 @@ async def _restart(api: KubeApi, namespace: str, now: datetime) -> bool:
     return True
 
 
-def _state(
-    authority: Authority, former: Former | None, workers: Listing[Worker], now: datetime, *, restarted: bool = False
-) -> AuthorityState:
-    return AuthorityState(
-        authority, former, not may_rotate_again(former, (*workers.items, *workers.unreadable), now), restarted
-    )
+def _state(authority: Authority, former: Former | None, workers: Listing[Worker], now: datetime) -> AuthorityState:
+    return AuthorityState(authority, former, not may_rotate_again(former, (*workers.items, *workers.unreadable), now))
 
 
 def _require_end_of_last(former: Former | None, workers: Listing[Worker], now: datetime) -> None:

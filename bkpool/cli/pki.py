@@ -103,6 +103,9 @@ def _text(state: AuthorityState) -> str:
         lines.append(
             f"rotated at {state.former.rotated_at:%Y-%m-%d %H:%M} UTC; {state.former.authority.mark} {trusted}"
         )
+    if state.namespaces is not None:
+        named = f"in the namespaces {', '.join(state.namespaces)}" if state.namespaces else "in all namespaces"
+        lines.append(f"the leases that count are those {named}")
     if state.restarted:
         lines.append("the pods of the appliance are being replaced, to read it")
     return "\n".join(lines)

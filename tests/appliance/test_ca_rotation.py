@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from bkpool.appliance import ca_rotation
 from bkpool.appliance.ca_rotation import of_cluster, of_home
 from bkpool.cli import program
+from bkpool.cli.pki import _text
 from bkpool.core.errors import Conflict, HostFault, NotFound
 from bkpool.home.files import private_directory
 from bkpool.home.lock import HomeLock
@@ -81,6 +82,8 @@ class Cluster:
         self.deployed = deployed
         self.patches: list[dict] = []
         self.workers: list[dict] = []
+        self.lists: list[str] = []
+        self.container: dict | None = None
 
     def __call__(self, _access: ClusterAccess) -> Cluster:
         return self
@@ -89,12 +92,15 @@ class Cluster:
         pass
 
     async def get(self, path: str) -> dict:
+        if path == DEPLOYMENT and self.container is not None:
+            return {"spec": {"template": {"spec": {"containers": [{"name": "a-sidecar"}, self.container]}}}}
         if path != SECRET:
             raise NotFound(path)
         return self.secret
 
     async def list(self, path: str, **_params: str) -> tuple[list[dict], str]:
         assert path.endswith("/buildkitworkers")
+        self.lists.append(path)
         return self.workers, "9"
 
     async def replace(self, path: str, body: dict) -> dict:
@@ -161,3 +167,39 @@ async def test_a_damaged_or_missing_secret_is_not_replaced(cluster):
     assert cluster.secret["data"]["ca.key"] == "bm9uc2Vuc2U="
     with pytest.raises(NotFound, match="does not exist"):
         await of_cluster(ClusterAccess(), "elsewhere", rotate=True)
+
+
+VARIABLE = "BKPOOL_KUBERNETES_POOL_NAMESPACES"
+
+
+@pytest.mark.parametrize(
+    ("container", "namespaces"),
+    [
+        (None, []),
+        ({}, []),
+        ({"args": ["up", "--pool-namespace=a", "--pool-namespace=b"]}, ["a", "b"]),
+        ({"args": ["up", "--pool-namespace", "a", "--pool-namespace", "b", "--namespace", "c"]}, ["a", "b"]),
+        ({"command": ["bkpool", "up", "--pool-namespace", "a"]}, ["a"]),
+        ({"env": [{"name": "HOME", "value": "/"}, {"name": VARIABLE, "value": "a,b"}]}, ["a", "b"]),
+        ({"args": ["--pool-namespace=a"], "env": [{"name": VARIABLE, "value": "b"}]}, ["a"]),
+        ({"env": [{"name": VARIABLE, "valueFrom": {"configMapKeyRef": {"name": "settings", "key": "x"}}}]}, []),
+    ],
+)
+@pytest.mark.parametrize("rotate", [False, True])
+async def test_the_leases_of_the_installations_own_namespaces_count_and_the_answer_names_them(
+    cluster, container, namespaces, rotate
+):
+    cluster.container = container
+    state = await of_cluster(ClusterAccess(), "system", rotate=rotate)
+    group = "/apis/buildkit.smrt-devops.net/v1alpha1"
+    wanted = [f"{group}/namespaces/{name}/buildkitworkers" for name in namespaces] or [f"{group}/buildkitworkers"]
+    assert sorted(cluster.lists) == wanted
+    assert state.to_json()["namespaces"] == (namespaces or ["*"])
+    told = "in the namespaces " + ", ".join(namespaces) if namespaces else "in all namespaces"
+    assert f"the leases that count are those {told}" in _text(state)
+
+
+async def test_at_home_there_are_no_namespaces(home):
+    state = await of_home(home, rotate=False)
+    assert state.to_json()["namespaces"] is None
+    assert "namespace" not in _text(state)
