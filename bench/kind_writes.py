@@ -22,6 +22,9 @@ from bkpool.core.worker import Worker
 from bkpool.kube import ClusterAccess, Doc, KubeApi, paths
 
 _ANNOTATION = "bench"
+_RESTS = 1.5
+"""Seconds between writes and leases. What is written late after a lease is written within one. And a claim by a copy
+that has not seen a bare write yet would be refused."""
 _SINGLE = 4
 """Single writes and leases for each burst."""
 
@@ -43,7 +46,9 @@ async def beside_writes(base: str, bearer: str, kubeconfig: Path, runs: int) -> 
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             for number in range(runs + 1):
                 for count in (AT_ONCE, *[1] * _SINGLE):
+                    await asyncio.sleep(_RESTS)
                     written = await _bare_writes(api, count)
+                    await asyncio.sleep(_RESTS)
                     leased = await burst(session, base, count, job_ids=True)
                     if number:  # in the first one connections are made, and caches get their owner
                         writes[count].append(written)
