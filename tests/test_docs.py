@@ -54,6 +54,13 @@ def current_pages() -> list[Path]:
     return [path for path in pages() if not name(path).startswith(tuple(HISTORY))]
 
 
+def test_the_list_of_decisions_has_all_of_them_in_order():
+    directory = ROOT / "docs" / "decisions"
+    there = sorted(path.name for path in files() if path.parent == directory and path.name[:4].isdigit())
+    listed = re.findall(r"^\| \[\d{4}\]\(([\w-]+\.md)\)", text(directory / "README.md"), flags=re.MULTILINE)
+    assert listed == there
+
+
 def prose(path: Path) -> str:
     """A page without its code blocks."""
     return re.sub(r"^```.*?^```", "", text(path), flags=re.MULTILINE | re.DOTALL)

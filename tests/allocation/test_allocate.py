@@ -13,7 +13,7 @@ from bkpool.core.pool import Pool
 from bkpool.core.worker import Phase
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority
-from bkpool.pki.rotation import Former, Rotation
+from bkpool.pki.rotation import ROLLOUT, Former, Rotation
 from support.world import ANN, BOB, POOL, WAIT, skip_real_time
 
 CARL, ADMIN = Identity("carl"), Identity("admin", admin=True)
@@ -36,6 +36,24 @@ async def test_after_a_rotation_callers_trust_both_cas_and_the_new_one_signs_whe
         assert signer.issued(grant.certificate_pem)
         assert grant.ca_pem == new.cert_pem + old.cert_pem
         world.clock.advance(minutes=61)
+
+
+async def test_without_a_rotation_no_lease_looks_at_all_workers(world, monkeypatch):
+    await world.pool()
+    mirror, looked_at = world.replicas[0].mirror, []
+
+    class Counted:
+        def __iter__(self):
+            looked_at.append(1)
+            return iter(())
+
+    monkeypatch.setattr(mirror, "all_workers", Counted)
+    await world.replicas[0].allocate()
+    assert not looked_at
+    before = Former(Authority.create(world.clock()), world.clock() - 2 * ROLLOUT)
+    world.replicas[0].allocator._rotation = Rotation(world.authority, before, world.clock)
+    await world.replicas[0].allocate()
+    assert looked_at, "a lease from before it may be there"
 
 
 async def test_an_empty_pool_creates_a_worker_for_the_lease(world):

@@ -172,6 +172,9 @@ async def test_a_lease_that_somebody_waits_for_is_handed_on_at_once(stored):
     assert table.unreadable("unreadable")
     assert not feeder.hand_on("nobody's")
     end()
+    stored.put(worker(WORKERS[5], "late"))
+    assert feeder.hand_on("late")
+    assert not table.route("late"), "the gateway is being closed"
 
 
 @pytest.mark.parametrize("how", ["revoked", "its worker is gone", "its worker has another lease"])

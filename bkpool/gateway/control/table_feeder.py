@@ -28,6 +28,7 @@ class TableFeeder:
         self._feed = LeaseFeed(mirror)
         self._update: Callable[[TableChange], None] = lambda _change: None
         self._next: asyncio.Handle | None = None
+        self._ended = False
 
     def start(self, update: Callable[[TableChange], None]) -> Callable[[], None]:
         """Begins to hand on changes.
@@ -45,6 +46,7 @@ class TableFeeder:
 
         def end() -> None:
             unsubscribe()
+            self._ended = True
             if self._next is not None:
                 self._next.cancel()
 
@@ -57,7 +59,7 @@ class TableFeeder:
             Whether the copy has a lease with this token, or remembers its end.
         """
         found = self._feed.hurry(token_sha256)
-        if found:
+        if found and not self._ended:
             self._hand_on_a_part()
         return found
 
