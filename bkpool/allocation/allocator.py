@@ -355,7 +355,7 @@ class Allocator:
         if since is not None and asyncio.get_running_loop().time() - since >= _SLOW_STORE:
             return no_worker.store_is_slow(request.pool, request.wait)
         if worker is not None:
-            return no_worker.not_ready(self._mirror.workers.get(worker.key, worker), request.wait)
+            return no_worker.not_ready(self._mirror.workers.get(worker.key, worker), request.wait, self._now())
         return self._none_free(order)
 
     def _none_free(self, order: Order) -> NoCapacity:

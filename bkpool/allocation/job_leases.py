@@ -15,9 +15,10 @@ from functools import partial
 from bkpool.allocation.claiming import Claimer
 from bkpool.core.claim_order import Request
 from bkpool.core.errors import NotFound
+from bkpool.core.live_leases import with_live_lease
 from bkpool.core.names import LABEL_REQUEST
 from bkpool.core.unreadable import UnreadableObject
-from bkpool.core.worker import Worker, with_live_lease
+from bkpool.core.worker import Worker
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 

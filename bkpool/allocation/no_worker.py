@@ -12,6 +12,7 @@ from bkpool.core.caller_share import most_leases
 from bkpool.core.durations import render
 from bkpool.core.errors import NoCapacity, Unavailable
 from bkpool.core.names import Key
+from bkpool.core.shown_worker import shown_message, shown_phase
 from bkpool.core.worker import Worker
 from bkpool.identity import Identity
 from bkpool.store.mirror import Mirror
@@ -28,9 +29,9 @@ def store_is_slow(pool: Key, wait: timedelta) -> Unavailable:
     )
 
 
-def not_ready(worker: Worker, wait: timedelta) -> NoCapacity:
+def not_ready(worker: Worker, wait: timedelta, now: datetime) -> NoCapacity:
     """The leased worker was not ready in time."""
-    why = worker.status.message_with_log or f"it is {worker.phase.value}"
+    why = shown_message(worker, now) or f"it is {shown_phase(worker, now).value}"
     return NoCapacity(
         f"{worker.key.name} of pool {worker.pool.name!r} was not ready within {render(wait)}: {why}",
         hint=f"Wait longer. `bkpool logs {worker.key.name}` shows what its buildkitd wrote.",

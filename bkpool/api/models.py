@@ -21,6 +21,7 @@ from bkpool.core.names import DEFAULT_NAMESPACE, DEFAULT_WAIT, DNS_LABEL, Key
 from bkpool.core.plain_words import BEARER
 from bkpool.core.pool import Pool
 from bkpool.core.resource import Condition, Duration, Name
+from bkpool.core.shown_worker import shown_message, shown_phase
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.identity import Caller, Identity
@@ -193,15 +194,16 @@ class WorkerView(Body):
     last_activity_at: AwareDatetime | None = None
 
     @classmethod
-    def of(cls, worker: Worker, *, whole: bool, connections: int = 0) -> WorkerView:
+    def of(cls, worker: Worker, now: datetime, *, whole: bool, connections: int = 0) -> WorkerView:
         """The view of a worker.
 
         Args:
             worker: The worker.
+            now: The time.
             whole: Whether the caller may see more than name and phase.
             connections: The worker's open connections.
         """
-        name, phase = worker.key.name, worker.shown_phase.value
+        name, phase = worker.key.name, shown_phase(worker, now).value
         if not whole:
             return cls(name=name, phase=phase)
         lease = worker.lease
@@ -214,7 +216,7 @@ class WorkerView(Body):
             allocated_at=lease.allocated_at if lease else None,
             expires_at=lease.expires_at if lease else None,
             connections=connections,
-            message=worker.status.message_with_log,
+            message=shown_message(worker, now),
             failures=worker.status.failures,
             allocation_count=worker.allocation_count,
             created_at=worker.metadata.creation_timestamp,

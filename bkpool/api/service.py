@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from aiohttp import web
@@ -49,6 +50,7 @@ class Service:
     remover: PoolRemover
     mirror: Mirror
     access: AccessControl
+    now: Callable[[], datetime]
     gateway_endpoint: Callable[[Pool], str]
     """Where callers reach the gateway of a pool."""
     connections: Callable[[Pool], int]
@@ -225,6 +227,7 @@ class Service:
         members = tuple(
             models.WorkerView.of(
                 one,
+                self.now(),
                 whole=_is_theirs(caller, one),
                 connections=open_connections(one, heartbeats) if open_now is None else open_now.get(one.key.name, 0),
             )

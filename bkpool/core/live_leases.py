@@ -7,7 +7,7 @@ lease.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 
 from bkpool.core.names import LABEL_REQUEST, Slot
@@ -101,3 +101,8 @@ class LiveLeases:
             del self._of_request[request_key][slot]
             if not self._of_request[request_key]:
                 del self._of_request[request_key]
+
+
+def with_live_lease(workers: Iterable[Worker], now: datetime) -> list[Worker]:
+    """Those of the workers that have a lease which has not ended."""
+    return [worker for worker in workers if worker.lease and not worker.lease.ended(now)]

@@ -5,9 +5,10 @@ A lease is the `allocation` in a worker's spec. It is created, changed and ended
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
@@ -206,9 +207,9 @@ class WorkerStatus(Model):
     created_at: Time | None = None
     ready_at: Time | None = None
     last_activity_at: Time | None = None
-    """The spec's, as of the last write of the status; before there was one in the spec, the only one."""
+    """When the last lease left it, as far as it was known at this write. Read `Worker.last_activity_at`."""
     allocation_count: StrictInt = 0
-    """The same of the spec's number."""
+    """How many leases had left it, as far as it was known at this write. Read `Worker.allocation_count`."""
     failures: StrictInt = 0
     """Failures in a row. A worker that was ready for `FailureLimits.stable_after` starts again at 0."""
     failures_of: StrictStr = ""
@@ -280,34 +281,41 @@ class Worker(Resource):
         return Phase.FAILED if status.failures else Phase.PENDING
 
     @property
-    def shown_phase(self) -> Phase:
-        """The phase as a person is shown it: with a lease, it need not be stored yet."""
-        lease, phase = self.spec.allocation, self.phase
-        if lease is None or phase not in {Phase.IDLE, Phase.ALLOCATED}:
-            return phase
-        if lease.ended_at is not None:
-            return Phase.DRAINING
-        return phase if self.routable_endpoint is None else Phase.ALLOCATED
-
-    @property
     def ended_leases(self) -> tuple[EndedLease, ...]:
         """The leases that the worker remembers, the last one at the end; also those that an earlier version wrote."""
-        ended, earlier = self.spec.ended, self.status.ended
-        if not earlier:
+        ended, only_there = self.spec.ended, self._only_in_status
+        if not only_there:
             return ended
-        known = {past.token_sha256 for past in ended}
-        return (*(past for past in earlier if past.token_sha256 not in known), *ended)[-REMEMBERED_LEASES:]
+        return tuple(sorted((*only_there, *ended), key=attrgetter("ended_at"))[-REMEMBERED_LEASES:])
+
+    @property
+    def _only_in_status(self) -> list[EndedLease]:
+        if not self.status.ended:
+            return []
+        known = {past.token_sha256 for past in self.spec.ended}
+        return [past for past in self.status.ended if past.token_sha256 not in known]
+
+    @property
+    def _ended_since(self) -> int:
+        """How many leases an earlier version has taken off since this one wrote the spec, as far as it is known."""
+        ended = self.spec.ended
+        if len(ended) < REMEMBERED_LEASES:
+            return len(self._only_in_status)
+        return sum(past.ended_at > ended[0].ended_at for past in self._only_in_status)  # not those that were left out
 
     @property
     def last_activity_at(self) -> datetime | None:
         """When the last lease left the worker; None: it never had one."""
-        at, noted = self.spec.last_activity_at, self.status.last_activity_at
-        return max(at, noted) if at and noted else at or noted
+        spec, status = self.spec, self.status
+        earlier_version_was_last = self._ended_since or status.allocation_count > spec.allocation_count
+        if spec.last_activity_at is None or (earlier_version_was_last and status.last_activity_at is not None):
+            return status.last_activity_at
+        return spec.last_activity_at
 
     @property
     def allocation_count(self) -> int:
         """How many leases have left the worker."""
-        return max(self.spec.allocation_count, self.status.allocation_count)
+        return max(self.spec.allocation_count + self._ended_since, self.status.allocation_count)
 
     @property
     def undelivered(self) -> Undelivered | None:
@@ -373,11 +381,6 @@ class Worker(Resource):
     def with_status(self, **changes: Any) -> Worker:
         """A copy with these fields of its status changed."""
         return self.but(status=self.status.but(**changes))
-
-
-def with_live_lease(workers: Iterable[Worker], now: datetime) -> list[Worker]:
-    """Those of the workers that have a lease which has not ended."""
-    return [worker for worker in workers if worker.lease and not worker.lease.ended(now)]
 
 
 def new_worker(slot: Slot, pool: Pool, lease: Lease | None, labels: Mapping[str, str]) -> Worker:

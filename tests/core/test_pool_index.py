@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bkpool.core.caller_share import most_leases
+from bkpool.core.live_leases import with_live_lease
 from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.placement import choose
 from bkpool.core.pool_index import PoolIndex
 from bkpool.core.queueing import Assignment, assign, slot_of_target
 from bkpool.core.reconcile.pool_counts import WorkerCounts
-from bkpool.core.worker import EndReason, Phase, with_live_lease
+from bkpool.core.worker import EndReason, Phase
 from support.objects import NOW, indexed, lease, pool, slot, worker
 
 MOST = 6

@@ -76,6 +76,17 @@ async def test_a_withdrawal_keeps_the_registrations_of_others(store, registry, r
     await registry.withdraw(route)
 
 
+async def test_a_registration_removes_those_of_leases_that_have_left_the_worker(store, registry, route, now):
+    """They protect nothing, and would stay for ever if their gateway is dead (rule 10)."""
+    other = StoreLeaseRegistry(store, "gateway-2", lambda: now, lambda _: None)
+    await other.register(route, 1)
+    held = await store.get(Worker, "default", "p-worker-0")
+    gone = GatewayRegistration(gateway="dead", lease_id="before", renewed_at=now, connections=5)
+    await store.replace_status(held.with_status(gateways=(gone, *held.status.gateways)))
+    await registry.register(route, 1)
+    assert [entry.gateway for entry in await gateways(store)] == ["gateway-2", "gateway-1"]
+
+
 async def test_replicas_that_register_simultaneously_all_succeed(store, route, now):
     replicas = [StoreLeaseRegistry(store, f"gateway-{n}", lambda: now, lambda _: None) for n in range(5)]
     await asyncio.gather(*(replica.register(route, 1) for replica in replicas))

@@ -139,6 +139,7 @@ async def running_api(
                 replica.mirror.pools.values,
                 replica.mirror.configs.values,
             ),
+            now=world.clock,
             gateway_endpoint=gateway_endpoint,
             connections=lambda _pool: 0,
             unavailable_reason=lambda: api.trouble,

@@ -93,6 +93,7 @@ async def open_api(
         ),
         mirror=mirror,
         access=access,
+        now=context.now,
         gateway_endpoint=sources.gateway_endpoint,
         connections=sources.connections,
         worker_connections=sources.worker_connections,

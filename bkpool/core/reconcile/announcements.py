@@ -1,7 +1,8 @@
 """Which leases are to be announced as made: each one once, when its holder can use the worker.
 
-A status tells too little for that: it is written later than the lease, and not at all for a short one. It records
-nothing itself.
+A status tells too little for that: it is written later than the lease, or not at all. So when another controller
+begins, an event may be missing, or recorded again. A lease that ends before this controller has taken it over gets no
+event but that of its end. It records nothing itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which writes may wait, and for how long: most leases are over before they are due, and then they are not needed.
 
-Only what nobody decides by waits: a phase that the lease itself tells, and the protection of a pod. Each controller
-counts for itself since when a lease is as it is, so the clocks of two machines are never compared.
+Only what nobody decides by waits: a phase that the lease itself tells, and the end of a pod's protection. Each
+controller counts for itself since when a lease is as it is, so the clocks of two machines are never compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WritePauses:
     """For how long something must hold before it is written."""
 
     phase: timedelta = timedelta(seconds=1)
-    """A worker's phase after a change of its lease, and the protection of a pod that is leased."""
+    """A worker's phase after a change of its lease."""
     protected: timedelta = timedelta(seconds=30)
     """That a pod without a lease is not protected any more."""
     pool: timedelta = timedelta(seconds=1)

@@ -12,7 +12,17 @@ from bkpool.core.observation import DaemonState, Observation, ready_observation
 from bkpool.core.reconcile.actions import Action, FinishLease, SetCacheOwner, StopDaemon, WriteStatus
 from bkpool.core.reconcile.failures import FailureLimits, failed_worker
 from bkpool.core.registrations import REGISTRATION_LIFE, Expiries, RegistrationKey, live_registrations
-from bkpool.core.worker import REMEMBERED_LEASES, EndedLease, EndReason, Lease, Phase, Worker, WorkerStatus
+from bkpool.core.shown_worker import draining_message
+from bkpool.core.worker import (
+    REMEMBERED_LEASES,
+    EndedLease,
+    EndReason,
+    GatewayRegistration,
+    Lease,
+    Phase,
+    Worker,
+    WorkerStatus,
+)
 
 FIRST_USE_TIMEOUT = timedelta(minutes=2)
 """A lease that ends when it is unused ends so long after its worker is ready, if nobody has connected."""
@@ -83,8 +93,7 @@ def _draining(worker: Worker, reason: EndReason) -> WriteStatus:
     """Notes that connections of a lease that has ended may be left."""
     if reason is EndReason.LOST:  # its clients are still told why, with the log
         return WriteStatus(worker.with_status(phase=Phase.DRAINING))
-    builds = "its builds were stopped" if reason is EndReason.REVOKED else "builds may finish"
-    message = f"the lease is {reason}; {builds}"
+    message = draining_message(reason)
     return WriteStatus(worker.with_status(phase=Phase.DRAINING, message=message, log_tail=""))
 
 
@@ -131,7 +140,9 @@ def _status_before(worker: Worker, failed: Worker, reason: EndReason, up: Observ
     """
     status = failed.status
     owner = up.cache_owner if up else status.cache_owner
+    ended = only_in_status(worker, log_of=worker.held_lease.token_sha256)
     has_log = status.log_tail or "\n" in status.message  # earlier versions stored it below the message's first line
+    has_log = has_log or any(past.log_tail and past not in ended for past in status.ended)
     says_ready = up is None and status.phase in {Phase.IDLE, Phase.ALLOCATED, Phase.DRAINING}
     if failed is worker and owner == status.cache_owner and not has_log and not says_ready:
         return None
@@ -140,7 +151,7 @@ def _status_before(worker: Worker, failed: Worker, reason: EndReason, up: Observ
     # A failed worker goes on saying why.
     has_reason = reason is EndReason.LOST or status.phase is not Phase.DRAINING
     message = status.message.partition("\n")[0] if phase is Phase.FAILED and has_reason else ""
-    return status.but(phase=phase, cache_owner=owner, message=message, log_tail="", gateways=())
+    return status.but(phase=phase, cache_owner=owner, message=message, log_tail="", gateways=(), ended=ended)
 
 
 def _used_without_owner(worker: Worker, seen: Observation | None) -> bool:
@@ -164,6 +175,30 @@ def with_lease_remembered(worker: Worker, ended: EndedLease, now: datetime) -> W
         allocation_count=worker.allocation_count + (known is None),
     )
     return worker.but(spec=spec)
+
+
+def only_in_status(worker: Worker, *, log_of: str) -> tuple[EndedLease, ...]:
+    """What the status remembers since an earlier version wrote it, and the spec does not; with one log at most.
+
+    Args:
+        worker: The worker.
+        log_of: The digest of the token of the lease whose log is kept; empty: none.
+    """
+    known = {past.token_sha256 for past in worker.spec.ended}
+    return tuple(
+        past if past.token_sha256 == log_of else past.but(log_tail="")
+        for past in worker.status.ended
+        if past.token_sha256 not in known
+    )
+
+
+def registrations_that_count(
+    worker: Worker, now: datetime, registered_until: Expiries
+) -> tuple[GatewayRegistration, ...]:
+    """The registrations for the worker's lease, and those of other leases that have not expired."""
+    live = [entry for entry, _ in live_registrations(worker, registered_until, now)]
+    lease_id = worker.lease.id if worker.lease is not None else None
+    return tuple(entry for entry in worker.status.gateways if entry.lease_id == lease_id or entry in live)
 
 
 def without_lease(worker: Worker) -> Worker:

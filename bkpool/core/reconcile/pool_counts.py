@@ -93,12 +93,14 @@ class PoolCounts:
         return self._failed[min(self._failed)] if self._failed else None
 
     def connections(self, registered_until: Expiries, now: datetime) -> int:
-        """How many connections of leases are open, as far as registrations that have not expired tell."""
+        """How many connections the workers' leases have, as far as registrations that have not expired tell."""
         again, self._uncounted = self._uncounted | self._expiries.due(now), set()
         for slot in again:
             self._all_connections -= self._connections.pop(slot, 0)
             worker = self._counted.get(slot)
-            live = live_registrations(worker, registered_until, now) if worker is not None else []
+            lease = worker.lease if worker is not None else None
+            entries = live_registrations(worker, registered_until, now) if worker is not None and lease else []
+            live = [found for found in entries if lease is not None and found[0].lease_id == lease.id]
             self._expiries.put(slot, min((expires_at for _, expires_at in live), default=None))
             if live:
                 self._connections[slot] = sum(registered_until.connections(entry) for entry, _ in live)

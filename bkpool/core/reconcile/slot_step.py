@@ -85,10 +85,12 @@ def next_step(worker: Worker, seen: Observation | None, pool: Pool, moment: Mome
 
 
 def wind_up_step(worker: Worker, seen: Observation | None, moment: Moment) -> Step:
-    """The next step for a worker of a pool that cannot be read: a lease that has ended leaves it."""
+    """The next step for a worker of a pool that cannot be read: a lease that has ended leaves it, and it is idle."""
     lease = worker.lease
     if lease is None:
-        return Step(None)
+        up = ready_observation(worker, seen)
+        is_stale = worker.phase is Phase.IDLE and worker.status.phase is not Phase.IDLE
+        return NO_STEP if up is None or not is_stale else _step(_status(worker, up, Phase.IDLE, moment))
     over = lease.ended(moment.now)
     return Step(None, lease.expires_at) if over is None else _step(_over(worker, lease, over, seen, moment))
 
@@ -160,7 +162,7 @@ def _leased(
     step = _prepare_for_holder(worker, lease.owner, up) or _first(
         _status(worker, up, Phase.ALLOCATED, moment),
         health_step(worker, up, now, registered_until=moment.registered_until),
-        _protect(worker, moment) if up.protected is False else None,
+        SetProtection(worker, protected=True) if up.protected is False else None,
     )
     if not isinstance(step, Action):
         end = lease_end.unused_until(worker, lease, now, registered_until=moment.registered_until)
@@ -176,11 +178,6 @@ def _prepare_for_holder(worker: Worker, owner: str, up: Observation) -> Action |
     if up.cache_owner is None:
         return SetCacheOwner(worker, owner)
     return StartDaemon(worker, owner) if up.cache_owner != owner else None
-
-
-def _protect(worker: Worker, moment: Moment) -> Action | datetime:
-    due = due_at(worker, moment.lease_since, moment.pauses.phase)
-    return SetProtection(worker, protected=True) if moment.now >= due else due
 
 
 def _unprotect(worker: Worker, up: Observation, moment: Moment) -> Action | datetime:
@@ -231,7 +228,11 @@ def _status(worker: Worker, seen: Observation, phase: Phase, moment: Moment) -> 
     if seen.cache_owner != status.cache_owner:  # the log was deleted together with the old cache
         if any(past.log_tail for past in worker.spec.ended):
             return ForgetLogs(worker)
-        wanted["ended"] = tuple(past.but(log_tail="") for past in status.ended)
+        log_of = ""
+    else:
+        log_of = worker.ended_leases[-1].token_sha256 if status.ended else ""
+    wanted["ended"] = lease_end.only_in_status(worker, log_of=log_of)
+    wanted["gateways"] = lease_end.registrations_that_count(worker, moment.now, moment.registered_until)
     wanted["ready_at"] = status.ready_at if status.endpoint is not None else moment.now
     wanted["failures"] = worker.counted_failures
     # These go with a status that is written anyway. An upgrade that makes other digests writes nothing by itself.

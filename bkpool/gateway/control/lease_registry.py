@@ -230,7 +230,12 @@ class StoreLeaseRegistry:
             connections=connections,
             heartbeat=str(self._heartbeat.key) if self._heartbeat is not None else "",
         )
-        others = (other for other in worker.status.gateways if other.gateway != self._gateway)
+        # This lease holds the worker, so entries of other leases protect nothing (rule 10, docs/rules.md#r10).
+        others = (
+            other
+            for other in worker.status.gateways
+            if other.gateway != self._gateway and other.lease_id == route.lease_id
+        )
         return worker.with_status(gateways=(*others, registration), connected_lease=route.lease_id)
 
     def _reported(self, silent_for: float | None, worker: Worker, route: LeaseRoute) -> Worker | None:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from bkpool.core.errors import BkpoolError, Gone, Unauthenticated, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.pool import PoolGateway
+from bkpool.core.shown_worker import wait_message
 from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import EndReason, Lease, Worker
 
@@ -222,7 +223,7 @@ def _route(worker: Worker, lease: Lease, gateway: PoolGateway) -> LeaseRoute:
         worker_uid=worker.uid,
         pool=worker.pool,
         endpoint=endpoint,
-        wait_reason="" if endpoint else worker.status.message_with_log or "its BuildKit daemon is being started",
+        wait_reason="" if endpoint else wait_message(worker) or "its BuildKit daemon is being started",
         expires_at=lease.expires_at.timestamp(),
         not_after=lease.not_after.timestamp(),
         drain_timeout=gateway.drain_timeout.total_seconds(),
