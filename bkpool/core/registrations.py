@@ -90,6 +90,10 @@ class SeenHeartbeats:
         named = self._named.get(key, {}).get(entry.lease_id, default)
         return max(named, self._absent.get(key, default), default)
 
+    def latest(self, key: Key) -> GatewayHeartbeat | None:
+        """The heartbeat as it was looked at last."""
+        return self._latest.get(key)
+
     def version(self, key: Key) -> HeartbeatVersion | None:
         """The version by which registrations are judged; None: it was never seen, nor that there is none."""
         found = self._latest.get(key)
@@ -137,10 +141,13 @@ class SeenRegistrations:
         Returns:
             The workers of which the gateway says another number of connections than before.
         """
-        entries = self._renewed_by.get(key, {})
-        before = {name: self.connections(entry) for name, entry in entries.items()}
+        before = self._heartbeats.latest(key)
         self._heartbeats.look(key, heartbeat, seconds, self._renewed_by)
-        return {name.worker for name, entry in entries.items() if self.connections(entry) != before[name]}
+        return {
+            name.worker
+            for name, entry in self._renewed_by.get(key, {}).items()
+            if connections_of(entry, heartbeat) != connections_of(entry, before)
+        }
 
     def heartbeats_of(self, worker: Worker, lease_id: str) -> Mapping[Key, HeartbeatVersion | None]:
         """The heartbeats by which the registrations of a lease are judged at the moment."""

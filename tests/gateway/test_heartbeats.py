@@ -6,14 +6,17 @@ import asyncio
 
 import pytest
 
+from bkpool.core import tokens
 from bkpool.core.errors import Gone, Unavailable
 from bkpool.core.gateway_heartbeat import GatewayHeartbeat
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason
 from bkpool.gateway.control.heartbeat_writer import HeartbeatWriter
-from bkpool.gateway.session.lease_heartbeat import next_beat
+from bkpool.gateway.session.lease_heartbeat import LeaseHeartbeat, next_beat
+from bkpool.gateway.session.lease_table import WorkerLeases
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.store.sqlite import SqliteStore
+from support.loops import SkewedLoop
 from support.recording_registry import RecordingRegistry
 
 REFUSED = Unavailable("this gateway's heartbeat is refused")
@@ -178,6 +181,100 @@ async def test_connections_are_cut_as_soon_as_the_table_says_that_the_lease_has_
     streams = await use(world)
     world.end_lease("a", EndReason.REVOKED if revoked else EndReason.RELEASED)
     assert await streams.read_to_end() == b""
+
+
+async def test_a_worker_that_only_vanishes_from_view_costs_no_connection(world):
+    """Somebody has removed its label. It still has the lease, so one renewal by its name says that all is well."""
+    streams = await use(world)
+    token = world.lease()
+    world.forget_lease("a")
+    await world.registry.wait_for("renew")
+    await world.settle()
+    await streams.echo(b"still here")
+    code, message = await (await world.connect(token)).call()
+    assert (code, "no lease has the token" in message) == (16, True), "the table does not have it"
+    world.lease()
+    await use(world)
+    assert calls(world) == ["register", "renew"]
+
+
+async def test_a_worker_that_is_gone_from_view_and_from_the_store_is_cut(world):
+    streams = await use(world)
+    world.registry.error = Gone("the worker was deleted", hint="")
+    world.forget_lease("a")
+    assert await streams.read_to_end() == b""
+    assert calls(world)[:2] == ["register", "renew"]
+
+
+async def test_a_worker_that_is_gone_from_view_while_the_store_is_away_is_asked_for_until_it_answers(world):
+    streams = await use(world)
+    world.registry.error = Unavailable("the store is away")
+    world.forget_lease("a")
+    await world.registry.wait_for("renew")
+    await world.settle()
+    await streams.echo(b"still here")
+    world.registry.error = Gone("the worker was deleted", hint="")
+    await world.advance(5)
+    assert await streams.read_to_end() == b""
+
+
+async def test_a_request_that_runs_when_the_worker_vanishes_does_not_answer_for_it(new_world):
+    world = await new_world(renew_interval=5.0)
+    streams = await use(world)
+    world.registry.may_answer.clear()
+    await world.advance(5)
+    await world.wait_until(lambda: len(world.registry.connections) == 2)
+    world.forget_lease("a")
+    await world.settle()
+    world.registry.may_answer.set()
+    await world.registry.wait_for("renew", 2)
+    await world.settle()
+    await streams.echo(b"still here")
+
+
+async def test_another_lease_on_the_worker_cuts_at_once(world):
+    """The earlier one is not remembered there any more."""
+    streams = await use(world)
+    world.lease("b", worker=Key("default", "p-worker-0"))
+    world.registry.may_answer.clear()
+    world.send_worker(Key("default", "p-worker-0"), WorkerLeases(world._routes[tokens.digest(world.token("b"))]))
+    assert await streams.read_to_end() == b""
+
+
+class Answers:
+    """A registry whose heartbeat is answered when the test says so."""
+
+    def __init__(self):
+        self.on_done = None
+
+    def beat(self, _leases, on_done):
+        self.on_done = on_done
+
+
+class Named:
+    def to_name(self):
+        return 1
+
+    def renewed_by_heartbeat(self, _asked_at, _asked_at_wall):
+        pass
+
+
+@pytest.mark.parametrize("error", [None, REFUSED])
+async def test_a_heartbeat_that_is_answered_after_the_end_is_the_last_one(error):
+    """The loop closes. A timer would be left in it."""
+    loop, registry = SkewedLoop(), Answers()
+    heartbeat = LeaseHeartbeat(loop, registry, GatewayLimits(), lambda: [("lease", Named())], lambda: 0.0)
+    try:
+        heartbeat.start()
+        (timer,) = loop._scheduled
+        timer.cancel()
+        heartbeat._beat()
+        heartbeat.stop()
+        registry.on_done(error)
+        heartbeat.start()
+        assert [one for one in loop._scheduled if not one.cancelled()] == []
+    finally:
+        loop.close()
 
 
 def test_loops_beat_at_the_same_moments():

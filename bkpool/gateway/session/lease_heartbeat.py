@@ -40,19 +40,21 @@ class LeaseHeartbeat:
         self._now = now
         self._next: asyncio.TimerHandle | None = None
         self._running = False
+        self._stopped = False
         self._named_any = False
         """Whether the last heartbeat named a lease. The next one says that there is none any more."""
 
     def start(self) -> None:
-        """Makes it run, because there is a lease. Does nothing if it runs."""
-        if self._next is None and not self._running:
+        """Makes it run, because there is a lease. Does nothing if it runs, or was ended."""
+        if self._next is None and not self._running and not self._stopped:
             self._beat_at(next_beat(self._loop.time(), self._limits))
 
     def stop(self) -> None:
-        """Ends it: the gateway closes."""
+        """Ends it: the gateway closes. A heartbeat that is being written is the last one."""
+        self._stopped = True
         if self._next is not None:
             self._next.cancel()
-        self._next, self._running = None, True
+        self._next = None
 
     def _beat_at(self, at: float) -> None:
         self._next = self._loop.call_at(at, self._beat)
@@ -83,6 +85,8 @@ class LeaseHeartbeat:
 
     def _again(self, *, failed: bool) -> None:
         self._running = False
+        if self._stopped:
+            return
         at = next_beat(self._loop.time(), self._limits)
         self._beat_at(min(at, self._loop.time() + self._limits.retry_renewal_after) if failed else at)
 

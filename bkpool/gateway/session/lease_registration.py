@@ -88,6 +88,8 @@ class LeaseRegistration:
         self._now = now
         self._callers: list[OnDone] = []
         self._request_running = False
+        self._check_next = False
+        """Whether the lease is to be checked once the running request is answered."""
         self._withdrawn = False
         self._renewal: asyncio.TimerHandle | None = None
         self._renew_at = 0.0
@@ -169,6 +171,16 @@ class LeaseRegistration:
         else:
             self._request(self._registry.renew)
 
+    def check(self) -> None:
+        """Renews it on the worker at once, if there is one: the store says whether the lease still holds the worker.
+
+        If it does not, the lease is cut. If the store does not answer, it is asked again soon.
+        """
+        if self._request_running:
+            self._check_next = True
+        elif self._trusted_until and not self._withdrawn:
+            self._request(self._registry.renew)
+
     def withdraw(self) -> None:
         """Removes the registration now, or after the running request, which would write it again."""
         self._withdrawn = True
@@ -207,8 +219,11 @@ class LeaseRegistration:
             on_done(error)
         if isinstance(error, Gone):
             self._lease_gone(error, renewing)
+        check, self._check_next = self._check_next, False
         if self._withdrawn:
             self.withdraw()
+        elif check and error is None:
+            self._request(self._registry.renew)
         else:
             self.schedule_renewal()
 

@@ -160,6 +160,10 @@ class LeaseTable:
         """Whether this worker can be read, or does not exist."""
         return worker not in self._last_read
 
+    def has(self, worker: Key) -> bool:
+        """Whether it has anything of this worker: a present or past lease."""
+        return worker in self._workers
+
     def _first(self, token_sha256: str, of: Callable[[WorkerLeases], _Found | None]) -> _Found | None:
         for worker in self._holders.get(token_sha256, ()):
             found = of(self._workers[worker])

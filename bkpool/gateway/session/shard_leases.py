@@ -159,10 +159,13 @@ class ShardLeases:
         elif self._table.can_be_read(lease.route.worker):  # else its open connections may go on
             past = self._table.past(token_sha256)
             error = past.end_error() if past else unknown_lease()
-            if lease.registration.is_registered or (past is not None and past.revoked):
+            vanished = past is None and not self._table.has(lease.route.worker)
+            if (lease.registration.is_registered and not vanished) or (past is not None and past.revoked):
                 lease.cut(error)  # it leaves its worker only when nobody is registered, so another may hold that
             else:
                 lease.end(error)
+                if vanished:  # perhaps only from view, as a worker that has lost its label
+                    lease.registration.check()
 
     def _registrations(self) -> Iterator[tuple[str, LeaseRegistration]]:
         for lease in self._leases.values():
