@@ -20,6 +20,8 @@ class GatewayState:
 
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    rights: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the rights of its gateways are applied."""
     version: tuple[str, int | None] | None = None
     """The pool's uid and generation that were looked at last."""
     applied: dict[str, str] = field(default_factory=dict)

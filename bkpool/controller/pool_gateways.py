@@ -20,6 +20,7 @@ from types import MappingProxyType
 import structlog
 
 from bkpool.controller.gateway_certificates import GatewayCertificates, WorkerAuthorities
+from bkpool.controller.gateway_rights import RIGHTS, GatewayRights
 from bkpool.controller.pool_gateway_objects import (
     GatewayDefaults,
     endpoint_of,
@@ -111,6 +112,7 @@ class PoolGateways:
         self._now = now
         self._recorder = recorder
         self._states: dict[Key, GatewayState] = {}
+        self._rights = GatewayRights(mirror, self._states, self._objects, self._ensure)
         self._reflectors: dict[str, dict[str, Reflector]] = {}
         """By namespace and kind."""
         self._watches: dict[str, list[asyncio.Task[None]]] = {}
@@ -136,13 +138,15 @@ class PoolGateways:
         await self._mirror.ready.wait()
         await self._mirror.heartbeats.answered.wait()  # so that no gateway loses a right for a moment
         subscriptions = ExitStack()
+        subscriptions.callback(self._mirror.heartbeats.on_followed(self._rights.look_again))
         subscriptions.callback(self._mirror.heartbeats.on_followed(self._apply_all))
         subscriptions.callback(self._mirror.subscribe(self._on_change))
         subscriptions.callback(self._certificates.workers.on_change(self._worker_changed))
         try:
             for key in tuple(self._mirror.pools):
                 self._pool_changed(key)
-            await asyncio.Event().wait()
+            self._rights.look_again()
+            await self._rights.run()
         finally:
             subscriptions.close()
             tasks = [state.task for state in self._states.values() if state.task]
@@ -220,6 +224,8 @@ class PoolGateways:
             state.version = pool.spec_version
             try:
                 async with self._slots:
+                    with suppress(BkpoolError):  # it is applied once more in its place, and an error is told there
+                        await self._rights.apply(pool, state)
                     due = await self._apply(pool, state)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with one pool must not stop the others
                 self._report_failure(key, error)
@@ -259,16 +265,21 @@ class PoolGateways:
         are as long as the pool asks for more than is allowed of them, so that an upgrade cuts nobody off.
         """
         wanted = permitted(pool, self._allowed)
-        defaults = replace(self._defaults, heartbeats=self._mirror.heartbeats.followed_in(pool.key.namespace))
-        service, *others = pool_objects(wanted, defaults)
+        service, *others = self._objects(pool)
         if not (service_refusals(pool, self._allowed) and await self._has_service(service, state)):
             await self._ensure(service, state)
         if service_type(wanted) is ServiceType.NODE_PORT:
             state.node = node_address(await self._gateway_pods(pool), state.node)
         due = await self._ensure_certificates(pool, state)
+        await self._rights.apply(pool, state)
         for doc in others:
-            await self._ensure(doc, state)
+            if doc["kind"] not in RIGHTS:
+                await self._ensure(doc, state)
         return due
+
+    def _objects(self, pool: Pool) -> list[Doc]:
+        defaults = replace(self._defaults, heartbeats=self._mirror.heartbeats.followed_in(pool.key.namespace))
+        return pool_objects(permitted(pool, self._allowed), defaults)
 
     async def _has_service(self, service: Doc, state: GatewayState) -> bool:
         """Whether the pool has a Service. Raises Conflict if another program has made it."""
@@ -288,6 +299,7 @@ class PoolGateways:
         if path not in state.applied:
             with suppress(NotFound):
                 _refuse_foreign(doc, await self._api.get(path))  # applying would take it over
+        state.applied.pop(path, None)  # if the answer is lost, nobody knows how the object is
         made = await self._api.apply(path, doc)
         state.applied[path], state.made[path] = digest, content_digest(made)
         if kind in _WATCHED:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from bkpool.controller import pool_gateways
+from bkpool.controller import gateway_rights, pool_gateways
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core import wall_clock
 from bkpool.core.allowances import Allowances, read_allowances
-from bkpool.core.errors import Forbidden, NotFound, Unavailable
+from bkpool.core.errors import Forbidden, InvalidInput, NotFound, Unavailable
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.resource import Metadata
@@ -268,6 +268,90 @@ async def test_a_gateway_gets_the_right_to_write_heartbeats_when_the_controller_
         await cluster.until(lambda: "buildkitgateways" in rights())
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
+
+
+@asynccontextmanager
+async def unfollowed_later(cluster: Cluster, *pools: Pool) -> AsyncIterator[tuple[PoolGateways, Callable[[], None]]]:
+    """Pools whose gateways may write heartbeats, and a function after which those are not followed any more."""
+    mirror = Mirror(NoStore(), heartbeats=True)
+    mirror.ready.set()
+    for pool in pools:
+        mirror.apply(pool)
+    mirror.heartbeats._note(None, followed=True)
+    async with running(cluster, mirror) as gateways:
+        await cluster.until(lambda: len(gateways.endpoints) == len(pools))
+        yield gateways, lambda: mirror.heartbeats._note(None, followed=False)
+
+
+def may_write_heartbeats(cluster: Cluster, pool: str = "p") -> bool:
+    role = cluster.objects[f"/apis/rbac.authorization.k8s.io/v1/namespaces/team/roles/{pool}-gateway"]
+    return any("buildkitgateways" in rule["resources"] for rule in role["rules"])
+
+
+async def test_a_gateway_loses_the_right_to_write_heartbeats_although_its_service_is_refused(cluster):
+    async with unfollowed_later(cluster, a_pool()) as (_, unfollow):
+        assert may_write_heartbeats(cluster)
+        cluster.errors[SERVICE] = InvalidInput("422: the Service is invalid", hint="")
+        cluster.remove(SERVICE)
+        await cluster.until(lambda: SERVICE in cluster.applied[-3:])
+        unfollow()
+        await cluster.until(lambda: not may_write_heartbeats(cluster))
+
+
+async def test_all_rights_are_taken_away_before_anything_else_is_done(cluster, monkeypatch):
+    """Pools are applied few at a time, and one may take long."""
+    names = [f"p{number}" for number in range(20)]
+    never = asyncio.Event()
+
+    async def stuck(*_args):
+        await never.wait()
+
+    async with unfollowed_later(cluster, *(a_pool(name) for name in names)) as (_, unfollow):
+        monkeypatch.setattr(PoolGateways, "_apply", stuck)
+        unfollow()
+        await cluster.until(lambda: not any(may_write_heartbeats(cluster, name) for name in names))
+
+
+async def test_a_right_that_cannot_be_taken_away_is_tried_again_soon(cluster, monkeypatch):
+    monkeypatch.setattr(gateway_rights, "_FIRST_PAUSE", 0.01)
+    role = "/apis/rbac.authorization.k8s.io/v1/namespaces/team/roles/p-gateway"
+
+    async def stuck(*_args):
+        await asyncio.Event().wait()
+
+    async with unfollowed_later(cluster, a_pool()) as (_, unfollow):
+        monkeypatch.setattr(PoolGateways, "_keep", stuck)
+        cluster.errors[role] = Unavailable("the server is weak")
+        before = cluster.applied.count(role)
+        unfollow()
+        await cluster.until(lambda: cluster.applied.count(role) > before + 2)
+        assert may_write_heartbeats(cluster)
+        del cluster.errors[role]
+        await cluster.until(lambda: not may_write_heartbeats(cluster))
+
+
+async def test_a_role_whose_answer_was_lost_is_applied_again_although_it_is_wanted_as_before(cluster):
+    role = "/apis/rbac.authorization.k8s.io/v1/namespaces/team/roles/p-gateway"
+    apply = cluster.apply
+
+    async def lost(path, body):
+        made = await apply(path, body)
+        if path == role:
+            raise Unavailable("no answer")
+        return made
+
+    mirror = Mirror(NoStore(), heartbeats=True)
+    mirror.ready.set()
+    mirror.apply(a_pool())
+    mirror.heartbeats._note(None, followed=False)
+    async with running(cluster, mirror) as gateways:
+        await settled(cluster, gateways)
+        cluster.apply = lost
+        mirror.heartbeats._note(None, followed=True)
+        await cluster.until(lambda: may_write_heartbeats(cluster))
+        cluster.apply = apply
+        mirror.heartbeats._note(None, followed=False)
+        await cluster.until(lambda: not may_write_heartbeats(cluster))
 
 
 async def test_the_certificates_have_the_life_of_the_settings(cluster, mirror):
