@@ -16,16 +16,17 @@ from functools import partial
 
 from bkpool.allocation import no_worker
 from bkpool.allocation.caller_limits import CallerLimits
-from bkpool.allocation.claiming import Claimer
+from bkpool.allocation.claiming import ClaimEnded, Claimer
 from bkpool.allocation.deliveries import Deliveries
 from bkpool.allocation.job_leases import JobLeases
 from bkpool.allocation.keys_ahead import KeysAhead
 from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
-from bkpool.allocation.known_objects import find_lending_pool, known_worker, no_lease_from
+from bkpool.allocation.known_objects import find_lending_pool, known_worker
 from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
 from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order
+from bkpool.allocation.pool_queues import PoolQueues
 from bkpool.allocation.presence import Answers, Presence, as_stored
-from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter, WaitQueue
+from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter
 from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.caller_share import most_waiting
@@ -33,7 +34,6 @@ from bkpool.core.claim_order import Request
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key
 from bkpool.core.queueing import Target
-from bkpool.core.removal import removal_of
 from bkpool.core.worker import EndReason, Lease, Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
@@ -95,10 +95,9 @@ class Allocator:
         self._now = now
         self._limits = limits or CallerLimits()
         self._max_waiters = max_waiters
-        self._on_waiting = on_waiting
+        self._queues = PoolQueues(mirror, self._caches, now, max_waiters, on_waiting)
         self._presence = Presence(store, mirror, now, answers)
         self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
-        self._queues: dict[Key, WaitQueue] = {}
         self._leases = leases
         self._replica = f"{replica}/{uuid.uuid4().hex[:8]}"  # after a start it is another one
         self._deliveries = Deliveries(leases, self._claimer.abandon, self._replica, pause=pause)
@@ -112,6 +111,7 @@ class Allocator:
     async def close(self) -> None:
         """Stops listening, and waits until everything that callers left behind is undone."""
         self._unsubscribe()
+        self._queues.close()
         self._jobs.close()
         self._caches.close()
         await self._deliveries.close()
@@ -120,13 +120,11 @@ class Allocator:
 
     def refuse_all(self, error: BkpoolError) -> None:
         """Fails every request that waits, because this process is about to end."""
-        for queue in self._queues.values():
-            queue.refuse_all(error)
+        self._queues.refuse_all(error)
 
     def waiting(self, pool: Key) -> int:
         """How many requests wait for this pool at this replica."""
-        queue = self._queues.get(pool)
-        return len(queue) if queue else 0
+        return self._queues.waiting(pool)
 
     @asynccontextmanager
     async def offer(self, caller: Identity, request: AllocationRequest) -> AsyncIterator[Offer]:
@@ -239,7 +237,6 @@ class Allocator:
             The worker; None if nothing was claimed: another was faster, or the job has a lease by now.
         """
         pool, caller = order.pool, order.caller
-        queue = self._queues.setdefault(pool.key, WaitQueue(self._max_waiters))
         lease_id = str(uuid.uuid4())
         about_to_claim(lease_id)
         owner = cache_owner_digest(
@@ -247,42 +244,34 @@ class Allocator:
         )
         waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
         waiter.only_ready = order.request.only_ready
-        target = await self._wait_for_turn(queue, pool.key, waiter, first=again)
+        target = await self._queues.wait(pool.key, waiter, first=again)
         if target is None:
             raise self._none_free(order)
         if isinstance(target, Worker) and target.lease is not None:
             return None
-        if not await self._presence.of_target(target, partial(queue.claim_ended, target)):
-            return None
+        ended = partial(self._queues.claim_ended, pool.key, waiter)
         try:
+            there = await self._presence.of_target(target)
             lease = order.lease(lease_id, owner, self._replica, self._now())
-            order.claiming_since = asyncio.get_running_loop().time()
-            claimed = await self._claimer.claim(pool, target, lease, order.request_key)
-            order.claiming_since = None
-            self._deliveries.begin(claimed, known=False)
-            return claimed
+        except BaseException as error:
+            ended(failed=isinstance(error, Exception))
+            raise
+        if not there:
+            ended(failed=False)
+            return None
+        return await self._claim(order, target, lease, ended)
+
+    async def _claim(self, order: Order, target: Target, lease: Lease, ended: ClaimEnded) -> Worker | None:
+        """Claims what the request was given; None if another was faster. `_deliveries` counts the request."""
+        order.claiming_since = asyncio.get_running_loop().time()
+        try:
+            claimed = await self._claimer.claim(order.pool, target, lease, order.request_key, ended)
         except (Conflict, NotFound):
             order.claiming_since = None
-            await self._claimer.refresh(target)
             return None
-        finally:
-            queue.claim_ended(target)
-
-    async def _wait_for_turn(self, queue: WaitQueue, pool: Key, waiter: Waiter, *, first: bool) -> Target | None:
-        """What the request gets; None if it takes only a worker that is ready now and there is none."""
-        queue.join(waiter, first=first)
-        self._serve(pool)
-        if not waiter.served.done():
-            if waiter.only_ready:
-                queue.leave(waiter)
-                return None
-            self._on_waiting()
-        try:
-            return await waiter.served
-        except asyncio.CancelledError:
-            queue.leave(waiter)
-            self._serve(pool)
-            raise
+        order.claiming_since = None
+        self._deliveries.begin(claimed, known=False)
+        return claimed
 
     async def _join_earlier(self, order: Order) -> Worker | None:
         """Counts this request for the lease that its job has already; None if it has none."""
@@ -362,25 +351,12 @@ class Allocator:
         request = order.request
         return no_worker.none_free(self._mirror, order.caller, request.pool, request.wait, self._now())
 
-    # --- the queue --------------------------------------------------------------------------------------------------
-
-    def _serve(self, pool_key: Key) -> None:
-        queue = self._queues.get(pool_key)
-        if not queue:
-            return
-        pool = self._mirror.pools.get(pool_key)
-        if pool is None or removal_of(pool) is not None:
-            queue.refuse_all(no_lease_from(self._mirror, pool_key))
-            return
-        index, unreadable = self._mirror.index_of(pool_key), self._mirror.unreadable_slots(pool_key)
-        queue.serve(pool, index, partial(self._caches.of, pool_key), unreadable, self._now())
-
     def _on_change(self, change: MirrorChange) -> None:
         pool = change.pool
         event = self._changed.pop(pool, None)
         if event is not None:
             event.set()
-        self._serve(pool)
+        self._queues.serve(pool)
 
 
 def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:

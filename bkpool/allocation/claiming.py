@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import structlog
 
 from bkpool.allocation.leases import LeaseService, lease_facts
 from bkpool.core import tokens
-from bkpool.core.errors import DiskFull, Gone, NotFound, Unavailable
+from bkpool.core.errors import Conflict, DiskFull, Gone, NotFound, Unavailable
 from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
@@ -27,6 +28,13 @@ log = structlog.get_logger(__name__)
 
 ABANDON_INTERVAL = 2.0
 """Seconds until a lease that nobody knows of is ended again, if the store could not write that."""
+
+
+class ClaimEnded(Protocol):
+    """Called when a claim is over, also if its caller has gone."""
+
+    def __call__(self, *, failed: bool) -> None:
+        """Gets whether the store could not say whether the claim succeeded."""
 
 
 class Claimer:
@@ -62,7 +70,9 @@ class Claimer:
         """The token of the worker's lease."""
         return tokens.derive(self._token_key, worker.uid, worker.held_lease.id)
 
-    async def claim(self, pool: Pool, target: Target, lease: Lease, request_key: str | None) -> Worker:
+    async def claim(
+        self, pool: Pool, target: Target, lease: Lease, request_key: str | None, ended: ClaimEnded
+    ) -> Worker:
         """Puts the lease on the worker, or creates a worker with the lease in the slot.
 
         Args:
@@ -70,30 +80,20 @@ class Claimer:
             target: The worker or slot that the request was given.
             lease: The new lease, without its token's digest.
             request_key: Digest of the caller and their jobId, if they gave one.
+            ended: Called once the store has answered.
 
         Raises:
             Conflict: Somebody else was faster.
             NotFound: The worker was deleted.
         """
         labels = {LABEL_REQUEST: request_key} if request_key else {}
-        writing = asyncio.ensure_future(
-            self._create_worker(pool, target, lease, labels)
-            if isinstance(target, Slot)
-            else self._claim_worker(target, lease, labels)
-        )
+        writing = asyncio.ensure_future(self._carry_out(pool, target, lease, labels, ended))
         try:
-            worker = await asyncio.shield(writing)
+            return await asyncio.shield(writing)
         except asyncio.CancelledError:
             self._cleanups.add(writing)
             writing.add_done_callback(self._undo)
             raise
-        try:
-            self._mirror.apply(worker)
-            log.info("lease.claimed", **lease_facts(worker))
-        except BaseException:
-            self.abandon(worker)
-            raise
-        return worker
 
     async def completed(self, worker: Worker) -> Worker | None:
         """The worker with the digest of its lease's token in the store; None if the lease has gone meanwhile.
@@ -161,19 +161,40 @@ class Claimer:
             else:
                 return
 
-    async def _claim_worker(self, worker: Worker, lease: Lease, labels: Mapping[str, str]) -> Worker:
-        others = {name: value for name, value in worker.metadata.labels.items() if name != LABEL_REQUEST}
-        metadata = worker.metadata.but(labels={**others, **labels})
-        return await self._store.replace(worker.but(metadata=metadata).with_lease(self._with_digest(worker, lease)))
-
-    async def _create_worker(self, pool: Pool, slot: Slot, lease: Lease, labels: Mapping[str, str]) -> Worker:
-        """The creation is the claim. The token needs the uid, which the store assigns, so it takes a second write."""
-        worker = await self._store.create(new_worker(slot, pool, lease, labels))
+    async def _carry_out(
+        self, pool: Pool, target: Target, lease: Lease, labels: Mapping[str, str], ended: ClaimEnded
+    ) -> Worker:
+        """Writes the claim. Until the store has answered, nobody else of this replica is given the target."""
+        failed = True
         try:
-            return await self._leases.change(worker, lambda lease: self._with_digest(worker, lease))
+            worker = await self._write(pool, target, lease, labels)
+            failed = False
+        except (Conflict, NotFound):
+            await self.refresh(target)
+            failed = False
+            raise
+        finally:
+            ended(failed=failed)
+        return worker
+
+    async def _write(self, pool: Pool, target: Target, lease: Lease, labels: Mapping[str, str]) -> Worker:
+        """The creation of a worker is a claim, too. Its token needs the uid, so it takes a second write."""
+        if isinstance(target, Slot):
+            worker = await self._store.create(new_worker(target, pool, lease, labels))
+        else:
+            others = {name: value for name, value in target.metadata.labels.items() if name != LABEL_REQUEST}
+            metadata = target.metadata.but(labels={**others, **labels})
+            claimed = target.but(metadata=metadata).with_lease(self._with_digest(target, lease))
+            worker = await self._store.replace(claimed)
+        try:
+            if isinstance(target, Slot):
+                worker = await self._leases.change(worker, partial(self._with_digest, worker))
+            self._mirror.apply(worker)
+            log.info("lease.claimed", **lease_facts(worker))
         except BaseException:
             self.abandon(worker)
             raise
+        return worker
 
     def _with_digest(self, worker: Worker, lease: Lease) -> Lease:
         token = tokens.derive(self._token_key, worker.uid, lease.id)

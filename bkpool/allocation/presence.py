@@ -41,22 +41,9 @@ class Presence:
         self._now = now
         self._answers = answers
 
-    async def of_target(self, target: Target, otherwise: Callable[[], None]) -> bool:
-        """Whether a request may claim what it was given. A worker that is not ready is started for it, so it may.
-
-        Args:
-            target: What the request was given.
-            otherwise: Called if it may not, or if the request goes away.
-        """
-        if not isinstance(target, Worker) or target.phase is not Phase.IDLE:
-            return True
-        there = False
-        try:
-            there = await self.of(target)
-        finally:
-            if not there:
-                otherwise()
-        return there
+    async def of_target(self, target: Target) -> bool:
+        """Whether a request may claim what it was given. A worker that is not ready is started for it, so it may."""
+        return not isinstance(target, Worker) or target.phase is not Phase.IDLE or await self.of(target)
 
     async def of(self, worker: Worker) -> bool:
         """Whether a worker answers. If not, no replica gives it away, and the controller looks at it."""

@@ -81,12 +81,20 @@ class WaitQueue:
         if waiter in self._waiting:
             self._remove(waiter)
         if waiter.served.done() and not waiter.served.cancelled() and not waiter.served.exception():
-            self.claim_ended(waiter.served.result())
+            self.claim_ended(waiter)
         waiter.served.cancel()
 
-    def claim_ended(self, target: Target) -> None:
-        """Notes that a claim succeeded or failed: the store has the result, so the slot need not be kept apart."""
-        self._claiming.pop(slot_of_target(target), None)
+    def claim_ended(self, waiter: Waiter) -> bool:
+        """Notes that the claim of a request succeeded or failed: the slot need not be kept apart for it any more.
+
+        Returns:
+            Whether it was until now. If so, the queue must be served: nothing else may change.
+        """
+        slot = slot_of_target(waiter.served.result())
+        if self._claiming.get(slot) is not waiter:
+            return False
+        del self._claiming[slot]
+        return True
 
     def refuse_all(self, error: Exception) -> None:
         """Fails every request that waits: the pool was deleted, or the appliance stops."""

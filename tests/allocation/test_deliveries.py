@@ -327,6 +327,6 @@ async def test_callers_who_go_while_others_are_served_break_nothing(world):
     key = held.worker.key
     while api.mirror.workers[key].lease is not None and api.allocator.waiting(POOL) == 2:
         goes.cancel()
-        api.allocator._serve(POOL)
+        api.allocator._queues.serve(POOL)
         await asyncio.sleep(0)
     assert (await stays).token

@@ -7,21 +7,11 @@ import pytest
 from bkpool.core.names import LABEL_REQUEST, Key
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import Worker
-from bkpool.store.sqlite import SqliteStore
-from support.job_race import ANN, JobRace
+from support.job_race import ANN
 from support.unreadable import spoil
 from support.world import TAKEN
 
 POOL = Key("default", "p")
-
-
-@pytest.fixture
-async def race(tmp_path):
-    store = await SqliteStore.open(tmp_path / "state.db")
-    race = JobRace(store, 0, POOL)
-    async with race.running():
-        yield race
-    await store.close()
 
 
 async def lease_of(replica, job="j"):

@@ -256,7 +256,7 @@ async def test_nobody_waits_for_more_than_one_request_of_each_other_tenant(data)
         before = set(queue._waiting)
         queue.serve(p, indexed([]), dict, (), NOW)
         (done,) = before - set(queue._waiting)
-        queue.claim_ended(done.served.result())
+        queue.claim_ended(done)
         overtaken.pop(done, None)
         for waiter, counted in overtaken.items():
             if waiter.tenant != done.tenant:
