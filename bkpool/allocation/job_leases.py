@@ -1,7 +1,7 @@
 """Finds the one lease of a job: rule 2 (docs/rules.md#r2). A job is a caller and their jobId in one pool.
 
-It asks the changes of the workers, which every replica gets in the same order, and the store only where these do not
-come. It never claims a worker and never ends a lease.
+It goes by the changes of the workers, which every replica gets in the same order. Where these do not come, it asks
+the store. It never claims a worker and never ends a lease.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class JobLeases:
         return self._mirror.claims_in(request.pool.namespace).first(request, partial(self._is_live, self._now()))
 
     def _is_live(self, now: datetime, leased: Worker) -> bool:
-        """Whether the lease on this worker is live as far as is known. Of one that cannot be read nothing is news."""
+        """Whether the lease on this worker is live as far as is known. One that cannot be read may have it still."""
         newest = self._mirror.workers.get(leased.key)
         if newest is None and leased.key in self._mirror.unreadable_workers:
             newest = leased

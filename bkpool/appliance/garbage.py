@@ -35,7 +35,7 @@ def short_pauses() -> Iterator[None]:
     gc.freeze()  # what imports have made lives to the end
     gc.callbacks.append(_after_collection)
     gc.set_threshold(*THRESHOLDS)
-    gc.collect()  # Python waits until a quarter of what this one finds is new; now that is little
+    gc.collect()  # Python begins the next full one when a quarter as many are new as this one finds
     try:
         yield
     finally:
@@ -89,4 +89,4 @@ async def collect_when_grown(
             begin = time.perf_counter()
             collect()
             after_last = resident()
-            log.info("memory.collected", seconds=round(time.perf_counter() - begin, 3), resident=after_last)
+            log.info("memory.collected", seconds=round(time.perf_counter() - begin, 3), resident_bytes=after_last)

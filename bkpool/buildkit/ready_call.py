@@ -109,7 +109,7 @@ class ReadyCall:
             high, low, kind, flags, stream = _HEAD.unpack_from(self._received)
             end = _HEAD.size + (high << 16 | low)
             if end > _HEAD.size + _LONGEST_FRAME or not (self._greeted or kind == _Kind.SETTINGS):
-                raise self._violation("its first frame is none")
+                raise self._violation("it sends no HTTP/2 frame")
             if len(self._received) < end:
                 break
             payload = bytes(self._received[_HEAD.size : end])
@@ -119,7 +119,7 @@ class ReadyCall:
 
     def _frame_received(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
         if (self._block is not None) != (kind == _Kind.CONTINUATION):
-            raise self._violation("a list of headers is broken off")
+            raise self._violation("a list of headers has no end")
         if kind in _OF_THE_CALL and stream != _STREAM:
             raise self._violation(f"it uses stream {stream}")
         match kind:

@@ -53,7 +53,7 @@ def _allow(option: str, parameter: str, metavar: str, text: str) -> Callable[[F]
     default="1.30",
     show_default=True,
     help="The oldest version of Kubernetes that the manifests must work with. Below 1.30 the API server does not "
-    "check pools itself; the controller always does.",
+    "check pools itself; the controller always does. Below 1.29 there is no priority level of its own.",
 )
 @click.option(
     "--crds/--no-crds",

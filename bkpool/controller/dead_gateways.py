@@ -71,8 +71,8 @@ class DeadGateways:
             await self._store.delete(
                 GatewayHeartbeat, *key, uid=found.uid, resource_version=found.metadata.resource_version
             )
-            log.info("gateway.forgotten", gateway=str(key))
+            log.info("heartbeat.deleted", heartbeat=str(key))
         except (Conflict, NotFound):
             return  # it lives, or another controller was faster
         except BkpoolError as error:
-            log.warning("gateway.not_forgotten", gateway=str(key), error=error.message)
+            log.warning("heartbeat.not_deleted", heartbeat=str(key), reason=error.message)

@@ -300,7 +300,7 @@ def _service_account(pool: Pool) -> Doc:
 
 
 def _role(pool: Pool, defaults: GatewayDefaults) -> Doc:
-    """A gateway may read pools and workers, register itself on a worker, and read its own certificates."""
+    """A gateway may read pools and workers, write workers' status and heartbeats, and read its own certificates."""
     beat = [("gateways", ["get", "create"]), ("gateways/status", ["update"])] if defaults.heartbeats else []
     rules = [
         _rule([GROUP], ["buildkitpools", "buildkitworkers"], ["get", "list", "watch"]),

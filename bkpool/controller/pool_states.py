@@ -158,7 +158,7 @@ class PoolStates:
             reading: The clocks.
 
         Returns:
-            The states of the pools whose turn it is, to be planned. Those of which slots are left `expect_more`.
+            The states of the pools whose turn it is, to be planned. If slots are left, it `expects_more`.
         """
         for key in self._due.due(reading.wall):
             self._turns.note(key)

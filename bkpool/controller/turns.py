@@ -15,7 +15,7 @@ from bkpool.core.names import Key, Slot
 AT_ONCE = 32
 """How many slots one round takes over, and then looks at, for each pool: a few milliseconds."""
 _OF_A_POOL = 8
-"""How many slots a pool counts as. Its status is worked out, too."""
+"""As how many more slots each pool of a round counts, because its status is worked out, too."""
 _MOST_POOLS = AT_ONCE // _OF_A_POOL
 
 
@@ -62,8 +62,8 @@ class Turns:
     def next_round(self) -> list[Part]:
         """What one round takes over.
 
-        Turns that go on and pools that wait for a turn come first by turns. So a large pool holds up no other, and
-        many small ones do not hold up a large one.
+        Every second round begins with the pools that wait for a turn, the others with the turns that go on. So a
+        large pool holds up no other, and many small ones do not hold up a large one.
         """
         self._others_first = not self._others_first
         left, parts = AT_ONCE, list[Part]()

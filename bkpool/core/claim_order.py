@@ -1,7 +1,7 @@
 """Which of the leases of one request was claimed first, as the changes of the workers tell. Pure.
 
 Every replica gets the changes in the same order, so all of them find the same lease first (rule 2, docs/rules.md#r2).
-It takes in nothing but lists and changes in their order: what a replica has written or read itself says no order.
+It takes in nothing but lists and changes in their order: what a replica has written or read itself has no place.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Claim:
 class ClaimOrder:
     """The leases of requests with a jobId, as lists and changes have shown them up to now.
 
-    A lease that is not in it, and was claimed at a version up to `reached`, has ended. Only of a worker that could
-    not be read at its first sight nothing is known.
+    A lease that is not in it, and was claimed at a version up to `reached`, has ended. It knows
+    nothing of a worker that could not be read when it was first seen.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ class HeartbeatStatus(Model):
 
 
 class GatewayHeartbeat(Resource):
-    """The sign of life of one gateway replica."""
+    """The heartbeat of one gateway replica."""
 
     KIND: ClassVar[str] = "BuildKitGateway"
     PLURAL: ClassVar[str] = "buildkitgateways"

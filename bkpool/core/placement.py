@@ -66,7 +66,7 @@ class Choices:
 
     @property
     def nothing_left(self) -> bool:
-        """Whether no request gets anything, whoever it is of."""
+        """Whether no request gets anything, whoever made it."""
         free = self._unused.first() or self._starting.first() or self._idle.first() or self._failed.first()
         return free is None and not self._index.empty_slots(self._pool.spec.scaling.max)
 

@@ -105,7 +105,7 @@ def assign(
     taken = {*claiming, *unreadable}
     choices = Choices(pool, index, caches, taken)
     repeated, others = _repeated_and_others(waiters, index, now)
-    if choices.nothing_left:  # so it is after most changes of a pool for which many wait
+    if choices.nothing_left:  # the usual case where many requests wait
         return repeated
     queues: dict[str, deque[W]] = {tenant: deque() for tenant in turns}
     for waiter in others:
@@ -136,7 +136,7 @@ def _served_in_turn(
 
 
 class _Shares:
-    """Who may have one more lease at this moment. Who may not does not until the next look."""
+    """Which callers may have one more lease at this moment. One who may not is refused until the next look."""
 
     def __init__(
         self,

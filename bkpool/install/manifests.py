@@ -48,7 +48,7 @@ _NO_POLICY = f"""\
 # checks pools.
 """
 _NO_PRIORITIES = f"""\
-# The FlowSchemas are left out: they need Kubernetes {_FIRST_WITH_PRIORITIES}.
+# The FlowSchemas are left out, and their priority level too: they need Kubernetes {_FIRST_WITH_PRIORITIES}.
 """
 _VERSION = re.compile(r"v?(\d{1,3})\.(\d{1,4})(\.\d+)?(?:[-+][0-9A-Za-z.+-]*)?\Z")
 _IMAGE = re.compile(

@@ -173,7 +173,10 @@ class KubernetesSettings(Section):
     )
     namespace: Name = setting(SYSTEM_NAMESPACE, "The namespace of the appliance itself.", option="--namespace")
     pool_namespaces: Names = setting(
-        (), "Namespaces that may have pools.", option="--pool-namespace", unset="every namespace"
+        (),
+        "Namespaces that may have pools. In a cluster the appliance sees pools, workers and leases nowhere else.",
+        option="--pool-namespace",
+        unset="every namespace",
     )
     image: OptionalText = setting(
         None,

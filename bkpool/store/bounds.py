@@ -1,4 +1,4 @@
-"""Which objects of a cluster one installation has: those in its pools' namespaces, and the issuers beside its keys.
+"""Which objects of a cluster one installation has: those in its pools' namespaces, and issuers in its own one.
 
 Several installations share one cluster and one set of definitions. So the store itself keeps to these bounds: an
 object outside of them does not exist for it. Pure: nothing here asks the cluster.

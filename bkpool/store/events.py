@@ -202,7 +202,7 @@ class KubernetesRecorder(Recorder):
         self._remember(event, _Series(created["metadata"]["name"], event.times, event.at))
 
     async def _change(self, before: _Series, event: PendingEvent) -> bool:
-        """Counts on in the Event object that exists; returns False if that is not possible.
+        """Adds to the count of the Event object that exists; returns False if that is not possible.
 
         By the path of the core group: events.k8s.io lets nobody change the note.
         """

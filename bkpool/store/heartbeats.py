@@ -1,7 +1,7 @@
 """A copy of the heartbeats of gateways in memory, kept up to date by list and watch.
 
 A cluster whose definitions or rights are of an earlier version does not have them: then the copy stays empty, and
-nothing else suffers. It never writes to the store.
+nothing else fails. It never writes to the store.
 """
 
 from __future__ import annotations
@@ -161,7 +161,8 @@ class Heartbeats:
         if scope in self._followed and now - since < _LASTS:
             return
         if scope in self._followed or scope not in self._asked:
-            log.info("heartbeats.not_followed", reason=reason)
+            where = {} if scope is None else {"namespace": scope}
+            log.info("heartbeats.not_followed", **where, reason=reason)
         self._note(scope, followed=False)
 
     def _note(self, scope: str | None, *, followed: bool) -> None:

@@ -1,7 +1,8 @@
 """Which events wait to be written, and which of them is next: those of one object and reason are one.
 
-However many are recorded, a bounded number waits and a bounded number is written; what is too much is counted in
-another event instead of being left out. Pure: it writes nothing and reads no clock.
+However many are recorded, a bounded number waits and a bounded number is written. If too many wait, those about
+workers are counted in one about their pool. Others are left out only if none about a worker waits. Pure: it writes
+nothing and reads no clock.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class PendingEvents:
         self._next_entry = 0
         self._written: OrderedDict[EventKey, float] = OrderedDict()
         self.dropped = 0
-        """Events that were left out, because not even their pools could be told apart any more."""
+        """Events that were left out: too many waited, and none of them was about a worker."""
 
     def __len__(self) -> int:
         return len(self._pending)

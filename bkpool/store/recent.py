@@ -1,7 +1,7 @@
 """The documents that this process has written last, by their text, so that it need not read its own writing.
 
 A watch reads each change from the file, and the next writer of an object reads what it replaces; both have just been
-written here. It never says what is stored: only what a text means that was read from the file.
+written here. It says what a text from the file means. It never says what the file contains.
 """
 
 from __future__ import annotations

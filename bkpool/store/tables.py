@@ -240,7 +240,7 @@ class Tables:
         return found
 
     def _event(self, kind: type[R], version: int, change: bytes, data: object) -> WatchEvent[R]:
-        """An event of the log. Raises Gone if it cannot be told what it says: the list tells what is there now."""
+        """An event of the log. Raises Gone if it cannot be read: a new list then says what is there."""
         known = self._recent.obj(kind, data)
         try:
             if known is not None and known.metadata.resource_version == str(version):

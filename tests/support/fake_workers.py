@@ -52,7 +52,7 @@ class FakeWorkers:
         asyncio.get_running_loop().add_reader(listener, self._accept, listener, secret)
 
     def ended(self, pod: Doc) -> None:
-        """Stops to listen there."""
+        """Stops listening there."""
         if (listener := self._listening.pop(pod["metadata"]["uid"], None)) is not None:
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()

@@ -1,7 +1,7 @@
 """Which writes may wait, and for how long: most leases are over before they are due, and then they are not needed.
 
-Only what nobody decides by waits: a phase that the lease itself tells, and the end of a pod's protection. Each
-controller counts for itself since when a lease is as it is, so the clocks of two machines are never compared.
+A write waits only if nobody decides by it: a phase that follows from the lease, or the end of a pod's protection.
+Each controller counts for itself for how long a lease has not changed, so clocks of two machines are never compared.
 """
 
 from __future__ import annotations

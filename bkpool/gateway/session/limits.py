@@ -68,7 +68,7 @@ class GatewayLimits:
     heartbeat_interval: float = 20.0
     """Between two heartbeats, which renew all registrations that are in use."""
     heartbeat_phase: float = 0.0
-    """The time of the first one after the clock's zero: gateways that differ in it do not all write at once."""
+    """By how much they are later than multiples of the interval, so that not all gateways write at once."""
     renew_interval: float = 30.0
     """After this time without a renewal by a heartbeat, a registration that is in use is renewed on its worker."""
     retry_renewal_after: float = 5.0
