@@ -15,6 +15,7 @@ from datetime import datetime
 from functools import partial
 
 from bkpool.allocation import no_worker
+from bkpool.allocation.abandoning import Abandoner
 from bkpool.allocation.caller_limits import CallerLimits
 from bkpool.allocation.claiming import ClaimEnded, Claimer
 from bkpool.allocation.deliveries import Deliveries
@@ -97,10 +98,13 @@ class Allocator:
         self._max_waiters = max_waiters
         self._queues = PoolQueues(mirror, self._caches, now, max_waiters, on_waiting)
         self._presence = Presence(store, mirror, now, answers)
-        self._claimer = Claimer(store=store, mirror=mirror, leases=leases, token_key=token_key)
         self._leases = leases
         self._replica = f"{replica}/{uuid.uuid4().hex[:8]}"  # after a start it is another one
-        self._deliveries = Deliveries(leases, self._claimer.abandon, self._replica, pause=pause)
+        self._abandoner = Abandoner(leases)
+        self._deliveries = Deliveries(leases, self._abandoner.abandon, self._replica, pause=pause)
+        self._claimer = Claimer(
+            store=store, mirror=mirror, leases=leases, deliveries=self._deliveries, token_key=token_key
+        )
         self._jobs = JobLeases(store, mirror, self._claimer, now)
         self._pause = pause
         self._jitter = jitter
@@ -114,8 +118,9 @@ class Allocator:
         self._queues.close()
         self._jobs.close()
         self._caches.close()
-        await self._deliveries.close()
         await self._claimer.close()
+        await self._deliveries.close()
+        await self._abandoner.close()
         self._keys.close()
 
     def refuse_all(self, error: BkpoolError) -> None:
@@ -270,7 +275,6 @@ class Allocator:
             order.claiming_since = None
             return None
         order.claiming_since = None
-        self._deliveries.begin(claimed, known=False)
         return claimed
 
     async def _join_earlier(self, order: Order) -> Worker | None:
@@ -283,7 +287,7 @@ class Allocator:
 
     async def _join(self, worker: Worker) -> bool:
         """Counts this request for a lease that exists. Returns False if the lease ends meanwhile."""
-        if await self._claimer.wait_if_ending(worker):
+        if await self._abandoner.wait_if_ending(worker):
             return False
         self._deliveries.begin(worker, known=True)
         undelivered = worker.undelivered

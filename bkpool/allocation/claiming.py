@@ -1,21 +1,22 @@
-"""Claims a worker for a lease by compare-and-swap, and ends leases that nobody knows of.
+"""Claims a worker for a lease by compare-and-swap.
 
-A claim that has begun is finished even if its caller goes away, and is undone afterwards. It never chooses a worker.
+A claim that has begun is finished even if its caller goes away. It counts as a request for its lease from before the
+write on, so the lease ends afterwards only if nobody else has asked for it. It never chooses a worker.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 
+from bkpool.allocation.deliveries import Deliveries
 from bkpool.allocation.leases import LeaseService, lease_facts
 from bkpool.core import tokens
-from bkpool.core.errors import Conflict, DiskFull, Gone, NotFound, Unavailable
+from bkpool.core.errors import Conflict, Gone, NotFound
 from bkpool.core.names import LABEL_REQUEST, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.queueing import Target
@@ -25,9 +26,6 @@ from bkpool.store import Store
 from bkpool.store.mirror import Mirror
 
 log = structlog.get_logger(__name__)
-
-ABANDON_INTERVAL = 2.0
-"""Seconds until a lease that nobody knows of is ended again, if the store could not write that."""
 
 
 class ClaimEnded(Protocol):
@@ -43,26 +41,26 @@ class Claimer:
     Args:
         store: Where the workers are.
         mirror: Gets what was written.
-        leases: Changes and ends a lease once it is stored.
+        leases: Changes a lease once it is stored.
+        deliveries: Counts the requests for each lease.
         token_key: Key of the HMAC of lease tokens.
     """
 
-    def __init__(self, *, store: Store, mirror: Mirror, leases: LeaseService, token_key: bytes) -> None:
+    def __init__(
+        self, *, store: Store, mirror: Mirror, leases: LeaseService, deliveries: Deliveries, token_key: bytes
+    ) -> None:
         self._store = store
         self._mirror = mirror
         self._leases = leases
+        self._deliveries = deliveries
         self._token_key = token_key
-        self._closing = asyncio.Event()
-        self._cleanups: set[asyncio.Future[Any]] = set()
-        """Claims whose caller has gone, and abandoned leases that are being ended."""
-        self._ending: dict[str, asyncio.Task[None]] = {}
-        """The abandoned leases that are being ended, by id."""
+        self._left: set[asyncio.Future[Worker]] = set()
+        """Claims whose caller has gone."""
 
     async def close(self) -> None:
-        """Waits until everything that callers left behind is undone, or cannot be undone now."""
-        self._closing.set()
-        while self._cleanups:
-            await asyncio.gather(*self._cleanups, return_exceptions=True)
+        """Waits until the claims whose callers have gone are over."""
+        while self._left:
+            await asyncio.gather(*self._left, return_exceptions=True)
             # Their callbacks remove them, and since Python 3.12 gather does not pause if all are done already.
             await asyncio.sleep(0)
 
@@ -73,7 +71,7 @@ class Claimer:
     async def claim(
         self, pool: Pool, target: Target, lease: Lease, request_key: str | None, ended: ClaimEnded
     ) -> Worker:
-        """Puts the lease on the worker, or creates a worker with the lease in the slot.
+        """Puts the lease on the worker, or creates a worker with it in the slot. `Deliveries` counts the request.
 
         Args:
             pool: The worker's pool.
@@ -87,12 +85,13 @@ class Claimer:
             NotFound: The worker was deleted.
         """
         labels = {LABEL_REQUEST: request_key} if request_key else {}
+        self._deliveries.claiming(lease.id)
         writing = asyncio.ensure_future(self._carry_out(pool, target, lease, labels, ended))
         try:
             return await asyncio.shield(writing)
         except asyncio.CancelledError:
-            self._cleanups.add(writing)
-            writing.add_done_callback(self._undo)
+            self._left.add(writing)
+            writing.add_done_callback(self._give_up)
             raise
 
     async def completed(self, worker: Worker) -> Worker | None:
@@ -118,49 +117,6 @@ class Claimer:
         except UnreadableObject as error:  # its slot is out of use from now on
             self._mirror.apply(error.found)
 
-    def abandon(self, worker: Worker) -> None:
-        """Ends the worker's lease in the background, because no caller has it.
-
-        Args:
-            worker: The worker, as this replica claimed it.
-        """
-        lease_id = worker.held_lease.id
-        task = asyncio.get_running_loop().create_task(self._abandon(worker))
-        self._cleanups.add(task)
-        self._ending[lease_id] = task
-
-        def ended(_task: asyncio.Task[None]) -> None:
-            self._cleanups.discard(task)
-            self._ending.pop(lease_id, None)
-
-        task.add_done_callback(ended)
-
-    async def wait_if_ending(self, worker: Worker) -> bool:
-        """Whether `abandon` is ending the worker's lease at this moment. If so, returns when that is done."""
-        task = self._ending.get(worker.held_lease.id)
-        if task is None:
-            return False
-        await asyncio.wait([task])
-        return True
-
-    async def _abandon(self, worker: Worker) -> None:
-        """Tries again while the store has no room or does not answer.
-
-        If this process ends before that, the controller ends the lease later: nobody renews it any more.
-        """
-        while True:
-            try:
-                await self._leases.abandon(worker)
-            except (DiskFull, Unavailable) as error:
-                log.warning("lease.not_abandoned", **lease_facts(worker), reason=error.message)
-                if self._closing.is_set():
-                    return
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(ABANDON_INTERVAL):
-                        await self._closing.wait()
-            else:
-                return
-
     async def _carry_out(
         self, pool: Pool, target: Target, lease: Lease, labels: Mapping[str, str], ended: ClaimEnded
     ) -> Worker:
@@ -179,20 +135,25 @@ class Claimer:
 
     async def _write(self, pool: Pool, target: Target, lease: Lease, labels: Mapping[str, str]) -> Worker:
         """The creation of a worker is a claim, too. Its token needs the uid, so it takes a second write."""
-        if isinstance(target, Slot):
-            worker = await self._store.create(new_worker(target, pool, lease, labels))
-        else:
-            others = {name: value for name, value in target.metadata.labels.items() if name != LABEL_REQUEST}
-            metadata = target.metadata.but(labels={**others, **labels})
-            claimed = target.but(metadata=metadata).with_lease(self._with_digest(target, lease))
-            worker = await self._store.replace(claimed)
+        try:
+            if isinstance(target, Slot):
+                worker = await self._store.create(new_worker(target, pool, lease, labels))
+            else:
+                others = {name: value for name, value in target.metadata.labels.items() if name != LABEL_REQUEST}
+                metadata = target.metadata.but(labels={**others, **labels})
+                claimed = target.but(metadata=metadata).with_lease(self._with_digest(target, lease))
+                worker = await self._store.replace(claimed)
+        except BaseException:
+            self._deliveries.not_claimed(lease.id)
+            raise
+        self._deliveries.claimed(worker)
         try:
             if isinstance(target, Slot):
                 worker = await self._leases.change(worker, partial(self._with_digest, worker))
             self._mirror.apply(worker)
             log.info("lease.claimed", **lease_facts(worker))
         except BaseException:
-            self.abandon(worker)
+            self._deliveries.give_up(worker)
             raise
         return worker
 
@@ -200,7 +161,7 @@ class Claimer:
         token = tokens.derive(self._token_key, worker.uid, lease.id)
         return lease.but(token_sha256=tokens.digest(token))
 
-    def _undo(self, writing: asyncio.Future[Worker]) -> None:
-        self._cleanups.discard(writing)
+    def _give_up(self, writing: asyncio.Future[Worker]) -> None:
+        self._left.discard(writing)
         if not writing.cancelled() and writing.exception() is None:
-            self.abandon(writing.result())
+            self._deliveries.give_up(writing.result())

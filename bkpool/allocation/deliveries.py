@@ -59,7 +59,7 @@ class Receipt(Protocol):
 
 
 class Abandon(Protocol):
-    """Ends leases in the background (`Claimer.abandon`)."""
+    """Ends leases in the background (`Abandoner.abandon`)."""
 
     def __call__(self, worker: Worker) -> None:
         """Ends the lease of this worker."""
@@ -129,18 +129,29 @@ class Deliveries:
             worker: The worker.
             known: The lease existed before this request, so a caller may have it already.
         """
-        lease_id = worker.held_lease.id
-        self._requests.add(lease_id, known=known)
-        self._open[lease_id] = worker
+        self._requests.add(worker.held_lease.id, known=known)
+        self.claimed(worker)
+
+    def claiming(self, lease_id: str) -> None:
+        """Notes the request whose lease is about to be written. Others may share the lease before it is answered."""
+        self._requests.add(lease_id, known=False)
+
+    def claimed(self, worker: Worker) -> None:
+        """Notes that the lease of a request is in the store."""
+        self._open[worker.held_lease.id] = worker
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_while_open())
+
+    def not_claimed(self, lease_id: str) -> None:
+        """Notes that the lease of a request was not written, as far as is known."""
+        self._requests.remove(lease_id)
 
     def give_up(self, worker: Worker) -> None:
         """Notes that one request for the lease is over. If no other needs it and no caller has it, the lease ends."""
         lease_id = worker.held_lease.id
         abandoned = self._requests.remove(lease_id)
         if lease_id not in self._requests:
-            del self._open[lease_id]
+            self._open.pop(lease_id, None)
         if abandoned:
             self._abandon(worker)
 

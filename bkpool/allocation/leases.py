@@ -177,14 +177,13 @@ class LeaseService:
         """
         claimed = worker.held_lease.undelivered
 
-        def abandoned(lease: Lease) -> Lease:
-            now = lease.undelivered
+        def check(worker: Worker) -> None:
+            now = worker.undelivered
             if claimed is not None and (now is None or now.replica != claimed.replica):
                 raise lease_over(EndReason.ABANDONED, "")
-            return self._ended(lease, EndReason.ABANDONED)
 
         with suppress(Gone, NotFound):
-            await self.change(worker, abandoned)
+            await self.change(worker, lambda lease: self._ended(lease, EndReason.ABANDONED), check)
             log.info("lease.abandoned", **lease_facts(worker))
 
     async def mark_delivered(self, worker: Worker) -> None:
@@ -286,12 +285,15 @@ class LeaseService:
             field="token",
         )
 
-    async def change(self, worker: Worker, change: Callable[[Lease], Lease]) -> Worker:
+    async def change(
+        self, worker: Worker, change: Callable[[Lease], Lease], check: Callable[[Worker], None] = lambda _worker: None
+    ) -> Worker:
         """Changes this worker's lease by compare-and-swap, and retries if another writer was faster.
 
         Args:
             worker: The worker with the lease, perhaps stale.
             change: Returns the changed lease. It may be called several times.
+            check: Raises an error if the lease of this worker must not be changed. It is called before each attempt.
 
         Raises:
             Gone: The worker does not have this lease any more.
@@ -302,6 +304,7 @@ class LeaseService:
         for _ in range(MAX_CONFLICTS):
             if worker.lease is None or worker.lease.id != lease_id:
                 raise lease_over(EndReason.RELEASED, "")
+            check(worker)
             try:
                 changed = await self._store.replace(worker.with_lease(change(worker.lease)))
             except Conflict:

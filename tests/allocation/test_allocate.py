@@ -292,12 +292,12 @@ async def test_a_lease_that_has_just_been_given_up_does_not_keep_the_service_fro
         pass
 
     monkeypatch.setattr(api.leases, "abandon", at_once)
-    claimer = api.allocator._claimer
-    claimer.abandon(worker)
+    abandoner = api.allocator._abandoner
+    abandoner.abandon(worker)
     await asyncio.sleep(0)  # its task has ended, and the loop has not told anybody yet
-    assert claimer._cleanups
-    await claimer.close()
-    assert not claimer._cleanups
+    assert abandoner._ending
+    await abandoner.close()
+    assert not abandoner._ending
 
 
 async def test_the_error_for_a_full_pool_names_the_pool_and_the_time(world):

@@ -234,7 +234,7 @@ async def test_a_replica_does_not_end_a_lease_that_another_one_answers_for(two_r
     assert first.token == second.token
     fate.now = Delivery.LOST
     await world.until(lambda: len(one.allocator._deliveries) == 0)
-    await one.allocator._claimer.close()
+    await one.allocator._abandoner.close()
     assert len(live(world)) == 1
 
 
@@ -243,16 +243,16 @@ async def test_a_job_that_asks_while_its_lease_is_given_up_gets_another_one(worl
     api = world.replicas[0]
     change, may_end = api.leases.change, asyncio.Event()
 
-    async def slow(worker, changed):
-        if api.allocator._claimer._ending:
+    async def slow(*args):
+        if api.allocator._abandoner._ending:
             await may_end.wait()
-        return await change(worker, changed)
+        return await change(*args)
 
     api.leases.change = slow
     fate = Fate()
     first = await answered(api, fate, job_id="j")
     fate.now = Delivery.LOST
-    await world.until(lambda: api.allocator._claimer._ending)
+    await world.until(lambda: api.allocator._abandoner._ending)
     again = asyncio.create_task(answered(api, Fate(Delivery.TAKEN), job_id="j"))
     await asyncio.sleep(0)
     may_end.set()
@@ -273,7 +273,7 @@ async def test_a_lease_that_could_not_be_given_up_ends_later(world):
     api.leases.change = away
     fate.now = Delivery.LOST
     await world.until(lambda: len(api.allocator._deliveries) == 0)
-    await api.allocator._claimer.close()
+    await api.allocator._abandoner.close()
     api.leases.change = change
     await time_passes(world)
     await world.until(lambda: not live(world))

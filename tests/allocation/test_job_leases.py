@@ -97,7 +97,7 @@ async def test_a_claim_that_another_replica_has_taken_over_is_not_ended(race):
         await race.known_to(other, claimed)
         async with other.ask(POOL, "j") as joined:
             assert joined.grant.worker.key == claimed.key
-            one.allocator._claimer.abandon(claimed)
+            one.allocator._abandoner.abandon(claimed)
             await race.quiet(one)
             assert [w.key for w in await live(race)] == [claimed.key]
             joined.answered(TAKEN)

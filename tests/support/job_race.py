@@ -176,7 +176,7 @@ class RacingReplica:
         if not self.connection.killed.is_set():
             await self.allocator.close()
         self.connection.killed.set()
-        claimer, deliveries = self.allocator._claimer, self.allocator._deliveries
+        allocator, deliveries = self.allocator, self.allocator._deliveries
         left: list[asyncio.Future[Any] | None] = [self.following, *self.left]
         while tasks := [task for task in left if task is not None]:
             while not all(task.done() for task in tasks):  # what a killed one cleans up stops at its next call
@@ -184,9 +184,11 @@ class RacingReplica:
                     task.cancel()
                 await asyncio.sleep(0)
             await asyncio.gather(*tasks, return_exceptions=True)
-            left = [*claimer._cleanups, deliveries._marking, deliveries._renewing]
+            claims, ending = allocator._claimer._left, allocator._abandoner._ending
+            left = [*claims, *ending.values(), deliveries._marking, deliveries._renewing]
             deliveries._marking = deliveries._renewing = None
-            claimer._cleanups.clear()
+            claims.clear()
+            ending.clear()
 
 
 class JobRace:
@@ -247,8 +249,12 @@ class JobRace:
 
     async def quiet(self, replica: RacingReplica) -> None:
         """Waits until a replica has ended the leases that it gave up."""
-        while cleanups := set(replica.allocator._claimer._cleanups):
-            await asyncio.wait(cleanups)
+        allocator = replica.allocator
+        while True:
+            left: set[asyncio.Future[Any]] = {*allocator._claimer._left, *allocator._abandoner._ending.values()}
+            if not left:
+                return
+            await asyncio.wait(left)
 
     async def free_worker(self) -> Worker:
         """A worker without a lease."""
