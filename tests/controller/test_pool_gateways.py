@@ -320,7 +320,7 @@ async def test_a_right_that_cannot_be_taken_away_is_tried_again_soon(cluster, mo
         await asyncio.Event().wait()
 
     async with unfollowed_later(cluster, a_pool()) as (_, unfollow):
-        monkeypatch.setattr(PoolGateways, "_keep", stuck)
+        monkeypatch.setattr(PoolGateways, "_apply", stuck)
         cluster.errors[role] = Unavailable("the server is weak")
         before = cluster.applied.count(role)
         unfollow()
