@@ -24,7 +24,7 @@ from bkpool.allocation.keys_ahead import KeysAhead
 from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
 from bkpool.allocation.known_objects import find_lending_pool, known_worker
 from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
-from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order
+from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order, StoreAsked
 from bkpool.allocation.pool_queues import PoolQueues
 from bkpool.allocation.presence import Answers, Presence, as_stored
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter
@@ -45,7 +45,7 @@ from bkpool.store.mirror import Mirror, MirrorChange
 _NOW = 5.0
 """Seconds that a request without a wait has for what a ready worker still takes: the writes of the claim."""
 _SLOW_STORE = 0.1
-"""Seconds after which a claim that the store has not answered is the reason why a request got no worker."""
+"""Seconds after which a store that has not answered is the reason why a request got no worker."""
 _LONGEST_AFTER_TIE = 0.1
 """Seconds, at most, until a request claims again after it gave up a claim and found no other lease of its job."""
 
@@ -209,7 +209,7 @@ class Allocator:
         again = False
         while True:
             worker = await self._claim_in_turn(order, about_to_claim, again=again)
-            if worker is not None and (order.job is None or await self._is_first(worker, order.job)):
+            if worker is not None and (order.job is None or await self._is_first(worker, order, order.job)):
                 return worker
             earlier = await self._join_earlier(order)
             if earlier is not None:
@@ -218,11 +218,12 @@ class Allocator:
                 await self._pause(_LONGEST_AFTER_TIE * self._jitter())
             again = True
 
-    async def _is_first(self, claimed: Worker, job: Request) -> bool:
+    async def _is_first(self, claimed: Worker, order: Order, job: Request) -> bool:
         """Whether the claimed lease is the job's. If not, it is given up."""
         is_first = False
         try:
-            is_first = await self._jobs.is_first(claimed, job)
+            with order.asking(StoreAsked.JOB):
+                is_first = await self._jobs.is_first(claimed, job)
         finally:
             if not is_first:
                 self._deliveries.give_up(claimed)
@@ -268,21 +269,19 @@ class Allocator:
 
     async def _claim(self, order: Order, target: Target, lease: Lease, ended: ClaimEnded) -> Worker | None:
         """Claims what the request was given; None if another was faster. `_deliveries` counts the request."""
-        order.claiming_since = asyncio.get_running_loop().time()
         try:
-            claimed = await self._claimer.claim(order.pool, target, lease, order.request_key, ended)
+            with order.asking(StoreAsked.CLAIM):
+                return await self._claimer.claim(order.pool, target, lease, order.request_key, ended)
         except (Conflict, NotFound):
-            order.claiming_since = None
             return None
-        order.claiming_since = None
-        return claimed
 
     async def _join_earlier(self, order: Order) -> Worker | None:
         """Counts this request for the lease that its job has already; None if it has none."""
         while order.job is not None:
-            earlier = await self._jobs.find(order.job)
-            if earlier is None or await self._join(earlier):
-                return earlier
+            with order.asking(StoreAsked.JOB):
+                earlier = await self._jobs.find(order.job)
+                if earlier is None or await self._join(earlier):
+                    return earlier
         return None
 
     async def _join(self, worker: Worker) -> bool:
@@ -344,8 +343,12 @@ class Allocator:
 
     def _timed_out(self, order: Order, worker: Worker | None) -> NoCapacity | Unavailable:
         """The error for a request that waited too long: the pool is full, the worker not ready, or the store slow."""
-        request, since = order.request, order.claiming_since
-        if since is not None and asyncio.get_running_loop().time() - since >= _SLOW_STORE:
+        request, waited = order.request, asyncio.get_running_loop().time() - order.asked_at
+        if order.asks is StoreAsked.CLAIM and waited >= _SLOW_STORE:
+            return no_worker.store_is_slow(request.pool, request.wait)
+        if order.asks is StoreAsked.JOB and waited >= _SLOW_STORE:
+            return no_worker.job_is_unknown(request.pool, request.wait)
+        if order.request_key and self._queues.is_claiming(request.pool, order.request_key):
             return no_worker.store_is_slow(request.pool, request.wait)
         if worker is not None:
             return no_worker.not_ready(self._mirror.workers.get(worker.key, worker), request.wait, self._now())

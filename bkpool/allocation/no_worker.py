@@ -29,6 +29,16 @@ def store_is_slow(pool: Key, wait: timedelta) -> Unavailable:
     )
 
 
+def job_is_unknown(pool: Key, wait: timedelta) -> Unavailable:
+    """The store, or its watch, has not told in time which lease a job has."""
+    return Unavailable(
+        f"the store is slow: it did not say within {render(wait)} which worker of pool {pool.name!r} this job has",
+        hint="Wait longer. If it happens again, look at the log for watches that are interrupted. After two replicas "
+        "of the API were killed, a job may have to wait for 2 minutes.",
+        retry_after=_RETRY_AFTER,
+    )
+
+
 def not_ready(worker: Worker, wait: timedelta, now: datetime) -> NoCapacity:
     """The leased worker was not ready in time."""
     why = shown_message(worker, now) or f"it is {shown_phase(worker, now).value}"

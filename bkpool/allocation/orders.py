@@ -5,9 +5,12 @@ They are plain values. Nothing here claims a worker or waits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from enum import Enum, auto
 
 from bkpool.allocation.deliveries import Receipt
 from bkpool.core.claim_order import Request
@@ -66,6 +69,15 @@ class Offer:
         self.receipt = receipt
 
 
+class StoreAsked(Enum):
+    """What a request waits for the store for."""
+
+    CLAIM = auto()
+    """Its claim is being written."""
+    JOB = auto()
+    """Which lease its job has."""
+
+
 @dataclass(slots=True)
 class Order:
     """A request that has been checked."""
@@ -76,8 +88,21 @@ class Order:
     request: AllocationRequest
     job: Request | None
     """The pool and the digest of the caller and their jobId; None without a jobId."""
-    claiming_since: float | None = None
-    """The loop's time at which the claim that is being written began; None where there is none."""
+    asks: StoreAsked | None = None
+    """What it waits for the store for; None where it waits for something else."""
+    asked_at: float = 0.0
+    """The loop's time at which that began."""
+
+    @contextmanager
+    def asking(self, what: StoreAsked) -> Iterator[None]:
+        """Notes that it waits for the store. If it is cut off meanwhile, the note stays: it is the reason."""
+        self.asks, self.asked_at = what, asyncio.get_running_loop().time()
+        try:
+            yield
+        except Exception:
+            self.asks = None
+            raise
+        self.asks = None
 
     @property
     def request_key(self) -> str | None:

@@ -71,6 +71,11 @@ class PoolQueues:
         queue = self._queues.get(pool)
         return len(queue) if queue else 0
 
+    def is_claiming(self, pool: Key, request_key: str) -> bool:
+        """Whether another request of this job is claiming a worker, so that this one waits for the store."""
+        queue = self._queues.get(pool)
+        return queue is not None and queue.is_claiming(request_key)
+
     async def wait(self, pool: Key, waiter: Waiter, *, first: bool) -> Target | None:
         """Waits for a turn. What it brings is kept apart for the request until `claim_ended`.
 

@@ -84,6 +84,10 @@ class WaitQueue:
             self.claim_ended(waiter)
         waiter.served.cancel()
 
+    def is_claiming(self, request_key: str) -> bool:
+        """Whether a request with this key is claiming what it was given."""
+        return any(waiter.request_key == request_key for waiter in self._claiming.values())
+
     def claim_ended(self, waiter: Waiter) -> bool:
         """Notes that the claim of a request succeeded or failed: the slot need not be kept apart for it any more.
 

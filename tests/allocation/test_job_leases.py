@@ -4,12 +4,13 @@ import asyncio
 
 import pytest
 
+from bkpool.core.errors import Unavailable
 from bkpool.core.names import LABEL_REQUEST, Key
 from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import Worker
 from support.job_race import ANN
 from support.unreadable import spoil
-from support.world import TAKEN
+from support.world import TAKEN, skip_real_time
 
 POOL = Key("default", "p")
 
@@ -123,3 +124,41 @@ async def test_a_lease_without_a_job_has_no_label_of_an_earlier_one(race):
     given = await lease_of(one, "")
     assert LABEL_REQUEST not in (await race.store.get(Worker, *given.worker.key)).metadata.labels
     assert ANN.name == given.worker.held_lease.requested_by
+
+
+async def test_the_reason_of_a_request_that_waits_for_its_watch_is_the_store(race, monkeypatch):
+    """There are free workers. The claim is written, and neither the watch nor a list tells of it."""
+    one = race.replicas[0]
+    freeze(one)
+    asked = asyncio.Event()
+
+    async def never(*_args, **_narrowed):
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(race.store, "list", never)
+    waiting = asyncio.create_task(lease_of(one))
+    await asked.wait()
+    skip_real_time()
+    with pytest.raises(Unavailable, match="the store is slow: it did not say within 1m which worker"):
+        await waiting
+    monkeypatch.undo()
+
+
+async def test_the_reason_of_a_request_that_reads_the_lease_of_its_job_is_the_store(race, monkeypatch):
+    one, other = race.replicas
+    given = await lease_of(one)
+    await race.known_to(other, given.worker)
+    asked = asyncio.Event()
+
+    async def never(*_args):
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(race.store, "get", never)
+    waiting = asyncio.create_task(lease_of(other))
+    await asked.wait()
+    skip_real_time()
+    with pytest.raises(Unavailable, match="the store is slow: it did not say within 1m which worker"):
+        await waiting
+    monkeypatch.undo()

@@ -10,7 +10,7 @@ from bkpool.core.errors import DiskFull, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.worker import Worker
 from support.job_race import WORKERS
-from support.world import TAKEN
+from support.world import TAKEN, skip_real_time
 
 POOL = Key("default", "p")
 AWAY = [Unavailable("the store is away"), DiskFull("the disk is full")]
@@ -190,3 +190,16 @@ async def test_a_store_that_is_away_refuses_those_who_wait_one_by_one_and_not_al
     assert pauses[:8] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
     waiting[9].cancel()
     await asyncio.gather(waiting[9], return_exceptions=True)
+
+
+async def test_the_reason_of_a_request_that_waits_for_the_claim_of_its_job_is_the_store(race, claims_of):
+    one = race.replicas[0]
+    claims = claims_of()
+    first = asyncio.create_task(lease_of(one, "j"))
+    await claims.until(1)
+    second = asyncio.create_task(lease_of(one, "j"))
+    await until_waiting(one, 1)
+    skip_real_time()
+    for request in (first, second):
+        with pytest.raises(Unavailable, match="has a free worker, but the store did not write the lease"):
+            await request
