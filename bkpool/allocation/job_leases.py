@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
 from bkpool.allocation.claiming import Claimer
+from bkpool.core.backoff import Backoff
 from bkpool.core.claim_order import Request
 from bkpool.core.errors import NotFound
 from bkpool.core.live_leases import with_live_lease
@@ -24,6 +26,16 @@ from bkpool.store.mirror import Mirror
 
 LONGEST_DELAY = 1.0
 """Seconds that a change of a job's leases may take to come. After that the store is asked."""
+_LONGEST_PAUSE = 10.0
+"""Seconds, at most, between two lists of a job's leases while several have no caller: their replicas may be dead."""
+
+
+@dataclass(slots=True)
+class _Look:
+    """What the requests of one job wait for together."""
+
+    task: asyncio.Task[list[Worker] | None]
+    requests: int = 0
 
 
 class JobLeases:
@@ -42,11 +54,14 @@ class JobLeases:
         self._claimer = claimer
         self._now = now
         self._waiting: defaultdict[Request, set[asyncio.Future[None]]] = defaultdict(set)
+        self._looks: dict[Request, _Look] = {}
         self._unsubscribe = mirror.on_claims(self._on_claims)
 
     def close(self) -> None:
         """Stops listening."""
         self._unsubscribe()
+        for look in self._looks.values():
+            look.task.cancel()
 
     async def find(self, request: Request) -> Worker | None:
         """The worker with the lease of a job, as the store has it now; None if the job has none.
@@ -63,8 +78,7 @@ class JobLeases:
             known = self._mirror.index_of(request.pool).leases.of_request(request.key, self._now())
             if first is None and known is None:
                 return None
-            if first is None and not await self._change_of(request):
-                live = await self._live(request)
+            if first is None and (live := await self._look(request)) is not None:
                 if not live:
                     if known is not None:
                         await self._claimer.refresh(known)
@@ -88,7 +102,7 @@ class JobLeases:
             if self._mirror.claims_in(request.pool.namespace).knows(request, lease_id):
                 first = self._first(request)
                 return first is not None and first.held_lease.id == lease_id
-            if not await self._change_of(request):
+            if not await self._change_of(request, LONGEST_DELAY):
                 return all(worker.held_lease.id == lease_id for worker in await self._live(request))
         return True
 
@@ -109,7 +123,7 @@ class JobLeases:
         try:
             worker = await self._store.get(Worker, *leased.key)
         except NotFound:
-            await self._change_of(request)
+            await self._change_of(request, LONGEST_DELAY)
             return None
         except UnreadableObject as error:
             self._mirror.apply(error.found)
@@ -127,12 +141,38 @@ class JobLeases:
             self._mirror.apply(worker)
         return [worker for worker in with_live_lease(listing.items, self._now()) if worker.pool == request.pool]
 
-    async def _change_of(self, request: Request) -> bool:
+    async def _look(self, request: Request) -> list[Worker] | None:
+        """Waits until a change of the job's leases has come (None), or a list tells which one is its lease.
+
+        All requests of the job that wait here share that.
+        """
+        look = self._looks.get(request)
+        if look is None:
+            look = self._looks[request] = _Look(asyncio.create_task(self._change_or_list(request)))
+        look.requests += 1
+        try:
+            return await asyncio.shield(look.task)
+        finally:
+            look.requests -= 1
+            if look.task.done() or not look.requests:
+                look.task.cancel()
+                if self._looks.get(request) is look:
+                    del self._looks[request]
+
+    async def _change_or_list(self, request: Request) -> list[Worker] | None:
+        pauses = Backoff(_LONGEST_PAUSE, first=LONGEST_DELAY)
+        while not await self._change_of(request, pauses.failed()):
+            live = await self._live(request)
+            if not live or _delivered_or_only(live) is not None:
+                return live
+        return None
+
+    async def _change_of(self, request: Request, seconds: float) -> bool:
         """Waits for the next change of the job's leases. Returns whether it came in time."""
         change = asyncio.get_running_loop().create_future()
         self._waiting[request].add(change)
         try:
-            async with asyncio.timeout(LONGEST_DELAY):
+            async with asyncio.timeout(seconds):
                 await change
         except TimeoutError:
             return False

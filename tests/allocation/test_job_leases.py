@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 
+from bkpool.core.claim_order import Request
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import LABEL_REQUEST, Key
 from bkpool.core.unreadable import UnreadableObject
-from bkpool.core.worker import Worker
+from bkpool.core.worker import Undelivered, Worker
 from support.job_race import ANN
 from support.unreadable import spoil
 from support.world import TAKEN, skip_real_time
@@ -162,3 +163,36 @@ async def test_the_reason_of_a_request_that_reads_the_lease_of_its_job_is_the_st
     with pytest.raises(Unavailable, match="the store is slow: it did not say within 1m which worker"):
         await waiting
     monkeypatch.undo()
+
+
+async def test_requests_that_wait_for_the_replicas_of_two_claims_share_lists_that_become_rare(race, monkeypatch):
+    """Two replicas were killed after their claims, and one list has shown both."""
+    one, other = race.replicas
+    given = (await lease_of(one)).worker
+    lease = given.held_lease
+    second = await race.free_worker()
+    await race.known_to(other, given)
+    freeze(other)
+    twin = lease.but(id="twin", undelivered=Undelivered(replica="dead"), token_sha256="t")
+    labels = {**second.metadata.labels, LABEL_REQUEST: given.metadata.labels[LABEL_REQUEST]}
+    second = await race.store.replace(second.but(metadata=second.metadata.but(labels=labels)).with_lease(twin))
+    first = await race.store.get(Worker, *given.key)
+    await race.store.replace(first.with_lease(lease.but(undelivered=Undelivered(replica="dead"))))
+    jobs, waited = other.allocator._jobs, []
+    request = Request(POOL, given.metadata.labels[LABEL_REQUEST])
+    monkeypatch.setattr(jobs, "_first", lambda _request: None)
+
+    async def no_change(_request, seconds):
+        waited.append(seconds)
+        if len(waited) == 10:
+            await race._take_lease_off(second)
+        return False
+
+    monkeypatch.setattr(jobs, "_change_of", no_change)
+    other.connection.calls.clear()
+    found = await asyncio.gather(*(jobs.find(request) for _ in range(5)))
+    assert {worker.key for worker in found} == {given.key}
+    assert other.connection.calls.count("list") == len(waited) == 10
+    assert waited[:2] == [0.05, 0.1]
+    assert waited[-1] == 10.0
+    assert not jobs._looks
