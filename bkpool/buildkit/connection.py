@@ -23,6 +23,7 @@ from grpclib.utils import Wrapper
 from h2.events import Event
 from h2.exceptions import ProtocolError
 
+from bkpool.buildkit.tls_connection import connect_tls
 from bkpool.core.errors import Unavailable, WorkerFailed
 from bkpool.pki.worker_tls import check_worker
 
@@ -147,7 +148,10 @@ class _Channel(Channel):
         if self._used:
             raise ConnectionResetError("the connection was lost")
         self._used = True
-        return await super()._create_connection()
+        if self._ssl is None:
+            return await super()._create_connection()
+        _, protocol = await connect_tls(self._protocol_factory, self._host, self._port, self._ssl)
+        return protocol
 
 
 class _ControlProtocol(H2Protocol):

@@ -16,6 +16,7 @@ from typing import cast
 
 from bkpool.buildkit.connection import WorkerTls, describe
 from bkpool.buildkit.ready_call import NAME, REQUEST, ReadyCall
+from bkpool.buildkit.tls_connection import connect_tls
 from bkpool.core.errors import Unavailable
 from bkpool.pki.worker_tls import check_worker
 
@@ -58,8 +59,7 @@ async def ask_over_tls(endpoint: str, host: str, port: int, tls: WorkerTls) -> N
         Unavailable: Nothing listens there, or it closed the connection, or it does not speak our TLS, or it took too
             long. The cause is the error of the system.
     """
-    loop = asyncio.get_running_loop()
-    async with _asking(endpoint, lambda make: loop.create_connection(make, host, port, ssl=tls.context)) as asking:
+    async with _asking(endpoint, lambda make: connect_tls(make, host, port, tls.context)) as asking:
         session: ssl.SSLObject = asking.transport.get_extra_info("ssl_object")
         check_worker(session.getpeercert(binary_form=True), tls.worker_uid)
         await asking.answer()
