@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from bkpool.core.names import Slot
-from bkpool.core.observation import DaemonState, Observation, SeenCache, WorkerCapacity
+from bkpool.core.observation import MOST_STARTS, DaemonState, Observation, SeenCache, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.subscribers import Subscribers
 from bkpool.workers import ReportWaiting
@@ -21,6 +21,7 @@ class MemoryWorkers:
     """Daemons that exist as observations only, and their caches as owners only."""
 
     capacity: WorkerCapacity | None = None
+    starts_at_once = MOST_STARTS
     ignored_spec_fields: Collection[str] = ()
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
 from bkpool.controller.pool_states import PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
+from bkpool.controller.starts import Starts
 from bkpool.controller.turns import AT_ONCE
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import Key, Slot
@@ -104,6 +105,7 @@ class Controller:
         self._pauses = pauses
         self._lease_ends = LeaseEnds(store, mirror, daemons, recorder, now)
         self._states = PoolStates(mirror, daemons, caches)
+        self._starts = Starts(daemons.starts_at_once, self._states.pool_changed)
         self._decided = ClockReading(now(), seconds())
         """When it has decided last."""
         self._wake_at: datetime | None = None
@@ -144,6 +146,7 @@ class Controller:
                     await self._sleep()
         finally:
             subscriptions.close()
+            self._starts.close()
             tasks = [*self._actions, *self._pool_work.tasks.values()]
             for task in tasks:
                 task.cancel()
@@ -213,6 +216,7 @@ class Controller:
     def _decide_pool(self, key: Key, state: PoolState, reading: ClockReading) -> None:
         moment = self._moment(reading)
         plan = state.plan(moment, AT_ONCE)
+        self._starts.planned(key, begun=plan.free_starts, wanted=state.wanted_starts)
         for action in plan.actions:
             judged = judged_heartbeats(action, self._states.registrations)
             self._start_action(slot_of_action(action), type(action), self._carry_out(action, state.pool, judged))
@@ -243,6 +247,7 @@ class Controller:
             self._failure_limits,
             self._states.leases.at(reading.wall, reading.seconds),
             self._pauses,
+            self._starts.left,
         )
 
     def _start_action(self, slot: Slot, kind: type[Action] | None, work: Coroutine[None, None, Result]) -> None:
@@ -251,9 +256,12 @@ class Controller:
         self._states.action_began(slot)
         if kind in {StartDaemon, StopDaemon, ReplaceDaemon}:
             self._restarting.add(slot)
+        if kind is StartDaemon:
+            self._starts.began(slot)
 
         def ended(_task: asyncio.Task[None]) -> None:
             self._actions.discard(task)
+            self._starts.ended(slot)
             if slot in self._restarting:
                 self._restarting.discard(slot)
                 self._states.restart_ended()

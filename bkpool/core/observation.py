@@ -79,6 +79,9 @@ class SeenCache:
     """The digest of its owner; None: it is clean."""
 
 
+MOST_STARTS = 16
+"""While so many workers of all pools start in a cluster, none without a lease begins to. A pod that starts is asked
+up to 40 times a second, at about 0.5 ms of a processor each: so many take a third of one. The rest is for leases."""
 MOST_RESTARTS = 4
 """Outdated daemons of all pools that are replaced at once. While others start or stop, there are fewer."""
 
@@ -112,6 +115,8 @@ class Snapshot:
     """Slots in which an action is still running. Nothing is decided about them."""
     registered_until: Expiries = field(default_factory=lambda: NONE_SEEN)
     """When the registrations of gateways expire, on the clock of the one who decides. A missing one is valid."""
+    starts_left: int = MOST_STARTS
+    """How many workers without a lease may begin to start now, beside the starts of all pools that are under way."""
     restarts_left: int = MOST_RESTARTS
     """How many outdated daemons may be replaced now, beside the starts and stops of all pools that are under way."""
     unreadable_slots: frozenset[Slot] = frozenset()

@@ -25,6 +25,10 @@ class Daemons(Protocol):
         """How many workers of all pools can run at once; None: as many as there are resources."""
 
     @property
+    def starts_at_once(self) -> int:
+        """How many may be starting until no worker without a lease is started. One that is leased does not wait."""
+
+    @property
     def ignored_spec_fields(self) -> Collection[str]:
         """Paths below a pool's `spec` that nothing reads where these daemons run, with everything below them."""
 

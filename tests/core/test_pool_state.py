@@ -100,7 +100,7 @@ class Changes(RuleBasedStateMachine):
         self.busy: set[Slot] = set()
         self.unreadable: frozenset[Slot] = frozenset()
         self.registrations, self.undelivered, self.leases = SeenRegistrations(), UndeliveredLeases(), SeenLeases()
-        self.restarts_left = 4
+        self.restarts_left, self.starts_left = 4, 3
         self.put_off = False
         """Whether a heartbeat has put off what is due. Slots are looked at again at the time before that."""
         self.at_most: int | None = None
@@ -190,6 +190,10 @@ class Changes(RuleBasedStateMachine):
     def change_restarts(self, left: int) -> None:
         self.restarts_left = left
 
+    @rule(left=st.integers(-1, 4))
+    def change_starts(self, left: int) -> None:
+        self.starts_left = left
+
     @rule(name=st.sampled_from("gh"), connections=st.none() | st.integers(0, 3), there=st.booleans())
     def beat(self, name: str, connections: int | None, there: bool) -> None:
         """A gateway renews its registrations."""
@@ -233,7 +237,8 @@ class Changes(RuleBasedStateMachine):
     def _moment(self) -> Moment:
         at = self.registrations.at(self.now, self.seconds)
         since = self.leases.at(self.now, self.seconds)
-        return Moment(self.now, at, self.undelivered.now(), self.restarts_left, lease_since=since)
+        left = {"restarts_left": self.restarts_left, "starts_left": self.starts_left}
+        return Moment(self.now, at, self.undelivered.now(), lease_since=since, **left)
 
     def _plan(self, moment: Moment) -> Plan:
         """The whole plan, whatever its parts are."""
@@ -267,6 +272,7 @@ class Changes(RuleBasedStateMachine):
             busy=frozenset(self.busy),
             registered_until=moment.registered_until,
             restarts_left=self.restarts_left,
+            starts_left=self.starts_left,
             unreadable_slots=self.unreadable,
             undelivered_for=moment.undelivered_for,
             lease_since=moment.lease_since,

@@ -5,7 +5,7 @@ import pytest
 
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.names import END_WHEN_UNUSED, FINALIZER
-from bkpool.core.observation import MOST_RESTARTS, DaemonState, Observation, WorkerCapacity
+from bkpool.core.observation import MOST_RESTARTS, MOST_STARTS, DaemonState, Observation, WorkerCapacity
 from bkpool.core.pool import Reuse
 from bkpool.core.reconcile.actions import (
     CreateWorker,
@@ -217,6 +217,20 @@ def test_idle_workers_of_an_earlier_spec_are_replaced_a_few_at_a_time():
     assert stopped(fleet(100, set(range(100)), restarts_left=0)) == []
     assert stopped(fleet(100, set(range(100)), restarts_left=-3)) == []
     assert stopped(fleet(8, {1, 2}, busy=frozenset({slot(0)}))) == [2], "one is being started already"
+
+
+def test_only_so_many_workers_start_at_once_and_a_leased_one_does_not_wait():
+    stopped_ones = [worker(number, phase=Phase.PENDING) for number in range(100)]
+    stopped_ones[70] = worker(70, lease(), phase=Phase.PENDING)
+    snap = snapshot(pool(scaling={"min": 99, "max": 200}), *stopped_ones)
+
+    def started(snap):
+        return [action.worker.slot.number for action in actions(snap) if isinstance(action, StartDaemon)]
+
+    assert started(snap) == [*range(MOST_STARTS), 70]
+    assert started(replace(snap, starts_left=2)) == [0, 1, 70]
+    for none_left in (0, -3):
+        assert started(replace(snap, starts_left=none_left)) == [70]
 
 
 def test_if_new_workers_do_not_start_the_last_ready_ones_are_kept():

@@ -22,7 +22,7 @@ from bkpool.controller.metrics import ControllerMetrics
 from bkpool.core.errors import Conflict, WorkerFailed
 from bkpool.core.ignored import ignored_fields
 from bkpool.core.names import Key, Slot
-from bkpool.core.observation import DaemonState, Observation, SeenCache, Silence, WorkerCapacity
+from bkpool.core.observation import MOST_STARTS, DaemonState, Observation, SeenCache, Silence, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.reconcile.later_writes import WritePauses
 from bkpool.core.reconcile.pool_status import PoolStatusInputs
@@ -96,6 +96,7 @@ class MemoryWorkers:
         self.subscribers.notify(slot)
 
     capacity: WorkerCapacity | None = None
+    starts_at_once = MOST_STARTS
     ignored_spec_fields = IGNORED_BY_PROCESSES
 
     def ignored_config(self, spec: PoolSpec) -> list[str]:

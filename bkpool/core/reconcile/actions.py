@@ -149,3 +149,8 @@ class Plan:
     """When time alone changes the decision, if nothing else changes before; None: never."""
     unfinished: bool = False
     """There is more to do now than this. What is here can be carried out already."""
+
+    @property
+    def free_starts(self) -> int:
+        """How many workers without a lease it starts."""
+        return sum(isinstance(action, StartDaemon) and action.worker.lease is None for action in self.actions)

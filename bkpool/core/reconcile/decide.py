@@ -24,6 +24,7 @@ def decide(snapshot: Snapshot, now: datetime, limits: FailureLimits = DEFAULT_LI
         snapshot.restarts_left,
         limits,
         snapshot.lease_since,
+        starts_left=snapshot.starts_left,
     )
     return state_of(snapshot).plan(moment)
 

@@ -10,13 +10,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import Enum, auto
+from heapq import nsmallest
 from itertools import islice
 from typing import TypeVar
 
 from bkpool.core.names import Slot
 from bkpool.core.observation import Observation, SeenCache
 from bkpool.core.pool import Pool
-from bkpool.core.reconcile.actions import Action, CreateWorker, Plan, RemoveWorker, StopDaemon, WipeCache
+from bkpool.core.reconcile.actions import Action, CreateWorker, Plan, RemoveWorker, StartDaemon, StopDaemon, WipeCache
 from bkpool.core.reconcile.due_times import DueTimes
 from bkpool.core.reconcile.empty_slots import EmptySlots
 from bkpool.core.reconcile.free_workers import FreeWorkers
@@ -79,6 +80,8 @@ class PoolState:
         self._free = FreeWorkers()
         self._empty = EmptySlots(pool.spec.scaling.max)
         self._idle = IdleDaemons()
+        self._starts: dict[Slot, StartDaemon] = {}
+        """Of workers without a lease. Only as many as may begin are in a plan."""
         self._deadlines: DueTimes[Slot] = DueTimes()
         self._last = _LastPlan()
 
@@ -144,6 +147,11 @@ class PoolState:
         return self._idle.has_outdated
 
     @property
+    def wanted_starts(self) -> int:
+        """How many workers without a lease the last plan would have started if all might start at once."""
+        return len(self._starts)
+
+    @property
     def has_workers(self) -> bool:
         """Whether it has a worker that can be read."""
         return bool(self._workers)
@@ -170,7 +178,8 @@ class PoolState:
                 goes on with them. None: all.
 
         A worker with a lease is looked at as soon as its slot was taken over: its next step does not follow from the
-        others. So a lease that is revoked does not wait for a large pool.
+        others. So a lease that is revoked does not wait for a large pool, and the start of a worker that is leased
+        waits for no other start.
         """
         known, more_at, wiped, replaced = self.spec is Spec.KNOWN, None, set[Slot](), set[Slot]()
         if not self._last.unfinished:  # what was not carried out is decided again
@@ -196,6 +205,9 @@ class PoolState:
         left = None if at_most is None else at_most - len(actions)
         for slot in _take(self._waiting, left):
             self._put_step(slot, self._step(slot, moment), actions)
+        self._last.unfinished = bool(self._waiting) or self._put_starts(moment.starts_left, at_most, actions)
+        if self._last.unfinished:
+            return _unfinished(actions)
         return self._with_new_workers(actions, more_at, at_most)
 
     def _take_changed(self, moment: Moment, at_most: int | None) -> dict[Slot, Action]:
@@ -218,9 +230,21 @@ class PoolState:
 
     def _put_step(self, slot: Slot, step: Step, actions: dict[Slot, Action]) -> None:
         self._deadlines.put(slot, step.look_again_at)
-        if step.action is not None:
+        self._starts.pop(slot, None)
+        if isinstance(step.action, StartDaemon) and step.action.worker.lease is None:
+            self._starts[slot] = step.action
+        elif step.action is not None:
             actions[slot] = step.action
             self._last.acted.add(slot)
+
+    def _put_starts(self, starts_left: int, at_most: int | None, actions: dict[Slot, Action]) -> bool:
+        """Starts workers without a lease, the lowest numbers first. Returns whether more follow in the next part."""
+        may = nsmallest(max(0, starts_left), self._starts, key=_number)
+        new = [slot for slot in may if slot not in self._last.acted]
+        now = new if at_most is None else new[: max(0, at_most - len(actions))]
+        actions |= {slot: self._starts[slot] for slot in now}
+        self._last.acted.update(now)
+        return len(now) < len(new)
 
     def _note_again(self, now: datetime, wiped: set[Slot], replaced: set[Slot]) -> None:
         """Notes the slots that are to be looked at although they have not changed."""
@@ -231,12 +255,12 @@ class PoolState:
 
     def _with_new_workers(self, actions: dict[Slot, Action], more_at: datetime | None, at_most: int | None) -> Plan:
         """The plan with these actions, and with the workers that are to be created."""
-        self._last.unfinished = bool(self._waiting)
         missing = self._missing(self._last.wiped) if self.spec is Spec.KNOWN else []
         created = missing[:at_most]
         wake_at = min(filter(None, (self._deadlines.first, more_at)), default=None)
-        unfinished = self._last.unfinished or len(missing) > len(created)
-        return Plan((*_ordered(actions), *map(CreateWorker, created)), wake_at, unfinished=unfinished)
+        return Plan(
+            (*_ordered(actions), *map(CreateWorker, created)), wake_at, unfinished=len(missing) > len(created)
+        )
 
     def _step(self, slot: Slot, moment: Moment) -> Step:
         """The next step for one slot."""

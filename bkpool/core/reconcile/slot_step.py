@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from bkpool.core.durations import render
-from bkpool.core.observation import MOST_RESTARTS, DaemonState, Observation, ready_observation
+from bkpool.core.observation import MOST_RESTARTS, MOST_STARTS, DaemonState, Observation, ready_observation
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile import lease_end
 from bkpool.core.reconcile.actions import (
@@ -56,6 +56,8 @@ class Moment:
     """Since when each worker has the lease that it has, or none. What is missing has been so for long."""
     pauses: WritePauses = DEFAULT_PAUSES
     """How long it must be so until it is written."""
+    starts_left: int = MOST_STARTS
+    """How many workers without a lease may begin to start now, beside the starts of all pools that are under way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from bkpool.core.allowances import Allowances, worker_refusals
 from bkpool.core.cache_owner import must_be_wiped
 from bkpool.core.errors import BkpoolError, Conflict, NotFound, Unavailable, WorkerFailed
 from bkpool.core.names import Key, Slot
-from bkpool.core.observation import Observation, WorkerCapacity
+from bkpool.core.observation import MOST_STARTS, Observation, WorkerCapacity
 from bkpool.core.pool import Pool, PoolSpec
 from bkpool.kube import Doc
 from bkpool.pki.authority import Authority
@@ -69,6 +69,7 @@ class PodDaemons:
         allowed: Allowances | None = None,
     ) -> None:
         self.capacity = None if host_ports is None else _capacity(len(host_ports))
+        self.starts_at_once = MOST_STARTS
         self.ignored_spec_fields = ignored_spec_fields
         self._slots = slots
         self._writes = writes

@@ -63,6 +63,7 @@ class ProcessDaemons:
         limits: ProcessLimits,
         ignored_spec_fields: frozenset[str],
     ) -> None:
+        self.starts_at_once = limits.concurrent_starts
         self.ignored_spec_fields = ignored_spec_fields
         self._table = table
         self._launcher = launcher
