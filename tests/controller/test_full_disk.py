@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from bkpool.allocation import claiming
+from bkpool.allocation import abandoning
 from bkpool.controller import controller
 from bkpool.core.errors import DiskFull
 from bkpool.core.worker import Worker
@@ -16,7 +16,7 @@ from support.world import running_world
 @pytest.fixture
 async def world(tmp_path, monkeypatch):
     monkeypatch.setattr(controller, "PAUSE", 0.001)
-    monkeypatch.setattr(claiming, "ABANDON_INTERVAL", 0.001)
+    monkeypatch.setattr(abandoning, "ABANDON_INTERVAL", 0.001)
     async with running_world(tmp_path) as world:
         await world.pool(scaling={"max": 1})
         yield world
