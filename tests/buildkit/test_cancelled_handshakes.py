@@ -18,8 +18,8 @@ from bkpool.buildkit.readiness import ask_over_tls
 from bkpool.core.errors import Unavailable
 from support.stub_control import server_context, tls
 
-_TURNS = 12
-"""Of the event loop. In fewer, the connection is there and its handshake is done."""
+_TURNS = 6
+"""Of the event loop. In fewer, the connection is there and its handshake has begun."""
 
 
 class SilentServer:
@@ -75,9 +75,9 @@ def test_a_probe_that_is_given_up_leaves_no_trace_in_the_log(tmp_path, probe):
             stack.callback(os.close, writer)
             os.write(writer, b"x")
             # In each turn something else takes so long that the worker has answered before the next one.
-            loop.add_reader(reader, lambda: loop.call_soon(loop.call_soon, time.sleep, 0.008))
+            loop.add_reader(reader, lambda: loop.call_soon(loop.call_soon, loop.call_soon, time.sleep, 0.006))
             stack.callback(loop.remove_reader, reader)
-            for turns in [*range(_TURNS)] * 3:
+            for turns in [*range(1, _TURNS)] * 15:
                 task = asyncio.create_task(probe(server.port))
                 for _ in range(turns):
                     await asyncio.sleep(0)
