@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from bkpool.allocation.leases import LeaseService, find_pool, may_be_theirs, revoker
-from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound
+from bkpool.core.errors import BkpoolError, Forbidden, Gone, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.unreadable import Unreadable, UnreadableObject
 from bkpool.core.worker import Worker
@@ -19,9 +19,16 @@ from bkpool.identity import Identity
 from bkpool.identity.rules import is_theirs
 from bkpool.store import Store
 from bkpool.store.mirror import Mirror
+from bkpool.store.readable_scopes import list_readable
 
 _AT_ONCE = 16
 """Writes at the same time. One after the other, a thousand leases would take many seconds."""
+_GIVE_RIGHTS = "Give bkpool its rights in this namespace again (`bkpool manifests`), or name another one."
+
+
+def unread_leases(namespace: str) -> str:
+    """Says that leases of a namespace may be missing."""
+    return f"bkpool may not read the workers in namespace {namespace!r}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,8 @@ class Revocation:
     """The workers with the leases that could not be revoked. The same request may be sent again."""
     unreadable: tuple[Unreadable, ...] = ()
     """The workers that cannot be read. They may have selected leases, which are not revoked."""
+    refused: tuple[str, ...] = ()
+    """The namespaces whose workers bkpool may not read. They may have selected leases, which are not revoked."""
 
 
 class Revoker:
@@ -106,11 +115,12 @@ class Revoker:
         Raises:
             NotFound: A lease or worker was named and there is none, or it is not the caller's. Or the admin named a
                 pool that does not exist.
+            Unavailable: No lease was found, and there are namespaces that bkpool may not read.
             BkpoolError: None of the leases could be revoked; the error of the first.
         """
         admin = any(one.admin for one in identities)
-        selected, unreadable = await self._selected(selector, identities)
-        if not selected and not unreadable:
+        selected, unreadable, refused = await self._selected(selector, identities)
+        if not selected and not unreadable and not refused:
             self._check_named(selector, admin=admin)
         by, slots = revoker(identities), asyncio.Semaphore(_AT_ONCE)
         failed: list[tuple[Worker, BkpoolError]] = []
@@ -130,23 +140,31 @@ class Revoker:
             raise failed[0][1]
         if unreadable and not revoked:
             raise UnreadableObject(unreadable[0])
-        return Revocation(revoked, tuple(failed), unreadable)
+        if refused and not revoked:
+            raise Unavailable(f"no lease was ended: {unread_leases(refused[0])}", hint=_GIVE_RIGHTS)
+        return Revocation(revoked, tuple(failed), unreadable, refused)
 
     async def _selected(
         self, selector: LeaseSelector, identities: tuple[Identity, ...]
-    ) -> tuple[list[Worker], tuple[Unreadable, ...]]:
-        """The workers with the selected leases, and those that cannot be read and may have one of them."""
-        unreadable: list[Unreadable] = []
+    ) -> tuple[list[Worker], tuple[Unreadable, ...], tuple[str, ...]]:
+        """The workers with the selected leases, those that cannot be read but may have one, and unread namespaces."""
+        unreadable: tuple[Unreadable, ...] = ()
+        refused: tuple[str, ...] = ()
+        namespace = selector.pool.namespace if selector.pool else selector.namespace
         if selector.worker is not None:
             workers = await self._worker(selector.worker, admin=any(one.admin for one in identities))
+        elif namespace is None:
+            items, unreadable, refused = await list_readable(self._store, Worker)
+            workers = list(items)
         else:
-            namespace = selector.pool.namespace if selector.pool else selector.namespace
             listing = await self._store.list(Worker, namespace=namespace)
-            workers = list(listing.items)
-            unreadable = [found for found in listing.unreadable if selector.may_select(found)]
+            workers, unreadable = list(listing.items), listing.unreadable
         mine = [w for w in workers if w.lease and is_theirs(w.pool, identities, w.lease.holder)]
         selected = sorted((w for w in mine if selector.selects(w)), key=lambda worker: worker.key)
-        return selected, tuple(found for found in unreadable if may_be_theirs(found, identities))
+        doubtful = (found for found in unreadable if selector.may_select(found) and may_be_theirs(found, identities))
+        if selector.lease_id and selected:  # there is only one of an id
+            refused = ()
+        return selected, tuple(doubtful), refused
 
     async def _worker(self, key: Key, *, admin: bool) -> list[Worker]:
         """The worker, if it exists. The admin is told if it does not."""

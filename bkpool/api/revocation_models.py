@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, StrictStr
 from pydantic.alias_generators import to_camel
 
 from bkpool.allocation import LeaseSelector, Revocation
+from bkpool.allocation.revocation import unread_leases
 from bkpool.api.models import Body, Namespace, ObjectName
 from bkpool.core.errors import InvalidInput
 from bkpool.core.names import DEFAULT_NAMESPACE, Key
@@ -106,6 +107,18 @@ class NotRevokedView(RevokedView):
             reason=found.message,
         )
 
+    @classmethod
+    def of_refused(cls, namespace: str) -> Self:
+        """The view of all leases in a namespace that bkpool may not read. No lease has an empty id."""
+        return cls(
+            lease_id="",
+            worker_name="",
+            namespace=namespace,
+            pool_name="",
+            requested_by="",
+            reason=unread_leases(namespace),
+        )
+
 
 class RevokeAnswer(Body):
     """The leases that were selected. The list is empty if a caller, tenant or pool has none."""
@@ -118,4 +131,5 @@ class RevokeAnswer(Body):
         """The response for what was done."""
         failed = [NotRevokedView.of(worker, reason=error.message) for worker, error in done.failed]
         failed += [NotRevokedView.of_unreadable(found) for found in done.unreadable]
+        failed += [NotRevokedView.of_refused(namespace) for namespace in done.refused]
         return cls(revoked=tuple(map(RevokedView.of, done.revoked)), failed=tuple(failed))

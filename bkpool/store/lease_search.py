@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import Worker
 from bkpool.store import Store
+from bkpool.store.readable_scopes import list_readable
 
 _LIST_INTERVAL = 1.0
 """Seconds between two lists of all workers, so that many old or forged tokens cannot load the API server."""
@@ -51,7 +52,8 @@ class LeaseSearch:
         """Lists the workers, unless this token was searched for before.
 
         Searches that wait share the next list, and its error. Each token is searched for only once: a client gets its
-        token after the lease is in the store, so a lease that is not there now will not be there later.
+        token after the lease is in the store, so a lease that is not there now will not be there later. A namespace
+        that may not be read is left out: once it may be, the copy in memory has all of its leases.
 
         Args:
             token_sha256: The digest of a well-formed token.
@@ -88,8 +90,8 @@ class LeaseSearch:
         await self._pause(max(0.0, self._list_started_at + _LIST_INTERVAL - time()))
         self._next = None
         self._list_started_at = time()
-        listing = await self._store.list(Worker)
-        found: list[Worker | Unreadable] = [*listing.items, *listing.unreadable]
+        listed = await list_readable(self._store, Worker)
+        found: list[Worker | Unreadable] = [*listed.items, *listed.unreadable]
         for start in range(0, len(found), _AT_ONCE):
             for worker in found[start : start + _AT_ONCE]:
                 self._on_worker(worker)

@@ -8,7 +8,8 @@ import dataclasses
 import pytest
 
 from bkpool.allocation import LeaseSelector, LeaseService, OwnLease, Revoker
-from bkpool.core.errors import Conflict, Gone, NotFound
+from bkpool.api.revocation_models import RevokeAnswer
+from bkpool.core.errors import Conflict, Forbidden, Gone, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.worker import EndReason, GatewayRegistration, Phase, Worker
 from bkpool.identity import Identity, Scope
@@ -208,3 +209,28 @@ async def test_a_lease_that_cannot_be_revoked_does_not_save_the_others(world, le
     assert error.message == "too many requests change p-worker-1 at once"
     with pytest.raises(Conflict):
         await revoker.revoke(LeaseSelector(identity="bob"), (ADMIN,))
+
+
+async def test_a_namespace_that_may_not_be_read_is_named_and_does_not_save_the_others(world, leased, monkeypatch):
+    """Leases by an identity, a tenant or an id may be in any namespace."""
+    lists = world.store.list
+
+    async def not_in_bad(kind, *, namespace=None, labels=None):
+        if namespace in {None, "bad"}:
+            raise Forbidden("buildkitworkers is forbidden")
+        return await lists(kind, namespace=namespace, labels=labels)
+
+    monkeypatch.setattr(world.store, "scopes", lambda _kind: ("bad", "default"))
+    monkeypatch.setattr(world.store, "list", not_in_bad)
+    revoker = Revoker(store=world.store, mirror=world.replicas[0].mirror, leases=world.replicas[0].leases)
+
+    done = await revoker.revoke(LeaseSelector(identity="ann"), (ADMIN,))
+    assert names(done) == ["ann", "ann"]
+    assert [(view.namespace, view.reason) for view in RevokeAnswer.of(done).failed] == [
+        ("bad", "bkpool may not read the workers in namespace 'bad'")
+    ]
+    done = await revoker.revoke(LeaseSelector(lease_id=leased[1].worker.held_lease.id), (ADMIN,))
+    assert (names(done), done.refused) == (["bob"], ()), "no other lease has this id"
+    for selector in (LeaseSelector(identity="nobody"), LeaseSelector(lease_id="unknown")):
+        with pytest.raises(Unavailable, match="may not read the workers in namespace 'bad'"):
+            await revoker.revoke(selector, (ADMIN,))

@@ -17,6 +17,7 @@ from bkpool.core.worker import Worker, new_worker
 from bkpool.kube import Doc, KubeLimits
 from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
+from bkpool.store.lease_search import LeaseSearch
 from bkpool.store.mirror import Mirror
 
 OURS, OTHERS, SYSTEM = "ours", "others", "system"
@@ -91,12 +92,13 @@ def server() -> Recorded:
     return Recorded()
 
 
+async def at_once(_seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def followed(server: Recorded, bounds: StoreBounds, **options):
     """A mirror that has listed everything, and watches."""
-
-    async def at_once(_seconds: float) -> None:
-        await asyncio.sleep(0)
 
     mirror = Mirror(KubernetesStore(server, bounds), pause=at_once, **options)
     running = asyncio.create_task(mirror.run())
@@ -230,6 +232,23 @@ async def test_a_namespace_that_may_not_be_read_any_more_does_not_stop_the_other
         await server.until(lambda: len(server.params("list", path("too", Pool.PLURAL))) > refused)
         assert mirror.trouble is None, "the pools of one namespace alone stand still"
         assert set(mirror.pools) == {mine.key, theirs.key}, "and stay as they were"
+
+
+async def test_a_search_for_a_lease_leaves_out_a_namespace_that_may_not_be_read(server):
+    server.faults[path(OURS, Worker.PLURAL)] = Forbidden("buildkitworkers is forbidden")
+    worker = new_worker(Slot("too", "p", 0), a_pool("too"), None, {})
+    server.items[path("too", Worker.PLURAL)] = [stored(worker)]
+    found: list[Key] = []
+    search = LeaseSearch(
+        KubernetesStore(server, INSTALLATION), lambda worker: found.append(worker.key), pause=at_once
+    )
+
+    await search.find("d" * 64)
+    assert found == [worker.key]
+
+    server.faults[path("too", Worker.PLURAL)] = Forbidden("buildkitworkers is forbidden")
+    with pytest.raises(Forbidden):
+        await search.find("e" * 64)  # nothing at all can be said
 
 
 async def test_a_right_that_is_missing_from_the_beginning_is_an_error(server):
