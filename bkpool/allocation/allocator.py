@@ -24,7 +24,7 @@ from bkpool.allocation.keys_ahead import KeysAhead
 from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
 from bkpool.allocation.known_objects import find_lending_pool, known_worker
 from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
-from bkpool.allocation.orders import AllocationRequest, Grant, Offer, Order, StoreAsked
+from bkpool.allocation.orders import AllocationRequest, Grant, MayStill, Offer, Order, StoreAsked, may_always
 from bkpool.allocation.pool_queues import PoolQueues
 from bkpool.allocation.presence import Answers, Presence, as_stored
 from bkpool.allocation.wait_queue import MAX_WAITERS, Waiter
@@ -46,6 +46,8 @@ _NOW = 5.0
 """Seconds that a request without a wait has for what a ready worker still takes: the writes of the claim."""
 _SLOW_STORE = 0.1
 """Seconds after which a store that has not answered is the reason why a request got no worker."""
+_TRUSTED = 1.0
+"""Seconds for which a caller's right and the pool's settings count as those of now."""
 _LONGEST_AFTER_TIE = 0.1
 """Seconds, at most, until a request claims again after it gave up a claim and found no other lease of its job."""
 
@@ -132,11 +134,13 @@ class Allocator:
         return self._queues.waiting(pool)
 
     @asynccontextmanager
-    async def offer(self, caller: Identity, request: AllocationRequest) -> AsyncIterator[Offer]:
+    async def offer(
+        self, caller: Identity, request: AllocationRequest, may_still: MayStill = may_always
+    ) -> AsyncIterator[Offer]:
         """Leases a worker, and waits for one if necessary. The same caller and jobId get the same lease.
 
         The body sends the answer and calls `Offer.answered`. If it fails before that, no caller has the lease, and it
-        ends.
+        ends. A request that has waited asks `may_still` before it claims, and gets what today's pool says.
 
         Raises:
             NotFound: There is no such pool.
@@ -152,7 +156,8 @@ class Allocator:
         if request.csr_pem is not None:
             key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
         key = tokens.request_key(caller.digest, request.job_id) if request.job_id else ""
-        worker = await self._ready_worker(Order(caller, pool, ttl, request, Request(pool.key, key) if key else None))
+        job = Request(pool.key, key) if key else None
+        worker = await self._ready_worker(Order(caller, pool, ttl, request, job, may_still=may_still))
         offer: Offer | None = None
         try:
             offer = Offer(self._grant(worker, request.csr_pem))
@@ -242,12 +247,9 @@ class Allocator:
         Returns:
             The worker; None if nothing was claimed: another was faster, or the job has a lease by now.
         """
-        pool, caller = order.pool, order.caller
-        lease_id = str(uuid.uuid4())
+        pool, caller, lease_id = order.pool, order.caller, str(uuid.uuid4())
         about_to_claim(lease_id)
-        owner = cache_owner_digest(
-            pool.spec.reuse, caller.tenant, pool.uid, lease_id, keep_history=pool.spec.cache.keep_history
-        )
+        owner = _cache_owner(order, lease_id)
         waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
         waiter.only_ready = order.request.only_ready
         target = await self._queues.wait(pool.key, waiter, first=again)
@@ -256,16 +258,28 @@ class Allocator:
         if isinstance(target, Worker) and target.lease is not None:
             return None
         ended = partial(self._queues.claim_ended, pool.key, waiter)
+        asked = False
         try:
-            there = await self._presence.of_target(target)
+            there = await self._still_for(order, waiter, lease_id)
+            asked = there
+            there = there and await self._presence.of_target(target)
             lease = order.lease(lease_id, owner, self._replica, self._now())
         except BaseException as error:
-            ended(failed=isinstance(error, Exception))
+            ended(failed=asked and isinstance(error, Exception))
             raise
         if not there:
             ended(failed=False)
             return None
         return await self._claim(order, target, lease, ended)
+
+    async def _still_for(self, order: Order, waiter: Waiter, lease_id: str) -> bool:
+        """Whether what a request was given is for it by today's rules too. They are asked only if it has waited.
+
+        It is not if the cache has another owner today: then it was chosen for the wrong one.
+        """
+        if waiter.waited or asyncio.get_running_loop().time() - order.decided_at >= _TRUSTED:
+            await order.decide_again(find_lending_pool(self._mirror, order.pool.key))
+        return waiter.owner == _cache_owner(order, lease_id)
 
     async def _claim(self, order: Order, target: Target, lease: Lease, ended: ClaimEnded) -> Worker | None:
         """Claims what the request was given; None if another was faster. `_deliveries` counts the request."""
@@ -364,6 +378,13 @@ class Allocator:
         if event is not None:
             event.set()
         self._queues.serve(pool)
+
+
+def _cache_owner(order: Order, lease_id: str) -> str:
+    spec, pool = order.pool.spec, order.pool
+    return cache_owner_digest(
+        spec.reuse, order.caller.tenant, pool.uid, lease_id, keep_history=spec.cache.keep_history
+    )
 
 
 def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:

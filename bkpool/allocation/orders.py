@@ -6,14 +6,16 @@ They are plain values. Nothing here claims a worker or waits.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum, auto
 
 from bkpool.allocation.deliveries import Receipt
+from bkpool.allocation.leases import lease_duration
 from bkpool.core.claim_order import Request
+from bkpool.core.errors import NotFound
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 from bkpool.core.worker import Lease, Undelivered, Worker
@@ -69,6 +71,14 @@ class Offer:
         self.receipt = receipt
 
 
+MayStill = Callable[[Pool], Awaitable[None]]
+"""Raises an error if the caller of a request may not use the pool, as it is now, any more."""
+
+
+async def may_always(_pool: Pool) -> None:
+    """For a caller whose right nobody takes away."""
+
+
 class StoreAsked(Enum):
     """What a request waits for the store for."""
 
@@ -92,6 +102,23 @@ class Order:
     """What it waits for the store for; None where it waits for something else."""
     asked_at: float = 0.0
     """The loop's time at which that began."""
+    may_still: MayStill = may_always
+    decided_at: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    """The loop's time at which the caller's right was asked last."""
+
+    async def decide_again(self, pool: Pool) -> None:
+        """Asks whether the caller may still have a lease, and takes over the pool as it is now.
+
+        Raises:
+            NotFound: It is another pool of the same name.
+            InvalidInput: The ttl is above the pool's maximum now.
+            BkpoolError: The caller may not use it any more (`may_still`).
+        """
+        if pool.uid != self.pool.uid:
+            raise NotFound(f"pool {pool.key} was deleted and made again while the request waited", hint="Ask again.")
+        await self.may_still(pool)
+        self.ttl, self.pool = lease_duration(pool, self.request.ttl), pool
+        self.decided_at = asyncio.get_running_loop().time()
 
     @contextmanager
     def asking(self, what: StoreAsked) -> Iterator[None]:

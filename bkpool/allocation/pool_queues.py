@@ -95,6 +95,7 @@ class PoolQueues:
                 if waiter.only_ready:
                     self._leave(pool, queue, waiter)
                     return None
+                waiter.waited = True
                 self._on_waiting()
             return await waiter.served
         except BaseException:

@@ -33,6 +33,8 @@ class Waiter:
     holder: str
     admin: bool
     only_ready: bool = False
+    waited: bool = False
+    """Nothing was free for it at once."""
     served: asyncio.Future[Target] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Gets the worker or slot that the request was given."""
 

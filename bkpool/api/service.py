@@ -126,7 +126,16 @@ class Service:
         pool, identity = self._admit(caller, wanted.pool, trail)
         if full := self.full_disk():
             raise full
-        async with self.allocator.offer(identity, wanted) as offer:
+
+        async def may_still(today: Pool) -> None:
+            decision = await self.access.may_still(identity, today)
+            if not decision.allowed:
+                trail.set_decision(allowed=False, reason=decision.reason)
+                raise forbidden(
+                    AccessDecision(allowed=False, reason=decision.reason, identity=identity), str(pool.key)
+                )
+
+        async with self.allocator.offer(identity, wanted, may_still) as offer:
             _add_lease(trail, offer.grant.worker)
             endpoint = self.gateway_endpoint(self.mirror.pools.get(pool.key, pool))
             response = json_answer(models.AllocateAnswer.of(offer.grant, endpoint))

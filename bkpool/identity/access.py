@@ -12,9 +12,10 @@ from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Forbidden, Unauthenticated, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
+from bkpool.core.remembered_caller import RememberedCaller
 from bkpool.core.worker import Lease
 from bkpool.identity import Authenticator, Caller, Identity, Verdict
-from bkpool.identity.remembering import LONGEST
+from bkpool.identity.remembering import LONGEST, whole
 from bkpool.identity.rules import AccessDecision, decide, decide_by_name, unconfigured
 
 LONGEST_BEARER = 16_384
@@ -122,6 +123,20 @@ class AccessControl:
             return decide_by_name(lease.requested_by, lease.holder, pool)
         if not remembered.complete:
             return AccessDecision(allowed=False, reason=_TOO_LARGE)
+        return await self._decide_recalled(remembered, pool)
+
+    async def may_still(self, identity: Identity, pool: Pool) -> AccessDecision:
+        """Whether a caller who was identified some time ago may use the pool today. Nothing is asked of an issuer.
+
+        Raises:
+            Unavailable: Today's tokens of the pool cannot be read now.
+        """
+        decision, caller = self.decide([identity], pool), whole(identity)
+        if not decision.allowed or identity.admin or caller is None:
+            return decision
+        return await self._decide_recalled(caller, pool)
+
+    async def _decide_recalled(self, remembered: RememberedCaller, pool: Pool) -> AccessDecision:
         asked = [authenticator for stage in self._stages for authenticator in stage]
         verdicts = [verdict for one in asked for verdict in await one.recall(remembered, pool)]
         caller = Caller(tuple(verdicts))

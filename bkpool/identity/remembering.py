@@ -45,18 +45,23 @@ def remembered(identity: Identity) -> RememberedCaller | None:
 
     If it is longer than LONGEST, only the method and the name are kept, and `complete` is False.
     """
+    caller = whole(identity)
+    if caller is not None and len(caller.model_dump_json(by_alias=True).encode()) > LONGEST:
+        return caller.but(groups=(), claims="", complete=False)
+    return caller
+
+
+def whole(identity: Identity) -> RememberedCaller | None:
+    """All that can be remembered of this caller, of any length; None if it is not known how they were identified."""
     if identity.method is None:
         return None
-    caller = RememberedCaller(
+    return RememberedCaller(
         method=identity.method,
         issuer=identity.authority,
         user=identity.name,
         groups=() if identity.claims else identity.groups,
         claims=json.dumps(identity.claims, separators=(",", ":"), ensure_ascii=False) if identity.claims else "",
     )
-    if len(caller.model_dump_json(by_alias=True).encode()) > LONGEST:
-        return caller.but(groups=(), claims="", complete=False)
-    return caller
 
 
 def claims_of(caller: RememberedCaller) -> Mapping[str, object]:
