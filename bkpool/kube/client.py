@@ -146,7 +146,9 @@ class KubeApi:
             kind, version = str(listing.get("kind", "")).removesuffix("List"), listing.get("apiVersion")
             found = listing.get("items") or []
             items += [{"apiVersion": version, "kind": kind, **dropped_writers(item)} for item in found]
-            metadata = listing["metadata"]
+            metadata = listing.get("metadata")
+            if not isinstance(metadata, dict) or "resourceVersion" not in metadata:
+                raise _no_answer(f"GET {path}", "it is no list")
             if not metadata.get("continue"):
                 return items, metadata["resourceVersion"]
             page["continue"] = metadata["continue"]
@@ -172,6 +174,8 @@ class KubeApi:
                 try:
                     while line := await answer.content.readline(max_line_length=_LARGEST_EVENT):
                         event = document(line)
+                        if not isinstance(event.get("object"), dict) or "type" not in event:
+                            raise _no_answer(f"watch {path}", "it is no event")
                         if event["type"] == "ERROR":
                             status = event["object"]
                             raise error_of(status.get("code", 500), json.dumps(status).encode(), what=f"watch {path}")
@@ -190,8 +194,11 @@ class KubeApi:
         self, method: str, path: str, params: Mapping[str, str], body: object = None, *, content_type: str = ""
     ) -> Doc:
         raw = await self._request(method, path, params, body, content_type or "application/json")
-        found = document(raw)
-        return dropped_writers(found) if "metadata" in found else found
+        try:
+            found = document(raw)
+        except ValueError as error:
+            raise _no_answer(f"{method} {path}", str(error)) from None
+        return dropped_writers(found) if isinstance(found.get("metadata"), dict) else found
 
     async def _request(
         self, method: str, path: str, params: Mapping[str, str], body: object, content_type: str
@@ -227,6 +234,14 @@ def _unreachable(what: str, error: Exception) -> Unavailable:
     return Unavailable(
         f"Kubernetes: {what}: the API server does not answer ({reason})",
         hint="Check that the cluster is up: `kubectl get nodes`, or `docker ps` for kind.",
+        retry_after=5,
+    )
+
+
+def _no_answer(what: str, reason: str) -> Unavailable:
+    return Unavailable(
+        f"Kubernetes: {what}: what came is no answer of an API server ({reason})",
+        hint="Check what is between bkpool and the API server, such as a proxy or a load balancer.",
         retry_after=5,
     )
 

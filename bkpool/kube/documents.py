@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from pydantic_core import from_json
 
+from bkpool.kube.deep_documents import deep_document
+
 Doc = dict[str, Any]
 
 _BEGIN = b',"managedFields":[{"'
@@ -18,9 +20,22 @@ _END = b"}]"
 
 
 def document(raw: bytes) -> Doc:
-    """One object, list or event of a watch. Raises ValueError if it is no JSON."""
-    # Half the time of json.loads, and the names of fields are the same objects in all documents.
-    return cast("Doc", from_json(without_writers(raw), cache_strings="keys"))
+    """One object, list or event of a watch. A field that is too deep is a text that says so.
+
+    Raises:
+        ValueError: It is no object in JSON.
+    """
+    text = without_writers(raw)
+    try:
+        # Half the time of json.loads, and the names of fields are the same objects in all documents.
+        found = from_json(text, cache_strings="keys")
+    except ValueError:
+        found = deep_document(text)
+        if found is None:
+            raise
+    if not isinstance(found, dict):
+        raise ValueError("it is no object")  # noqa: TRY004 - a fault of the text
+    return cast("Doc", found)
 
 
 def dropped_writers(doc: Doc) -> Doc:

@@ -59,7 +59,7 @@ def error_of(status: int, body: bytes, *, what: str, retry_after: str | None = N
 def _message(body: bytes) -> str:
     try:
         return str(json.loads(body)["message"])[:_LONGEST_MESSAGE]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return body[:_LONGEST_MESSAGE].decode(errors="replace").strip()
 
 
@@ -67,5 +67,5 @@ def _field(body: bytes) -> str | None:
     """The first field that the server rejects, if it names one."""
     try:
         return str(json.loads(body)["details"]["causes"][0]["field"])
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None

@@ -133,7 +133,8 @@ class KubernetesStore(Store):
 
     async def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
         """See Store."""
-        body = {**found.document, "status": {**found.status, **fields}}
+        given = {field: found.document[field] for field in ("apiVersion", "kind", "metadata")}
+        body = {**given, "status": {**found.status, **fields}}
         with _errors_about(found.kind, found.key):
             await self._api.replace(self._path(found.kind, found.key, "status"), body)
 

@@ -28,9 +28,10 @@ from bkpool.core.errors import (
     Unauthenticated,
     Unavailable,
 )
-from bkpool.core.names import Key
+from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
 from bkpool.core.unreadable import Unreadable, UnreadableObject
+from bkpool.core.worker import Worker, new_worker
 from bkpool.kube import ClusterAccess, KubeApi, KubeLimits, client
 from bkpool.kube.errors import error_of
 from bkpool.store.kubernetes import KubernetesStore
@@ -399,6 +400,75 @@ async def test_an_unreadable_object_is_an_error_that_names_the_field(server, sto
     server.plays = [answers(200, a_pool(6, scaling={"max": -1}))]
     with pytest.raises(HostFault, match=r"default/p cannot be read: spec\.scaling\.max"):
         await store.get(Pool, "default", "p")
+
+
+# --- deep objects and answers of others -----------------------------------------------------------------------------
+
+
+def deep(levels: int, *, of: str = "x") -> str:
+    """A pool in which the field has so many levels. json.dumps cannot write them."""
+    doc = json.dumps(a_pool(6, "deep", resources={"buildkit": {of: "HERE"}}))
+    return doc.replace('"HERE"', '{"a":[' * (levels // 2) + '"}{"' + "]}" * (levels // 2))
+
+
+def sends(body: str) -> Play:
+    async def play(_request: web.Request) -> web.StreamResponse:
+        return web.Response(text=body, content_type="application/json")
+
+    return play
+
+
+@pytest.mark.parametrize("levels", [200, 400, 9000])
+async def test_an_object_that_is_too_deep_is_unreadable_and_hides_no_other(server, store, levels):
+    one, good = deep(levels), json.dumps(a_pool(7, "good"))
+    server.plays = [sends(f'{{"metadata":{{"resourceVersion":"9"}},"items":[{one},{good}]}}'), sends(one)]
+    listing = await store.list(Pool)
+    assert [pool.key.name for pool in listing.items] == ["good"]
+    assert [(found.key.name, found.version) for found in listing.unreadable] == [("deep", "6")]
+    assert "nested in more than" in listing.unreadable[0].reason
+
+    with pytest.raises(UnreadableObject, match="nested in more than"):
+        await store.get(Pool, "default", "deep")
+    with pytest.raises(UnreadableObject):
+        await store.replace(Pool.model_validate(a_pool(5, "deep")))
+
+    lines = [f'{{"type":"ADDED","object":{doc}}}\n'.encode() for doc in (one, good)]
+    server.plays = [streams(*lines, then="silence")]
+    async with asyncio.timeout(60), aclosing(store.watch(Pool, "5")) as watch:
+        seen = [(await anext(watch)).object for _ in range(2)]
+    assert [isinstance(found, Unreadable) for found in seen] == [True, False]
+
+
+async def test_an_object_that_the_parser_takes_can_be_written(server, store):
+    server.plays = [sends(deep(180))]
+    pool = await store.get(Pool, "default", "deep")
+    await store.replace(pool)
+
+
+async def test_a_worker_whose_status_is_too_deep_is_unreadable(server, store):
+    made = new_worker(Slot("default", "p", 0), Pool.model_validate(a_pool(6)), None, {}).to_json()
+    worker = json.dumps({**made, "status": None}).removesuffix("null}")
+    server.plays = [sends(worker + '{"a":' * 300 + "1" + "}" * 301)]
+    with pytest.raises(UnreadableObject, match="cannot be read: status"):
+        await store.get(Worker, "default", "p-worker-0")
+
+
+@pytest.mark.parametrize("body", ["<html>a balancer's apology</html>", '"ok"', "[1]", "{", "", "[" * 500])
+async def test_what_is_no_answer_of_an_api_server_is_unavailable(server, store, body):
+    server.plays = [sends(body)]
+    with pytest.raises(Unavailable, match="no answer of an API server"):
+        await store.list(Pool)
+    with pytest.raises(Unavailable, match="no answer of an API server"):
+        await store.get(Pool, "default", "p")
+
+
+async def test_json_that_is_no_list_or_no_event_is_unavailable_too(server, store):
+    server.plays = [answers(200, {"status": "ok"})]
+    with pytest.raises(Unavailable, match="no list"):
+        await store.list(Pool)
+    server.plays = [streams(b'{"status":"ok"}\n')]
+    with pytest.raises(Unavailable, match="no event"):
+        await taken(store, 1)
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bkpool.kube.deep_documents import TOO_DEEP
 from bkpool.kube.documents import document, dropped_writers, without_writers
 
 ODD = [
@@ -92,6 +93,19 @@ def test_what_is_not_certain_to_be_managed_fields_stays(doc):
 def test_they_are_found_at_the_end_of_an_object_too():
     doc = {"metadata": {"name": "x", "managedFields": written({})}}
     assert dropped_writers(document(sent(doc, is_sorted=False))) == plain(doc)
+
+
+@given(TEXT, st.integers(181, 300))
+def test_only_the_field_that_is_too_deep_becomes_a_text(name, levels):
+    raw = sent(custom(name, {}, "HERE"), is_sorted=True).replace(
+        b'"HERE"', b'[{"a":' * levels + b"1" + b"}]" * levels
+    )
+    whole = {**plain(custom(name, {}, {})), "spec": TOO_DEEP}
+    assert dropped_writers(document(raw)) == whole
+    assert document(b'{"type":"MODIFIED","object":' + raw + b"}\n") == {"type": "MODIFIED", "object": whole}
+    other = sent(custom("other", {}, name), is_sorted=True)
+    listing = document(b'{"items":[' + other + b"," + raw + b"," + other + b'],"metadata":{}}')
+    assert listing["items"] == [plain(custom("other", {}, name)), whole, plain(custom("other", {}, name))]
 
 
 def test_what_is_no_json_is_an_error():
