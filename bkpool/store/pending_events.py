@@ -22,6 +22,8 @@ MERGE_TIME = 30.0
 """Seconds between two writes for the same object and reason. A worker that is leased every second costs no more."""
 RATE, BURST = 20.0, 100
 """Writes a second in the long run, and at once. An API server takes some thousands."""
+_FEW = 64
+"""Entries of a heap that do not count any more and may stay in any case."""
 
 
 class Subject(NamedTuple):
@@ -39,6 +41,9 @@ class EventKey(NamedTuple):
 
     uid: str
     reason: str
+
+
+_Entry = tuple[float, int, EventKey]
 
 
 @dataclass(slots=True)
@@ -113,7 +118,7 @@ class PendingEvents:
         self._pending: OrderedDict[EventKey, PendingEvent] = OrderedDict()
         self._of_workers: OrderedDict[EventKey, None] = OrderedDict()
         """Those that can be counted in an event about their pool, the oldest first."""
-        self._due: tuple[list[tuple[float, int, EventKey]], ...] = ([], [])
+        self._due: tuple[list[_Entry], ...] = ([], [])
         """Heaps of the times from which they may be written: of warnings, and of the others."""
         self._entries: dict[EventKey, int] = {}
         """Which entry of a heap counts."""
@@ -183,12 +188,20 @@ class PendingEvents:
         due = max(now, self._written.get(event.key, now - self._merge_time) + self._merge_time)
         self._next_entry += 1
         self._entries[event.key] = self._next_entry
-        heapq.heappush(self._due[0 if event.warning else 1], (due, self._next_entry, event.key))
+        heap = self._due[0 if event.warning else 1]
+        heapq.heappush(heap, (due, self._next_entry, event.key))
+        if len(heap) > 2 * len(self._entries) + _FEW:  # while nothing is written, only the top would be looked at
+            heap[:] = [entry for entry in heap if self._counts(entry)]
+            heapq.heapify(heap)
+
+    def _counts(self, entry: _Entry) -> bool:
+        _, number, key = entry
+        return self._entries.get(key) == number
 
     def _forget_entries(self) -> None:
         """Takes the entries off the heaps that do not count any more."""
         for heap in self._due:
-            while heap and self._entries.get(heap[0][2]) != heap[0][1]:
+            while heap and not self._counts(heap[0]):
                 heapq.heappop(heap)
 
     def _remove(self, key: EventKey, now: float | None = None) -> PendingEvent:

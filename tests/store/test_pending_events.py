@@ -167,3 +167,13 @@ def test_no_event_is_lost_or_counted_twice_and_the_bounds_hold(recorded):
     assert sum(one.times for _, one in written) + pending.dropped == recorded_times
     assert pending.wait(now) is None
     assert len(pending) == 0
+
+
+def test_while_nothing_can_be_written_the_heaps_stay_as_small_as_what_waits():
+    """Events of workers are counted in those of their pool again and again, and nothing is taken out."""
+    pending = PendingEvents(most=50)
+    for number in range(5000):
+        pending.add(event(worker(number % 200), warning=number % 3 == 0), number)
+    assert sum(len(heap) for heap in pending._due) <= 2 * (2 * 50 + 64)
+    found = taken(pending, 5000, hurry=True)
+    assert sum(times for _, _, times in found) == 5000
