@@ -5,8 +5,6 @@ It has the leases that workers hold and those that they remember as ended. It ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from bkpool.core.names import Key
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndedLease, Worker
@@ -20,43 +18,42 @@ class LeaseIndex:
     """
 
     def __init__(self) -> None:
-        self._holders: dict[str, Worker | Unreadable] = {}
-        self._ended: dict[str, tuple[Key, EndedLease]] = {}
         self._workers: dict[Key, Worker | Unreadable] = {}
+        self._having: dict[str, tuple[Key, ...]] = {}
+        """The workers that hold or remember a lease, in order: almost always one. A copied worker is a second one."""
 
     def put(self, key: Key, worker: Worker | Unreadable | None) -> None:
         """Takes over a worker as it is now; None: it was deleted."""
-        before = self._workers.pop(key, None)
-        if before is not None:
-            self._forget(before)
-        if worker is None:
-            return
-        self._workers[key] = worker
-        if digest := _held_digest(worker):
-            self._holders[digest] = worker
-        self._ended.update((ended.token_sha256, (key, ended)) for ended in _ended_of(worker))
+        before, after = _digests(self._workers.pop(key, None)), _digests(worker)
+        if worker is not None:
+            self._workers[key] = worker
+        for digest in before - after:
+            self._set_having(digest, {*self._having[digest]} - {key})
+        for digest in after - before:
+            self._set_having(digest, {*self._having.get(digest, ()), key})
 
     def find(self, digest: str) -> Worker | Unreadable | EndedLease | None:
         """The worker that holds the lease with this token digest; else what is remembered of the lease's end."""
-        found = self._holders.get(digest)
-        if found is None and digest in self._ended:
-            _, ended = self._ended[digest]
-            return ended
-        return found
+        having = self._first(digest)
+        if having is None or _held_digest(having) == digest or not isinstance(having, Worker):
+            return having
+        return next(ended for ended in having.ended_leases if ended.token_sha256 == digest)
 
     def worker_of(self, digest: str) -> Key | None:
         """The worker that holds the lease with this token digest, or else remembers its end."""
-        if digest in self._holders:
-            return self._holders[digest].key
-        return self._ended[digest][0] if digest in self._ended else None
+        having = self._first(digest)
+        return having.key if having is not None else None
 
-    def _forget(self, worker: Worker | Unreadable) -> None:
-        digest = _held_digest(worker)
-        if self._holders.get(digest) is worker:
-            del self._holders[digest]
-        for ended in _ended_of(worker):
-            if ended.token_sha256 in self._ended and self._ended[ended.token_sha256][1] is ended:
-                del self._ended[ended.token_sha256]
+    def _first(self, digest: str) -> Worker | Unreadable | None:
+        """A worker that holds the lease, best one that can be read; else one that remembers its end."""
+        workers = [self._workers[key] for key in self._having.get(digest, ())]
+        return min(workers, key=lambda one: (_held_digest(one) != digest, isinstance(one, Unreadable)), default=None)
+
+    def _set_having(self, digest: str, workers: set[Key]) -> None:
+        if workers:
+            self._having[digest] = tuple(sorted(workers))
+        else:
+            del self._having[digest]
 
 
 def _held_digest(worker: Worker | Unreadable) -> str:
@@ -66,6 +63,9 @@ def _held_digest(worker: Worker | Unreadable) -> str:
     return worker.lease.token_sha256 if worker.lease is not None else ""
 
 
-def _ended_of(worker: Worker | Unreadable) -> Iterator[EndedLease]:
-    """The ended leases that a worker remembers. Of two with the same token the first counts, so it comes last."""
-    return reversed(worker.ended_leases) if isinstance(worker, Worker) else iter(())
+def _digests(worker: Worker | Unreadable | None) -> frozenset[str]:
+    """The digests of the tokens of all leases that a worker holds or remembers as ended."""
+    if worker is None:
+        return frozenset()
+    ended = worker.ended_leases if isinstance(worker, Worker) else ()
+    return frozenset({_held_digest(worker), *(one.token_sha256 for one in ended)}) - {""}

@@ -20,17 +20,26 @@ def unreadable(number, digest):
 
 def searched(workers, digest):
     """What a search through all workers finds."""
+    workers = sorted(workers, key=lambda one: one.key)
+    readable = [one for one in workers if isinstance(one, Worker)]
+    for one in readable:
+        if one.lease is not None and one.lease.token_sha256 == digest:
+            return one
     for one in workers:
         if isinstance(one, Unreadable) and one.of_lease("tokenSHA256") == digest:
             return one
-        if isinstance(one, Worker) and one.lease is not None and one.lease.token_sha256 == digest:
-            return one
-    readable = [one for one in workers if isinstance(one, Worker)]
     return next((past for one in readable for past in one.ended_leases if past.token_sha256 == digest), None)
 
 
-# A token belongs to one worker: its digest begins with the worker's number.
+# A token belongs to one worker: its digest begins with the worker's number. If somebody copies a worker, two have it.
 LEASES = st.integers(0, 4)
+COPIED = 4
+
+
+def digest_of(number, one):
+    return "copied" if one == COPIED else f"{number}/{one}"
+
+
 CHANGES = st.lists(
     st.tuples(
         st.integers(0, 3),
@@ -42,14 +51,14 @@ CHANGES = st.lists(
 
 
 def made(number, kind, held, past):
-    remembered = tuple(ended(f"{number}/{one}") for one in past)
+    remembered = tuple(ended(digest_of(number, one)) for one in past)
     if kind == "gone":
         return None
     if kind == "unreadable":
-        return unreadable(number, f"{number}/{held}")
+        return unreadable(number, digest_of(number, held))
     if kind == "free":
         return worker(number, ended=remembered)
-    return worker(number, lease(token_sha256=f"{number}/{held}" if kind == "leased" else ""), ended=remembered)
+    return worker(number, lease(token_sha256=digest_of(number, held) if kind == "leased" else ""), ended=remembered)
 
 
 @given(CHANGES)
@@ -62,7 +71,7 @@ def test_it_finds_what_a_search_through_all_workers_finds(changes):
         workers.pop(key, None)
         if one is not None:
             workers[key] = one
-        for digest in (f"{of}/{lease_number}" for of in range(4) for lease_number in range(5)):
+        for digest in {digest_of(of, one) for of in range(4) for one in range(5)}:
             found = searched(workers.values(), digest)
             assert index.find(digest) == found
             holder = workers.get(index.worker_of(digest))
@@ -76,7 +85,16 @@ def test_it_keeps_nothing_of_workers_that_are_gone(changes):
         index.put(worker(number).key, made(number, kind, held, past))
     for number in range(4):
         index.put(worker(number).key, None)
-    assert (index._holders, index._ended, index._workers) == ({}, {}, {})
+    assert (index._having, index._workers) == ({}, {})
+
+
+def test_a_copy_of_a_worker_that_goes_leaves_the_lease_of_the_worker():
+    index, live, copy = LeaseIndex(), worker(0, lease(token_sha256="d")), worker(1, lease(token_sha256="d"))
+    index.put(live.key, live)
+    index.put(copy.key, copy)
+    index.put(copy.key, None)
+    assert index.find("d") is live
+    assert index.worker_of("d") == live.key
 
 
 def test_a_lease_without_a_digest_is_not_found():
