@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Protocol
 
@@ -16,7 +16,9 @@ import structlog
 
 from bkpool.allocation.leases import LeaseService, lease_facts
 from bkpool.allocation.open_requests import OpenRequests
+from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Gone, NotFound
+from bkpool.core.unreadable import UnreadableObject
 from bkpool.core.worker import UNDELIVERED_RENEWAL, Worker
 
 log = structlog.get_logger(__name__)
@@ -29,7 +31,8 @@ _LOOK_INTERVAL = 0.1
 LONGEST_WAIT = 60.0
 """Seconds for which an answer may be on its way. After that nobody knows whether its caller got it."""
 _RETRY_DELAY = 1.0
-"""Seconds after which marks that could not be written are written again."""
+"""Seconds after which a mark that could not be written is written again; twice as long after each further failure."""
+_LONGEST_RETRY_DELAY = 60.0
 _AT_ONCE = 16
 """Writes at the same time."""
 
@@ -76,6 +79,7 @@ class _Answer:
 class _Mark:
     worker: Worker
     due_at: float
+    pauses: Backoff = field(default_factory=lambda: Backoff(_LONGEST_RETRY_DELAY, first=_RETRY_DELAY))
 
 
 class Deliveries:
@@ -187,18 +191,24 @@ class Deliveries:
             self.give_up(answer.worker)
 
     async def _write_marks(self, lease_ids: list[str]) -> None:
-        """Writes the marks of these leases: with SQLite in one transaction. A mark that fails is written later."""
+        """Writes the marks of these leases: with SQLite in one transaction. A mark that fails is written later.
+
+        It is given up if its worker cannot be read: nobody can write to it before somebody has repaired it.
+        """
         slots = asyncio.Semaphore(_AT_ONCE)
         errors: list[BkpoolError] = []
 
         async def write(lease_id: str) -> None:
             async with slots:
-                worker = self._marks[lease_id].worker
+                mark = self._marks[lease_id]
                 try:
-                    await self._leases.mark_delivered(worker)
+                    await self._leases.mark_delivered(mark.worker)
+                except UnreadableObject as error:
+                    errors.append(error)
+                    del self._marks[lease_id]
                 except BkpoolError as error:
                     errors.append(error)
-                    self._marks[lease_id] = _Mark(worker, self._waited + _RETRY_DELAY)
+                    self._marks[lease_id] = replace(mark, due_at=self._waited + mark.pauses.failed())
                 else:
                     del self._marks[lease_id]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,8 @@ from bkpool.core.durations import parse
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import PoolGateway
 from bkpool.core.reconcile.undelivered import LONGEST_STEP
-from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease
+from bkpool.core.unreadable import Unreadable, UnreadableObject
+from bkpool.core.worker import UNDELIVERED_LIFE, EndReason, Lease, Worker
 from bkpool.gateway.control.lease_registry import StoreLeaseRegistry
 from bkpool.gateway.session.lease_table import leases_of
 from support.world import ANN, POOL, WAIT, Replica, World, running_world
@@ -295,6 +297,40 @@ async def test_a_mark_that_cannot_be_written_is_written_later(world):
     api.leases.change = away_once
     fate.now = Delivery.TAKEN
     await world.until(lambda: live(world)[0].undelivered is None)
+
+
+async def test_a_mark_that_still_cannot_be_written_is_tried_ever_more_seldom(world):
+    await world.pool()
+    api = world.replicas[0]
+    change, tries = api.leases.change, []
+
+    async def away(*_args):
+        tries.append(api.allocator._deliveries._waited)
+        raise Unavailable("the store is away")
+
+    await answered(api, fate := Fate())
+    api.leases.change = away
+    fate.now = Delivery.TAKEN
+    await world.until(lambda: len(tries) >= 8)
+    api.leases.change = change
+    pauses = [round(later - earlier) for earlier, later in pairwise(tries)]
+    assert pauses[:7] == [1, 2, 4, 8, 16, 32, 60]
+
+
+async def test_the_mark_of_a_worker_that_cannot_be_read_is_given_up(world):
+    await world.pool()
+    api, tries = world.replicas[0], []
+
+    async def unreadable(worker, *_args):
+        tries.append(1)
+        raise UnreadableObject(Unreadable(Worker, worker.key, "spec.ended: cannot be read", {}))
+
+    await answered(api, fate := Fate())
+    api.leases.change = unreadable
+    fate.now = Delivery.TAKEN
+    await world.until(lambda: tries)
+    await world.until(lambda: api.allocator._deliveries._marking is None)
+    assert (len(tries), api.allocator._deliveries._marks) == (1, {})
 
 
 async def test_an_end_of_the_process_writes_the_marks_first(world):
