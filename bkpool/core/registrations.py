@@ -90,6 +90,10 @@ class SeenHeartbeats:
         named = self._named.get(key, {}).get(entry.lease_id, default)
         return max(named, self._absent.get(key, default), default)
 
+    def named_lately(self, key: Key, seconds: float) -> set[str]:
+        """The leases that a heartbeat has named so lately that no registration for them has expired by now."""
+        return {lease for lease, at in self._named.get(key, {}).items() if seconds - at < _LIFE / 2}
+
     def latest(self, key: Key) -> GatewayHeartbeat | None:
         """The heartbeat as it was looked at last."""
         return self._latest.get(key)
@@ -139,14 +143,18 @@ class SeenRegistrations:
         """Takes note of a gateway's heartbeat that may have changed, or was deleted.
 
         Returns:
-            The workers of which the gateway says another number of connections than before.
+            The workers that have another number of connections than before: the gateway says another one, or a
+            registration is renewed that had expired, so that its connections did not count.
         """
-        before = self._heartbeats.latest(key)
+        before, entries = self._heartbeats.latest(key), self._renewed_by.get(key, {})
+        live = self._heartbeats.named_lately(key, seconds)  # mostly all of many, and that is known quickly
+        expired = {name for name in entries if name.lease_id not in live and self._has_expired(name, seconds)}
         self._heartbeats.look(key, heartbeat, seconds, self._renewed_by)
         return {
             name.worker
-            for name, entry in self._renewed_by.get(key, {}).items()
+            for name, entry in entries.items()
             if connections_of(entry, heartbeat) != connections_of(entry, before)
+            or (name in expired and not self._has_expired(name, seconds))
         }
 
     def heartbeats_of(self, worker: Worker, lease_id: str) -> Mapping[Key, HeartbeatVersion | None]:
@@ -172,6 +180,10 @@ class SeenRegistrations:
         """How many connections the gateway of a registration has said last."""
         return self._heartbeats.connections(entry)
 
+    def _has_expired(self, key: RegistrationKey, seconds: float) -> bool:
+        renewed_at = self.renewed_at(key)
+        return renewed_at is not None and _life_left(renewed_at, seconds) <= timedelta(0)
+
     def _set_renewed_by(self, key: Key | None, name: RegistrationKey, entry: GatewayRegistration | None) -> None:
         if key is None:
             return
@@ -193,10 +205,15 @@ class _AtMoment:
         renewed_at = self.seen.renewed_at(key)
         if renewed_at is None:
             return default
-        return self.now + REGISTRATION_LIFE - timedelta(seconds=self.seconds - renewed_at)
+        return self.now + _life_left(renewed_at, self.seconds)
 
     def connections(self, entry: GatewayRegistration, /) -> int:
         return self.seen.connections(entry)
+
+
+def _life_left(renewed_at: float, seconds: float) -> timedelta:
+    """For how long a registration is valid that was renewed at this time; 0 or less: it has expired."""
+    return REGISTRATION_LIFE - timedelta(seconds=seconds - renewed_at)
 
 
 def live_registrations(

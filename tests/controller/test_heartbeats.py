@@ -36,7 +36,7 @@ def told(at: datetime, **leases: int) -> HeartbeatStatus:
     return HeartbeatStatus(renewed_at=at, leases=leases)
 
 
-async def registered(world, connections=1) -> Worker:
+async def registered(world, connections=1, *, release=True) -> Worker:
     """A lease with the registration of a gateway, which has a heartbeat, too."""
     await world.pool(scaling={"min": 1, "max": 1})
     grant = await world.replicas[0].allocate()
@@ -51,7 +51,8 @@ async def registered(world, connections=1) -> Worker:
     )
     await world.store.replace_status(stored.with_status(gateways=(entry,)))
     await world.until(lambda: world.held() and world.held()[0].status.gateways)
-    await world.replicas[0].leases.release(grant.token)
+    if release:
+        await world.replicas[0].leases.release(grant.token)
     return stored
 
 
@@ -103,6 +104,23 @@ async def test_the_connections_of_a_pool_follow_heartbeats(world):
     await world.until(lambda: shown() == 7)
     await world.store.replace_status(beat.but(status=told(world.clock() + timedelta(seconds=40))))
     await world.until(lambda: shown() == 0)
+
+
+async def test_connections_count_again_when_a_gateway_says_the_same_number_after_a_long_silence(world):
+    held = await registered(world, release=False)
+    status = told(world.clock() + timedelta(seconds=1), **{held.held_lease.id: 1})
+    beat = await world.store.create(GatewayHeartbeat(metadata=Metadata(name="g"), status=status))
+
+    def shown():
+        return world.replicas[0].mirror.pools[POOL].status.connections
+
+    await world.until(lambda: shown() == 1)
+    for _ in range(3):
+        await pass_time(world, LIFE)
+    await world.until(lambda: shown() == 0)
+    status = told(world.clock() + timedelta(seconds=1), **{held.held_lease.id: 1})
+    await world.store.replace_status(beat.but(status=status))
+    await world.until(lambda: shown() == 1)
 
 
 @pytest.fixture

@@ -33,6 +33,12 @@ _MOST_PARTS = 40
 INPUTS = PoolStatusInputs("tcp://gateway:1235")
 
 
+def registration(gateway: str, now: datetime) -> GatewayRegistration:
+    """Of the lease "one", with a heartbeat."""
+    heartbeat = f"default/{gateway}"
+    return GatewayRegistration(gateway=gateway, lease_id="one", renewed_at=now, connections=2, heartbeat=heartbeat)
+
+
 @st.composite
 def workers(draw: st.DrawFn, number: int, now: datetime) -> Worker:
     """Any worker of a slot."""
@@ -51,10 +57,7 @@ def workers(draw: st.DrawFn, number: int, now: datetime) -> Worker:
             token_sha256=draw(st.sampled_from(["", "digest"])),
             metadata=draw(st.sampled_from([{}, {"endWhenUnused": "true"}])),
         )
-    entries = [
-        GatewayRegistration(gateway=g, lease_id="one", renewed_at=now, connections=2, heartbeat=f"default/{g}")
-        for g in ("g", "h")
-    ]
+    entries = [registration(g, now) for g in "gh"]
     found = worker(
         number,
         held,
@@ -133,6 +136,13 @@ class Changes(RuleBasedStateMachine):
         self._put_daemon(
             slot, Observation(f"uid-{number}", DaemonState.READY, f"unix:///{number}", None, outdated=outdated)
         )
+
+    @rule(number=SLOTS, gateways=st.sampled_from(["g", "h", "gh"]))
+    def use(self, number: int, gateways: str) -> None:
+        """A worker with a lease that goes on, and with the registrations of these gateways."""
+        entries = tuple(registration(gateway, self.now) for gateway in gateways)
+        held = lease(id="one", now=self.now)
+        self._put_worker(Slot("default", "p", number), worker(number, held, phase=Phase.ALLOCATED, gateways=entries))
 
     @rule(number=SLOTS, data=st.data(), there=st.booleans())
     def change_daemon(self, number: int, data: st.DataObject, there: bool) -> None:
@@ -292,6 +302,21 @@ class Changes(RuleBasedStateMachine):
 
 Changes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_a_state_that_is_kept_by_its_changes_equals_one_from_scratch = Changes.TestCase
+
+
+@pytest.mark.parametrize("beat", [{"connections": 2, "there": True}, {"connections": None, "there": False}])
+@pytest.mark.parametrize("passed", [59, 60, 90])
+def test_a_registration_that_had_expired_counts_again_after_a_heartbeat(beat, passed):
+    """The gateway says the number of connections that it had said before."""
+    pools = Changes()
+    pools.start()
+    pools.beat("g", 2, there=True)
+    pools.use(0, "g")
+    for change in (lambda: None, lambda: pools.pass_time(passed), lambda: pools.beat("g", **beat)):
+        change()
+        pools.same_as_from_scratch()
+    pools.write_status()
+    assert pools.pool.status.connections == 2
 
 
 def test_a_worker_that_goes_while_the_spec_cannot_be_read_is_not_counted_afterwards():

@@ -211,6 +211,24 @@ def test_a_heartbeat_tells_of_which_workers_the_connections_have_changed(seen_en
     assert seen_entry._renewed_by == {}
 
 
+@pytest.mark.parametrize("beat", [heartbeat(80, lease=1), None])
+@pytest.mark.parametrize(
+    ("seconds", "changed"), [(20 + LIFE - 1, False), (20 + LIFE - 1e-7, True), (20 + LIFE, True)]
+)
+def test_a_heartbeat_tells_of_which_workers_a_registration_had_expired(seen_entry, beat, seconds, changed):
+    """The connections count again, although their number is the same. A time is as exact as a microsecond."""
+    entry, key = registered(heartbeat=str(BEAT), connections=1), released().key
+    seen_entry.look(key, released(entry), 0)
+    seen_entry.look_at_heartbeat(BEAT, heartbeat(20, lease=1), 20)
+    assert seen_entry.look_at_heartbeat(BEAT, beat, seconds) == ({key} if changed else set())
+    assert seen_entry.look_at_heartbeat(BEAT, beat, seconds) == set(), "it lives"
+
+
+def test_a_heartbeat_that_does_not_renew_an_expired_registration_tells_nothing(seen_entry):
+    seen_entry.look_at_heartbeat(BEAT, heartbeat(20), 20)
+    assert seen_entry.look_at_heartbeat(BEAT, heartbeat(100, other=1), 100) == set()
+
+
 @pytest.mark.parametrize(
     ("told", "connections"),
     [
