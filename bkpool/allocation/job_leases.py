@@ -84,8 +84,13 @@ class JobLeases:
                         await self._claimer.refresh(known)
                     return None
                 first = _delivered_or_only(live)
-            if first is not None and (worker := await self._stored(first, request)) is not None:
+            if first is None:
+                continue
+            if (worker := await self._stored(first)) is not None:
                 return worker
+            same = self._first(request)
+            if same is not None and same.held_lease.id == first.held_lease.id:  # this replica has not seen its end
+                await self._change_of(request, LONGEST_DELAY)
 
     async def is_first(self, claimed: Worker, request: Request) -> bool:
         """Whether a lease that this replica has claimed is the job's lease. If not, it must end before it is used.
@@ -118,12 +123,11 @@ class JobLeases:
             return False
         return newest.lease.ended(now) is None
 
-    async def _stored(self, leased: Worker, request: Request) -> Worker | None:
+    async def _stored(self, leased: Worker) -> Worker | None:
         """This worker as the store has it, with a token's digest; None if its lease is not live any more."""
         try:
             worker = await self._store.get(Worker, *leased.key)
         except NotFound:
-            await self._change_of(request, LONGEST_DELAY)
             return None
         except UnreadableObject as error:
             self._mirror.apply(error.found)

@@ -1,6 +1,7 @@
 """A cache of objects by key that only moves forward: an older version of an object never replaces a newer one.
 
-A list and a watch fill it, and a writer may add what it has just written. It does no I/O and knows no kind of object;
+A list and a watch fill it, and a writer may add what it has just written. A list of a lower version than what was
+reached replaces everything, because the store was restored from a backup. It does no I/O and knows no kind of object;
 bkpool.kube.reflector and bkpool.store.mirror feed it.
 """
 
@@ -34,14 +35,19 @@ class VersionedCache(Generic[K, T]):
         """Every change up to this version is known: an object that is older and not in `items` has been deleted."""
 
     def listed(self, objects: Iterable[T], version: int) -> list[T]:
-        """Takes over a complete list.
+        """Takes over a complete list. Lists and watches must not overlap in time.
 
         Args:
             objects: Everything that existed at that version.
             version: The version of the list.
         """
-        self.version = version
+        earlier, self.version = version < self.version, version
         listed = {self._key_of(obj): obj for obj in objects}
+        if earlier:  # the store is an earlier copy of itself: versions of before say nothing about those of now
+            lost = [obj for key, obj in self.items.items() if key not in listed]
+            self.items.clear()
+            self.items.update(listed)
+            return [*lost, *listed.values()]
         deleted = {
             key: obj for key, obj in self.items.items() if key not in listed and self._version_of(obj) <= version
         }

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from bkpool.allocation import job_leases
 from bkpool.core.claim_order import Request
 from bkpool.core.errors import Unavailable
 from bkpool.core.names import LABEL_REQUEST, Key
@@ -69,6 +70,33 @@ async def test_a_lease_that_has_ended_unseen_is_not_given_again(race):
     again = await lease_of(other)
     assert again.token != given.token
     assert await other.leases.lookup(again.token)
+
+
+async def test_a_lease_that_the_store_does_not_have_any_more_is_asked_for_seldom(race, monkeypatch):
+    """The store was restored from a backup: what it has is older than the copy, so the copy stays as it is."""
+    one = race.replicas[0]
+    given = await lease_of(one)
+    jobs, waited = one.allocator._jobs, []
+    request = Request(POOL, given.worker.metadata.labels[LABEL_REQUEST])
+    await race.known_to(one, given.worker)
+    get = race.store.get
+
+    async def before_the_lease(kind, *name):
+        worker = await get(kind, *name)
+        restored = worker.with_lease(None).but(metadata=worker.metadata.but(resource_version="1"))
+        return worker if waited else restored
+
+    async def no_change(_request, seconds):
+        waited.append(seconds)
+        return False
+
+    monkeypatch.setattr(race.store, "get", before_the_lease)
+    monkeypatch.setattr(jobs, "_change_of", no_change)
+    one.connection.calls.clear()
+    async with asyncio.timeout(60):
+        found = await jobs.find(request)
+    assert found.held_lease.id == given.worker.held_lease.id
+    assert (one.connection.calls, waited) == (["get", "get"], [job_leases.LONGEST_DELAY])
 
 
 async def test_a_replica_whose_watch_is_silent_asks_the_store_and_gives_up_its_claim(race):

@@ -63,6 +63,17 @@ def test_a_list_removes_what_is_not_in_it_but_not_what_is_newer():
     assert cache.items == {"b": Thing("b", 9)}
 
 
+def test_a_list_that_is_older_than_what_was_reached_replaces_everything():
+    """The store was restored from a backup, and gives the same versions again to other changes."""
+    cache = a_cache(Thing("a", 5, uid=1), Thing("b", 3), version=5)
+    cache.event("ADDED", Thing("c", 8))
+    cache.applied(Thing("d", 9))
+    restored = [Thing("a", 4, uid=2), Thing("b", 3)]
+    assert cache.listed(restored, 6) == [Thing("c", 8), Thing("d", 9), *restored]
+    assert cache.items == {"a": Thing("a", 4, uid=2), "b": Thing("b", 3)}
+    assert cache.event("MODIFIED", Thing("a", 7)) == [Thing("a", 7)], "and it goes on from there"
+
+
 def test_a_list_with_nothing_new_reports_nothing():
     cache = a_cache(Thing("a", 1), version=2)
     assert cache.listed([Thing("a", 1)], 8) == []
