@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -19,7 +20,7 @@ import structlog
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.backoff import Backoff
 from bkpool.core.claim_order import ClaimOrder, Request
-from bkpool.core.errors import BkpoolError, DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
+from bkpool.core.errors import DiskFull, Forbidden, Gone, NotFound, Unauthenticated, Unavailable
 from bkpool.core.lease_index import LeaseIndex
 from bkpool.core.names import Key, Slot
 from bkpool.core.pool import Pool
@@ -32,6 +33,7 @@ from bkpool.core.worker import Worker
 from bkpool.kube.list_and_watch import list_and_watch
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.heartbeats import Heartbeats
+from bkpool.store.troubles import Followed, Troubles
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +42,6 @@ _TRANSIENT = (Gone, Unavailable, DiskFull)
 _TRANSIENT_ONCE_LISTED = (*_TRANSIENT, Forbidden, Unauthenticated, NotFound)
 """An API server that has just restarted may refuse requests, or not know bkpool's kinds, until it has loaded its
 roles and custom resource definitions."""
-_UNLISTED = "the store has not been read yet"
 
 
 class _Copy(Generic[R]):
@@ -112,43 +113,8 @@ def _version_of(found: Resource | Unreadable) -> int:
     return int(found.version if isinstance(found, Unreadable) else found.metadata.resource_version or 0)
 
 
-_Followed = tuple[type[Resource], str | None]
-"""A kind in a scope."""
-
-
 def _where(scope: str | None) -> dict[str, str]:
     return {} if scope is None else {"namespace": scope}
-
-
-class _Troubles:
-    """Why parts of the copy may be out of date."""
-
-    def __init__(self, followed: Iterable[_Followed]) -> None:
-        self.unlisted = set(followed)
-        """What was never listed."""
-        self._all = frozenset(self.unlisted)
-        self._found: dict[_Followed, BkpoolError] = {}
-
-    @property
-    def worst(self) -> str | None:
-        """A reason why everything may be out of date. A right that is missing in some namespaces is none."""
-        wide = (error.message for followed, error in self._found.items() if self._is_wide(followed, error))
-        return next(wide, _UNLISTED if self.unlisted else None)
-
-    def listed(self, followed: _Followed) -> bool:
-        """Notes that this is up to date. Returns whether it was not."""
-        self.unlisted.discard(followed)
-        return self._found.pop(followed, None) is not None
-
-    def note(self, followed: _Followed, error: BkpoolError) -> None:
-        """Notes why this may be out of date."""
-        self._found[followed] = error
-
-    def _is_wide(self, followed: _Followed, error: BkpoolError) -> bool:
-        kind, _ = followed
-        return not isinstance(error, Forbidden) or all(
-            isinstance(self._found.get(other), Forbidden) for other in self._all if other[0] is kind
-        )
 
 
 class _AllOf:
@@ -179,6 +145,7 @@ class Mirror:
         pause: Waits that many seconds before the store is asked again.
         jitter: Returns a number from 0 to 1: how much of the longest allowed pause is waited, so that replicas spread
             out.
+        seconds: Monotonic time.
     """
 
     def __init__(
@@ -189,6 +156,7 @@ class Mirror:
         heartbeats: bool = False,
         pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._pause = pause
@@ -211,7 +179,7 @@ class Mirror:
         if not heartbeats:
             self.heartbeats.answered.set()
         followed: tuple[type[Resource], ...] = (Pool, Worker, *((OIDCConfig,) if configs else ()))
-        self._troubles = _Troubles((kind, scope) for kind in followed for scope in store.scopes(kind))
+        self._troubles = Troubles(((kind, scope) for kind in followed for scope in store.scopes(kind)), seconds)
         self.pools = self._pools.readable
         self.workers = self._workers.readable
         self.configs = self._configs.readable
@@ -225,7 +193,8 @@ class Mirror:
     def trouble(self) -> str | None:
         """Why the copy may be out of date: not listed yet, or the store cannot be reached. None: it is up to date.
 
-        One namespace that may not be read any more is no reason: its pools alone stand still.
+        One namespace that may not be read any more is no reason: its pools alone stand still. Nor are issuers for a
+        minute.
         """
         return self._troubles.worst
 
@@ -340,13 +309,14 @@ class Mirror:
         for request in requests:
             self._claim_subscribers.notify(request)
 
-    def _note_failure(self, followed: _Followed, error: Exception, seconds: float) -> bool:
+    def _note_failure(self, followed: Followed, error: Exception, seconds: float) -> bool:
         """Notes and logs a failure that may pass. Returns whether to try again: any other failure ends the mirror."""
         kind, scope = followed
         passing = _TRANSIENT if followed in self._troubles.unlisted else _TRANSIENT_ONCE_LISTED
         if not isinstance(error, passing):
             return False
-        self._troubles.note(followed, error)
+        if seconds:  # else it is listed again at once: the copy is as good as with a watch that is a little late
+            self._troubles.note(followed, error)
         log.warning(
             "mirror.interrupted", kind=kind.KIND, **_where(scope), reason=error.message, again_in=round(seconds, 3)
         )

@@ -19,6 +19,7 @@ from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.lease_search import LeaseSearch
 from bkpool.store.mirror import Mirror
+from bkpool.store.troubles import ISSUERS_HOLD
 
 OURS, OTHERS, SYSTEM = "ours", "others", "system"
 INSTALLATION = StoreBounds.of_installation((OURS, "too"), SYSTEM)
@@ -232,6 +233,20 @@ async def test_a_namespace_that_may_not_be_read_any_more_does_not_stop_the_other
         await server.until(lambda: len(server.params("list", path("too", Pool.PLURAL))) > refused)
         assert mirror.trouble is None, "the pools of one namespace alone stand still"
         assert set(mirror.pools) == {mine.key, theirs.key}, "and stay as they were"
+
+
+async def test_issuers_that_are_interrupted_for_a_short_time_refuse_nobody(server):
+    now = 0.0
+    issuers = path(SYSTEM, OIDCConfig.PLURAL)
+    async with followed(server, INSTALLATION, configs=True, seconds=lambda: now) as mirror:
+        await server.until(lambda: len(server.places("watch")) == 7)
+        server.faults[issuers] = Unavailable("away")
+        server.cut.set()
+        await server.until(lambda: len(server.params("list", issuers)) == 3)
+        server.cut.clear()
+        await server.until(lambda: mirror.trouble is None)
+        now = ISSUERS_HOLD
+        assert mirror.trouble == "away"
 
 
 async def test_a_search_for_a_lease_leaves_out_a_namespace_that_may_not_be_read(server):
