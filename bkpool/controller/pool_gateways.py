@@ -136,7 +136,7 @@ class PoolGateways:
     async def run(self) -> None:
         """Runs until cancelled. When it is run again, it begins without any knowledge of the cluster."""
         await self._mirror.ready.wait()
-        await self._mirror.heartbeats.answered.wait()  # so that no gateway loses a right for a moment
+        await self._mirror.heartbeats.until_known()  # so that no gateway loses a right for a moment
         subscriptions = ExitStack()
         subscriptions.callback(self._mirror.heartbeats.on_followed(self._rights.look_again))
         subscriptions.callback(self._mirror.heartbeats.on_followed(self._apply_all))

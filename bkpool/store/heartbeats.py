@@ -33,6 +33,8 @@ _SOON = 5.0
 _LASTS = 20.0
 """Seconds for which what was followed must be refused without interruption until it counts. An API server that
 restarts, or is weak, refuses for a moment. Two changes of the rights of all gateways would only burden it more."""
+_KNOWN_WITHIN = 30.0
+"""Seconds for which work waits for the first answer. A request takes 15 at most, and is repeated."""
 _RELIED_ON = 120.0
 """Seconds for which gateways may rely on heartbeats that this process may not read any more: 60 s until no gateway
 may write them, and 50 s for which a gateway relies on one."""
@@ -80,6 +82,14 @@ class Heartbeats:
         async with asyncio.TaskGroup() as tasks:
             for scope in self._caches:
                 tasks.create_task(self._follow(scope))
+
+    async def until_known(self) -> None:
+        """Waits for `answered`, but not for ever: without an answer heartbeats count as not followed for now."""
+        try:
+            async with asyncio.timeout(_KNOWN_WITHIN):
+                await self.answered.wait()
+        except TimeoutError:
+            log.warning("heartbeats.not_known", after_seconds=_KNOWN_WITHIN)
 
     def followed_in(self, namespace: str) -> bool:
         """Whether this process sees the heartbeats of a namespace. Where it does not, no gateway must rely on one."""
@@ -145,9 +155,12 @@ class Heartbeats:
         def goes_on(error: Exception, _seconds: float) -> bool:
             if isinstance(error, _REFUSED):
                 self._note_refusal(scope, error.message)
-            else:
-                self._refused_since.pop(scope, None)
-            return isinstance(error, (*_REFUSED, *_TRANSIENT))
+                return True
+            self._refused_since.pop(scope, None)
+            if isinstance(error, _TRANSIENT):
+                log.warning("heartbeats.interrupted", **_where(scope), reason=error.message)
+                return True
+            return False
 
         async def pause(seconds: float) -> None:
             await self._pause(min(seconds, _SOON) if scope in self._followed else seconds)
@@ -161,8 +174,7 @@ class Heartbeats:
         if scope in self._followed and now - since < _LASTS:
             return
         if scope in self._followed or scope not in self._asked:
-            where = {} if scope is None else {"namespace": scope}
-            log.info("heartbeats.not_followed", **where, reason=reason)
+            log.info("heartbeats.not_followed", **_where(scope), reason=reason)
         self._note(scope, followed=False)
 
     def _note(self, scope: str | None, *, followed: bool) -> None:
@@ -197,6 +209,10 @@ class Heartbeats:
             else:
                 self._gateways.pop(found.key, None)
             self._subscribers.notify(found.key)
+
+
+def _where(scope: str | None) -> dict[str, str]:
+    return {} if scope is None else {"namespace": scope}
 
 
 def _empty_cache() -> _Cache:

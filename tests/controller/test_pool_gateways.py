@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from bkpool.controller import gateway_rights, pool_gateways
 from bkpool.controller.pool_gateways import PoolGateways
@@ -29,7 +30,7 @@ from bkpool.pki.authority import Authority, expires_at, has_name
 from bkpool.pki.bundle import ClusterSecrets
 from bkpool.pki.pool_authority import PoolAuthorities
 from bkpool.pki.rotation import Former
-from bkpool.store import Listing, WatchEvent
+from bkpool.store import Listing, WatchEvent, heartbeats
 from bkpool.store.events import LogRecorder
 from bkpool.store.mirror import Mirror
 from support.no_store import NoStore
@@ -268,6 +269,21 @@ async def test_a_gateway_gets_the_right_to_write_heartbeats_when_the_controller_
         await cluster.until(lambda: "buildkitgateways" in rights())
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_pool_gets_its_gateway_although_heartbeats_are_never_answered(cluster, monkeypatch):
+    """It gets the right to write them when they are."""
+    monkeypatch.setattr(heartbeats, "_KNOWN_WITHIN", 0.01)
+    mirror = Mirror(NoStore(), heartbeats=True)
+    mirror.ready.set()
+    mirror.apply(a_pool())
+    with capture_logs() as logs:
+        async with running(cluster, mirror) as gateways:
+            await settled(cluster, gateways)
+            assert not may_write_heartbeats(cluster)
+            mirror.heartbeats._note(None, followed=True)
+            await cluster.until(lambda: may_write_heartbeats(cluster))
+    assert "heartbeats.not_known" in [line["event"] for line in logs]
 
 
 @asynccontextmanager

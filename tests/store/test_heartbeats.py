@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from bkpool.core.errors import Forbidden, NotFound, Unavailable
 from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatStatus, HeartbeatVersion
@@ -278,3 +279,20 @@ async def test_a_store_that_does_not_answer_confirms_nothing(store):
     wire.refusal = Unavailable("away")
     with pytest.raises(Unavailable):
         await Heartbeats(wire).is_still(KEY, ABSENT)
+
+
+async def test_it_is_said_that_the_store_does_not_answer(store):
+    wire, asked = Refusing(store), asyncio.Event()
+    wire.refusal = Unavailable("the server is weak")
+
+    async def pause(_seconds):
+        asked.set()
+        await asyncio.Event().wait()
+
+    with capture_logs() as logs:
+        task = asyncio.create_task(Heartbeats(wire, pause=pause).run())
+        async with asyncio.timeout(60):
+            await asked.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [(line["event"], line["reason"]) for line in logs] == [("heartbeats.interrupted", "the server is weak")]
