@@ -260,8 +260,8 @@ class Changes(RuleBasedStateMachine):
             assert plan.unfinished or not self.state.expects_more
             for action in plan.actions:
                 (creates if isinstance(action, CreateWorker) else steps)[slot_of_action(action)] = action
-            if not plan.unfinished:
-                break
+            if not plan.unfinished or any(isinstance(action, CreateWorker) for action in plan.actions):
+                break  # the next one decides again what was not carried out
         steps = dict(sorted(steps.items()))
         assert not plan.unfinished or len(creates) == self.at_most, "nobody creates the first ones here"
         return Plan((*steps.values(), *creates.values()), plan.wake_at)
@@ -317,6 +317,22 @@ def test_a_registration_that_had_expired_counts_again_after_a_heartbeat(beat, pa
         pools.same_as_from_scratch()
     pools.write_status()
     assert pools.pool.status.connections == 2
+
+
+def test_each_plan_is_compared_from_its_first_part():
+    """A plan in parts that waits for workers to be created begins anew after the part that creates some."""
+    pools = Changes()
+    pools.start()
+    pools.settle(1, used=None, outdated=True)
+    pools.same_as_from_scratch()
+    pools.change_parts(1)
+    pools.same_as_from_scratch()
+    pools._put_daemon(slot(0), Observation("uid-0", DaemonState.STARTING, "unix:///0", "pool-uid"))
+    pools.same_as_from_scratch()
+    pools.change_spec(least=3, most=6, reuse="never", marks={}, at_once=False)
+    pools.same_as_from_scratch()
+    pools.change_parts(None)
+    pools.same_as_from_scratch()
 
 
 def test_a_worker_that_goes_while_the_spec_cannot_be_read_is_not_counted_afterwards():
