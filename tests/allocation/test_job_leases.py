@@ -204,8 +204,7 @@ async def test_requests_that_wait_for_the_replicas_of_two_claims_share_lists_tha
     twin = lease.but(id="twin", undelivered=Undelivered(replica="dead"), token_sha256="t")
     labels = {**second.metadata.labels, LABEL_REQUEST: given.metadata.labels[LABEL_REQUEST]}
     second = await race.store.replace(second.but(metadata=second.metadata.but(labels=labels)).with_lease(twin))
-    first = await race.store.get(Worker, *given.key)
-    await race.store.replace(first.with_lease(lease.but(undelivered=Undelivered(replica="dead"))))
+    await one.leases.change(given, lambda lease: lease.but(undelivered=Undelivered(replica="dead")))
     jobs, waited = other.allocator._jobs, []
     request = Request(POOL, given.metadata.labels[LABEL_REQUEST])
     monkeypatch.setattr(jobs, "_first", lambda _request: None)

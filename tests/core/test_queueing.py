@@ -92,7 +92,7 @@ NUMBERS = st.integers(0, 5)
 
 
 def keys_of(tenant):
-    """The keys of a tenant's requests. No other tenant has one of them: a key is made of the caller and their jobId."""
+    """The keys of a tenant's requests. No other tenant has one of them: a key has the digest of its caller."""
     return st.none() | st.sampled_from([f"key-{number} of {tenant}" for number in (1, 2, 3)])
 
 
