@@ -269,13 +269,16 @@ class CountedStore:
         self.may_continue = asyncio.Event()
         self.error = None
 
-    async def list(self, kind):
+    def scopes(self, kind):
+        return self._store.scopes(kind)
+
+    async def list(self, kind, *, namespace=None):
         self.lists += 1
         self.started.set()
         await self.may_continue.wait()
         if self.error is not None:
             raise self.error
-        return await self._store.list(kind)
+        return await self._store.list(kind, namespace=namespace)
 
 
 @pytest.fixture
