@@ -78,7 +78,8 @@ async def test_a_lease_that_the_store_does_not_have_any_more_is_asked_for_seldom
     given = await lease_of(one)
     jobs, waited = one.allocator._jobs, []
     request = Request(POOL, given.worker.metadata.labels[LABEL_REQUEST])
-    await race.known_to(one, given.worker)
+    key = given.worker.key
+    await race.known_to(one, given.worker, lambda: one.mirror.workers[key].undelivered is None)
     get = race.store.get
 
     async def before_the_lease(kind, *name):
