@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -394,11 +395,13 @@ def test_a_worker_ends_with_its_connection(in_network):
 
 def test_nothing_is_left_whenever_it_is_killed(in_network, tmp_path):
     in_network("pass")  # so that its files are there
-    command = in_network.command("import time; time.sleep(60)")
+    command, nowhere = in_network.command("import time; time.sleep(60)"), subprocess.DEVNULL
     for milliseconds in range(0, 120, 8):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        with subprocess.Popen(command, stdout=nowhere, stderr=nowhere, start_new_session=True) as started:
             select.select([], [], [], milliseconds / 1000)
-            started.kill()
+            # The whole group, as bkpool does. `unshare` alone can be killed between its fork and the child's wish to
+            # be killed with it.
+            os.killpg(started.pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
     while (left := traces(tmp_path)) and time.monotonic() < deadline:
         select.select([], [], [], 0.02)
