@@ -22,8 +22,9 @@ from bkpool.allocation.deliveries import Deliveries
 from bkpool.allocation.job_leases import JobLeases
 from bkpool.allocation.keys_ahead import KeysAhead
 from bkpool.allocation.known_caches import KnownCaches, ReportedCaches
-from bkpool.allocation.known_objects import find_lending_pool, known_worker
-from bkpool.allocation.leases import LeaseService, lease_duration, lease_over
+from bkpool.allocation.known_objects import find_lending_pool
+from bkpool.allocation.leased_workers import LeasedWorkers
+from bkpool.allocation.leases import LeaseService, lease_duration
 from bkpool.allocation.orders import AllocationRequest, Grant, MayStill, Offer, Order, StoreAsked, may_always
 from bkpool.allocation.pool_queues import PoolQueues
 from bkpool.allocation.presence import Answers, Presence, as_stored
@@ -32,10 +33,10 @@ from bkpool.core import tokens
 from bkpool.core.cache_owner import cache_owner_digest
 from bkpool.core.caller_share import most_waiting
 from bkpool.core.claim_order import Request
-from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable, WorkerFailed
+from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.queueing import Target
-from bkpool.core.worker import EndReason, Lease, Worker
+from bkpool.core.worker import Lease, Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.rotation import Rotation
@@ -100,6 +101,7 @@ class Allocator:
         self._max_waiters = max_waiters
         self._queues = PoolQueues(mirror, self._caches, now, max_waiters, on_waiting)
         self._presence = Presence(store, mirror, now, answers)
+        self._workers = LeasedWorkers(mirror, self._presence)
         self._leases = leases
         self._replica = f"{replica}/{uuid.uuid4().hex[:8]}"  # after a start it is another one
         self._abandoner = Abandoner(leases)
@@ -111,12 +113,12 @@ class Allocator:
         self._pause = pause
         self._jitter = jitter
         self._keys = KeysAhead()
-        self._changed: dict[Key, asyncio.Event] = {}
         self._unsubscribe = mirror.subscribe(self._on_change)
 
     async def close(self) -> None:
         """Stops listening, and waits until everything that callers left behind is undone."""
         self._unsubscribe()
+        self._workers.close()
         self._queues.close()
         self._jobs.close()
         self._caches.close()
@@ -176,7 +178,7 @@ class Allocator:
             async with asyncio.timeout(seconds):
                 while True:
                     worker = await self._find_or_make_lease(order)
-                    ready = await self._until_ready(worker)
+                    ready = await self._workers.until_ready(worker)
                     if ready is not None:
                         worker = None
                         return ready
@@ -318,34 +320,6 @@ class Allocator:
 
     # --- the answer -------------------------------------------------------------------------------------------------
 
-    async def _until_ready(self, worker: Worker) -> Worker | None:
-        """Waits until the leased worker is ready. An idle one is ready at once; the controller starts any other.
-
-        Returns:
-            The worker; None if the lease was made by another request of the same job, which gave it up.
-
-        Raises:
-            WorkerFailed: The lease has ended.
-            Gone: It was revoked.
-            UnreadableObject: The worker cannot be read any more.
-        """
-        while True:
-            event = self._changed.setdefault(worker.pool, asyncio.Event())
-            current = known_worker(self._mirror, worker.key)
-            ended = _ended_lease(current, worker.held_lease)
-            if ended is not None:
-                if ended.end_reason is EndReason.ABANDONED:
-                    return None
-                if ended.end_reason is EndReason.REVOKED:
-                    raise lease_over(EndReason.REVOKED, ended.end_message)
-                raise WorkerFailed(
-                    f"{worker.key.name} did not start: {ended.end_message or 'its lease ended before it was ready'}",
-                    hint=f"Look at `bkpool logs {worker.key.name}`, and run `bkpool doctor`.",
-                )
-            if current and current.routable_endpoint is not None and await self._presence.of(current):
-                return current
-            await event.wait()
-
     def _grant(self, worker: Worker, csr_pem: bytes | None) -> Grant:
         lease = worker.held_lease
         token = self._claimer.token(worker)
@@ -373,11 +347,7 @@ class Allocator:
         return no_worker.none_free(self._mirror, order.caller, request.pool, request.wait, self._now())
 
     def _on_change(self, change: MirrorChange) -> None:
-        pool = change.pool
-        event = self._changed.pop(pool, None)
-        if event is not None:
-            event.set()
-        self._queues.serve(pool)
+        self._queues.serve(change.pool)
 
 
 def _cache_owner(order: Order, lease_id: str) -> str:
@@ -385,13 +355,3 @@ def _cache_owner(order: Order, lease_id: str) -> str:
     return cache_owner_digest(
         spec.reuse, order.caller.tenant, pool.uid, lease_id, keep_history=spec.cache.keep_history
     )
-
-
-def _ended_lease(worker: Worker | None, lease: Lease) -> Lease | None:
-    """The lease with the reason for its end, as its worker remembers it; None while it runs."""
-    if worker is None:
-        return lease.but(end_message="the worker was removed while it was being prepared")
-    if worker.lease is not None and worker.lease.id == lease.id:
-        return worker.lease.but(end_message=worker.lease_end_message) if worker.lease.ended_at is not None else None
-    past = next((ended for ended in worker.ended_leases if ended.token_sha256 == lease.token_sha256), None)
-    return lease.but(end_reason=past.reason, end_message=past.message_with_log) if past else lease

@@ -377,13 +377,13 @@ async def test_a_worker_that_is_not_ready_in_time_is_released(world, monkeypatch
     await world.pool()
     world.runtime.may_start.clear()
     api, waits = world.replicas[0], asyncio.Event()
-    until_ready = api.allocator._until_ready
+    until_ready = api.allocator._workers.until_ready
 
     async def noted(worker):
         waits.set()
         return await until_ready(worker)
 
-    monkeypatch.setattr(api.allocator, "_until_ready", noted)
+    monkeypatch.setattr(api.allocator._workers, "until_ready", noted)
     waiting = asyncio.create_task(api.allocate())
     await waits.wait()
     skip_real_time()
