@@ -24,6 +24,11 @@ from bkpool.workers import Daemons
 
 log = structlog.get_logger(__name__)
 
+_OLD_DEFINITION = (
+    "The definition of BuildKitWorkers in the cluster is too old for `spec.ended`: each lease costs one more write. "
+    "Apply this version's manifests."
+)
+
 
 class LeaseEnds:
     """Ends leases.
@@ -89,7 +94,7 @@ class LeaseEnds:
         kept = any(past.token_sha256 == ended.token_sha256 for past in worker.spec.ended)
         if kept or worker.metadata.deletion_timestamp is not None:
             return worker
-        log.warning("worker.old_definition", worker=str(worker.key), hint="Apply this version's manifests.")
+        log.warning("worker.old_definition", worker=str(worker.key), hint=_OLD_DEFINITION)
         remembered = with_lease_remembered(worker, ended, self._now())
         spec = remembered.spec
         return await self._store.replace_status(

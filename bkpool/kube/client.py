@@ -17,7 +17,7 @@ from aiohttp.http import HttpProcessingError
 
 from bkpool.core.errors import HostFault, Unavailable
 from bkpool.kube.access import ClusterAccess
-from bkpool.kube.documents import Doc, document, dropped_writers
+from bkpool.kube.documents import Doc, document, without_managed_fields
 from bkpool.kube.errors import error_of
 from bkpool.kube.limits import KubeLimits
 
@@ -145,7 +145,7 @@ class KubeApi:
             # The items of a list do not carry their kind.
             kind, version = str(listing.get("kind", "")).removesuffix("List"), listing.get("apiVersion")
             found = listing.get("items") or []
-            items += [{"apiVersion": version, "kind": kind, **dropped_writers(item)} for item in found]
+            items += [{"apiVersion": version, "kind": kind, **without_managed_fields(item)} for item in found]
             metadata = listing.get("metadata")
             if not isinstance(metadata, dict) or "resourceVersion" not in metadata:
                 raise _no_answer(f"GET {path}", "it is no list")
@@ -179,7 +179,7 @@ class KubeApi:
                         if event["type"] == "ERROR":
                             status = event["object"]
                             raise error_of(status.get("code", 500), json.dumps(status).encode(), what=f"watch {path}")
-                        dropped_writers(event["object"])
+                        without_managed_fields(event["object"])
                         yield event
                 finally:
                     # A watch is mostly closed in the middle. An orderly TLS shutdown would outlive the event loop.
@@ -198,7 +198,7 @@ class KubeApi:
             found = document(raw)
         except ValueError as error:
             raise _no_answer(f"{method} {path}", str(error)) from None
-        return dropped_writers(found) if isinstance(found.get("metadata"), dict) else found
+        return without_managed_fields(found) if isinstance(found.get("metadata"), dict) else found
 
     async def _request(
         self, method: str, path: str, params: Mapping[str, str], body: object, content_type: str

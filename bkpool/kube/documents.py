@@ -25,7 +25,7 @@ def document(raw: bytes) -> Doc:
     Raises:
         ValueError: It is no object in JSON.
     """
-    text = without_writers(raw)
+    text = text_without_managed_fields(raw)
     try:
         # Half the time of json.loads, and the names of fields are the same objects in all documents.
         found = from_json(text, cache_strings="keys")
@@ -38,13 +38,13 @@ def document(raw: bytes) -> Doc:
     return cast("Doc", found)
 
 
-def dropped_writers(doc: Doc) -> Doc:
-    """The object without what `without_writers` may have left, because the server has written it in another way."""
+def without_managed_fields(doc: Doc) -> Doc:
+    """The object without managedFields: `text_without_managed_fields` leaves those that look otherwise."""
     doc["metadata"].pop("managedFields", None)
     return doc
 
 
-def without_writers(raw: bytes) -> bytes:
+def text_without_managed_fields(raw: bytes) -> bytes:
     """The text without the managedFields of its objects. What is not certain to be them stays."""
     if _BEGIN not in raw:
         return raw

@@ -16,8 +16,8 @@ from uuid import uuid4
 
 import structlog
 
-from bkpool.core.errors import BkpoolError, InvalidInput, NotFound, Unavailable
-from bkpool.core.names import API_VERSION, GROUP
+from bkpool.core.errors import BkpoolError, Forbidden, InvalidInput, NotFound, Unavailable
+from bkpool.core.names import API_VERSION, GROUP, Key
 from bkpool.core.resource import Resource
 from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.times import micro
@@ -38,6 +38,16 @@ CLOSE_TIMEOUT = 2.0
 """Seconds in which `close` writes what still waits."""
 _LONGEST_NOTE, _LONGEST_REASON = 1024, 128  # characters: the API's own limits (events.k8s.io/v1)
 _API = "events.k8s.io/v1"
+
+_TOO_MANY = (
+    "Leases go on; only Events are missing. If `events.not_written` was logged before, the API server does not take "
+    "them. Else `kubectl get events -A` shows what happens so often."
+)
+_WAITING = "Nothing to do if the API server is back soon: the events wait, and `events.written_again` tells when."
+_FORBIDDEN = (
+    "Leases go on; only Events are missing. Apply this version's manifests: they give the right to write them."
+)
+_REFUSED = "Leases go on; this Event is missing. If it happens often, report it as a fault of bkpool."
 
 
 class Recorder(Protocol):
@@ -114,8 +124,8 @@ class KubernetesRecorder(Recorder):
         event = pending_event(about, reason[:_LONGEST_REASON], message, warning=warning, at=self._now())
         before = self._pending.dropped
         self._pending.add(event, self._clock())
-        if self._pending.dropped > before and not self._told_of_flood:
-            log.warning("events.too_many", waiting=len(self._pending))  # how many are left out is told at the end
+        if self._pending.dropped > before and not self._told_of_flood:  # how many are left out is told at the end
+            log.warning("events.too_many", waiting=len(self._pending), hint=_TOO_MANY)
             self._told_of_flood = True
         self._recorded.set()
 
@@ -185,7 +195,8 @@ class KubernetesRecorder(Recorder):
 
     def _note_trouble(self, event: PendingEvent, error: BkpoolError) -> None:
         if error.message != self._trouble:  # once, and not for each of them
-            log.warning("events.not_written", object=event.about.name, reason=event.reason, error=error.message)
+            about, hint = str(Key(event.about.namespace, event.about.name)), _hint(error)
+            log.warning("events.not_written", object=about, reason=event.reason, error=error.message, hint=hint)
         self._trouble = error.message
 
     def _note_success(self) -> None:
@@ -248,3 +259,10 @@ class KubernetesRecorder(Recorder):
             "reportingInstance": self._reporter,
             **repeated,
         }
+
+
+def _hint(error: BkpoolError) -> str:
+    """What an operator should do if an event was not written."""
+    if isinstance(error, Unavailable):
+        return _WAITING
+    return _FORBIDDEN if isinstance(error, Forbidden) else _REFUSED

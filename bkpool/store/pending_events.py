@@ -75,7 +75,7 @@ class PendingEvent:
         if self.subjects:
             workers = f"{len(self.subjects)} worker{'s' * (len(self.subjects) != 1)}"
             return f"{self.times} times on {workers}, the last: {self.message}"
-        return self.message if times == 1 else f"{self.message} ({times} times with others like it)"
+        return self.message if times == 1 else f"{self.message} (the last of {times} such events)"
 
     def take_in(self, other: PendingEvent) -> None:
         """Counts another event of the same object and reason, or of one of its workers, in this one."""

@@ -252,7 +252,7 @@ class Answers:
 
 
 class Named:
-    def to_name(self):
+    def connections_for_heartbeat(self):
         return 1
 
     def renewed_by_heartbeat(self, _asked_at, _asked_at_wall):

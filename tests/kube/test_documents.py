@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bkpool.kube.deep_documents import TOO_DEEP
-from bkpool.kube.documents import document, dropped_writers, without_writers
+from bkpool.kube.documents import document, text_without_managed_fields, without_managed_fields
 
 ODD = [
     '}],"name":"',
@@ -61,10 +61,10 @@ def test_only_the_managed_fields_are_left_out_whatever_the_texts_are(name, field
     for make, is_sorted in ((custom, True), (built_in, False)):
         doc = make(name, fields, spec)
         raw = sent(doc, is_sorted=is_sorted)
-        assert dropped_writers(document(raw)) == plain(doc)
+        assert without_managed_fields(document(raw)) == plain(doc)
         event = b'{"type":"MODIFIED","object":' + raw + b"}\n"
         assert document(event)["object"] == plain(doc), "they cost no objects"
-        assert b'"manager":"bkpool"' not in without_writers(raw)
+        assert b'"manager":"bkpool"' not in text_without_managed_fields(raw)
 
 
 @given(st.lists(st.tuples(TEXT, FIELDS), max_size=4))
@@ -86,13 +86,13 @@ def test_every_object_of_a_list_is_rid_of_them(items):
 )
 def test_what_is_not_certain_to_be_managed_fields_stays(doc):
     raw = sent(doc, is_sorted=False)
-    assert without_writers(raw) == raw
+    assert text_without_managed_fields(raw) == raw
     assert document(raw) == doc
 
 
 def test_they_are_found_at_the_end_of_an_object_too():
     doc = {"metadata": {"name": "x", "managedFields": written({})}}
-    assert dropped_writers(document(sent(doc, is_sorted=False))) == plain(doc)
+    assert without_managed_fields(document(sent(doc, is_sorted=False))) == plain(doc)
 
 
 @given(TEXT, st.integers(181, 300))
@@ -101,7 +101,7 @@ def test_only_the_field_that_is_too_deep_becomes_a_text(name, levels):
         b'"HERE"', b'[{"a":' * levels + b"1" + b"}]" * levels
     )
     whole = {**plain(custom(name, {}, {})), "spec": TOO_DEEP}
-    assert dropped_writers(document(raw)) == whole
+    assert without_managed_fields(document(raw)) == whole
     assert document(b'{"type":"MODIFIED","object":' + raw + b"}\n") == {"type": "MODIFIED", "object": whole}
     other = sent(custom("other", {}, name), is_sorted=True)
     listing = document(b'{"items":[' + other + b"," + raw + b"," + other + b'],"metadata":{}}')

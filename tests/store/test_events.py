@@ -123,7 +123,7 @@ async def test_a_repeated_event_changes_the_object_for_ten_minutes(api, clock, r
         await recorder.close()
 
     assert [entry for entry in api.notes if entry[0] != "something else"] == [
-        ("no node (3 times with others like it)", 3),
+        ("no node (the last of 3 such events)", 3),
         ("no image", 1),
     ]
     assert len(api.notes) == 6
@@ -137,7 +137,7 @@ async def test_events_that_wait_together_are_written_as_one(api, clock, recorder
         recorder.record(POOL, "Failed", f"try {minute}")
     await recorder.close()
     (event,) = api.events.values()
-    assert event["note"] == "try 2 (3 times with others like it)"
+    assert event["note"] == "try 2 (the last of 3 such events)"
     assert event["eventTime"] == "2030-01-01T00:00:00.000000Z"
     assert event["series"] == {"count": 3, "lastObservedTime": "2030-01-01T00:02:00.000000Z"}
 
@@ -151,7 +151,7 @@ async def test_the_writing_is_slow_and_goes_on_by_itself(api):
     running = asyncio.create_task(recorder.run())
     await api.until(lambda: len(api.events) == 3)
     recorder.record(POOL, "Reason0", "y")
-    await api.until(lambda: ("y (2 times with others like it)", 2) in api.notes)
+    await api.until(lambda: ("y (the last of 2 such events)", 2) in api.notes)
     assert seconds.pauses == [0.5, 0.5, 29.0], "the same event is not written again before"
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -225,7 +225,7 @@ async def test_an_event_waits_until_the_api_server_answers_again(api, run):
         recorder.record(POOL, "Failed", "no room")
         run(recorder)
         await api.until(lambda: api.events)
-    assert api.notes == [("no room (2 times with others like it)", 2)]
+    assert api.notes == [("no room (the last of 2 such events)", 2)]
     assert seconds.pauses[:3] == [RETRY_PAUSE] * 3, "one request in this time"
     assert [(line["event"], line.get("left_out")) for line in logs] == [
         ("events.not_written", None),
@@ -241,7 +241,7 @@ async def test_an_event_that_could_not_be_changed_is_changed_when_the_api_server
     Outage(api, Unavailable("the API server does not answer"), 2)
     recorder.record(POOL, "Failed", "no room")
     run(recorder)
-    await api.until(lambda: ("no room (2 times with others like it)", 2) in api.notes)
+    await api.until(lambda: ("no room (the last of 2 such events)", 2) in api.notes)
     assert len(api.events) == 1
 
 
@@ -287,6 +287,24 @@ async def test_events_that_are_still_not_written_at_the_end_are_counted(api, rec
     assert (logs[-1]["event"], logs[-1]["events"]) == ("events.left_out", 4)
 
 
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        (Unavailable("the API server does not answer"), "`events.written_again` tells when"),
+        (Forbidden("events is forbidden"), "they give the right"),
+        (InvalidInput("note: too long"), "report it"),
+    ],
+)
+async def test_the_log_says_what_to_do_about_an_event_that_was_not_written(api, recorder, fault, advice):
+    api.fault = fault
+    recorder.record(POOL, "Failed", "no image")
+    with capture_logs() as logs:
+        await recorder.close()
+    told = next(line for line in logs if line["event"] == "events.not_written")
+    assert (told["object"], told["reason"]) == (str(POOL.key), "Failed")
+    assert advice in told["hint"]
+
+
 async def test_the_same_trouble_is_logged_once(api, recorder):
     api.fault = Unavailable("the API server does not answer")
     with capture_logs() as logs:
@@ -321,6 +339,7 @@ async def test_what_is_left_out_is_logged_once_and_memory_has_a_bound(api, recor
         for number in range(MOST_PENDING + 50):
             recorder.record(POOL, f"Flood{number}", "x")
     assert [line["event"] for line in logs] == ["events.too_many"]
+    assert "`kubectl get events -A`" in logs[0]["hint"]
     with capture_logs() as logs:
         await recorder.close()
     assert [(line["event"], line["left_out"]) for line in logs] == [("events.written_again", 50)]

@@ -44,7 +44,7 @@ def test_events_of_one_object_and_reason_wait_as_one():
     first = pending.take(3)
     assert (first.times, first.message) == (3, "leased to cy")
     assert (first.at, first.last) == (BEGIN, BEGIN + timedelta(seconds=2))
-    assert first.note(first.times) == "leased to cy (3 times with others like it)"
+    assert first.note(first.times) == "leased to cy (the last of 3 such events)"
     assert taken(pending, 3) == [("p-worker-0", "Released", 1), ("p-worker-1", "Allocated", 1)]
     assert pending.wait(3) is None
 

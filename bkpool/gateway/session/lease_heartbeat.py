@@ -66,7 +66,7 @@ class LeaseHeartbeat:
         named = [
             (lease_id, registration, connections)
             for lease_id, registration in registrations
-            if (connections := registration.to_name()) is not None
+            if (connections := registration.connections_for_heartbeat()) is not None
         ]
         if not named and not self._named_any:
             if registrations:  # one of them may have a connection by then

@@ -117,7 +117,7 @@ class LeaseRegistration:
     def _is_trusted(self) -> bool:
         return self._loop.time() < self._trusted_until and self._now() < self._trusted_until_wall
 
-    def to_name(self) -> int | None:
+    def connections_for_heartbeat(self) -> int | None:
         """The connections with which a heartbeat that is put together now must name the lease; None: it must not.
 
         It is named as long as it is trusted: a reader may have missed the heartbeat that renewed it. If the worker
