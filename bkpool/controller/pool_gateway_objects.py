@@ -1,4 +1,4 @@
-"""Describes a pool's objects in a cluster, except its workers: its gateway's Deployment, Service, rights, policies.
+"""Describes the gateway of a pool in a cluster: its pods, rights and policies. pool_service.py has the Service.
 
 Pure: a pool in, documents out. Every document is complete, so that nothing remains of an earlier spec when it is
 applied.
@@ -6,31 +6,24 @@ applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
+from bkpool.controller.pool_documents import LABELS, gateway_labels, gateway_name, labels_of, pool_document
+from bkpool.controller.pool_service import service, service_type
 from bkpool.core import durations
 from bkpool.core.ignored import is_foreign_gateway
 from bkpool.core.names import (
-    API_VERSION,
     GATEWAY_PORT,
     GROUP,
     LABEL_LEASED,
-    LABEL_MANAGED,
-    LABEL_POOL,
-    LABEL_PURPOSE,
-    MANAGER,
     METRICS_PORT,
-    PURPOSE_GATEWAY,
     PURPOSE_WORKER,
     WORKER_PORT,
 )
 from bkpool.core.pool import Pool, ServiceType
-from bkpool.kube import paths
-
-Doc = dict[str, Any]
+from bkpool.kube import Doc
 
 REPLICAS = 2
 """Gateway pods of a pool by default, so that one can be evicted while a node is drained."""
@@ -38,17 +31,6 @@ GRACE = timedelta(seconds=30)
 """Added to the drain timeout: the gateway must first leave the Service, and needs time to exit at the end."""
 _USER = 65532  # as in the Containerfile
 _MOUNT = "/home/bkpool"
-
-_PLURALS = {
-    "ServiceAccount": "serviceaccounts",
-    "Role": "roles",
-    "RoleBinding": "rolebindings",
-    "Service": "services",
-    "Secret": "secrets",
-    "Deployment": "deployments",
-    "PodDisruptionBudget": "poddisruptionbudgets",
-    "NetworkPolicy": "networkpolicies",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +47,6 @@ class GatewayDefaults:
     """Further environment variables of the gateways: settings that are not the default."""
     heartbeats: bool = False
     """Whether the controller follows their heartbeats. Without the right to write them they renew each lease."""
-
-
-def gateway_name(pool: Pool) -> str:
-    """The name of all objects of the pool's gateway except its Service."""
-    return f"{pool.key.name}-gateway"
-
-
-def path_of(doc: Doc) -> str:
-    """The API path of a document that is made here."""
-    plural, metadata = _PLURALS[doc["kind"]], doc["metadata"]
-    if doc["apiVersion"] == "v1":
-        return paths.core(plural, metadata["namespace"], metadata["name"])
-    return paths.group(doc["apiVersion"], plural, metadata["namespace"], metadata["name"])
 
 
 def pool_objects(pool: Pool, defaults: GatewayDefaults) -> list[Doc]:
@@ -97,100 +66,7 @@ def pool_objects(pool: Pool, defaults: GatewayDefaults) -> list[Doc]:
 
 def secret(pool: Pool, data: Mapping[str, str]) -> Doc:
     """The gateway's certificates; the values are in base64."""
-    return _doc(pool, "v1", "Secret", gateway_name(pool), type="Opaque", data=dict(data))
-
-
-def is_of_a_pool(existing: Doc) -> bool:
-    """Whether an existing object was made for a pool, by bkpool or by the older Go controller."""
-    metadata = existing["metadata"]
-    owners = [(owner["apiVersion"], owner["kind"]) for owner in metadata.get("ownerReferences", ())]
-    return metadata.get("labels", {}).get(LABEL_MANAGED) == MANAGER or (API_VERSION, Pool.KIND) in owners
-
-
-# --- service --------------------------------------------------------------------------------------------------------
-
-
-def service(pool: Pool) -> Doc:
-    """The pool's Service, which has the pool's name."""
-    gateway, networking = pool.spec.gateway, pool.spec.networking
-    kind = service_type(pool)
-    port: Doc = {"name": "gateway", "port": service_port(pool), "targetPort": "gateway", "protocol": "TCP"}
-    if kind is not ServiceType.CLUSTER_IP and gateway.node_port is not None:
-        port["nodePort"] = gateway.node_port
-    spec: Doc = {"type": kind.value, "selector": _gateway_labels(pool), "ports": [port]}
-    if kind is ServiceType.LOAD_BALANCER:
-        if gateway.load_balancer_class:
-            spec["loadBalancerClass"] = gateway.load_balancer_class
-        if networking.allowed_cidrs:
-            spec["loadBalancerSourceRanges"] = list(networking.allowed_cidrs)
-    if kind is ServiceType.NODE_PORT and networking.allowed_cidrs:
-        # Otherwise the policy would see the address of a node instead of the caller's.
-        spec["externalTrafficPolicy"] = "Local"
-    annotations = {**networking.annotations, **networking.external.annotations}
-    return _doc(pool, "v1", "Service", pool.key.name, annotations=annotations, spec=spec)
-
-
-def service_type(pool: Pool) -> ServiceType:
-    """gateway.serviceType, else networking.serviceType, else ClusterIP."""
-    return pool.spec.gateway.service_type or pool.spec.networking.service_type or ServiceType.CLUSTER_IP
-
-
-def service_port(pool: Pool) -> int:
-    """gateway.port, else networking.port, else 1235."""
-    return pool.spec.gateway.port or pool.spec.networking.port or GATEWAY_PORT
-
-
-def outside_hosts(pool: Pool, live: Doc | None, node_address: str | None) -> list[str]:
-    """The names and addresses by which callers outside the cluster reach the gateway, the preferred one first.
-
-    Args:
-        pool: The pool.
-        live: Its Service as it is in the cluster; None: not known yet.
-        node_address: An address of a node that runs the gateway, for a Service of type NodePort.
-    """
-    external = pool.spec.networking.external
-    given = [external.hostname] if external.hostname and external.enabled is not False else []
-    kind = service_type(pool)
-    if kind is ServiceType.LOAD_BALANCER:
-        ingress = ((live or {}).get("status", {}).get("loadBalancer", {}).get("ingress")) or []
-        return given + [host for entry in ingress if (host := entry.get("hostname") or entry.get("ip"))]
-    if kind is ServiceType.NODE_PORT and node_address:
-        return [*given, node_address]
-    return given
-
-
-def endpoint_of(pool: Pool, live: Doc | None, hosts: Sequence[str]) -> str:
-    """The gatewayEndpoint that callers get.
-
-    For a Service of type NodePort, the host is a node, and the port is the one that the Service has on all nodes.
-
-    Args:
-        pool: The pool.
-        live: Its Service as it is in the cluster; None: not known yet.
-        hosts: What `outside_hosts` returned. The first one counts.
-    """
-    port = service_port(pool)
-    if not hosts:
-        return f"tcp://{pool.key.name}.{pool.key.namespace}.svc:{port}"
-    if service_type(pool) is ServiceType.NODE_PORT:
-        ports = (live or {}).get("spec", {}).get("ports") or [{}]
-        port = ports[0].get("nodePort") or port
-    host = hosts[0]
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def node_address(pods: Iterable[Doc], before: str | None) -> str | None:
-    """An address of a node that runs the gateway: the same as before, if that node still does."""
-    found = sorted(
-        {pod["status"]["hostIP"] for pod in pods if pod.get("status", {}).get("hostIP") and _is_ready(pod)}
-    )
-    return before if before in found else next(iter(found), before)
-
-
-def _is_ready(pod: Doc) -> bool:
-    conditions = pod["status"].get("conditions", ())
-    ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]
+    return pool_document(pool, "v1", "Secret", gateway_name(pool), type="Opaque", data=dict(data))
 
 
 # --- the gateway's pods ---------------------------------------------------------------------------------------------
@@ -200,7 +76,7 @@ def deployment(pool: Pool, defaults: GatewayDefaults) -> Doc:
     """The gateway's pods. An old pod stops only when a new one is ready, and exits after its builds have ended."""
     drain = pool.spec.gateway.drain_timeout
     replicas = pool.spec.gateway.replicas
-    labels = _gateway_labels(pool)
+    labels = gateway_labels(pool)
     pod: Doc = {
         "serviceAccountName": gateway_name(pool),
         "terminationGracePeriodSeconds": round((drain + GRACE).total_seconds()),
@@ -222,7 +98,7 @@ def deployment(pool: Pool, defaults: GatewayDefaults) -> Doc:
         "containers": [_container(pool, defaults)],
         "volumes": [{"name": "home", "emptyDir": {}}],
     }
-    return _doc(
+    return pool_document(
         pool,
         "apps/v1",
         "Deployment",
@@ -232,7 +108,7 @@ def deployment(pool: Pool, defaults: GatewayDefaults) -> Doc:
             "selector": {"matchLabels": labels},
             "progressDeadlineSeconds": 120,  # after that, the pool's status says what is wrong
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
-            "template": {"metadata": {"labels": {**_LABELS, **labels}}, "spec": pod},
+            "template": {"metadata": {"labels": {**LABELS, **labels}}, "spec": pod},
         },
     )
 
@@ -296,7 +172,7 @@ _SMALL = {"cpu": "100m", "memory": "128Mi"}
 
 
 def _service_account(pool: Pool) -> Doc:
-    return _doc(pool, "v1", "ServiceAccount", gateway_name(pool))
+    return pool_document(pool, "v1", "ServiceAccount", gateway_name(pool))
 
 
 def _role(pool: Pool, defaults: GatewayDefaults) -> Doc:
@@ -309,7 +185,7 @@ def _role(pool: Pool, defaults: GatewayDefaults) -> Doc:
         _rule(["", "events.k8s.io"], ["events"], ["create"]),
         *(_rule([GROUP], [f"buildkit{what}"], verbs) for what, verbs in beat),
     ]
-    return _doc(pool, "rbac.authorization.k8s.io/v1", "Role", gateway_name(pool), rules=rules)
+    return pool_document(pool, "rbac.authorization.k8s.io/v1", "Role", gateway_name(pool), rules=rules)
 
 
 def _rule(groups: list[str], resources: list[str], verbs: list[str], names: Sequence[str] = ()) -> Doc:
@@ -319,7 +195,7 @@ def _rule(groups: list[str], resources: list[str], verbs: list[str], names: Sequ
 
 def _role_binding(pool: Pool) -> Doc:
     name, api = gateway_name(pool), "rbac.authorization.k8s.io"
-    return _doc(
+    return pool_document(
         pool,
         f"{api}/v1",
         "RoleBinding",
@@ -337,64 +213,35 @@ def _gateway_policy(pool: Pool) -> Doc:
     if limited:
         clients["from"] = [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
     metrics: Doc = {"ports": [{"port": METRICS_PORT, "protocol": "TCP"}]}
-    return _policy(pool, gateway_name(pool), _gateway_labels(pool), [clients, metrics])
+    return _policy(pool, gateway_name(pool), gateway_labels(pool), [clients, metrics])
 
 
 def _worker_policy(pool: Pool, defaults: GatewayDefaults) -> Doc:
     """Only the pool's gateways may reach its workers, and the appliance, which asks them whether they are ready."""
-    gateways = {"podSelector": {"matchLabels": _gateway_labels(pool)}}
+    gateways = {"podSelector": {"matchLabels": gateway_labels(pool)}}
     appliance = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": defaults.namespace}},
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": defaults.appliance}},
     }
     reached = {"ports": [{"port": WORKER_PORT, "protocol": "TCP"}], "from": [gateways, appliance]}
-    return _policy(pool, f"{pool.key.name}-workers", _labels(pool, PURPOSE_WORKER), [reached])
+    return _policy(pool, f"{pool.key.name}-workers", labels_of(pool, PURPOSE_WORKER), [reached])
 
 
 def _policy(pool: Pool, name: str, selected: Doc, ingress: list[Doc]) -> Doc:
     spec = {"podSelector": {"matchLabels": selected}, "policyTypes": ["Ingress"], "ingress": ingress}
-    return _doc(pool, "networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
+    return pool_document(pool, "networking.k8s.io/v1", "NetworkPolicy", name, spec=spec)
 
 
 def _gateway_budget(pool: Pool) -> Doc:
-    return _budget(pool, gateway_name(pool), {"maxUnavailable": 1}, _gateway_labels(pool))
+    return _budget(pool, gateway_name(pool), {"maxUnavailable": 1}, gateway_labels(pool))
 
 
 def _leased_budget(pool: Pool) -> Doc:
     """Leased workers must not be evicted."""
-    selected = {**_labels(pool, PURPOSE_WORKER), LABEL_LEASED: "true"}
+    selected = {**labels_of(pool, PURPOSE_WORKER), LABEL_LEASED: "true"}
     return _budget(pool, f"{pool.key.name}-leased", {"maxUnavailable": 0}, selected)
 
 
 def _budget(pool: Pool, name: str, allowed: Doc, selected: Doc) -> Doc:
     spec = {**allowed, "selector": {"matchLabels": selected}}
-    return _doc(pool, "policy/v1", "PodDisruptionBudget", name, spec=spec)
-
-
-# --- shared by all documents ----------------------------------------------------------------------------------------
-
-_LABELS = {LABEL_MANAGED: MANAGER, "app.kubernetes.io/name": "buildkit"}
-
-
-def _labels(pool: Pool, purpose: str) -> Doc:
-    return {LABEL_POOL: pool.key.name, LABEL_PURPOSE: purpose}
-
-
-def _gateway_labels(pool: Pool) -> Doc:
-    return _labels(pool, PURPOSE_GATEWAY)
-
-
-def _doc(
-    pool: Pool, api_version: str, kind: str, name: str, *, annotations: Mapping[str, str] | None = None, **rest: Any
-) -> Doc:
-    """A document that the pool owns, so that it is deleted with the pool."""
-    owner = {"apiVersion": API_VERSION, "kind": Pool.KIND, "name": pool.key.name, "uid": pool.uid, "controller": True}
-    metadata: Doc = {
-        "name": name,
-        "namespace": pool.key.namespace,
-        "labels": {**_LABELS, **_gateway_labels(pool)},
-        "ownerReferences": [owner],
-    }
-    if annotations:
-        metadata["annotations"] = dict(annotations)
-    return {"apiVersion": api_version, "kind": kind, "metadata": metadata, **rest}
+    return pool_document(pool, "policy/v1", "PodDisruptionBudget", name, spec=spec)

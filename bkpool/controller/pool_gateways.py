@@ -21,19 +21,11 @@ import structlog
 
 from bkpool.controller.gateway_certificates import GatewayCertificates, WorkerAuthorities
 from bkpool.controller.gateway_rights import RIGHTS, GatewayRights
-from bkpool.controller.pool_gateway_objects import (
-    GatewayDefaults,
-    endpoint_of,
-    gateway_name,
-    is_of_a_pool,
-    node_address,
-    path_of,
-    pool_objects,
-    secret,
-    service_type,
-)
+from bkpool.controller.pool_documents import gateway_name, is_of_a_pool, path_of
+from bkpool.controller.pool_gateway_objects import GatewayDefaults, pool_objects, secret
 from bkpool.controller.pool_gateway_state import GatewayState, content_digest, digest_of, trouble_of
 from bkpool.controller.pool_hosts import certificate_names, reachable_hosts
+from bkpool.controller.pool_service import endpoint_of, node_address, service_type
 from bkpool.core.allowances import Allowances, host_refusals, permitted, service_refusals
 from bkpool.core.backoff import Backoff
 from bkpool.core.errors import BkpoolError, Conflict, Forbidden, NotFound, Unavailable

@@ -6,9 +6,10 @@ Pure: a pool, its Service and what the operator allows go in. A name that is not
 
 from __future__ import annotations
 
-from bkpool.controller.pool_gateway_objects import Doc, outside_hosts
+from bkpool.controller.pool_service import outside_hosts
 from bkpool.core.allowances import Allowances, may_name_a_service, permitted
 from bkpool.core.pool import Pool
+from bkpool.kube import Doc
 from bkpool.pki.authority import has_name
 from bkpool.pki.names import CertificateNames, gateway_names, is_address
 

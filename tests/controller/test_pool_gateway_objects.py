@@ -4,16 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from bkpool.controller.pool_gateway_objects import (
-    GatewayDefaults,
-    endpoint_of,
-    is_of_a_pool,
-    node_address,
-    outside_hosts,
-    path_of,
-    pool_objects,
-    secret,
-)
+from bkpool.controller.pool_documents import is_of_a_pool, path_of
+from bkpool.controller.pool_gateway_objects import GatewayDefaults, pool_objects, secret
+from bkpool.controller.pool_service import endpoint_of, node_address, outside_hosts
 from bkpool.core.names import Key
 from bkpool.core.pool import Pool
 
