@@ -11,8 +11,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bkpool.core.documents import read_documents
+from bkpool.core.gateway_heartbeat import GatewayHeartbeat
+from bkpool.core.worker import Worker
 
 pytestmark = pytest.mark.any_python
 
@@ -20,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = re.compile(r"\b(docs/[\w/.-]+\.(?:md|yaml|json|svg))\b")
 SETTINGS = ROOT / "docs" / "configuration.md"
 """Generated from the code; tests/settings/test_reference.py compares them."""
+WRITTEN = (Worker, GatewayHeartbeat)
+"""Kinds that only bkpool writes, so no file of a user has them."""
 HISTORY = {"CHANGELOG.md", "docs/decisions"}
 """Pages that also name what was there before."""
 
@@ -150,7 +155,7 @@ def test_every_log_event_of_a_page_is_in_the_code(page: Path):
     assert sorted(wrong) == []
 
 
-def test_every_pool_and_issuer_that_a_page_or_an_example_shows_can_be_read():
+def test_every_object_that_a_page_or_an_example_shows_can_be_read():
     blocks = [
         (name(page), block)
         for page in current_pages()
@@ -158,9 +163,15 @@ def test_every_pool_and_issuer_that_a_page_or_an_example_shows_can_be_read():
     ]
     blocks += [(name(path), text(path)) for path in files() if path.match("examples/*.yaml")]
     shown = [(where, block) for where, block in blocks if "kind: BuildKit" in block]
+    written = [(where, kind, block) for where, block in shown for kind in WRITTEN if f"kind: {kind.KIND}\n" in block]
     assert len(shown) > 5
+    assert {kind for _, kind, _ in written} == set(WRITTEN)
+    for where, kind, block in written:
+        obj = kind.model_validate(yaml.safe_load(block))
+        assert [*obj.metadata.model_extra, *obj.spec.model_extra, *obj.status.model_extra] == [], where
     for where, block in shown:
-        read_documents(block, source=where)
+        if not any(block is other for _, _, other in written):
+            read_documents(block, source=where)
 
 
 def test_the_picture_of_the_rooms_shows_their_imports():

@@ -232,7 +232,7 @@ class Service:
         pool, _ = self._admit(caller, wanted, trail)
         workers = sorted(self.mirror.workers_of(pool.key), key=lambda worker: worker.slot)
         open_now = self.worker_connections(pool) if self.worker_connections else None
-        heartbeats = self.mirror.heartbeats.gateways
+        heartbeats = self.mirror.heartbeats.known
         members = tuple(
             models.WorkerView.of(
                 one,

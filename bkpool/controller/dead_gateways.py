@@ -59,7 +59,7 @@ class DeadGateways:
     async def look(self) -> None:
         """Deletes what has not changed for too long."""
         now, before, self._since = self._seconds(), self._since, {}
-        for key, found in list(self._heartbeats.gateways.items()):
+        for key, found in list(self._heartbeats.known.items()):
             version = found.metadata.resource_version
             known, since = before.get(key, (None, now))
             self._since[key] = version, since if known == version else now

@@ -85,16 +85,16 @@ class PoolStates:
             self._turns.note_slot(worker.slot)
         for slot in (*self._daemons.observe(), *self._caches.owners()):
             self._turns.note_slot(slot)
-        self._heartbeats |= self._mirror.heartbeats.gateways.keys()
+        self._heartbeats |= self._mirror.heartbeats.known.keys()
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
         self._turns.note_slot(slot)
         self._on_change()
 
-    def _heartbeat_changed(self, gateway: Key) -> None:
-        """Notes that a gateway has renewed its registrations. That puts off what is due, so no slot is looked at."""
-        self._heartbeats.add(gateway)
+    def _heartbeat_changed(self, heartbeat: Key) -> None:
+        """Notes a new heartbeat. It renews registrations, which puts off what is due, so no slot is looked at."""
+        self._heartbeats.add(heartbeat)
         self._on_change()
 
     def pool_changed(self, pool: Key) -> None:
@@ -127,7 +127,7 @@ class PoolStates:
             self._turns.note(pool)
             for slot in state.slots:
                 self._turns.note_slot(slot)
-        self._heartbeats |= self._mirror.heartbeats.gateways.keys()
+        self._heartbeats |= self._mirror.heartbeats.known.keys()
 
     def look_again_at(self, pool: Key, at: datetime | None) -> None:
         """Notes when a pool is to be looked at again if nothing changes before; None: never."""
@@ -212,7 +212,7 @@ class PoolStates:
 
     def _take_heartbeat(self, key: Key, reading: ClockReading) -> set[Key]:
         """Returns the pools whose number of connections may have changed."""
-        heartbeat = self._mirror.heartbeats.gateways.get(key)
+        heartbeat = self._mirror.heartbeats.known.get(key)
         slots = {slot_of(one) for one in self.registrations.look_at_heartbeat(key, heartbeat, reading.seconds)}
         for slot in slots:
             self._state(pool_of(slot)).counts.count_again(slot)

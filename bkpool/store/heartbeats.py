@@ -66,14 +66,15 @@ class Heartbeats:
         self._jitter = jitter
         self._seconds = seconds
         self._caches = {scope: _empty_cache() for scope in store.scopes(GatewayHeartbeat)}
-        self._gateways: dict[Key, GatewayHeartbeat] = {}
+        self._known: dict[Key, GatewayHeartbeat] = {}
         self._asked: set[str | None] = set()
         self._followed: set[str | None] = set()
         self._refused_since: dict[str | None, float] = {}
         self._unfollowed_since: dict[str | None, float] = {}
         self._subscribers: Subscribers[[Key]] = Subscribers()
         self._followed_subscribers: Subscribers[[]] = Subscribers()
-        self.gateways: Mapping[Key, GatewayHeartbeat] = MappingProxyType(self._gateways)
+        self.known: Mapping[Key, GatewayHeartbeat] = MappingProxyType(self._known)
+        """Those that can be read, by their names."""
         self.answered = asyncio.Event()
         """Set once the store has said for all namespaces whether it has them."""
 
@@ -118,7 +119,7 @@ class Heartbeats:
         try:
             found = await self._store.get(GatewayHeartbeat, *key)
         except (NotFound, UnreadableObject):
-            if judged == ABSENT and key not in self.gateways:
+            if judged == ABSENT and key not in self.known:
                 return True
             self._take_absence(key, cache)
             return False
@@ -196,18 +197,18 @@ class Heartbeats:
 
     def _take_absence(self, key: Key, cache: _Cache) -> None:
         """Notes that there is no heartbeat of this name, or none that can be read."""
-        known = self.gateways.get(key)
-        if known is not None:
-            self._take(cache, cache.event("DELETED", known))
+        last = self.known.get(key)
+        if last is not None:
+            self._take(cache, cache.event("DELETED", last))
         else:
             self._subscribers.notify(key)
 
     def _take(self, cache: _Cache, changed: list[GatewayHeartbeat]) -> None:
         for found in changed:
             if found.key in cache.items:
-                self._gateways[found.key] = found
+                self._known[found.key] = found
             else:
-                self._gateways.pop(found.key, None)
+                self._known.pop(found.key, None)
             self._subscribers.notify(found.key)
 
 

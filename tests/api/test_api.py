@@ -157,7 +157,7 @@ async def test_the_connections_of_a_worker_are_those_that_its_gateway_has_said_l
     assert await shown() == [2]
     told = HeartbeatStatus(renewed_at=now + timedelta(seconds=20), leases={worker.lease.id: 5})
     beat = await store.create(GatewayHeartbeat(metadata=Metadata(name="g"), status=told))
-    await api.world.until(lambda: beat.key in mirror.heartbeats.gateways)
+    await api.world.until(lambda: beat.key in mirror.heartbeats.known)
     assert await shown() == [5]
 
 

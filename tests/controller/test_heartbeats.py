@@ -71,7 +71,7 @@ async def test_a_heartbeat_keeps_an_ended_lease_on_its_worker(world):
         status = told(world.clock(), **{held.held_lease.id: 1})
         beat = await world.store.replace_status(beat.but(status=status))
         mirror = world.replicas[0].mirror
-        await world.until(lambda now=beat: mirror.heartbeats.gateways.get(BEAT) == now)  # noqa: B023
+        await world.until(lambda now=beat: mirror.heartbeats.known.get(BEAT) == now)  # noqa: B023
         await world.asleep()
         assert world.held(), "its gateway lives"
     await pass_time(world, LIFE + 1)
@@ -151,7 +151,7 @@ class Reader:
         heartbeats.subscribe(self.take)
 
     def take(self, key):
-        self.seen.look_at_heartbeat(key, self.heartbeats.gateways.get(key), 0.0)
+        self.seen.look_at_heartbeat(key, self.heartbeats.known.get(key), 0.0)
 
     async def check(self, planned):
         await check_expired(judged_heartbeats(planned, self.seen), self.heartbeats)
@@ -198,7 +198,7 @@ async def test_what_ends_connections_is_decided_again_after_a_missed_heartbeat(m
 async def test_nothing_else_asks_the_store(missed, harmless):
     heartbeats = await missed()
     await Reader(heartbeats).check(harmless)
-    assert not heartbeats.gateways
+    assert not heartbeats.known
 
 
 async def test_a_revoked_lease_leaves_its_worker_only_after_the_question(missed):
@@ -242,7 +242,7 @@ async def test_a_copy_that_another_worker_has_corrected_confirms_nothing(store):
     first, second = (asyncio.create_task(check_expired(one, heartbeats)) for one in judged)
     with pytest.raises(Conflict):
         await first
-    assert heartbeats.gateways[Key("default", "b")].status.leases, "the copy is right by now"
+    assert heartbeats.known[Key("default", "b")].status.leases, "the copy is right by now"
     slow.may_answer.set()
     with pytest.raises(Conflict):
         await second
@@ -269,7 +269,7 @@ async def test_all_leases_of_a_live_gateway_keep_their_workers_when_one_check_fi
     await world.until(lambda: [len(one.status.gateways) for one in world.held()] == [2, 2])
     for name in ("a", "b"):
         await world.store.create(GatewayHeartbeat(metadata=Metadata(name=name)))
-    await world.until(lambda: len(world.replicas[0].mirror.heartbeats.gateways) == 2)
+    await world.until(lambda: len(world.replicas[0].mirror.heartbeats.known) == 2)
     await world.asleep()
     ids = {one.held_lease.id: 1 for one in world.held()}
     monkeypatch.setattr(Heartbeats, "_take", lambda *_: None)

@@ -79,14 +79,14 @@ async def until(heartbeats, condition):
 async def test_it_has_what_was_there_and_follows_every_change(store):
     await store.create(gateway("old", lease=1))
     async with running(Heartbeats(store)) as heartbeats:
-        assert {key.name: found.status.leases for key, found in heartbeats.gateways.items()} == {"old": {"lease": 1}}
+        assert {key.name: found.status.leases for key, found in heartbeats.known.items()} == {"old": {"lease": 1}}
         assert heartbeats.followed_in("default")
         new = await store.create(gateway())
         await store.replace_status(new.but(status=beat(20, other=2)))
-        await until(heartbeats, lambda: KEY in heartbeats.gateways and heartbeats.gateways[KEY].status.leases)
-        assert heartbeats.gateways[KEY].status == beat(20, other=2)
+        await until(heartbeats, lambda: KEY in heartbeats.known and heartbeats.known[KEY].status.leases)
+        assert heartbeats.known[KEY].status == beat(20, other=2)
         await store.delete(GatewayHeartbeat, *KEY)
-        await until(heartbeats, lambda: KEY not in heartbeats.gateways)
+        await until(heartbeats, lambda: KEY not in heartbeats.known)
 
 
 @pytest.mark.parametrize("refusal", [Forbidden("no right", hint=""), NotFound("no such kind")])
@@ -102,11 +102,11 @@ async def test_without_the_kind_the_mirror_works_and_when_it_is_there_it_is_foll
     heartbeats.on_followed(lambda: told.append(heartbeats.followed_in("default")))
     async with running(heartbeats):
         assert not heartbeats.followed_in("default")
-        assert heartbeats.gateways == {}
+        assert heartbeats.known == {}
         wire.refusal = None
         await store.create(gateway())
         may_ask.set()
-        await until(heartbeats, lambda: KEY in heartbeats.gateways)
+        await until(heartbeats, lambda: KEY in heartbeats.known)
     assert told == [True]
 
 
@@ -148,10 +148,10 @@ async def test_what_was_judged_is_compared_with_the_store_and_the_copy_is_correc
     await store.replace_status(made.but(status=beat(20, lease=1)))
     assert not await heartbeats.is_still(KEY, first)
     assert not await heartbeats.is_still(KEY, first)
-    assert heartbeats.gateways[KEY].status.leases == {"lease": 1}
+    assert heartbeats.known[KEY].status.leases == {"lease": 1}
     await store.delete(GatewayHeartbeat, *KEY)
     assert not await heartbeats.is_still(KEY, ABSENT), "there was one since"
-    assert heartbeats.gateways == {}
+    assert heartbeats.known == {}
     assert await heartbeats.is_still(KEY, ABSENT)
     assert changes == [KEY] * 4
 
@@ -160,9 +160,9 @@ async def test_one_that_cannot_be_read_counts_as_none(store):
     """A gateway that cannot read its own writes nothing over it."""
     made = await store.create(gateway())
     async with running(Heartbeats(Unreadables(store))) as heartbeats:
-        assert heartbeats.gateways.keys() == {KEY}
+        assert heartbeats.known.keys() == {KEY}
         assert not await heartbeats.is_still(KEY, HeartbeatVersion.of(made))
-        assert heartbeats.gateways == {}
+        assert heartbeats.known == {}
         assert await heartbeats.is_still(KEY, ABSENT)
 
 
