@@ -148,14 +148,16 @@ class DiskFull(HostFault):
 
 STATUS = {
     "LimitReached": HTTPStatus.TOO_MANY_REQUESTS,
+    "RefusedByCluster": HTTPStatus.SERVICE_UNAVAILABLE,
     "Unreadable": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 """HTTP statuses of codes that have another status than their class."""
 EXIT = {
     "PortTaken": 72,
     "AlreadyRunning": 74,
+    "RefusedByCluster": 69,
     "Permission": 77,
     "Unreadable": 78,
     "ToolMissing": 79,
 }
-"""Exit codes of the codes of HostFault that scripts may want to distinguish and that have no class of their own."""
+"""Exit codes of codes that have another one than their class: scripts may want to distinguish them."""

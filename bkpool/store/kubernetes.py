@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from bkpool.core.errors import BkpoolError, Conflict, Gone, InvalidInput, NotFound, Unavailable
@@ -21,6 +21,7 @@ from bkpool.kube import Doc, KubeApi, paths
 from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.bounds import StoreBounds
+from bkpool.store.cluster_errors import errors_about, errors_in
 from bkpool.store.reading import read, read_or_note
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
@@ -57,7 +58,7 @@ class KubernetesStore(Store):
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
         """See Store."""
         key = Key(namespace, name)
-        with _errors_about(kind, key):
+        with errors_about(kind, key):
             return read(kind, await self._api.get(self._path(kind, key)))
 
     async def list(
@@ -69,9 +70,10 @@ class KubernetesStore(Store):
         versions = []
         for scope in scopes:
             if self._bounds.has(kind, scope):
-                docs, version = await self._api.list(
-                    paths.custom(kind.PLURAL, scope), **self._bounds.selectors(kind, labels)
-                )
+                with errors_in(kind, scope):
+                    docs, version = await self._api.list(
+                        paths.custom(kind.PLURAL, scope), **self._bounds.selectors(kind, labels)
+                    )
                 versions.append(version)
                 found += await _all_read(kind, docs)
         return Listing(
@@ -95,10 +97,11 @@ class KubernetesStore(Store):
             raise Gone(f"{since[:40]!r} is not a version of this store", hint="List again.")
         path = paths.custom(kind.PLURAL, self._scope(kind, namespace))
         selectors = self._bounds.selectors(kind)
-        async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter, **selectors)) as events:
-            async for event in events:
-                if event["type"] != "BOOKMARK":
-                    yield WatchEvent(event["type"], read_or_note(kind, event["object"]))
+        with errors_in(kind, namespace):
+            async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter, **selectors)) as events:
+                async for event in events:
+                    if event["type"] != "BOOKMARK":
+                        yield WatchEvent(event["type"], read_or_note(kind, event["object"]))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -109,7 +112,8 @@ class KubernetesStore(Store):
         doc = obj.to_json()
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
         try:
-            created = read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
+            with errors_in(type(obj), obj.key.namespace):
+                created = read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
         except Conflict:
             raise Conflict(f"{obj.KIND} {obj.key} exists already") from None
         except InvalidInput as error:
@@ -135,7 +139,7 @@ class KubernetesStore(Store):
         """See Store."""
         given = {field: found.document[field] for field in ("apiVersion", "kind", "metadata")}
         body = {**given, "status": {**found.status, **fields}}
-        with _errors_about(found.kind, found.key):
+        with errors_about(found.kind, found.key):
             await self._api.replace(self._path(found.kind, found.key, "status"), body)
 
     async def delete(
@@ -149,7 +153,7 @@ class KubernetesStore(Store):
     ) -> None:
         """See Store."""
         key = Key(namespace, name)
-        with _errors_about(kind, key):
+        with errors_about(kind, key):
             await self._api.delete(self._path(kind, key), uid=uid, resource_version=resource_version)
 
     async def _put(self, obj: R, sub: str | None, *parts: str) -> R:
@@ -158,7 +162,7 @@ class KubernetesStore(Store):
         metadata = _given(doc) | {"resourceVersion": obj.metadata.resource_version}
         metadata |= _FORGET_WRITERS if isinstance(obj, Worker) and sub is None else {}
         body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
-        with _errors_about(type(obj), obj.key):
+        with errors_about(type(obj), obj.key):
             try:
                 return read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
             except InvalidInput as error:
@@ -225,19 +229,6 @@ def _not_here(obj: Resource) -> InvalidInput:
         hint=f"Add --pool-namespace {obj.key.namespace}, or use another namespace.",
         field="metadata.namespace",
     )
-
-
-@contextmanager
-def _errors_about(kind: type[Resource], key: Key) -> Iterator[None]:
-    """Turns errors of the API server into those of the Store, which name the object."""
-    try:
-        yield
-    except NotFound:
-        raise NotFound(f"there is no {kind.KIND} {key}") from None
-    except Conflict:
-        raise Conflict(
-            f"{kind.KIND} {key} has changed since it was read", hint="Read it again and repeat the change."
-        ) from None
 
 
 def _refused(obj: Resource, error: InvalidInput) -> InvalidInput:

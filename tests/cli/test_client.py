@@ -67,6 +67,7 @@ def test_a_redirect_is_not_followed_with_the_token(api, appliance):
         (503, "NoCapacity", errors.NoCapacity, 75),
         (502, "WorkerFailed", errors.WorkerFailed, 70),
         (507, "DiskFull", errors.DiskFull, 73),
+        (503, "RefusedByCluster", errors.BkpoolError, 69),
         (404, "SomethingNewer", errors.NotFound, 5),
         (599, "SomethingNewer", errors.BkpoolError, 1),
     ],

@@ -213,7 +213,7 @@ async def test_a_namespace_that_may_not_be_read_any_more_does_not_stop_the_other
     for pool in (mine, theirs):
         server.items[path(pool.key.namespace, Pool.PLURAL)] = [stored(pool)]
     async with followed(server, INSTALLATION) as mirror:
-        forbidden = Forbidden("buildkitpools is forbidden")
+        forbidden = Forbidden('buildkitpools is forbidden: User "bkpool" cannot list resource "buildkitpools"')
         server.faults = {path("too", kind.PLURAL): forbidden for kind in (Pool, Worker)}
         ours = path(OURS, Pool.PLURAL)
 
@@ -225,7 +225,9 @@ async def test_a_namespace_that_may_not_be_read_any_more_does_not_stop_the_other
         server.faults[ours] = Unavailable("away")
         await until_trouble("away")
         server.faults[ours] = forbidden
-        await until_trouble("buildkitpools is forbidden")  # no namespace is left
+        server.cut.set()
+        lacking = {f"bkpool itself may not list buildkitpools in namespace {place!r}" for place in (OURS, "too")}
+        await server.until(lambda: mirror.trouble in lacking)  # no namespace is left
         del server.faults[ours]
         server.cut.clear()
         await server.until(lambda: mirror.trouble is None)

@@ -253,6 +253,46 @@ async def test_bytes_and_objects_of_watches_are_counted(server, store):
     assert server.watch_bytes["bkpool", "buildkitpools"] > 1000
 
 
+LACKS = 'buildkitpools.buildkit.smrt-devops.net is forbidden: User "bkpool" cannot {verb} resource "buildkitpools"'
+QUOTA = "exceeded quota: few, requested: count/buildkitpools=1"
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "hint"),
+    [
+        (
+            LACKS,
+            "bkpool itself may not {verb} buildkitpools in namespace 'default'",
+            "`bkpool manifests --pool-namespace default` prints",
+        ),
+        (
+            QUOTA,
+            "the cluster refuses a BuildKitPool in namespace 'default': Kubernetes: .*: exceeded quota",
+            "cluster",
+        ),
+    ],
+)
+async def test_what_the_cluster_refuses_bkpool_is_no_right_of_the_caller(server, store, reason, message, hint):
+    made = await store.create(a_pool())
+    calls = {
+        "get": lambda: store.get(Pool, *made.key),
+        "list": lambda: store.list(Pool, namespace=made.key.namespace),
+        "create": lambda: store.create(a_pool("q")),
+        "update": lambda: store.replace(made),
+        "delete": lambda: store.delete(Pool, *made.key),
+    }
+
+    async def refuse(asked: Asked) -> None:
+        raise Refused(403, "Forbidden", reason.format(verb=asked.verb))
+
+    server.before = refuse
+    for verb, call in calls.items():
+        with pytest.raises(Forbidden, match=message.format(verb=verb)) as caught:
+            await call()
+        assert hint in caught.value.hint
+        assert (caught.value.status, caught.value.exit_code) == (503, 69)
+
+
 async def test_a_hook_can_refuse_a_request_and_lose_an_answer(server, store):
     async def refuse(asked: Asked) -> None:
         if asked.verb == "create":
