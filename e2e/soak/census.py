@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _Cache = type(lru_cache(lambda: None))
+_RECENTLY_WRITTEN = ("bkpool.store.recent", "RecentlyWritten")
+"""The module and name of the class that keeps the last documents that were written, up to a bound."""
 _IN_A_GROUP = re.compile(r"asyncio_\d+|.+ \d+")
 """The names of threads of asyncio's default executor, and of `bkpool.home.threads`."""
 
@@ -34,6 +36,7 @@ def census() -> dict[str, Any]:
     """
     empty_caches()
     gc.unfreeze()  # the appliance sets apart what has survived a collection, and does so again after this one
+    forget_recent_documents(gc.get_objects())
     gc.collect()
     gc.unfreeze()
     with suppress(OSError, AttributeError):  # no glibc
@@ -73,6 +76,14 @@ def empty_caches() -> None:
     for cache in [one for module in modules for one in vars(module).values() if type(one) is _Cache]:
         if cache.cache_parameters()["maxsize"] is not None:
             cache.cache_clear()
+
+
+def forget_recent_documents(objects: Iterable[object]) -> None:
+    """Empties the tables of the last documents. How many of them are of which kind says nothing about leaks."""
+    for one in objects:
+        kind = type(one)
+        if (kind.__module__, kind.__qualname__) == _RECENTLY_WRITTEN:
+            vars(one)["_by_text"].clear()
 
 
 def resident(pid: int) -> int:

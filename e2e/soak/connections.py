@@ -168,7 +168,7 @@ class ClientThread:
     def _echoed(self) -> ssl.SSLSocket:
         sock = self._handshaken(self._open)
         sock.sendall(b"hello")
-        assert sock.recv(5) == b"hello", "the worker's echo"
+        assert (answer := sock.recv(5)) == b"hello", f"the worker's echo was {answer + _read_to_end(sock)!r}"
         return sock
 
     def _handshaken(self, context: ssl.SSLContext) -> ssl.SSLSocket:

@@ -11,7 +11,9 @@ from types import ModuleType
 import pytest
 from soak.census import census, count_threads, empty_caches
 
+from bkpool.core.pool import Pool
 from bkpool.home.threads import Threads
+from bkpool.store.recent import RecentlyWritten
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,16 @@ def test_only_caches_of_bkpool_with_a_bound_are_emptied_before_the_count(monkeyp
     monkeypatch.setitem(sys.modules, module, made)
     empty_caches()
     assert made.cache.cache_info().currsize == kept
+
+
+def test_the_documents_that_were_written_last_are_not_counted():
+    def pools() -> int:
+        return census()["objects"].get("core.pool.PoolSpec", 0)
+
+    before, recent = pools(), RecentlyWritten()
+    recent.add(b"a text", {"metadata": {}}, Pool.model_validate({"metadata": {"name": "kept"}, "spec": {}}))
+    assert pools() == before
+    assert recent.doc(b"a text") is None
 
 
 def test_a_permit_that_is_not_given_back_is_counted():
