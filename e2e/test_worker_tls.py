@@ -11,7 +11,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from bkpool.buildkit import TlsSessions, WorkerTls, ask_over_tls
 from bkpool.core import tokens
+from bkpool.core.errors import Unavailable
 from bkpool.core.names import Key
 from bkpool.gateway.control.server import Gateway
 from bkpool.gateway.net.dial import TlsDialler
@@ -33,6 +35,7 @@ DAY = timedelta(days=1)
 UID = "0b8ce2d5-0000-4000-8000-000000000001"
 POOL = Key("default", "p")
 TOKEN = tokens.derive(b"k" * 32, UID, "lease")
+get = TlsSessions.get
 SECRETS = bundle.ClusterSecrets.create(NOW)
 POOLS = PoolAuthorities(SECRETS.backend)
 BACKEND = POOLS.current(POOL)
@@ -102,6 +105,34 @@ async def test_a_dialler_is_accepted(port):
 async def test_clients_and_workers_are_rejected(port, leaf, says):
     with pytest.raises(ssl.SSLError, match=f"(?i){says}"):
         await first_words(port, settings(leaf))
+
+
+async def test_a_dialler_that_was_accepted_needs_a_short_handshake_only(port, monkeypatch):
+    resumed = []
+    monkeypatch.setattr(
+        "bkpool.buildkit.tls_client.TlsSessions.get",
+        lambda *asked: resumed.append(found := get(*asked)) or found,
+    )
+    sessions = TlsSessions()
+    worker = WorkerTls(settings(BACKEND.issue_dialler("default/p", NOW, NOW + DAY)), UID)
+    for _ in range(3):
+        await ask_over_tls("the worker", "127.0.0.1", port, worker, sessions)
+    assert [one is not None for one in resumed] == [False, True, True]
+    assert len({id(one) for one in resumed[1:]}) == 1, "buildkitd has taken the session: else it were another one"
+
+
+@pytest.mark.parametrize("leaf", [POOLS.current(Key("other", "p")).issue_dialler("other/p", NOW, NOW + DAY)])
+async def test_a_session_opens_nothing_for_another_dialler(port, leaf):
+    sessions = TlsSessions()
+    await ask_over_tls(
+        "the worker",
+        "127.0.0.1",
+        port,
+        WorkerTls(settings(BACKEND.issue_dialler("default/p", NOW, NOW + DAY)), UID),
+        sessions,
+    )
+    with pytest.raises(Unavailable, match=r"(?i)unknown.ca"):
+        await ask_over_tls("the worker", "127.0.0.1", port, WorkerTls(settings(leaf), UID), sessions)
 
 
 async def test_a_build_passes_through_the_gateway_with_tls_on_both_sides(port, tools, tmp_path):

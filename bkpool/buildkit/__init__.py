@@ -17,6 +17,7 @@ from bkpool.buildkit.records import (
     UsageRecord,
     WorkerRecord,
 )
+from bkpool.buildkit.tls_client import TlsSessions
 
 __all__ = [
     "BuildEvent",
@@ -26,6 +27,7 @@ __all__ = [
     "CallTimeouts",
     "ContentDescriptor",
     "ControlClient",
+    "TlsSessions",
     "UsageRecord",
     "WorkerRecord",
     "WorkerTls",

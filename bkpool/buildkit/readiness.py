@@ -16,7 +16,7 @@ from typing import cast
 
 from bkpool.buildkit.connection import WorkerTls, describe
 from bkpool.buildkit.ready_call import NAME, REQUEST, ReadyCall
-from bkpool.buildkit.tls_connection import connect_tls
+from bkpool.buildkit.tls_client import TlsClient, TlsSessions
 from bkpool.core.errors import Unavailable
 from bkpool.pki.worker_tls import check_worker
 
@@ -37,15 +37,17 @@ async def ask_on_socket(path: Path) -> int:
         Unavailable: Nothing listens there, or it closed the connection, or it took too long. The cause is the error
             of the system.
     """
-    loop = asyncio.get_running_loop()
-    async with _asking(f"unix://{path}", lambda make: loop.create_unix_connection(make, str(path))) as asking:
+    endpoint = f"unix://{path}"
+    async with _asking(endpoint, lambda: _Asking(endpoint), lambda make: _connect_socket(path, make)) as asking:
         await asking.answer()
         sock: socket.socket = asking.transport.get_extra_info("socket")
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
         return int(_PEERCRED.unpack(credentials)[0])
 
 
-async def ask_over_tls(endpoint: str, host: str, port: int, tls: WorkerTls) -> None:
+async def ask_over_tls(
+    endpoint: str, host: str, port: int, tls: WorkerTls, sessions: TlsSessions | None = None
+) -> None:
     """Makes the call over mutual TLS, once the certificate has shown that it is the right worker.
 
     Args:
@@ -53,16 +55,25 @@ async def ask_over_tls(endpoint: str, host: str, port: int, tls: WorkerTls) -> N
         host: An IP address.
         port: Where buildkitd, or a proxy before it, listens.
         tls: How to reach the worker, and how to recognise it.
+        sessions: Has the sessions of workers that were recognised before. None: every handshake is a whole one.
 
     Raises:
         WorkerFailed: Another worker listens there, or it did not answer the call with OK.
         Unavailable: Nothing listens there, or it closed the connection, or it does not speak our TLS, or it took too
             long. The cause is the error of the system.
     """
-    async with _asking(endpoint, lambda make: connect_tls(make, host, port, tls.context)) as asking:
-        session: ssl.SSLObject = asking.transport.get_extra_info("ssl_object")
-        check_worker(session.getpeercert(binary_form=True), tls.worker_uid)
-        await asking.answer()
+    known = TlsSessions() if sessions is None else sessions
+    loop = asyncio.get_running_loop()
+    try:
+        async with _asking(
+            endpoint,
+            lambda: _AskingOverTls(endpoint, tls, known),
+            lambda make: loop.create_connection(make, host, port),
+        ) as asking:
+            await asking.answer()
+    except BaseException:
+        known.drop(tls.worker_uid)
+        raise
 
 
 class _Asking(asyncio.Protocol):
@@ -75,21 +86,31 @@ class _Asking(asyncio.Protocol):
         self._endpoint = endpoint
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._early: bytes | None = b""
-        """What the worker has said before it was asked: nothing may be acknowledged before that. None: it was."""
+        """What the worker has sent before it was asked: nothing may be acknowledged before that. None: it was."""
         self.closed = asyncio.Event()
 
     async def answer(self) -> None:
         """Sends the request, and returns when it is answered with OK."""
-        early, self._early = self._early, None
-        self.transport.write(REQUEST)
-        if early:
-            self.data_received(early)
+        self._ask()
         await self._over
+
+    def _ask(self) -> None:
+        early, self._early = self._early, None
+        self._send(REQUEST)
+        if early:
+            self._take(early)
+
+    def _send(self, data: bytes) -> None:
+        self.transport.write(data)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Takes what the worker says."""
         if self._early is not None:
             self._early += data
         if self._early is not None or self._over.done():
@@ -97,18 +118,21 @@ class _Asking(asyncio.Protocol):
         try:
             back = self._call.receive(data)
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
-            self._over.set_exception(error)
+            self._fail(error)
             return
         if back:
-            self.transport.write(back)
+            self._send(back)
         if self._call.answered:
             self._over.set_result(None)
 
+    def _fail(self, error: Exception) -> None:
+        if not self._over.done():
+            self._over.set_exception(error)
+
     def connection_lost(self, exc: BaseException | None) -> None:
         self.closed.set()
-        if not self._over.done():
-            reason = describe(exc) if isinstance(exc, OSError) else "the connection was lost"
-            self._over.set_exception(Unavailable(f"{self._endpoint} broke off the call {NAME}: {reason}"))
+        reason = describe(exc) if isinstance(exc, OSError) else "the connection was lost"
+        self._fail(Unavailable(f"{self._endpoint} broke off the call {NAME}: {reason}"))
 
     async def close(self) -> None:
         """Ends the connection at once, without TLS's closing handshake: a peer that hangs would delay it by 30 s."""
@@ -121,17 +145,75 @@ class _Asking(asyncio.Protocol):
                 await self.closed.wait()
 
 
-_Connect = Callable[[Callable[[], _Asking]], Awaitable[tuple[asyncio.BaseTransport, _Asking]]]
+class _AskingOverTls(_Asking):
+    """The same over TLS. The worker is asked as soon as it is known who it is."""
+
+    def __init__(self, endpoint: str, tls: WorkerTls, sessions: TlsSessions) -> None:
+        super().__init__(endpoint)
+        self._worker = tls
+        self._sessions = sessions
+        now = asyncio.get_running_loop().time()
+        self._tls = TlsClient(tls.context, sessions.get(tls.worker_uid, tls.context, now))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.transport.write(self._tls.begin())
+
+    async def answer(self) -> None:
+        """Returns when the worker has answered with OK, and its session can be used again."""
+        await self._over
+        if not self._tls.is_resumed:
+            now = asyncio.get_running_loop().time()
+            self._sessions.put(self._worker.worker_uid, self._worker.context, self._tls.session, now)
+
+    def data_received(self, data: bytes) -> None:
+        begins = not self._tls.is_ready
+        try:
+            plaintext = self._tls.receive(data)
+            if begins and self._tls.is_ready:
+                self._recognise()
+                self._ask()
+        except ssl.SSLError as error:
+            self._fail(_unreachable(self._endpoint, error))
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            self._fail(error)
+        else:
+            if plaintext:
+                self._take(plaintext)
+        if last := self._tls.to_send():
+            self.transport.write(last)
+
+    def _recognise(self) -> None:
+        """Raises WorkerFailed if it is another worker. Whoever has a session that was kept was the right one."""
+        if not self._tls.is_resumed:
+            check_worker(self._tls.peer_certificate, self._worker.worker_uid)
+
+    def _send(self, data: bytes) -> None:
+        self.transport.write(self._tls.send(data))
+
+
+_Make = Callable[[], _Asking]
+_Connect = Callable[[_Make], Awaitable[tuple[asyncio.BaseTransport, _Asking]]]
+
+
+def _connect_socket(path: Path, make: _Make) -> Awaitable[tuple[asyncio.BaseTransport, _Asking]]:
+    return asyncio.get_running_loop().create_unix_connection(make, str(path))
+
+
+def _unreachable(endpoint: str, error: OSError) -> Unavailable:
+    unreachable = Unavailable(f"{endpoint} cannot be reached: {describe(error)}")
+    unreachable.__cause__ = error
+    return unreachable
 
 
 @asynccontextmanager
-async def _asking(endpoint: str, connect: _Connect) -> AsyncIterator[_Asking]:
+async def _asking(endpoint: str, make: _Make, connect: _Connect) -> AsyncIterator[_Asking]:
     try:
         async with asyncio.timeout(_LONGEST):
             try:
-                _, asking = await connect(lambda: _Asking(endpoint))
+                _, asking = await connect(make)
             except OSError as error:
-                raise Unavailable(f"{endpoint} cannot be reached: {describe(error)}") from error
+                raise _unreachable(endpoint, error) from error
             try:
                 yield asking
             finally:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bkpool.buildkit import WorkerTls, ask_on_socket, ask_over_tls
+from bkpool.buildkit import TlsSessions, WorkerTls, ask_on_socket, ask_over_tls
 from bkpool.core.errors import Unavailable
 from bkpool.toolchain.descriptor_limit import is_lack_of_descriptors, too_many_open_files
 
@@ -30,7 +30,9 @@ async def probe(path: Path) -> int:
         return await ask_on_socket(path)
 
 
-async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: str) -> None:
+async def probe_tls(
+    host: str, port: int, context: ssl.SSLContext, worker_uid: str, sessions: TlsSessions | None = None
+) -> None:
     """Makes one call to a worker's port over mutual TLS.
 
     Args:
@@ -38,6 +40,7 @@ async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: s
         port: Where buildkitd, or a proxy before it, listens.
         context: Of `pki.worker_tls.worker_context`.
         worker_uid: The uid of the worker that should answer.
+        sessions: Those of earlier calls, which make this one cheaper.
 
     Raises:
         WorkerFailed: Another worker listens there, or it did not answer the call with OK.
@@ -46,7 +49,7 @@ async def probe_tls(host: str, port: int, context: ssl.SSLContext, worker_uid: s
     """
     endpoint = tcp_endpoint(host, port)
     with _own_lack_named(endpoint):
-        await ask_over_tls(endpoint, host, port, WorkerTls(context, worker_uid))
+        await ask_over_tls(endpoint, host, port, WorkerTls(context, worker_uid), sessions)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ async def test_the_former_ca_is_known_as_long_as_it_has_a_worker(runtime):
 async def test_a_pod_is_probed_with_the_ca_that_it_was_made_with(runtime, monkeypatch):
     used = []
 
-    async def probe(_host, _port, context, _uid):
+    async def probe(_host, _port, context, _uid, _sessions):
         used.append(context)
 
     monkeypatch.setattr("bkpool.workers.pods.pod_probe.probe_tls", probe)

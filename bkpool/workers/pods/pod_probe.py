@@ -7,7 +7,7 @@ import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from bkpool.buildkit import WorkerTls, connect
+from bkpool.buildkit import TlsSessions, WorkerTls, connect
 from bkpool.core.errors import HostFault, Unavailable, WorkerFailed
 from bkpool.core.names import WORKER_PORT
 from bkpool.kube import Doc
@@ -30,6 +30,7 @@ class PodProbe:
     def __init__(self, contexts: WorkerContexts, host: str | None) -> None:
         self._contexts = contexts
         self._host = host
+        self._sessions = TlsSessions()
 
     def endpoint(self, pod: Doc) -> str | None:
         """Where the pod can be reached; None: it has no address yet."""
@@ -46,7 +47,8 @@ class PodProbe:
         address = self._address(pod)
         if address is None:
             raise Unavailable("the pod has no address yet")
-        await self._with_context(pod, lambda context: probe_tls(*address, context, pod_view.worker_uid(pod)))
+        uid, sessions = pod_view.worker_uid(pod), self._sessions
+        await self._with_context(pod, lambda context: probe_tls(*address, context, uid, sessions))
 
     async def answers(self, pod: Doc) -> bool:
         """Whether a pod that has been running for some time answers within three seconds."""
