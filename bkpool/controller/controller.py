@@ -16,12 +16,12 @@ import structlog
 
 from bkpool.controller.expired_registrations import Judged, check_expired, judged_heartbeats
 from bkpool.controller.lease_ends import LeaseEnds
+from bkpool.controller.looks import AT_ONCE
 from bkpool.controller.metrics import ControllerMetrics, Result
 from bkpool.controller.missing_pools import MissingPools
 from bkpool.controller.pool_states import PoolStates
 from bkpool.controller.pool_work import PAUSE, PoolWork
 from bkpool.controller.starts import Starts
-from bkpool.controller.turns import AT_ONCE
 from bkpool.core.errors import BkpoolError, Conflict, DiskFull, HostFault, NotFound, WorkerFailed
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import MOST_RESTARTS
@@ -223,7 +223,7 @@ class Controller:
         for slot in state.strays[:AT_ONCE]:
             self._start_action(slot, None, self._stop_stray(slot))
         if plan.unfinished:
-            self._states.plan_goes_on(key)
+            self._states.plan_unfinished(key)
             return
         wake_at = plan.wake_at
         if key in self._mirror.pools:

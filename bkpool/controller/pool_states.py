@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 
-from bkpool.controller.turns import Turns, pool_of
+from bkpool.controller.looks import Looks, LookStage, pool_of
 from bkpool.core.names import Key, Slot, slot_of
 from bkpool.core.pool import Pool
 from bkpool.core.reconcile.announcements import Announcements
@@ -50,7 +50,7 @@ class PoolStates:
         self._caches = caches
         self._states: dict[Key, PoolState] = {}
         self._deleted: dict[Key, Pool] = {}
-        self._turns = Turns()
+        self._looks = Looks()
         self._ended: set[Slot] = set()
         """Slots in which an action has ended, and which were not taken over since."""
         self._heartbeats: set[Key] = set()
@@ -80,16 +80,16 @@ class PoolStates:
 
     def _note_everything(self) -> None:
         for pool in (*self._mirror.pools, *self._mirror.unreadable_pools, *self._states):
-            self._turns.note(pool)
+            self._looks.note(pool)
         for worker in self._mirror.workers.values():
-            self._turns.note_slot(worker.slot)
+            self._looks.note_slot(worker.slot)
         for slot in (*self._daemons.observe(), *self._caches.owners()):
-            self._turns.note_slot(slot)
+            self._looks.note_slot(slot)
         self._heartbeats |= self._mirror.heartbeats.known.keys()
 
     def slot_changed(self, slot: Slot) -> None:
         """Notes that a slot may have changed."""
-        self._turns.note_slot(slot)
+        self._looks.note_slot(slot)
         self._on_change()
 
     def _heartbeat_changed(self, heartbeat: Key) -> None:
@@ -99,12 +99,12 @@ class PoolStates:
 
     def pool_changed(self, pool: Key) -> None:
         """Notes that a pool may have changed."""
-        self._turns.note(pool)
+        self._looks.note(pool)
         self._on_change()
 
-    def plan_goes_on(self, pool: Key) -> None:
+    def plan_unfinished(self, pool: Key) -> None:
         """Notes that the plan of a pool has more parts. What has changed meanwhile is for the next plan."""
-        self._turns.goes_on(pool)
+        self._looks.plan_unfinished(pool)
 
     def pool_deleted(self, pool: Pool) -> None:
         """Notes that a pool is deleted, of which something is left. The object says so."""
@@ -124,9 +124,9 @@ class PoolStates:
         """Makes every pool look at all of its slots: the clock has jumped, so no time that was noted is right."""
         for pool, state in self._states.items():
             state.look_at_everything()
-            self._turns.note(pool)
+            self._looks.note(pool)
             for slot in state.slots:
-                self._turns.note_slot(slot)
+                self._looks.note_slot(slot)
         self._heartbeats |= self._mirror.heartbeats.known.keys()
 
     def look_again_at(self, pool: Key, at: datetime | None) -> None:
@@ -147,7 +147,7 @@ class PoolStates:
     @property
     def has_more(self) -> bool:
         """Whether more was noted than the last round has taken over."""
-        return self._turns.has_more
+        return self._looks.has_more
 
     def take_over(self, reading: ClockReading) -> dict[Key, PoolState]:
         """Takes over what has been noted, and the slots that were not looked at for `CHECK_INTERVAL`.
@@ -158,24 +158,24 @@ class PoolStates:
             reading: The clocks.
 
         Returns:
-            The states of the pools whose turn it is, to be planned. If slots are left, it `expects_more`.
+            The states of the pools of this round, to be planned. One of which slots are left is `taking_over`.
         """
         for key in self._due.due(reading.wall):
-            self._turns.note(key)
+            self._looks.note(key)
         for slot in self._checks.due(reading.wall):
-            self._turns.note_slot(slot)
+            self._looks.note_slot(slot)
         heartbeats, self._heartbeats = self._heartbeats, set()
         for key in heartbeats:
             for pool in self._take_heartbeat(key, reading):
-                self._turns.note(pool)
+                self._looks.note(pool)
         changed: dict[Key, PoolState] = {}
-        for part in self._turns.next_round():
+        for part in self._looks.next_round():
             changed[part.pool] = state = self._state(part.pool)
             for slot in part.slots:
                 self._take_slot(slot, reading)
-            if part.last:
+            if part.stage is LookStage.TAKEN_OVER:
                 self._take_pool(part.pool, state)
-            state.expects_more = part.more
+            state.taking_over = part.stage is LookStage.TAKING_OVER
         return changed
 
     def forget(self, pool: Key) -> None:

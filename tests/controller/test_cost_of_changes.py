@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from bkpool.controller.looks import AT_ONCE
 from bkpool.controller.pool_states import CHECK_INTERVAL, PoolStates
-from bkpool.controller.turns import AT_ONCE
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState
 from bkpool.core.pool import Pool, PoolSpec
@@ -99,14 +99,14 @@ def test_a_large_pool_is_taken_over_in_parts_and_holds_up_no_other():
         mirror.apply(worker(number))
     states = PoolStates(mirror, runtime, runtime)
     states.follow(lambda: None)
-    assert states.take_over(reading)[POOL].expects_more
+    assert states.take_over(reading)[POOL].taking_over
     states.pool_changed(other := Key("default", "other"))
     rounds: list[set[Key]] = []
     while states.has_more:
         found = states.take_over(reading)
-        rounds.append({key for key, state in found.items() if not state.expects_more})
+        rounds.append({key for key, state in found.items() if not state.taking_over})
     assert sum(POOL in found for found in rounds) == 1, "once, with all its slots"
-    assert other in rounds[0] | rounds[1], "the first pool has its turn, and then the other one"
+    assert other in rounds[0] | rounds[1], "a part of the first pool, and then the other one"
     assert len(rounds) < 5
 
 

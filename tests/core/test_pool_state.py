@@ -255,9 +255,9 @@ class Changes(RuleBasedStateMachine):
         steps: dict[Slot, Action] = {}
         creates: dict[Slot, Action] = {}
         for number in range(_MOST_PARTS):
-            self.state.expects_more = number < self.early
+            self.state.taking_over = number < self.early
             plan = self.state.plan(moment, self.at_most)
-            assert plan.unfinished or not self.state.expects_more
+            assert plan.unfinished or not self.state.taking_over
             for action in plan.actions:
                 (creates if isinstance(action, CreateWorker) else steps)[slot_of_action(action)] = action
             if not plan.unfinished or any(isinstance(action, CreateWorker) for action in plan.actions):

@@ -61,7 +61,7 @@ class PoolState:
     def __init__(self, pool: Pool, spec: Spec = Spec.KNOWN) -> None:
         self.pool = pool
         self.spec = spec
-        self.expects_more = False
+        self.taking_over = False
         """Some slots that have changed are not taken over yet, so nothing is planned that depends on their number."""
         self.counts = PoolCounts()
         self.caches = SpareCaches()
@@ -186,7 +186,7 @@ class PoolState:
             self._waiting |= dict.fromkeys(self._last.acted)
             self._last = replace(self._last, acted=set(), unfinished=True)
         actions = self._take_changed(moment, at_most)
-        if self._changed or self.expects_more:
+        if self._changed or self.taking_over:
             return _unfinished(actions)
         if known:
             moved, more_at = self._free.mark_surplus(self.pool.spec.scaling, moment.now)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bkpool.controller.looks import AT_ONCE
 from bkpool.controller.pool_states import PoolStates
-from bkpool.controller.turns import AT_ONCE
 from bkpool.core.names import Key, Slot
 from bkpool.core.observation import DaemonState, Observation
 from bkpool.core.reconcile.actions import Action, CreateWorker, StopDaemon
@@ -50,7 +50,7 @@ class Rounds:
         for key, state in self.states.take_over(reading).items():
             plan = state.plan(Moment(reading.wall, self.states.registrations.at(NOW, reading.seconds)), AT_ONCE)
             if plan.unfinished:
-                self.states.plan_goes_on(key)
+                self.states.plan_unfinished(key)
             elif key == BIG:
                 self.finished.append(self.count)
             actions += plan.actions if key == BIG else ()
@@ -71,7 +71,7 @@ def all_slots(workers: int) -> Iterator[Slot]:
 
 
 def test_a_large_pool_is_planned_although_it_and_many_small_ones_change_all_the_time():
-    """Without turns that end, it was planned once in 1,000 rounds."""
+    """Without looks that end, it was planned once in 1,000 rounds."""
     rounds, slots = Rounds(1000, small_pools=49), all_slots(1000)
     small = itertools.cycle(Slot("default", f"small-{n % 49}", n % 20) for n in range(49 * 20))
     for _ in range(1200):
@@ -79,8 +79,8 @@ def test_a_large_pool_is_planned_although_it_and_many_small_ones_change_all_the_
             rounds.states.slot_changed(next(slots))
             rounds.states.slot_changed(next(small))
         rounds.round()
-    turn = 1000 / AT_ONCE
-    each = 2 * turn + 4  # the slots are taken over, and then looked at
+    parts = 1000 / AT_ONCE
+    each = 2 * parts + 4  # the slots are taken over, and then looked at
     assert rounds.longest_pause <= 2 * each, "each other round is of the small pools"
 
 
@@ -108,9 +108,9 @@ def test_a_revoked_lease_is_ended_soon_although_3000_workers_change_all_the_time
         change(busy, slots)
     over = leased(number, ended_at=NOW, end_reason=EndReason.REVOKED)
     busy.mirror.apply(over.but(metadata=over.metadata.but(resource_version="2")))
-    turn = -(-3000 // AT_ONCE)
+    parts = -(-3000 // AT_ONCE)
     decided: set[Slot] = set()
-    for _ in range(3 * turn + 10):  # the rest of a turn, its plan, and the slot's own turn
+    for _ in range(3 * parts + 10):  # the rest of a look, its plan, and the look that has the slot
         decided |= {action.worker.slot for action in change(busy, slots) if isinstance(action, StopDaemon)}
         if decided:
             break
@@ -132,7 +132,7 @@ def test_a_slot_is_left_alone_until_what_an_action_did_there_was_taken_over():
         rounds.states.slot_changed(Slot(*BIG, number))
     rounds.round()
     state = rounds.states.take_over(ClockReading(NOW, 0))[BIG]
-    assert state.expects_more
+    assert state.taking_over
     state.plan(Moment(NOW), AT_ONCE)
     stray = Slot(*BIG, 0)
     assert stray in state.strays
