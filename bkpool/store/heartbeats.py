@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -20,9 +19,8 @@ from bkpool.core.gateway_heartbeat import ABSENT, GatewayHeartbeat, HeartbeatVer
 from bkpool.core.names import Key
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.unreadable import Unreadable, UnreadableObject
-from bkpool.core.versioned_cache import VersionedCache
-from bkpool.kube.list_and_watch import list_and_watch
-from bkpool.store import Store, WatchEvent
+from bkpool.store import Listing, Store
+from bkpool.store.kind_copy import KindCopy, where
 
 log = structlog.get_logger(__name__)
 
@@ -40,7 +38,6 @@ _RELIED_ON = 120.0
 may write them, and 50 s for which a gateway relies on one."""
 _REFUSED = (Forbidden, NotFound)
 _TRANSIENT = (Gone, Unavailable, DiskFull, Unauthenticated)
-_Cache = VersionedCache[Key, GatewayHeartbeat]
 
 
 class Heartbeats:
@@ -65,15 +62,14 @@ class Heartbeats:
         self._pause = pause
         self._jitter = jitter
         self._seconds = seconds
-        self._caches = {scope: _empty_cache() for scope in store.scopes(GatewayHeartbeat)}
-        self._known: dict[Key, GatewayHeartbeat] = {}
+        self._copy = KindCopy(GatewayHeartbeat, store.scopes(GatewayHeartbeat), self._changed)
         self._asked: set[str | None] = set()
         self._followed: set[str | None] = set()
         self._refused_since: dict[str | None, float] = {}
         self._unfollowed_since: dict[str | None, float] = {}
         self._subscribers: Subscribers[[Key]] = Subscribers()
         self._followed_subscribers: Subscribers[[]] = Subscribers()
-        self.known: Mapping[Key, GatewayHeartbeat] = MappingProxyType(self._known)
+        self.known = self._copy.readable
         """Those that can be read, by their names."""
         self.answered = asyncio.Event()
         """Set once the store has said for all namespaces whether it has them."""
@@ -81,7 +77,7 @@ class Heartbeats:
     async def run(self) -> None:
         """Keeps the copy up to date until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for scope in self._caches:
+            for scope in self._copy.scopes:
                 tasks.create_task(self._follow(scope))
 
     async def until_known(self) -> None:
@@ -115,43 +111,28 @@ class Heartbeats:
         Raises:
             Unavailable: The store does not answer, or does not allow the question while gateways may rely on it.
         """
-        cache = self._cache_of(key)
         try:
             found = await self._store.get(GatewayHeartbeat, *key)
         except (NotFound, UnreadableObject):
             if judged == ABSENT and key not in self.known:
                 return True
-            self._take_absence(key, cache)
+            self._take_absence(key)
             return False
         except Forbidden as error:
             if self._is_given_up(key.namespace):
                 return True
             raise Unavailable(f"the heartbeat of gateway {key} cannot be read: {error.message}") from None
-        self._take(cache, cache.applied(found))
+        self._copy.applied(found)
         return judged == HeartbeatVersion.of(found)
 
     def _is_given_up(self, namespace: str) -> bool:
         """Whether heartbeats have not been followed there for so long that no gateway relies on one."""
-        since = self._unfollowed_since.get(namespace if namespace in self._caches else None)
+        since = self._unfollowed_since.get(namespace if namespace in self._copy.scopes else None)
         return since is not None and self._seconds() - since >= _RELIED_ON
 
     async def _follow(self, scope: str | None) -> None:
-        cache = self._caches[scope]
-
-        async def list_all() -> str:
-            listing = await self._store.list(GatewayHeartbeat, namespace=scope)
+        def listed(_listing: Listing[GatewayHeartbeat]) -> None:
             self._note(scope, followed=True)
-            self._take(cache, cache.listed(listing.items, int(listing.resource_version)))
-            return listing.resource_version
-
-        def watch(version: str) -> AsyncGenerator[WatchEvent[GatewayHeartbeat], None]:
-            return self._store.watch(GatewayHeartbeat, version, namespace=scope)
-
-        def on_event(event: WatchEvent[GatewayHeartbeat]) -> None:
-            if isinstance(event.object, Unreadable):
-                self._take_absence(event.object.key, cache)
-            else:
-                self._take(cache, cache.event(event.type, event.object))
 
         def goes_on(error: Exception, _seconds: float) -> bool:
             if isinstance(error, _REFUSED):
@@ -159,7 +140,7 @@ class Heartbeats:
                 return True
             self._refused_since.pop(scope, None)
             if isinstance(error, _TRANSIENT):
-                log.warning("heartbeats.interrupted", **_where(scope), reason=error.message)
+                log.warning("heartbeats.interrupted", **where(scope), reason=error.message)
                 return True
             return False
 
@@ -167,7 +148,7 @@ class Heartbeats:
             await self._pause(min(seconds, _SOON) if scope in self._followed else seconds)
 
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
-        await list_and_watch(list_all, watch, on_event, goes_on, backoff=backoff, pause=pause)
+        await self._copy.follow(self._store, scope, goes_on, listed, backoff=backoff, pause=pause)
 
     def _note_refusal(self, scope: str | None, reason: str) -> None:
         now = self._seconds()
@@ -175,7 +156,7 @@ class Heartbeats:
         if scope in self._followed and now - since < _LASTS:
             return
         if scope in self._followed or scope not in self._asked:
-            log.info("heartbeats.not_followed", **_where(scope), reason=reason)
+            log.info("heartbeats.not_followed", **where(scope), reason=reason)
         self._note(scope, followed=False)
 
     def _note(self, scope: str | None, *, followed: bool) -> None:
@@ -187,38 +168,15 @@ class Heartbeats:
         else:
             self._unfollowed_since.setdefault(scope, self._seconds())
         self._asked.add(scope)
-        if self._asked == self._caches.keys():
+        if self._asked == {*self._copy.scopes}:
             self.answered.set()
         if changed:
             self._followed_subscribers.notify()
 
-    def _cache_of(self, key: Key) -> _Cache:
-        return self._caches.get(key.namespace) or self._caches.get(None) or _empty_cache()
-
-    def _take_absence(self, key: Key, cache: _Cache) -> None:
+    def _take_absence(self, key: Key) -> None:
         """Notes that there is no heartbeat of this name, or none that can be read."""
-        last = self.known.get(key)
-        if last is not None:
-            self._take(cache, cache.event("DELETED", last))
-        else:
+        if not self._copy.deleted(key):
             self._subscribers.notify(key)
 
-    def _take(self, cache: _Cache, changed: list[GatewayHeartbeat]) -> None:
-        for found in changed:
-            if found.key in cache.items:
-                self._known[found.key] = found
-            else:
-                self._known.pop(found.key, None)
-            self._subscribers.notify(found.key)
-
-
-def _where(scope: str | None) -> dict[str, str]:
-    return {} if scope is None else {"namespace": scope}
-
-
-def _empty_cache() -> _Cache:
-    return VersionedCache(lambda found: found.key, _version_of)
-
-
-def _version_of(found: GatewayHeartbeat) -> int:
-    return int(found.metadata.resource_version or 0)
+    def _changed(self, found: GatewayHeartbeat | Unreadable, _before: Unreadable | None) -> None:
+        self._subscribers.notify(found.key)

@@ -10,10 +10,9 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from types import MappingProxyType
-from typing import Generic, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import structlog
 
@@ -28,11 +27,10 @@ from bkpool.core.pool_index import PoolIndex
 from bkpool.core.resource import R, Resource
 from bkpool.core.subscribers import Subscribers
 from bkpool.core.unreadable import Unreadable
-from bkpool.core.versioned_cache import VersionedCache
 from bkpool.core.worker import Worker
-from bkpool.kube.list_and_watch import list_and_watch
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.heartbeats import Heartbeats
+from bkpool.store.kind_copy import KindCopy, version_of, where
 from bkpool.store.troubles import Followed, Troubles
 
 log = structlog.get_logger(__name__)
@@ -42,79 +40,6 @@ _TRANSIENT = (Gone, Unavailable, DiskFull)
 _TRANSIENT_ONCE_LISTED = (*_TRANSIENT, Forbidden, Unauthenticated, NotFound)
 """An API server that has just restarted may refuse requests, or not know bkpool's kinds, until it has loaded its
 roles and custom resource definitions."""
-
-
-class _Copy(Generic[R]):
-    """The objects of one kind: those that can be read, and apart from them those that cannot.
-
-    Args:
-        kind: The kind.
-        scopes: The namespaces that are followed one by one; (None,): all of them at once.
-        changed: Called with each object that has changed, and with what it was if it could not be read before.
-    """
-
-    def __init__(
-        self,
-        kind: type[R],
-        scopes: tuple[str | None, ...],
-        changed: Callable[[R | Unreadable, Unreadable | None], None],
-    ) -> None:
-        self.kind = kind
-        self._changed = changed
-        self._caches: dict[str | None, VersionedCache[Key, R | Unreadable]] = {
-            scope: VersionedCache(lambda found: found.key, _version_of) for scope in scopes
-        }
-        self._readable: dict[Key, R] = {}
-        self._unreadable: dict[Key, Unreadable] = {}
-        self.readable: Mapping[Key, R] = MappingProxyType(self._readable)
-        self.unreadable: Mapping[Key, Unreadable] = MappingProxyType(self._unreadable)
-
-    @property
-    def scopes(self) -> tuple[str | None, ...]:
-        """The namespaces that are followed one by one."""
-        return tuple(self._caches)
-
-    def listed(self, listing: Listing[R], scope: str | None = None) -> None:
-        """Takes over a complete list of a scope."""
-        cache = self._caches[scope]
-        found: list[R | Unreadable] = [*listing.items, *listing.unreadable]
-        self._take(cache, cache.listed(found, int(listing.resource_version)))
-
-    def event(self, event: WatchEvent[R], scope: str | None = None) -> None:
-        """Takes over one event of a scope's watch."""
-        cache = self._caches[scope]
-        self._take(cache, cache.event(event.type, event.object))
-
-    def applied(self, found: R | Unreadable) -> None:
-        """Takes over what has just been written or read, if it is news."""
-        cache = self._caches.get(found.key.namespace) or self._caches.get(None)
-        if cache is not None:
-            self._take(cache, cache.applied(found))
-
-    def _take(self, cache: VersionedCache[Key, R | Unreadable], changed: list[R | Unreadable]) -> None:
-        for found in changed:
-            key = found.key
-            before = self._unreadable.pop(key, None)
-            if key not in cache.items:
-                self._readable.pop(key, None)
-            elif isinstance(found, Unreadable):
-                self._readable.pop(key, None)
-                self._unreadable[key] = found
-                if before is None or before.reason != found.reason:
-                    log.warning("store.object_unreadable", kind=self.kind.KIND, object=str(key), reason=found.reason)
-            else:
-                self._readable[key] = found
-                if before is not None:
-                    log.info("store.object_readable", kind=self.kind.KIND, object=str(key))
-            self._changed(found, before)
-
-
-def _version_of(found: Resource | Unreadable) -> int:
-    return int(found.version if isinstance(found, Unreadable) else found.metadata.resource_version or 0)
-
-
-def _where(scope: str | None) -> dict[str, str]:
-    return {} if scope is None else {"namespace": scope}
 
 
 class _AllOf:
@@ -161,9 +86,9 @@ class Mirror:
         self._store = store
         self._pause = pause
         self._jitter = jitter
-        self._pools = _Copy(Pool, store.scopes(Pool), self._pool_changed)
-        self._workers = _Copy(Worker, store.scopes(Worker), self._worker_changed)
-        self._configs = _Copy(OIDCConfig, store.scopes(OIDCConfig), self._config_changed)
+        self._pools = KindCopy(Pool, store.scopes(Pool), self._pool_changed)
+        self._workers = KindCopy(Worker, store.scopes(Worker), self._worker_changed)
+        self._configs = KindCopy(OIDCConfig, store.scopes(OIDCConfig), self._config_changed)
         self._indexes: dict[Key, PoolIndex] = {}
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
         self.leases = LeaseIndex()
@@ -275,35 +200,28 @@ class Mirror:
         """Calls back, in the event loop, when an issuer has changed. Returns a function that unsubscribes."""
         return self._config_subscribers.add(callback)
 
-    async def _follow(self, copy: _Copy[R], scope: str | None) -> None:
+    async def _follow(self, copy: KindCopy[R], scope: str | None) -> None:
         kind = copy.kind
 
-        async def list_all() -> str:
-            listing = await self._store.list(kind, namespace=scope)
-            copy.listed(listing, scope)
+        def listed(listing: Listing[R]) -> None:
             if kind is Worker:
                 found = cast("list[Worker | Unreadable]", [*listing.items, *listing.unreadable])
                 self._claims_changed(self._claims[scope].listed(found, int(listing.resource_version)))
             if self._troubles.listed((kind, scope)):
-                log.info("mirror.resumed", kind=kind.KIND, **_where(scope))
+                log.info("mirror.resumed", kind=kind.KIND, **where(scope))
             if not self._troubles.unlisted:
                 self.ready.set()
-            return listing.resource_version
 
-        def watch(version: str) -> AsyncGenerator[WatchEvent[R], None]:
-            return self._store.watch(kind, version, namespace=scope)
+        def changed(event: WatchEvent[R]) -> None:
+            if kind is Worker:
+                now = None if event.type == "DELETED" else cast("Worker | Unreadable", event.object)
+                self._claims_changed(self._claims[scope].event(event.object.key, now, version_of(event.object)))
 
         def goes_on(error: Exception, seconds: float) -> bool:
             return self._note_failure((kind, scope), error, seconds)
 
-        def take(event: WatchEvent[R]) -> None:
-            copy.event(event, scope)
-            if kind is Worker:
-                now = None if event.type == "DELETED" else cast("Worker | Unreadable", event.object)
-                self._claims_changed(self._claims[scope].event(event.object.key, now, _version_of(event.object)))
-
         backoff = Backoff(_LONGEST_PAUSE, jitter=self._jitter)
-        await list_and_watch(list_all, watch, take, goes_on, backoff=backoff, pause=self._pause)
+        await copy.follow(self._store, scope, goes_on, listed, changed, backoff=backoff, pause=self._pause)
 
     def _claims_changed(self, requests: set[Request]) -> None:
         for request in requests:
@@ -318,7 +236,7 @@ class Mirror:
         if seconds:  # else it is listed again at once: the copy is as good as with a watch that is a little late
             self._troubles.note(followed, error)
         log.warning(
-            "mirror.interrupted", kind=kind.KIND, **_where(scope), reason=error.message, again_in=round(seconds, 3)
+            "mirror.interrupted", kind=kind.KIND, **where(scope), reason=error.message, again_in=round(seconds, 3)
         )
         return True
 

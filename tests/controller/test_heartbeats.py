@@ -80,7 +80,7 @@ async def test_a_heartbeat_keeps_an_ended_lease_on_its_worker(world):
 
 async def test_a_heartbeat_that_was_missed_is_found_before_the_lease_leaves_its_worker(world, monkeypatch):
     """The watch of heartbeats hangs. Nothing of the worker itself has changed."""
-    monkeypatch.setattr(Heartbeats, "_take", lambda *_: None)
+    monkeypatch.setattr(world.replicas[0].mirror.heartbeats._copy, "_take", lambda *_: None)
     held = await registered(world)
     await world.asleep()
     status = told(world.clock(), **{held.held_lease.id: 1})
@@ -272,7 +272,7 @@ async def test_all_leases_of_a_live_gateway_keep_their_workers_when_one_check_fi
     await world.until(lambda: len(world.replicas[0].mirror.heartbeats.known) == 2)
     await world.asleep()
     ids = {one.held_lease.id: 1 for one in world.held()}
-    monkeypatch.setattr(Heartbeats, "_take", lambda *_: None)
+    monkeypatch.setattr(world.replicas[0].mirror.heartbeats._copy, "_take", lambda *_: None)
     live = await world.store.get(GatewayHeartbeat, "default", "b")
     for grant in grants:
         await world.replicas[0].leases.release(grant.token)
