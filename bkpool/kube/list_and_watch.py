@@ -1,7 +1,7 @@
 """The loop that keeps a copy up to date: list, watch, and after a failure pause and list again. There is only one.
 
-It knows neither objects nor caches: the reflector (a cluster's documents) and the store's copy of a kind (its objects,
-from SQLite too) say how to list, how to watch, and which failures end the loop.
+It knows neither objects nor caches: the reflector (a cluster's documents) and the store's copies (of objects, from
+SQLite too) say how to list, how to watch, and which failures end the loop.
 """
 
 from __future__ import annotations

@@ -17,13 +17,32 @@ from bkpool.core.pool import Pool
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import Worker, new_worker
 from bkpool.install import crds
-from bkpool.kube import KubeApi, paths
+from bkpool.kube import Doc, KubeApi, paths
 from bkpool.store.kubernetes import KubernetesStore
 
 NAMESPACES = ("default", "other")
 """The namespaces in which the tests of the store make pools."""
 
+INSTALLED = {
+    "Namespace": ("v1", "namespaces"),
+    "ServiceAccount": ("v1", "serviceaccounts"),
+    "ClusterRole": ("rbac.authorization.k8s.io/v1", "clusterroles"),
+    "ClusterRoleBinding": ("rbac.authorization.k8s.io/v1", "clusterrolebindings"),
+    "Role": ("rbac.authorization.k8s.io/v1", "roles"),
+    "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
+    "FlowSchema": ("flowcontrol.apiserver.k8s.io/v1", "flowschemas"),
+    "PriorityLevelConfiguration": ("flowcontrol.apiserver.k8s.io/v1", "prioritylevelconfigurations"),
+}
+"""The kinds of the manifests that say who an installation is, what it may do, and how it is served."""
+
 _prepared = False
+
+
+def installed_path(doc: Doc) -> str:
+    """The path of an object of the manifests."""
+    version, plural = INSTALLED[doc["kind"]]
+    namespace, name = doc["metadata"].get("namespace"), doc["metadata"]["name"]
+    return paths.core(plural, namespace, name) if version == "v1" else paths.group(version, plural, namespace, name)
 
 
 @pytest.fixture

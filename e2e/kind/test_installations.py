@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from kind.objects import INSTALLED, installed_path
 
 from bkpool.appliance.control_replica import ControlReplica
 from bkpool.appliance.run_options import Address, Role, RunOptions
@@ -26,29 +27,11 @@ from bkpool.core.resource import Metadata
 from bkpool.core.worker import Worker
 from bkpool.install import crds
 from bkpool.install.manifests import Install, render
-from bkpool.kube import ClusterAccess, Doc, KubeApi, paths
+from bkpool.kube import ClusterAccess, KubeApi, paths
 from bkpool.settings import Settings
 from bkpool.store.kubernetes import KubernetesStore
 from harness import free_port
 from worlds import Pods
-
-PATHS = {
-    "Namespace": ("v1", "namespaces"),
-    "ServiceAccount": ("v1", "serviceaccounts"),
-    "ClusterRole": ("rbac.authorization.k8s.io/v1", "clusterroles"),
-    "ClusterRoleBinding": ("rbac.authorization.k8s.io/v1", "clusterrolebindings"),
-    "Role": ("rbac.authorization.k8s.io/v1", "roles"),
-    "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
-    "FlowSchema": ("flowcontrol.apiserver.k8s.io/v1", "flowschemas"),
-    "PriorityLevelConfiguration": ("flowcontrol.apiserver.k8s.io/v1", "prioritylevelconfigurations"),
-}
-"""The kinds of the manifests that say who an installation is, what it may do, and how it is served."""
-
-
-def where(doc: Doc) -> str:
-    version, plural = PATHS[doc["kind"]]
-    namespace, name = doc["metadata"].get("namespace"), doc["metadata"]["name"]
-    return paths.core(plural, namespace, name) if version == "v1" else paths.group(version, plural, namespace, name)
 
 
 @dataclass
@@ -87,16 +70,16 @@ async def until_allowed(api: KubeApi, path: str) -> None:
 async def installed(world: Pods, admin: KubeApi, home: Path, name: str) -> AsyncIterator[Installation]:
     namespace, system = (f"{name}-{uuid.uuid4().hex[:6]}{end}" for end in ("", "-system"))
     text = render(Install(system, pool_namespaces=(namespace,), definitions=False))
-    docs = [doc for doc in yaml.safe_load_all(text) if doc and doc["kind"] in PATHS]
+    docs = [doc for doc in yaml.safe_load_all(text) if doc and doc["kind"] in INSTALLED]
     async with AsyncExitStack() as stack:
         for made in (namespace, system):
             await admin.create(paths.core("namespaces"), {"metadata": {"name": made}})
             stack.push_async_callback(admin.delete, paths.core("namespaces", name=made))
         for doc in docs:
             if doc["kind"] != "Namespace":
-                await admin.apply(where(doc), doc)
+                await admin.apply(installed_path(doc), doc)
                 if "namespace" not in doc["metadata"]:
-                    stack.push_async_callback(admin.delete, where(doc))
+                    stack.push_async_callback(admin.delete, installed_path(doc))
         kubeconfig = await _kubeconfig(world, admin, system, home)
         api = await KubeApi.connect(ClusterAccess(kubeconfig))
         stack.push_async_callback(api.close)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import yaml
 from cryptography import x509
+from kind.objects import INSTALLED, installed_path
 
 from bkpool.controller.pool_gateways import PoolGateways
 from bkpool.core.allowances import Allowances
@@ -36,30 +37,13 @@ from bkpool.store.mirror import Mirror
 NOW = datetime.now(UTC)
 NOTHING = Allowances()
 SECRETS = ClusterSecrets.create(NOW)
-PLURALS = {
-    "Namespace": ("v1", "namespaces"),
-    "ServiceAccount": ("v1", "serviceaccounts"),
-    "ClusterRole": ("rbac.authorization.k8s.io/v1", "clusterroles"),
-    "ClusterRoleBinding": ("rbac.authorization.k8s.io/v1", "clusterrolebindings"),
-    "Role": ("rbac.authorization.k8s.io/v1", "roles"),
-    "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
-}
+RIGHTS = INSTALLED.keys() - {"FlowSchema", "PriorityLevelConfiguration"}
 """The kinds of the manifests that are the appliance's identity and rights."""
-
-
-def where(doc):
-    version, plural = PLURALS[doc["kind"]]
-    metadata = doc["metadata"]
-    return (
-        paths.core(plural, metadata.get("namespace"), metadata["name"])
-        if version == "v1"
-        else paths.group(version, plural, metadata.get("namespace"), metadata["name"])
-    )
 
 
 def rights(system, *namespaces):
     docs = yaml.safe_load_all(render(Install(namespace=system, pool_namespaces=namespaces)))
-    return [doc for doc in docs if doc and doc["kind"] in PLURALS]
+    return [doc for doc in docs if doc and doc["kind"] in RIGHTS]
 
 
 def rights_to_see_pools(system, namespace):
@@ -115,14 +99,14 @@ async def system(api):
         yield name
         for kind in ("ClusterRoleBinding", "ClusterRole"):
             with suppress(NotFound):
-                await api.delete(where({"kind": kind, "metadata": {"name": f"bkpool-tokens-{name}"}}))
+                await api.delete(installed_path({"kind": kind, "metadata": {"name": f"bkpool-tokens-{name}"}}))
 
 
 @pytest.fixture
 async def appliance(api, cluster, system, namespace, tmp_path):
     """The API with the token of the appliance's ServiceAccount, which has rights in the namespace of the test."""
     for doc in rights(system, namespace):
-        await api.apply(where(doc), doc)
+        await api.apply(installed_path(doc), doc)
     account = paths.core("serviceaccounts", system, "buildkit-controller", "token")
     asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 3600}}
     token = (await api.create(account, asked))["status"]["token"]
@@ -371,14 +355,14 @@ async def test_missing_rights_in_a_namespace_are_reported_and_other_namespaces_a
     poor = await store.create(a_pool(barred))
     fine = await store.create(a_pool(namespace))
     for doc in rights_to_see_pools(system, barred):
-        await api.apply(where(doc), doc)
+        await api.apply(installed_path(doc), doc)
     await until_allowed(appliance, paths.custom(Worker.PLURAL, barred))
     async with running(appliance, namespace, barred) as gateways:
         await wait_for_gateways(gateways, lambda g: fine.key in g.endpoints and poor.key in g.trouble)
         assert f"--pool-namespace {barred}" in gateways.trouble[poor.key]
         assert poor.key not in gateways.endpoints
         for doc in rights(system, barred):
-            await api.apply(where(doc), doc)
+            await api.apply(installed_path(doc), doc)
         await wait_for_gateways(gateways, lambda g: poor.key in g.endpoints and poor.key not in g.trouble)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from datetime import UTC, datetime
 
 import pytest
@@ -18,6 +17,7 @@ from bkpool.kube import paths
 from bkpool.store.bounds import StoreBounds
 from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror, MirrorChange
+from support.forgotten_writers import expect_writers_are_forgotten
 
 
 def changed_status(worker: Worker, **status: object) -> tuple[str, dict]:
@@ -34,17 +34,7 @@ async def test_only_fields_of_bkpool_are_sent_and_only_used_metadata_is_kept(sto
 
 
 async def test_the_server_forgets_who_wrote_a_worker_and_keeps_it_of_a_pool(api, store):
-    pool = await store.create(a_pool())
-    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
-    await store.replace(scaled(pool, 3))
-    found = []
-    for write in (store.replace_status, store.replace, store.replace_status):
-        worker = await write(worker.with_status(failures=worker.status.failures + 1))
-        raw = json.loads(await api.text(paths.custom(Worker.PLURAL, *worker.key)))
-        found.append("managedFields" in raw["metadata"])
-    assert found == [True, False, False], "a write of the spec ends it for ever"
-    raw = json.loads(await api.text(paths.custom(Pool.PLURAL, *pool.key)))
-    assert raw["metadata"]["managedFields"], "users apply pools"
+    await expect_writers_are_forgotten(api, store)
 
 
 async def test_a_scoped_store_lists_and_watches_its_own_namespace_only(api, store):

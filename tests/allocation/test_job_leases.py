@@ -156,42 +156,34 @@ async def test_a_lease_without_a_job_has_no_label_of_an_earlier_one(race):
     assert ANN.name == given.worker.held_lease.requested_by
 
 
-async def test_the_reason_of_a_request_that_waits_for_its_watch_is_the_store(race, monkeypatch):
-    """There are free workers. The claim is written, and neither the watch nor a list tells of it."""
-    one = race.replicas[0]
-    freeze(one)
+async def expect_a_slow_store(race, monkeypatch, replica, method):
+    """The store does not answer this method, and a request at the replica says so when its time is over."""
     asked = asyncio.Event()
 
     async def never(*_args, **_narrowed):
         asked.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(race.store, "list", never)
-    waiting = asyncio.create_task(lease_of(one))
+    monkeypatch.setattr(race.store, method, never)
+    waiting = asyncio.create_task(lease_of(replica))
     await asked.wait()
     skip_real_time()
     with pytest.raises(Unavailable, match="the store is slow: it did not say within 1m which worker"):
         await waiting
     monkeypatch.undo()
+
+
+async def test_the_reason_of_a_request_that_waits_for_its_watch_is_the_store(race, monkeypatch):
+    """There are free workers. The claim is written, and neither the watch nor a list tells of it."""
+    freeze(race.replicas[0])
+    await expect_a_slow_store(race, monkeypatch, race.replicas[0], "list")
 
 
 async def test_the_reason_of_a_request_that_reads_the_lease_of_its_job_is_the_store(race, monkeypatch):
     one, other = race.replicas
     given = await lease_of(one)
     await race.known_to(other, given.worker)
-    asked = asyncio.Event()
-
-    async def never(*_args):
-        asked.set()
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(race.store, "get", never)
-    waiting = asyncio.create_task(lease_of(other))
-    await asked.wait()
-    skip_real_time()
-    with pytest.raises(Unavailable, match="the store is slow: it did not say within 1m which worker"):
-        await waiting
-    monkeypatch.undo()
+    await expect_a_slow_store(race, monkeypatch, other, "get")
 
 
 async def test_requests_that_wait_for_the_replicas_of_two_claims_share_lists_that_become_rare(race, monkeypatch):

@@ -16,7 +16,6 @@ import yaml
 from bkpool.core.auth import OIDCConfig
 from bkpool.core.errors import Conflict
 from bkpool.core.names import Key
-from bkpool.core.pool import Pool, PoolSpec
 from bkpool.core.worker import Worker
 from bkpool.home.files import write_private
 from bkpool.identity import Identity
@@ -64,16 +63,6 @@ async def refused(api, lease, reason):
     assert (status, error["code"]) == (403, "NotRenewable"), error
     assert reason in error["message"]
     assert error["message"].startswith("this lease cannot be renewed: the caller who made it may not use pool")
-
-
-async def change_pool(api, **spec):
-    world, wanted = api.world, PoolSpec.model_validate(spec)
-    while True:
-        pool = await world.store.get(Pool, *POOL)
-        with suppress(Conflict):  # the controller writes its status
-            await world.store.replace(pool.but(spec=wanted))
-            break
-    await world.until(lambda: world.replicas[0].mirror.pools[POOL].spec == wanted)
 
 
 # --- fixed tokens ---------------------------------------------------------------------------------------------------
@@ -124,11 +113,11 @@ async def test_tokens_that_cannot_be_read_renew_nothing_and_it_is_said_that_this
 async def test_a_pool_without_its_method_or_with_another_rule_renews_no_more(api, token_file):
     method = {"type": "token", "token": {"file": str(token_file)}}
     lease = await lease_of(api, ALICE)
-    await change_pool(api, auth={"methods": [method], "rbac": {"rules": [{"users": ["bob"]}]}})
+    await api.world.change_spec(auth={"methods": [method], "rbac": {"rules": [{"users": ["bob"]}]}})
     await refused(api, lease, "no rule in spec.auth.rbac.rules of the pool names this caller")
-    await change_pool(api, auth={"methods": [method], "rbac": {"rules": [{"users": ["al*"]}]}})
+    await api.world.change_spec(auth={"methods": [method], "rbac": {"rules": [{"users": ["al*"]}]}})
     assert (await renew(api, lease))[0] == 200
-    await change_pool(api, auth={"methods": ["mtls"], "rbac": {"rules": [{"users": ["al*"]}]}})
+    await api.world.change_spec(auth={"methods": ["mtls"], "rbac": {"rules": [{"users": ["al*"]}]}})
     await refused(api, lease, "the caller has no token of the pool any more")
 
 
@@ -203,9 +192,9 @@ async def test_rules_about_groups_count_as_they_are_today(api, issuer):
     await configure(api, issuer, claimsMapping={"groups": "teams"})
     await api.world.pool(auth={"rbac": {"rules": [{"users": ["group:dev"]}]}})
     lease = await lease_of(api, issuer.token(**JOB))
-    await change_pool(api, auth={"rbac": {"rules": [{"users": ["group:ops"]}]}})
+    await api.world.change_spec(auth={"rbac": {"rules": [{"users": ["group:ops"]}]}})
     assert (await renew(api, lease))[0] == 200
-    await change_pool(api, auth={"rbac": {"rules": [{"users": ["group:admins"]}]}})
+    await api.world.change_spec(auth={"rbac": {"rules": [{"users": ["group:admins"]}]}})
     await refused(api, lease, "no rule in spec.auth.rbac.rules of the pool names this caller")
 
 
@@ -251,10 +240,10 @@ async def test_a_lease_of_an_earlier_version_is_judged_by_the_name_alone(api):
     lease, admins = await lease_of(api, "ann"), await lease_of(api, "a" * 43)
     await forget_callers(api)
     assert (await renew(api, lease))[0] == 200
-    await change_pool(api, auth={"rbac": {"rules": [{"users": ["group:dev"]}]}})
+    await api.world.change_spec(auth={"rbac": {"rules": [{"users": ["group:dev"]}]}})
     await refused(api, lease, "no rule in spec.auth.rbac.rules of the pool names this caller")
     assert (await renew(api, admins))[0] == 200
-    await change_pool(api)
+    await api.world.change_spec()
     assert (await renew(api, lease))[0] == 200, "no rule decides by name"
 
 
@@ -271,7 +260,7 @@ async def test_the_admins_lease_is_renewed_and_todays_limits_of_the_pool_count(a
     await api.world.pool(gateway={"maxTokenTTL": "8h"})
     lease = await lease_of(api, "a" * 43)
     assert (await renew(api, lease, ttl="7h"))[0] == 200
-    await change_pool(api, gateway={"maxTokenTTL": "2h"})
+    await api.world.change_spec(gateway={"maxTokenTTL": "2h"})
     status, error = await renew(api, lease, ttl="7h")
     assert (status, error["field"]) == (400, "ttl")
     allocated_at = api.world.held()[0].held_lease.allocated_at

@@ -6,7 +6,7 @@ The attack: somebody waits, their access is taken away, and then a worker become
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
@@ -15,9 +15,8 @@ import yaml
 from bkpool.allocation import AllocationRequest
 from bkpool.allocation.orders import Order
 from bkpool.core.cache_owner import cache_owner_digest
-from bkpool.core.errors import Conflict, NotFound
+from bkpool.core.errors import NotFound
 from bkpool.core.names import Key
-from bkpool.core.pool import Pool, PoolSpec
 from bkpool.home.files import write_private
 from bkpool.identity.static_tokens import FileTokenReader
 from support.api import ALLOCATE, running_api
@@ -48,16 +47,6 @@ def write(path, **entries):
     write_private(path, yaml.safe_dump(entries).encode())
 
 
-async def change_pool(api, **spec):
-    world, wanted = api.world, PoolSpec.model_validate(spec)
-    while True:
-        pool = await world.store.get(Pool, *POOL)
-        with suppress(Conflict):  # the controller writes its status
-            await world.store.replace(pool.but(spec=wanted))
-            break
-    await world.until(lambda: world.replicas[0].mirror.pools[POOL].spec == wanted)
-
-
 @asynccontextmanager
 async def waiting_alice(api, bearer=ALICE, **body):
     """Alice waits while the admin has the only worker, which is free after the block. Gives the future answer."""
@@ -86,13 +75,13 @@ async def test_who_lost_their_token_while_they_waited_gets_no_lease(api, auth, t
 
 async def test_who_no_rule_names_any_more_gets_no_lease(api, auth):
     async with waiting_alice(api) as asking:
-        await change_pool(api, auth={**auth, "rbac": {"rules": [{"users": ["bob"]}]}}, scaling=ONE)
+        await api.world.change_spec(auth={**auth, "rbac": {"rules": [{"users": ["bob"]}]}}, scaling=ONE)
     await refused(asking, "no rule in spec.auth.rbac.rules of the pool names this caller")
 
 
 async def test_who_may_still_use_the_pool_gets_a_lease_by_what_it_says_today(api, auth):
     async with waiting_alice(api) as asking:
-        await change_pool(api, auth=auth, scaling=ONE, cache={"reuse": "never"}, gateway={"tokenTTL": "7m"})
+        await api.world.change_spec(auth=auth, scaling=ONE, cache={"reuse": "never"}, gateway={"tokenTTL": "7m"})
     status, answer, _ = await asking
     assert status == 200, answer
     (worker,) = api.world.held()
@@ -103,7 +92,7 @@ async def test_who_may_still_use_the_pool_gets_a_lease_by_what_it_says_today(api
 
 async def test_a_ttl_that_is_too_long_by_now_is_refused(api, auth):
     async with waiting_alice(api, ttl="50m") as asking:
-        await change_pool(api, auth=auth, scaling=ONE, gateway={"tokenTTL": "5m", "maxTokenTTL": "10m"})
+        await api.world.change_spec(auth=auth, scaling=ONE, gateway={"tokenTTL": "5m", "maxTokenTTL": "10m"})
     status, answer, _ = await asking
     assert (status, answer["error"].get("field")) == (400, "ttl"), answer
 

@@ -25,6 +25,7 @@ from bkpool.store.kubernetes import KubernetesStore
 from bkpool.store.mirror import Mirror
 from support.fake_api_server import Asked, FakeApiServer, fake_api_server
 from support.fake_kinds import Refused
+from support.forgotten_writers import expect_writers_are_forgotten
 from support.world import WAIT
 
 
@@ -136,18 +137,7 @@ async def test_an_answer_is_as_long_as_a_real_one(api, store):
 
 
 async def test_the_server_forgets_who_wrote_a_worker_and_keeps_it_of_a_pool(api, store):
-    """The same of a real one: e2e/kind/test_store.py."""
-    pool = await store.create(a_pool())
-    worker = await store.create(new_worker(Slot("default", "p", 0), pool, None, {}))
-    await store.replace(scaled(pool, 3))
-    found = []
-    for write in (store.replace_status, store.replace, store.replace_status):
-        worker = await write(worker.with_status(failures=worker.status.failures + 1))
-        raw = json.loads(await api.text(paths.custom(Worker.PLURAL, *worker.key)))
-        found.append("managedFields" in raw["metadata"])
-    assert found == [True, False, False], "a write of the spec ends it for ever"
-    raw = json.loads(await api.text(paths.custom(Pool.PLURAL, *pool.key)))
-    assert raw["metadata"]["managedFields"], "users apply pools"
+    await expect_writers_are_forgotten(api, store)
 
 
 # --- selectors and watches ------------------------------------------------------------------------------------------

@@ -198,6 +198,16 @@ class World:
         await self.until(lambda: all(pool.key in replica.mirror.pools for replica in self.replicas))
         return pool
 
+    async def change_spec(self, **spec: Any) -> None:
+        """Gives the pool p another spec, and waits until each replica knows it."""
+        wanted = PoolSpec.model_validate(spec)
+        while True:
+            pool = await self.store.get(Pool, *POOL)
+            with suppress(Conflict):  # the controller writes its status
+                await self.store.replace(pool.but(spec=wanted))
+                break
+        await self.until(lambda: all(one.mirror.pools[POOL].spec == wanted for one in self.replicas))
+
     async def workers(self) -> dict[str, Worker]:
         return {worker.key.name: worker for worker in (await self.store.list(Worker)).items}
 

@@ -22,13 +22,7 @@ class Announcements:
         self._waiting: dict[Key, Worker] = {}
 
     def look(self, key: Key, worker: Worker | None, now: datetime) -> None:
-        """Takes note of a worker that has changed.
-
-        Args:
-            key: The worker's name.
-            worker: The worker as it is now; None: it was deleted, or cannot be read.
-            now: The time.
-        """
+        """Takes note of how a worker is at this time; None: it was deleted, or cannot be read."""
         if worker is None:
             self._announced.pop(key, None)
             return
