@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ _STATUS_DESCRIPTIONS = {
     HTTPStatus.INSUFFICIENT_STORAGE: "The disk of the appliance is full; the error names the file system",
     HTTPStatus.SERVICE_UNAVAILABLE: "No worker became free in time, or the store does not answer",
 }
+_Model = tuple[type[BaseModel], Literal["validation", "serialization"]]
 _RETRY = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 
 
@@ -79,10 +81,9 @@ class ApiRoute:
 
 def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """The OpenAPI 3.1 description of these routes."""
-    models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = [(ErrorAnswer, "serialization")]
+    models: list[_Model] = [(ErrorAnswer, "serialization")]
     models += [(route.body, "validation") for route in routes if route.body]
     models += [(route.answer, "serialization") for route in routes]
-    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
@@ -91,7 +92,7 @@ def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
         "info": {"title": "bkpool", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": definitions.get("$defs", {}),
+            "schemas": _schemas(tuple(models)),
             "securitySchemes": {
                 "bearer": {
                     "type": "http",
@@ -101,6 +102,14 @@ def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
             },
         },
     }
+
+
+@cache
+def _schemas(models: tuple[_Model, ...]) -> dict[str, Any]:
+    """The JSON schemas of these models, made once: it takes 50 ms, and a process may make several applications."""
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
+    schemas: dict[str, Any] = definitions.get("$defs", {})
+    return schemas
 
 
 def _operation(route: ApiRoute) -> dict[str, Any]:
