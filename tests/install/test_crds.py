@@ -5,6 +5,7 @@ What the API server makes of them is in e2e/kind/test_crds.py.
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,16 @@ from bkpool.core.worker import Worker, WorkerSpec, WorkerStatus
 from bkpool.install.crds import definitions
 from bkpool.workers.ignored_fields import IGNORED_BY_PROCESSES, IGNORED_IN_CLUSTER, IGNORED_WITH_HOST_GATEWAY
 
-DEFINITIONS = definitions()
 BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "pattern", "enum")
 
 
+@cache
+def parsed():
+    return definitions()
+
+
 def schema(kind):
-    (found,) = (doc for doc in DEFINITIONS if doc["spec"]["names"]["kind"] == kind.KIND)
+    (found,) = (doc for doc in parsed() if doc["spec"]["names"]["kind"] == kind.KIND)
     return found["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 
 
@@ -78,11 +83,11 @@ def defaulted(node, value):
 
 
 def test_the_names_are_those_of_the_contract():
-    names = {doc["spec"]["names"]["plural"]: doc["spec"]["names"] for doc in DEFINITIONS}
+    names = {doc["spec"]["names"]["plural"]: doc["spec"]["names"] for doc in parsed()}
     assert set(names) == {"buildkitpools", "buildkitworkers", "buildkitgateways", "buildkitoidcconfigs"}
     assert names["buildkitpools"]["shortNames"] == ["bkpool"]
     assert names["buildkitworkers"]["shortNames"] == ["bkworker"]
-    for doc in DEFINITIONS:
+    for doc in parsed():
         (version,) = doc["spec"]["versions"]
         assert f"{doc['spec']['group']}/{version['name']}" == API_VERSION
         assert doc["metadata"]["name"] == f"{doc['spec']['names']['plural']}.{GROUP}"
@@ -101,7 +106,7 @@ def test_the_names_are_those_of_the_contract():
     ],
 )
 def test_kubectl_get_shows_the_columns_of_the_field(kind, columns):
-    (found,) = (doc for doc in DEFINITIONS if doc["spec"]["names"]["kind"] == kind.KIND)
+    (found,) = (doc for doc in parsed() if doc["spec"]["names"]["kind"] == kind.KIND)
     shown = found["spec"]["versions"][0]["additionalPrinterColumns"]
     assert " ".join(column["name"].upper() for column in shown) == columns
     known = {path for path, _ in leaves(schema(kind))} | {".metadata.creationTimestamp"}

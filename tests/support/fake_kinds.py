@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from bkpool.install import crds
@@ -108,8 +109,13 @@ def _custom(definition: Doc) -> ServedKind:
 
 def served_kinds() -> dict[tuple[str, str], ServedKind]:
     """Every kind, by API version and plural."""
-    kinds = (*_BUILT_IN, *(_custom(definition) for definition in crds.definitions()))
-    return {(kind.api_version, kind.plural): kind for kind in kinds}
+    return {(kind.api_version, kind.plural): kind for kind in (*_BUILT_IN, *_custom_kinds())}
+
+
+@cache
+def _custom_kinds() -> tuple[ServedKind, ...]:
+    """Reads the definitions once. To parse them takes longer than a test, and each has an API server of its own."""
+    return tuple(_custom(definition) for definition in crds.definitions())
 
 
 @dataclass(frozen=True, slots=True)

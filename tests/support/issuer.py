@@ -22,8 +22,10 @@ from http.client import HTTPConnection
 from typing import Any, Self
 
 from aiohttp import web
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from jwt.algorithms import get_default_algorithms
+
+from support.rsa_keys import rsa_key
 
 AUDIENCE = "buildkit-controller"
 DISCOVERY = "/.well-known/openid-configuration"
@@ -57,9 +59,9 @@ class SigningKey:
 
 @cache
 def signing_key(kid: str | None = "key-1", alg: str = "RS256", bits: int = 2048) -> SigningKey:
-    """Returns the same key for the same name, because making a key is slow."""
+    """Returns the same key for the same name."""
     if alg.startswith("RS"):
-        return SigningKey(kid, alg, rsa.generate_private_key(65537, bits))
+        return SigningKey(kid, alg, rsa_key(bits))
     curves: dict[str, type[ec.SECP256R1 | ec.SECP384R1 | ec.SECP256K1]] = {
         "ES256": ec.SECP256R1,
         "ES384": ec.SECP384R1,
