@@ -23,6 +23,7 @@ nox.options.sessions = [
     "types",
     "imports",
     "tests",
+    "slow",
     "pythons",
     "e2e",
     "kind",
@@ -33,19 +34,23 @@ nox.options.sessions = [
 ]
 nox.options.stop_on_first_error = False
 
-# As a part of all checks (scripts/test) the fast suite measures coverage, which takes about 50 % more time.
-COVERAGE = ["--cov", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
+# As a part of all checks (scripts/test) the session `tests` begins to measure coverage, which takes about 50 % more
+# time. The session `slow` goes on with the same data, shows them and judges them.
+BEGIN_COVERAGE = ["--cov", "--cov-report=", "--cov-fail-under=0"] if os.environ.get("BKPOOL_BRIEF") else []
+END_COVERAGE = ["--cov", "--cov-append", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
 
 # Then the other Pythons leave out what says nothing about the version of Python (CONTRIBUTING.md), and try as few
-# examples as `nox -s tests` alone: the session `tests` has just done the rest.
+# examples as `nox -s tests` alone: the sessions `tests` and `slow` have just done the rest.
 ONLY_PYTHON = ["-m", "not any_python"] if os.environ.get("BKPOOL_BRIEF") else []
 FEW_EXAMPLES = {"BKPOOL_BRIEF": ""}
 
 # Then a session that fails so often stops and shows why: waiting for every other test could take hours.
 GIVE_UP = ["--maxfail=10"] if os.environ.get("BKPOOL_BRIEF") else []
 
-# One more than there are cores, because many tests wait.
-PROCESSES = ["--numprocesses", str((os.cpu_count() or 1) + 1)]
+# Tests of the fast suite hardly wait: one process for each core. Slow ones wait for programs and for time: one more.
+CORES = os.cpu_count() or 1
+FAST = ["--numprocesses", str(CORES), "-m", "not slow"]
+SLOW = ["--numprocesses", str(CORES + 1), "-m", "slow"]
 
 BIN = Path(sys.executable).parent
 os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
@@ -73,13 +78,19 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The fast suite: all tests without a build. As a part of all checks it also measures coverage."""
-    session.run("pytest", "tests", *PROCESSES, *COVERAGE, *session.posargs)
+    """The fast suite: all tests in tests/ that are not slow. It has to stay under a minute on two cores."""
+    session.run("pytest", "tests", *FAST, *BEGIN_COVERAGE, *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The slow tests in tests/: they start programs, wait for real time, or repeat something very often."""
+    session.run("pytest", "tests", *SLOW, *END_COVERAGE, *session.posargs)
 
 
 @nox.session
 def pythons(session: nox.Session) -> None:
-    """The fast suite on every other supported Python of this machine, each in an environment made from the lock.
+    """The tests in tests/ on every other supported Python of this machine, each in an environment made from the lock.
 
     As a part of all checks it leaves out what says nothing about the version of Python.
     """
@@ -91,7 +102,7 @@ def pythons(session: nox.Session) -> None:
         session.log(f"not on this machine, so not tested: {', '.join(missing)}")
     for version, interpreter in found.items():
         python = _environment(session, version, interpreter)
-        command = (python, "-m", "pytest", "tests", *PROCESSES, *ONLY_PYTHON, *session.posargs)
+        command = (python, "-m", "pytest", "tests", "--numprocesses", str(CORES + 1), *ONLY_PYTHON, *session.posargs)
         session.run(*command, env=FEW_EXAMPLES, external=True)
 
 

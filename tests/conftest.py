@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,32 +10,39 @@ from hypothesis import HealthCheck, settings
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from support import captured_logs
 from support.environment import forget_settings
+from support.examples import examples
 from support.issuer import Issuer
 from support.secrets import secrets_in
 
 forget_settings()
 
-# How long one example takes says something about the machine, not about the code. The suite stays fast with few
-# examples, so that people run it. All checks together (scripts/test) try four times as many.
+# How long one example takes says something about the machine, not about the code.
 settings.register_profile(
     "bkpool",
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-    max_examples=100 if os.environ.get("BKPOOL_BRIEF") else 25,
+    max_examples=examples(100),
 )
 settings.load_profile("bkpool")
 
 
 REAL_PROGRAMS = {"buildkitd", "buildctl", "buildx", "runc", "rootlesskit"}
 """Fixtures of tests that start programs of others."""
+OWN_PROGRAM = {"bkpool", "started", "on_terminal"}
+"""Fixtures of tests that start bkpool in a process of its own (tests/cli/conftest.py)."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that say nothing about the version of Python. Starts and stops of buildkitd say something."""
+    """Marks the tests that start programs as slow.
+
+    Those with programs of others say nothing about the version of Python, except starts and stops of buildkitd.
+    """
     for item in items:
-        uses = REAL_PROGRAMS.intersection(getattr(item, "fixturenames", ()))
-        if uses and item.path.parts[-2:] != ("workers", "test_process.py"):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & (REAL_PROGRAMS | OWN_PROGRAM):
+            item.add_marker(pytest.mark.slow)
+        if fixtures & REAL_PROGRAMS and item.path.parts[-2:] != ("workers", "test_process.py"):
             item.add_marker(pytest.mark.any_python)
 
 

@@ -17,6 +17,8 @@ from bench.cluster_figures import rows as cluster_rows
 from bench.installation import Filling
 from bench.loop_steps import LIMIT, recorded
 
+pytestmark = [pytest.mark.slow, pytest.mark.any_python]
+
 FIGURES = {"nginx": [2.0, 4.0, 1.0], "HAProxy": [1.0, None, 1.0], "ghostunnel": [None] * 3, "bkpool": [3.0, 4.0, 0.5]}
 
 

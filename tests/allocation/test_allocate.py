@@ -200,6 +200,8 @@ async def test_repetitions_of_one_request_take_places_of_their_caller_only(world
     await asyncio.gather(*again, return_exceptions=True)
 
 
+@pytest.mark.slow
+@pytest.mark.any_python
 async def test_two_hundred_requests_at_once_never_share_a_worker(two_replicas):
     world = two_replicas
     await world.pool(scaling={"max": 4}, auth=NO_LIMITS)

@@ -14,6 +14,8 @@ from bkpool.store.sqlite import SqliteStore
 from support.fake_api_server import fake_api_server
 from support.job_race import JobRace
 
+pytestmark = [pytest.mark.slow, pytest.mark.any_python]
+
 POOL = Key("default", "p")
 
 

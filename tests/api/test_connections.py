@@ -23,6 +23,8 @@ from bkpool.pki.chain import load_chain
 from support.api import ALLOCATE, Api, running_api
 from support.gateway_world import open_descriptors
 
+pytestmark = pytest.mark.slow
+
 HALF = b"POST /api/v1/workers/allocate HTTP/1.1\r\nHost: x\r\n"
 BODYLESS = HALF + b"Content-Length: 1000\r\nAuthorization: Bearer x\r\n\r\n"
 LONG = 600.0

@@ -29,6 +29,8 @@ from bkpool.pki.authority import Authority
 from bkpool.pki.chain import load_chain
 from support.api import ADMIN, ALLOCATE, Api, running_api
 
+pytestmark = pytest.mark.slow
+
 NO_LIMITS = {"limits": {"identity": {"leases": 1000, "waiters": 1000}}}
 HELD = {"scaling": {"max": 1}}
 """A pool with one worker."""

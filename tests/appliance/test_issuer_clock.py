@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SLEPT = 864_000
 PROGRAM = """
 import time

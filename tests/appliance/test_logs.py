@@ -13,6 +13,8 @@ import pytest
 from bkpool.telemetry.log_file import RotatedFile
 from support.unread_pipes import full_pipe, pipe_without_reader
 
+pytestmark = pytest.mark.slow
+
 UNREACHABLE = """
 apiVersion: v1
 kind: Config

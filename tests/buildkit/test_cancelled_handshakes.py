@@ -18,6 +18,8 @@ from bkpool.buildkit.readiness import ask_over_tls
 from bkpool.core.errors import Unavailable
 from support.stub_control import server_context, tls
 
+pytestmark = pytest.mark.slow
+
 _TURNS = 6
 """Of the event loop. In fewer, the connection is there and its handshake has begun."""
 

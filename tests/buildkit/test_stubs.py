@@ -10,7 +10,7 @@ import pytest
 
 from bkpool.buildkit.stubs import control_pb2 as pb
 
-pytestmark = pytest.mark.any_python
+pytestmark = [pytest.mark.any_python, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 STUBS = Path("bkpool/buildkit/stubs")

@@ -18,6 +18,8 @@ from bkpool.cli.private_directory import remove_abandoned
 
 from .conftest import next_said, settled
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "t0ken-" + "A" * 37
 TIMEOUT = 60.0
 

@@ -14,6 +14,8 @@ import pytest
 from bkpool.cli import client, console, launch
 from bkpool.cli.home import fault_at_home
 
+pytestmark = pytest.mark.slow
+
 AS_NOBODY = """
 import importlib, json, os, sys
 import bkpool.cli as cli

@@ -28,11 +28,13 @@ HEAVY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("version",), ("release", "-t", "t" * 43), ("--help",)])
 def test_a_light_command_imports_nothing_heavy(environment, api, appliance, arguments):
     assert not _imported(environment, arguments) & {*HEAVY, "cryptography"}
 
 
+@pytest.mark.slow
 def test_allocate_imports_no_more_than_it_takes_to_make_a_key(environment, api, appliance):
     assert not _imported(environment, ("allocate",)) & HEAVY
 

@@ -14,6 +14,8 @@ import pytest
 from bkpool.cli import down
 from bkpool.home.lock import HomeLock, holder
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 60.0
 WAITING = "waiting for the appliance to end"
 """The line may go on: nothing answers at the address of the stand-in's API."""

@@ -22,6 +22,8 @@ from support.no_store import NoStore
 from support.objects import NOW, lease, pool, seen, worker
 from support.world import MemoryWorkers
 
+pytestmark = [pytest.mark.slow, pytest.mark.any_python]
+
 BIG = Key("default", "p")
 
 

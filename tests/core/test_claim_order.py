@@ -10,6 +10,7 @@ from bkpool.core.claim_order import ClaimOrder, Request
 from bkpool.core.names import LABEL_REQUEST, Key
 from bkpool.core.unreadable import Unreadable
 from bkpool.core.worker import EndReason, Worker
+from support.examples import examples
 from support.objects import NOW, lease, worker
 
 JOB = Request(Key("default", "p"), "job")
@@ -145,7 +146,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(STEPS)
 def test_whatever_a_replica_has_seen_the_first_claim_that_it_names_is_the_first(steps):
     """Each replica follows the changes at its own pace and lists at any time. Versions are those of the store."""

@@ -15,6 +15,7 @@ from bkpool.core.pool_index import PoolIndex
 from bkpool.core.queueing import Assignment, assign, slot_of_target
 from bkpool.core.reconcile.pool_counts import WorkerCounts
 from bkpool.core.worker import EndReason, Phase
+from support.examples import examples
 from support.objects import NOW, indexed, lease, pool, slot, worker
 
 MOST = 6
@@ -141,7 +142,7 @@ QUESTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(st.tuples(st.lists(changes(), max_size=4), QUESTIONS), min_size=1, max_size=6))
 def test_who_is_served_is_what_a_look_at_all_workers_gives(steps):
     index, members = PoolIndex(), {}

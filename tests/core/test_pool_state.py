@@ -24,6 +24,7 @@ from bkpool.core.reconcile.undelivered import UndeliveredLeases
 from bkpool.core.registrations import SeenRegistrations
 from bkpool.core.resource import Metadata
 from bkpool.core.worker import GatewayRegistration, Phase, Undelivered, Worker
+from support.examples import examples
 from support.objects import NOW, lease, pool, seen, slot, snapshot, worker
 
 SLOTS = st.integers(0, 5)
@@ -300,7 +301,7 @@ class Changes(RuleBasedStateMachine):
         assert statuses[0] == statuses[1]
 
 
-Changes.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Changes.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 test_a_state_that_is_kept_by_its_changes_equals_one_from_scratch = Changes.TestCase
 
 

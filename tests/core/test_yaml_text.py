@@ -53,6 +53,7 @@ def test_a_key_that_is_there_twice_is_refused_with_its_line():
     assert merged == {"a": {"x": 1}, "b": {"x": 2}, "c": {"x": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_is_refused_for_what_it_would_cost_and_with_its_line(attack):
     """Without its limit it would take hours, or all of the memory, or end in another error."""

@@ -19,6 +19,7 @@ from bkpool.gateway.control.table_feeder import TableFeeder
 from bkpool.gateway.session.lease_table import LeaseTable, TableChange, WorkerLeases, leases_of, unreadable_leases
 from bkpool.store import WatchEvent
 from bkpool.store.mirror import Mirror
+from support.examples import examples
 from support.no_store import NoStore
 from support.objects import NOW, lease
 
@@ -177,6 +178,8 @@ async def test_a_lease_that_somebody_waits_for_is_handed_on_at_once(stored):
     assert not table.route("late"), "the gateway is being closed"
 
 
+@pytest.mark.slow
+@pytest.mark.any_python
 @pytest.mark.parametrize("how", ["revoked", "its worker is gone", "its worker has another lease"])
 def test_a_lease_that_has_ended_comes_before_all_other_changes(stored, feed, how):
     many = leased(3000)
@@ -299,7 +302,7 @@ def answers(table: LeaseTable, digest: str) -> tuple[object, object, object]:
 
 
 @given(before=st.lists(steps, max_size=10), after=st.lists(steps, max_size=40))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 def test_a_table_that_follows_changes_is_the_table_made_from_scratch(before, after):
     stored = Stored()
     feed: LeaseFeed | None = None

@@ -30,6 +30,7 @@ from bkpool.gateway.session.lease_table import LeaseRoute
 from bkpool.gateway.session.limits import GatewayLimits
 from bkpool.gateway.session.machine import ConnectionMachine, State
 from bkpool.gateway.session.refusal import GrpcCode, Refusal, wrong_worker
+from support.examples import examples
 
 LIMITS = GatewayLimits()
 TOKEN = "digest"
@@ -775,7 +776,7 @@ class Driver:
         assert self.issued.count(CloseClient) == 1
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(
     so_far=st.integers(0, len(NORMAL_COURSE)),
     then=st.lists(st.tuples(st.sampled_from(list(EVENTS)), SECONDS), max_size=12),
@@ -790,7 +791,7 @@ def test_in_any_order_of_events_every_slot_is_returned_every_dial_ends_and_the_c
     driver.end()
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=examples(150), deadline=None, derandomize=True)
 @given(seconds=st.lists(SECONDS, min_size=6, max_size=12), data=st.data())
 def test_with_fitting_events_every_connection_ends_too(seconds, data):
     """The same with events that fit: the open command is answered, with success or failure. So it gets further."""

@@ -9,6 +9,8 @@ import pytest
 
 from bkpool.core.worker import EndReason
 
+pytestmark = pytest.mark.slow
+
 FEW = 8
 """Connections of one command. After code 14 buildx tries again for 20 s and makes more than 20 of them
 (docs/clients.md#refusals)."""

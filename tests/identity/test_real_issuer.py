@@ -17,6 +17,8 @@ from bkpool.core.auth import OIDC
 from bkpool.identity.issuer_keys import IssuerKeys
 from bkpool.identity.oidc import OidcAuthenticator, TrustedIssuer
 
+pytestmark = pytest.mark.slow
+
 CLIENT = "bkpool-tests"
 
 

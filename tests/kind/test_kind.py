@@ -361,6 +361,7 @@ def test_the_error_names_a_file_that_is_not_an_archive(tmp_path, content):
         archive_images(path, "--image-archive")
 
 
+@pytest.mark.slow
 def test_a_start_waits_for_the_kind_program_of_a_killed_appliance(world):
     """The stand-in kills its parent, as the kernel might, and continues for a while with the inherited lock."""
     (world.directory / "die").touch()

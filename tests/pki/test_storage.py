@@ -102,6 +102,7 @@ def crashed(directory, action, step):
     return places[: len(codes) - 1]
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_point_leaves_all_or_nothing_and_existing_files_stay(tmp_path):
     for directory in crashed(tmp_path, "load_or_create", 3):
         before = contents(directory) if directory.exists() else None

@@ -253,6 +253,8 @@ async def test_a_claim_takes_and_a_release_clears_the_allocation(store):
     assert (await store.replace(freed.with_lease(a_lease("second")))).lease == a_lease("second")
 
 
+@pytest.mark.slow
+@pytest.mark.any_python
 async def test_of_two_hundred_writers_at_once_exactly_one_wins_each_version(store):
     obj = await store.create(a_pool())
     for round_ in range(2, 5):
@@ -270,6 +272,8 @@ async def test_of_two_hundred_writers_at_once_exactly_one_wins_each_version(stor
         assert obj == won[0]
 
 
+@pytest.mark.slow
+@pytest.mark.any_python
 async def test_of_two_hundred_creators_at_once_exactly_one_wins(store):
     outcomes = await asyncio.gather(*(store.create(a_pool()) for _ in range(200)), return_exceptions=True)
 

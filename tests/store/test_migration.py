@@ -193,6 +193,7 @@ database.prepare(Path(sys.argv[1]), (*STEPS, dies))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_changes_nothing(tmp_path):
     path = tmp_path / "state.db"
     before = asyncio.run(made(path))

@@ -17,6 +17,7 @@ from bkpool.core.errors import Conflict, NotFound
 from bkpool.core.pool import Pool, PoolSpec, PoolStatus, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.store.sqlite import SqliteStore
+from support.examples import examples
 
 NAMES = st.sampled_from(["a", "b", "c"])
 NUMBERS = st.integers(1, 3)
@@ -165,5 +166,5 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(
-    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=examples(15), stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -213,6 +213,7 @@ def killed_while_writing(path) -> list[str]:
         return acknowledged + writer.stdout.read().split("\n")[:-1]
 
 
+@pytest.mark.slow
 async def test_kill_9_loses_no_acknowledged_write(tmp_path):
     path = tmp_path / "state.db"
     acknowledged = killed_while_writing(path)

@@ -13,6 +13,8 @@ import pytest
 from bkpool.core.errors import HostFault
 from bkpool.toolchain.descriptor_limit import HIGHEST, highest, or_too_many_open_files
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = """
 import json, resource, subprocess
 from bkpool.toolchain.descriptor_limit import raise_limit, current_limit, with_limit_at_start

@@ -18,7 +18,7 @@ from bkpool.workers.processes.slot_files import SlotFiles
 from support.objects import pool as a_pool
 from support.processes import LONG_STEPS, steps_that_sleep, until_step_sleeps
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no cgroup here")
+pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user has no cgroup here"), pytest.mark.slow]
 SLOT = Slot("default", "default", 0)
 TOP = Path("/sys/fs/cgroup")
 ATTACK = f"attack-{os.getpid()}"

@@ -145,6 +145,8 @@ async def test_an_answer_of_the_daemon_before_says_nothing_about_the_next_one():
     assert world.health.silence(ONE) is None
 
 
+@pytest.mark.slow
+@pytest.mark.any_python
 async def test_3000_daemons_are_asked_few_at_once_though_a_tenth_of_them_hangs():
     world = World(replace(IMPATIENT, interval=0.001))
     slots = [Slot("default", "p", number) for number in range(3000)]

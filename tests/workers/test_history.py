@@ -18,6 +18,8 @@ from bkpool.workers import DaemonState, history
 from support.objects import pool as a_pool
 from support.stub_control import StubControl, serve
 
+pytestmark = pytest.mark.slow
+
 SLOT = Slot("default", "default", 0)
 POOL = a_pool(cache=Cache(reuse=Reuse.POOL))
 SHARED = cache_owner_digest(Reuse.POOL, "ann", POOL.uid, "")

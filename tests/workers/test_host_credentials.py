@@ -19,6 +19,8 @@ from bkpool.workers.processes.worker_init import MountSettings
 from support.fake_s3 import FakeS3, fake_s3
 from support.objects import pool as a_pool
 
+pytestmark = pytest.mark.slow
+
 SLOT = Slot("default", "default", 0)
 HOSTS_KEY, OWN_KEY = "AKIAOFTHEHOST", "AKIAOFTHETENANT"
 

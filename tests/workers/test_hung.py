@@ -21,6 +21,8 @@ from bkpool.workers.processes.slot_files import SlotFiles
 from support.objects import pool as a_pool
 from support.processes import freeze
 
+pytestmark = pytest.mark.slow
+
 SLOT = Slot("default", "default", 0)
 POOL = a_pool()
 LIMITS = ProcessLimits(probes=ProbeLimits(interval=0.2, answer=60.0, retry=0.05, fresh=0.0))

@@ -20,6 +20,8 @@ from bkpool.workers.processes.runtime import ProcessRuntime
 from support.descriptors import descriptors_left
 from support.objects import pool as a_pool
 
+pytestmark = pytest.mark.slow
+
 POOL = a_pool()
 SLOT = Slot("default", "default", 0)
 SLOTS = [Slot("default", "default", number) for number in range(12)]

@@ -26,6 +26,8 @@ from bkpool.workers.processes.slot_files import CacheRecord, SlotFiles
 from support.objects import pool as a_pool
 from support.processes import LONG_STEPS, freeze, steps_that_sleep, until_step_sleeps
 
+pytestmark = pytest.mark.slow
+
 SLOT = Slot("default", "default", 0)
 POOL = a_pool()
 

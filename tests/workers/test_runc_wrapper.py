@@ -14,6 +14,8 @@ from bkpool.workers.processes.runc_wrapper import wrapper
 from bkpool.workers.processes.slot_files import SlotFiles
 from support.objects import pool as a_pool
 
+pytestmark = pytest.mark.slow
+
 SLOT = Slot("default", "default", 0)
 ORDINARY = ["CAP_CHOWN", "CAP_NET_RAW", "CAP_SETUID"]
 SETS = ("bounding", "effective", "permitted", "inheritable", "ambient")

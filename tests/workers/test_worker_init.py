@@ -23,7 +23,10 @@ from bkpool.toolchain.network_programs import NetworkPrograms
 from bkpool.workers.processes import worker_init
 from bkpool.workers.processes.init_program import InitProgram
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user needs rootlesskit for this: see e2e")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user needs rootlesskit for this: see e2e"),
+    pytest.mark.slow,
+]
 
 RESOLVER = f"127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250}.53"  # tests may run beside each other
 NETWORK = os.getpid() % (1 << 14) * 4  # of four addresses; likewise

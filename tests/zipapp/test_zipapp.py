@@ -20,7 +20,7 @@ import pytest
 from bkpool.toolchain import default_cache
 from support.pythons import SUPPORTED, interpreters
 
-pytestmark = pytest.mark.any_python
+pytestmark = [pytest.mark.any_python, pytest.mark.slow]
 
 STUB = Path(__file__).parents[2] / "scripts" / "zipapp_stub.py"
 ZIPAPP = os.environ.get("BKPOOL_ZIPAPP")
