@@ -25,6 +25,14 @@ def _nothing_set_apart():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _set_apart_as_before():
+    """The root's conftest.py sets apart what all tests share."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def gone_through(count: int) -> list[int]:
     """The objects that each full collection went through while so many were made that live on."""
     found: list[int] = []
