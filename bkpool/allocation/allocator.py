@@ -281,6 +281,9 @@ class Allocator:
         """
         if waiter.waited or asyncio.get_running_loop().time() - order.decided_at >= _TRUSTED:
             await order.decide_again(find_lending_pool(self._mirror, order.pool.key))
+            held, now = self._mirror.index_of(order.pool.key).leases, self._now()
+            if order.job is None or held.of_request(order.job.key, now) is None:  # else it gets the lease of its job
+                self._limits.check_again(order.pool, order.caller, held, at=now)
         return waiter.owner == _cache_owner(order, lease_id)
 
     async def _claim(self, order: Order, target: Target, lease: Lease, ended: ClaimEnded) -> Worker | None:

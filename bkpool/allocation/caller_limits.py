@@ -48,11 +48,7 @@ class _Account:
     def check(self, allowed: Allowance, limit: str, who: str, leases: Callable[[], int], now: float) -> None:
         """Raises NoCapacity if one more would be too many. Leases are counted only if there is a limit of them."""
         if allowed.leases is not None and (have := leases() + len(self.open_requests)) >= allowed.leases:
-            raise _reached(
-                f"{limit}.leases: {who} may have {allowed.leases} leases at once, and has or waits for {have}",
-                "Release a lease",
-                _RETRY_AFTER,
-            )
+            raise _too_many_leases(limit, who, allowed.leases, f"has or waits for {have}")
         self._forget(now)
         if allowed.per_minute is not None and len(self.times) >= allowed.per_minute:
             free_at = self.times[len(self.times) - allowed.per_minute] + _WINDOW  # the limit may be lower than before
@@ -149,10 +145,36 @@ class CallerLimits:
             of_caller.leave(request)
             of_all.leave(request)
 
+    def check_again(self, pool: Pool, caller: Identity, held: LiveLeases, *, at: datetime) -> None:
+        """Refuses a request that has waited if there are as many leases as its pool, as it is now, allows.
+
+        Requests that wait do not count: otherwise several of one caller would refuse each other.
+
+        Args:
+            pool: The pool that has the limits.
+            caller: The caller.
+            held: The leases of the pool.
+            at: The time, by which leases expire.
+
+        Raises:
+            NoCapacity: `LimitReached`, as in `one_more`.
+        """
+        limits, who = pool.spec.auth.limits, f"all callers of {pool.key.name} together"
+        most, most_of_all = limits.identity.leases, limits.pool.leases
+        if most is not None and (have := held.count_of(caller.digest, at, self._claiming)) >= most:
+            raise _too_many_leases("spec.auth.limits.identity", caller.name, most, f"has {have}")
+        if most_of_all is not None and (have := held.count(at, self._claiming)) >= most_of_all:
+            raise _too_many_leases("spec.auth.limits.pool", who, most_of_all, f"has {have}")
+
     def _sweep(self, now: float) -> None:
         if now - self._swept >= _WINDOW:
             self._swept = now
             self._accounts = {key: account for key, account in self._accounts.items() if not account.idle(now)}
+
+
+def _too_many_leases(limit: str, who: str, most: int, have: str) -> NoCapacity:
+    message = f"{limit}.leases: {who} may have {most} leases at once, and {have}"
+    return _reached(message, "Release a lease", _RETRY_AFTER)
 
 
 def _reached(message: str, hint: str, retry_after: int) -> NoCapacity:

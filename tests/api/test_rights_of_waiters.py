@@ -90,6 +90,21 @@ async def test_who_may_still_use_the_pool_gets_a_lease_by_what_it_says_today(api
     assert (lease.expires_at - lease.allocated_at).total_seconds() == 7 * 60
 
 
+@pytest.mark.parametrize(("whose", "most"), [("identity", 1), ("pool", 1)])
+async def test_who_has_as_many_leases_as_the_pool_allows_today_gets_no_other(api, auth, whose, most):
+    """The limit is lowered while they wait."""
+    two = {"min": 2, "max": 2}
+    limits = {"identity": {"leases": 2}}
+    await api.world.change_spec(auth={**auth, "limits": limits}, scaling=two)
+    status, first, _ = await api("POST", ALLOCATE, {"poolName": "p", "wait": "60s"}, bearer=ALICE)
+    assert status == 200, first
+    async with waiting_alice(api) as asking:
+        await api.world.change_spec(auth={**auth, "limits": {**limits, whose: {"leases": most}}}, scaling=two)
+    status, answer, _ = await asking
+    assert (status, answer["error"]["code"]) == (429, "LimitReached"), answer
+    assert answer["error"]["field"] == f"spec.auth.limits.{whose}.leases"
+
+
 async def test_a_ttl_that_is_too_long_by_now_is_refused(api, auth):
     async with waiting_alice(api, ttl="50m") as asking:
         await api.world.change_spec(auth=auth, scaling=ONE, gateway={"tokenTTL": "5m", "maxTokenTTL": "10m"})
