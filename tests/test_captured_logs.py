@@ -38,7 +38,8 @@ def test_a_logger_that_an_appliance_in_this_process_has_fixed_follows_the_next_c
     with capture_logs() as lines:
         logs.log.info(turn)
     assert [line["event"] for line in lines] == [turn]
-    logs.configure_logging()
+    writer = logs.configure_logging()
     logs.log.info("fixed")
     logs.flush()
+    writer.close()
     assert '"event": "fixed"' in capsys.readouterr().err

@@ -154,6 +154,8 @@ async def open_process_backend(
     workers = await open_process_workers(options, binaries, os.environ)
     runtime = workers.runtime
     stack.push_async_callback(runtime.close, stop_workers=True)
+    files = FileTokenReader()
+    stack.callback(files.close)
     return Backend(
         store=store,
         runtime=runtime,
@@ -163,7 +165,7 @@ async def open_process_backend(
         dial=PlainDial,
         gateway="local",  # one home has one gateway
         recorder=LogRecorder(),
-        authenticators=lambda pools: BackendAuthenticators((StaticTokenAuthenticator(FileTokenReader(), pools),)),
+        authenticators=lambda pools: BackendAuthenticators((StaticTokenAuthenticator(files, pools),)),
         only_files=True,
         missing_network=workers.missing_network,
         full_disk=lambda: fault_if_full(home),

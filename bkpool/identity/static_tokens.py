@@ -77,6 +77,10 @@ class FileTokenReader:
         self._read: dict[str, tuple[tuple[int, ...], StaticTokens]] = {}
         self._threads = Threads("token files", _FILE_THREADS)
 
+    def close(self) -> None:
+        """Ends its threads. Later reads get new ones."""
+        self._threads.close()
+
     async def read(self, namespace: str, source: TokenFrom) -> StaticTokens:
         """See TokenReader. A missing file, or one that other users can read, is an error: no token is accepted."""
         del namespace  # there are none on a machine

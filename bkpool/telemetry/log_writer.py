@@ -29,7 +29,7 @@ class LogSink(Protocol):
 
 
 class LogWriter:
-    """The queue and its thread, which ends with the process.
+    """The queue and its thread, which ends with the process if nobody closes it.
 
     Args:
         sink: Where lines go.
@@ -41,13 +41,14 @@ class LogWriter:
         self._sink = sink
         self._capacity = capacity
         self._on_lost = on_lost
-        self._queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
         # A signal handler or a finalizer may log while its own thread is in here.
         self._lock = threading.RLock()
         self._waiting = 0
         self._lost = 0
         self._reported = 0
         self._is_cut = False
+        self._ended = False
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     @property
@@ -78,8 +79,12 @@ class LogWriter:
         self._queue.put(done)
         return done.wait(timeout)
 
+    def close(self) -> None:
+        """Ends the thread once everything that is queued now is written or lost. Later lines are never written."""
+        self._queue.put(None)
+
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             data, done = self._next_batch()
             try:
                 # Only when a line was written: a report that is lost itself would bring about the next one.
@@ -101,6 +106,9 @@ class LogWriter:
             try:
                 item = self._queue.get(block=not lines)
             except queue.Empty:
+                break
+            if item is None:
+                self._ended = True
                 break
             if isinstance(item, threading.Event):
                 return b"".join(lines), item

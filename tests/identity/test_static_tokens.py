@@ -161,9 +161,16 @@ def test_a_user_may_have_an_old_and_a_new_token():
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
+@pytest.fixture
+def files():
+    reader = FileTokenReader()
+    yield reader
+    reader.close()
+
+
+async def test_a_file_is_read_again_when_it_has_changed(tmp_path, files):
     path = tmp_path / "tokens.yaml"
-    source, files = TokenFrom(file=str(path)), FileTokenReader()
+    source = TokenFrom(file=str(path))
     write_private(path, f"alice: {ALICE}\n".encode())
     first = await files.read("default", source)
     assert who(first, ALICE) == ["alice"]
@@ -190,9 +197,8 @@ async def test_a_file_is_read_again_when_it_has_changed(tmp_path, monkeypatch):
         (lambda path: (path.unlink(), path.mkdir(0o700)), "directory"),
     ],
 )
-async def test_no_token_of_an_unsafe_file_is_accepted(tmp_path, spoil, says):
+async def test_no_token_of_an_unsafe_file_is_accepted(tmp_path, files, spoil, says):
     path = tmp_path / "tokens.yaml"
-    files = FileTokenReader()
     write_private(path, f"alice: {ALICE}\n".encode())
     await files.read("default", TokenFrom(file=str(path)))
     spoil(path)
@@ -202,8 +208,8 @@ async def test_no_token_of_an_unsafe_file_is_accepted(tmp_path, spoil, says):
     assert str(path) in refused.value.message
 
 
-async def test_each_reader_ignores_the_sources_of_the_other(tmp_path):
-    assert await FileTokenReader().read("default", SECRET) == StaticTokens()
+async def test_each_reader_ignores_the_sources_of_the_other(files):
+    assert await files.read("default", SECRET) == StaticTokens()
     assert await SecretTokenReader(Cluster()).read("default", TokenFrom(file="/nowhere")) == StaticTokens()
 
 
@@ -446,10 +452,10 @@ async def test_a_fault_is_logged_once_until_it_changes():
     ]
 
 
-async def test_a_token_file_of_a_pool_end_to_end(tmp_path):
+async def test_a_token_file_of_a_pool_end_to_end(tmp_path, files):
     path = tmp_path / "tokens.yaml"
     write_private(path, yaml.safe_dump({"alice": ALICE, "ci": {"token": BOB, "pools": ["other"]}}).encode())
-    tokens = StaticTokenAuthenticator(FileTokenReader(), lambda: [a_pool("one", {"file": str(path)})])
+    tokens = StaticTokenAuthenticator(files, lambda: [a_pool("one", {"file": str(path)})])
     assert await tokens.authenticate(ALICE) == (known("one", "alice"),)
     (verdict,) = await tokens.authenticate(BOB)
     assert verdict.refusal == "this token of ci is not for pool team/one"

@@ -21,7 +21,7 @@ from bkpool.core.remembered_caller import RememberedCaller
 from bkpool.identity import Authenticator, Identity, Verdict
 from bkpool.identity.access import AccessControl
 from bkpool.identity.admin_token import AdminTokenAuthenticator
-from bkpool.identity.static_tokens import StaticTokenAuthenticator, TokenReader
+from bkpool.identity.static_tokens import FileTokenReader, StaticTokenAuthenticator, TokenReader
 from bkpool.store.mirror import Mirror
 from bkpool.telemetry.registry import new_registry
 from support.world import World, running_world
@@ -119,6 +119,8 @@ async def running_api(
         api = Api(world, "127.0.0.1", 0, await stack.enter_async_context(ClientSession()))
         pools = replica.mirror.pools.values
         signed = (api.authenticator, *make_authenticators(replica.mirror))
+        if isinstance(reader, FileTokenReader):
+            stack.callback(reader.close)
         static = () if reader is None else (StaticTokenAuthenticator(reader, pools, others_timeout),)
         revoker = Revoker(store=world.store, mirror=replica.mirror, leases=replica.leases)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,21 @@ def lost():
 
 
 @pytest.fixture
-def writer(sink, lost):
-    return LogWriter(sink, capacity=100, on_lost=lost.append)
+def open_writer():
+    """Makes writers whose threads end with the test."""
+    with ExitStack() as writers:
+
+        def make(*args, **options):
+            writer = LogWriter(*args, **options)
+            writers.callback(writer.close)
+            return writer
+
+        yield make
+
+
+@pytest.fixture
+def writer(open_writer, sink, lost):
+    return open_writer(sink, capacity=100, on_lost=lost.append)
 
 
 @pytest.fixture
@@ -91,8 +105,8 @@ def test_what_a_full_disk_takes_no_more_is_counted_and_reported_when_it_takes_li
     assert (sink.written, lost) == (b"whole\ncu\nafter\n", [2])
 
 
-def test_a_report_that_is_lost_itself_brings_about_no_other(sink):
-    writer = LogWriter(sink, on_lost=lambda n: writer.write(f"{n} lost\n"))
+def test_a_report_that_is_lost_itself_brings_about_no_other(open_writer, sink):
+    writer = open_writer(sink, on_lost=lambda n: writer.write(f"{n} lost\n"))
     sink.room = 0
     writer.write("lost\n")
     assert writer.flush(TIMEOUT)
@@ -103,11 +117,11 @@ def test_a_report_that_is_lost_itself_brings_about_no_other(sink):
     assert (sink.written, writer.lost) == (b"after\n", 2)
 
 
-def test_a_sink_or_report_that_fails_does_not_end_the_thread(sink):
+def test_a_sink_or_report_that_fails_does_not_end_the_thread(open_writer, sink):
     def fail(_):
         raise ZeroDivisionError
 
-    writer = LogWriter(sink, on_lost=fail)
+    writer = open_writer(sink, on_lost=fail)
     sink.write, works = fail, sink.write
     writer.write("lost\n")
     assert writer.flush(TIMEOUT)
@@ -118,9 +132,9 @@ def test_a_sink_or_report_that_fails_does_not_end_the_thread(sink):
     assert sink.written == b"its report fails\nafter\n"
 
 
-def test_a_reader_who_has_gone_is_not_an_error(pipe):
+def test_a_reader_who_has_gone_is_not_an_error(open_writer, pipe):
     reader, end = pipe
-    writer = LogWriter(DescriptorSink(end.fileno()), on_lost=lambda _: None)
+    writer = open_writer(DescriptorSink(end.fileno()), on_lost=lambda _: None)
     writer.write("read\n")
     assert reader.read(100) == b"read\n"
     reader.close()
@@ -131,10 +145,10 @@ def test_a_reader_who_has_gone_is_not_an_error(pipe):
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_a_reader_who_does_not_read_stops_nobody_and_gets_all_later(pipe, blocking):
+def test_a_reader_who_does_not_read_stops_nobody_and_gets_all_later(open_writer, pipe, blocking):
     reader, end = pipe
     os.set_blocking(end.fileno(), blocking)
-    writer = LogWriter(DescriptorSink(end.fileno()), on_lost=lambda _: None)
+    writer = open_writer(DescriptorSink(end.fileno()), on_lost=lambda _: None)
     writer.write(LONG)
     writer.write("after\n")
     assert not writer.flush(0.01)
@@ -142,6 +156,18 @@ def test_a_reader_who_does_not_read_stops_nobody_and_gets_all_later(pipe, blocki
     while not got.endswith(b"after\n"):
         got += reader.read(65536)
     assert got.decode() == LONG + "after\n"
+
+
+def test_a_closed_writer_writes_what_was_queued_and_its_thread_ends(sink):
+    before = set(threading.enumerate())
+    writer = LogWriter(sink, on_lost=lambda _: None)
+    (thread,) = set(threading.enumerate()) - before
+    sink.open.clear()
+    writer.write("queued\n")
+    writer.close()
+    sink.open.set()
+    thread.join(TIMEOUT)
+    assert (thread.is_alive(), sink.written) == (False, b"queued\n")
 
 
 def test_text_for_stderr_is_queued_in_whole_lines_and_at_a_flush(writer, sink):
