@@ -2,7 +2,7 @@
 
 import asyncio
 import ssl
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -25,6 +25,7 @@ from bkpool.appliance.preflight import check_settings
 from bkpool.appliance.run_options import RunOptions
 from bkpool.core.errors import HostFault, InvalidInput
 from bkpool.core.wall_clock import LONGEST_SLEEP
+from bkpool.gateway.control.server import new_loop as new_gateway_loop
 from bkpool.home.files import private_directory
 from bkpool.pki.authority import Authority
 from bkpool.settings import Settings
@@ -228,3 +229,56 @@ def test_certificate_and_key_must_both_be_given(options, tmp_path, given, missin
     with pytest.raises(InvalidInput, match=missing) as caught:
         check_settings(options(api={given: tmp_path}))
     assert caught.value.field == missing
+
+
+@pytest.mark.parametrize("new_loop", [new_gateway_loop, asyncio.new_event_loop], ids=["uvloop", "asyncio"])
+def test_nothing_that_a_stranger_sends_makes_the_loop_report_an_error(options, authority, new_loop):
+    """What a loop reports goes to the log with a traceback."""
+    tls = make_api_tls(options(api={"tls": True}), authority, lambda: NOW)
+    reported = []
+
+    async def visit():
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
+        async with AsyncExitStack() as stack:
+            address = await serve(stack, web.Application(), ("127.0.0.1", 0), "--api-address", tls.context)
+            port = int(address.rpartition(":")[2])
+            for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+                for sent in BAD_RECORDS:
+                    await visit_badly(port, version, sent, after_handshake=True)
+                    await visit_badly(port, version, sent, after_handshake=False)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(visit())
+    assert reported == []
+
+
+BAD_RECORDS = [
+    b"no TLS at all\r\n\r\n",
+    b"\x17\x03\x03\x00\x30" + b"x" * 48,  # application data of another key
+    b"\x16\x03\x03\x00\x30" + b"x" * 48,  # a handshake once more
+    b"\x15\x03\x03\x00\x02\x02\x28",  # an alert in clear
+    b"\x17\x03\x03\xff\xff" + b"x" * 100,  # a record that is too long
+]
+
+
+async def visit_badly(port, version, sent, *, after_handshake):
+    """Sends these bytes instead of a record, in the middle of a request, and waits until the server has closed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode, context.maximum_version = False, ssl.CERT_NONE, version
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while after_handshake:
+        try:
+            client.do_handshake()
+            client.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nx")
+            break
+        except ssl.SSLWantReadError:
+            writer.write(outgoing.read())
+            incoming.write(await reader.read(65536))
+    writer.write(outgoing.read() + sent)
+    writer.write_eof()
+    with suppress(ConnectionError):
+        while await reader.read(65536):
+            pass
+    writer.close()
