@@ -16,6 +16,7 @@ from bkpool.identity.access import LONGEST_BEARER
 from bkpool.identity.static_token_parser import StaticTokens, parse_static_tokens
 from support.api import ALLOCATE, running_api
 from support.captured_logs import capture_logs
+from support.examples import examples
 
 ANN, BOB = "token-of-ann", "token-of-bob"
 WORKERS = "/api/v1/workers"
@@ -322,7 +323,7 @@ async def test_a_caller_who_closes_the_connection_while_waiting_is_in_the_audit_
 # --- anything at all ------------------------------------------------------------------------------------------------
 
 ANYTHING = settings(
-    max_examples=25,
+    max_examples=examples(25),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     database=None,

@@ -10,6 +10,8 @@ from chaos.timeline import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.examples import examples
+
 pytestmark = pytest.mark.any_python
 
 EOF_TOLD = "ERROR: failed to build: error reading from server: EOF"
@@ -332,7 +334,7 @@ def right_histories(draw) -> Story:
     return story
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(right_histories())
 def test_a_correct_history_has_no_violation_also_after_its_file_is_read(story):
     assert ending_well(story, "ann.1", "ann.2", "bob.1", calm=200) == []
@@ -341,7 +343,7 @@ def test_a_correct_history_has_no_violation_also_after_its_file_is_read(story):
     assert picture.count("<title>") >= len(builds(story.events))
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(right_histories(), st.randoms(use_true_random=False))
 def test_an_overlap_is_found_anywhere(story, chance):
     hold = chance.choice(holds(story.events))
@@ -351,7 +353,7 @@ def test_an_overlap_is_found_anywhere(story, chance):
     assert any("(intruder)" in text and hold.lease in text for text in found)
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(right_histories(), st.randoms(use_true_random=False))
 def test_a_lost_answer_is_found_anywhere(story, chance):
     answers = [event for event in story.events if event.what == "released"]
@@ -360,7 +362,7 @@ def test_a_lost_answer_is_found_anywhere(story, chance):
     assert [text for text in found if "never answered" in text and lost.who in text]
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(right_histories(), st.randoms(use_true_random=False))
 def test_a_failure_without_a_fault_is_found_anywhere(story, chance):
     story.events = [event for event in story.events if event.who != "driver"]

@@ -9,6 +9,8 @@ from chaos.schedule import CALM, KINDS, LANES, schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.examples import examples
+
 pytestmark = pytest.mark.any_python
 
 SEEDS = st.integers(0, 2**32)
@@ -25,13 +27,13 @@ def test_a_seed_gives_the_same_faults_as_in_earlier_versions():
     ]
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(SEEDS, SECONDS, BACKENDS)
 def test_the_same_seed_gives_the_same_list(seed, seconds, backend):
     assert schedule(seed, seconds, backend) == schedule(seed, seconds, backend)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(SEEDS, SECONDS, BACKENDS)
 def test_faults_are_in_order_end_within_the_run_and_do_not_overlap_in_a_lane(seed, seconds, backend):
     faults = schedule(seed, seconds, backend)
@@ -47,7 +49,7 @@ def test_faults_are_in_order_end_within_the_run_and_do_not_overlap_in_a_lane(see
             assert before.at + before.seconds < after.at
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(SEEDS, SECONDS, SECONDS, BACKENDS)
 def test_a_longer_run_begins_with_the_same_faults_in_each_lane(seed, one, other, backend):
     short, long = schedule(seed, min(one, other), backend), schedule(seed, max(one, other), backend)
@@ -57,7 +59,7 @@ def test_a_longer_run_begins_with_the_same_faults_in_each_lane(seed, one, other,
 
 
 @pytest.mark.parametrize("backend", sorted(LANES))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(seed=SEEDS)
 def test_every_kind_of_fault_occurs_regularly(backend, seed):
     wanted = {kind.name for kind in KINDS.values() if kind.lane in LANES[backend]}

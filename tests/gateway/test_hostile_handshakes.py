@@ -20,10 +20,14 @@ from bkpool.gateway.net.endpoint import SocketEndpoint
 from support import records
 from support.attack import attacked_gateway
 from support.hellos import FIRST_BYTES, client_hello
-from support.loops import LOOPS, SkewedLoop
+from support.loops import SkewedLoop
 from support.records import RecordClient
 
-on_each_loop = pytest.mark.parametrize("make_loop", LOOPS.values(), ids=LOOPS)
+on_each_loop = pytest.mark.parametrize(
+    "make_loop",
+    [pytest.param(SkewedLoop, marks=pytest.mark.slow, id="asyncio"), pytest.param(new_loop, id="uvloop")],
+)
+"""The fast suite tries the loop of an appliance."""
 ALERT = {"unexpected message": 10, "bad record mac": 20, "record overflow": 22, "illegal parameter": 47}
 ALERT |= {"protocol version": 70}  # RFC 8446 section 6
 
@@ -287,6 +291,7 @@ def read_data(client, length):
 # --- many KeyUpdates ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @on_each_loop
 @pytest.mark.parametrize("state", ["relayed", "held", "refused"])
 async def test_thousands_of_key_updates_disturb_no_other_client(new_world, capfd, make_loop, tmp_path, state):

@@ -29,7 +29,7 @@ LOOPS = 2
 P, Q = Key("default", "p"), Key("team", "q")
 
 
-@pytest.fixture(params=[new_loop, SkewedLoop], ids=["uvloop", "asyncio"])
+@pytest.fixture(params=[new_loop, pytest.param(SkewedLoop, marks=pytest.mark.slow)], ids=["uvloop", "asyncio"])
 def new_gateway(request, new_world):
     """Makes a world whose gateway has several loops, of both kinds in turn."""
 

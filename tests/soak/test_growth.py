@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from soak.growth import Row, compare, flat, table
 
+from support.examples import examples
+
 COUNTS = st.dictionaries(st.text(st.characters(categories=["L"]), min_size=1), st.integers(0, 1000), max_size=8)
 
 
@@ -28,14 +30,14 @@ def test_a_number_may_grow_within_its_tolerance():
     assert not Row("descriptors", 100, 101, 0).well
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(COUNTS, COUNTS)
 def test_every_growth_is_found(before, after):
     grown = {row.name for row in compare(before, after, {}) if not row.well}
     assert grown == {name for name, count in after.items() if count > before.get(name, 0)}
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(COUNTS)
 def test_a_flat_count_is_unchanged(count):
     assert flat(count) == count
