@@ -72,8 +72,16 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", alias_generator=to_camel, populate_by_name=True)
 
     def but(self, **changes: Any) -> Self:
-        """A copy with these fields changed."""
-        return self.model_copy(update=changes)
+        """A copy with these fields changed, as pydantic's `model_copy` makes it in twice the time.
+
+        Every lease does it a dozen times.
+        """
+        copy, extra, put = type(self).__new__(type(self)), self.__pydantic_extra__, object.__setattr__
+        put(copy, "__dict__", {**self.__dict__, **changes})
+        put(copy, "__pydantic_extra__", extra and extra.copy())
+        put(copy, "__pydantic_fields_set__", self.__pydantic_fields_set__ | changes.keys())
+        put(copy, "__pydantic_private__", None)
+        return copy
 
 
 def _dns_label(value: str) -> str:

@@ -41,12 +41,19 @@ def disk_full(path: Path, *, quota: bool = False) -> DiskFull:
 def fault_if_full(path: Path, reserve: int = RESERVE) -> DiskFull | None:
     """The error if the file system of a path has less room than this, else None."""
     try:
-        room = os.statvfs(_existing(path))
+        room = _room(path)
     except OSError:  # whoever uses the path gets the error
         return None
     # Some file systems do not count inodes, and report none at all.
     full = room.f_bavail * room.f_frsize < reserve or (room.f_files and not room.f_favail)
     return disk_full(path) if full else None
+
+
+def _room(path: Path) -> os.statvfs_result:
+    try:
+        return os.statvfs(path)  # one call: every lease asks
+    except FileNotFoundError:
+        return os.statvfs(_existing(path))
 
 
 def _mount_point(path: Path) -> Path:

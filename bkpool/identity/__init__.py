@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from bkpool.core.names import Key
@@ -76,6 +77,7 @@ class Identity:
         return _digest("tenant", self.authority, self.tenant_claim, self.tenant_name)
 
 
+@lru_cache(maxsize=1024)
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
 

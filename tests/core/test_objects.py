@@ -40,6 +40,17 @@ def test_unknown_fields_of_the_go_controller_are_kept_and_named():
     assert pool.to_json()["spec"]["tls"] == {"enabled": True}
 
 
+def test_a_changed_copy_is_what_pydantic_makes_of_it():
+    (pool,) = read_documents(HEAD + "spec: {scaling: {max: 3, targetCPUUtilization: 70}}\n", source="pool.yaml").pools
+    scaling = pool.spec.scaling
+    copy, expected = scaling.but(max=4), scaling.model_copy(update={"max": 4})
+    assert copy == expected
+    assert copy.model_fields_set == expected.model_fields_set
+    assert copy.model_dump() == expected.model_dump()
+    assert copy.model_extra is not scaling.model_extra
+    assert (scaling.max, pool.but(spec=pool.spec.but(scaling=copy)).spec.scaling.max) == (3, 4)
+
+
 def test_every_field_of_the_example_is_known():
     file = Path(__file__).parents[2] / "examples" / "pool.yaml"
     (pool,) = read_documents(file.read_text(), source=file.name).pools
