@@ -22,6 +22,7 @@ from bkpool.store.recent import RecentlyWritten
 from bkpool.store.rows import StoredDocument, StoredRow
 
 _PAGE_SIZE = 256  # events that are read from the log at once: a limit for the memory of a slow watch
+_SHARE_REMOVED = 64  # of the log: the part that is removed at once
 _SET_BY_STORE = ("uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp")
 
 
@@ -57,8 +58,16 @@ class Tables:
         self._recent = recent or RecentlyWritten()
         self._now = now
         self._history = history
+        self._newest: int | None = None
+        """The version of the last event, while a transaction is open; None: not asked yet."""
+        self._oldest = 0
+        """No event of the log has a lower version."""
         self.touched: set[str] = set()
         """The kinds that were written in this transaction. The code that commits empties it."""
+
+    def begins(self) -> None:
+        """Notes that a transaction begins, or that a part of one was undone."""
+        self._newest = None
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -174,15 +183,16 @@ class Tables:
         self._delete_or_mark(found)
 
     def compact(self) -> None:
-        """Removes the events that are older than the history that the log keeps."""
+        """Removes the events that are older than the history that the log keeps, many of them at once."""
         limit = self._version() - self._history
-        if not self._db.execute("SELECT 1 FROM events WHERE version <= ? LIMIT 1", [limit]).fetchone():
+        if self._oldest + self._history // _SHARE_REMOVED > limit:
             return
         self._db.execute(
             "INSERT OR REPLACE INTO compacted SELECT kind, MAX(version) FROM events WHERE version <= ? GROUP BY kind",
             [limit],
         )
         self._db.execute("DELETE FROM events WHERE version <= ?", [limit])
+        self._oldest = limit + 1
 
     # --- the rules --------------------------------------------------------------------------------------------------
 
@@ -283,6 +293,7 @@ class Tables:
         text = rows.text_of(doc).decode()
         self._db.execute("INSERT INTO events VALUES (?, ?, ?, ?)", [version, doc["kind"], event, text])
         self.touched.add(doc["kind"])
+        self._newest = version
         return text
 
     def _index(self, doc: Doc) -> None:
@@ -293,8 +304,11 @@ class Tables:
         self._db.executemany("INSERT INTO terms (term, uid) VALUES (?, ?)", terms)
 
     def _version(self) -> int:
-        version: int = self._db.execute("SELECT COALESCE(MAX(version), 0) FROM events").fetchone()[0]
-        return version
+        """The version of the last event. It is read once in a transaction: each statement may wait for a thread."""
+        if self._newest is None or not self._db.in_transaction:
+            newest: int = self._db.execute("SELECT COALESCE(MAX(version), 0) FROM events").fetchone()[0]
+            self._newest = newest
+        return self._newest
 
     def _timestamp(self) -> str:
         """Whole seconds, as in Kubernetes, so that no code relies on a finer time."""

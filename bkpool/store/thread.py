@@ -1,7 +1,7 @@
 """A thread that owns one SQLite connection and runs all queued commands as one transaction (group commit).
 
 Twenty claims at once cost one fsync. A command is answered only after its commit. A command that fails is undone
-alone (savepoint); an error of the disk undoes the whole transaction. Whatever fails, every command is answered.
+alone; an error of the disk undoes the whole transaction. Whatever fails, every command is answered.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ class SqlThread:
 
     def _transaction(self, jobs: list[_Job]) -> list[_Outcome]:
         try:
-            self._db.execute(self._begin)
-            outcomes = [self._run_in_savepoint(job) for job in jobs]
+            outcomes = self._run_all(jobs)
+            if outcomes is None:  # one of them has failed half-way
+                outcomes = self._run_each_apart(jobs)
             if self._tables.touched:
                 self._written = True
                 self._tables.compact()
@@ -166,17 +167,49 @@ class SqlThread:
             raise
         return outcomes
 
-    def _run_in_savepoint(self, job: _Job) -> _Outcome:
-        self._db.execute("SAVEPOINT command")
+    def _run_all(self, jobs: list[_Job]) -> list[_Outcome] | None:
+        """Begins a transaction and runs the commands in it. None: all is undone, because one failed half-way.
+
+        Most that fail have changed nothing yet. So they need no savepoint, of which each statement may have to wait
+        until another thread lets this one run.
+        """
+        self._start_transaction()
+        outcomes = []
+        for job in jobs:
+            changes = self._db.total_changes
+            outcomes.append(self._run(job))
+            if outcomes[-1].error is not None and self._db.total_changes != changes:
+                self._db.rollback()
+                return None
+        return outcomes
+
+    def _run_each_apart(self, jobs: list[_Job]) -> list[_Outcome]:
+        """Begins a transaction and runs the commands in it. Whatever one has changed that failed is undone."""
+        self._start_transaction()
+        outcomes = []
+        for job in jobs:
+            self._db.execute("SAVEPOINT command")
+            touched = set(self._tables.touched)
+            outcomes.append(self._run(job))
+            if outcomes[-1].error is not None:
+                self._db.execute("ROLLBACK TO command")
+                self._tables.begins()
+                self._tables.touched = touched
+            self._db.execute("RELEASE command")
+        return outcomes
+
+    def _start_transaction(self) -> None:
+        self._tables.touched.clear()
+        self._tables.begins()
+        self._db.execute(self._begin)
+
+    def _run(self, job: _Job) -> _Outcome:
         try:
-            outcome = _Outcome(job.future, job.command(self._tables))
+            return _Outcome(job.future, job.command(self._tables))
         except sqlite3.Error:
             raise
         except Exception as error:  # noqa: BLE001 - the caller gets it
-            self._db.execute("ROLLBACK TO command")
-            outcome = _Outcome(job.future, error=error)
-        self._db.execute("RELEASE command")
-        return outcome
+            return _Outcome(job.future, error=error)
 
     def _resolve(self, outcomes: list[_Outcome], touched: Collection[str]) -> None:
         if touched:

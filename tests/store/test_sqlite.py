@@ -111,6 +111,37 @@ async def test_a_bug_in_a_command_undoes_its_writes(store):
     assert (await store.list(Pool)).items == ()
 
 
+async def test_a_command_that_fails_half_way_is_undone_without_the_others_of_its_commit(store):
+    before = await store.create(a_pool("before"))
+
+    def broken(tables) -> None:
+        tables.create(a_pool("half"))
+        tables.replace(scaled(before, 5))
+        raise ZeroDivisionError
+
+    async with Held(store):
+        tasks = await queued(store.create(a_pool("a")), store._writer.run(broken), store.replace(scaled(before, 7)))
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(o) for o in outcomes] == [Pool, ZeroDivisionError, Pool]
+    listed = await store.list(Pool)
+    assert {p.key.name: p.spec.scaling.max for p in listed.items} == {
+        "a": Pool(metadata=Metadata(name="x")).spec.scaling.max,
+        "before": 7,
+    }
+    versions = [int(o.metadata.resource_version) for o in (before, outcomes[0], outcomes[2])]
+    assert versions == list(range(versions[0], versions[0] + 3)), "a version that was undone is given again"
+    assert listed.resource_version == str(versions[-1])
+
+
+async def test_a_claim_is_few_statements_because_each_may_wait_for_other_threads(store):
+    made = await store.create(a_pool())
+    statements: list[str] = []
+    store._writer._db.set_trace_callback(statements.append)
+    await store.replace(scaled(made, 7))
+    assert [sql.split()[0] for sql in statements] == ["BEGIN", "SELECT", "SELECT", "INSERT", "UPDATE", "COMMIT"]
+
+
 async def test_a_cancelled_caller_does_not_affect_others(store):
     async with Held(store):
         (gone,) = await queued(store.create(a_pool("gone")))
@@ -350,6 +381,18 @@ async def test_a_watch_from_a_compacted_version_raises_gone_and_a_new_list_helps
     async with aclosing(forgetful.watch(Pool, (await forgetful.list(Pool)).resource_version)) as watch:
         await forgetful.replace(scaled(made, 99))
         assert (await anext(watch)).object.spec.scaling.max == 99
+
+
+async def test_a_long_log_loses_its_oldest_events_many_at_once(tmp_path):
+    store = await SqliteStore.open(tmp_path / "long.db", history=128)
+    made, removals = await store.create(a_pool()), list[str]()
+    store._writer._db.set_trace_callback(lambda sql: removals.append(sql) if sql.startswith("DELETE") else None)
+    for number in range(200):
+        made = await store.replace(scaled(made, 20 + number))
+    (count,) = await store._reader.run(lambda tables: tables._db.execute("SELECT COUNT(*) FROM events").fetchone())
+    await store.close()
+    assert 128 <= count <= 128 + 128 // 64
+    assert 1 < len(removals) <= (201 - 128) // 2
 
 
 async def test_a_watch_that_falls_too_far_behind_raises_gone(forgetful):
