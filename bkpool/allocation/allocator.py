@@ -36,7 +36,7 @@ from bkpool.core.claim_order import Request
 from bkpool.core.errors import BkpoolError, Conflict, Gone, NoCapacity, NotFound, Unavailable
 from bkpool.core.names import Key
 from bkpool.core.queueing import Target
-from bkpool.core.worker import Lease, Worker
+from bkpool.core.worker import Lease, Phase, Worker
 from bkpool.identity import Identity
 from bkpool.pki.authority import Authority, key_of_request
 from bkpool.pki.rotation import Rotation
@@ -159,12 +159,18 @@ class Allocator:
             key_of_request(request.csr_pem)  # refuses an unusable CSR before anything is leased
         key = tokens.request_key(caller.digest, request.job_id) if request.job_id else ""
         job = Request(pool.key, key) if key else None
-        worker = await self._ready_worker(Order(caller, pool, ttl, request, job, may_still=may_still))
+        order = Order(caller, pool, ttl, request, job, may_still=may_still)
         offer: Offer | None = None
+        try:
+            worker = await self._ready_worker(order)
+        except BaseException:
+            self._mirror.rush.ends(id(order))
+            raise
         try:
             offer = Offer(self._grant(worker, request.csr_pem))
             yield offer
         finally:
+            self._mirror.rush.ends(id(order))
             if offer is None or offer.receipt is None:
                 self._deliveries.give_up(worker)
             else:
@@ -178,6 +184,8 @@ class Allocator:
             async with asyncio.timeout(seconds):
                 while True:
                     worker = await self._find_or_make_lease(order)
+                    if worker.routable_endpoint is None:
+                        self._mirror.rush.ends(id(order))  # the controller makes it ready
                     ready = await self._workers.until_ready(worker)
                     if ready is not None:
                         worker = None
@@ -254,11 +262,14 @@ class Allocator:
         owner = _cache_owner(order, lease_id)
         waiter = Waiter(owner, order.request_key, caller.tenant, caller.digest, caller.admin)
         waiter.only_ready = order.request.only_ready
+        self._mirror.rush.ends(id(order))  # its last claim was lost
         target = await self._queues.wait(pool.key, waiter, first=again)
         if target is None:
             raise self._none_free(order)
         if isinstance(target, Worker) and target.lease is not None:
             return None
+        if order.job is None and isinstance(target, Worker) and target.phase is Phase.IDLE:
+            self._mirror.rush.begins(id(order))
         ended = partial(self._queues.claim_ended, pool.key, waiter)
         asked = False
         try:

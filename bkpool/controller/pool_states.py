@@ -68,7 +68,7 @@ class PoolStates:
         subscriptions = ExitStack()
         subscriptions.callback(self._daemons.on_change(self.slot_changed))
         subscriptions.callback(self._caches.on_change(self.slot_changed))
-        subscriptions.callback(self._mirror.subscribe(self._note))
+        subscriptions.callback(self._mirror.subscribe_afterwards(self._note))
         subscriptions.callback(self._mirror.heartbeats.subscribe(self._heartbeat_changed))
         self.note_everything()
         return subscriptions

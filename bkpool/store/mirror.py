@@ -31,6 +31,7 @@ from bkpool.core.worker import Worker
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.heartbeats import Heartbeats
 from bkpool.store.kind_copy import KindCopy, version_of, where
+from bkpool.store.rush import Rush
 from bkpool.store.troubles import Followed, Troubles
 
 log = structlog.get_logger(__name__)
@@ -91,6 +92,8 @@ class Mirror:
         self._configs = KindCopy(OIDCConfig, store.scopes(OIDCConfig), self._config_changed)
         self._indexes: dict[Key, PoolIndex] = {}
         self._unreadable_members: defaultdict[Key, dict[Key, Unreadable]] = defaultdict(dict)
+        self.rush = Rush()
+        """The answers that are being made from this copy."""
         self.leases = LeaseIndex()
         """The leases of all workers, by the digests of their tokens."""
         self._claims = {scope: ClaimOrder() for scope in self._workers.scopes}
@@ -187,6 +190,21 @@ class Mirror:
             A function that unsubscribes.
         """
         return self._subscribers.add(callback)
+
+    def subscribe_afterwards(self, callback: Callable[[MirrorChange], None]) -> Callable[[], None]:
+        """The same for those whom nobody waits for: while answers are being made, each change comes once after them.
+
+        Returns:
+            A function that unsubscribes.
+        """
+        note, forget = self.rush.collected(callback)
+        unsubscribe = self._subscribers.add(note)
+
+        def end() -> None:
+            unsubscribe()
+            forget()
+
+        return end
 
     def on_claims(self, callback: Callable[[Request], None]) -> Callable[[], None]:
         """Calls back, in the event loop, when list or watch has shown a change of a request's leases.

@@ -76,6 +76,32 @@ async def test_an_idle_worker_is_leased_and_another_is_created_to_be_idle(world)
     await world.until(lambda: len(world.replicas[0].mirror.workers) == 2)
 
 
+async def test_what_nobody_waits_for_comes_after_an_answer_but_not_after_a_wait(world, monkeypatch):
+    await world.pool(scaling={"min": 1, "max": 1}, auth=NO_LIMITS)
+    await world.until(lambda: any(w.status.phase is Phase.IDLE for w in world.replicas[0].mirror.workers.values()))
+    api = world.replicas[0]
+    rush, claim, on = api.mirror.rush, api.allocator._claimer.claim, list[bool]()
+
+    async def noted(*arguments):
+        on.append(rush.is_on)
+        return await claim(*arguments)
+
+    monkeypatch.setattr(api.allocator._claimer, "claim", noted)
+    grant = await api.allocate(ANN)
+    assert (on, rush.is_on) == ([True], False)
+    waiting = asyncio.create_task(api.allocate(ANN))
+    await world.until(lambda: api.allocator.waiting(POOL) == 1)
+    assert not rush.is_on, "it waits for a worker"
+    await api.leases.release(grant.token)
+    await waiting
+    assert (on, rush.is_on) == ([True, True], False)
+    waiting = asyncio.create_task(api.allocate(ANN))
+    await world.until(lambda: api.allocator.waiting(POOL) == 1)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not rush.is_on
+
+
 async def test_a_caller_gets_their_cache_back_and_nobody_else_gets_it(world):
     await world.pool(scaling={"max": 2}, auth=NO_LIMITS)
     api = world.replicas[0]

@@ -41,7 +41,7 @@ class TableFeeder:
         """
         self._update = update
         self._feed = LeaseFeed(self._mirror)
-        unsubscribe = self._mirror.subscribe(self._on_change)
+        unsubscribe = self._mirror.subscribe_afterwards(self._on_change)
         self._hand_on_a_part()
 
         def end() -> None:
