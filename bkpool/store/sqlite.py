@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from bkpool.core.errors import Gone
-from bkpool.core.names import Key
+from bkpool.core.errors import Gone, InvalidInput
+from bkpool.core.names import Key, slot_of
 from bkpool.core.resource import R, Resource
 from bkpool.core.unreadable import Unreadable
+from bkpool.core.worker import Worker
 from bkpool.store import Listing, Store, WatchEvent, database
 from bkpool.store.recent import RecentlyWritten
 from bkpool.store.tables import Tables
@@ -29,6 +30,17 @@ HISTORY = 10_000
 
 def _nothing(_tables: Tables) -> None:
     pass
+
+
+def _group(kind: type[Resource], key: Key) -> Key:
+    """Whose turn a command about this object is: the pool's, for the pool and its workers."""
+    if kind is not Worker:
+        return key
+    try:
+        slot = slot_of(key)
+    except InvalidInput:
+        return key
+    return Key(slot.namespace, slot.pool)
 
 
 def _utc() -> datetime:
@@ -78,29 +90,30 @@ class SqliteStore(Store):
 
     async def get(self, kind: type[R], namespace: str, name: str) -> R:
         """See Store."""
-        return await self._reader.run(lambda tables: tables.get(kind, Key(namespace, name)))
+        key = Key(namespace, name)
+        return await self._reader.run(lambda tables: tables.get(kind, key), _group(kind, key))
 
     async def list(
         self, kind: type[R], *, namespace: str | None = None, labels: Mapping[str, str] | None = None
     ) -> Listing[R]:
         """See Store."""
-        return await self._reader.run(lambda tables: tables.list(kind, namespace, labels or {}))
+        return await self._reader.run(lambda tables: tables.list(kind, namespace, labels or {}), kind)
 
     async def create(self, obj: R) -> R:
         """See Store."""
-        return await self._writer.run(lambda tables: tables.create(obj))
+        return await self._writer.run(lambda tables: tables.create(obj), _group(type(obj), obj.key))
 
     async def replace(self, obj: R) -> R:
         """See Store."""
-        return await self._writer.run(lambda tables: tables.replace(obj))
+        return await self._writer.run(lambda tables: tables.replace(obj), _group(type(obj), obj.key))
 
     async def replace_status(self, obj: R) -> R:
         """See Store."""
-        return await self._writer.run(lambda tables: tables.replace_status(obj))
+        return await self._writer.run(lambda tables: tables.replace_status(obj), _group(type(obj), obj.key))
 
     async def patch_status(self, found: Unreadable, fields: Mapping[str, Any]) -> None:
         """See Store."""
-        await self._writer.run(lambda tables: tables.patch_status(found, fields))
+        await self._writer.run(lambda tables: tables.patch_status(found, fields), found.key)
 
     async def delete(
         self,
@@ -112,7 +125,8 @@ class SqliteStore(Store):
         resource_version: str | None = None,
     ) -> None:
         """See Store."""
-        await self._writer.run(lambda tables: tables.delete(kind, Key(namespace, name), uid, resource_version))
+        key = Key(namespace, name)
+        await self._writer.run(lambda tables: tables.delete(kind, key, uid, resource_version), _group(kind, key))
 
     async def answers(self) -> None:
         """See Store."""
@@ -134,7 +148,7 @@ class SqliteStore(Store):
         try:
             while True:
                 changed.clear()
-                page = await self._reader.run(partial(Tables.events_after, kind=kind, version=version))
+                page = await self._reader.run(partial(Tables.events_after, kind=kind, version=version), kind)
                 for event in page.events:
                     if namespace in {None, event.object.key.namespace}:
                         yield event

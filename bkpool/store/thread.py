@@ -1,7 +1,9 @@
-"""A thread that owns one SQLite connection and runs all queued commands as one transaction (group commit).
+"""A thread that owns one SQLite connection and runs queued commands together in a transaction (group commit).
 
-Twenty claims at once cost one fsync. A command is answered only after its commit. A command that fails is undone
-alone; an error of the disk undoes the whole transaction. Whatever fails, every command is answered.
+Twenty claims at once cost one fsync. Where more wait than one transaction has, pools have turns: a pool of which a
+thousand workers are written does not make the others wait for all of them. A command is answered only after its
+commit. A command that fails is undone alone; an error of the disk undoes the whole transaction. Whatever
+fails, every command is answered.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,12 +21,16 @@ import structlog
 
 from bkpool.core.errors import Unavailable
 from bkpool.store import database
+from bkpool.store.in_turn import InTurn
 from bkpool.store.tables import Tables
 
 log = structlog.get_logger(__name__)
 
 CHECKPOINT_DELAY = 0.5
 """Seconds without a command after which the write-ahead log is copied into the database file."""
+
+MOST_TOGETHER = 64
+"""Commands of one transaction. So many take some 50 ms: a command of another pool waits for that and for its own."""
 
 T = TypeVar("T")
 Command = Callable[[Tables], T]
@@ -33,6 +39,7 @@ Command = Callable[[Tables], T]
 class _Job(NamedTuple):
     command: Command[Any]
     future: asyncio.Future[Any]
+    group: Hashable
 
 
 class _Outcome(NamedTuple):
@@ -77,8 +84,12 @@ class SqlThread:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, command: Command[T]) -> T:
+    async def run(self, command: Command[T], group: Hashable = None) -> T:
         """Runs a command and returns when its result is durable.
+
+        Args:
+            command: What to do. Commands of one group are run in the order of these calls.
+            group: Whose turn it is: the pool that the command is about.
 
         Raises:
             Unavailable: The thread has been closed, or has failed.
@@ -87,7 +98,7 @@ class SqlThread:
         if self._closed:
             raise Unavailable("the store is closed", hint="The appliance is stopping: try again when it runs.")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queue.put(_Job(command, future))
+        self._queue.put(_Job(command, future, group))
         if self._ended.is_set():
             self._refuse_queued()
         return await future
@@ -119,17 +130,29 @@ class SqlThread:
                     )
 
     def _serve(self) -> None:
+        waiting: InTurn[_Job] = InTurn()
         last = False
-        while not last:
-            queued = [self._next()]
-            with suppress(queue.Empty):
-                while True:
-                    queued.append(self._queue.get_nowait())
-            last = None in queued
-            outcomes = self._transaction([job for job in queued if job is not None])
-            touched, self._tables.touched = self._tables.touched, set()
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits for the results
-                self._loop.call_soon_threadsafe(self._resolve, outcomes, touched)
+        try:
+            while waiting or not last:
+                if not waiting:
+                    last = self._fetch(waiting, self._next())
+                with suppress(queue.Empty):
+                    while True:
+                        last = self._fetch(waiting, self._queue.get_nowait()) or last
+                outcomes = self._transaction(waiting.take(MOST_TOGETHER))
+                touched, self._tables.touched = self._tables.touched, set()
+                with suppress(RuntimeError):  # the loop is closed, and nobody waits for the results
+                    self._loop.call_soon_threadsafe(self._resolve, outcomes, touched)
+        finally:  # the thread ends, and has left nothing if it ends in order
+            for job in waiting.take():
+                self._queue.put(job)
+
+    @staticmethod
+    def _fetch(waiting: InTurn[_Job], job: _Job | None) -> bool:
+        """Lets a job wait for the turn of its group. Returns whether it was the last one."""
+        if job is not None:
+            waiting.put(job.group, job)
+        return job is None
 
     def _next(self) -> _Job | None:
         """The next job. In the first pause after writes, it copies the log into the file, while no command waits."""

@@ -21,14 +21,19 @@ from bkpool.core.errors import EXIT, Conflict, DiskFull, Gone, HostFault, Unavai
 from bkpool.core.pool import Pool, Scaling
 from bkpool.core.resource import Metadata
 from bkpool.core.unreadable import Unreadable
-from bkpool.core.worker import Worker
+from bkpool.core.worker import PoolRef, Worker, WorkerSpec
 from bkpool.store import database
 from bkpool.store.sqlite import SqliteStore
 from bkpool.store.tables import Tables
+from bkpool.store.thread import MOST_TOGETHER
 
 
 def a_pool(name: str = "p") -> Pool:
     return Pool(metadata=Metadata(name=name))
+
+
+def a_worker(pool: str, number: int) -> Worker:
+    return Worker(metadata=Metadata(name=f"{pool}-worker-{number}"), spec=WorkerSpec(pool_ref=PoolRef(name=pool)))
 
 
 def scaled(pool: Pool, maximum: int) -> Pool:
@@ -88,6 +93,30 @@ async def test_commands_that_queue_up_during_a_commit_share_the_next_one(store):
     await asyncio.gather(*tasks)
 
     assert len(commits) == 2, "one commit that was running, and one for the twenty"
+
+
+async def test_a_pool_does_not_wait_until_all_writes_of_another_are_done(store):
+    """All leases of a pool end at once: that is a thousand writes, and a lease of another pool is one."""
+    done: list[str] = []
+
+    async def create(pool: str, number: int) -> None:
+        done.append((await store.create(a_worker(pool, number))).key.name)
+
+    async with Held(store):
+        many = await queued(*(create("many", n) for n in range(500)))
+        few = await queued(create("few", 0), create("few", 1))
+    await asyncio.gather(*few)
+    assert len(done) <= MOST_TOGETHER
+    await asyncio.gather(*many)
+    assert [name for name in done if name.startswith("many")] == [f"many-worker-{n}" for n in range(500)]
+
+
+async def test_closing_finishes_more_commands_than_one_transaction_has(tmp_path):
+    store = await SqliteStore.open(tmp_path / "state.db")
+    async with Held(store):
+        tasks = await queued(*(store.create(a_pool(f"p{n}")) for n in range(3 * MOST_TOGETHER)))
+        closing = asyncio.create_task(store.close())
+    await asyncio.gather(closing, *tasks)
 
 
 async def test_a_failed_command_is_undone_without_the_others_of_its_commit(store):
@@ -475,8 +504,9 @@ async def test_when_its_thread_has_ended_all_commands_that_wait_and_all_later_on
 
     monkeypatch.setattr(Tables, "compact", fail)
     async with asyncio.timeout(60):
-        with pytest.raises(Unavailable, match="the store has ended"):
-            await store.create(a_pool())
+        writes = (store.create(a_pool(f"p{n}")) for n in range(2 * MOST_TOGETHER))
+        errors = await asyncio.gather(*writes, return_exceptions=True)
+        assert {type(error) for error in errors} == {Unavailable}
         with pytest.raises(Unavailable, match="the store has ended"):
             await store.create(a_pool())
         assert not (await store.list(Pool)).items  # reads go on
