@@ -111,6 +111,7 @@ async def test_who_breaks_the_connection_soon_after_the_answer_may_not_have_read
 
 
 async def test_marks_that_wait_share_a_transaction(world):
+    world.moment = 0.02  # it looks at answers 600 times: they must not be given up before all workers are allocated
     await world.pool(scaling={"min": 12, "max": 12}, auth=NO_LIMITS)
     await world.until(lambda: sum(w.lease is None for w in world.replicas[0].mirror.workers.values()) == 12)
     fate, writer, sizes = Fate(), world.store._writer, []
