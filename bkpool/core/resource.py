@@ -202,6 +202,11 @@ class Resource(Model):
         left_out = {"status"} if without_status else None
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude=left_out)
 
+    def part(self, name: str) -> dict[str, Any]:
+        """The metadata, spec or status of `to_json`, at the cost of this part."""
+        part: Model = getattr(self, name)
+        return part.model_dump(mode="json", by_alias=True, exclude_none=True)
+
 
 R = TypeVar("R", bound=Resource)
 

@@ -1,7 +1,7 @@
 """The Store as custom resources of a Kubernetes cluster, shared by several replicas and kubectl.
 
-It writes only the fields that bkpool owns, and remembers nothing. An object that cannot be read (written by another
-version, or wrong) never hides or delays another object.
+It writes only the fields that bkpool owns, and decides nothing by what it has written. An object that cannot be read
+(written by another version, or wrong) never hides or delays another object.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bkpool.kube.watching import endless_watch
 from bkpool.store import Listing, Store, WatchEvent
 from bkpool.store.bounds import StoreBounds
 from bkpool.store.cluster_errors import errors_about, errors_in
+from bkpool.store.own_writes import OwnWrites
 from bkpool.store.reading import read, read_or_note
 
 _GIVEN = ("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences")
@@ -52,6 +53,7 @@ class KubernetesStore(Store):
         self._api = api
         self._bounds = bounds
         self._jitter = jitter
+        self._own = OwnWrites()
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +103,8 @@ class KubernetesStore(Store):
             async with aclosing(endless_watch(self._api, path, since, jitter=self._jitter, **selectors)) as events:
                 async for event in events:
                     if event["type"] != "BOOKMARK":
-                        yield WatchEvent(event["type"], read_or_note(kind, event["object"]))
+                        doc = event["object"]
+                        yield WatchEvent(event["type"], self._own.object_of(kind, doc) or read_or_note(kind, doc))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -110,10 +113,11 @@ class KubernetesStore(Store):
         if not self._bounds.has(type(obj), obj.key.namespace):
             raise _not_here(obj)
         doc = obj.to_json()
-        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc), "spec": doc["spec"]}
+        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": _given(doc["metadata"]), "spec": doc["spec"]}
         try:
+            path = paths.custom(obj.PLURAL, obj.key.namespace)
             with errors_in(type(obj), obj.key.namespace):
-                created = read(type(obj), await self._api.create(paths.custom(obj.PLURAL, obj.key.namespace), body))
+                created = self._own.read(type(obj), await self._api.create(path, body))
         except Conflict:
             raise Conflict(f"{obj.KIND} {obj.key} exists already") from None
         except InvalidInput as error:
@@ -158,13 +162,12 @@ class KubernetesStore(Store):
 
     async def _put(self, obj: R, sub: str | None, *parts: str) -> R:
         """Writes these parts, if the object still has the version that was read."""
-        doc = obj.to_json()
-        metadata = _given(doc) | {"resourceVersion": obj.metadata.resource_version}
+        metadata = _given(obj.part("metadata")) | {"resourceVersion": obj.metadata.resource_version}
         metadata |= _FORGET_WRITERS if isinstance(obj, Worker) and sub is None else {}
-        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: doc[parts[-1]]}
+        body = {"apiVersion": API_VERSION, "kind": obj.KIND, "metadata": metadata, parts[-1]: obj.part(parts[-1])}
         with errors_about(type(obj), obj.key):
             try:
-                return read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
+                return self._own.read(type(obj), await self._api.replace(self._path(type(obj), obj.key, sub), body))
             except InvalidInput as error:
                 raise _refused(obj, error) from None
             except (Conflict, Unavailable):
@@ -214,13 +217,12 @@ async def _all_read(kind: type[R], docs: Sequence[Doc]) -> list[R | Unreadable]:
     return found
 
 
-def _given(doc: Doc) -> Doc:
-    return {field: doc["metadata"][field] for field in _GIVEN}
+def _given(metadata: Doc) -> Doc:
+    return {field: metadata[field] for field in _GIVEN}
 
 
 def _content(obj: Resource, parts: tuple[str, ...]) -> Doc:
-    doc = obj.to_json()
-    return {part: _given(doc) if part == "metadata" else doc[part] for part in parts}
+    return {part: _given(obj.part(part)) if part == "metadata" else obj.part(part) for part in parts}
 
 
 def _not_here(obj: Resource) -> InvalidInput:
