@@ -36,12 +36,13 @@ expire: the defaults of the Go controller."""
 BACK_DATED = timedelta(minutes=5)
 """How long before now a certificate becomes valid, because the clocks of a CI runner and of the gateway may differ.
 Kerberos allows the same five minutes (RFC 4120 section 8.2)."""
+BACK_DATED_INSIDE = timedelta(days=1)
+"""The same for CAs, and for workers and those who connect to them. A replica whose clock is set back by hours would
+otherwise take every worker that was made meanwhile for a dead one. How old these are decides nothing."""
 
 _SERIAL_BYTES = 16  # 128 random bits; RFC 5280 4.1.2.2 allows 20 bytes, including the sign byte of DER
 _LONGEST_CSR = 16 * 1024  # bytes: an RSA-8192 request with all usual extensions has less than 4 KiB
-_RSA_BITS = range(
-    2048, 8193
-)  # with a larger key, checking one signature takes milliseconds, in which all others wait
+_RSA_BITS = range(2048, 8193)  # with a larger key, checking a signature takes milliseconds, in which all others wait
 
 E = TypeVar("E", bound=x509.ExtensionType)
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
@@ -101,12 +102,12 @@ class Authority:
         """A new root with a new P-256 key, valid for ten years. It can sign leaf certificates, but no other CA.
 
         Args:
-            now: The start of its validity, less BACK_DATED.
+            now: The start of its validity, less BACK_DATED_INSIDE.
             name: The beginning of its subject. Eight random hex digits follow, to distinguish two CAs.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         own = subject(f"{name} {secrets.token_hex(4)}")
-        cert = root_certificate(key, own, _serial(), now - BACK_DATED, now + AUTHORITY_LIFE)
+        cert = root_certificate(key, own, _serial(), now - BACK_DATED_INSIDE, now + AUTHORITY_LIFE)
         return cls(cert, private_pem(key))
 
     def derived(self, label: str) -> Authority:
@@ -150,7 +151,7 @@ class Authority:
         key = make_key() if csr_pem is None else None
         public = key.private.public_key() if key is not None else key_of_request(csr_pem or b"")
         digest = key.digest if key is not None else x509.SubjectKeyIdentifier.from_public_key(public)
-        cert = self._issue(f"alloc:{token}", public, digest, names, use, not_before=not_before, not_after=not_after)
+        cert = self._issue(f"alloc:{token}", public, digest, names, use, begin=not_before - BACK_DATED, end=not_after)
         return Leaf(cert, key.pem if key is not None else None)
 
     def issue_server(
@@ -163,7 +164,8 @@ class Authority:
         """
         names: list[x509.GeneralName] = [x509.DNSName(name) for name in dns_names]
         names += [x509.IPAddress(ip) for ip in ips]
-        return self._leaf("bkpool gateway", names, ExtendedKeyUsageOID.SERVER_AUTH, not_before, not_after)
+        begin, use = not_before - BACK_DATED, ExtendedKeyUsageOID.SERVER_AUTH
+        return self._leaf("bkpool gateway", names, use, begin, not_after)
 
     def issue_worker(self, worker_uid: str, now: datetime) -> Leaf:
         """The server certificate of a worker, by which its gateway recognizes it. It cannot be used as a client.
@@ -173,27 +175,29 @@ class Authority:
 
         Args:
             worker_uid: The uid of the worker object, in the certificate's only alternative name (`worker_uri`).
-            now: The start of its validity, less BACK_DATED.
+            now: The start of its validity, less BACK_DATED_INSIDE.
 
         Raises:
             HostFault: `AuthorityExpired`.
         """
         names = [x509.UniformResourceIdentifier(worker_uri(worker_uid))]
-        return self._leaf(f"bkpool worker {worker_uid}", names, ExtendedKeyUsageOID.SERVER_AUTH, now, self.not_after)
+        begin, use = now - BACK_DATED_INSIDE, ExtendedKeyUsageOID.SERVER_AUTH
+        return self._leaf(f"bkpool worker {worker_uid}", names, use, begin, self.not_after)
 
     def issue_dialler(self, name: str, now: datetime, not_after: datetime) -> Leaf:
         """The client certificate with which a gateway or a controller connects to a worker. No server can use it.
 
         Args:
             name: The name of the gateway or controller, in ASCII; in the alternative name `buildkit://gateway/<name>`.
-            now: The start of its validity, less BACK_DATED.
+            now: The start of its validity, less BACK_DATED_INSIDE.
             not_after: When it expires at the latest.
 
         Raises:
             HostFault: `AuthorityExpired`.
         """
         names = [x509.UniformResourceIdentifier(f"buildkit://gateway/{name}")]
-        return self._leaf(f"bkpool dialler {name}", names, ExtendedKeyUsageOID.CLIENT_AUTH, now, not_after)
+        begin, use = now - BACK_DATED_INSIDE, ExtendedKeyUsageOID.CLIENT_AUTH
+        return self._leaf(f"bkpool dialler {name}", names, use, begin, not_after)
 
     def issued(self, cert_pem: bytes) -> bool:
         """Whether this CA has signed that certificate."""
@@ -208,12 +212,12 @@ class Authority:
         common_name: str,
         names: Iterable[x509.GeneralName],
         use: x509.ObjectIdentifier,
-        not_before: datetime,
-        not_after: datetime,
+        begin: datetime,
+        end: datetime,
     ) -> Leaf:
         key = LeafKey.new()
         public = key.private.public_key()
-        cert = self._issue(common_name, public, key.digest, names, use, not_before=not_before, not_after=not_after)
+        cert = self._issue(common_name, public, key.digest, names, use, begin=begin, end=end)
         return Leaf(cert, key.pem)
 
     def _issue(
@@ -224,11 +228,10 @@ class Authority:
         names: Iterable[x509.GeneralName],
         use: x509.ObjectIdentifier,
         *,
-        not_before: datetime,
-        not_after: datetime,
+        begin: datetime,
+        end: datetime,
     ) -> bytes:
-        begin = max(not_before - BACK_DATED, self._begin)
-        end = min(not_after, self.not_after)
+        begin, end = max(begin, self._begin), min(end, self.not_after)
         if not begin < end:
             raise HostFault(
                 f"the certificate authority expired at {self.not_after:%Y-%m-%d %H:%M} UTC",

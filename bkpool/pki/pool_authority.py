@@ -16,8 +16,8 @@ from bkpool.pki.authority import Authority, renew_at
 from bkpool.pki.worker_tls import worker_context
 
 DIALLER_LIFE = timedelta(days=3)
-"""How long a client certificate for workers is valid. It is renewed after two days, so a controller may be gone for a
-day, which is the longest life of a lease by default."""
+"""How long a client certificate for workers is valid. It is renewed more than a day before that ends, so a controller
+may be gone for a day, which is the longest life of a lease by default."""
 
 
 class PoolAuthorities:

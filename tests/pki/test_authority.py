@@ -69,7 +69,15 @@ def test_the_root_signs_only_leaves_and_is_valid_for_ten_years(ca):
     assert not usage.value.digital_signature
     assert isinstance(cert.public_key().curve, ec.SECP256R1)
     assert cert.not_valid_after_utc == NOW + timedelta(days=3650) == ca.not_after
-    assert cert.not_valid_before_utc == NOW - timedelta(minutes=5)
+    assert cert.not_valid_before_utc == NOW - DAY
+
+
+def test_a_replica_whose_clock_is_a_day_behind_still_knows_its_workers(ca, tmp_path):
+    later = NOW + timedelta(days=100)
+    for leaf in (ca.issue_worker("u1", later), ca.issue_dialler("c", later, later + 3 * DAY)):
+        assert parsed(leaf.cert_pem).not_valid_before_utc == later - DAY
+    young = ca.derived("a pool").issue_worker("u2", NOW)
+    assert parsed(young.cert_pem).not_valid_before_utc == NOW - DAY
 
 
 def test_two_cas_have_different_names_and_do_not_accept_each_others_certificates(ca):
