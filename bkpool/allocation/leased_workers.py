@@ -15,6 +15,9 @@ from bkpool.core.names import Key
 from bkpool.core.worker import EndReason, Lease, Worker
 from bkpool.store.mirror import Mirror, MirrorChange
 
+_GIVEN_UP = (EndReason.ABANDONED, EndReason.RELEASED)
+"""The ends of a lease after which its job may have a new one."""
+
 
 class LeasedWorkers:
     """The workers that requests of this replica wait for.
@@ -35,7 +38,7 @@ class LeasedWorkers:
         """Waits until the leased worker is ready. An idle one is ready at once; the controller starts any other.
 
         Returns:
-            The worker; None if the lease was made by another request of the same job, which gave it up.
+            The worker; None if another request of the same job has given the lease up, or its holder has released it.
 
         Raises:
             WorkerFailed: The lease has ended.
@@ -47,7 +50,7 @@ class LeasedWorkers:
             current = known_worker(self._mirror, worker.key)
             ended = _ended_lease(current, worker.held_lease)
             if ended is not None:
-                if ended.end_reason is EndReason.ABANDONED:
+                if ended.end_reason in _GIVEN_UP:
                     return None
                 raise _error_of(worker, ended)
             if current and current.routable_endpoint is not None and await self._presence.of(current):

@@ -529,6 +529,20 @@ async def test_a_cancelled_repetition_does_not_end_the_lease_of_its_job(world, m
     assert (await api.leases.lookup(grant.token)).key == grant.worker.key
 
 
+async def test_who_waits_for_the_lease_of_their_job_gets_a_new_one_when_it_is_released(world):
+    await world.pool(scaling={"max": 2})
+    api = world.replicas[0]
+    grant = await api.allocate(job_id="j")
+    world.runtime.may_start.clear()
+    world.runtime.die(grant.worker.slot)
+    await world.until(lambda: world.held()[0].status.endpoint is None)
+    again = asyncio.create_task(api.allocate(job_id="j"))
+    await world.until(lambda: api.allocator._deliveries)
+    await api.leases.release(grant.token)
+    world.runtime.may_start.set()
+    assert (await again).token != grant.token
+
+
 async def test_a_lease_without_a_token_is_completed_by_the_next_request_of_its_job(world):
     await world.pool(scaling={"max": 2})
     api = world.replicas[0]
