@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from bkpool.allocation import AllocationRequest, Delivery
+from bkpool.allocation.deliveries import MARK_DELAY
 from bkpool.core.durations import parse
 from bkpool.core.errors import Unavailable
 from bkpool.core.pool import PoolGateway
@@ -118,6 +119,8 @@ async def test_marks_that_wait_share_a_transaction(world):
     held, may_go_on = threading.Event(), threading.Event()
     await asyncio.gather(*(answered(world.replicas[0], fate) for _ in range(12)))
     await world.until(lambda: all(w.status.phase.value == "Allocated" for w in world.held()))
+    deliveries = world.replicas[0].allocator._deliveries  # those of one look are written together
+    await world.until(lambda: all(deliveries._waited - one.sent_at >= MARK_DELAY for one in deliveries._answers))
     transaction = writer._transaction
 
     def counted(jobs):
