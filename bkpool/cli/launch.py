@@ -25,6 +25,7 @@ from bkpool.home.lock import holder
 _DESCRIPTOR = "BKPOOL_READY_FD"
 _LOG_TAIL = 4096  # bytes of the log in which the last line of a dead child is looked for
 _POLL = 0.1  # seconds between two looks at an appliance that another `up` starts; there is no pipe to it
+_LAST_WORDS = 5.0  # seconds for an appliance that has failed to end: only then its traceback is in the file
 _END_TIMEOUT = 10.0  # seconds for an interrupted appliance to end, before the user gets the prompt back
 
 
@@ -57,6 +58,10 @@ def detached(arguments: list[str], variables: Mapping[str, str]) -> dict[str, An
             os.close(theirs)
         try:
             return _result(pipe, log, size_before)
+        except BkpoolError:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_LAST_WORDS)
+            raise
         except KeyboardInterrupt:
             _end(child)
             raise
