@@ -184,7 +184,7 @@ class _AskingOverTls(_Asking):
             self.transport.write(last)
 
     def _recognise(self) -> None:
-        """Raises WorkerFailed if it is another worker. Whoever has a session that was kept was the right one."""
+        """Raises WorkerFailed if it is another worker. A session is kept only for the right one."""
         if not self._tls.is_resumed:
             check_worker(self._tls.peer_certificate, self._worker.worker_uid)
 

@@ -1,7 +1,7 @@
 """What waits, dealt out in turn: one of each group, so that no group waits until another one has nothing more.
 
-A pool whose thousand leases end at once would else make every other pool wait for its thousand writes. It knows
-neither threads nor commands, and within a group it changes no order.
+When a thousand leases of a pool end at once, the other pools need not wait for a thousand writes. It knows neither
+threads nor commands, and it keeps the order within a group.
 """
 
 from __future__ import annotations

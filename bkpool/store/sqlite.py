@@ -33,7 +33,7 @@ def _nothing(_tables: Tables) -> None:
 
 
 def _group(kind: type[Resource], key: Key) -> Key:
-    """Whose turn a command about this object is: the pool's, for the pool and its workers."""
+    """The group of a command about this object. A pool and its workers are one group."""
     if kind is not Worker:
         return key
     try:

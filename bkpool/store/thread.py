@@ -89,7 +89,7 @@ class SqlThread:
 
         Args:
             command: What to do. Commands of one group are run in the order of these calls.
-            group: Whose turn it is: the pool that the command is about.
+            group: What has turns: the pool that the command is about.
 
         Raises:
             Unavailable: The thread has been closed, or has failed.
