@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,16 +23,11 @@ NAME = Pool(metadata=Metadata(name="p")).key
 class File:
     """The tables of a file, as the thread that writes has them, and as one that has written nothing has them."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "state.db"
-        database.prepare(self._path)
-        self._clock = lambda: datetime.now(UTC)
-        self._db = database.connect(self._path)
+    def __init__(self, path: Path, writer: sqlite3.Connection, reader: sqlite3.Connection) -> None:
+        self._path, self._db = path, writer
         self.recent = RecentlyWritten()
-        self.tables = Tables(self._db, now=self._clock, history=10_000, recent=self.recent)
-
-    def fresh(self) -> Tables:
-        return Tables(database.connect(self._path), now=self._clock, history=10_000)
+        self.tables = Tables(writer, now=now, history=10_000, recent=self.recent)
+        self.fresh = Tables(reader, now=now, history=10_000)
 
     def execute_here(self, statement: str) -> None:
         self._db.execute(statement)
@@ -41,9 +37,16 @@ class File:
             db.execute(statement)
 
 
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
 @pytest.fixture
-def file(tmp_path) -> File:
-    return File(tmp_path)
+def file(tmp_path) -> Iterator[File]:
+    path = tmp_path / "state.db"
+    database.prepare(path)
+    with closing(database.connect(path)) as writer, closing(database.connect(path)) as reader:
+        yield File(path, writer, reader)
 
 
 def pool(**spec) -> Pool:
@@ -83,16 +86,16 @@ def test_what_is_remembered_says_the_same_as_the_file(file):
             case 3 if metadata.finalizers:
                 file.tables.delete(Pool, NAME, None, None)
                 marked = file.tables.get(Pool, NAME)
-                assert marked == file.fresh().get(Pool, NAME)
+                assert marked == file.fresh.get(Pool, NAME)
                 file.tables.replace(marked.but(metadata=marked.metadata.but(finalizers=())))
                 obj = file.tables.create(pool())
             case _:
                 obj = file.tables.replace(obj)
-        assert obj == file.fresh().get(Pool, NAME) == file.tables.get(Pool, NAME)
+        assert obj == file.fresh.get(Pool, NAME) == file.tables.get(Pool, NAME)
         labels = obj.metadata.labels
         assert file.tables.list(Pool, None, labels).items == (obj,)
         assert file.tables.list(Pool, None, {"n": "other"}).items == ()
-    live, read = (tables.events_after(Pool, 0).events for tables in (file.tables, file.fresh()))
+    live, read = (tables.events_after(Pool, 0).events for tables in (file.tables, file.fresh))
     assert live == read
     assert len(live) > 30
 
