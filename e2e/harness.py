@@ -366,9 +366,9 @@ class Appliance:
         assert status == HTTPStatus.OK, pool
         return pool
 
-    def all_idle(self) -> None:
+    def all_idle(self, timeout: float = WAIT_TIMEOUT) -> None:
         """Waits until every worker is idle, and there is at least one."""
-        eventually(lambda: (state := self.pool())["idle"] == state["workers"] > 0, "all workers are idle")
+        eventually(lambda: (state := self.pool())["idle"] == state["workers"] > 0, "all workers are idle", timeout)
 
     def buildx(self, *args: str | Path, timeout: float = 180.0) -> Answer:
         return run("docker", "buildx", *args, env=self.env, timeout=timeout)

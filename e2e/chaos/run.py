@@ -33,6 +33,7 @@ from chaos.history import Event, builds, judge, load, stragglers
 from chaos.schedule import LANES, Fault, schedule
 from chaos.timeline import draw
 
+from bkpool.core.worker import UNDELIVERED_LIFE
 from bkpool.toolchain import Tool, Toolchain, default_cache
 from harness import Appliance, eventually, oidc_config, pool
 from support.environment import forget_settings
@@ -44,9 +45,10 @@ CLIENTS = ("ann.1", "ann.2", "bob.1", "bob.2")
 """Two tenants with two clients each."""
 WORKERS = 3
 """Fewer than clients, so that a client always waits, and workers go from one tenant to the other."""
-HEALED = 120.0
+HEALED = UNDELIVERED_LIFE.total_seconds() + 60
 """Seconds after the last fault within which all workers must be idle. A worker that was killed repeatedly is
-restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row."""
+restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row. A lease whose
+caller hung up just after the answer lives for two minutes more (decision 27)."""
 SHOWN = 40
 """The most violations that are printed after a run. One fault may lead to hundreds."""
 FINISHED = 180.0
