@@ -41,24 +41,36 @@ def flat(count: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Mapping[str, float]) -> list[Row]:
-    """Returns a row for each quantity of either count.
+def compare(
+    before: Mapping[str, Any], after: Mapping[str, Any], tolerances: Mapping[str, float], *, objects: float = 0.0
+) -> list[Row]:
+    """Returns a row for each quantity of either count. A missing one counts as 0.
 
-    A missing one counts as 0. Without a tolerance it must not grow.
+    Args:
+        before: The first count.
+        after: The second count.
+        tolerances: By how much a quantity may grow. Others must not grow.
+        objects: By how much each kind of objects may grow, if `tolerances` does not say.
     """
     first, last = flat(before), flat(after)
     return [
-        Row(name, first.get(name, 0), last.get(name, 0), tolerances.get(name, 0)) for name in sorted(first | last)
+        Row(name, first.get(name, 0), last.get(name, 0), tolerances.get(name, objects if _is_kind(name) else 0.0))
+        for name in sorted(first | last)
     ]
 
 
 def table(rows: list[Row], *, everything: bool = False) -> str:
     """Returns the rows as text. Kinds of objects that have not grown are left out, unless `everything` is true."""
-    shown = [row for row in rows if everything or not row.well or not row.name.startswith("objects ")]
+    shown = [row for row in rows if everything or not row.well or not _is_kind(row.name)]
     width = max((len(row.name) for row in shown), default=0)
     lines = [f"{'':<{width}}  {'before':>10}  {'after':>10}  {'may grow':>8}"]
     for row in shown:
         mark = "" if row.well else f"  GREW by {row.grown:g}"
         lines.append(f"{row.name:<{width}}  {row.before:>10g}  {row.after:>10g}  {row.tolerance:>8g}{mark}")
     hidden = len(rows) - len(shown)
-    return "\n".join([*lines, f"and {hidden} kinds of objects, none of which has grown"] if hidden else lines)
+    more = f"and {hidden} kinds of objects, none of which has grown more than it may"
+    return "\n".join([*lines, more] if hidden else lines)
+
+
+def _is_kind(name: str) -> bool:
+    return name.startswith("objects ")

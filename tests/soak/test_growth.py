@@ -30,6 +30,16 @@ def test_a_number_may_grow_within_its_tolerance():
     assert not Row("descriptors", 100, 101, 0).well
 
 
+def test_every_kind_of_objects_may_grow_within_a_tolerance_of_its_own():
+    before, after = {"tasks": 1, "objects": {"Key": 4, "Lease": 4}}, {"tasks": 2, "objects": {"Key": 6, "Lease": 7}}
+    rows = compare(before, after, {}, objects=2)
+    assert [row.name for row in rows if not row.well] == ["objects Lease", "tasks"]
+    assert [row.name for row in compare(before, after, {"objects Key": 1}, objects=3) if not row.well] == [
+        "objects Key",
+        "tasks",
+    ]
+
+
 @settings(max_examples=examples(30))
 @given(COUNTS, COUNTS)
 def test_every_growth_is_found(before, after):
