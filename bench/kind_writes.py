@@ -21,6 +21,13 @@ from bkpool.core.errors import Conflict
 from bkpool.core.worker import Worker
 from bkpool.kube import ClusterAccess, Doc, KubeApi, paths
 
+Bursts = dict[int, list[list[float]]]
+"""Seconds of each call of each burst, by how many calls there were at once."""
+
+WRITE = "bare write"
+WITH_JOB = "warm allocate with a jobId"
+WITHOUT_JOB = "warm allocate"
+
 _ANNOTATION = "bench"
 _RESTS = 1.5
 """Seconds between writes and leases. What is written late after a lease is written within one. And a claim by a copy
@@ -30,7 +37,7 @@ _SINGLE = 4
 
 
 async def beside_writes(base: str, bearer: str, kubeconfig: Path, runs: int) -> dict[str, str]:
-    """Measures leases with a `jobId`, and bare writes.
+    """Measures leases with and without a `jobId`, and bare writes. Before each there is the same rest.
 
     Args:
         base: The API, with its version.
@@ -40,22 +47,22 @@ async def beside_writes(base: str, bearer: str, kubeconfig: Path, runs: int) -> 
     """
     api = await KubeApi.connect(ClusterAccess(kubeconfig))
     connector, headers = aiohttp.TCPConnector(limit=0), {"Authorization": f"Bearer {bearer}"}
-    leases: dict[int, list[list[float]]] = {1: [], AT_ONCE: []}
-    writes: dict[int, list[list[float]]] = {1: [], AT_ONCE: []}
+    found: dict[str, Bursts] = {what: {1: [], AT_ONCE: []} for what in (WRITE, WITH_JOB, WITHOUT_JOB)}
     try:
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             for number in range(runs + 1):
                 for count in (AT_ONCE, *[1] * _SINGLE):
-                    await asyncio.sleep(_RESTS)
-                    written = await _bare_writes(api, count)
-                    await asyncio.sleep(_RESTS)
-                    leased = await burst(session, base, count, job_ids=True)
-                    if number:  # in the first one connections are made, and caches get their owner
-                        writes[count].append(written)
-                        leases[count].append(leased)
+                    for what, bursts in found.items():
+                        await asyncio.sleep(_RESTS)
+                        if what == WRITE:
+                            seconds = await _bare_writes(api, count)
+                        else:
+                            seconds = await burst(session, base, count, job_ids=what == WITH_JOB)
+                        if number:  # in the first one connections are made, and caches get their owner
+                            bursts[count].append(seconds)
     finally:
         await api.close()
-    return shown(leases, writes)
+    return shown(found)
 
 
 async def _bare_writes(api: KubeApi, count: int) -> list[float]:
@@ -75,17 +82,18 @@ async def _bare_writes(api: KubeApi, count: int) -> list[float]:
     return took or await _bare_writes(api, count)
 
 
-def shown(leases: dict[int, list[list[float]]], writes: dict[int, list[list[float]]]) -> dict[str, Any]:
-    """The figures: seconds of each call of each burst, by how many there were at once."""
+def shown(found: dict[str, Bursts]) -> dict[str, Any]:
+    """The figures, and how leases compare with the bare writes."""
     table: dict[str, Any] = {}
     for count, how in ((1, "one at a time"), (AT_ONCE, f"{AT_ONCE} at once")):
-        for what, bursts in (("warm allocate with a jobId", leases), ("bare write", writes)):
+        for what, bursts in found.items():
             calls = [seconds for burst in bursts[count] for seconds in burst]
             values = [f"{percentile(calls, share) * 1000:.1f}" for share in (0.5, 0.99)]
             table[f"{what}, {how}, ms p50 / p99"] = " / ".join(values)
-        pairs = list(zip(leases[count], writes[count], strict=True))
-        medians = [statistics.median(ours) / statistics.median(bare) for ours, bare in pairs]
-        table[f"ratio of the medians, {how}"] = spread(medians)
-        if count > 1:
-            table[f"ratio of the last of {count}"] = spread([max(ours) / max(bare) for ours, bare in pairs])
+        for what in (WITH_JOB, WITHOUT_JOB):
+            pairs = list(zip(found[what][count], found[WRITE][count], strict=True))
+            medians = [statistics.median(ours) / statistics.median(bare) for ours, bare in pairs]
+            table[f"{what} ÷ {WRITE}, {how}, medians"] = spread(medians)
+            if count > 1:
+                table[f"{what} ÷ {WRITE}, the last of {count}"] = spread([max(a) / max(b) for a, b in pairs])
     return table

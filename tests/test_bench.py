@@ -160,10 +160,17 @@ def test_what_has_failed_in_a_cluster_is_shown() -> None:
 
 
 def test_a_lease_on_kind_is_compared_with_the_bare_writes_of_the_same_burst() -> None:
-    leases = {1: [[0.012]], 20: [[0.1] * 20, [0.2] * 20]}
     writes = {1: [[0.008]], 20: [[0.05] * 20, [0.2] * 20]}
-    found = kind_writes.shown(leases, writes)
+    named = {1: [[0.012]], 20: [[0.1] * 20, [0.2] * 20]}
+    found = kind_writes.shown(
+        {
+            kind_writes.WRITE: writes,
+            kind_writes.WITH_JOB: named,
+            kind_writes.WITHOUT_JOB: writes,
+        }
+    )
     assert found["warm allocate with a jobId, one at a time, ms p50 / p99"] == "12.0 / 12.0"
-    assert found["ratio of the medians, one at a time"] == "1.5"
-    assert found["ratio of the medians, 20 at once"] == "1.5 (1 – 2)"
-    assert found["ratio of the last of 20"] == "1.5 (1 – 2)"
+    assert found["warm allocate with a jobId ÷ bare write, one at a time, medians"] == "1.5"
+    assert found["warm allocate with a jobId ÷ bare write, 20 at once, medians"] == "1.5 (1 – 2)"
+    assert found["warm allocate with a jobId ÷ bare write, the last of 20"] == "1.5 (1 – 2)"
+    assert found["warm allocate ÷ bare write, 20 at once, medians"] == "1 (1 – 1)"
