@@ -15,12 +15,16 @@ import (
 	"time"
 )
 
-// others are the names on the lines, each once, but for one's own.
+const nameEnd = ";"
+
+// others are the names on the lines, each once, but for one's own. A name ends with a mark: on a full disk a write may
+// leave only the beginning of a name.
 func others(lines []byte, own string) string {
 	seen := map[string]bool{own: true}
 	var names []string
-	for _, name := range strings.Fields(string(lines)) {
-		if !seen[name] {
+	for _, line := range strings.Fields(string(lines)) {
+		name, whole := strings.CutSuffix(line, nameEnd)
+		if whole && !seen[name] {
 			seen[name] = true
 			names = append(names, name)
 		}
@@ -129,7 +133,7 @@ func main() {
 		before, _ := os.ReadFile(os.Args[2])
 		fmt.Println("witness before:", others(before, os.Args[3]))
 		for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-			fmt.Fprintln(f, os.Args[3])
+			fmt.Fprint(f, "\n", os.Args[3]+nameEnd) // the line break first: what is torn stays apart
 		}
 		all, _ := os.ReadFile(os.Args[2])
 		fmt.Println("witness beside:", others(all[len(before):], os.Args[3]))
