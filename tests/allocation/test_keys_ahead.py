@@ -103,16 +103,15 @@ def test_after_its_end_no_key_is_made_ahead(clock, made):
     assert not clock.waiting
 
 
-async def test_it_ends_with_the_allocator(world):
+async def test_it_ends_with_the_allocator(world, made):
     await world.pool(min=1)
     api = world.replicas[0]
     await api.allocate()
-    keys = api.allocator._keys
-    assert keys._timer is not None
     await api.allocator.close()
-    assert keys._timer.cancelled()
-    keys.take()
-    assert (keys._timer.cancelled(), len(keys)) == (True, 0)
+    keys = api.allocator._keys
+    assert len(keys) == 0
+    assert keys.take() is made[-1]
+    assert keys._timer is None or keys._timer.cancelled()  # it may have run out before: the machine may be busy
 
 
 def test_the_certificate_is_for_that_key():
