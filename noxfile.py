@@ -40,10 +40,11 @@ BEGIN_COVERAGE = ["--cov", "--cov-report=", "--cov-fail-under=0"] if os.environ.
 END_COVERAGE = ["--cov", "--cov-append", "--cov-report=term:skip-covered"] if os.environ.get("BKPOOL_BRIEF") else []
 
 # Then the other Pythons leave out what says nothing about the version of Python (CONTRIBUTING.md), and try as few
-# examples as `nox -s tests` alone: the sessions `tests` and `slow` have just done the rest. Only the oldest and the
-# newest are tried: what works with both and fails between them is rare, and each takes five minutes.
+# examples as `nox -s tests` alone: the sessions `tests` and `slow` have just done the rest.
 ONLY_PYTHON = ["-m", "not any_python"] if os.environ.get("BKPOOL_BRIEF") else []
 FEW_EXAMPLES = {"BKPOOL_BRIEF": ""}
+
+# Then only the oldest and the newest are tried. Few changes fail on one between them, and each takes five minutes.
 OTHERS = (SUPPORTED[0], SUPPORTED[-1]) if os.environ.get("BKPOOL_BRIEF") else SUPPORTED
 
 # Then a session that fails so often stops and shows why: waiting for every other test could take hours.

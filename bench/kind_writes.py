@@ -30,7 +30,7 @@ WITHOUT_JOB = "warm allocate"
 
 _ANNOTATION = "bench"
 _RESTS = 1.5
-"""Seconds between writes and leases. What is written late after a lease is written within one. And a claim by a copy
+"""Seconds before each write and lease. What is written late after a lease is written within one. A claim by a copy
 that has not seen a bare write yet would be refused."""
 _SINGLE = 4
 """Single writes and leases for each burst."""

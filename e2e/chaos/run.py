@@ -47,8 +47,8 @@ WORKERS = 3
 """Fewer than clients, so that a client always waits, and workers go from one tenant to the other."""
 HEALED = UNDELIVERED_LIFE.total_seconds() + 60
 """Seconds after the last fault within which all workers must be idle. A worker that was killed repeatedly is
-restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row. A lease whose
-caller hung up just after the answer lives for two minutes more (decision 27)."""
+restarted with pauses (bkpool.core.reconcile.failures): half a minute after six failures in a row. A caller who hangs
+up just after their answer has arrived may have read it. So their lease lives for two more minutes (decision 27)."""
 SHOWN = 40
 """The most violations that are printed after a run. One fault may lead to hundreds."""
 FINISHED = 180.0

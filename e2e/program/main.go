@@ -15,10 +15,10 @@ import (
 	"time"
 )
 
+// nameEnd follows each name that a witness writes. On a full disk a write may leave only the beginning of a name.
 const nameEnd = ";"
 
-// others are the names on the lines, each once, but for one's own. A name ends with a mark: on a full disk a write may
-// leave only the beginning of a name.
+// others are the whole names on the lines, each once, but for one's own.
 func others(lines []byte, own string) string {
 	seen := map[string]bool{own: true}
 	var names []string
@@ -133,7 +133,8 @@ func main() {
 		before, _ := os.ReadFile(os.Args[2])
 		fmt.Println("witness before:", others(before, os.Args[3]))
 		for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-			fmt.Fprint(f, "\n", os.Args[3]+nameEnd) // the line break first: what is torn stays apart
+			// The line break comes first, so a name that is not whole is on a line of its own.
+			fmt.Fprint(f, "\n"+os.Args[3]+nameEnd)
 		}
 		all, _ := os.ReadFile(os.Args[2])
 		fmt.Println("witness beside:", others(all[len(before):], os.Args[3]))

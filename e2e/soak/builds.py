@@ -21,10 +21,10 @@ from typing import Any
 from chaos.client import Client, Record
 from chaos.damage import wrong_in_log
 from chaos.history import builds, judge
-from chaos.run import CLIENTS, WORKERS, compile_program, world
+from chaos.run import CLIENTS, HEALED, WORKERS, compile_program, world
 from soak.growth import Row, compare
 
-from bkpool.core.worker import REMEMBERED_LEASES, UNDELIVERED_LIFE
+from bkpool.core.worker import REMEMBERED_LEASES
 from bkpool.store.sqlite import HISTORY
 from harness import Appliance, eventually
 from support.issuer import Issuer
@@ -34,17 +34,14 @@ WARM = 3.0
 MOST_WARM = 60
 LONGEST = 0.4
 """The most seconds for the only step of a build. Many short builds leave more behind than a few long ones."""
-IDLE = UNDELIVERED_LIFE.total_seconds() + 60
-"""Seconds for the workers to become idle. A caller who hangs up just after their answer has arrived may have read it,
-so their lease lives for two minutes more (decision 27). On a busy machine that happens."""
 SETTLED = 30.0
 """Seconds for the appliance to have as few objects as before, once its workers are idle."""
 TOLERANCES = {"rss": 12 * 1024.0}
 """In KiB. The process has 90 MiB. Its caches of certificates, tokens and keys have a bound, and fill slowly."""
 OBJECTS = 2.0 * WORKERS
-"""Each kind of objects may grow by so many. What is left by each lease, build or connection grows by dozens. But who
-still has the last heartbeat, the last event of a watch or an equal key differs from moment to moment, and so does the
-number of owners whose caches idle workers have."""
+"""Each kind of objects may grow by so many. What each lease, build or connection leaves behind grows by dozens. How
+many copies there are of the last heartbeat, of the last event of a watch or of a key differs from moment to moment.
+The workers of a pool are also kept by the owners of their caches, and there are sometimes more owners."""
 HOOK = {"PYTHONPATH": str(Path(__file__).parent / "hook")}
 
 
@@ -131,7 +128,7 @@ def _settled(compared: Callable[[], list[Row]]) -> list[Row]:
 
 def _count(appliance: Appliance, census: Path) -> dict[str, Any]:
     """Counts the appliance when every worker is idle."""
-    appliance.all_idle(IDLE)
+    appliance.all_idle(HEALED)
     census.unlink(missing_ok=True)
     os.kill(appliance.described["pid"], signal.SIGUSR1)
     eventually(census.exists, "the appliance has written its census")
